@@ -1,0 +1,1 @@
+"""What enters and leaves the program: portraits, speech, video files and drawn training data."""

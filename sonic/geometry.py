@@ -1,0 +1,70 @@
+"""Whole-number arithmetic of time and size: frames and latent frames, blocks, tokens, and sizes that fit. No tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+FRAMES_PER_LATENT = 4
+PIXELS_PER_LATENT = 8
+FPS = 25
+
+
+def frames_of_audio(num_samples: int, sample_rate: int, fps: int = FPS) -> int:
+    """Video frames that cover a recording: the nearest whole number, at least one."""
+    return max(1, round(num_samples * fps / sample_rate))
+
+
+def latent_frames(num_frames: int, stride: int = FRAMES_PER_LATENT) -> int:
+    """Latent frames the causal Wan VAE makes of `num_frames` pixel frames: 1 + (F - 1) / stride.
+
+    Raises ValueError when `num_frames` is not 1 + k·stride.
+    """
+    whole, rest = divmod(num_frames - 1, stride)
+    if num_frames < 1 or rest:
+        below = max(1, num_frames - rest)
+        raise ValueError(f"num_frames={num_frames} cannot be encoded: the VAE needs 1 + {stride}k frames; use {below} or {below + stride}")
+    return 1 + whole
+
+
+def blocks_for_frames(num_frames: int, block_frames: int = 3) -> int:
+    """Blocks of `block_frames` latent frames that cover `num_frames` video frames; the last one may reach beyond."""
+    if num_frames < 1 or block_frames < 1:
+        raise ValueError(f"num_frames={num_frames} in blocks of {block_frames} latent frames: both must be at least 1")
+    return math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames))
+
+
+def block_starts(num_blocks: int | None, block_frames: int = 3) -> Iterator[int]:
+    """First latent frame of every block, one after another; without end when `num_blocks` is None."""
+    indices = itertools.count() if num_blocks is None else range(num_blocks)
+    return (index * block_frames for index in indices)
+
+
+def tokens_per_frame(height: int, width: int, patch_size: tuple[int, int, int] | list[int]) -> int:
+    """Tokens in one latent frame of height x width latents. Raises ValueError when the patches do not tile it."""
+    _, patch_height, patch_width = patch_size
+    if height % patch_height or width % patch_width:
+        raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {patch_height}x{patch_width}")
+    return (height // patch_height) * (width // patch_width)
+
+
+def parse_size(size: str, knob: str = "video.size") -> tuple[int, int]:
+    """(width, height) of "704x384"; `*` separates as well, as in the published commands."""
+    parts = str(size).lower().replace("*", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"{knob}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or photo for the photograph's own")
+    width, height = (int(part) for part in parts)
+    if not (16 <= width <= 8192 and 16 <= height <= 8192):
+        raise ValueError(f"{knob}={size} is impossible: each side must be between 16 and 8192 pixels")
+    return width, height
+
+
+def fit_area(width: int, height: int, max_area: int, multiple: int = 2) -> tuple[int, int]:
+    """The largest (width, height) of about the same aspect within `max_area`, never enlarged, sides a multiple.
+
+    Sides are rounded down, and never below one multiple.
+    """
+    scale = min(1.0, math.sqrt(max_area / (width * height)))
+    fitted = (max(multiple, int(side * scale) // multiple * multiple) for side in (width, height))
+    return tuple(fitted)

@@ -1,0 +1,1 @@
+"""The main job: conditions, rollout, decoding and writing."""

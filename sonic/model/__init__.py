@@ -1,0 +1,1 @@
+"""The networks: single-device modules that never know of ranks."""

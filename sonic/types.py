@@ -1,0 +1,225 @@
+"""The values the stages hand to each other: frozen, checked at birth; and `pick`, the one way to choose by name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonic.geometry import FRAMES_PER_LATENT
+
+T = TypeVar("T")
+
+
+def pick(table: Mapping[str, T], name: str, knob: str) -> T:
+    """The entry of `table` called `name`; a ValueError that lists the choices, closest first, when there is none."""
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
+    choices = close + sorted(set(table) - set(close))
+    raise ValueError(f"{knob}={name} is unknown; choose one of: {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class BlockSpan:
+    """Where one block of the rollout lies in time; `start` counts latent frames from the beginning of the video."""
+
+    index: int
+    start: int
+    latent_frames: int
+
+    def __post_init__(self) -> None:
+        if self.index < 0 or self.start < 0 or self.latent_frames < 1:
+            raise ValueError(f"{self}: index and start count from 0, and a block has at least one latent frame")
+
+    @property
+    def stop(self) -> int:
+        """First latent frame after the block."""
+        return self.start + self.latent_frames
+
+    @property
+    def first_frame(self) -> int:
+        """First video frame of the block."""
+        return FRAMES_PER_LATENT * self.start
+
+    @property
+    def frames(self) -> int:
+        """Video frames in the block."""
+        return FRAMES_PER_LATENT * self.latent_frames
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told besides the noise.
+
+    ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,N,A,F] speech features of N hidden layers,
+    one column per video frame; motion [B,C,Tm,H,W] latents of the past, None when motion tokens are dropped;
+    pose [B,C,T,H,W], None for zeros.
+    """
+
+    ref: Tensor
+    text: Tensor
+    audio: Tensor | None = None
+    motion: Tensor | None = None
+    pose: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _expect("ref", self.ref, "BCTHW")
+        _expect("text", self.text, "BLD")
+        _expect("audio", self.audio, "BNAF")
+        _expect("motion", self.motion, "BCTHW")
+        _expect("pose", self.pose, "BCTHW")
+        if self.ref.shape[2] != 1:
+            raise ValueError(f"ref has {self.ref.shape[2]} latent frames: a portrait is exactly one")
+        batches = {value.shape[0] for _, value in self._tensors()}
+        if len(batches) != 1:
+            raise ValueError(f"conditions of different batch sizes {sorted(batches)} cannot go together")
+
+    def at(self, span: BlockSpan) -> Conditions:
+        """The part of audio and pose that belongs to one block; ref, text and motion stay whole."""
+        first, last = span.first_frame, span.first_frame + span.frames
+        return replace(
+            self,
+            audio=None if self.audio is None else self.audio[..., first:last],
+            pose=None if self.pose is None else self.pose[:, :, span.start : span.stop],
+        )
+
+    def drop(self, name: str) -> Conditions:
+        """The same with one condition off: audio, text and pose become zeros, motion disappears."""
+        pick({"audio": 0, "text": 0, "pose": 0, "motion": 0}, name, "condition")
+        value = getattr(self, name)
+        nothing = name == "motion" or value is None
+        return replace(self, **{name: None if nothing else torch.zeros_like(value)})
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
+        """The same values on another device or in another precision."""
+        return replace(self, **{name: value.to(device=device, dtype=dtype) for name, value in self._tensors()})
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in pairs if value is not None]
+
+
+@dataclass(frozen=True)
+class LatentBlock:
+    """Clean latents [B,C,T,H,W] of one block."""
+
+    latents: Tensor
+    span: BlockSpan
+
+    def __post_init__(self) -> None:
+        _expect("latents", self.latents, "BCTHW")
+        if self.latents.shape[2] != self.span.latent_frames:
+            raise ValueError(f"{self.latents.shape[2]} latent frames do not fill {self.span}")
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Finished video frames, uint8 [F,H,W,3]; `start` is the index of the first one."""
+
+    pixels: Tensor | np.ndarray
+    start: int
+
+    def __post_init__(self) -> None:
+        _expect_picture("pixels", self.pixels, ndim=4)
+        if self.start < 0:
+            raise ValueError(f"start={self.start}: frames count from 0")
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+
+@dataclass(frozen=True)
+class FaceBox:
+    """A face in photo pixels: top left corner and size."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.x, self.y, self.width, self.height)
+        if not all(math.isfinite(number) for number in numbers) or self.width <= 0 or self.height <= 0:
+            raise ValueError(f"face box {list(numbers)} is not a rectangle; give [x, y, width, height] in photo pixels")
+
+
+@dataclass(frozen=True)
+class Mouth:
+    """A mouth in photo pixels: centre, half its width, and the roll of the face in radians (+ = right corner lower)."""
+
+    x: float
+    y: float
+    half_width: float
+    angle: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.x, self.y, self.half_width, self.angle)
+        if not all(math.isfinite(number) for number in numbers) or self.half_width <= 0:
+            raise ValueError(f"mouth {list(numbers)} is impossible; give [x, y, half_width, angle] in photo pixels and radians")
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A photograph, uint8 [H,W,3], and where its face and mouth are."""
+
+    pixels: np.ndarray
+    face: FaceBox
+    mouth: Mouth
+
+    def __post_init__(self) -> None:
+        _expect_picture("pixels", self.pixels, ndim=3)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The square the model works on: crop pixels (u, v) in [0, resolution) map to the photo by a similarity."""
+
+    center_x: float
+    center_y: float
+    side: float
+    angle: float
+    resolution: int
+
+    def __post_init__(self) -> None:
+        if self.side <= 0 or self.resolution < 1:
+            raise ValueError(f"{self} is empty: side and resolution must be positive")
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A recording as float32 mono samples [n] in [-1, 1]; `path` is the original file, kept for the muxer."""
+
+    samples: np.ndarray
+    sample_rate: int = 16_000
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples.ndim != 1 or self.samples.dtype != np.float32:
+            raise ValueError(f"speech must be float32 [n], not {self.samples.dtype} {list(self.samples.shape)}")
+        if self.sample_rate <= 0:
+            raise ValueError(f"sample_rate={self.sample_rate} Hz must be positive")
+
+    @property
+    def seconds(self) -> float:
+        """Length of the recording."""
+        return len(self.samples) / self.sample_rate
+
+
+def _expect(name: str, value: Tensor | None, axes: str) -> None:
+    if value is not None and value.ndim != len(axes):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected the axes [{','.join(axes)}]")
+
+
+def _expect_picture(name: str, value: Tensor | np.ndarray, *, ndim: int) -> None:
+    eight_bit = value.dtype in (torch.uint8, np.uint8)
+    if value.ndim != ndim or value.shape[-1] != 3 or not eight_bit:
+        axes = "[F,H,W,3]" if ndim == 4 else "[H,W,3]"
+        raise ValueError(f"{name} must be uint8 {axes}, not {value.dtype} {list(value.shape)}")
