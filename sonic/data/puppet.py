@@ -1,0 +1,167 @@
+"""The analytic puppet: moves a still picture by known visemes and head pose, so that every target the model learns is exact.
+
+It is the teacher of the preview model and the yardstick of its quality, never its answer.  All lengths are in mouth units:
+1.0 is half the width of the mouth, the origin is the middle of the mouth, y points down.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OPENING = 0.8  # mouth units that the lower lip travels when the viseme's opening is 1
+JAW = 0.62  # share of the lip's travel that the chin makes
+REVEALED = 0.05  # a picture whose lips are further apart than this shows its own teeth
+
+
+@dataclass(frozen=True)
+class MouthShape:
+    """Where the lips of a still picture are, and how its mouth looks inside.
+
+    `unit` px of half the mouth's width, `x, y` px of its middle, `roll` radians, `curve` how far the middle of the lip line
+    hangs below the corners, `gap` the height of what is visible between the lips, `chin` the distance to the chin (all three
+    in mouth units), `eyes` ((x, y, half width, half height) per eye, px in the unrotated frame).
+    """
+
+    x: float
+    y: float
+    unit: float
+    roll: float = 0.0
+    curve: float = 0.0
+    gap: float = 0.0
+    chin: float = 1.8
+    gain: float = 1.0
+    eyes: tuple[tuple[float, float, float, float], ...] = ()
+    inside: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What moved, per output pixel: `flow` [F,2,R,R] (x, y; source minus output, in picture widths), `opacity` [F,1,R,R] of
+    the mouth's inside, `interior` [F,3,R,R] its colour in [0,1]."""
+
+    flow: Tensor
+    opacity: Tensor
+    interior: Tensor
+
+
+def travel(shape: MouthShape, visemes: Tensor) -> Tensor:
+    """How far the lower lip moves from rest, in mouth units.  visemes [F,5] -> [F]
+
+    Zero in silence; a picture that smiles keeps its smile there and closes its lips only for m, b, p.
+    """
+    opened, press = visemes[:, 0], visemes[:, 2].clamp(0, 1)
+    room = 1 - 0.4 * min(shape.gap / OPENING, 1.0)
+    return shape.gain * OPENING * room * opened.clamp(0, 1.2) - 0.9 * shape.gap * press
+
+
+def animate(picture: Tensor, shape: MouthShape, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, Motion]:
+    """The picture speaking.  picture [3,R,R] in [0,1], visemes [F,5], pose [F,4] or None -> frames [F,3,R,R] in [0,1], motion
+
+    Visemes: opening, width (-1 round .. +1 spread), press, teeth, tongue.  Pose: roll in radians, shift x and y in picture
+    widths, blink 0..1.
+    """
+    resolution = picture.shape[-1]
+    ys, xs = torch.meshgrid(torch.arange(resolution) + 0.5, torch.arange(resolution) + 0.5, indexing="ij")
+    frames = visemes.shape[0]
+    if pose is None:
+        head_x, head_y = xs.expand(frames, -1, -1), ys.expand(frames, -1, -1)
+    else:
+        head_x, head_y = _move_head(xs, ys, shape, pose)
+    source_x, source_y, opacity, interior = _speak(head_x, head_y, shape, visemes)
+    if pose is not None and shape.eyes:
+        source_y = _blink(source_x, source_y, shape, pose[:, 3])
+    grid = torch.stack([source_x, source_y], -1) / resolution * 2 - 1
+    warped = F.grid_sample(picture.expand(frames, -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    flow = torch.stack([source_x - xs, source_y - ys], 1) / resolution
+    opacity = opacity.unsqueeze(1)
+    return torch.lerp(warped, interior, opacity), Motion(flow, opacity, interior)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1)
+
+
+def _smoothstep(t: Tensor) -> Tensor:
+    t = t.clamp(0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def _move_head(xs: Tensor, ys: Tensor, shape: MouthShape, pose: Tensor) -> tuple[Tensor, Tensor]:
+    """Output pixels seen from the moved head: it turns about the neck, and the picture's border stays where it is."""
+    resolution = xs.shape[-1]
+    roll, shift_x, shift_y = (_column(pose[:, k]) for k in range(3))
+    pivot_x, pivot_y = shape.x, shape.y + 2.2 * shape.unit
+    dx, dy = xs - pivot_x - shift_x * resolution, ys - pivot_y - shift_y * resolution
+    moved_x = pivot_x + dx * roll.cos() + dy * roll.sin()
+    moved_y = pivot_y - dx * roll.sin() + dy * roll.cos()
+    edge = torch.minimum(torch.minimum(xs, resolution - xs), torch.minimum(ys, resolution - ys))
+    held = _smoothstep(edge / (0.16 * resolution))
+    return xs + (moved_x - xs) * held, ys + (moved_y - ys) * held
+
+
+def _blink(source_x: Tensor, source_y: Tensor, shape: MouthShape, blink: Tensor) -> Tensor:
+    """Pull the skin above each eye down over it."""
+    closed = _column(blink.clamp(0, 1))
+    for x, y, half_width, half_height in shape.eyes:
+        lens = 1.3 * half_height * (1 - ((source_x - x) / (1.15 * half_width)) ** 2).clamp(min=0).sqrt()
+        lid = y - lens + 2 * lens * closed
+        under = (source_y > y - lens) & (source_y < lid) & (closed > 0)
+        source_y = torch.where(under, y - lens - 0.35 * (lid - source_y), source_y)
+    return source_y
+
+
+def _speak(px: Tensor, py: Tensor, shape: MouthShape, visemes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source pixels, opacity and colour of the mouth's inside for output pixels px, py [F,R,R]."""
+    cos, sin = torch.tensor(shape.roll).cos(), torch.tensor(shape.roll).sin()
+    dx, dy = (px - shape.x) / shape.unit, (py - shape.y) / shape.unit
+    x, y = dx * cos + dy * sin, dy * cos - dx * sin
+    delta, width, press = _column(travel(shape, visemes)), _column(visemes[:, 1]), _column(visemes[:, 2].clamp(0, 1))
+    stretch = 1 + torch.where(width > 0, 0.16, 0.30) * width
+    near = torch.exp(-((x / 1.9) ** 4) - (y / 1.7) ** 4)
+    x = x / (1 + (stretch - 1) * near)
+
+    arch = (1 - (x / 0.97) ** 2).clamp(min=0) ** 0.7
+    line = shape.curve * (1 - x * x).clamp(min=-1)
+    upper, lower = line - 0.35 * shape.gap * arch, line + 0.65 * shape.gap * arch
+    lift = (0.12 * delta.clamp(min=0) + 0.05 * _column(visemes[:, 3])) * (shape.gap < REVEALED) * (delta > 0.02)
+    lift = lift - 0.35 * (-delta).clamp(min=0)  # lips that close over a smile meet in the middle
+    delta = torch.where(delta > 0, delta, 0.65 * delta)
+    upper_now, lower_now = upper - lift * arch, lower + delta * arch
+
+    below = _smoothstep((y - lower_now) / max(shape.chin, 0.5))
+    tail = 1 - _smoothstep((y - shape.chin - JAW * delta.clamp(min=0)) / 1.3)
+    cheeks = torch.exp(-((x / 2.1) ** 4))
+    drop = delta * (arch * (1 - below) + JAW * cheeks * below) * tail
+    rise = lift * arch * torch.exp(-(((y - upper_now) / 0.5) ** 2))
+    own = (shape.gap >= REVEALED) & (y > upper_now) & (y < lower_now)
+    seen = torch.where(y >= lower_now, y - drop, torch.where(own, torch.minimum(y, lower), y + rise))
+    squeeze = 0.3 * press * (shape.gap < REVEALED) * torch.exp(-(x**4) - ((y - line) / 0.4) ** 2)
+    seen = seen + squeeze * (y - line)
+
+    top = lower if shape.gap >= REVEALED else upper_now
+    room = (lower_now - top).clamp(min=0)
+    opacity = (torch.minimum(y - top, lower_now - y) * shape.unit + 0.5).clamp(0, 1) * (room * shape.unit * 0.8).clamp(0, 1)
+    opacity = opacity * (arch > 0)
+    interior = _inside(x, y, top, lower_now, shape, visemes)
+    back_x, back_y = x * cos - seen * sin, x * sin + seen * cos
+    return back_x * shape.unit + shape.x, back_y * shape.unit + shape.y, opacity, interior
+
+
+def _inside(x: Tensor, y: Tensor, top: Tensor, bottom: Tensor, shape: MouthShape, visemes: Tensor) -> Tensor:
+    """Throat, tongue and, where the picture does not show its own, upper teeth.  -> [F,3,R,R] in [0,1]"""
+    look = shape.inside
+    colour = lambda name: torch.tensor(look[name], dtype=torch.float32).reshape(1, 3, 1, 1)  # noqa: E731 - a local shorthand
+    teeth, tongue = _column(visemes[:, 3].clamp(0, 1)), _column(visemes[:, 4].clamp(0, 1))
+    depth = ((y - top) / (bottom - top).clamp(min=0.02)).clamp(0, 1)
+    throat = colour("throat") * (1.3 - 0.6 * torch.sin(depth * torch.pi)).unsqueeze(1)
+    room = (bottom - top).clamp(min=0.05)
+    lobe = 1 - (x / 0.62) ** 2 - ((y - bottom) / (0.12 + 0.45 * room * (0.4 + 0.6 * tongue))) ** 2
+    painted = torch.lerp(throat, colour("tongue") * (1.05 - 0.3 * depth).unsqueeze(1), (lobe * 3).clamp(0, 1).unsqueeze(1) * 0.85)
+    if shape.gap >= REVEALED:
+        return painted
+    height = look["teeth_height"][0] * (0.45 + 0.55 * teeth)
+    row = ((top + height * (1 - 0.5 * x * x) - y) * shape.unit + 0.5).clamp(0, 1) * ((0.82 - x.abs()) * 6).clamp(0, 1)
+    enamel = colour("teeth") * (1 - 0.3 * x * x).unsqueeze(1) * (0.8 + 0.25 * ((y - top) / height).clamp(0, 1)).unsqueeze(1)
+    return torch.lerp(painted, enamel, (row * (0.25 + 0.75 * teeth)).unsqueeze(1))
