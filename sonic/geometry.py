@@ -5,12 +5,41 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 FPS = 25
 MOUTH_ANCHOR = (0.5, 0.55)  # where the middle of the mouth lies in the canonical face crop, as shares of its side
 MOUTH_UNIT = 0.125  # half the mouth's width there: 0.20 of the face box over an expand_ratio of 1.6
+
+
+@dataclass(frozen=True)
+class BlockSpan:
+    """Where one block of the rollout lies in time; `start` counts latent frames from the beginning of the video."""
+
+    index: int
+    start: int
+    latent_frames: int
+
+    def __post_init__(self) -> None:
+        if self.index < 0 or self.start < 0 or self.latent_frames < 1:
+            raise ValueError(f"{self}: index and start count from 0, and a block has at least one latent frame")
+
+    @property
+    def stop(self) -> int:
+        """First latent frame after the block."""
+        return self.start + self.latent_frames
+
+    @property
+    def first_frame(self) -> int:
+        """First video frame of the block."""
+        return FRAMES_PER_LATENT * self.start
+
+    @property
+    def frames(self) -> int:
+        """Video frames in the block."""
+        return FRAMES_PER_LATENT * self.latent_frames
 
 
 def frames_of_audio(num_samples: int, sample_rate: int, fps: int = FPS) -> int:
@@ -37,10 +66,10 @@ def blocks_for_frames(num_frames: int, block_frames: int = 3) -> int:
     return math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames))
 
 
-def block_starts(num_blocks: int | None, block_frames: int = 3) -> Iterator[int]:
-    """First latent frame of every block, one after another; without end when `num_blocks` is None."""
-    indices = itertools.count() if num_blocks is None else range(num_blocks)
-    return (index * block_frames for index in indices)
+def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[BlockSpan]:
+    """The blocks that make `num_frames` video frames, in order; without end when it is None."""
+    indices = itertools.count() if num_frames is None else range(blocks_for_frames(num_frames, block_frames))
+    return (BlockSpan(index, index * block_frames, block_frames) for index in indices)
 
 
 def tokens_per_frame(height: int, width: int, patch_size: tuple[int, int, int] | list[int]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonic.geometry import FRAMES_PER_LATENT
+from sonic.geometry import BlockSpan as BlockSpan
 
 T = TypeVar("T")
 
@@ -25,34 +25,6 @@ def pick(table: Mapping[str, T], name: str, knob: str) -> T:
     close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
     choices = close + sorted(set(table) - set(close))
     raise ValueError(f"{knob}={name} is unknown; choose one of: {', '.join(choices)}")
-
-
-@dataclass(frozen=True)
-class BlockSpan:
-    """Where one block of the rollout lies in time; `start` counts latent frames from the beginning of the video."""
-
-    index: int
-    start: int
-    latent_frames: int
-
-    def __post_init__(self) -> None:
-        if self.index < 0 or self.start < 0 or self.latent_frames < 1:
-            raise ValueError(f"{self}: index and start count from 0, and a block has at least one latent frame")
-
-    @property
-    def stop(self) -> int:
-        """First latent frame after the block."""
-        return self.start + self.latent_frames
-
-    @property
-    def first_frame(self) -> int:
-        """First video frame of the block."""
-        return FRAMES_PER_LATENT * self.start
-
-    @property
-    def frames(self) -> int:
-        """Video frames in the block."""
-        return FRAMES_PER_LATENT * self.latent_frames
 
 
 @dataclass(frozen=True)
