@@ -1,13 +1,59 @@
-"""Every knob of the program, as plain dataclasses with their defaults and laws. Standard library only."""
+"""Every knob of the program, as plain dataclasses with their defaults and laws. Standard library only.
+
+The knobs of a training run are in train/settings.py.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+SAMPLER_NAMES = ("euler", "heun", "unipc")
+SCHEDULE_NAMES = ("linear", "shifted", "unipc")
+PHOTO_SIZE = "photo"
 
-def ints(*values: int):
-    """A list field with a default."""
-    return field(default_factory=lambda: list(values))
+
+def knob(default, help: str = ""):
+    """A field with a default and a line for `--help`; lists are copied."""
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def unknown_choice(name: str, choices: Sequence[str], knob: str) -> str:
+    """The sentence for a name that is not among the choices: the closest come first."""
+    close = difflib.get_close_matches(str(name), choices, n=len(choices), cutoff=0.5)
+    rest = [choice for choice in choices if choice not in close]
+    return f"{knob}={name} is unknown; choose one of: {', '.join([*close, *rest])}"
+
+
+def require(ok: bool, sentence: str) -> None:
+    """Raise ValueError(sentence) unless the law holds."""
+    if not ok:
+        raise ValueError(sentence)
+
+
+def one_of(name: str, choices: Sequence[str], knob: str) -> None:
+    """Raise ValueError with the choices unless `name` is one of them."""
+    require(name in choices, unknown_choice(name, choices, knob))
+
+
+def parse_size(size: str, knob: str = "video.size") -> tuple[int, int]:
+    """(width, height) of "704x384"; `*` separates as well, as in the published commands."""
+    parts = [part.strip() for part in str(size).lower().replace("*", "x").split("x")]
+    sides = [int(part) for part in parts if part.isdigit()]
+    require(
+        len(parts) == len(sides) == 2,
+        f"{knob}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for the photograph's own",
+    )
+    require(
+        all(64 <= side <= 8192 for side in sides),
+        f"{knob}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual",
+    )
+    return sides[0], sides[1]
 
 
 @dataclass
@@ -18,14 +64,16 @@ class TrunkConfig:
     ffn_dim: int = 768
     num_heads: int = 3
     num_layers: int = 6
-    patch_size: list[int] = ints(1, 3, 3)
+    patch_size: list[int] = knob([1, 3, 3])
     latent_channels: int = 16
     freq_dim: int = 256
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(f"model.trunk.hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}")
+        whole = self.num_heads >= 1 and self.hidden_dim % self.num_heads == 0
+        require(whole, f"model.trunk.hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}")
+        require(self.num_layers >= 1, f"model.trunk.num_layers={self.num_layers}: need at least 1")
+        require(len(self.patch_size) == 3, f"model.trunk.patch_size={self.patch_size}: give [time, height, width]")
 
 
 @dataclass
@@ -35,7 +83,7 @@ class AudioConfig:
     audio_dim: int = 560
     num_audio_layers: int = 1
     num_audio_token: int = 4
-    inject_layers: list[int] = ints(0, 2, 4)
+    inject_layers: list[int] = knob([0, 2, 4])
 
 
 @dataclass
@@ -50,9 +98,9 @@ class TextConfig:
 class MotionConfig:
     """FramePack memory of the past: bucket sizes in latent frames, newest first; motion_frames = [video, latent] frames."""
 
-    buckets: list[int] = ints(1, 2, 16)
+    buckets: list[int] = knob([1, 2, 16])
     add_last_motion: int = 2
-    motion_frames: list[int] = ints(73, 19)
+    motion_frames: list[int] = knob([73, 19])
 
 
 @dataclass
@@ -65,25 +113,179 @@ class RolloutConfig:
     ref_distance: int = 16
 
     def __post_init__(self) -> None:
-        if self.block_frames < 1 or self.window_blocks < 1:
-            raise ValueError(f"model.rollout: block_frames={self.block_frames} and window_blocks={self.window_blocks} must be at least 1")
-        if not 0 <= self.ref_distance <= self.ref_position:
-            raise ValueError(f"model.rollout.ref_distance={self.ref_distance} must lie between 0 and ref_position={self.ref_position}")
+        sizes = f"block_frames={self.block_frames} and window_blocks={self.window_blocks}"
+        require(self.block_frames >= 1 and self.window_blocks >= 1, f"model.rollout: {sizes} must be at least 1")
+        inside = 0 <= self.ref_distance <= self.ref_position
+        require(inside, f"model.rollout.ref_distance={self.ref_distance} must lie between 0 and ref_position={self.ref_position}")
 
 
 @dataclass
 class ModelConfig:
-    """One member of the S2V family. `resolution` is the side of the face crop in pixels (0 = the whole picture);
-    `prediction` says what the head's output means (velocity or clean); `weights` empty = the bundled file."""
+    """One member of the S2V family."""
 
-    name: str = "preview"
-    trunk: TrunkConfig = field(default_factory=TrunkConfig)
-    audio: AudioConfig = field(default_factory=AudioConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    motion: MotionConfig = field(default_factory=MotionConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    prediction: str = "velocity"
-    autoencoder: str = "warp"
-    speech_encoder: str = "logmel"
-    resolution: int = 192
-    weights: str = ""
+    name: str = knob("preview", "one of the files in conf/model")
+    trunk: TrunkConfig = knob(TrunkConfig)
+    audio: AudioConfig = knob(AudioConfig)
+    text: TextConfig = knob(TextConfig)
+    motion: MotionConfig = knob(MotionConfig)
+    rollout: RolloutConfig = knob(RolloutConfig)
+    prediction: str = knob("velocity", "what the head's output means: velocity or clean")
+    autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
+    speech_encoder: str = knob("logmel", "logmel or wav2vec2")
+    resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
+    weights: str = knob("", "folder of weights; empty = the bundled ones")
+
+    def __post_init__(self) -> None:
+        one_of(self.prediction, ("velocity", "clean"), "model.prediction")
+        one_of(self.autoencoder, ("warp", "wan"), "model.autoencoder")
+        one_of(self.speech_encoder, ("logmel", "wav2vec2"), "model.speech_encoder")
+        tile = 8 * self.trunk.patch_size[1]
+        fits = self.resolution >= 0 and self.resolution % tile == 0
+        require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")
+
+
+@dataclass
+class SamplerConfig:
+    """How noise becomes latents."""
+
+    name: str = knob("euler", "euler, heun or unipc")
+    schedule: str = knob("shifted", "where the noise levels lie: linear, shifted or unipc")
+    sample_steps: int = knob(4, "forward passes per block; more is slower and finer")
+    sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")
+    sample_shift: float = knob(3.0, "above 1 spends more of the steps at high noise")
+
+    def __post_init__(self) -> None:
+        one_of(self.name, SAMPLER_NAMES, "sampler.name")
+        one_of(self.schedule, SCHEDULE_NAMES, "sampler.schedule")
+        steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
+        require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
+        require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
+        require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
+
+
+@dataclass
+class VideoConfig:
+    """The film that comes out."""
+
+    size: str = knob(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
+    infer_frames: int = knob(48, "frames in a clip, a multiple of 12; counts only together with num_clip")
+    num_clip: int = knob(0, "clips to make at most; 0 = until the audio ends")
+    fps: int = knob(25, "frames per second; the models speak at 25")
+
+    def __post_init__(self) -> None:
+        if self.size != PHOTO_SIZE:
+            parse_size(self.size)
+        below = max(12, self.infer_frames // 12 * 12)
+        near = f"use {below} or {below + 12}" if self.infer_frames > 12 else "use 12 or more"
+        whole = self.infer_frames >= 12 and self.infer_frames % 12 == 0
+        require(whole, f"video.infer_frames={self.infer_frames} is not a multiple of 12 (a block is 3 latent frames of 4 frames); {near}")
+        require(self.num_clip >= 0, f"video.num_clip={self.num_clip}: need 0 (until the audio ends) or more")
+        require(self.fps == 25, f"video.fps={self.fps} cannot be made: the models are trained at 25 frames per second; use 25")
+
+    @property
+    def max_frames(self) -> int | None:
+        """The most frames the clips allow; None = until the audio ends."""
+        return self.num_clip * self.infer_frames or None
+
+
+@dataclass
+class DecodeConfig:
+    """When latents become pixels."""
+
+    online: bool = knob(True, "decode on a thread of its own while later blocks are still noise")
+    queue: int = knob(2, "blocks that may wait between denoising and decoding")
+
+    def __post_init__(self) -> None:
+        require(1 <= self.queue <= 1024, f"decode.queue={self.queue}: need 1 to 1024 blocks")
+
+
+@dataclass
+class FaceConfig:
+    """Where the face is in the photograph, when the finder should not decide."""
+
+    box: list[float] | None = knob(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
+    mouth: list[float] | None = knob(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
+    expand_ratio: float = knob(1.5, "side of the crop the model sees, in face sizes")
+
+    def __post_init__(self) -> None:
+        box, mouth = self.box, self.mouth
+        fine = box is None or (len(box) == 4 and min(box[2:]) > 0)
+        require(fine, f"face.box={box} is not a rectangle; give [x,y,width,height] in photo pixels")
+        fine = mouth is None or (len(mouth) in (3, 4) and mouth[2] > 0)
+        require(fine, f"face.mouth={mouth} is not a mouth; give [x,y,half_width] or [x,y,half_width,angle]")
+        require(1 <= self.expand_ratio <= 4, f"face.expand_ratio={self.expand_ratio} must lie between 1 (tight) and 4 (wide)")
+
+
+@dataclass
+class HeadConfig:
+    """What moves besides the mouth."""
+
+    head: str = knob("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
+    strength: float = knob(1.0, "size of the gentle motion")
+
+    def __post_init__(self) -> None:
+        one_of(self.head, ("off", "gentle"), "motion.head")
+        require(0 <= self.strength <= 3, f"motion.strength={self.strength} must lie between 0 and 3")
+
+
+@dataclass
+class RunConfig:
+    """The run itself: its name and the machine under it."""
+
+    name: str = knob("", "name of the folder runs/<name>; empty = made from the time")
+    folder: str = knob("runs", "where run folders are made")
+    device: str = knob("auto", "auto, cpu or cuda; auto takes cuda when there is one")
+    dtype: str = knob("float32", "precision of the transformer: float32 or bfloat16")
+    threads: int = knob(0, "CPU threads; 0 leaves it to torch")
+
+    def __post_init__(self) -> None:
+        plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
+        require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
+        one_of(self.dtype, ("float32", "bfloat16"), "run.dtype")
+        one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
+        require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
+
+
+@dataclass
+class InferConfig:
+    """A portrait and a recording become a talking video."""
+
+    image: str = knob("astronaut", "the portrait, a picture file; astronaut = the photograph that comes with scikit-image")
+    audio: str = knob("sample", "the recording, an audio file; sample = the bundled one")
+    prompt: str = knob("", "text for the models that read it; the preview does not")
+    output: str = knob("", "the MP4 to write; empty = out.mp4 in the run folder")
+    seed: int = knob(0, "the same seed gives the same frames; every number means itself")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    face: FaceConfig = knob(FaceConfig)
+    motion: HeadConfig = knob(HeadConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie between 0 and 2^63 - 1")
+        for name in ("image", "audio"):
+            require(getattr(self, name) != "", f"{name}= is empty; name a file")
+
+
+@dataclass
+class BenchConfig:
+    """The main job, timed."""
+
+    json: str = knob("", "where the figures go as JSON")
+    image: str = knob("astronaut", "the portrait to time with")
+    width: int = knob(720, "the portrait is scaled and cut to this width before timing")
+    height: int = knob(400, "and to this height")
+    seconds: float = knob(8.0, "length of the timed film")
+    repeats: int = knob(3, "the best of so many runs counts")
+    seed: int = 0
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+
+    def __post_init__(self) -> None:
+        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
+        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

@@ -80,17 +80,6 @@ def tokens_per_frame(height: int, width: int, patch_size: tuple[int, int, int] |
     return (height // patch_height) * (width // patch_width)
 
 
-def parse_size(size: str, knob: str = "video.size") -> tuple[int, int]:
-    """(width, height) of "704x384"; `*` separates as well, as in the published commands."""
-    parts = str(size).lower().replace("*", "x").split("x")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"{knob}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or photo for the photograph's own")
-    width, height = (int(part) for part in parts)
-    if not (16 <= width <= 8192 and 16 <= height <= 8192):
-        raise ValueError(f"{knob}={size} is impossible: each side must be between 16 and 8192 pixels")
-    return width, height
-
-
 def fit_area(width: int, height: int, max_area: int, multiple: int = 2) -> tuple[int, int]:
     """The largest (width, height) of about the same aspect within `max_area`, never enlarged, sides a multiple.
 
