@@ -1,1 +1,1 @@
-"""The training loop and its objectives."""
+"""Training: one loop, many objectives, engines that know where the parameters live."""

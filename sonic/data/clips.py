@@ -1,0 +1,160 @@
+"""Clips on disk: safetensors shards with an index, windows cut from them, and the seeded order in which they are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sonic.geometry import FRAMES_PER_LATENT
+
+INDEX, STATISTICS = "index.json", "statistics.safetensors"
+# tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
+TIME = {"latents": (1, 1), "audio": (2, FRAMES_PER_LATENT), "visemes": (0, FRAMES_PER_LATENT), "head": (0, FRAMES_PER_LATENT)}
+
+
+class ShardWriter:
+    """Writes clips into numbered shards; a shard is there whole or not at all, and the index is written by `close`."""
+
+    def __init__(self, folder: Path, *, first: int = 0, clips_per_shard: int = 32) -> None:
+        self.folder, self.number, self.capacity = folder, first, clips_per_shard
+        self.clips: list[dict] = []
+        self._pending: dict[str, Tensor] = {}
+        self._names: list[dict] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, tensors: Mapping[str, Tensor], **facts: object) -> None:
+        """Keep one clip; `facts` (JSON values, with latent_frames among them) go into the index."""
+        name = f"{self.number:05d}_{len(self._names):03d}"
+        self._pending |= {f"{name}/{key}": value.contiguous() for key, value in tensors.items()}
+        self._names.append({"name": name, "tensors": sorted(tensors), **facts})
+        if len(self._names) >= self.capacity:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the clips that wait as one shard."""
+        if not self._names:
+            return
+        shard = f"shard_{self.number:05d}.safetensors"
+        save_file(self._pending, self.folder / f".{shard}")
+        (self.folder / f".{shard}").rename(self.folder / shard)
+        self.clips += [{"shard": shard, **entry} for entry in self._names]
+        self.number, self._pending, self._names = self.number + 1, {}, []
+
+
+def write_index(folder: Path, clips: list[dict], **facts: object) -> None:
+    """Name every clip of `folder`, with what is true of all of them in `facts`."""
+    aside = folder / f".{INDEX}"
+    aside.write_text(json.dumps({**facts, "clips": clips}))
+    aside.rename(folder / INDEX)
+
+
+def read_index(folder: Path) -> dict:
+    """The index of a folder of clips. Raises ValueError when there is none."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with launch/precompute.py or name another folder")
+    return json.loads(path.read_text())
+
+
+class ClipDataset(Dataset):
+    """Windows of clips. An item is asked for by (index, seed): the clip, and the randomness of its window.
+
+    Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [N,A,4T], visemes [4T,5], head [4T,4], as far as
+    the clips have them. Only the window is read from disk.
+    """
+
+    def __init__(self, folder: str | Path, window: int = 0) -> None:
+        self.folder, self.window = Path(folder), window
+        self.index = read_index(self.folder)
+        self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
+        if not self.clips:
+            raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
+        self._open: dict[str, object] = {}
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor]:
+        return self.read(*draw)
+
+    def read(self, index: int, seed: int, keys: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """One window, of the tensors `keys` (none named = all the clip has)."""
+        clip = self.clips[index]
+        length = self.window or clip["latent_frames"]
+        start = int(np.random.default_rng(seed).integers(clip["latent_frames"] - length + 1))
+        return {key: self._read(clip, key, start=start, length=length) for key in keys or clip["tensors"]}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} where none were kept."""
+        path = self.folder / STATISTICS
+        return load_file(path) if path.is_file() else {}
+
+    def _read(self, clip: dict, key: str, *, start: int, length: int) -> Tensor:
+        if clip["shard"] not in self._open:
+            self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
+        tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
+        if key not in TIME:
+            return tensor[:].float()
+        axis, rate = TIME[key]
+        cut = slice(start * rate, (start + length) * rate)
+        return tensor[(slice(None),) * axis + (cut,)].float()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+
+def pose_latents(head: Tensor, height: int, width: int) -> Tensor:
+    """Head motion as pose latents: value j of frame f of a latent frame fills channel 4j+f.  [...,4T,4] -> [...,16,T,h,w]"""
+    packed = rearrange(head, "... (t f) j -> ... (j f) t", f=FRAMES_PER_LATENT)
+    return repeat(packed, "... c t -> ... c t h w", h=height, w=width)
+
+
+def draws(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (index, seed) without end: every epoch is its own permutation, ranks take turns, `start` counts batches."""
+    position = start * batch * ranks
+    order, epoch = np.empty(0, np.int64), -1
+    while True:
+        chosen = []
+        for place in range(position + rank * batch, position + (rank + 1) * batch):
+            if place // length != epoch:
+                epoch = place // length
+                order = np.random.default_rng((seed, epoch)).permutation(length)
+            words = np.random.SeedSequence((seed, 1, place)).generate_state(1, np.uint64)
+            chosen.append((int(order[place % length]), int(words[0] >> 1)))
+        position += batch * ranks
+        yield chosen
+
+
+def batches(dataset: Dataset, batch: int, *, seed: int, workers: int = 0, prefetch: int = 4, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Batches of a dataset from number `start` on, made by `workers` processes (0 = here).
+
+    A dataset whose items are not tensors alone brings its own `collate`.
+    """
+    order = partial(draws, len(dataset), batch, seed=seed, start=start)
+    extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
+    collate = getattr(dataset, "collate", None)
+    return iter(DataLoader(dataset, batch_sampler=_Endless(order), collate_fn=collate, worker_init_fn=_one_thread, **extra))
+
+
+class _Endless:
+    """A batch sampler that never ends; it has no length."""
+
+    def __init__(self, order: partial) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.order()
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,35 @@
+"""A running average of parameters: what is exported and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages of a module's parameters, kept in float32; buffers are copied as they are."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.averages = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards `module` after `step` (from 0). Early on the average is short, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = [p.detach().float() for _, p in module.named_parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), live, 1 - decay)
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's state with its parameters replaced by their averages."""
+        return {name: self.averages.get(name, value) for name, value in module.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.averages)
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, average in self.averages.items():
+            average.copy_(state[name])

@@ -1,0 +1,96 @@
+"""Figures of a run: JSONL in the run folder, a progress bar, and W&B when asked (its only door)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from sonic.train.settings import LogConfig
+
+LOG = logging.getLogger(__name__)
+SCALARS = "scalars.jsonl"
+
+
+class RunLog:
+    """Where figures go. Ranks other than the main one build it with `main=False`, and it then does nothing."""
+
+    def __init__(self, folder: Path, config: LogConfig, *, name: str, main: bool = True) -> None:
+        self.folder, self.config, self.name, self.main = folder, config, name, main
+        self._file = self._bar = self._wandb = None
+
+    def open(self, step: int, total: int | None) -> RunLog:
+        """Start at `step` of `total` (None = by time). Lines of a run that died after its last checkpoint are dropped."""
+        if not self.main:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / SCALARS
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
+        if self.config.bar and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
+        if self.config.wandb != "off":
+            self._wandb = _open_wandb(self.folder, self.config, self.name)
+        return self
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep `values` of `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        if self._bar is None:
+            LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
+
+    def tick(self, step: int, loss: float, samples_per_second: float, seconds_left: float) -> None:
+        """Move the progress bar to `step`."""
+        if self._bar is not None:
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {samples_per_second:.1f} samples/s, {left} left", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for part in (self._bar, self._file):
+            if part is not None:
+                part.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
+        self._file = self._bar = self._wandb = None
+
+
+def read_scalars(folder: Path) -> list[dict]:
+    """Every line a run kept, oldest first."""
+    return [json.loads(line) for line in _lines(folder / SCALARS)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of the file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _open_wandb(folder: Path, config: LogConfig, name: str):
+    """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
+    import wandb
+
+    known = folder / "wandb_id.txt"
+    run_id = known.read_text().strip() if known.exists() else wandb.util.generate_id()
+    known.write_text(run_id)
+    keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder)}
+    try:
+        return wandb.init(mode=config.wandb, **keywords)
+    except wandb.errors.Error as error:
+        LOG.warning("W&B cannot be used (%s); logging offline under %s", error, folder)
+        return wandb.init(mode="offline", **keywords)

@@ -1,0 +1,35 @@
+"""The optimizer and its learning rate over the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sonic.train.settings import OptimConfig
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameters`; matrices decay, vectors and scalars (biases, gains) do not."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=False,
+        foreach=True,
+    )
+
+
+def rate(step: int, progress: float, config: OptimConfig) -> float:
+    """Learning rate of `step` (from 0) at `progress` in [0, 1] of the budget."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    fall = max(0.0, (progress - config.decay_from) / (1 - config.decay_from))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)

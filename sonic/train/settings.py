@@ -1,0 +1,177 @@
+"""Every knob of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sonic.config import ModelConfig
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train. Exactly one of `max_steps` and `max_minutes` is above zero; the schedule runs over its fraction."""
+
+    max_steps: int = 0
+    max_minutes: float = 0.0
+    batch_size: int = 8
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.max_steps > 0) != (self.max_minutes > 0),
+            f"budget.max_steps={self.max_steps} and budget.max_minutes={self.max_minutes}: set exactly one of them above zero",
+        )
+        _require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
+        _require(self.accumulate >= 1, f"budget.accumulate={self.accumulate}: need at least 1")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up, a flat part, and a cosine fall that starts at `decay_from` of the budget."""
+
+    lr: float = 1e-3
+    final_lr: float = 0.02  # share of lr at the end of the budget
+    warmup_steps: int = 100
+    decay_from: float = 0.3  # fraction of the budget
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
+        _require(0 <= self.decay_from < 1, f"optim.decay_from={self.decay_from}: need a fraction in [0, 1)")
+        _require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}: need a value in [0, 1)")
+
+
+@dataclass
+class SpeedConfig:
+    """Where and how fast. `threads=0` leaves torch's own choice."""
+
+    device: str = "auto"
+    threads: int = 0
+    precision: str = "float32"  # or bfloat16: autocast around the loss
+    channels_last: bool = False
+    workers: int = 0  # processes that read or draw batches
+    prefetch: int = 4  # batches each of them keeps ready
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision in ("float32", "bfloat16"),
+            f"speed.precision={self.precision} is unknown; choose one of: float32, bfloat16",
+        )
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path."""
+
+    every_minutes: float = 5.0
+    every_steps: int = 0  # 0 = by minutes only
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
+
+
+@dataclass
+class LogConfig:
+    """Where the figures go: always JSONL in the run folder, to W&B when asked (key from the environment)."""
+
+    every_steps: int = 20
+    wandb: str = "off"
+    project: str = "sonic"
+    bar: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
+        _require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
+
+
+@dataclass
+class DataConfig:
+    """What a batch is cut from. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
+
+    source: str = "clips"
+    folder: str = ""
+    window: int = 9
+    split: str = "train"
+    resolution: int = 192
+
+
+@dataclass
+class ObjectiveConfig:
+    """What every objective has: its row in OBJECTIVES."""
+
+    name: str = ""
+
+
+@dataclass
+class FlowMatchConfig(ObjectiveConfig):
+    """Block-causal diffusion forcing of the DiT on latents."""
+
+    name: str = "flow_match"
+    schedule_share: float = 0.5  # clips whose sigma comes from `schedule`; the others are uniform in (0, 1]
+    schedule: list[float] = field(default_factory=lambda: [1.0, 0.9, 0.75, 0.5])
+    weight_cap: float = 4.0  # ceiling of 1/sigma² in the loss on the clean latents
+    cell_gain: float = 8.0  # weight of the liveliest cell is 1 + cell_gain, of a dead one 1
+    audio_dropout: float = 0.1
+    max_first_block: int = 60
+    viseme_weight: float = 0.3
+    sway_weight: float = 0.25  # loss on the change between neighbouring latent frames
+
+    def __post_init__(self) -> None:
+        _require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")
+
+
+@dataclass
+class VisemeConfig(ObjectiveConfig):
+    """Pre-training of the audio encoder: name the mouth shapes from the sound."""
+
+    name: str = "viseme"
+    silence_share: float = 0.05
+    audio_noise: float = 0.05  # noise on the features, in their standard deviations
+
+
+@dataclass
+class AutoencodeConfig(ObjectiveConfig):
+    """The preview's motion autoencoder, on drawn people."""
+
+    name: str = "autoencode"
+    latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
+    focus: float = 6.0  # how much more the mouth counts than the rest
+
+
+@dataclass
+class AutoencodeConfig(ObjectiveConfig):
+    """The preview's autoencoder: movement of a known face in latents."""
+
+    name: str = "autoencode"
+
+
+OBJECTIVE_CONFIGS = {"flow_match": FlowMatchConfig, "viseme": VisemeConfig, "autoencode": AutoencodeConfig}
+
+
+@dataclass
+class TrainConfig:
+    """One training run, whole. It lives in the folder runs/`name`."""
+
+    name: str = "train"
+    seed: int = 0
+    export: str = ""  # where the averaged weights go, .safetensors
+    init_from: str = ""  # weights to start from; names that are absent there keep their own start
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(max_steps=1000))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

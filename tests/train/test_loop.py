@@ -1,0 +1,177 @@
+"""The loop, its checkpoints and its clock, on an objective small enough to follow by hand."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+
+from sonic.data.clips import batches
+from sonic.train import checkpoint
+from sonic.train.engine import LocalEngine
+from sonic.train.log import RunLog, read_scalars
+from sonic.train.loop import Diverged, Run, train
+from sonic.train.settings import BudgetConfig, CheckpointConfig, LogConfig, OptimConfig, TrainConfig
+
+
+class Numbers(Dataset):
+    """Pairs (x, 3x - 1), drawn by index and seed."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, draw):
+        x = torch.randn(4, generator=torch.Generator().manual_seed(draw[1] % 2**31))
+        return {"x": x, "y": 3 * x - 1}
+
+
+class Line:
+    """Student learns the line; a second role learns from every second step only."""
+
+    def __init__(self, poison_at=None):
+        torch.manual_seed(0)
+        self.roles = {"student": nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4)), "critic": nn.Linear(4, 1)}
+        self.poison_at, self.calls = poison_at, 0
+
+    def turn(self, step):
+        return ("student", "critic") if step % 2 else ("student",)
+
+    def loss(self, role, batch, rng):
+        self.calls += 1
+        x = batch["x"] + 0.05 * torch.randn(batch["x"].shape, generator=rng) + 0.01 * torch.rand(4)
+        bad = float("nan") if self.calls == self.poison_at else 1.0
+        wrong = self.roles[role](x) - (batch["y"] if role == "student" else 1.0)
+        return bad * wrong.square().mean(), {"size": wrong.abs().mean()}
+
+    def export(self, weights):
+        return dict(weights)
+
+
+def make(folder, *, steps=12, objective=None, every=4, accumulate=1, keep=2, **optim):
+    config = TrainConfig(
+        budget=BudgetConfig(max_steps=steps, batch_size=4, accumulate=accumulate),
+        optim=OptimConfig(lr=0.02, warmup_steps=2, **optim),
+        checkpoint=CheckpointConfig(every_steps=every, keep=keep),
+        log=LogConfig(every_steps=1, bar=False),
+    )
+    stream = partial(batches, Numbers(), 4, seed=0)
+    engine = LocalEngine(config.optim, torch.device("cpu"))
+    return Run(config, objective or Line(), engine, lambda start: stream(start=start), RunLog(folder, config.log, name="line"), folder)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(run, step):
+    """Let the run die right before the optimizer step of `step`, with nothing tidied up."""
+    real = run.engine.step
+
+    def stop(role, *, rate, step: int, limit=step):
+        if step == limit:
+            raise Killed
+        return real(role, rate=rate, step=step)
+
+    run.engine.step = stop
+    with pytest.raises(Killed):
+        train(run)
+
+
+def curve(folder):
+    return [(line["step"], line["train/student_loss"]) for line in read_scalars(folder)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, accumulate):
+    whole = make(tmp_path / "whole", accumulate=accumulate)
+    train(whole)
+    kill_at(make(tmp_path / "killed", accumulate=accumulate), 7)
+    again = make(tmp_path / "killed", accumulate=accumulate)
+    train(again)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    for name, value in whole.engine.weights().items():
+        assert torch.equal(value, again.engine.weights()[name])
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    train(make(tmp_path / "whole"))
+    kill_at(make(tmp_path / "run"), 10)
+    newest = tmp_path / "run/checkpoints/step_00000008/state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5] + b"xxxxx")
+    train(make(tmp_path / "run"))
+    assert "damaged" in caplog.text
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    train(make(tmp_path, steps=11, every=2, keep=2))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, 1, tensors={"a": torch.ones(2)}, facts={})
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        checkpoint.write(tmp_path, 2, tensors={"a": torch.zeros(2)}, facts={})
+    _, tensors, facts = checkpoint.newest(tmp_path)
+    assert facts["step"] == 1
+    assert_close(tensors["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(Diverged, match="optim.lr"):
+        train(make(tmp_path, objective=Line(poison_at=9)))
+    _, tensors, facts = checkpoint.newest(tmp_path / "checkpoints")
+    assert facts["step"] == 4
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert (tmp_path / "diverged_batch.safetensors").exists()
+
+
+def test_only_the_roles_whose_turn_it_is_move(tmp_path):
+    run = make(tmp_path, steps=1)
+    before = {role: [p.clone() for p in module.parameters()] for role, module in run.objective.roles.items()}
+    train(run)
+    moved = {
+        role: any(not torch.equal(a, b) for a, b in zip(before[role], module.parameters(), strict=True))
+        for role, module in run.objective.roles.items()
+    }
+    assert moved == {"student": True, "critic": False}
+
+
+def test_training_goes_down_and_says_so(tmp_path):
+    outcome = train(make(tmp_path, steps=150, every=0))
+    losses = [loss for _, loss in curve(tmp_path)]
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    assert outcome.steps == 150 and outcome.samples == 4 * (150 + 75)
+
+
+def test_a_budget_in_minutes_ends_in_time(tmp_path):
+    run = make(tmp_path)
+    run.config.budget = BudgetConfig(max_minutes=0.02, batch_size=4)
+    outcome = train(run)
+    assert 1.2 <= outcome.seconds < 5 and outcome.steps > 5
+
+
+def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    log = RunLog(tmp_path, LogConfig(bar=False), name="log")
+    with log.open(0, 10):
+        log.scalars(1, {"loss": 1.0})
+        log.scalars(2, {"loss": 2.0})
+    path = tmp_path / "scalars.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    with log.open(1, 10):
+        log.scalars(2, {"loss": 5.0})
+    assert [(line["step"], line["loss"]) for line in read_scalars(tmp_path)] == [(1, 1.0), (2, 5.0)]
+    assert json.loads(path.read_text().splitlines()[0])["loss"] == 1.0
+
+
+@pytest.mark.parametrize("values", [{"max_steps": 0}, {"max_steps": 5, "max_minutes": 1.0}])
+def test_a_budget_is_steps_or_minutes_and_says_so(values):
+    with pytest.raises(ValueError, match="exactly one"):
+        BudgetConfig(**values)
