@@ -14,7 +14,7 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass
 class BudgetConfig:
-    """How long to train. Exactly one of `max_steps` and `max_minutes` is above zero; the schedule runs over its fraction."""
+    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used."""
 
     max_steps: int = 0
     max_minutes: float = 0.0
@@ -22,10 +22,6 @@ class BudgetConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        _require(
-            (self.max_steps > 0) != (self.max_minutes > 0),
-            f"budget.max_steps={self.max_steps} and budget.max_minutes={self.max_minutes}: set exactly one of them above zero",
-        )
         _require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
         _require(self.accumulate >= 1, f"budget.accumulate={self.accumulate}: need at least 1")
 
@@ -170,8 +166,15 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(max_steps=1000))
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        steps, minutes = self.budget.max_steps, self.budget.max_minutes
+        _require(
+            (steps > 0) != (minutes > 0),
+            f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
+        )

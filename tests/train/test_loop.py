@@ -174,4 +174,4 @@ def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path):
 @pytest.mark.parametrize("values", [{"max_steps": 0}, {"max_steps": 5, "max_minutes": 1.0}])
 def test_a_budget_is_steps_or_minutes_and_says_so(values):
     with pytest.raises(ValueError, match="exactly one"):
-        BudgetConfig(**values)
+        TrainConfig(budget=BudgetConfig(**values))
