@@ -23,11 +23,15 @@ def knob(default, help: str = ""):
     return field(default=default, metadata={"help": help})
 
 
+def closest_first(name: str, choices: Sequence[str]) -> list[str]:
+    """All choices, those that look like `name` in front."""
+    close = difflib.get_close_matches(str(name), choices, n=max(1, len(choices)), cutoff=0.5)
+    return [*close, *(choice for choice in choices if choice not in close)]
+
+
 def unknown_choice(name: str, choices: Sequence[str], knob: str) -> str:
-    """The sentence for a name that is not among the choices: the closest come first."""
-    close = difflib.get_close_matches(str(name), choices, n=len(choices), cutoff=0.5)
-    rest = [choice for choice in choices if choice not in close]
-    return f"{knob}={name} is unknown; choose one of: {', '.join([*close, *rest])}"
+    """The sentence for a name that is not among the choices."""
+    return f"{knob}={name} is unknown; choose one of: {', '.join(closest_first(name, choices))}"
 
 
 def require(ok: bool, sentence: str) -> None:

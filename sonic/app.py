@@ -1,0 +1,257 @@
+"""The glue between a command line and a job: hydra's groups, typed configs, one-sentence errors, ranks and the run folder.
+
+Nothing heavy is imported here, so that `--help` and every mistake in a knob answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from sonic.config import closest_first, unknown_choice
+from sonic.runs import Run, start_logging
+
+ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
+SHORT = {
+    "name": "run.name",
+    "device": "run.device",
+    "face_box": "face.box",
+    "expand_ratio": "face.expand_ratio",
+    "weights": "model.weights",
+}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+USER_ERROR, STOPPED, FAULT = 2, 130, 1
+
+log = logging.getLogger("sonic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One command: the YAML and the schema it starts from, and what may be chosen by name.
+
+    `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
+    group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
+    (folder, name) of the run.
+    """
+
+    name: str
+    schema: type
+    collections: tuple[str, ...] = ("preset",)
+    variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
+    place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
+    max_ranks: int = 1
+
+
+def launch(entry: Entry, job: Callable[[typing.Any, Run], None]) -> typing.NoReturn:
+    """Run `job(config, run)` as the command line asks and leave the process with its exit code."""
+    sys.exit(run_command(entry, job, sys.argv[1:]))
+
+
+def run_command(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequence[str]) -> int:
+    """The exit code of a command: 0, or 2 with one sentence on stderr for what the user can mend and nothing left behind."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    start_logging(main=rank == 0)
+    run = None
+    try:
+        if {"--help", "-h"} & set(argv):
+            sys.stdout.write(help_text(entry))
+            return 0
+        config = compose(entry, [item for item in argv if item != "--cfg"])
+        resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
+        if "--cfg" in argv:
+            sys.stdout.write(resolved)
+            return 0
+        if world > entry.max_ranks:
+            raise ValueError(f"{world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
+        run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, main=rank == 0)
+        job(config, run)
+    except (ValueError, OSError) as error:
+        return _given_up(run, _sentence(error), USER_ERROR)
+    except KeyboardInterrupt:
+        return _given_up(run, "stopped; nothing was kept", STOPPED)
+    except Exception:
+        log.exception("a fault of the program, not of the input")
+        return FAULT
+    finally:
+        if run:
+            run.close()
+    return 0
+
+
+def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
+    """The typed config of a command line. Raises ValueError in one sentence, with the choices, for every mistake in it."""
+    selections, values = _split(entry, argv)
+    store = ConfigStore.instance()
+    store.store(name=f"{entry.name}_schema", node=entry.schema)
+    for group, members in entry.variants.items():
+        for name, schema in members.items():
+            store.store(group=group, name=f"{name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            raw = hydra_compose(entry.name, overrides=selections)
+        for key, text in values.items():
+            _assign(entry, raw, key, text)
+        return OmegaConf.to_object(raw)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_reworded(entry, error)) from error
+
+
+def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every knob under a schema by its full name, with its type and its field, in order."""
+    found = {}
+    kinds = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = kinds[field.name]
+        inner = knobs(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else {prefix + field.name: (kind, field)}
+        found |= inner
+    return found
+
+
+def entry_knobs(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every knob a command may set, those of all variants of a group included."""
+    found = knobs(entry.schema)
+    for group, members in entry.variants.items():
+        for schema in members.values():
+            found |= knobs(schema, f"{group}.")
+    return found
+
+
+def options(group: str) -> list[str]:
+    """Names that a config group offers, from conf/ and recipes/."""
+    return sorted({path.stem for place in ("conf", "recipes") for path in (ROOT / place / group).glob("*.yaml")})
+
+
+def groups(entry: Entry) -> dict[str, list[str]]:
+    """What may be chosen by name: collections first, then the parts of the config that have a folder."""
+    names = [*entry.collections, *(field.name for field in dataclasses.fields(entry.schema))]
+    return {name: found for name in names if (found := options(name))}
+
+
+def help_text(entry: Entry) -> str:
+    """What `--help` says: usage, choices, and every knob with its default."""
+    lines = [
+        (entry.schema.__doc__ or "").strip(),
+        "",
+        f"usage: python launch/{entry.name}.py [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        "",
+        "choices:",
+        *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
+        "",
+        "knobs (with their plain defaults; choices may set others):",
+    ]
+    for name, (_, field) in entry_knobs(entry).items():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shown = f"{name}={'' if default is None else default}"
+        lines.append(f"  {shown:<44} {field.metadata.get('help', '')}".rstrip())
+    short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_knobs(entry)]
+    return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
+
+
+def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Choices for hydra, and knobs with their texts; the last one of a kind counts."""
+    selections: dict[str, str] = {}
+    values: dict[str, str] = {}
+    known, chooseable = entry_knobs(entry), groups(entry)
+    for item in argv:
+        key, equals, text = item.lstrip("+").partition("=")
+        key = _full_name(key, known)
+        if not equals or item.startswith("-"):
+            raise ValueError(f"{item} is not understood; write knob=value such as {next(iter(known))}=..., or --help for all of them")
+        if key in chooseable:
+            if text not in chooseable[key]:
+                raise ValueError(unknown_choice(text, chooseable[key], key))
+            selections[key] = f"{'+' if key in entry.collections else ''}{key}={text}"
+        elif key in known:
+            values[key] = text
+        else:
+            raise ValueError(_unknown_key(entry, key))
+    return list(selections.values()), values
+
+
+def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
+    full = SHORT.get(key, key)
+    return full if key not in known and full in known else key
+
+
+def _unknown_key(entry: Entry, key: str) -> str:
+    """The sentence for a knob that does not exist: what its group has, or what looks like it before what there is at the top."""
+    known = list(entry_knobs(entry))
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"{key} is a group of knobs; set one of: {', '.join(inside)}"
+    head, dot, last = key.rpartition(".")
+    beside = [name.removeprefix(f"{head}.") for name in known if dot and name.startswith(f"{head}.")]
+    if beside:
+        return f"{key} is not a knob; {head} has: {', '.join(closest_first(last, beside))}"
+    top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
+    choices = list(dict.fromkeys([*(name for name in close if name.rpartition(".")[2] == last), *closest_first(key, [*top, *close])]))
+    return f"{key} is not a knob; choose one of: {', '.join(choices)}"
+
+
+def _assign(entry: Entry, raw: DictConfig, key: str, text: str) -> None:
+    """Give a knob the value that was typed; text stays exactly as it is."""
+    kind, _ = entry_knobs(entry)[key]
+    try:
+        value = text.replace("${", r"\${") if kind is str else yaml.safe_load(text)
+        OmegaConf.update(raw, key, value)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ValueError(f"{key} is no knob of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{key}={text} is not {_kind_words(kind)}") from error
+
+
+def _kind_words(kind: typing.Any) -> str:
+    if kind in KINDS:
+        return KINDS[kind]
+    inner = next((arg for arg in typing.get_args(kind) if arg is not type(None)), kind)
+    inside = typing.get_args(inner)
+    if typing.get_origin(inner) is list:
+        return f"a list of {KINDS[inside[0]].partition(' ')[2]}s such as [1,2,3]"
+    return KINDS.get(inner, "of the right kind")
+
+
+def _reworded(entry: Entry, error: Exception) -> str:
+    """Hydra's and OmegaConf's complaints about a YAML file, in one sentence with the choices."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for link in reversed(chain):
+        key = getattr(link, "full_key", None)
+        if isinstance(link, OmegaConfBaseException) and key:
+            if key not in entry_knobs(entry):
+                return _unknown_key(entry, key)
+            return f"{key}: {str(link).splitlines()[0]}"
+    return " ".join(str(chain[-1]).split())
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _given_up(run: Run | None, sentence: str, code: int) -> int:
+    log.debug("where it happened", exc_info=True)
+    if run:
+        run.discard()
+    log.error(sentence, exc_info="SONIC_DEBUG" in os.environ)
+    return code
