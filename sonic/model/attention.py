@@ -1,0 +1,86 @@
+"""How queries meet keys, and what the tokens of a layer may look at. No weights live here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from sonic.model.embed import Rotation, rotate
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
+KeysValues = tuple[Tensor, Tensor]
+
+
+def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    queries, keys, values = (rearrange(x, "b n heads d -> b heads n d") for x in (queries, keys, values))
+    return rearrange(F.scaled_dot_product_attention(queries, keys, values), "b heads n d -> b n heads d")
+
+
+ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
+
+
+class Reach(Protocol):
+    """What the streams of tokens in one layer may attend to; it also knows where they sit."""
+
+    def attend(self, attention: Attention, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What each stream hears; all tensors [B,N,heads,d], not rotated yet."""
+
+    def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
+        """Keys and values of the prompt, projected now or remembered."""
+
+
+class FreshText:
+    """Projects the prompt every time it is asked."""
+
+    def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
+        """Keys and values [B,L,heads,d] of text rows [B,1,L,D]."""
+        return project(rows)
+
+
+@dataclass(frozen=True)
+class WholeClip(FreshText):
+    """Every token sees every token, in all streams."""
+
+    rotations: tuple[Rotation, ...]
+
+    def attend(self, attention, queries, keys, values):
+        """One attention over the joined streams, cut apart again."""
+        lengths = [q.shape[1] for q in queries]
+        joined_q = torch.cat([rotate(q, r) for q, r in zip(queries, self.rotations, strict=True)], dim=1)
+        joined_k = torch.cat([rotate(k, r) for k, r in zip(keys, self.rotations, strict=True)], dim=1)
+        return attention(joined_q, joined_k, torch.cat(list(values), dim=1)).split(lengths, dim=1)
+
+
+@dataclass(frozen=True)
+class BlockCausal(FreshText):
+    """Training's view of a rollout: memory sees itself; block i sees memory and the last `window` blocks up to i.
+
+    `memory_keys[i]` rotates the memory's keys as block i sees them, because the reference moves along with the stream.
+    """
+
+    grid: Rotation
+    memory: Rotation
+    memory_keys: tuple[Rotation, ...]
+    window: int
+
+    def attend(self, attention, queries, keys, values):
+        """One unmasked attention per block, so that the fast kernels stay usable."""
+        (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = queries, keys, values
+        grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
+        length = grid_q.shape[1] // len(self.memory_keys)
+        seen = {id(place): rotate(memory_k, place) for place in self.memory_keys}
+        heard = []
+        for index, place in enumerate(self.memory_keys):
+            first, last = max(0, index + 1 - self.window) * length, (index + 1) * length
+            block_k = torch.cat((seen[id(place)], grid_k[:, first:last]), dim=1)
+            block_v = torch.cat((memory_v, grid_v[:, first:last]), dim=1)
+            heard.append(attention(grid_q[:, last - length : last], block_k, block_v))
+        remembered = attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v)
+        return torch.cat(heard, dim=1), remembered

@@ -1,0 +1,115 @@
+"""From speech features to a few tokens per latent frame, and how the noisy tokens hear them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from sonic.model.blocks import MultiHead, modulate
+
+
+class AudioTokens(NamedTuple):
+    """What each latent frame hears: tokens [B,T,A,D] to attend to and their summary [B,T,D] to modulate by.
+
+    With several actors B counts them (B = batch · actors) and `masks` [B,T,S,1] says which patches each one moves.
+    """
+
+    tokens: Tensor
+    summary: Tensor
+    masks: Tensor | None = None
+
+
+class Actors(NamedTuple):
+    """Several voices in one picture: features [batch · actors,N,A,F] and masks [batch · actors,T,h,w] over the patches."""
+
+    audio: Tensor
+    masks: Tensor
+
+
+class CausalConv(nn.Conv1d):
+    """A convolution over time that sees no future; the first column stands for everything before it."""
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """[B,T,C] -> [B,T/stride,C']"""
+        (kernel,), (stride,) = self.kernel_size, self.stride
+        past = columns[:, :1].expand(-1, kernel - 1, -1)
+        windows = torch.cat((past, columns), dim=1).unfold(1, kernel, stride)
+        return F.linear(windows.flatten(2), self.weight.flatten(1), self.bias)
+
+
+class AudioEncoder(nn.Module):
+    """Mix the layers of a speech encoder and shrink time by 4: local tokens and one summary per latent frame."""
+
+    def __init__(self, audio_dim: int, num_layers: int, num_tokens: int, hidden_dim: int):
+        super().__init__()
+        if hidden_dim % 4:
+            raise ValueError(f"hidden_dim={hidden_dim} must be a multiple of 4: the audio encoder widens it in two steps")
+        quarter, half = hidden_dim // 4, hidden_dim // 2
+        self.num_tokens = num_tokens
+        self.layer_weights = nn.Parameter(torch.full((1, num_layers, 1, 1), 0.01))
+        self.local = CausalConv(audio_dim, quarter * num_tokens, 3)
+        self.pooled = CausalConv(audio_dim, quarter, 3)
+        self.shrink = CausalConv(quarter, half, 3, stride=2)
+        self.shrink_again = CausalConv(half, hidden_dim, 3, stride=2)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.padding = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,N,A,F] -> tokens [B,T,tokens+1,D] and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
+        weights = F.silu(self.layer_weights.float())
+        mixed = (features.float() * weights).sum(dim=1) / weights.sum(dim=1)
+        columns = rearrange(mixed, "b a f -> b f a").to(self.out.weight.dtype)
+        apart = rearrange(self.local(columns), "b f (tokens c) -> (b tokens) f c", tokens=self.num_tokens)
+        tokens = rearrange(self._shrink(apart), "(b tokens) t d -> b t tokens d", tokens=self.num_tokens)
+        padding = self.padding.to(tokens.dtype).expand(*tokens.shape[:2], -1, -1)
+        return torch.cat((tokens, padding), dim=2), self.out(self._shrink(self.pooled(columns)))
+
+    def clip(self, features: Tensor, motion_frames: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The same for a clip alone: its first column is repeated `motion_frames[0]` times in front and
+        `motion_frames[1]` latent frames are cut off again.
+
+        A causal encoder answers a constant past with a constant, so whole strides of it are left out on both sides.
+        """
+        repeats, cut = motion_frames
+        spare = min((repeats - 1) // 4, cut)
+        past = repeat(features[..., :1], "b n a 1 -> b n a f", f=repeats - 4 * spare)
+        tokens, summary = self(torch.cat((past, features), dim=-1))
+        return tokens[:, cut - spare :], summary[:, cut - spare :]
+
+    def _shrink(self, columns: Tensor) -> Tensor:
+        columns = self.shrink(F.silu(_plain_norm(columns)))
+        return F.silu(_plain_norm(self.shrink_again(F.silu(_plain_norm(columns)))))
+
+
+class AudioInjector(nn.Module):
+    """Let each latent frame hear its own audio tokens, after a norm modulated by their summary."""
+
+    EPS = 1e-5  # of this norm alone; the others use the model's
+
+    def __init__(self, hidden_dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.modulation = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.attention = MultiHead(hidden_dim, num_heads, eps)
+
+    def forward(self, grid: Tensor, audio: AudioTokens) -> Tensor:
+        """[B,T,S,D] -> [B,T,S,D], the residual included"""
+        actors = audio.tokens.shape[0] // grid.shape[0]
+        tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
+        shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)
+        normed = modulate(tokens, shift, 1 + scale, self.EPS)
+        heard = self.attention(
+            rearrange(normed, "b t s d -> (b t) 1 s d"),
+            self.attention.keys_values(rearrange(audio.tokens, "b t a d -> (b t) 1 a d")),
+        )
+        residual = rearrange(heard, "(b t) 1 s d -> b t s d", t=grid.shape[1])
+        if audio.masks is not None:
+            residual = rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)
+        return grid + residual
+
+
+def _plain_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)

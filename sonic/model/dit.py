@@ -1,0 +1,221 @@
+"""The avatar DiT of the Wan2.2-S2V family: whole clips with full attention, or block by block over a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from sonic.config import ModelConfig
+from sonic.geometry import FRAMES_PER_LATENT
+from sonic.model.attention import BlockCausal, Reach, WholeClip
+from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
+from sonic.model.blocks import Block, Head
+from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
+from sonic.model.kv_cache import FillMemory, KVCache, KVRing, RingView, memory_places
+from sonic.types import BlockSpan, Conditions
+
+NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
+
+
+class BlockInputs(NamedTuple):
+    """What does not change between the sampling steps of a block: pose tokens, audio tokens, positions."""
+
+    span: BlockSpan
+    pose: Tensor
+    audio: AudioTokens | None
+    places: Rotation
+
+
+class AvatarDiT(nn.Module):
+    """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        trunk, audio, text = config.trunk, config.audio, config.text
+        dim, channels, patch = trunk.hidden_dim, trunk.latent_channels, trunk.patch_size
+        self.patch_embed = PatchEmbed(channels, dim, patch)
+        self.pose_embed = PatchEmbed(channels, dim, patch)
+        self.frame_pack = FramePack(channels, dim, patch, config.motion.buckets)
+        self.roles = nn.Embedding(3, dim)
+        self.time_embed = TimeEmbed(trunk.freq_dim, dim)
+        self.text_embed = TextEmbed(text.text_dim, text.text_len, dim)
+        self.audio_encoder = AudioEncoder(audio.audio_dim, audio.num_audio_layers, audio.num_audio_token, dim)
+        self.blocks = nn.ModuleList(Block(dim, trunk.ffn_dim, trunk.num_heads, trunk.eps) for _ in range(trunk.num_layers))
+        self.audio_injectors = nn.ModuleList(AudioInjector(dim, trunk.num_heads, trunk.eps) for _ in audio.inject_layers)
+        self.head = Head(dim, channels, tuple(patch), trunk.eps)
+        self.apply(_initialise)
+        nn.init.zeros_(self.head.project.weight)
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None) -> Tensor:
+        """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
+        grid = self._patches(latents, self._pose(conditions, latents.shape))
+        places = self._grid_rotation(0, grid.shape[1], latents.shape)
+        reach = WholeClip((places, self._memory_rotation(conditions, self.config.rollout.ref_position)))
+        encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
+        audio = self._hear(conditions, encode, actors=actors)
+        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio).to(latents.dtype)
+
+    def forward_blocks(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0) -> Tensor:
+        """All blocks of a rollout at once, for training: equal to `prefill` and `denoise_block` run block by block.
+
+        latents [B,C,n·block,H,W], timestep [B] or [B,T], conditions of these n blocks -> [B,C,n·block,H,W]
+        """
+        rollout = self.config.rollout
+        count, rest = divmod(latents.shape[2], rollout.block_frames)
+        if rest or not count:
+            raise ValueError(f"{latents.shape[2]} latent frames are not whole blocks of {rollout.block_frames}")
+        grid = self._patches(latents, self._pose(conditions, latents.shape))
+        starts = [(first_block + index) * rollout.block_frames for index in range(count)]
+        positions = [self.ref_position(start) for start in starts]
+        turned = {position: self._memory_rotation(conditions, position) for position in positions}
+        reach = BlockCausal(
+            grid=self._grid_rotation(starts[0], grid.shape[1], latents.shape),
+            memory=self._memory_rotation(conditions, rollout.ref_position),
+            memory_keys=tuple(turned[position] for position in positions),
+            window=rollout.window_blocks,
+        )
+        audio = self._hear(conditions, lambda features: self._encode_blocks(features, count))
+        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio).to(latents.dtype)
+
+    def new_cache(self, conditions: Conditions, *, steps: int) -> KVCache:
+        """An empty cache that fits these conditions, with one ring per sampling step."""
+        height, width = self._grid_size(conditions.ref.shape)
+        batch, motion = conditions.ref.shape[0], conditions.motion is not None
+        return KVCache.allocate(self.config, batch, (height, width), steps=steps, motion=motion, like=self.patch_embed.weight.detach())
+
+    def prefill(self, conditions: Conditions, cache: KVCache) -> KVCache:
+        """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
+        memory = self._memory(conditions)
+        _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
+        text = self.text_embed(conditions.text)
+        places = rotation(cache.memory_places(self.config.rollout.ref_position), self._head_dim)
+        self._run((memory,), (modulation,), text, reach_of=lambda layer: FillMemory(cache, layer, places))
+        for ring in cache.rings:
+            ring.ref_position = None
+        return cache
+
+    def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
+        """Encode once what every sampling step of a block uses; `conditions` are those of the block (`conditions.at(span)`)."""
+        shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
+        audio = self._hear(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
+        frames = span.latent_frames // self.config.trunk.patch_size[0]
+        return BlockInputs(span, self._pose(conditions, shape), audio, self._grid_rotation(span.start, frames, shape))
+
+    def denoise_block(
+        self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: KVRing, ref_position: int | None = None
+    ) -> Tensor:
+        """Denoise one block; its keys and values go into `ring`.  [B,C,block,H,W], timestep [B] or [B,block] -> the same shape
+
+        `ref_position` is the reference's time id (default: the configured rule). For use without gradients.
+        """
+        span = inputs.span
+        if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
+            raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
+        cache.place_reference(ring, self.ref_position(span.start) if ref_position is None else ref_position)
+        slot = ring.begin(span.index)
+        grid = self._patches(latents, inputs.pose)
+        summary, modulation = self.time_embed(_per_frame(timestep))
+        (grid,) = self._run(
+            (grid,), (modulation,), None, reach_of=lambda layer: RingView(cache, ring, layer, slot, inputs.places), audio=inputs.audio
+        )
+        return self.head(grid, summary, cache.grid[1]).to(latents.dtype)
+
+    def ref_position(self, start: int) -> int:
+        """Time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
+        rollout = self.config.rollout
+        return ref_time_id(start, ref_position=rollout.ref_position, distance=rollout.ref_distance)
+
+    def _denoise(self, grid: Tensor, timestep: Tensor, conditions: Conditions, *, reach: Reach, audio: AudioTokens | None) -> Tensor:
+        """Grid and memory through the trunk together; memory always at noise level 0."""
+        timestep = _per_frame(timestep)
+        summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
+        streams = (grid, self._memory(conditions))
+        modulations = (modulation[:, :-1], modulation[:, -1:])
+        text = self.text_embed(conditions.text)
+        grid, _ = self._run(streams, modulations, text, reach_of=lambda layer: reach, audio=audio)
+        return self.head(grid, summary[:, :-1], self._grid_size(conditions.ref.shape)[1])
+
+    def _run(
+        self,
+        streams: tuple[Tensor, ...],
+        modulations: tuple[Tensor, ...],
+        text: Tensor | None,
+        *,
+        reach_of: Callable[[int], Reach],
+        audio: AudioTokens | None = None,
+    ) -> tuple[Tensor, ...]:
+        injectors = dict(zip(self.config.audio.inject_layers, self.audio_injectors, strict=True)) if audio is not None else {}
+        for layer, block in enumerate(self.blocks):
+            streams = block(streams, modulations, text, reach=reach_of(layer))
+            if layer in injectors:
+                streams = (injectors[layer](streams[0], audio), *streams[1:])
+        return streams
+
+    def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
+        return self.patch_embed(latents) + pose
+
+    def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
+        """Pose tokens plus the role of noisy tokens; without pose the encoder sees zeros, so its bias stays."""
+        if conditions.pose is None:
+            return self.pose_embed.bias + self.roles.weight[NOISY]
+        if tuple(conditions.pose.shape[2:]) != tuple(shape[2:]):
+            raise ValueError(f"pose covers {list(conditions.pose.shape[2:])} (time, height, width), the latents {list(shape[2:])}")
+        return self.pose_embed(conditions.pose) + self.roles.weight[NOISY]
+
+    def _memory(self, conditions: Conditions) -> Tensor:
+        """Reference tokens, then motion tokens.  -> [B,1,M,D]"""
+        ref = self.patch_embed(conditions.ref) + self.roles.weight[REF]
+        if conditions.motion is None:
+            return ref
+        motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
+        return torch.cat((ref, motion), dim=2)
+
+    def _hear(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
+        if actors is not None:
+            masks = rearrange(actors.masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
+            return AudioTokens(*encode(actors.audio), masks)
+        return None if conditions.audio is None else AudioTokens(*encode(conditions.audio))
+
+    def _encode_blocks(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The audio of each block alone: nothing is heard across a join."""
+        frames = FRAMES_PER_LATENT * self.config.rollout.block_frames
+        if features.shape[-1] != count * frames:
+            raise ValueError(f"{features.shape[-1]} audio columns do not fit {count} blocks of {frames} video frames")
+        apart = rearrange(features, "b n a (k f) -> (b k) n a f", k=count)
+        tokens, summary = self.audio_encoder.clip(apart, self.config.motion.motion_frames)
+        return rearrange(tokens, "(b k) t a d -> b (k t) a d", k=count), rearrange(summary, "(b k) t d -> b (k t) d", k=count)
+
+    def _grid_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        _, rows, columns = self.config.trunk.patch_size
+        return shape[-2] // rows, shape[-1] // columns
+
+    def _grid_rotation(self, start: int, frames: int, shape: tuple[int, ...]) -> Rotation:
+        times = torch.arange(start, start + frames, dtype=torch.float64, device=self.patch_embed.weight.device)
+        return rotation(grid_places(times, *self._grid_size(shape)), self._head_dim)
+
+    def _memory_rotation(self, conditions: Conditions, ref_position: int) -> Rotation:
+        buckets = () if conditions.motion is None else tuple(self.config.motion.buckets)
+        places = memory_places(buckets, self._grid_size(conditions.ref.shape), ref_position, device=self.patch_embed.weight.device)
+        return rotation(places, self._head_dim)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.config.trunk.hidden_dim // self.config.trunk.num_heads
+
+
+def _per_frame(timestep: Tensor) -> Tensor:
+    """[B] -> [B,1]; [B,T] stays."""
+    return timestep if timestep.ndim == 2 else repeat(timestep, "b -> b 1")
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv3d | nn.Conv1d):
+        nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,164 @@
+"""From latents, text and time to tokens, and where tokens sit in time and space (rotary positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin [N,1,d/2]
+Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
+ROPE_THETA = 10_000.0
+
+
+class PatchEmbed(nn.Conv3d):
+    """Cut latents into patches and project each of them; a convolution whose kernel is its stride."""
+
+    def __init__(self, channels: int, hidden_dim: int, patch: Sequence[int]):
+        super().__init__(channels, hidden_dim, kernel_size=tuple(patch), stride=tuple(patch))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Patch tokens in row order.  [B,C,T,H,W] -> [B,T',S,D]"""
+        p, q, r = self.kernel_size
+        if any(size % step for size, step in zip(latents.shape[2:], (p, q, r), strict=True)):
+            raise ValueError(f"latents of {list(latents.shape[2:])} (time, height, width) do not divide into patches of {[p, q, r]}")
+        patches = rearrange(latents, "b c (t p) (h q) (w r) -> b t (h w) (c p q r)", p=p, q=q, r=r)
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class TextEmbed(nn.Module):
+    """Project the prompt's rows; short prompts are padded with zero rows FIRST, as the published weights expect."""
+
+    def __init__(self, text_dim: int, text_len: int, hidden_dim: int):
+        super().__init__()
+        self.text_len = text_len
+        self.expand = nn.Linear(text_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[B,L,text_dim] -> [B,1,text_len,D], one 'frame' of text tokens."""
+        missing = self.text_len - rows.shape[1]
+        if missing < 0:
+            raise ValueError(f"the prompt has {rows.shape[1]} rows; the model reads at most {self.text_len}: shorten it")
+        padded = F.pad(rows.to(self.expand.weight.dtype), (0, 0, 0, missing))
+        return rearrange(self.out(F.gelu(self.expand(padded), approximate="tanh")), "b l d -> b 1 l d")
+
+
+class TimeEmbed(nn.Module):
+    """Noise level to modulation, in float32 whatever the weights are stored in."""
+
+    def __init__(self, freq_dim: int, hidden_dim: int):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.expand = nn.Linear(freq_dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.project = nn.Linear(hidden_dim, 6 * hidden_dim)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks."""
+        waves = sinusoid(timestep, self.freq_dim).float()
+        summary = _linear_float32(self.out, F.silu(_linear_float32(self.expand, waves)))
+        modulation = _linear_float32(self.project, F.silu(summary))
+        return summary, rearrange(modulation, "b t (six d) -> b t six d", six=6)
+
+
+class FramePack(nn.Module):
+    """The past as few tokens: the newest latent frames at full size, older ones in ever larger patches.
+
+    The buckets are [newest, middle, oldest] latent frames; patches grow by (1, 2, 4) in time and space.
+    Source: FramePack, arXiv 2504.12626.
+    """
+
+    def __init__(self, channels: int, hidden_dim: int, patch: Sequence[int], buckets: Sequence[int]):
+        super().__init__()
+        self.buckets = tuple(buckets)
+        self.newest, self.middle, self.oldest = (
+            PatchEmbed(channels, hidden_dim, [size * scale for size in patch]) for scale in PACK_SCALES
+        )
+
+    def forward(self, motion: Tensor, keep: int = 2) -> Tensor:
+        """Latents of the past [B,C,Tm,H,W], oldest first -> [B,1,M,D], newest first.
+
+        `keep` 2 uses all of it; 1 and 0 blank the newest bucket, the newest two.
+        """
+        total = sum(self.buckets)
+        recent = motion[:, :, -total:]
+        window = F.pad(recent, (0, 0, 0, 0, total - recent.shape[2], 0))
+        blank = sum(self.buckets[: len(self.buckets) - 1 - keep])
+        if blank:
+            window = torch.cat((window[:, :, :-blank], torch.zeros_like(window[:, :, -blank:])), dim=2)
+        oldest, middle, newest = window.split(self.buckets[::-1], dim=2)
+        packed = (self.newest(newest), self.middle(middle), self.oldest(oldest))
+        return torch.cat([rearrange(tokens, "b t s d -> b 1 (t s) d") for tokens in packed], dim=2)
+
+
+PACK_SCALES = (1, 2, 4)
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """[...] -> [..., dim] float64: cosines, then sines, of geometrically spaced frequencies."""
+    frequencies = ROPE_THETA ** -(torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
+    angles = timestep.double()[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def grid_places(times: Tensor, height: int, width: int) -> Places:
+    """Ids of a full grid of patches at the given time ids."""
+    rows, columns = (torch.arange(size, dtype=torch.float64, device=times.device) for size in (height, width))
+    return _every_pair(times.double(), rows, columns)
+
+
+def motion_places(buckets: Sequence[int], height: int, width: int, device: torch.device | None = None) -> Places:
+    """Ids of the FramePack tokens: negative times counting back from the clip, coarser buckets spread over the grid."""
+    parts, past = [], 0
+    for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
+        times = -np.trunc(np.linspace(past + bucket, past + 1, bucket // scale))
+        rows, columns = (np.trunc(np.linspace(0, size - 1, size // scale)) for size in (height, width))
+        parts.append(_every_pair(*(torch.as_tensor(ids, dtype=torch.float64, device=device) for ids in (times, rows, columns))))
+        past += bucket
+    return tuple(torch.cat(ids) for ids in zip(*parts, strict=True))
+
+
+def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> int:
+    """Where the reference sits for a block starting at latent frame `start`: fixed at first, then `distance` ahead of it."""
+    return ref_position + max(0, start - (ref_position - distance))
+
+
+def rotation(places: Places, head_dim: int) -> Rotation:
+    """Cosines and sines [N,1,d/2] of the tokens' positions, from float64 angles: no table, so no last position.
+
+    A head's pairs are shared out between time, rows and columns. Source: RoFormer, arXiv 2104.09864.
+    """
+    side = head_dim // 6
+    angles = []
+    for ids, pairs in zip(places, (head_dim // 2 - 2 * side, side, side), strict=True):
+        frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
+        angles.append(ids[:, None] * frequencies)
+    angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
+    return angle.cos().float(), angle.sin().float()
+
+
+def join_rotations(*parts: Rotation) -> Rotation:
+    """The rotation of tokens that stand one after another."""
+    return tuple(torch.cat(tables) for tables in zip(*parts, strict=True))
+
+
+def rotate(heads: Tensor, turn: Rotation) -> Tensor:
+    """Turn neighbouring pairs of channels by their angles.  [B,N,heads,d] -> the same"""
+    cos, sin = turn
+    even, odd = rearrange(heads, "b n heads (pairs two) -> two b n heads pairs", two=2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rearrange(turned, "b n heads pairs two -> b n heads (pairs two)").to(heads.dtype)
+
+
+def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Places:
+    time, row, column = torch.meshgrid(times, rows, columns, indexing="ij")
+    return time.flatten(), row.flatten(), column.flatten()
+
+
+def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())

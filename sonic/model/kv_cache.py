@@ -1,0 +1,149 @@
+"""What a rollout remembers: keys and values of the memory and of the last blocks, as values that are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sonic.config import ModelConfig
+from sonic.model.attention import Attention, KeysValues
+from sonic.model.embed import Places, Rotation, grid_places, motion_places, rotate, rotation
+
+
+@dataclass
+class KVRing:
+    """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d], memory first.
+
+    Blocks are written in turn; once the ring is full a new block replaces the oldest. Keys carry their absolute
+    positions, so their order in the ring does not matter.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    memory_tokens: int
+    block_tokens: int
+    origin: int | None = None
+    newest: int | None = None
+    ref_position: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Blocks the ring holds."""
+        return (self.keys[0].shape[1] - self.memory_tokens) // self.block_tokens
+
+    def begin(self, index: int) -> tuple[int, int, int]:
+        """Make room for block `index`: first and last token of its slot, and how far the ring is filled with it.
+
+        The newest block may be written again; anything else must be its successor.
+        """
+        self.origin = index if self.origin is None else self.origin
+        if self.newest is not None and index not in (self.newest, self.newest + 1):
+            raise ValueError(f"block {index} cannot follow block {self.newest}: a ring is written in order; start a new cache to jump")
+        self.newest = index
+        count = index - self.origin
+        first = self.memory_tokens + count % self.window * self.block_tokens
+        return first, first + self.block_tokens, self.memory_tokens + min(count + 1, self.window) * self.block_tokens
+
+
+@dataclass
+class KVCache:
+    """Memory keys without rotation (the reference moves along), the prompt's keys and values, and a ring per sampling step."""
+
+    rings: list[KVRing]
+    grid: tuple[int, int]
+    buckets: tuple[int, ...]
+    memory_keys: list[Tensor]
+    text: list[KeysValues | None] = field(default_factory=list)
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, batch: int, grid: tuple[int, int], *, steps: int, motion: bool, like: Tensor) -> KVCache:
+        """Empty buffers for `steps` sampling steps over a grid of (rows, columns) patches; dtype and device as `like`."""
+        trunk, rollout = config.trunk, config.rollout
+        buckets = tuple(config.motion.buckets) if motion else ()
+        block_tokens = rollout.block_frames * grid[0] * grid[1]
+        memory_tokens = grid[0] * grid[1] + (len(motion_places(buckets, *grid)[0]) if motion else 0)
+        heads, layers = (trunk.num_heads, trunk.hidden_dim // trunk.num_heads), range(trunk.num_layers)
+        length = memory_tokens + rollout.window_blocks * block_tokens
+        rings = [
+            KVRing(
+                keys=[like.new_zeros(batch, length, *heads) for _ in layers],
+                values=[like.new_zeros(batch, length, *heads) for _ in layers],
+                memory_tokens=memory_tokens,
+                block_tokens=block_tokens,
+            )
+            for _ in range(steps)
+        ]
+        memory_keys = [like.new_zeros(batch, memory_tokens, *heads) for _ in layers]
+        return cls(rings, tuple(grid), buckets, memory_keys, [None for _ in layers])
+
+    def memory_places(self, ref_position: float) -> Places:
+        """Ids of the memory tokens with the reference at the given time id."""
+        return memory_places(self.buckets, self.grid, ref_position, device=self.memory_keys[0].device)
+
+    def place_reference(self, ring: KVRing, ref_position: int) -> None:
+        """Rotate the memory's keys in the ring's buffers for a reference at `ref_position`; only what moved is rewritten."""
+        if ring.ref_position == ref_position:
+            return
+        moved = ring.memory_tokens if ring.ref_position is None else self.grid[0] * self.grid[1]
+        places = tuple(ids[:moved] for ids in self.memory_places(ref_position))
+        turn = rotation(places, self.memory_keys[0].shape[-1])
+        for buffer, raw in zip(ring.keys, self.memory_keys, strict=True):
+            buffer[:, :moved] = rotate(raw[:, :moved], turn)
+        ring.ref_position = ref_position
+
+
+@dataclass(frozen=True)
+class FillMemory:
+    """Prefill's view of a layer: memory sees itself and is written down."""
+
+    cache: KVCache
+    layer: int
+    places: Rotation
+
+    def attend(self, attention: Attention, queries, keys, values):
+        """Attention among the memory tokens; their keys are kept without rotation."""
+        (query,), (key,), (value,) = queries, keys, values
+        self.cache.memory_keys[self.layer].copy_(key)
+        for ring in self.cache.rings:
+            ring.values[self.layer][:, : ring.memory_tokens] = value
+        return (attention(rotate(query, self.places), rotate(key, self.places), value),)
+
+    def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
+        """Keys and values of the prompt, kept for every later block."""
+        self.cache.text[self.layer] = project(rows)
+        return self.cache.text[self.layer]
+
+
+@dataclass(frozen=True)
+class RingView:
+    """One block's view of a layer: itself, the blocks still in the ring, the memory."""
+
+    cache: KVCache
+    ring: KVRing
+    layer: int
+    slot: tuple[int, int, int]
+    places: Rotation
+
+    def attend(self, attention: Attention, queries, keys, values):
+        """Write the block's keys and values into its slot and attend to all that is filled."""
+        (query,), (key,), (value,) = queries, keys, values
+        first, last, filled = self.slot
+        all_keys, all_values = self.ring.keys[self.layer], self.ring.values[self.layer]
+        all_keys[:, first:last] = rotate(key, self.places)
+        all_values[:, first:last] = value
+        return (attention(rotate(query, self.places), all_keys[:, :filled], all_values[:, :filled]),)
+
+    def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
+        """What prefill wrote down."""
+        return self.cache.text[self.layer]
+
+
+def memory_places(buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, device: torch.device | None = None) -> Places:
+    """Ids of the reference's tokens, then of the motion tokens (none without buckets)."""
+    ref = grid_places(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
+    if not buckets:
+        return ref
+    return tuple(torch.cat(ids) for ids in zip(ref, motion_places(buckets, *grid, device=device), strict=True))

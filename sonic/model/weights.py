@@ -1,0 +1,133 @@
+"""Weights on disk: the map between our names and the official ones, and checked reading and writing of safetensors.
+
+Files hold official names wherever a name has one, so a file written here loads in the published code and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+
+
+def _multi_head(ours: str, official: str) -> dict[str, str]:
+    return {f"{ours}.{our}": f"{official}.{theirs}" for our, theirs in _MULTI_HEAD.items()}
+
+
+# Module (or bare parameter) paths; {i} counts blocks or injectors. Weight and bias keep their names.
+OFFICIAL = {
+    "patch_embed": "patch_embedding",
+    "pose_embed": "cond_encoder",
+    "roles": "trainable_cond_mask",
+    "text_embed.expand": "text_embedding.0",
+    "text_embed.out": "text_embedding.2",
+    "time_embed.expand": "time_embedding.0",
+    "time_embed.out": "time_embedding.2",
+    "time_embed.project": "time_projection.1",
+    "frame_pack.newest": "frame_packer.proj",
+    "frame_pack.middle": "frame_packer.proj_2x",
+    "frame_pack.oldest": "frame_packer.proj_4x",
+    "audio_encoder.layer_weights": "casual_audio_encoder.weights",
+    "audio_encoder.padding": "casual_audio_encoder.encoder.padding_tokens",
+    "audio_encoder.local": "casual_audio_encoder.encoder.conv1_local.conv",
+    "audio_encoder.pooled": "casual_audio_encoder.encoder.conv1_global.conv",
+    "audio_encoder.shrink": "casual_audio_encoder.encoder.conv2.conv",
+    "audio_encoder.shrink_again": "casual_audio_encoder.encoder.conv3.conv",
+    "audio_encoder.out": "casual_audio_encoder.encoder.final_linear",
+    "blocks.{i}.modulation": "blocks.{i}.modulation",
+    **_multi_head("blocks.{i}.self_attention", "blocks.{i}.self_attn"),
+    "blocks.{i}.text_norm": "blocks.{i}.norm3",
+    **_multi_head("blocks.{i}.text_attention", "blocks.{i}.cross_attn"),
+    "blocks.{i}.mlp_in": "blocks.{i}.ffn.0",
+    "blocks.{i}.mlp_out": "blocks.{i}.ffn.2",
+    "audio_injectors.{i}.modulation": "audio_injector.injector_adain_layers.{i}.linear",
+    **_multi_head("audio_injectors.{i}.attention", "audio_injector.injector.{i}"),
+    "head.modulation": "head.modulation",
+    "head.project": "head.head",
+}
+OURS = {official: ours for ours, official in OFFICIAL.items()}
+
+
+def to_official(name: str) -> str | None:
+    """The official name of one of our tensors, None when it has none."""
+    return _translate(name, OFFICIAL)
+
+
+def to_ours(name: str) -> str | None:
+    """Our name of an official tensor, None when it is unknown."""
+    return _translate(name, OURS)
+
+
+def export(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under the names a file holds: official where there is one, ours elsewhere."""
+    return {to_official(name) or name: tensor for name, tensor in model.state_dict().items()}
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the model's tensors as one safetensors file, in the precision they have."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, str(path), dict(metadata or {}))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill the model from a safetensors file with official or our own names; precision and device stay the model's.
+
+    Raises ValueError in one sentence when the file is cut short, lacks a tensor, or has one too many or of another shape.
+    """
+    wanted = model.state_dict()
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            stored = {name if name in wanted else to_ours(name) or name: name for name in file.keys()}  # noqa: SIM118
+            _check_names(wanted, stored, path)
+            for name, target in wanted.items():
+                shape = file.get_slice(stored[name]).get_shape()
+                if list(target.shape) != shape:
+                    raise ValueError(
+                        f"weights {path}: tensor {stored[name]} has shape {shape}, the model needs {list(target.shape)}; "
+                        "use the file that was made for this model"
+                    )
+            with torch.no_grad():
+                for name, target in wanted.items():
+                    target.copy_(file.get_tensor(stored[name]))
+    except FileNotFoundError:
+        raise ValueError(f"weights {path} do not exist; give the path of a safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"weights {path} cannot be read: the file is cut short or not safetensors ({error}); fetch it again") from error
+
+
+def _check_names(wanted: Mapping[str, Tensor], stored: Mapping[str, str], path: str | Path) -> None:
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        first = to_official(missing[0]) or missing[0]
+        raise ValueError(
+            f"weights {path}: tensor {first} is missing ({len(missing)} of {len(wanted)} in all); the file is for another model"
+        )
+    extra = [stored[name] for name in stored if name not in wanted]
+    if extra:
+        raise ValueError(
+            f"weights {path}: tensor {extra[0]} has no place in the model ({len(extra)} in all); the file is for another model"
+        )
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    for path, leaf in _splits(name):
+        if path in table:
+            return table[path] + leaf
+        words = path.split(".")
+        for place, word in enumerate(words):
+            pattern = ".".join([*words[:place], "{i}", *words[place + 1 :]])
+            if word.isdigit() and pattern in table:
+                return table[pattern].replace("{i}", word) + leaf
+    return None
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """A name whole, and cut before its last word."""
+    yield name, ""
+    path, _, leaf = name.rpartition(".")
+    yield path, f".{leaf}"

@@ -1,0 +1,239 @@
+"""Parity with numbers that the published code produced; another folder of cases comes from the variable SONIC_GOLDEN."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.flow.schedule import SCHEDULES
+from sonic.model import dit, kv_cache
+from sonic.model.audio_tokens import Actors
+from sonic.model.dit import AvatarDiT
+from sonic.model.embed import ref_time_id, rotation
+from sonic.model.weights import load_weights
+from sonic.types import BlockSpan, Conditions
+
+FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder of recorded numbers."""
+
+    folder: Path
+    manifest: dict
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> Case:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        inputs, outputs = (load_file(folder / manifest["files"][name]) for name in ("inputs", "outputs"))
+        return cls(folder, manifest, inputs, outputs)
+
+    @property
+    def call(self) -> dict:
+        return self.manifest["call"]
+
+    def close(self, found: Tensor, expected: Tensor, *, strict: bool = True, slack: float = 0.0) -> None:
+        """Within the recorded tolerance (plus `slack`), and the strict one where the reference is exact."""
+        tolerance = self.manifest["tolerance"]
+        assert_close(found, expected, atol=tolerance["atol"] + slack, rtol=tolerance["rtol"])
+        if strict and "strict_atol" in tolerance:
+            assert_close(found, expected, atol=tolerance["strict_atol"], rtol=tolerance["rtol"])
+
+
+def model_of(case: Case, *, window_blocks: int = 1) -> AvatarDiT:
+    """The model a manifest describes, with its weights."""
+    given, call = case.manifest["config"], case.manifest.get("call", {})
+    weights = case.folder / case.manifest["weights"]
+    layers = load_file(weights)["casual_audio_encoder.weights"].shape[1]
+    trunk = TrunkConfig(
+        hidden_dim=given["dim"],
+        ffn_dim=given["ffn_dim"],
+        num_heads=given["num_heads"],
+        num_layers=given["num_layers"],
+        patch_size=given["patch_size"],
+        latent_channels=given["in_dim"],
+        freq_dim=given["freq_dim"],
+        eps=given["eps"],
+    )
+    config = ModelConfig(
+        name="golden",
+        trunk=trunk,
+        audio=AudioConfig(given["audio_dim"], layers, given["num_audio_token"], given["audio_inject_layers"]),
+        text=TextConfig(given["text_dim"], given["text_len"]),
+        motion=MotionConfig(add_last_motion=int(call.get("add_last_motion", 2)), motion_frames=call.get("motion_frames", [73, 19])),
+        rollout=RolloutConfig(block_frames=call.get("frames_per_block", 3), window_blocks=window_blocks),
+        resolution=0,
+    )
+    model = AvatarDiT(config).eval()
+    load_weights(model, weights)
+    return model
+
+
+def conditions_of(case: Case, *, audio: Tensor | None = None, motion: Tensor | None = None) -> Conditions:
+    """The conditions of a case; prompts of different lengths are filled up with zero rows."""
+    rows = [case.inputs[name] for name in sorted(case.inputs) if name.startswith("context_")]
+    longest = max(len(prompt) for prompt in rows)
+    text = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in rows])
+    return Conditions(ref=case.inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=case.inputs["cond_states"])
+
+
+def whole_clip(case: Case) -> None:
+    motion = None if case.call["drop_motion_frames"] else case.inputs["motion_latents"]
+    conditions = conditions_of(case, audio=case.inputs["audio_input"], motion=motion)
+    found = model_of(case)(case.inputs["x"], case.inputs["t"], conditions)
+    case.close(found, case.outputs["out"])
+
+
+def audio_encoder(case: Case) -> None:
+    encoder = model_of(case).audio_encoder
+    for name, features in case.inputs.items():
+        tokens, summary = encoder(features)
+        length = name.removeprefix("features_")
+        case.close(tokens, case.outputs[f"local_{length}"])
+        case.close(summary, case.outputs[f"global_{length}"].squeeze(2))
+
+
+def per_frame_timesteps(case: Case) -> None:
+    """Recorded with rotations rounded to half precision: exactly so here, and within the tolerance without rounding."""
+    case.close(_per_frame(case), case.outputs["out"], strict=False)
+    with half_precision_rotations():
+        case.close(_per_frame(case), case.outputs["out"])
+
+
+def streaming(case: Case) -> None:
+    """Two clips on rolling rings: exact rotations against the exact recording, rounded ones against everything else."""
+    outputs = case.outputs
+    _, final, _ = _stream(case)
+    case.close(final, outputs["final_exactrope"])
+    case.close(final, outputs["final"], strict=False, slack=case.manifest["exactrope_maxdiff"])
+    with half_precision_rotations():
+        predictions, final, cache = _stream(case)
+    case.close(predictions, outputs["pred_per_call"])
+    case.close(final, outputs["final"])
+    for name, expected in outputs.items():
+        words = name.split(".")
+        layer = int(words[-1].removeprefix("layer")) if words[-1].startswith("layer") else None
+        if name.startswith("sink.cond_k"):
+            case.close(cache.memory_keys[layer], expected)
+        if name.startswith("sink.cond_v"):
+            case.close(cache.rings[0].values[layer][:, : expected.shape[1]], expected)
+        if name.startswith("kv_end"):
+            ring = cache.rings[int(words[2].removeprefix("step"))]
+            buffer = {"k": ring.keys, "v": ring.values}[words[1]][layer]
+            case.close(buffer[:, ring.memory_tokens :], expected)
+
+
+def two_actors(case: Case) -> None:
+    actors = Actors(case.inputs["audio_input"], case.inputs["mask"].squeeze(-1))
+    predictions, final, _ = _stream(case, actors=actors)
+    case.close(predictions, case.outputs["pred_per_call"], strict=False)
+    case.close(final, case.outputs["final"], strict=False)
+    with half_precision_rotations():
+        predictions, final, _ = _stream(case, actors=actors)
+    case.close(predictions, case.outputs["pred_per_call"])
+    case.close(final, case.outputs["final"])
+
+
+HANDLERS = {
+    "case01": whole_clip,
+    "case02": whole_clip,
+    "case03": whole_clip,
+    "case04": audio_encoder,
+    "case06_liveavatar_per_frame_t": per_frame_timesteps,
+    "case06_liveavatar_streaming": streaming,
+    "case06_liveavatar_two_actors": two_actors,
+}
+
+
+def _handler(folder: Path):
+    return next((check for prefix, check in HANDLERS.items() if folder.name.startswith(prefix)), None)
+
+
+FOLDERS = [folder for folder in sorted(FOLDER.glob("case*")) if _handler(folder)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@torch.no_grad()
+def test_golden(folder: Path) -> None:
+    _handler(folder)(Case.read(folder))
+
+
+def test_every_handler_has_a_case() -> None:
+    names = [folder.name for folder in FOLDERS]
+    assert all(any(name.startswith(prefix) for name in names) for prefix in HANDLERS)
+
+
+@contextmanager
+def half_precision_rotations() -> Iterator[None]:
+    """Round the rotary tables as the published rollout stores them; ours are exact."""
+    rounded = lambda places, head_dim: tuple(table.half().float() for table in rotation(places, head_dim))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (dit, kv_cache):
+            patch.setattr(module, "rotation", rounded)
+        yield
+
+
+def _per_frame(case: Case) -> Tensor:
+    call, noise = case.call, case.inputs["noise"]
+    model = model_of(case, window_blocks=call["kv_cache_blocks"])
+    conditions = conditions_of(case, audio=case.inputs["audio_input"], motion=case.inputs["motion_latents"])
+    cache = model.prefill(conditions, model.new_cache(conditions, steps=1))
+    found = []
+    for turn, (timestep, index, scale) in enumerate(zip(call["t"], call["current_start_blocks"], call["x_scale"], strict=True)):
+        span = BlockSpan(index, index * len(timestep), len(timestep))
+        level = torch.tensor([timestep], dtype=torch.float32)
+        inputs = model.prepare_block(conditions, span)
+        place = _ref_position(case, turn, span)
+        latents = noise[:1, :, : len(timestep)] * scale
+        found.append(model.denoise_block(latents, level, inputs, cache=cache, ring=cache.rings[0], ref_position=place))
+    return torch.cat(found)
+
+
+def _ref_position(case: Case, turn: int, span: BlockSpan) -> int:
+    distances = case.manifest["relative_dist"]
+    return ref_time_id(span.start, distance=distances[turn % len(distances)])
+
+
+def _stream(case: Case, *, actors: Actors | None = None):
+    """Prefill, then block by block and step by step with Euler; a ring holds one clip."""
+    call, noise = case.call, case.inputs["noise"]
+    frames = call["frames_per_block"]
+    blocks, clips = noise.shape[2] // frames, noise.shape[0]
+    model = model_of(case, window_blocks=blocks)
+    audio = None if actors else case.inputs["audio_input"]
+    whole = conditions_of(case, audio=audio, motion=case.inputs["motion_latents"])
+    sigmas = torch.tensor(SCHEDULES["twice_shifted"](call["steps"], 3.0))
+    cache = model.prefill(whole, model.new_cache(whole, steps=call["steps"]))
+    predictions, final, turn = [], [], 0
+    for index in range(clips * blocks):
+        clip, block = divmod(index, blocks)
+        span = BlockSpan(index, index * frames, frames)
+        within = BlockSpan(block, block * frames, frames)
+        conditions = conditions_of(case, audio=None if actors else whole.at(span).audio)
+        conditions = Conditions(ref=whole.ref, text=whole.text, audio=conditions.audio, motion=whole.motion, pose=whole.at(within).pose)
+        inputs = model.prepare_block(conditions, span, actors=actors)
+        latents = noise[clip : clip + 1, :, within.start : within.stop]
+        for step, ring in enumerate(cache.rings):
+            velocity = model.denoise_block(
+                latents, 1000 * sigmas[step : step + 1], inputs, cache=cache, ring=ring, ref_position=_ref_position(case, turn, span)
+            )
+            latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+            predictions.append(velocity[0])
+            turn += 1
+        final.append(latents[0])
+    return torch.stack(predictions).unflatten(0, (-1, call["steps"])), torch.cat(final, dim=1), cache
