@@ -1,0 +1,168 @@
+"""Recordings: reading any audio file as 16 kHz mono speech, and the log-mel columns that the speech encoder hears.
+
+The only door to librosa. Everything runs as a stream or in chunks, so that memory does not grow with anything but the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from sonic.types import Speech
+
+SAMPLE_RATE = 16_000
+SHORTEST_S = 0.2
+SILENCE_DBFS = -80.0  # a recording whose loudest 20 ms stay below this holds nothing to speak
+
+FPS = 25
+COLUMNS_PER_FRAME = 2
+MELS = 40
+_HOP = SAMPLE_RATE // (FPS * COLUMNS_PER_FRAME)  # 320 samples, 20 ms
+_WINDOW = 640  # 40 ms
+_CHUNK_COLUMNS = 512
+
+_LOUDNESS_DBFS = -20.0  # level that the loud part of every recording is brought to
+_QUIETEST_DBFS = -50.0  # quieter recordings are not raised further: what they hold is noise
+_HEARING_DBFS = -65.0  # white noise of this level, before any gain, is not heard at all
+_FLOOR = 1e-7  # mel power that stands for silence
+_MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
+
+
+def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
+    """A recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
+
+    Raises ValueError for a file that is missing, a folder, empty, damaged, a video, without sound, shorter than 0.2 s,
+    not finite, or (unless `allow_silence`) silent throughout.
+    """
+    path = Path(path)
+    _check_file(path)
+    store = array("f")
+    for samples in _decode(path):
+        store.frombytes(samples.tobytes())
+    samples = np.frombuffer(store, np.float32) if store else np.zeros(0, np.float32)
+    seconds = len(samples) / SAMPLE_RATE
+    if seconds < SHORTEST_S:
+        raise ValueError(f"audio={path} lasts {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+    if not allow_silence and frame_levels(samples).max() < SILENCE_DBFS:
+        raise ValueError(f"audio={path} is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    np.clip(samples, -1, 1, out=samples)
+    return Speech(samples, SAMPLE_RATE, path)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"audio={path} is a folder; give one recording, such as {path / 'speech.wav'}")
+    if not path.exists():
+        raise ValueError(f"audio={path} does not exist; give the path of a recording (wav, mp3, flac, m4a or ogg)")
+    if path.stat().st_size == 0:
+        raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
+
+
+def _decode(path: Path) -> Iterator[np.ndarray]:
+    """Float32 mono chunks at 16 kHz, as they leave the decoder."""
+    import av
+
+    damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
+    try:
+        with av.open(str(path)) as container:
+            stream = _only_sound(container, path)
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            for frame in container.decode(stream):
+                if frame.format.name.startswith(("flt", "dbl")) and not np.isfinite(frame.to_ndarray()).all():
+                    raise ValueError(f"audio={path} holds samples that are not numbers (NaN or infinity); save it again as 16-bit wav")
+                frame.pts = None  # a gap or a wrong clock in the file must not stop the resampler
+                for piece in resampler.resample(frame):
+                    yield piece.to_ndarray()[0]
+            for piece in resampler.resample(None):
+                yield piece.to_ndarray()[0]
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "unknown format"
+        raise ValueError(damaged.format(reason)) from error
+
+
+def _only_sound(container, path: Path):
+    """The audio stream of a file that is a recording; cover pictures are no video."""
+    from av.stream import Disposition
+
+    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if moving:
+        raise ValueError(f"audio={path} is a video; extract its sound first, for example: ffmpeg -i {path.name} {path.stem}.wav")
+    if not container.streams.audio:
+        raise ValueError(f"audio={path} has no sound in it; give a recording (wav, mp3, flac, m4a or ogg)")
+    return container.streams.audio[0]
+
+
+def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """The same sound, float32 [n], at another sample rate in Hz."""
+    import librosa
+
+    return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
+
+
+def frame_levels(samples: np.ndarray) -> np.ndarray:
+    """Level of every 20 ms in dBFS (mean square; a full square wave is 0)."""
+    whole = np.pad(samples, (0, -len(samples) % _HOP)).reshape(-1, _HOP)
+    power = np.einsum("nt,nt->n", whole, whole, dtype=np.float32) / _HOP
+    return 10 * np.log10(power + 1e-12)
+
+
+def loudness_gain(samples: np.ndarray) -> float:
+    """Factor that brings the loud part of a recording to -20 dBFS; a recording of mere noise or silence is not raised to speech.
+
+    The loud part is the 90th percentile of the frames within 30 dB of the loudest, so that pauses do not count.
+    """
+    levels = frame_levels(samples)
+    if not len(levels):
+        return 1.0
+    loud = np.percentile(levels[levels >= levels.max() - 30], 90)
+    return 10 ** ((_LOUDNESS_DBFS - max(float(loud), _QUIETEST_DBFS)) / 20)
+
+
+def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
+    """Log-mel columns float32 [2·F, 40] of 16 kHz speech, two for every video frame, centred at 1/4 and 3/4 of its 40 ms.
+
+    Loudness is evened out over the recording; silence gives the floor value `SILENT_COLUMN`, also after the last sample.
+    """
+    import librosa
+
+    columns = COLUMNS_PER_FRAME * num_frames
+    out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
+    gain = loudness_gain(samples)
+    bank = _mel_bank()
+    unheard = _unheard_power()
+    lead = (_WINDOW - _HOP) // 2  # the window of column j is centred on sample (j + 1/2) · hop
+    for first in range(0, columns, _CHUNK_COLUMNS):
+        count = min(_CHUNK_COLUMNS, columns - first)
+        begin, end = first * _HOP - lead, (first + count - 1) * _HOP - lead + _WINDOW
+        piece = samples[max(0, begin) : max(0, end)]
+        if not len(piece):
+            break
+        piece = np.pad(piece, (max(0, -begin), end - max(0, begin) - len(piece)))
+        spectrum = librosa.stft(piece, n_fft=_WINDOW, hop_length=_HOP, center=False)
+        power = np.maximum(bank @ np.square(np.abs(spectrum)) - unheard[:, None], 0) * gain**2
+        out[first : first + count] = (np.log10(power.T + _FLOOR) - _MEAN) / _SPREAD
+    return out
+
+
+SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
+
+
+@cache
+def _mel_bank() -> np.ndarray:
+    """Triangular mel filters [40, 321], scaled so that a sine of full scale gives about 1."""
+    import librosa
+
+    bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
+    return (bank / (_WINDOW / 4) ** 2).astype(np.float32)
+
+
+@cache
+def _unheard_power() -> np.ndarray:
+    """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
+    white = 10 ** (_HEARING_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
+    return 3 * white * _mel_bank().sum(axis=1)
