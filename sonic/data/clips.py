@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,35 +20,6 @@ from sonic.geometry import FRAMES_PER_LATENT
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
 # tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
 TIME = {"latents": (1, 1), "audio": (2, FRAMES_PER_LATENT), "visemes": (0, FRAMES_PER_LATENT), "head": (0, FRAMES_PER_LATENT)}
-
-
-class ShardWriter:
-    """Writes clips into numbered shards; a shard is there whole or not at all, and the index is written by `close`."""
-
-    def __init__(self, folder: Path, *, first: int = 0, clips_per_shard: int = 32) -> None:
-        self.folder, self.number, self.capacity = folder, first, clips_per_shard
-        self.clips: list[dict] = []
-        self._pending: dict[str, Tensor] = {}
-        self._names: list[dict] = []
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, tensors: Mapping[str, Tensor], **facts: object) -> None:
-        """Keep one clip; `facts` (JSON values, with latent_frames among them) go into the index."""
-        name = f"{self.number:05d}_{len(self._names):03d}"
-        self._pending |= {f"{name}/{key}": value.contiguous() for key, value in tensors.items()}
-        self._names.append({"name": name, "tensors": sorted(tensors), **facts})
-        if len(self._names) >= self.capacity:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the clips that wait as one shard."""
-        if not self._names:
-            return
-        shard = f"shard_{self.number:05d}.safetensors"
-        save_file(self._pending, self.folder / f".{shard}")
-        (self.folder / f".{shard}").rename(self.folder / shard)
-        self.clips += [{"shard": shard, **entry} for entry in self._names]
-        self.number, self._pending, self._names = self.number + 1, {}, []
 
 
 def write_index(folder: Path, clips: list[dict], **facts: object) -> None:

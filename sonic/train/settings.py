@@ -121,7 +121,6 @@ class FlowMatchConfig(ObjectiveConfig):
     audio_dropout: float = 0.1
     max_first_block: int = 60
     viseme_weight: float = 0.3
-    sway_weight: float = 0.25  # loss on the change between neighbouring latent frames
 
     def __post_init__(self) -> None:
         _require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")
@@ -143,13 +142,6 @@ class AutoencodeConfig(ObjectiveConfig):
     name: str = "autoencode"
     latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
     focus: float = 6.0  # how much more the mouth counts than the rest
-
-
-@dataclass
-class AutoencodeConfig(ObjectiveConfig):
-    """The preview's autoencoder: movement of a known face in latents."""
-
-    name: str = "autoencode"
 
 
 OBJECTIVE_CONFIGS = {"flow_match": FlowMatchConfig, "viseme": VisemeConfig, "autoencode": AutoencodeConfig}

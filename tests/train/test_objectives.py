@@ -1,0 +1,95 @@
+"""Laws that every objective obeys, on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.train.objectives.flow_match import FlowMatch, cell_weights
+from sonic.train.objectives.viseme import VisemePretraining
+from sonic.train.settings import BudgetConfig, FlowMatchConfig, OptimConfig, TrainConfig, VisemeConfig
+
+
+def config_of(objective, prediction="clean"):
+    model = ModelConfig(
+        trunk=TrunkConfig(hidden_dim=32, ffn_dim=64, num_heads=2, num_layers=2, patch_size=[1, 2, 2], latent_channels=16, freq_dim=32),
+        audio=AudioConfig(audio_dim=12, num_audio_layers=1, num_audio_token=2, inject_layers=[0, 1]),
+        text=TextConfig(text_dim=8, text_len=2),
+        motion=MotionConfig(),
+        rollout=RolloutConfig(block_frames=3, window_blocks=2),
+        prediction=prediction,
+    )
+    return TrainConfig(model=model, objective=objective, budget=BudgetConfig(max_steps=1), optim=OptimConfig())
+
+
+@pytest.fixture
+def batch():
+    rng = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
+    latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
+    return {"latents": latents, "ref": ref, "audio": draw(2, 1, 12, 24), "visemes": draw(2, 24, 5).abs(), "head": torch.zeros(2, 24, 4)}
+
+
+CASES = {
+    "flow_match clean": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0))),
+    "flow_match velocity": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0), "velocity")),
+    "viseme": lambda: VisemePretraining(config_of(VisemeConfig())),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_objective_overfits_one_batch(name, batch):
+    torch.manual_seed(0)
+    objective = CASES[name]()
+    optimizer = torch.optim.Adam(objective.roles["student"].parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss, _ = objective.loss("student", batch, torch.Generator().manual_seed(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_is_a_function_of_its_generator(name, batch):
+    torch.manual_seed(0)
+    objective = CASES[name]()
+    one, two = (objective.loss("student", batch, torch.Generator().manual_seed(7))[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_what_is_exported_is_the_dit_alone(batch):
+    objective = CASES["flow_match clean"]()
+    exported = objective.export(objective.roles["student"].state_dict())
+    assert exported.keys() == objective.roles["student"]["model"].state_dict().keys()
+
+
+def test_the_audio_encoder_can_start_from_its_pretraining(tmp_path):
+    from sonic.train.build import save_weights, start_from
+
+    pretraining, objective = CASES["viseme"](), CASES["flow_match clean"]()
+    save_weights(pretraining.export(pretraining.student.state_dict()), tmp_path / "audio.safetensors")
+    start_from(objective.student, tmp_path / "audio.safetensors")
+    found = objective.student["model"].audio_encoder.state_dict()
+    for name, value in pretraining.student["audio_encoder"].state_dict().items():
+        assert_close(found[name], value.half().float())
+    with pytest.raises(ValueError, match="no tensor that fits"):
+        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "audio.safetensors")
+
+
+def test_cells_that_move_count_more_and_the_mean_stays_one():
+    weights = cell_weights(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), gain=8.0)
+    assert_close(weights.mean(), torch.tensor(1.0))
+    assert_close(weights[0, 1] / weights[0, 0], torch.tensor(9.0))
+
+
+def test_sigmas_come_from_the_schedule_or_from_everywhere():
+    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5)))
+    sigmas = objective._sigmas(2000, torch.Generator().manual_seed(0))
+    share = ((sigmas == 1.0) | (sigmas == 0.5)).float().mean()
+    assert 0.45 < share < 0.55
+    assert sigmas.min() > 0 and sigmas.max() == 1
