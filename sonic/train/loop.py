@@ -20,7 +20,7 @@ from sonic.train.optim import rate
 from sonic.train.settings import TrainConfig
 
 
-class Diverged(RuntimeError):
+class Diverged(ValueError):
     """The loss or its gradient stopped being a finite number. The last good checkpoint and the batch are kept."""
 
 
