@@ -1,37 +1,155 @@
-"""Where the face and its mouth are in a photograph, in photo pixels; nothing here is learned by this repository."""
+"""Where the face is in a photograph and where the mouth is in the face, in photo pixels.
+
+scikit-image's bundled cascade proposes boxes, the face filter weighs them and straightens the winner; mouth.py reads the lips.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from PIL import Image
 from skimage import data, feature
+from torch import Tensor
 
+from sonic.data.face_filter import FacePose, Guess, align
+from sonic.data.mouth import read_mouth
 from sonic.types import FaceBox, Mouth
 
-MOUTH_IN_BOX = (0.5, 0.80)  # where the cascade's box has the mouth
-HALF_WIDTH_IN_BOX = 0.20
+BOX_UNITS = 24.0  # side of the cascade's box in template pixels of the face filter
+BOX_RISE = 1.3  # the box's middle lies this many template pixels above the template's
+SMALLEST_FACE = 16  # px
+ENOUGH = 1.35  # agreement (0..1) plus response (about 1) that make a face
+TIE = 0.8  # a second face this close to the first in size and place deserves a warning
+OVERRIDE = "give it as face_box=[x,y,w,h] in pixels of the photo"
+
+
+@dataclass(frozen=True)
+class Search:
+    """One pass of the cascade: longest sides (px) the photo is reduced to, smallest face as a share of that, turn (degrees)."""
+
+    sides: tuple[int, ...]
+    smallest: float
+    turns: tuple[float, ...] = (0.0,)
+
+
+SEARCHES = (
+    Search((360, 400, 440), 0.10),
+    Search((560, 640, 720), 0.045),
+    Search((360, 400, 440), 0.10, (-25.0, 25.0)),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible face: its pose in photo px and the evidence for it."""
+
+    pose: FacePose
+    evidence: float
 
 
 def find_face(pixels: np.ndarray, face_box: Sequence[float] | None = None) -> FaceBox:
-    """The largest, most central face.  pixels uint8 [H,W,3]"""
+    """The largest, most central face of a photo, or the checked override.  pixels uint8 [H,W,3]
+
+    Raises ValueError when there is none; warns when a second one is as good, and says which was taken.
+    """
     if face_box is not None:
-        return FaceBox(*map(float, face_box))
-    votes = [box for side in (360, 400, 440) for box in _detect(pixels, side, 0.1)]
-    groups = _agree(votes)
-    if not groups:
-        raise ValueError("no face found; give it as face_box=[x,y,w,h] in pixels of the photo")
-    x, y, size = np.median(max(groups, key=len), axis=0)
-    return FaceBox(float(x), float(y), float(size), float(size))
+        return _checked_box(pixels, face_box)
+    faces: list[Candidate] = []
+    for search in SEARCHES:
+        faces = _faces(pixels, search)
+        if faces:
+            break
+    if not faces:
+        raise ValueError(f"no face found in the photo ({pixels.shape[1]}x{pixels.shape[0]} px); {OVERRIDE}, or use a frontal portrait")
+    return _choose(faces, pixels.shape[1], pixels.shape[0])
 
 
 def locate_mouth(pixels: np.ndarray, face: FaceBox, mouth: Sequence[float] | None = None) -> Mouth:
-    """The mouth of a face."""
+    """The mouth of that face, or the checked override [x, y, half_width] (and the roll in radians, if given).
+
+    For a closed mouth the middle of the line where the lips meet, for an open one the middle between the lips.  `angle` is the
+    roll of the face.
+    """
+    if mouth is not None and len(mouth) not in (3, 4):
+        raise ValueError(f"mouth={list(mouth)} has {len(mouth)} numbers; give [x, y, half_width] in pixels of the photo")
+    window, scale, left, top = _window(pixels, face)
+    x, y = (face.x + face.width / 2 - left) * scale, (face.y + face.height / 2 - top) * scale
+    size = math.sqrt(face.width * face.height) * scale
+    unit = size / BOX_UNITS
+    pose = align(window.mean(-1), Guess(x, y + BOX_RISE * unit, unit, shift=0.08 * size))
     if mouth is not None:
-        return Mouth(*map(float, mouth))
-    return Mouth(face.x + MOUTH_IN_BOX[0] * face.width, face.y + MOUTH_IN_BOX[1] * face.height, HALF_WIDTH_IN_BOX * face.width)
+        return _checked_mouth(pixels, mouth, pose.angle)
+    found = read_mouth(window, pose)
+    return Mouth(left + found.x / scale, top + found.y / scale, found.half_width / scale, found.angle)
+
+
+def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
+    if len(face_box) != 4:
+        raise ValueError(f"face_box={list(face_box)} has {len(face_box)} numbers; {OVERRIDE}")
+    box = FaceBox(*(float(number) for number in face_box))
+    high, wide = pixels.shape[:2]
+    if box.x < 0 or box.y < 0 or box.x + box.width > wide or box.y + box.height > high:
+        raise ValueError(f"face_box={list(face_box)} leaves the photo, which is {wide}x{high} px; {OVERRIDE}")
+    if min(box.width, box.height) < SMALLEST_FACE:
+        raise ValueError(f"face_box={list(face_box)} is too small for a face: at least {SMALLEST_FACE} px a side; {OVERRIDE}")
+    return box
+
+
+def _checked_mouth(pixels: np.ndarray, mouth: Sequence[float], angle: float) -> Mouth:
+    x, y, half_width = (float(number) for number in mouth[:3])
+    high, wide = pixels.shape[:2]
+    given = Mouth(x, y, half_width, float(mouth[3]) if len(mouth) == 4 else angle)
+    if not (0 <= x <= wide and 0 <= y <= high) or not 2 <= half_width <= wide / 2:
+        raise ValueError(f"mouth={list(mouth)} does not lie in the photo ({wide}x{high} px); give [x, y, half_width] in its pixels")
+    return given
+
+
+def _choose(faces: Sequence[Candidate], wide: int, high: int) -> FaceBox:
+    """The face that is largest and most central; the left one of equals."""
+
+    def merit(face: Candidate) -> float:
+        off = math.hypot((face.pose.x - wide / 2) / wide, (face.pose.y - high / 2) / high)
+        return face.pose.unit * math.exp(-2 * off**2)
+
+    best = max(merit(face) for face in faces)
+    equals = sorted((face for face in faces if merit(face) >= TIE * best), key=lambda face: face.pose.x)
+    chosen = _box(equals[0].pose)
+    if len(equals) > 1:
+        place = f"[{chosen.x:.0f},{chosen.y:.0f},{chosen.width:.0f},{chosen.height:.0f}]"
+        warnings.warn(f"{len(equals)} faces are equally good: the leftmost, {place}, was taken; face_box=[x,y,w,h] chooses", stacklevel=3)
+    return chosen
+
+
+def _box(pose: FacePose) -> FaceBox:
+    side = BOX_UNITS * pose.unit
+    rise = BOX_RISE * pose.unit
+    x, y = pose.x + rise * math.sin(pose.angle), pose.y - rise * math.cos(pose.angle)
+    return FaceBox(x - side / 2, y - side / 2, side, side)
+
+
+def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
+    """Everything that this search takes for a face, no two at one place."""
+    small, scale = _reduced(pixels, max(search.sides))
+    picture = Image.fromarray(small)
+    groups = _agree(vote for turn in search.turns for side in search.sides for vote in _votes(picture, side, search.smallest, turn))
+    likely = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)[:6]
+    grey = torch.from_numpy(small).float().mean(-1) / 255
+    faces: list[Candidate] = []
+    for group in likely:
+        x, y, size, turn = np.median(group, axis=0).tolist()
+        guess = Guess(x, y + BOX_RISE * size / BOX_UNITS, size / BOX_UNITS, shift=0.08 * size, roll=turn)
+        pose = align(grey, guess)
+        evidence = min(1.0, len(group) / (2 * len(search.sides))) + min(1.0, pose.response)
+        apart = (math.hypot(pose.x - face.pose.x * scale, pose.y - face.pose.y * scale) for face in faces)
+        if evidence > ENOUGH and all(distance > 0.5 * size for distance in apart):
+            faces.append(Candidate(FacePose(pose.x / scale, pose.y / scale, pose.unit / scale, pose.angle, pose.response), evidence))
+    return faces
 
 
 @lru_cache(maxsize=1)
@@ -39,30 +157,55 @@ def _cascade() -> feature.Cascade:
     return feature.Cascade(data.lbp_frontal_face_cascade_filename())
 
 
-def _detect(pixels: np.ndarray, side: int, smallest: float) -> list[tuple[float, float, float]]:
-    scale = side / max(pixels.shape[:2])
-    size = [max(24, round(length * scale)) for length in pixels.shape[1::-1]]
-    small = np.asarray(Image.fromarray(pixels).resize(size, Image.BOX if scale < 1 else Image.BICUBIC))
-    least = max(24, int(smallest * side))
+def _votes(picture: Image.Image, side: int, smallest: float, turn: float) -> list[tuple[float, float, float, float]]:
+    """Boxes the cascade sees in a photo and in its mirror image, at one size and turn: middle x, y and size in px, turn in radians."""
+    scale = side / max(picture.size)
+    wide, high = (max(1, round(length * scale)) for length in picture.size)
+    small = picture.resize((wide, high), Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+    turned = np.asarray(small.rotate(turn, Image.Resampling.BILINEAR))  # counter-clockwise by degrees, which levels a roll of +turn
+    roll = math.radians(turn)
+    cos, sin = math.cos(roll), math.sin(roll)
+    limits = {"min_size": (max(24, int(smallest * side)),) * 2, "max_size": (side, side), "min_neighbor_number": 1}
     found = []
     for mirrored in (False, True):
-        view = np.ascontiguousarray(small[:, ::-1]) if mirrored else small
-        limits = {"min_size": (least, least), "max_size": (side, side), "min_neighbor_number": 1}
+        view = np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
         for hit in _cascade().detect_multi_scale(img=view, scale_factor=1.2, step_ratio=1, **limits):
-            left = size[0] - hit["c"] - hit["width"] if mirrored else hit["c"]
-            found.append((left / scale, hit["r"] / scale, hit["width"] / scale))
+            size = hit["width"]
+            x, y = hit["c"] + size / 2 - wide / 2, hit["r"] + size / 2 - high / 2
+            x = -x if mirrored else x
+            found.append(((cos * x - sin * y + wide / 2) / scale, (sin * x + cos * y + high / 2) / scale, size / scale, roll))
     return found
 
 
-def _agree(votes: list[tuple[float, float, float]]) -> list[list[tuple[float, float, float]]]:
-    groups: list[list[tuple[float, float, float]]] = []
-    for x, y, size in sorted(votes, key=lambda box: box[2]):
+def _agree(votes: Iterable[tuple[float, float, float, float]]) -> list[list[tuple[float, float, float, float]]]:
+    """Votes for about the same box, together."""
+    groups: list[list[tuple[float, float, float, float]]] = []
+    for vote in sorted(votes, key=lambda box: box[2]):
         for group in groups:
-            left, top, wide = np.median(group, axis=0)
-            apart = np.hypot(x + size / 2 - left - wide / 2, y + size / 2 - top - wide / 2)
-            if apart < 0.3 * max(size, wide) and max(size, wide) < 1.6 * min(size, wide):
-                group.append((x, y, size))
+            x, y, size, turn = np.median(group, axis=0)
+            larger, smaller = max(size, vote[2]), min(size, vote[2])
+            if math.hypot(vote[0] - x, vote[1] - y) < 0.3 * larger and larger < 1.6 * smaller and abs(turn - vote[3]) < 0.3:
+                group.append(vote)
                 break
         else:
-            groups.append([(x, y, size)])
+            groups.append([vote])
     return groups
+
+
+def _reduced(pixels: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
+    """The photo with its longer side at most `longest` px, and the scale that made it so."""
+    scale = min(1.0, longest / max(pixels.shape[:2]))
+    size = [max(1, round(length * scale)) for length in pixels.shape[1::-1]]
+    if scale == 1.0:
+        return pixels, 1.0
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, reducing_gap=2.0)), scale
+
+
+def _window(pixels: np.ndarray, face: FaceBox) -> tuple[Tensor, float, int, int]:
+    """The surroundings of a face, at most 256 px a face: picture [h,w,3] in [0,1], its scale, and its top left corner in the photo."""
+    high, wide = pixels.shape[:2]
+    x, y, reach = face.x + face.width / 2, face.y + face.height / 2, 1.1 * max(face.width, face.height)
+    left, top = max(0, math.floor(x - reach)), max(0, math.floor(y - reach))
+    region = pixels[top : min(high, math.ceil(y + reach)), left : min(wide, math.ceil(x + reach))]
+    small, scale = _reduced(region, 512)
+    return torch.from_numpy(np.ascontiguousarray(small)).float() / 255, scale, left, top

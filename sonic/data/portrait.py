@@ -20,6 +20,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.types import Crop, Mouth, Portrait
 
@@ -130,7 +131,7 @@ def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
         high, wide = (whole * math.ceil(n / whole) for n in picture.shape[-2:])
         picture = F.pad(picture, (0, wide - picture.shape[-1], 0, high - picture.shape[-2]), mode="replicate")
         picture = F.avg_pool2d(picture, whole)
-    picture = _blur(picture, 0.5 * math.sqrt(max(0.0, (shrink / whole) ** 2 - 1)))
+    picture = blur(picture, 0.5 * math.sqrt(max(0.0, (shrink / whole) ** 2 - 1)))
     points = crop_to_photo(crop, pixel_centers(crop.resolution, crop.resolution).double())
     points = (points - torch.tensor([left, top])) / whole
     size = torch.tensor([picture.shape[-1], picture.shape[-2]])
@@ -187,16 +188,3 @@ def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
         spans.append((start, max(start + 1, min(length, math.ceil(middle + reach)))))
     (top, bottom), (left, right) = spans
     return pixels[top:bottom, left:right], left, top
-
-
-def _blur(picture: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with the border repeated.  [1,C,H,W]"""
-    if sigma < 0.1:
-        return picture
-    reach = math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    taps = taps / taps.sum()
-    channels = picture.shape[1]
-    padded = F.pad(picture, (reach, reach, reach, reach), mode="replicate")
-    rows = F.conv2d(padded, taps.reshape(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(rows, taps.reshape(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)

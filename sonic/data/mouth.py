@@ -1,0 +1,164 @@
+"""The lips of an aligned face: a lens between two corners, fitted to what is redder, darker or less coloured than the skin.
+
+Everything happens in a small picture of the lower face, in template pixels of the face filter (face.unit photo px each, origin
+in the template's middle, x along the eyes, y down).  The fit is maximum a posteriori: with no evidence it returns the prior.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sonic.data.face_filter import FacePose, blur
+from sonic.types import Mouth
+
+DENSITY = 6  # samples per template pixel
+LEFT, RIGHT, TOP, BOTTOM = -8, 8, 0, 12  # the part of the face that is looked at
+#                     x    y    half width, upper and lower lip's height, tilt, sag of the slit
+USUAL = torch.tensor([0.0, 5.4, 4.0, 1.0, 1.7, 0.0, 0.5])
+SPREAD = torch.tensor([0.8, 0.55, 0.45, 0.45, 0.55, 0.09, 0.5])
+SHARE_OF_PRIOR = 0.035
+SHARE_OF_SLIT = 0.5
+INDIFFERENT = 0.32  # mouthness at which a pixel speaks neither for nor against the mouth
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Maps [h,w] in 0..1: `mouthness` of every pixel, and `slit`, thin dark red lines across the face."""
+
+    mouthness: Tensor
+    slit: Tensor
+
+
+def read_mouth(window: Tensor, pose: FacePose) -> Mouth:
+    """The mouth of a face whose pose is known, in the px of that picture.  window [H,W,3] in [0,1]"""
+    patch = lower_face(window, pose)
+    shape = fit_lens(gather(patch))
+    x, y, half_width, upper, lower, tilt, sag = shape.tolist()
+    middle = 0.5 * sag + 0.5 * (0.42 * (upper + lower) - upper)
+    x, y = x - middle * math.sin(tilt), y + middle * math.cos(tilt)
+    cos, sin = math.cos(pose.angle) * pose.unit, math.sin(pose.angle) * pose.unit
+    return Mouth(pose.x + cos * x - sin * y, pose.y + sin * x + cos * y, half_width * pose.unit, pose.angle + tilt)
+
+
+def positions() -> Tensor:
+    """Template coordinates of the patch's pixels.  -> [h,w,2] (x, y)"""
+    y = (torch.arange((BOTTOM - TOP) * DENSITY) + 0.5) / DENSITY + TOP
+    x = (torch.arange((RIGHT - LEFT) * DENSITY) + 0.5) / DENSITY + LEFT
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+
+
+def lower_face(window: Tensor, pose: FacePose) -> Tensor:
+    """The lower face, upright and at the patch's scale.  -> [3,h,w]"""
+    picture = window.permute(2, 0, 1)[None]
+    step = pose.unit / DENSITY
+    picture = blur(picture, 0.5 * step) if step > 1 else picture
+    cos, sin = math.cos(pose.angle) * pose.unit, math.sin(pose.angle) * pose.unit
+    points = positions() @ torch.tensor([[cos, sin], [-sin, cos]]) + torch.tensor([pose.x, pose.y])
+    grid = 2 * points / torch.tensor([window.shape[1], window.shape[0]]) - 1
+    return F.grid_sample(picture, grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0].clamp(0, 1)
+
+
+def gather(patch: Tensor) -> Evidence:
+    """What speaks for the mouth.  patch [3,h,w] in [0,1]
+
+    The logarithm of red over green does not feel shading; darkness finds the slit in grey pictures too; what is less red than
+    skin may be teeth and counts half.
+    """
+    brightness = patch.mean(0)
+    typical = float(brightness.median())
+    redness = torch.log((patch[0] + 0.12 * typical + 0.02) / (patch[1] + 0.12 * typical + 0.02))
+    red, dark = _beside_skin(redness), _beside_skin(-torch.log(brightness + 0.15 * typical + 0.01))
+    seen = _face_oval().float()
+    teeth = INDIFFERENT * torch.tanh((-red).clamp(min=0) / 4)
+    mouthness = 1 - (1 - _saturate(red)) * (1 - _saturate(dark)) * (1 - teeth)
+    line = blur((red.clamp(-4, 20) + dark.clamp(-4, 20))[None, None], 0.25 * DENSITY)[0, 0]
+    above, below = torch.roll(line, int(0.9 * DENSITY), 0), torch.roll(line, -int(0.9 * DENSITY), 0)
+    ridge = line - 0.5 * torch.maximum(above, below) - 0.25 * (above + below)
+    return Evidence(mouthness * seen, _saturate(ridge) * seen)
+
+
+def fit_lens(evidence: Evidence, steps: int = 60) -> Tensor:
+    """The most probable lens: a grid of starts, the best eight climbed by gradient.  -> [7] in the order of USUAL"""
+    starts = torch.cartesian_prod(
+        torch.arange(-2, 2.1, 0.5), torch.arange(4.2, 7.0, 0.35), torch.tensor([3.4, 4.1, 4.8]), torch.tensor([0.1, 0.8])
+    )
+    shapes = USUAL.repeat(len(starts), 1)
+    shapes[:, [0, 1, 2, 6]] = starts
+    with torch.no_grad():
+        merit = torch.cat([_merit(part, evidence, 0.3) for part in shapes.split(64)])
+    best = shapes[merit.topk(8).indices].clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([best])
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - 0.8 * step / steps)
+            optimizer.zero_grad()
+            (-_merit(best, evidence, 0.3 * (1 - step / steps) + 0.1).sum()).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return best[_merit(best, evidence, 0.12).argmax()].detach()
+
+
+def _merit(shapes: Tensor, evidence: Evidence, softness: float) -> Tensor:
+    """Evidence inside the lens and along its slit, and the prior.  shapes [n,7] -> [n]"""
+    x, y, half_width, upper, lower, tilt, _ = (column[:, None, None] for column in shapes.unbind(1))
+    here = positions()
+    right, down = here[..., 0] - x, here[..., 1] - y
+    along, across = torch.cos(tilt) * right + torch.sin(tilt) * down, torch.cos(tilt) * down - torch.sin(tilt) * right
+    room = 1 - (along / half_width) ** 2
+    inside = torch.sigmoid((across + upper * room) / softness) * torch.sigmoid((lower * room - across) / softness)
+    area = (inside * (evidence.mouthness - INDIFFERENT)).sum((1, 2)) / DENSITY**2 / 14
+    slit = (_sample(evidence.slit, _slit(shapes)) - 0.25).mean(1) * shapes[:, 2] / USUAL[2]
+    prior = -0.5 * (((shapes - USUAL) / SPREAD) ** 2).sum(1)
+    return area + SHARE_OF_SLIT * slit + SHARE_OF_PRIOR * prior
+
+
+def _slit(shapes: Tensor, points: int = 33) -> Tensor:
+    """Points of the parabola between the corners.  [n,7] -> [n,points,2]"""
+    x, y, half_width, _, _, tilt, sag = (column[:, None] for column in shapes.unbind(1))
+    share = torch.linspace(-1, 1, points)
+    along, across = share * half_width, sag * (1 - share**2)
+    return torch.stack([x + torch.cos(tilt) * along - torch.sin(tilt) * across, y + torch.sin(tilt) * along + torch.cos(tilt) * across], -1)
+
+
+def _sample(field: Tensor, points: Tensor) -> Tensor:
+    low, extent = torch.tensor([LEFT, TOP]), torch.tensor([RIGHT - LEFT, BOTTOM - TOP])
+    return F.grid_sample(field[None, None], (2 * (points - low) / extent - 1)[None], align_corners=False)[0, 0]
+
+
+def _face_oval() -> Tensor:
+    x, y = positions().unbind(-1)
+    return (x / 8.5) ** 2 + ((y - 3) / 8.5) ** 2 < 1
+
+
+def _mouth_oval() -> Tensor:
+    x, y = positions().unbind(-1)
+    return (x / 5.5) ** 2 + ((y - 6) / 2.6) ** 2 < 1
+
+
+def _beside_skin(field: Tensor, rounds: int = 8) -> Tensor:
+    """A field in units of how much the skin varies, after its smooth course over the lower face is taken away (robust quadric)."""
+    x, y = positions().unbind(-1)
+    x, y = x / 8, (y - 6) / 6
+    basis = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=-1)
+    face, mouth = _face_oval() & (positions()[..., 1] > 2.2), _mouth_oval()
+    rows, values, trust = basis[face], field[face], torch.where(mouth[face], 0.15, 1.0)
+    weight = trust
+    for _ in range(rounds):
+        root = weight.sqrt()[:, None]
+        course = torch.linalg.lstsq(rows * root, values[:, None] * root).solution[:, 0]
+        error = values - rows @ course
+        typical = 1.48 * error.abs().median() + 1e-4
+        weight = trust / (1 + (error / (1.5 * typical)) ** 2)
+    rest = field - basis @ course
+    return rest / (1.48 * rest[face & ~mouth].abs().median() + 0.01)
+
+
+def _saturate(field: Tensor) -> Tensor:
+    """0..1: what stands out from the skin, measured by what stands out most around the mouth."""
+    most = torch.quantile(field[_mouth_oval()], 0.93)
+    return torch.tanh(field.clamp(min=0) / (0.6 * most).clamp(min=4.0))
