@@ -1,0 +1,158 @@
+"""Figures of quality, read from pixels and tracks: likeness, lip sync, dynamics, joins, flicker, memory. No networks.
+
+Frames are float [F,3,H,W] or [3,H,W] in [-1,1] unless said otherwise; tracks are numpy arrays at the video's frame rate.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class MouthPlace:
+    """Where a closed or resting mouth lies in a frame: middle in px, half its width `unit` in px, roll in radians; `lower` is
+    how far the inner edge of the lower lip hangs below the middle at rest, in units, `curve` how much of that it loses towards
+    the corners."""
+
+    x: float
+    y: float
+    unit: float
+    roll: float = 0.0
+    lower: float = 0.0
+    curve: float = 0.0
+
+
+def psnr(found: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio in dB over the pixels where `mask` [H,W] is above zero (None = everywhere)."""
+    error = (found - truth).square()
+    mean = error.mean() if mask is None else (error * mask).sum() / (mask.sum() * (error.numel() / mask.numel()))
+    return float(10 * torch.log10(4 / mean.clamp(min=1e-12)))
+
+
+def ssim(found: Tensor, truth: Tensor) -> float:
+    """Mean structural similarity of frames."""
+    pairs = zip(_hwc(found), _hwc(truth), strict=True)
+    return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=2.0) for a, b in pairs]))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r of two tracks; 0 when one of them does not move."""
+    a, b = np.asarray(a, np.float64) - np.mean(a), np.asarray(b, np.float64) - np.mean(b)
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size > 1e-9 else 0.0
+
+
+def best_lag(found: np.ndarray, truth: np.ndarray, reach: int = 12) -> tuple[float, float]:
+    """Highest correlation over shifts of ±reach frames, and that shift with a parabolic fraction (> 0: `found` comes late)."""
+    lags = np.arange(-reach, reach + 1)
+    values = []
+    for lag in lags:
+        late, early = found[max(0, lag) : len(found) + min(0, lag)], truth[max(0, -lag) : len(truth) - max(0, lag)]
+        values.append(correlation(late, early))
+    best = int(np.argmax(values))
+    fraction = 0.0
+    if 0 < best < len(lags) - 1:
+        before, here, after = values[best - 1 : best + 2]
+        bend = before - 2 * here + after
+        fraction = 0.5 * (before - after) / bend if bend < 0 else 0.0
+    return values[best], float(lags[best] + fraction)
+
+
+def mouth_opening(frames: Tensor, rest: Tensor, place: MouthPlace) -> np.ndarray:
+    """How far the lower lip is from where it rests, in mouth units, read from the pixels alone.  -> [F]
+
+    The strip from the lower lip's edge downwards is cut from the resting frame and looked for, column by column of the middle
+    of the mouth, along the mouth's own vertical in every frame: least squared difference, then a parabola through the minimum.
+    """
+    step = 0.02
+    shifts = torch.arange(-0.6, 1.3, step)
+    across = torch.linspace(-0.42, 0.42, 11)
+    arch = (1 - (across / 0.97) ** 2) ** 0.7
+    edge = place.lower - place.curve * across**2
+    down = torch.linspace(0.04, 0.56, 18)
+    x = across.expand(len(down), -1)
+    y = down.unsqueeze(1) + edge
+    template = _sample(rest.unsqueeze(0), x, y, place)[0]
+    moved = rearrange(shifts, "k -> k 1 1") * arch + y
+    weight = torch.exp(-((across / 0.35) ** 2)) * torch.linspace(1.0, 0.5, len(down)).unsqueeze(1)
+    costs = []
+    for some in frames.split(32):
+        found = _sample(some, x.expand_as(moved), moved, place)  # [f,3,k,v,x]
+        costs.append(((found - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
+    return _lowest(torch.cat(costs), shifts, step)
+
+
+def mouth_mask(place: MouthPlace, height: int, width: int) -> Tensor:
+    """0 where the mouth can be, 1 everywhere else.  -> [H,W]"""
+    ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    cos, sin = np.cos(place.roll), np.sin(place.roll)
+    dx, dy = (xs - place.x) / place.unit, (ys - place.y) / place.unit
+    across, down = dx * cos + dy * sin, dy * cos - dx * sin
+    return ((across.abs() > 1.35) | (down < -0.7) | (down > 1.6)).float()
+
+
+def dynamics_ratio(found: np.ndarray, truth: np.ndarray) -> float:
+    """How lively a track is against the truth: ratio of standard deviations."""
+    return float(np.std(found) / max(float(np.std(truth)), 1e-9))
+
+
+def join_ratio(frames: Tensor, block: int) -> float:
+    """Mean change between frames where a block of `block` frames ends, against the mean change elsewhere."""
+    change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
+    joins = (torch.arange(len(change)) + 1) % block == 0
+    if not joins.any():
+        return 1.0
+    return float(change[joins].mean() / change[~joins].mean().clamp(min=1e-9))
+
+
+def flicker(frames: Tensor) -> float:
+    """Share of a grey level's range that an average pixel jumps and jumps back: mean |second difference| / 2 in [0,1]."""
+    return float((frames[2:] - 2 * frames[1:-1] + frames[:-2]).abs().mean() / 4)
+
+
+def interval(values: Sequence[float]) -> dict:
+    """Mean, half width of its 95 % interval (normal, from the standard error) and the values themselves."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    clips = [float(v) for v in values]
+    return {"mean": float(np.mean(values)), "ci95": 1.96 * spread / max(1, len(values)) ** 0.5, "clips": clips}
+
+
+def peak_rss_gib() -> float:
+    """Highest resident memory of this process so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _hwc(frames: Tensor) -> np.ndarray:
+    frames = frames if frames.ndim == 4 else frames.unsqueeze(0)
+    return rearrange(frames, "f c h w -> f h w c").numpy()
+
+
+def _sample(frames: Tensor, x: Tensor, y: Tensor, place: MouthPlace) -> Tensor:
+    """Colours of frames [F,3,H,W] at mouth coordinates x, y (any shape S, in units).  -> [F,3,*S]"""
+    height, width = frames.shape[-2:]
+    cos, sin = float(np.cos(place.roll)), float(np.sin(place.roll))
+    px = place.x + place.unit * (x * cos - y * sin)
+    py = place.y + place.unit * (x * sin + y * cos)
+    grid = torch.stack([px / width, py / height], -1) * 2 - 1
+    flat = grid.reshape(1, 1, -1, 2).expand(frames.shape[0], -1, -1, -1)
+    found = F.grid_sample(frames, flat, mode="bilinear", padding_mode="border", align_corners=False)
+    return found.reshape(*frames.shape[:2], *x.shape)
+
+
+def _lowest(costs: Tensor, shifts: Tensor, step: float) -> np.ndarray:
+    """Shift of the least cost of every frame, refined by a parabola.  costs [F,K] -> [F]"""
+    best = costs.argmin(1).clamp(1, costs.shape[1] - 2)
+    before, here, after = (costs.gather(1, (best + k).unsqueeze(1))[:, 0] for k in (-1, 0, 1))
+    bend = (before - 2 * here + after).clamp(min=1e-12)
+    return (shifts[best] + step * (0.5 * (before - after) / bend).clamp(-1, 1)).numpy()
