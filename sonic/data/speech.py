@@ -10,10 +10,14 @@ from array import array
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sonic.types import Speech
+
+if TYPE_CHECKING:
+    from av import AudioFrame
 
 SAMPLE_RATE = 16_000
 SHORTEST_S = 0.2
@@ -42,10 +46,13 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     path = Path(path)
     _check_file(path)
     store = array("f")
-    for samples in _decode(path):
-        store.frombytes(samples.tobytes())
+    for frame in decode_audio(path, rate=SAMPLE_RATE):
+        channels = frame.to_ndarray()  # averaged here: the resampler's own downmix is 3 dB louder and clips
+        store.frombytes(channels.mean(axis=0, dtype=np.float32).tobytes())
     samples = np.frombuffer(store, np.float32) if store else np.zeros(0, np.float32)
     seconds = len(samples) / SAMPLE_RATE
+    if seconds == 0:
+        raise ValueError(f"audio={path} holds no sound that can be decoded; give an undamaged recording with speech in it")
     if seconds < SHORTEST_S:
         raise ValueError(f"audio={path} lasts {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
     if not allow_silence and frame_levels(samples).max() < SILENCE_DBFS:
@@ -63,26 +70,38 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
 
 
-def _decode(path: Path) -> Iterator[np.ndarray]:
-    """Float32 mono chunks at 16 kHz, as they leave the decoder."""
+def decode_audio(path: Path, *, sample_format: str = "fltp", layout: str = "", rate: int = 0) -> Iterator[AudioFrame]:
+    """The sound of a recording as PyAV frames, as they leave the decoder; layout and rate (Hz) are the file's own unless given.
+
+    Raises ValueError for a damaged file, a video, a file without sound, and samples that are not finite.
+    """
     import av
 
     damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
+    heard = 0.0
     try:
         with av.open(str(path)) as container:
             stream = _only_sound(container, path)
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            resampler = av.AudioResampler(format=sample_format, layout=layout or stream.layout, rate=rate or stream.rate)
             for frame in container.decode(stream):
+                heard += frame.samples / frame.sample_rate
                 if frame.format.name.startswith(("flt", "dbl")) and not np.isfinite(frame.to_ndarray()).all():
                     raise ValueError(f"audio={path} holds samples that are not numbers (NaN or infinity); save it again as 16-bit wav")
                 frame.pts = None  # a gap or a wrong clock in the file must not stop the resampler
-                for piece in resampler.resample(frame):
-                    yield piece.to_ndarray()[0]
-            for piece in resampler.resample(None):
-                yield piece.to_ndarray()[0]
+                yield from resampler.resample(frame)
+            yield from resampler.resample(None)
+            promised = _promised_seconds(container, stream)
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "unknown format"
-        raise ValueError(damaged.format(reason)) from error
+        raise ValueError(damaged.format(getattr(error, "strerror", None) or "unknown format")) from error
+    if heard < 0.9 * promised:
+        raise ValueError(damaged.format(f"only {heard:.1f} of {promised:.1f} s are readable"))
+
+
+def _promised_seconds(container, stream) -> float:
+    """Length that the file's header states; 0 where it is only an estimate."""
+    if container.format.name == "mp3" or stream.duration is None:
+        return 0.0
+    return float(stream.duration * stream.time_base)
 
 
 def _only_sound(container, path: Path):
@@ -90,11 +109,29 @@ def _only_sound(container, path: Path):
     from av.stream import Disposition
 
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if moving and not container.streams.audio and (moving[0].frames == 1 or "pipe" in container.format.name):
+        raise ValueError(f"audio={path} is a picture; give a recording (wav, mp3, flac, m4a or ogg)")
     if moving:
         raise ValueError(f"audio={path} is a video; extract its sound first, for example: ffmpeg -i {path.name} {path.stem}.wav")
     if not container.streams.audio:
         raise ValueError(f"audio={path} has no sound in it; give a recording (wav, mp3, flac, m4a or ogg)")
     return container.streams.audio[0]
+
+
+def save_speech(path: str | Path, samples: np.ndarray) -> Path:
+    """Write 16 kHz mono samples as 16-bit FLAC."""
+    import av
+
+    path = Path(path)
+    whole = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    with av.open(str(path), "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
+        for start in range(0, len(whole), 4096):
+            frame = av.AudioFrame.from_ndarray(whole[None, start : start + 4096], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = SAMPLE_RATE, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

@@ -73,6 +73,9 @@ _VISEMES = {
 _VOICELESS_STOPS, _CLOSURE_BEFORE_BURST_S = "ptkcqʈ", 0.050
 VISEMES = {sound: np.array(shape, np.float32) for sounds, shape in _VISEMES.items() for sound in sounds}
 
+SAMPLE_VOICE = "en-us+f2"
+SAMPLE_TEXT = "Hello, and welcome. A moment ago I was only a photograph. Now my mouth moves with every word you bring me."
+
 _GRID_HZ = 200  # the fine clock of the track; a frame centre (k + 1/2) / 25 s falls on sample 8k + 4
 _SPREAD_S = (0.026, 0.040, 0.012, 0.024, 0.020)  # gaussian width of coarticulation for each of VISEME_NAMES
 _CLOSURE_S = 0.070  # shortest hold of a bilabial: longer than a video frame, so every closure is seen
@@ -127,6 +130,15 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
     return Utterance(sound * np.float32(level), tuple(phonemes), " ".join(texts), f"{voice} {manner} speed {speed:.3f}")
 
 
+def sample_speech() -> Utterance:
+    """The recording that is bundled as sonic/assets/sample_speech.flac."""
+    pause = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)
+    sound, phonemes = speak(SAMPLE_TEXT, SAMPLE_VOICE, seed=0, manner={"rate": 150, "pitch": 55, "range": 60})
+    shift = len(pause) / SAMPLE_RATE
+    samples = np.concatenate([pause, sound * np.float32(0.8 / np.abs(sound).max()), pause])
+    return Utterance(samples, tuple((start + shift, stop + shift, name) for start, stop, name in phonemes), SAMPLE_TEXT, SAMPLE_VOICE)
+
+
 def sentence(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     """Three to nine words with the punctuation that gives them a melody."""
     chosen = [str(word) for word in rng.choice(words, size=int(rng.integers(3, 10)))]
@@ -145,6 +157,7 @@ def speak(
         sound, events, rate = engine.synthesise(text, voice, seed, {"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
     sound = resample(sound, round(rate * speed), SAMPLE_RATE)
     length = len(sound) / SAMPLE_RATE
+    events = [(0.0, ""), *events]
     times = [min(length, seconds * rate / round(rate * speed)) for seconds, _ in events] + [length]
     found = [(start, stop, name) for start, stop, (_, name) in zip(times, times[1:], events, strict=False) if stop > start]
     return sound, _start_stops_at_the_closure(found)

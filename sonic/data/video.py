@@ -1,0 +1,250 @@
+"""Videos: frames and speech muxed into an MP4 as they arrive, and videos read back frame by frame."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from sonic.data.speech import decode_audio
+from sonic.types import Speech
+
+FPS = 25
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_AAC_SAMPLES = 1024  # per AAC frame
+_SMPTE170M, _BT709, _SRGB, _TV_RANGE = 6, 1, 13, 1  # H.264 code points
+_BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # generous: talking heads take a tenth of it
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How frames become H.264: constant rate factor (lower is better and larger), x264 preset, frames per second."""
+
+    crf: int = 16
+    preset: str = "veryfast"
+    fps: int = FPS
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf={self.crf} is impossible: H.264 knows 0 (lossless) to 51; use about 16")
+
+
+def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
+    """The path as a Path when a video of this size can be written there.
+
+    Raises ValueError when it is no .mp4, its folder is missing or read-only, or the disk is too full.
+    """
+    path = Path(path)
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise ValueError(f"output={path} is a folder; give a file in it, such as {path / 'video.mp4'}")
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"output={path} is not an MP4; give a name that ends in .mp4, such as {path.with_suffix('.mp4')}")
+    if not folder.is_dir():
+        raise ValueError(f"output={path}: the folder {folder} does not exist; make it first or choose another")
+    if width < 2 or height < 2:
+        raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both sides must be at least 2")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
+    needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"output={path}: {free / 2**20:.0f} MiB are free in {folder}, {needed / 2**20:.0f} MiB may be needed; "
+            "free some space or choose another folder"
+        )
+    return path
+
+
+class VideoWriter:
+    """Context manager that writes an MP4 (H.264 yuv420p, AAC, faststart) while the frames are still being made.
+
+    The file appears under its name only when complete; after an exception or Ctrl-C nothing is left. The sound is the original
+    recording at its own sample rate, read as a stream and cut where the frames end. H.264 needs even sides: of an odd picture the
+    last column or row is left out, nothing is ever rescaled.
+    """
+
+    def __init__(
+        self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, coding: Coding | None = None
+    ) -> None:
+        """num_frames is what is expected, for the disk check only."""
+        self.coding = coding or Coding()
+        self.path = check_output(path, width, height, num_frames=num_frames, fps=self.coding.fps)
+        self.width, self.height, self.frames, self.speech = width - width % 2, height - height % 2, 0, speech
+
+    def __enter__(self) -> VideoWriter:
+        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
+        try:
+            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+            self._video = _video_stream(self._container, self.width, self.height, self.coding)
+            self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
+            self._reformatter = VideoReformatter()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, pixels: np.ndarray) -> None:
+        """Append frames, uint8 [F,H,W,3]."""
+        for picture in np.asarray(pixels):
+            if picture.shape[0] < self.height or picture.shape[1] < self.width:
+                raise ValueError(f"a frame of {picture.shape[1]}x{picture.shape[0]} does not fill a video of {self.width}x{self.height}")
+            picture = np.ascontiguousarray(picture[: self.height, : self.width])
+            frame = _to_yuv(self._reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            frame.pts = self.frames
+            self._mux(self._video.encode(frame))
+            self.frames += 1
+            if self._sound is not None:
+                self._mux(self._sound.until(self.frames / self.coding.fps))
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            if self.frames == 0:
+                raise ValueError(f"output={self.path}: no frame was written, so there is no video")
+            self._mux(self._video.encode(None))
+            if self._sound is not None:
+                self._mux(self._sound.finish(self.frames / self.coding.fps))
+            self._close()
+            os.replace(self._partial, self.path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _mux(self, packets) -> None:
+        try:
+            self._container.mux(packets)
+        except OSError as error:
+            raise _writing_failed(self.path, error) from error
+
+    def _close(self) -> None:
+        try:
+            self._container.close()
+        except OSError as error:
+            raise _writing_failed(self.path, error) from error
+
+    def _discard(self) -> None:
+        """Leave nothing behind, whatever state the container is in."""
+        container = getattr(self, "_container", None)
+        try:
+            if container is not None:
+                container.close()
+        except (av.FFmpegError, OSError, ValueError):
+            pass  # it was being thrown away: the error that led here is the one to report
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def _writing_failed(path: Path, error: OSError) -> Exception:
+    if error.errno == errno.ENOSPC:
+        return ValueError(f"output={path}: the disk is full; free some space or choose another folder")
+    return error
+
+
+def _video_stream(container, width: int, height: int, coding: Coding):
+    stream = container.add_stream("libx264", rate=coding.fps)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.options = {"crf": str(coding.crf), "preset": coding.preset}
+    # BT.601 with its tag: players that read tags and players that assume 601 show the same colours
+    context = stream.codec_context
+    context.colorspace, context.color_primaries, context.color_trc, context.color_range = _SMPTE170M, _BT709, _SRGB, _TV_RANGE
+    return stream
+
+
+def _to_yuv(reformatter: VideoReformatter, frame):
+    return reformatter.reformat(
+        frame,
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.BICUBIC,
+    )
+
+
+class _Sound:
+    """The AAC track: exactly as much of the recording as the video shows so far, never the whole of it in memory."""
+
+    def __init__(self, container, speech: Speech) -> None:
+        self.source = _recording(speech)
+        first = next(self.source)
+        self.fifo = av.AudioFifo()
+        self.rate, self.position, self.ended = first.sample_rate, 0, False
+        self.stream = container.add_stream("aac", rate=self.rate, layout=first.layout.name)
+        self.stream.bit_rate = min(160_000, 4 * self.rate * first.layout.nb_channels)
+        self._store(first)
+
+    def until(self, seconds: float) -> list:
+        """Packets of the whole AAC frames that end before `seconds`."""
+        packets = []
+        while self.position + _AAC_SAMPLES <= seconds * self.rate and self._fill(_AAC_SAMPLES):
+            packets += self._encode(_AAC_SAMPLES)
+        return packets
+
+    def finish(self, seconds: float) -> list:
+        """The remaining packets, up to `seconds`."""
+        packets = self.until(seconds)
+        rest = round(seconds * self.rate) - self.position
+        self._fill(rest)
+        rest = min(rest, self.fifo.samples)
+        if rest > 0:
+            packets += self._encode(rest)
+        return packets + self.stream.encode(None)
+
+    def _encode(self, samples: int) -> list:
+        frame = self.fifo.read(samples, partial=True)
+        frame.pts = self.position
+        self.position += frame.samples
+        return self.stream.encode(frame)
+
+    def _fill(self, samples: int) -> bool:
+        while not self.ended and self.fifo.samples < samples:
+            frame = next(self.source, None)
+            if frame is None:
+                self.ended = True
+            else:
+                self._store(frame)
+        return self.fifo.samples >= samples
+
+    def _store(self, frame) -> None:
+        frame.pts = None
+        self.fifo.write(frame)
+
+
+def _recording(speech: Speech) -> Iterator[av.AudioFrame]:
+    """The original file where there is one (its own rate, stereo kept), else the samples."""
+    if speech.path is None:
+        frame = av.AudioFrame.from_ndarray(speech.samples[None], format="fltp", layout="mono")
+        frame.sample_rate = speech.sample_rate
+        return iter([frame])
+    with av.open(str(speech.path)) as container:
+        own = container.streams.audio[0]
+        rate = min(_AAC_RATES, key=lambda supported: abs(supported - own.rate))
+        layout = "mono" if own.layout.nb_channels == 1 else "stereo"
+    return decode_audio(speech.path, sample_format="fltp", layout=layout, rate=rate)
+
+
+def read_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video one after the other, uint8 [H,W,3]."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"video={path} is no file; give the path of a video")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"video={path} holds no pictures; give the path of a video")
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise ValueError(f"video={path} cannot be decoded ({error.strerror}); give an undamaged video") from error
