@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,14 +14,35 @@ from sonic.config import InferConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("infer", InferConfig)
+log = logging.getLogger("sonic")
 
 
-def main(config: InferConfig, run: Run) -> None:
-    """Load the parts, make the video, leave its papers in the run folder."""
-    from sonic.infer.job import run_job  # torch and the models: not before the command line is known to be right
+def infer(config: InferConfig, run: Run) -> None:
+    """Check the inputs, load the parts, make the video, leave its papers in the run folder."""
+    # torch and the models: not before the command line is known to be right
+    from sonic.data.video import check_output
+    from sonic.infer.build import build_parts
+    from sonic.infer.pipeline import Settings, generate, open_scene
+    from sonic.infer.report import Clock, Watch, draw_contact_sheet
 
-    run_job(config, run)
+    clock = Clock()
+    with clock.stage("load"):
+        scene = open_scene(config)
+        height, width = scene.portrait.pixels.shape[:2]
+        if config.output:
+            check_output(config.output, width, height, num_frames=scene.num_frames)
+        parts = build_parts(config.model, config.run)
+    if config.prompt and config.model.name == "preview":
+        log.warning("prompt is not read: the preview was trained without text")
+    output = Path(config.output) if config.output else run.open() / "out.mp4"
+    run.open()
+    watch = Watch(scene)
+    settings = Settings(config.sampler, config.decode, config.motion, config.face.expand_ratio)
+    result = generate(scene, parts, settings, output=output, clock=clock, watch=watch)
+    run.write_json("result.json", asdict(result))
+    draw_contact_sheet(watch, run.path / "contact_sheet.png")
+    log.info("%s\npapers in %s", result.summary(), run.path)
 
 
 if __name__ == "__main__":
-    launch(ENTRY, main)
+    launch(ENTRY, infer)

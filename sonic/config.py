@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SAMPLER_NAMES = ("euler", "heun", "unipc")
-SCHEDULE_NAMES = ("linear", "shifted", "unipc")
+SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted")
 PHOTO_SIZE = "photo"
 
 
@@ -153,7 +153,7 @@ class SamplerConfig:
     """How noise becomes latents."""
 
     name: str = knob("euler", "euler, heun or unipc")
-    schedule: str = knob("shifted", "where the noise levels lie: linear, shifted or unipc")
+    schedule: str = knob("linear", "where the noise levels lie: linear, unipc or twice_shifted")
     sample_steps: int = knob(4, "forward passes per block; more is slower and finer")
     sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")
     sample_shift: float = knob(3.0, "above 1 spends more of the steps at high noise")

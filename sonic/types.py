@@ -185,6 +185,20 @@ class Speech:
         return len(self.samples) / self.sample_rate
 
 
+@dataclass(frozen=True)
+class Scene:
+    """Who says what: the portrait at the size of the film, the recording, how many frames of it, and the seed."""
+
+    portrait: Portrait
+    speech: Speech
+    num_frames: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames={self.num_frames}: a film has at least one frame")
+
+
 def _expect(name: str, value: Tensor | None, axes: str) -> None:
     if value is not None and value.ndim != len(axes):
         raise ValueError(f"{name} has shape {list(value.shape)}, expected the axes [{','.join(axes)}]")

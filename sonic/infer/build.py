@@ -1,0 +1,105 @@
+"""The composition root: a config becomes the parts of the main job, with their weights, on their device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sonic import assets
+from sonic.config import ModelConfig, RunConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.speech_encoder import SPEECH_ENCODERS
+from sonic.model.vae import WarpAutoencoder
+from sonic.model.weights import load_weights
+from sonic.types import pick
+
+log = logging.getLogger("sonic.infer")
+
+AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
+BUNDLED = Path(assets.__file__).parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the main job runs on; `hear` turns (16 kHz samples, number of video frames) into features [N,A,F]."""
+
+    config: ModelConfig
+    model: AvatarDiT
+    autoencoder: nn.Module
+    hear: Callable[[np.ndarray, int], Tensor]
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the transformer."""
+        return next(self.model.parameters()).dtype
+
+
+def build_parts(config: ModelConfig, run: RunConfig) -> Parts:
+    """Model, autoencoder and speech encoder as configured, with weights, ready to run.
+
+    Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
+    """
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = find_device(run.device)
+    _check_known(config)
+    transformer, autoencoder = weight_files(config)
+    parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
+    load_weights(parts.model, transformer)
+    load_weights(parts.autoencoder, autoencoder)
+    return parts
+
+
+def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
+    """The same parts before any weights are loaded."""
+    model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
+    autoencoder = pick(AUTOENCODERS, config.autoencoder, "model.autoencoder")().to(device).eval().requires_grad_(False)
+    return Parts(config, model, autoencoder, pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"), device)
+
+
+def weight_files(config: ModelConfig) -> tuple[Path, Path]:
+    """Files of transformer and autoencoder: bundled, in the folder model.weights, or a transformer file named by it."""
+    names = (f"{config.name}_dit.safetensors", f"{config.name}_autoencoder.safetensors")
+    place = Path(config.weights) if config.weights else BUNDLED
+    if place.is_file():
+        return place, BUNDLED / names[1]
+    if not place.is_dir():
+        raise ValueError(f"model.weights={place} does not exist; name a folder with {names[0]} and {names[1]}, or leave it out")
+    return place / names[0], place / names[1]
+
+
+def find_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device={name}: this machine has no CUDA device that torch can use; use run.device=cpu")
+    return torch.device(name)
+
+
+def _check_known(config: ModelConfig) -> None:
+    """The published 14B models can be described and measured here, but their autoencoder and speech encoder are not included."""
+    missing = [
+        f"model.{knob}={name}"
+        for knob, name, table in (
+            ("autoencoder", config.autoencoder, AUTOENCODERS),
+            ("speech_encoder", config.speech_encoder, SPEECH_ENCODERS),
+        )
+        if name not in table
+    ]
+    if not missing:
+        return
+    if not config.weights:
+        raise ValueError(
+            f"model={config.name} has no bundled weights: it needs model.weights=FOLDER with the published checkpoint "
+            "(Wan-AI/Wan2.2-S2V-14B; for live_avatar_14b also Quark-Vision/Live-Avatar); model=preview needs nothing"
+        )
+    raise ValueError(f"model={config.name} needs {' and '.join(missing)}, which this version cannot load yet; use model=preview")

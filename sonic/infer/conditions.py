@@ -1,0 +1,83 @@
+"""What the model is told: latents of the portrait, features of the speech, and how the head is to move."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from sonic.config import PHOTO_SIZE, HeadConfig, parse_size
+from sonic.data.clips import pose_latents
+from sonic.data.faces import head_motion
+from sonic.data.portrait import cut
+from sonic.geometry import FRAMES_PER_LATENT, fit_area
+from sonic.infer.build import Parts
+from sonic.model.vae import Reference
+from sonic.types import Conditions, Crop, FaceBox, Mouth, Portrait, Scene
+
+LARGEST_AREA = 3840 * 2160
+EVEN = 2  # H.264 with 4:2:0 colour needs even sides
+
+
+@torch.no_grad()
+def encode(scene: Scene, parts: Parts, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
+    """What the model is told of a scene, and what the autoencoder knows of the portrait."""
+    config = parts.config
+    picture = rearrange(cut(scene.portrait.pixels, crop), "c h w -> 1 c h w").to(parts.device)
+    reference = parts.autoencoder.reference(picture)
+    frames = whole_blocks(scene.num_frames, config.rollout.block_frames)
+    heard = parts.hear(scene.speech.samples, frames)
+    conditions = Conditions(
+        ref=reference.latents,
+        text=torch.zeros(1, config.text.text_len, config.text.text_dim, device=parts.device),
+        audio=rearrange(heard, "n a f -> 1 n a f").to(parts.device),
+        pose=head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=scene.seed),
+    )
+    return conditions.to(device=parts.device, dtype=parts.dtype), reference
+
+
+def fit_portrait(portrait: Portrait, size: str) -> Portrait:
+    """The portrait at the size of the film: reduced to the area of `size` when larger, odd sides cut by one pixel."""
+    height, width = portrait.pixels.shape[:2]
+    wide, high = (width, height) if size == PHOTO_SIZE else parse_size(size)
+    area = min(LARGEST_AREA, width * height if size == PHOTO_SIZE else wide * high)
+    new_width, new_height = fit_area(width, height, area, EVEN)
+    if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
+        return Portrait(np.ascontiguousarray(portrait.pixels[:new_height, :new_width]), portrait.face, portrait.mouth)
+    across, down = new_width / width, new_height / height
+    face, mouth, scale = portrait.face, portrait.mouth, math.sqrt(across * down)
+    return Portrait(
+        _resized(portrait.pixels, new_height, new_width),
+        FaceBox(face.x * across, face.y * down, face.width * across, face.height * down),
+        Mouth(mouth.x * across, mouth.y * down, mouth.half_width * scale, mouth.angle),
+    )
+
+
+def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
+    """Pose latents [1,16,T,h,w] of a head that starts at rest, or None for a head that stays still.
+
+    The values are constant over the picture, so the result is a view that takes no memory for it.
+    """
+    if motion.head == "off" or motion.strength == 0:
+        return None
+    track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
+    settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # half a second from the photograph's pose to the moving one
+    track[:, :3] *= rearrange(settle_in, "f -> f 1")
+    constant = pose_latents(rearrange(track, "f j -> 1 f j"), 1, 1)
+    return constant.expand(-1, -1, -1, *grid)
+
+
+def whole_blocks(num_frames: int, block_frames: int) -> int:
+    """Video frames of the blocks that cover `num_frames`."""
+    step = FRAMES_PER_LATENT * block_frames
+    return math.ceil(num_frames / step) * step
+
+
+def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
+    small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return rearrange(small, "1 c h w -> h w c").contiguous().numpy()

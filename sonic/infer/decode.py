@@ -1,0 +1,103 @@
+"""From latent blocks to frames as they come, each stage on a thread of its own with a bounded queue between them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sonic.infer.report import Clock
+from sonic.model.vae import MotionLayers, Reference
+from sonic.model.warp import Canvas
+from sonic.types import FrameChunk, LatentBlock
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 64 << 20  # pixels handed over at once; more would only fill memory
+_END = object()
+_PATIENCE_S = 0.1  # how soon a thread that cannot hand over notices that nobody wants its results any more
+
+
+class _Failure:
+    """An exception on its way to the other thread."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+    """The same items in the same order, made on a thread of their own while the caller works; at most `size` wait.
+
+    What the thread raises is raised here. When the caller stops early (an error, Ctrl-C, `close`) the thread ends after the
+    item it is making. `prepare` runs first on the thread.
+    """
+    waiting: queue.Queue = queue.Queue(size)
+    unwanted = threading.Event()
+
+    def hand_over(item: object) -> bool:
+        while not unwanted.is_set():
+            try:
+                waiting.put(item, timeout=_PATIENCE_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        source = iter(items)
+        try:
+            prepare()
+            if all(hand_over(item) for item in source):
+                hand_over(_END)
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+            hand_over(_Failure(error))
+        finally:
+            if isinstance(source, Iterator) and hasattr(source, "close"):
+                source.close()
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not _END:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    finally:
+        unwanted.set()
+        thread.join()
+
+
+def at_the_end(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+    """The same items, handed on only when all of them are made."""
+    yield from list(items)
+
+
+HANDOVERS = {True: ahead, False: at_the_end}  # by decode.online
+
+
+@torch.no_grad()
+def decoded(
+    blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, clock: Clock
+) -> Iterator[FrameChunk]:
+    """Finished frames of the blocks as they come; what the last block makes beyond `num_frames` is left out."""
+    cache, start = None, 0
+    for block in blocks:
+        with clock.stage("decode"):
+            layers, cache = autoencoder.decode(block.latents, reference, cache)
+        for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
+            with clock.stage("decode"):
+                pixels = canvas.render(part)
+            yield FrameChunk(pixels, start)
+            start += len(pixels)
+
+
+def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:
+    """The first `count` frames of the layers, in portions that do not fill memory."""
+    size = max(1, CHUNK_BYTES // frame_bytes)
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        yield MotionLayers(layers.flow[:, first:last], layers.opacity[:, first:last], layers.interior[:, first:last])

@@ -1,0 +1,222 @@
+"""The laws of the house, read from the source with `ast`: who imports whom, how large things are, what is not written here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "sonic").rglob("*.py"))
+LAUNCH = sorted((ROOT / "launch").glob("*.py"))
+SOURCES = LIBRARY + LAUNCH
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+NUMBERS = {"types", "config", "geometry"}
+BELOW_INFER = {"flow", "quant", "metrics", "model", "data", "parallel", *NUMBERS}
+MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
+    "config": set(),
+    "geometry": set(),
+    "runs": set(),
+    "types": {"geometry"},
+    "flow": {"types"},
+    "quant": {"types", "config"},
+    "metrics": {"types", "config"},
+    "model": {*NUMBERS, "data.speech"},
+    "data": NUMBERS,
+    "parallel": {"model", *NUMBERS},
+    "infer": BELOW_INFER,
+    "train": {*BELOW_INFER, "infer"},
+    "app": {"config", "runs"},
+    "launch": {"app", "runs", "config", "infer", "train", "data", "parallel.planner"},
+}
+DOORS = {  # third party -> the only places that may import it
+    "hydra": {"sonic/app.py", "launch"},
+    "omegaconf": {"sonic/app.py", "launch"},
+    "wandb": {"sonic/train/log.py"},
+    "deepspeed": {"sonic/parallel/zero.py"},
+    "accelerate": {"sonic/parallel/zero.py"},
+    "xformers": {"sonic/model/attention.py"},
+    "diffusers": {"sonic/model/vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},
+    "transformers": {"sonic/model/text.py", "sonic/model/speech_encoder.py"},
+    "librosa": {"sonic/data/speech.py"},
+    "av": {"sonic/data/video.py", "sonic/data/speech.py"},
+    "espeakng_loader": {"sonic/data/voices.py"},
+}
+WITHOUT_TORCH = ("sonic/config.py", "sonic/geometry.py", "sonic/runs.py", "sonic/app.py", "sonic/train/settings.py")
+FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 80, 60, 12, 6, 3
+LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "XXX", "NotImplemented" + "Error")
+ONE_MACHINE = ("/tm" + "p/", "/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, int], ...]:
+    """Full names of everything a file imports, wherever in the file, with the line."""
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relative to itself; write the full name"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return tuple(found)
+
+
+def nodes(kind, paths=SOURCES):
+    """Every node of a kind, with where it is."""
+    for path in paths:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, kind):
+                yield f"{name_of(path)}:{node.lineno}", node
+
+
+def is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_imports_follow_the_table():
+    wrong = []
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        place = parts[0] if parts[0] == "launch" else parts[1]
+        if place == "__init__":
+            continue
+        assert place in MAY_IMPORT, f"{name_of(path)}: give it a row in MAY_IMPORT"
+        for name, line in imports(path):
+            head, _, rest = name.partition(".")
+            if head == "launch":
+                wrong.append(f"{name_of(path)}:{line} imports launch")
+            if head != "sonic" or rest.split(".")[0] == place or rest == "__version__":
+                continue
+            if not any(rest == allowed or rest.startswith(f"{allowed}.") for allowed in MAY_IMPORT[place]):
+                wrong.append(f"{name_of(path)}:{line} {place} may not import sonic.{rest}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_third_parties_have_one_door():
+    wrong = []
+    for path in SOURCES:
+        for name, line in imports(path):
+            door = DOORS.get(name.partition(".")[0])
+            where = name_of(path)
+            if door is not None and where not in door and where.partition("/")[0] not in door:
+                wrong.append(f"{where}:{line} imports {name}; its place is {sorted(door)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_answers_at_once_imports_nothing_heavy(name):
+    allowed = {*sys.stdlib_module_names, "sonic", "hydra", "omegaconf", "yaml"} if name == "sonic/app.py" else {*sys.stdlib_module_names, "sonic"}
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    heavy = [f"{found}:{line}" for found, line in imports(path) if found.partition(".")[0] not in allowed]
+    assert not heavy
+
+
+def test_models_do_not_know_of_ranks():
+    wrong = [f"{name_of(path)}:{line}" for path in LIBRARY if "model" in path.parts for name, line in imports(path) if "torch.distributed" in name]
+    assert not wrong
+
+
+def test_files_are_short():
+    limits = [(path, LAUNCH_LINES if path in LAUNCH else FILE_LINES) for path in [*SOURCES, *TESTS]]
+    long = [f"{name_of(path)}: {lines} lines, at most {limit}" for path, limit in limits if (lines := len(path.read_text().splitlines())) > limit]
+    assert not long, "\n".join(long)
+
+
+def test_functions_are_short():
+    wrong = []
+    for where, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
+        lines = node.end_lineno - node.lineno + 1
+        if lines > FUNCTION_LINES:
+            wrong.append(f"{where} {node.name}: {lines} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_dataclasses_have_few_fields():
+    wrong = []
+    for where, node in nodes(ast.ClassDef):
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)]
+        if is_dataclass(node) and len(fields) > FIELDS:
+            wrong.append(f"{where} {node.name}: {len(fields)} fields")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_signatures_are_short_and_name_what_comes_after_the_third():
+    wrong = []
+    for where, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
+        positional = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args] if argument.arg not in ("self", "cls")]
+        total = len(positional) + len(node.args.kwonlyargs)
+        if total > ARGUMENTS or len(positional) > POSITIONAL:
+            wrong.append(f"{where} {node.name}: {len(positional)} positional, {total} in all")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_prints():
+    wrong = [where for where, node in nodes(ast.Call) if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert not wrong
+
+
+def test_no_error_is_swallowed():
+    wrong = []
+    for where, node in nodes(ast.ExceptHandler):
+        caught = "" if node.type is None else ast.unparse(node.type)
+        silent = all(isinstance(item, ast.Pass | ast.Continue) for item in node.body)
+        if not caught or (silent and caught in ("Exception", "BaseException")):
+            wrong.append(where)
+    assert not wrong
+
+
+def test_nothing_is_left_for_later():
+    wrong = [f"{name_of(path)}: {word}" for path in [*SOURCES, *TESTS] for word in LEFTOVERS if word in path.read_text()]
+    assert not wrong
+
+
+def test_no_path_of_one_machine():
+    files = [path for place in ("sonic", "launch", "conf", "recipes", ".ci") for path in (ROOT / place).rglob("*") if path.suffix in (".py", ".yaml", ".sh", "")]
+    files = [path for path in [*files, ROOT / "README.md"] if path.is_file()]
+    wrong = [f"{name_of(path)}: {word}" for path in files for word in ONE_MACHINE if word in path.read_text()]
+    assert not wrong
+
+
+def test_only_the_app_reads_the_environment():
+    wrong = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv") and not where.startswith("sonic/app.py")]
+    assert not wrong
+
+
+def test_configs_are_never_changed():
+    wrong = []
+    for where, node in nodes(ast.Assign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            if isinstance(target, ast.Attribute) and ast.unparse(target).split(".")[0] in ("config", "cfg"):
+                wrong.append(f"{where} {ast.unparse(target)}")
+    assert not wrong
+
+
+def test_every_module_says_what_lives_in_it():
+    silent = [name_of(path) for path in [*SOURCES, *TESTS] if path.read_text().strip() and not ast.get_docstring(tree(path))]
+    assert not silent
+
+
+def test_public_functions_of_the_library_say_what_they_give():
+    silent = []
+    for path in LIBRARY:
+        for node in tree(path).body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                silent.append(f"{name_of(path)}:{node.lineno} {node.name}")
+    assert not silent, "\n".join(silent)
