@@ -1,0 +1,31 @@
+# Sourced by quickstart.sh and test.sh: makes .venv beside launch/ and installs the package with some extras, once per change.
+# usage: set_up EXTRAS        e.g. set_up voices        PYTHON=... chooses the interpreter (3.11 or newer).
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+find_python() {
+    local name
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+        if command -v "$name" >/dev/null 2>&1 && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    echo "sonic needs Python 3.11 or newer; install one or set PYTHON=/path/to/python3" >&2
+    return 2
+}
+
+set_up() {
+    local extras="$1" venv="$root/.venv" stamp
+    stamp="$venv/.installed-$extras-$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt" | cksum | cut -d' ' -f1)"
+    if [ ! -x "$venv/bin/python" ]; then
+        local python
+        python="$(find_python)" || return 2
+        "$python" -m venv "$venv"
+    fi
+    if [ ! -e "$stamp" ]; then
+        echo "installing into $venv (a few minutes the first time)" >&2
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/launch/constraints.txt" -e "$root[$extras]"
+        touch "$stamp"
+    fi
+}
