@@ -10,9 +10,11 @@ from sonic.runs import Run
 def make(config: PrecomputeConfig, run: Run) -> None:
     """Make what is missing of the data set."""
     from sonic.data.precompute import precompute
+    from sonic.train.encoders import build_encoders
 
-    precompute(config)
+    precompute(config, build_encoders)
 
 
 if __name__ == "__main__":
-    launch(Entry("precompute", PrecomputeConfig, collections=("precompute",)), make)
+    place = lambda config: ("runs", "precompute")  # noqa: E731
+    launch(Entry("precompute", PrecomputeConfig, collections=("precompute",), place=place), make)

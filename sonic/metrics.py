@@ -82,12 +82,12 @@ def mouth_opening(frames: Tensor, rest: Tensor, place: MouthPlace) -> np.ndarray
     down = torch.linspace(0.04, 0.56, 18)
     x = across.expand(len(down), -1)
     y = down.unsqueeze(1) + edge
-    template = _sample(rest.unsqueeze(0), x, y, place)[0]
+    template = _sample(rest.unsqueeze(0), place, x=x, y=y)[0]
     moved = rearrange(shifts, "k -> k 1 1") * arch + y
     weight = torch.exp(-((across / 0.35) ** 2)) * torch.linspace(1.0, 0.5, len(down)).unsqueeze(1)
     costs = []
     for some in frames.split(32):
-        found = _sample(some, x.expand_as(moved), moved, place)  # [f,3,k,v,x]
+        found = _sample(some, place, x=x.expand_as(moved), y=moved)  # [f,3,k,v,x]
         costs.append(((found - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
     return _lowest(torch.cat(costs), shifts, step)
 
@@ -138,7 +138,7 @@ def _hwc(frames: Tensor) -> np.ndarray:
     return rearrange(frames, "f c h w -> f h w c").numpy()
 
 
-def _sample(frames: Tensor, x: Tensor, y: Tensor, place: MouthPlace) -> Tensor:
+def _sample(frames: Tensor, place: MouthPlace, *, x: Tensor, y: Tensor) -> Tensor:
     """Colours of frames [F,3,H,W] at mouth coordinates x, y (any shape S, in units).  -> [F,3,*S]"""
     height, width = frames.shape[-2:]
     cos, sin = float(np.cos(place.roll)), float(np.sin(place.roll))

@@ -7,34 +7,47 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sonic.data import clips, faces, voices
 from sonic.data.settings import PrecomputeConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT
-from sonic.model.speech_encoder import SPEECH_ENCODERS
-from sonic.model.vae import WarpAutoencoder
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
 PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
-BUNDLED = Path(__file__).parents[1] / "assets" / "preview_autoencoder.safetensors"
 
 
-def precompute(config: PrecomputeConfig) -> int:
+@dataclass(frozen=True)
+class Encoders:
+    """What makes training data of sounds and frames; built anew in every worker.
+
+    hear(samples float32 16 kHz [n], F) -> features [N,A,F]; autoencoder: reference(picture) and encode(frames, reference) of
+    the model that the data are for (None for speech alone).
+    """
+
+    hear: Callable[[np.ndarray, int], Tensor]
+    autoencoder: Any
+
+
+Build = Callable[[PrecomputeConfig], Encoders]
+
+
+def precompute(config: PrecomputeConfig, build: Build) -> int:
     """Make the shards that are missing, then the index and the statistics. Gives the number of clips.
 
-    Shard n is a function of the seed and n alone, so that any number of workers makes the same data, and a run that was
-    stopped continues.
+    `build` is a function that worker processes can import. Shard n is a function of the seed and n alone, so that any number
+    of workers makes the same data, and a run that was stopped continues.
     """
     pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
@@ -43,7 +56,7 @@ def precompute(config: PrecomputeConfig) -> int:
     missing = [n for n in numbers if not (folder / _name(n)).is_file()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_one_thread) as pool:
-        jobs = [pool.submit(_write_shard, config, n) for n in missing]
+        jobs = [pool.submit(_write_shard, config, n, build) for n in missing]
         for job in tqdm(as_completed(jobs), total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
             job.result()
     entries = [entry for n in numbers for entry in _entries(folder, n)]
@@ -54,10 +67,9 @@ def precompute(config: PrecomputeConfig) -> int:
     return len(entries)
 
 
-def talking(config: PrecomputeConfig, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
+def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
     """Clips of one recording, each said by a person of its own: latents, ref, audio, visemes, head."""
-    spoken = next(speech(config, rng))
-    autoencoder = load_autoencoder(config.autoencoder)
+    spoken = next(speech(config, encoders, rng))
     length = FRAMES_PER_LATENT * config.latent_frames
     for start in range(0, config.clips_per_utterance * length, length):
         visemes = spoken["visemes"][start : start + length]
@@ -65,12 +77,12 @@ def talking(config: PrecomputeConfig, rng: np.random.Generator) -> Iterator[dict
         if rng.random() < config.moving_share:
             head = faces.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
         person = faces.draw_identity(rng, config.model.resolution, split=config.split)
-        latents, ref = encode_person(autoencoder, person, visemes, head)
+        latents, ref = encode_person(encoders.autoencoder, person, visemes=visemes, head=head)
         audio = spoken["audio"][:, :, start : start + length].contiguous()
         yield {"latents": latents.half(), "ref": ref.half(), "audio": audio, "visemes": visemes.contiguous(), "head": head}
 
 
-def speech(config: PrecomputeConfig, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
+def speech(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
     """One recording as a single clip: features [N,A,F] and visemes [F,5]."""
     frames = FRAMES_PER_LATENT * config.latent_frames * config.clips_per_utterance
     utterance = voices.say(rng, split=config.split, seconds=frames / FPS)
@@ -78,15 +90,14 @@ def speech(config: PrecomputeConfig, rng: np.random.Generator) -> Iterator[dict[
     samples = utterance.samples
     if rng.random() >= config.clean_share:
         samples = voices.augment(samples, rng)
-    audio = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")(samples, frames)
-    yield {"audio": audio.half(), "visemes": visemes}
+    yield {"audio": encoders.hear(samples, frames).half(), "visemes": visemes}
 
 
 MAKERS: dict[str, Callable] = {"talking": talking, "spoken": speech}
 
 
 @torch.no_grad()
-def encode_person(autoencoder: WarpAutoencoder, person: faces.Identity, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Latents [C,T,h,w] of a person speaking, and those of the person at rest [C,1,h,w]."""
     picture = rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w").float() / 127.5 - 1
     reference = autoencoder.reference(picture)
@@ -105,23 +116,12 @@ def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
     return {"cell_std": squares.mean(0).sqrt(), "channel_std": squares.mean((1, 2)).sqrt()}
 
 
-@lru_cache(1)
-def load_autoencoder(path: str) -> WarpAutoencoder:
-    """The autoencoder, ready to encode. Raises ValueError when its weights are missing."""
-    file = Path(path) if path else BUNDLED
-    if not file.is_file():
-        raise ValueError(f"autoencoder={file} does not exist; train one with launch/train.py +train=preview_autoencoder")
-    autoencoder = WarpAutoencoder()
-    autoencoder.load_state_dict({name: t.float() for name, t in load_file(file).items()})
-    return autoencoder.eval()
-
-
-def _write_shard(config: PrecomputeConfig, number: int) -> None:
+def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all."""
-    tensors, entries = {}, []
+    tensors, entries, encoders = {}, [], build(config)
     for place in range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances)):
         rng = np.random.default_rng((config.seed, place))
-        for clip in MAKERS[config.kind](config, rng):
+        for clip in MAKERS[config.kind](config, encoders, rng):
             name = f"{place:06d}_{len(entries):04d}"
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})

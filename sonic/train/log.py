@@ -50,7 +50,7 @@ class RunLog:
         if self._bar is None:
             LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
 
-    def tick(self, step: int, loss: float, samples_per_second: float, seconds_left: float) -> None:
+    def tick(self, step: int, loss: float, *, samples_per_second: float, seconds_left: float) -> None:
         """Move the progress bar to `step`."""
         if self._bar is not None:
             left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"

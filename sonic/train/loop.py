@@ -122,7 +122,8 @@ def train(run: Run) -> Outcome:
                 pace = (step - first) / (time.monotonic() - clock.start)
                 samples = pace * config.budget.batch_size * config.budget.accumulate
                 log.scalars(step, {**figures, "train/lr": lr, "perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace})
-                log.tick(step, figures.get("train/student_loss", float("nan")), samples, clock.left(step, first))
+                loss = figures.get("train/student_loss", float("nan"))
+                log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
             if last or _due(config, step, kept_at):
                 engine.save(folder / "checkpoints", step, {"batches": used, "seconds": clock.seconds(), "seed": config.seed})
                 checkpoint.prune(folder / "checkpoints", config.checkpoint.keep)

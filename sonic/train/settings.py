@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sonic.config import ModelConfig
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob
 
 
 def _require(ok: bool, message: str) -> None:
@@ -170,3 +170,31 @@ class TrainConfig:
             (steps > 0) != (minutes > 0),
             f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
         )
+
+
+@dataclass
+class EvalConfig:
+    """What is scored: people, voices and sentences of the test split, with a still head."""
+
+    clips: int = knob(20, "people, each with a recording of their own")
+    seed: int = knob(0, "other seeds are other people and sentences")
+    seconds: float = knob(8.0, "length of each recording, at least 2")
+    noisy: bool = knob(False, "dirt of real recordings on the speech")
+    videos: str = knob("", "folder for a contact sheet of every clip; empty = none")
+
+    def __post_init__(self) -> None:
+        _require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
+        _require(self.seconds >= 2, f"eval.seconds={self.seconds}: a correlation needs at least 2 seconds")
+
+
+@dataclass
+class EvaluateConfig:
+    """Scores a model on drawn people whose mouths are known exactly: the model, the true video, and nothing moving."""
+
+    json: str = knob("", "where the figures go")
+    eval: EvalConfig = knob(EvalConfig)
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)

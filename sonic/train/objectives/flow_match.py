@@ -23,12 +23,12 @@ from sonic.types import Conditions, pick
 TIMESTEPS = 1000.0
 
 
-def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
     """The model names the clean latents; an error there is 1/sigma² in velocity, bounded by `cap`."""
     return clean, sigma.square().reciprocal().clamp(max=cap)
 
 
-def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
     """The model names noise - clean, at equal weight."""
     return noise - clean, torch.ones_like(sigma)
 
@@ -63,14 +63,14 @@ class FlowMatch:
         wide = rearrange(sigma, "b -> b 1 1 1 1")
         first_block = int(torch.randint(config.max_first_block + 1, (), generator=rng, device=rng.device))
         model = self.student["model"]
-        noisy = interpolate(clean, noise, wide)
+        noisy = interpolate(clean, noise, sigma)
         found = model.forward_blocks(noisy, TIMESTEPS * sigma, self._conditions(batch, rng), first_block=first_block).float()
-        target, weight = self.target(clean, noise, wide, config.weight_cap)
+        target, weight = self.target(clean, noise, wide, cap=config.weight_cap)
         cells = 1.0 if self.cell_weights is None else self.cell_weights.to(clean)
         error = (weight * cells * (found - target).square()).mean()
         heard = hear_blocks(model.audio_encoder, batch["audio"], self.model_config)
         named, figures = viseme_loss(self.student["viseme_head"](*heard), batch["visemes"])
-        left = _relative_error(found, target, cells, sigma)
+        left = _relative_error(found, target, sigma, cells=cells)
         return error + config.viseme_weight * named, {"flow_error": error.detach(), "error_from_noise": left, **figures}
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def cell_weights(spread: Tensor, gain: float) -> Tensor:
     return weights / weights.mean()
 
 
-def _relative_error(found: Tensor, target: Tensor, cells: Tensor | float, sigma: Tensor) -> Tensor:
+def _relative_error(found: Tensor, target: Tensor, sigma: Tensor, *, cells: Tensor | float) -> Tensor:
     """Error of clips that start from pure noise, as a share of the target's own size: 1.0 = nothing learnt, 0.0 = perfect."""
     pure = rearrange((sigma >= 0.999).float(), "b -> b 1 1 1 1")
     wrong = (pure * cells * (found.detach() - target).square()).sum()

@@ -1,0 +1,165 @@
+"""Scores the whole main job on drawn people: what the film shows is read back from its pixels and held against the truth.
+
+The film comes from the same functions as in infer: crop, rollout, decode, put-back. Beside it stand the true video and a
+video in which nothing moves, scored by the same reader.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sonic import metrics
+from sonic.data import faces, puppet, voices
+from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
+from sonic.geometry import FPS, FRAMES_PER_LATENT
+from sonic.infer.build import Parts, build_parts
+from sonic.infer.pipeline import Scene, Settings, film
+from sonic.train.settings import EvalConfig, EvaluateConfig
+from sonic.types import FaceBox, Mouth, Portrait, Speech
+
+LOG = logging.getLogger(__name__)
+GOALS = {
+    "sync_correlation": "≥ 0.90", "offset_within_1_frame": "≥ 0.95", "control_correlation": "≤ 0.30", "dynamics_ratio": "0.85 to 1.15",
+    "silent_motion_ratio": "≤ 0.10", "identity_psnr_db": "≥ 26", "block_join_ratio": "≤ 1.2",
+}  # fmt: skip
+EXTRAS = ("flicker", "reader_correlation", "seconds_per_frame")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A person, what is said, and what the mouth truly does: `track` [F] is the lower lip's way from rest in mouth units, `other`
+    the same for another sentence."""
+
+    person: faces.Identity
+    samples: np.ndarray
+    track: np.ndarray
+    other: np.ndarray
+    truth: Tensor
+
+    @property
+    def rest(self) -> Tensor:
+        """The person before speaking, [3,R,R] in [-1,1]."""
+        return rearrange(torch.from_numpy(self.person.picture), "h w c -> c h w").float() / 127.5 - 1
+
+    @property
+    def place(self) -> metrics.MouthPlace:
+        """Where the reader has to look."""
+        shape = self.person.mouth
+        return metrics.MouthPlace(shape.x, shape.y, shape.unit, shape.roll, lower=shape.curve + 0.65 * shape.gap, curve=shape.curve)
+
+
+Film = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,R] in [-1,1]
+
+
+def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, dict]:
+    """Score as configured, show the table, write the JSON. Gives {figure: {mean, ci95, clips}}."""
+    parts = parts or build_parts(config.model, config.run)
+    settings = Settings(sampler=config.sampler, decode=config.decode)
+    rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
+    start = time.perf_counter()
+    for number, case in enumerate(cases(config.eval, parts.config.resolution)):
+        films = {
+            "model": lambda case, samples, seed=number: filmed(case, samples, parts, settings=settings, seed=seed),
+            "true video": lambda case, samples: case.truth if samples.any() else case.rest.expand_as(case.truth),
+            "nothing moves": lambda case, samples: case.rest.expand_as(case.truth),
+        }
+        block = FRAMES_PER_LATENT * parts.config.rollout.block_frames
+        for name, make in films.items():
+            rows[name].append(scored(case, make, block))
+        r = rows["model"][-1]["sync_correlation"]
+        LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
+        if config.eval.videos:
+            _keep(case, films["model"], Path(config.eval.videos) / f"clip_{number:03d}.png")
+    figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
+    show(figures)
+    found = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
+    found["peak_rss_gib"] = metrics.peak_rss_gib()
+    if config.json:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
+    """People and sentences of the test split, as functions of the seed and their number alone."""
+    frames = round(config.seconds * FPS)
+    for number in range(config.clips):
+        rng = np.random.default_rng((config.seed, number, 2))
+        said, other = (voices.say(rng, split="test", seconds=frames / FPS) for _ in range(2))
+        person = faces.draw_identity(rng, resolution, split="test")
+        visemes, others = (torch.from_numpy(voices.viseme_track(each, frames)) for each in (said, other))
+        truth, _ = faces.animate(person, visemes)
+        samples = voices.augment(said.samples, rng) if config.noisy else said.samples
+        track, control = (puppet.travel(person.mouth, each).numpy() for each in (visemes, others))
+        yield Case(person, samples, track, control, truth)
+
+
+def filmed(case: Case, samples: np.ndarray, parts: Parts, *, settings: Settings, seed: int) -> Tensor:
+    """The main job on a drawn portrait, whose whole picture is the face crop.  -> [F,3,R,R] in [-1,1]"""
+    side = float(case.person.picture.shape[0])
+    size = side / settings.expand_ratio
+    face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
+    mouth = Mouth(MOUTH_IN_CROP[0] * side, MOUTH_IN_CROP[1] * side, MOUTH_IN_FACE * size)
+    scene = Scene(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)
+    with closing(film(scene, parts, settings)) as chunks:
+        pixels = torch.cat([torch.as_tensor(chunk.pixels) for chunk in chunks])
+    return rearrange(pixels, "f h w c -> f c h w").float() / 127.5 - 1
+
+
+def scored(case: Case, make: Film, block: int) -> dict[str, float]:
+    """Every figure of one clip."""
+    start = time.perf_counter()
+    frames = make(case, case.samples)
+    seconds = time.perf_counter() - start
+    silent = make(case, np.zeros_like(case.samples))
+    read = lambda some: metrics.mouth_opening(some, case.rest, case.place)  # noqa: E731
+    found, true, hushed = read(frames), read(case.truth), read(silent)
+    _, lag = metrics.best_lag(found, case.track)
+    mask = metrics.mouth_mask(case.place, *frames.shape[-2:])
+    size = lambda track: float(np.sqrt(np.mean(np.square(track))))  # noqa: E731 - about rest, so that a mouth left open counts
+    return {
+        "sync_correlation": metrics.correlation(found, case.track),
+        "offset_within_1_frame": float(abs(lag) <= 1.0 and np.std(found) > 1e-6),
+        "control_correlation": metrics.correlation(found, case.other),
+        "dynamics_ratio": metrics.dynamics_ratio(found, true),
+        "silent_motion_ratio": size(hushed) / max(size(found), 0.01),
+        "identity_psnr_db": metrics.psnr(frames, case.truth, mask),
+        "block_join_ratio": metrics.join_ratio(frames, block),
+        "flicker": metrics.flicker(frames),
+        "reader_correlation": metrics.correlation(true, case.track),
+        "seconds_per_frame": seconds / len(frames),
+    }
+
+
+def show(figures: dict[str, dict]) -> None:
+    """The table: every figure of the model beside those of the true video and of nothing moving, and what is asked for."""
+    table = Table(title="drawn people never trained on")
+    for name in ("figure", *figures, "asked for"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for key in (*GOALS, *EXTRAS):
+        values = [f"{rows[key]['mean']:.3f} ± {rows[key]['ci95']:.3f}" for rows in figures.values()]
+        table.add_row(key, *values, GOALS.get(key, ""))
+    Console(width=120).print(table)
+
+
+def _keep(case: Case, make: Film, path: Path) -> None:
+    """Eight moments of a clip, the film above the truth."""
+    from skimage.io import imsave
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
+    rows = [rearrange(frames[chosen], "f c h w -> h (f w) c") for frames in (make(case, case.samples), case.truth)]
+    imsave(path, ((torch.cat(rows) + 1) * 127.5).clamp(0, 255).byte().numpy(), check_contrast=False)
