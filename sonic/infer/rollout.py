@@ -12,7 +12,7 @@ from sonic.flow.guidance import guidance
 from sonic.flow.path import velocity_from
 from sonic.flow.samplers import SAMPLERS, Velocity
 from sonic.flow.schedule import sigmas_of
-from sonic.model.dit import AvatarDiT
+from sonic.model.dit import AvatarDiT, BlockInputs
 from sonic.model.kv_cache import KVCache
 from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 
@@ -39,7 +39,8 @@ def rollout(
     caches = [model.prefill(each, model.new_cache(each, steps=len(sigmas) - 1)) for each in told]
     for span in spans:
         noise = _noise(conditions.ref, span.latent_frames, generator)
-        velocities = [_block_velocity(model, each.at(span), span, cache, sigmas) for each, cache in zip(told, caches, strict=True)]
+        inputs = [model.prepare_block(each.at(span), span) for each in told]
+        velocities = [_block_velocity(model, each, cache=cache, sigmas=sigmas) for each, cache in zip(inputs, caches, strict=True)]
         velocity = guidance(velocities[-1], sampler.sample_guide_scale)(velocities[0])
         yield LatentBlock(sample(velocity, noise, sigmas, generator), span)
 
@@ -62,9 +63,8 @@ def sample_clip(
     return sample(wrap(_clip_velocity(model, conditions)), noise, sigmas, generator)
 
 
-def _block_velocity(model: AvatarDiT, conditions: Conditions, span: BlockSpan, cache: KVCache, sigmas: Tensor) -> Velocity:
+def _block_velocity(model: AvatarDiT, inputs: BlockInputs, *, cache: KVCache, sigmas: Tensor) -> Velocity:
     """The velocity of one block. Each noise level has its ring, so a block meets the others as they were at that level."""
-    inputs = model.prepare_block(conditions, span)
     to_velocity = velocity_from(model.config.prediction)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,19 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
 
 
+class Projected(NamedTuple):
+    """One stream's queries, keys and values, each [B,N,heads,d], not rotated yet."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class Reach(Protocol):
     """What the streams of tokens in one layer may attend to; it also knows where they sit."""
 
-    def attend(self, attention: Attention, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What each stream hears; all tensors [B,N,heads,d], not rotated yet."""
+    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
+        """What each stream hears, [B,N,heads,d]."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """Keys and values of the prompt, projected now or remembered."""
@@ -50,12 +58,11 @@ class WholeClip(FreshText):
 
     rotations: tuple[Rotation, ...]
 
-    def attend(self, attention, queries, keys, values):
+    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
         """One attention over the joined streams, cut apart again."""
-        lengths = [q.shape[1] for q in queries]
-        joined_q = torch.cat([rotate(q, r) for q, r in zip(queries, self.rotations, strict=True)], dim=1)
-        joined_k = torch.cat([rotate(k, r) for k, r in zip(keys, self.rotations, strict=True)], dim=1)
-        return attention(joined_q, joined_k, torch.cat(list(values), dim=1)).split(lengths, dim=1)
+        turned = [(rotate(x.queries, turn), rotate(x.keys, turn), x.values) for x, turn in zip(streams, self.rotations, strict=True)]
+        joined = (torch.cat(parts, dim=1) for parts in zip(*turned, strict=True))
+        return attention(*joined).split([x.queries.shape[1] for x in streams], dim=1)
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,9 @@ class BlockCausal(FreshText):
     memory_keys: tuple[Rotation, ...]
     window: int
 
-    def attend(self, attention, queries, keys, values):
+    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
         """One unmasked attention per block, so that the fast kernels stay usable."""
-        (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = queries, keys, values
+        (grid_q, grid_k, grid_v), (memory_q, memory_k, memory_v) = streams
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
         length = grid_q.shape[1] // len(self.memory_keys)
         seen = {id(place): rotate(memory_k, place) for place in self.memory_keys}

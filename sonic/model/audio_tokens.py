@@ -44,7 +44,7 @@ class CausalConv(nn.Conv1d):
 class AudioEncoder(nn.Module):
     """Mix the layers of a speech encoder and shrink time by 4: local tokens and one summary per latent frame."""
 
-    def __init__(self, audio_dim: int, num_layers: int, num_tokens: int, hidden_dim: int):
+    def __init__(self, audio_dim: int, hidden_dim: int, *, num_layers: int, num_tokens: int):
         super().__init__()
         if hidden_dim % 4:
             raise ValueError(f"hidden_dim={hidden_dim} must be a multiple of 4: the audio encoder widens it in two steps")
@@ -100,7 +100,7 @@ class AudioInjector(nn.Module):
         actors = audio.tokens.shape[0] // grid.shape[0]
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
         shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)
-        normed = modulate(tokens, shift, 1 + scale, self.EPS)
+        normed = modulate(tokens, shift, 1 + scale, eps=self.EPS)
         heard = self.attention(
             rearrange(normed, "b t s d -> (b t) 1 s d"),
             self.attention.keys_values(rearrange(audio.tokens, "b t a d -> (b t) 1 a d")),

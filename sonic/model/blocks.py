@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.model.attention import Attention, KeysValues, Reach, sdpa
+from sonic.model.attention import Attention, KeysValues, Projected, Reach, sdpa
 
 
 class MultiHead(nn.Module):
@@ -46,7 +46,7 @@ class Block(nn.Module):
     It works on a tuple of streams: the grid of noisy tokens, the memory, or both.
     """
 
-    def __init__(self, hidden_dim: int, ffn_dim: int, num_heads: int, eps: float = 1e-6):
+    def __init__(self, hidden_dim: int, ffn_dim: int, num_heads: int, *, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 6, hidden_dim) / hidden_dim**0.5)
@@ -61,35 +61,30 @@ class Block(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Streams [B,T,S,D], their modulations [B,T,6,D] (T or B may be 1), text [B,1,L,D] -> streams"""
         tables = [self._table(modulation, x.dtype) for modulation, x in zip(modulations, streams, strict=True)]
-        queries, keys, values = [], [], []
+        projected = []
         for x, (shift, scale, *_) in zip(streams, tables, strict=True):
-            normed = modulate(x, shift, scale, self.eps)
-            key, value = self.self_attention.keys_values(normed)
-            queries.append(self.self_attention.queries(normed))
-            keys.append(key)
-            values.append(value)
-        heard = reach.attend(self.self_attention.attention, queries, keys, values)
+            normed = modulate(x, shift, scale, eps=self.eps)
+            projected.append(Projected(self.self_attention.queries(normed), *self.self_attention.keys_values(normed)))
+        heard = reach.attend(self.self_attention.attention, projected)
         prompt = reach.text(self.text_attention.keys_values, text)
-        return tuple(self._finish(x, h, table, prompt) for x, h, table in zip(streams, heard, tables, strict=True))
+        return tuple(self._finish(x, h, table, prompt=prompt) for x, h, table in zip(streams, heard, tables, strict=True))
 
-    def _finish(self, x: Tensor, heard: Tensor, table: Tensor, prompt: KeysValues) -> Tensor:
+    def _finish(self, x: Tensor, heard: Tensor, table: Tensor, *, prompt: KeysValues) -> Tensor:
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = table
         x = torch.addcmul(x, self.self_attention.join(heard, x.shape[1]), gate)
         x = x + self.text_attention(self.text_norm(x), prompt)
-        hidden = F.gelu(self.mlp_in(modulate(x, mlp_shift, mlp_scale, self.eps)), approximate="tanh")
+        hidden = linear_gelu(self.mlp_in, modulate(x, mlp_shift, mlp_scale, eps=self.eps))
         return torch.addcmul(x, self.mlp_out(hidden), mlp_gate)
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
-        """Six rows, shift, scale, gate twice, each [B,T,1,D]; summed in float32, scales already 1 + scale."""
-        table = self.modulation.float() + modulation
-        one = table.new_tensor([0, 1, 0, 0, 1, 0])
-        return rearrange(table + rearrange(one, "six -> six 1"), "b t six d -> six b t 1 d").to(dtype)
+        """Six rows, shift, scale, gate twice, each [B,T,1,D], summed in float32."""
+        return rearrange(self.modulation.float() + modulation, "b t six d -> six b t 1 d").to(dtype)
 
 
 class Head(nn.Module):
     """Last modulation and projection back to latents."""
 
-    def __init__(self, hidden_dim: int, channels: int, patch: tuple[int, int, int], eps: float = 1e-6):
+    def __init__(self, hidden_dim: int, channels: int, patch: tuple[int, int, int], *, eps: float = 1e-6):
         super().__init__()
         self.patch, self.eps = tuple(patch), eps
         self.modulation = nn.Parameter(torch.randn(1, 2, hidden_dim) / hidden_dim**0.5)
@@ -99,13 +94,25 @@ class Head(nn.Module):
         """[B,T,S,D] tokens, [B,T,D] summary of the noise level, `width` patches in a row -> [B,C,T,H,W]"""
         table = self.modulation.float() + rearrange(summary, "b t d -> b t 1 d")
         shift, scale = rearrange(table, "b t two d -> two b t 1 d").to(tokens.dtype)
-        patches = self.project(modulate(tokens, shift, 1 + scale, self.eps))
+        patches = self.project(modulate(tokens, shift, 1 + scale, eps=self.eps))
         p, q, r = self.patch
         return rearrange(patches, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", w=width, p=p, q=q, r=r)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """Layer norm without weights of its own, times scale, plus shift; [B,T,S,D] with [B,T,1,D]."""
     if scale.numel() == scale.shape[-1]:  # one noise level for everything: the norm's kernel applies it
         return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
+
+
+def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """GELU in its tanh form after a linear layer.  [...,D] -> [...,D']
+
+    Without gradients on a CPU it is one oneDNN call, because torch's tanh GELU takes as long as the matrix product.
+    """
+    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    plain = type(layer) is nn.Linear and layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    if fused is not None and plain and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return fused(x, layer.weight, layer.bias, "gelu", [], "tanh")
+    return F.gelu(layer(x), approximate="tanh")

@@ -40,14 +40,14 @@ class AvatarDiT(nn.Module):
         dim, channels, patch = trunk.hidden_dim, trunk.latent_channels, trunk.patch_size
         self.patch_embed = PatchEmbed(channels, dim, patch)
         self.pose_embed = PatchEmbed(channels, dim, patch)
-        self.frame_pack = FramePack(channels, dim, patch, config.motion.buckets)
+        self.frame_pack = FramePack(channels, dim, patch, buckets=config.motion.buckets)
         self.roles = nn.Embedding(3, dim)
         self.time_embed = TimeEmbed(trunk.freq_dim, dim)
         self.text_embed = TextEmbed(text.text_dim, text.text_len, dim)
-        self.audio_encoder = AudioEncoder(audio.audio_dim, audio.num_audio_layers, audio.num_audio_token, dim)
-        self.blocks = nn.ModuleList(Block(dim, trunk.ffn_dim, trunk.num_heads, trunk.eps) for _ in range(trunk.num_layers))
+        self.audio_encoder = AudioEncoder(audio.audio_dim, dim, num_layers=audio.num_audio_layers, num_tokens=audio.num_audio_token)
+        self.blocks = nn.ModuleList(Block(dim, trunk.ffn_dim, trunk.num_heads, eps=trunk.eps) for _ in range(trunk.num_layers))
         self.audio_injectors = nn.ModuleList(AudioInjector(dim, trunk.num_heads, trunk.eps) for _ in audio.inject_layers)
-        self.head = Head(dim, channels, tuple(patch), trunk.eps)
+        self.head = Head(dim, channels, tuple(patch), eps=trunk.eps)
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Rotation = tuple[Tensor, Tensor]  # cos, sin [N,1,d/2]
+Rotation = tuple[Tensor, Tensor, Tensor]  # factors [N,1,d] of a channel itself, of the next one, of the one before
 Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
@@ -59,11 +59,11 @@ class TimeEmbed(nn.Module):
         self.project = nn.Linear(hidden_dim, 6 * hidden_dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks."""
+        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks, scales plus 1."""
         waves = sinusoid(timestep, self.freq_dim).float()
         summary = _linear_float32(self.out, F.silu(_linear_float32(self.expand, waves)))
-        modulation = _linear_float32(self.project, F.silu(summary))
-        return summary, rearrange(modulation, "b t (six d) -> b t six d", six=6)
+        modulation = rearrange(_linear_float32(self.project, F.silu(summary)), "b t (six d) -> b t six d", six=6)
+        return summary, modulation + _ones_at(SCALES, modulation)
 
 
 class FramePack(nn.Module):
@@ -73,7 +73,7 @@ class FramePack(nn.Module):
     Source: FramePack, arXiv 2504.12626.
     """
 
-    def __init__(self, channels: int, hidden_dim: int, patch: Sequence[int], buckets: Sequence[int]):
+    def __init__(self, channels: int, hidden_dim: int, patch: Sequence[int], *, buckets: Sequence[int]):
         super().__init__()
         self.buckets = tuple(buckets)
         self.newest, self.middle, self.oldest = (
@@ -97,6 +97,7 @@ class FramePack(nn.Module):
 
 
 PACK_SCALES = (1, 2, 4)
+SCALES = (1, 4)  # rows of the modulation that multiply; 0 and 3 shift, 2 and 5 are gates
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -112,7 +113,7 @@ def grid_places(times: Tensor, height: int, width: int) -> Places:
     return _every_pair(times.double(), rows, columns)
 
 
-def motion_places(buckets: Sequence[int], height: int, width: int, device: torch.device | None = None) -> Places:
+def motion_places(buckets: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Places:
     """Ids of the FramePack tokens: negative times counting back from the clip, coarser buckets spread over the grid."""
     parts, past = [], 0
     for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
@@ -129,9 +130,9 @@ def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> in
 
 
 def rotation(places: Places, head_dim: int) -> Rotation:
-    """Cosines and sines [N,1,d/2] of the tokens' positions, from float64 angles: no table, so no last position.
+    """The rotation of tokens by their positions, from float64 angles: no table, so no last position.
 
-    A head's pairs are shared out between time, rows and columns. Source: RoFormer, arXiv 2104.09864.
+    A head's pairs of channels are shared out between time, rows and columns. Source: RoFormer, arXiv 2104.09864.
     """
     side = head_dim // 6
     angles = []
@@ -139,25 +140,35 @@ def rotation(places: Places, head_dim: int) -> Rotation:
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
-    return angle.cos().float(), angle.sin().float()
-
-
-def join_rotations(*parts: Rotation) -> Rotation:
-    """The rotation of tokens that stand one after another."""
-    return tuple(torch.cat(tables) for tables in zip(*parts, strict=True))
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return tuple(_interleave(even, odd) for even, odd in ((cos, cos), (-sin, 0 * sin), (0 * sin, sin)))
 
 
 def rotate(heads: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbouring pairs of channels by their angles.  [B,N,heads,d] -> the same"""
-    cos, sin = turn
-    even, odd = rearrange(heads, "b n heads (pairs two) -> two b n heads pairs", two=2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rearrange(turned, "b n heads pairs two -> b n heads (pairs two)").to(heads.dtype)
+    """Turn neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> the same
+
+    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin); the partner of a channel is one place ahead or behind in
+    memory, so two shifted copies stand for it and nothing is gathered.
+    """
+    this, ahead, behind = turn
+    wide = heads.float()
+    flat = wide.flatten()
+    turned = torch.addcmul(wide * this, flat.roll(-1).view_as(wide), ahead)
+    return torch.addcmul(turned, flat.roll(1).view_as(wide), behind).to(heads.dtype)
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    return rearrange([even, odd], "two n 1 pairs -> n 1 (pairs two)")
 
 
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Places:
     time, row, column = torch.meshgrid(times, rows, columns, indexing="ij")
     return time.flatten(), row.flatten(), column.flatten()
+
+
+def _ones_at(rows: Sequence[int], modulation: Tensor) -> Tensor:
+    """[6,1] with ones at the given rows."""
+    return modulation.new_tensor([[float(row in rows)] for row in range(6)])
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:

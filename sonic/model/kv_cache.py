@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sonic.config import ModelConfig
-from sonic.model.attention import Attention, KeysValues
+from sonic.model.attention import Attention, KeysValues, Projected
 from sonic.model.embed import Places, Rotation, grid_places, motion_places, rotate, rotation
 
 
@@ -103,9 +103,9 @@ class FillMemory:
     layer: int
     places: Rotation
 
-    def attend(self, attention: Attention, queries, keys, values):
+    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
         """Attention among the memory tokens; their keys are kept without rotation."""
-        (query,), (key,), (value,) = queries, keys, values
+        ((query, key, value),) = streams
         self.cache.memory_keys[self.layer].copy_(key)
         for ring in self.cache.rings:
             ring.values[self.layer][:, : ring.memory_tokens] = value
@@ -127,9 +127,9 @@ class RingView:
     slot: tuple[int, int, int]
     places: Rotation
 
-    def attend(self, attention: Attention, queries, keys, values):
+    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
         """Write the block's keys and values into its slot and attend to all that is filled."""
-        (query,), (key,), (value,) = queries, keys, values
+        ((query, key, value),) = streams
         first, last, filled = self.slot
         all_keys, all_values = self.ring.keys[self.layer], self.ring.values[self.layer]
         all_keys[:, first:last] = rotate(key, self.places)
@@ -141,7 +141,7 @@ class RingView:
         return self.cache.text[self.layer]
 
 
-def memory_places(buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, device: torch.device | None = None) -> Places:
+def memory_places(buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, *, device: torch.device | None = None) -> Places:
     """Ids of the reference's tokens, then of the motion tokens (none without buckets)."""
     ref = grid_places(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
     if not buckets:

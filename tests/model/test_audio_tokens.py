@@ -11,7 +11,7 @@ from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 
 @pytest.fixture
 def encoder(rng) -> AudioEncoder:
-    return AudioEncoder(6, num_layers=3, num_tokens=2, hidden_dim=16)
+    return AudioEncoder(6, 16, num_layers=3, num_tokens=2)
 
 
 def test_leaving_out_the_constant_past_changes_nothing(encoder):

@@ -72,7 +72,7 @@ def test_latents_that_do_not_divide_into_patches_are_named():
 
 @pytest.mark.parametrize(("keep", "blanked"), [(2, 0), (1, 1), (0, 3)])
 def test_blanking_the_newest_past_equals_zeros_there(keep, blanked):
-    pack = FramePack(4, 10, (1, 1, 1), (1, 2, 16))
+    pack = FramePack(4, 10, (1, 1, 1), buckets=(1, 2, 16))
     motion = torch.randn(1, 4, 19, 4, 4)
     silent = motion.clone()
     silent[:, :, 19 - blanked :] = 0
@@ -80,7 +80,7 @@ def test_blanking_the_newest_past_equals_zeros_there(keep, blanked):
 
 
 def test_a_short_past_is_zeros_before_it_and_a_long_one_its_end():
-    pack = FramePack(4, 10, (1, 1, 1), (1, 2, 16))
+    pack = FramePack(4, 10, (1, 1, 1), buckets=(1, 2, 16))
     motion = torch.randn(1, 4, 25, 4, 4)
     assert_close(pack(motion), pack(motion[:, :, -19:]))
     padded = torch.cat((torch.zeros(1, 4, 14, 4, 4), motion[:, :, -5:]), dim=2)

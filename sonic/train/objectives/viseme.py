@@ -58,7 +58,8 @@ class VisemePretraining:
         assert isinstance(config.objective, VisemeConfig)
         self.config, self.model = config.objective, config.model
         audio = config.model.audio
-        encoder = AudioEncoder(audio.audio_dim, audio.num_audio_layers, audio.num_audio_token, config.model.trunk.hidden_dim)
+        width, layers, tokens = config.model.trunk.hidden_dim, audio.num_audio_layers, audio.num_audio_token
+        encoder = AudioEncoder(audio.audio_dim, width, num_layers=layers, num_tokens=tokens)
         for module in encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv1d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
