@@ -1,4 +1,4 @@
-"""Learn the preview's motion latents: displacement, opacity and inside of the mouth from frames beside their reference."""
+"""Learn the preview's motion latents: displacement, opacity and inside of the mouth, beside a reference picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sonic.model.vae import WarpAutoencoder
-from sonic.model.warp import warp_crop
+from sonic.model.vae import MotionLayers, WarpAutoencoder
 from sonic.train.objectives import Batch
 from sonic.train.settings import AutoencodeConfig, TrainConfig
 
@@ -29,38 +28,30 @@ class Autoencode:
         return ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance from the known motion and from the known frames.  batch: see data/drawn.py"""
+        """Distance from the known motion.  batch: see data/drawn.py"""
         model, config = self.autoencoder, self.config
         reference = model.reference(batch["picture"])
-        latents = model.encode(batch["frames"], reference)
+        latents = model.encode(MotionLayers(batch["flow"], batch["opacity"], batch["interior"]))
         strength = config.latent_noise * torch.rand(latents.shape[0], 1, 1, 1, 1, generator=rng, device=rng.device)
         noise = torch.randn(latents.shape, generator=rng, device=rng.device)
         layers, _ = model.decode(latents + strength * noise, reference)
         self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            return self._distances(batch, layers, latents.float())
+            return self._distances(batch, MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float()), latents.float())
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averaged weights with the latents' measured scale."""
         return {**weights, "latent_scale": self.autoencoder.latent_scale.detach().clone()}
 
-    def _distances(self, batch: Batch, layers: object, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        layers = type(layers)(layers.flow.float(), layers.opacity.float(), layers.interior.float())
+    def _distances(self, batch: Batch, layers: MotionLayers, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         focus = 1 + self.config.focus * rearrange(batch["focus"], "b h w -> b 1 1 h w")
         shown = focus * (1 - batch["opacity"])
         pixels = batch["picture"].shape[-1]
         flow = (shown * F.smooth_l1_loss(layers.flow * pixels, batch["flow"] * pixels, beta=0.25, reduction="none")).mean()
         opacity = (focus * F.smooth_l1_loss(layers.opacity, batch["opacity"], beta=0.1, reduction="none")).mean()
         interior = (focus * batch["opacity"] * (layers.interior - batch["interior"]).abs()).mean()
-        frames = warp_crop(batch["picture"], layers)
-        weight = F.interpolate(focus[:, 0], scale_factor=2.0, mode="bilinear")
-        pixel = (rearrange(weight, "b c h w -> b c 1 h w") * (frames - batch["frames"]).abs()).mean()
-        loss = flow + 4 * opacity + 4 * interior + 2 * pixel + 1e-3 * latents.square().mean()
-        error = (frames - batch["frames"]).square().mean() / 4
-        return loss, {
-            "flow_px": flow.detach(), "opacity": opacity.detach(), "interior": interior.detach(), "pixel": pixel.detach(),
-            "psnr_db": -10 * torch.log10(error.detach()), "latent_rms": latents.detach().square().mean().sqrt(),
-        }  # fmt: skip
+        loss = flow + 16 * opacity + 8 * interior + 1e-3 * latents.square().mean()
+        return loss, {"flow_px": flow.detach(), "opacity": opacity.detach(), "interior": interior.detach(), "latent_rms": latents.detach().square().mean().sqrt()}
 
     @torch.no_grad()
     def _track_scale(self, latents: Tensor) -> None:

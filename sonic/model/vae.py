@@ -1,0 +1,150 @@
+"""The preview's streaming autoencoder: its latents say how a picture moves, and nothing moves where they are zero.
+
+Geometry of the Wan VAE: 16 channels, 8x8 px and 4 frames a latent.  What is encoded and decoded is motion: a displacement,
+an opacity and a small picture of the mouth's inside, which warp.py lays over the photograph at the photograph's own
+resolution.  The decoder sees the reference picture, so that edges fall where the lips are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sonic.geometry import FRAMES_PER_LATENT
+
+LATENT_CHANNELS = 16
+LAYERS = 6  # displacement x, y; opacity; red, green, blue of the inside
+FLOW_SCALE = 0.05  # one unit of the decoder's displacement, in picture widths
+WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A portrait as the autoencoder knows it, computed once.
+
+    picture [B,3,R,R] in [-1,1]; latents [B,16,1,R/8,R/8], what the DiT sees of it; detail [B,32,R/4,R/4]; resting, what
+    the decoder says of zero latents.
+    """
+
+    picture: Tensor
+    latents: Tensor
+    detail: Tensor
+    resting: Tensor
+
+
+@dataclass(frozen=True)
+class MotionLayers:
+    """What moved: flow [B,F,2,h,w] (x, y; source minus output, in picture widths), opacity [B,F,1,h,w] and interior
+    [B,F,3,h,w], both in [0,1], at half the picture's resolution."""
+
+    flow: Tensor
+    opacity: Tensor
+    interior: Tensor
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))), the last convolution starting at zero."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(F.relu(self.first(F.relu(x))))
+
+
+class WarpAutoencoder(nn.Module):
+    """Motion to latents and back, beside a reference picture; a value `cache` carries the decoder from chunk to chunk."""
+
+    def __init__(self, latent_channels: int = LATENT_CHANNELS):
+        super().__init__()
+        self.detail = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16 * 5, 48, 3, padding=1), Residual(48), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1))
+        self.appearance = nn.Sequential(
+            nn.Conv2d(32, WIDTH, 4, stride=2, padding=1), Residual(WIDTH), Residual(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, latent_channels, 3, padding=1)
+        )
+        self.squeeze = nn.Conv2d(16 * LAYERS, WIDTH, 1)
+        self.merge = nn.Sequential(nn.Conv2d(FRAMES_PER_LATENT * WIDTH, 96, 3, padding=1), Residual(96), nn.Conv2d(96, latent_channels, 3, padding=1))
+        self.unfold = nn.Sequential(nn.Conv2d(3 * latent_channels, 96, 3, padding=1), Residual(96), Residual(96), nn.ReLU())
+        self.split = nn.Conv2d(96, FRAMES_PER_LATENT * 4 * 32, 1)
+        self.render = nn.Sequential(
+            nn.Conv2d(32 + 32, 48, 3, padding=1), nn.ReLU(), Residual(48), nn.ReLU(), nn.Conv2d(48, 4 * LAYERS, 3, padding=1), nn.PixelShuffle(2)
+        )
+        self.register_buffer("latent_scale", torch.ones(latent_channels))
+
+    def reference(self, picture: Tensor) -> Reference:
+        """Look at the portrait once.  picture [B,3,R,R] in [-1,1], R a multiple of 8"""
+        batch, _, height, width = picture.shape
+        if height % 8 or width % 8:
+            raise ValueError(f"a reference of {width}x{height} px cannot be encoded: both sides must be multiples of 8")
+        detail = self.detail(torch.cat([picture, _positions(picture)], 1))
+        latents = self.appearance(detail)
+        nothing = torch.zeros_like(latents)
+        resting = self._layers(nothing, nothing, latents, detail)
+        return Reference(picture, rearrange(latents, "b c h w -> b c 1 h w"), detail, resting)
+
+    def encode(self, layers: MotionLayers) -> Tensor:
+        """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,R/8,R/8]; exactly zero where nothing moves."""
+        batch, count = layers.flow.shape[:2]
+        if count % FRAMES_PER_LATENT:
+            raise ValueError(f"{count} frames cannot be encoded: every latent holds {FRAMES_PER_LATENT}; give a multiple of it")
+        small = F.pixel_unshuffle(rearrange(_as_layers(layers), "b f c h w -> (b f) c h w"), 4)
+        moved = self._compress(small) - self._compress(torch.zeros_like(small[:FRAMES_PER_LATENT]))
+        return rearrange(moved, "(b t) c h w -> b c t h w", b=batch) / rearrange(self.latent_scale, "c -> c 1 1 1")
+
+    def _compress(self, small: Tensor) -> Tensor:
+        """Four frames [4N,96,h,w] -> one latent [N,16,h,w]"""
+        return self.merge(rearrange(self.squeeze(small), "(n f) c h w -> n (f c) h w", f=FRAMES_PER_LATENT))
+
+    def decode(self, latents: Tensor, reference: Reference, cache: Tensor | None = None) -> tuple[MotionLayers, Tensor]:
+        """latents [B,16,T,h,w] -> the motion of 4T frames, and the cache to hand in with the latents that follow.
+
+        Chunks of any length give the same as one call: a latent sees itself and the one before it.
+        """
+        batch, _, count = latents.shape[:3]
+        latents = latents * rearrange(self.latent_scale, "c -> c 1 1 1").to(latents.dtype)
+        before = torch.zeros_like(latents[:, :, :1]) if cache is None else cache
+        previous = torch.cat([before, latents[:, :, :-1]], 2)
+        flat = lambda x: rearrange(x, "b c t h w -> (b t) c h w")  # noqa: E731 - used three times on the next line
+        look = flat(reference.latents.expand(-1, -1, count, -1, -1))
+        layers = self._layers(flat(latents), flat(previous), look, reference.detail.repeat_interleave(count, 0))
+        layers = rearrange(layers, "(b t) f c h w -> b t f c h w", b=batch) - rearrange(reference.resting, "b f c h w -> b 1 f c h w")
+        layers = rearrange(layers, "b t f c h w -> b (t f) c h w")
+        return _as_motion(layers), latents[:, :, -1:]
+
+    def _layers(self, latents: Tensor, previous: Tensor, look: Tensor, detail: Tensor) -> Tensor:
+        """All [N,16,h,w], detail [N,32,2h,2w] -> [N,4,6,4h,4w]"""
+        features = self.split(self.unfold(torch.cat([latents, previous, look], 1)))
+        features = F.pixel_shuffle(rearrange(features, "n (f c) h w -> (n f) c h w", f=FRAMES_PER_LATENT), 2)
+        detail = detail.repeat_interleave(FRAMES_PER_LATENT, 0)
+        return rearrange(self.render(torch.cat([features, detail], 1)), "(n f) c h w -> n f c h w", f=FRAMES_PER_LATENT)
+
+
+def _throat(like: Tensor) -> Tensor:
+    """The colour that zero stands for: a dim red."""
+    return like.new_tensor([0.30, 0.12, 0.11]).reshape(3, 1, 1)
+
+
+def _as_motion(layers: Tensor) -> MotionLayers:
+    """Give the network's six channels their units.  [B,F,6,h,w]"""
+    flow, opacity, colour = layers.split([2, 1, 3], dim=2)
+    return MotionLayers(flow * FLOW_SCALE, opacity, _throat(layers) + 0.5 * colour)
+
+
+def _as_layers(motion: MotionLayers) -> Tensor:
+    """Motion in the network's units; a colour counts as far as it can be seen.  -> [B,F,6,h,w]"""
+    colour = 2 * (motion.interior - _throat(motion.interior)) * motion.opacity
+    return torch.cat([motion.flow / FLOW_SCALE, motion.opacity, colour], 2)
+
+
+def _positions(picture: Tensor) -> Tensor:
+    """Where each pixel is in the crop, as two more channels in [-1,1]."""
+    ys = torch.linspace(-1, 1, picture.shape[2], device=picture.device, dtype=picture.dtype)
+    xs = torch.linspace(-1, 1, picture.shape[3], device=picture.device, dtype=picture.dtype)
+    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"))
+    return grid.expand(picture.shape[0], -1, -1, -1)

@@ -1,0 +1,129 @@
+"""Lays motion over a picture: warps what is there and paints only what was hidden.  Knows no network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from sonic.model.vae import MotionLayers
+from sonic.types import Crop
+
+BORDER = 0.08  # share of the crop over which motion fades to nothing, so that no seam can show
+HUSH = 0.0006  # displacements below this share of the crop are noise: the photograph stays untouched
+
+PIXELS_AT_ONCE = 2_000_000  # memory of one pass over a large photograph
+
+
+def unit_grid(height: int, width: int, like: Tensor) -> Tensor:
+    """Centres of the pixels in [-1,1], as grid_sample wants them.  -> [H,W,2] (x, y)"""
+    ys = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height * 2 - 1
+    xs = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width * 2 - 1
+    return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+
+
+def warp_crop(picture: Tensor, layers: MotionLayers) -> Tensor:
+    """The crop itself in motion, at its own resolution.  picture [B,3,R,R] in [-1,1] -> frames [B,3,F,R,R] in [-1,1]
+
+    Differentiable; this is what the autoencoder is trained through.
+    """
+    batch, frames = layers.flow.shape[:2]
+    size = picture.shape[-2:]
+    stacked = rearrange(torch.cat([layers.flow, layers.opacity, layers.interior], 2), "b f c h w -> (b f) c h w")
+    full = F.interpolate(stacked, size, mode="bilinear", align_corners=False)
+    flow, opacity, interior = full.split([2, 1, 3], dim=1)
+    grid = unit_grid(*size, picture) + 2 * rearrange(flow, "n c h w -> n h w c")
+    moved = F.grid_sample(picture.repeat_interleave(frames, 0), grid, padding_mode="border", align_corners=False)
+    composed = torch.lerp(moved, interior.clamp(0, 1) * 2 - 1, opacity.clamp(0, 1))
+    return rearrange(composed, "(b f) c h w -> b c f h w", b=batch)
+
+
+def fade(height: int, width: int, like: Tensor) -> Tensor:
+    """1 inside the crop, falling smoothly to 0 at its border.  -> [h,w]"""
+    edge = (1 - unit_grid(height, width, like).abs().amax(-1)) / (2 * BORDER)
+    edge = edge.clamp(0, 1)
+    return edge * edge * (3 - 2 * edge)
+
+
+def settle(layers: MotionLayers) -> MotionLayers:
+    """Layers fit for the photograph: faded at the border, and still where they barely move."""
+    window = fade(*layers.flow.shape[-2:], layers.flow)
+    flow = layers.flow * window
+    length = torch.linalg.vector_norm(flow, dim=2, keepdim=True)
+    flow = flow * ((length - HUSH) / HUSH).clamp(0, 1)
+    return MotionLayers(flow, ((layers.opacity - 0.04) / 0.92).clamp(0, 1) * window, layers.interior.clamp(0, 1))
+
+class Canvas:
+    """A photograph that can be set in motion: only what changed is written, everything else stays the photograph's own.
+
+    pixels uint8 [H,W,3]; crop is where the layers lie in it.
+    """
+
+    def __init__(self, pixels: Tensor, crop: Crop):
+        self.pixels, self.crop = pixels, crop
+        sin, cos = math.sin(crop.angle), math.cos(crop.angle)
+        self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # crop axes -> photo axes
+        self.centre = torch.tensor([crop.center_x, crop.center_y])
+        reach = crop.side * (abs(sin) + abs(cos)) / 2
+        rows, columns = (_span(middle, reach, size) for middle, size in zip((crop.center_y, crop.center_x), pixels.shape[:2]))
+        self.top, self.left = rows.start, columns.start
+        self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
+
+    def render(self, layers: MotionLayers) -> Tensor:
+        """The photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
+        layers = settle(layers)
+        stacked = torch.cat([layers.flow, layers.opacity, layers.interior], 2)[0]
+        frames = self.pixels.expand(stacked.shape[0], -1, -1, -1).clone()
+        box = self._moving(stacked)
+        if box is None:
+            return frames
+        top, bottom, left, right = box
+        share = max(1, PIXELS_AT_ONCE // max(1, (bottom - top) * (right - left)))
+        for start in range(0, stacked.shape[0], share):
+            part = slice(start, start + share)
+            frames[part, top:bottom, left:right] = self._compose(stacked[part], box)
+        return frames
+
+    def _moving(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
+        """Photo rows and columns that hold everything that moves, or None."""
+        moved = (stacked[:, :3] != 0).any(0).any(0)
+        if not moved.any():
+            return None
+        height, width = moved.shape
+        rows, columns = moved.any(1).nonzero().flatten(), moved.any(0).nonzero().flatten()
+        low = torch.stack([columns[0] - 1, rows[0] - 1]) / torch.tensor([width, height])
+        high = torch.stack([columns[-1] + 2, rows[-1] + 2]) / torch.tensor([width, height])
+        corners = torch.tensor([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])])
+        photo = (corners - 0.5) * self.crop.side @ self.turn.T + self.centre
+        left, top = photo.amin(0).floor().int().tolist()
+        right, bottom = photo.amax(0).ceil().int().tolist()
+        top, left = max(top, self.top), max(left, self.left)
+        bottom, right = min(bottom, self.top + self.source.shape[2]), min(right, self.left + self.source.shape[3])
+        return (top, bottom, left, right) if bottom > top and right > left else None
+
+    def _compose(self, stacked: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """The moving part of some frames.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
+        top, bottom, left, right = box
+        ys, xs = torch.arange(top, bottom) + 0.5, torch.arange(left, right) + 0.5
+        place = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+        inside = (place - self.centre) @ self.turn * (2 / self.crop.side)
+        found = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
+        flow, opacity, interior = found.split([2, 1, 3], dim=1)
+        moved = rearrange(flow, "f c h w -> f h w c") @ self.turn.T * self.crop.side
+        size = torch.tensor([self.source.shape[3], self.source.shape[2]])
+        grid = (place - torch.tensor([self.left, self.top]) + moved) / size * 2 - 1
+        source = self.source.expand(stacked.shape[0], -1, -1, -1)
+        warped = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
+        edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # a large photograph wants a lip line as sharp as its own
+        opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
+        composed = torch.lerp(warped, interior * 255, opacity)
+        return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
+
+
+def _span(middle: float, reach: float, size: int) -> slice:
+    """The rows (or columns) of a picture within `reach` of `middle`, at least one."""
+    start = min(max(0, math.floor(middle - reach)), size - 1)
+    return slice(start, max(start + 1, min(size, math.ceil(middle + reach))))
