@@ -86,7 +86,7 @@ class VideoWriter:
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
         try:
             self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
-            self._video = _video_stream(self._container, self.width, self.height, self.coding)
+            self._video = _video_stream(self._container, self.width, self.height, coding=self.coding)
             self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
             self._reformatter = VideoReformatter()
         except BaseException:
@@ -153,7 +153,7 @@ def _writing_failed(path: Path, error: OSError) -> Exception:
     return error
 
 
-def _video_stream(container, width: int, height: int, coding: Coding):
+def _video_stream(container, width: int, height: int, *, coding: Coding):
     stream = container.add_stream("libx264", rate=coding.fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.options = {"crf": str(coding.crf), "preset": coding.preset}

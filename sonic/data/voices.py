@@ -154,7 +154,7 @@ def speak(
     manner: rate (words per minute), pitch and range (0..100). `speed` plays the result faster, which raises the formants too.
     """
     with _espeak() as engine:
-        sound, events, rate = engine.synthesise(text, voice, seed, {"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
+        sound, events, rate = engine.synthesise(text, voice, seed=seed, manner={"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
     sound = resample(sound, round(rate * speed), SAMPLE_RATE)
     length = len(sound) / SAMPLE_RATE
     events = [(0.0, ""), *events]
@@ -335,7 +335,7 @@ class _Engine:
             index += 1
         return 0
 
-    def synthesise(self, text: str, voice: str, seed: int, manner: dict[str, int]) -> tuple[np.ndarray, list[tuple[float, str]], int]:
+    def synthesise(self, text: str, voice: str, *, seed: int, manner: dict[str, int]) -> tuple[np.ndarray, list[tuple[float, str]], int]:
         """Samples, (start s, IPA) of every phoneme, and the sample rate in Hz."""
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice={voice} is unknown to espeak-ng; choose an accent of ACCENTS and a speaker of SPEAKERS")
