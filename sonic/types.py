@@ -209,3 +209,16 @@ def _expect_picture(name: str, value: Tensor | np.ndarray, *, ndim: int) -> None
     if value.ndim != ndim or value.shape[-1] != 3 or not eight_bit:
         axes = "[F,H,W,3]" if ndim == 4 else "[H,W,3]"
         raise ValueError(f"{name} must be uint8 {axes}, not {value.dtype} {list(value.shape)}")
+
+
+@dataclass(frozen=True)
+class MotionLayers:
+    """What moves in a picture, frame by frame.
+
+    flow [...,F,2,h,w] (x, y; source minus output, in picture widths); opacity [...,F,1,h,w] and interior [...,F,3,h,w], the
+    inside of the mouth that is laid over the moved picture, both in [0,1].
+    """
+
+    flow: Tensor
+    opacity: Tensor
+    interior: Tensor

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from sonic.data import faces
-from sonic.data.puppet import MouthShape
+from sonic.data import faces, puppet
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.types import MotionLayers
 
 
 def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
@@ -32,7 +32,7 @@ def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
     return torch.from_numpy((targets[left] * (1 - share) + targets[left + 1] * share).astype(np.float32))
 
 
-def mouth_focus(shape: MouthShape, resolution: int, scale: int) -> Tensor:
+def mouth_focus(shape: puppet.MouthShape, resolution: int, scale: int) -> Tensor:
     """How much each place matters to a mouth: 1 at the lips, falling to 0 beyond the chin.  -> [R/scale,R/scale]"""
     centres = (torch.arange(resolution // scale) + 0.5) * scale
     y, x = torch.meshgrid((centres - shape.y) / shape.unit, (centres - shape.x) / shape.unit, indexing="ij")
@@ -42,24 +42,27 @@ def mouth_focus(shape: MouthShape, resolution: int, scale: int) -> Tensor:
 def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, split: str = "train") -> dict[str, Tensor]:
     """One person for a moment.
 
-    picture [3,R,R] and frames [3,F,R,R] in [-1,1]; the motion behind them at R/2: flow [F,2,...] in picture widths, opacity
-    [F,1,...], interior [F,3,...] in [0,1]; focus [R/2,R/2].
+    picture [3,R,R] in [-1,1]; its motion at R/2, see motion_targets; focus [R/2,R/2].
     """
     identity = faces.draw_identity(rng, resolution, split=split)
     pose = None
     if rng.random() < 0.35:
         start = int(rng.integers(0, 80))
         pose = faces.head_motion(rng, start + frames, float(rng.uniform(0.5, 1.5)))[start:]
-    moving, motion = faces.animate(identity, random_visemes(rng, frames), pose)
-    shown = 1 - motion.opacity  # where the mouth is open no picture is warped: its displacement has no meaning there
-    flow = F.avg_pool2d(motion.flow * shown, 2) / F.avg_pool2d(shown, 2).clamp(min=1e-3)
-    opacity = F.avg_pool2d(motion.opacity, 2)
-    interior = F.avg_pool2d(motion.interior * motion.opacity, 2) / opacity.clamp(min=1e-3)
+    motion = motion_targets(puppet.move(identity.mouth, random_visemes(rng, frames), pose, resolution=resolution))
     picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 127.5 - 1
+    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **motion}
+
+
+def motion_targets(motion: MotionLayers) -> dict[str, Tensor]:
+    """The motion at half its resolution, as the autoencoder takes it: flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]."""
+    shown = 1 - motion.opacity  # where the mouth is open no picture is warped: its displacement has no meaning there
+    opacity = F.avg_pool2d(motion.opacity, 2)
     return {
-        "picture": picture, "frames": moving.transpose(0, 1), "flow": flow, "opacity": opacity, "interior": interior,
-        "focus": mouth_focus(identity.mouth, resolution, 2),
-    }  # fmt: skip
+        "flow": F.avg_pool2d(motion.flow * shown, 2) / F.avg_pool2d(shown, 2).clamp(min=1e-3),
+        "opacity": opacity,
+        "interior": F.avg_pool2d(motion.interior * motion.opacity, 2) / opacity.clamp(min=1e-3),
+    }
 
 
 class DrawnFaces(Dataset):

@@ -14,6 +14,7 @@ from torch import Tensor
 from sonic.data import puppet
 from sonic.data.face_parts import Painter, draw_brows_and_eyes, draw_hair, draw_head, draw_mouth, draw_nose
 from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.types import MotionLayers
 
 SKIN = np.array([(255, 224, 196), (240, 200, 165), (222, 172, 130), (190, 135, 95), (140, 92, 62), (95, 62, 45)]) / 255.0
 HAIR = np.array([(30, 22, 18), (70, 45, 25), (120, 80, 40), (200, 165, 95), (150, 60, 30), (190, 190, 190)]) / 255.0
@@ -51,11 +52,11 @@ def draw_identity(rng: np.random.Generator, resolution: int, *, split: str = "tr
     return Identity((picture * 255).round().astype(np.uint8), painter.shape)
 
 
-def animate(identity: Identity, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, puppet.Motion]:
+def animate(identity: Identity, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, MotionLayers]:
     """The person speaking.  visemes [F,5], pose [F,4] or None -> frames [F,3,R,R] in [-1,1] and the motion behind them."""
     picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 255
-    frames, motion = puppet.animate(picture, identity.mouth, visemes, pose)
-    return frames.clamp(0, 1) * 2 - 1, motion
+    motion = puppet.move(identity.mouth, visemes, pose, resolution=picture.shape[-1])
+    return puppet.apply(picture, motion).clamp(0, 1) * 2 - 1, motion
 
 
 def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) -> Tensor:

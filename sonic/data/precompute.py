@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sonic.data import clips, faces, voices
+from sonic.data import clips, faces, puppet, voices
+from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT
-from sonic.types import pick
+from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
 PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
@@ -32,7 +33,7 @@ PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
 class Encoders:
     """What makes training data of sounds and frames; built anew in every worker.
 
-    hear(samples float32 16 kHz [n], F) -> features [N,A,F]; autoencoder: reference(picture) and encode(frames, reference) of
+    hear(samples float32 16 kHz [n], F) -> features [N,A,F]; autoencoder: reference(picture) and encode(MotionLayers) of
     the model that the data are for (None for speech alone).
     """
 
@@ -101,10 +102,12 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
     """Latents [C,T,h,w] of a person speaking, and those of the person at rest [C,1,h,w]."""
     picture = rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w").float() / 127.5 - 1
     reference = autoencoder.reference(picture)
+    still = not head.any()
     parts = []
-    for some, pose in zip(visemes.split(24), head.split(24), strict=True):  # bounds memory; encoding is frame by frame in groups of 4
-        frames, _ = faces.animate(person, some, pose)
-        parts.append(autoencoder.encode(rearrange(frames, "f c h w -> 1 c f h w"), reference)[0])
+    for some, pose in zip(visemes.split(24), head.split(24), strict=True):  # bounds memory; four frames make a latent
+        motion = puppet.move(person.mouth, some, None if still else pose, resolution=person.picture.shape[0])
+        small = {name: value.unsqueeze(0) for name, value in motion_targets(motion).items()}
+        parts.append(autoencoder.encode(MotionLayers(**small))[0])
     return torch.cat(parts, 1), reference.latents[0]
 
 

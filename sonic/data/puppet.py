@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic.types import MotionLayers
+
 OPENING = 0.8  # mouth units that the lower lip travels when the viseme's opening is 1
 JAW = 0.62  # share of the lip's travel that the chin makes
 REVEALED = 0.05  # a picture whose lips are further apart than this shows its own teeth
@@ -36,16 +38,6 @@ class MouthShape:
     inside: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Motion:
-    """What moved, per output pixel: `flow` [F,2,R,R] (x, y; source minus output, in picture widths), `opacity` [F,1,R,R] of
-    the mouth's inside, `interior` [F,3,R,R] its colour in [0,1]."""
-
-    flow: Tensor
-    opacity: Tensor
-    interior: Tensor
-
-
 def travel(shape: MouthShape, visemes: Tensor) -> Tensor:
     """How far the lower lip moves from rest, in mouth units.  visemes [F,5] -> [F]
 
@@ -56,27 +48,32 @@ def travel(shape: MouthShape, visemes: Tensor) -> Tensor:
     return shape.gain * OPENING * room * opened.clamp(0, 1.2) - 0.9 * shape.gap * press
 
 
-def animate(picture: Tensor, shape: MouthShape, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, Motion]:
-    """The picture speaking.  picture [3,R,R] in [0,1], visemes [F,5], pose [F,4] or None -> frames [F,3,R,R] in [0,1], motion
+def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, resolution: int) -> MotionLayers:
+    """What moves in a picture of that resolution.  visemes [F,5], pose [F,4] or None
 
     Visemes: opening, width (-1 round .. +1 spread), press, teeth, tongue.  Pose: roll in radians, shift x and y in picture
     widths, blink 0..1.
     """
-    resolution = picture.shape[-1]
     ys, xs = torch.meshgrid(torch.arange(resolution) + 0.5, torch.arange(resolution) + 0.5, indexing="ij")
-    frames = visemes.shape[0]
     if pose is None:
-        head_x, head_y = xs.expand(frames, -1, -1), ys.expand(frames, -1, -1)
+        head_x, head_y = (axis.expand(visemes.shape[0], -1, -1) for axis in (xs, ys))
     else:
         head_x, head_y = _move_head(xs, ys, shape, pose)
     source_x, source_y, opacity, interior = _speak(head_x, head_y, shape, visemes)
     if pose is not None and shape.eyes:
         source_y = _blink(source_x, source_y, shape, pose[:, 3])
-    grid = torch.stack([source_x, source_y], -1) / resolution * 2 - 1
-    warped = F.grid_sample(picture.expand(frames, -1, -1, -1), grid, padding_mode="border", align_corners=False)
     flow = torch.stack([source_x - xs, source_y - ys], 1) / resolution
-    opacity = opacity.unsqueeze(1)
-    return torch.lerp(warped, interior, opacity), Motion(flow, opacity, interior)
+    return MotionLayers(flow, opacity.unsqueeze(1), interior)
+
+
+def apply(picture: Tensor, motion: MotionLayers) -> Tensor:
+    """The picture in motion.  [3,R,R] in [0,1] -> [F,3,R,R] in [0,1]"""
+    resolution = picture.shape[-1]
+    centres = (torch.arange(resolution) + 0.5) / resolution
+    place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
+    grid = (place + motion.flow).permute(0, 2, 3, 1) * 2 - 1
+    warped = F.grid_sample(picture.expand(grid.shape[0], -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    return torch.lerp(warped, motion.interior, motion.opacity)
 
 
 def _column(values: Tensor) -> Tensor:

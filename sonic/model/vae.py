@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.types import MotionLayers
 
 LATENT_CHANNELS = 16
 LAYERS = 6  # displacement x, y; opacity; red, green, blue of the inside
@@ -34,16 +35,6 @@ class Reference:
     latents: Tensor
     detail: Tensor
     resting: Tensor
-
-
-@dataclass(frozen=True)
-class MotionLayers:
-    """What moved: flow [B,F,2,h,w] (x, y; source minus output, in picture widths), opacity [B,F,1,h,w] and interior
-    [B,F,3,h,w], both in [0,1], at half the picture's resolution."""
-
-    flow: Tensor
-    opacity: Tensor
-    interior: Tensor
 
 
 class Residual(nn.Module):

@@ -9,8 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sonic.model.vae import MotionLayers
-from sonic.types import Crop
+from sonic.types import Crop, MotionLayers
 
 BORDER = 0.08  # share of the crop over which motion fades to nothing, so that no seam can show
 HUSH = 0.0006  # displacements below this share of the crop are noise: the photograph stays untouched

@@ -9,9 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sonic.model.vae import MotionLayers, WarpAutoencoder
+from sonic.model.vae import WarpAutoencoder
 from sonic.train.objectives import Batch
 from sonic.train.settings import AutoencodeConfig, TrainConfig
+from sonic.types import MotionLayers
 
 
 class Autoencode:
