@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -229,16 +230,11 @@ def _kind_words(kind: typing.Any) -> str:
 
 def _reworded(entry: Entry, error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about a YAML file, in one sentence with the choices."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for link in reversed(chain):
-        key = getattr(link, "full_key", None)
-        if isinstance(link, OmegaConfBaseException) and key:
-            if key not in entry_knobs(entry):
-                return _unknown_key(entry, key)
-            return f"{key}: {str(link).splitlines()[0]}"
-    return " ".join(str(chain[-1]).split())
+    found = re.search(r"full_key: (\S+)", str(error))
+    if found and found[1] not in entry_knobs(entry):
+        return _unknown_key(entry, found[1])
+    first = str(error).split("full_key:")[0]
+    return " ".join(f"{found[1]}: {first}".split() if found else str(error).split())
 
 
 def _sentence(error: Exception) -> str:

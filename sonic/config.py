@@ -209,7 +209,7 @@ class FaceConfig:
 
     box: list[float] | None = knob(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
     mouth: list[float] | None = knob(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
-    expand_ratio: float = knob(1.5, "side of the crop the model sees, in face sizes")
+    expand_ratio: float = knob(1.6, "side of the crop the model sees, in face sizes")
 
     def __post_init__(self) -> None:
         box, mouth = self.box, self.mouth

@@ -128,7 +128,9 @@ def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], unit: floa
     turn = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # row vectors: (x, y) @ turn
     y, x = torch.meshgrid(torch.arange(high) + 0.5 - high / 2, torch.arange(wide) + 0.5 - wide / 2, indexing="ij")
     points = torch.einsum("hwi,tij->thwj", torch.stack([x, y], -1), turn) + torch.tensor(middle)
-    seen = channels(F.grid_sample(small.expand(len(turns), -1, -1, -1), 2 * points / extent - 1, padding_mode="border", align_corners=False))
+    seen = channels(
+        F.grid_sample(small.expand(len(turns), -1, -1, -1), 2 * points / extent - 1, padding_mode="border", align_corners=False)
+    )
     length = F.conv2d(seen**2, oval().expand(1, seen.shape[1], -1, -1)).sqrt() + 1e-3
     response = F.conv2d(seen, known.weights[None]) * LOUDNESS / length + known.offset  # [turns,1,span,span]
     step = torch.arange(span) + 0.5 - span / 2

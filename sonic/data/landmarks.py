@@ -24,7 +24,7 @@ from sonic.types import FaceBox, Mouth
 BOX_UNITS = 24.0  # side of the cascade's box in template pixels of the face filter
 BOX_RISE = 1.3  # the box's middle lies this many template pixels above the template's
 SMALLEST_FACE = 16  # px
-ENOUGH = 1.35  # agreement (0..1) plus response (about 1) that make a face
+ENOUGH, CERTAIN = 1.4, 1.65  # agreement (0..1) plus response (about 1) that make a face, and that end the search
 TIE = 0.8  # a second face this close to the first in size and place deserves a warning
 OVERRIDE = "give it as face_box=[x,y,w,h] in pixels of the photo"
 
@@ -40,8 +40,8 @@ class Search:
 
 SEARCHES = (
     Search((360, 400, 440), 0.10),
+    Search((360, 400, 440), 0.10, (-20.0, 0.0, 20.0)),
     Search((560, 640, 720), 0.045),
-    Search((360, 400, 440), 0.10, (-25.0, 25.0)),
 )
 
 
@@ -62,9 +62,10 @@ def find_face(pixels: np.ndarray, face_box: Sequence[float] | None = None) -> Fa
         return _checked_box(pixels, face_box)
     faces: list[Candidate] = []
     for search in SEARCHES:
-        faces = _faces(pixels, search)
-        if faces:
+        faces += _faces(pixels, search)
+        if any(face.evidence > CERTAIN for face in faces):
             break
+    faces = [face for face in faces if face.evidence > ENOUGH]
     if not faces:
         raise ValueError(f"no face found in the photo ({pixels.shape[1]}x{pixels.shape[0]} px); {OVERRIDE}, or use a frontal portrait")
     return _choose(faces, pixels.shape[1], pixels.shape[0])
@@ -115,10 +116,15 @@ def _choose(faces: Sequence[Candidate], wide: int, high: int) -> FaceBox:
 
     def merit(face: Candidate) -> float:
         off = math.hypot((face.pose.x - wide / 2) / wide, (face.pose.y - high / 2) / high)
-        return face.pose.unit * math.exp(-2 * off**2)
+        return face.pose.unit * math.exp(3 * face.evidence - 2 * off**2)
 
-    best = max(merit(face) for face in faces)
-    equals = sorted((face for face in faces if merit(face) >= TIE * best), key=lambda face: face.pose.x)
+    ranked = sorted(faces, key=merit, reverse=True)
+    equals = [ranked[0]]
+    for face in ranked[1:]:
+        apart = min(math.hypot(face.pose.x - other.pose.x, face.pose.y - other.pose.y) for other in equals)
+        if merit(face) >= TIE * merit(ranked[0]) and apart > BOX_UNITS / 2 * face.pose.unit:
+            equals.append(face)
+    equals.sort(key=lambda face: face.pose.x)
     chosen = _box(equals[0].pose)
     if len(equals) > 1:
         place = f"[{chosen.x:.0f},{chosen.y:.0f},{chosen.width:.0f},{chosen.height:.0f}]"
@@ -134,7 +140,7 @@ def _box(pose: FacePose) -> FaceBox:
 
 
 def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
-    """Everything that this search takes for a face, no two at one place."""
+    """Everything in which this search sees something of a face."""
     small, scale = _reduced(pixels, max(search.sides))
     picture = Image.fromarray(small)
     groups = _agree(vote for turn in search.turns for side in search.sides for vote in _votes(picture, side, search.smallest, turn))
@@ -142,13 +148,11 @@ def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
     grey = torch.from_numpy(small).float().mean(-1) / 255
     faces: list[Candidate] = []
     for group in likely:
-        x, y, size, turn = np.median(group, axis=0).tolist()
+        x, y, size, _ = np.median(group, axis=0).tolist()
         guess = Guess(x, y + BOX_RISE * size / BOX_UNITS, size / BOX_UNITS, shift=0.08 * size, roll=turn)
         pose = align(grey, guess)
         evidence = min(1.0, len(group) / (2 * len(search.sides))) + min(1.0, pose.response)
-        apart = (math.hypot(pose.x - face.pose.x * scale, pose.y - face.pose.y * scale) for face in faces)
-        if evidence > ENOUGH and all(distance > 0.5 * size for distance in apart):
-            faces.append(Candidate(FacePose(pose.x / scale, pose.y / scale, pose.unit / scale, pose.angle, pose.response), evidence))
+        faces.append(Candidate(FacePose(pose.x / scale, pose.y / scale, pose.unit / scale, pose.angle, pose.response), evidence))
     return faces
 
 
@@ -182,9 +186,9 @@ def _agree(votes: Iterable[tuple[float, float, float, float]]) -> list[list[tupl
     groups: list[list[tuple[float, float, float, float]]] = []
     for vote in sorted(votes, key=lambda box: box[2]):
         for group in groups:
-            x, y, size, turn = np.median(group, axis=0)
+            x, y, size, _ = np.median(group, axis=0)
             larger, smaller = max(size, vote[2]), min(size, vote[2])
-            if math.hypot(vote[0] - x, vote[1] - y) < 0.3 * larger and larger < 1.6 * smaller and abs(turn - vote[3]) < 0.3:
+            if math.hypot(vote[0] - x, vote[1] - y) < 0.3 * larger and larger < 1.6 * smaller:
                 group.append(vote)
                 break
         else:

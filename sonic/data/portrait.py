@@ -22,12 +22,13 @@ from torch import Tensor
 
 from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
+from sonic.geometry import MOUTH_ANCHOR
 from sonic.types import Crop, Mouth, Portrait
 
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
 PAPER = (255, 255, 255)  # what shows through transparent pixels: cut-out portraits are made to be seen on white
-MOUTH_IN_CROP = (0.5, 0.60)
+MOUTH_IN_CROP = MOUTH_ANCHOR
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
 ORIENTATION_TAG = 0x0112
@@ -79,7 +80,7 @@ def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mou
     return Portrait(pixels, face, locate_mouth(pixels, face, mouth))
 
 
-def face_crop(portrait: Portrait, expand_ratio: float = 1.5, resolution: int = 192) -> Crop:
+def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:
     """The square around the face, turned with it, in which the mouth always lies at the same place and is about as wide."""
     if not 1.0 <= expand_ratio <= 4.0:
         raise ValueError(f"expand_ratio={expand_ratio} does not hold a face; choose from 1.0 (tight) to 4.0 (wide)")

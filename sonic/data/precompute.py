@@ -89,6 +89,8 @@ def speech(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generato
     utterance = voices.say(rng, split=config.split, seconds=frames / FPS)
     visemes = torch.from_numpy(voices.viseme_track(utterance, frames))
     samples = utterance.samples
+    if rng.random() < config.silent_share:  # nobody speaks: the mouth rests, whether the room is quiet or not
+        samples, visemes = np.zeros_like(samples), torch.zeros_like(visemes)
     if rng.random() >= config.clean_share:
         samples = voices.augment(samples, rng)
     yield {"audio": encoders.hear(samples, frames).half(), "visemes": visemes}

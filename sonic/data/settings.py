@@ -19,6 +19,7 @@ class PrecomputeConfig:
     latent_frames: int = knob(18, "length of a clip; four video frames each")
     clips_per_utterance: int = knob(4, "clips cut from a recording, each with a person of its own")
     clean_share: float = knob(0.25, "recordings that stay free of noise, echo and band limits")
+    silent_share: float = knob(0.05, "recordings in which nobody speaks")
     moving_share: float = knob(0.3, "clips whose head moves")
     workers: int = knob(2, "processes")
     autoencoder: str = knob("", "weights of the autoencoder; empty = the bundled ones")

@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from sonic.model.embed import Rotation, rotate
@@ -19,8 +18,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
-    queries, keys, values = (rearrange(x, "b n heads d -> b heads n d") for x in (queries, keys, values))
-    return rearrange(F.scaled_dot_product_attention(queries, keys, values), "b heads n d -> b n heads d")
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
 ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
