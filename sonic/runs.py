@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 log = logging.getLogger("sonic")
@@ -86,6 +87,14 @@ def start_logging(*, main: bool) -> None:
     trouble.setFormatter(_OneLine())
     for handler in (news, trouble):
         log.addHandler(handler)
+    warnings.filterwarnings("always", category=UserWarning)
+    warnings.showwarning = _tell
+
+
+def _tell(message: Warning | str, category: type[Warning], filename: str, *_) -> None:
+    """Our own warnings are for the person, as one line; those of other packages are for whoever debugs."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent) and issubclass(category, UserWarning)
+    log.log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
 class _OneLine(logging.Formatter):

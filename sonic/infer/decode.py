@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from sonic.infer.report import Clock
-from sonic.model.vae import MotionLayers, Reference
+from sonic.model.vae import Reference
 from sonic.model.warp import Canvas
-from sonic.types import FrameChunk, LatentBlock
+from sonic.types import FrameChunk, LatentBlock, MotionLayers
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ class Settings:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     motion: HeadConfig = field(default_factory=HeadConfig)
-    expand_ratio: float = 1.5
+    expand_ratio: float = 1.6
 
 
 def open_scene(config: InferConfig) -> Scene:
