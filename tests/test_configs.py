@@ -1,0 +1,160 @@
+"""Every YAML composes, every model builds without memory, and every mistake on the command line is answered with the choices."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sonic.app
+from sonic import config as knobs_of
+from sonic.app import Entry, compose, entry_knobs, groups, help_text, options
+from sonic.config import BenchConfig, InferConfig, parse_size
+from sonic.data.settings import PrecomputeConfig
+from sonic.flow.path import PREDICTIONS
+from sonic.flow.samplers import SAMPLERS
+from sonic.flow.schedule import SCHEDULES
+from sonic.infer.build import DTYPES
+from sonic.model.dit import AvatarDiT
+from sonic.train.settings import OBJECTIVE_CONFIGS, EvaluateConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+INFER = Entry("infer", InferConfig)
+ENTRIES = {
+    "infer": INFER,
+    "bench": Entry("bench", BenchConfig),
+    "evaluate": Entry("evaluate", EvaluateConfig),
+    "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
+    "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
+}
+NEEDED = {"train": ["budget.max_steps=1"]}  # knobs without which a command has no meaning
+CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
+PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_command_composes_without_arguments(name):
+    assert isinstance(compose(ENTRIES[name], NEEDED.get(name, [])), ENTRIES[name].schema)
+
+
+@pytest.mark.parametrize(("name", "group", "option"), CHOICES)
+def test_every_choice_composes(name, group, option):
+    needed = [] if group in ("train", "precompute") else NEEDED.get(name, [])
+    assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
+
+
+def test_every_yaml_belongs_to_a_command():
+    files = {path.relative_to(ROOT / place) for place in ("conf", "recipes") for path in (ROOT / place).rglob("*.yaml")}
+    known = {Path(f"{name}.yaml") for name in ENTRIES} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
+    assert files == known
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_builds_without_memory(name):
+    config = compose(INFER, [f"model={name}"]).model
+    with torch.device("meta"):
+        model = AvatarDiT(config)
+    assert config.name == name
+    if name in PUBLISHED:
+        assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name]
+
+
+def test_names_in_the_config_are_the_tables():
+    assert set(knobs_of.SAMPLER_NAMES) == set(SAMPLERS)
+    assert set(knobs_of.SCHEDULE_NAMES) == set(SCHEDULES)
+    for name in PREDICTIONS:
+        compose(INFER, [f"model.prediction={name}"])
+    for name in DTYPES:
+        compose(INFER, [f"run.dtype={name}"])
+
+
+def test_a_preset_leaves_the_rest_to_the_command_line():
+    found = compose(INFER, ["+preset=fast_preview", "sampler.sample_steps=7", "model.resolution=96"])
+    assert (found.sampler.sample_steps, found.model.resolution) == (7, 96)
+
+
+def test_the_last_of_two_presets_counts():
+    both, one = (compose(INFER, items) for items in (["+preset=quality", "preset=streaming"], ["preset=streaming"]))
+    assert both == one
+
+
+@pytest.mark.parametrize("text", ["my photo (1), final.jpg", "a=b.jpg", "${HOME}.jpg", "it's \"me\".png", "[1].jpg", "1e3", "null", "off"])
+def test_text_stays_exactly_as_typed(text):
+    assert compose(INFER, [f"image={text}"]).image == text
+
+
+def test_short_names_are_the_long_ones():
+    found = compose(INFER, ["name=me", "face_box=[1,2,30,40]", "weights=folder", "device=cpu"])
+    assert (found.run.name, found.face.box, found.model.weights, found.run.device) == ("me", [1, 2, 30, 40], "folder", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("sampler.sample_step=3", "sampler has: sample_steps"),
+        ("sample_steps=3", "choose one of: sampler.sample_steps"),
+        ("sede=3", "choose one of: seed"),
+        ("ouput=x.mp4", "choose one of: output"),
+        ("model.trunk.hiden_dim=3", "model.trunk has: hidden_dim"),
+        ("preset=fast_previw", "choose one of: fast_preview"),
+        ("+preset=streeming", "choose one of: streaming"),
+        ("model=preveiw", "choose one of: preview"),
+        ("sampler=eular", "choose one of: euler"),
+        ("sampler.name=eular", "choose one of: euler, heun, unipc"),
+        ("sampler.schedule=linaer", "choose one of: linear"),
+        ("motion.head=gentel", "choose one of: gentle"),
+        ("run.dtype=float23", "choose one of: float32"),
+        ("sampler.sample_steps=many", "not a whole number"),
+        ("decode.online=perhaps", "not true or false"),
+        ("face_box=[1,2,3", "not a list of numbers"),
+        ("face_box=[1,2,3]", "give [x,y,width,height]"),
+        ("video.infer_frames=50", "use 48 or 60"),
+        ("video.fps=30", "use 25"),
+        ("video.size=7x", "write WIDTHxHEIGHT"),
+        ("sampler.sample_steps=0", "need 1 to 1000"),
+        ("seed=-1", "must lie between"),
+        ("run=me", "set one of: run.name"),
+        ("image", "write knob=value"),
+        ("--image me.jpg", "write knob=value"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_choices(typed, first):
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        compose(INFER, [typed])
+    assert first in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
+    monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="sampler.sample_step is not a knob; sampler has: sample_steps"):
+        compose(INFER, ["preset=mine"])
+
+
+def test_sizes_are_read_with_either_sign():
+    assert parse_size("704x384") == parse_size("704*384") == (704, 384)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_names_every_knob_and_choice(name):
+    text = help_text(ENTRIES[name])
+    assert all(f"  {knob}=" in text for knob in entry_knobs(ENTRIES[name]))
+    assert all(option in text for options in groups(ENTRIES[name]).values() for option in options)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
+def test_the_command_line_answers_at_once_and_without_torch(arguments):
+    run = f"runpy.run_path({str(ROOT / 'launch/infer.py')!r}, run_name='__main__')"
+    script = f"import runpy, sys\ntry:\n    {run}\nfinally:\n    assert 'torch' not in sys.modules\n"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert time.perf_counter() - start < 3
+    assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
+    assert "Traceback" not in done.stderr
