@@ -1,0 +1,219 @@
+"""Whatever is wrong with the input is said in one sentence, with exit code 2, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from skimage import data
+
+from sonic.app import run_command
+from sonic.data.video import VideoWriter
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("parts") / "weights")
+
+
+@pytest.fixture
+def sentence(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder and gives what it said, after checking how it ended."""
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    launch = launcher()
+
+    def run(*argv: str) -> str:
+        code = run_command(launch.ENTRY, launch.infer, argv)
+        said = capsys.readouterr()
+        lines = said.err.strip().splitlines()
+        assert code == 2, said
+        assert lines[-1].startswith("sonic: error: ") and "Traceback" not in said.err, said.err
+        assert sum("error:" in line for line in lines) == 1
+        assert list((tmp_path / "here").iterdir()) == [], "something was left behind"
+        return lines[-1].removeprefix("sonic: error: ")
+
+    return run
+
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    return tmp_path / "inputs"
+
+
+def empty_file(folder: Path) -> Path:
+    (folder / "empty").touch()
+    return folder / "empty"
+
+
+def text_file(folder: Path) -> Path:
+    (folder / "letter.txt").write_text("not what it seems\n" * 50)
+    return folder / "letter.txt"
+
+
+def truncated_picture(folder: Path) -> Path:
+    Image.fromarray(data.astronaut()).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:9000])
+    return folder / "cut.jpg"
+
+
+def tiny_picture(folder: Path) -> Path:
+    Image.fromarray(data.astronaut()[:100, :100]).save(folder / "tiny.png")
+    return folder / "tiny.png"
+
+
+def not_numbers(folder: Path) -> Path:
+    return write_wav(folder / "nan.wav", np.where(np.arange(16_000) % 100, babble(1.0), np.float32("nan")).astype(np.float32))
+
+
+def corrupt_audio(folder: Path) -> Path:
+    whole = write_wav(folder / "whole.wav", babble(1.0)).read_bytes()
+    (folder / "corrupt.mp3").write_bytes(np.random.default_rng(0).bytes(5000) + whole[:10])
+    return folder / "corrupt.mp3"
+
+
+def video(folder: Path) -> Path:
+    with VideoWriter(folder / "video.mp4", 64, 64, num_frames=5) as writer:
+        writer.write(np.zeros((5, 64, 64, 3), np.uint8))
+    return folder / "video.mp4"
+
+
+BAD_PORTRAITS = {
+    "missing": (lambda folder: folder / "nowhere.jpg", "does not exist"),
+    "folder": (lambda folder: folder, "directory"),
+    "empty": (empty_file, "image="),
+    "not_an_image": (text_file, "not a picture"),
+    "truncated": (truncated_picture, "damaged or cut off"),
+    "too_small": (tiny_picture, "at least 128 px"),
+}
+BAD_RECORDINGS = {
+    "missing": (lambda folder: folder / "nowhere.wav", "does not exist"),
+    "folder": (lambda folder: folder, "is a folder"),
+    "empty": (empty_file, "is an empty file"),
+    "silent": (lambda folder: write_wav(folder / "silent.wav", np.zeros(16_000, np.float32)), "is silent"),
+    "too_short": (lambda folder: write_wav(folder / "short.wav", babble(0.05)), "0.05 s"),
+    "not_numbers": (not_numbers, "not numbers"),
+    "corrupt": (corrupt_audio, "audio="),
+    "text": (text_file, "audio="),
+    "video": (video, "is a video"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PORTRAITS)
+def test_a_bad_portrait(case, sentence, inputs):
+    make, word = BAD_PORTRAITS[case]
+    assert word in sentence(f"image={make(inputs)}", *FACE)
+
+
+@pytest.mark.parametrize("case", BAD_RECORDINGS)
+def test_a_bad_recording(case, sentence, inputs):
+    make, word = BAD_RECORDINGS[case]
+    assert word in sentence(f"audio={make(inputs)}", *FACE)
+
+
+def test_a_picture_without_a_face_names_the_override(sentence, inputs):
+    Image.fromarray(data.gravel()[:256, :256]).save(inputs / "gravel.png")
+    said = sentence(f"image={inputs / 'gravel.png'}")
+    assert "no face" in said and "face_box=[x,y,w,h]" in said
+
+
+def test_of_two_equal_faces_one_is_named(sentence, inputs, capsys, monkeypatch):
+    face = data.astronaut()[:300, 60:360]
+    Image.fromarray(np.hstack([face, face])).save(inputs / "twins.png")
+    launch = launcher()
+    run_command(launch.ENTRY, launch.infer, [f"image={inputs / 'twins.png'}", "weights=nowhere"])
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sonic: warning: ")]
+    assert len(warned) == 1 and "face_box=[x,y,w,h]" in warned[0]
+
+
+@pytest.mark.parametrize(("output", "word"), [("missing/out.mp4", "does not exist"), (".", "is a folder"), ("out.avi", ".mp4")])
+def test_a_bad_output(output, word, sentence):
+    assert word in sentence(f"output={output}", *FACE)
+
+
+def test_a_read_only_output_folder(sentence, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("sonic.data.video.tempfile.TemporaryFile", refuse)
+    assert "cannot be written" in sentence("output=out.mp4", *FACE)
+
+
+def test_a_run_folder_that_cannot_be_made(sentence, inputs, weights):
+    (inputs / "runs").touch()
+    assert str(inputs / "runs") in sentence(f"run.folder={inputs / 'runs'}", f"weights={weights}", *FACE, *TINY)
+
+
+def test_a_full_disk_is_noticed_before_the_work(sentence, monkeypatch, weights):
+    monkeypatch.setattr("sonic.data.video.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+    for output in ([], ["output=out.mp4"]):
+        assert "free" in sentence(*output, f"weights={weights}", *FACE, *TINY)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(sentence, monkeypatch, weights, inputs):
+    def full(self, pixels):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sonic.data.video.VideoWriter.write", full)
+    recording = write_wav(inputs / "speech.wav", babble(0.6))
+    for output in ([], ["output=out.mp4"]):
+        assert "No space left" in sentence(f"audio={recording}", f"weights={weights}", *output, *FACE, *TINY)
+
+
+@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors"])
+def test_truncated_weights(file, sentence, weights, inputs):
+    shutil.copytree(weights, inputs / "weights")
+    (inputs / "weights" / file).write_bytes((weights / file).read_bytes()[:-1000])
+    said = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
+    assert file in said and "cut short" in said
+
+
+@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors"])
+def test_weights_of_another_shape_name_the_tensor(file, sentence, weights, inputs):
+    shutil.copytree(weights, inputs / "weights")
+    tensors = load_file(weights / file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim >= 2)
+    save_file({**tensors, name: torch.zeros(7, 7)}, inputs / "weights" / file)
+    said = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
+    assert name in said and "[7, 7]" in said
+
+
+def test_weights_that_are_not_there(sentence, inputs):
+    assert "does not exist" in sentence(f"weights={inputs / 'nowhere'}", *FACE, *TINY)
+    assert "preview_dit.safetensors" in sentence(f"weights={inputs}", *FACE, *TINY)
+
+
+@pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
+def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
+    assert "model.weights=FOLDER" in sentence(f"model={model}", *FACE)
+
+
+@pytest.mark.parametrize(
+    "typed", ["preset=fast_previw", "video.size=1x1", "video.size=abc", "sampler.sample_steps=0", "video.infer_frames=13"]
+)
+def test_impossible_knobs(typed, sentence):
+    assert typed.partition("=")[0] in sentence(typed)
+
+
+def test_a_face_box_outside_of_the_photo(sentence):
+    assert "face_box" in sentence("face_box=[900,900,50,50]")
+
+
+def test_more_ranks_than_the_plan_has(sentence, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 ranks" in sentence(*FACE)
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    launch = launcher()
+    assert run_command(launch.ENTRY, launch.infer, []) == 2
+    assert capsys.readouterr().err == ""
