@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,13 +20,14 @@ log = logging.getLogger("sonic")
 
 def infer(config: InferConfig, run: Run) -> None:
     """Check the inputs, load the parts, make the video, leave its papers in the run folder."""
+    begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
     from sonic.data.video import check_output
     from sonic.infer.build import build_parts
     from sonic.infer.pipeline import Settings, generate, open_scene
     from sonic.infer.report import Clock, Watch, draw_contact_sheet
 
-    clock = Clock()
+    clock = Clock(begun)
     with clock.stage("load"):
         scene = open_scene(config)
         height, width = scene.portrait.pixels.shape[:2]

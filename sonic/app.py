@@ -58,9 +58,9 @@ class Entry:
     max_ranks: int = 1
 
 
-def launch(entry: Entry, job: Callable[[typing.Any, Run], None]) -> typing.NoReturn:
-    """Run `job(config, run)` as the command line asks and leave the process with its exit code."""
-    sys.exit(run_command(entry, job, sys.argv[1:]))
+def launch(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
+    sys.exit(run_command(entry, job, sys.argv[1:] if argv is None else argv))
 
 
 def run_command(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequence[str]) -> int:

@@ -275,15 +275,15 @@ class InferConfig:
 
 @dataclass
 class BenchConfig:
-    """The main job, timed."""
+    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
 
+    target: str = knob("preview", "what is timed: preview")
     json: str = knob("", "where the figures go as JSON")
     image: str = knob("astronaut", "the portrait to time with")
-    width: int = knob(720, "the portrait is scaled and cut to this width before timing")
-    height: int = knob(400, "and to this height")
+    photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
     seconds: float = knob(8.0, "length of the timed film")
-    repeats: int = knob(3, "the best of so many runs counts")
-    seed: int = 0
+    repeats: int = knob(3, "the best of so many films counts")
+    gemm_dim: int = knob(512, "hidden_dim of the transformer that is held against a plain matrix product")
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
@@ -291,5 +291,8 @@ class BenchConfig:
     decode: DecodeConfig = knob(DecodeConfig)
 
     def __post_init__(self) -> None:
+        one_of(self.target, ("preview",), "target")
+        parse_size(self.photo, "photo")
         require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
+        require(self.gemm_dim >= 64 and self.gemm_dim % 64 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 64; use 512 or more")

@@ -51,7 +51,7 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     across, down = new_width / width, new_height / height
     face, mouth, scale = portrait.face, portrait.mouth, math.sqrt(across * down)
     return Portrait(
-        _resized(portrait.pixels, new_height, new_width),
+        resized(portrait.pixels, new_height, new_width),
         FaceBox(face.x * across, face.y * down, face.width * across, face.height * down),
         Mouth(mouth.x * across, mouth.y * down, mouth.half_width * scale, mouth.angle),
     )
@@ -77,7 +77,8 @@ def whole_blocks(num_frames: int, block_frames: int) -> int:
     return math.ceil(num_frames / step) * step
 
 
-def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture in another size, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
     picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
     small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return rearrange(small, "1 c h w -> h w c").contiguous().numpy()

@@ -26,7 +26,7 @@ INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 
 class Result:
     """What came out, as result.json keeps it.
 
-    frames_per_second counts from the loaded inputs to the finished file, first_frame_s from the start of loading.
+    frames_per_second counts from the loaded inputs to the finished file, first_frame_s from the command on, imports included.
     """
 
     output: str
@@ -50,9 +50,11 @@ class Result:
 class Clock:
     """Seconds spent in each stage; stages on threads of their own overlap, so the sum may exceed the time that passed."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+    def __init__(self, begun: float | None = None) -> None:
+        """`begun` is time.perf_counter() when the job began, should that be earlier than now; until now it was loading."""
+        now = time.perf_counter()
+        self.start = now if begun is None else begun
+        self.seconds = dict.fromkeys(STAGES, 0.0) | {"load": now - self.start}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

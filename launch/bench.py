@@ -1,0 +1,26 @@
+"""Time the main job on this machine: python launch/bench.py preview json=out.json"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sonic.app import Entry, launch  # noqa: E402
+from sonic.config import BenchConfig  # noqa: E402
+from sonic.runs import Run  # noqa: E402
+
+
+def bench(config: BenchConfig, run: Run) -> None:
+    """Measure, show the table, write the JSON."""
+    begun = time.perf_counter()
+    from sonic.infer.bench import BENCHES  # torch and the models: not before the command line is known to be right
+
+    BENCHES[config.target](config, begun)
+
+
+if __name__ == "__main__":
+    words = [item if "=" in item or item.startswith("-") else f"target={item}" for item in sys.argv[1:]]
+    launch(Entry("bench", BenchConfig), bench, ["preset=fast_preview", *words])
