@@ -148,7 +148,8 @@ def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
     grey = torch.from_numpy(small).float().mean(-1) / 255
     faces: list[Candidate] = []
     for group in likely:
-        x, y, size, _ = np.median(group, axis=0).tolist()
+        x, y, size = np.median(group, axis=0)[:3].tolist()
+        turn = float(np.mean([vote[3] for vote in group]))
         guess = Guess(x, y + BOX_RISE * size / BOX_UNITS, size / BOX_UNITS, shift=0.08 * size, roll=turn)
         pose = align(grey, guess)
         evidence = min(1.0, len(group) / (2 * len(search.sides))) + min(1.0, pose.response)
