@@ -112,7 +112,8 @@ def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     Without gradients on a CPU it is one oneDNN call, because torch's tanh GELU takes as long as the matrix product.
     """
     fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
     plain = type(layer) is nn.Linear and layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    if fused is not None and plain and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if usable and plain:
         return fused(x, layer.weight, layer.bias, "gelu", [], "tanh")
     return F.gelu(layer(x), approximate="tanh")

@@ -1,0 +1,37 @@
+"""Laws of the parts of a block: every shortcut equals the plain way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from sonic.model.attention import ATTENTION
+from sonic.model.blocks import linear_gelu, modulate
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name, rng):
+    queries, keys, values = (torch.randn(2, length, 3, 8, requires_grad=True) for length in (5, 7, 7))
+    scores = torch.einsum("bnhd,bmhd->bhnm", queries, keys) / 8**0.5
+    by_hand = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), values)
+    found = ATTENTION[name](queries, keys, values)
+    assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(x.square().sum(), (queries, keys, values)) for x in (found, by_hand)), strict=True):
+        assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gelu_inside_the_product_equals_gelu_after_it(dtype, atol, rng):
+    layer, x = nn.Linear(12, 20).to(dtype), torch.randn(2, 3, 5, 12, dtype=dtype)
+    after = F.gelu(layer(x), approximate="tanh")
+    with torch.no_grad():
+        assert_close(linear_gelu(layer, x), after, atol=atol, rtol=atol)
+
+
+def test_one_level_for_all_is_modulated_like_the_same_level_per_frame(rng):
+    x, (shift, scale) = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 1, 1, 8)
+    per_frame = modulate(x, shift.expand(2, 3, 1, 8), scale.expand(2, 3, 1, 8), eps=1e-6)
+    assert_close(modulate(x, shift, scale, eps=1e-6), per_frame, atol=1e-5, rtol=1e-5)
