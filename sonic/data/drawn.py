@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from sonic.data import faces, puppet
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.types import MotionLayers
 
 
 def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
@@ -49,19 +47,20 @@ def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, sp
     if rng.random() < 0.35:
         start = int(rng.integers(0, 80))
         pose = faces.head_motion(rng, start + frames, float(rng.uniform(0.5, 1.5)))[start:]
-    motion = motion_targets(puppet.move(identity.mouth, random_visemes(rng, frames), pose, resolution=resolution))
+    motion = motion_targets(identity.mouth, random_visemes(rng, frames), pose, resolution=resolution)
     picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 127.5 - 1
     return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **motion}
 
 
-def motion_targets(motion: MotionLayers) -> dict[str, Tensor]:
-    """The motion at half its resolution, as the autoencoder takes it: flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]."""
-    shown = 1 - motion.opacity  # where the mouth is open no picture is warped: its displacement has no meaning there
-    opacity = F.avg_pool2d(motion.opacity, 2)
+def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | None, *, resolution: int) -> dict[str, Tensor]:
+    """What moves, at half the picture's resolution and zero where it has no meaning: displacement where the mouth is open and
+    no picture is warped, colour where it is closed.  -> flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]
+    """
+    motion = puppet.move(shape.scaled(0.5), visemes, pose, resolution=resolution // 2)
     return {
-        "flow": F.avg_pool2d(motion.flow * shown, 2) / F.avg_pool2d(shown, 2).clamp(min=1e-3),
-        "opacity": opacity,
-        "interior": F.avg_pool2d(motion.interior * motion.opacity, 2) / opacity.clamp(min=1e-3),
+        "flow": motion.flow * ((1 - motion.opacity) / 1e-3).clamp(max=1),
+        "opacity": motion.opacity,
+        "interior": motion.interior * (motion.opacity / 1e-3).clamp(max=1),
     }
 
 

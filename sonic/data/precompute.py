@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sonic.data import clips, faces, puppet, voices
+from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT
@@ -106,10 +106,9 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
     reference = autoencoder.reference(picture)
     still = not head.any()
     parts = []
-    for some, pose in zip(visemes.split(24), head.split(24), strict=True):  # bounds memory; four frames make a latent
-        motion = puppet.move(person.mouth, some, None if still else pose, resolution=person.picture.shape[0])
-        small = {name: value.unsqueeze(0) for name, value in motion_targets(motion).items()}
-        parts.append(autoencoder.encode(MotionLayers(**small))[0])
+    for some, pose in zip(visemes.split(8), head.split(8), strict=True):  # small enough for the cache
+        motion = motion_targets(person.mouth, some, None if still else pose, resolution=person.picture.shape[0])
+        parts.append(autoencoder.encode(MotionLayers(**{name: value.unsqueeze(0) for name, value in motion.items()}))[0])
     return torch.cat(parts, 1), reference.latents[0]
 
 

@@ -4,7 +4,9 @@ It is the teacher of the preview model and the yardstick of its quality, never i
 1.0 is half the width of the mouth, the origin is the middle of the mouth, y points down.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,11 @@ class MouthShape:
     gain: float = 1.0
     eyes: tuple[tuple[float, float, float, float], ...] = ()
     inside: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def scaled(self, share: float) -> MouthShape:
+        """The same mouth in the picture made smaller (or larger) by that share."""
+        eyes = tuple(tuple(share * number for number in eye) for eye in self.eyes)
+        return replace(self, x=share * self.x, y=share * self.y, unit=share * self.unit, eyes=eyes)
 
 
 def travel(shape: MouthShape, visemes: Tensor) -> Tensor:

@@ -46,16 +46,16 @@ SPEED = {"train": (0.86, 1.16), "test": (0.92, 1.08)}  # playing faster also shi
 _LEFT_TO_THE_NEIGHBOURS = "hɦkɡgŋxɣχqʁʀʔ"  # sounds made behind the lips: they take the mouth shape of what surrounds them
 _VISEMES = {
     # sounds: (open, width, press, teeth, tongue); width -1 rounded .. +1 spread, the others 0..1
-    "aɑ": (0.95, 0.10, 0, 0.45, 0.25),
-    "æɐ": (0.85, 0.25, 0, 0.50, 0.25),
-    "ʌ": (0.70, 0.05, 0, 0.40, 0.20),
-    "ɛεe": (0.56, 0.40, 0, 0.60, 0.30),
-    "əɜɚɘɝɤ": (0.42, 0.05, 0, 0.40, 0.25),
-    "ɪɨᵻ": (0.34, 0.45, 0, 0.65, 0.30),
-    "iɯ": (0.27, 0.65, 0, 0.75, 0.25),
-    "ɔɒɞ": (0.70, -0.40, 0, 0.25, 0.15),
-    "oɵ": (0.50, -0.60, 0, 0.15, 0.10),
-    "øœ": (0.45, -0.55, 0, 0.25, 0.20),
+    "aɑ": (0.88, 0.10, 0, 0.45, 0.25),
+    "æɐ": (0.82, 0.25, 0, 0.50, 0.25),
+    "ʌ": (0.68, 0.05, 0, 0.40, 0.20),
+    "ɛεe": (0.58, 0.40, 0, 0.60, 0.30),
+    "əɜɚɘɝɤ": (0.46, 0.05, 0, 0.40, 0.25),
+    "ɪɨᵻ": (0.36, 0.45, 0, 0.65, 0.30),
+    "iɯ": (0.29, 0.65, 0, 0.75, 0.25),
+    "ɔɒɞ": (0.68, -0.40, 0, 0.25, 0.15),
+    "oɵ": (0.52, -0.60, 0, 0.15, 0.10),
+    "øœ": (0.46, -0.55, 0, 0.25, 0.20),
     "uʊʉ": (0.25, -0.85, 0, 0.05, 0.05),
     "yʏɥ": (0.22, -0.80, 0, 0.20, 0.10),
     "wʍ": (0.14, -0.95, 0, 0.00, 0.00),
@@ -79,7 +79,7 @@ SAMPLE_TEXT = "Hello, and welcome. A moment ago I was only a photograph. Now my 
 _GRID_HZ = 200  # the fine clock of the track; a frame centre (k + 1/2) / 25 s falls on sample 8k + 4
 _SPREAD_S = (0.026, 0.040, 0.012, 0.024, 0.020)  # gaussian width of coarticulation for each of VISEME_NAMES
 _CLOSURE_S = 0.070  # shortest hold of a bilabial: longer than a video frame, so every closure is seen
-_QUIET_DB = 30.0  # loudness below the loud parts at which the relative loudness reaches zero
+_QUIET_DB = 20.0  # loudness below the loud parts at which the relative loudness reaches zero
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _smooth(values: np.ndarray, spread_s: float) -> np.ndarray:
 
 
 def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
-    """Loudness at the fine clock, 0 (30 dB below the loud parts or quieter) to 1 (the loud parts: 95th percentile)."""
+    """Loudness at the fine clock, 0 (20 dB below the loud parts or quieter) to 1 (the loud parts: 95th percentile)."""
     hop = SAMPLE_RATE // _GRID_HZ
     padded = np.zeros(count * hop, np.float32)
     padded[: min(len(samples), count * hop)] = samples[: count * hop]
