@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -55,11 +57,9 @@ def precompute(config: PrecomputeConfig, build: Build) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(-(-config.utterances // PER_SHARD))
     missing = [n for n in numbers if not (folder / _name(n)).is_file()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_one_thread) as pool:
-        jobs = [pool.submit(_write_shard, config, n, build) for n in missing]
-        for job in tqdm(as_completed(jobs), total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
-            job.result()
+    done = _in_workers(config, missing, build) if config.workers else (_write_shard(config, n, build) for n in missing)
+    for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
+        pass
     entries = [entry for n in numbers for entry in _entries(folder, n)]
     clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split)
     if config.kind == "talking":
@@ -120,6 +120,18 @@ def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
     return {"cell_std": squares.mean(0).sqrt(), "channel_std": squares.mean((1, 2)).sqrt()}
 
 
+def _in_workers(config: PrecomputeConfig, numbers: list[int], build: Build) -> Iterator[None]:
+    """Make shards in processes of their own, in whatever order they are done."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start_worker) as pool:
+        jobs = [pool.submit(_write_shard, config, number, build) for number in numbers]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all."""
     tensors, entries, encoders = {}, [], build(config)
@@ -130,7 +142,7 @@ def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    aside = Path(config.folder) / f".{_name(number)}"
+    aside = Path(config.folder) / f".{os.getpid()}_{_name(number)}"
     save_file(tensors, aside, metadata={"clips": json.dumps(entries)})
     aside.rename(Path(config.folder) / _name(number))
 
@@ -144,5 +156,8 @@ def _name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    """One thread a worker, and none outlives the process that it works for, however that one ends."""
     torch.set_num_threads(1)
+    boss = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()

@@ -21,11 +21,13 @@ class PrecomputeConfig:
     clean_share: float = knob(0.25, "recordings that stay free of noise, echo and band limits")
     silent_share: float = knob(0.05, "recordings in which nobody speaks")
     moving_share: float = knob(0.3, "clips whose head moves")
-    workers: int = knob(2, "processes")
+    workers: int = knob(2, "processes; 0 = in this one")
     autoencoder: str = knob("", "weights of the autoencoder; empty = the bundled ones")
     model: ModelConfig = knob(ModelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("utterances", "latent_frames", "clips_per_utterance", "workers"):
+        for name in ("utterances", "latent_frames", "clips_per_utterance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: need 0 (this process) or more")

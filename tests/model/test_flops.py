@@ -30,7 +30,7 @@ def test_the_count_of_a_forward_is_what_torch_counts(motion):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_count_of_a_block_is_what_torch_counts(blocks):
-    model, told = tiny_model(window_blocks=2), conditions(BLOCK, motion=None)
+    model, told = tiny_model(window_blocks=2).requires_grad_(False), conditions(BLOCK, motion=None)
     cache = model.prefill(told, model.new_cache(told, steps=1))
     latents, level = torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0])
     for index in range(blocks):

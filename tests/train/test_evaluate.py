@@ -1,0 +1,54 @@
+"""The evaluation: the true video passes every bar, nothing moving fails, and the same seed scores the same people."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sonic.config import ModelConfig, SamplerConfig
+from sonic.infer.build import untrained_parts
+from sonic.train.evaluate import GOALS, cases, evaluate
+from sonic.train.settings import EvalConfig, EvaluateConfig
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    pytest.importorskip("espeakng_loader")
+    path = tmp_path_factory.mktemp("eval") / "out.json"
+    model = ModelConfig(resolution=192)
+    config = EvaluateConfig(json=str(path), eval=EvalConfig(clips=2, seconds=2.0), model=model, sampler=SamplerConfig(sample_steps=1))
+    evaluate(config, untrained_parts(model, device=torch.device("cpu")))
+    return json.loads(path.read_text())
+
+
+def test_the_file_has_every_figure_with_mean_interval_and_clips(found):
+    for key in GOALS:
+        assert set(found[key]) == {"mean", "ci95", "clips"}
+        assert len(found[key]["clips"]) == 2
+
+
+def test_the_true_video_scores_as_the_truth(found):
+    truth = found["baselines"]["true video"]
+    assert truth["sync_correlation"]["mean"] >= 0.98
+    assert truth["offset_within_1_frame"]["mean"] == 1
+    assert truth["dynamics_ratio"]["mean"] == pytest.approx(1.0)
+    assert truth["silent_motion_ratio"]["mean"] <= 0.1
+    assert truth["identity_psnr_db"]["mean"] > 60
+
+
+def test_nothing_moving_does_not_score(found):
+    still = found["baselines"]["nothing moves"]
+    assert abs(still["sync_correlation"]["mean"]) < 0.3
+    assert still["offset_within_1_frame"]["mean"] == 0
+    assert still["dynamics_ratio"]["mean"] < 0.05
+
+
+def test_a_seed_means_the_same_people_and_another_seed_others():
+    config = EvalConfig(clips=1, seconds=2.0, seed=5)
+    one, two = (next(cases(config, 96)) for _ in range(2))
+    other = next(cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
+    assert np.array_equal(one.samples, two.samples) and np.array_equal(one.person.picture, two.person.picture)
+    assert not np.array_equal(one.person.picture, other.person.picture)

@@ -1,0 +1,95 @@
+"""Data sets made by worker processes: the same whoever makes them, and continued when stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sonic.config import ModelConfig
+from sonic.data.clips import ClipDataset
+from sonic.data.precompute import Encoders, precompute
+from sonic.data.settings import PrecomputeConfig
+from sonic.model.speech_encoder import log_mel_features
+from sonic.model.vae import WarpAutoencoder
+
+
+def build_untrained(config: PrecomputeConfig) -> Encoders:
+    torch.manual_seed(0)
+    return Encoders(log_mel_features, WarpAutoencoder().eval())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    pytest.importorskip("espeakng_loader")
+    return PrecomputeConfig(
+        folder=str(tmp_path_factory.mktemp("clips")), utterances=2, latent_frames=3, clips_per_utterance=2, workers=1,
+        model=ModelConfig(resolution=48),
+    )  # fmt: skip
+
+
+def contents(folder):
+    return [load_file(path) for path in sorted(folder.glob("shard_*"))]
+
+
+def test_clips_have_people_sound_and_movement(config):
+    assert precompute(config, build_untrained) == 4
+    data = ClipDataset(config.folder, window=3)
+    found = data[0, 0]
+    assert found["latents"].shape == (16, 3, 6, 6) and found["ref"].shape == (16, 1, 6, 6)
+    assert found["audio"].shape == (1, 560, 12) and found["visemes"].shape == (12, 5) and found["head"].shape == (12, 4)
+    assert data.statistics()["cell_std"].shape == (6, 6)
+
+
+def _children(parent):
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.append(folder.name)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see the workers")
+def test_no_worker_outlives_the_process_it_works_for(tmp_path):
+    script = (
+        "from sonic.data.settings import PrecomputeConfig\nfrom sonic.data.precompute import precompute\n"
+        "from sonic.train.encoders import build_encoders\n"
+        f"if __name__ == '__main__':\n    precompute(PrecomputeConfig(folder={str(tmp_path)!r}, kind='spoken', utterances=10**6), build_encoders)\n"
+    )
+    (tmp_path / "make.py").write_text(script)
+    boss = subprocess.Popen([sys.executable, str(tmp_path / "make.py")], stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    while not (workers := _children(boss.pid)) or not list(tmp_path.glob("shard_*")):
+        time.sleep(0.2)
+    boss.kill()
+    boss.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_stopped_run_makes_only_what_is_missing(config, tmp_path):
+    more = replace(config, folder=str(tmp_path), utterances=18, kind="spoken", latent_frames=3, clips_per_utterance=1, workers=0)
+    precompute(more, build_untrained)
+    before = contents(tmp_path)
+    (tmp_path / "shard_00001.safetensors").unlink()
+    (tmp_path / "index.json").unlink()
+    kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
+    assert precompute(more, build_untrained) == 18
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(contents(tmp_path), before, strict=True) for key in b)
+    assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_an_unknown_kind_names_the_choices(config):
+    with pytest.raises(ValueError, match="talking"):
+        precompute(replace(config, kind="singing"), build_untrained)
