@@ -50,7 +50,7 @@ def test_every_objective_overfits_one_batch(name, batch):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
 
 
