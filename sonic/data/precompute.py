@@ -75,7 +75,7 @@ def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generat
     for start in range(0, config.clips_per_utterance * length, length):
         visemes = spoken["visemes"][start : start + length]
         head = torch.zeros(length, 4)
-        if rng.random() < config.moving_share:
+        if rng.random() < config.mix.moving:
             head = faces.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
         person = faces.draw_identity(rng, config.model.resolution, split=config.split)
         latents, ref = encode_person(encoders.autoencoder, person, visemes=visemes, head=head)
@@ -89,9 +89,9 @@ def speech(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generato
     utterance = voices.say(rng, split=config.split, seconds=frames / FPS)
     visemes = torch.from_numpy(voices.viseme_track(utterance, frames))
     samples = utterance.samples
-    if rng.random() < config.silent_share:  # nobody speaks: the mouth rests, whether the room is quiet or not
+    if rng.random() < config.mix.silent:  # nobody speaks: the mouth rests, whether the room is quiet or not
         samples, visemes = np.zeros_like(samples), torch.zeros_like(visemes)
-    if rng.random() >= config.clean_share:
+    if rng.random() >= config.mix.clean:
         samples = voices.augment(samples, rng)
     yield {"audio": encoders.hear(samples, frames).half(), "visemes": visemes}
 

@@ -8,6 +8,20 @@ from sonic.config import ModelConfig, knob
 
 
 @dataclass
+class MixConfig:
+    """Shares of the recordings and clips."""
+
+    clean: float = knob(0.25, "recordings that stay free of noise, echo and band limits")
+    silent: float = knob(0.05, "recordings in which nobody speaks")
+    moving: float = knob(0.3, "clips whose head moves")
+
+    def __post_init__(self) -> None:
+        for name in ("clean", "silent", "moving"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"mix.{name}={getattr(self, name)}: need a share between 0 and 1")
+
+
+@dataclass
 class PrecomputeConfig:
     """Makes clips once, so that training only reads: speech with features and visemes, and drawn people saying it."""
 
@@ -18,9 +32,7 @@ class PrecomputeConfig:
     utterances: int = knob(1000, "recordings to make")
     latent_frames: int = knob(18, "length of a clip; four video frames each")
     clips_per_utterance: int = knob(4, "clips cut from a recording, each with a person of its own")
-    clean_share: float = knob(0.25, "recordings that stay free of noise, echo and band limits")
-    silent_share: float = knob(0.05, "recordings in which nobody speaks")
-    moving_share: float = knob(0.3, "clips whose head moves")
+    mix: MixConfig = knob(MixConfig)
     workers: int = knob(2, "processes; 0 = in this one")
     autoencoder: str = knob("", "weights of the autoencoder; empty = the bundled ones")
     model: ModelConfig = knob(ModelConfig)

@@ -131,7 +131,6 @@ class VisemeConfig(ObjectiveConfig):
     """Pre-training of the audio encoder: name the mouth shapes from the sound."""
 
     name: str = "viseme"
-    silence_share: float = 0.05
     audio_noise: float = 0.05  # noise on the features, in their standard deviations
 
 

@@ -105,7 +105,8 @@ def cell_weights(spread: Tensor, gain: float) -> Tensor:
 
 
 def _relative_error(found: Tensor, target: Tensor, sigma: Tensor, *, cells: Tensor | float) -> Tensor:
-    """Error of clips that start from pure noise, as a share of the target's own size: 1.0 = nothing learnt, 0.0 = perfect."""
+    """Error of clips that start from pure noise, as a share of the target's own size: 1.0 = nothing learnt, 0.0 = perfect (and
+    what a batch without such clips counts)."""
     pure = rearrange((sigma >= 0.999).float(), "b -> b 1 1 1 1")
     wrong = (pure * cells * (found.detach() - target).square()).sum()
-    return wrong / (pure * cells * target.square()).sum().clamp(min=1e-9)
+    return wrong / (pure * cells * target.square()).sum().clamp(min=1.0)
