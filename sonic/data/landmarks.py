@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from skimage import data, feature
 from torch import Tensor
 
+from sonic.data.eyes import read_eyes
 from sonic.data.face_filter import FacePose, Guess, align
 from sonic.data.mouth import read_mouth
 from sonic.types import FaceBox, Mouth
@@ -77,17 +78,30 @@ def locate_mouth(pixels: np.ndarray, face: FaceBox, mouth: Sequence[float] | Non
     For a closed mouth the middle of the line where the lips meet, for an open one the middle between the lips.  `angle` is the
     roll of the face.
     """
-    if mouth is not None and len(mouth) not in (3, 4):
-        raise ValueError(f"mouth={list(mouth)} has {len(mouth)} numbers; give [x, y, half_width] in pixels of the photo")
+    given = None if mouth is None else _checked_mouth(pixels, mouth)
+    if given is not None and len(mouth) == 4:
+        return given
     window, scale, left, top = _window(pixels, face)
-    x, y = (face.x + face.width / 2 - left) * scale, (face.y + face.height / 2 - top) * scale
-    size = math.sqrt(face.width * face.height) * scale
-    unit = size / BOX_UNITS
-    pose = align(window.mean(-1), Guess(x, y + BOX_RISE * unit, unit, shift=0.08 * size))
-    if mouth is not None:
-        return _checked_mouth(pixels, mouth, pose.angle)
+    pose = _pose(window, face, scale=scale, corner=(left, top))
+    if given is not None:
+        return replace(given, angle=pose.angle)
     found = read_mouth(window, pose)
     return Mouth(left + found.x / scale, top + found.y / scale, found.half_width / scale, found.angle)
+
+
+def locate_eyes(pixels: np.ndarray, face: FaceBox) -> np.ndarray:
+    """Middles of both eyes of that face in photo px, the left one of the picture first.  -> [2,2] (x, y)"""
+    window, scale, left, top = _window(pixels, face)
+    eyes = read_eyes(window, _pose(window, face, scale=scale, corner=(left, top)))
+    return eyes.numpy() / scale + np.array([left, top])
+
+
+def _pose(window: Tensor, face: FaceBox, *, scale: float, corner: tuple[int, int]) -> FacePose:
+    """The pose of the face in its window."""
+    x, y = (face.x + face.width / 2 - corner[0]) * scale, (face.y + face.height / 2 - corner[1]) * scale
+    size = math.sqrt(face.width * face.height) * scale
+    unit = size / BOX_UNITS
+    return align(window.mean(-1), Guess(x, y + BOX_RISE * unit, unit, shift=0.08 * size))
 
 
 def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
@@ -102,11 +116,12 @@ def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
     return box
 
 
-def _checked_mouth(pixels: np.ndarray, mouth: Sequence[float], angle: float) -> Mouth:
-    x, y, half_width = (float(number) for number in mouth[:3])
+def _checked_mouth(pixels: np.ndarray, mouth: Sequence[float]) -> Mouth:
     high, wide = pixels.shape[:2]
-    given = Mouth(x, y, half_width, float(mouth[3]) if len(mouth) == 4 else angle)
-    if not (0 <= x <= wide and 0 <= y <= high) or not 2 <= half_width <= wide / 2:
+    if len(mouth) not in (3, 4):
+        raise ValueError(f"mouth={list(mouth)} has {len(mouth)} numbers; give [x, y, half_width] in pixels of the photo")
+    given = Mouth(*(float(number) for number in mouth))
+    if not (0 <= given.x <= wide and 0 <= given.y <= high) or not 2 <= given.half_width <= wide / 2:
         raise ValueError(f"mouth={list(mouth)} does not lie in the photo ({wide}x{high} px); give [x, y, half_width] in its pixels")
     return given
 
@@ -148,6 +163,8 @@ def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
     grey = torch.from_numpy(small).float().mean(-1) / 255
     faces: list[Candidate] = []
     for group in likely:
+        if any(face.evidence > CERTAIN for face in faces) and len(group) < len(likely[0]) / 2:
+            break
         x, y, size = np.median(group, axis=0)[:3].tolist()
         turn = float(np.mean([vote[3] for vote in group]))
         guess = Guess(x, y + BOX_RISE * size / BOX_UNITS, size / BOX_UNITS, shift=0.08 * size, roll=turn)

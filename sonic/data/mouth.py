@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic.data.eyes import read_eyes
 from sonic.data.face_filter import FacePose, blur
 from sonic.types import Mouth
 
@@ -20,9 +21,12 @@ DENSITY = 6  # samples per template pixel
 LEFT, RIGHT, TOP, BOTTOM = -8, 8, 0, 12  # the part of the face that is looked at
 #                     x    y    half width, upper and lower lip's height, tilt, sag of the slit
 USUAL = torch.tensor([0.0, 5.4, 4.0, 1.0, 1.7, 0.0, 0.5])
-SPREAD = torch.tensor([0.8, 0.55, 0.45, 0.45, 0.55, 0.09, 0.5])
+SPREAD = torch.tensor([0.8, 0.55, 0.45, 0.45, 0.55, 0.06, 0.5])
+TILT = 5
 SHARE_OF_PRIOR = 0.035
 SHARE_OF_SLIT = 0.5
+SHARE_OF_EYES = 0.8  # the mouth is expected to tilt with the line of the eyes, but a little less
+FULLNESS = 0.96  # lips are fuller than a lens, so the fitted one reaches a little beyond the corners
 INDIFFERENT = 0.32  # mouthness at which a pixel speaks neither for nor against the mouth
 
 
@@ -36,13 +40,15 @@ class Evidence:
 
 def read_mouth(window: Tensor, pose: FacePose) -> Mouth:
     """The mouth of a face whose pose is known, in the px of that picture.  window [H,W,3] in [0,1]"""
-    patch = lower_face(window, pose)
-    shape = fit_lens(gather(patch))
+    (left, right), turned = read_eyes(window, pose), USUAL.clone()
+    turned[TILT] = SHARE_OF_EYES * (math.atan2(right[1] - left[1], right[0] - left[0]) - pose.angle)
+    shape = fit_lens(gather(lower_face(window, pose)), turned)
     x, y, half_width, upper, lower, tilt, sag = shape.tolist()
-    middle = 0.5 * sag + 0.5 * (0.42 * (upper + lower) - upper)
+    middle = 0.3 * sag + 0.7 * (0.42 * (upper + lower) - upper)  # the lower lip is the thicker one
     x, y = x - middle * math.sin(tilt), y + middle * math.cos(tilt)
     cos, sin = math.cos(pose.angle) * pose.unit, math.sin(pose.angle) * pose.unit
-    return Mouth(pose.x + cos * x - sin * y, pose.y + sin * x + cos * y, half_width * pose.unit, pose.angle + tilt)
+    half_width *= FULLNESS * pose.unit
+    return Mouth(pose.x + cos * x - sin * y, pose.y + sin * x + cos * y, half_width, pose.angle + tilt)
 
 
 def positions() -> Tensor:
@@ -82,28 +88,28 @@ def gather(patch: Tensor) -> Evidence:
     return Evidence(mouthness * seen, _saturate(ridge) * seen)
 
 
-def fit_lens(evidence: Evidence, steps: int = 60) -> Tensor:
+def fit_lens(evidence: Evidence, usual: Tensor = USUAL, *, steps: int = 60) -> Tensor:
     """The most probable lens: a grid of starts, the best eight climbed by gradient.  -> [7] in the order of USUAL"""
     starts = torch.cartesian_prod(
         torch.arange(-2, 2.1, 0.5), torch.arange(4.2, 7.0, 0.35), torch.tensor([3.4, 4.1, 4.8]), torch.tensor([0.1, 0.8])
     )
-    shapes = USUAL.repeat(len(starts), 1)
+    shapes = usual.repeat(len(starts), 1)
     shapes[:, [0, 1, 2, 6]] = starts
     with torch.no_grad():
-        merit = torch.cat([_merit(part, evidence, 0.3) for part in shapes.split(64)])
+        merit = torch.cat([_merit(part, evidence, usual, softness=0.3) for part in shapes.split(64)])
     best = shapes[merit.topk(8).indices].clone().requires_grad_(True)
     optimizer = torch.optim.Adam([best])
     with torch.enable_grad():
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 0.1 * (1 - 0.8 * step / steps)
             optimizer.zero_grad()
-            (-_merit(best, evidence, 0.3 * (1 - step / steps) + 0.1).sum()).backward()
+            (-_merit(best, evidence, usual, softness=0.3 * (1 - step / steps) + 0.1).sum()).backward()
             optimizer.step()
     with torch.no_grad():
-        return best[_merit(best, evidence, 0.12).argmax()].detach()
+        return best[_merit(best, evidence, usual, softness=0.12).argmax()].detach()
 
 
-def _merit(shapes: Tensor, evidence: Evidence, softness: float) -> Tensor:
+def _merit(shapes: Tensor, evidence: Evidence, usual: Tensor, *, softness: float) -> Tensor:
     """Evidence inside the lens and along its slit, and the prior.  shapes [n,7] -> [n]"""
     x, y, half_width, upper, lower, tilt, _ = (column[:, None, None] for column in shapes.unbind(1))
     here = positions()
@@ -113,7 +119,7 @@ def _merit(shapes: Tensor, evidence: Evidence, softness: float) -> Tensor:
     inside = torch.sigmoid((across + upper * room) / softness) * torch.sigmoid((lower * room - across) / softness)
     area = (inside * (evidence.mouthness - INDIFFERENT)).sum((1, 2)) / DENSITY**2 / 14
     slit = (_sample(evidence.slit, _slit(shapes)) - 0.25).mean(1) * shapes[:, 2] / USUAL[2]
-    prior = -0.5 * (((shapes - USUAL) / SPREAD) ** 2).sum(1)
+    prior = -0.5 * (((shapes - usual) / SPREAD) ** 2).sum(1)
     return area + SHARE_OF_SLIT * slit + SHARE_OF_PRIOR * prior
 
 
