@@ -13,7 +13,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import motion_places
-from sonic.types import BlockSpan, Conditions
+from sonic.types import Conditions
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -44,45 +44,32 @@ def memory_tokens(config: ModelConfig, grid: Grid, *, motion: bool) -> int:
 
 
 @torch.no_grad()
-def gemm_fraction(config: ModelConfig, dtype: torch.dtype, *, repeats: int = 8) -> float:
-    """The rate of one `denoise_block` with a full ring, as a share of a plain matrix product's in the same dtype and run.
+def gemm_fraction(config: ModelConfig, dtype: torch.dtype, *, latent_frames: int = 12, side: int = 24, repeats: int = 8) -> float:
+    """The rate of one `AvatarDiT.forward` on a clip, as a share of a plain matrix product's in the same dtype and run.
 
-    Best of `repeats` for both, taken in turns. The product is the faster of a square one and one of the forward's own shape.
+    The clip is `side` latents high and wide. Best of `repeats` for both, taken in turns; the product is the faster of a
+    square one and one of the forward's own shape.
     """
-    side = 24
     grid = tuple(side // step for step in config.trunk.patch_size[1:])
-    model = AvatarDiT(config).to(dtype).eval()
-    step = _block_forward(model, side)
-    tokens = config.rollout.block_frames * prod(grid)
-    shapes = [(2048, 2048, 2048), (tokens, config.trunk.hidden_dim, config.trunk.ffn_dim)]
-    products = [(prod(shape), _product(*shape, dtype=dtype)) for shape in shapes]
+    forward = _clip_forward(config, dtype, shape=(latent_frames, side, side))
+    shapes = [(2048, 2048, 2048), (latent_frames * prod(grid), config.trunk.hidden_dim, config.trunk.ffn_dim)]
+    products = [_product(*shape, dtype=dtype) for shape in shapes]
     forward_s, product_s = [], [[] for _ in products]
     for _ in range(repeats):
-        forward_s.append(_seconds(step))
-        for times, (_, product) in zip(product_s, products, strict=True):
+        forward_s.append(_seconds(forward))
+        for times, product in zip(product_s, products, strict=True):
             times.append(_seconds(product))
-    fastest = max(work / min(times) for times, (work, _) in zip(product_s, products, strict=True))
-    return block_multiply_adds(config, grid, blocks=config.rollout.window_blocks) / min(forward_s) / fastest
+    fastest = max(prod(shape) / min(times) for shape, times in zip(shapes, product_s, strict=True))
+    return forward_multiply_adds(config, latent_frames, grid) / min(forward_s) / fastest
 
 
-def _block_forward(model: AvatarDiT, side: int) -> Callable[[], Tensor]:
-    """One denoising of a block in a ring that is full, on zeros."""
-    config, like = model.config, model.patch_embed.weight
-    frames, channels = config.rollout.block_frames, config.trunk.latent_channels
-    latents = like.new_zeros(1, channels, frames, side, side)
-    audio = like.new_zeros(1, config.audio.num_audio_layers, config.audio.audio_dim, FRAMES_PER_LATENT * frames)
-    conditions = Conditions(ref=latents[:, :, :1], text=like.new_zeros(1, 1, config.text.text_dim), audio=audio, pose=latents)
-    cache = model.prefill(conditions, model.new_cache(conditions, steps=1))
-    timestep = torch.full((1,), 500.0)
-
-    def denoise(index: int) -> Tensor:
-        inputs = model.prepare_block(conditions, BlockSpan(index, index * frames, frames))
-        return lambda: model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
-
-    for index in range(config.rollout.window_blocks):
-        step = denoise(index)
-        step()
-    return step
+def _clip_forward(config: ModelConfig, dtype: torch.dtype, *, shape: tuple[int, int, int]) -> Callable[[], Tensor]:
+    """A forward of a model of random weights on a clip of zeros."""
+    model = AvatarDiT(config).to(dtype).eval()
+    latents = torch.zeros(1, config.trunk.latent_channels, *shape, dtype=dtype)
+    audio = torch.zeros(1, config.audio.num_audio_layers, config.audio.audio_dim, FRAMES_PER_LATENT * shape[0])
+    conditions = Conditions(ref=latents[:, :, :1], text=torch.zeros(1, 1, config.text.text_dim), audio=audio, pose=latents)
+    return lambda: model(latents, torch.full((1,), 500.0), conditions)
 
 
 def _product(rows: int, inner: int, columns: int, *, dtype: torch.dtype) -> Callable[[], Tensor]:
