@@ -296,3 +296,19 @@ class BenchConfig:
         require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
         require(self.gemm_dim >= 64 and self.gemm_dim % 64 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 64; use 512 or more")
+
+
+@dataclass
+class JudgeConfig:
+    """A finished film, held against the photograph and the recording it was made from."""
+
+    video: str = knob("", "the MP4 to judge")
+    image: str = knob("astronaut", "the photograph it was made from")
+    audio: str = knob("sample", "the recording it was made from")
+    size: str = knob(PHOTO_SIZE, "video.size it was made with")
+    json: str = knob("", "where the figures go as JSON")
+    face: FaceConfig = knob(FaceConfig)
+    run: RunConfig = knob(RunConfig)
+
+    def __post_init__(self) -> None:
+        require(self.video != "", "video= is empty; name the MP4 to judge")

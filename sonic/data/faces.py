@@ -18,7 +18,9 @@ from sonic.types import MotionLayers
 
 SKIN = np.array([(255, 224, 196), (240, 200, 165), (222, 172, 130), (190, 135, 95), (140, 92, 62), (95, 62, 45)]) / 255.0
 HAIR = np.array([(30, 22, 18), (70, 45, 25), (120, 80, 40), (200, 165, 95), (150, 60, 30), (190, 190, 190)]) / 255.0
-TEXTURES = ("coffee", "chelsea", "rocket", "gravel", "brick", "grass", "camera", "coins", "hubble_deep_field", "retina", "immunohistochemistry")
+TEXTURES = (
+    "coffee", "chelsea", "rocket", "gravel", "brick", "grass", "camera", "coins", "hubble_deep_field", "retina", "immunohistochemistry",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,8 @@ def draw_identity(rng: np.random.Generator, resolution: int, *, split: str = "tr
         raise ValueError(f"split={split} is unknown; choose one of: train, test")
     rng = np.random.default_rng([rng.integers(2**31), ("train", "test").index(split)])
     shape = _place_mouth(rng, resolution, jitter)
-    painter = Painter(rng, resolution, shape, _photo(rng, resolution))
-    if rng.random() < 0.25:
-        picture = _painted_photograph(painter)
-    else:
-        picture = _drawn_person(painter)
+    painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution))
+    picture = _painted_photograph(painter) if rng.random() < 0.25 else _drawn_person(painter)
     picture = _camera(rng, picture)
     return Identity((picture * 255).round().astype(np.uint8), painter.shape)
 
@@ -101,8 +100,8 @@ def _drawn_person(painter: Painter) -> np.ndarray:
     if rng.random() < 0.35:
         painter.soften_background()
     draw_head(painter, tone, hair)
-    draw_nose(painter, tone)
-    draw_brows_and_eyes(painter, tone, hair)
+    draw_nose(painter)
+    draw_brows_and_eyes(painter, hair)
     draw_mouth(painter, tone)
     draw_hair(painter, hair)
     return painter.canvas

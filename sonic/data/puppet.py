@@ -65,10 +65,10 @@ def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, reso
     if pose is None:
         head_x, head_y = (axis.expand(visemes.shape[0], -1, -1) for axis in (xs, ys))
     else:
-        head_x, head_y = _move_head(xs, ys, shape, pose)
-    source_x, source_y, opacity, interior = _speak(head_x, head_y, shape, visemes)
+        head_x, head_y = _move_head(xs, ys, shape=shape, pose=pose)
+    source_x, source_y, opacity, interior = _speak(head_x, head_y, shape=shape, visemes=visemes)
     if pose is not None and shape.eyes:
-        source_y = _blink(source_x, source_y, shape, pose[:, 3])
+        source_y = _blink(source_x, source_y, shape=shape, blink=pose[:, 3])
     flow = torch.stack([source_x - xs, source_y - ys], 1) / resolution
     return MotionLayers(flow, opacity.unsqueeze(1), interior)
 
@@ -92,7 +92,7 @@ def _smoothstep(t: Tensor) -> Tensor:
     return t * t * (3 - 2 * t)
 
 
-def _move_head(xs: Tensor, ys: Tensor, shape: MouthShape, pose: Tensor) -> tuple[Tensor, Tensor]:
+def _move_head(xs: Tensor, ys: Tensor, *, shape: MouthShape, pose: Tensor) -> tuple[Tensor, Tensor]:
     """Output pixels seen from the moved head: it turns about the neck, and the picture's border stays where it is."""
     resolution = xs.shape[-1]
     roll, shift_x, shift_y = (_column(pose[:, k]) for k in range(3))
@@ -105,7 +105,7 @@ def _move_head(xs: Tensor, ys: Tensor, shape: MouthShape, pose: Tensor) -> tuple
     return xs + (moved_x - xs) * held, ys + (moved_y - ys) * held
 
 
-def _blink(source_x: Tensor, source_y: Tensor, shape: MouthShape, blink: Tensor) -> Tensor:
+def _blink(source_x: Tensor, source_y: Tensor, *, shape: MouthShape, blink: Tensor) -> Tensor:
     """Pull the skin above each eye down over it."""
     closed = _column(blink.clamp(0, 1))
     for x, y, half_width, half_height in shape.eyes:
@@ -116,7 +116,7 @@ def _blink(source_x: Tensor, source_y: Tensor, shape: MouthShape, blink: Tensor)
     return source_y
 
 
-def _speak(px: Tensor, py: Tensor, shape: MouthShape, visemes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Source pixels, opacity and colour of the mouth's inside for output pixels px, py [F,R,R]."""
     cos, sin = torch.tensor(shape.roll).cos(), torch.tensor(shape.roll).sin()
     dx, dy = (px - shape.x) / shape.unit, (py - shape.y) / shape.unit
@@ -148,20 +148,20 @@ def _speak(px: Tensor, py: Tensor, shape: MouthShape, visemes: Tensor) -> tuple[
     room = (lower_now - top).clamp(min=0)
     opacity = (torch.minimum(y - top, lower_now - y) * shape.unit + 0.5).clamp(0, 1) * (room * shape.unit * 0.8).clamp(0, 1)
     opacity = opacity * (arch > 0)
-    interior = _inside(x, y, top, lower_now, shape, visemes)
+    interior = _inside(x, y, room=(top, lower_now), shape=shape, visemes=visemes)
     back_x, back_y = x * cos - seen * sin, x * sin + seen * cos
     return back_x * shape.unit + shape.x, back_y * shape.unit + shape.y, opacity, interior
 
 
-def _inside(x: Tensor, y: Tensor, top: Tensor, bottom: Tensor, shape: MouthShape, visemes: Tensor) -> Tensor:
+def _inside(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthShape, visemes: Tensor) -> Tensor:
     """Throat, tongue and, where the picture does not show its own, upper teeth.  -> [F,3,R,R] in [0,1]"""
-    look = shape.inside
+    look, (top, bottom) = shape.inside, room
     colour = lambda name: torch.tensor(look[name], dtype=torch.float32).reshape(1, 3, 1, 1)  # noqa: E731 - a local shorthand
     teeth, tongue = _column(visemes[:, 3].clamp(0, 1)), _column(visemes[:, 4].clamp(0, 1))
     depth = ((y - top) / (bottom - top).clamp(min=0.02)).clamp(0, 1)
     throat = colour("throat") * (1.3 - 0.6 * torch.sin(depth * torch.pi)).unsqueeze(1)
-    room = (bottom - top).clamp(min=0.05)
-    lobe = 1 - (x / 0.62) ** 2 - ((y - bottom) / (0.12 + 0.45 * room * (0.4 + 0.6 * tongue))) ** 2
+    height = (bottom - top).clamp(min=0.05)
+    lobe = 1 - (x / 0.62) ** 2 - ((y - bottom) / (0.12 + 0.45 * height * (0.4 + 0.6 * tongue))) ** 2
     painted = torch.lerp(throat, colour("tongue") * (1.05 - 0.3 * depth).unsqueeze(1), (lobe * 3).clamp(0, 1).unsqueeze(1) * 0.85)
     if shape.gap >= REVEALED:
         return painted

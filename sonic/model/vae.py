@@ -8,6 +8,7 @@ resolution.  The decoder sees the reference picture, so that edges fall where th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -55,17 +56,15 @@ class WarpAutoencoder(nn.Module):
 
     def __init__(self, latent_channels: int = LATENT_CHANNELS):
         super().__init__()
-        self.detail = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16 * 5, 48, 3, padding=1), Residual(48), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1))
-        self.appearance = nn.Sequential(
-            nn.Conv2d(32, WIDTH, 4, stride=2, padding=1), Residual(WIDTH), Residual(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, latent_channels, 3, padding=1)
-        )
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+        halve = nn.Conv2d(32, WIDTH, 4, stride=2, padding=1)
+        self.detail = nn.Sequential(nn.PixelUnshuffle(4), conv(16 * 5, 48), Residual(48), nn.ReLU(), conv(48, 32))
+        self.appearance = nn.Sequential(halve, Residual(WIDTH), Residual(WIDTH), nn.ReLU(), conv(WIDTH, latent_channels))
         self.squeeze = nn.Conv2d(16 * LAYERS, WIDTH, 1)
-        self.merge = nn.Sequential(nn.Conv2d(FRAMES_PER_LATENT * WIDTH, 96, 3, padding=1), Residual(96), nn.Conv2d(96, latent_channels, 3, padding=1))
-        self.unfold = nn.Sequential(nn.Conv2d(3 * latent_channels, 96, 3, padding=1), Residual(96), Residual(96), nn.ReLU())
+        self.merge = nn.Sequential(conv(FRAMES_PER_LATENT * WIDTH, 96), Residual(96), conv(96, latent_channels))
+        self.unfold = nn.Sequential(conv(3 * latent_channels, 96), Residual(96), Residual(96), nn.ReLU())
         self.split = nn.Conv2d(96, FRAMES_PER_LATENT * 4 * 32, 1)
-        self.render = nn.Sequential(
-            nn.Conv2d(32 + 32, 48, 3, padding=1), nn.ReLU(), Residual(48), nn.ReLU(), nn.Conv2d(48, 4 * LAYERS, 3, padding=1), nn.PixelShuffle(2)
-        )
+        self.render = nn.Sequential(conv(32 + 32, 48), nn.ReLU(), Residual(48), nn.ReLU(), conv(48, 4 * LAYERS), nn.PixelShuffle(2))
         self.register_buffer("latent_scale", torch.ones(latent_channels))
 
     def reference(self, picture: Tensor) -> Reference:
@@ -76,7 +75,7 @@ class WarpAutoencoder(nn.Module):
         detail = self.detail(torch.cat([picture, _positions(picture)], 1))
         latents = self.appearance(detail)
         nothing = torch.zeros_like(latents)
-        resting = self._layers(nothing, nothing, latents, detail)
+        resting = self._layers(nothing, nothing, look=latents, detail=detail)
         return Reference(picture, rearrange(latents, "b c h w -> b c 1 h w"), detail, resting)
 
     def encode(self, layers: MotionLayers) -> Tensor:
@@ -103,12 +102,12 @@ class WarpAutoencoder(nn.Module):
         previous = torch.cat([before, latents[:, :, :-1]], 2)
         flat = lambda x: rearrange(x, "b c t h w -> (b t) c h w")  # noqa: E731 - used three times on the next line
         look = flat(reference.latents.expand(-1, -1, count, -1, -1))
-        layers = self._layers(flat(latents), flat(previous), look, reference.detail.repeat_interleave(count, 0))
+        layers = self._layers(flat(latents), flat(previous), look=look, detail=reference.detail.repeat_interleave(count, 0))
         layers = rearrange(layers, "(b t) f c h w -> b t f c h w", b=batch) - rearrange(reference.resting, "b f c h w -> b 1 f c h w")
         layers = rearrange(layers, "b t f c h w -> b (t f) c h w")
         return _as_motion(layers), latents[:, :, -1:]
 
-    def _layers(self, latents: Tensor, previous: Tensor, look: Tensor, detail: Tensor) -> Tensor:
+    def _layers(self, latents: Tensor, previous: Tensor, *, look: Tensor, detail: Tensor) -> Tensor:
         """All [N,16,h,w], detail [N,32,2h,2w] -> [N,4,6,4h,4w]"""
         features = self.split(self.unfold(torch.cat([latents, previous, look], 1)))
         features = F.pixel_shuffle(rearrange(features, "n (f c) h w -> (n f) c h w", f=FRAMES_PER_LATENT), 2)

@@ -55,6 +55,7 @@ def settle(layers: MotionLayers) -> MotionLayers:
     flow = flow * ((length - HUSH) / HUSH).clamp(0, 1)
     return MotionLayers(flow, ((layers.opacity - 0.04) / 0.92).clamp(0, 1) * window, layers.interior.clamp(0, 1))
 
+
 class Canvas:
     """A photograph that can be set in motion: only what changed is written, everything else stays the photograph's own.
 
@@ -67,7 +68,7 @@ class Canvas:
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # crop axes -> photo axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
         reach = crop.side * (abs(sin) + abs(cos)) / 2
-        rows, columns = (_span(middle, reach, size) for middle, size in zip((crop.center_y, crop.center_x), pixels.shape[:2]))
+        rows, columns = _span(crop.center_y, reach, pixels.shape[0]), _span(crop.center_x, reach, pixels.shape[1])
         self.top, self.left = rows.start, columns.start
         self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
 

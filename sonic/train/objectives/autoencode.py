@@ -38,7 +38,8 @@ class Autoencode:
         layers, _ = model.decode(latents + strength * noise, reference)
         self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            return self._distances(batch, MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float()), latents.float())
+            exact = MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float())
+            return self._distances(batch, exact, latents.float())
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averaged weights with the latents' measured scale."""
@@ -52,7 +53,8 @@ class Autoencode:
         opacity = (focus * F.smooth_l1_loss(layers.opacity, batch["opacity"], beta=0.1, reduction="none")).mean()
         interior = (focus * batch["opacity"] * (layers.interior - batch["interior"]).abs()).mean()
         loss = flow + 16 * opacity + 8 * interior + 1e-3 * latents.square().mean()
-        return loss, {"flow_px": flow.detach(), "opacity": opacity.detach(), "interior": interior.detach(), "latent_rms": latents.detach().square().mean().sqrt()}
+        figures = {"flow_px": flow, "opacity": opacity, "interior": interior, "latent_rms": latents.square().mean().sqrt()}
+        return loss, {name: value.detach() for name, value in figures.items()}
 
     @torch.no_grad()
     def _track_scale(self, latents: Tensor) -> None:
