@@ -94,18 +94,16 @@ class WarpAutoencoder(nn.Module):
     def decode(self, latents: Tensor, reference: Reference, cache: Tensor | None = None) -> tuple[MotionLayers, Tensor]:
         """latents [B,16,T,h,w] -> the motion of 4T frames, and the cache to hand in with the latents that follow.
 
-        Chunks of any length give the same as one call: a latent sees itself and the one before it.
+        A latent sees itself and the one before it.  They are decoded one by one, so that chunks of any length give the same
+        bits as one call: a convolution's rounding depends on how many pictures it gets at once.
         """
-        batch, _, count = latents.shape[:3]
         latents = latents * rearrange(self.latent_scale, "c -> c 1 1 1").to(latents.dtype)
-        before = torch.zeros_like(latents[:, :, :1]) if cache is None else cache
-        previous = torch.cat([before, latents[:, :, :-1]], 2)
-        flat = lambda x: rearrange(x, "b c t h w -> (b t) c h w")  # noqa: E731 - used three times on the next line
-        look = flat(reference.latents.expand(-1, -1, count, -1, -1))
-        layers = self._layers(flat(latents), flat(previous), look=look, detail=reference.detail.repeat_interleave(count, 0))
-        layers = rearrange(layers, "(b t) f c h w -> b t f c h w", b=batch) - rearrange(reference.resting, "b f c h w -> b 1 f c h w")
-        layers = rearrange(layers, "b t f c h w -> b (t f) c h w")
-        return _as_motion(layers), latents[:, :, -1:]
+        previous = torch.zeros_like(latents[:, :, 0]) if cache is None else cache
+        look, parts = reference.latents[:, :, 0], []
+        for latent in latents.unbind(2):
+            parts.append(self._layers(latent, previous, look=look, detail=reference.detail) - reference.resting)
+            previous = latent
+        return _as_motion(torch.cat(parts, 1)), previous
 
     def _layers(self, latents: Tensor, previous: Tensor, *, look: Tensor, detail: Tensor) -> Tensor:
         """All [N,16,h,w], detail [N,32,2h,2w] -> [N,4,6,4h,4w]"""
