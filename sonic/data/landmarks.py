@@ -24,7 +24,7 @@ from sonic.types import FaceBox, Mouth
 
 BOX_UNITS = 24.0  # side of the cascade's box in template pixels of the face filter
 BOX_RISE = 1.3  # the box's middle lies this many template pixels above the template's
-SMALLEST_FACE = 16  # px
+SMALLEST_FACE, LEAST_FACE = 16, 32  # px, of a face that is given and of one that is looked for
 ENOUGH, CERTAIN = 1.4, 1.65  # agreement (0..1) plus response (about 1) that make a face, and that end the search
 TIE = 0.8  # a second face this close to the first in size and place deserves a warning
 OVERRIDE = "give it as face_box=[x,y,w,h] in pixels of the photo"
@@ -187,7 +187,8 @@ def _votes(picture: Image.Image, side: int, smallest: float, turn: float) -> lis
     turned = np.asarray(small.rotate(turn, Image.Resampling.BILINEAR))  # counter-clockwise by degrees, which levels a roll of +turn
     roll = math.radians(turn)
     cos, sin = math.cos(roll), math.sin(roll)
-    limits = {"min_size": (max(24, int(smallest * side)),) * 2, "max_size": (side, side), "min_neighbor_number": 1}
+    least = max(24, int(smallest * side), int(LEAST_FACE * scale))
+    limits = {"min_size": (least, least), "max_size": (side, side), "min_neighbor_number": 1}
     found = []
     for mirrored in (False, True):
         view = np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
@@ -219,7 +220,7 @@ def _reduced(pixels: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
     scale = min(1.0, longest / max(pixels.shape[:2]))
     size = [max(1, round(length * scale)) for length in pixels.shape[1::-1]]
     if scale == 1.0:
-        return pixels, 1.0
+        return np.array(pixels), 1.0
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, reducing_gap=2.0)), scale
 
 

@@ -79,7 +79,7 @@ class WarpAutoencoder(nn.Module):
         return Reference(picture, rearrange(latents, "b c h w -> b c 1 h w"), detail, resting)
 
     def encode(self, layers: MotionLayers) -> Tensor:
-        """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,R/8,R/8]; exactly zero where nothing moves."""
+        """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,R/8,R/8]; zero, but for rounding, where nothing moves."""
         batch, count = layers.flow.shape[:2]
         if count % FRAMES_PER_LATENT:
             raise ValueError(f"{count} frames cannot be encoded: every latent holds {FRAMES_PER_LATENT}; give a multiple of it")
