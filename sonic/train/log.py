@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +87,7 @@ def _open_wandb(folder: Path, config: LogConfig, name: str):
     import wandb
 
     known = folder / "wandb_id.txt"
-    run_id = known.read_text().strip() if known.exists() else wandb.util.generate_id()
+    run_id = known.read_text().strip() if known.exists() else uuid.uuid4().hex[:8]
     known.write_text(run_id)
     keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder)}
     try:

@@ -16,7 +16,7 @@ from sonic.data.clips import pose_latents
 from sonic.flow.path import interpolate
 from sonic.model.dit import AvatarDiT
 from sonic.train.objectives import Batch
-from sonic.train.objectives.viseme import VisemeHead, hear_blocks, viseme_loss
+from sonic.train.objectives.viseme import VisemeHead, hear_blocks, other_throats, viseme_loss
 from sonic.train.settings import FlowMatchConfig, TrainConfig
 from sonic.types import Conditions, pick
 
@@ -58,6 +58,7 @@ class FlowMatch:
         batch: latents [B,C,T,h,w] (T whole blocks), ref [B,C,1,h,w], audio [B,N,A,4T], visemes [B,4T,5], head [B,4T,4]
         """
         clean, config = batch["latents"], self.config
+        batch = {**batch, "audio": other_throats(batch["audio"], config.throat, rng)}
         sigma = self._sigmas(clean.shape[0], rng)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
         wide = rearrange(sigma, "b -> b 1 1 1 1")

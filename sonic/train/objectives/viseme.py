@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
+from sonic.model.speech_encoder import vary_throat
 from sonic.train.objectives import Batch
 from sonic.train.settings import TrainConfig, VisemeConfig
 
@@ -40,6 +41,13 @@ def hear_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tu
     tokens, summary = encoder.clip(apart, tuple(config.motion.motion_frames))
     batch = audio.shape[0]
     return rearrange(tokens, "(b k) t a d -> b (k t) a d", b=batch), rearrange(summary, "(b k) t d -> b (k t) d", b=batch)
+
+
+def other_throats(audio: Tensor, reach: float, rng: torch.Generator) -> Tensor:
+    """Log-mel features as speakers of other sizes would give them; 0 leaves them as they are.  [B,1,A,F]"""
+    if not reach:
+        return audio
+    return vary_throat(audio, torch.exp(reach * (2 * torch.rand(audio.shape[0], generator=rng, device=rng.device) - 1)))
 
 
 def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +81,7 @@ class VisemePretraining:
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Error of the visemes read from noised features.  batch: audio [B,N,A,4T], visemes [B,4T,5]"""
-        audio = batch["audio"]
+        audio = other_throats(batch["audio"], self.config.throat, rng)
         noise = torch.randn(audio.shape, generator=rng, device=rng.device)
         heard = hear_blocks(self.student["audio_encoder"], audio + self.config.audio_noise * noise, self.model)
         return viseme_loss(self.student["viseme_head"](*heard), batch["visemes"])
