@@ -119,7 +119,7 @@ class FlowMatchConfig(ObjectiveConfig):
     weight_cap: float = 4.0  # ceiling of 1/sigma² in the loss on the clean latents
     cell_gain: float = 8.0  # weight of the liveliest cell is 1 + cell_gain, of a dead one 1
     audio_dropout: float = 0.1
-    throat: float = 0.1  # largest change of the speaker's vocal tract length, in log; for log-mel features
+    throat: float = 0.0  # largest change of the vocal tract length, in log; for log-mel features
     max_first_block: int = 60
     viseme_weight: float = 0.3
 
@@ -133,7 +133,7 @@ class VisemeConfig(ObjectiveConfig):
 
     name: str = "viseme"
     audio_noise: float = 0.05  # noise on the features, in their standard deviations
-    throat: float = 0.12  # largest change of the speaker's vocal tract length, in log
+    throat: float = 0.0  # largest change of the vocal tract length, in log; for log-mel features
 
 
 @dataclass

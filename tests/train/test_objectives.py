@@ -33,9 +33,9 @@ def batch():
 
 
 CASES = {
-    "flow_match clean": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0))),
-    "flow_match velocity": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0), "velocity")),
-    "viseme": lambda: VisemePretraining(config_of(VisemeConfig())),
+    "flow_match clean": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0))),
+    "flow_match velocity": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0), "velocity")),
+    "viseme": lambda: VisemePretraining(config_of(VisemeConfig(throat=0.0))),
 }
 
 
@@ -88,7 +88,7 @@ def test_cells_that_move_count_more_and_the_mean_stays_one():
 
 
 def test_sigmas_come_from_the_schedule_or_from_everywhere():
-    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5)))
+    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5, throat=0.0)))
     sigmas = objective._sigmas(2000, torch.Generator().manual_seed(0))
     share = ((sigmas == 1.0) | (sigmas == 0.5)).float().mean()
     assert 0.45 < share < 0.55
