@@ -32,9 +32,10 @@ def batch():
     return {"latents": latents, "ref": ref, "audio": draw(2, 1, 12, 24), "visemes": draw(2, 24, 5).abs(), "head": torch.zeros(2, 24, 4)}
 
 
+FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0)
 CASES = {
-    "flow_match clean": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0))),
-    "flow_match velocity": lambda: FlowMatch(config_of(FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0), "velocity")),
+    "flow_match clean": lambda: FlowMatch(config_of(FROM_NOISE)),
+    "flow_match velocity": lambda: FlowMatch(config_of(FROM_NOISE, "velocity")),
     "viseme": lambda: VisemePretraining(config_of(VisemeConfig(throat=0.0))),
 }
 

@@ -1,0 +1,76 @@
+"""A run from its config to its weights, card and log, as launch/train.py starts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sonic.config import AudioConfig, ModelConfig, TrunkConfig
+from sonic.data.clips import write_index
+from sonic.train.build import run_training
+from sonic.train.checkpoint import newest
+from sonic.train.log import read_scalars
+from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig, VisemeConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    tensors, entries = {}, []
+    for number in range(3):
+        tensors[f"c{number}/audio"] = torch.randn(1, 12, 24, generator=rng)
+        tensors[f"c{number}/visemes"] = torch.rand(24, 5, generator=rng)
+        entries.append({"name": f"c{number}", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["audio", "visemes"]})
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    save_file(tensors, folder / "a.safetensors")
+    write_index(folder, entries)
+    return TrainConfig(
+        name="tiny", export=str(tmp_path / "out" / "audio.safetensors"), objective=VisemeConfig(throat=0.0),
+        model=ModelConfig(trunk=TrunkConfig(hidden_dim=32, num_heads=1), audio=AudioConfig(audio_dim=12, num_audio_token=2)),
+        data=DataConfig(folder=str(folder), window=6), budget=BudgetConfig(max_steps=4, batch_size=2),
+        log=LogConfig(every_steps=1, bar=False),
+    )  # fmt: skip
+
+
+def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
+    run_training(config, tmp_path / "run", commit="abc123", command="python launch/train.py +train=tiny")
+    weights = load_file(config.export)
+    assert all(t.dtype == torch.float16 for t in weights.values())
+    card = (tmp_path / "out" / "audio.md").read_text()
+    for word in ("python launch/train.py +train=tiny", "abc123", "seed 0", "steps | 4", "train/viseme_error"):
+        assert word in card
+    assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):
+    run_training(config, tmp_path / "run")
+    config.budget = BudgetConfig(max_steps=6, batch_size=2)
+    assert run_training(config, tmp_path / "run").steps == 6
+    assert newest(tmp_path / "run" / "checkpoints")[2]["step"] == 6
+    assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_offline_wandb_keeps_the_same_run_after_a_restart(config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config.log = LogConfig(every_steps=1, bar=False, wandb="offline")
+    run_training(config, tmp_path / "run")
+    first = (tmp_path / "run" / "wandb_id.txt").read_text()
+    config.budget = BudgetConfig(max_steps=5, batch_size=2)
+    run_training(config, tmp_path / "run")
+    assert (tmp_path / "run" / "wandb_id.txt").read_text() == first
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*{first}"))) >= 1
+
+
+def test_a_name_that_is_not_in_a_table_lists_the_choices(config, tmp_path):
+    config.data.source = "tape"
+    with pytest.raises(ValueError, match="data.source=tape is unknown; choose one of: clips"):
+        run_training(config, tmp_path / "run")
+
+
+def test_missing_starting_weights_are_said(config, tmp_path):
+    config.init_from = str(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="init_from"):
+        run_training(config, tmp_path / "run")
