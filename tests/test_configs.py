@@ -14,7 +14,7 @@ import torch
 import sonic.app
 from sonic import config as knobs_of
 from sonic.app import Entry, compose, entry_knobs, groups, help_text, options
-from sonic.config import BenchConfig, InferConfig, parse_size
+from sonic.config import BenchConfig, InferConfig, JudgeConfig, parse_size
 from sonic.data.settings import PrecomputeConfig
 from sonic.flow.path import PREDICTIONS
 from sonic.flow.samplers import SAMPLERS
@@ -29,10 +29,11 @@ ENTRIES = {
     "infer": INFER,
     "bench": Entry("bench", BenchConfig),
     "evaluate": Entry("evaluate", EvaluateConfig),
+    "judge": Entry("judge", JudgeConfig),
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }
-NEEDED = {"train": ["budget.max_steps=1"]}  # knobs without which a command has no meaning
+NEEDED = {"train": ["budget.max_steps=1"], "judge": ["video=out.mp4"]}  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 
