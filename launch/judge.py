@@ -1,4 +1,4 @@
-"""Judge a finished film: python launch/judge.py video=out.mp4 image=me.jpg audio=me.wav json=out.json."""
+"""Judge a finished film: python launch/judge.py film=out.mp4 image=me.jpg audio=me.wav json=out.json."""
 
 from __future__ import annotations
 

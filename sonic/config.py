@@ -302,7 +302,7 @@ class BenchConfig:
 class JudgeConfig:
     """A finished film, held against the photograph and the recording it was made from."""
 
-    video: str = knob("", "the MP4 to judge")
+    film: str = knob("", "the MP4 to judge")
     image: str = knob("astronaut", "the photograph it was made from")
     audio: str = knob("sample", "the recording it was made from")
     size: str = knob(PHOTO_SIZE, "video.size it was made with")
@@ -311,4 +311,4 @@ class JudgeConfig:
     run: RunConfig = knob(RunConfig)
 
     def __post_init__(self) -> None:
-        require(self.video != "", "video= is empty; name the MP4 to judge")
+        require(self.film != "", "film= is empty; name the MP4 to judge")

@@ -33,7 +33,7 @@ ENTRIES = {
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }
-NEEDED = {"train": ["budget.max_steps=1"], "judge": ["video=out.mp4"]}  # knobs without which a command has no meaning
+NEEDED = {"train": ["budget.max_steps=1"], "judge": ["film=out.mp4"]}  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 

@@ -41,7 +41,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
-    motion, photo_psnr = watch(Path(config.video), portrait)
+    motion, photo_psnr = watch(Path(config.film), portrait)
     level = envelope(speech.samples, speech.sample_rate, len(motion))
     best, lag = metrics.best_lag(motion, level, reach=REACH)
     rests, speaks = pauses(level), level > np.median(level)
@@ -68,13 +68,13 @@ def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float]:
     for frame in read_frames(video):
         if frame.shape != still.shape:
             found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
-            raise ValueError(f"video={video} is {found}, the photograph {given}; give image= and size= that it was made with")
+            raise ValueError(f"film={video} is {found}, the photograph {given}; give image= and size= that it was made with")
         change = frame.astype(np.int16) - still
         motion.append(np.abs(change[mouth]).mean())
         error += float(np.square(change[kept], dtype=np.float32).mean())
         frames += 1
     if not frames:
-        raise ValueError(f"video={video} holds no frames")
+        raise ValueError(f"film={video} holds no frames")
     return np.array(motion), float(10 * np.log10(255**2 / max(error / frames, 1e-9)))
 
 

@@ -36,7 +36,7 @@ def film(folder, name, motion):
             frame[72:90, 58:82] += strength
             writer.write(frame.clip(0, 255).astype(np.uint8)[None])
     return JudgeConfig(
-        video=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), json=str(folder / "out.json"), face=FACE
+        film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), json=str(folder / "out.json"), face=FACE
     )
 
 
