@@ -29,7 +29,7 @@ ENTRIES = {
     "infer": INFER,
     "bench": Entry("bench", BenchConfig),
     "evaluate": Entry("evaluate", EvaluateConfig),
-    "judge": Entry("judge", JudgeConfig),
+    "judge": Entry("judge", JudgeConfig, collections=()),
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }
