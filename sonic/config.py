@@ -283,7 +283,7 @@ class BenchConfig:
     photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
     seconds: float = knob(8.0, "length of the timed film")
     repeats: int = knob(3, "the best of so many films counts")
-    gemm_dim: int = knob(512, "hidden_dim of the transformer that is held against a plain matrix product")
+    gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
@@ -295,7 +295,7 @@ class BenchConfig:
         parse_size(self.photo, "photo")
         require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
-        require(self.gemm_dim >= 64 and self.gemm_dim % 64 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 64; use 512 or more")
+        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
 
 
 @dataclass

@@ -101,9 +101,9 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 
 def _wide(config: BenchConfig) -> ModelConfig:
-    """The model as wide as gemm_dim, with heads of 64 and fewer layers."""
+    """The model as wide as gemm_dim, with heads of 128 as the published one has them, and fewer layers."""
     dim = config.gemm_dim
-    trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 64, num_layers=4, patch_size=[1, 1, 1])
+    trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=4)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 
 

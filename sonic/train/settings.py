@@ -122,6 +122,7 @@ class FlowMatchConfig(ObjectiveConfig):
     throat: float = 0.0  # largest change of the vocal tract length, in log; for log-mel features
     max_first_block: int = 60
     viseme_weight: float = 0.3
+    freeze_audio: bool = False  # keep the audio encoder as `init_from` has it
 
     def __post_init__(self) -> None:
         _require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")

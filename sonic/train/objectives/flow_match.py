@@ -44,6 +44,7 @@ class FlowMatch:
         self.config, self.model_config = config.objective, config.model
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         self.student = nn.ModuleDict({"model": AvatarDiT(config.model), "viseme_head": VisemeHead(config.model)})
+        self.student["model"].audio_encoder.requires_grad_(not self.config.freeze_audio)
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
         spread = getattr(dataset, "statistics", dict)().get("cell_std")
         self.cell_weights = None if spread is None else cell_weights(spread, self.config.cell_gain)
