@@ -56,6 +56,18 @@ class Guess:
     angle: float = 0.17
 
 
+@dataclass(frozen=True)
+class Move:
+    """How a template is seen: roll in radians, sizes as factors, the rest in template pixels."""
+
+    roll: float = 0.0
+    size: float = 1.0
+    right: float = 0.0
+    down: float = 0.0
+    yaw: float = 0.0
+    width: float = 1.0
+
+
 def template_grid() -> Tensor:
     """Positions of the template's pixels relative to its middle.  -> [ROWS,COLUMNS,2] (x, y)"""
     y, x = torch.meshgrid(torch.arange(ROWS) + 0.5 - ROWS / 2, torch.arange(COLUMNS) + 0.5 - COLUMNS / 2, indexing="ij")
@@ -102,7 +114,7 @@ def align(grey: Tensor, guess: Guess) -> FacePose:
     """The most probable pose of the face near a guess: a coarse search, then a fine one.  grey [H,W] in [0,1]"""
     turns = guess.roll + torch.arange(-24, 25, 6) * (math.pi / 180)
     sizes = guess.unit * torch.exp(torch.arange(-0.36, 0.37, 0.12))
-    coarse = [_respond(grey, guess, (guess.x, guess.y), float(size), turns, 15) for size in sizes]
+    coarse = [_respond(grey, guess, (guess.x, guess.y), unit=float(size), turns=turns, span=15) for size in sizes]
     table = torch.cat(coarse)
     x, y, unit, angle = table[table[:, 5].argmax(), :4].tolist()
     turns = angle + torch.arange(-4.5, 5, 1.5) * (math.pi / 180)
@@ -111,13 +123,13 @@ def align(grey: Tensor, guess: Guess) -> FacePose:
         for right in (0.0, 0.5):
             for down in (0.0, 0.5):
                 middle = (x + right * unit, y + down * unit)
-                fine.append(_respond(grey, guess, middle, size * unit, turns, 3))
+                fine.append(_respond(grey, guess, middle, unit=size * unit, turns=turns, span=3))
     table = torch.cat(fine)
     weight = torch.softmax(table[:, 5] / 0.03, dim=0)
     return FacePose(*(weight @ table[:, :5]).tolist())
 
 
-def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], unit: float, turns: Tensor, span: int) -> Tensor:
+def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], *, unit: float, turns: Tensor, span: int) -> Tensor:
     """Responses on span x span places one template pixel apart, for several turns.  -> [n,6]: pose, response, log posterior"""
     known = load()
     wide, high = COLUMNS + span - 1, ROWS + span - 1
@@ -154,8 +166,9 @@ def fit(rounds: int = 80, ridge: float = 100.0, seed: int = 0) -> FaceFilter:
         roll, size, right, down, yaw = (torch.randn(5, generator=rng) * torch.tensor([0.25, 0.15, 2.5, 2.5, 1.2])).tolist()
         if turn % 4 == 0:
             roll = size = right = down = 0.0
+        move = Move(roll, math.exp(size), right, down, yaw)
         nearness = math.exp(-0.5 * ((roll / 0.12) ** 2 + (size / 0.08) ** 2 + right**2 + down**2))
-        seen.append(channels(_relit(_moved(faces, roll, math.exp(size), (right, down), yaw), rng)))
+        seen.append(channels(relit(moved(faces, move), rng)))
         wanted.append(torch.full((len(faces),), nearness))
     seen.append(channels(others))
     wanted.append(torch.zeros(len(others)))
@@ -171,17 +184,17 @@ def save(made: FaceFilter, path: str) -> None:
     np.savez_compressed(path, weights=made.weights.half().numpy(), offset=np.float32(made.offset))
 
 
-def _moved(faces: Tensor, roll: float, size: float, shift: tuple[float, float], yaw: float) -> Tensor:
-    """The faces seen turned, resized, shifted, and with the middle of the face pushed sideways inside its outline."""
+def moved(faces: Tensor, move: Move) -> Tensor:
+    """The faces seen turned, resized, shifted, widened, and with the middle of the face pushed sideways inside its outline."""
     x, y = template_grid().unbind(-1)
-    cos, sin = math.cos(roll) * size, math.sin(roll) * size
-    across, along = cos * x - sin * y + shift[0], sin * x + cos * y + shift[1]
-    across = across + yaw * (1 - (2 * across / COLUMNS).clamp(-1, 1) ** 2)
+    cos, sin = math.cos(move.roll) * move.size, math.sin(move.roll) * move.size
+    across, along = (cos * x - sin * y) * move.width + move.right, sin * x + cos * y + move.down
+    across = across + move.yaw * (1 - (2 * across / COLUMNS).clamp(-1, 1) ** 2)
     grid = torch.stack([2 * across / COLUMNS, 2 * along / ROWS], dim=-1).expand(len(faces), -1, -1, -1)
     return F.grid_sample(faces, grid, padding_mode="border", align_corners=False)
 
 
-def _relit(faces: Tensor, rng: torch.Generator) -> Tensor:
+def relit(faces: Tensor, rng: torch.Generator) -> Tensor:
     """The faces under a light from a random side."""
     x, y = template_grid().unbind(-1)
     sideways, above = (torch.randn(2, len(faces), 1, 1, 1, generator=rng) * torch.tensor([0.8, 0.4]).reshape(2, 1, 1, 1, 1)).unbind(0)

@@ -158,7 +158,7 @@ def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
     """Everything in which this search sees something of a face."""
     small, scale = _reduced(pixels, max(search.sides))
     picture = Image.fromarray(small)
-    groups = _agree(vote for turn in search.turns for side in search.sides for vote in _votes(picture, side, search.smallest, turn))
+    groups = _agree(vote for turn in search.turns for side in search.sides for vote in _votes(picture, side, search.smallest, turn=turn))
     likely = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)[:6]
     grey = torch.from_numpy(small).float().mean(-1) / 255
     faces: list[Candidate] = []
@@ -179,7 +179,7 @@ def _cascade() -> feature.Cascade:
     return feature.Cascade(data.lbp_frontal_face_cascade_filename())
 
 
-def _votes(picture: Image.Image, side: int, smallest: float, turn: float) -> list[tuple[float, float, float, float]]:
+def _votes(picture: Image.Image, side: int, smallest: float, *, turn: float) -> list[tuple[float, float, float, float]]:
     """Boxes the cascade sees in a photo and in its mirror image, at one size and turn: middle x, y and size in px, turn in radians."""
     scale = side / max(picture.size)
     wide, high = (max(1, round(length * scale)) for length in picture.size)
