@@ -14,12 +14,17 @@ from sonic.model.embed import Rotation, rotate
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
+FEW_KEYS = 16
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    dtype = queries.dtype
+    if keys.shape[1] < FEW_KEYS and dtype == torch.bfloat16 and queries.requires_grad and queries.device.type == "cpu":
+        # torch's CPU kernel takes five times as long backward through a handful of bfloat16 keys as through float32 ones
+        queries, keys, values = queries.float(), keys.float(), values.float()
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).to(dtype)
 
 
 ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
