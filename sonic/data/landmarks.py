@@ -25,7 +25,7 @@ from sonic.types import FaceBox, Mouth
 BOX_UNITS = 24.0  # side of the cascade's box in template pixels of the face filter
 BOX_RISE = 1.3  # the box's middle lies this many template pixels above the template's
 SMALLEST_FACE, LEAST_FACE = 16, 32  # px, of a face that is given and of one that is looked for
-ENOUGH, CERTAIN = 1.4, 1.65  # agreement (0..1) plus response (about 1) that make a face, and that end the search
+ENOUGH, CERTAIN = 1.62, 1.65  # agreement (0..1) plus response (about 1) that make a face, and that end the search
 TIE = 0.8  # a second face this close to the first in size and place deserves a warning
 OVERRIDE = "give it as face_box=[x,y,w,h] in pixels of the photo"
 
