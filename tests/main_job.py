@@ -43,7 +43,7 @@ def tiny_parts(seed: int = 0) -> Parts:
     """Parts with random weights, none of them zero."""
     torch.manual_seed(seed)
     parts = untrained_parts(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
-    for module in (parts.model, parts.autoencoder):
+    for module in (parts.model, parts.autoencoder, parts.speech):
         for weight in module.parameters():
             weight.add_(torch.randn_like(weight) * 0.02)
     return parts
@@ -55,6 +55,7 @@ def write_weights(folder: Path) -> Path:
     folder.mkdir(parents=True)
     save_weights(parts.model, folder / "preview_dit.safetensors")
     save_weights(parts.autoencoder, folder / "preview_autoencoder.safetensors")
+    save_weights(parts.speech, folder / "preview_speech.safetensors")
     return folder
 
 

@@ -167,7 +167,7 @@ def test_a_disk_that_fills_up_leaves_nothing(sentence, monkeypatch, weights, inp
         assert "No space left" in sentence(f"audio={recording}", f"weights={weights}", *output, *FACE, *TINY)
 
 
-@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors"])
+@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors", "preview_speech.safetensors"])
 def test_truncated_weights(file, sentence, weights, inputs):
     shutil.copytree(weights, inputs / "weights")
     (inputs / "weights" / file).write_bytes((weights / file).read_bytes()[:-1000])
@@ -175,7 +175,7 @@ def test_truncated_weights(file, sentence, weights, inputs):
     assert file in said and "cut short" in said
 
 
-@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors"])
+@pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors", "preview_speech.safetensors"])
 def test_weights_of_another_shape_name_the_tensor(file, sentence, weights, inputs):
     shutil.copytree(weights, inputs / "weights")
     tensors = load_file(weights / file)

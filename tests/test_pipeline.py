@@ -122,7 +122,7 @@ def test_a_column_of_sound_belongs_to_the_frame_of_its_time(parts):
     scene = small_scene(30)
     conditions, _ = encode(scene, parts, HeadConfig(), crop=face_crop(scene.portrait, 1.6, parts.config.resolution))
     assert conditions.audio.shape[-1] == 36  # whole blocks of 12
-    assert_close(conditions.audio[0], parts.hear(scene.speech.samples, 36))
+    assert_close(conditions.audio[0], parts.speech.hear(scene.speech.samples, 36))
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])

@@ -15,11 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sonic.data.speech import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
 
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
 # tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
-TIME = {"latents": (1, 1), "audio": (2, FRAMES_PER_LATENT), "visemes": (0, FRAMES_PER_LATENT), "head": (0, FRAMES_PER_LATENT)}
+TIME = {
+    "latents": (1, 1),
+    "audio": (2, FRAMES_PER_LATENT),
+    "mel": (0, COLUMNS_PER_FRAME * FRAMES_PER_LATENT),
+    "visemes": (0, FRAMES_PER_LATENT),
+    "head": (0, FRAMES_PER_LATENT),
+}
 
 
 def write_index(folder: Path, clips: list[dict], **facts: object) -> None:

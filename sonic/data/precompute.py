@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
+from sonic.data.speech import log_mel
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.types import MotionLayers, pick
 
@@ -36,10 +37,10 @@ class Encoders:
     """What makes training data of sounds and frames; built anew in every worker.
 
     hear(samples float32 16 kHz [n], F) -> features [N,A,F]; autoencoder: reference(picture) and encode(MotionLayers) of
-    the model that the data are for (None for speech alone).
+    the model that the data are for. Speech alone needs neither.
     """
 
-    hear: Callable[[np.ndarray, int], Tensor]
+    hear: Callable[[np.ndarray, int], Tensor] | None
     autoencoder: Any
 
 
@@ -70,21 +71,28 @@ def precompute(config: PrecomputeConfig, build: Build) -> int:
 
 def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
     """Clips of one recording, each said by a person of its own: latents, ref, audio, visemes, head."""
-    spoken = next(speech(config, encoders, rng))
+    samples, spoken = recording(config, rng)
+    heard = encoders.hear(samples, len(spoken)).half()
     length = FRAMES_PER_LATENT * config.latent_frames
     for start in range(0, config.clips_per_utterance * length, length):
-        visemes = spoken["visemes"][start : start + length]
+        visemes = spoken[start : start + length]
         head = torch.zeros(length, 4)
         if rng.random() < config.mix.moving:
             head = faces.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
         person = faces.draw_identity(rng, config.model.resolution, split=config.split)
         latents, ref = encode_person(encoders.autoencoder, person, visemes=visemes, head=head)
-        audio = spoken["audio"][:, :, start : start + length].contiguous()
+        audio = heard[:, :, start : start + length].contiguous()
         yield {"latents": latents.half(), "ref": ref.half(), "audio": audio, "visemes": visemes.contiguous(), "head": head}
 
 
-def speech(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
-    """One recording as a single clip: features [N,A,F] and visemes [F,5]."""
+def spoken(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
+    """One recording as a single clip: log-mel columns [2F,40] and visemes [F,5]."""
+    samples, visemes = recording(config, rng)
+    yield {"mel": torch.from_numpy(log_mel(samples, len(visemes))).half(), "visemes": visemes}
+
+
+def recording(config: PrecomputeConfig, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+    """Samples at 16 kHz of one recording, as long as its clips together, and the visemes [F,5] it asks for."""
     frames = FRAMES_PER_LATENT * config.latent_frames * config.clips_per_utterance
     utterance = voices.say(rng, split=config.split, seconds=frames / FPS)
     visemes = torch.from_numpy(voices.viseme_track(utterance, frames))
@@ -93,10 +101,10 @@ def speech(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generato
         samples, visemes = np.zeros_like(samples), torch.zeros_like(visemes)
     if rng.random() >= config.mix.clean:
         samples = voices.augment(samples, rng)
-    yield {"audio": encoders.hear(samples, frames).half(), "visemes": visemes}
+    return samples, visemes
 
 
-MAKERS: dict[str, Callable] = {"talking": talking, "spoken": speech}
+MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sonic import assets
 from sonic.config import ModelConfig, RunConfig
@@ -28,12 +28,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Parts:
-    """What the main job runs on; `hear` turns (16 kHz samples, number of video frames) into features [N,A,F]."""
+    """What the main job runs on; speech.hear turns (16 kHz samples, number of video frames) into features [N,A,F]."""
 
     config: ModelConfig
     model: AvatarDiT
     autoencoder: nn.Module
-    hear: Callable[[np.ndarray, int], Tensor]
+    speech: nn.Module
     device: torch.device
 
     @property
@@ -51,29 +51,46 @@ def build_parts(config: ModelConfig, run: RunConfig) -> Parts:
         torch.set_num_threads(run.threads)
     device = find_device(run.device)
     _check_known(config)
-    transformer, autoencoder = weight_files(config)
+    files = weight_files(config)
     parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
-    load_weights(parts.model, transformer)
-    load_weights(parts.autoencoder, autoencoder)
+    load_weights(parts.model, files.dit)
+    load_weights(parts.autoencoder, files.autoencoder)
+    load_weights(parts.speech, files.speech)
     return parts
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
     """The same parts before any weights are loaded."""
-    model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
-    autoencoder = pick(AUTOENCODERS, config.autoencoder, "model.autoencoder")().to(device).eval().requires_grad_(False)
-    return Parts(config, model, autoencoder, pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"), device)
+    still = lambda module: module.to(device).eval().requires_grad_(False)  # noqa: E731
+    return Parts(
+        config,
+        model=still(AvatarDiT(config)).to(dtype),
+        autoencoder=still(pick(AUTOENCODERS, config.autoencoder, "model.autoencoder")()),
+        speech=still(pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder")()),
+        device=device,
+    )
 
 
-def weight_files(config: ModelConfig) -> tuple[Path, Path]:
-    """Files of transformer and autoencoder: bundled, in the folder model.weights, or a transformer file named by it."""
-    names = (f"{config.name}_dit.safetensors", f"{config.name}_autoencoder.safetensors")
-    place = Path(config.weights) if config.weights else BUNDLED
-    if place.is_file():
-        return place, BUNDLED / names[1]
-    if not place.is_dir():
-        raise ValueError(f"model.weights={place} does not exist; name a folder with {names[0]} and {names[1]}, or leave it out")
-    return place / names[0], place / names[1]
+class WeightFiles(NamedTuple):
+    """Where the weights of each part lie."""
+
+    dit: Path
+    autoencoder: Path
+    speech: Path
+
+
+def weight_files(config: ModelConfig) -> WeightFiles:
+    """Files of all parts: bundled, in the folder model.weights, or that of the transformer alone named by it."""
+    bundled, named = (WeightFiles(*(folder / f"{config.name}_{part}.safetensors" for part in WeightFiles._fields))
+                      for folder in (BUNDLED, Path(config.weights)))  # fmt: skip
+    if not config.weights:
+        return bundled
+    if Path(config.weights).is_file():
+        return bundled._replace(dit=Path(config.weights))
+    if not Path(config.weights).is_dir():
+        names = ", ".join(file.name for file in named)
+        raise ValueError(f"model.weights={config.weights} does not exist; name a folder with {names}, or leave it out")
+    return named
 
 
 def find_device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ def encode(scene: Scene, parts: Parts, motion: HeadConfig, *, crop: Crop) -> tup
     picture = rearrange(cut(scene.portrait.pixels, crop), "c h w -> 1 c h w").to(parts.device)
     reference = parts.autoencoder.reference(picture)
     frames = whole_blocks(scene.num_frames, config.rollout.block_frames)
-    heard = parts.hear(scene.speech.samples, frames)
+    heard = parts.speech.hear(scene.speech.samples, frames)
     conditions = Conditions(
         ref=reference.latents,
         text=torch.zeros(1, config.text.text_len, config.text.text_dim, device=parts.device),

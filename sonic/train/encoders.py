@@ -13,10 +13,12 @@ from sonic.types import pick
 
 
 def build_encoders(config: PrecomputeConfig) -> Encoders:
-    """Encoders of the configured model; the autoencoder only where frames are encoded. Raises ValueError without its weights."""
-    hear = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")
+    """Encoders of the configured model, where the data need them. Raises ValueError without their weights."""
     if config.kind == "spoken":
-        return Encoders(hear, None)
+        return Encoders(None, None)
+    files = weight_files(config.model)
+    speech = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
     autoencoder = pick(AUTOENCODERS, config.model.autoencoder, "model.autoencoder")()
-    load_weights(autoencoder, Path(config.autoencoder) if config.autoencoder else weight_files(config.model)[1])
-    return Encoders(hear, autoencoder.eval().requires_grad_(False))
+    load_weights(speech, files.speech)
+    load_weights(autoencoder, Path(config.autoencoder) if config.autoencoder else files.autoencoder)
+    return Encoders(speech.eval().hear, autoencoder.eval().requires_grad_(False))

@@ -118,11 +118,10 @@ class FlowMatchConfig(ObjectiveConfig):
     schedule: list[float] = field(default_factory=lambda: [1.0, 0.9, 0.75, 0.5])
     weight_cap: float = 4.0  # ceiling of 1/sigma² in the loss on the clean latents
     cell_gain: float = 8.0  # weight of the liveliest cell is 1 + cell_gain, of a dead one 1
+    change_weight: float = 0.5  # weight of the error in the change from one latent frame to the next
     audio_dropout: float = 0.1
-    throat: float = 0.0  # largest change of the vocal tract length, in log; for log-mel features
     max_first_block: int = 60
     viseme_weight: float = 0.3
-    freeze_audio: bool = False  # keep the audio encoder as `init_from` has it
 
     def __post_init__(self) -> None:
         _require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")
@@ -130,11 +129,12 @@ class FlowMatchConfig(ObjectiveConfig):
 
 @dataclass
 class VisemeConfig(ObjectiveConfig):
-    """Pre-training of the audio encoder: name the mouth shapes from the sound."""
+    """Training of the speech encoder: name the mouth shapes from the sound."""
 
     name: str = "viseme"
-    audio_noise: float = 0.05  # noise on the features, in their standard deviations
-    throat: float = 0.0  # largest change of the vocal tract length, in log; for log-mel features
+    audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
+    tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
+    throat: float = 0.12  # largest change of the vocal tract length, in log
 
 
 @dataclass

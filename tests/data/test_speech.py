@@ -9,11 +9,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 
 from sonic.data import speech
 from sonic.data.speech import SILENT_COLUMN, load_speech, log_mel, save_speech
-from sonic.model.speech_encoder import CONTEXT, LOG_MEL_DIM, SPEECH_ENCODERS
 
 
 def tone(seconds: float, rate: int = 16_000, level: float = 0.3) -> np.ndarray:
@@ -179,17 +177,6 @@ def test_a_click_is_heard_in_the_middle_of_its_own_frame(frame):
     before, after = energy[2 * frame], energy[2 * frame + 1]
     assert before == pytest.approx(after, rel=0.05)
     assert energy.sum() == pytest.approx(before + after, rel=0.01)
-
-
-def test_the_encoder_sees_three_frames_before_and_after():
-    samples = tone(2.0)
-    features = SPEECH_ENCODERS["logmel"](samples, 40)
-    assert features.shape == (1, LOG_MEL_DIM, 40)
-    columns = torch.from_numpy(log_mel(samples, 40)).reshape(40, -1)
-    for offset in range(-CONTEXT, CONTEXT + 1):
-        part = features[0].reshape(2 * CONTEXT + 1, -1, 40)[offset + CONTEXT]
-        assert torch.equal(part[:, 10].reshape(-1), columns[10 + offset])
-    assert torch.all(features[0, : LOG_MEL_DIM // 7, 0] == SILENT_COLUMN)
 
 
 def test_frames_after_the_recording_are_silent():

@@ -1,23 +1,65 @@
 """Laws of the speech features."""
 
+import numpy as np
+import pytest
 import torch
 from torch.testing import assert_close
 
-from sonic.model.speech_encoder import LOG_MEL_DIM, vary_throat
+from sonic.data.speech import MELS, SILENT_COLUMN
+from sonic.model.speech_encoder import SPEECH_ENCODERS, MelConv, Window, vary_throat
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return MelConv().eval()
+
+
+def noise(seconds):
+    return np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SPEECH_ENCODERS)
+def test_every_video_frame_has_its_features(name):
+    assert SPEECH_ENCODERS[name]().eval().hear(noise(1.0), 37).shape == (1, 160, 37)
+
+
+def test_chunks_change_nothing(encoder, monkeypatch):
+    samples = noise(4.0)
+    whole = encoder.hear(samples, 100)
+    monkeypatch.setattr(MelConv, "CHUNK", 7)
+    assert_close(encoder.hear(samples, 100), whole, atol=2e-5, rtol=0)
+
+
+def test_nothing_beyond_the_margin_is_heard(encoder):
+    columns = torch.randn(1, 2 * 80, MELS)
+    other = columns.clone()
+    other[:, : 2 * (40 - MelConv.MARGIN)] = SILENT_COLUMN
+    assert_close(encoder(other)[:, 40:], encoder(columns)[:, 40:])
+    other[:, : 2 * (40 - MelConv.MARGIN) + 30] = SILENT_COLUMN
+    assert (encoder(other)[:, 40] - encoder(columns)[:, 40]).abs().max() > 1e-4
+
+
+def test_a_window_is_a_convolution():
+    window = Window(3, 5, 5, dilation=2)
+    kernel = window.weight.unflatten(1, (5, 3)).permute(0, 2, 1)
+    x = torch.randn(2, 20, 3)
+    expected = torch.nn.functional.conv1d(x.mT, kernel, window.bias, padding=4, dilation=2).mT
+    assert_close(window(x), expected)
 
 
 def test_the_same_throat_changes_nothing():
-    features = torch.randn(2, 1, LOG_MEL_DIM, 5)
-    assert_close(vary_throat(features, torch.ones(2)), features)
+    columns = torch.randn(2, 5, MELS)
+    assert_close(vary_throat(columns, torch.ones(2)), columns)
 
 
 def test_a_shorter_throat_moves_a_formant_up():
-    features = torch.zeros(2, 1, LOG_MEL_DIM, 1)
-    features[:, 0, 20] = 1.0  # mel 20 of the first column
-    moved = vary_throat(features, torch.tensor([0.8, 1.25]))[:, 0, :40, 0].argmax(-1)
+    columns = torch.zeros(2, 1, MELS)
+    columns[:, 0, 20] = 1.0
+    moved = vary_throat(columns, torch.tensor([0.8, 1.25]))[:, 0].argmax(-1)
     assert moved[0] > 20 > moved[1]
 
 
 def test_silence_stays_silence():
-    features = torch.full((1, 1, LOG_MEL_DIM, 3), -0.857)
-    assert_close(vary_throat(features, torch.tensor([1.1])), features)
+    columns = torch.full((1, 3, MELS), SILENT_COLUMN)
+    assert_close(vary_throat(columns, torch.tensor([1.1])), columns)

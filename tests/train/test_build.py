@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sonic.config import AudioConfig, ModelConfig, TrunkConfig
 from sonic.data.clips import write_index
 from sonic.train.build import run_training
 from sonic.train.checkpoint import newest
@@ -19,16 +18,15 @@ def config(tmp_path):
     rng = torch.Generator().manual_seed(0)
     tensors, entries = {}, []
     for number in range(3):
-        tensors[f"c{number}/audio"] = torch.randn(1, 12, 24, generator=rng)
+        tensors[f"c{number}/mel"] = torch.randn(48, 40, generator=rng)
         tensors[f"c{number}/visemes"] = torch.rand(24, 5, generator=rng)
-        entries.append({"name": f"c{number}", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["audio", "visemes"]})
+        entries.append({"name": f"c{number}", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["mel", "visemes"]})
     folder = tmp_path / "clips"
     folder.mkdir()
     save_file(tensors, folder / "a.safetensors")
     write_index(folder, entries)
     return TrainConfig(
-        name="tiny", export=str(tmp_path / "out" / "audio.safetensors"), objective=VisemeConfig(throat=0.0),
-        model=ModelConfig(trunk=TrunkConfig(hidden_dim=32, num_heads=1), audio=AudioConfig(audio_dim=12, num_audio_token=2)),
+        name="tiny", export=str(tmp_path / "out" / "speech.safetensors"), objective=VisemeConfig(),
         data=DataConfig(folder=str(folder), window=6), budget=BudgetConfig(max_steps=4, batch_size=2),
         log=LogConfig(every_steps=1, bar=False),
     )  # fmt: skip
@@ -38,7 +36,7 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
     run_training(config, tmp_path / "run", commit="abc123", command="python launch/train.py +train=tiny")
     weights = load_file(config.export)
     assert all(t.dtype == torch.float16 for t in weights.values())
-    card = (tmp_path / "out" / "audio.md").read_text()
+    card = (tmp_path / "out" / "speech.md").read_text()
     for word in ("python launch/train.py +train=tiny", "abc123", "seed 0", "steps | 4", "train/viseme_error"):
         assert word in card
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]

@@ -8,14 +8,14 @@ from torch.testing import assert_close
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.train.objectives.flow_match import FlowMatch, cell_weights
-from sonic.train.objectives.viseme import VisemePretraining
+from sonic.train.objectives.viseme import VisemePretraining, encoder_input
 from sonic.train.settings import BudgetConfig, FlowMatchConfig, OptimConfig, TrainConfig, VisemeConfig
 
 
 def config_of(objective, prediction="clean"):
     model = ModelConfig(
         trunk=TrunkConfig(hidden_dim=32, ffn_dim=64, num_heads=2, num_layers=2, patch_size=[1, 2, 2], latent_channels=16, freq_dim=32),
-        audio=AudioConfig(audio_dim=12, num_audio_layers=1, num_audio_token=2, inject_layers=[0, 1]),
+        audio=AudioConfig(audio_dim=160, num_audio_layers=1, num_audio_token=2, inject_layers=[0, 1]),
         text=TextConfig(text_dim=8, text_len=2),
         motion=MotionConfig(),
         rollout=RolloutConfig(block_frames=3, window_blocks=2),
@@ -29,14 +29,15 @@ def batch():
     rng = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
     latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
-    return {"latents": latents, "ref": ref, "audio": draw(2, 1, 12, 24), "visemes": draw(2, 24, 5).abs(), "head": torch.zeros(2, 24, 4)}
+    heard = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
+    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **heard}
 
 
-FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0, throat=0.0)
+FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0)
 CASES = {
     "flow_match clean": lambda: FlowMatch(config_of(FROM_NOISE)),
     "flow_match velocity": lambda: FlowMatch(config_of(FROM_NOISE, "velocity")),
-    "viseme": lambda: VisemePretraining(config_of(VisemeConfig(throat=0.0))),
+    "viseme": lambda: VisemePretraining(config_of(VisemeConfig())),
 }
 
 
@@ -69,17 +70,25 @@ def test_what_is_exported_is_the_dit_alone(batch):
     assert exported.keys() == objective.roles["student"]["model"].state_dict().keys()
 
 
-def test_the_audio_encoder_can_start_from_its_pretraining(tmp_path):
+def test_training_can_start_from_weights(tmp_path):
     from sonic.train.build import save_weights, start_from
 
-    pretraining, objective = CASES["viseme"](), CASES["flow_match clean"]()
-    save_weights(pretraining.export(pretraining.student.state_dict()), tmp_path / "audio.safetensors")
-    start_from(objective.student, tmp_path / "audio.safetensors")
-    found = objective.student["model"].audio_encoder.state_dict()
-    for name, value in pretraining.student["audio_encoder"].state_dict().items():
+    trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
+    save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
+    start_from(objective.student, tmp_path / "dit.safetensors")
+    found = objective.student["model"].state_dict()
+    for name, value in trained.student["model"].state_dict().items():
         assert_close(found[name], value.half().float())
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "audio.safetensors")
+        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors")
+
+
+def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
+    columns = torch.randn(2, 10, 40)
+    found = encoder_input(columns, VisemeConfig(), torch.Generator().manual_seed(0))
+    assert found.shape == columns.shape and (found - columns).std() > 0.1
+    quiet = VisemeConfig(audio_noise=0, tilt=0, throat=0)
+    assert_close(encoder_input(columns, quiet, torch.Generator().manual_seed(0)), columns)
 
 
 def test_cells_that_move_count_more_and_the_mean_stays_one():
@@ -89,7 +98,7 @@ def test_cells_that_move_count_more_and_the_mean_stays_one():
 
 
 def test_sigmas_come_from_the_schedule_or_from_everywhere():
-    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5, throat=0.0)))
+    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5)))
     sigmas = objective._sigmas(2000, torch.Generator().manual_seed(0))
     share = ((sigmas == 1.0) | (sigmas == 0.5)).float().mean()
     assert 0.45 < share < 0.55

@@ -16,13 +16,13 @@ from sonic.config import ModelConfig
 from sonic.data.clips import ClipDataset
 from sonic.data.precompute import Encoders, precompute
 from sonic.data.settings import PrecomputeConfig
-from sonic.model.speech_encoder import log_mel_features
+from sonic.model.speech_encoder import MelConv
 from sonic.model.vae import WarpAutoencoder
 
 
 def build_untrained(config: PrecomputeConfig) -> Encoders:
     torch.manual_seed(0)
-    return Encoders(log_mel_features, WarpAutoencoder().eval())
+    return Encoders(MelConv().eval().hear, WarpAutoencoder().eval())
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_clips_have_people_sound_and_movement(config):
     data = ClipDataset(config.folder, window=3)
     found = data[0, 0]
     assert found["latents"].shape == (16, 3, 6, 6) and found["ref"].shape == (16, 1, 6, 6)
-    assert found["audio"].shape == (1, 560, 12) and found["visemes"].shape == (12, 5) and found["head"].shape == (12, 4)
+    assert found["audio"].shape == (1, 160, 12) and found["visemes"].shape == (12, 5) and found["head"].shape == (12, 4)
     assert data.statistics()["cell_std"].shape == (6, 6)
 
 

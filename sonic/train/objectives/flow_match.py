@@ -16,7 +16,7 @@ from sonic.data.clips import pose_latents
 from sonic.flow.path import interpolate
 from sonic.model.dit import AvatarDiT
 from sonic.train.objectives import Batch
-from sonic.train.objectives.viseme import VisemeHead, hear_blocks, other_throats, viseme_loss
+from sonic.train.objectives.viseme import VisemeHead, hear_blocks, viseme_loss
 from sonic.train.settings import FlowMatchConfig, TrainConfig
 from sonic.types import Conditions, pick
 
@@ -44,7 +44,6 @@ class FlowMatch:
         self.config, self.model_config = config.objective, config.model
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         self.student = nn.ModuleDict({"model": AvatarDiT(config.model), "viseme_head": VisemeHead(config.model)})
-        self.student["model"].audio_encoder.requires_grad_(not self.config.freeze_audio)
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
         spread = getattr(dataset, "statistics", dict)().get("cell_std")
         self.cell_weights = None if spread is None else cell_weights(spread, self.config.cell_gain)
@@ -54,12 +53,11 @@ class FlowMatch:
         return ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted error of the prediction, plus that of the visemes.
+        """Weighted error of the prediction and of its change between latent frames, plus that of the visemes.
 
         batch: latents [B,C,T,h,w] (T whole blocks), ref [B,C,1,h,w], audio [B,N,A,4T], visemes [B,4T,5], head [B,4T,4]
         """
         clean, config = batch["latents"], self.config
-        batch = {**batch, "audio": other_throats(batch["audio"], config.throat, rng)}
         sigma = self._sigmas(clean.shape[0], rng)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
         wide = rearrange(sigma, "b -> b 1 1 1 1")
@@ -69,11 +67,14 @@ class FlowMatch:
         found = model.forward_blocks(noisy, TIMESTEPS * sigma, self._conditions(batch, rng), first_block=first_block).float()
         target, weight = self.target(clean, noise, wide, cap=config.weight_cap)
         cells = 1.0 if self.cell_weights is None else self.cell_weights.to(clean)
-        error = (weight * cells * (found - target).square()).mean()
+        wrong = found - target
+        error = (weight * cells * wrong.square()).mean()
+        jerk = (weight * cells * wrong.diff(dim=2).square()).mean()  # errors that change from frame to frame are seen as trembling
         heard = hear_blocks(model.audio_encoder, batch["audio"], self.model_config)
         named, figures = viseme_loss(self.student["viseme_head"](*heard), batch["visemes"])
         left = _relative_error(found, target, sigma, cells=cells)
-        return error + config.viseme_weight * named, {"flow_error": error.detach(), "error_from_noise": left, **figures}
+        loss = error + config.change_weight * jerk + config.viseme_weight * named
+        return loss, {"flow_error": error.detach(), "change_error": jerk.detach(), "error_from_noise": left, **figures}
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The DiT alone."""

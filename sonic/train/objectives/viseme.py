@@ -1,4 +1,4 @@
-"""Name the mouth shapes from the sound: the audio encoder's pre-training, and the helping loss beside the DiT's."""
+"""Name the mouth shapes from the sound: the speech encoder's training, and the helping loss beside the DiT's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
-from sonic.model.speech_encoder import vary_throat
+from sonic.model.speech_encoder import SPEECH_ENCODERS, vary_throat
 from sonic.train.objectives import Batch
 from sonic.train.settings import TrainConfig, VisemeConfig
+from sonic.types import pick
 
 VISEMES = 5
 # what an error in each number costs: the opening is what people see first
@@ -43,13 +44,6 @@ def hear_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tu
     return rearrange(tokens, "(b k) t a d -> b (k t) a d", b=batch), rearrange(summary, "(b k) t d -> b (k t) d", b=batch)
 
 
-def other_throats(audio: Tensor, reach: float, rng: torch.Generator) -> Tensor:
-    """Log-mel features as speakers of other sizes would give them; 0 leaves them as they are.  [B,1,A,F]"""
-    if not reach:
-        return audio
-    return vary_throat(audio, torch.exp(reach * (2 * torch.rand(audio.shape[0], generator=rng, device=rng.device) - 1)))
-
-
 def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error by COST, and how much of the opening's variance is left unexplained.  both [B,F,5]"""
     cost = torch.tensor(COST, device=found.device)
@@ -60,19 +54,13 @@ def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 class VisemePretraining:
-    """The audio encoder and a viseme head, alone. Exported under the names that they have beside the DiT."""
+    """The speech encoder, with a viseme head beside it that is not exported."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
         assert isinstance(config.objective, VisemeConfig)
-        self.config, self.model = config.objective, config.model
-        audio = config.model.audio
-        width, layers, tokens = config.model.trunk.hidden_dim, audio.num_audio_layers, audio.num_audio_token
-        encoder = AudioEncoder(audio.audio_dim, width, num_layers=layers, num_tokens=tokens)
-        for module in encoder.modules():
-            if isinstance(module, nn.Linear | nn.Conv1d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        self.student = nn.ModuleDict({"audio_encoder": encoder, "viseme_head": VisemeHead(config.model)})
+        self.config = config.objective
+        encoder = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
+        self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
     def turn(self, step: int) -> Sequence[str]:
@@ -80,12 +68,22 @@ class VisemePretraining:
         return ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Error of the visemes read from noised features.  batch: audio [B,N,A,4T], visemes [B,4T,5]"""
-        audio = other_throats(batch["audio"], self.config.throat, rng)
-        noise = torch.randn(audio.shape, generator=rng, device=rng.device)
-        heard = hear_blocks(self.student["audio_encoder"], audio + self.config.audio_noise * noise, self.model)
-        return viseme_loss(self.student["viseme_head"](*heard), batch["visemes"])
+        """Error of the visemes read from noised sound.  batch: mel [B,8T,40], visemes [B,4T,5]"""
+        encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
+        heard = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
+        return viseme_loss(self.student["viseme_head"](heard), batch["visemes"])
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Everything: the head serves the DiT's training as well."""
-        return dict(weights)
+        """The speech encoder alone."""
+        start = "speech_encoder."
+        return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
+
+
+def encoder_input(columns: Tensor, config: VisemeConfig, rng: torch.Generator) -> Tensor:
+    """Log-mel columns [B,T,40] as other speakers and microphones would give them: another throat, another colour, some noise."""
+    count, _, mels = columns.shape
+    draw = {"generator": rng, "device": rng.device}
+    if config.throat:
+        columns = vary_throat(columns, torch.exp(config.throat * (2 * torch.rand(count, **draw) - 1)))
+    tilt = torch.randn(count, 1, 1, **draw) * torch.linspace(-1, 1, mels, device=rng.device)
+    return columns + config.tilt * tilt + config.audio_noise * torch.randn(columns.shape, **draw)
