@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -340,6 +341,7 @@ class _Engine:
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice={voice} is unknown to espeak-ng; choose an accent of ACCENTS and a speaker of SPEAKERS")
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        _c_library().srand(ctypes.c_uint(seed))  # breathy voices draw their noise from here
         self.library.espeak_SetParameter(_VOLUME, _VOLUME_VALUE, 0)
         for name, value in manner.items():
             self.library.espeak_SetParameter(pick(_PARAMETERS, name, "manner"), value, 0)
@@ -348,6 +350,10 @@ class _Engine:
         self.library.espeak_Synchronize()
         sound = np.concatenate(self.sound).astype(np.float32) / 32768 if self.sound else np.zeros(0, np.float32)
         return sound, [event for event in self.events if not event[1].startswith("(")], self.rate
+
+
+def _c_library() -> ctypes.CDLL:
+    return ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
 
 
 @contextmanager

@@ -14,17 +14,16 @@ from sonic.model.embed import Rotation, rotate
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
-FEW_KEYS = 16
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
-    dtype = queries.dtype
-    if keys.shape[1] < FEW_KEYS and dtype == torch.bfloat16 and queries.requires_grad and queries.device.type == "cpu":
-        # torch's CPU kernel takes five times as long backward through a handful of bfloat16 keys as through float32 ones
-        queries, keys, values = queries.float(), keys.float(), values.float()
+    training = queries.requires_grad and queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).to(dtype)
+    if training:  # backward through torch's CPU kernel takes longer in bfloat16 than through plain products
+        scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+        return (scores.softmax(-1) @ values).transpose(1, 2)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
 ATTENTION: dict[str, Attention] = {"sdpa": sdpa}

@@ -21,6 +21,13 @@ def test_the_same_seed_says_the_same_whatever_was_said_before():
     assert first.phonemes == again.phonemes
 
 
+def test_a_breathy_voice_draws_its_noise_from_the_seed():
+    first, _ = speak("A whisper in the hall.", "en-us+caleb", seed=5)
+    speak("Something else in between.", "en-us+Reed", seed=6)
+    again, _ = speak("A whisper in the hall.", "en-us+caleb", seed=5)
+    assert np.array_equal(first, again)
+
+
 def _first_samples(seed: int) -> np.ndarray:
     return say(np.random.default_rng(seed), seconds=1.0).samples[:8000]
 
