@@ -135,14 +135,14 @@ class ModelConfig:
     rollout: RolloutConfig = knob(RolloutConfig)
     prediction: str = knob("velocity", "what the head's output means: velocity or clean")
     autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
-    speech_encoder: str = knob("melconv", "melconv (small, bundled) or wav2vec2")
+    speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = knob("", "folder of weights; empty = the bundled ones")
 
     def __post_init__(self) -> None:
         one_of(self.prediction, ("velocity", "clean"), "model.prediction")
         one_of(self.autoencoder, ("warp", "wan"), "model.autoencoder")
-        one_of(self.speech_encoder, ("melconv", "wav2vec2"), "model.speech_encoder")
+        one_of(self.speech_encoder, ("logmel", "wav2vec2"), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
         require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sonic.data.speech import COLUMNS_PER_FRAME, MELS, SILENT_COLUMN, log_mel
 
 
-class MelConv(nn.Module):
+class LogMelEncoder(nn.Module):
     """A small convolutional encoder of log-mel columns, trained to name mouth shapes; it hears 0.8 s to both sides of a frame."""
 
     FEATURES = 160
@@ -98,4 +98,4 @@ def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
 
 
 # name -> module with hear(samples float32 [n] at 16 kHz, number of video frames) giving [N, A, F]: N hidden layers of A features
-SPEECH_ENCODERS: dict[str, type[MelConv]] = {"melconv": MelConv}
+SPEECH_ENCODERS: dict[str, type[LogMelEncoder]] = {"logmel": LogMelEncoder}

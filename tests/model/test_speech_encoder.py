@@ -6,13 +6,13 @@ import torch
 from torch.testing import assert_close
 
 from sonic.data.speech import MELS, SILENT_COLUMN
-from sonic.model.speech_encoder import SPEECH_ENCODERS, MelConv, Window, vary_throat
+from sonic.model.speech_encoder import SPEECH_ENCODERS, LogMelEncoder, Window, vary_throat
 
 
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    return MelConv().eval()
+    return LogMelEncoder().eval()
 
 
 def noise(seconds):
@@ -27,16 +27,16 @@ def test_every_video_frame_has_its_features(name):
 def test_chunks_change_nothing(encoder, monkeypatch):
     samples = noise(4.0)
     whole = encoder.hear(samples, 100)
-    monkeypatch.setattr(MelConv, "CHUNK", 7)
+    monkeypatch.setattr(LogMelEncoder, "CHUNK", 7)
     assert_close(encoder.hear(samples, 100), whole, atol=2e-5, rtol=0)
 
 
 def test_nothing_beyond_the_margin_is_heard(encoder):
     columns = torch.randn(1, 2 * 80, MELS)
     other = columns.clone()
-    other[:, : 2 * (40 - MelConv.MARGIN)] = SILENT_COLUMN
+    other[:, : 2 * (40 - LogMelEncoder.MARGIN)] = SILENT_COLUMN
     assert_close(encoder(other)[:, 40:], encoder(columns)[:, 40:])
-    other[:, : 2 * (40 - MelConv.MARGIN) + 30] = SILENT_COLUMN
+    other[:, : 2 * (40 - LogMelEncoder.MARGIN) + 30] = SILENT_COLUMN
     assert (encoder(other)[:, 40] - encoder(columns)[:, 40]).abs().max() > 1e-4
 
 

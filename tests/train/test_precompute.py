@@ -16,13 +16,13 @@ from sonic.config import ModelConfig
 from sonic.data.clips import ClipDataset
 from sonic.data.precompute import Encoders, precompute
 from sonic.data.settings import PrecomputeConfig
-from sonic.model.speech_encoder import MelConv
+from sonic.model.speech_encoder import LogMelEncoder
 from sonic.model.vae import WarpAutoencoder
 
 
 def build_untrained(config: PrecomputeConfig) -> Encoders:
     torch.manual_seed(0)
-    return Encoders(MelConv().eval().hear, WarpAutoencoder().eval())
+    return Encoders(LogMelEncoder().eval().hear, WarpAutoencoder().eval())
 
 
 @pytest.fixture(scope="module")
