@@ -100,7 +100,8 @@ class TextConfig:
 
 @dataclass
 class MotionConfig:
-    """FramePack memory of the past: bucket sizes in latent frames, newest first; motion_frames = [video, latent] frames."""
+    """FramePack memory of the past: bucket sizes in latent frames, newest first (none = no such memory); motion_frames = [video,
+    latent] frames."""
 
     buckets: list[int] = knob([1, 2, 16])
     add_last_motion: int = 2

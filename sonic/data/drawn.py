@@ -40,16 +40,19 @@ def mouth_focus(shape: puppet.MouthShape, resolution: int, scale: int) -> Tensor
 def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, split: str = "train") -> dict[str, Tensor]:
     """One person for a moment.
 
-    picture [3,R,R] in [-1,1]; its motion at R/2, see motion_targets; focus [R/2,R/2].
+    picture [3,R,R] in [-1,1]; visemes [F,5] and head [F,4], and the motion at R/2 that they make, see motion_targets;
+    focus [R/2,R/2].
     """
     identity = faces.draw_identity(rng, resolution, split=split)
     pose = None
     if rng.random() < 0.35:
         start = int(rng.integers(0, 80))
         pose = faces.head_motion(rng, start + frames, float(rng.uniform(0.5, 1.5)))[start:]
-    motion = motion_targets(identity.mouth, random_visemes(rng, frames), pose, resolution=resolution)
+    visemes = random_visemes(rng, frames)
+    motion = motion_targets(identity.mouth, visemes, pose, resolution=resolution)
+    told = {"visemes": visemes, "head": torch.zeros(frames, 4) if pose is None else pose}
     picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 127.5 - 1
-    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **motion}
+    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **told, **motion}
 
 
 def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | None, *, resolution: int) -> dict[str, Tensor]:

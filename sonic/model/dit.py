@@ -40,7 +40,7 @@ class AvatarDiT(nn.Module):
         dim, channels, patch = trunk.hidden_dim, trunk.latent_channels, trunk.patch_size
         self.patch_embed = PatchEmbed(channels, dim, patch)
         self.pose_embed = PatchEmbed(channels, dim, patch)
-        self.frame_pack = FramePack(channels, dim, patch, buckets=config.motion.buckets)
+        self.frame_pack = FramePack(channels, dim, patch, buckets=config.motion.buckets) if config.motion.buckets else None
         self.roles = nn.Embedding(3, dim)
         self.time_embed = TimeEmbed(trunk.freq_dim, dim)
         self.text_embed = TextEmbed(text.text_dim, text.text_len, dim)
@@ -174,6 +174,8 @@ class AvatarDiT(nn.Module):
         ref = self.patch_embed(conditions.ref) + self.roles.weight[REF]
         if conditions.motion is None:
             return ref
+        if self.frame_pack is None:
+            raise ValueError(f"model={self.config.name} has no motion memory (model.motion.buckets is empty); leave motion latents out")
         motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
         return torch.cat((ref, motion), dim=2)
 

@@ -28,12 +28,13 @@ WIDTH = 64
 class Reference:
     """A portrait as the autoencoder knows it, computed once.
 
-    picture [B,3,R,R] in [-1,1]; latents [B,16,1,R/8,R/8], what the DiT sees of it; detail [B,32,R/4,R/4]; resting, what
-    the decoder says of zero latents.
+    picture [B,3,R,R] in [-1,1]; latents [B,16,1,R/8,R/8], what the DiT sees of it; for the decoder, look [B,16,R/8,R/8],
+    detail [B,32,R/4,R/4], and resting, what it says of zero latents.
     """
 
     picture: Tensor
     latents: Tensor
+    look: Tensor
     detail: Tensor
     resting: Tensor
 
@@ -51,6 +52,22 @@ class Residual(nn.Module):
         return x + self.last(F.relu(self.first(F.relu(x))))
 
 
+class PortraitEncoder(nn.Sequential):
+    """What a DiT has to know of a portrait to move it: where the lips are, and how far apart.  [B,3,R,R] -> [B,16,R/8,R/8]
+
+    Decoding needs less (edges, which it sees for itself), so latents that serve the decoder alone leave a DiT guessing.
+    """
+
+    def __init__(self, latent_channels: int):
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+        halve = nn.Conv2d(48, 96, 4, stride=2, padding=1)
+        stem = (nn.PixelUnshuffle(4), conv(16 * 5, 48), Residual(48), nn.ReLU())
+        super().__init__(*stem, halve, Residual(96), Residual(96), nn.ReLU(), conv(96, latent_channels))
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return super().forward(torch.cat([picture, _positions(picture)], 1))
+
+
 class WarpAutoencoder(nn.Module):
     """Motion to latents and back, beside a reference picture; a value `cache` carries the decoder from chunk to chunk."""
 
@@ -60,6 +77,7 @@ class WarpAutoencoder(nn.Module):
         halve = nn.Conv2d(32, WIDTH, 4, stride=2, padding=1)
         self.detail = nn.Sequential(nn.PixelUnshuffle(4), conv(16 * 5, 48), Residual(48), nn.ReLU(), conv(48, 32))
         self.appearance = nn.Sequential(halve, Residual(WIDTH), Residual(WIDTH), nn.ReLU(), conv(WIDTH, latent_channels))
+        self.portrait = PortraitEncoder(latent_channels)
         self.squeeze = nn.Conv2d(16 * LAYERS, WIDTH, 1)
         self.merge = nn.Sequential(conv(FRAMES_PER_LATENT * WIDTH, 96), Residual(96), conv(96, latent_channels))
         self.unfold = nn.Sequential(conv(3 * latent_channels, 96), Residual(96), Residual(96), nn.ReLU())
@@ -73,10 +91,10 @@ class WarpAutoencoder(nn.Module):
         if height % 8 or width % 8:
             raise ValueError(f"a reference of {width}x{height} px cannot be encoded: both sides must be multiples of 8")
         detail = self.detail(torch.cat([picture, _positions(picture)], 1))
-        latents = self.appearance(detail)
-        nothing = torch.zeros_like(latents)
-        resting = self._layers(nothing, nothing, look=latents, detail=detail)
-        return Reference(picture, rearrange(latents, "b c h w -> b c 1 h w"), detail, resting)
+        look = self.appearance(detail)
+        nothing = torch.zeros_like(look)
+        resting = self._layers(nothing, nothing, look=look, detail=detail)
+        return Reference(picture, rearrange(self.portrait(picture), "b c h w -> b c 1 h w"), look, detail, resting)
 
     def encode(self, layers: MotionLayers) -> Tensor:
         """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,R/8,R/8]; zero, but for rounding, where nothing moves."""
@@ -99,7 +117,7 @@ class WarpAutoencoder(nn.Module):
         """
         latents = latents * rearrange(self.latent_scale, "c -> c 1 1 1").to(latents.dtype)
         previous = torch.zeros_like(latents[:, :, 0]) if cache is None else cache
-        look, parts = reference.latents[:, :, 0], []
+        look, parts = reference.look, []
         for latent in latents.unbind(2):
             parts.append(self._layers(latent, previous, look=look, detail=reference.detail) - reference.resting)
             previous = latent

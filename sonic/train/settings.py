@@ -146,7 +146,20 @@ class AutoencodeConfig(ObjectiveConfig):
     focus: float = 6.0  # how much more the mouth counts than the rest
 
 
-OBJECTIVE_CONFIGS = {"flow_match": FlowMatchConfig, "viseme": VisemeConfig, "autoencode": AutoencodeConfig}
+@dataclass
+class PortraitConfig(ObjectiveConfig):
+    """Latents of a portrait that tell what its mouth will do."""
+
+    name: str = "portrait"
+    focus: float = 6.0  # how much more the mouth counts than the rest
+
+
+OBJECTIVE_CONFIGS = {
+    "flow_match": FlowMatchConfig,
+    "viseme": VisemeConfig,
+    "autoencode": AutoencodeConfig,
+    "portrait": PortraitConfig,
+}
 
 
 @dataclass

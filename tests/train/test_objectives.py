@@ -7,9 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.model.vae import WarpAutoencoder
 from sonic.train.objectives.flow_match import FlowMatch, cell_weights
+from sonic.train.objectives.portrait import PortraitLatents
 from sonic.train.objectives.viseme import VisemePretraining, encoder_input
-from sonic.train.settings import BudgetConfig, FlowMatchConfig, OptimConfig, TrainConfig, VisemeConfig
+from sonic.train.settings import BudgetConfig, FlowMatchConfig, OptimConfig, PortraitConfig, TrainConfig, VisemeConfig
 
 
 def config_of(objective, prediction="clean"):
@@ -30,7 +32,9 @@ def batch():
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
     latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
     heard = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
-    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **heard}
+    moved = {"flow": draw(2, 24, 2, 16, 16) / 20, "opacity": draw(2, 24, 1, 16, 16).sigmoid(), "interior": draw(2, 24, 3, 16, 16).sigmoid()}
+    seen = {"picture": draw(2, 3, 32, 32).clamp(-1, 1), "focus": draw(2, 16, 16).sigmoid(), **moved}
+    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **heard, **seen}
 
 
 FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0)
@@ -38,6 +42,7 @@ CASES = {
     "flow_match clean": lambda: FlowMatch(config_of(FROM_NOISE)),
     "flow_match velocity": lambda: FlowMatch(config_of(FROM_NOISE, "velocity")),
     "viseme": lambda: VisemePretraining(config_of(VisemeConfig())),
+    "portrait": lambda: PortraitLatents(config_of(PortraitConfig())),
 }
 
 
@@ -62,6 +67,15 @@ def test_a_loss_is_a_function_of_its_generator(name, batch):
     objective = CASES[name]()
     one, two = (objective.loss("student", batch, torch.Generator().manual_seed(7))[0] for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_learning_portraits_leaves_the_autoencoder_as_it_is(batch):
+    objective = CASES["portrait"]()
+    objective.loss("student", batch, torch.Generator().manual_seed(0))[0].backward()
+    moved = {name for name, p in objective.student["autoencoder"].named_parameters() if p.grad is not None}
+    assert moved and all(name.startswith("portrait.") for name in moved)
+    exported = objective.export(objective.student.state_dict())
+    assert exported.keys() == WarpAutoencoder().state_dict().keys()
 
 
 def test_what_is_exported_is_the_dit_alone(batch):

@@ -43,4 +43,5 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "flow_match": _from("flow_match", "FlowMatch"),
     "viseme": _from("viseme", "VisemePretraining"),
     "autoencode": _from("autoencode", "Autoencode"),
+    "portrait": _from("portrait", "PortraitLatents"),
 }
