@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SAMPLER_NAMES = ("euler", "heun", "unipc")
+SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
 SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted")
 PHOTO_SIZE = "photo"
 
@@ -153,7 +153,7 @@ class ModelConfig:
 class SamplerConfig:
     """How noise becomes latents."""
 
-    name: str = knob("euler", "euler, heun or unipc")
+    name: str = knob("euler", "euler, heun, unipc or dpmpp")
     schedule: str = knob("linear", "where the noise levels lie: linear, unipc or twice_shifted")
     sample_steps: int = knob(4, "forward passes per block; more is slower and finer")
     sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")

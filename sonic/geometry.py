@@ -88,3 +88,25 @@ def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tu
     scale = min(1.0, math.sqrt(max_area / (width * height)))
     fitted = (max(multiple, int(side * scale) // multiple * multiple) for side in (width, height))
     return tuple(fitted)
+
+
+def wan_size(width: int, height: int, max_area: int, *, multiple: int = 64) -> tuple[int, int]:
+    """The (width, height) that the published pipeline generates for a picture: sides rounded up to `multiple` after the largest of
+    a hundred scales at which they stay within `max_area`; small pictures are not enlarged.
+
+    Source: the size search of Wan2.2-S2V, whose range of scales is kept because it decides which of two sizes is met first.
+    """
+    area, slack = width * height, (multiple - 1) * (width + height)
+    lowest, highest = 0.1, 1.0
+    if area > max_area:
+        lowest = (math.sqrt(slack**2 - 2 * area * ((multiple - 1) ** 2 - max_area)) - slack) / (2 * area)
+        highest = math.sqrt(max_area / area)
+    for step in range(100):
+        scale = highest - (highest - lowest) * step / 100
+        fitted = tuple(math.ceil(int(side * scale) / multiple) * multiple for side in (width, height))
+        if math.prod(fitted) <= max_area:
+            return fitted
+    aspect = math.sqrt(width / height)
+    rounded = tuple(int(side // multiple * multiple) for side in (math.sqrt(max_area) * aspect, math.sqrt(max_area) / aspect))
+    too_large = rounded[0] >= width or rounded[1] >= height
+    return (width // multiple * multiple, height // multiple * multiple) if too_large else rounded

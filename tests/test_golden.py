@@ -2,94 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import golden_sampling
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
+from golden_case import Case, conditions_of, model_of
 from torch import Tensor
-from torch.testing import assert_close
 
-from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.flow.schedule import SCHEDULES
 from sonic.model import dit, kv_cache
 from sonic.model.audio_tokens import Actors
-from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotation
-from sonic.model.weights import load_weights
 from sonic.types import BlockSpan, Conditions
 
 FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One folder of recorded numbers."""
-
-    folder: Path
-    manifest: dict
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-    @classmethod
-    def read(cls, folder: Path) -> Case:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        inputs, outputs = (load_file(folder / manifest["files"][name]) for name in ("inputs", "outputs"))
-        return cls(folder, manifest, inputs, outputs)
-
-    @property
-    def call(self) -> dict:
-        return self.manifest["call"]
-
-    def close(self, found: Tensor, expected: Tensor, *, strict: bool = True, slack: float = 0.0) -> None:
-        """Within the recorded tolerance (plus `slack`), and the strict one where the reference is exact."""
-        tolerance = self.manifest["tolerance"]
-        assert_close(found, expected, atol=tolerance["atol"] + slack, rtol=tolerance["rtol"])
-        if strict and "strict_atol" in tolerance:
-            assert_close(found, expected, atol=tolerance["strict_atol"], rtol=tolerance["rtol"])
-
-
-def model_of(case: Case, *, window_blocks: int = 1) -> AvatarDiT:
-    """The model a manifest describes, with its weights."""
-    given, call = case.manifest["config"], case.manifest.get("call", {})
-    weights = case.folder / case.manifest["weights"]
-    layers = load_file(weights)["casual_audio_encoder.weights"].shape[1]
-    trunk = TrunkConfig(
-        hidden_dim=given["dim"],
-        ffn_dim=given["ffn_dim"],
-        num_heads=given["num_heads"],
-        num_layers=given["num_layers"],
-        patch_size=given["patch_size"],
-        latent_channels=given["in_dim"],
-        freq_dim=given["freq_dim"],
-        eps=given["eps"],
-    )
-    config = ModelConfig(
-        name="golden",
-        trunk=trunk,
-        audio=AudioConfig(given["audio_dim"], layers, given["num_audio_token"], given["audio_inject_layers"]),
-        text=TextConfig(given["text_dim"], given["text_len"]),
-        motion=MotionConfig(add_last_motion=int(call.get("add_last_motion", 2)), motion_frames=call.get("motion_frames", [73, 19])),
-        rollout=RolloutConfig(block_frames=call.get("frames_per_block", 3), window_blocks=window_blocks),
-        resolution=0,
-    )
-    model = AvatarDiT(config).eval()
-    load_weights(model, weights)
-    return model
-
-
-def conditions_of(case: Case, *, audio: Tensor | None = None, motion: Tensor | None = None) -> Conditions:
-    """The conditions of a case; prompts of different lengths are filled up with zero rows."""
-    rows = [case.inputs[name] for name in sorted(case.inputs) if name.startswith("context_")]
-    longest = max(len(prompt) for prompt in rows)
-    text = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in rows])
-    return Conditions(ref=case.inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=case.inputs["cond_states"])
 
 
 def whole_clip(case: Case) -> None:
@@ -157,6 +87,11 @@ HANDLERS = {
     "case06_liveavatar_per_frame_t": per_frame_timesteps,
     "case06_liveavatar_streaming": streaming,
     "case06_liveavatar_two_actors": two_actors,
+    "case05": golden_sampling.guided_clip,
+    "case11_schedules": golden_sampling.schedules,
+    "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,
+    "case11_step_trajectories": golden_sampling.trajectories,
+    "case14": golden_sampling.sizes,
 }
 
 

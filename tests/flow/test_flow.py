@@ -11,7 +11,12 @@ from sonic.flow.path import PREDICTIONS, interpolate, velocity_from
 from sonic.flow.samplers import SAMPLERS
 from sonic.flow.schedule import SCHEDULES, sigmas_of
 
-ORDER = {"euler": 1, "heun": 2, "unipc": 2}
+ORDER = {
+    "euler": 1,
+    "heun": 2,
+    "unipc": 2,
+    "dpmpp": 1,
+}  # dpmpp: of order 2 in log-SNR, but its steps from pure noise and to clean latents are of order 1
 SPREAD = 0.5  # standard deviation of the Gaussian data that curve the flow
 
 
