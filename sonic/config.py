@@ -125,6 +125,17 @@ class RolloutConfig:
 
 
 @dataclass
+class LoraConfig:
+    """A low-rank adapter that is added to the transformer's weights when they are loaded."""
+
+    path: str = knob("", "safetensors file in peft's format; empty = none")
+    alpha: float = knob(64.0, "strength that it was trained with; the file does not hold it")
+
+    def __post_init__(self) -> None:
+        require(self.alpha > 0, f"model.lora.alpha={self.alpha}: need a positive number; published adapters use 64")
+
+
+@dataclass
 class ModelConfig:
     """One member of the S2V family."""
 
@@ -139,6 +150,7 @@ class ModelConfig:
     speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = knob("", "folder of weights; empty = the bundled ones")
+    lora: LoraConfig = knob(LoraConfig)
 
     def __post_init__(self) -> None:
         one_of(self.prediction, ("velocity", "clean"), "model.prediction")

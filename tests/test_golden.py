@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,15 @@ import pytest
 import torch
 from golden_case import Case, conditions_of, model_of
 from torch import Tensor
+from torch.testing import assert_close
 
 from sonic.flow.schedule import SCHEDULES
 from sonic.model import dit, kv_cache
 from sonic.model.audio_tokens import Actors
+from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotation
+from sonic.model.lora import merge_lora, read_lora
+from sonic.model.weights import export
 from sonic.types import BlockSpan, Conditions
 
 FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
@@ -68,6 +72,25 @@ def streaming(case: Case) -> None:
             case.close(buffer[:, ring.memory_tokens :], expected)
 
 
+def merged_lora(case: Case) -> None:
+    told = case.manifest["lora"]
+    adapters = read_lora(case.folder / told["file"])
+    assert len(adapters) == case.manifest["n_modules"]
+    merged = lambda model: merge_lora(model, adapters, told["alpha"])  # noqa: E731
+    model = model_of(case)
+    merged(model)
+    weights = export(model)
+    for name, expected in case.outputs.items():
+        if name.startswith("merged."):
+            case.close(weights[name.removeprefix("merged.")], expected)
+    for name, (total, size) in case.manifest["checksums_sum_abssum"].items():
+        found = weights[name].double()
+        assert_close(torch.stack([found.sum(), found.abs().sum()]), torch.tensor([total, size]).double(), atol=1e-4, rtol=1e-5)
+    with half_precision_rotations():
+        predictions, _, _ = _stream(case, change=merged)
+    case.close(predictions, case.outputs["after_merge.pred_per_call"], slack=1.2e-4)
+
+
 def two_actors(case: Case) -> None:
     actors = Actors(case.inputs["audio_input"], case.inputs["mask"].squeeze(-1))
     predictions, final, _ = _stream(case, actors=actors)
@@ -88,6 +111,7 @@ HANDLERS = {
     "case06_liveavatar_streaming": streaming,
     "case06_liveavatar_two_actors": two_actors,
     "case05": golden_sampling.guided_clip,
+    "case07": merged_lora,
     "case11_schedules": golden_sampling.schedules,
     "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,
     "case11_step_trajectories": golden_sampling.trajectories,
@@ -143,12 +167,13 @@ def _ref_position(case: Case, turn: int, span: BlockSpan) -> int:
     return ref_time_id(span.start, distance=distances[turn % len(distances)])
 
 
-def _stream(case: Case, *, actors: Actors | None = None):
-    """Prefill, then block by block and step by step with Euler; a ring holds one clip."""
+def _stream(case: Case, *, actors: Actors | None = None, change: Callable[[AvatarDiT], None] = lambda model: None):
+    """Prefill, then block by block and step by step with Euler; a ring holds one clip. `change` alters the model first."""
     call, noise = case.call, case.inputs["noise"]
     frames = call["frames_per_block"]
     blocks, clips = noise.shape[2] // frames, noise.shape[0]
     model = model_of(case, window_blocks=blocks)
+    change(model)
     audio = None if actors else case.inputs["audio_input"]
     whole = conditions_of(case, audio=audio, motion=case.inputs["motion_latents"])
     sigmas = torch.tensor(SCHEDULES["twice_shifted"](call["steps"], 3.0))

@@ -14,6 +14,7 @@ from torch import nn
 from sonic import assets
 from sonic.config import ModelConfig, RunConfig
 from sonic.model.dit import AvatarDiT
+from sonic.model.lora import merge_lora, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.weights import load_weights
@@ -54,6 +55,8 @@ def build_parts(config: ModelConfig, run: RunConfig) -> Parts:
     files = weight_files(config)
     parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
     load_weights(parts.model, files.dit)
+    if config.lora.path:
+        merge_lora(parts.model, read_lora(config.lora.path), config.lora.alpha)
     load_weights(parts.autoencoder, files.autoencoder)
     load_weights(parts.speech, files.speech)
     return parts

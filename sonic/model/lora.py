@@ -1,0 +1,94 @@
+"""Low-rank adapters: files in peft's format, merged into the weights that they adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sonic.model.weights import to_ours
+
+PREFIX, DOWN, UP = "base_model.model.", "lora_A", "lora_B"
+SHOWN = 5  # names that an error lists
+
+
+class Adapter(NamedTuple):
+    """What is added to a weight: scale · up @ down, with down [rank, in] and up [out, rank]."""
+
+    down: Tensor
+    up: Tensor
+
+    def delta(self, alpha: float) -> Tensor:
+        """alpha / rank · up @ down, in float32.  -> [out, in]"""
+        return (alpha / self.down.shape[0]) * (self.up.float() @ self.down.float())
+
+
+def read_lora(path: str | Path) -> dict[str, Adapter]:
+    """Adapters of a file by the name of the weight they change, in our names. Source: LoRA, arXiv 2106.09685.
+
+    Keys may begin with `base_model.model.` and carry an adapter's name (`.default`); modules may have official or our names.
+    Raises ValueError when the file cannot be read, or holds a tensor that is not one of a pair.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"lora {path} does not exist; give the path of a safetensors file in peft's format") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"lora {path} cannot be read: {error}; fetch it again") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        module, role = _split(name)
+        if role:
+            halves.setdefault(module, {})[role] = tensor
+        else:
+            strange.append(name)
+    strange += [module for module, found in halves.items() if len(found) < 2 or found[DOWN].shape[0] != found[UP].shape[1]]
+    if strange or not halves:
+        raise ValueError(
+            f"lora {path} holds no whole pair of {DOWN} and {UP} for: {_some(strange or ['anything'])}; give a file in peft's format"
+        )
+    return {to_ours(f"{module}.weight") or f"{module}.weight": Adapter(found[DOWN], found[UP]) for module, found in halves.items()}
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, adapters: Mapping[str, Adapter], alpha: float) -> None:
+    """Add every adapter to the weight of its name. `alpha` is the training's, since files do not hold it.
+
+    Raises ValueError, before anything is changed, when an adapter finds no weight or one of another shape.
+    """
+    weights = model.state_dict()
+    check_lora({name: tuple(weight.shape) for name, weight in weights.items()}, adapters)
+    for name, adapter in adapters.items():
+        weights[name].copy_(weights[name].float() + adapter.delta(alpha).to(weights[name].device))
+
+
+def check_lora(shapes: Mapping[str, tuple[int, ...]], adapters: Mapping[str, Adapter]) -> None:
+    """Raise ValueError unless every adapter has a weight, by name and shape."""
+    lost = [name for name in adapters if name not in shapes]
+    if lost:
+        share = f"{len(lost)} of {len(adapters)}"
+        raise ValueError(f"the lora adapts {share} weights that the model lacks: {_some(lost)}; use the lora of this model")
+    for name, (down, up) in adapters.items():
+        found, wanted = [up.shape[0], down.shape[1]], list(shapes[name])
+        if found != wanted:
+            raise ValueError(f"the lora's {name} is for a weight of shape {found}, the model's has {wanted}; use the lora of this model")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "base_model.model.blocks.0.q.lora_A.default.weight" -> ("blocks.0.q", "lora_A"); ("", "") for anything else."""
+    words = name.removeprefix(PREFIX).split(".")
+    for role in (DOWN, UP):
+        if role in words and words[-1] == "weight" and len(words) - words.index(role) in (2, 3):
+            return ".".join(words[: words.index(role)]), role
+    return "", ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

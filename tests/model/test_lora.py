@@ -1,0 +1,75 @@
+"""Laws of adapters: whatever their keys are called, they are merged whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model
+from torch.testing import assert_close
+
+from sonic.model.lora import merge_lora, read_lora
+
+RANK, ALPHA = 2, 6.0
+MODULE = "blocks.0.self_attn.q"
+
+
+def pair(model, module=MODULE, *, pattern="{module}.{role}.weight"):
+    dim = model.config.trunk.hidden_dim
+    halves = {"lora_A": torch.randn(RANK, dim), "lora_B": torch.randn(dim, RANK)}
+    return {pattern.format(module=module, role=role): tensor for role, tensor in halves.items()}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{module}.{role}.weight",
+        "{module}.{role}.default.weight",
+        "base_model.model.{module}.{role}.weight",
+        "base_model.model.{module}.{role}.default.weight",
+    ],
+)
+@pytest.mark.parametrize("module", [MODULE, "blocks.0.self_attention.to_q"])
+@torch.no_grad()
+def test_every_spelling_of_a_key_is_merged(pattern, module, tmp_path):
+    model = tiny_model()
+    tensors = pair(model, module, pattern=pattern)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before, other = model.blocks[0].self_attention.to_q.weight.clone(), model.blocks[0].self_attention.to_k.weight.clone()
+    merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+    down, up = tensors.values()
+    assert_close(model.blocks[0].self_attention.to_q.weight, before + ALPHA / RANK * up @ down)
+    assert torch.equal(model.blocks[0].self_attention.to_k.weight, other)
+
+
+def test_a_lora_of_another_model_changes_nothing_and_names_what_is_lost(tmp_path):
+    model = tiny_model()
+    save_file({**pair(model), **pair(model, "blocks.77.self_attn.q")}, tmp_path / "lora.safetensors")
+    before = model.blocks[0].self_attention.to_q.weight.clone()
+    with pytest.raises(ValueError, match=r"1 of 2 .*blocks\.77"):
+        merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+    assert torch.equal(model.blocks[0].self_attention.to_q.weight, before)
+
+
+def test_a_lora_of_another_width_names_both_shapes(tmp_path):
+    model = tiny_model()
+    save_file(
+        {f"{MODULE}.lora_A.weight": torch.zeros(RANK, 7), f"{MODULE}.lora_B.weight": torch.zeros(5, RANK)}, tmp_path / "lora.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"\[5, 7\]"):
+        merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+
+
+@pytest.mark.parametrize("left_over", [{"something.else": torch.zeros(1)}, {"blocks.1.self_attn.q.lora_A.weight": torch.zeros(2, 4)}])
+def test_a_tensor_without_its_half_is_named(left_over, tmp_path):
+    save_file({**pair(tiny_model()), **left_over}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=next(iter(left_over)).rsplit(".lora", 1)[0]):
+        read_lora(tmp_path / "lora.safetensors")
+
+
+def test_a_file_that_is_not_there_or_cut_short(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_lora(tmp_path / "lora.safetensors")
+    (tmp_path / "lora.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_lora(tmp_path / "lora.safetensors")
