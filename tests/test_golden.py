@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import golden_sampling
+import golden_speech
+import golden_text
 import pytest
 import torch
 from golden_case import Case, conditions_of, model_of
@@ -112,6 +114,9 @@ HANDLERS = {
     "case06_liveavatar_two_actors": two_actors,
     "case05": golden_sampling.guided_clip,
     "case07": merged_lora,
+    "case08_audio_bucketing": golden_speech.bucketing,
+    "case08_wav2vec2_features": golden_speech.wav2vec_features,
+    "case10": golden_text.prompts,
     "case11_schedules": golden_sampling.schedules,
     "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,
     "case11_step_trajectories": golden_sampling.trajectories,

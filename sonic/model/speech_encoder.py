@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.data.speech import COLUMNS_PER_FRAME, MELS, SILENT_COLUMN, log_mel
+from sonic.model.wav2vec import Wav2VecEncoder
 
 
 class LogMelEncoder(nn.Module):
@@ -98,4 +101,4 @@ def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
 
 
 # name -> module with hear(samples float32 [n] at 16 kHz, number of video frames) giving [N, A, F]: N hidden layers of A features
-SPEECH_ENCODERS: dict[str, type[LogMelEncoder]] = {"logmel": LogMelEncoder}
+SPEECH_ENCODERS: dict[str, Callable[[], nn.Module]] = {"logmel": LogMelEncoder, "wav2vec2": Wav2VecEncoder}

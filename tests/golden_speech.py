@@ -1,0 +1,59 @@
+"""Recorded wav2vec2 features and how they are picked per video frame."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from golden_case import Case
+
+from sonic.model.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_places, normalised, pick_frames, stretch
+
+
+def wav2vec_features(case: Case) -> None:
+    encoder = Wav2VecEncoder(case.manifest["config"])
+    encoder.load(case.folder / case.manifest["weights"])
+    samples = case.inputs["waveform_16k"].numpy()
+    case.close(torch.from_numpy(normalised(samples))[None], case.outputs["input_values"])
+    states = encoder.states(samples)
+    case.close(states, case.outputs["hidden_states_50fps"])
+    spread = stretch(states)
+    case.close(spread, case.outputs["features_30fps"])
+    case.close(spread[-1:], case.outputs["last_layer_30fps"])
+    name, expected = next((name, tensor) for name, tensor in case.outputs.items() if name.startswith("bucket_"))
+    _, fps, frames = name.split("_")
+    fps, frames = int(fps.removeprefix("fps")), int(frames.removeprefix("bf"))
+    count = frames * clips_of(spread.shape[1], frames, fps)
+    assert clips_of(spread.shape[1], frames, fps) == case.manifest["num_repeat"]
+    case.close(encoder.hear(samples, count, fps).permute(2, 0, 1), expected)
+
+
+def bucketing(case: Case) -> None:
+    states, repeats = case.inputs["feat50"], case.manifest["num_repeat"]
+    spread = case.outputs["interp.out30.lenNone"]
+    for name, expected in case.outputs.items():
+        words = name.split(".")
+        if words[0] == "interp":
+            length = words[2].removeprefix("len")
+            case.close(stretch(states, int(words[1].removeprefix("out")), length=None if length == "None" else int(length)), expected)
+        elif words[0] == "sample_indices":
+            rate, _, fps, count = map(int, words[1:])
+            assert np.array_equal(frame_places(count, fps, rate), expected.numpy()), name
+        elif words[0].startswith("bucket"):
+            case.close(_bucket(name, spread, repeats[name]), expected.unsqueeze(1) if expected.ndim == 2 else expected)
+        else:
+            fps, frames = (int(word.lstrip("fpsb")) for word in words[1:])
+            count = frames * clips_of(spread.shape[1], frames, fps)
+            case.close(pick_frames(spread, frame_places(count, fps)).permute(1, 2, 0)[None], expected)
+
+
+def _bucket(name: str, spread: torch.Tensor, repeats: int) -> torch.Tensor:
+    """ "bucket_fps.fps16.bf80.m0": clips of 80 frames at 16 a second; "bucket.stride2.bf12.m2": every second feature."""
+    kind, pace, frames, around = name.split(".")
+    frames, around = int(frames.removeprefix("bf")), int(around.removeprefix("m"))
+    spread = spread[:1] if "single_layer" in kind else spread[:, :75] if "exact_multiple" in kind else spread
+    if kind == "bucket":
+        stride = int(pace.removeprefix("stride"))
+        return pick_frames(spread, stride * np.arange(frames * repeats), around=around, stride=stride)
+    fps = int(pace.removeprefix("fps"))
+    assert clips_of(spread.shape[1], frames, fps) == repeats, name
+    return pick_frames(spread, frame_places(frames * repeats, fps), around=around, stride=PICKED_PER_S // fps)
