@@ -10,6 +10,7 @@ from pathlib import Path
 import golden_sampling
 import golden_speech
 import golden_text
+import golden_vae
 import pytest
 import torch
 from golden_case import Case, conditions_of, model_of
@@ -116,6 +117,10 @@ HANDLERS = {
     "case07": merged_lora,
     "case08_audio_bucketing": golden_speech.bucketing,
     "case08_wav2vec2_features": golden_speech.wav2vec_features,
+    "case09_vae_decode": golden_vae.decode,
+    "case09_vae_encode": golden_vae.encode,
+    "case09_vae_stream_decode": golden_vae.stream_decode,
+    "case09_vae_stream_encode": golden_vae.stream_encode,
     "case10": golden_text.prompts,
     "case11_schedules": golden_sampling.schedules,
     "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,

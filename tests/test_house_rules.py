@@ -41,7 +41,7 @@ DOORS = {  # third party -> the only places that may import it
     "deepspeed": {"sonic/parallel/zero.py"},
     "accelerate": {"sonic/parallel/zero.py"},
     "xformers": {"sonic/model/attention.py"},
-    "diffusers": {"sonic/model/vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},
+    "diffusers": {"sonic/model/wan_vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},
     "transformers": {"sonic/model/text.py", "sonic/model/wav2vec.py"},
     "librosa": {"sonic/data/speech.py"},
     "av": {"sonic/data/video.py", "sonic/data/speech.py"},

@@ -1,0 +1,83 @@
+"""The Wan VAE as a stream: diffusers' blocks, with what they remember handed in and out as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sonic.geometry import FRAMES_PER_LATENT
+
+Cache = tuple  # what each causal convolution saw last; opaque
+
+
+class WanAutoencoder(nn.Module):
+    """Pixels to normalised latents and back, chunk by chunk; chunks of any allowed length give what one call gives."""
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKLWan
+
+        self.blocks = AutoencoderKLWan(**(config or {})).eval()
+        for name in ("latents_mean", "latents_std"):
+            self.register_buffer(name, torch.tensor(getattr(self.blocks.config, name)), persistent=False)
+
+    def load(self, path: str | Path) -> None:
+        """Take the weights of a published file, .pth or .safetensors.
+
+        Raises ValueError when the file cannot be read safely, or a tensor is missing or has no place.
+        """
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give the published Wan2.1_VAE.pth")
+        try:
+            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            found = convert_wan_vae_to_diffusers(found)
+            self.blocks.load_state_dict(found)
+        except Exception as error:  # torch and diffusers name each kind of damage by another kind of error
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} is damaged or not a Wan VAE ({type(error).__name__}: {first}); fetch it again") from error
+
+    def encode(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """frames [B,3,F,H,W] in [-1,1] -> latents [B,16,T,H/8,W/8] and the cache for the frames that follow.
+
+        The first frame makes a latent of its own, every four after it another one: F = 1 + 4k at first, then 4k.
+        Raises ValueError for other lengths.
+        """
+        first = 1 if cache is None else 0
+        if frames.shape[2] < 1 or (frames.shape[2] - first) % FRAMES_PER_LATENT:
+            rule = f"1 + {FRAMES_PER_LATENT}k at the beginning" if first else f"{FRAMES_PER_LATENT}k after the beginning"
+            raise ValueError(f"{frames.shape[2]} frames cannot be encoded: give {rule}")
+        memory = self._memory("encoder", cache)
+        head, rest = frames[:, :, :first], frames[:, :, first:]
+        chunks = [*head.split(1, dim=2)] * first + [*rest.split(FRAMES_PER_LATENT, dim=2)] * bool(rest.shape[2])
+        found = torch.cat([self.blocks.encoder(chunk, feat_cache=memory, feat_idx=[0]) for chunk in chunks], dim=2)
+        mean, _ = self.blocks.quant_conv(found).chunk(2, dim=1)
+        return (mean - self._wide("latents_mean")) / self._wide("latents_std"), tuple(memory)
+
+    def decode(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """latents [B,16,T,h,w] -> frames [B,3,F,8h,8w] in [-1,1] and the cache for the latents that follow.
+
+        The first latent of all makes one frame, every other one four.
+        """
+        memory = self._memory("decoder", cache)
+        plain = self.blocks.post_quant_conv(latents * self._wide("latents_std") + self._wide("latents_mean"))
+        frames = []
+        for index, latent in enumerate(plain.split(1, dim=2)):
+            first = cache is None and index == 0
+            frames.append(self.blocks.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first))
+        return torch.cat(frames, dim=2).clamp(-1, 1), tuple(memory)
+
+    def _memory(self, side: str, cache: Cache | None) -> list:
+        """A list that the blocks may overwrite, so that the value handed in stays as it is."""
+        return [None] * self.blocks._cached_conv_counts[side] if cache is None else list(cache)
+
+    def _wide(self, name: str) -> Tensor:
+        return rearrange(getattr(self, name), "c -> 1 c 1 1 1")
