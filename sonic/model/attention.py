@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -30,7 +30,7 @@ ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
 
 
 class Projected(NamedTuple):
-    """One stream's queries, keys and values, each [B,N,heads,d], not rotated yet."""
+    """Queries, keys and values of all tokens, each [B,N,heads,d], not rotated yet."""
 
     queries: Tensor
     keys: Tensor
@@ -38,10 +38,10 @@ class Projected(NamedTuple):
 
 
 class Reach(Protocol):
-    """What the streams of tokens in one layer may attend to; it also knows where they sit."""
+    """What the tokens of one layer may attend to; it also knows where they sit."""
 
-    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
-        """What each stream hears, [B,N,heads,d]."""
+    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+        """What each token hears, [B,N,heads,d]."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """Keys and values of the prompt, projected now or remembered."""
@@ -51,28 +51,27 @@ class FreshText:
     """Projects the prompt every time it is asked."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
-        """Keys and values [B,L,heads,d] of text rows [B,1,L,D]."""
+        """Keys and values [B,L,heads,d] of text rows [B,L,D]."""
         return project(rows)
 
 
 @dataclass(frozen=True)
 class WholeClip(FreshText):
-    """Every token sees every token, in all streams."""
+    """Every token sees every token, grid and memory alike."""
 
-    rotations: tuple[Rotation, ...]
+    places: Rotation
 
-    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
-        """One attention over the joined streams, cut apart again."""
-        turned = [(rotate(x.queries, turn), rotate(x.keys, turn), x.values) for x, turn in zip(streams, self.rotations, strict=True)]
-        joined = (torch.cat(parts, dim=1) for parts in zip(*turned, strict=True))
-        return attention(*joined).split([x.queries.shape[1] for x in streams], dim=1)
+    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+        """One attention over all of them."""
+        return attention(rotate(tokens.queries, self.places), rotate(tokens.keys, self.places), tokens.values)
 
 
 @dataclass(frozen=True)
 class BlockCausal(FreshText):
     """Training's view of a rollout: memory sees itself; block i sees memory and the last `window` blocks up to i.
 
-    `memory_keys[i]` rotates the memory's keys as block i sees them, because the reference moves along with the stream.
+    The grid's tokens come first, the memory's last. `memory_keys[i]` rotates the memory's keys as block i sees them,
+    because the reference moves along with the stream.
     """
 
     grid: Rotation
@@ -80,11 +79,12 @@ class BlockCausal(FreshText):
     memory_keys: tuple[Rotation, ...]
     window: int
 
-    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
+    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
         """One unmasked attention per block, so that the fast kernels stay usable."""
-        (grid_q, grid_k, grid_v), (memory_q, memory_k, memory_v) = streams
+        size = self.grid[0].shape[0]
+        (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = ((x[:, :size], x[:, size:]) for x in tokens)
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
-        length = grid_q.shape[1] // len(self.memory_keys)
+        length = size // len(self.memory_keys)
         seen = {id(place): rotate(memory_k, place) for place in self.memory_keys}
         heard = []
         for index, place in enumerate(self.memory_keys):
@@ -92,5 +92,5 @@ class BlockCausal(FreshText):
             block_k = torch.cat((seen[id(place)], grid_k[:, first:last]), dim=1)
             block_v = torch.cat((memory_v, grid_v[:, first:last]), dim=1)
             heard.append(attention(grid_q[:, last - length : last], block_k, block_v))
-        remembered = attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v)
-        return torch.cat(heard, dim=1), remembered
+        heard.append(attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v))
+        return torch.cat(heard, dim=1)

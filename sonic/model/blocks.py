@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import Attention, KeysValues, Projected, Reach, sdpa
+
+Layout = tuple[tuple[int, int], ...]  # (frames, tokens in a frame) of the parts that lie one after the other in [B,N,D]
 
 
 class MultiHead(nn.Module):
@@ -21,29 +25,29 @@ class MultiHead(nn.Module):
         self.attention: Attention = sdpa  # parallel plans wrap this attribute
 
     def queries(self, tokens: Tensor) -> Tensor:
-        """[B,T,S,D] -> [B,N,heads,d]"""
-        return self._split(self.norm_q(self.to_q(tokens)))
+        """[B,N,D] -> [B,N,heads,d]"""
+        return self._split(rms_norm(self.norm_q, self.to_q(tokens)))
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
-        """[B,T,S,D] -> two of [B,N,heads,d]"""
-        return self._split(self.norm_k(self.to_k(tokens))), self._split(self.to_v(tokens))
+        """[B,N,D] -> two of [B,N,heads,d]"""
+        return self._split(rms_norm(self.norm_k, self.to_k(tokens))), self._split(self.to_v(tokens))
 
-    def join(self, heard: Tensor, frames: int) -> Tensor:
-        """[B,N,heads,d] -> [B,T,S,D]"""
-        return self.to_out(rearrange(heard, "b (t s) heads d -> b t s (heads d)", t=frames))
+    def join(self, heard: Tensor) -> Tensor:
+        """[B,N,heads,d] -> [B,N,D]"""
+        return self.to_out(heard.flatten(2))
 
     def forward(self, tokens: Tensor, keys_values: KeysValues) -> Tensor:
-        """Attend to something else, without positions.  [B,T,S,D] -> [B,T,S,D]"""
-        return self.join(self.attention(self.queries(tokens), *keys_values), tokens.shape[1])
+        """Attend to something else, without positions.  [B,N,D] -> [B,N,D]"""
+        return self.join(self.attention(self.queries(tokens), *keys_values))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b t s (heads d) -> b (t s) heads d", heads=self.num_heads)
+        return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
 
 
 class Block(nn.Module):
     """Self-attention over what `reach` allows, text attention, MLP. The first and last are modulated by the noise level.
 
-    It works on a tuple of streams: the grid of noisy tokens, the memory, or both.
+    The grid of noisy tokens and the memory lie one after the other in one tensor, so that each product is done once.
     """
 
     def __init__(self, hidden_dim: int, ffn_dim: int, num_heads: int, *, eps: float = 1e-6):
@@ -56,25 +60,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(hidden_dim, ffn_dim)
         self.mlp_out = nn.Linear(ffn_dim, hidden_dim)
 
-    def forward(
-        self, streams: tuple[Tensor, ...], modulations: tuple[Tensor, ...], text: Tensor | None, *, reach: Reach
-    ) -> tuple[Tensor, ...]:
-        """Streams [B,T,S,D], their modulations [B,T,6,D] (T or B may be 1), text [B,1,L,D] -> streams"""
-        tables = [self._table(modulation, x.dtype) for modulation, x in zip(modulations, streams, strict=True)]
-        projected = []
-        for x, (shift, scale, *_) in zip(streams, tables, strict=True):
-            normed = modulate(x, shift, scale, eps=self.eps)
-            projected.append(Projected(self.self_attention.queries(normed), *self.self_attention.keys_values(normed)))
-        heard = reach.attend(self.self_attention.attention, projected)
-        prompt = reach.text(self.text_attention.keys_values, text)
-        return tuple(self._finish(x, h, table, prompt=prompt) for x, h, table in zip(streams, heard, tables, strict=True))
-
-    def _finish(self, x: Tensor, heard: Tensor, table: Tensor, *, prompt: KeysValues) -> Tensor:
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = table
-        x = torch.addcmul(x, self.self_attention.join(heard, x.shape[1]), gate)
-        x = x + self.text_attention(self.text_norm(x), prompt)
-        hidden = linear_gelu(self.mlp_in, modulate(x, mlp_shift, mlp_scale, eps=self.eps))
-        return torch.addcmul(x, self.mlp_out(hidden), mlp_gate)
+    def forward(self, tokens: Tensor, modulations: tuple[Tensor, ...], text: Tensor | None, *, layout: Layout, reach: Reach) -> Tensor:
+        """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens"""
+        tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
+        normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
+        projected = Projected(self.self_attention.queries(normed), *self.self_attention.keys_values(normed))
+        heard = self.self_attention.join(reach.attend(self.self_attention.attention, projected))
+        tokens = per_part(lambda x, h, table: torch.addcmul(x, h, table[2]), layout, tables, tokens, heard)
+        tokens = tokens + self.text_attention(self.text_norm(tokens), reach.text(self.text_attention.keys_values, text))
+        normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
+        changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
+        return per_part(lambda x, h, table: torch.addcmul(x, h, table[5]), layout, tables, tokens, changed)
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """Six rows, shift, scale, gate twice, each [B,T,1,D], summed in float32."""
@@ -99,6 +95,24 @@ class Head(nn.Module):
         return rearrange(patches, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", w=width, p=p, q=q, r=r)
 
 
+def apart(tokens: Tensor, layout: Layout) -> list[Tensor]:
+    """The parts of [B,N,D], each [B,T,S,D]; views."""
+    parts = tokens.split([frames * size for frames, size in layout], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, layout, strict=True)]
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """What `apart` cut, one after the other again; a single part is not copied.  [B,T,S,D] each -> [B,N,D]"""
+    flat = [part.flatten(1, 2) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Tensor], *joint: Tensor) -> Tensor:
+    """`change(part of each joint tensor, the part's table)`, put together again.  [B,N,D] -> [B,N,D]"""
+    columns = [apart(tokens, layout) for tokens in joint]
+    return together([change(*row) for row in zip(*columns, tables, strict=True)])
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """Layer norm without weights of its own, times scale, plus shift; [B,T,S,D] with [B,T,1,D]."""
     if scale.numel() == scale.shape[-1]:  # one noise level for everything: the norm's kernel applies it
@@ -106,14 +120,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 
 
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`norm(x)`; in bfloat16 without gradients on a CPU in half the passes, the scale rounded once more.  [B,N,D]"""
+    if not _bfloat16_on_cpu(x):
+        return norm(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(norm.eps))
+    return (x * scale.to(x.dtype)).mul_(norm.weight)
+
+
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """GELU in its tanh form after a linear layer.  [...,D] -> [...,D']
 
-    Without gradients on a CPU it is one oneDNN call, because torch's tanh GELU takes as long as the matrix product.
+    torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN call;
+    bfloat16 takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
     """
+    if _bfloat16_on_cpu(x):
+        return F.gelu(layer(x))
     fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
-    plain = type(layer) is nn.Linear and layer.weight.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    if usable and plain:
+    if usable and type(layer) is nn.Linear and layer.weight.dtype == x.dtype == torch.float32:
         return fused(x, layer.weight, layer.bias, "gelu", [], "tanh")
     return F.gelu(layer(x), approximate="tanh")
+
+
+def _bfloat16_on_cpu(x: Tensor) -> bool:
+    """Where torch's kernels are so slow that another form of the same function pays."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()

@@ -13,7 +13,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.attention import BlockCausal, Reach, WholeClip
 from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
-from sonic.model.blocks import Block, Head
+from sonic.model.blocks import Block, Head, apart, together
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
 from sonic.model.kv_cache import FillMemory, KVCache, KVRing, RingView, memory_places
 from sonic.types import BlockSpan, Conditions
@@ -55,7 +55,8 @@ class AvatarDiT(nn.Module):
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         grid = self._patches(latents, self._pose(conditions, latents.shape))
         places = self._grid_rotation(0, grid.shape[1], latents.shape)
-        reach = WholeClip((places, self._memory_rotation(conditions, self.config.rollout.ref_position)))
+        memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
+        reach = WholeClip(tuple(torch.cat(factors) for factors in zip(places, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
         audio = self._hear(conditions, encode, actors=actors)
         return self._denoise(grid, timestep, conditions, reach=reach, audio=audio).to(latents.dtype)
@@ -95,7 +96,7 @@ class AvatarDiT(nn.Module):
         _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
         text = self.text_embed(conditions.text)
         places = rotation(cache.memory_places(self.config.rollout.ref_position), self._head_dim)
-        self._run((memory,), (modulation,), text, reach_of=lambda layer: FillMemory(cache, layer, places))
+        self._run([memory], (modulation,), text, reach_of=lambda layer: FillMemory(cache, layer, places))
         for ring in cache.rings:
             ring.ref_position = None
         return cache
@@ -122,8 +123,8 @@ class AvatarDiT(nn.Module):
         slot = ring.begin(span.index)
         grid = self._patches(latents, inputs.pose)
         summary, modulation = self.time_embed(_per_frame(timestep))
-        (grid,) = self._run(
-            (grid,), (modulation,), None, reach_of=lambda layer: RingView(cache, ring, layer, slot, inputs.places), audio=inputs.audio
+        grid = self._run(
+            [grid], (modulation,), None, reach_of=lambda layer: RingView(cache, ring, layer, slot, inputs.places), audio=inputs.audio
         )
         return self.head(grid, summary, cache.grid[1]).to(latents.dtype)
 
@@ -136,27 +137,30 @@ class AvatarDiT(nn.Module):
         """Grid and memory through the trunk together; memory always at noise level 0."""
         timestep = _per_frame(timestep)
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
-        streams = (grid, self._memory(conditions))
+        parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
         text = self.text_embed(conditions.text)
-        grid, _ = self._run(streams, modulations, text, reach_of=lambda layer: reach, audio=audio)
+        grid = self._run(parts, modulations, text, reach_of=lambda layer: reach, audio=audio)
         return self.head(grid, summary[:, :-1], self._grid_size(conditions.ref.shape)[1])
 
     def _run(
         self,
-        streams: tuple[Tensor, ...],
+        parts: list[Tensor],
         modulations: tuple[Tensor, ...],
         text: Tensor | None,
         *,
         reach_of: Callable[[int], Reach],
         audio: AudioTokens | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
+        """Parts [B,T,S,D], each with its modulation, through all blocks; what becomes of the first of them."""
+        layout, tokens = tuple(tuple(part.shape[1:3]) for part in parts), together(parts)
         injectors = dict(zip(self.config.audio.inject_layers, self.audio_injectors, strict=True)) if audio is not None else {}
         for layer, block in enumerate(self.blocks):
-            streams = block(streams, modulations, text, reach=reach_of(layer))
+            tokens = block(tokens, modulations, text, layout=layout, reach=reach_of(layer))
             if layer in injectors:
-                streams = (injectors[layer](streams[0], audio), *streams[1:])
-        return streams
+                grid, *rest = apart(tokens, layout)
+                tokens = together([injectors[layer](grid, audio), *rest])
+        return apart(tokens, layout)[0]
 
     def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
         return self.patch_embed(latents) + pose

@@ -40,12 +40,12 @@ class TextEmbed(nn.Module):
         self.out = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[B,L,text_dim] -> [B,1,text_len,D], one 'frame' of text tokens."""
+        """[B,L,text_dim] -> [B,text_len,D]"""
         missing = self.text_len - rows.shape[1]
         if missing < 0:
             raise ValueError(f"the prompt has {rows.shape[1]} rows; the model reads at most {self.text_len}: shorten it")
         padded = F.pad(rows.to(self.expand.weight.dtype), (0, 0, 0, missing))
-        return rearrange(self.out(F.gelu(self.expand(padded), approximate="tanh")), "b l d -> b 1 l d")
+        return self.out(F.gelu(self.expand(padded), approximate="tanh"))
 
 
 class TimeEmbed(nn.Module):
@@ -152,9 +152,9 @@ def rotate(heads: Tensor, turn: Rotation) -> Tensor:
     """
     this, ahead, behind = turn
     wide = heads.float()
-    flat = wide.flatten()
-    turned = torch.addcmul(wide * this, flat.roll(-1).view_as(wide), ahead)
-    return torch.addcmul(turned, flat.roll(1).view_as(wide), behind).to(heads.dtype)
+    flat, turned = wide.flatten(), wide * this
+    turned.addcmul_(flat.roll(-1).view_as(wide), ahead).addcmul_(flat.roll(1).view_as(wide), behind)
+    return turned.to(heads.dtype)
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:

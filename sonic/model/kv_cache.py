@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -103,13 +103,13 @@ class FillMemory:
     layer: int
     places: Rotation
 
-    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
+    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
         """Attention among the memory tokens; their keys are kept without rotation."""
-        ((query, key, value),) = streams
+        query, key, value = tokens
         self.cache.memory_keys[self.layer].copy_(key)
         for ring in self.cache.rings:
             ring.values[self.layer][:, : ring.memory_tokens] = value
-        return (attention(rotate(query, self.places), rotate(key, self.places), value),)
+        return attention(rotate(query, self.places), rotate(key, self.places), value)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
         """Keys and values of the prompt, kept for every later block."""
@@ -127,14 +127,14 @@ class RingView:
     slot: tuple[int, int, int]
     places: Rotation
 
-    def attend(self, attention: Attention, streams: Sequence[Projected]) -> Sequence[Tensor]:
+    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
         """Write the block's keys and values into its slot and attend to all that is filled."""
-        ((query, key, value),) = streams
+        query, key, value = tokens
         first, last, filled = self.slot
         all_keys, all_values = self.ring.keys[self.layer], self.ring.values[self.layer]
         all_keys[:, first:last] = rotate(key, self.places)
         all_values[:, first:last] = value
-        return (attention(rotate(query, self.places), all_keys[:, :filled], all_values[:, :filled]),)
+        return attention(rotate(query, self.places), all_keys[:, :filled], all_values[:, :filled])
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """What prefill wrote down."""
