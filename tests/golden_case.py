@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -13,7 +16,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.model import dit, kv_cache
 from sonic.model.dit import AvatarDiT
+from sonic.model.embed import rotation
 from sonic.model.weights import load_weights
 from sonic.types import Conditions
 
@@ -37,6 +42,15 @@ class Case:
     def call(self) -> dict:
         return self.manifest["call"]
 
+    def config(self, part: str) -> dict:
+        """What a network of the case is built from; a case of several networks has a config for each."""
+        return self.manifest["config"].get(part, self.manifest["config"])
+
+    def weights(self, index: int) -> Path:
+        """The file of a case's weights; a case of several networks names several."""
+        named = self.manifest["weights"]
+        return self.folder / (named if isinstance(named, str) else named[index])
+
     def close(self, found: Tensor, expected: Tensor, *, strict: bool = True, slack: float = 0.0) -> None:
         """Within the recorded tolerance (plus `slack`), and the strict one where the reference is exact."""
         tolerance = self.manifest["tolerance"]
@@ -51,8 +65,7 @@ def _tensors(folder: Path, manifest: dict, name: str) -> dict[str, Tensor]:
 
 def model_of(case: Case, *, window_blocks: int = 1) -> AvatarDiT:
     """The model a manifest describes, with its weights."""
-    given, call = case.manifest["config"], case.manifest.get("call", {})
-    weights = case.folder / case.manifest["weights"]
+    given, call, weights = case.config("s2v"), case.manifest.get("call", {}), case.weights(0)
     layers = load_file(weights)["casual_audio_encoder.weights"].shape[1]
     trunk = TrunkConfig(
         hidden_dim=given["dim"],
@@ -84,3 +97,13 @@ def conditions_of(case: Case, *, audio: Tensor | None = None, motion: Tensor | N
     longest = max(len(prompt) for prompt in rows)
     text = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in rows])
     return Conditions(ref=case.inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=case.inputs["cond_states"])
+
+
+@contextmanager
+def half_precision_rotations() -> Iterator[None]:
+    """Round the rotary tables as the published rollout stores them; ours are exact."""
+    rounded = lambda places, head_dim: tuple(table.half().float() for table in rotation(places, head_dim))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (dit, kv_cache):
+            patch.setattr(module, "rotation", rounded)
+        yield

@@ -9,17 +9,18 @@ from torch.testing import assert_close
 from sonic.model.wan_vae import WanAutoencoder
 
 
-def _vae(case: Case) -> WanAutoencoder:
-    config = dict(case.manifest["config"])
+def vae_of(case: Case) -> WanAutoencoder:
+    """The autoencoder of a case, with its weights."""
+    config = dict(case.config("vae"))
     config["base_dim"] = config.pop("dim")
     means = {name: case.manifest[name] for name in ("latents_mean", "latents_std")}
     vae = WanAutoencoder({**config, **means})
-    vae.load(case.folder / case.manifest["weights"])
+    vae.load(case.weights(1))
     return vae
 
 
 def decode(case: Case) -> None:
-    vae = _vae(case)
+    vae = vae_of(case)
     for name, latents in case.inputs.items():
         frames, _ = vae.decode(latents[None])
         case.close(frames[0], case.outputs[name.replace("latent", "video")])
@@ -27,7 +28,7 @@ def decode(case: Case) -> None:
 
 def encode(case: Case) -> None:
     """Frames beyond the last whole latent are left out, as the published code does without a word."""
-    vae = _vae(case)
+    vae = vae_of(case)
     for name, video in case.inputs.items():
         whole = 1 + (video.shape[1] - 1) // 4 * 4
         latents, _ = vae.encode(video[None, :, :whole])
@@ -35,7 +36,7 @@ def encode(case: Case) -> None:
 
 
 def stream_decode(case: Case) -> None:
-    vae, cache = _vae(case), None
+    vae, cache = vae_of(case), None
     frames = []
     for index, part in enumerate(case.inputs["latent"][None].split(case.manifest["chunks"], dim=2)):
         found, cache = vae.decode(part, cache)
@@ -45,7 +46,7 @@ def stream_decode(case: Case) -> None:
 
 
 def stream_encode(case: Case) -> None:
-    vae, cache = _vae(case), None
+    vae, cache = vae_of(case), None
     for index, part in enumerate(case.inputs["video"][None].split(case.manifest["chunks"], dim=2)):
         found, cache = vae.encode(part, cache)
         case.close(found[0], case.outputs[f"chunk{index}"])

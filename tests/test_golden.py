@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+import golden_film
 import golden_sampling
 import golden_speech
 import golden_text
 import golden_vae
 import pytest
 import torch
-from golden_case import Case, conditions_of, model_of
+from golden_case import Case, conditions_of, half_precision_rotations, model_of
 from torch import Tensor
 from torch.testing import assert_close
 
 from sonic.flow.schedule import SCHEDULES
-from sonic.model import dit, kv_cache
 from sonic.model.audio_tokens import Actors
 from sonic.model.dit import AvatarDiT
-from sonic.model.embed import ref_time_id, rotation
+from sonic.model.embed import ref_time_id
 from sonic.model.lora import merge_lora, read_lora
 from sonic.model.weights import export
 from sonic.types import BlockSpan, Conditions
@@ -125,6 +124,8 @@ HANDLERS = {
     "case11_schedules": golden_sampling.schedules,
     "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,
     "case11_step_trajectories": golden_sampling.trajectories,
+    "case12": golden_film.clips,
+    "case13": golden_film.blocks,
     "case14": golden_sampling.sizes,
 }
 
@@ -144,16 +145,6 @@ def test_golden(folder: Path) -> None:
 
 def test_the_folder_holds_cases() -> None:
     assert FOLDERS, f"{FOLDER} holds no case of {sorted(HANDLERS)}"
-
-
-@contextmanager
-def half_precision_rotations() -> Iterator[None]:
-    """Round the rotary tables as the published rollout stores them; ours are exact."""
-    rounded = lambda places, head_dim: tuple(table.half().float() for table in rotation(places, head_dim))  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (dit, kv_cache):
-            patch.setattr(module, "rotation", rounded)
-        yield
 
 
 def _per_frame(case: Case) -> Tensor:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from sonic.config import PHOTO_SIZE, HeadConfig, parse_size
 from sonic.data.clips import pose_latents
 from sonic.data.faces import head_motion
 from sonic.data.portrait import cut
-from sonic.geometry import FRAMES_PER_LATENT, fit_area
+from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
 from sonic.infer.build import Parts
 from sonic.model.vae import Reference
 from sonic.types import Conditions, Crop, FaceBox, Mouth, Portrait, Scene
@@ -57,6 +58,32 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     )
 
 
+def whole_picture(pixels: np.ndarray, max_area: int) -> Tensor:
+    """The picture at the size that painted films have: scaled until it covers that size, and cut to it around its middle.
+
+    uint8 [H,W,3] -> [1,3,height,width] in [-1,1]
+    """
+    high, wide = pixels.shape[:2]
+    width, height = wan_size(wide, high, max_area)
+    scale = max(width / wide, height / high)
+    large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
+    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
+    return _signed(large[top : top + height, left : left + width])
+
+
+def published_picture(pixels: np.ndarray, max_area: int) -> Tensor:
+    """The same as the published pipelines fit it: its SHORTER side to the film's shorter side, black bars where that is too small."""
+    high, wide = pixels.shape[:2]
+    width, height = wan_size(wide, high, max_area)
+    short, target = min(high, wide), min(height, width)
+    new_high, new_wide = (target if side == short else int(target * side / short) for side in (high, wide))
+    small = np.asarray(Image.fromarray(pixels).resize((new_wide, new_high), Image.Resampling.BILINEAR))
+    bars = [(max(0, size - have) // 2, (max(0, size - have) + 1) // 2) for size, have in ((height, new_high), (width, new_wide))]
+    filled = np.pad(small, [*bars, (0, 0)])
+    top, left = (round((have - size) / 2) for size, have in ((height, filled.shape[0]), (width, filled.shape[1])))
+    return _signed(filled[top : top + height, left : left + width])
+
+
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
     """Pose latents [1,16,T,h,w] of a head that starts at rest, or None for a head that stays still.
 
@@ -82,3 +109,8 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
     small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
+
+
+def _signed(pixels: np.ndarray) -> Tensor:
+    """uint8 [H,W,3] -> [1,3,H,W] in [-1,1]"""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "h w c -> 1 c h w").float() / 127.5 - 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 TIMESTEPS = 1000.0  # a timestep is 1000·sigma
 
 
+class Habits(NamedTuple):
+    """Other ways to settle what is free in a rollout: the noise of a block (default: the generator's next draw), and the time id
+    of the reference in each forward (default: the configured rule)."""
+
+    noise: Callable[[BlockSpan], Tensor] | None = None
+    ref_position: Callable[[BlockSpan], int] | None = None
+
+
 @torch.no_grad()
 def rollout(
     model: AvatarDiT,
@@ -28,6 +37,7 @@ def rollout(
     sampler: SamplerConfig,
     generator: torch.Generator,
     unguided: Conditions | None = None,
+    habits: Habits | None = None,
 ) -> Iterator[LatentBlock]:
     """Blocks of clean latents, each as soon as it is done; what is kept does not grow with their number.
 
@@ -37,10 +47,14 @@ def rollout(
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
     told = (conditions,) if sampler.sample_guide_scale == 1 else (conditions, unguided or conditions.drop("audio"))
     caches = [model.prefill(each, model.new_cache(each, steps=len(sigmas) - 1)) for each in told]
+    habits = habits or Habits()
     for span in spans:
-        noise = _noise(conditions.ref, span.latent_frames, generator)
+        noise = habits.noise(span) if habits.noise else _noise(conditions.ref, span.latent_frames, generator)
         inputs = [model.prepare_block(each.at(span), span) for each in told]
-        velocities = [_block_velocity(model, each, cache=cache, sigmas=sigmas) for each, cache in zip(inputs, caches, strict=True)]
+        velocities = [
+            _block_velocity(model, each, cache=cache, sigmas=sigmas, ref_position=habits.ref_position)
+            for each, cache in zip(inputs, caches, strict=True)
+        ]
         velocity = guidance(velocities[-1], sampler.sample_guide_scale)(velocities[0])
         yield LatentBlock(sample(velocity, noise, sigmas, generator), span)
 
@@ -63,13 +77,17 @@ def sample_clip(
     return sample(wrap(_clip_velocity(model, conditions)), noise, sigmas, generator)
 
 
-def _block_velocity(model: AvatarDiT, inputs: BlockInputs, *, cache: KVCache, sigmas: Tensor) -> Velocity:
+def _block_velocity(
+    model: AvatarDiT, inputs: BlockInputs, *, cache: KVCache, sigmas: Tensor, ref_position: Callable[[BlockSpan], int] | None
+) -> Velocity:
     """The velocity of one block. Each noise level has its ring, so a block meets the others as they were at that level."""
     to_velocity = velocity_from(model.config.prediction)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         ring = cache.rings[int((sigmas[:-1] - sigma[0].item()).abs().argmin())]
-        return to_velocity(model.denoise_block(x, TIMESTEPS * sigma, inputs, cache=cache, ring=ring), x, sigma)
+        position = ref_position(inputs.span) if ref_position else None
+        said = model.denoise_block(x, TIMESTEPS * sigma, inputs, cache=cache, ring=ring, ref_position=position)
+        return to_velocity(said, x, sigma)
 
     return velocity
 

@@ -1,0 +1,163 @@
+"""Films whose every pixel is painted by the Wan VAE: clip by clip as Wan2.2-S2V makes them, or block by block as Live Avatar does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sonic.config import SamplerConfig
+from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
+from sonic.infer.rollout import Habits, rollout, sample_clip
+from sonic.model.dit import AvatarDiT
+from sonic.model.embed import ref_time_id
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.types import BlockSpan, Conditions
+
+PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
+WARM_LATENTS = 7  # of the still picture, decoded before the first block so that the decoder's memory is full
+LOST_FRAMES = 3  # that the published pipelines cut off the first clip, so that the video runs ahead of its sound
+STILL_REPEATS = 5  # the published rollout shows its picture five times over wherever one frame is meant
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What a painted film is made from.
+
+    picture [1,3,H,W] in [-1,1]; text and negative [1,L,D] rows of the prompt and of what to stay away from;
+    audio [1,N,A,F] speech features, one column per video frame, as many as there are frames; pose [1,3,F,H,W] in [-1,1]
+    or None; clip_frames in one clip; seed.
+    """
+
+    picture: Tensor
+    text: Tensor
+    negative: Tensor
+    audio: Tensor
+    clip_frames: int
+    seed: int = 0
+    pose: Tensor | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Video frames of the film."""
+        return self.audio.shape[-1]
+
+    @property
+    def clips(self) -> int:
+        """Clips that cover the film."""
+        return -(-self.num_frames // self.clip_frames)
+
+
+@torch.no_grad()
+def paint_clips(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False) -> Iterator[Tensor]:
+    """Frames [1,3,F,H,W] in [-1,1], clip by clip with full attention; the last frames of each clip are the motion of the next.
+
+    `upstream` seeds every clip anew and cuts the first frames off, as the published pipeline does.
+    """
+    ref, _ = vae.encode(shot.picture.unsqueeze(2))
+    past = torch.zeros(1, 3, PAST_FRAMES, *shot.picture.shape[-2:], device=ref.device)
+    motion, rng = None, torch.Generator().manual_seed(shot.seed)
+    for index in range(shot.clips):
+        if upstream:
+            rng.manual_seed(shot.seed + index)
+        told = _told(shot, ref, motion, frames=slice(index * shot.clip_frames, (index + 1) * shot.clip_frames), vae=vae)
+        told = told.to(dtype=_dtype(model))
+        latent_frames = shot.clip_frames // FRAMES_PER_LATENT
+        latents = sample_clip(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
+        seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
+        frames = seen[:, :, -shot.clip_frames :]
+        if upstream and index == 0:
+            frames = frames[:, :, LOST_FRAMES:]
+        yield frames
+        past = torch.cat((past, frames), dim=2)[:, :, -PAST_FRAMES:]
+        if index + 1 < shot.clips:
+            motion, _ = vae.encode(past)
+
+
+@torch.no_grad()
+def paint_blocks(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig) -> Iterator[Tensor]:
+    """Frames [1,3,12,H,W] in [-1,1], block by block over the KV rings; the decoder is a stream too, so nothing grows with time."""
+    still = shot.picture.unsqueeze(2)
+    ref, _ = vae.encode(still)
+    motion, _ = vae.encode(still.expand(-1, -1, PAST_FRAMES, -1, -1))
+    told = _told(shot, ref, motion, frames=slice(None), vae=vae).to(dtype=_dtype(model))
+    spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
+    rng = torch.Generator().manual_seed(shot.seed)
+    _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
+    for block in rollout(model, told, spans, sampler=sampler, generator=rng, unguided=_against(shot, told)):
+        frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
+        yield frames
+
+
+@torch.no_grad()
+def paint_blocks_upstream(
+    model: AvatarDiT,
+    vae: WanAutoencoder,
+    shot: Shot,
+    *,
+    sampler: SamplerConfig,
+    ref_distances: Iterator[int] | None = None,
+) -> Iterator[Tensor]:
+    """The same with the habits of the published single-GPU pipeline, clip by clip: its picture repeated five times, seeds per clip,
+    a reference that wanders (`ref_distances`, one per forward; there unseeded, here from the seed), frames encoded again, and
+    the first three of them lost."""
+    still = shot.picture.unsqueeze(2)
+    ref = vae.encode(still.expand(-1, -1, STILL_REPEATS, -1, -1))[0][:, :, 1:]
+    past = still.expand(-1, -1, STILL_REPEATS * PAST_FRAMES, -1, -1)
+    motion, _ = vae.encode(past)
+    told = _told(shot, ref, motion, frames=slice(None), vae=vae).to(dtype=_dtype(model))
+    draws = random.Random(shot.seed)
+    distances = iter(lambda: draws.randint(4, 30), None) if ref_distances is None else ref_distances
+    place = lambda span: ref_time_id(span.start, ref_position=model.config.rollout.ref_position, distance=next(distances))  # noqa: E731
+    blocks = rollout(
+        model,
+        told,
+        plan_blocks(shot.num_frames, model.config.rollout.block_frames),
+        sampler=sampler,
+        generator=torch.Generator(),
+        habits=Habits(_clip_noise(told.ref, shot), place),
+    )
+    per_clip = shot.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
+    for index in range(shot.clips):
+        latents = torch.cat([block.latents for _, block in zip(range(per_clip), blocks, strict=False)], dim=2).to(ref.dtype)
+        seen, _ = vae.decode(torch.cat((motion, latents), dim=2))
+        frames = seen[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
+        frames = frames[:, :, LOST_FRAMES:] if index == 0 else frames
+        yield frames
+        past = torch.cat((past, frames[:, :, -PAST_FRAMES:]), dim=2)[:, :, -past.shape[2] :]
+        if index + 1 < shot.clips:
+            motion, _ = vae.encode(past)
+
+
+def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: WanAutoencoder) -> Conditions:
+    """What the model is told of some frames of the film; poses are encoded with a frame in front that is thrown away again."""
+    pose = None
+    if shot.pose is not None:
+        some = shot.pose[:, :, frames]
+        pose = vae.encode(torch.cat((some[:, :, :1], some), dim=2))[0][:, :, 1:]
+    return Conditions(ref=ref, text=shot.text.to(ref), audio=shot.audio[..., frames].to(ref), motion=motion, pose=pose)
+
+
+def _against(shot: Shot, told: Conditions) -> Conditions:
+    """What guidance leads away from: the negative prompt and silence; reference, motion and pose stay."""
+    return replace(told.drop("audio"), text=shot.negative.to(told.text))
+
+
+def _clip_noise(like: Tensor, shot: Shot) -> Callable[[BlockSpan], Tensor]:
+    """Noise of a block as the published pipeline draws it: a whole clip at once from a seed of its own."""
+    latent_frames = shot.clip_frames // FRAMES_PER_LATENT
+
+    def noise(span: BlockSpan) -> Tensor:
+        clip, first = divmod(span.start, latent_frames)
+        rng = torch.Generator().manual_seed(shot.seed + clip)
+        drawn = torch.randn(like.shape[1], latent_frames, *like.shape[3:], generator=rng)
+        return drawn[None, :, first : first + span.latent_frames].to(like.device)
+
+    return noise
+
+
+def _dtype(model: AvatarDiT) -> torch.dtype:
+    return next(model.parameters()).dtype
