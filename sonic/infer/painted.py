@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
-from sonic.infer.rollout import Habits, rollout, sample_clip
+from sonic.infer.rollout import Draws, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.model.wan_vae import WanAutoencoder
@@ -87,7 +87,7 @@ def paint_blocks(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: 
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(shot.seed)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    for block in rollout(model, told, spans, sampler=sampler, generator=rng, unguided=_against(shot, told)):
+    for block in rollout(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)):
         frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
         yield frames
 
@@ -117,8 +117,7 @@ def paint_blocks_upstream(
         told,
         plan_blocks(shot.num_frames, model.config.rollout.block_frames),
         sampler=sampler,
-        generator=torch.Generator(),
-        habits=Habits(_clip_noise(told.ref, shot), place),
+        draws=Draws(torch.Generator(), _clip_noise(told.ref, shot), place),
     )
     per_clip = shot.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(shot.clips):

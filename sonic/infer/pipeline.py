@@ -21,7 +21,7 @@ from sonic.infer.build import BUNDLED, Parts
 from sonic.infer.conditions import encode, fit_portrait
 from sonic.infer.decode import HANDOVERS, ahead, decoded
 from sonic.infer.report import Clock, Result, Watch, versions
-from sonic.infer.rollout import rollout
+from sonic.infer.rollout import Draws, rollout
 from sonic.model.warp import Canvas
 from sonic.types import FrameChunk, Scene
 
@@ -60,7 +60,7 @@ def film(scene: Scene, parts: Parts, settings: Settings, *, clock: Clock | None 
         canvas = Canvas(torch.from_numpy(scene.portrait.pixels), crop)
     spans = plan_blocks(scene.num_frames, parts.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(scene.seed)
-    blocks = rollout(parts.model, conditions, spans, sampler=settings.sampler, generator=rng)
+    blocks = rollout(parts.model, conditions, spans, sampler=settings.sampler, draws=Draws(rng))
     online = settings.decode.online
     stage = {"prepare": _half_the_threads} if online else {}
     latents = HANDOVERS[online](clock.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)

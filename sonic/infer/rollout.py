@@ -20,10 +20,11 @@ from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 TIMESTEPS = 1000.0  # a timestep is 1000·sigma
 
 
-class Habits(NamedTuple):
-    """Other ways to settle what is free in a rollout: the noise of a block (default: the generator's next draw), and the time id
-    of the reference in each forward (default: the configured rule)."""
+class Draws(NamedTuple):
+    """What is free in a rollout and how it is settled: by a generator; or, for the noise of a block and for the time id of the
+    reference in each forward (default: the configured rule), by somebody else."""
 
+    generator: torch.Generator
     noise: Callable[[BlockSpan], Tensor] | None = None
     ref_position: Callable[[BlockSpan], int] | None = None
 
@@ -35,9 +36,8 @@ def rollout(
     spans: Iterable[BlockSpan],
     *,
     sampler: SamplerConfig,
-    generator: torch.Generator,
+    draws: Draws,
     unguided: Conditions | None = None,
-    habits: Habits | None = None,
 ) -> Iterator[LatentBlock]:
     """Blocks of clean latents, each as soon as it is done; what is kept does not grow with their number.
 
@@ -47,16 +47,15 @@ def rollout(
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
     told = (conditions,) if sampler.sample_guide_scale == 1 else (conditions, unguided or conditions.drop("audio"))
     caches = [model.prefill(each, model.new_cache(each, steps=len(sigmas) - 1)) for each in told]
-    habits = habits or Habits()
     for span in spans:
-        noise = habits.noise(span) if habits.noise else _noise(conditions.ref, span.latent_frames, generator)
+        noise = draws.noise(span) if draws.noise else _noise(conditions.ref, span.latent_frames, draws.generator)
         inputs = [model.prepare_block(each.at(span), span) for each in told]
         velocities = [
-            _block_velocity(model, each, cache=cache, sigmas=sigmas, ref_position=habits.ref_position)
+            _block_velocity(model, each, cache=cache, sigmas=sigmas, ref_position=draws.ref_position)
             for each, cache in zip(inputs, caches, strict=True)
         ]
         velocity = guidance(velocities[-1], sampler.sample_guide_scale)(velocities[0])
-        yield LatentBlock(sample(velocity, noise, sigmas, generator), span)
+        yield LatentBlock(sample(velocity, noise, sigmas, draws.generator), span)
 
 
 @torch.no_grad()
