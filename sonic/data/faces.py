@@ -36,8 +36,12 @@ class Identity:
         return self.mouth.gap
 
 
-def draw_identity(rng: np.random.Generator, resolution: int, *, split: str = "train", jitter: float = 1.0) -> Identity:
+def draw_identity(
+    rng: np.random.Generator, resolution: int, *, split: str = "train", jitter: float = 1.0, photographs: float = 0.25
+) -> Identity:
     """A new person at rest.  `split` keeps the people of "train" and "test" apart; `jitter` scales how far the crop is off.
+
+    A share `photographs` of them is no person but a lip painted on a photograph of anything, good for training only.
 
     Raises ValueError for another split.
     """
@@ -46,7 +50,7 @@ def draw_identity(rng: np.random.Generator, resolution: int, *, split: str = "tr
     rng = np.random.default_rng([rng.integers(2**31), ("train", "test").index(split)])
     shape = _place_mouth(rng, resolution, jitter)
     painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution))
-    picture = _painted_photograph(painter) if rng.random() < 0.25 else _drawn_person(painter)
+    picture = _painted_photograph(painter) if rng.random() < photographs else _drawn_person(painter)
     picture = _camera(rng, picture)
     return Identity((picture * 255).round().astype(np.uint8), painter.shape)
 

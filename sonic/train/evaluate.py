@@ -99,7 +99,7 @@ def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
     for number in range(config.clips):
         rng = np.random.default_rng((config.seed, number, 2))
         said, other = (voices.say(rng, split="test", seconds=frames / FPS) for _ in range(2))
-        person = faces.draw_identity(rng, resolution, split="test")
+        person = faces.draw_identity(rng, resolution, split="test", photographs=0)
         visemes, others = (torch.from_numpy(voices.viseme_track(each, frames)) for each in (said, other))
         truth, _ = faces.animate(person, visemes)
         samples = voices.augment(said.samples, rng) if config.noisy else said.samples
