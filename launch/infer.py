@@ -24,23 +24,23 @@ def infer(config: InferConfig, run: Run) -> None:
     # torch and the models: not before the command line is known to be right
     from sonic.data.video import check_output
     from sonic.infer.build import build_parts
-    from sonic.infer.pipeline import Settings, generate, open_scene
+    from sonic.infer.pipeline import generate
     from sonic.infer.report import Clock, Watch, draw_contact_sheet
+    from sonic.infer.scene import Settings, open_scene
 
     clock = Clock(begun)
     with clock.stage("load"):
         scene = open_scene(config)
         height, width = scene.portrait.pixels.shape[:2]
         if config.output:
-            check_output(config.output, width, height, num_frames=scene.num_frames)
+            check_output(config.output, width, height, num_frames=scene.num_frames, fps=scene.fps)
         parts = build_parts(config.model, config.run)
     if config.prompt and config.model.name == "preview":
         log.warning("prompt is not read: the preview was trained without text")
     output = Path(config.output) if config.output else run.open() / "out.mp4"
     run.open()
     watch = Watch(scene)
-    settings = Settings(config.sampler, config.decode, config.motion, config.face.expand_ratio)
-    result = generate(scene, parts, settings, output=output, clock=clock, watch=watch)
+    result = generate(scene, parts, Settings.of(config), output=output, clock=clock, watch=watch)
     run.write_json("result.json", asdict(result))
     draw_contact_sheet(watch, run.path / "contact_sheet.png")
     log.info("%s\npapers in %s", result.summary(), run.path)

@@ -34,8 +34,12 @@ SHORT = {
     "face_box": "face.box",
     "expand_ratio": "face.expand_ratio",
     "weights": "model.weights",
+    "checkpoint": "model.weights",
+    "schedule": "sampler.schedule",
+    "compat": "video.compat",
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+DEFAULT_MODEL = "preview"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 log = logging.getLogger("sonic")
@@ -134,8 +138,9 @@ def entry_knobs(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]
 
 
 def options(group: str) -> list[str]:
-    """Names that a config group offers, from conf/ and recipes/."""
-    return sorted({path.stem for place in ("conf", "recipes") for path in (ROOT / place / group).glob("*.yaml")})
+    """Names that a config group offers, from conf/ and recipes/: files, and folders with a file for every model."""
+    found = [path for place in ("conf", "recipes") for path in (ROOT / place / group).glob("*")]
+    return sorted({path.stem for path in found if path.suffix == ".yaml" or path.is_dir()})
 
 
 def groups(entry: Entry) -> dict[str, list[str]]:
@@ -182,7 +187,19 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
+    for key in entry.collections:
+        if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
+            selections[key] += "/" + _for_model(key, name, selections.get("model", ""))
     return list(selections.values()), values
+
+
+def _for_model(key: str, name: str, selection: str) -> str:
+    """The model that a choice with a file for each model is made for. Raises ValueError with its reason where that refuses."""
+    model = selection.partition("=")[2] or DEFAULT_MODEL
+    refused = (yaml.safe_load((ROOT / "conf" / key / name / f"{model}.yaml").read_text()) or {}).get("refused")
+    if refused:
+        raise ValueError(f"{key}={name} does not go with model={model}: {refused}")
+    return model
 
 
 def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:

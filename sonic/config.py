@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
-SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted")
+SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar_4step", "live_avatar_3step")
+FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are tables
 PHOTO_SIZE = "photo"
 
 
@@ -110,16 +111,20 @@ class MotionConfig:
 
 @dataclass
 class RolloutConfig:
-    """The block-causal way of running: latent frames in a block, blocks a ring remembers, where the reference sits."""
+    """How a film is rolled out: block by block (latent frames in a block, blocks a ring remembers, where the reference sits), or in
+    whole clips of `clip_frames` video frames; at `fps`."""
 
     block_frames: int = 3
     window_blocks: int = 3
     ref_position: int = 30
     ref_distance: int = 16
+    fps: int = 25
+    clip_frames: int = knob(0, "video frames of a clip with full attention; 0 = block by block")
 
     def __post_init__(self) -> None:
         sizes = f"block_frames={self.block_frames} and window_blocks={self.window_blocks}"
         require(self.block_frames >= 1 and self.window_blocks >= 1, f"model.rollout: {sizes} must be at least 1")
+        require(self.fps >= 1 and self.clip_frames >= 0, f"model.rollout: fps={self.fps} and clip_frames={self.clip_frames} are impossible")
         inside = 0 <= self.ref_distance <= self.ref_position
         require(inside, f"model.rollout.ref_distance={self.ref_distance} must lie between 0 and ref_position={self.ref_position}")
 
@@ -149,7 +154,7 @@ class ModelConfig:
     autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
     speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
-    weights: str = knob("", "folder of weights; empty = the bundled ones")
+    weights: str = knob("", "folder of weights, or a checkpoint made by launch/convert.py; empty = the bundled ones")
     lora: LoraConfig = knob(LoraConfig)
 
     def __post_init__(self) -> None:
@@ -166,14 +171,20 @@ class SamplerConfig:
     """How noise becomes latents."""
 
     name: str = knob("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = knob("linear", "where the noise levels lie: linear, unipc or twice_shifted")
-    sample_steps: int = knob(4, "forward passes per block; more is slower and finer")
+    schedule: str = knob("linear", "where the noise levels lie: linear, unipc, twice_shifted, live_avatar_4step, live_avatar_3step")
+    sample_steps: int = knob(4, "forward passes per block; more is slower and finer; 0 = as many as the schedule's table has")
     sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")
     sample_shift: float = knob(3.0, "above 1 spends more of the steps at high noise")
+    negative_prompt: str = knob("", "what guidance leads away from, for the models that read text")
 
     def __post_init__(self) -> None:
         one_of(self.name, SAMPLER_NAMES, "sampler.name")
         one_of(self.schedule, SCHEDULE_NAMES, "sampler.schedule")
+        fixed = FIXED_STEPS.get(self.schedule, 0)
+        agree = self.sample_steps in (0, fixed) or not fixed
+        sentence = f"sampler.schedule={self.schedule} is a table of {fixed} steps, not of sampler.sample_steps={self.sample_steps}"
+        require(agree, f"{sentence}; leave one of the two out")
+        self.sample_steps = fixed or self.sample_steps
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
         require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
@@ -185,24 +196,32 @@ class VideoConfig:
     """The film that comes out."""
 
     size: str = knob(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
-    infer_frames: int = knob(48, "frames in a clip, a multiple of 12; counts only together with num_clip")
+    infer_frames: int = knob(0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, whose clips only count")
     num_clip: int = knob(0, "clips to make at most; 0 = until the audio ends")
-    fps: int = knob(25, "frames per second; the models speak at 25")
+    fps: int = knob(0, "frames per second; 0 = the model's own, the only one it can make")
+    compat: str = knob("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
 
     def __post_init__(self) -> None:
         if self.size != PHOTO_SIZE:
             parse_size(self.size)
-        below = max(12, self.infer_frames // 12 * 12)
-        near = f"use {below} or {below + 12}" if self.infer_frames > 12 else "use 12 or more"
-        whole = self.infer_frames >= 12 and self.infer_frames % 12 == 0
-        require(whole, f"video.infer_frames={self.infer_frames} is not a multiple of 12 (a block is 3 latent frames of 4 frames); {near}")
+        one_of(self.compat, ("", "upstream"), "video.compat")
+        require(self.infer_frames >= 0, f"video.infer_frames={self.infer_frames}: need 0 (the model's own) or more")
         require(self.num_clip >= 0, f"video.num_clip={self.num_clip}: need 0 (until the audio ends) or more")
-        require(self.fps == 25, f"video.fps={self.fps} cannot be made: the models are trained at 25 frames per second; use 25")
 
-    @property
-    def max_frames(self) -> int | None:
-        """The most frames the clips allow; None = until the audio ends."""
-        return self.num_clip * self.infer_frames or None
+
+def settle_video(video: VideoConfig, rollout: RolloutConfig) -> None:
+    """Give the film the model's own clip length and frames per second, or raise ValueError where those asked for are impossible."""
+    require(
+        video.fps in (0, rollout.fps),
+        f"video.fps={video.fps} cannot be made: this model is trained at {rollout.fps} frames per second; use {rollout.fps}",
+    )
+    step = 4 if rollout.clip_frames else 4 * rollout.block_frames
+    frames = video.infer_frames or rollout.clip_frames or 48 // step * step or step
+    below = max(step, frames // step * step)
+    near = f"use {below} or {below + step}" if frames > step else f"use {step} or more"
+    why = "a latent frame is 4 frames" if rollout.clip_frames else f"a block is {rollout.block_frames} latent frames of 4 frames"
+    require(frames % step == 0, f"video.infer_frames={frames} is not a multiple of {step} ({why}); {near}")
+    video.fps, video.infer_frames = rollout.fps, frames
 
 
 @dataclass
@@ -284,6 +303,7 @@ class InferConfig:
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie between 0 and 2^63 - 1")
         for name in ("image", "audio"):
             require(getattr(self, name) != "", f"{name}= is empty; name a file")
+        settle_video(self.video, self.model.rollout)
 
 
 @dataclass
@@ -325,3 +345,22 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         require(self.film != "", "film= is empty; name the MP4 to judge")
+
+
+@dataclass
+class ConvertConfig:
+    """Published checkpoints become ready ones, once: python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"""
+
+    source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint")
+    live_avatar: str = knob("", "the downloaded LiveAvatar folder, whose adapter is merged; empty = plain Wan2.2-S2V")
+    output: str = knob("", "the folder to make")
+    to: str = knob("ready", "ready, or official = the transformer under its published names again")
+    lora_alpha: float = knob(64.0, "strength that the adapter was trained with; the file does not hold it")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.to, ("ready", "official"), "to")
+        for name in ("source", "output"):
+            require(getattr(self, name) != "", f"{name}= is empty; name a folder")
+        require(self.lora_alpha > 0, f"lora.alpha={self.lora_alpha}: need a positive number; the published adapter uses 64")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sonic.geometry import FPS
 from sonic.geometry import BlockSpan as BlockSpan
 
 T = TypeVar("T")
@@ -140,11 +141,11 @@ class Mouth:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A photograph, uint8 [H,W,3], and where its face and mouth are."""
+    """A photograph, uint8 [H,W,3], and where its face and mouth are; None for models that paint the whole picture."""
 
     pixels: np.ndarray
-    face: FaceBox
-    mouth: Mouth
+    face: FaceBox | None = None
+    mouth: Mouth | None = None
 
     def __post_init__(self) -> None:
         _expect_picture("pixels", self.pixels, ndim=3)
@@ -187,12 +188,16 @@ class Speech:
 
 @dataclass(frozen=True)
 class Scene:
-    """Who says what: the portrait at the size of the film, the recording, how many frames of it, and the seed."""
+    """Who says what: the portrait at the size of the film, the recording, how many frames of it at `fps`, the seed, and for models
+    that read text what to show and what not."""
 
     portrait: Portrait
     speech: Speech
     num_frames: int
     seed: int = 0
+    fps: int = FPS
+    prompt: str = ""
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:

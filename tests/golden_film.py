@@ -11,7 +11,7 @@ from golden_vae import vae_of
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.infer.conditions import published_picture
+from sonic.infer.conditions import published_picture, signed
 from sonic.infer.painted import Shot, paint_blocks_upstream, paint_clips
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import clips_of, frame_places, pick_frames
@@ -40,7 +40,7 @@ def _shot(case: Case, fps: int) -> Shot:
     frames = call["infer_frames"] * clips_of(states.shape[1], call["infer_frames"], fps)
     audio = pick_frames(states, frame_places(frames, fps)).permute(1, 2, 0)[None]
     return Shot(
-        picture=published_picture(inputs["image"].numpy(), call["max_area"]),
+        picture=signed(published_picture(inputs["image"].numpy(), call["max_area"])),
         text=inputs["context"][None],
         negative=inputs.get("context_null", inputs["context"])[None],
         audio=audio,

@@ -192,7 +192,7 @@ def test_weights_that_are_not_there(sentence, inputs):
 
 @pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
 def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
-    assert "model.weights=FOLDER" in sentence(f"model={model}", *FACE)
+    assert "checkpoint=FOLDER" in sentence(f"model={model}", *FACE)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import sonic.app
 from sonic import config as knobs_of
 from sonic.app import Entry, compose, entry_knobs, groups, help_text, options
-from sonic.config import BenchConfig, InferConfig, JudgeConfig, parse_size
+from sonic.config import BenchConfig, ConvertConfig, InferConfig, JudgeConfig, parse_size
 from sonic.data.settings import PrecomputeConfig
 from sonic.flow.path import PREDICTIONS
 from sonic.flow.samplers import SAMPLERS
@@ -29,11 +29,16 @@ ENTRIES = {
     "infer": INFER,
     "bench": Entry("bench", BenchConfig),
     "evaluate": Entry("evaluate", EvaluateConfig),
+    "convert": Entry("convert", ConvertConfig, collections=()),
     "judge": Entry("judge", JudgeConfig, collections=()),
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }
-NEEDED = {"train": ["budget.max_steps=1"], "judge": ["film=out.mp4"]}  # knobs without which a command has no meaning
+NEEDED = {
+    "train": ["budget.max_steps=1"],
+    "judge": ["film=out.mp4"],
+    "convert": ["source=a", "output=b"],
+}  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 
@@ -45,6 +50,8 @@ def test_every_command_composes_without_arguments(name):
 
 @pytest.mark.parametrize(("name", "group", "option"), CHOICES)
 def test_every_choice_composes(name, group, option):
+    if (ROOT / "conf" / group / option).is_dir():
+        return  # test_a_preset_fits_every_model_or_says_why_not
     needed = [] if group in ("train", "precompute") else NEEDED.get(name, [])
     assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
 
@@ -52,7 +59,27 @@ def test_every_choice_composes(name, group, option):
 def test_every_yaml_belongs_to_a_command():
     files = {path.relative_to(ROOT / place) for place in ("conf", "recipes") for path in (ROOT / place).rglob("*.yaml")}
     known = {Path(f"{name}.yaml") for name in ENTRIES} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
-    assert files == known
+    per_model = {Path("preset", preset, f"{model}.yaml") for preset in options("preset") for model in options("model")}
+    assert files == {path for path in known if path.parent != Path("preset")} | per_model
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("preset", options("preset"))
+def test_a_preset_fits_every_model_or_says_why_not(preset, model):
+    try:
+        found = compose(INFER, [f"model={model}", f"+preset={preset}"])
+    except ValueError as refusal:
+        assert f"preset={preset} does not go with model={model}" in str(refusal)
+        assert "use " in str(refusal)
+    else:
+        assert found.model.name == model
+
+
+def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
+    found = compose(INFER, ["model=live_avatar_14b", "+preset=standard", "schedule=live_avatar_3step"])
+    assert found.sampler.sample_steps == 3
+    with pytest.raises(ValueError, match="a table of 3 steps"):
+        compose(INFER, ["schedule=live_avatar_3step", "sampler.sample_steps=4"])
 
 
 @pytest.mark.parametrize("name", options("model"))

@@ -29,10 +29,11 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "model": {*NUMBERS, "data.speech"},
     "data": NUMBERS,
     "parallel": {"model", *NUMBERS},
-    "infer": BELOW_INFER,
-    "train": {*BELOW_INFER, "infer"},
+    "checkpoint": {"model", *NUMBERS},
+    "infer": {*BELOW_INFER, "checkpoint"},
+    "train": {*BELOW_INFER, "checkpoint", "infer"},
     "app": {"config", "runs"},
-    "launch": {"app", "runs", "config", "infer", "train", "data", "parallel.planner"},
+    "launch": {"app", "runs", "checkpoint", "config", "infer", "train", "data", "parallel.planner"},
 }
 DOORS = {  # third party -> the only places that may import it
     "hydra": {"sonic/app.py", "launch"},

@@ -19,8 +19,9 @@ from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import face_crop
 from sonic.infer.conditions import encode, fit_portrait, head_pose
 from sonic.infer.decode import ahead, at_the_end
-from sonic.infer.pipeline import Settings, film
+from sonic.infer.pipeline import film
 from sonic.infer.report import Watch
+from sonic.infer.scene import Settings
 from sonic.types import FaceBox, Mouth, Portrait
 
 KEYS = {

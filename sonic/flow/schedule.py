@@ -37,7 +37,23 @@ def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
     return [shift_up(1 - (1 - lowest) * index / intervals, shift) for index in range(steps)] + [0.0]
 
 
-SCHEDULES: dict[str, Schedule] = {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted}
+def live_avatar_4step(steps: int = 4, shift: float = 3.0) -> list[float]:
+    """The few-step table written out: what `twice_shifted` gives for 4 steps and shift 3."""
+    return twice_shifted(4, 3.0)
+
+
+def live_avatar_3step(steps: int = 3, shift: float = 3.0) -> list[float]:
+    """The same table without the touch-up at its end."""
+    return [*twice_shifted(4, 3.0)[:3], 0.0]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": linear,
+    "unipc": unipc,
+    "twice_shifted": twice_shifted,
+    "live_avatar_4step": live_avatar_4step,
+    "live_avatar_3step": live_avatar_3step,
+}
 
 
 def sigmas_of(name: str, steps: int, shift: float) -> Tensor:

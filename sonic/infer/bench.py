@@ -19,8 +19,9 @@ from sonic.config import BenchConfig, InferConfig, ModelConfig, parse_size
 from sonic.geometry import FPS
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.conditions import resized
-from sonic.infer.pipeline import Settings, generate, open_scene
+from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
+from sonic.infer.scene import Settings, open_scene
 from sonic.model.flops import gemm_fraction
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 

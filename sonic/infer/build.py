@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from sonic import assets
+from sonic.checkpoint.ready import Ready
 from sonic.config import ModelConfig, RunConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import merge_lora, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
+from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.weights import load_weights
 from sonic.types import pick
 
@@ -43,7 +46,30 @@ class Parts:
         return next(self.model.parameters()).dtype
 
 
-def build_parts(config: ModelConfig, run: RunConfig) -> Parts:
+@dataclass(frozen=True)
+class ReadyParts:
+    """What a painted film runs on, out of a ready checkpoint: encoders come and go, transformer and VAE come when they are asked for."""
+
+    config: ModelConfig
+    checkpoint: Ready
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def model(self) -> AvatarDiT:
+        """The transformer, with the adapter of model.lora merged."""
+        model = self.checkpoint.transformer(self.config, device=self.device, dtype=self.dtype)
+        if self.config.lora.path:
+            merge_lora(model, read_lora(self.config.lora.path), self.config.lora.alpha)
+        return model
+
+    @cached_property
+    def autoencoder(self) -> WanAutoencoder:
+        """The Wan VAE."""
+        return self.checkpoint.autoencoder(self.device)
+
+
+def build_parts(config: ModelConfig, run: RunConfig) -> Parts | ReadyParts:
     """Model, autoencoder and speech encoder as configured, with weights, ready to run.
 
     Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
@@ -51,7 +77,9 @@ def build_parts(config: ModelConfig, run: RunConfig) -> Parts:
     if run.threads:
         torch.set_num_threads(run.threads)
     device = find_device(run.device)
-    _check_known(config)
+    if config.autoencoder == "wan":
+        checkpoint = Ready.open(Path(_needed(config)))
+        return ReadyParts(checkpoint.config(config), checkpoint, device, pick(DTYPES, run.dtype, "run.dtype"))
     files = weight_files(config)
     parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
     load_weights(parts.model, files.dit)
@@ -105,21 +133,11 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_known(config: ModelConfig) -> None:
-    """The published 14B models can be described and measured here, but their autoencoder and speech encoder are not included."""
-    missing = [
-        f"model.{knob}={name}"
-        for knob, name, table in (
-            ("autoencoder", config.autoencoder, AUTOENCODERS),
-            ("speech_encoder", config.speech_encoder, SPEECH_ENCODERS),
-        )
-        if name not in table
-    ]
-    if not missing:
-        return
+def _needed(config: ModelConfig) -> str:
+    """The checkpoint of a model that has no bundled weights."""
     if not config.weights:
         raise ValueError(
-            f"model={config.name} has no bundled weights: it needs model.weights=FOLDER with the published checkpoint "
-            "(Wan-AI/Wan2.2-S2V-14B; for live_avatar_14b also Quark-Vision/Live-Avatar); model=preview needs nothing"
+            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by launch/convert.py of the published "
+            "Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
         )
-    raise ValueError(f"model={config.name} needs {' and '.join(missing)}, which this version cannot load yet; use model=preview")
+    return config.weights

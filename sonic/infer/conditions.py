@@ -58,20 +58,28 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     )
 
 
-def whole_picture(pixels: np.ndarray, max_area: int) -> Tensor:
+def painted_size(pixels: np.ndarray, size: str) -> int:
+    """Pixels that a painted film may have at most."""
+    if size == PHOTO_SIZE:
+        return min(LARGEST_AREA, pixels.shape[0] * pixels.shape[1])
+    width, height = parse_size(size)
+    return width * height
+
+
+def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     """The picture at the size that painted films have: scaled until it covers that size, and cut to it around its middle.
 
-    uint8 [H,W,3] -> [1,3,height,width] in [-1,1]
+    uint8 [H,W,3] -> uint8 [height,width,3]
     """
     high, wide = pixels.shape[:2]
     width, height = wan_size(wide, high, max_area)
     scale = max(width / wide, height / high)
     large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
     top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
-    return _signed(large[top : top + height, left : left + width])
+    return np.ascontiguousarray(large[top : top + height, left : left + width])
 
 
-def published_picture(pixels: np.ndarray, max_area: int) -> Tensor:
+def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     """The same as the published pipelines fit it: its SHORTER side to the film's shorter side, black bars where that is too small."""
     high, wide = pixels.shape[:2]
     width, height = wan_size(wide, high, max_area)
@@ -81,7 +89,7 @@ def published_picture(pixels: np.ndarray, max_area: int) -> Tensor:
     bars = [(max(0, size - have) // 2, (max(0, size - have) + 1) // 2) for size, have in ((height, new_high), (width, new_wide))]
     filled = np.pad(small, [*bars, (0, 0)])
     top, left = (round((have - size) / 2) for size, have in ((height, filled.shape[0]), (width, filled.shape[1])))
-    return _signed(filled[top : top + height, left : left + width])
+    return np.ascontiguousarray(filled[top : top + height, left : left + width])
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
@@ -111,6 +119,6 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
 
 
-def _signed(pixels: np.ndarray) -> Tensor:
+def signed(pixels: np.ndarray) -> Tensor:
     """uint8 [H,W,3] -> [1,3,H,W] in [-1,1]"""
     return rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "h w c -> 1 c h w").float() / 127.5 - 1

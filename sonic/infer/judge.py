@@ -21,8 +21,8 @@ from sonic.data.speech import load_speech
 from sonic.data.video import read_frames
 from sonic.geometry import FPS
 from sonic.infer.conditions import fit_portrait
-from sonic.infer.pipeline import PORTRAITS, RECORDINGS
 from sonic.infer.report import mouth_window
+from sonic.infer.scene import PORTRAITS, RECORDINGS
 from sonic.types import Portrait
 
 LOG = logging.getLogger(__name__)

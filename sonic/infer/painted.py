@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
+from sonic.infer.build import ReadyParts
+from sonic.infer.conditions import signed
+from sonic.infer.decode import HANDOVERS
+from sonic.infer.report import Clock
 from sonic.infer.rollout import Draws, rollout, sample_clip
+from sonic.infer.scene import LOST_FRAMES, Settings
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.types import BlockSpan, Conditions
+from sonic.types import BlockSpan, Conditions, FrameChunk, LatentBlock, Scene
+
+Stage = Callable[[str], AbstractContextManager]  # counts the time inside as that of a stage
 
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
 WARM_LATENTS = 7  # of the still picture, decoded before the first block so that the decoder's memory is full
-LOST_FRAMES = 3  # that the published pipelines cut off the first clip, so that the video runs ahead of its sound
 STILL_REPEATS = 5  # the published rollout shows its picture five times over wherever one frame is meant
 
 
@@ -52,10 +61,12 @@ class Shot:
 
 
 @torch.no_grad()
-def paint_clips(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False) -> Iterator[Tensor]:
+def paint_clips(
+    model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False, stage: Stage = nullcontext
+) -> Iterator[Tensor]:
     """Frames [1,3,F,H,W] in [-1,1], clip by clip with full attention; the last frames of each clip are the motion of the next.
 
-    `upstream` seeds every clip anew and cuts the first frames off, as the published pipeline does.
+    `upstream` seeds every clip anew and cuts the first frames off, as the published pipeline does. `stage` times.
     """
     ref, _ = vae.encode(shot.picture.unsqueeze(2))
     past = torch.zeros(1, 3, PAST_FRAMES, *shot.picture.shape[-2:], device=ref.device)
@@ -63,23 +74,36 @@ def paint_clips(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: S
     for index in range(shot.clips):
         if upstream:
             rng.manual_seed(shot.seed + index)
-        told = _told(shot, ref, motion, frames=slice(index * shot.clip_frames, (index + 1) * shot.clip_frames), vae=vae)
-        told = told.to(dtype=_dtype(model))
-        latent_frames = shot.clip_frames // FRAMES_PER_LATENT
-        latents = sample_clip(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
-        seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
+        with stage("denoise"):
+            told = _told(shot, ref, motion, frames=slice(index * shot.clip_frames, (index + 1) * shot.clip_frames), vae=vae)
+            told, latent_frames = told.to(dtype=_dtype(model)), shot.clip_frames // FRAMES_PER_LATENT
+            latents = sample_clip(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
+        with stage("decode"):
+            seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
         frames = seen[:, :, -shot.clip_frames :]
         if upstream and index == 0:
             frames = frames[:, :, LOST_FRAMES:]
         yield frames
         past = torch.cat((past, frames), dim=2)[:, :, -PAST_FRAMES:]
         if index + 1 < shot.clips:
-            motion, _ = vae.encode(past)
+            with stage("decode"):
+                motion, _ = vae.encode(past)
 
 
 @torch.no_grad()
-def paint_blocks(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig) -> Iterator[Tensor]:
-    """Frames [1,3,12,H,W] in [-1,1], block by block over the KV rings; the decoder is a stream too, so nothing grows with time."""
+def paint_blocks(
+    model: AvatarDiT,
+    vae: WanAutoencoder,
+    shot: Shot,
+    *,
+    sampler: SamplerConfig,
+    hand_over: Callable[[Iterator[LatentBlock]], Iterator[LatentBlock]] = iter,
+    stage: Stage = nullcontext,
+) -> Iterator[Tensor]:
+    """Frames [1,3,12,H,W] in [-1,1], block by block over the KV rings; the decoder is a stream too, so nothing grows with time.
+
+    Latents pass through `hand_over` on their way to the decoder, which may be on another thread.
+    """
     still = shot.picture.unsqueeze(2)
     ref, _ = vae.encode(still)
     motion, _ = vae.encode(still.expand(-1, -1, PAST_FRAMES, -1, -1))
@@ -87,8 +111,10 @@ def paint_blocks(model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: 
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(shot.seed)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    for block in rollout(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)):
-        frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
+    blocks = hand_over(rollout(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)))
+    for block in blocks:
+        with stage("decode"):
+            frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
         yield frames
 
 
@@ -100,6 +126,7 @@ def paint_blocks_upstream(
     *,
     sampler: SamplerConfig,
     ref_distances: Iterator[int] | None = None,
+    stage: Stage = nullcontext,
 ) -> Iterator[Tensor]:
     """The same with the habits of the published single-GPU pipeline, clip by clip: its picture repeated five times, seeds per clip,
     a reference that wanders (`ref_distances`, one per forward; there unseeded, here from the seed), frames encoded again, and
@@ -112,23 +139,65 @@ def paint_blocks_upstream(
     draws = random.Random(shot.seed)
     distances = iter(lambda: draws.randint(4, 30), None) if ref_distances is None else ref_distances
     place = lambda span: ref_time_id(span.start, ref_position=model.config.rollout.ref_position, distance=next(distances))  # noqa: E731
-    blocks = rollout(
-        model,
-        told,
-        plan_blocks(shot.num_frames, model.config.rollout.block_frames),
-        sampler=sampler,
-        draws=Draws(torch.Generator(), _clip_noise(told.ref, shot), place),
-    )
+    spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
+    chosen = Draws(torch.Generator(), _clip_noise(told.ref, shot), place)
+    blocks = rollout(model, told, spans, sampler=sampler, draws=chosen, unguided=_against(shot, told))
     per_clip = shot.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(shot.clips):
-        latents = torch.cat([block.latents for _, block in zip(range(per_clip), blocks, strict=False)], dim=2).to(ref.dtype)
-        seen, _ = vae.decode(torch.cat((motion, latents), dim=2))
+        with stage("denoise"):
+            latents = torch.cat([block.latents for block in islice(blocks, per_clip)], dim=2).to(ref.dtype)
+        with stage("decode"):
+            seen, _ = vae.decode(torch.cat((motion, latents), dim=2))
         frames = seen[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
         frames = frames[:, :, LOST_FRAMES:] if index == 0 else frames
         yield frames
         past = torch.cat((past, frames[:, :, -PAST_FRAMES:]), dim=2)[:, :, -past.shape[2] :]
         if index + 1 < shot.clips:
-            motion, _ = vae.encode(past)
+            with stage("decode"):
+                motion, _ = vae.encode(past)
+
+
+def film_painted(scene: Scene, parts: ReadyParts, settings: Settings, *, clock: Clock) -> Iterator[FrameChunk]:
+    """The frames of a scene. Prompt and speech are encoded and their encoders gone before the transformer is loaded."""
+    with clock.stage("encode"):
+        shot = _shot(scene, parts, settings)
+    with clock.stage("load"):
+        model, vae = parts.model, parts.autoencoder
+    made = {"sampler": settings.sampler, "stage": clock.stage}
+    if parts.config.rollout.clip_frames:
+        frames = paint_clips(model, vae, shot, upstream=bool(settings.compat), **made)
+    elif settings.compat:
+        frames = paint_blocks_upstream(model, vae, shot, **made)
+    else:
+        hand_over = lambda blocks: HANDOVERS[settings.decode.online](  # noqa: E731
+            clock.each("denoise", blocks), settings.decode.queue, name="denoise"
+        )
+        frames = paint_blocks(model, vae, shot, hand_over=hand_over, **made)
+    start = 0
+    with closing(frames):
+        for some in frames:
+            pixels = rearrange(((some[0].float() + 1) * 127.5).round().clamp(0, 255).byte(), "c f h w -> f h w c")
+            yield FrameChunk(pixels[: scene.num_frames - start].cpu(), start)
+            start += min(len(pixels), scene.num_frames - start)
+            if start == scene.num_frames:
+                return
+
+
+def _shot(scene: Scene, parts: ReadyParts, settings: Settings) -> Shot:
+    """What the models are told, on their device; speech features reach to the end of the last block or clip."""
+    config, checkpoint, device = parts.config, parts.checkpoint, parts.device
+    length = config.text.text_len
+    whole = config.rollout.clip_frames or settings.compat
+    step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
+    frames = -(-scene.num_frames // step) * step
+    return Shot(
+        picture=signed(scene.portrait.pixels).to(device),
+        text=checkpoint.rows(scene.prompt, length, device),
+        negative=checkpoint.rows(scene.negative_prompt, length, device),
+        audio=checkpoint.hear(scene.speech.samples, frames, fps=scene.fps, device=device),
+        clip_frames=settings.clip_frames,
+        seed=scene.seed,
+    )
 
 
 def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: WanAutoencoder) -> Conditions:

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import sonic
-from sonic.geometry import FPS
-from sonic.types import FrameChunk, Portrait, Scene, Speech
+from sonic.types import FrameChunk, Portrait, Scene
 
 STAGES = ("load", "encode", "denoise", "decode", "write")
 PICTURES, PICTURE_WIDTH, GAP, STRIP = 12, 148, 4, 90
@@ -99,8 +98,10 @@ class Watch:
                 self.pictures[index] = self._strip(picture)
 
     def _strip(self, picture: np.ndarray) -> Image.Image:
-        """The frame above its face, as wide as a column of the sheet."""
+        """The frame above its face where that is known, as wide as a column of the sheet."""
         face = self.scene.portrait.face
+        if face is None:
+            return _at_width(Image.fromarray(np.ascontiguousarray(picture)), PICTURE_WIDTH)
         left, top = max(0, int(face.x - face.width / 4)), max(0, int(face.y))
         near = picture[top : int(face.y + 1.3 * face.height), left : int(face.x + 1.25 * face.width)]
         views = [_at_width(Image.fromarray(np.ascontiguousarray(view)), PICTURE_WIDTH) for view in (picture, near)]
@@ -111,7 +112,9 @@ class Watch:
 
 
 def mouth_window(portrait: Portrait) -> tuple[slice, slice]:
-    """Rows and columns of the photograph in which the mouth moves."""
+    """Rows and columns of the photograph in which the mouth moves; all of them when nobody knows where it is."""
+    if portrait.mouth is None:
+        return slice(None), slice(None)
     mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
     top, bottom = int(mouth.y - 0.7 * mouth.half_width), int(mouth.y + 1.3 * mouth.half_width) + 1
     left, right = int(mouth.x - 1.2 * mouth.half_width), int(mouth.x + 1.2 * mouth.half_width) + 1
@@ -130,10 +133,10 @@ def draw_contact_sheet(watch: Watch, path: Path) -> None:
     for column, (index, picture) in enumerate(zip(sorted(watch.pictures), pictures, strict=True)):
         left = GAP + column * (PICTURE_WIDTH + GAP)
         sheet.paste(picture, (left, GAP))
-        draw.text((left + PICTURE_WIDTH / 2, tall + 2 * GAP), f"{index / FPS:.2f} s", INK, font, "ma")
+        draw.text((left + PICTURE_WIDTH / 2, tall + 2 * GAP), f"{index / watch.scene.fps:.2f} s", INK, font, "ma")
     below = tall + 3 * GAP + 16
     columns = width - 2 * GAP
-    loud = _envelope(watch.scene.speech, watch.scene.num_frames, columns) * STRIP / 2
+    loud = _envelope(watch.scene, columns) * STRIP / 2
     for column, height in enumerate(loud):
         draw.line([(GAP + column, below + STRIP / 2 - height), (GAP + column, below + STRIP / 2 + height)], SOUND)
     times = np.linspace(0, len(watch.opening) - 1, columns)
@@ -156,9 +159,10 @@ def _at_width(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX if picture.width > width else Image.Resampling.BICUBIC)
 
 
-def _envelope(speech: Speech, num_frames: int, columns: int) -> np.ndarray:
+def _envelope(scene: Scene, columns: int) -> np.ndarray:
     """Loudest sample of each column in 0..1, over the length of the film."""
-    length = num_frames * speech.sample_rate // FPS
+    speech = scene.speech
+    length = scene.num_frames * speech.sample_rate // scene.fps
     edges = np.linspace(0, min(length, len(speech.samples)), columns + 1).astype(int)
     loud = np.array([np.abs(speech.samples[a : max(b, a + 1)]).max(initial=0) for a, b in zip(edges, edges[1:], strict=False)])
     return loud / max(1e-6, float(loud.max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,16 @@ class TextEncoder(nn.Module):
 
         Raises ValueError when the file cannot be read safely, or a tensor is missing or has no place.
         """
-        found = {to_transformers(name): tensor for name, tensor in _read(Path(path)).items()}
+        self.take(_read(Path(path)), str(path))
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take weights by their published names, in the precision they have. Raises ValueError unless all of them fit."""
+        found = {to_transformers(name): tensor for name, tensor in tensors.items()}
         wanted = {name for name in self.encoder.state_dict() if name != TIED}
         wrong = sorted(wanted ^ set(found))
         if wrong:
-            raise ValueError(f"{path}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another text encoder")
-        self.encoder.load_state_dict({**found, TIED: found["shared.weight"]})
+            raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another text encoder")
+        self.encoder.load_state_dict({**found, TIED: found["shared.weight"]}, assign=True)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
@@ -74,3 +79,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch names a dozen kinds of damage by a dozen kinds of errors
         raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
+
+
+class Tokenizer:
+    """transformers' tokenizer of a folder; prompts are cleaned as the published code cleans them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokens = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no tokenizer that can be read ({error}); fetch it again") from error
+
+    def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B,length], cut and padded to it."""
+        cleaned = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+        found = self.tokens(cleaned, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return found["input_ids"], found["attention_mask"]

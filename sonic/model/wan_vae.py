@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
 
+T = TypeVar("T")
 Cache = tuple  # what each causal convolution saw last; opaque
 
 
@@ -32,18 +33,19 @@ class WanAutoencoder(nn.Module):
 
         Raises ValueError when the file cannot be read safely, or a tensor is missing or has no place.
         """
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give the published Wan2.1_VAE.pth")
         try:
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            found = convert_wan_vae_to_diffusers(found)
-            self.blocks.load_state_dict(found)
+            self.take(found)
         except Exception as error:  # torch and diffusers name each kind of damage by another kind of error
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} is damaged or not a Wan VAE ({type(error).__name__}: {first}); fetch it again") from error
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take weights by their published names. Raises RuntimeError unless all of them fit."""
+        self.blocks.load_state_dict(to_diffusers(tensors))
 
     def encode(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """frames [B,3,F,H,W] in [-1,1] -> latents [B,16,T,H/8,W/8] and the cache for the frames that follow.
@@ -81,3 +83,10 @@ class WanAutoencoder(nn.Module):
 
     def _wide(self, name: str) -> Tensor:
         return rearrange(getattr(self, name), "c -> 1 c 1 1 1")
+
+
+def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The same values by diffusers' names instead of the published ones."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    return convert_wan_vae_to_diffusers(dict(tensors))

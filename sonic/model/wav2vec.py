@@ -44,17 +44,15 @@ class Wav2VecEncoder(nn.Module):
 
         Raises ValueError when a tensor is missing or has no place.
         """
-        found = {}
-        for name, tensor in load_file(path).items():
-            words = name.removeprefix("wav2vec2.").split(".")
-            found[".".join([*words[:-1], RENAMED.get(words[-1], words[-1])])] = tensor
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("lm_head.") and name != "masked_spec_embed"}
+        self.take(load_file(path), str(path))
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take weights by their published names. Raises ValueError unless all of them fit."""
+        found = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
         wanted = [name for name in self.encoder.state_dict() if name != "masked_spec_embed"]
         wrong = sorted(set(wanted) ^ set(found))
         if wrong:
-            raise ValueError(
-                f"{path}: tensor {wrong[0]} is missing or has no place ({len(wrong)} in all); the file is for another wav2vec2"
-            )
+            raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another wav2vec2")
         self.encoder.load_state_dict(found, strict=False)
 
     @torch.no_grad()
@@ -81,6 +79,13 @@ class Wav2VecEncoder(nn.Module):
         weight = next(self.encoder.parameters())
         out = self.encoder(wave.to(weight)[None], output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # transformers 5 lists the last one before its norm
+
+
+def to_transformers_speech(name: str) -> str:
+    """transformers' name of a published tensor; empty for those of the output layer and of the training's mask."""
+    words = name.removeprefix("wav2vec2.").split(".")
+    ours = ".".join([*words[:-1], RENAMED.get(words[-1], words[-1])])
+    return "" if ours.startswith("lm_head.") or ours == "masked_spec_embed" else ours
 
 
 def normalised(samples: np.ndarray) -> np.ndarray:
@@ -110,6 +115,12 @@ def pick_frames(states: Tensor, places: np.ndarray, *, around: int = 0, stride: 
     found = states[:, near.clamp(0, last)]
     inside = torch.from_numpy(places <= last).to(found)
     return rearrange(found, "n f k d -> f n (k d)") * rearrange(inside, "f -> f 1 1")
+
+
+def states_of(samples: int) -> int:
+    """Features at 30 a second that a recording of so many samples gives."""
+    states = 1 + max(0, samples - STATE_REACH) // STATE_SAMPLES
+    return int(states / STATES_PER_S * PICKED_PER_S)
 
 
 def clips_of(states: int, clip_frames: int, fps: float) -> int:

@@ -6,6 +6,7 @@ Files hold official names wherever a name has one, so a file written here loads 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -75,27 +76,44 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill the model from a safetensors file with official or our own names; precision and device stay the model's.
+    """Fill the model from a safetensors file, or from all of a folder, with official or our own names; precision and device stay
+    the model's, and tensors are read one at a time.
 
-    Raises ValueError in one sentence when the file is cut short, lacks a tensor, or has one too many or of another shape.
+    Raises ValueError in one sentence when a file is cut short, or a tensor is missing, one too many, or of another shape.
     """
     wanted = model.state_dict()
+    with ExitStack() as stack:
+        stored = {}
+        for file in _files(Path(path)):
+            opened = stack.enter_context(_opened(file))
+            stored |= {name if name in wanted else to_ours(name) or name: (opened, name) for name in opened.keys()}  # noqa: SIM118
+        _check_names(wanted, {ours: name for ours, (_, name) in stored.items()}, path)
+        for name, target in wanted.items():
+            opened, theirs = stored[name]
+            shape = opened.get_slice(theirs).get_shape()
+            if list(target.shape) != shape:
+                raise ValueError(
+                    f"weights {path}: tensor {theirs} has shape {shape}, the model needs {list(target.shape)}; "
+                    "use the file that was made for this model"
+                )
+        with torch.no_grad():
+            for name, target in wanted.items():
+                opened, theirs = stored[name]
+                target.copy_(opened.get_tensor(theirs))
+
+
+def _files(path: Path) -> list[Path]:
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not found or not found[0].exists():
+        raise ValueError(f"weights {path} do not exist; give the path of a safetensors file")
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator:
     try:
         with safe_open(str(path), framework="pt") as file:
-            stored = {name if name in wanted else to_ours(name) or name: name for name in file.keys()}  # noqa: SIM118
-            _check_names(wanted, stored, path)
-            for name, target in wanted.items():
-                shape = file.get_slice(stored[name]).get_shape()
-                if list(target.shape) != shape:
-                    raise ValueError(
-                        f"weights {path}: tensor {stored[name]} has shape {shape}, the model needs {list(target.shape)}; "
-                        "use the file that was made for this model"
-                    )
-            with torch.no_grad():
-                for name, target in wanted.items():
-                    target.copy_(file.get_tensor(stored[name]))
-    except FileNotFoundError:
-        raise ValueError(f"weights {path} do not exist; give the path of a safetensors file") from None
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"weights {path} cannot be read: the file is cut short or not safetensors ({error}); fetch it again") from error
 

@@ -26,7 +26,8 @@ from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts
-from sonic.infer.pipeline import Scene, Settings, film
+from sonic.infer.pipeline import film
+from sonic.infer.scene import Settings
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Speech
 

@@ -1,0 +1,144 @@
+"""The two published folders as they are downloaded: what is in them, and what has to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sonic.checkpoint.tensor_files import Stored, check, survey, survey_sharded
+from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.text import TIED, TextEncoder, to_transformers
+from sonic.model.wan_vae import WanAutoencoder, to_diffusers
+from sonic.model.wav2vec import Wav2VecEncoder, to_transformers_speech
+from sonic.model.weights import export
+
+DIT_STEM = "diffusion_pytorch_model"
+TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
+TOKENIZER, SPEECH = "google/umt5-xxl", "wav2vec2-large-xlsr-53-english"
+LORA_FILE = "liveavatar.safetensors"
+VAE_LATENTS = 16
+SPEECH_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
+    "conv_kernel", "conv_stride", "do_stable_layer_norm", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint: its tensors by the names they keep, the config it is built from, and files that go along."""
+
+    tensors: Mapping[str, Stored]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    halve: bool = False  # stored in bfloat16 whatever it came in
+
+
+def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
+    """The DiT of a folder and the config that fits it; `base` tells how it is run."""
+    given = _json(folder / "config.json")
+    tensors = survey_sharded(folder, DIT_STEM)
+    telling = ("patch_embedding.weight", "text_embedding.0.weight", "casual_audio_encoder.weights")
+    lacking = [name for name in telling if name not in tensors]
+    if lacking:
+        raise ValueError(f"{folder}: tensor {lacking[0]} of the transformer is missing; the folder is not a Wan2.2-S2V checkpoint")
+    try:
+        config = _model_config(given, tensors, base)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in export(AvatarDiT(config)).items()}
+    check(tensors, wanted, "transformer")
+    return Component(tensors, halve=True), config
+
+
+def text_encoder(folder: Path) -> Component:
+    """The umT5 encoder; its sizes are read off its tensors."""
+    tensors = survey(folder / TEXT_FILE)
+    shape = lambda name: _shape(tensors, name, folder / TEXT_FILE)  # noqa: E731
+    vocab_size, width = shape("token_embedding.weight")
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
+    config = {
+        "vocab_size": vocab_size,
+        "d_model": width,
+        "d_kv": shape("blocks.0.attn.q.weight")[0] // heads,
+        "d_ff": shape("blocks.0.ffn.fc1.weight")[0],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+    }
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in TextEncoder(config).encoder.state_dict().items()}
+    wanted.pop(TIED)
+    check({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder")
+    return Component(tensors, config, halve=True)
+
+
+def autoencoder(folder: Path) -> Component:
+    """The Wan VAE, kept in the precision it comes in."""
+    tensors = survey(folder / VAE_FILE)
+    config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
+    check(to_diffusers(tensors), wanted, "VAE")
+    return Component(tensors, config)
+
+
+def speech_encoder(folder: Path) -> Component:
+    """wav2vec2 without its output layer."""
+    given = _json(folder / SPEECH / "config.json")
+    config = {name: given[name] for name in SPEECH_KEYS if name in given}
+    file = folder / SPEECH / "model.safetensors"
+    tensors = survey(file if file.is_file() else file.with_name("pytorch_model.bin"))
+    tensors = {name: tensor for name, tensor in tensors.items() if to_transformers_speech(name)}
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
+    wanted.pop("masked_spec_embed", None)
+    check({to_transformers_speech(name): tensor for name, tensor in tensors.items()}, wanted, "speech encoder")
+    return Component(tensors, config)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files of the tokenizer."""
+    found = sorted(path for path in (folder / TOKENIZER).glob("*") if path.is_file() and not path.name.startswith("."))
+    if not any(path.name == "tokenizer.json" for path in found):
+        raise ValueError(f"{folder / TOKENIZER / 'tokenizer.json'} does not exist; fetch the tokenizer again")
+    return found
+
+
+def _model_config(given: Mapping[str, Any], tensors: Mapping[str, Stored], base: ModelConfig) -> ModelConfig:
+    trunk = TrunkConfig(
+        hidden_dim=given["dim"],
+        ffn_dim=given["ffn_dim"],
+        num_heads=given["num_heads"],
+        num_layers=given["num_layers"],
+        patch_size=list(tensors["patch_embedding.weight"].shape[2:]),
+        latent_channels=given["in_dim"],
+        freq_dim=given["freq_dim"],
+        eps=given["eps"],
+    )
+    layers = tensors["casual_audio_encoder.weights"].shape[1]
+    audio = AudioConfig(given["audio_dim"], layers, given["num_audio_token"], list(given["audio_inject_layers"]))
+    text = TextConfig(tensors["text_embedding.0.weight"].shape[1], given["text_len"])
+    return replace(base, trunk=trunk, audio=audio, text=text)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; name the folder that was downloaded") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
+
+
+def _shape(tensors: Mapping[str, Stored], name: str, path: Path) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"{path}: tensor {name} is missing; the file is for another model")
+    return tensors[name].shape

@@ -1,0 +1,113 @@
+"""The ready checkpoint: each component in a folder of its own, a manifest, and what loads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sonic.checkpoint.tensor_files import Stored, read, survey_sharded
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.text import TextEncoder, Tokenizer
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.model.wav2vec import Wav2VecEncoder
+from sonic.model.weights import load_weights
+
+FORMAT = "sonic ready checkpoint 1"
+MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
+PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion": MotionConfig}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An opened ready checkpoint."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Ready:
+        """Raises ValueError when the folder is no ready checkpoint, with the way to make one."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except (OSError, ValueError):
+            raise ValueError(
+                f"checkpoint={folder} is no ready checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
+                "python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
+            ) from None
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"checkpoint={folder} was written by another version ({manifest.get('format')}); convert it again")
+        return cls(folder, manifest)
+
+    def config(self, base: ModelConfig) -> ModelConfig:
+        """`base`, with the sizes of the checkpoint. Raises ValueError when it is for another model."""
+        made_for = self.manifest["model"]
+        if made_for != base.name:
+            way_out = f"use model={made_for}, or convert the folders again for {base.name}"
+            raise ValueError(f"checkpoint={self.folder} holds {made_for}; {way_out}")
+        return replace(base, **{name: kind(**self.manifest["config"][name]) for name, kind in PARTS.items()})
+
+    def tensors(self, component: str) -> dict[str, Stored]:
+        """What a component's shards hold."""
+        return survey_sharded(self.folder / component, STEM)
+
+    def transformer(self, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> AvatarDiT:
+        """The DiT with its weights; no second copy of them is ever in memory."""
+        with torch.device("meta"):
+            model = AvatarDiT(config)
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        load_weights(model, self.folder / "dit")
+        return model
+
+    def autoencoder(self, device: torch.device) -> WanAutoencoder:
+        """The Wan VAE in its own precision."""
+        vae = WanAutoencoder(self._config("vae"))
+        vae.take({stored.name: tensor for stored, tensor in read(self.tensors("vae").values())})
+        return vae.to(device).eval().requires_grad_(False)
+
+    def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
+        """Text rows [1,L,D] of a prompt, from the cache when it is known; else the encoder is loaded, used and let go."""
+        name = hashlib.sha256(json.dumps([self._hash(), prompt, length]).encode()).hexdigest()[:32]
+        file = self.folder / PROMPTS / f"{name}.safetensors"
+        if file.is_file():
+            return load_file(file)["rows"].to(device)
+        with torch.device("meta"):
+            encoder = TextEncoder(self._config("text_encoder"))
+        encoder.take({stored.name: tensor for stored, tensor in read(self.tensors("text_encoder").values())}, str(self.folder))
+        tokens = Tokenizer(self.folder / TOKENIZER)
+        (found,) = encoder.to(device)(*(each.to(device) for each in tokens([prompt], length)))
+        del encoder
+        _keep(file, {"rows": found[None].float().cpu()})
+        return found[None].float()
+
+    def hear(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
+        """Speech features [1,N,A,F] of a recording; the encoder is loaded, used and let go."""
+        encoder = Wav2VecEncoder(self._config("speech_encoder"))
+        encoder.take({stored.name: tensor for stored, tensor in read(self.tensors("speech_encoder").values())}, str(self.folder))
+        return encoder.to(device).eval().hear(samples, num_frames, fps)[None]
+
+    def _config(self, component: str) -> dict[str, Any]:
+        return json.loads((self.folder / component / "config.json").read_text())
+
+    def _hash(self) -> str:
+        """What the text encoder was made from."""
+        return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
+
+
+def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> None:
+    """Write aside and rename; a checkpoint that cannot be written to is used without a cache."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write(tensors, file.with_suffix(".partial"))
+        file.with_suffix(".partial").rename(file)
+    except PermissionError:
+        return

@@ -1,0 +1,136 @@
+"""Tensors in files, surveyed before any is read: shapes and precisions from headers, contents one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+HASH_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file: its name there, shape, and precision as safetensors spells it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+
+def survey(path: Path) -> dict[str, Stored]:
+    """What a .safetensors or .pth file holds. Raises ValueError when it is missing, cut short, or wants to run code."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; fetch it again")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                return {name: Stored(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is cut short or not safetensors ({error}); fetch it again") from error
+    tensors = _pickled(path)
+    return {name: Stored(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
+
+
+def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
+    """What the shards named by `stem`.safetensors.index.json hold, or the one file `stem`.safetensors.
+
+    Raises ValueError when index and shards do not agree.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return survey(folder / f"{stem}.safetensors")
+    try:
+        named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of shards ({error}); fetch it again") from error
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(named.values())):
+        if not (folder / shard).is_file():
+            first = next(name for name, file in named.items() if file == shard)
+            raise ValueError(f"{index} names {shard} for tensor {first}, but {folder / shard} does not exist; fetch it again")
+        found |= survey(folder / shard)
+    wrong = sorted(name for name in named if name not in found or found[name].file.name != named[name])
+    if wrong:
+        raise ValueError(f"{index} promises tensor {wrong[0]} in {named[wrong[0]]}, which does not hold it; fetch both again")
+    return found
+
+
+def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers."""
+    where = next(iter(found.values())).file.parent if found else what
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(f"{where}: tensor {missing[0]} of the {what} is missing ({len(missing)} of {len(wanted)}); fetch the folder again")
+    for name, tensor in found.items():
+        if name not in wanted:
+            raise ValueError(f"{tensor.file}: tensor {name} has no place in the {what}; the file is for another model")
+        if tensor.shape != tuple(wanted[name]):
+            raise ValueError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, the {what} needs {list(wanted[name])}; "
+                "the file is damaged or for another model"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}; fetch the original file")
+
+
+def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors one after the other. A file is opened for those that stand together and closed again, so that what was mapped
+    into memory is given back."""
+    for path, some in groupby(tensors, key=lambda tensor: tensor.file):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    for stored in some:
+                        yield stored, file.get_tensor(stored.name)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
+        else:
+            held = _pickled(path)
+            for stored in some:
+                yield stored, held[stored.name]
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .pth file, mapped and not read; nothing in it is run."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and was not opened, since that would run its code; fetch the original") from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is cut short or not a file of tensors ({str(error).splitlines()[0]}); fetch it again") from error
+    strange = [str(name) for name, value in held.items() if not isinstance(value, Tensor)] if isinstance(held, dict) else ["everything"]
+    if strange:
+        raise ValueError(f"{path}: {strange[0]} is not a tensor; fetch the original file")
+    return held
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
