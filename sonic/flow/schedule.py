@@ -38,13 +38,19 @@ def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
 
 
 def live_avatar_4step(steps: int = 4, shift: float = 3.0) -> list[float]:
-    """The few-step table written out: what `twice_shifted` gives for 4 steps and shift 3."""
-    return twice_shifted(4, 3.0)
+    """The few-step table that Live Avatar was distilled for; `shift` is in it already. Raises ValueError for other numbers of steps."""
+    return _table("live_avatar_4step", twice_shifted(4, 3.0), steps)
 
 
 def live_avatar_3step(steps: int = 3, shift: float = 3.0) -> list[float]:
-    """The same table without the touch-up at its end."""
-    return [*twice_shifted(4, 3.0)[:3], 0.0]
+    """The same table without the touch-up at its end. Raises ValueError for other numbers of steps."""
+    return _table("live_avatar_3step", [*twice_shifted(4, 3.0)[:3], 0.0], steps)
+
+
+def _table(name: str, sigmas: list[float], steps: int) -> list[float]:
+    if steps != len(sigmas) - 1:
+        raise ValueError(f"sampler.schedule={name} is a table of {len(sigmas) - 1} steps, not of sampler.sample_steps={steps}")
+    return sigmas
 
 
 SCHEDULES: dict[str, Schedule] = {

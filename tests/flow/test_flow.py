@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sonic.config import FIXED_STEPS
 from sonic.flow.guidance import guidance
 from sonic.flow.path import PREDICTIONS, interpolate, velocity_from
 from sonic.flow.samplers import SAMPLERS
@@ -32,7 +33,7 @@ def curved(x, sigma):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
     clean, noise = torch.randn(2, 1, 4, 3, 8, 8)
-    sigmas = sigmas_of(schedule, steps, 3.0)
+    sigmas = sigmas_of(schedule, FIXED_STEPS.get(schedule, steps), 3.0)
     start = interpolate(clean, noise, sigmas[:1].float())
     found = SAMPLERS[name](lambda x, sigma: noise - clean, start, sigmas, rng)
     assert_close(found, clean, atol=2e-5, rtol=1e-5)
@@ -70,10 +71,17 @@ def test_a_sampler_leaves_its_noise_alone(name, rng):
 @pytest.mark.parametrize("steps", [1, 2, 4, 40])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_every_schedule_falls_from_high_noise_to_zero(name, steps, shift):
+    steps = FIXED_STEPS.get(name, steps)
     sigmas = sigmas_of(name, steps, shift)
     assert len(sigmas) == steps + 1
     assert 0.99 < sigmas[0] <= 1 and sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", FIXED_STEPS)
+def test_a_table_is_walked_whole_or_not_at_all(name):
+    with pytest.raises(ValueError, match="is a table of"):
+        sigmas_of(name, FIXED_STEPS[name] + 1, 3.0)
 
 
 def test_the_unipc_schedule_has_the_published_timesteps():
