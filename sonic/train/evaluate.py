@@ -29,7 +29,7 @@ from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
 from sonic.train.settings import EvalConfig, EvaluateConfig
-from sonic.types import FaceBox, Mouth, Portrait, Speech
+from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 
 LOG = logging.getLogger(__name__)
 GOALS = {
