@@ -47,6 +47,28 @@ class Reach(Protocol):
         """Keys and values of the prompt, projected now or remembered."""
 
 
+class Exchange(Protocol):
+    """Between projection and attention: tokens may be shared out among ranks there, and heads here."""
+
+    def heads(self, tokens: Projected) -> Projected:
+        """Some tokens with all heads become all tokens with some heads."""
+
+    def tokens(self, heard: Tensor) -> Tensor:
+        """The way back.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
+
+
+class Alone:
+    """One rank has all tokens and all heads."""
+
+    def heads(self, tokens: Projected) -> Projected:
+        """Nothing to exchange."""
+        return tokens
+
+    def tokens(self, heard: Tensor) -> Tensor:
+        """Nothing to exchange."""
+        return heard
+
+
 class FreshText:
     """Projects the prompt every time it is asked."""
 

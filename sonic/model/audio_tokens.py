@@ -101,10 +101,7 @@ class AudioInjector(nn.Module):
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
         shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)
         normed = modulate(tokens, shift, 1 + scale, eps=self.EPS)
-        heard = self.attention(
-            rearrange(normed, "b t s d -> (b t) s d"),
-            self.attention.keys_values(rearrange(audio.tokens, "b t a d -> (b t) a d")),
-        )
+        heard = self.attention(rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d"))
         residual = rearrange(heard, "(b t) s d -> b t s d", t=grid.shape[1])
         if audio.masks is not None:
             residual = rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)

@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.model.attention import Attention, KeysValues, Projected, Reach, sdpa
+from sonic.model.attention import Alone, Attention, Exchange, KeysValues, Projected, Reach, sdpa
 
+ALONE = Alone()
+Recall = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
 Layout = tuple[tuple[int, int], ...]  # (frames, tokens in a frame) of the parts that lie one after the other in [B,N,D]
+
+
+def project(projection: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
+    """Keys and values of rows, made anew."""
+    return projection(rows)
 
 
 class MultiHead(nn.Module):
@@ -36,12 +43,42 @@ class MultiHead(nn.Module):
         """[B,N,heads,d] -> [B,N,D]"""
         return self.to_out(heard.flatten(2))
 
-    def forward(self, tokens: Tensor, keys_values: KeysValues) -> Tensor:
-        """Attend to something else, without positions.  [B,N,D] -> [B,N,D]"""
-        return self.join(self.attention(self.queries(tokens), *keys_values))
+    def forward(self, tokens: Tensor, rows: Tensor | None, *, recall: Recall = project) -> Tensor:
+        """Attend to rows of something else, without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]
+
+        `recall` gives the keys and values of the rows: by projecting them, or from what it remembers.
+        """
+        return self.join(self.attention(self.queries(tokens), *recall(self.keys_values, rows)))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
+
+
+class SelfAttention(MultiHead):
+    """Tokens attend to what `reach` allows, themselves among it."""
+
+    def forward(self, tokens: Tensor, *, reach: Reach, exchange: Exchange) -> Tensor:
+        """[B,N,D] -> [B,N,D]"""
+        projected = exchange.heads(Projected(self.queries(tokens), *self.keys_values(tokens)))
+        return self.join(exchange.tokens(reach.attend(self.attention, projected)))
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer that can be asked for the GELU of its output as well."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU in its tanh form after the product.  [...,D] -> [...,D']
+
+        torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN
+        call; bfloat16 takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
+        """
+        if _bfloat16_on_cpu(x):
+            return F.gelu(F.linear(x, self.weight, self.bias))
+        fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+        usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if usable and self.weight.dtype == x.dtype == torch.float32:
+            return fused(x, self.weight, self.bias, "gelu", [], "tanh")
+        return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
 
 
 class Block(nn.Module):
@@ -54,20 +91,28 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 6, hidden_dim) / hidden_dim**0.5)
-        self.self_attention = MultiHead(hidden_dim, num_heads, eps)
+        self.self_attention = SelfAttention(hidden_dim, num_heads, eps)
         self.text_norm = nn.LayerNorm(hidden_dim, eps)
         self.text_attention = MultiHead(hidden_dim, num_heads, eps)
-        self.mlp_in = nn.Linear(hidden_dim, ffn_dim)
+        self.mlp_in = GeluLinear(hidden_dim, ffn_dim)
         self.mlp_out = nn.Linear(ffn_dim, hidden_dim)
 
-    def forward(self, tokens: Tensor, modulations: tuple[Tensor, ...], text: Tensor | None, *, layout: Layout, reach: Reach) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        modulations: tuple[Tensor, ...],
+        text: Tensor | None,
+        *,
+        layout: Layout,
+        reach: Reach,
+        exchange: Exchange = ALONE,
+    ) -> Tensor:
         """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens"""
         tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
-        projected = Projected(self.self_attention.queries(normed), *self.self_attention.keys_values(normed))
-        heard = self.self_attention.join(reach.attend(self.self_attention.attention, projected))
+        heard = self.self_attention(normed, reach=reach, exchange=exchange)
         tokens = per_part(lambda x, h, table: torch.addcmul(x, h, table[2]), layout, tables, tokens, heard)
-        tokens = tokens + self.text_attention(self.text_norm(tokens), reach.text(self.text_attention.keys_values, text))
+        tokens = tokens + self.text_attention(self.text_norm(tokens), text, recall=reach.text)
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
         changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
         return per_part(lambda x, h, table: torch.addcmul(x, h, table[5]), layout, tables, tokens, changed)
@@ -129,19 +174,9 @@ def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return (x * scale.to(x.dtype)).mul_(norm.weight)
 
 
-def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """GELU in its tanh form after a linear layer.  [...,D] -> [...,D']
-
-    torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN call;
-    bfloat16 takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
-    """
-    if _bfloat16_on_cpu(x):
-        return F.gelu(layer(x))
-    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-    usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if usable and type(layer) is nn.Linear and layer.weight.dtype == x.dtype == torch.float32:
-        return fused(x, layer.weight, layer.bias, "gelu", [], "tanh")
-    return F.gelu(layer(x), approximate="tanh")
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU after a linear layer, in one call where the layer can.  [...,D] -> [...,D']"""
+    return layer.gelu(x) if isinstance(layer, GeluLinear) else F.gelu(layer(x), approximate="tanh")
 
 
 def _bfloat16_on_cpu(x: Tensor) -> bool:

@@ -11,27 +11,65 @@ from torch import Tensor, nn
 
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.model.attention import BlockCausal, Reach, WholeClip
+from sonic.model.attention import BlockCausal, Exchange, Reach, WholeClip
 from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
-from sonic.model.blocks import Block, Head, apart, together
+from sonic.model.blocks import ALONE, Block, Head, Layout, apart, together
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
-from sonic.model.kv_cache import FillMemory, KVCache, KVRing, RingView, memory_places
+from sonic.model.forwards import OpenForwards, one_by_one
+from sonic.model.kv_cache import FillMemory, Held, KVCache, KVRing, RingView, memory_places
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
 
 
 class BlockInputs(NamedTuple):
-    """What does not change between the sampling steps of a block: pose tokens, audio tokens, positions."""
+    """What does not change between the sampling steps of a block: pose tokens and audio tokens."""
 
     span: BlockSpan
     pose: Tensor
     audio: AudioTokens | None
-    places: Rotation
+
+
+class Trip(NamedTuple):
+    """Tokens on their way through the layers, and what goes with them.
+
+    tokens [B,N,D], the parts in `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    modulations: tuple[Tensor, ...]
+    text: Tensor | None
+    audio: AudioTokens | None
+    exchange: Exchange = ALONE
+
+
+class Whole:
+    """The share of the tokens that this rank has of every frame when it is alone: all of them."""
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
+        return tokens
+
+    def whole(self, tokens: Tensor, size: int) -> Tensor:
+        """Tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
+        return tokens
+
+    def heads(self, num_heads: int) -> int:
+        """How many heads this rank has in self-attention."""
+        return num_heads
+
+    def exchange(self, layout: Layout) -> Exchange:
+        """How tokens and heads change places for parts of this layout (all ranks' tokens)."""
+        return ALONE
 
 
 class AvatarDiT(nn.Module):
-    """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it."""
+    """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it.
+
+    Where the layers are shared out among ranks, those of other ranks are None; `share` says which tokens are here
+    and `forwards` who runs the forwards of a rollout.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -50,6 +88,8 @@ class AvatarDiT(nn.Module):
         self.head = Head(dim, channels, tuple(patch), eps=trunk.eps)
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
+        self.share = Whole()
+        self.forwards: OpenForwards = one_by_one
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
@@ -85,28 +125,39 @@ class AvatarDiT(nn.Module):
 
     def new_cache(self, conditions: Conditions, *, steps: int) -> KVCache:
         """An empty cache that fits these conditions, with one ring per sampling step."""
-        height, width = self._grid_size(conditions.ref.shape)
-        batch, motion = conditions.ref.shape[0], conditions.motion is not None
-        return KVCache.allocate(self.config, batch, (height, width), steps=steps, motion=motion, like=self.patch_embed.weight.detach())
+        shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
+        return self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=self.patch_embed.weight.detach())
+
+    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor) -> KVCache:
+        """An empty cache for the layers and heads that are here, over [batch, rows, columns] of patches."""
+        held = Held([layer for layer, block in enumerate(self.blocks) if block is not None], self.share.heads(self.config.trunk.num_heads))
+        return KVCache.allocate(self.config, shape, held, steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, cache: KVCache) -> KVCache:
         """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
+        trip = self.depart_memory(conditions)
+        self.travel(trip, self.memory_reach(cache))
+        return cache
+
+    def depart_memory(self, conditions: Conditions) -> Trip:
+        """The memory's tokens before the first layer."""
         memory = self._memory(conditions)
         _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
-        text = self.text_embed(conditions.text)
-        places = rotation(cache.memory_places(self.config.rollout.ref_position), self._head_dim)
-        self._run([memory], (modulation,), text, reach_of=lambda layer: FillMemory(cache, layer, places))
+        return self._depart([memory], (modulation,), self.text_embed(conditions.text))
+
+    def memory_reach(self, cache: KVCache) -> Callable[[int], Reach]:
+        """What the memory may attend to in each layer: itself; it is written into the cache."""
         for ring in cache.rings:
             ring.ref_position = None
-        return cache
+        places = rotation(cache.memory_places(self.config.rollout.ref_position), self._head_dim)
+        return lambda layer: FillMemory(cache, layer, places)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
         """Encode once what every sampling step of a block uses; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
         audio = self._hear(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
-        frames = span.latent_frames // self.config.trunk.patch_size[0]
-        return BlockInputs(span, self._pose(conditions, shape), audio, self._grid_rotation(span.start, frames, shape))
+        return BlockInputs(span, self._pose(conditions, shape), audio)
 
     @torch.no_grad()
     def denoise_block(
@@ -119,14 +170,47 @@ class AvatarDiT(nn.Module):
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
+        reach = self.block_reach(span, cache, ring, ref_position=ref_position)
+        trip, summary = self.depart_block(latents, timestep, inputs)
+        return self.arrive(self.travel(trip, reach), summary, cache.grid).to(latents.dtype)
+
+    def depart_block(self, latents: Tensor, timestep: Tensor, inputs: BlockInputs) -> tuple[Trip, Tensor]:
+        """A block's tokens before the first layer, and the summary of its noise level for `arrive`."""
+        summary, modulation = self.time_embed(_per_frame(timestep))
+        return self._depart([self._patches(latents, inputs.pose)], (modulation,), None, audio=inputs.audio), summary
+
+    def block_reach(self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None) -> Callable[[int], Reach]:
+        """What a block may attend to in each layer; makes room for it in the ring."""
         cache.place_reference(ring, self.ref_position(span.start) if ref_position is None else ref_position)
         slot = ring.begin(span.index)
-        grid = self._patches(latents, inputs.pose)
-        summary, modulation = self.time_embed(_per_frame(timestep))
-        grid = self._run(
-            [grid], (modulation,), None, reach_of=lambda layer: RingView(cache, ring, layer, slot, inputs.places), audio=inputs.audio
-        )
-        return self.head(grid, summary, cache.grid[1]).to(latents.dtype)
+        frames = span.latent_frames // self.config.trunk.patch_size[0]
+        times = torch.arange(span.start, span.start + frames, dtype=torch.float64, device=cache.device)
+        places = rotation(grid_places(times, *cache.grid), self._head_dim)
+        return lambda layer: RingView(cache, ring, layer, slot, places)
+
+    def travel(self, trip: Trip, reach: Callable[[int], Reach]) -> Trip:
+        """Through all layers that are here."""
+        for layer in range(len(self.blocks)):
+            trip = self.visit(layer, trip, reach)
+        return trip
+
+    def visit(self, layer: int, trip: Trip, reach: Callable[[int], Reach]) -> Trip:
+        """Through one layer and the injector behind it; past it, when it is another rank's."""
+        block, tokens = self.blocks[layer], trip.tokens
+        if block is None:
+            return trip
+        tokens = block(tokens, trip.modulations, trip.text, layout=trip.layout, reach=reach(layer), exchange=trip.exchange)
+        inject = self.config.audio.inject_layers
+        if trip.audio is not None and layer in inject:
+            grid, *rest = apart(tokens, trip.layout)
+            tokens = together([self.audio_injectors[inject.index(layer)](grid, trip.audio), *rest])
+        return trip._replace(tokens=tokens)
+
+    def arrive(self, trip: Trip, summary: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The first part of the tokens behind the last layer, as latents.  -> [B,C,T,H,W]"""
+        rows, columns = grid
+        tokens = self.share.whole(apart(trip.tokens, trip.layout)[0], rows * columns)
+        return self.head(tokens, summary, columns)
 
     def ref_position(self, start: int) -> int:
         """Time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
@@ -139,28 +223,18 @@ class AvatarDiT(nn.Module):
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
-        text = self.text_embed(conditions.text)
-        grid = self._run(parts, modulations, text, reach_of=lambda layer: reach, audio=audio)
-        return self.head(grid, summary[:, :-1], self._grid_size(conditions.ref.shape)[1])
+        trip = self._depart(parts, modulations, self.text_embed(conditions.text), audio=audio)
+        return self.arrive(self.travel(trip, lambda layer: reach), summary[:, :-1], self._grid_size(conditions.ref.shape))
 
-    def _run(
-        self,
-        parts: list[Tensor],
-        modulations: tuple[Tensor, ...],
-        text: Tensor | None,
-        *,
-        reach_of: Callable[[int], Reach],
-        audio: AudioTokens | None = None,
-    ) -> Tensor:
-        """Parts [B,T,S,D], each with its modulation, through all blocks; what becomes of the first of them."""
-        layout, tokens = tuple(tuple(part.shape[1:3]) for part in parts), together(parts)
-        injectors = dict(zip(self.config.audio.inject_layers, self.audio_injectors, strict=True)) if audio is not None else {}
-        for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, modulations, text, layout=layout, reach=reach_of(layer))
-            if layer in injectors:
-                grid, *rest = apart(tokens, layout)
-                tokens = together([injectors[layer](grid, audio), *rest])
-        return apart(tokens, layout)[0]
+    def _depart(
+        self, parts: list[Tensor], modulations: tuple[Tensor, ...], text: Tensor | None, *, audio: AudioTokens | None = None
+    ) -> Trip:
+        """Parts [B,T,S,D], each with its modulation: this rank's share of them, put together."""
+        exchange = self.share.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
+        mine = [self.share.part(part) for part in parts]
+        if audio is not None and audio.masks is not None:
+            audio = audio._replace(masks=self.share.part(audio.masks))
+        return Trip(together(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
 
     def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
         return self.patch_embed(latents) + pose

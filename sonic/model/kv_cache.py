@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,22 +18,18 @@ from sonic.model.embed import Places, Rotation, grid_places, motion_places, rota
 class KVRing:
     """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d], memory first.
 
-    Blocks are written in turn; once the ring is full a new block replaces the oldest. Keys carry their absolute
+    `window` is the number of blocks it holds. Blocks are written in turn; once the ring is full a new block replaces the oldest. Keys carry their absolute
     positions, so their order in the ring does not matter.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
     memory_tokens: int
     block_tokens: int
+    window: int
     origin: int | None = None
     newest: int | None = None
     ref_position: int | None = None
-
-    @property
-    def window(self) -> int:
-        """Blocks the ring holds."""
-        return (self.keys[0].shape[1] - self.memory_tokens) // self.block_tokens
 
     def begin(self, index: int) -> tuple[int, int, int]:
         """Make room for block `index`: first and last token of its slot, and how far the ring is filled with it.
@@ -48,6 +45,13 @@ class KVRing:
         return first, first + self.block_tokens, self.memory_tokens + min(count + 1, self.window) * self.block_tokens
 
 
+class Held(NamedTuple):
+    """What of a model's cache is kept here: these layers, and this many heads of each."""
+
+    layers: Sequence[int]
+    heads: int
+
+
 @dataclass
 class KVCache:
     """Memory keys without rotation (the reference moves along), the prompt's keys and values, and a ring per sampling step."""
@@ -55,33 +59,30 @@ class KVCache:
     rings: list[KVRing]
     grid: tuple[int, int]
     buckets: tuple[int, ...]
-    memory_keys: list[Tensor]
-    text: list[KeysValues | None] = field(default_factory=list)
+    memory_keys: dict[int, Tensor]
+    text: dict[int, KeysValues]
+    head_dim: int
+    device: torch.device
 
     @classmethod
-    def allocate(cls, config: ModelConfig, batch: int, grid: tuple[int, int], *, steps: int, motion: bool, like: Tensor) -> KVCache:
-        """Empty buffers for `steps` sampling steps over a grid of (rows, columns) patches; dtype and device as `like`."""
-        trunk, rollout = config.trunk, config.rollout
+    def allocate(
+        cls, config: ModelConfig, shape: tuple[int, int, int], held: Held, *, steps: int, motion: bool, like: Tensor
+    ) -> KVCache:
+        """Empty buffers for `steps` sampling steps over [batch, rows, columns] of patches; dtype and device as `like`."""
+        (batch, *grid), rollout = shape, config.rollout
         buckets = tuple(config.motion.buckets) if motion else ()
-        block_tokens = rollout.block_frames * grid[0] * grid[1]
-        memory_tokens = grid[0] * grid[1] + (len(motion_places(buckets, *grid)[0]) if motion else 0)
-        heads, layers = (trunk.num_heads, trunk.hidden_dim // trunk.num_heads), range(trunk.num_layers)
+        size = grid[0] * grid[1]
+        memory_tokens = size + (len(motion_places(buckets, *grid)[0]) if motion else 0)
+        block_tokens = rollout.block_frames * size
+        head_dim = config.trunk.hidden_dim // config.trunk.num_heads
+        empty = lambda length: {layer: like.new_zeros(batch, length, held.heads, head_dim) for layer in held.layers}  # noqa: E731
         length = memory_tokens + rollout.window_blocks * block_tokens
-        rings = [
-            KVRing(
-                keys=[like.new_zeros(batch, length, *heads) for _ in layers],
-                values=[like.new_zeros(batch, length, *heads) for _ in layers],
-                memory_tokens=memory_tokens,
-                block_tokens=block_tokens,
-            )
-            for _ in range(steps)
-        ]
-        memory_keys = [like.new_zeros(batch, memory_tokens, *heads) for _ in layers]
-        return cls(rings, tuple(grid), buckets, memory_keys, [None for _ in layers])
+        rings = [KVRing(empty(length), empty(length), memory_tokens, block_tokens, rollout.window_blocks) for _ in range(steps)]
+        return cls(rings, tuple(grid), buckets, empty(memory_tokens), {}, head_dim, like.device)
 
     def memory_places(self, ref_position: float) -> Places:
         """Ids of the memory tokens with the reference at the given time id."""
-        return memory_places(self.buckets, self.grid, ref_position, device=self.memory_keys[0].device)
+        return memory_places(self.buckets, self.grid, ref_position, device=self.device)
 
     def place_reference(self, ring: KVRing, ref_position: int) -> None:
         """Rotate the memory's keys in the ring's buffers for a reference at `ref_position`; only what moved is rewritten."""
@@ -89,9 +90,9 @@ class KVCache:
             return
         moved = ring.memory_tokens if ring.ref_position is None else self.grid[0] * self.grid[1]
         places = tuple(ids[:moved] for ids in self.memory_places(ref_position))
-        turn = rotation(places, self.memory_keys[0].shape[-1])
-        for buffer, raw in zip(ring.keys, self.memory_keys, strict=True):
-            buffer[:, :moved] = rotate(raw[:, :moved], turn)
+        turn = rotation(places, self.head_dim)
+        for layer, raw in self.memory_keys.items():
+            ring.keys[layer][:, :moved] = rotate(raw[:, :moved], turn)
         ring.ref_position = ref_position
 
 

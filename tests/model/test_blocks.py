@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from sonic.model.attention import ATTENTION
-from sonic.model.blocks import linear_gelu, modulate
+from sonic.model.blocks import GeluLinear, linear_gelu, modulate
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -25,7 +24,7 @@ def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_gelu_inside_the_product_equals_gelu_after_it(dtype, atol, rng):
-    layer, x = nn.Linear(12, 20).to(dtype), torch.randn(2, 3, 5, 12, dtype=dtype)
+    layer, x = GeluLinear(12, 20).to(dtype), torch.randn(2, 3, 5, 12, dtype=dtype)
     after = F.gelu(layer(x), approximate="tanh")
     with torch.no_grad():
         assert_close(linear_gelu(layer, x), after, atol=atol, rtol=atol)

@@ -102,13 +102,13 @@ def test_a_ring_that_runs_for_ever_stays_finite_and_keeps_its_size():
     model, whole = tiny_model(window_blocks=2), conditions(BLOCK)
     cache = model.prefill(whole, model.new_cache(whole, steps=1))
     (ring,) = cache.rings
-    sizes = [buffer.shape for buffer in ring.keys]
+    sizes = [buffer.shape for buffer in ring.keys.values()]
     with torch.no_grad():
         for index in range(1_000_000, 1_000_007):
             inputs = model.prepare_block(whole, BlockSpan(index, index * BLOCK, BLOCK))
             found = model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0]), inputs, cache=cache, ring=ring)
             assert found.isfinite().all()
-    assert [buffer.shape for buffer in ring.keys] == sizes
+    assert [buffer.shape for buffer in ring.keys.values()] == sizes
 
 
 def test_a_rollout_far_from_the_start_equals_one_near_it():

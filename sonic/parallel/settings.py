@@ -1,0 +1,56 @@
+"""Knobs of running on more than one device, or on one that is too small. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import knob, one_of, require
+
+PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
+UNSHARD_UNITS = ("block", "sublayer", "linear")
+STORES = ("pinned", "mmap")
+KV_PLACES = ("device", "host")
+
+
+@dataclass
+class OffloadConfig:
+    """Block weights that wait in host memory: what stays on the device, and how many copies are under way."""
+
+    resident_gib: float = knob(-1.0, "GiB of block weights that stay on the device; -1 = what fits")
+    slots: int = knob(2, "blocks whose weights are on the device for a while: one in use, the others on their way")
+    inflight: int = knob(0, "items (block of the film, step) that share each pass over the weights; 0 = one per sampling step")
+    store: str = knob("pinned", "where waiting weights lie: pinned (host memory) or mmap (the file itself)")
+    kv: str = knob("device", "where the KV rings lie: device or host")
+
+    def __post_init__(self) -> None:
+        resident, slots, inflight = self.resident_gib, self.slots, self.inflight
+        require(resident == -1 or resident >= 0, f"offload.resident_gib={resident}: need 0 or more, or -1 for what fits")
+        require(slots >= 1, f"offload.slots={slots}: need at least 1; 2 lets copying hide behind computing")
+        require(inflight >= 0, f"offload.inflight={inflight}: need 1 or more, or 0 for one per sampling step")
+        one_of(self.store, STORES, "offload.store")
+        one_of(self.kv, KV_PLACES, "offload.kv")
+
+
+@dataclass
+class ParallelConfig:
+    """How the transformer is spread over ranks. Degrees of -1 take the ranks that the others leave."""
+
+    name: str = knob("auto", f"auto (the planner chooses), {', '.join(PLAN_NAMES)}")
+    context: int = knob(1, "ranks that share the tokens of each frame; combines with fsdp and pipeline")
+    replicas: int = knob(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
+    unshard_unit: str = knob("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
+    prefetch: int = knob(1, "units that fsdp gathers ahead of the one in use")
+    reshard: bool = knob(True, "fsdp gives a unit's gathered weights back after use")
+    cpu_offload: bool = knob(False, "fsdp and zero3 keep their shards in host memory")
+    timeout_s: float = knob(45.0, "seconds without a sign of life after which a rank counts as lost")
+    offload: OffloadConfig = knob(OffloadConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.name, ("auto", *PLAN_NAMES), "parallel.name")
+        one_of(self.unshard_unit, UNSHARD_UNITS, "parallel.unshard_unit")
+        for degree in ("context", "replicas"):
+            value = getattr(self, degree)
+            require(value == -1 or value >= 1, f"parallel.{degree}={value}: need 1 or more, or -1 for the ranks that are left")
+        require(self.context != -1 or self.replicas != -1, "parallel.context=-1 and parallel.replicas=-1: only one can take what is left")
+        require(0 <= self.prefetch <= 16, f"parallel.prefetch={self.prefetch} must lie between 0 and 16; 1 is usual")
+        require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")
