@@ -108,13 +108,12 @@ class AvatarDiT(nn.Module):
         frames = span.latent_frames // self.config.trunk.patch_size[0]
         return BlockInputs(span, self._pose(conditions, shape), audio, self._grid_rotation(span.start, frames, shape))
 
-    @torch.no_grad()
     def denoise_block(
         self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: KVRing, ref_position: int | None = None
     ) -> Tensor:
         """Denoise one block; its keys and values go into `ring`.  [B,C,block,H,W], timestep [B] or [B,block] -> the same shape
 
-        `ref_position` is the reference's time id (default: the configured rule). Makes no gradients.
+        `ref_position` is the reference's time id (default: the configured rule). Gradients reach this block alone.
         """
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:

@@ -74,12 +74,12 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, str(path), dict(metadata or {}))
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, besides: str = "") -> None:
     """Fill the model from a safetensors file with official or our own names; precision and device stay the model's.
 
-    Raises ValueError in one sentence when the file is cut short, lacks a tensor, or has one too many or of another shape.
+    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when the file is cut short, lacks a tensor, or has one too many or of another shape.
     """
-    wanted = model.state_dict()
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not besides or besides not in name.split(".")}
     try:
         with safe_open(str(path), framework="pt") as file:
             stored = {name if name in wanted else to_ours(name) or name: name for name in file.keys()}  # noqa: SIM118
