@@ -34,7 +34,7 @@ def infer(config: InferConfig, run: Run) -> None:
         height, width = scene.portrait.pixels.shape[:2]
         if config.output:
             check_output(config.output, width, height, num_frames=scene.num_frames, fps=scene.fps)
-        parts = build_parts(config.model, config.run)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps)
     if config.prompt and config.model.name == "preview":
         log.warning("prompt is not read: the preview was trained without text")
     output = Path(config.output) if config.output else run.open() / "out.mp4"

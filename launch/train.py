@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sonic.app import Entry, launch
 from sonic.runs import Run
-from sonic.train.settings import OBJECTIVE_CONFIGS, TrainConfig
+from sonic.train.objective_settings import OBJECTIVE_CONFIGS
+from sonic.train.settings import TrainConfig
 
 
 def train(config: TrainConfig, run: Run) -> None:

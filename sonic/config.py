@@ -134,10 +134,23 @@ class LoraConfig:
     """A low-rank adapter that is added to the transformer's weights when they are loaded."""
 
     path: str = knob("", "safetensors file in peft's format; empty = none")
-    alpha: float = knob(64.0, "strength that it was trained with; the file does not hold it")
+    alpha: float = knob(0.0, "strength that it was trained with; 0 = what the file says, 64 where it does not")
 
     def __post_init__(self) -> None:
-        require(self.alpha > 0, f"model.lora.alpha={self.alpha}: need a positive number; published adapters use 64")
+        require(self.alpha >= 0, f"model.lora.alpha={self.alpha}: need a positive number, or 0 for what the file says")
+
+
+@dataclass
+class AdapterConfig:
+    """What of the transformer learns: its own weights, or low-rank adapters beside them."""
+
+    rank: int = knob(0, "size of the adapters; 0 = none, the weights themselves learn")
+    alpha: float = knob(16.0, "strength of the adapters: alpha / rank multiplies them")
+    targets: list[str] = knob([], "words in the names of what learns, such as self_attention; none = everything (with adapters: all linear layers)")
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"learn.rank={self.rank}: need 0 (no adapters) or more")
+        require(self.alpha > 0, f"learn.alpha={self.alpha}: need a positive number")
 
 
 @dataclass
@@ -154,7 +167,7 @@ class ModelConfig:
     autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
     speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
-    weights: str = knob("", "folder of weights, or a checkpoint made by launch/convert.py; empty = the bundled ones")
+    weights: str = knob("", "folder of weights or checkpoint; student, teacher = the bundled ones with or without few steps learnt; empty = student")
     lora: LoraConfig = knob(LoraConfig)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,8 @@ from sonic.flow.samplers import SAMPLERS
 from sonic.flow.schedule import SCHEDULES
 from sonic.infer.build import DTYPES
 from sonic.model.dit import AvatarDiT
-from sonic.train.settings import OBJECTIVE_CONFIGS, EvaluateConfig, TrainConfig
+from sonic.train.objective_settings import OBJECTIVE_CONFIGS
+from sonic.train.settings import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)

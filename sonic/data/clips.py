@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,11 @@ def pose_latents(head: Tensor, height: int, width: int) -> Tensor:
 
 
 def draws(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (index, seed) without end: every epoch is its own permutation, ranks take turns, `start` counts batches."""
-    position = start * batch * ranks
+    """Batches of (index, seed) without end: every epoch is its own permutation, ranks take turns.
+
+    `start` counts the batches that all ranks together have had; a multiple of `ranks`.
+    """
+    position = start * batch
     order, epoch = np.empty(0, np.int64), -1
     while True:
         chosen = []
@@ -113,12 +115,11 @@ def draws(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, 
         yield chosen
 
 
-def batches(dataset: Dataset, batch: int, *, seed: int, workers: int = 0, prefetch: int = 4, start: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Batches of a dataset from number `start` on, made by `workers` processes (0 = here).
+def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: int = 0, prefetch: int = 4) -> Iterator[dict[str, Tensor]]:
+    """Batches of a dataset in an order without end (see `draws`), made by `workers` processes (0 = here).
 
     A dataset whose items are not tensors alone brings its own `collate`.
     """
-    order = partial(draws, len(dataset), batch, seed=seed, start=start)
     extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
     collate = getattr(dataset, "collate", None)
     return iter(DataLoader(dataset, batch_sampler=_Endless(order), collate_fn=collate, worker_init_fn=_one_thread, **extra))
@@ -127,7 +128,7 @@ def batches(dataset: Dataset, batch: int, *, seed: int, workers: int = 0, prefet
 class _Endless:
     """A batch sampler that never ends; it has no length."""
 
-    def __init__(self, order: partial) -> None:
+    def __init__(self, order: Callable[[], Iterator[list]]) -> None:
         self.order = order
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

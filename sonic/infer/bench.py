@@ -31,7 +31,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     clock = Clock(begun)
     with clock.stage("load"):
         scene = _timed_scene(config)
-        parts = build_parts(config.model, config.run)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps)
     results = [_film(scene, parts, config, clock=clock)]
     results += [_film(scene, parts, config, clock=Clock()) for _ in range(config.repeats)]  # the first one warmed up
     best = max(results[1:], key=lambda result: result.frames_per_second)

@@ -16,7 +16,7 @@ from sonic import assets
 from sonic.checkpoint.ready import Ready
 from sonic.config import ModelConfig, RunConfig
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import merge_lora, read_lora
+from sonic.model.lora import lora_alpha, merge_lora, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.wan_vae import WanAutoencoder
@@ -27,6 +27,7 @@ log = logging.getLogger("sonic.infer")
 
 AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
+STUDENT, TEACHER = "student", "teacher"  # what model.weights may say instead of a place: bundled weights with adapters or without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,8 +70,8 @@ class ReadyParts:
         return self.checkpoint.autoencoder(self.device)
 
 
-def build_parts(config: ModelConfig, run: RunConfig) -> Parts | ReadyParts:
-    """Model, autoencoder and speech encoder as configured, with weights, ready to run.
+def build_parts(config: ModelConfig, run: RunConfig, *, steps: int) -> Parts | ReadyParts:
+    """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
 
     Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
     """
@@ -83,8 +84,8 @@ def build_parts(config: ModelConfig, run: RunConfig) -> Parts | ReadyParts:
     files = weight_files(config)
     parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
     load_weights(parts.model, files.dit)
-    if config.lora.path:
-        merge_lora(parts.model, read_lora(config.lora.path), config.lora.alpha)
+    if lora := config.lora.path or student_of(config, steps):
+        merge_lora(parts.model, read_lora(lora), config.lora.alpha or lora_alpha(lora))
     load_weights(parts.autoencoder, files.autoencoder)
     load_weights(parts.speech, files.speech)
     return parts
@@ -114,7 +115,7 @@ def weight_files(config: ModelConfig) -> WeightFiles:
     """Files of all parts: bundled, in the folder model.weights, or that of the transformer alone named by it."""
     bundled, named = (WeightFiles(*(folder / f"{config.name}_{part}.safetensors" for part in WeightFiles._fields))
                       for folder in (BUNDLED, Path(config.weights)))  # fmt: skip
-    if not config.weights:
+    if config.weights in ("", STUDENT, TEACHER):
         return bundled
     if Path(config.weights).is_file():
         return bundled._replace(dit=Path(config.weights))
@@ -122,6 +123,23 @@ def weight_files(config: ModelConfig) -> WeightFiles:
         names = ", ".join(file.name for file in named)
         raise ValueError(f"model.weights={config.weights} does not exist; name a folder with {names}, or leave it out")
     return named
+
+
+def student_of(config: ModelConfig, steps: int) -> Path | None:
+    """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
+
+    Raises ValueError when model.weights=student asks for a student that is not bundled.
+    """
+    found = BUNDLED / f"{config.name}_{steps}step.safetensors"
+    if config.weights not in ("", STUDENT) or config.lora.path:
+        return None
+    if found.is_file():
+        return found
+    if config.weights == STUDENT:
+        there = sorted(path.stem.removeprefix(f"{config.name}_").removesuffix("step") for path in BUNDLED.glob(f"{config.name}_*step.safetensors"))
+        choices = f"one of sampler.sample_steps={', '.join(there)}" if there else "another model"
+        raise ValueError(f"model.weights={STUDENT}: no student of model={config.name} for {steps} steps is bundled; use {choices}, or weights={TEACHER}")
+    return None
 
 
 def find_device(name: str) -> torch.device:

@@ -159,13 +159,12 @@ class AvatarDiT(nn.Module):
         audio = self._hear(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
-    @torch.no_grad()
     def denoise_block(
         self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: KVRing, ref_position: int | None = None
     ) -> Tensor:
         """Denoise one block; its keys and values go into `ring`.  [B,C,block,H,W], timestep [B] or [B,block] -> the same shape
 
-        `ref_position` is the reference's time id (default: the configured rule). Makes no gradients.
+        `ref_position` is the reference's time id (default: the configured rule). Gradients reach this block alone.
         """
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:

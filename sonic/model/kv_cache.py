@@ -120,7 +120,7 @@ class FillMemory:
 
 @dataclass(frozen=True)
 class RingView:
-    """One block's view of a layer: itself, the blocks still in the ring, the memory."""
+    """One block's view of a layer: itself, the blocks still in the ring, the memory. Gradients reach the block alone."""
 
     cache: KVCache
     ring: KVRing
@@ -130,12 +130,14 @@ class RingView:
 
     def attend(self, attention: Attention, tokens: Projected) -> Tensor:
         """Write the block's keys and values into its slot and attend to all that is filled."""
-        query, key, value = tokens
         first, last, filled = self.slot
-        all_keys, all_values = self.ring.keys[self.layer], self.ring.values[self.layer]
-        all_keys[:, first:last] = rotate(key, self.places)
-        all_values[:, first:last] = value
-        return attention(rotate(query, self.places), all_keys[:, :filled], all_values[:, :filled])
+        seen = []
+        for buffer, mine in ((self.ring.keys, rotate(tokens.keys, self.places)), (self.ring.values, tokens.values)):
+            held = buffer[self.layer]
+            held[:, first:last] = mine.detach()
+            live = (held[:, :first], mine.to(held.dtype), held[:, last:filled])
+            seen.append((torch.cat(live, dim=1) if mine.requires_grad else held[:, :filled]).to(mine.dtype))
+        return attention(rotate(tokens.queries, self.places), *seen)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """What prefill wrote down."""

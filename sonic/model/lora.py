@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sonic.model.weights import to_ours
 
 PREFIX, DOWN, UP = "base_model.model.", "lora_A", "lora_B"
+ALPHA, USUAL_ALPHA = "alpha", 64.0  # where our files say it, and what published ones were trained with
 SHOWN = 5  # names that an error lists
 
 
@@ -56,9 +57,15 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     return {to_ours(f"{module}.weight") or f"{module}.weight": Adapter(found[DOWN], found[UP]) for module, found in halves.items()}
 
 
+def lora_alpha(path: str | Path) -> float:
+    """The strength that a readable file says it was trained with; the usual one when it is silent."""
+    with safe_open(str(path), framework="pt") as file:
+        return float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA))
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module, adapters: Mapping[str, Adapter], alpha: float) -> None:
-    """Add every adapter to the weight of its name. `alpha` is the training's, since files do not hold it.
+    """Add every adapter to the weight of its name. `alpha` is the training's.
 
     Raises ValueError, before anything is changed, when an adapter finds no weight or one of another shape.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from sonic.data.clips import ClipDataset, batches
-from sonic.train.engine import LocalEngine
+from sonic.data.clips import ClipDataset, batches, draws
+from sonic.infer.build import weight_files
+from sonic.model.adapters import ADAPTERS
+from sonic.model.weights import load_weights
+from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
-from sonic.train.objectives import OBJECTIVES
+from sonic.train.objectives import OBJECTIVES, Batch
 from sonic.train.settings import DataConfig, TrainConfig
+from sonic.train.world import World, join_world
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -38,28 +42,56 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
+ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine}
+
+
 def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "") -> Outcome:
     """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked."""
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    device = _device(config.speed.device)
+    world = join_world(_device(config.speed.device))
+    check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset)
+    for model in objective.pretrained:
+        load_weights(model, weight_files(config.model).dit, besides=ADAPTERS)
     if config.init_from:
         start_from(objective.roles["student"], Path(config.init_from))
-    engine = LocalEngine(config.optim, device, channels_last=config.speed.channels_last)
-    speed = config.speed
-    stream = partial(batches, dataset, config.budget.batch_size, seed=config.seed, workers=speed.workers, prefetch=speed.prefetch)
+    engine = engine_of(config, world, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder, config.log, name=config.name)
-    outcome = train(Run(config, objective, engine, lambda start: stream(start=start), log, folder))
-    if config.export:
-        weights = objective.export(engine.weights())
-        save_weights(weights, Path(config.export))
-        card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=(commit, command), device=device)
+    log = RunLog(folder, config.log, name=config.name, main=world.main)
+    outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder))
+    weights = objective.export(engine.weights()) if config.export else {}
+    if config.export and world.main:
+        save_weights(weights, Path(config.export), objective.facts)
+        card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=(commit, command), device=world.device)
         Path(config.export).with_suffix(".md").write_text(card)
     return outcome
+
+
+def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
+    """The engine that the config names; auto = local alone, fsdp among several."""
+    name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    return pick(ENGINES, name, "speed.engine")(config, world, folder)
+
+
+def check_shares(config: TrainConfig, world: World) -> None:
+    """Raise ValueError unless every process gets the same number of batches of a step."""
+    accumulate, ranks, size = config.budget.accumulate, world.ranks, config.budget.batch_size
+    if accumulate % ranks:
+        below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
+        raise ValueError(
+            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} processes; "
+            f"use budget.accumulate={f'{below} or {above}' if below else above}"
+        )
+
+
+def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
+    """This process's batches, from where `start` batches of all processes together have been used."""
+    speed, share = config.speed, {"rank": world.rank, "ranks": world.ranks}
+    order = partial(draws, len(dataset), config.budget.batch_size, seed=config.seed, **share)
+    return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
 def start_from(module: nn.Module, path: Path) -> None:
@@ -85,12 +117,12 @@ def start_from(module: nn.Module, path: Path) -> None:
     LOG.info("took %d of %d tensors from %s", len(taken), len(state), path)
 
 
-def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write weights in half precision; under a temporary name first."""
+def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
+    """Write weights in half precision, with what the file says of itself; under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: (t.half() if t.is_floating_point() else t).cpu().contiguous() for name, t in weights.items()}
     aside = path.with_name(f".{path.name}")
-    save_file(halves, aside)
+    save_file(halves, aside, metadata=dict(facts or {}))
     aside.rename(path)
 
 

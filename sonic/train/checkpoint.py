@@ -1,4 +1,4 @@
-"""Checkpoints on disk: tensors as safetensors and facts as JSON, written aside and renamed. Holds no pickles."""
+"""Checkpoints on disk: sharded tensors by torch DCP beside the training, facts as JSON, written aside and renamed."""
 
 from __future__ import annotations
 
@@ -6,74 +6,136 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from sonic.train.world import World
+
 LOG = logging.getLogger(__name__)
-TENSORS, FACTS = "state.safetensors", "facts.json"
+FACTS, ASIDE, DAMAGED = "facts.json", ".aside_", "damaged_"
+
+State = dict[str, Tensor]
+StateOf = Callable[[set[str]], State]  # names in a checkpoint -> tensors of ours to fill
 
 
-def write(folder: Path, step: int, *, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> Path:
-    """Keep `tensors` and `facts` as `folder/step_XXXXXXXX`. A crash at any moment leaves either all of it or nothing."""
-    final = folder / f"step_{step:08d}"
-    aside = folder / f".aside_{step:08d}_{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside / TENSORS)
-        record = {"step": step, "sha256": _digest(aside / TENSORS), **facts}
-        (aside / FACTS).write_text(json.dumps(record, indent=1))
-        for name in (TENSORS, FACTS):
-            _flush(aside / name)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _flush(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return final
+class Checkpoints:
+    """The checkpoints of one run. A crash at any moment leaves whole ones only; damaged ones are said and passed over."""
 
+    def __init__(self, folder: Path, *, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self._under_way: tuple[int, Future] | None = None
 
-def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and facts of one checkpoint. Raises ValueError when a file is missing or damaged."""
-    try:
-        facts = json.loads((checkpoint / FACTS).read_text())
-        if _digest(checkpoint / TENSORS) != facts["sha256"]:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: its tensors do not match their digest")
-        return load_file(checkpoint / TENSORS), facts
-    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read ({error})") from error
+    def save(self, step: int, state: State, facts: Mapping[str, object]) -> None:
+        """Copy `state` and write it beside what comes next. A checkpoint that cannot be written is said; those before it stay."""
+        self.settle()
+        aside = self.folder / f"{ASIDE}{step:08d}"
+        if self.world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.world.wait()
+        written: Future = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.world.writers, no_dist=self.world.ranks == 1)
+        done: Future = Future()
+        written.add_done_callback(lambda found: self._publish(found, done, aside, record={"step": step, **facts}))
+        self._under_way = (step, done)
 
+    def settle(self) -> None:
+        """Wait until nothing is being written."""
+        if self._under_way is None:
+            return
+        (step, done), self._under_way = self._under_way, None
+        error = done.exception()
+        if error is not None:
+            LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
+        self.world.wait()
 
-def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
-    """The newest checkpoint that reads well, with its tensors and facts. None = none at all.
+    def load(self, state_of: StateOf) -> dict:
+        """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
+        while True:
+            name = self._main_says(self._newest_good)
+            if not name:
+                return {}
+            try:
+                return self.read(self.folder / name, state_of)
+            except Exception as error:  # a file of any rank may be broken in a way its digest does not show
+                if self.world.ranks > 1:
+                    raise
+                self._set_aside(self.folder / name, error)
 
-    Newer ones that are damaged are said and renamed, so that they are not taken for good ones again.
-    """
-    for checkpoint in _newest_first(folder):
+    def read(self, checkpoint: Path, state_of: StateOf) -> dict:
+        """Fill our tensors from one checkpoint. Gives its facts. Raises ValueError when it is damaged or of something else."""
+        facts = self._main_says(lambda: _checked(checkpoint))
+        if isinstance(facts, str):
+            raise ValueError(facts)
+        names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
+        state = state_of(names)
+        if lost := sorted(set(state) - names):
+            raise ValueError(f"checkpoint {checkpoint} lacks {lost[0]} ({len(lost)} in all): it is of another model or objective; use a new name=")
+        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=self.world.ranks == 1)
+        return facts
+
+    def _publish(self, written: Future, done: Future, aside: Path, *, record: dict) -> None:
+        """On the main process: say what was written, and let it appear."""
         try:
-            return checkpoint, *read(checkpoint)
-        except ValueError as error:
-            LOG.warning("%s; falling back to the one before", error)
-            shutil.rmtree(folder / f"damaged_{checkpoint.name}", ignore_errors=True)
-            checkpoint.rename(folder / f"damaged_{checkpoint.name}")
-    return None
+            written.result()
+            if self.world.main:
+                files = [path for path in sorted(aside.iterdir()) if path.is_file()]
+                (aside / FACTS).write_text(json.dumps({**record, "sha256": {path.name: _digest(path) for path in files}}, indent=1))
+                _flush(aside / FACTS)
+                final = self.folder / f"step_{record['step']:08d}"
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+                _flush(self.folder)
+                prune(self.folder, self.keep)
+            done.set_result(None)
+        except BaseException as error:  # handed over to `settle`
+            shutil.rmtree(aside, ignore_errors=True)
+            done.set_exception(error)
+
+    def _newest_good(self) -> str:
+        for checkpoint in newest_first(self.folder):
+            facts = _checked(checkpoint)
+            if not isinstance(facts, str):
+                return checkpoint.name
+            self._set_aside(checkpoint, facts)
+        return ""
+
+    def _set_aside(self, checkpoint: Path, reason: object) -> None:
+        LOG.warning("%s; falling back to the one before", reason)
+        shutil.rmtree(self.folder / f"{DAMAGED}{checkpoint.name}", ignore_errors=True)
+        checkpoint.rename(self.folder / f"{DAMAGED}{checkpoint.name}")
+
+    def _main_says(self, ask: Callable[[], object]) -> object:
+        said = [ask() if self.world.main else None]
+        if self.world.ranks > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """Finished checkpoints of a folder."""
+    return iter(sorted(folder.glob("step_*"), reverse=True))
 
 
 def prune(folder: Path, keep: int) -> None:
     """Leave the `keep` newest checkpoints, and nothing half-written of runs that died."""
-    for old in list(_newest_first(folder))[keep:]:
+    for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{ASIDE}*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for half in folder.glob(".aside_*"):
-        shutil.rmtree(half, ignore_errors=True)
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("step_*"), reverse=True))
+def _checked(checkpoint: Path) -> dict | str:
+    """The facts of a checkpoint whose files are as they were written; a sentence for one whose are not."""
+    try:
+        facts = json.loads((checkpoint / FACTS).read_text())
+        wrong = [name for name, digest in facts["sha256"].items() if _digest(checkpoint / name) != digest]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        return f"checkpoint {checkpoint} cannot be read ({error})"
+    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else facts
 
 
 def _digest(path: Path) -> str:

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of a module's parameters, kept in float32; buffers are copied as they are."""
+    """Averages of what learns in a module, kept in float32; everything else is copied as it is."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.averages = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.averages = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards `module` after `step` (from 0). Early on the average is short, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = [p.detach().float() for _, p in module.named_parameters()]
+        live = [p.detach().float() for p in module.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.averages.values()), live, 1 - decay)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:

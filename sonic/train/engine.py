@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sonic.train import checkpoint
+from sonic.train.checkpoint import Checkpoints, State
 from sonic.train.ema import Ema
 from sonic.train.objectives import Objective
 from sonic.train.optim import adamw
-from sonic.train.settings import OptimConfig
+from sonic.train.settings import OptimConfig, TrainConfig
+from sonic.train.world import World
 
 EXPORTED = "student"
 
@@ -20,7 +23,11 @@ EXPORTED = "student"
 class Engine(Protocol):
     """What the loop asks of an engine."""
 
+    world: World
+
     def prepare(self, objective: Objective) -> None: ...
+
+    def precision(self) -> AbstractContextManager: ...
 
     def backward(self, role: str, loss: Tensor) -> None: ...
 
@@ -28,27 +35,47 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]: ...
 
-    def save(self, folder: Path, step: int, facts: dict) -> None: ...
+    def save(self, step: int, facts: dict) -> None: ...
 
-    def load(self, folder: Path, resume: str = "auto") -> dict: ...
+    def load(self) -> dict: ...
+
+    def settle(self) -> None: ...
 
 
 class LocalEngine:
     """One process, one device, parameters whole and in float32."""
 
-    def __init__(self, config: OptimConfig, device: torch.device, *, channels_last: bool = False) -> None:
-        self.config, self.device, self.channels_last = config, device, channels_last
+    def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
+        self.config, self.world = config, world
+        if world.ranks > 1 and type(self) is LocalEngine:
+            raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, world=world)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimizer's knobs."""
+        return self.config.optim
 
     def prepare(self, objective: Objective) -> None:
-        """Move the roles to the device and give each its optimizer; the student gets its running average too."""
-        self.roles = dict(objective.roles)
+        """Bring everything that computes to the device; give each role its optimizer, the student its running average too."""
+        self.roles: Mapping[str, nn.Module] = dict(objective.roles)
+        for module in {**objective.bodies, **self.roles}.values():
+            self.place(module)
         for module in self.roles.values():
-            module.to(self.device)
-            if self.channels_last:
-                module.to(memory_format=torch.channels_last)
             module.train()
-        self.optimizers = {role: adamw(module.parameters(), self.config) for role, module in self.roles.items()}
-        self.ema = Ema(self.roles[EXPORTED], self.config.ema_decay)
+        self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
+        self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
+
+    def place(self, module: nn.Module) -> None:
+        """To the device, whole."""
+        module.to(self.world.device)
+        if self.config.speed.channels_last:
+            module.to(memory_format=torch.channels_last)
+
+    def precision(self) -> AbstractContextManager:
+        """Around a loss: autocast where half precision is asked for."""
+        half = self.config.speed.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16) if half else nullcontext()
 
     def backward(self, role: str, loss: Tensor) -> None:
         """Add the gradient of `loss`; gradients wait for `step`."""
@@ -57,7 +84,7 @@ class LocalEngine:
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
         """Use up the gradients of `role` at learning rate `rate`. Gives their norm; a step that is not finite is not taken."""
         parameters = [p for p in self.roles[role].parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm))
         if torch.isfinite(norm):
             for group in self.optimizers[role].param_groups:
                 group["lr"] = rate
@@ -69,44 +96,46 @@ class LocalEngine:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights of the student, by its own names."""
-        return self.ema.weights(self.roles[EXPORTED])
+        """Averaged weights of the student, whole, by its own names."""
+        return {name: whole(tensor) for name, tensor in self.ema.weights(self.roles[EXPORTED]).items()}
 
-    def save(self, folder: Path, step: int, facts: dict) -> None:
-        """Write the whole state as the checkpoint of `step`."""
-        tensors = {f"average.{name}": t for name, t in self.ema.state().items()}
+    def save(self, step: int, facts: dict) -> None:
+        """Keep the state as the checkpoint of `step`; it is written while training goes on."""
+        self.checkpoints.save(step, self._state(), facts)
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is being written."""
+        self.checkpoints.settle()
+
+    def load(self) -> dict:
+        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one; {} = a fresh start."""
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            return {}
+        return self.checkpoints.load(self._to_fill) if resume == "auto" else self.checkpoints.read(Path(resume), self._to_fill)
+
+    def _state(self) -> State:
+        """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
+        tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
         for role, module in self.roles.items():
-            tensors |= {f"weights.{role}.{name}": t for name, t in module.state_dict().items()}
+            frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+            tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
             for name, parameter in module.named_parameters():
                 moments = self.optimizers[role].state.get(parameter, {})
                 tensors |= {f"moments.{role}.{name}.{key}": value for key, value in moments.items()}
-        checkpoint.write(folder, step, tensors={k: t.clone() for k, t in tensors.items()}, facts=facts)
+        return tensors
 
-    def load(self, folder: Path, resume: str = "auto") -> dict:
-        """Continue from the newest good checkpoint (`resume=auto`) or from the one at path `resume`; {} = a fresh start."""
-        if resume == "never":
-            return {}
-        if resume == "auto":
-            found = checkpoint.newest(folder)
-            if found is None:
-                return {}
-            _, tensors, facts = found
-        else:
-            tensors, facts = checkpoint.read(Path(resume))
-        self._put_back(tensors)
-        return facts
-
-    def _put_back(self, tensors: dict[str, Tensor]) -> None:
-        self.ema.load({name: tensors[f"average.{name}"].to(self.device) for name in self.ema.averages})
+    def _to_fill(self, names: set[str]) -> State:
+        """The same with room for the optimizers' memory that a checkpoint has."""
         for role, module in self.roles.items():
-            start = f"weights.{role}."
-            module.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
             for name, parameter in module.named_parameters():
-                start = f"moments.{role}.{name}."
-                moments = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-                if moments:
-                    places = {key: "cpu" if key == "step" else self.device for key in moments}
-                    self.optimizers[role].state[parameter] = {key: t.to(places[key]) for key, t in moments.items()}
+                start, memory = f"moments.{role}.{name}.", self.optimizers[role].state
+                for key in sorted(found.removeprefix(start) for found in names if found.startswith(start)):
+                    empty = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
+                    memory[parameter].setdefault(key, empty)
+        return self._state()
 
 
-ENGINES = {"local": LocalEngine}
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -67,7 +67,7 @@ Film = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,
 
 def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, dict]:
     """Score as configured, show the table, write the JSON. Gives {figure: {mean, ci95, clips}}."""
-    parts = parts or build_parts(config.model, config.run)
+    parts = parts or build_parts(config.model, config.run, steps=config.sampler.sample_steps)
     settings = Settings(sampler=config.sampler, decode=config.decode)
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
     start = time.perf_counter()

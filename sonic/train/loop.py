@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sonic.train import checkpoint
 from sonic.train.engine import Engine
 from sonic.train.log import RunLog
-from sonic.train.objectives import Batch, Objective
+from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.optim import rate
 from sonic.train.settings import TrainConfig
 
@@ -86,7 +86,10 @@ def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.
 
 @dataclass(frozen=True)
 class Run:
-    """What takes part in a run, and the folder it lives in. `batches(start)` opens the stream of batches at number `start`."""
+    """What takes part in a run, and the folder it lives in.
+
+    `batches(start)` opens this process's stream where `start` batches of all processes together have been used.
+    """
 
     config: TrainConfig
     objective: Objective
@@ -103,20 +106,23 @@ def train(run: Run) -> Outcome:
     """
     config, objective, engine, log, folder = run.config, run.objective, run.engine, run.log, run.folder
     engine.prepare(objective)
-    facts = engine.load(folder / "checkpoints", config.checkpoint.resume)
+    facts = engine.load()
     first = step = int(facts.get("step", 0))
     clock = Clock(config, float(facts.get("seconds", 0.0)))
     used = int(facts.get("batches", 0))
     stream = run.batches(used)
     meter, figures, kept_at = Meter(), {}, time.monotonic()
     with log.open(step, config.budget.max_steps or None):
-        while (progress := clock.progress(step)) < 1:
+        progress = engine.world.agree(clock.progress(step))
+        while progress < 1:
             lr = rate(step, progress, config.optim)
-            for role in objective.turn(step):
-                meter.add(_turn(run, role, stream, step=step, lr=lr))
+            for number, role in enumerate(objective.turn(step)):
+                place = Turn(role, step, number)
+                meter.add(_turn(run, place, stream, lr=lr * objective.rates.get(role, 1.0)))
                 used += config.budget.accumulate
             step += 1
-            last = clock.progress(step) >= 1
+            progress = engine.world.agree(clock.progress(step))
+            last = progress >= 1
             if last or step % config.log.every_steps == 0:
                 figures = meter.read()
                 pace = (step - first) / (time.monotonic() - clock.start)
@@ -124,10 +130,10 @@ def train(run: Run) -> Outcome:
                 log.scalars(step, {**figures, "train/lr": lr, "perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace})
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
-            if last or _due(config, step, kept_at):
-                engine.save(folder / "checkpoints", step, {"batches": used, "seconds": clock.seconds(), "seed": config.seed})
-                checkpoint.prune(folder / "checkpoints", config.checkpoint.keep)
+            if last or engine.world.agree(_due(config, step, kept_at)):
+                engine.save(step, {"batches": used, "seconds": clock.seconds(), "seed": config.seed})
                 kept_at = time.monotonic()
+    engine.settle()
     return Outcome(steps=step, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
 
 
@@ -136,26 +142,52 @@ def _due(config: TrainConfig, step: int, kept_at: float) -> bool:
     return bool(by_steps) or time.monotonic() - kept_at > 60 * config.checkpoint.every_minutes
 
 
-def _turn(run: Run, role: str, stream: Iterator[Batch], *, step: int, lr: float) -> dict[str, Tensor]:
-    """Losses, gradients and one optimizer step of `role`; its figures."""
-    config, device = run.config, run.engine.device
-    half = torch.autocast(device.type, torch.bfloat16, enabled=config.speed.precision == "bfloat16")
-    parts: list[dict[str, Tensor]] = []
-    for part in range(config.budget.accumulate):
-        batch = {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in next(stream).items()}
-        rng = step_rng(config.seed, step, part=part, device=device)
-        with half:
-            loss, figures = run.objective.loss(role, batch, rng)
-        run.engine.backward(role, loss / config.budget.accumulate)
-        parts.append({f"{role}_loss": loss, **figures})
+class Turn(NamedTuple):
+    """One update: of which role, in which step, and which one within the step."""
+
+    role: str
+    step: int
+    number: int
+
+
+def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
+    """Losses, gradients and one optimizer step; its figures, means over all processes.
+
+    The batches of an update are numbered over all processes together, and a batch's randomness is a function of its number; so
+    the number of processes changes nothing but the order of sums.
+    """
+    (role, step, _), config, world = turn, run.config, run.engine.world
+    mine = config.budget.accumulate // world.ranks
+    figures: list[dict[str, Tensor]] = []
+    for place in range(mine):
+        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in next(stream).items()}
+        part = turn.number * config.budget.accumulate + place * world.ranks + world.rank
+        rng = step_rng(config.seed, step, part=part, device=world.device)
+        figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
     norm = run.engine.step(role, rate=lr, step=step)
-    means = {f"train/{name}": torch.stack([p[name].detach().float() for p in parts]).mean() for name in parts[0]}
-    total = means[f"train/{role}_loss"]
+    names = list(figures[0])
+    means = world.mean(torch.stack([torch.stack([each[name].float() for name in names]) for each in figures]).mean(0))
+    found = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+    total = found[f"train/{role}_loss"]
     if not bool(torch.isfinite(total + norm)):
         tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
-        save_file(tensors, run.folder / "diverged_batch.safetensors")
+        save_file(tensors, run.folder / f"diverged_batch{f'_{world.rank}' if world.rank else ''}.safetensors")
+        run.engine.settle()
         raise Diverged(
             f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} is not finite; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
-    return {**means, f"train/{role}_grad_norm": norm.detach()}
+    return {**found, f"train/{role}_grad_norm": norm.detach()}
+
+
+def _descend(run: Run, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
+    """The gradient of every part of a loss, each taken before the next part is computed; the loss and its figures."""
+    total, figures = 0.0, {}
+    while True:
+        with run.engine.precision():
+            part = next(losses, None)
+        if part is None:
+            return {f"{role}_loss": total, **figures}
+        loss, found = part
+        run.engine.backward(role, loss * share)
+        total, figures = total + loss.detach(), {name: value.detach() for name, value in found.items()}

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
+from sonic.train.objective_settings import ObjectiveConfig
 
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
 
 
 @dataclass
 class BudgetConfig:
-    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used."""
+    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used.
+
+    A step uses `accumulate` batches of `batch_size` samples, all processes together.
+    """
 
     max_steps: int = 0
     max_minutes: float = 0.0
     batch_size: int = 8
-    accumulate: int = 1
+    accumulate: int = 1  # batches to a step; a multiple of the number of processes, which share them
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
-        _require(self.accumulate >= 1, f"budget.accumulate={self.accumulate}: need at least 1")
+        require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
+        require(self.accumulate >= 1, f"budget.accumulate={self.accumulate}: need at least 1")
 
 
 @dataclass
@@ -41,9 +42,9 @@ class OptimConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
-        _require(0 <= self.decay_from < 1, f"optim.decay_from={self.decay_from}: need a fraction in [0, 1)")
-        _require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}: need a value in [0, 1)")
+        require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
+        require(0 <= self.decay_from < 1, f"optim.decay_from={self.decay_from}: need a fraction in [0, 1)")
+        require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}: need a value in [0, 1)")
 
 
 @dataclass
@@ -56,9 +57,13 @@ class SpeedConfig:
     channels_last: bool = False
     workers: int = 0  # processes that read or draw batches
     prefetch: int = 4  # batches each of them keeps ready
+    engine: str = "auto"  # auto, local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
+    recompute: bool = False  # layers are computed again for the gradient instead of remembered
+    cpu_offload: bool = False  # fsdp and zero3 keep their shards in host memory
 
     def __post_init__(self) -> None:
-        _require(
+        one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        require(
             self.precision in ("float32", "bfloat16"),
             f"speed.precision={self.precision} is unknown; choose one of: float32, bfloat16",
         )
@@ -74,7 +79,7 @@ class CheckpointConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
 
 
 @dataclass
@@ -87,8 +92,8 @@ class LogConfig:
     bar: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
-        _require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
+        require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
+        require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
 
 
 @dataclass
@@ -100,66 +105,6 @@ class DataConfig:
     window: int = 9
     split: str = "train"
     resolution: int = 192
-
-
-@dataclass
-class ObjectiveConfig:
-    """What every objective has: its row in OBJECTIVES."""
-
-    name: str = ""
-
-
-@dataclass
-class FlowMatchConfig(ObjectiveConfig):
-    """Block-causal diffusion forcing of the DiT on latents."""
-
-    name: str = "flow_match"
-    schedule_share: float = 0.5  # clips whose sigma comes from `schedule`; the others are uniform in (0, 1]
-    schedule: list[float] = field(default_factory=lambda: [1.0, 0.9, 0.75, 0.5])
-    weight_cap: float = 4.0  # ceiling of 1/sigma² in the loss on the clean latents
-    cell_gain: float = 8.0  # weight of the liveliest cell is 1 + cell_gain, of a dead one 1
-    change_weight: float = 0.5  # weight of the error in the change from one latent frame to the next
-    audio_dropout: float = 0.1
-    max_first_block: int = 60
-    viseme_weight: float = 0.3
-
-    def __post_init__(self) -> None:
-        _require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")
-
-
-@dataclass
-class VisemeConfig(ObjectiveConfig):
-    """Training of the speech encoder: name the mouth shapes from the sound."""
-
-    name: str = "viseme"
-    audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
-    tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
-    throat: float = 0.12  # largest change of the vocal tract length, in log
-
-
-@dataclass
-class AutoencodeConfig(ObjectiveConfig):
-    """The preview's motion autoencoder, on drawn people."""
-
-    name: str = "autoencode"
-    latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
-    focus: float = 6.0  # how much more the mouth counts than the rest
-
-
-@dataclass
-class PortraitConfig(ObjectiveConfig):
-    """Latents of a portrait that tell what its mouth will do."""
-
-    name: str = "portrait"
-    focus: float = 6.0  # how much more the mouth counts than the rest
-
-
-OBJECTIVE_CONFIGS = {
-    "flow_match": FlowMatchConfig,
-    "viseme": VisemeConfig,
-    "autoencode": AutoencodeConfig,
-    "portrait": PortraitConfig,
-}
 
 
 @dataclass
@@ -181,7 +126,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         steps, minutes = self.budget.max_steps, self.budget.max_minutes
-        _require(
+        require(
             (steps > 0) != (minutes > 0),
             f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
         )
@@ -198,8 +143,8 @@ class EvalConfig:
     videos: str = knob("", "folder for a contact sheet of every clip; empty = none")
 
     def __post_init__(self) -> None:
-        _require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
-        _require(self.seconds >= 2, f"eval.seconds={self.seconds}: a correlation needs at least 2 seconds")
+        require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
+        require(self.seconds >= 2, f"eval.seconds={self.seconds}: a correlation needs at least 2 seconds")
 
 
 @dataclass

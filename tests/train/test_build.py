@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from sonic.data.clips import write_index
 from sonic.train.build import run_training
-from sonic.train.checkpoint import newest
+from sonic.train.checkpoint import newest_first
 from sonic.train.log import read_scalars
-from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig, VisemeConfig
+from sonic.train.objective_settings import VisemeConfig
+from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):
     run_training(config, tmp_path / "run")
     config.budget = BudgetConfig(max_steps=6, batch_size=2)
     assert run_training(config, tmp_path / "run").steps == 6
-    assert newest(tmp_path / "run" / "checkpoints")[2]["step"] == 6
+    assert next(newest_first(tmp_path / "run" / "checkpoints")).name == "step_00000006"
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sonic.model.vae import WarpAutoencoder
-from sonic.train.objectives import Batch
-from sonic.train.settings import AutoencodeConfig, TrainConfig
+from sonic.train.objectives import Batch, Losses, Objective
+from sonic.train.objective_settings import AutoencodeConfig
+from sonic.train.settings import TrainConfig
 from sonic.types import MotionLayers
 
 
-class Autoencode:
+class Autoencode(Objective):
     """One role; latents are noised on the way so that a DiT's small errors stay small in the picture."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
@@ -24,11 +25,7 @@ class Autoencode:
         self.autoencoder = WarpAutoencoder()
         self.roles: Mapping[str, nn.Module] = {"student": self.autoencoder}
 
-    def turn(self, step: int) -> Sequence[str]:
-        """The one role, always."""
-        return ("student",)
-
-    def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Distance from the known motion.  batch: see data/drawn.py"""
         model, config = self.autoencoder, self.config
         reference = model.reference(batch["picture"])
@@ -39,7 +36,8 @@ class Autoencode:
         self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
             exact = MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float())
-            return self._distances(batch, exact, latents.float())
+            found = self._distances(batch, exact, latents.float())
+        yield found
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averaged weights with the latents' measured scale."""

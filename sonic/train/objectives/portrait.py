@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange, repeat
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.vae import Residual, WarpAutoencoder
-from sonic.train.objectives import Batch
+from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.objectives.viseme import VISEMES
-from sonic.train.settings import PortraitConfig, TrainConfig
+from sonic.train.objective_settings import PortraitConfig
+from sonic.train.settings import TrainConfig
 from sonic.types import MotionLayers
 
 POSE = 4
@@ -35,7 +36,7 @@ class Foretell(nn.Module):
         return self.layers(self.join(torch.cat([latents, repeat(told, "n k -> n k h w", h=height, w=width)], 1)))
 
 
-class PortraitLatents:
+class PortraitLatents(Objective):
     """One role: the autoencoder's portrait encoder and a small network that uses it; the autoencoder itself stays as it is."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
@@ -46,11 +47,7 @@ class PortraitLatents:
         self.student = nn.ModuleDict({"autoencoder": autoencoder, "foretell": Foretell(autoencoder.latent_scale.numel())})
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
-    def turn(self, step: int) -> Sequence[str]:
-        """The one role, always."""
-        return ("student",)
-
-    def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Weighted error of the foretold motion latents.  batch: see data/drawn.py"""
         autoencoder = self.student["autoencoder"]
         with torch.no_grad():
@@ -65,7 +62,7 @@ class PortraitLatents:
         weight = repeat(focus / focus.mean(), "b 1 h w -> (b t) 1 h w", t=moved.shape[2])
         error = (weight * (found.float() - target).square()).mean()
         left = error.detach() / (weight * target.square()).mean()
-        return error + 1e-3 * portrait.float().square().mean(), {"motion_error": error.detach(), "motion_unexplained": left}
+        yield error + 1e-3 * portrait.float().square().mean(), {"motion_error": error.detach(), "motion_unexplained": left}
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole autoencoder."""

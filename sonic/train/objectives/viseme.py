@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange
@@ -13,8 +13,9 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
 from sonic.model.speech_encoder import SPEECH_ENCODERS, vary_throat
-from sonic.train.objectives import Batch
-from sonic.train.settings import TrainConfig, VisemeConfig
+from sonic.train.objectives import Batch, Losses, Objective
+from sonic.train.objective_settings import VisemeConfig
+from sonic.train.settings import TrainConfig
 from sonic.types import pick
 
 VISEMES = 5
@@ -53,7 +54,7 @@ def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tenso
     return loss, {"viseme_error": loss.detach(), "opening_unexplained": unexplained}
 
 
-class VisemePretraining:
+class VisemePretraining(Objective):
     """The speech encoder, with a viseme head beside it that is not exported."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
@@ -63,15 +64,11 @@ class VisemePretraining:
         self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
-    def turn(self, step: int) -> Sequence[str]:
-        """The one role, always."""
-        return ("student",)
-
-    def loss(self, role: str, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Error of the visemes read from noised sound.  batch: mel [B,8T,40], visemes [B,4T,5]"""
         encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
         heard = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
-        return viseme_loss(self.student["viseme_head"](heard), batch["visemes"])
+        yield viseme_loss(self.student["viseme_head"](heard), batch["visemes"])
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The speech encoder alone."""

@@ -1,0 +1,116 @@
+"""Low-rank adapters that learn: one set per role on a single frozen model, one set in force at a time, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sonic.config import AdapterConfig
+from sonic.model.lora import DOWN, PREFIX, UP
+from sonic.model.weights import to_official
+
+ADAPTERS = "adapters"  # the word in the names of their tensors on the model
+SLASH = "/"  # stands for the dot, which names of modules in a ModuleDict may not hold
+
+
+class Switch:
+    """Which role's adapters are in force; None = the model as it was."""
+
+    role: str | None = None
+
+
+class LowRank(nn.Module):
+    """alpha / rank · up(down(x)), nothing at first. Source: LoRA, arXiv 2106.09685."""
+
+    def __init__(self, linear: nn.Linear, config: AdapterConfig) -> None:
+        super().__init__()
+        device = linear.weight.device
+        self.scale = config.alpha / config.rank
+        self.lora_A = nn.Linear(linear.in_features, config.rank, bias=False, device=device)
+        self.lora_B = nn.Linear(config.rank, linear.out_features, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,in] -> [...,out]"""
+        return self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+
+
+class AdaptedLinear(nn.Linear):
+    """A frozen linear layer, its parameters and their names unchanged, plus what the role in force adds to it."""
+
+    def __init__(self, linear: nn.Linear, adapters: Mapping[str, LowRank], switch: Switch) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adapters = nn.ModuleDict(adapters)
+        self.switch = switch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,in] -> [...,out]"""
+        found = super().forward(x)
+        role = self.switch.role
+        return found if role is None else found + self.adapters[role](x).to(found.dtype)
+
+
+class Adapters:
+    """Adapters of several roles on `model`, which is frozen and changed in place; its parameters keep their names.
+
+    Raises ValueError when no linear layer has one of `config.targets` in its name; no targets = all linear layers.
+    """
+
+    def __init__(self, model: nn.Module, roles: Sequence[str], config: AdapterConfig) -> None:
+        self.config, self.switch = config, Switch()
+        chosen = [name for name, module in model.named_modules() if type(module) is nn.Linear and _chosen(name, config.targets)]
+        if not chosen:
+            raise ValueError(f"learn.targets={config.targets} names no linear layer of this model; use such as self_attention or mlp_in")
+        model.requires_grad_(False)
+        sets: dict[str, dict[str, nn.Module]] = {role: {} for role in roles}
+        for name in chosen:
+            parent, _, last = name.rpartition(".")
+            linear = model.get_submodule(name)
+            for role in roles:
+                sets[role][name.replace(".", SLASH)] = LowRank(linear, config)
+            mine = {role: found[name.replace(".", SLASH)] for role, found in sets.items()}
+            setattr(model.get_submodule(parent), last, AdaptedLinear(linear, mine, self.switch))
+        self.roles: Mapping[str, nn.Module] = {role: nn.ModuleDict(found) for role, found in sets.items()}
+
+    @contextmanager
+    def play(self, role: str | None) -> Iterator[None]:
+        """Put the adapters of `role` in force for a while; None takes all of them off."""
+        before, self.switch.role = self.switch.role, role
+        try:
+            yield
+        finally:
+            self.switch.role = before
+
+
+def export_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a role's adapters under the names that peft gives them, on official module names where there are such."""
+    found = {}
+    for name, tensor in weights.items():
+        path, role, _ = name.rsplit(".", 2)
+        assert role in (DOWN, UP), name
+        module = path.replace(SLASH, ".")
+        official = (to_official(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+        found[f"{PREFIX}{official}.{role}.weight"] = tensor
+    return found
+
+
+@torch.no_grad()
+def load_adapters(role: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Take over adapters that `export_adapters` wrote. Raises ValueError unless every one fits."""
+    wanted = role.state_dict()
+    names = export_adapters({name: torch.empty(0) for name in wanted})
+    for ours, theirs in zip(wanted, names, strict=True):
+        if theirs not in weights or weights[theirs].shape != wanted[ours].shape:
+            raise ValueError(f"the adapters lack {theirs} in the shape {list(wanted[ours].shape)}; use those of this model, rank and targets")
+        wanted[ours].copy_(weights[theirs])
+
+
+def _chosen(name: str, targets: Sequence[str]) -> bool:
+    words = name.split(".")
+    return not targets or any(target in words for target in targets)

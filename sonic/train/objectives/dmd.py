@@ -1,0 +1,152 @@
+"""Distribution matching on the student's own rollouts: block by block over the KV rings, one per sampling step, as inference runs.
+
+A critic learns where the student's films lie, the teacher knows where films should, and the difference of what the two make of a
+noised film moves the student (DMD2, arXiv 2405.14867; self forcing, arXiv 2506.08009). The gradient is taken block by block over
+detached keys and values, so that one block's graph at a time is held, whatever the length of the film.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sonic.flow.path import interpolate, spread
+from sonic.geometry import BlockSpan
+from sonic.model.dit import AvatarDiT, BlockInputs
+from sonic.model.kv_cache import KVCache
+from sonic.train.objective_settings import DmdConfig
+from sonic.train.objectives import Batch, Losses
+from sonic.train.objectives.cast import CRITIC, STUDENT, TEACHER
+from sonic.train.objectives.distill import Distillation, liveliness
+from sonic.train.objectives.flow_match import TIMESTEPS, clip_error, conditions_of
+from sonic.train.settings import TrainConfig
+from sonic.types import Conditions
+
+
+class Start(NamedTuple):
+    """What a rollout begins from: what it is told, noise [B,C,T,h,w], its first block, and the truth when that block is given."""
+
+    told: Conditions
+    noise: Tensor
+    first_block: int
+    anchor: Tensor | None
+
+
+class Rolled(NamedTuple):
+    """A rollout by sampling step: latents before the step, and the clean latents that the step saw in them; [B,C,T,h,w] each."""
+
+    before: list[Tensor]
+    clean: list[Tensor]
+
+
+class DistributionMatching(Distillation):
+    """Student and critic learn, the critic more often."""
+
+    config: DmdConfig
+
+    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
+        super().__init__(config, dataset, (STUDENT, CRITIC))
+        self.rates = {CRITIC: self.config.critic_rate}
+
+    def turn(self, step: int) -> Sequence[str]:
+        """The critic's updates, then the student's."""
+        return (*(CRITIC,) * self.config.critic_turns, STUDENT)
+
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
+        """The critic's error on a film of the student, or the student's way to the teacher.  batch: see FlowMatch.losses"""
+        start = self._start(batch, rng)
+        step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng, device=rng.device))
+        with self.cast.play(STUDENT) as model, torch.no_grad():
+            rolled = roll(model, start, self.sigmas)
+        learn = self._critic if role == CRITIC else self._student
+        yield from learn(start, rolled, step=step, batch=batch, rng=rng)
+
+    def _start(self, batch: Batch, rng: torch.Generator) -> Start:
+        clean = batch["latents"]
+        noise = torch.randn(clean.shape, generator=rng, device=rng.device)
+        anchored = bool(torch.rand((), generator=rng, device=rng.device) < self.config.anchor_share)
+        return Start(conditions_of(batch, self.model_config), noise, self.first_block(rng), clean if anchored else None)
+
+    def _noised(self, clean: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents, each clip at a noise level of its own: (noisy, noise, sigma [B])."""
+        low, high = self.config.lowest, self.config.highest
+        sigma = low + (high - low) * torch.rand(clean.shape[0], generator=rng, device=rng.device)
+        noise = torch.randn(clean.shape, generator=rng, device=rng.device)
+        return interpolate(clean, noise, sigma), noise, sigma
+
+    def _critic(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
+        made = rolled.clean[step]
+        noisy, noise, sigma = self._noised(made, rng)
+        level, cap = spread(sigma, made), self.config.error.weight_cap
+        with self.cast.play(CRITIC):
+            v = self.velocity(CRITIC, start.told, start.first_block)(noisy, sigma)
+            found, _ = self.target(noisy - level * v, noisy + (1 - level) * v, level, cap=cap)
+            target, weight = self.target(made, noise, level, cap=cap)
+            yield clip_error(found, target, weight, cells=self.cells, config=self.config.error)
+
+    def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
+        made = rolled.clean[step]
+        pull = self._pull(start, made, rng)
+        figures = {"pull": pull.abs().mean(), "liveliness": liveliness(rolled.clean[-1], batch["latents"])}
+        block = self.model_config.rollout.block_frames
+        if start.anchor is not None:
+            pull[:, :, :block] = 0  # the truth needs no push, but its keys are read by the others
+        with self.cast.play(STUDENT) as model:
+            cache = model.prefill(start.told, model.new_cache(start.told, steps=1))
+            for index, part in enumerate(_parts(made.shape[2], block)):
+                inputs = _inputs(model, start, index)
+                clean = _clean(model, rolled.before[step][:, :, part], inputs, cache=cache, ring=0, sigma=self.sigmas[step])
+                aim = (clean - pull[:, :, part]).detach()
+                yield 0.5 * (clean - aim).square().sum() / made.numel(), figures
+
+    @torch.no_grad()
+    def _pull(self, start: Start, made: Tensor, rng: torch.Generator) -> Tensor:
+        """Where the critic sees the film less where the teacher sees it, in units of the teacher's distance from it."""
+        noisy, _, sigma = self._noised(made, rng)
+        level = spread(sigma, made)
+        fake, real = (noisy - level * self.velocity(role, start.told, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
+        size = (made - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
+        pull = (fake - real) / size
+        return pull if self.cells is None else pull * self.cells.to(pull)
+
+
+def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
+    """The rollout that inference makes with Euler steps, and what it passed through.
+
+    An anchored rollout begins with the truth: its first block is at every step what the noised truth is there.
+    """
+    steps, block = len(sigmas) - 1, model.config.rollout.block_frames
+    cache = model.prefill(start.told, model.new_cache(start.told, steps=steps))
+    rolled = Rolled(*([torch.empty_like(start.noise) for _ in range(steps)] for _ in range(2)))
+    for index, part in enumerate(_parts(start.noise.shape[2], block)):
+        inputs, x = _inputs(model, start, index), start.noise[:, :, part]
+        given = start.anchor[:, :, part] if start.anchor is not None and index == 0 else None
+        for step, (now, then) in enumerate(pairwise(sigmas)):
+            if given is not None:
+                x = interpolate(given, start.noise[:, :, part], now.float().expand(x.shape[0]))
+            clean = _clean(model, x, inputs, cache=cache, ring=step, sigma=now)
+            rolled.before[step][:, :, part], rolled.clean[step][:, :, part] = x, clean if given is None else given
+            x = x + (float(then) - float(now)) * ((x - clean) / float(now))
+    return rolled
+
+
+def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: int, sigma: Tensor) -> Tensor:
+    """The clean latents that the model sees in a block at noise level `sigma`."""
+    level = torch.full((x.shape[0],), float(sigma), device=x.device)
+    said = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[ring])
+    return said if model.config.prediction == "clean" else x - float(sigma) * said
+
+
+def _inputs(model: AvatarDiT, start: Start, index: int) -> BlockInputs:
+    block = model.config.rollout.block_frames
+    here, there = (BlockSpan(number, number * block, block) for number in (index, start.first_block + index))
+    return model.prepare_block(start.told.at(here), there)
+
+
+def _parts(frames: int, block: int) -> list[slice]:
+    assert frames % block == 0, (frames, block)
+    return [slice(first, first + block) for first in range(0, frames, block)]
