@@ -120,10 +120,10 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
     made = [f"model={name}", f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", "video.size=64x64", f"prompt={PROMPT}"]
     steps = ["sampler=live_avatar_3step"] if model == "live" else []
     assert infer(tmp_path, *made, *steps, *extra, f"output={tmp_path / 'a.mp4'}", "name=a") == 0
-    assert infer(tmp_path, *made, *steps, *extra, f"output={tmp_path / 'b.mp4'}", "name=b") == 0
-    films = [torch.stack([torch.as_tensor(frame) for frame in read_frames(tmp_path / f"{letter}.mp4")]) for letter in "ab"]
-    assert len(films[0]) == frames
-    assert torch.equal(*films)
+    assert len(list(read_frames(tmp_path / "a.mp4"))) == frames
+    if "compat=upstream" not in extra:  # the published way to encode takes long, and its frames are tested against recorded ones
+        assert infer(tmp_path, *made, *steps, *extra, f"output={tmp_path / 'b.mp4'}", "name=b") == 0
+        assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["fps"] == (25 if model == "live" else 16)
     assert (tmp_path / "runs/a/contact_sheet.png").exists()
