@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -21,7 +22,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.config import closest_first, unknown_choice
@@ -228,7 +229,8 @@ def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
     try:
         value = text.replace("${", r"\${") if kind is str else yaml.safe_load(text)
-        OmegaConf.update(raw, key, value)
+        with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
+            OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
         raise ValueError(f"{key} is no knob of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:

@@ -22,6 +22,7 @@ from sonic.flow.schedule import SCHEDULES
 from sonic.infer.build import DTYPES
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
+from sonic.train.sweep_settings import AblateConfig
 from sonic.train.settings import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +34,13 @@ ENTRIES = {
     "convert": Entry("convert", ConvertConfig, collections=()),
     "judge": Entry("judge", JudgeConfig, collections=()),
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
+    "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }
 NEEDED = {
     "train": ["budget.max_steps=1"],
     "judge": ["film=out.mp4"],
-    "convert": ["source=a", "output=b"],
+    "convert": ["source=a", "output=b"], "ablate": ["grid={seed: [1]}"],
 }  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
@@ -53,7 +55,7 @@ def test_every_command_composes_without_arguments(name):
 def test_every_choice_composes(name, group, option):
     if (ROOT / "conf" / group / option).is_dir():
         return  # test_a_preset_fits_every_model_or_says_why_not
-    needed = [] if group in ("train", "precompute") else NEEDED.get(name, [])
+    needed = [] if group in ("train", "distill", "precompute", "ablate") else NEEDED.get(name, [])
     assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
+from sonic.geometry import FRAMES_PER_LATENT
 from sonic.infer.report import Clock
 from sonic.model.vae import Reference
 from sonic.model.warp import Canvas
@@ -17,6 +19,7 @@ from sonic.types import FrameChunk, LatentBlock, MotionLayers
 
 T = TypeVar("T")
 
+SEAM = 0.15  # how far the first frame of a latent gives way to the one before
 CHUNK_BYTES = 64 << 20  # pixels handed over at once; more would only fill memory
 _END = object()
 _PATIENCE_S = 0.1  # how soon a thread that cannot hand over notices that nobody wants its results any more
@@ -89,15 +92,31 @@ def decoded(
     blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, clock: Clock
 ) -> Iterator[FrameChunk]:
     """Finished frames of the blocks as they come; what the last block makes beyond `num_frames` is left out."""
-    cache, start = None, 0
+    cache, last, start = None, None, 0
     for block in blocks:
         with clock.stage("decode"):
             layers, cache = autoencoder.decode(block.latents, reference, cache)
+            layers = close_seams(layers, last)
+            last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
             with clock.stage("decode"):
                 pixels = canvas.render(part)
             yield FrameChunk(pixels, start)
             start += len(pixels)
+
+
+def close_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLayers:
+    """The same motion with the first frame of every latent drawn a little towards the frame before it, since latents are made
+    apart and their seams would be seen; `before` is what came last."""
+
+    def closed(track: Tensor, past: Tensor | None) -> Tensor:
+        shifted = torch.cat((track[:, :1] if past is None else past[:, -1:], track[:, :-1]), dim=1)
+        seam = torch.zeros(track.shape[1], device=track.device)
+        seam[::FRAMES_PER_LATENT] = SEAM
+        return torch.lerp(track, shifted, rearrange(seam, "f -> f 1 1 1"))
+
+    names = ("flow", "opacity", "interior")
+    return MotionLayers(*(closed(getattr(layers, name), before and getattr(before, name)) for name in names))
 
 
 def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:

@@ -25,6 +25,7 @@ from sonic import metrics
 from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.geometry import FPS, FRAMES_PER_LATENT
+from sonic.data.video import VideoWriter
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
@@ -84,6 +85,8 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
         if config.eval.videos:
             _keep(case, films["model"], Path(config.eval.videos) / f"clip_{number:03d}.png")
+            if number < config.eval.films:
+                _keep_film(case, films["model"], Path(config.eval.videos) / f"clip_{number:03d}.mp4")
     figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     found = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
@@ -164,3 +167,11 @@ def _keep(case: Case, make: Film, path: Path) -> None:
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
     rows = [rearrange(frames[chosen], "f c h w -> h (f w) c") for frames in (make(case, case.samples), case.truth)]
     imsave(path, ((torch.cat(rows) + 1) * 127.5).clamp(0, 255).byte().numpy(), check_contrast=False)
+
+
+def _keep_film(case: Case, make: Film, path: Path) -> None:
+    """A clip with its sound."""
+    frames = make(case, case.samples)
+    pixels = rearrange(((frames + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=Speech(case.samples.astype(np.float32))) as writer:
+        writer.write(pixels)

@@ -7,13 +7,14 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from sonic.train.settings import LogConfig
+from sonic.train.sweep import Cell
 
 LOG = logging.getLogger(__name__)
 SCALARS = "scalars.jsonl"
@@ -82,16 +83,30 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def _open_wandb(folder: Path, config: LogConfig, name: str):
+def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
     """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
     import wandb
 
     known = folder / "wandb_id.txt"
     run_id = known.read_text().strip() if known.exists() else uuid.uuid4().hex[:8]
     known.write_text(run_id)
-    keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder)}
+    keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
     try:
         return wandb.init(mode=config.wandb, **keywords)
     except wandb.errors.Error as error:
         LOG.warning("W&B cannot be used (%s); logging offline under %s", error, folder)
         return wandb.init(mode="offline", **keywords)
+
+
+def log_cells(cells: Sequence[Cell], folder: Path, config: LogConfig, *, group: str) -> None:
+    """The figures of a sweep's finished cells as runs of one W&B group; nothing with log.wandb=off."""
+    if config.wandb == "off":
+        return
+    for cell in cells:
+        if cell.figures is None:
+            continue
+        run = _open_wandb(cell.folder, config, cell.name, group=group)
+        run.config.update(cell.choices, allow_val_change=True)
+        flat = {f"eval/{name}": value["mean"] if isinstance(value, dict) else value for name, value in cell.figures.items()}
+        run.log(flat)
+        run.finish()

@@ -141,6 +141,7 @@ class EvalConfig:
     seconds: float = knob(8.0, "length of each recording, at least 2")
     noisy: bool = knob(False, "dirt of real recordings on the speech")
     videos: str = knob("", "folder for a contact sheet of every clip; empty = none")
+    films: int = knob(0, "of so many clips the films too, in the same folder")
 
     def __post_init__(self) -> None:
         require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")

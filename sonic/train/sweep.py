@@ -1,0 +1,165 @@
+"""Ablation sweeps: every combination of a grid scored in a process of its own; what is finished is not done again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sonic.train.sweep_settings import AblateConfig
+
+LOG = logging.getLogger("sonic.train")
+PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
+DONE, FAILED = "figures.json", "failed.txt"
+FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
+TAIL = 12  # lines of a failed cell's log that are shown
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the grid, and the folder it is scored in."""
+
+    choices: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return ", ".join(f"{knob.rpartition('.')[2]}={value}" for knob, value in self.choices.items())
+
+    @property
+    def figures(self) -> dict[str, Any] | None:
+        """Its figures, None until it is finished."""
+        file = self.folder / DONE
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @property
+    def failure(self) -> str:
+        """The end of the log of a cell that failed; empty for others."""
+        file = self.folder / FAILED
+        return file.read_text() if file.is_file() else ""
+
+    def forget(self) -> None:
+        """Remove what an earlier attempt left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
+    """All combinations of the grid, in its order."""
+    knobs = list(config.grid)
+    combinations = (dict(zip(knobs, values, strict=True)) for values in itertools.product(*config.grid.values()))
+    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in combinations]
+
+
+def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
+    """Score every cell that is not finished, `config.jobs` at once, on the engine asked for. Failed ones wait for retry=true."""
+    cells = cells_of(config, folder)
+    if config.retry:
+        for cell in cells:
+            if cell.failure:
+                cell.forget()
+    waiting = [cell for cell in cells if cell.figures is None and not cell.failure]
+    if len(waiting) < len(cells):
+        LOG.info("%d of %d cells are there already", len(cells) - len(waiting), len(cells))
+    jobs = [(cell.folder, commands(config, cell)) for cell in waiting]
+    for _ in tqdm(ENGINES[config.engine](jobs, config.jobs), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
+        pass
+    for cell in cells:
+        if cell.failure:
+            LOG.warning("%s failed: %s (retry=true tries it again)", cell.name, cell.failure.strip().splitlines()[-1])
+    return cells
+
+
+def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
+    """The processes of a cell, one for each seed."""
+    fixed = [f"{knob}={_typed(value)}" for knob, value in cell.choices.items()]
+    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.films={config.films}"]
+    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
+    return [[sys.executable, str(PROGRAM), *config.common, *fixed, *scored, *where(seed)] for seed in config.seeds]
+
+
+def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
+    """Run a cell's processes and join their figures; what goes wrong is written down where it happened."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        for command in processes:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+            if done.returncode:
+                log.flush()
+                lines = (folder / "log.txt").read_text().strip().splitlines()
+                (folder / FAILED).write_text("\n".join([f"exit code {done.returncode}", *lines[-TAIL:]]) + "\n")
+                return
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
+    partial = folder / f"{DONE}.partial"
+    partial.write_text(json.dumps(_joined(found), indent=1) + "\n")
+    partial.rename(folder / DONE)
+
+
+def _locally(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(lambda job: score(*job), jobs)
+
+
+def _submitit(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("engine=submitit needs the package submitit: pip install sonic[slurm]; engine=local needs nothing") from None
+    executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
+    if executor is not None:
+        executor.update_parameters(slurm_array_parallelism=at_once)
+        for job in executor.map_array(score, *zip(*jobs, strict=True)):
+            yield job.result()
+
+
+def _ray(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("engine=ray needs the package ray: pip install sonic[ray]; engine=local needs nothing") from None
+    ray.init(ignore_reinit_error=True)
+    remote = ray.remote(score)
+    waiting = list(jobs)
+    while waiting:
+        batch, waiting = waiting[:at_once], waiting[at_once:]
+        yield from ray.get([remote.remote(*job) for job in batch])
+
+
+ENGINES: dict[str, Callable[[Sequence[tuple[Path, list[list[str]]]], int], Iterator[None]]] = {
+    "local": _locally,
+    "submitit": _submitit,
+    "ray": _ray,
+}
+
+
+def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips."""
+    joined: dict[str, Any] = {"peak_rss_gib": max(each["peak_rss_gib"] for each in found)}
+    for figure in FIGURES:
+        clips = [value for each in found for value in each[figure]["clips"]]
+        mean = sum(clips) / len(clips)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in clips) / max(1, len(clips) - 1))
+        joined[figure] = {"mean": mean, "ci95": 1.96 * spread / math.sqrt(len(clips)), "clips": clips}
+    return joined
+
+
+def _slug(choices: dict[str, Any]) -> str:
+    text = "__".join(f"{knob.rpartition('.')[2]}-{value}" for knob, value in choices.items())
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+
+
+def _typed(value: Any) -> str:
+    """A value as the command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

@@ -1,0 +1,36 @@
+"""Knobs of ablation sweeps. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sonic.config import RunConfig, knob, one_of, require
+from sonic.train.settings import LogConfig
+
+
+@dataclass
+class AblateConfig:
+    """Scores every combination of a grid and draws a report: python launch/ablate.py +ablate=steps, or grid.KNOB=[...] of your own."""
+
+    grid: dict[str, Any] = knob(dict, "knobs of launch/evaluate.py and the values each takes; grid.sampler.sample_steps=[2,3,4]")
+    common: list[str] = knob(["+preset=fast_preview"], "what every cell is told besides")
+    clips: int = knob(8, "clips of each seed")
+    seeds: list[int] = knob([1], "seeds; all their clips count together")
+    seconds: float = knob(8.0, "length of each clip")
+    films: int = knob(2, "clips of each seed that the report shows")
+    jobs: int = knob(1, "cells at once")
+    engine: str = knob("local", "what runs the cells: local, submitit (Slurm) or ray")
+    retry: bool = knob(False, "try failed cells again")
+    run: RunConfig = knob(RunConfig)
+    log: LogConfig = knob(LogConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.engine, ("local", "submitit", "ray"), "engine")
+        require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.KNOB=[value,value]")
+        for name, values in self.grid.items():
+            require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
+        require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
+        for name in ("clips", "jobs"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
+        require(0 <= self.films <= self.clips, f"films={self.films} must lie between 0 and clips={self.clips}")

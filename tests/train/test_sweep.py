@@ -1,0 +1,171 @@
+"""Sweeps: every cell once, failures told and tried again when asked, and a report that stands alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from sonic.app import Entry, compose
+from sonic.data.video import VideoWriter
+from sonic.train import sweep as sweeps
+from sonic.train.log import log_cells
+from sonic.train.settings import LogConfig
+from sonic.train.sweep import FIGURES, cells_of, commands, sweep
+from sonic.train.sweep_report import write_report
+from sonic.train.sweep_settings import AblateConfig
+
+ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
+GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"
+# a program that scores as fast as a test wants it to: figures that follow from its arguments, and failure for three steps
+SCORER = """
+import json, sys
+told = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
+steps = int(told["sampler.sample_steps"])
+if steps == 3:
+    sys.exit("three steps are not to be had")
+clips = [0.9 - 0.1 / steps + 0.01 * int(told["eval.seed"])] * int(told["eval.clips"])
+names = {names}
+json.dump({{"peak_rss_gib": 0.5 + steps / 10, **{{name: {{"clips": clips}} for name in names}}}}, open(told["json"], "w"))
+"""
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    program = tmp_path / "scorer.py"
+    program.write_text(SCORER.format(names=FIGURES))
+    monkeypatch.setattr(sweeps, "PROGRAM", program)
+
+
+def config(*argv):
+    return compose(ENTRY, ["clips=3", "films=0", "seeds=[1,2]", *argv])
+
+
+def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
+    made = config(GRID)
+    cell = cells_of(made, tmp_path)[1]
+    first, second = commands(made, cell)
+    assert {"sampler.sample_steps=4", "weights=teacher", "eval.clips=3", "eval.seed=1", "+preset=fast_preview"} <= set(first)
+    assert "eval.seed=2" in second
+    assert cell.name == "sample_steps=4, weights=teacher"
+
+
+def test_finished_cells_are_not_done_again(scorer, tmp_path):
+    made = config(GRID)
+    cells = sweep(made, tmp_path)
+    assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [6, 6]
+    times = [(cell.folder / "figures.json").stat().st_mtime_ns for cell in cells]
+    assert times == [(cell.folder / "figures.json").stat().st_mtime_ns for cell in sweep(made, tmp_path)]
+
+
+def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
+    made = config("grid={sampler.sample_steps: [2, 3]}", "jobs=2")
+    good, bad = sweep(made, tmp_path)
+    assert good.figures and not bad.figures
+    assert "three steps are not to be had" in bad.failure
+    before = (bad.folder / "log.txt").stat().st_mtime_ns
+    sweep(made, tmp_path)
+    assert (bad.folder / "log.txt").stat().st_mtime_ns == before
+    sweep(config("grid={sampler.sample_steps: [2, 3]}", "retry=true"), tmp_path)
+    assert (bad.folder / "log.txt").stat().st_mtime_ns != before
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture
+def report(scorer, tmp_path):
+    made = config("grid={sampler.sample_steps: [2, 3, 4]}")
+    cells = sweep(made, tmp_path)
+    for cell in cells:
+        if cell.figures:
+            (cell.folder / "films_1").mkdir()
+            with VideoWriter(cell.folder / "films_1/clip_000.mp4", 64, 64, num_frames=5) as writer:
+                writer.write(np.full((5, 64, 64, 3), 90, np.uint8))
+    return write_report(cells, tmp_path, title="steps")
+
+
+def test_the_report_stands_alone(report):
+    page = Page(report.read_text())
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("video") == 2
+    assert page.tags.count("tr") == 3
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "three steps are not to be had" in report.read_text()
+    assert "viewport" in report.read_text()
+
+
+def test_the_table_is_there_for_programs(report):
+    rows = list(csv.DictReader((report.parent / "report.csv").open()))
+    assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
+    assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
+
+
+def test_a_browser_plays_its_films(report, tmp_path):
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine; .ci/run installs it where it may")
+    probe = report.read_text().replace(
+        "</body>",
+        "<script>addEventListener('load',()=>setTimeout(()=>{document.title=[...document.querySelectorAll('video')]"
+        ".map(v=>v.readyState+':'+v.videoWidth+':'+(document.body.scrollWidth<=innerWidth)).join(' ')},1500))</script></body>",
+    )
+    page = tmp_path / "probe.html"
+    page.write_text(probe)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=4000", "--dump-dom"]
+    done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    states = re.search(r"<title>(.*?)</title>", done.stdout)[1].split()
+    assert len(states) == 2
+    assert all(int(state.split(":")[0]) >= 1 and state.endswith(":64:true") for state in states)
+
+
+def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
+    cells = sweep(config(GRID), tmp_path)
+    log_cells(cells, tmp_path, LogConfig(wandb="offline"), group="mine")
+    assert all(list((cell.folder / "wandb").glob("offline-run-*/*.wandb")) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [("grid={}", "grid is empty"), ("grid={seed: 3}", "not a list"), ("jobs=0", "at least 1"), ("engine=slrm", "choose one of")],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(typed, told):
+    with pytest.raises(ValueError, match=told):
+        compose(ENTRY, [GRID, typed])
+
+
+@pytest.mark.parametrize(("engine", "package"), [("submitit", "slurm"), ("ray", "ray")])
+def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_path):
+    try:
+        __import__(engine)
+    except ImportError:
+        with pytest.raises(ValueError, match=rf"sonic\[{package}\]"):
+            sweep(config(GRID, f"engine={engine}"), tmp_path)
+    else:
+        pytest.skip(f"{engine} is installed")
+
+
+def test_grid_items_of_the_command_line_are_gathered():
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("launch_ablate", Path(__file__).resolve().parents[2] / "launch/ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = compose(ENTRY, module.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "films=1"]))
+    assert made.grid == {"sampler.sample_steps": [2, 3], "video.size": ["64x64", "128x128"]}
+    assert json.dumps(made.grid)
