@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
-from sonic.config import BenchConfig  # noqa: E402
+from sonic.infer.settings import BenchConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 

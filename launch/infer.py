@@ -5,45 +5,56 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
-from sonic.config import InferConfig  # noqa: E402
+from sonic.infer.settings import InferConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("infer", InferConfig)
 log = logging.getLogger("sonic")
 
 
-def infer(config: InferConfig, run: Run) -> None:
-    """Check the inputs, load the parts, make the video, leave its papers in the run folder."""
+def infer(config: InferConfig, run: Run) -> int | None:
+    """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.data.video import check_output
-    from sonic.infer.build import build_parts
-    from sonic.infer.pipeline import generate
-    from sonic.infer.report import Clock, Watch, draw_contact_sheet
-    from sonic.infer.scene import Settings, open_scene
+    from sonic.infer.films import all_outcomes, checked_scene, make_film, make_films, open_parts, read_requests
+    from sonic.infer.report import Clock, draw_contact_sheet
 
     clock = Clock(begun)
-    with clock.stage("load"):
-        scene = open_scene(config)
-        height, width = scene.portrait.pixels.shape[:2]
-        if config.output:
-            check_output(config.output, width, height, num_frames=scene.num_frames, fps=scene.fps)
-        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps)
-    if config.prompt and config.model.name == "preview":
-        log.warning("prompt is not read: the preview was trained without text")
-    output = Path(config.output) if config.output else run.open() / "out.mp4"
-    run.open()
-    watch = Watch(scene)
-    result = generate(scene, parts, Settings.of(config), output=output, clock=clock, watch=watch)
-    run.write_json("result.json", asdict(result))
-    draw_contact_sheet(watch, run.path / "contact_sheet.png")
-    log.info("%s\npapers in %s", result.summary(), run.path)
+    if config.requests:
+        requests, folder = read_requests(config.requests), run.open()
+        with open_parts(config, run.ranks) as opened:
+            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened[1])
+        return report(outcomes, run)
+    with ExitStack() as stack:
+        with clock.stage("load"):
+            scene = checked_scene(config) if run.main else None
+            parts, _ = stack.enter_context(open_parts(config, run.ranks))
+        if scene is None:
+            return None
+        output = Path(config.output) if config.output else run.open() / "out.mp4"
+        run.open()
+        result, watch = make_film(scene, parts, config, output=output, clock=clock)
+        run.write_json("result.json", asdict(result))
+        draw_contact_sheet(watch, run.path / "contact_sheet.png")
+        log.info("%s\npapers in %s", result.summary(), run.path)
+    return None
+
+
+def report(outcomes: list, run: Run) -> int:
+    """What became of all requests, as films.json; exit code 1 when some were bad."""
+    bad = [outcome for outcome in outcomes if outcome.fault]
+    run.write_json("films.json", {str(each.line): {"error": each.fault} if each.fault else asdict(each.result) for each in outcomes})
+    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), run.path)
+    for outcome in bad:
+        log.error("line %d: %s", outcome.line, outcome.fault)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

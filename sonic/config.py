@@ -8,11 +8,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
 SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar_4step", "live_avatar_3step")
 FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are tables
 PHOTO_SIZE = "photo"
+
+
+class Ranks(NamedTuple):
+    """Which process this is, of how many, in all and on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
 
 
 def knob(default, help: str = ""):
@@ -293,55 +303,6 @@ class RunConfig:
         one_of(self.dtype, ("float32", "bfloat16"), "run.dtype")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
-
-
-@dataclass
-class InferConfig:
-    """A portrait and a recording become a talking video."""
-
-    image: str = knob("astronaut", "the portrait, a picture file; astronaut = the photograph that comes with scikit-image")
-    audio: str = knob("sample", "the recording, an audio file; sample = the bundled one")
-    prompt: str = knob("", "text for the models that read it; the preview does not")
-    output: str = knob("", "the MP4 to write; empty = out.mp4 in the run folder")
-    seed: int = knob(0, "the same seed gives the same frames; every number means itself")
-    run: RunConfig = knob(RunConfig)
-    model: ModelConfig = knob(ModelConfig)
-    sampler: SamplerConfig = knob(SamplerConfig)
-    video: VideoConfig = knob(VideoConfig)
-    decode: DecodeConfig = knob(DecodeConfig)
-    face: FaceConfig = knob(FaceConfig)
-    motion: HeadConfig = knob(HeadConfig)
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie between 0 and 2^63 - 1")
-        for name in ("image", "audio"):
-            require(getattr(self, name) != "", f"{name}= is empty; name a file")
-        settle_video(self.video, self.model.rollout)
-
-
-@dataclass
-class BenchConfig:
-    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
-
-    target: str = knob("preview", "what is timed: preview")
-    json: str = knob("", "where the figures go as JSON")
-    image: str = knob("astronaut", "the portrait to time with")
-    photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
-    seconds: float = knob(8.0, "length of the timed film")
-    repeats: int = knob(3, "the best of so many films counts")
-    gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
-    run: RunConfig = knob(RunConfig)
-    model: ModelConfig = knob(ModelConfig)
-    sampler: SamplerConfig = knob(SamplerConfig)
-    video: VideoConfig = knob(VideoConfig)
-    decode: DecodeConfig = knob(DecodeConfig)
-
-    def __post_init__(self) -> None:
-        one_of(self.target, ("preview",), "target")
-        parse_size(self.photo, "photo")
-        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
-        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
-        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
 
 
 @dataclass

@@ -12,17 +12,19 @@ import time
 import warnings
 from pathlib import Path
 
+from sonic.config import Ranks
+
 log = logging.getLogger("sonic")
 
 
 class Run:
     """Where a run keeps its papers. `open` makes the folder on the main rank; `discard` removes what `open` made."""
 
-    def __init__(self, place: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, main: bool) -> None:
+    def __init__(self, place: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, ranks: Ranks) -> None:
         folder, name = place
         self.path = _unused(Path(folder), name)
         self.command = shlex.join(command)
-        self.main = main
+        self.ranks, self.main = ranks, ranks.rank == 0
         self._root, self._config_yaml = root, config_yaml
         self._made: list[Path] = []
         self._handler: logging.Handler | None = None

@@ -11,8 +11,8 @@ import soundfile
 import torch
 
 from sonic.app import Entry, compose
-from sonic.config import InferConfig
 from sonic.infer.build import Parts, untrained_parts
+from sonic.infer.settings import InferConfig
 from sonic.model.weights import save_weights
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 

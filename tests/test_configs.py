@@ -14,16 +14,17 @@ import torch
 import sonic.app
 from sonic import config as knobs_of
 from sonic.app import Entry, compose, entry_knobs, groups, help_text, options
-from sonic.config import BenchConfig, ConvertConfig, InferConfig, JudgeConfig, parse_size
+from sonic.config import ConvertConfig, JudgeConfig, parse_size
 from sonic.data.settings import PrecomputeConfig
 from sonic.flow.path import PREDICTIONS
 from sonic.flow.samplers import SAMPLERS
 from sonic.flow.schedule import SCHEDULES
 from sonic.infer.build import DTYPES
+from sonic.infer.settings import BenchConfig, InferConfig
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
-from sonic.train.sweep_settings import AblateConfig
 from sonic.train.settings import EvaluateConfig, TrainConfig
+from sonic.train.sweep_settings import AblateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)

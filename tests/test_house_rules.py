@@ -21,7 +21,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "config": set(),
     "geometry": set(),
     "assets": set(),
-    "runs": set(),
+    "runs": {"config"},
     "types": {"geometry"},
     "flow": {"types"},
     "quant": {"types", "config"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sonic.app import Entry, groups, knobs
-from sonic.config import InferConfig
+from sonic.infer.settings import InferConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
+from sonic.infer.rollout import Draws, rollout
 from sonic.model.dit import AvatarDiT
-from sonic.types import Conditions
+from sonic.types import BlockSpan, Conditions
 
 SIZE = (16, 16)  # latent rows and columns
 BLOCK = 2
@@ -41,3 +42,14 @@ def conditions(frames: int, *, batch: int = 1, motion: int | None = 3) -> Condit
         motion=None if motion is None else torch.randn(batch, 4, motion, *SIZE),
         pose=torch.randn(batch, 4, frames, *SIZE),
     )
+
+
+def spans_of(number: int, block: int = BLOCK) -> list[BlockSpan]:
+    return [BlockSpan(index, index * block, block) for index in range(number)]
+
+
+def film(model: AvatarDiT, told: Conditions, number: int, *, seed: int = 0, **changes) -> torch.Tensor:
+    """Latents of a film of so many blocks, by one rank or by the first of several."""
+    settings = SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
+    draws = Draws(torch.Generator().manual_seed(seed))
+    return torch.cat([block.latents for block in rollout(model, told, spans_of(number), sampler=settings, draws=draws)], dim=2)

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from sonic.checkpoint.tensor_files import Stored, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
-from sonic.model.dit import AvatarDiT
 from sonic.model.text import TextEncoder, Tokenizer
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
-from sonic.model.weights import load_weights
 
 FORMAT = "sonic ready checkpoint 1"
 MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
@@ -60,13 +58,10 @@ class Ready:
         """What a component's shards hold."""
         return survey_sharded(self.folder / component, STEM)
 
-    def transformer(self, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> AvatarDiT:
-        """The DiT with its weights; no second copy of them is ever in memory."""
-        with torch.device("meta"):
-            model = AvatarDiT(config)
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        load_weights(model, self.folder / "dit")
-        return model
+    @property
+    def weights(self) -> Path:
+        """The folder of the transformer's weights."""
+        return self.folder / "dit"
 
     def autoencoder(self, device: torch.device) -> WanAutoencoder:
         """The Wan VAE in its own precision."""

@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sonic.config import BenchConfig, InferConfig, ModelConfig, parse_size
+from sonic.config import ModelConfig, parse_size
 from sonic.geometry import FPS
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.conditions import resized
 from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
 from sonic.infer.scene import Settings, open_scene
+from sonic.infer.settings import BenchConfig, InferConfig
 from sonic.model.flops import gemm_fraction
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 

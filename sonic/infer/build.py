@@ -14,13 +14,16 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.ready import Ready
-from sonic.config import ModelConfig, RunConfig
+from sonic.config import LoraConfig, ModelConfig, RunConfig
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import lora_alpha, merge_lora, read_lora
+from sonic.model.lora import lora_alpha, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.weights import load_weights
+from sonic.parallel.load import Lora
+from sonic.parallel.mesh import World
+from sonic.parallel.spread import Company, spread_model
 from sonic.types import pick
 
 log = logging.getLogger("sonic.infer")
@@ -40,11 +43,7 @@ class Parts:
     autoencoder: nn.Module
     speech: nn.Module
     device: torch.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the transformer."""
-        return next(self.model.parameters()).dtype
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,18 @@ class ReadyParts:
 
     config: ModelConfig
     checkpoint: Ready
-    device: torch.device
+    company: Company
     dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank works."""
+        return self.company.world.device
 
     @cached_property
     def model(self) -> AvatarDiT:
-        """The transformer, with the adapter of model.lora merged."""
-        model = self.checkpoint.transformer(self.config, device=self.device, dtype=self.dtype)
-        if self.config.lora.path:
-            merge_lora(model, read_lora(self.config.lora.path), self.config.lora.alpha)
-        return model
+        """The transformer, this rank's part of it, with the adapter of model.lora merged."""
+        return spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
 
     @cached_property
     def autoencoder(self) -> WanAutoencoder:
@@ -70,37 +71,45 @@ class ReadyParts:
         return self.checkpoint.autoencoder(self.device)
 
 
-def build_parts(config: ModelConfig, run: RunConfig, *, steps: int) -> Parts | ReadyParts:
+def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Company | None = None) -> Parts | ReadyParts:
     """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
 
-    Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
+    In company the transformer is spread over the ranks as its plan says. Raises ValueError when weights are missing, damaged or
+    of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
-    device = find_device(run.device)
+    company = company or Company(World("single", find_device(run.device)))
+    dtype = pick(DTYPES, run.dtype, "run.dtype")
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
-        return ReadyParts(checkpoint.config(config), checkpoint, device, pick(DTYPES, run.dtype, "run.dtype"))
+        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype)
     files = weight_files(config)
-    parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
-    load_weights(parts.model, files.dit)
-    if lora := config.lora.path or student_of(config, steps):
-        merge_lora(parts.model, read_lora(lora), config.lora.alpha or lora_alpha(lora))
-    load_weights(parts.autoencoder, files.autoencoder)
-    load_weights(parts.speech, files.speech)
-    return parts
+    autoencoder, speech = _encoders(config, company.world.device)
+    load_weights(autoencoder, files.autoencoder)
+    load_weights(speech, files.speech)
+    model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    return Parts(config, model, autoencoder, speech, company.world.device, dtype)
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
-    """The same parts before any weights are loaded."""
-    still = lambda module: module.to(device).eval().requires_grad_(False)  # noqa: E731
-    return Parts(
-        config,
-        model=still(AvatarDiT(config)).to(dtype),
-        autoencoder=still(pick(AUTOENCODERS, config.autoencoder, "model.autoencoder")()),
-        speech=still(pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder")()),
-        device=device,
+    """The same parts on one device, before any weights are loaded."""
+    model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
+    return Parts(config, model, *_encoders(config, device), device, dtype)
+
+
+def _encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    makers = (
+        pick(AUTOENCODERS, config.autoencoder, "model.autoencoder"),
+        pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"),
     )
+    return tuple(make().to(device).eval().requires_grad_(False) for make in makers)
+
+
+def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:
+    """The adapters to merge: those of the config, else the student's, else none."""
+    path = config.path or student
+    return Lora(read_lora(path), config.alpha or lora_alpha(path)) if path else Lora({}, 0.0)
 
 
 class WeightFiles(NamedTuple):
@@ -136,16 +145,22 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
     if found.is_file():
         return found
     if config.weights == STUDENT:
-        there = sorted(path.stem.removeprefix(f"{config.name}_").removesuffix("step") for path in BUNDLED.glob(f"{config.name}_*step.safetensors"))
+        there = sorted(
+            path.stem.removeprefix(f"{config.name}_").removesuffix("step") for path in BUNDLED.glob(f"{config.name}_*step.safetensors")
+        )
         choices = f"one of sampler.sample_steps={', '.join(there)}" if there else "another model"
-        raise ValueError(f"model.weights={STUDENT}: no student of model={config.name} for {steps} steps is bundled; use {choices}, or weights={TEACHER}")
+        raise ValueError(
+            f"model.weights={STUDENT}: no student of model={config.name} for {steps} steps is bundled; use {choices}, or weights={TEACHER}"
+        )
     return None
 
 
-def find_device(name: str) -> torch.device:
-    """The device called auto, cpu, cuda or cuda:N."""
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N; of several ranks on a machine each takes its own where there are enough."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return find_device("cuda" if torch.cuda.is_available() else "cpu", local_rank)
+    if name == "cuda" and local_rank is not None and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"run.device={name}: this machine has no CUDA device that torch can use; use run.device=cpu")
     return torch.device(name)

@@ -17,8 +17,9 @@ from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
 from sonic.infer.build import ReadyParts
 from sonic.infer.conditions import signed
 from sonic.infer.decode import HANDOVERS
+from sonic.infer.ranks import clip_together, rollout_together
 from sonic.infer.report import Clock
-from sonic.infer.rollout import Draws, rollout, sample_clip
+from sonic.infer.rollout import Draws
 from sonic.infer.scene import LOST_FRAMES, Settings
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
@@ -77,7 +78,7 @@ def paint_clips(
         with stage("denoise"):
             told = _told(shot, ref, motion, frames=slice(index * shot.clip_frames, (index + 1) * shot.clip_frames), vae=vae)
             told, latent_frames = told.to(dtype=_dtype(model)), shot.clip_frames // FRAMES_PER_LATENT
-            latents = sample_clip(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
+            latents = clip_together(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
         with stage("decode"):
             seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
         frames = seen[:, :, -shot.clip_frames :]
@@ -111,7 +112,7 @@ def paint_blocks(
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(shot.seed)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    blocks = hand_over(rollout(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)))
+    blocks = hand_over(rollout_together(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)))
     for block in blocks:
         with stage("decode"):
             frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
@@ -141,7 +142,7 @@ def paint_blocks_upstream(
     place = lambda span: ref_time_id(span.start, ref_position=model.config.rollout.ref_position, distance=next(distances))  # noqa: E731
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     chosen = Draws(torch.Generator(), _clip_noise(told.ref, shot), place)
-    blocks = rollout(model, told, spans, sampler=sampler, draws=chosen, unguided=_against(shot, told))
+    blocks = rollout_together(model, told, spans, sampler=sampler, draws=chosen, unguided=_against(shot, told))
     per_clip = shot.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(shot.clips):
         with stage("denoise"):

@@ -18,6 +18,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    if not queries.numel():  # a rank that has no head of this attention
+        return queries
     training = queries.requires_grad and queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if training:  # backward through torch's CPU kernel takes longer in bfloat16 than through plain products

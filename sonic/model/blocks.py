@@ -66,19 +66,9 @@ class SelfAttention(MultiHead):
 class GeluLinear(nn.Linear):
     """A linear layer that can be asked for the GELU of its output as well."""
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU in its tanh form after the product.  [...,D] -> [...,D']
-
-        torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN
-        call; bfloat16 takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
-        """
-        if _bfloat16_on_cpu(x):
-            return F.gelu(F.linear(x, self.weight, self.bias))
-        fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-        usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if usable and self.weight.dtype == x.dtype == torch.float32:
-            return fused(x, self.weight, self.bias, "gelu", [], "tanh")
-        return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """[...,D] -> [...,D']"""
+        return _gelu_of_product(x, self.weight, self.bias) if gelu else super().forward(x)
 
 
 class Block(nn.Module):
@@ -176,7 +166,22 @@ def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU after a linear layer, in one call where the layer can.  [...,D] -> [...,D']"""
-    return layer.gelu(x) if isinstance(layer, GeluLinear) else F.gelu(layer(x), approximate="tanh")
+    return layer(x, gelu=True) if isinstance(layer, GeluLinear) else F.gelu(layer(x), approximate="tanh")
+
+
+def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU in its tanh form after a product.
+
+    torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN call;
+    bfloat16 takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
+    """
+    if _bfloat16_on_cpu(x):
+        return F.gelu(F.linear(x, weight, bias))
+    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if usable and weight.dtype == x.dtype == torch.float32:
+        return fused(x, weight, bias, "gelu", [], "tanh")
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def _bfloat16_on_cpu(x: Tensor) -> bool:

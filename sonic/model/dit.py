@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,8 @@ class AvatarDiT(nn.Module):
     """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it.
 
     Where the layers are shared out among ranks, those of other ranks are None; `share` says which tokens are here
-    and `forwards` who runs the forwards of a rollout.
+    `forwards` who runs the forwards of a rollout, `cache_device` where caches lie if not beside the weights,
+    and `company` which ranks take part.
     """
 
     def __init__(self, config: ModelConfig):
@@ -89,6 +91,8 @@ class AvatarDiT(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
         self.share = Whole()
+        self.cache_device: torch.device | None = None
+        self.company: object | None = None
         self.forwards: OpenForwards = one_by_one
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None) -> Tensor:
@@ -126,7 +130,10 @@ class AvatarDiT(nn.Module):
     def new_cache(self, conditions: Conditions, *, steps: int) -> KVCache:
         """An empty cache that fits these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
-        return self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=self.patch_embed.weight.detach())
+        dtype, device = self.patch_embed.weight.dtype, self.patch_embed.weight.device
+        like = torch.empty(0, dtype=dtype, device=self.cache_device or device)
+        cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like)
+        return replace(cache, token_device=device)
 
     def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor) -> KVCache:
         """An empty cache for the layers and heads that are here, over [batch, rows, columns] of patches."""
@@ -137,7 +144,7 @@ class AvatarDiT(nn.Module):
     def prefill(self, conditions: Conditions, cache: KVCache) -> KVCache:
         """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
         trip = self.depart_memory(conditions)
-        self.travel(trip, self.memory_reach(cache))
+        self.travel([trip], [self.memory_reach(cache)])
         return cache
 
     def depart_memory(self, conditions: Conditions) -> Trip:
@@ -150,7 +157,7 @@ class AvatarDiT(nn.Module):
         """What the memory may attend to in each layer: itself; it is written into the cache."""
         for ring in cache.rings:
             ring.ref_position = None
-        places = rotation(cache.memory_places(self.config.rollout.ref_position), self._head_dim)
+        places = rotation(cache.memory_places(self.config.rollout.ref_position, cache.token_device), self._head_dim)
         return lambda layer: FillMemory(cache, layer, places)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
@@ -171,7 +178,8 @@ class AvatarDiT(nn.Module):
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
         reach = self.block_reach(span, cache, ring, ref_position=ref_position)
         trip, summary = self.depart_block(latents, timestep, inputs)
-        return self.arrive(self.travel(trip, reach), summary, cache.grid).to(latents.dtype)
+        (trip,) = self.travel([trip], [reach])
+        return self.arrive(trip, summary, cache.grid).to(latents.dtype)
 
     def depart_block(self, latents: Tensor, timestep: Tensor, inputs: BlockInputs) -> tuple[Trip, Tensor]:
         """A block's tokens before the first layer, and the summary of its noise level for `arrive`."""
@@ -183,22 +191,22 @@ class AvatarDiT(nn.Module):
         cache.place_reference(ring, self.ref_position(span.start) if ref_position is None else ref_position)
         slot = ring.begin(span.index)
         frames = span.latent_frames // self.config.trunk.patch_size[0]
-        times = torch.arange(span.start, span.start + frames, dtype=torch.float64, device=cache.device)
+        times = torch.arange(span.start, span.start + frames, dtype=torch.float64, device=cache.token_device)
         places = rotation(grid_places(times, *cache.grid), self._head_dim)
         return lambda layer: RingView(cache, ring, layer, slot, places)
 
-    def travel(self, trip: Trip, reach: Callable[[int], Reach]) -> Trip:
-        """Through all layers that are here."""
-        for layer in range(len(self.blocks)):
-            trip = self.visit(layer, trip, reach)
-        return trip
+    def travel(self, trips: Sequence[Trip], reaches: Sequence[Callable[[int], Reach]]) -> list[Trip]:
+        """Through all layers that are here, side by side: each layer is met once by all of them."""
+        trips = list(trips)
+        for layer, block in enumerate(self.blocks):
+            if block is not None:
+                trips = [self._visit(layer, trip, reach(layer)) for trip, reach in zip(trips, reaches, strict=True)]
+        return trips
 
-    def visit(self, layer: int, trip: Trip, reach: Callable[[int], Reach]) -> Trip:
-        """Through one layer and the injector behind it; past it, when it is another rank's."""
-        block, tokens = self.blocks[layer], trip.tokens
-        if block is None:
-            return trip
-        tokens = block(tokens, trip.modulations, trip.text, layout=trip.layout, reach=reach(layer), exchange=trip.exchange)
+    def _visit(self, layer: int, trip: Trip, reach: Reach) -> Trip:
+        """Through one layer and the injector behind it."""
+        modulations, text, exchange = trip.modulations, trip.text, trip.exchange
+        tokens = self.blocks[layer](trip.tokens, modulations, text, layout=trip.layout, reach=reach, exchange=exchange)
         inject = self.config.audio.inject_layers
         if trip.audio is not None and layer in inject:
             grid, *rest = apart(tokens, trip.layout)
@@ -223,7 +231,8 @@ class AvatarDiT(nn.Module):
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
         trip = self._depart(parts, modulations, self.text_embed(conditions.text), audio=audio)
-        return self.arrive(self.travel(trip, lambda layer: reach), summary[:, :-1], self._grid_size(conditions.ref.shape))
+        (trip,) = self.travel([trip], [lambda layer: reach])
+        return self.arrive(trip, summary[:, :-1], self._grid_size(conditions.ref.shape))
 
     def _depart(
         self, parts: list[Tensor], modulations: tuple[Tensor, ...], text: Tensor | None, *, audio: AudioTokens | None = None

@@ -48,21 +48,29 @@ class TextEmbed(nn.Module):
         return self.out(F.gelu(self.expand(padded), approximate="tanh"))
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> [...,D']"""
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
 class TimeEmbed(nn.Module):
     """Noise level to modulation, in float32 whatever the weights are stored in."""
 
     def __init__(self, freq_dim: int, hidden_dim: int):
         super().__init__()
         self.freq_dim = freq_dim
-        self.expand = nn.Linear(freq_dim, hidden_dim)
-        self.out = nn.Linear(hidden_dim, hidden_dim)
-        self.project = nn.Linear(hidden_dim, 6 * hidden_dim)
+        self.expand = Float32Linear(freq_dim, hidden_dim)
+        self.out = Float32Linear(hidden_dim, hidden_dim)
+        self.project = Float32Linear(hidden_dim, 6 * hidden_dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks, scales plus 1."""
         waves = sinusoid(timestep, self.freq_dim).float()
-        summary = _linear_float32(self.out, F.silu(_linear_float32(self.expand, waves)))
-        modulation = rearrange(_linear_float32(self.project, F.silu(summary)), "b t (six d) -> b t six d", six=6)
+        summary = self.out(F.silu(self.expand(waves)))
+        modulation = rearrange(self.project(F.silu(summary)), "b t (six d) -> b t six d", six=6)
         return summary, modulation + _ones_at(SCALES, modulation)
 
 
@@ -169,7 +177,3 @@ def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Places:
 def _ones_at(rows: Sequence[int], modulation: Tensor) -> Tensor:
     """[6,1] with ones at the given rows."""
     return modulation.new_tensor([[float(row in rows)] for row in range(6)])
-
-
-def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.float(), layer.bias.float())

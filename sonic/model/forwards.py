@@ -12,6 +12,7 @@ from sonic.types import Conditions
 
 if TYPE_CHECKING:
     from sonic.model.dit import AvatarDiT, BlockInputs
+    from sonic.model.kv_cache import KVCache
 
 
 class Item(NamedTuple):
@@ -47,9 +48,9 @@ OpenForwards = Callable[["AvatarDiT", Sequence[Conditions], int], Forwards]  # (
 class SharedPass:
     """Up to `width` items go through the layers together: each layer's weights are looked at once for all of them."""
 
-    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], steps: int, *, width: int) -> None:
+    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], caches: Sequence[KVCache], *, width: int) -> None:
         self.model, self.width = model, width
-        self.caches = [model.prefill(each, model.new_cache(each, steps=steps)) for each in told]
+        self.caches = [model.prefill(each, cache) for each, cache in zip(told, caches, strict=True)]
         self.waiting: list[Item] = []
 
     def accepts(self, item: Item) -> bool:
@@ -66,9 +67,8 @@ class SharedPass:
         """All that waited, after one pass."""
         items, self.waiting = self.waiting, []
         reaches = [self._reach(item) for item in items]
-        trips, summaries = map(list, zip(*(self.model.depart_block(item.latents, item.timestep, item.inputs) for item in items), strict=True))
-        for layer in range(len(self.model.blocks)):
-            trips = [self.model.visit(layer, trip, reach) for trip, reach in zip(trips, reaches, strict=True)]
+        trips, summaries = zip(*(self.model.depart_block(item.latents, item.timestep, item.inputs) for item in items), strict=True)
+        trips = self.model.travel(trips, reaches)
         grids = [self.caches[item.told].grid for item in items]
         return [self.model.arrive(*each).to(items[0].latents.dtype) for each in zip(trips, summaries, grids, strict=True)]
 
@@ -83,4 +83,4 @@ class SharedPass:
 
 def one_by_one(model: AvatarDiT, told: Sequence[Conditions], steps: int) -> Forwards:
     """Each forward alone."""
-    return SharedPass(model, told, steps, width=1)
+    return SharedPass(model, told, [model.new_cache(each, steps=steps) for each in told], width=1)

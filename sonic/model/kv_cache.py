@@ -18,8 +18,8 @@ from sonic.model.embed import Places, Rotation, grid_places, motion_places, rota
 class KVRing:
     """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d], memory first.
 
-    `window` is the number of blocks it holds. Blocks are written in turn; once the ring is full a new block replaces the oldest. Keys carry their absolute
-    positions, so their order in the ring does not matter.
+    `window` is the number of blocks it holds. Blocks are written in turn; once the ring is full a new block replaces the
+    oldest. Keys carry their absolute positions, so their order in the ring does not matter.
     """
 
     keys: dict[int, Tensor]
@@ -54,7 +54,10 @@ class Held(NamedTuple):
 
 @dataclass
 class KVCache:
-    """Memory keys without rotation (the reference moves along), the prompt's keys and values, and a ring per sampling step."""
+    """Memory keys without rotation (the reference moves along), the prompt's keys and values, and a ring per sampling step.
+
+    `device` is where all this lies, `token_device` where it is used.
+    """
 
     rings: list[KVRing]
     grid: tuple[int, int]
@@ -63,11 +66,10 @@ class KVCache:
     text: dict[int, KeysValues]
     head_dim: int
     device: torch.device
+    token_device: torch.device
 
     @classmethod
-    def allocate(
-        cls, config: ModelConfig, shape: tuple[int, int, int], held: Held, *, steps: int, motion: bool, like: Tensor
-    ) -> KVCache:
+    def allocate(cls, config: ModelConfig, shape: tuple[int, int, int], held: Held, *, steps: int, motion: bool, like: Tensor) -> KVCache:
         """Empty buffers for `steps` sampling steps over [batch, rows, columns] of patches; dtype and device as `like`."""
         (batch, *grid), rollout = shape, config.rollout
         buckets = tuple(config.motion.buckets) if motion else ()
@@ -78,18 +80,18 @@ class KVCache:
         empty = lambda length: {layer: like.new_zeros(batch, length, held.heads, head_dim) for layer in held.layers}  # noqa: E731
         length = memory_tokens + rollout.window_blocks * block_tokens
         rings = [KVRing(empty(length), empty(length), memory_tokens, block_tokens, rollout.window_blocks) for _ in range(steps)]
-        return cls(rings, tuple(grid), buckets, empty(memory_tokens), {}, head_dim, like.device)
+        return cls(rings, tuple(grid), buckets, empty(memory_tokens), {}, head_dim, like.device, like.device)
 
-    def memory_places(self, ref_position: float) -> Places:
+    def memory_places(self, ref_position: float, device: torch.device) -> Places:
         """Ids of the memory tokens with the reference at the given time id."""
-        return memory_places(self.buckets, self.grid, ref_position, device=self.device)
+        return memory_places(self.buckets, self.grid, ref_position, device=device)
 
     def place_reference(self, ring: KVRing, ref_position: int) -> None:
         """Rotate the memory's keys in the ring's buffers for a reference at `ref_position`; only what moved is rewritten."""
         if ring.ref_position == ref_position:
             return
         moved = ring.memory_tokens if ring.ref_position is None else self.grid[0] * self.grid[1]
-        places = tuple(ids[:moved] for ids in self.memory_places(ref_position))
+        places = tuple(ids[:moved] for ids in self.memory_places(ref_position, self.device))
         turn = rotation(places, self.head_dim)
         for layer, raw in self.memory_keys.items():
             ring.keys[layer][:, :moved] = rotate(raw[:, :moved], turn)
@@ -136,7 +138,7 @@ class RingView:
             held = buffer[self.layer]
             held[:, first:last] = mine.detach()
             live = (held[:, :first], mine.to(held.dtype), held[:, last:filled])
-            seen.append((torch.cat(live, dim=1) if mine.requires_grad else held[:, :filled]).to(mine.dtype))
+            seen.append((torch.cat(live, dim=1) if mine.requires_grad else held[:, :filled]).to(mine, non_blocking=True))
         return attention(rotate(tokens.queries, self.places), *seen)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:

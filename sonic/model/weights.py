@@ -5,9 +5,10 @@ Files hold official names wherever a name has one, so a file written here loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,27 +80,54 @@ def load_weights(model: nn.Module, path: str | Path, *, besides: str = "") -> No
     """Fill the model from a safetensors file, or from all of a folder, with official or our own names; precision and device stay
     the model's, and tensors are read one at a time.
 
-    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when a file is cut short, or a tensor is missing, one too many, or of another shape.
+    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when a
+    file is cut short, or a tensor is missing, one too many, or of another shape.
     """
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not besides or besides not in name.split(".")}
+    with stored_weights(path, {name: tensor.shape for name, tensor in wanted.items()}) as stored, torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(stored[name].view())
+
+
+class Stored(NamedTuple):
+    """A tensor that is still in its file."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the whole tensor."""
+        return self.file.get_slice(self.name).get_shape()
+
+    def part(self, place: tuple[slice, ...]) -> Tensor:
+        """A part of it, read now."""
+        return self.file.get_slice(self.name)[place]
+
+    def view(self) -> Tensor:
+        """All of it as a map of the file, read when it is looked at."""
+        return self.file.get_tensor(self.name)
+
+
+@contextmanager
+def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, Stored]]:
+    """The tensors of a safetensors file, or of all in a folder, by our names, still on disk.
+
+    Raises ValueError unless there are exactly tensors of these shapes.
+    """
     with ExitStack() as stack:
         stored = {}
         for file in _files(Path(path)):
             opened = stack.enter_context(_opened(file))
-            stored |= {name if name in wanted else to_ours(name) or name: (opened, name) for name in opened.keys()}  # noqa: SIM118
-        _check_names(wanted, {ours: name for ours, (_, name) in stored.items()}, path)
-        for name, target in wanted.items():
-            opened, theirs = stored[name]
-            shape = opened.get_slice(theirs).get_shape()
-            if list(target.shape) != shape:
+            stored |= {name if name in shapes else to_ours(name) or name: Stored(opened, name) for name in opened.keys()}  # noqa: SIM118
+        _check_names(shapes, {ours: each.name for ours, each in stored.items()}, path)
+        for name, wanted in shapes.items():
+            if list(wanted) != stored[name].shape:
                 raise ValueError(
-                    f"weights {path}: tensor {theirs} has shape {shape}, the model needs {list(target.shape)}; "
+                    f"weights {path}: tensor {stored[name].name} has shape {stored[name].shape}, the model needs {list(wanted)}; "
                     "use the file that was made for this model"
                 )
-        with torch.no_grad():
-            for name, target in wanted.items():
-                opened, theirs = stored[name]
-                target.copy_(opened.get_tensor(theirs))
+        yield stored
 
 
 def _files(path: Path) -> list[Path]:
@@ -118,7 +146,7 @@ def _opened(path: Path) -> Iterator:
         raise ValueError(f"weights {path} cannot be read: the file is cut short or not safetensors ({error}); fetch it again") from error
 
 
-def _check_names(wanted: Mapping[str, Tensor], stored: Mapping[str, str], path: str | Path) -> None:
+def _check_names(wanted: Mapping[str, Sequence[int]], stored: Mapping[str, str], path: str | Path) -> None:
     missing = [name for name in wanted if name not in stored]
     if missing:
         first = to_official(missing[0]) or missing[0]

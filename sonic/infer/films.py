@@ -1,0 +1,119 @@
+"""One film or a file of them: parts under a plan, requests shared out among copies of the model, and who could not be served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from sonic.config import Ranks
+from sonic.data.video import check_output
+from sonic.infer.build import Parts, ReadyParts, build_parts, find_device
+from sonic.infer.pipeline import generate
+from sonic.infer.ranks import dismiss, follow
+from sonic.infer.report import Clock, Result, Watch
+from sonic.infer.scene import Settings, open_scene
+from sonic.infer.settings import InferConfig, RequestConfig
+from sonic.parallel.mesh import World, open_world
+from sonic.parallel.spread import Company, plan_for
+from sonic.types import Scene
+
+log = logging.getLogger("sonic.infer")
+
+
+class Outcome(NamedTuple):
+    """What became of a request: its line in the file, and a result or the sentence that says why there is none."""
+
+    line: int
+    result: Result | None = None
+    fault: str = ""
+
+
+@contextmanager
+def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[tuple[Parts | ReadyParts, World]]:
+    """The parts of this rank, under the plan that the config names. Ranks that do not lead come back when all is done."""
+    device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
+    with open_world(config.parallel, plan_for(config.parallel, ranks.world), ranks, device=device) as world:
+        company = Company(world, config.parallel)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+        if not world.leads:
+            follow(parts.model, parts.dtype)
+        yield parts, world
+        if world.leads:
+            dismiss(parts.model)
+
+
+def checked_scene(config: InferConfig) -> Scene:
+    """The scene of a request, once it is known that its film can be written."""
+    scene = open_scene(config)
+    height, width = scene.portrait.pixels.shape[:2]
+    if config.output:
+        check_output(config.output, width, height, num_frames=scene.num_frames, fps=scene.fps)
+    return scene
+
+
+def make_film(scene: Scene, parts: Parts | ReadyParts, config: InferConfig, *, output: Path, clock: Clock) -> tuple[Result, Watch]:
+    """One film, and what was seen of it on its way."""
+    if config.prompt and config.model.name == "preview":
+        log.warning("prompt is not read: the preview was trained without text")
+    watch = Watch(scene)
+    return generate(scene, parts, Settings.of(config), output=output, clock=clock, watch=watch), watch
+
+
+def make_films(requests: Sequence[str], opened: tuple[Parts | ReadyParts, World], config: InferConfig, *, folder: Path) -> list[Outcome]:
+    """The films of this copy of the model, the bad requests among them left out; what became of them.
+
+    A film that is there already is not made again. Outputs without a name lie in `folder`, numbered by line.
+    """
+    mine: list[Outcome] = []
+    parts, world = opened
+    copies, place = world.size("dp_replicate"), world.place("dp_replicate")
+    for line, text in list(enumerate(requests, start=1))[place::copies] if world.leads else ():
+        try:
+            wanted = _request(text, config, folder / f"{line:04d}.mp4")
+            if Path(wanted.output).exists():
+                log.info("line %d: %s is there already", line, wanted.output)
+                continue
+            result, _ = make_film(checked_scene(wanted), parts, wanted, output=Path(wanted.output), clock=Clock())
+            mine.append(Outcome(line, result))
+            log.info("line %d: %s", line, result.summary())
+        except (ValueError, OSError) as error:
+            mine.append(Outcome(line, fault=" ".join(str(error).split())))
+            log.warning("line %d: %s", line, mine[-1].fault)
+    return mine
+
+
+def all_outcomes(mine: Sequence[Outcome], world: World) -> list[Outcome]:
+    """What became of the requests of all copies, in the order of the lines. Every rank must ask."""
+    found = [list(mine)]
+    if world.mesh is not None:
+        found = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, list(mine))
+    return sorted((outcome for some in found for outcome in some), key=lambda outcome: outcome.line)
+
+
+def read_requests(path: str) -> list[str]:
+    """Lines of a file of requests that are not empty."""
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f'requests={path} holds no request; write one JSON object per line, such as {{"image": "me.jpg"}}')
+    return lines
+
+
+def _request(text: str, config: InferConfig, output: Path) -> InferConfig:
+    """The config of one line: what the line says, and for the rest what the command line says."""
+    known = [field.name for field in dataclasses.fields(RequestConfig)]
+    try:
+        told = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the line is not JSON ({error}); write an object with some of: {', '.join(known)}") from error
+    strange = [name for name in told if name not in known] if isinstance(told, dict) else [text[:40]]
+    if strange:
+        raise ValueError(f"{strange[0]} is not known in a request; use: {', '.join(known)}")
+    return dataclasses.replace(config, **{"output": str(output), **told})

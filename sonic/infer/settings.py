@@ -1,0 +1,95 @@
+"""Knobs of making films and of timing it. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import (
+    DecodeConfig,
+    FaceConfig,
+    HeadConfig,
+    ModelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+    knob,
+    one_of,
+    parse_size,
+    require,
+    settle_video,
+)
+from sonic.parallel.settings import ParallelConfig
+
+TARGETS = ("preview", "fit", "ranks")
+
+
+@dataclass
+class RequestConfig:
+    """One film; a line of a file of requests holds these."""
+
+    image: str = knob("astronaut", "the portrait, a picture file; astronaut = the photograph that comes with scikit-image")
+    audio: str = knob("sample", "the recording, an audio file; sample = the bundled one")
+    prompt: str = knob("", "text for the models that read it; the preview does not")
+    output: str = knob("", "the MP4 to write; empty = out.mp4 in the run folder")
+    seed: int = knob(0, "the same seed gives the same frames; every number means itself")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie between 0 and 2^63 - 1")
+        for name in ("image", "audio"):
+            require(getattr(self, name) != "", f"{name}= is empty; name a file")
+
+
+@dataclass
+class InferConfig(RequestConfig):
+    """A portrait and a recording become a talking video."""
+
+    requests: str = knob("", "JSONL file with a film per line (image, audio, prompt, output, seed) instead of the one above")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    face: FaceConfig = knob(FaceConfig)
+    motion: HeadConfig = knob(HeadConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_video(self.video, self.model.rollout)
+
+
+@dataclass
+class TimedFilmConfig:
+    """The film that `bench.py preview` times."""
+
+    image: str = knob("astronaut", "the portrait to time with")
+    photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
+    seconds: float = knob(8.0, "length of the timed film")
+    repeats: int = knob(3, "the best of so many films counts")
+    gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
+
+    def __post_init__(self) -> None:
+        parse_size(self.photo, "photo")
+        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
+        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
+        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
+
+
+@dataclass
+class BenchConfig(TimedFilmConfig):
+    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
+
+    target: str = knob("preview", "what is timed: preview (a film), fit (a model under a plan) or ranks (all ranks against one)")
+    json: str = knob("", "where the figures go as JSON")
+    blocks: int = knob(4, "fit and ranks: timed blocks of the film, after one that warms up")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.target, TARGETS, "target")
+        require(1 <= self.blocks <= 10_000, f"blocks={self.blocks} must lie between 1 and 10000")

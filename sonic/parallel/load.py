@@ -1,0 +1,77 @@
+"""Weights for a model that was built without memory and then cut up: each rank reads its own slices and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from sonic.config import ModelConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.lora import Adapter, check_lora
+from sonic.model.weights import Stored, stored_weights
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Lora(NamedTuple):
+    """Adapters by the name of the weight they change, and the strength that they were trained with."""
+
+    adapters: Mapping[str, Adapter]
+    alpha: float
+
+
+def without_memory(config: ModelConfig, dtype: torch.dtype) -> tuple[AvatarDiT, Shapes]:
+    """The model on the meta device, and the shapes of all its weights before anything is cut off."""
+    with torch.device("meta"):
+        model = AvatarDiT(config).to(dtype).eval().requires_grad_(False)
+    return model, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> None:
+    """Read this rank's part of every weight from a safetensors file, and add its part of the adapters.
+
+    What is still on the meta device becomes a map of the file: its pages are read when they are needed.
+    """
+    check_lora(shapes, lora.adapters)
+    with stored_weights(path, shapes) as stored:
+        for name, weight in model.named_parameters():
+            if weight.is_meta:
+                weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
+                continue
+            local, place = _local(weight)
+            part = stored[name].part(place)
+            if name in lora.adapters:
+                part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[place]
+            local.copy_(part)
+
+
+def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _mapped(stored: Stored, weight: Tensor, path: str | Path, *, adapted: bool) -> Tensor:
+    value = stored.view()
+    if value.dtype != weight.dtype or adapted:
+        raise ValueError(
+            f"offload.store=mmap uses weights {path} as they lie on the disk, which are {value.dtype} and without lora; "
+            f"this run needs {weight.dtype}{' with lora' if adapted else ''}: use offload.store=pinned"
+        )
+    return value
+
+
+def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What of a weight is here, and which part of the whole that is."""
+    if not isinstance(weight, DTensor):
+        return weight.data, tuple(slice(0, size) for size in weight.shape)
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return weight.to_local(), place

@@ -1,0 +1,113 @@
+"""Which rank does what: the process group, the axes of the mesh, and how long somebody waits for somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sonic.config import Ranks
+from sonic.parallel.settings import ParallelConfig
+
+AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
+ALONE = ("single", "offload")  # plans for one rank in each copy
+GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
+PATIENCE = timedelta(hours=24)  # somebody who hangs is found by watch.py, not by a time-out
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `film` is layers and
+    cp as one axis: everybody who takes part in a film."""
+
+    plan: str
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    film: DeviceMesh | None = None
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return 1 if self.mesh is None else self.mesh[axis].size()
+
+    def place(self, axis: str) -> int:
+        """Where this rank is along an axis."""
+        return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along an axis only."""
+        return self.mesh[axis].get_group()
+
+    @property
+    def stages(self) -> int:
+        """Ranks in a row that pass a forward on."""
+        return self.size("layers") if self.plan == "pipeline" else 1
+
+    @property
+    def stage(self) -> int:
+        """Where this rank is in that row."""
+        return self.place("layers") if self.plan == "pipeline" else 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of those that make one film together."""
+        return self.place("layers") == 0 and self.place("cp") == 0
+
+    @property
+    def cast(self) -> dist.ProcessGroup | None:
+        """The ranks that walk from noise to latents together, this one among them; None when it is alone."""
+        if self.mesh is None:
+            return None
+        together = self.mesh["cp"] if self.plan == "pipeline" else self.film
+        return together.get_group() if together.size() > 1 else None
+
+
+def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, int]:
+    """Sizes of the axes of AXES for a world of so many ranks; -1 takes the ranks that the others leave.
+
+    Raises ValueError when they do not come out even, or the plan has no use for so many ranks.
+    """
+    replicas, context = config.replicas, config.context
+    if plan == "context" and replicas != -1:
+        context = -1
+    left = world // (max(1, replicas) * max(1, context))
+    replicas, context = (left if degree == -1 else degree for degree in (replicas, context))
+    taken = replicas * context
+    if taken < 1 or world % taken:
+        raise ValueError(
+            f"parallel.replicas={config.replicas} and parallel.context={config.context} do not divide {world} ranks; "
+            "choose degrees whose product does"
+        )
+    inner = world // taken
+    if plan in ALONE and inner * context > 1:
+        raise ValueError(
+            f"parallel={plan} makes a film on one rank but {world} were started; start one, choose another plan, "
+            "or give parallel.replicas=-1 for requests side by side"
+        )
+    return replicas, inner, context
+
+
+@contextmanager
+def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch.device) -> Iterator[World]:
+    """Join the other ranks, if there are any, and leave them in the end."""
+    if ranks.world == 1 and plan not in GROUPED:
+        yield World(plan, device)
+        return
+    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world == 1 else {}
+    shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, **own)
+    try:
+        yield make_world(config, plan, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
+    """The world of the process group that is there."""
+    mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
+    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"))

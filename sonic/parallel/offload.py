@@ -1,0 +1,138 @@
+"""One device that is too small: weights of the layers wait in host memory and are copied ahead of their use into a ring of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sonic.model.dit import AvatarDiT
+from sonic.model.forwards import Forwards, SharedPass
+from sonic.parallel.settings import OffloadConfig, ParallelConfig
+from sonic.types import Conditions
+
+GIB = 2**30
+SPARE_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
+
+
+class Station:
+    """The weights that one layer needs, its injector's among them: at home in host memory, or wherever `move` put them last."""
+
+    def __init__(self, modules: Sequence[nn.Module], *, pin: bool) -> None:
+        self.weights = [weight for module in modules for weight in module.parameters()]
+        self.home = [weight.data.pin_memory() if pin else weight.data for weight in self.weights]
+        self.go_home()
+        self.bytes = sum(_room(tensor) for tensor in self.home)
+
+    def move(self, slot: Tensor) -> None:
+        """Copy into a slot of device memory and use the weights from there."""
+        start = 0
+        for weight, home in zip(self.weights, self.home, strict=True):
+            there = slot[start : start + home.numel() * home.element_size()].view(home.dtype).view(home.shape)
+            there.copy_(home, non_blocking=True)
+            weight.data = there
+            start += _room(home)
+
+    def go_home(self) -> None:
+        """Forget the copy."""
+        for weight, home in zip(self.weights, self.home, strict=True):
+            weight.data = home
+
+
+class Shuttle:
+    """Brings each layer's weights to the device before the layer runs, and those of the next ones while it runs.
+
+    On a GPU copies run on a stream of their own: a slot is written once all work that was queued before is done, and a layer
+    waits for its copy alone. On a CPU copying takes its turn.
+    """
+
+    def __init__(self, stations: Sequence[Station], device: torch.device, config: OffloadConfig) -> None:
+        self.stations, self.device = list(stations), device
+        self.count, self.resident_gib = config.slots, config.resident_gib
+        self.settled, self.current = False, -1
+        self.slots: list[Tensor] = []
+        self.resident: set[int] = set()
+        self.holder: list[int | None] = [None] * self.count  # the station whose weights are in each slot
+        self.ready: dict[int, torch.cuda.Event | None] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def settle(self) -> None:
+        """Give the weights that stay their place, spread evenly over the layers; -1 = as many as fit now."""
+        self.settled = True
+        largest = max(station.bytes for station in self.stations)
+        room = self.resident_gib * GIB if self.resident_gib >= 0 else self._free() - self.count * largest
+        number = min(len(self.stations), int(max(0.0, room) // largest))
+        chosen = {index * len(self.stations) // number for index in range(number)} if number else set()
+        for index in sorted(chosen):
+            self.stations[index].move(torch.empty(self.stations[index].bytes, dtype=torch.uint8, device=self.device))
+        self.resident = chosen
+        if len(chosen) < len(self.stations):
+            self.slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self.count)]
+
+    def arrive(self, index: int) -> None:
+        """Called when layer `index` is about to run; more than once in a row while several items visit it."""
+        if not self.settled:
+            self.settle()
+        if index in self.resident or index == self.current:
+            return
+        self.current = index
+        done = torch.cuda.current_stream(self.device).record_event() if self.stream else None
+        ahead = self._next(index)
+        for wanted in ahead:
+            if wanted not in self.ready:
+                self._fetch(wanted, keep=ahead, after=done)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_event(self.ready[index])
+
+    def _next(self, index: int) -> list[int]:
+        """This station and those that fit into the slots after it, in the order of the layers, round and round."""
+        cycle = [*range(index, len(self.stations)), *range(index)]
+        return [station for station in cycle if station not in self.resident][: self.count]
+
+    def _fetch(self, station: int, *, keep: Sequence[int], after: torch.cuda.Event | None) -> None:
+        slot = next(place for place, holder in enumerate(self.holder) if holder not in keep)
+        before = self.holder[slot]
+        if before is not None:
+            self.ready.pop(before)
+            self.stations[before].go_home()
+        self.holder[slot] = station
+        if self.stream is None:
+            self.stations[station].move(self.slots[slot])
+            self.ready[station] = None
+            return
+        self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            self.stations[station].move(self.slots[slot])
+            self.ready[station] = self.stream.record_event()
+
+    def _free(self) -> float:
+        """Bytes that weights may take; on a CPU none, because a copy there gains nothing."""
+        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB if self.device.type == "cuda" else 0.0
+
+
+def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> None:
+    """Run a model whose layers lie in host memory, and all else on `device`."""
+    settings, inject = config.offload, model.config.audio.inject_layers
+    pin = device.type == "cuda" and settings.store == "pinned"
+    stations = []
+    for layer, block in enumerate(model.blocks):
+        injectors = [model.audio_injectors[inject.index(layer)]] if layer in inject else []
+        stations.append(Station([block, *injectors], pin=pin))
+    shuttle = Shuttle(stations, device, settings)
+    for layer, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, args, layer=layer: shuttle.arrive(layer))
+    if settings.kv == "host":
+        model.cache_device = torch.device("cpu")
+    model.forwards = partial(_open, width=settings.inflight)
+
+
+def _open(model: AvatarDiT, told: Sequence[Conditions], steps: int, *, width: int) -> Forwards:
+    """Items share passes over the weights: one per sampling step unless `width` says how many."""
+    return SharedPass(model, told, [model.new_cache(each, steps=steps) for each in told], width=width or steps)
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes of a tensor, rounded up so that the next one is aligned."""
+    return -(-tensor.numel() * tensor.element_size() // 256) * 256

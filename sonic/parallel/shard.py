@@ -1,0 +1,130 @@
+"""Sharded weights (FSDP2): every rank keeps a slice of every unit, and units are gathered one after the other as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+from sonic.model.audio_tokens import AudioInjector
+from sonic.model.blocks import Block, MultiHead
+from sonic.model.dit import AvatarDiT, Trip
+from sonic.parallel.mesh import World
+from sonic.parallel.settings import ParallelConfig
+from sonic.types import pick
+
+Unit = tuple[nn.Module, ...]  # modules that are gathered together; all of them run in every forward that uses one of them
+ENTRIES = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive")  # ways into the model besides forward
+ENDS = ("frame_pack", "time_embed", "text_embed", "audio_encoder")
+
+
+def blocks_whole(module: Block | AudioInjector) -> Iterator[Unit]:
+    """Everything at once."""
+    yield (module,)
+
+
+def sublayers(module: Block | AudioInjector) -> Iterator[Unit]:
+    """Each attention, each layer of the MLP; the prompt's keys apart, because they are projected once per film."""
+    if isinstance(module, Block):
+        yield _all(module.self_attention)
+        yield module.text_attention.to_k, module.text_attention.to_v
+        yield module.text_attention.to_q, module.text_attention.to_out
+        yield (module.mlp_in,)
+        yield (module.mlp_out,)
+    else:
+        yield (module.modulation,)
+        yield _all(module.attention)
+
+
+def linears(module: Block | AudioInjector) -> Iterator[Unit]:
+    """Each matrix alone."""
+    for unit in sublayers(module):
+        yield from ((layer,) for layer in unit)
+
+
+UNITS: Mapping[str, Callable[[Block | AudioInjector], Iterator[Unit]]] = {
+    "block": blocks_whole,
+    "sublayer": sublayers,
+    "linear": linears,
+}
+
+
+def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """Shard the model over the ranks that make a film together, before it has weights; copies of it are on other ranks.
+
+    Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
+    embeddings and the head. Names of parameters stay.
+    """
+    mesh = _mesh(world)
+    policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
+    settings = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": policy}
+    cut = pick(UNITS, config.unshard_unit, "parallel.unshard_unit")
+    for end in (getattr(model, name) for name in ENDS):
+        if end is not None:
+            if config.unshard_unit != "block" and end is model.time_embed:
+                fully_shard(end.project, **settings)
+            fully_shard(end, **settings)
+    for module in [*model.blocks, *model.audio_injectors]:
+        for unit in cut(module):
+            if unit != (module,):
+                fully_shard(list(unit), **settings)
+        fully_shard(module, **settings)
+    fully_shard(model, **settings | {"reshard_after_forward": False})
+    for name in ENTRIES:
+        register_fsdp_forward_method(model, name)
+    if config.prefetch:
+        _prefetch_in_order(model, config.prefetch)
+
+
+def _mesh(world: World) -> DeviceMesh:
+    """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
+    if world.size("dp_replicate") == 1:
+        return world.film
+    return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.film])
+
+
+def _prefetch_in_order(model: AvatarDiT, depth: int) -> None:
+    """Gather the next `depth` units ahead, in the order in which a pass met them when it was first made.
+
+    The memory's pass meets other units than a block's (no injectors, but the prompt's keys), so each kind has its order.
+    """
+    travel = model.travel
+    orders: dict[tuple[bool, bool], list[FSDPModule]] = {}
+    units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    last: list[tuple[bool, bool]] = []
+
+    @wraps(travel)
+    def ordered(trips: Sequence[Trip], reaches: Sequence[Callable]) -> list[Trip]:
+        kind = (trips[0].text is not None, trips[0].audio is not None)
+        if kind in orders:
+            if last != [kind]:
+                _set_prefetch(units, orders[kind], depth)
+                last[:] = [kind]
+            return travel(trips, reaches)
+        _set_prefetch(units, [], depth)
+        last.clear()
+        met: dict[FSDPModule, None] = {}
+        hooks = [unit.register_forward_pre_hook(lambda module, args: met.setdefault(module, None)) for unit in units]
+        try:
+            done = travel(trips, reaches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        orders[kind] = list(met)
+        return done
+
+    model.travel = ordered
+
+
+def _set_prefetch(units: Sequence[FSDPModule], order: Sequence[FSDPModule], depth: int) -> None:
+    for unit in units:
+        unit.set_modules_to_forward_prefetch([])
+    for place, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(list(order[place + 1 : place + 1 + depth]))
+
+
+def _all(attention: MultiHead) -> Unit:
+    return attention.to_q, attention.to_k, attention.to_v, attention.to_out

@@ -1,0 +1,91 @@
+"""The plans by name: what each does to a model before its weights are there, where weights live, and what it does afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sonic.config import ModelConfig
+from sonic.model.dit import AvatarDiT
+from sonic.parallel.context import share_tokens
+from sonic.parallel.load import Lora, fill, without_memory
+from sonic.parallel.mesh import World
+from sonic.parallel.offload import offload
+from sonic.parallel.pipeline import Line, Stages, keep_range, make_line
+from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.shard import shard
+from sonic.types import pick
+
+Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
+
+
+def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """The plan has nothing to do here."""
+
+
+class Plan(NamedTuple):
+    """`cut` works on the model without memory, `place` gives its parameters memory, `start` works on the filled model."""
+
+    cut: Step = nothing
+    place: Step = lambda model, world, config: model.to_empty(device=world.device)
+    start: Step = nothing
+
+
+def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    model.to_empty(device="cpu" if config.cpu_offload else world.device)
+
+
+def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """Layers in host memory, or nowhere when the file itself is their memory; all else on the device."""
+    for name, child in model.named_children():
+        if name not in ("blocks", "audio_injectors"):
+            child.to_empty(device=world.device)
+        elif config.offload.store != "mmap":
+            child.to_empty(device="cpu")
+
+
+PLANS: Mapping[str, Plan] = {
+    "single": Plan(),
+    "fsdp": Plan(shard, _place_shards),
+    "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
+    "pipeline": Plan(lambda model, world, config: keep_range(model, world.stage, world.stages)),
+    "context": Plan(),
+}
+
+
+def plan_for(config: ParallelConfig, ranks: int) -> str:
+    """The plan's name; auto means the pipeline on several ranks."""
+    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
+
+
+@dataclass
+class Company:
+    """The ranks that make films together, how, and the line that this one is part of in a pipeline."""
+
+    world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
+    line: Line | None = None
+
+
+def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
+    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that."""
+    world, parallel = company.world, company.parallel
+    plan = pick(PLANS, world.plan, "parallel.name")
+    model, shapes = without_memory(config, dtype)
+    plan.cut(model, world, parallel)
+    plan.place(model, world, parallel)
+    fill(model, weights, shapes, lora=lora)
+    plan.start(model, world, parallel)
+    if world.stages > 1:
+        company.line = make_line(world)
+        if world.stage == 0:
+            model.forwards = partial(Stages, line=company.line)
+    if world.size("cp") > 1:
+        share_tokens(model, world.group("cp"))
+    model.company = company
+    return model

@@ -1,0 +1,58 @@
+"""Laws of the layer pipeline: any number of ranks at any number of steps is one rank, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from tiny import conditions, film, tiny_model
+
+from sonic.config import AudioConfig, ModelConfig, TrunkConfig
+from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, serve, stop
+
+COUNTS = range(1, 9)
+BLOCKS = 3
+
+
+def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
+    """(ranks, steps) whose film is not that of one rank, made by the first 1, 2, ... 8 ranks of the world."""
+    torch.use_deterministic_algorithms(True)
+    rank, told = dist.get_rank(), conditions(2 * BLOCKS)
+    alone = {steps: film(tiny_model(), told, BLOCKS, sample_steps=steps) for steps in COUNTS} if rank == 0 else {}
+    wrong = []
+    for count in COUNTS[1:]:
+        if rank >= count:
+            continue
+        model, line = tiny_model(), Line(range(count), torch.device("cpu"))
+        keep_range(model, rank, count)
+        if rank:
+            serve(model, line, dtype=torch.float32)
+            continue
+        model.forwards = lambda *film, line=line: Stages(*film, line=line)
+        wrong += [(count, steps) for steps in COUNTS if not torch.equal(film(model, told, BLOCKS, sample_steps=steps), alone[steps])]
+        stop(line)
+    return wrong
+
+
+def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
+    assert on_ranks(max(COUNTS), films_on_every_number_of_ranks)[0] == []
+
+
+@pytest.mark.parametrize("stages", COUNTS)
+def test_the_ranges_cover_all_layers_once_and_are_as_even_as_they_can_be(stages):
+    config = ModelConfig(trunk=TrunkConfig(num_layers=40), audio=AudioConfig(inject_layers=[0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39]))
+    ranges = layer_ranges(config, stages)
+    assert [layer for layers in ranges for layer in layers] == list(range(40))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 2
+
+
+def test_a_rank_keeps_the_names_of_what_it_keeps():
+    whole = set(tiny_model().state_dict())
+    kept = []
+    for stage in range(2):
+        model = tiny_model()
+        keep_range(model, stage, 2)
+        kept.append(set(model.state_dict()))
+    assert kept[0] | kept[1] == whole
+    assert not kept[0] & kept[1]

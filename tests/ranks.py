@@ -1,0 +1,73 @@
+"""Runs a function on n gloo ranks, each a process of its own, and gives back what every rank returned."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_S = 300.0  # of the whole run; a rank that hangs must not stop the suite
+_PRELOAD = ["torch", "torch.distributed.fsdp", "sonic.parallel.spread", "sonic.infer.rollout"]
+
+
+def on_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """`[work(*arguments) on rank 0, on rank 1, ...]`; the first error of a rank is raised here, with its traceback."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        place = lambda rank: (rank, count, store.port, folder, timeout_s)  # noqa: E731
+        processes = [context.Process(target=_rank, args=(place(rank), work, arguments)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, folder, time.monotonic() + timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [pickle.loads((folder / f"{rank}.done").read_bytes()) for rank in range(count)]
+
+
+def _wait(processes: list, folder: Path, until: float) -> None:
+    while any(process.is_alive() for process in processes):
+        _no_error(folder)
+        stacks = [f"rank {path.stem} hangs:\n{path.read_text()}" for path in sorted(folder.glob("*.stack"))]
+        assert time.monotonic() < until, "\n".join(stacks)
+        time.sleep(0.05)
+    _no_error(folder)
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"exit codes {codes}"
+
+
+def _no_error(folder: Path) -> None:
+    failed = sorted(folder.glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
+    assert not failed, f"rank {failed[0].stem}:\n{failed[0].read_text()}"
+
+
+def _rank(place: tuple[int, int, int, Path, float], work: Callable, arguments: tuple) -> None:
+    rank, count, port, folder, timeout_s = place
+    torch.set_num_threads(1)
+    with (folder / f"{rank}.stack").open("w") as stack:
+        faulthandler.dump_traceback_later(timeout_s - 2, file=stack)
+        try:
+            dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=count)
+            done = work(*arguments)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            written = folder / f"{rank}.part"
+            written.write_text(traceback.format_exc())
+            written.rename(folder / f"{rank}.failed")
+            raise SystemExit(1) from None
+    (folder / f"{rank}.done").write_bytes(pickle.dumps(done))
