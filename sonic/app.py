@@ -96,7 +96,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _given_up(run, "stopped; nothing was kept", STOPPED)
     except Exception:
-        log.exception("a fault of the program, not of the input")
+        log.critical("rank %d: a fault of the program, not of the input", ranks.rank, exc_info=True)
         return FAULT
     finally:
         if run:

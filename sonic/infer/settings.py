@@ -20,8 +20,6 @@ from sonic.config import (
 )
 from sonic.parallel.settings import ParallelConfig
 
-TARGETS = ("preview", "fit", "ranks")
-
 
 @dataclass
 class RequestConfig:
@@ -59,37 +57,25 @@ class InferConfig(RequestConfig):
 
 
 @dataclass
-class TimedFilmConfig:
-    """The film that `bench.py preview` times."""
+class BenchConfig:
+    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
 
+    target: str = knob("preview", "what is timed: preview")
+    json: str = knob("", "where the figures go as JSON")
     image: str = knob("astronaut", "the portrait to time with")
     photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
     seconds: float = knob(8.0, "length of the timed film")
     repeats: int = knob(3, "the best of so many films counts")
     gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
-
-    def __post_init__(self) -> None:
-        parse_size(self.photo, "photo")
-        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
-        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
-        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
-
-
-@dataclass
-class BenchConfig(TimedFilmConfig):
-    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
-
-    target: str = knob("preview", "what is timed: preview (a film), fit (a model under a plan) or ranks (all ranks against one)")
-    json: str = knob("", "where the figures go as JSON")
-    blocks: int = knob(4, "fit and ranks: timed blocks of the film, after one that warms up")
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)
-    parallel: ParallelConfig = knob(ParallelConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self.target, TARGETS, "target")
-        require(1 <= self.blocks <= 10_000, f"blocks={self.blocks} must lie between 1 and 10000")
+        one_of(self.target, ("preview",), "target")
+        parse_size(self.photo, "photo")
+        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
+        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
+        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")

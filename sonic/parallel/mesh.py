@@ -17,7 +17,7 @@ from sonic.parallel.settings import ParallelConfig
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
 GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
-PATIENCE = timedelta(hours=24)  # somebody who hangs is found by watch.py, not by a time-out
+PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long film to encode
 
 
 @dataclass(frozen=True)

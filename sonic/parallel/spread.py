@@ -82,7 +82,7 @@ def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, 
     fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
-        company.line = make_line(world)
+        company.line = make_line(world, parallel.timeout_s)
         if world.stage == 0:
             model.forwards = partial(Stages, line=company.line)
     if world.size("cp") > 1:

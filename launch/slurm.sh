@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Several nodes under Slurm: sbatch --nodes=2 launch/slurm.sh parallel=fsdp parallel.replicas=2 requests=films.jsonl
+# One torchrun per node, as many ranks as it has GPUs; all knobs are those of launch/infer.py.
+#SBATCH --job-name=sonic
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --output=sonic-%j.log
+set -euo pipefail
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+    --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
+    "${SLURM_SUBMIT_DIR:-.}/launch/infer.py" "$@"
