@@ -142,7 +142,9 @@ class Line:
             work.wait(patience)
         except RuntimeError as error:
             seconds = f"{patience.total_seconds():g} s (parallel.timeout_s)"
-            raise RuntimeError(f"no answer from the pipeline within {seconds}: one of the ranks {self.ranks[1:]} hangs or is gone") from error
+            raise RuntimeError(
+                f"no answer from the pipeline within {seconds}: one of the ranks {self.ranks[1:]} hangs or is gone"
+            ) from error
 
     def _group(self, part: Tensor, way: int) -> dist.ProcessGroup | None:
         return None if part.device.type == "cpu" else self._groups[way]
