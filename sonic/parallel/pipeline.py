@@ -32,6 +32,7 @@ HEADER_BYTES = 2048
 ONWARD, BACK = 0, 1  # the ways of a line
 ALIGN = 16  # bytes at which each tensor of a message begins
 FIRST = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text_embed", "audio_encoder")
+KEPT = 8  # messages beyond one per rank whose buffers are kept
 SPARE = 1  # forwards under way beyond one per rank, so that nobody waits for a message
 
 
@@ -119,8 +120,8 @@ class Line:
         assert len(words) <= HEADER_BYTES, f"a header of {len(words)} bytes"
         header[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
         payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
+        while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be under way, so the oldest have arrived
+            self._sent.popleft()[0].wait()
         for part in (header, payload):
             if part.numel():
                 self._sent.append((dist.isend(part, self.ranks[stage], group=self._group(part, way), tag=way), part))
