@@ -25,7 +25,7 @@ from sonic.model.dit import AvatarDiT, Trip
 from sonic.model.forwards import Item
 from sonic.model.kv_cache import KVCache
 from sonic.parallel.mesh import World
-from sonic.parallel.ranges import best_ranges
+from sonic.parallel.ranges import best_ranges, ranges_of
 from sonic.types import Conditions
 
 HEADER_BYTES = 2048
@@ -53,17 +53,27 @@ class Note(NamedTuple):
     latents: torch.dtype = torch.float32
 
 
-def layer_ranges(config: ModelConfig, stages: int) -> list[range]:
-    """Layers of each rank, as even in arithmetic as they can be; an injector counts for what it adds to its layer."""
-    dim, ffn = config.trunk.hidden_dim, config.trunk.ffn_dim
+def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None = None) -> list[range]:
+    """Layers of each rank: so many as `sizes` says, or as even in arithmetic as they can be (an injector counts for what it adds).
+
+    Raises ValueError when the sizes are not those of this model on so many ranks.
+    """
+    dim, ffn, count = config.trunk.hidden_dim, config.trunk.ffn_dim, config.trunk.num_layers
+    if sizes:
+        if len(sizes) != stages or sum(sizes) != count:
+            raise ValueError(
+                f"parallel.layers={list(sizes)} does not share {count} blocks out among {stages} stages; "
+                f"give {stages} numbers that add up to {count}, or leave it out"
+            )
+        return ranges_of(sizes)
     block, injector = 6 * dim * dim + 2 * dim * ffn, 2 * dim * dim
-    costs = [block + injector * (layer in config.audio.inject_layers) for layer in range(config.trunk.num_layers)]
-    return best_ranges(len(costs), stages, lambda stage, layers: float(sum(costs[layer] for layer in layers)))
+    costs = [block + injector * (layer in config.audio.inject_layers) for layer in range(count)]
+    return best_ranges(count, stages, lambda stage, layers: float(sum(costs[layer] for layer in layers)))
 
 
-def keep_range(model: AvatarDiT, stage: int, stages: int) -> None:
+def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
     """Leave in the model what one rank of the pipeline owns; the rest becomes None and every name stays."""
-    mine = layer_ranges(model.config, stages)[stage]
+    mine = ranges[stage]
     for layer in range(len(model.blocks)):
         if layer not in mine:
             model.blocks[layer] = None
@@ -72,7 +82,7 @@ def keep_range(model: AvatarDiT, stage: int, stages: int) -> None:
             model.audio_injectors[index] = None
     for name in FIRST if stage else ():
         setattr(model, name, None)
-    if stage != stages - 1:
+    if stage != len(ranges) - 1:
         model.head = None
 
 

@@ -16,7 +16,7 @@ from sonic.parallel.context import share_tokens
 from sonic.parallel.load import Lora, fill, without_memory
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import offload
-from sonic.parallel.pipeline import Line, Stages, keep_range, make_line
+from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
 from sonic.types import pick
@@ -49,11 +49,15 @@ def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig
             child.to_empty(device="cpu")
 
 
+def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    keep_range(model, world.stage, layer_ranges(model.config, world.stages, config.layers))
+
+
 PLANS: Mapping[str, Plan] = {
     "single": Plan(),
     "fsdp": Plan(shard, _place_shards),
     "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
-    "pipeline": Plan(lambda model, world, config: keep_range(model, world.stage, world.stages)),
+    "pipeline": Plan(_cut_to_range),
     "context": Plan(),
 }
 

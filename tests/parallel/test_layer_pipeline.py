@@ -25,7 +25,7 @@ def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
         if rank >= count:
             continue
         model, line = tiny_model(), Line(range(count), torch.device("cpu"))
-        keep_range(model, rank, count)
+        keep_range(model, rank, layer_ranges(model.config, count))
         if rank:
             serve(model, line, dtype=torch.float32)
             continue
@@ -52,7 +52,14 @@ def test_a_rank_keeps_the_names_of_what_it_keeps():
     kept = []
     for stage in range(2):
         model = tiny_model()
-        keep_range(model, stage, 2)
+        keep_range(model, stage, layer_ranges(model.config, 2))
         kept.append(set(model.state_dict()))
     assert kept[0] | kept[1] == whole
     assert not kept[0] & kept[1]
+
+
+def test_sizes_that_do_not_add_up_are_answered_with_what_would():
+    config = tiny_model().config
+    assert layer_ranges(config, 2, [1, 2]) == [range(1), range(1, 3)]
+    with pytest.raises(ValueError, match="give 2 numbers that add up to 3"):
+        layer_ranges(config, 2, [1, 1])
