@@ -38,10 +38,13 @@ SHORT = {
     "checkpoint": "model.weights",
     "schedule": "sampler.schedule",
     "compat": "video.compat",
+    **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 DEFAULT_MODEL = "preview"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
+
+Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
 
 log = logging.getLogger("sonic")
 
@@ -63,13 +66,14 @@ class Entry:
     max_ranks: int = 1
 
 
-def launch(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequence[str] | None = None) -> typing.NoReturn:
+def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
     sys.exit(run_command(entry, job, sys.argv[1:] if argv is None else argv))
 
 
-def run_command(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequence[str]) -> int:
-    """The exit code of a command: 0, or 2 with one sentence on stderr for what the user can mend and nothing left behind."""
+def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
+    """The exit code of a command: 0 or what the job says, or 2 with one sentence on stderr for what the user can mend and nothing
+    left behind."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     start_logging(main=rank == 0)
     run = None
@@ -85,7 +89,7 @@ def run_command(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequ
         if world > entry.max_ranks:
             raise ValueError(f"{world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
         run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, main=rank == 0)
-        job(config, run)
+        return job(config, run) or 0
     except (ValueError, OSError) as error:
         return _given_up(run, _sentence(error), USER_ERROR)
     except KeyboardInterrupt:
@@ -96,7 +100,6 @@ def run_command(entry: Entry, job: Callable[[typing.Any, Run], None], argv: Sequ
     finally:
         if run:
             run.close()
-    return 0
 
 
 def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:

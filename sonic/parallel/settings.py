@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import knob, one_of, require
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_PLACES = ("device", "host")
+LINKS = ("nvlink", "pcie", "host", "none")
+TASK_NAMES = ("auto", "blocks", "clips")
 
 
 @dataclass
@@ -54,3 +56,52 @@ class ParallelConfig:
         require(self.context != -1 or self.replicas != -1, "parallel.context=-1 and parallel.replicas=-1: only one can take what is left")
         require(0 <= self.prefetch <= 16, f"parallel.prefetch={self.prefetch} must lie between 0 and 16; 1 is usual")
         require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")
+
+
+@dataclass
+class HardwareConfig:
+    """Equal devices in one machine. Rates are what a device moves in one direction, in units of 10^9 bytes a second."""
+
+    name: str = knob("cpu", "one of the files in conf/hardware")
+    devices: int = knob(1, "how many there are")
+    usable_gib: float = knob(12.0, "GiB of a device's memory that a process gets")
+    reserve_gib: float = knob(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
+    tflops: float = knob(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
+    efficiency: float = knob(0.6, "share of them that a transformer reaches")
+    memory_gbps: float = knob(50.0, "device memory")
+    link: str = knob("none", "between devices: nvlink, pcie (direct), host (through host memory) or none")
+    link_gbps: float = knob(10.0, "between two devices")
+    host_gbps: float = knob(20.0, "from host memory to a device")
+    host_gib: float = knob(14.0, "GiB of host memory that the job may use")
+    disk_gbps: float = knob(3.0, "from the disk to a device")
+
+    def __post_init__(self) -> None:
+        one_of(self.link, LINKS, "hardware.link")
+        require(1 <= self.devices <= 4096, f"hardware.devices={self.devices}: need 1 to 4096")
+        for name in ("usable_gib", "tflops", "memory_gbps", "link_gbps", "host_gbps", "host_gib", "disk_gbps"):
+            require(getattr(self, name) > 0, f"hardware.{name}={getattr(self, name)}: need more than 0")
+        fine = 0 <= self.reserve_gib < self.usable_gib
+        require(fine, f"hardware.reserve_gib={self.reserve_gib} must lie between 0 and usable_gib={self.usable_gib}")
+        require(0 < self.efficiency <= 1, f"hardware.efficiency={self.efficiency} must lie between 0 and 1")
+
+
+@dataclass
+class PlanConfig:
+    """What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb"""
+
+    task: str = knob("auto", "blocks (a stream), clips (full attention), or auto: as the model was published")
+    clip_frames: int = knob(80, "frames in one clip where films are made clip by clip, a multiple of 4")
+    verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
+    json: str = knob("", "where the plans go as JSON")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.task, TASK_NAMES, "task")
+        whole = self.clip_frames >= 4 and self.clip_frames % 4 == 0
+        require(whole, f"clip_frames={self.clip_frames} must be a multiple of 4 (a latent frame is 4 frames); 80 is usual")

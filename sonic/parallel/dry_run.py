@@ -1,0 +1,269 @@
+"""Runs a plan on fake tensors and fake ranks and tracks what it takes: the planner's prediction against the program itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
+from sonic.model.dit import AvatarDiT
+from sonic.model.kv_cache import KVCache, RingView
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.parallel.memory import GIB, PAST_LATENTS, encoder_bytes, vae_bytes
+from sonic.parallel.plans import Plan, degree
+from sonic.parallel.settings import HardwareConfig
+from sonic.parallel.units import all_units
+from sonic.parallel.workload import Workload
+from sonic.types import Conditions
+
+DTYPES = {4: torch.float32, 2: torch.bfloat16}
+WARM_LATENTS = 7  # decoded before the first block
+
+
+class Footprint(NamedTuple):
+    """Bytes that stay while a part of the job runs, and the most it takes."""
+
+    stays: float
+    peak: float
+
+
+def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] | None:
+    """Peak GiB of every rank of a plan; None for a plan that cannot be tracked (tokens shared between ranks, DeepSpeed)."""
+    if degree(plan.parallel, hardware) > 1 or plan.parallel.name not in TRACKERS or (plan.ranges and work.clip_frames):
+        return None
+    with fake(work):
+        transformer = TRACKERS[plan.parallel.name](work, hardware, plan)
+        vae = _vae(work)
+    first = sum(encoder_bytes(work).values())
+    found = []
+    for rank, part in zip(plan.ranks, transformer, strict=True):
+        film = _together(work, part, vae) if rank["vae"] else part.peak
+        found.append((max(film, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
+    return found
+
+
+@contextmanager
+def fake(work: Workload) -> Iterator[None]:
+    """Tensors without memory, made in the job's precision; no gradients."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(DTYPES[work.number])
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+class Film(nn.Module):
+    """One hand-over from the model's conditions on: what a rank runs."""
+
+    def __init__(self, model: AvatarDiT, work: Workload):
+        super().__init__()
+        self.model, self.work = model, work
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, cache: KVCache | None) -> Tensor:
+        if cache is None:
+            return self.model(latents, timestep, conditions)
+        self.model.prefill(conditions, cache)
+        inputs = self.model.prepare_block(conditions, BlockSpan(0, 0, self.work.latent_frames))
+        return self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
+
+
+def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    model = AvatarDiT(work.model)
+    latents, timestep, conditions, cache = _inputs(work, like=model.head.modulation)
+    caches = [cache, *(_cache(work, like=model.head.modulation) for _ in range(work.passes - 1))]
+    stays = [latents, timestep, *_tensors(conditions), *(held for each in caches for held in _held(each))]
+    film = Film(model, work)
+    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, cache))]
+
+
+def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """The first stage as a whole model of its blocks; the others from the tokens on."""
+    found = []
+    for stage, layers in enumerate(plan.ranges):
+        part = work.with_layers(layers)
+        if stage == 0:
+            own = _single(part, hardware, plan)[0]
+        else:
+            own = _blocks(part) if len(layers) else Footprint(0, part.stream)
+        arriving = part.stream * (len(plan.ranges) > 1)
+        found.append(Footprint(own.stays + arriving, own.peak + arriving))
+    return found
+
+
+def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """Ends and all injectors, the blocks that are on the device at once, the rings that are, and the items that wait."""
+    knobs, layers = plan.parallel.offload, work.model.trunk.num_layers
+    block = sum(weight.numel() for weight in AvatarDiT(work.with_layers(range(1)).model).blocks.parameters()) * work.number
+    here = min(layers, knobs.slots + round(knobs.resident_gib * GIB / block))
+    model = AvatarDiT(work.with_layers(range(here)).model)
+    latents, timestep, conditions, cache = _inputs(work.with_layers(range(here)), like=model.head.modulation)
+    away = AvatarDiT(work.model).audio_injectors[len(model.audio_injectors) :]
+    waiting = [latents.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
+    if knobs.kv == "host" or work.clip_frames:
+        rings = _held(_cache(work.with_layers(range(1)), like=latents)) if cache else []
+        run = _through(model, work, cache=_cache(work.with_layers(range(1)), like=latents, steps=2), layer=lambda _: 0)
+    else:
+        rings = [torch.empty_like(held) for held in _held(_cache(work, like=latents)[len(_held(cache)) :])]
+        run = _through(model, work, cache=cache, layer=lambda layer: layer)
+    return [_tracked(model, [*away.parameters(), *waiting, *rings], run)]
+
+
+def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """One rank of a fake group; the others are its equals."""
+    world = hardware.devices // max(1, plan.parallel.replicas)
+    with fake_ranks(world) as mesh:
+        film = Film(AvatarDiT(work.model), work)
+        _shard(film, work, plan, mesh=mesh)
+        latents, timestep, conditions, cache = _inputs(work, like=torch.empty(1))
+        caches = [cache, *(_cache(work, like=latents) for _ in range(work.passes - 1))]
+        tracker = FSDPMemTracker(film)
+        held = [tensor for each in caches for tensor in _held(each)]
+        tracker.track_inputs((latents, timestep, *_tensors(conditions), *held))
+        with tracker:
+            film(latents, timestep, conditions, cache)
+        peak = _total(tracker, "peak")
+    stays = sum(tensor.untyped_storage().nbytes() for tensor in held) + plan.fullest["weights"]
+    return [Footprint(stays, peak)] * len(plan.ranks)
+
+
+TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]] = {
+    "single": _single,
+    "fsdp": _fsdp,
+    "pipeline": _pipeline,
+    "offload": _offload,
+}
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[DeviceMesh]:
+    """A group of ranks that exist only on paper; this process is the first of them."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with unset_fake_temporarily():
+            mesh = init_device_mesh("cpu", (world,))
+        yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
+    """Shard every unit, then the blocks with what is left in them, then the rest."""
+    order = []
+    for unit in all_units(work.model, plan.parallel.unshard_unit):
+        modules = [film.model.get_submodule(name) for name in unit.modules]
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh)
+        order.append(modules[0])
+    for block in film.model.blocks:
+        if block not in order:
+            fully_shard(block, mesh=mesh)
+    fully_shard(film, mesh=mesh)
+    for index, module in enumerate(order):
+        ahead = order[index + 1 : index + 1 + plan.parallel.prefetch]
+        if ahead:
+            module.set_modules_to_forward_prefetch(ahead)
+
+
+def _blocks(work: Workload) -> Footprint:
+    """Blocks without the ends, from tokens to tokens."""
+    model = AvatarDiT(work.model)
+    cache = _cache(work, like=model.head.modulation)
+    parts = nn.ModuleList([model.blocks, model.audio_injectors])
+    return _tracked(parts, _held(cache), _through(model, work, cache=cache, layer=lambda layer: layer))
+
+
+def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer: Callable[[int], int]) -> Callable[[], Tensor]:
+    """A function that sends the tokens of a block through the model's blocks, the ring full."""
+    dim, ring = work.model.trunk.hidden_dim, cache.rings[0]
+    tokens = torch.empty(1, work.latent_frames, work.noisy // work.latent_frames, dim)
+    modulation = torch.empty(1, 1, 6, dim, dtype=torch.float32)
+    *_, conditions, _ = _inputs(work, like=tokens)
+    inputs = model.prepare_block(conditions, BlockSpan(0, 0, work.latent_frames))
+    model.prefill(conditions, _cache(work, like=tokens))
+    for index in range(len(cache.text)):
+        cache.text[index] = tuple(torch.empty(1, work.model.text.text_len, *ring.keys[0].shape[2:]) for _ in range(2))
+    slot = (ring.memory_tokens, ring.memory_tokens + ring.block_tokens, ring.keys[0].shape[1])
+    view = lambda index: RingView(cache, ring, layer(index), slot, inputs.places)  # noqa: E731
+    return lambda: model._run([tokens], (modulation,), None, reach_of=view, audio=inputs.audio)
+
+
+def _vae(work: Workload) -> Footprint:
+    """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front."""
+    if work.model.autoencoder != "wan":
+        size = vae_bytes(work)
+        return Footprint(size, size)
+    model = WanAutoencoder()
+    rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
+    latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
+    if work.clip_frames:
+        return _tracked(model, [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames)))
+    _, cache = model.decode(latents(WARM_LATENTS))
+    held = [each for each in cache if isinstance(each, Tensor)]
+    return _tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))
+
+
+def _together(work: Workload, transformer: Footprint, vae: Footprint) -> float:
+    """A stream is decoded while later blocks are denoised, a clip when its denoising is over."""
+    if work.clip_frames:
+        return max(transformer.peak + vae.stays, transformer.stays + vae.peak)
+    return transformer.peak + vae.peak
+
+
+def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions, KVCache | None]:
+    """What a hand-over starts from."""
+    rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
+    channels, model = work.model.trunk.latent_channels, work.model
+    motion = like.new_empty(1, channels, PAST_LATENTS, rows, columns) if work.motion else None
+    conditions = Conditions(
+        ref=like.new_empty(1, channels, 1, rows, columns),
+        text=like.new_empty(1, model.text.text_len, model.text.text_dim),
+        audio=like.new_empty(1, model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * work.latent_frames),
+        motion=motion,
+    )
+    latents = torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32)
+    return latents, torch.zeros(1), conditions, None if work.clip_frames else _cache(work, like=like)
+
+
+def _cache(work: Workload, *, like: Tensor, steps: int | None = None) -> KVCache | None:
+    if work.clip_frames:
+        return None
+    return KVCache.allocate(work.model, 1, work.grid, steps=steps or work.steps, motion=work.motion, like=like)
+
+
+def _held(cache: KVCache | None) -> list[Tensor]:
+    """Every buffer of a cache."""
+    if cache is None:
+        return []
+    return [*cache.memory_keys, *(buffer for ring in cache.rings for buffer in (*ring.keys, *ring.values))]
+
+
+def _tensors(conditions: Conditions) -> list[Tensor]:
+    return [value for value in vars(conditions).values() if value is not None]
+
+
+def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
+    """What a module, the tensors that stay and a run of it take."""
+    tracker = MemTracker()
+    tracker.track_external(module, *stays)
+    with tracker:
+        before = _total(tracker, "current")
+        run()
+    return Footprint(before, _total(tracker, "peak"))
+
+
+def _total(tracker: MemTracker, moment: str) -> float:
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot(moment).values())
