@@ -18,10 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
-from sonic.model.kv_cache import KVCache, RingView
+from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.memory import GIB, PAST_LATENTS, encoder_bytes, vae_bytes
-from sonic.parallel.plans import Plan, degree
+from sonic.parallel.memory import GIB, PAST_LATENTS, block_bytes, encoder_bytes, vae_bytes
+from sonic.parallel.plans import MESSAGES, Plan, degree
 from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.units import all_units
 from sonic.parallel.workload import Workload
@@ -76,17 +76,17 @@ class Film(nn.Module):
         if cache is None:
             return self.model(latents, timestep, conditions)
         self.model.prefill(conditions, cache)
-        inputs = self.model.prepare_block(conditions, BlockSpan(0, 0, self.work.latent_frames))
+        inputs = self.model.prepare_block(conditions, _span(self.work))
         return self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
 
 
 def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     model = AvatarDiT(work.model)
-    latents, timestep, conditions, cache = _inputs(work, like=model.head.modulation)
-    caches = [cache, *(_cache(work, like=model.head.modulation) for _ in range(work.passes - 1))]
-    stays = [latents, timestep, *_tensors(conditions), *(held for each in caches for held in _held(each))]
+    latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+    caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
+    stays = [latents, timestep, *_tensors(conditions), *_held(*caches)]
     film = Film(model, work)
-    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, cache))]
+    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, caches[0]))]
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -98,7 +98,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
             own = _single(part, hardware, plan)[0]
         else:
             own = _blocks(part) if len(layers) else Footprint(0, part.stream)
-        arriving = part.stream * (len(plan.ranges) > 1)
+        arriving = MESSAGES * part.stream * (len(plan.ranges) > 1)
         found.append(Footprint(own.stays + arriving, own.peak + arriving))
     return found
 
@@ -106,37 +106,40 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """Ends and all injectors, the blocks that are on the device at once, the rings that are, and the items that wait."""
     knobs, layers = plan.parallel.offload, work.model.trunk.num_layers
-    block = sum(weight.numel() for weight in AvatarDiT(work.with_layers(range(1)).model).blocks.parameters()) * work.number
-    here = min(layers, knobs.slots + round(knobs.resident_gib * GIB / block))
-    model = AvatarDiT(work.with_layers(range(here)).model)
-    latents, timestep, conditions, cache = _inputs(work.with_layers(range(here)), like=model.head.modulation)
-    away = AvatarDiT(work.model).audio_injectors[len(model.audio_injectors) :]
-    waiting = [latents.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
-    if knobs.kv == "host" or work.clip_frames:
-        rings = _held(_cache(work.with_layers(range(1)), like=latents)) if cache else []
-        run = _through(model, work, cache=_cache(work.with_layers(range(1)), like=latents, steps=2), layer=lambda _: 0)
-    else:
-        rings = [torch.empty_like(held) for held in _held(_cache(work, like=latents)[len(_held(cache)) :])]
-        run = _through(model, work, cache=cache, layer=lambda layer: layer)
-    return [_tracked(model, [*away.parameters(), *waiting, *rings], run)]
+    here = min(layers, knobs.slots + round(knobs.resident_gib * GIB / block_bytes(work)))
+    part = work.with_layers(range(here))
+    model, whole = AvatarDiT(part.model), AvatarDiT(work.model)
+    like = model.head.modulation
+    others = list(whole.audio_injectors[len(model.audio_injectors) :].parameters())
+    waiting = [like.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
+    if work.clip_frames:
+        latents, timestep, conditions = _inputs(part, like=like)
+        return [_tracked(model, [*others, *waiting], lambda: model(latents, timestep, conditions))]
+    if knobs.kv == "host":  # the rings of one layer for the item in work, and for the next
+        one = AvatarDiT(work.with_layers(range(1)).model)
+        cache = _cache(one, work, like=like, steps=2)
+        run = _through(model, part, cache=cache, layer_of=lambda layer: 0)
+        return [_tracked(model, [*others, *waiting, *_held(cache)], run)]
+    cache = _cache(whole, work, like=like)
+    run = _through(model, part, cache=cache, layer_of=lambda layer: layer)
+    return [_tracked(model, [*others, *waiting, *_held(cache)], run)]
 
 
 def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """One rank of a fake group; the others are its equals."""
-    world = hardware.devices // max(1, plan.parallel.replicas)
-    with fake_ranks(world) as mesh:
-        film = Film(AvatarDiT(work.model), work)
+    with fake_ranks(hardware.devices // max(1, plan.parallel.replicas)) as mesh:
+        model = AvatarDiT(work.model)
+        film = Film(model, work)
+        latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+        held = _held(*(_cache(model, work, like=latents.to(DTYPES[work.number])) for _ in range(work.passes - 1)))
+        cache = _cache(model, work, like=latents.to(DTYPES[work.number]))
         _shard(film, work, plan, mesh=mesh)
-        latents, timestep, conditions, cache = _inputs(work, like=torch.empty(1))
-        caches = [cache, *(_cache(work, like=latents) for _ in range(work.passes - 1))]
         tracker = FSDPMemTracker(film)
-        held = [tensor for each in caches for tensor in _held(each)]
-        tracker.track_inputs((latents, timestep, *_tensors(conditions), *held))
+        tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
+            before = _total(tracker, "current")
             film(latents, timestep, conditions, cache)
-        peak = _total(tracker, "peak")
-    stays = sum(tensor.untyped_storage().nbytes() for tensor in held) + plan.fullest["weights"]
-    return [Footprint(stays, peak)] * len(plan.ranks)
+        return [Footprint(before, _total(tracker, "peak"))] * len(plan.ranks)
 
 
 TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]] = {
@@ -181,24 +184,22 @@ def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
 def _blocks(work: Workload) -> Footprint:
     """Blocks without the ends, from tokens to tokens."""
     model = AvatarDiT(work.model)
-    cache = _cache(work, like=model.head.modulation)
+    cache = _cache(model, work, like=model.head.modulation)
+    run = _through(model, work, cache=cache, layer_of=lambda layer: layer)
     parts = nn.ModuleList([model.blocks, model.audio_injectors])
-    return _tracked(parts, _held(cache), _through(model, work, cache=cache, layer=lambda layer: layer))
+    return _tracked(parts, _held(cache), run)
 
 
-def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer: Callable[[int], int]) -> Callable[[], Tensor]:
-    """A function that sends the tokens of a block through the model's blocks, the ring full."""
-    dim, ring = work.model.trunk.hidden_dim, cache.rings[0]
-    tokens = torch.empty(1, work.latent_frames, work.noisy // work.latent_frames, dim)
-    modulation = torch.empty(1, 1, 6, dim, dtype=torch.float32)
-    *_, conditions, _ = _inputs(work, like=tokens)
-    inputs = model.prepare_block(conditions, BlockSpan(0, 0, work.latent_frames))
-    model.prefill(conditions, _cache(work, like=tokens))
-    for index in range(len(cache.text)):
-        cache.text[index] = tuple(torch.empty(1, work.model.text.text_len, *ring.keys[0].shape[2:]) for _ in range(2))
-    slot = (ring.memory_tokens, ring.memory_tokens + ring.block_tokens, ring.keys[0].shape[1])
-    view = lambda index: RingView(cache, ring, layer(index), slot, inputs.places)  # noqa: E731
-    return lambda: model._run([tokens], (modulation,), None, reach_of=view, audio=inputs.audio)
+def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Callable[[int], int]) -> Callable[[], object]:
+    """A function that sends the tokens of a block through the model's blocks; `layer_of` says whose rings a layer uses."""
+    latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+    inputs = model.prepare_block(conditions, _span(work))
+    trip, _ = model.depart_block(latents, timestep, inputs)
+    heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
+    for layer in cache.memory_keys:
+        cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
+    reach = model.block_reach(_span(work), cache, cache.rings[0])
+    return lambda: model.travel(trip, lambda layer: reach(layer_of(layer)))
 
 
 def _vae(work: Workload) -> Footprint:
@@ -223,45 +224,58 @@ def _together(work: Workload, transformer: Footprint, vae: Footprint) -> float:
     return transformer.peak + vae.peak
 
 
-def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions, KVCache | None]:
-    """What a hand-over starts from."""
+def _span(work: Workload) -> BlockSpan:
+    return BlockSpan(0, 0, work.latent_frames)
+
+
+def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions]:
+    """What a hand-over starts from: latents, timestep, conditions."""
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     channels, model = work.model.trunk.latent_channels, work.model
-    motion = like.new_empty(1, channels, PAST_LATENTS, rows, columns) if work.motion else None
     conditions = Conditions(
         ref=like.new_empty(1, channels, 1, rows, columns),
         text=like.new_empty(1, model.text.text_len, model.text.text_dim),
         audio=like.new_empty(1, model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * work.latent_frames),
-        motion=motion,
+        motion=like.new_empty(1, channels, PAST_LATENTS, rows, columns) if work.motion else None,
     )
-    latents = torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32)
-    return latents, torch.zeros(1), conditions, None if work.clip_frames else _cache(work, like=like)
+    return torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32), torch.zeros(1), conditions
 
 
-def _cache(work: Workload, *, like: Tensor, steps: int | None = None) -> KVCache | None:
+def _cache(model: AvatarDiT, work: Workload, *, like: Tensor, steps: int | None = None) -> KVCache | None:
+    """The rings of a stream; None for clips."""
     if work.clip_frames:
         return None
-    return KVCache.allocate(work.model, 1, work.grid, steps=steps or work.steps, motion=work.motion, like=like)
+    return model.cache_of((1, *work.grid), steps=steps or work.steps, motion=work.motion, like=like)
 
 
-def _held(cache: KVCache | None) -> list[Tensor]:
-    """Every buffer of a cache."""
-    if cache is None:
-        return []
-    return [*cache.memory_keys, *(buffer for ring in cache.rings for buffer in (*ring.keys, *ring.values))]
+def _held(*caches: KVCache | None) -> list[Tensor]:
+    """Every buffer of some caches."""
+    rings = [buffers for cache in caches if cache for ring in cache.rings for buffers in (ring.keys, ring.values)]
+    return [buffer for buffers in (*rings, *(cache.memory_keys for cache in caches if cache)) for buffer in buffers.values()]
 
 
 def _tensors(conditions: Conditions) -> list[Tensor]:
     return [value for value in vars(conditions).values() if value is not None]
 
 
+class Job(nn.Module):
+    """A function and the module whose weights it uses, so that a tracker sees one root."""
+
+    def __init__(self, module: nn.Module, run: Callable[[], object]):
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self) -> object:
+        return self.run()
+
+
 def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
     """What a module, the tensors that stay and a run of it take."""
-    tracker = MemTracker()
-    tracker.track_external(module, *stays)
+    tracker, job = MemTracker(), Job(module, run)
+    tracker.track_external(job, *stays)
     with tracker:
         before = _total(tracker, "current")
-        run()
+        job()
     return Footprint(before, _total(tracker, "peak"))
 
 

@@ -23,7 +23,8 @@ SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 400_000}
 PAST_LATENTS = 19  # decoded in front of every clip, and thrown away
 VAE_REMEMBERS = {"wan": 2366, "warp": 8}  # numbers per pixel that the decoder keeps from one latent to the next
 VAE_WORKS = {"wan": 5085, "warp": 400}  # numbers per pixel while it decodes one latent, the new memory included
-COPIES = 9  # of the stream that are alive at a block's widest point, besides the two of its MLP
+COPIES = {"attention": 12, "mlp": 5, "other": 8}  # of the stream that are alive at once; rotations are made in float32
+CLIP_COPIES = 2  # more where the parts of a clip are put together and its keys are not in a ring
 HOST_GIB = 2.5  # of a process by itself: Python, torch, drivers
 
 
@@ -63,21 +64,22 @@ def memory_bytes(work: Workload) -> float:
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     """What a forward needs besides weights and memories, by moment; `share` ranks share the tokens.
 
-    At the MLP a block holds its stream several times over and the hidden layer twice; before the blocks the noise level's
-    projection is widened to float32.
+    Attention rotates in float32, the MLP has its hidden layer twice, and before the blocks the noise level's projection is
+    widened to float32.
     """
     trunk = work.model.trunk
     stream = work.stream / share
     places = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
-    hidden = 2 * trunk.ffn_dim / trunk.hidden_dim
+    more = CLIP_COPIES if work.clip_frames else 0
     widened = 24 * trunk.hidden_dim**2 if work.number == 2 else 0
+    other = (COPIES["other"] + more) * stream + places
     return {
         "ends": stream + widened,
-        "attention": (COPIES + 3) * stream + places,
-        "text": COPIES * stream + places,
-        "prompt": COPIES * stream + places,
-        "mlp": (COPIES + hidden) * stream + places,
-        "injector": COPIES * stream + places,
+        "attention": (COPIES["attention"] + more) * stream + places,
+        "text": other,
+        "prompt": other,
+        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * stream + places,
+        "injector": other,
     }
 
 

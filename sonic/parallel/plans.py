@@ -9,11 +9,12 @@ from math import inf
 from sonic.parallel import memory as m
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, Items
-from sonic.parallel.ranges import best_ranges
+from sonic.parallel.ranges import best_ranges, ranges_of
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 from sonic.parallel.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed prefetches
+MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -156,7 +157,7 @@ def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig)
     stages, layers = hardware.devices // share, work.model.trunk.num_layers
     times = [each / share for each in s.layer_seconds(work, hardware)]
     vae = s.vae_seconds(work, hardware)
-    ranges = _stage_ranges(work, hardware, times, stages=stages, share=share)
+    ranges = ranges_of(parallel.layers) or _stage_ranges(work, hardware, times, stages=stages, share=share)
     ranks = tuple(
         _stage(work, hardware, found, first=stage == 0, last=stage == stages - 1, share=share)
         for stage, found in enumerate(ranges)
@@ -173,7 +174,8 @@ def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig)
     if work.clip_frames:  # the steps of a clip wait for each other, so one stage works at a time
         seconds = replace(seconds, compute=sum(times), vae=vae)
     name = f"pipeline{'+context' if share > 1 else ''}"
-    return Plan(name, parallel, ranks, m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
+    fixed = replace(parallel, layers=[len(found) for found in ranges])
+    return Plan(name, fixed, ranks, m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
 
 
 PLANS: Mapping[str, Maker] = {
@@ -213,7 +215,7 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bo
     busy = m.activation_bytes(work, share=share)
     moments = [busy[name] for name in ("attention", "mlp", *(("ends",) if first else ()))]
     activations = max(moments) if len(layers) or first else work.stream / share
-    arriving = 0.0 if first and last else work.stream / share
+    arriving = 0.0 if first and last else MESSAGES * work.stream / share
     film = {
         "weights": m.layer_bytes(work, layers) + m.end_bytes(work) * first,
         "kv_rings": len(layers) * m.ring_bytes(work) / share,

@@ -27,6 +27,10 @@ def best_ranges(num_layers: int, stages: int, cost: Cost) -> list[range]:
 
 def even_ranges(num_layers: int, stages: int) -> list[range]:
     """Ranges that differ by one block at most, the longer ones first."""
-    sizes: Sequence[int] = [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
-    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    return ranges_of([num_layers // stages + (stage < num_layers % stages) for stage in range(stages)])
+
+
+def ranges_of(sizes: Sequence[int]) -> list[range]:
+    """Ranges of these sizes, one after the other."""
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
