@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
@@ -94,10 +94,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
     found = []
     for stage, layers in enumerate(plan.ranges):
         part = work.with_layers(layers)
-        if stage == 0:
-            own = _single(part, hardware, plan)[0]
-        else:
-            own = _blocks(part) if len(layers) else Footprint(0, part.stream)
+        own = _single(part, hardware, plan)[0] if stage == 0 else _blocks(part, len(layers))
         arriving = MESSAGES * part.stream * (len(plan.ranges) > 1)
         found.append(Footprint(own.stays + arriving, own.peak + arriving))
     return found
@@ -174,6 +171,8 @@ def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
     for block in film.model.blocks:
         if block not in order:
             fully_shard(block, mesh=mesh)
+    for block in film.model.blocks:
+        register_fsdp_forward_method(block.mlp_in, "gelu")
     fully_shard(film, mesh=mesh)
     for index, module in enumerate(order):
         ahead = order[index + 1 : index + 1 + plan.parallel.prefetch]
@@ -181,8 +180,10 @@ def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
             module.set_modules_to_forward_prefetch(ahead)
 
 
-def _blocks(work: Workload) -> Footprint:
-    """Blocks without the ends, from tokens to tokens."""
+def _blocks(work: Workload, count: int) -> Footprint:
+    """So many blocks without the ends, from tokens to tokens."""
+    if not count:
+        return Footprint(0, work.stream)
     model = AvatarDiT(work.model)
     cache = _cache(model, work, like=model.head.modulation)
     run = _through(model, work, cache=cache, layer_of=lambda layer: layer)

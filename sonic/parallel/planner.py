@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sonic.config import PHOTO_SIZE
+from sonic.geometry import FPS
 from sonic.parallel.memory import ENCODE, FILM, GIB
 from sonic.parallel.plans import PLANS, Plan, degree
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.workload import ASSUMED_SIZE, Workload, workload
 
 SIDE = 64  # published sizes are multiples of it
-FEWEST_WINDOW, FEWEST_STEPS, SMALLEST_SIDE = 1, 1, 128
+FEWEST_STEPS, FEWEST_BLOCKS, SMALLEST_SIDE = 1, 1, 128
+EQUAL = 1.02
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,22 @@ def planned(config: PlanConfig) -> Planned:
 
 
 def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[ParallelConfig]) -> tuple[Plan, ...]:
-    """A plan for each of the settings, those that fit first, then the fastest."""
+    """A plan for each of the settings: those that fit first, then the fastest, of equally fast ones the leanest.
+
+    Times within EQUAL of the fastest count as equal, and so do all that are faster than the film is shown.
+    """
     plans = [PLANS[parallel.name](work, hardware, parallel) for parallel in settings]
-    return tuple(sorted(plans, key=lambda plan: (plan.missing_gib(hardware), plan.seconds.total, max(plan.peak_gib))))
+    fastest = min(_needed(plan) for plan in plans)
+
+    def order(plan: Plan) -> tuple[float, float, float]:
+        slow = _needed(plan) if _needed(plan) > EQUAL * fastest else fastest
+        return plan.missing_gib(hardware), slow, max(plan.peak_gib)
+
+    return tuple(sorted(plans, key=order))
+
+
+def _needed(plan: Plan) -> float:
+    return max(plan.seconds.total, plan.frames / FPS)
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
@@ -83,6 +98,7 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
     """The sentence for a plan that makes no sense here; empty when it does."""
     name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.noisy // work.latent_frames
+    asked, layers = parallel.layers, work.model.trunk.num_layers
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"
     if name == "fsdp" and devices == 1 and not parallel.cpu_offload:
@@ -91,10 +107,15 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
         return "with one device it needs parallel.cpu_offload=true; or use offload"
     if name in ("single", "offload", "zero3") and share > 1:
         return "it has no token sharing; leave parallel.context at 1"
+    if name == "pipeline" and asked and (len(asked) != devices // share or sum(asked) != layers):
+        return f"parallel.layers={asked} must be {devices // share} numbers whose sum is {layers}"
     if devices % share or heads % share or rows % share:
-        return f"{share} ranks cannot share {heads} heads and {rows} tokens of a frame evenly on {devices} devices; choose another parallel.context"
-    if name == "pipeline" and work.model.trunk.num_layers < devices // share:
-        return f"{work.model.trunk.num_layers} blocks are fewer than {devices // share} stages"
+        whole = f"{heads} heads and {rows} tokens of a frame evenly on {devices} devices"
+        return f"{share} ranks cannot share {whole}; choose another parallel.context"
+    if name == "pipeline" and devices == share:
+        return "all ranks share the tokens, so that there is one stage; use context"
+    if name == "pipeline" and layers < devices // share:
+        return f"{layers} blocks are fewer than {devices // share} stages"
     if name == "offload" and work.clip_frames and parallel.offload.kv == "host":
         return "clips have no KV rings to move; leave offload.kv at device"
     return ""
@@ -180,7 +201,7 @@ def _fewer_steps(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], Pla
 def _shorter_windows(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
     rollout = config.model.rollout
     if not workload(config).clip_frames:
-        for fewer in range(rollout.window_blocks - 1, FEWEST_WINDOW - 1, -1):
+        for fewer in range(rollout.window_blocks - 1, FEWEST_BLOCKS - 1, -1):
             model = replace(config.model, rollout=replace(rollout, window_blocks=fewer))
             sentence = f"KV rings of {fewer} blocks instead of {rollout.window_blocks} (it forgets sooner)"
             yield sentence, (f"model.rollout.window_blocks={fewer}",), replace(config, model=model)
@@ -203,7 +224,8 @@ def _smaller_sizes(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], P
         if sides not in seen and min(sides) >= SMALLEST_SIDE and sides[0] * sides[1] < work.pixels:
             seen.add(sides)
             size = "x".join(map(str, sides))
-            yield f"{size} instead of {work.width}x{work.height}", (f"video.size={size}",), replace(config, video=replace(config.video, size=size))
+            smaller = replace(config, video=replace(config.video, size=size))
+            yield f"{size} instead of {work.width}x{work.height}", (f"video.size={size}",), smaller
 
 
 def _notes(config: PlanConfig, work: Workload) -> Iterator[str]:

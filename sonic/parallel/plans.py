@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from sonic.geometry import FPS
 from sonic.parallel import memory as m
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, Items
@@ -148,7 +149,8 @@ def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
          *([f"{rings_away / GIB:.1f} GiB of KV rings wait in host memory"] if rings_away else [])]
     )  # fmt: skip
     fixed = replace(parallel, offload=replace(knobs, resident_gib=round(resident * block / GIB, 2), inflight=together))
-    return Plan("offload", fixed, (rank,), host, seconds, work.frames, given_up=given_up)
+    name = f"offload{'+kv_host' if knobs.kv == 'host' else ''}{'+mmap' if knobs.store == 'mmap' else ''}"
+    return Plan(name, fixed, (rank,), host, seconds, work.frames, given_up=given_up)
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
@@ -227,7 +229,7 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bo
 
 
 def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, stages: int, share: int) -> list[range]:
-    """Ranges whose slowest stage is the fastest among those that fit; if none do, those that need least."""
+    """Ranges that are as fast as can be within the memory there is; of those faster than the film is shown, the leanest."""
     layers, limit = len(times), hardware.usable_gib * GIB
     memories = (m.ring_bytes(work) + m.memory_bytes(work)) / share
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
@@ -240,11 +242,19 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
         return empty[stage] + _over(sizes, found)
 
     def time(stage: int, found: range) -> float:
-        return _over(times, found) + vae * (stage == stages - 1) if size(stage, found) <= limit else inf
+        return _over(times, found) + vae * (stage == stages - 1)
 
-    ranges = best_ranges(layers, stages, time)
-    fits = all(size(stage, found) <= limit for stage, found in enumerate(ranges))
-    return ranges if fits else best_ranges(layers, stages, size)
+    def fast(stage: int, found: range) -> float:
+        return time(stage, found) if size(stage, found) <= limit else inf
+
+    def lean(stage: int, found: range) -> float:
+        return size(stage, found) if time(stage, found) <= work.frames / FPS else inf
+
+    for cost in (lean, fast):
+        ranges = best_ranges(layers, stages, cost)
+        if all(max(cost(stage, found), fast(stage, found)) < inf for stage, found in enumerate(ranges)):
+            return ranges
+    return best_ranges(layers, stages, size)
 
 
 def _over(values: Sequence[float], layers: range) -> float:

@@ -99,9 +99,7 @@ class Workload:
         """The same through some of the blocks only."""
         audio, trunk = self.model.audio, self.model.trunk
         inject = [layer - layers.start for layer in audio.inject_layers if layer in layers]
-        model = replace(
-            self.model, trunk=replace(trunk, num_layers=max(1, len(layers))), audio=replace(audio, inject_layers=inject)
-        )
+        model = replace(self.model, trunk=replace(trunk, num_layers=max(1, len(layers))), audio=replace(audio, inject_layers=inject))
         return replace(self, model=model)
 
 
