@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sonic.config import PHOTO_SIZE
-from sonic.geometry import FPS
+from sonic.config import FIXED_STEPS, PHOTO_SIZE
 from sonic.parallel.memory import ENCODE, FILM, GIB
 from sonic.parallel.plans import PLANS, Plan, degree
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
@@ -64,17 +63,11 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
     Times within EQUAL of the fastest count as equal, and so do all that are faster than the film is shown.
     """
     plans = [PLANS[parallel.name](work, hardware, parallel) for parallel in settings]
-    fastest = min(_needed(plan) for plan in plans)
-
-    def order(plan: Plan) -> tuple[float, float, float]:
-        slow = _needed(plan) if _needed(plan) > EQUAL * fastest else fastest
-        return plan.missing_gib(hardware), slow, max(plan.peak_gib)
-
-    return tuple(sorted(plans, key=order))
-
-
-def _needed(plan: Plan) -> float:
-    return max(plan.seconds.total, plan.frames / FPS)
+    needed = [max(plan.seconds.total, work.shown) for plan in plans]
+    fitting = [time for plan, time in zip(plans, needed, strict=True) if not plan.missing_gib(hardware)]
+    enough = EQUAL * min(fitting or needed)
+    order = [(plan.missing_gib(hardware), max(time, enough), max(plan.peak_gib)) for plan, time in zip(plans, needed, strict=True)]
+    return tuple(plans[index] for index in sorted(range(len(plans)), key=order.__getitem__))
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
@@ -187,15 +180,33 @@ def _other_plans(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], Pla
     if config.parallel.name != "auto":
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1))
         best = ranked(workload(changed), changed.hardware, list(candidates(changed.parallel, workload(changed), changed.hardware)))[0]
-        yield f"another plan: {best.name}", (f"parallel={best.parallel.name}",), changed
+        yield f"another plan: {best.name}", tuple(_knobs(best.parallel)), changed
+
+
+def _knobs(parallel: ParallelConfig) -> Iterator[str]:
+    """What to type for these settings: the plan's name and what is not as usual."""
+    yield f"parallel={parallel.name}"
+    usual = ParallelConfig()
+    for knob in ("context", "cpu_offload"):
+        if getattr(parallel, knob) != getattr(usual, knob):
+            yield f"parallel.{knob}={str(getattr(parallel, knob)).lower()}"
+    for knob in ("kv", "store"):
+        if getattr(parallel.offload, knob) != getattr(usual.offload, knob):
+            yield f"offload.{knob}={getattr(parallel.offload, knob)}"
 
 
 def _fewer_steps(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
-    steps = config.sampler.sample_steps
-    if not workload(config).clip_frames:
-        for fewer in range(steps - 1, FEWEST_STEPS - 1, -1):
-            knob = f"sampler.sample_steps={fewer}"
-            yield f"{fewer} steps instead of {steps}", (knob,), replace(config, sampler=replace(config.sampler, sample_steps=fewer))
+    """Each step has its ring; a schedule that is a table can only give way to a shorter table."""
+    steps, table = config.sampler.sample_steps, config.sampler.schedule in FIXED_STEPS
+    if workload(config).clip_frames:
+        return
+    for fewer in range(steps - 1, FEWEST_STEPS - 1, -1):
+        names = [name for name, count in FIXED_STEPS.items() if count == fewer]
+        if names or not table:
+            knob = f"sampler={names[0]}" if table else f"sampler.sample_steps={fewer}"
+            schedule = names[0] if table else config.sampler.schedule
+            sampler = replace(config.sampler, sample_steps=fewer, schedule=schedule)
+            yield f"{fewer} steps instead of {steps}", (knob,), replace(config, sampler=sampler)
 
 
 def _shorter_windows(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
@@ -210,7 +221,8 @@ def _shorter_windows(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...],
 def _shorter_clips(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
     frames = workload(config).clip_frames
     for fewer in range(frames - 4, 11, -4):
-        yield f"clips of {fewer} frames instead of {frames}", (f"clip_frames={fewer}",), replace(config, clip_frames=fewer)
+        shorter = replace(config, video=replace(config.video, infer_frames=fewer))
+        yield f"clips of {fewer} frames instead of {frames}", (f"video.infer_frames={fewer}",), shorter
 
 
 def _smaller_sizes(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:

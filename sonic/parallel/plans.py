@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from sonic.geometry import FPS
 from sonic.parallel import memory as m
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, Items
@@ -248,7 +247,7 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
         return time(stage, found) if size(stage, found) <= limit else inf
 
     def lean(stage: int, found: range) -> float:
-        return size(stage, found) if time(stage, found) <= work.frames / FPS else inf
+        return size(stage, found) if time(stage, found) <= work.shown else inf
 
     for cost in (lean, fast):
         ranges = best_ranges(layers, stages, cost)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settle_video
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_PLACES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
-TASK_NAMES = ("auto", "blocks", "clips")
 
 
 @dataclass
@@ -91,8 +90,6 @@ class HardwareConfig:
 class PlanConfig:
     """What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb"""
 
-    task: str = knob("auto", "blocks (a stream), clips (full attention), or auto: as the model was published")
-    clip_frames: int = knob(80, "frames in one clip where films are made clip by clip, a multiple of 4")
     verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
     json: str = knob("", "where the plans go as JSON")
     run: RunConfig = knob(RunConfig)
@@ -104,6 +101,4 @@ class PlanConfig:
     decode: DecodeConfig = knob(DecodeConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.task, TASK_NAMES, "task")
-        whole = self.clip_frames >= 4 and self.clip_frames % 4 == 0
-        require(whole, f"clip_frames={self.clip_frames} must be a multiple of 4 (a latent frame is 4 frames); 80 is usual")
+        settle_video(self.video, self.model.rollout)

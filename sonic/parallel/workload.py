@@ -10,7 +10,6 @@ from sonic.counts import Grid, block_multiply_adds, forward_multiply_adds, memor
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
 from sonic.parallel.settings import PlanConfig
 
-CLIP_MODELS = ("wan_s2v_14b",)  # published as makers of whole clips; the others stream
 ASSUMED_SIZE = "704x384"  # of a photograph nobody has seen yet
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -37,6 +36,11 @@ class Workload:
     def frames(self) -> int:
         """Video frames in what is handed over at once: a block, or a clip."""
         return self.clip_frames or FRAMES_PER_LATENT * self.model.rollout.block_frames
+
+    @property
+    def shown(self) -> float:
+        """Seconds that these frames are shown for."""
+        return self.frames / self.model.rollout.fps
 
     @property
     def latent_frames(self) -> int:
@@ -107,7 +111,6 @@ def workload(config: PlanConfig) -> Workload:
     """The job of a planner's config. Raises ValueError for a size that cannot be cut into patches."""
     model = config.model
     width, height = _size(config)
-    clips = config.task == "clips" or (config.task == "auto" and model.name in CLIP_MODELS)
     _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
     if width % columns or height % rows:
         raise ValueError(f"{width}x{height} cannot be cut into patches of {columns}x{rows} pixels; use multiples of them")
@@ -117,7 +120,7 @@ def workload(config: PlanConfig) -> Workload:
         height,
         steps=config.sampler.sample_steps,
         guided=config.sampler.sample_guide_scale != 1,
-        clip_frames=config.clip_frames if clips else 0,
+        clip_frames=config.video.infer_frames if model.rollout.clip_frames else 0,
         number=NUMBER_BYTES[config.run.dtype],
     )
 

@@ -11,7 +11,10 @@ from sonic.parallel.planner import planned
 from sonic.parallel.settings import PlanConfig
 
 PLAN = Entry("plan", PlanConfig)
-WIDE = (  # four blocks of the 14B's proportions, without its autoencoder
+WIDE = (
+    "model=live_avatar_14b",
+    "video=704x384",
+    "run.dtype=bfloat16",  # four blocks of the 14B's proportions, without its autoencoder
     "model.trunk.hidden_dim=2048",
     "model.trunk.ffn_dim=5632",
     "model.trunk.num_heads=16",
@@ -29,7 +32,7 @@ WIDE = (  # four blocks of the 14B's proportions, without its autoencoder
     [
         ("hardware=1xh200", "parallel=single"),
         ("hardware=1xh200", "parallel=single", "run.dtype=float32"),
-        ("hardware=1xh200", "parallel=single", "task=clips", "clip_frames=24"),
+        ("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"),
         ("hardware=2x24gb", "parallel=pipeline"),
         ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
         ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),

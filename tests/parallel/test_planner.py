@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
@@ -25,7 +26,7 @@ FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "fi
 
 
 def plan(*items):
-    return planned(compose(PLAN, list(items)))
+    return planned(compose(PLAN, ["model=live_avatar_14b", "video=704x384", "run.dtype=bfloat16", *items]))
 
 
 def chosen(*items):
@@ -39,7 +40,7 @@ def test_plans_are_named_in_one_place():
 @pytest.mark.parametrize("model", options("model"))
 @pytest.mark.parametrize("hardware", options("hardware"))
 def test_every_plan_adds_up(hardware, model):
-    config = compose(PLAN, [f"hardware={hardware}", f"model={model}"])
+    config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16"])
     found = as_json(planned(config))
     assert found["chosen"] == found["plans"][0]
     for each in found["plans"]:
@@ -50,7 +51,7 @@ def test_every_plan_adds_up(hardware, model):
         assert max(each["peak_gib_per_rank"]) == pytest.approx(together, abs=0.01)
         assert each["fits"] <= (max(each["peak_gib_per_rank"]) <= config.hardware.usable_gib)
         assert each["frames_per_second"] > 0
-        assert each["first_frame_s"] > 0
+        assert each["first_frame_s"] >= 0
 
 
 def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
@@ -59,26 +60,25 @@ def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
 
 
 def test_four_small_cards_carry_the_14b_in_a_pipeline():
-    found = chosen("hardware=4x24gb", "+preset=standard", "model=live_avatar_14b", "video.size=704x384")
+    found = chosen("hardware=4x24gb", "+preset=standard")
     assert (found["plan"], found["fits"]) == ("pipeline", True)
 
 
 def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
-    small = ("model=live_avatar_14b", "video.size=384x256", "sampler.sample_steps=3")
-    found = chosen("hardware=4x24gb", "+preset=fast_preview", *small)
+    found = chosen("hardware=4x24gb", "+preset=fast_preview", "video=384x256")
     assert (found["plan"], found["fits"]) == ("pipeline", True)
     assert max(found["peak_gib_per_rank"]) <= 13
     assert found["frames_per_second"] >= 25
 
 
 def test_clips_of_the_teacher_fit_on_eight_large_cards():
-    found = plan("hardware=8x80gb", "model=wan_s2v_14b", "sampler=unipc", "video.size=1024x704")
+    found = plan("hardware=8x80gb", "model=wan_s2v_14b", "+preset=quality", "video=1024x704")
     fitting = {each.name for each in found.plans if each.missing_gib(found.hardware) == 0}
     assert "fsdp+context" in fitting
 
 
 def test_one_small_card_fits_and_says_what_it_gives_up():
-    found = chosen("hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384")
+    found = chosen("hardware=1x24gb", "+preset=standard")
     assert found["plan"].startswith("offload")
     assert found["fits"]
     assert "wait in" in found["reason"]
@@ -113,7 +113,7 @@ def test_smaller_steps_sizes_and_windows_need_less():
 @pytest.mark.parametrize("devices", range(2, 9))
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_stages_own_every_block_once(devices, steps):
-    config = compose(PLAN, ["hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"])
+    config = compose(PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"])
     found = planned(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
     assert [layer for layers in found.ranges for layer in layers] == list(range(40))
     assert len(found.ranges) == devices == len(found.ranks)
@@ -127,9 +127,11 @@ def test_stages_can_be_given():
 
 
 def test_the_dearest_stage_is_as_cheap_as_it_can_be():
-    costs = [1, 5, 1, 1, 1, 3]
-    found = best_ranges(6, 3, lambda stage, layers: float(sum(costs[layer] for layer in layers)))
-    assert max(sum(costs[layer] for layer in layers) for layers in found) == 5
+    costs = [1, 5, 1, 2, 1, 3]
+    total = lambda layers: float(sum(costs[layer] for layer in layers))  # noqa: E731
+    found = best_ranges(6, 3, lambda stage, layers: total(layers))
+    cuts = itertools.combinations_with_replacement(range(7), 2)
+    assert max(map(total, found)) == min(max(total(range(a)), total(range(a, b)), total(range(b, 6))) for a, b in cuts)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_the_dearest_stage_is_as_cheap_as_it_can_be():
         (("hardware=1x24gb", "parallel=pipeline"), "use single or offload"),
         (("hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "choose another parallel.context"),
         (("hardware=4x24gb", "parallel=single", "parallel.context=2"), "leave parallel.context at 1"),
-        (("task=clips", "clip_frames=81"), "multiple of 4"),
+        (("model=wan_s2v_14b", "video.infer_frames=81"), "multiple of 4"),
         (("hardware=4x24bg",), "choose one of: 4x24gb"),
     ],
 )
