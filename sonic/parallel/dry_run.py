@@ -20,8 +20,8 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.memory import GIB, PAST_LATENTS, block_bytes, encoder_bytes, vae_bytes
-from sonic.parallel.plans import MESSAGES, Plan, degree
+from sonic.parallel.memory import GIB, PAST_LATENTS, encoder_bytes, vae_bytes
+from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.units import all_units
 from sonic.parallel.workload import Workload
@@ -101,25 +101,31 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """Ends and all injectors, the blocks that are on the device at once, the rings that are, and the items that wait."""
-    knobs, layers = plan.parallel.offload, work.model.trunk.num_layers
-    here = min(layers, knobs.slots + round(knobs.resident_gib * GIB / block_bytes(work)))
-    part = work.with_layers(range(here))
+    """Two layers at work, with all else that is on the device at the same time: weights, rings, and the items that wait."""
+    knobs, part = plan.parallel.offload, work.with_layers(range(2))
     model, whole = AvatarDiT(part.model), AvatarDiT(work.model)
-    like = model.head.modulation
-    others = list(whole.audio_injectors[len(model.audio_injectors) :].parameters())
+    like, inject = model.head.modulation, work.model.audio.inject_layers
+    modules = [
+        [block] + ([whole.audio_injectors[inject.index(layer)]] if layer in inject else []) for layer, block in enumerate(whole.blocks)
+    ]
+    sizes = [sum(_bytes(module) for module in layer) for layer in modules]
+    number = int(knobs.resident_gib * GIB // max(sizes))
+    stay = sum(sizes[layer] for layer in resident_layers(len(sizes), number)) + knobs.slots * max(sizes) * (number < len(sizes))
+    weights = like.new_empty(max(0, stay - _bytes(model.blocks) - _bytes(model.audio_injectors)), dtype=torch.uint8)
     waiting = [like.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
     if work.clip_frames:
         latents, timestep, conditions = _inputs(part, like=like)
-        return [_tracked(model, [*others, *waiting], lambda: model(latents, timestep, conditions))]
+        return [_tracked(model, [weights, *waiting], lambda: model(latents, timestep, conditions))]
     if knobs.kv == "host":  # the rings of one layer for the item in work, and for the next
-        one = AvatarDiT(work.with_layers(range(1)).model)
-        cache = _cache(one, work, like=like, steps=2)
-        run = _through(model, part, cache=cache, layer_of=lambda layer: 0)
-        return [_tracked(model, [*others, *waiting, *_held(cache)], run)]
-    cache = _cache(whole, work, like=like)
-    run = _through(model, part, cache=cache, layer_of=lambda layer: layer)
-    return [_tracked(model, [*others, *waiting, *_held(cache)], run)]
+        cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
+    else:
+        cache = _cache(whole, work, like=like)
+    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.memory_keys) - 1))
+    return [_tracked(model, [weights, *waiting, *_held(cache)], run)]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:

@@ -118,38 +118,43 @@ def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) ->
 
 
 def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """One device: weights of most blocks wait in host memory; several items share each pass over them."""
+    """One device: weights of most layers wait in host memory; several items share each pass over them."""
     knobs = parallel.offload
-    layers = work.model.trunk.num_layers
     together = 1 if work.clip_frames else knobs.inflight or work.steps
-    block = m.block_bytes(work)
-    injectors = m.layer_bytes(work, range(layers)) - layers * block
     memories, rings_away = _memories(work), 0.0
     if knobs.kv == "host":
         rings_away = memories["kv_rings"] + memories["memory_tokens"]
         one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
         memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # of the item in work and of the next one
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.stream
-    always = m.end_bytes(work) + injectors + knobs.slots * block
-    rank = _rank(work, hardware, weights=always, activations=busy, **memories)
+    layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
+    rank = _rank(work, hardware, weights=m.end_bytes(work) + knobs.slots * max(layers), activations=busy, **memories)
     room = (hardware.usable_gib - SPARE_GIB) * GIB - sum(rank[item] for item in m.FILM)
-    wanted = room if knobs.resident_gib == -1 else knobs.resident_gib * GIB
-    resident = min(layers - knobs.slots, max(0, int(wanted // block)))
-    waiting = (layers - resident) * block if resident < layers - knobs.slots else 0
-    rank = {**rank, "weights": always + resident * block}
-    weights = s.forwards(work) / together * s.host_seconds(waiting, hardware)
-    if knobs.store == "mmap":
-        weights = s.forwards(work) / together * waiting / (hardware.disk_gbps * s.GIGA)
-    activations = s.host_seconds(rings_away, hardware)
-    seconds = _seconds(work, hardware, compute=s.compute_seconds(work, hardware), weights=weights, activations=activations)
+    number = int(max(0.0, room if knobs.resident_gib == -1 else knobs.resident_gib * GIB) // max(layers))
+    stay = sum(layers[layer] for layer in resident_layers(len(layers), number))
+    waiting = sum(layers) - stay
+    rank = {**rank, "weights": rank["weights"] + stay - (0 if waiting else knobs.slots * max(layers))}
+    speed = hardware.disk_gbps if knobs.store == "mmap" else hardware.host_gbps
+    seconds = _seconds(
+        work,
+        hardware,
+        compute=s.compute_seconds(work, hardware),
+        weights=s.forwards(work) / together * waiting / (speed * s.GIGA),
+        activations=s.host_seconds(rings_away, hardware),
+    )
     host = m.HOST_GIB * GIB + rings_away + (waiting if knobs.store == "pinned" else 0)
-    given_up = ", ".join(
-        [*([f"{waiting / GIB:.1f} GiB of weights wait in {'host memory' if knobs.store == 'pinned' else 'their file'}"] if waiting else []),
-         *([f"{rings_away / GIB:.1f} GiB of KV rings wait in host memory"] if rings_away else [])]
-    )  # fmt: skip
-    fixed = replace(parallel, offload=replace(knobs, resident_gib=round(resident * block / GIB, 2), inflight=together))
     name = f"offload{'+kv_host' if knobs.kv == 'host' else ''}{'+mmap' if knobs.store == 'mmap' else ''}"
-    return Plan(name, fixed, (rank,), host, seconds, work.frames, given_up=given_up)
+    away = {f"of weights wait in {'their file' if knobs.store == 'mmap' else 'host memory'}": waiting,
+            "of KV rings wait in host memory": rings_away}  # fmt: skip
+    given_up = ", ".join(f"{size / GIB:.1f} GiB {where}" for where, size in away.items() if size)
+    settled = replace(knobs, resident_gib=round(number * max(layers) / GIB + 0.001, 3), inflight=together)
+    return Plan(name, replace(parallel, offload=settled), (rank,), host, seconds, work.frames, given_up=given_up)
+
+
+def resident_layers(layers: int, number: int) -> list[int]:
+    """Which layers stay on an offloading device, spread evenly."""
+    number = min(layers, number)
+    return [index * layers // number for index in range(number)]
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
@@ -158,7 +163,7 @@ def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig)
     stages, layers = hardware.devices // share, work.model.trunk.num_layers
     times = [each / share for each in s.layer_seconds(work, hardware)]
     vae = s.vae_seconds(work, hardware)
-    ranges = ranges_of(parallel.layers) or _stage_ranges(work, hardware, times, stages=stages, share=share)
+    ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, stages=stages, share=share)
     ranks = tuple(
         _stage(work, hardware, found, first=stage == 0, last=stage == stages - 1, share=share)
         for stage, found in enumerate(ranges)

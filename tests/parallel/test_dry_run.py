@@ -36,7 +36,7 @@ WIDE = (
         ("hardware=2x24gb", "parallel=pipeline"),
         ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
         ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
-        ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.09"),
+        ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=1", "parallel.unshard_unit=block"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=2", "parallel.unshard_unit=linear"),

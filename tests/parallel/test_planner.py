@@ -113,7 +113,9 @@ def test_smaller_steps_sizes_and_windows_need_less():
 @pytest.mark.parametrize("devices", range(2, 9))
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_stages_own_every_block_once(devices, steps):
-    config = compose(PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"])
+    config = compose(
+        PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"]
+    )
     found = planned(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
     assert [layer for layers in found.ranges for layer in layers] == list(range(40))
     assert len(found.ranges) == devices == len(found.ranks)
