@@ -72,7 +72,7 @@ class Film(nn.Module):
         super().__init__()
         self.model, self.work = model, work
 
-    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, cache: KVCache | None) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, cache: KVCache | None) -> Tensor:
         if cache is None:
             return self.model(latents, timestep, conditions)
         self.model.prefill(conditions, cache)
@@ -86,7 +86,7 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
     caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
     stays = [latents, timestep, *_tensors(conditions), *_held(*caches)]
     film = Film(model, work)
-    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, caches[0]))]
+    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, cache=caches[0]))]
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -141,7 +141,7 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
             before = _total(tracker, "current")
-            film(latents, timestep, conditions, cache)
+            film(latents, timestep, conditions, cache=cache)
         return [Footprint(before, _total(tracker, "peak"))] * len(plan.ranks)
 
 
