@@ -22,6 +22,7 @@ from sonic.flow.schedule import SCHEDULES
 from sonic.infer.build import DTYPES
 from sonic.infer.settings import BenchConfig, InferConfig
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.settings import PlanConfig
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
 from sonic.train.settings import EvaluateConfig, TrainConfig
 from sonic.train.sweep_settings import AblateConfig
@@ -37,6 +38,7 @@ ENTRIES = {
     "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
     "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
+    "plan": Entry("plan", PlanConfig),
 }
 NEEDED = {
     "train": ["budget.max_steps=1"],

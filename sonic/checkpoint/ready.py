@@ -63,11 +63,11 @@ class Ready:
         """The folder of the transformer's weights."""
         return self.folder / "dit"
 
-    def autoencoder(self, device: torch.device) -> WanAutoencoder:
-        """The Wan VAE in its own precision."""
+    def autoencoder(self, device: torch.device, dtype: torch.dtype) -> WanAutoencoder:
+        """The Wan VAE."""
         vae = WanAutoencoder(self._config("vae"))
         vae.take({stored.name: tensor for stored, tensor in read(self.tensors("vae").values())})
-        return vae.to(device).eval().requires_grad_(False)
+        return vae.to(device, dtype).eval().requires_grad_(False)
 
     def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
         """Text rows [1,L,D] of a prompt, from the cache when it is known; else the encoder is loaded, used and let go."""

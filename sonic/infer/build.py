@@ -68,7 +68,7 @@ class ReadyParts:
     @cached_property
     def autoencoder(self) -> WanAutoencoder:
         """The Wan VAE."""
-        return self.checkpoint.autoencoder(self.device)
+        return self.checkpoint.autoencoder(self.device, self.dtype)
 
 
 def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Company | None = None) -> Parts | ReadyParts:

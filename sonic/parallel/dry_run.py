@@ -1,0 +1,290 @@
+"""Runs a plan on fake tensors and fake ranks and tracks what it takes: the planner's prediction against the program itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
+from sonic.model.dit import AvatarDiT
+from sonic.model.kv_cache import KVCache
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.parallel.memory import GIB, PAST_LATENTS, encoder_bytes, vae_bytes
+from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
+from sonic.parallel.settings import HardwareConfig
+from sonic.parallel.units import all_units
+from sonic.parallel.workload import Workload
+from sonic.types import Conditions
+
+DTYPES = {4: torch.float32, 2: torch.bfloat16}
+WARM_LATENTS = 7  # decoded before the first block
+
+
+class Footprint(NamedTuple):
+    """Bytes that stay while a part of the job runs, and the most it takes."""
+
+    stays: float
+    peak: float
+
+
+def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] | None:
+    """Peak GiB of every rank of a plan; None for a plan that cannot be tracked (tokens shared between ranks, DeepSpeed)."""
+    if degree(plan.parallel, hardware) > 1 or plan.parallel.name not in TRACKERS or (plan.ranges and work.clip_frames):
+        return None
+    with fake(work):
+        transformer = TRACKERS[plan.parallel.name](work, hardware, plan)
+        vae = _vae(work)
+    first = sum(encoder_bytes(work).values())
+    found = []
+    for rank, part in zip(plan.ranks, transformer, strict=True):
+        film = _together(work, part, vae) if rank["vae"] else part.peak
+        found.append((max(film, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
+    return found
+
+
+@contextmanager
+def fake(work: Workload) -> Iterator[None]:
+    """Tensors without memory, made in the job's precision; no gradients."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(DTYPES[work.number])
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+class Film(nn.Module):
+    """One hand-over from the model's conditions on: what a rank runs."""
+
+    def __init__(self, model: AvatarDiT, work: Workload):
+        super().__init__()
+        self.model, self.work = model, work
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, cache: KVCache | None) -> Tensor:
+        if cache is None:
+            return self.model(latents, timestep, conditions)
+        self.model.prefill(conditions, cache)
+        inputs = self.model.prepare_block(conditions, _span(self.work))
+        return self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
+
+
+def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    model = AvatarDiT(work.model)
+    latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+    caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
+    stays = [latents, timestep, *_tensors(conditions), *_held(*caches)]
+    film = Film(model, work)
+    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, cache=caches[0]))]
+
+
+def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """The first stage as a whole model of its blocks; the others from the tokens on."""
+    found = []
+    for stage, layers in enumerate(plan.ranges):
+        part = work.with_layers(layers)
+        own = _single(part, hardware, plan)[0] if stage == 0 else _blocks(part, len(layers))
+        arriving = MESSAGES * part.stream * (len(plan.ranges) > 1)
+        found.append(Footprint(own.stays + arriving, own.peak + arriving))
+    return found
+
+
+def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """Two layers at work, with all else that is on the device at the same time: weights, rings, and the items that wait."""
+    knobs, part = plan.parallel.offload, work.with_layers(range(2))
+    model, whole = AvatarDiT(part.model), AvatarDiT(work.model)
+    like, inject = model.head.modulation, work.model.audio.inject_layers
+    modules = [
+        [block] + ([whole.audio_injectors[inject.index(layer)]] if layer in inject else []) for layer, block in enumerate(whole.blocks)
+    ]
+    sizes = [sum(_bytes(module) for module in layer) for layer in modules]
+    number = int(knobs.resident_gib * GIB // max(sizes))
+    stay = sum(sizes[layer] for layer in resident_layers(len(sizes), number)) + knobs.slots * max(sizes) * (number < len(sizes))
+    weights = like.new_empty(max(0, stay - _bytes(model.blocks) - _bytes(model.audio_injectors)), dtype=torch.uint8)
+    waiting = [like.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
+    if work.clip_frames:
+        latents, timestep, conditions = _inputs(part, like=like)
+        return [_tracked(model, [weights, *waiting], lambda: model(latents, timestep, conditions))]
+    if knobs.kv == "host":  # the rings of one layer for the item in work, and for the next
+        cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
+    else:
+        cache = _cache(whole, work, like=like)
+    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.memory_keys) - 1))
+    return [_tracked(model, [weights, *waiting, *_held(cache)], run)]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    """One rank of a fake group; the others are its equals."""
+    with fake_ranks(hardware.devices // max(1, plan.parallel.replicas)) as mesh:
+        model = AvatarDiT(work.model)
+        film = Film(model, work)
+        latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+        held = _held(*(_cache(model, work, like=latents.to(DTYPES[work.number])) for _ in range(work.passes - 1)))
+        cache = _cache(model, work, like=latents.to(DTYPES[work.number]))
+        _shard(film, work, plan, mesh=mesh)
+        tracker = FSDPMemTracker(film)
+        tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
+        with tracker:
+            before = _total(tracker, "current")
+            film(latents, timestep, conditions, cache=cache)
+        return [Footprint(before, _total(tracker, "peak"))] * len(plan.ranks)
+
+
+TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]] = {
+    "single": _single,
+    "fsdp": _fsdp,
+    "pipeline": _pipeline,
+    "offload": _offload,
+}
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[DeviceMesh]:
+    """A group of ranks that exist only on paper; this process is the first of them."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with unset_fake_temporarily():
+            mesh = init_device_mesh("cpu", (world,))
+        yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
+    """Shard every unit, then the blocks with what is left in them, then the rest."""
+    order = []
+    for unit in all_units(work.model, plan.parallel.unshard_unit):
+        modules = [film.model.get_submodule(name) for name in unit.modules]
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh)
+        order.append(modules[0])
+    for block in film.model.blocks:
+        if block not in order:
+            fully_shard(block, mesh=mesh)
+    for block in film.model.blocks:
+        register_fsdp_forward_method(block.mlp_in, "gelu")
+    fully_shard(film, mesh=mesh)
+    for index, module in enumerate(order):
+        ahead = order[index + 1 : index + 1 + plan.parallel.prefetch]
+        if ahead:
+            module.set_modules_to_forward_prefetch(ahead)
+
+
+def _blocks(work: Workload, count: int) -> Footprint:
+    """So many blocks without the ends, from tokens to tokens."""
+    if not count:
+        return Footprint(0, work.stream)
+    model = AvatarDiT(work.model)
+    cache = _cache(model, work, like=model.head.modulation)
+    run = _through(model, work, cache=cache, layer_of=lambda layer: layer)
+    parts = nn.ModuleList([model.blocks, model.audio_injectors])
+    return _tracked(parts, _held(cache), run)
+
+
+def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Callable[[int], int]) -> Callable[[], object]:
+    """A function that sends the tokens of a block through the model's blocks; `layer_of` says whose rings a layer uses."""
+    latents, timestep, conditions = _inputs(work, like=model.head.modulation)
+    inputs = model.prepare_block(conditions, _span(work))
+    trip, _ = model.depart_block(latents, timestep, inputs)
+    heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
+    for layer in cache.memory_keys:
+        cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
+    reach = model.block_reach(_span(work), cache, cache.rings[0])
+    return lambda: model.travel(trip, lambda layer: reach(layer_of(layer)))
+
+
+def _vae(work: Workload) -> Footprint:
+    """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front."""
+    if work.model.autoencoder != "wan":
+        size = vae_bytes(work)
+        return Footprint(size, size)
+    model = WanAutoencoder()
+    rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
+    latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
+    if work.clip_frames:
+        return _tracked(model, [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames)))
+    _, cache = model.decode(latents(WARM_LATENTS))
+    held = [each for each in cache if isinstance(each, Tensor)]
+    return _tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))
+
+
+def _together(work: Workload, transformer: Footprint, vae: Footprint) -> float:
+    """A stream is decoded while later blocks are denoised, a clip when its denoising is over."""
+    if work.clip_frames:
+        return max(transformer.peak + vae.stays, transformer.stays + vae.peak)
+    return transformer.peak + vae.peak
+
+
+def _span(work: Workload) -> BlockSpan:
+    return BlockSpan(0, 0, work.latent_frames)
+
+
+def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions]:
+    """What a hand-over starts from: latents, timestep, conditions."""
+    rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
+    channels, model = work.model.trunk.latent_channels, work.model
+    conditions = Conditions(
+        ref=like.new_empty(1, channels, 1, rows, columns),
+        text=like.new_empty(1, model.text.text_len, model.text.text_dim),
+        audio=like.new_empty(1, model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * work.latent_frames),
+        motion=like.new_empty(1, channels, PAST_LATENTS, rows, columns) if work.motion else None,
+    )
+    return torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32), torch.zeros(1), conditions
+
+
+def _cache(model: AvatarDiT, work: Workload, *, like: Tensor, steps: int | None = None) -> KVCache | None:
+    """The rings of a stream; None for clips."""
+    if work.clip_frames:
+        return None
+    return model.cache_of((1, *work.grid), steps=steps or work.steps, motion=work.motion, like=like)
+
+
+def _held(*caches: KVCache | None) -> list[Tensor]:
+    """Every buffer of some caches."""
+    rings = [buffers for cache in caches if cache for ring in cache.rings for buffers in (ring.keys, ring.values)]
+    return [buffer for buffers in (*rings, *(cache.memory_keys for cache in caches if cache)) for buffer in buffers.values()]
+
+
+def _tensors(conditions: Conditions) -> list[Tensor]:
+    return [value for value in vars(conditions).values() if value is not None]
+
+
+class Job(nn.Module):
+    """A function and the module whose weights it uses, so that a tracker sees one root."""
+
+    def __init__(self, module: nn.Module, run: Callable[[], object]):
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self) -> object:
+        return self.run()
+
+
+def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
+    """What a module, the tensors that stay and a run of it take."""
+    tracker, job = MemTracker(), Job(module, run)
+    tracker.track_external(job, *stays)
+    with tracker:
+        before = _total(tracker, "current")
+        job()
+    return Footprint(before, _total(tracker, "peak"))
+
+
+def _total(tracker: MemTracker, moment: str) -> float:
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot(moment).values())

@@ -1,0 +1,54 @@
+"""The prediction against the program on fake tensors, for models small enough to be built in a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from sonic.app import Entry, compose
+from sonic.parallel.dry_run import track
+from sonic.parallel.planner import planned
+from sonic.parallel.settings import PlanConfig
+
+PLAN = Entry("plan", PlanConfig)
+WIDE = (
+    "model=live_avatar_14b",
+    "video=704x384",
+    "run.dtype=bfloat16",  # four blocks of the 14B's proportions, without its autoencoder
+    "model.trunk.hidden_dim=2048",
+    "model.trunk.ffn_dim=5632",
+    "model.trunk.num_heads=16",
+    "model.trunk.num_layers=4",
+    "model.audio.inject_layers=[0,2]",
+    "model.autoencoder=warp",
+    "hardware.reserve_gib=0",
+    "model.text.text_dim=512",
+    "model.speech_encoder=logmel",
+)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ("hardware=1xh200", "parallel=single"),
+        ("hardware=1xh200", "parallel=single", "run.dtype=float32"),
+        ("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"),
+        ("hardware=2x24gb", "parallel=pipeline"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
+        ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
+        ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=1", "parallel.unshard_unit=block"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=2", "parallel.unshard_unit=linear"),
+    ],
+)
+def test_what_is_predicted_is_what_it_takes(items):
+    found = planned(compose(PLAN, [*WIDE, *items]))
+    tracked = track(found.work, found.hardware, found.chosen)
+    assert found.chosen.peak_gib == pytest.approx(tracked, rel=0.05)
+    assert not dist.is_initialized()
+
+
+def test_what_cannot_be_tracked_is_not_made_up():
+    found = planned(compose(PLAN, [*WIDE, "hardware=4x24gb", "parallel=zero3"]))
+    assert track(found.work, found.hardware, found.chosen) is None

@@ -1,0 +1,175 @@
+"""What the planner says: everything adds up, what fits fits, and every change that it proposes helps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sonic.app import Entry, compose, options
+from sonic.parallel.memory import ENCODE, FILM, ITEMS
+from sonic.parallel.planner import as_json, planned
+from sonic.parallel.plans import PLANS
+from sonic.parallel.ranges import best_ranges
+from sonic.parallel.settings import PLAN_NAMES, PlanConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = Entry("plan", PlanConfig)
+MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank"}
+FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason"}
+
+
+def plan(*items):
+    return planned(compose(PLAN, ["model=live_avatar_14b", "video=704x384", "run.dtype=bfloat16", *items]))
+
+
+def chosen(*items):
+    return as_json(plan(*items))["chosen"]
+
+
+def test_plans_are_named_in_one_place():
+    assert set(PLANS) == set(PLAN_NAMES)
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("hardware", options("hardware"))
+def test_every_plan_adds_up(hardware, model):
+    config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16"])
+    found = as_json(planned(config))
+    assert found["chosen"] == found["plans"][0]
+    for each in found["plans"]:
+        items = each["items_gib"]
+        assert set(each) >= FIELDS
+        assert set(items) == set(ITEMS)
+        together = max(sum(items[name] for name in FILM), sum(items[name] for name in ENCODE))
+        assert max(each["peak_gib_per_rank"]) == pytest.approx(together, abs=0.01)
+        assert each["fits"] <= (max(each["peak_gib_per_rank"]) <= config.hardware.usable_gib)
+        assert each["frames_per_second"] > 0
+        assert each["first_frame_s"] >= 0
+
+
+def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
+    found = chosen("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0")["items_gib"]
+    assert found["weights"] + found["unshard_prefetch"] <= 8.5
+
+
+def test_four_small_cards_carry_the_14b_in_a_pipeline():
+    found = chosen("hardware=4x24gb", "+preset=standard")
+    assert (found["plan"], found["fits"]) == ("pipeline", True)
+
+
+def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
+    found = chosen("hardware=4x24gb", "+preset=fast_preview", "video=384x256")
+    assert (found["plan"], found["fits"]) == ("pipeline", True)
+    assert max(found["peak_gib_per_rank"]) <= 13
+    assert found["frames_per_second"] >= 25
+
+
+def test_clips_of_the_teacher_fit_on_eight_large_cards():
+    found = plan("hardware=8x80gb", "model=wan_s2v_14b", "+preset=quality", "video=1024x704")
+    fitting = {each.name for each in found.plans if each.missing_gib(found.hardware) == 0}
+    assert "fsdp+context" in fitting
+
+
+def test_one_small_card_fits_and_says_what_it_gives_up():
+    found = chosen("hardware=1x24gb", "+preset=standard")
+    assert found["plan"].startswith("offload")
+    assert found["fits"]
+    assert "wait in" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("hardware=1x24gb", "hardware.host_gib=24"),
+        ("hardware=1x24gb", "parallel=single"),
+        ("hardware=4x24gb", "parallel=fsdp"),
+        ("hardware=1x24gb", "model=wan_s2v_14b", "video.size=1024x704", "parallel=offload", "hardware.usable_gib=14"),
+    ],
+)
+def test_proposed_changes_help(asked):
+    found = plan(*asked)
+    assert not found.fits
+    assert found.chosen.missing_gib(found.hardware) > 0
+    assert found.changes
+    for change in found.changes:
+        knobs = [item for item in asked if item.partition("=")[0] not in {knob.partition("=")[0] for knob in change.knobs}]
+        assert plan(*knobs, *change.knobs).fits, change.sentence
+
+
+def test_smaller_steps_sizes_and_windows_need_less():
+    peak = lambda *items: max(chosen("hardware=4x24gb", "parallel=pipeline", *items)["peak_gib_per_rank"])  # noqa: E731
+    most = peak("sampler.sample_steps=8", "hardware.usable_gib=100")
+    for smaller in ("sampler.sample_steps=7", "model.rollout.window_blocks=3", "video.size=640x384"):
+        assert peak("sampler.sample_steps=8", "hardware.usable_gib=100", smaller) < most
+
+
+@pytest.mark.parametrize("devices", range(2, 9))
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_stages_own_every_block_once(devices, steps):
+    config = compose(
+        PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"]
+    )
+    found = planned(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
+    assert [layer for layers in found.ranges for layer in layers] == list(range(40))
+    assert len(found.ranges) == devices == len(found.ranks)
+
+
+def test_stages_can_be_given():
+    found = chosen("hardware=2x24gb", "parallel=pipeline", "parallel.layers=[30,10]")
+    assert found["ranges"] == [[0, 30], [30, 40]]
+    with pytest.raises(ValueError, match="2 numbers whose sum is 40"):
+        plan("hardware=2x24gb", "parallel=pipeline", "parallel.layers=[30,9]")
+
+
+def test_the_dearest_stage_is_as_cheap_as_it_can_be():
+    costs = [1, 5, 1, 2, 1, 3]
+    total = lambda layers: float(sum(costs[layer] for layer in layers))  # noqa: E731
+    found = best_ranges(6, 3, lambda stage, layers: total(layers))
+    cuts = itertools.combinations_with_replacement(range(7), 2)
+    assert max(map(total, found)) == min(max(total(range(a)), total(range(a, b)), total(range(b, 6))) for a, b in cuts)
+
+
+@pytest.mark.parametrize(
+    ("items", "sentence"),
+    [
+        (("hardware=1x24gb", "parallel=fsdp"), "there is one; use single or offload"),
+        (("hardware=1x24gb", "parallel=pipeline"), "use single or offload"),
+        (("hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "choose another parallel.context"),
+        (("hardware=4x24gb", "parallel=single", "parallel.context=2"), "leave parallel.context at 1"),
+        (("model=wan_s2v_14b", "video.infer_frames=81"), "multiple of 4"),
+        (("hardware=4x24bg",), "choose one of: 4x24gb"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_a_sentence(items, sentence):
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        plan(*items)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(("extra", "code"), [((), 0), (("parallel=single",), 3), (("parallel=sinlge",), 2)])
+def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, extra, code):
+    run = f"runpy.run_path({str(ROOT / 'launch/plan.py')!r}, run_name='__main__')"
+    script = f"import runpy, sys\ntry:\n    {run}\nfinally:\n    assert 'torch' not in sys.modules\n"
+    asked = ["+preset=standard", "model=live_avatar_14b", "hardware=4x24gb", f"json={tmp_path / 'plan.json'}", *extra]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", script, *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
+    assert done.returncode == code, done.stderr
+    if code == 2:
+        assert "choose one of" in done.stderr
+        return
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] == (code == 0)
+    if code:
+        assert "nothing fits" in done.stdout
+        assert found["missing_gib"] > 0
+        assert found["changes"]
+        assert "pipeline" in found["changes"][0]["plan"]

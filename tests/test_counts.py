@@ -1,0 +1,65 @@
+"""Counting from the config agrees with the modules themselves, on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sonic import counts
+from sonic.app import Entry, compose, options
+from sonic.model import flops
+from sonic.model.dit import AvatarDiT
+from sonic.parallel.settings import PlanConfig
+from sonic.parallel.units import UNITS, all_units
+
+PLAN = Entry("plan", PlanConfig)
+
+
+def model_of(name):
+    config = compose(PLAN, [f"model={name}"]).model
+    with torch.device("meta"):
+        return config, AvatarDiT(config)
+
+
+def numbers(module):
+    return sum(weight.numel() for weight in module.parameters())
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_part_of_a_model_is_counted(name):
+    config, model = model_of(name)
+    assert counts.weights(config) == numbers(model)
+    ends = {part: numbers(module) for part, module in model.named_children() if part not in ("blocks", "audio_injectors")}
+    assert {part: size for part, size in counts.end_weights(config).items() if size} == ends
+    block = model.blocks[0]
+    parts = {part: numbers(getattr(block, part)) for part in ("self_attention", "text_attention", "mlp_in", "mlp_out")}
+    assert counts.block_weights(config) == parts | {"rest": numbers(block) - sum(parts.values())}
+    injector = {part: numbers(module) for part, module in model.audio_injectors[0].named_children()}
+    assert counts.injector_weights(config) == injector
+
+
+@pytest.mark.parametrize("unshard_unit", UNITS)
+@pytest.mark.parametrize("name", options("model"))
+def test_units_name_modules_and_their_sizes(name, unshard_unit):
+    config, model = model_of(name)
+    seen = set()
+    for unit in all_units(config, unshard_unit):
+        held = {weight for module in unit.modules for weight in model.get_submodule(module).parameters()}
+        assert sum(weight.numel() for weight in held) == unit.numbers, unit.modules
+        assert not held & seen
+        seen |= held
+    left = numbers(model) - sum(weight.numel() for weight in seen)
+    assert left < 0.03 * numbers(model)
+
+
+@pytest.mark.parametrize("motion", [False, True])
+@pytest.mark.parametrize("name", options("model"))
+def test_arithmetic_is_counted_as_beside_the_model(name, motion):
+    config, _ = model_of(name)
+    motion = motion and bool(config.motion.buckets)
+    grid = (24, 44)
+    assert counts.memory_tokens(config, grid, motion=motion) == flops.memory_tokens(config, grid, motion=motion)
+    assert counts.forward_multiply_adds(config, 20, grid, motion=motion) == flops.forward_multiply_adds(config, 20, grid, motion=motion)
+    assert counts.block_multiply_adds(config, grid, blocks=4, motion=motion) == flops.block_multiply_adds(
+        config, grid, blocks=4, motion=motion
+    )
