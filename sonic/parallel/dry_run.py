@@ -206,7 +206,7 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
     for layer in cache.memory_keys:
         cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
     reach = model.block_reach(_span(work), cache, cache.rings[0])
-    return lambda: model.travel(trip, lambda layer: reach(layer_of(layer)))
+    return lambda: model.travel([trip], [lambda layer: reach(layer_of(layer))])
 
 
 def _vae(work: Workload) -> Footprint:
