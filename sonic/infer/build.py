@@ -137,22 +137,20 @@ def weight_files(config: ModelConfig) -> WeightFiles:
 def student_of(config: ModelConfig, steps: int) -> Path | None:
     """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
 
-    Raises ValueError when model.weights=student asks for a student that is not bundled.
+    model.weights=student takes those for fewer steps where there are none. Raises ValueError when there are none of these either.
     """
-    found = BUNDLED / f"{config.name}_{steps}step.safetensors"
     if config.weights not in ("", STUDENT) or config.lora.path:
         return None
-    if found.is_file():
-        return found
-    if config.weights == STUDENT:
-        there = sorted(
-            path.stem.removeprefix(f"{config.name}_").removesuffix("step") for path in BUNDLED.glob(f"{config.name}_*step.safetensors")
-        )
-        choices = f"one of sampler.sample_steps={', '.join(there)}" if there else "another model"
-        raise ValueError(
-            f"model.weights={STUDENT}: no student of model={config.name} for {steps} steps is bundled; use {choices}, or weights={TEACHER}"
-        )
-    return None
+    start, end = f"{config.name}_", "step"
+    there = {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+    if config.weights == "" or steps in there:
+        return there.get(steps)
+    if fewer := [number for number in there if number < steps]:
+        return there[max(fewer)]
+    raise ValueError(
+        f"model.weights={STUDENT}: nobody bundled has learnt model={config.name} in sampler.sample_steps={steps}; "
+        f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
+    )
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -164,6 +162,15 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"run.device={name}: this machine has no CUDA device that torch can use; use run.device=cpu")
     return torch.device(name)
+
+
+def transformer_weights(config: ModelConfig) -> Path:
+    """The file or folder of the transformer alone. Raises ValueError when it is for another model, or there is none."""
+    if config.autoencoder != "wan":
+        return weight_files(config).dit
+    checkpoint = Ready.open(Path(_needed(config)))
+    checkpoint.config(config)
+    return checkpoint.folder / "dit"
 
 
 def _needed(config: ModelConfig) -> str:
