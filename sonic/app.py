@@ -38,6 +38,8 @@ SHORT = {
     "checkpoint": "model.weights",
     "schedule": "sampler.schedule",
     "compat": "video.compat",
+    "negative_prompt": "sampler.negative_prompt",
+    "live_avatar": "lora.path",
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 DEFAULT_MODEL = "preview"

@@ -61,7 +61,8 @@ class ReadyParts:
         """The transformer, with the adapter of model.lora merged."""
         model = self.checkpoint.transformer(self.config, device=self.device, dtype=self.dtype)
         if self.config.lora.path:
-            merge_lora(model, read_lora(self.config.lora.path), self.config.lora.alpha)
+            lora = self.config.lora
+            merge_lora(model, read_lora(lora.path), lora.alpha or lora_alpha(lora.path))
         return model
 
     @cached_property
