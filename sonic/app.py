@@ -39,6 +39,8 @@ SHORT = {
     "schedule": "sampler.schedule",
     "compat": "video.compat",
     **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
+    "negative_prompt": "sampler.negative_prompt",
+    "live_avatar": "lora.path",
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 DEFAULT_MODEL = "preview"

@@ -143,7 +143,7 @@ class RolloutConfig:
 class LoraConfig:
     """A low-rank adapter that is added to the transformer's weights when they are loaded."""
 
-    path: str = knob("", "safetensors file in peft's format; empty = none")
+    path: str = knob("", "safetensors file in peft's format, or the downloaded LiveAvatar folder with one; empty = none")
     alpha: float = knob(0.0, "strength that it was trained with; 0 = what the file says, 64 where it does not")
 
     def __post_init__(self) -> None:
@@ -177,7 +177,9 @@ class ModelConfig:
     autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
     speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
-    weights: str = knob("", "folder of weights or checkpoint; student, teacher = the bundled ones with or without few steps learnt; empty = student")
+    weights: str = knob(
+        "", "folder of weights or checkpoint; student, teacher = the bundled ones with or without few steps learnt; empty = student"
+    )
     lora: LoraConfig = knob(LoraConfig)
 
     def __post_init__(self) -> None:
@@ -265,6 +267,7 @@ class FaceConfig:
     box: list[float] | None = knob(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
     mouth: list[float] | None = knob(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
     expand_ratio: float = knob(1.6, "side of the crop the model sees, in face sizes")
+    masks: list[str] | None = knob(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
 
     def __post_init__(self) -> None:
         box, mouth = self.box, self.mouth
@@ -281,6 +284,7 @@ class HeadConfig:
 
     head: str = knob("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
     strength: float = knob(1.0, "size of the gentle motion")
+    pose: str = knob("", "a video of drawn poses that the published models follow; empty = none")
 
     def __post_init__(self) -> None:
         one_of(self.head, ("off", "gentle"), "motion.head")
@@ -325,11 +329,10 @@ class JudgeConfig:
 class ConvertConfig:
     """Published checkpoints become ready ones, once: python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"""
 
-    source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint")
-    live_avatar: str = knob("", "the downloaded LiveAvatar folder, whose adapter is merged; empty = plain Wan2.2-S2V")
+    source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint or a transformer's .safetensors")
     output: str = knob("", "the folder to make")
     to: str = knob("ready", "ready, or official = the transformer under its published names again")
-    lora_alpha: float = knob(64.0, "strength that the adapter was trained with; the file does not hold it")
+    lora: LoraConfig = knob(LoraConfig)
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
 
@@ -337,4 +340,5 @@ class ConvertConfig:
         one_of(self.to, ("ready", "official"), "to")
         for name in ("source", "output"):
             require(getattr(self, name) != "", f"{name}= is empty; name a folder")
-        require(self.lora_alpha > 0, f"lora.alpha={self.lora_alpha}: need a positive number; the published adapter uses 64")
+        bare = self.to == "ready" and self.model.name == "live_avatar_14b" and not self.lora.path
+        require(not bare, "model=live_avatar_14b is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")

@@ -34,7 +34,8 @@ class Conditions:
 
     ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,N,A,F] speech features of N hidden layers,
     one column per video frame; motion [B,C,Tm,H,W] latents of the past, None when motion tokens are dropped;
-    pose [B,C,T,H,W], None for zeros.
+    pose [B,C,T,H,W], None for zeros. With several voices in one picture audio has B·voices, and masks [B·voices,1,h,w] say which
+    patches each of them moves.
     """
 
     ref: Tensor
@@ -42,6 +43,7 @@ class Conditions:
     audio: Tensor | None = None
     motion: Tensor | None = None
     pose: Tensor | None = None
+    masks: Tensor | None = None
 
     def __post_init__(self) -> None:
         _expect("ref", self.ref, "BCTHW")
@@ -51,7 +53,11 @@ class Conditions:
         _expect("pose", self.pose, "BCTHW")
         if self.ref.shape[2] != 1:
             raise ValueError(f"ref has {self.ref.shape[2]} latent frames: a portrait is exactly one")
-        batches = {value.shape[0] for _, value in self._tensors()}
+        _expect("masks", self.masks, "BTHW")
+        voices = ("audio", "masks") if self.masks is not None else ()
+        batches = {value.shape[0] for name, value in self._tensors() if name not in voices}
+        if voices and (self.audio is None or self.audio.shape[0] != self.masks.shape[0]):
+            raise ValueError(f"{self.masks.shape[0]} masks need as many voices")
         if len(batches) != 1:
             raise ValueError(f"conditions of different batch sizes {sorted(batches)} cannot go together")
 
@@ -69,7 +75,7 @@ class Conditions:
         pick({"audio": 0, "text": 0, "pose": 0, "motion": 0}, name, "condition")
         value = getattr(self, name)
         nothing = name == "motion" or value is None
-        return replace(self, **{name: None if nothing else torch.zeros_like(value)})
+        return replace(self, **{name: None if nothing else value.new_zeros(1).expand(value.shape)})
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
         """The same values on another device or in another precision."""
@@ -189,7 +195,11 @@ class Speech:
 @dataclass(frozen=True)
 class Scene:
     """Who says what: the portrait at the size of the film, the recording, how many frames of it at `fps`, the seed, and for models
-    that read text what to show and what not."""
+    that read text what to show and what not.
+
+    With several speakers `speech` is all of them together, `voices` each alone and `masks` [voices,H,W] where each is;
+    `pose` uint8 [F,H,W,3] is a video of poses to follow.
+    """
 
     portrait: Portrait
     speech: Speech
@@ -198,8 +208,13 @@ class Scene:
     fps: int = FPS
     prompt: str = ""
     negative_prompt: str = ""
+    voices: tuple[Speech, ...] = ()
+    masks: np.ndarray | None = None
+    pose: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if len(self.voices) != (0 if self.masks is None else len(self.masks)):
+            raise ValueError(f"{len(self.voices)} voices need as many masks")
         if self.num_frames < 1:
             raise ValueError(f"num_frames={self.num_frames}: a film has at least one frame")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sonic.checkpoint import official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.model.dit import AvatarDiT
+from sonic.model.lora import PUBLISHED as LORA_FILE
 from sonic.model.text import NAMES, TIED, TextEncoder
 from sonic.model.wan_vae import WanAutoencoder, to_diffusers
 from sonic.model.wav2vec import Wav2VecEncoder
@@ -77,7 +78,7 @@ def write_lora(folder: Path, rank: int = 2, seed: int = 1) -> Path:
             module = name.removesuffix(".weight")
             pairs[f"{module}.lora_A.weight"] = torch.randn(rank, tensor.shape[1]).bfloat16()
             pairs[f"{module}.lora_B.weight"] = (0.05 * torch.randn(tensor.shape[0], rank)).bfloat16()
-    save_file(pairs, folder / official.LORA_FILE)
+    save_file(pairs, folder / LORA_FILE)
     return folder
 
 

@@ -45,6 +45,7 @@ DOORS = {  # third party -> the only places that may import it
     "xformers": {"sonic/model/attention.py"},
     "diffusers": {"sonic/model/wan_vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},
     "transformers": {"sonic/model/text.py", "sonic/model/wav2vec.py"},
+    "ftfy": {"sonic/model/text.py"},
     "librosa": {"sonic/data/speech.py"},
     "av": {"sonic/data/video.py", "sonic/data/speech.py"},
     "espeakng_loader": {"sonic/data/voices.py"},

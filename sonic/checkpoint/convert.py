@@ -19,7 +19,7 @@ from sonic.checkpoint.official import Component
 from sonic.checkpoint.ready import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Ready
 from sonic.checkpoint.tensor_files import Stored, read, sha256
 from sonic.config import ConvertConfig, ModelConfig
-from sonic.model.lora import Adapter, check_lora, read_lora
+from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lora
 from sonic.model.weights import to_ours
 
 SHARD_BYTES = 1 << 30  # of one file; this and a copy of it are in memory while it is written
@@ -39,15 +39,15 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
         "vae": official.autoencoder(folder),
         "speech_encoder": official.speech_encoder(folder),
     }
-    adapters = _adapters(config, dit)
+    adapters, alpha = _adapters(config, dit)
     tokens = official.tokenizer_files(folder)
     _check_space(output, components)
     sources = sorted({tensor.file for part in components.values() for tensor in part.tensors.values()})
-    lora = Path(config.live_avatar) / official.LORA_FILE if config.live_avatar else None
+    lora = lora_file(config.lora.path) if config.lora.path else None
     with _aside(output) as partial:
         report = []
         for name, part in components.items():
-            report += _write(partial / name, part, adapters if name == "dit" else {}, alpha=config.lora_alpha)
+            report += _write(partial / name, part, adapters if name == "dit" else {}, alpha=alpha)
         (partial / TOKENIZER).mkdir()
         for file in tokens:
             shutil.copyfile(file, partial / TOKENIZER / file.name)
@@ -56,7 +56,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
             "format": FORMAT,
             "model": base.name,
             "config": {part: asdict(getattr(model, part)) for part in ("trunk", "audio", "text", "motion")},
-            "lora": {"file": str(lora.name), "alpha": config.lora_alpha, "weights": len(adapters)} if lora else None,
+            "lora": {"file": str(lora.name), "alpha": alpha, "weights": len(adapters)} if lora else None,
             "sources": {file.name: sha256(file) for file in tqdm([*sources, *tokens, *filter(None, [lora])], desc="hash", unit=" files")},
             "tensors": {name: len(part.tensors) for name, part in components.items()},
         }
@@ -65,34 +65,30 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
 
 
 def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
-    """The transformer of a ready checkpoint as a published folder: its shards, their index, and config.json."""
-    ready, output = Ready.open(Path(config.source)), _free(config.output)
-    model = ready.config(base)
-    trunk, audio = model.trunk, model.audio
-    given = {
-        "_class_name": "WanModel_S2V", "dim": trunk.hidden_dim, "ffn_dim": trunk.ffn_dim, "num_heads": trunk.num_heads,
-        "num_layers": trunk.num_layers, "freq_dim": trunk.freq_dim, "in_dim": trunk.latent_channels, "out_dim": trunk.latent_channels,
-        "eps": trunk.eps, "text_len": model.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
-        "audio_inject_layers": audio.inject_layers, "cond_dim": trunk.latent_channels, "model_type": "s2v", "enable_adain": True,
-        "adain_mode": "attn_norm", "zero_init": True, "zero_timestep": True, "add_last_motion": True, "enable_motioner": False,
-        "enable_tsm": False, "trainable_token_pos_emb": False, "motion_token_num": 1024, "enable_framepack": True,
-        "framepack_drop_mode": "padd",
-    }  # fmt: skip
+    """A transformer as a published folder: its shards, their index, and config.json. It is a ready checkpoint's, or a student's in a
+    file of its own; a student's adapter is merged."""
+    source, output = Path(config.source), _free(config.output)
+    if source.is_file():
+        dit = official.bare_transformer(source, base)
+    else:
+        ready = Ready.open(source)
+        dit = Component(ready.tensors("dit"), official.official_config(ready.config(base)))
+    adapters, alpha = _adapters(config, dit)
     with _aside(output) as partial:
-        _write(partial, Component(ready.tensors("dit"), given), {}, stem=official.DIT_STEM)
+        _write(partial, dit, adapters, alpha=alpha, stem=official.DIT_STEM)
     return output
 
 
 DIRECTIONS = {"ready": to_ready, "official": to_official}
 
 
-def _adapters(config: ConvertConfig, dit: Component) -> dict[str, Adapter]:
-    """Adapters by the official name of the weight they change, all of them in use."""
-    if not config.live_avatar:
-        return {}
-    adapters = read_lora(Path(config.live_avatar) / official.LORA_FILE)
+def _adapters(config: ConvertConfig, dit: Component) -> tuple[dict[str, Adapter], float]:
+    """Adapters by our name of the weight they change, all of them in use, and their strength."""
+    if not config.lora.path:
+        return {}, 1.0
+    adapters = read_lora(config.lora.path)
     check_lora({to_ours(name) or name: tensor.shape for name, tensor in dit.tensors.items()}, adapters)
-    return adapters
+    return adapters, config.lora.alpha or lora_alpha(config.lora.path)
 
 
 def _write(folder: Path, part: Component, adapters: Mapping[str, Adapter], *, alpha: float = 1.0, stem: str = STEM) -> list[dict[str, Any]]:

@@ -13,16 +13,20 @@ import torch
 from sonic.checkpoint.tensor_files import Stored, check, survey, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.model.dit import AvatarDiT
-from sonic.model.text import TIED, TextEncoder, to_transformers
-from sonic.model.wan_vae import WanAutoencoder, to_diffusers
+from sonic.model.text import TIED, TextEncoder, to_published, to_transformers
+from sonic.model.wan_vae import WanAutoencoder, from_diffusers, to_diffusers
 from sonic.model.wav2vec import Wav2VecEncoder, to_transformers_speech
-from sonic.model.weights import export
+from sonic.model.weights import export, to_official
 
 DIT_STEM = "diffusion_pytorch_model"
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 TOKENIZER, SPEECH = "google/umt5-xxl", "wav2vec2-large-xlsr-53-english"
-LORA_FILE = "liveavatar.safetensors"
 VAE_LATENTS = 16
+# settings of the published transformer that only ever have one value: another one would be another network
+FIXED = {
+    "model_type": "s2v", "enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_motioner": False,
+    "enable_tsm": False, "trainable_token_pos_emb": False, "enable_framepack": True, "framepack_drop_mode": "padd",
+}  # fmt: skip
 SPEECH_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
     "conv_kernel", "conv_stride", "do_stable_layer_norm", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
@@ -46,14 +50,34 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
     lacking = [name for name in telling if name not in tensors]
     if lacking:
         raise ValueError(f"{folder}: tensor {lacking[0]} of the transformer is missing; the folder is not a Wan2.2-S2V checkpoint")
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{folder / 'config.json'}: {name}={given[name]} is another network than the published one, which has {value}")
     try:
         config = _model_config(given, tensors, base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in export(AvatarDiT(config)).items()}
-    check(tensors, wanted, "transformer")
+    check(tensors, _shapes(config), "transformer")
     return Component(tensors, halve=True), config
+
+
+def bare_transformer(file: Path, config: ModelConfig) -> Component:
+    """The DiT in a file of its own, under our names or official ones, in the sizes of the config."""
+    tensors = {to_official(name) or name: tensor for name, tensor in survey(file).items()}
+    check(tensors, _shapes(config), "transformer")
+    return Component(tensors, official_config(config))
+
+
+def official_config(config: ModelConfig) -> dict[str, Any]:
+    """The published config.json of a transformer."""
+    trunk, audio = config.trunk, config.audio
+    return {
+        "_class_name": "WanModel_S2V", "dim": trunk.hidden_dim, "ffn_dim": trunk.ffn_dim, "num_heads": trunk.num_heads,
+        "num_layers": trunk.num_layers, "freq_dim": trunk.freq_dim, "in_dim": trunk.latent_channels, "out_dim": trunk.latent_channels,
+        "eps": trunk.eps, "text_len": config.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
+        "audio_inject_layers": audio.inject_layers, "cond_dim": trunk.latent_channels, "zero_init": True, "add_last_motion": True,
+        "motion_token_num": 1024, **FIXED,
+    }  # fmt: skip
 
 
 def text_encoder(folder: Path) -> Component:
@@ -76,7 +100,7 @@ def text_encoder(folder: Path) -> Component:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in TextEncoder(config).encoder.state_dict().items()}
     wanted.pop(TIED)
-    check({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder")
+    check({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
     return Component(tensors, config, halve=True)
 
 
@@ -86,7 +110,7 @@ def autoencoder(folder: Path) -> Component:
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
-    check(to_diffusers(tensors), wanted, "VAE")
+    check(to_diffusers(tensors), wanted, "VAE", called=from_diffusers)
     return Component(tensors, config)
 
 
@@ -100,7 +124,8 @@ def speech_encoder(folder: Path) -> Component:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
     wanted.pop("masked_spec_embed", None)
-    check({to_transformers_speech(name): tensor for name, tensor in tensors.items()}, wanted, "speech encoder")
+    heard = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
+    check(heard, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
     return Component(tensors, config)
 
 
@@ -127,6 +152,11 @@ def _model_config(given: Mapping[str, Any], tensors: Mapping[str, Stored], base:
     audio = AudioConfig(given["audio_dim"], layers, given["num_audio_token"], list(given["audio_inject_layers"]))
     text = TextConfig(tensors["text_embedding.0.weight"].shape[1], given["text_len"])
     return replace(base, trunk=trunk, audio=audio, text=text)
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in export(AvatarDiT(config)).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

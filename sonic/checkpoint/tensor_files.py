@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from torch import Tensor
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HASH_CHUNK = 16 << 20
+ZIP = b"PK"  # how a zip begins
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,30 @@ def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
     return found
 
 
-def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers."""
+def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers of one precision.
+
+    `called` gives the name that a file has for a wanted tensor.
+    """
+    usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0] if found else ""
     where = next(iter(found.values())).file.parent if found else what
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise ValueError(f"{where}: tensor {missing[0]} of the {what} is missing ({len(missing)} of {len(wanted)}); fetch the folder again")
+        count = f"{len(missing)} of {len(wanted)}"
+        raise ValueError(f"{where}: tensor {called(missing[0])} of the {what} is missing ({count}); fetch the folder again")
     for name, tensor in found.items():
         if name not in wanted:
-            raise ValueError(f"{tensor.file}: tensor {name} has no place in the {what}; the file is for another model")
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} has no place in the {what}; the file is for another model")
         if tensor.shape != tuple(wanted[name]):
             raise ValueError(
-                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, the {what} needs {list(wanted[name])}; "
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the {what} needs {list(wanted[name])}; "
                 "the file is damaged or for another model"
             )
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}; fetch the original file")
+            kinds = ", ".join(FLOATS)
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not one of {kinds}; fetch the original file")
+        if tensor.dtype != usual:
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
 
 
 def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
@@ -120,16 +131,24 @@ def sha256(path: Path) -> str:
 
 def _pickled(path: Path) -> dict[str, Tensor]:
     """Tensors of a .pth file, mapped and not read; nothing in it is run."""
+    whole = is_zipfile(path)  # files of before torch 1.6 are none, and cannot be mapped
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not whole and _begins(path, ZIP):
+            raise EOFError("its end is missing")
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and was not opened, since that would run its code; fetch the original") from error
+        raise ValueError(f"{path} holds something else than tensors, and nothing of it was run; fetch the original") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is cut short or not a file of tensors ({str(error).splitlines()[0]}); fetch it again") from error
     strange = [str(name) for name, value in held.items() if not isinstance(value, Tensor)] if isinstance(held, dict) else ["everything"]
     if strange:
         raise ValueError(f"{path}: {strange[0]} is not a tensor; fetch the original file")
     return held
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def _dtype_name(tensor: Tensor) -> str:

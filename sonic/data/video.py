@@ -235,8 +235,25 @@ def _recording(speech: Speech) -> Iterator[av.AudioFrame]:
     return decode_audio(speech.path, sample_format="fltp", layout=layout, rate=rate)
 
 
+def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
+    """What a video shows in the middle of each 1/fps s, uint8 [H,W,3]."""
+    shown, made = None, 0
+    for time, picture in _timed_frames(path):
+        while shown is not None and (made + 0.5) / fps < time:
+            yield shown
+            made += 1
+        shown = picture
+    if shown is not None:
+        yield shown
+
+
 def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a video one after the other, uint8 [H,W,3]."""
+    return (picture for _, picture in _timed_frames(path))
+
+
+def _timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """The same with the second at which each appears."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video={path} is no file; give the path of a video")
@@ -245,6 +262,6 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
             if not container.streams.video:
                 raise ValueError(f"video={path} holds no pictures; give the path of a video")
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.time or 0.0, frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
         raise ValueError(f"video={path} cannot be decoded ({error.strerror}); give an undamaged video") from error

@@ -72,7 +72,12 @@ def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     uint8 [H,W,3] -> uint8 [height,width,3]
     """
     high, wide = pixels.shape[:2]
-    width, height = wan_size(wide, high, max_area)
+    return covering(pixels, *wan_size(wide, high, max_area))
+
+
+def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture scaled until it covers that size, and cut to it around its middle.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    high, wide = pixels.shape[:2]
     scale = max(width / wide, height / high)
     large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
     top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2

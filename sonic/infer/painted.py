@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, plan_blocks
 from sonic.infer.build import ReadyParts
 from sonic.infer.conditions import signed
 from sonic.infer.decode import HANDOVERS
@@ -29,6 +31,7 @@ from sonic.types import BlockSpan, Conditions, FrameChunk, LatentBlock, Scene
 Stage = Callable[[str], AbstractContextManager]  # counts the time inside as that of a stage
 
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
+POSE_CHUNK = 48  # frames of poses that are encoded at once
 WARM_LATENTS = 7  # of the still picture, decoded before the first block so that the decoder's memory is full
 STILL_REPEATS = 5  # the published rollout shows its picture five times over wherever one frame is meant
 
@@ -38,8 +41,8 @@ class Shot:
     """What a painted film is made from.
 
     picture [1,3,H,W] in [-1,1]; text and negative [1,L,D] rows of the prompt and of what to stay away from;
-    audio [1,N,A,F] speech features, one column per video frame, as many as there are frames; pose [1,3,F,H,W] in [-1,1]
-    or None; clip_frames in one clip; seed.
+    audio [voices,N,A,F] speech features, one column per video frame, as many as there are frames; clip_frames in one clip; seed;
+    pose uint8 [F,H,W,3] or None; masks [voices,1,h,w] of several voices, over the patches, or None.
     """
 
     picture: Tensor
@@ -48,7 +51,8 @@ class Shot:
     audio: Tensor
     clip_frames: int
     seed: int = 0
-    pose: Tensor | None = None
+    pose: np.ndarray | None = None
+    masks: Tensor | None = None
 
     @property
     def num_frames(self) -> int:
@@ -76,8 +80,9 @@ def paint_clips(
         if upstream:
             rng.manual_seed(shot.seed + index)
         with stage("denoise"):
-            told = _told(shot, ref, motion, frames=slice(index * shot.clip_frames, (index + 1) * shot.clip_frames), vae=vae)
-            told, latent_frames = told.to(dtype=_dtype(model)), shot.clip_frames // FRAMES_PER_LATENT
+            span = slice(index * shot.clip_frames, (index + 1) * shot.clip_frames)
+            told = _told(shot, ref, motion, frames=span, vae=vae, dtype=_dtype(model))
+            latent_frames = shot.clip_frames // FRAMES_PER_LATENT
             latents = clip_together(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
         with stage("decode"):
             seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
@@ -108,7 +113,7 @@ def paint_blocks(
     still = shot.picture.unsqueeze(2)
     ref, _ = vae.encode(still)
     motion, _ = vae.encode(still.expand(-1, -1, PAST_FRAMES, -1, -1))
-    told = _told(shot, ref, motion, frames=slice(None), vae=vae).to(dtype=_dtype(model))
+    told = _told(shot, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(shot.seed)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
@@ -136,7 +141,7 @@ def paint_blocks_upstream(
     ref = vae.encode(still.expand(-1, -1, STILL_REPEATS, -1, -1))[0][:, :, 1:]
     past = still.expand(-1, -1, STILL_REPEATS * PAST_FRAMES, -1, -1)
     motion, _ = vae.encode(past)
-    told = _told(shot, ref, motion, frames=slice(None), vae=vae).to(dtype=_dtype(model))
+    told = _told(shot, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
     draws = random.Random(shot.seed)
     distances = iter(lambda: draws.randint(4, 30), None) if ref_distances is None else ref_distances
     place = lambda span: ref_time_id(span.start, ref_position=model.config.rollout.ref_position, distance=next(distances))  # noqa: E731
@@ -191,23 +196,50 @@ def _shot(scene: Scene, parts: ReadyParts, settings: Settings) -> Shot:
     whole = config.rollout.clip_frames or settings.compat
     step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
     frames = -(-scene.num_frames // step) * step
+    heard = [checkpoint.hear(voice.samples, frames, fps=scene.fps, device=device) for voice in scene.voices or (scene.speech,)]
+    patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
     return Shot(
         picture=signed(scene.portrait.pixels).to(device),
         text=checkpoint.rows(scene.prompt, length, device),
         negative=checkpoint.rows(scene.negative_prompt, length, device),
-        audio=checkpoint.hear(scene.speech.samples, frames, fps=scene.fps, device=device),
+        audio=heard[0] if len(heard) == 1 else torch.cat(heard),
         clip_frames=settings.clip_frames,
         seed=scene.seed,
+        pose=None if scene.pose is None else _lengthened(scene.pose, frames),
+        masks=None if scene.masks is None else _over_patches(scene.masks, patch).to(device),
     )
 
 
-def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: WanAutoencoder) -> Conditions:
-    """What the model is told of some frames of the film; poses are encoded with a frame in front that is thrown away again."""
-    pose = None
-    if shot.pose is not None:
-        some = shot.pose[:, :, frames]
-        pose = vae.encode(torch.cat((some[:, :, :1], some), dim=2))[0][:, :, 1:]
-    return Conditions(ref=ref, text=shot.text.to(ref), audio=shot.audio[..., frames].to(ref), motion=motion, pose=pose)
+def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
+    """The poses up to the end of the last block or clip, black where there are none."""
+    return np.concatenate([pose, np.zeros((max(0, frames - len(pose)), *pose.shape[1:]), np.uint8)])
+
+
+def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
+    """Masks [voices,H,W] as shares of patches, more than half of which count whole.  -> [voices,1,H/patch,W/patch] of 0 and 1"""
+    share = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], patch)
+    return (share > 0.5).float()
+
+
+def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: WanAutoencoder, dtype: torch.dtype) -> Conditions:
+    """What the model is told of some frames of the film; poses are encoded with a frame in front that is thrown away again.
+
+    Speech features, which may be gigabytes, stay where and as they are until the model hears them.
+    """
+    pose = None if shot.pose is None else _pose_latents(shot.pose[frames], vae, device=ref.device)
+    told = Conditions(ref=ref, text=shot.text.to(ref), motion=motion, pose=pose).to(dtype=dtype)
+    return replace(told, audio=shot.audio[..., frames], masks=shot.masks)
+
+
+def _pose_latents(pose: np.ndarray, vae: WanAutoencoder, *, device: torch.device) -> Tensor:
+    """Poses uint8 [F,H,W,3] as latents [1,C,F/4,h,w], a few seconds at a time; the frame in front is the first one again."""
+    still = lambda some: rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w").float() / 127.5 - 1  # noqa: E731
+    _, cache = vae.encode(still(pose[:1]))
+    found = []
+    for first in range(0, len(pose), POSE_CHUNK):
+        latents, cache = vae.encode(still(pose[first : first + POSE_CHUNK]), cache)
+        found.append(latents)
+    return torch.cat(found, dim=2)
 
 
 def _against(shot: Shot, told: Conditions) -> Conditions:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import skimage
 
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import load_image, load_portrait
 from sonic.data.speech import load_speech
+from sonic.data.video import frames_at
 from sonic.geometry import frames_of_audio
 from sonic.infer.build import BUNDLED
-from sonic.infer.conditions import fit_portrait, painted_size, published_picture, whole_picture
+from sonic.infer.conditions import covering, fit_portrait, painted_size, published_picture, whole_picture
 from sonic.infer.settings import InferConfig
 from sonic.model.wav2vec import clips_of, states_of
 from sonic.types import Portrait, Scene, Speech
 
 LOST_FRAMES = 3  # that the published pipelines cut off the first clip, so that the video runs ahead of its sound
+WHITE = 127  # of a mask, above which it counts
 PORTRAITS = {"astronaut": Path(skimage.__file__).parent / "data" / "astronaut.png"}
 RECORDINGS = {"sample": BUNDLED / "sample_speech.flac"}
 
@@ -42,6 +46,9 @@ class Settings:
 
 def open_portrait(config: InferConfig) -> Scene:
     """A scene whose photograph is moved: its face has to be found."""
+    for knob, value in (("motion.pose", config.motion.pose), ("face.masks", config.face.masks)):
+        if value:
+            raise ValueError(f"{knob}={value}: model={config.model.name} moves one face and follows no video; use a published model")
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
     return Scene(fit_portrait(portrait, config.video.size), speech, _length(config, speech), config.seed)
@@ -49,12 +56,17 @@ def open_portrait(config: InferConfig) -> Scene:
 
 def open_picture(config: InferConfig) -> Scene:
     """A scene whose every pixel is painted: the whole picture counts, with or without a face in it."""
-    speech = load_speech(RECORDINGS.get(config.audio, config.audio))
+    voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
+    speech = _together(voices) if voices else load_speech(RECORDINGS.get(config.audio, config.audio))
     pixels = load_image(PORTRAITS.get(config.image, config.image))
-    fit = published_picture if config.video.compat else whole_picture
-    picture = Portrait(fit(pixels, painted_size(pixels, config.video.size)))
+    fit, area = published_picture if config.video.compat else whole_picture, painted_size(pixels, config.video.size)
+    picture = Portrait(fit(pixels, area))
     length = _published_length(config, speech) if config.video.compat else _length(config, speech)
-    return Scene(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
+    told = Scene(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
+    masks = None
+    if voices:
+        masks = np.stack([fit(_mask(name, pixels.shape), area)[..., 0] > WHITE for name in _one_each(config.face.masks, voices)])
+    return replace(told, voices=voices, masks=masks, pose=_poses(config.motion.pose, told) if config.motion.pose else None)
 
 
 OPENERS = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
@@ -63,6 +75,37 @@ OPENERS = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
 def open_scene(config: InferConfig) -> Scene:
     """Read and check portrait and recording. Raises ValueError in one sentence for everything that is wrong with them."""
     return OPENERS[config.model.autoencoder](config)
+
+
+def _together(voices: tuple[Speech, ...]) -> Speech:
+    """All recordings at once, as long as the longest."""
+    mixed = np.zeros(max(len(voice.samples) for voice in voices), np.float32)
+    for voice in voices:
+        mixed[: len(voice.samples)] += voice.samples
+    return Speech(np.clip(mixed, -1, 1), voices[0].sample_rate)
+
+
+def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
+    if len(masks) != len(voices):
+        raise ValueError(f"face.masks names {len(masks)} pictures for {len(voices)} recordings; give one for each of audio=a.wav+b.wav")
+    return masks
+
+
+def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask as a picture. Raises ValueError unless it has the size of the portrait."""
+    pixels = load_image(name)
+    if pixels.shape != shape:
+        sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
+        raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
+    return pixels
+
+
+def _poses(path: str, scene: Scene) -> np.ndarray:
+    """The video of poses in the size and at the rate of the film; black after its end."""
+    height, width = scene.portrait.pixels.shape[:2]
+    found = [covering(frame, width, height) for frame in islice(frames_at(path, scene.fps), scene.num_frames)]
+    black = np.zeros((scene.num_frames - len(found), height, width, 3), np.uint8)
+    return np.concatenate([np.stack(found), black]) if found else black
 
 
 def _length(config: InferConfig, speech: Speech) -> int:

@@ -61,7 +61,7 @@ class AudioEncoder(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B,N,A,F] -> tokens [B,T,tokens+1,D] and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
         weights = F.silu(self.layer_weights.float())
-        mixed = (features.float() * weights).sum(dim=1) / weights.sum(dim=1)
+        mixed = (features.to(weights) * weights).sum(dim=1) / weights.sum(dim=1)
         columns = rearrange(mixed, "b a f -> b f a").to(self.out.weight.dtype)
         apart = rearrange(self.local(columns), "b f (tokens c) -> (b tokens) f c", tokens=self.num_tokens)
         tokens = rearrange(self._shrink(apart), "(b tokens) t d -> b t tokens d", tokens=self.num_tokens)

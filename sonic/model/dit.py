@@ -266,6 +266,8 @@ class AvatarDiT(nn.Module):
         return torch.cat((ref, motion), dim=2)
 
     def _hear(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
+        if actors is None and conditions.masks is not None:
+            actors = Actors(conditions.audio, conditions.masks)
         if actors is not None:
             masks = rearrange(actors.masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
             return AudioTokens(*encode(actors.audio), masks)

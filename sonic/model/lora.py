@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sonic.model.weights import to_ours
 
 PREFIX, DOWN, UP = "base_model.model.", "lora_A", "lora_B"
+PUBLISHED = "liveavatar.safetensors"
 ALPHA, USUAL_ALPHA = "alpha", 64.0  # where our files say it, and what published ones were trained with
 SHOWN = 5  # names that an error lists
 
@@ -35,6 +36,7 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     Keys may begin with `base_model.model.` and carry an adapter's name (`.default`); modules may have official or our names.
     Raises ValueError when the file cannot be read, or holds a tensor that is not one of a pair.
     """
+    path = lora_file(path)
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -57,9 +59,14 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     return {to_ours(f"{module}.weight") or f"{module}.weight": Adapter(found[DOWN], found[UP]) for module, found in halves.items()}
 
 
+def lora_file(path: str | Path) -> Path:
+    """The file itself, or the published one of a folder."""
+    return Path(path) / PUBLISHED if Path(path).is_dir() else Path(path)
+
+
 def lora_alpha(path: str | Path) -> float:
     """The strength that a readable file says it was trained with; the usual one when it is silent."""
-    with safe_open(str(path), framework="pt") as file:
+    with safe_open(str(lora_file(path)), framework="pt") as file:
         return float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA))
 
 

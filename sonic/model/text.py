@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+log = logging.getLogger("sonic.model")
 
 # umt5-xxl, as published beside Wan2.2-S2V
 XXL = {
@@ -72,6 +75,16 @@ def to_transformers(name: str) -> str:
     return name if pattern is None else f"{pattern.replace('{i}', number)}.{leaf}"
 
 
+def to_published(name: str) -> str:
+    """The published name of one of transformers' tensors."""
+    words = name.split(".")
+    number = words[2] if words[:2] == ["encoder", "block"] else ""
+    for theirs, pattern in NAMES.items():
+        if f"{pattern.replace('{i}', number)}.weight" == name:
+            return f"{theirs.replace('{i}', number)}.weight"
+    return name
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the published text encoder, such as models_t5_umt5-xxl-enc-bf16.pth")
@@ -79,6 +92,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch names a dozen kinds of damage by a dozen kinds of errors
         raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
+
+
+def _mended(prompt: str) -> str:
+    """The prompt with its characters mended by ftfy, as the published code does it: wide commas become plain ones, and the like."""
+    if prompt.isascii():
+        return prompt
+    try:
+        import ftfy
+    except ImportError:
+        log.warning("a prompt beyond ASCII is read as it is typed; the published code mends it with ftfy first: pip install sonic[text]")
+        return prompt
+    return ftfy.fix_text(prompt)
 
 
 class Tokenizer:
@@ -94,6 +119,6 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask [B,length], cut and padded to it."""
-        cleaned = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+        cleaned = [" ".join(html.unescape(html.unescape(_mended(prompt))).split()) for prompt in prompts]
         found = self.tokens(cleaned, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return found["input_ids"], found["attention_mask"]

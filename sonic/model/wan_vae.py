@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from sonic.geometry import FRAMES_PER_LATENT
 
 T = TypeVar("T")
+
+# where published files keep their tensors, and what a place may hold
+PLACES = ["conv1", "conv2"] + [
+    f"{side}.{place}"
+    for side, ladder in (("encoder", "downsamples"), ("decoder", "upsamples"))
+    for place in ("conv1", "head.0", "head.2", *(f"middle.{i}" for i in range(3)), *(f"{ladder}.{i}" for i in range(15)))
+]
+PARTS = ["", *(f"residual.{i}." for i in (0, 2, 3, 6)), "shortcut.", "resample.1.", "time_conv.", "norm.", "to_qkv.", "proj."]
 Cache = tuple  # what each causal convolution saw last; opaque
 
 
@@ -90,3 +98,10 @@ def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     return convert_wan_vae_to_diffusers(dict(tensors))
+
+
+def from_diffusers(name: str) -> str:
+    """The published name of one of diffusers' tensors."""
+    leaves = [f"{part}{leaf}" for part in PARTS for leaf in ("weight", "bias", "gamma")]
+    known = to_diffusers({f"{place}.{leaf}": f"{place}.{leaf}" for place in PLACES for leaf in leaves})
+    return known.get(name, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sonic.geometry import FPS
 STATE_SAMPLES = 320  # samples from one hidden state to the next: 50 a second
 STATE_REACH = 400  # samples that the first one needs
 STATES_PER_S, PICKED_PER_S = 50, 30
+IN_MEMORY = 1 << 30  # bytes of features; more are kept on disk
 # wav2vec2-large-xlsr-53, as published beside Wan2.2-S2V
 LARGE = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "conv_bias": True,
@@ -58,27 +61,53 @@ class Wav2VecEncoder(nn.Module):
     @torch.no_grad()
     def hear(self, samples: np.ndarray, num_frames: int, fps: int = FPS) -> Tensor:
         """Features of every video frame; zeros after the end of the recording.  float32 [n] at 16 kHz -> [layers+1,D,F]"""
-        states = stretch(self.states(samples))
-        return rearrange(pick_frames(states, frame_places(num_frames, fps)), "f n d -> n d f")
+        total = 1 + max(0, len(samples) - STATE_REACH) // STATE_SAMPLES
+        kept = int(total / STATES_PER_S * PICKED_PER_S)
+        picked = frame_places(num_frames, fps)
+        places = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # the first and last state stay the first and last
+        heard, start, last = None, 0, None  # `start` counts the states before those at hand; the last of them stays beside
+        for piece in self._pieces(samples):
+            states = piece if last is None else torch.cat((last, piece), dim=1)
+            heard = _room((states.shape[0], states.shape[2], num_frames)) if heard is None else heard
+            stop = start + states.shape[1] - 1
+            here = np.flatnonzero((places >= start) & ((places < stop) | (stop == total - 1)))
+            within = torch.from_numpy(places[here] - start).clamp(max=stop - start)
+            below = within.long()
+            above = (below + 1).clamp(max=stop - start)
+            found = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
+            heard[..., torch.from_numpy(here)] = found.mT.float().cpu()
+            start, last = stop, states[:, -1:]
+        return heard
 
     @torch.no_grad()
     def states(self, samples: np.ndarray) -> Tensor:
         """All hidden states at 50 a second: what enters the layers, what leaves each, the last one normed.  [n] -> [layers+1,T,D]"""
+        return torch.cat(list(self._pieces(samples)), dim=1)
+
+    def _pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
+        """The same window by window."""
         wave = torch.from_numpy(normalised(samples))
         window, margin = (seconds * SAMPLE_RATE for seconds in (self.WINDOW_S, self.MARGIN_S))
-        pieces = []
         for start in range(0, max(1, len(wave) - STATE_REACH + STATE_SAMPLES), window):
             first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_REACH - STATE_SAMPLES)
             if last - first < STATE_REACH:
                 break
             found = self._layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
-            pieces.append(found[:, : window // STATE_SAMPLES])
-        return torch.cat(pieces, dim=1)
+            yield found[:, : window // STATE_SAMPLES]
 
     def _layers(self, wave: Tensor) -> Tensor:
         weight = next(self.encoder.parameters())
         out = self.encoder(wave.to(weight)[None], output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # transformers 5 lists the last one before its norm
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """Zeros in memory; many of them in a file without a name, so that an hour of speech takes disk instead."""
+    if 4 * prod(shape) <= IN_MEMORY:
+        return torch.zeros(shape)
+    with tempfile.NamedTemporaryFile(prefix="sonic_speech_") as file:
+        file.truncate(4 * prod(shape))
+        return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
 
 
 def to_transformers_speech(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from main_job import babble, launcher, write_wav
-from official_folder import FULL, write_lora, write_official, write_sparse
+from official_folder import FULL, tiny_model, write_lora, write_official, write_sparse
 from safetensors.torch import load_file, save_file
 
 from sonic.app import Entry, compose, run_command
@@ -23,7 +23,8 @@ from sonic.config import InferConfig
 from sonic.data.video import read_frames
 from sonic.metrics import peak_rss_gib
 from sonic.model.dit import AvatarDiT
-from sonic.model.weights import export
+from sonic.model.lora import PUBLISHED as LORA_FILE
+from sonic.model.weights import export, save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a person speaks to the camera"
@@ -74,7 +75,7 @@ def test_a_ready_checkpoint_says_what_it_was_made_from(ready):
     manifest = json.loads((ready / "live/manifest.json").read_text())
     assert manifest["model"] == "live_avatar_14b"
     assert manifest["lora"]["weights"] == 2 * 10 + 4
-    assert {official.TEXT_FILE, official.VAE_FILE, official.LORA_FILE, "tokenizer.json"} <= set(manifest["sources"])
+    assert {official.TEXT_FILE, official.VAE_FILE, LORA_FILE, "tokenizer.json"} <= set(manifest["sources"])
     report = json.loads((ready / "live/report.json").read_text())
     assert len(report) == sum(manifest["tensors"].values())
     assert sum(line["merged"] for line in report) == manifest["lora"]["weights"]
@@ -83,7 +84,7 @@ def test_a_ready_checkpoint_says_what_it_was_made_from(ready):
 
 def test_the_adapter_is_merged_at_half_its_strength_per_rank(ready):
     before, after = (tensors_of(ready / name / "dit", "model") for name in ("wan", "live"))
-    lora = load_file(ready / "LiveAvatar" / official.LORA_FILE)
+    lora = load_file(ready / "LiveAvatar" / LORA_FILE)
     name = "blocks.1.self_attn.q"
     delta = 64 / 2 * (lora[f"{name}.lora_B.weight"].float() @ lora[f"{name}.lora_A.weight"].float())
     expected = (before[f"{name}.weight"].float() + delta).bfloat16()
@@ -182,7 +183,32 @@ def _wrong_index(folder: Path) -> str:
     return "nowhere.safetensors"
 
 
+def _changed_pickle(name: str, change):
+    """Damage to one tensor of a .pth file; None takes it out."""
+
+    def damage(folder: Path) -> str:
+        tensors = torch.load(folder / name, weights_only=True)
+        kept = next(iter(sorted(tensor for tensor in tensors if tensor.endswith(".q.weight") or tensor.endswith("residual.6.weight"))))
+        tensors = change(tensors, kept)
+        torch.save(tensors, folder / name)
+        return kept
+
+    return damage
+
+
+def _cut_pickle(folder: Path) -> str:
+    file = folder / official.VAE_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    return official.VAE_FILE
+
+
 DAMAGE = {
+    "text tensor missing": _changed_pickle(official.TEXT_FILE, lambda held, name: {key: held[key] for key in held if key != name}),
+    "text tensor off by one": _changed_pickle(official.TEXT_FILE, lambda held, name: {**held, name: held[name][:, 1:].clone()}),
+    "vae tensor missing": _changed_pickle(official.VAE_FILE, lambda held, name: {key: held[key] for key in held if key != name}),
+    "vae tensor in another precision": _changed_pickle(official.VAE_FILE, lambda held, name: {**held, name: held[name].half()}),
+    "pickle cut off": _cut_pickle,
+    "another precision": _changed(lambda tensors: tensors.update({"blocks.0.modulation": tensors["blocks.0.modulation"].float()})),
     "missing shard": _missing_shard,
     "truncated shard": _truncated,
     "wrong dtype": _changed(lambda tensors: tensors.update({"blocks.0.modulation": torch.zeros(1, 6, 48, dtype=torch.int8)})),
@@ -203,20 +229,48 @@ def test_damage_is_told_in_one_sentence_and_nothing_is_left(downloads, tmp_path,
     assert file in said
     assert [line.startswith("sonic: error") for line in said.splitlines()].count(True) == 1
     assert "Traceback" not in said
-    if kind not in ("missing shard", "truncated shard", "pickle with code"):
+    if kind not in ("missing shard", "truncated shard", "pickle with code", "pickle cut off"):
         assert "tensor" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_files_own_alpha_and_a_given_one(downloads, tmp_path):
+    common = (f"source={downloads / 'Wan2.2-S2V-14B'}", f"lora.path={downloads / 'LiveAvatar' / LORA_FILE}")
+    assert convert(*common, "lora.alpha=32", f"output={tmp_path / 'half'}") == 0
+    lora = load_file(downloads / "LiveAvatar" / LORA_FILE)
+    name = "blocks.1.self_attn.q"
+    delta = 32 / 2 * (lora[f"{name}.lora_B.weight"].float() @ lora[f"{name}.lora_A.weight"].float())
+    before = tensors_of(downloads / "Wan2.2-S2V-14B", official.DIT_STEM)[f"{name}.weight"]
+    assert torch.equal(tensors_of(tmp_path / "half/dit", "model")[f"{name}.weight"], (before.float() + delta).bfloat16())
+
+
+def test_live_avatar_without_its_adapter_is_refused(downloads, tmp_path, capfd):
+    assert convert(f"source={downloads / 'Wan2.2-S2V-14B'}", f"output={tmp_path / 'out'}") == 2
+    assert "live_avatar=FOLDER" in capfd.readouterr().err
+
+
+def test_a_student_in_a_file_gets_official_names(tmp_path):
+    torch.manual_seed(3)
+    config = tiny_model()
+    student = AvatarDiT(config)
+    save_weights(student, tmp_path / "student.safetensors")
+    groups = {group: getattr(config, group) for group in ("trunk", "audio", "text")}
+    sizes = [f"model.{group}.{name}={value}" for group, knobs in groups.items() for name, value in vars(knobs).items()]
+    made = [f"source={tmp_path / 'student.safetensors'}", f"output={tmp_path / 'out'}", "model=wan_s2v_14b", "--to", "official"]
+    assert convert(*made, *sizes) == 0
+    assert all(torch.equal(tensor, export(student)[name]) for name, tensor in tensors_of(tmp_path / "out", official.DIT_STEM).items())
+    assert json.loads((tmp_path / "out/config.json").read_text())["dim"] == config.trunk.hidden_dim
 
 
 @pytest.mark.parametrize("change", ["nothing fits", "half a pair"])
 def test_an_adapter_that_does_not_fit_is_refused(downloads, tmp_path, capfd, change):
     folder = shutil.copytree(downloads / "LiveAvatar", tmp_path / "lora")
-    tensors = load_file(folder / official.LORA_FILE)
+    tensors = load_file(folder / LORA_FILE)
     if change == "half a pair":
         tensors.pop("blocks.0.ffn.0.lora_B.weight")
     else:
         tensors = {f"other.{name}": tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / official.LORA_FILE)
+    save_file(tensors, folder / LORA_FILE)
     assert convert(f"source={downloads / 'Wan2.2-S2V-14B'}", f"live_avatar={folder}", f"output={tmp_path / 'out'}") == 2
     said = capfd.readouterr().err
     assert ("blocks.0.ffn.0" in said) if change == "half a pair" else ("other.blocks" in said)

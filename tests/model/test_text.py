@@ -6,25 +6,23 @@ import pickle
 
 import pytest
 import torch
+from official_folder import _tokenizer
 from torch.testing import assert_close
 
-from sonic.model.text import TIED, TextEncoder, to_transformers
+from sonic.model.text import TIED, TextEncoder, Tokenizer, to_published, to_transformers
 
 TINY = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
 
 
 def published(encoder):
     """The encoder's tensors under the names of a published file."""
-    back = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}
-    found = {}
-    for name, tensor in encoder.encoder.state_dict().items():
-        if name == TIED:
-            continue
-        for i in range(2):
-            for theirs in ("norm1", *(f"attn.{p}" for p in "qkvo"), "pos_embedding.embedding", "norm2", "ffn.gate.0", "ffn.fc1", "ffn.fc2"):
-                back[to_transformers(f"blocks.{i}.{theirs}.weight").removesuffix(".weight")] = f"blocks.{i}.{theirs}"
-        found[f"{back[name.removesuffix('.weight')]}.weight"] = tensor.clone()
-    return found
+    return {to_published(name): tensor.clone() for name, tensor in encoder.encoder.state_dict().items() if name != TIED}
+
+
+def test_names_go_both_ways():
+    names = [name for name in TextEncoder(TINY).encoder.state_dict() if name != TIED]
+    assert [to_transformers(to_published(name)) for name in names] == names
+    assert not any(to_published(name) == name for name in names)
 
 
 def test_a_published_file_is_read_whole(tmp_path):
@@ -44,6 +42,14 @@ def test_a_missing_tensor_is_named(tmp_path):
     torch.save(tensors, tmp_path / "text.pth")
     with pytest.raises(ValueError, match=r"block\.1\.layer\.0\.SelfAttention\.k"):
         TextEncoder(TINY).load(tmp_path / "text.pth")
+
+
+def test_prompts_are_cleaned_as_published(tmp_path):
+    pytest.importorskip("ftfy")
+    _tokenizer(tmp_path)
+    tokens = Tokenizer(tmp_path)
+    one, other = (tokens([prompt], 12)[0] for prompt in ("a  person\n&amp;amp; a\uff0cb", "a person & a,b"))
+    assert torch.equal(one, other)
 
 
 class Trap:

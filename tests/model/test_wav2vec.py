@@ -33,6 +33,16 @@ def test_every_frame_has_all_layers_and_frames_after_the_end_are_silent(encoder)
     assert found[..., :20].abs().min(1).values.max() > 0 and not found[..., 26:].any()
 
 
+@pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5])
+@pytest.mark.parametrize("in_memory", [1 << 30, 0])
+def test_features_picked_window_by_window_are_those_of_all_states(encoder, seconds, in_memory, monkeypatch):
+    monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
+    monkeypatch.setattr("sonic.model.wav2vec.IN_MEMORY", in_memory)
+    sound = speech(seconds)
+    expected = pick_frames(stretch(encoder.states(sound)), frame_places(70, 25))
+    assert_close(encoder.hear(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 3.0])
 def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
     whole = encoder.states(speech(seconds))
