@@ -152,7 +152,7 @@ def _published_vae_names() -> list[str]:
 def _tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     spoken = "a person speaks to the camera calm and bright"
     words = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in spoken.split()), *"abcdefghij"]
     tokenizer = Tokenizer(models.Unigram([(word, -float(index)) for index, word in enumerate(words)], unk_id=2))

@@ -44,7 +44,7 @@ ENTRIES = {
 NEEDED = {
     "train": ["budget.max_steps=1"],
     "judge": ["film=out.mp4"],
-    "convert": ["source=a", "output=b"],
+    "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
 }  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]

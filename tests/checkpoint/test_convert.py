@@ -19,8 +19,8 @@ from sonic.app import Entry, compose, run_command
 from sonic.checkpoint import official
 from sonic.checkpoint.convert import SHARD_BYTES, shards_of
 from sonic.checkpoint.tensor_files import read, survey_sharded
-from sonic.config import InferConfig
 from sonic.data.video import read_frames
+from sonic.infer.settings import InferConfig
 from sonic.metrics import peak_rss_gib
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import PUBLISHED as LORA_FILE

@@ -13,10 +13,10 @@ from tiny import conditions, tiny_model
 from torch.testing import assert_close
 
 from sonic.app import Entry, compose
-from sonic.config import InferConfig
 from sonic.data.video import VideoWriter, frames_at
 from sonic.infer.painted import _over_patches
 from sonic.infer.scene import open_scene
+from sonic.infer.settings import InferConfig
 from sonic.model.audio_tokens import Actors
 
 HALVES = ("left", "right")
