@@ -40,7 +40,7 @@ ENTRIES = {
 NEEDED = {
     "train": ["budget.max_steps=1"],
     "judge": ["film=out.mp4"],
-    "convert": ["source=a", "output=b"], "ablate": ["grid={seed: [1]}"],
+    "convert": ["live_avatar=lora", "source=a", "output=b"], "ablate": ["grid={seed: [1]}"],
 }  # knobs without which a command has no meaning
 CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
