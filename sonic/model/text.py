@@ -94,6 +94,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
 
 
+def cleaned(prompt: str) -> str:
+    """A prompt as the published code hands it to its tokenizer: characters mended, HTML's names for them resolved, single spaces."""
+    return " ".join(html.unescape(html.unescape(_mended(prompt))).split())
+
+
 def _mended(prompt: str) -> str:
     """The prompt with its characters mended by ftfy, as the published code does it: wide commas become plain ones, and the like."""
     if prompt.isascii():
@@ -119,6 +124,6 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask [B,length], cut and padded to it."""
-        cleaned = [" ".join(html.unescape(html.unescape(_mended(prompt))).split()) for prompt in prompts]
-        found = self.tokens(cleaned, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        texts = [cleaned(prompt) for prompt in prompts]
+        found = self.tokens(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return found["input_ids"], found["attention_mask"]

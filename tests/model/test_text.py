@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import sys
 
 import pytest
 import torch
-from official_folder import _tokenizer
 from torch.testing import assert_close
 
-from sonic.model.text import TIED, TextEncoder, Tokenizer, to_published, to_transformers
+from sonic.model.text import TIED, TextEncoder, cleaned, to_published, to_transformers
 
 TINY = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
 
@@ -44,12 +45,19 @@ def test_a_missing_tensor_is_named(tmp_path):
         TextEncoder(TINY).load(tmp_path / "text.pth")
 
 
-def test_prompts_are_cleaned_as_published(tmp_path):
+def test_prompts_are_cleaned_as_published():
+    assert cleaned("a  person\n&amp;amp; another ") == "a person & another"
     pytest.importorskip("ftfy")
-    _tokenizer(tmp_path)
-    tokens = Tokenizer(tmp_path)
-    one, other = (tokens([prompt], 12)[0] for prompt in ("a  person\n&amp;amp; a\uff0cb", "a person & a,b"))
-    assert torch.equal(one, other)
+    assert cleaned("\u201ca person\u201d\uff0c talking") == '"a person", talking'
+
+
+def test_without_the_mender_a_prompt_is_read_as_typed_and_said_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    monkeypatch.setattr("sonic.model.text.log", logging.getLogger("told"))
+    assert cleaned("a\uff0cb") == "a\uff0cb"
+    assert "ftfy" in caplog.text
+    caplog.clear()
+    assert cleaned("a, b") == "a, b" and not caplog.text
 
 
 class Trap:

@@ -54,6 +54,13 @@ def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
     assert_close(windows[0], whole[0], atol=1e-3, rtol=1e-3)
 
 
+def test_windows_hear_almost_what_the_whole_recording_says(encoder, monkeypatch):
+    whole = encoder.states(speech(40.0))
+    monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 15)
+    apart = (encoder.states(speech(40.0)) - whole).square().mean(-1).sqrt() / whole.square().mean(-1).sqrt()
+    assert apart.mean() < 0.01 and apart.amax() < 0.1
+
+
 def test_the_ends_stay_the_ends_at_another_rate():
     states = torch.randn(2, 50, 3)
     found = stretch(states)
