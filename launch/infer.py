@@ -15,7 +15,7 @@ from sonic.app import Entry, launch  # noqa: E402
 from sonic.infer.settings import InferConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
-ENTRY = Entry("infer", InferConfig)
+ENTRY = Entry("infer", InferConfig, max_ranks=4096)
 log = logging.getLogger("sonic")
 
 

@@ -94,6 +94,8 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
+        if ranks.rank and run:  # the first rank may know nothing of it
+            log.critical("rank %d: %s", ranks.rank, _sentence(error))
         return _given_up(run, _sentence(error), USER_ERROR)
     except KeyboardInterrupt:
         return _given_up(run, "stopped; nothing was kept", STOPPED)

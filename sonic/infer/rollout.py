@@ -48,7 +48,7 @@ def rollout(
     """
     scale = sampler.sample_guide_scale
     told = (conditions,) if scale == 1 else (unguided or conditions.drop("audio"), conditions)
-    route = _Route(model, told, sampler=sampler, draws=draws)
+    route = _Route(model, told, sampler, draws=draws)
     under_way: deque[_Block] = deque()  # one entry per item, in the order in which they were submitted
     blocks: list[_Block] = []  # begun and not finished, oldest first
     unseen = iter(spans)
@@ -91,7 +91,7 @@ class _Route:
     Each noise level has its ring, so a block meets the others as they were at that level.
     """
 
-    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], *, sampler: SamplerConfig, draws: Draws) -> None:
+    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], sampler: SamplerConfig, *, draws: Draws) -> None:
         self.model, self.told, self.draws = model, told, draws
         self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
         self.walk = pick(WALKS, sampler.name, "sampler.name")

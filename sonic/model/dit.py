@@ -130,7 +130,7 @@ class AvatarDiT(nn.Module):
     def new_cache(self, conditions: Conditions, *, steps: int) -> KVCache:
         """An empty cache that fits these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
-        dtype, device = self.patch_embed.weight.dtype, self.patch_embed.weight.device
+        dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
         like = torch.empty(0, dtype=dtype, device=self.cache_device or device)
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like)
         return replace(cache, token_device=device)
