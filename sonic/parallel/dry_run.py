@@ -20,7 +20,7 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.memory import GIB, PAST_LATENTS, encoder_bytes, vae_bytes
+from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, vae_bytes
 from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.units import all_units
@@ -212,8 +212,7 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
 def _vae(work: Workload) -> Footprint:
     """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front."""
     if work.model.autoencoder != "wan":
-        size = vae_bytes(work)
-        return Footprint(size, size)
+        return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.number, vae_bytes(work))
     model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731

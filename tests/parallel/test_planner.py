@@ -90,7 +90,7 @@ def test_one_small_card_fits_and_says_what_it_gives_up():
         ("hardware=1x24gb", "hardware.host_gib=24"),
         ("hardware=1x24gb", "parallel=single"),
         ("hardware=4x24gb", "parallel=fsdp"),
-        ("hardware=1x24gb", "model=wan_s2v_14b", "video.size=1024x704", "parallel=offload", "hardware.usable_gib=9"),
+        ("hardware=1x24gb", "model=wan_s2v_14b", "video.size=1024x704", "video.infer_frames=160", "hardware.usable_gib=14"),
     ],
 )
 def test_proposed_changes_help(asked):
