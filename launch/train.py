@@ -1,4 +1,4 @@
-"""Train from a recipe: python launch/train.py +train=preview_dit [overrides]. The recipes are in recipes/train."""
+"""Train from a recipe: python launch/train.py +train=preview_dit or +distill=preview_2step [overrides]; recipes/ has them."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def train(config: TrainConfig, run: Run) -> None:
 
 if __name__ == "__main__":
     place = lambda config: ("runs", config.name)  # noqa: E731
-    launch(Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}, place=place), train)
+    launch(Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS}, place=place), train)

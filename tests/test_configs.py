@@ -33,7 +33,7 @@ ENTRIES = {
     "evaluate": Entry("evaluate", EvaluateConfig),
     "convert": Entry("convert", ConvertConfig, collections=()),
     "judge": Entry("judge", JudgeConfig, collections=()),
-    "train": Entry("train", TrainConfig, collections=("train",), variants={"objective": OBJECTIVE_CONFIGS}),
+    "train": Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS}),
     "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.ready import Ready
-from sonic.config import ModelConfig, RunConfig
+from sonic.config import LoraConfig, ModelConfig, RunConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import lora_alpha, merge_lora, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
@@ -61,7 +61,7 @@ class ReadyParts:
         """The transformer, with the adapter of model.lora merged."""
         model = self.checkpoint.transformer(self.config, device=self.device, dtype=self.dtype)
         if self.config.lora.path:
-            merge_lora(model, read_lora(self.config.lora.path), self.config.lora.alpha)
+            _add_lora(model, self.config.lora, self.config.lora.path)
         return model
 
     @cached_property
@@ -85,10 +85,14 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int) -> Parts | R
     parts = untrained_parts(config, device=device, dtype=pick(DTYPES, run.dtype, "run.dtype"))
     load_weights(parts.model, files.dit)
     if lora := config.lora.path or student_of(config, steps):
-        merge_lora(parts.model, read_lora(lora), config.lora.alpha or lora_alpha(lora))
+        _add_lora(parts.model, config.lora, lora)
     load_weights(parts.autoencoder, files.autoencoder)
     load_weights(parts.speech, files.speech)
     return parts
+
+
+def _add_lora(model: AvatarDiT, config: LoraConfig, path: str | Path) -> None:
+    merge_lora(model, read_lora(path), config.alpha or lora_alpha(path))
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
