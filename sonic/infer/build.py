@@ -132,18 +132,20 @@ def weight_files(config: ModelConfig) -> WeightFiles:
 def student_of(config: ModelConfig, steps: int) -> Path | None:
     """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
 
-    Raises ValueError when model.weights=student asks for a student that is not bundled.
+    model.weights=student takes those for fewer steps where there are none. Raises ValueError when there are none of these either.
     """
-    found = BUNDLED / f"{config.name}_{steps}step.safetensors"
     if config.weights not in ("", STUDENT) or config.lora.path:
         return None
-    if found.is_file():
-        return found
-    if config.weights == STUDENT:
-        there = sorted(path.stem.removeprefix(f"{config.name}_").removesuffix("step") for path in BUNDLED.glob(f"{config.name}_*step.safetensors"))
-        choices = f"one of sampler.sample_steps={', '.join(there)}" if there else "another model"
-        raise ValueError(f"model.weights={STUDENT}: no student of model={config.name} for {steps} steps is bundled; use {choices}, or weights={TEACHER}")
-    return None
+    start, end = f"{config.name}_", "step"
+    there = {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+    if config.weights == "" or steps in there:
+        return there.get(steps)
+    if fewer := [number for number in there if number < steps]:
+        return there[max(fewer)]
+    raise ValueError(
+        f"model.weights={STUDENT}: nobody bundled has learnt model={config.name} in sampler.sample_steps={steps}; "
+        f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
+    )
 
 
 def find_device(name: str) -> torch.device:

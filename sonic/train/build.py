@@ -24,6 +24,7 @@ from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
 from sonic.train.objectives import OBJECTIVES, Batch
 from sonic.train.settings import DataConfig, TrainConfig
+from sonic.train.sharded import ShardedEngine
 from sonic.train.world import World, join_world
 from sonic.types import pick
 
@@ -42,7 +43,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine}
 
 
 def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "") -> Outcome:

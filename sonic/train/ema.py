@@ -19,8 +19,9 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards `module` after `step` (from 0). Early on the average is short, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = [p.detach().float() for p in module.parameters() if p.requires_grad]
-        torch._foreach_lerp_(list(self.averages.values()), live, 1 - decay)
+        for name, live in module.named_parameters():
+            if name in self.averages:
+                self.averages[name].mul_(decay).add_(live.detach(), alpha=1 - decay)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's state with its parameters replaced by their averages."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from sonic.model.audio_tokens import AudioInjector
+from sonic.model.blocks import Block
 from sonic.train.checkpoint import Checkpoints, State
 from sonic.train.ema import Ema
 from sonic.train.objectives import Objective
@@ -61,6 +66,8 @@ class LocalEngine:
         self.roles: Mapping[str, nn.Module] = dict(objective.roles)
         for module in {**objective.bodies, **self.roles}.values():
             self.place(module)
+            if self.config.speed.recompute:
+                recompute_layers(module)
         for module in self.roles.values():
             module.train()
         self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
@@ -83,8 +90,7 @@ class LocalEngine:
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
         """Use up the gradients of `role` at learning rate `rate`. Gives their norm; a step that is not finite is not taken."""
-        parameters = [p for p in self.roles[role].parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm))
+        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.optim.clip_norm)
         if torch.isfinite(norm):
             for group in self.optimizers[role].param_groups:
                 group["lr"] = rate
@@ -136,6 +142,34 @@ class LocalEngine:
         return self._state()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def clip(gradients: list[Tensor], most: float) -> Tensor:
+    """Shrink gradients, in shards or whole, until their norm together is at most `most`. Gives the norm they had."""
+    kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
+    norm = torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]).norm()
+    shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
+    for kind in kinds:
+        torch._foreach_mul_(kind, shrink)
+    return norm
+
+
+def recompute_layers(module: nn.Module) -> None:
+    """Let blocks and injectors be computed again for the gradient instead of being remembered; names of parameters stay."""
+    for layer in module.modules():
+        if isinstance(layer, Block | AudioInjector) and "forward" not in vars(layer):
+            layer.forward = partial(_again, layer.forward)
+
+
+def _again(forward: Callable, *given: object, **named: object) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*given, **named)
+    return torch_checkpoint(forward, *given, use_reentrant=False, **named)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -13,13 +13,12 @@ from sonic.train.settings import OptimConfig
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameters`; matrices decay, vectors and scalars (biases, gains) do not."""
-    parameters = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    kinds: dict[tuple[bool, type], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            kinds.setdefault((parameter.ndim >= 2, type(parameter.data)), []).append(parameter)  # shards and whole ones do not mix
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [{"params": some, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), some in kinds.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=False,

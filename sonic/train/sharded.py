@@ -1,0 +1,59 @@
+"""Training on several devices with torch FSDP2: transformers in shards, the little else whole on each; both as one engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+from sonic.model.dit import AvatarDiT
+from sonic.train.engine import LocalEngine, is_sharded
+from sonic.train.objectives import Objective
+
+ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
+WAYS_IN = ("forward_blocks", "prefill", "prepare_block", "denoise_block")  # besides forward
+
+
+class ShardedEngine(LocalEngine):
+    """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
+
+    def prepare(self, objective: Objective) -> None:
+        """Shard every transformer, then go on as alone. Processes must have built the same weights."""
+        self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
+        for body in objective.bodies.values():
+            for module in body.modules():
+                if isinstance(module, AvatarDiT) and not is_sharded(next(module.parameters())):
+                    self._shard(module)
+        super().prepare(objective)
+
+    def place(self, module: nn.Module) -> None:
+        """What is in no shard goes to the device, whole."""
+        for part in module.modules():
+            for name, tensor in part.named_parameters(recurse=False):
+                if not is_sharded(tensor):
+                    part._parameters[name] = nn.Parameter(tensor.detach().to(self.world.device), tensor.requires_grad)
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(self.world.device)
+
+    def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
+        """As alone, once the gradients of what is whole on each process are means as well."""
+        for parameter in self.roles[role].parameters():
+            if parameter.grad is not None and not is_sharded(parameter.grad):
+                self.world.mean(parameter.grad)
+        return super().step(role, rate=rate, step=step)
+
+    def _shard(self, model: AvatarDiT) -> None:
+        """Cut a transformer, its adapters included; names of parameters stay."""
+        speed = self.config.speed
+        half = speed.precision == "bfloat16"
+        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if speed.cpu_offload else OffloadPolicy()
+        settings = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
+        units = [getattr(model, name) for name in ENDS] + [*model.blocks, *model.audio_injectors]
+        for unit in units:
+            if unit is not None:
+                fully_shard(unit, **settings)
+        fully_shard(model, **settings, reshard_after_forward=False)
+        for name in WAYS_IN:
+            register_fsdp_forward_method(model, name)
