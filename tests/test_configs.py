@@ -22,8 +22,9 @@ from sonic.flow.schedule import SCHEDULES
 from sonic.infer.build import DTYPES
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
-from sonic.train.sweep_settings import AblateConfig
+from sonic.train.objectives import OBJECTIVES
 from sonic.train.settings import EvaluateConfig, TrainConfig
+from sonic.train.sweep_settings import AblateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)
@@ -190,3 +191,23 @@ def test_the_command_line_answers_at_once_and_without_torch(arguments):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
     assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
     assert "Traceback" not in done.stderr
+
+
+LARGE = [("distill", f"live_avatar_{steps}step") for steps in (4, 3, 2)] + [("train", "audio_adapter")]
+
+
+@pytest.mark.parametrize(("group", "option"), LARGE)
+def test_every_recipe_for_large_cards_builds_without_memory(group, option):
+    """Composed whole, built on meta: the base once, adapters or the chosen parts learn, and the world's batches divide by eight."""
+    config = compose(ENTRIES["train"], [f"{group}={option}"])
+    with torch.device("meta"):
+        objective = OBJECTIVES[config.objective.name](config, None)
+    held = {id(weight): weight.numel() for body in objective.bodies.values() for weight in body.parameters()}
+    learning = sum(weight.numel() for weight in objective.roles["student"].parameters() if weight.requires_grad)
+    roles = objective.roles.values() if config.objective.learn.rank else ()
+    adapters = sum(weight.numel() for role in roles for weight in role.parameters())
+    assert sum(held.values()) == PUBLISHED[config.model.name] + adapters
+    assert 0 < learning < 0.15 * PUBLISHED[config.model.name]
+    assert config.budget.accumulate % 8 == 0
+    block = config.model.rollout.block_frames
+    assert option == "audio_adapter" or config.data.window % block == 0

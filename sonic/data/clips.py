@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sonic.config import ModelConfig
 from sonic.data.speech import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
 
@@ -57,6 +58,22 @@ class ClipDataset(Dataset):
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
         self._open: dict[str, object] = {}
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError when clips with latents were made for another model."""
+        made_by = self.index.get("autoencoder", config.autoencoder)
+        if "latents" not in self.clips[0]["tensors"]:
+            return
+        if made_by != config.autoencoder:
+            raise ValueError(f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of {config.autoencoder}; make clips for it")
+        clip = self.read(0, 0, keys=("latents", "audio"))
+        found = (clip["latents"].shape[0], *clip["audio"].shape[:2])
+        wanted = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)
+        if found != wanted:
+            raise ValueError(
+                f"data.folder={self.folder} has (latent channels, audio layers, audio values) {found}, model={config.name} needs {wanted}; "
+                "make clips for this model with launch/precompute.py"
+            )
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -62,7 +62,7 @@ def precompute(config: PrecomputeConfig, build: Build) -> int:
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
         pass
     entries = [entry for n in numbers for entry in _entries(folder, n)]
-    clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split)
+    clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split, autoencoder=config.model.autoencoder)
     if config.kind == "talking":
         save_file(statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)

@@ -157,6 +157,15 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def transformer_weights(config: ModelConfig) -> Path:
+    """The file or folder of the transformer alone. Raises ValueError when it is for another model, or there is none."""
+    if config.autoencoder != "wan":
+        return weight_files(config).dit
+    checkpoint = Ready.open(Path(_needed(config)))
+    checkpoint.config(config)
+    return checkpoint.folder / "dit"
+
+
 def _needed(config: ModelConfig) -> str:
     """The checkpoint of a model that has no bundled weights."""
     if not config.weights:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sonic.data.clips import ClipDataset, batches, draws
-from sonic.infer.build import weight_files
+from sonic.infer.build import transformer_weights
 from sonic.model.adapters import ADAPTERS
 from sonic.model.weights import load_weights
 from sonic.train.engine import Engine, LocalEngine
@@ -54,9 +54,11 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
     check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
+    if isinstance(dataset, ClipDataset):
+        dataset.check(config.model)
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset)
     for model in objective.pretrained:
-        load_weights(model, weight_files(config.model).dit, besides=ADAPTERS)
+        load_weights(model, transformer_weights(config.model), besides=ADAPTERS)
     if config.init_from:
         start_from(objective.roles["student"], Path(config.init_from))
     engine = engine_of(config, world, folder)

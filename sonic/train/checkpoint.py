@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sonic.train.world import World
 
@@ -56,16 +57,8 @@ class Checkpoints:
 
     def load(self, state_of: StateOf) -> dict:
         """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
-        while True:
-            name = self._main_says(self._newest_good)
-            if not name:
-                return {}
-            try:
-                return self.read(self.folder / name, state_of)
-            except Exception as error:  # a file of any rank may be broken in a way its digest does not show
-                if self.world.ranks > 1:
-                    raise
-                self._set_aside(self.folder / name, error)
+        name = self._main_says(self._newest_good)
+        return self.read(self.folder / str(name), state_of) if name else {}
 
     def read(self, checkpoint: Path, state_of: StateOf) -> dict:
         """Fill our tensors from one checkpoint. Gives its facts. Raises ValueError when it is damaged or of something else."""
@@ -74,9 +67,13 @@ class Checkpoints:
             raise ValueError(facts)
         names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
         state = state_of(names)
+        strange = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
         if lost := sorted(set(state) - names):
-            raise ValueError(f"checkpoint {checkpoint} lacks {lost[0]} ({len(lost)} in all): it is of another model or objective; use a new name=")
-        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=self.world.ranks == 1)
+            raise ValueError(strange.format(f"it lacks {lost[0]} and {len(lost) - 1} more"))
+        try:
+            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=self.world.ranks == 1)
+        except (CheckpointException, ValueError) as error:
+            raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
         return facts
 
     def _publish(self, written: Future, done: Future, aside: Path, *, record: dict) -> None:

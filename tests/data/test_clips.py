@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import islice
+from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from sonic.config import AudioConfig, ModelConfig
 from sonic.data import clips
 
 
@@ -78,7 +82,7 @@ def test_ranks_share_the_order_that_one_rank_would_see():
 
 def test_workers_make_the_same_batches_as_the_loop_itself(folder):
     data = clips.ClipDataset(folder, window=2)
-    here, there = (list(islice(clips.batches(data, 3, seed=0, workers=workers, start=1), 3)) for workers in (0, 1))
+    here, there = (list(islice(clips.batches(data, partial(clips.draws, len(data), 3, seed=0, start=1), workers=workers), 3)) for workers in (0, 1))
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -93,3 +97,30 @@ def test_pose_latents_hold_value_j_of_frame_f_in_channel_4j_plus_f():
 
 def test_the_index_is_readable_json(folder):
     assert json.loads((folder / "index.json").read_text())["kind"] == "talking"
+
+
+def test_clips_of_another_autoencoder_or_size_are_said(tmp_path):
+    save_file({"a/latents": torch.zeros(16, 6, 4, 4), "a/audio": torch.zeros(1, 160, 24)}, tmp_path / "a.safetensors")
+    entries = [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents", "audio"]}]
+    clips.write_index(tmp_path, entries, autoencoder="warp")
+    clips.ClipDataset(tmp_path).check(ModelConfig())
+    with pytest.raises(ValueError, match="latents of autoencoder=warp"):
+        clips.ClipDataset(tmp_path).check(ModelConfig(autoencoder="wan"))
+    with pytest.raises(ValueError, match=r"\(16, 1, 160\).*needs \(16, 25, 160\)"):
+        clips.ClipDataset(tmp_path).check(ModelConfig(audio=AudioConfig(num_audio_layers=25)))
+
+
+def test_workers_do_not_grow_over_two_thousand_batches(tmp_path):
+    save_file({f"{n}/latents": torch.zeros(4, 6, 4, 4) for n in range(8)}, tmp_path / "a.safetensors")
+    entries = [{"name": str(n), "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents"]} for n in range(8)]
+    clips.write_index(tmp_path, entries)
+    stream = clips.batches(clips.ClipDataset(tmp_path, 3), partial(clips.draws, 8, 2, seed=0), workers=1)
+    sizes = []
+    for count, _ in zip(range(2300), stream, strict=False):
+        if count in (300, 2299):
+            sizes.append(sum(_resident(child.pid) for child in active_children()))
+    assert 0 < sizes[1] < 1.03 * sizes[0]
+
+
+def _resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])

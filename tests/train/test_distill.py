@@ -10,7 +10,7 @@ from test_objectives import config_of
 from torch.testing import assert_close
 
 from sonic.config import AdapterConfig, SamplerConfig
-from sonic.flow.samplers import euler
+from sonic.flow.schedule import sigmas_of
 from sonic.geometry import BlockSpan
 from sonic.infer.rollout import Draws, rollout
 from sonic.model.adapters import load_adapters
@@ -160,9 +160,11 @@ def test_a_student_that_is_the_teacher_is_consistent_with_it_after_one_step_of_i
 
 
 def test_the_teachers_path_runs_through_the_students_levels():
-    for schedule, steps in (("linear", 3), ("twice_shifted", 4), ("unipc", 2), ("linear", 1)):
-        path, stride = teacher_path(SamplerConfig(schedule=schedule, sample_steps=steps), 40)
-        assert len(path) == steps * stride + 1 and path[-1] == 0
+    for schedule, steps in (("linear", 3), ("live_avatar_4step", 0), ("unipc", 2), ("linear", 1)):
+        sampler = SamplerConfig(schedule=schedule, sample_steps=steps)
+        path, stride = teacher_path(sampler, 40)
+        levels = sigmas_of(schedule, sampler.sample_steps, 3.0)
+        assert_close(path[::stride], levels)
         assert (path.diff() < 0).all()
 
 

@@ -181,3 +181,30 @@ def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path):
 def test_a_budget_is_steps_or_minutes_and_says_so(values):
     with pytest.raises(ValueError, match="exactly one"):
         TrainConfig(budget=BudgetConfig(**values))
+
+
+def test_a_checkpoint_of_something_else_is_said_and_kept(tmp_path):
+    train(make(tmp_path, steps=2, every=2))
+    other = Line()
+    other.roles["student"] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="another model or objective.*use a new name="):
+        train(make(tmp_path, steps=4, objective=other))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_without_wandb_a_run_trains_on_offline(tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    real = wandb.init
+
+    def unreachable(mode, **keywords):
+        if mode == "online":
+            raise wandb.errors.CommError("no network")
+        return real(mode=mode, **keywords)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    run = make(tmp_path, steps=2)
+    run.log.config = LogConfig(every_steps=1, bar=False, wandb="online")
+    assert train(run).steps == 2
+    assert "logging offline" in caplog.text
+    assert list((tmp_path / "wandb").glob("offline-run-*"))

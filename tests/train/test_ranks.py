@@ -117,7 +117,8 @@ def shared(accumulate):
 
 def test_a_run_that_is_killed_continues_bit_for_bit(tmp_path):
     """kill -9 while it trains and writes; started again until it is through; the same curve as never killed."""
-    script = "import sys; sys.path[:0] = sys.argv[3:]; import test_ranks as t; t.train(t.run_of(sys.argv[1], 'flow_match', steps=30, every=2))"
+    train_it = "t.train(t.run_of(sys.argv[1], 'flow_match', steps=30, every=2))"
+    script = f"import sys; sys.path[:0] = sys.argv[3:]; import test_ranks as t; {train_it}"
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     command = [sys.executable, "-c", script, str(tmp_path / "killed"), "-", *places]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

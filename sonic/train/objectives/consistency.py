@@ -7,10 +7,12 @@ block-causal forwards of the window are the rollout's own, each sampling step wi
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from sonic.config import SamplerConfig
+from sonic.config import FIXED_STEPS, SamplerConfig
 from sonic.flow.path import interpolate, spread
 from sonic.flow.samplers import Velocity
 from sonic.flow.schedule import sigmas_of
@@ -76,10 +78,12 @@ def teacher_path(sampler: SamplerConfig, teacher_steps: int) -> tuple[Tensor, in
 
     The teacher's own schedule where the student's is a part of it, else equal steps between the student's levels.
     """
-    coarse = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
-    stride = max(1, round(teacher_steps / sampler.sample_steps))
-    fine = sigmas_of(sampler.schedule, sampler.sample_steps * stride, sampler.sample_shift)
-    if not torch.allclose(fine[::stride], coarse):
-        parts = [torch.linspace(float(a), float(b), stride + 1, dtype=coarse.dtype)[:-1] for a, b in zip(coarse, coarse[1:], strict=False)]
-        fine = torch.cat((*parts, coarse[-1:]))
-    return fine, stride
+    steps = sampler.sample_steps
+    coarse = sigmas_of(sampler.schedule, steps, sampler.sample_shift)
+    stride = max(1, round(teacher_steps / steps))
+    if sampler.schedule not in FIXED_STEPS:
+        fine = sigmas_of(sampler.schedule, steps * stride, sampler.sample_shift)
+        if torch.allclose(fine[::stride], coarse):
+            return fine, stride
+    parts = [torch.linspace(float(a), float(b), stride + 1, dtype=coarse.dtype)[:-1] for a, b in pairwise(coarse)]
+    return torch.cat((*parts, coarse[-1:])), stride
