@@ -146,7 +146,7 @@ class AdapterConfig:
 
     rank: int = knob(0, "size of the adapters; 0 = none, the weights themselves learn")
     alpha: float = knob(16.0, "strength of the adapters: alpha / rank multiplies them")
-    targets: list[str] = knob([], "words in the names of what learns, such as self_attention; none = everything (with adapters: all linear layers)")
+    targets: list[str] = knob([], "words in the names of what learns, such as mlp_in; none = everything (adapters: all linear layers)")
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"learn.rank={self.rank}: need 0 (no adapters) or more")

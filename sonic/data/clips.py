@@ -65,7 +65,10 @@ class ClipDataset(Dataset):
         if "latents" not in self.clips[0]["tensors"]:
             return
         if made_by != config.autoencoder:
-            raise ValueError(f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of {config.autoencoder}; make clips for it")
+            raise ValueError(
+                f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
+                f"{config.autoencoder}; make clips for this model with launch/precompute.py"
+            )
         clip = self.read(0, 0, keys=("latents", "audio"))
         found = (clip["latents"].shape[0], *clip["audio"].shape[:2])
         wanted = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)

@@ -107,7 +107,8 @@ def load_adapters(role: nn.Module, weights: Mapping[str, Tensor]) -> None:
     names = export_adapters({name: torch.empty(0) for name in wanted})
     for ours, theirs in zip(wanted, names, strict=True):
         if theirs not in weights or weights[theirs].shape != wanted[ours].shape:
-            raise ValueError(f"the adapters lack {theirs} in the shape {list(wanted[ours].shape)}; use those of this model, rank and targets")
+            shape = list(wanted[ours].shape)
+            raise ValueError(f"the adapters lack {theirs} in the shape {shape}; use those of this model, rank and targets")
         wanted[ours].copy_(weights[theirs])
 
 

@@ -79,7 +79,8 @@ def load_weights(model: nn.Module, path: str | Path, *, besides: str = "") -> No
     """Fill the model from a safetensors file, or from all of a folder, with official or our own names; precision and device stay
     the model's, and tensors are read one at a time.
 
-    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when a file is cut short, or a tensor is missing, one too many, or of another shape.
+    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when a
+    file is cut short, or a tensor is missing, one too many, or of another shape.
     """
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not besides or besides not in name.split(".")}
     with ExitStack() as stack:

@@ -82,7 +82,8 @@ def test_ranks_share_the_order_that_one_rank_would_see():
 
 def test_workers_make_the_same_batches_as_the_loop_itself(folder):
     data = clips.ClipDataset(folder, window=2)
-    here, there = (list(islice(clips.batches(data, partial(clips.draws, len(data), 3, seed=0, start=1), workers=workers), 3)) for workers in (0, 1))
+    order = partial(clips.draws, len(data), 3, seed=0, start=1)
+    here, there = (list(islice(clips.batches(data, order, workers=workers), 3)) for workers in (0, 1))
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
