@@ -24,8 +24,8 @@ from torch import Tensor
 from sonic import metrics
 from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
-from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.data.video import VideoWriter
+from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings

@@ -104,7 +104,7 @@ def train(run: Run) -> Outcome:
 
     Raises Diverged when a loss or gradient is not finite.
     """
-    config, objective, engine, log, folder = run.config, run.objective, run.engine, run.log, run.folder
+    config, objective, engine, log = run.config, run.objective, run.engine, run.log
     engine.prepare(objective)
     facts = engine.load()
     first = step = int(facts.get("step", 0))

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.model.vae import WarpAutoencoder
+from sonic.train.objective_settings import FlowMatchConfig, PortraitConfig, VisemeConfig
 from sonic.train.objectives.flow_match import FlowMatch, cell_weights
 from sonic.train.objectives.portrait import PortraitLatents
 from sonic.train.objectives.viseme import VisemePretraining, encoder_input
-from sonic.train.objective_settings import FlowMatchConfig, PortraitConfig, VisemeConfig
 from sonic.train.settings import BudgetConfig, OptimConfig, TrainConfig
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sonic.model.vae import WarpAutoencoder
-from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.objective_settings import AutoencodeConfig
+from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.settings import TrainConfig
 from sonic.types import MotionLayers
 

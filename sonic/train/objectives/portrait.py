@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.vae import Residual, WarpAutoencoder
+from sonic.train.objective_settings import PortraitConfig
 from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.objectives.viseme import VISEMES
-from sonic.train.objective_settings import PortraitConfig
 from sonic.train.settings import TrainConfig
 from sonic.types import MotionLayers
 

@@ -13,8 +13,8 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
 from sonic.model.speech_encoder import SPEECH_ENCODERS, vary_throat
-from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.objective_settings import VisemeConfig
+from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.settings import TrainConfig
 from sonic.types import pick
 
