@@ -18,4 +18,5 @@ def train(config: TrainConfig, run: Run) -> None:
 
 if __name__ == "__main__":
     place = lambda config: ("runs", config.name)  # noqa: E731
-    launch(Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS}, place=place), train)
+    variants = {"objective": OBJECTIVE_CONFIGS}
+    launch(Entry("train", TrainConfig, collections=("train", "distill"), variants=variants, place=place, max_ranks=4096), train)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
 from sonic.train.objective_settings import ObjectiveConfig
 
-ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
+ENGINE_NAMES = ("local", "fsdp")
 
 
 @dataclass
@@ -57,9 +57,9 @@ class SpeedConfig:
     channels_last: bool = False
     workers: int = 0  # processes that read or draw batches
     prefetch: int = 4  # batches each of them keeps ready
-    engine: str = "auto"  # auto, local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
+    engine: str = "auto"  # auto (local alone, fsdp among several), local or fsdp (torch FSDP2)
     recompute: bool = False  # layers are computed again for the gradient instead of remembered
-    cpu_offload: bool = False  # fsdp and zero3 keep their shards in host memory
+    cpu_offload: bool = False  # fsdp keeps its shards in host memory
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")

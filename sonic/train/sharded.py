@@ -12,7 +12,7 @@ from sonic.train.engine import LocalEngine, is_sharded
 from sonic.train.objectives import Objective
 
 ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
-WAYS_IN = ("forward_blocks", "prefill", "prepare_block", "denoise_block")  # besides forward
+WAYS_IN = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # besides forward
 
 
 class ShardedEngine(LocalEngine):

@@ -74,6 +74,27 @@ def trained(folder, name, steps, speed=None):
     return {key: value.clone() for key, value in run.engine.weights().items()}
 
 
+class Stopped(Exception):
+    """Somebody pulled the plug."""
+
+
+def stopped(folder, name, steps, at):
+    """The same, but the plug is pulled before the update of step `at`; a checkpoint was due there."""
+    run = run_of(folder, name, steps=steps, every=at)
+    real = run.engine.step
+
+    def pull(role, *, rate, step):
+        if step == at:
+            raise Stopped
+        return real(role, rate=rate, step=step)
+
+    run.engine.step = pull
+    try:
+        train(run)
+    except Stopped:
+        run.engine.settle()
+
+
 def curve(folder):
     return torch.tensor([line["train/student_loss"] for line in read_scalars(Path(folder))])
 
@@ -90,11 +111,10 @@ def test_shards_on_any_number_of_ranks_train_as_one_process(name, ranks, tmp_pat
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
 def test_another_number_of_ranks_continues_a_run(before, after, tmp_path):
     trained(tmp_path / "whole", "flow_match", 6)
-    for ranks, steps in ((before, 3), (after, 6)):
-        if ranks == 1:
-            trained(tmp_path / "run", "flow_match", steps)
-        else:
-            on_ranks(ranks, trained, str(tmp_path / "run"), "flow_match", steps)
+    for ranks, work, more in ((before, stopped, (3,)), (after, trained, ())):
+        told = (str(tmp_path / "run"), "flow_match", 6, *more)
+        on_ranks(ranks, work, *told) if ranks > 1 else work(*told)
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 2
     assert_close(curve(tmp_path / "run"), curve(tmp_path / "whole"), rtol=1e-5, atol=1e-7)
 
 
