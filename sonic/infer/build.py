@@ -92,10 +92,6 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
     return Parts(config, model, autoencoder, speech, company.world.device, dtype)
 
 
-def _add_lora(model: AvatarDiT, config: LoraConfig, path: str | Path) -> None:
-    merge_lora(model, read_lora(path), config.alpha or lora_alpha(path))
-
-
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
     """The same parts on one device, before any weights are loaded."""
     model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
