@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
@@ -21,9 +20,10 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, vae_bytes
+from sonic.parallel.mesh import World, make_world
 from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
-from sonic.parallel.units import all_units
+from sonic.parallel.shard import shard
 from sonic.parallel.workload import Workload
 from sonic.types import Conditions
 
@@ -66,18 +66,21 @@ def fake(work: Workload) -> Iterator[None]:
 
 
 class Film(nn.Module):
-    """One hand-over from the model's conditions on: what a rank runs."""
+    """One hand-over from the model's conditions on, or the same one some `times`: what a rank runs."""
 
-    def __init__(self, model: AvatarDiT, work: Workload):
+    def __init__(self, model: AvatarDiT, work: Workload, times: int = 1):
         super().__init__()
-        self.model, self.work = model, work
+        self.model, self.work, self.times = model, work, times
 
-    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, cache: KVCache | None) -> Tensor:
-        if cache is None:
-            return self.model(latents, timestep, conditions)
-        self.model.prefill(conditions, cache)
-        inputs = self.model.prepare_block(conditions, _span(self.work))
-        return self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, cache: KVCache | None) -> None:
+        if cache is not None:
+            self.model.prefill(conditions, cache)
+        for _ in range(self.times):
+            if cache is None:
+                self.model(latents, timestep, conditions)
+            else:
+                inputs = self.model.prepare_block(conditions, _span(self.work))
+                self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
 
 
 def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -129,14 +132,15 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """One rank of a fake group; the others are its equals."""
-    with fake_ranks(hardware.devices // max(1, plan.parallel.replicas)) as mesh:
+    """One rank of a fake group; the others are its equals. Weights are gathered ahead from the second block on."""
+    with fake_world(plan, hardware.devices) as world:
         model = AvatarDiT(work.model)
-        film = Film(model, work)
+        film = Film(model, work, times=2)
         latents, timestep, conditions = _inputs(work, like=model.head.modulation)
         held = _held(*(_cache(model, work, like=latents.to(DTYPES[work.number])) for _ in range(work.passes - 1)))
         cache = _cache(model, work, like=latents.to(DTYPES[work.number]))
-        _shard(film, work, plan, mesh=mesh)
+        shard(model, world, plan.parallel)
+        fully_shard(film, mesh=world.film)  # holds nothing itself; the tracker wants a root of this kind
         tracker = FSDPMemTracker(film)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
@@ -154,36 +158,15 @@ TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]]
 
 
 @contextmanager
-def fake_ranks(world: int) -> Iterator[DeviceMesh]:
-    """A group of ranks that exist only on paper; this process is the first of them."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+def fake_world(plan: Plan, ranks: int) -> Iterator[World]:
+    """Ranks that exist only on paper; this process is the first of them."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with unset_fake_temporarily():
-            mesh = init_device_mesh("cpu", (world,))
-        yield mesh
+            world = make_world(plan.parallel, plan.parallel.name, torch.device("cpu"))
+        yield world
     finally:
         dist.destroy_process_group()
-
-
-def _shard(film: Film, work: Workload, plan: Plan, *, mesh: DeviceMesh) -> None:
-    """Shard every unit, then the blocks with what is left in them, then the rest."""
-    order = []
-    for unit in all_units(work.model, plan.parallel.unshard_unit):
-        modules = [film.model.get_submodule(name) for name in unit.modules]
-        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh)
-        order.append(modules[0])
-    for block in film.model.blocks:
-        if block not in order:
-            fully_shard(block, mesh=mesh)
-    for block in film.model.blocks:
-        register_fsdp_forward_method(block.mlp_in, "gelu")
-    fully_shard(film, mesh=mesh)
-    for index, module in enumerate(order):
-        ahead = order[index + 1 : index + 1 + plan.parallel.prefetch]
-        if ahead:
-            module.set_modules_to_forward_prefetch(ahead)
 
 
 def _blocks(work: Workload, count: int) -> Footprint:

@@ -83,13 +83,14 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     }
 
 
-def gathered_bytes(work: Workload, parallel: ParallelConfig, units: str) -> dict[str, float]:
-    """What fsdp holds of gathered weights, by moment: the unit in use twice (as gathered, as unpacked), those ahead once."""
+def gathered_bytes(work: Workload, parallel: ParallelConfig) -> dict[str, float]:
+    """What fsdp holds of gathered weights, by moment: the unit in use twice (as gathered, as unpacked), within the layers those
+    ahead once."""
     found: dict[str, float] = {}
-    for unit in all_units(work.model, units):
+    for unit in all_units(work.model, parallel.unshard_unit):
         found[unit.moment] = max(found.get(unit.moment, 0), unit.numbers * work.number)
-    largest = max(found.values())
-    return {moment: 2 * size + parallel.prefetch * largest for moment, size in found.items()}
+    ahead = parallel.prefetch * max(size for moment, size in found.items() if moment != "ends")
+    return {moment: 2 * size + ahead * (moment != "ends") for moment, size in found.items()}
 
 
 def vae_bytes(work: Workload, *, idle: float = 0) -> float:

@@ -70,7 +70,7 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     world, share = hardware.devices, degree(parallel, hardware)
     shards = world // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
-    gathered = m.gathered_bytes(work, parallel, parallel.unshard_unit)
+    gathered = m.gathered_bytes(work, parallel)
     moment = max(gathered, key=lambda name: gathered[name] + busy[name])
     shard = m.model_bytes(work) / shards
     loads = {"weights": 0 if parallel.cpu_offload else shard, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
