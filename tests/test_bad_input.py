@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
 
-from sonic.app import run_command
+from sonic.app import Entry, run_command
+from sonic.config import JudgeConfig
 from sonic.data.video import VideoWriter
 
 
@@ -187,7 +188,7 @@ def test_weights_of_another_shape_name_the_tensor(file, sentence, weights, input
 
 def test_weights_that_are_not_there(sentence, inputs):
     assert "does not exist" in sentence(f"weights={inputs / 'nowhere'}", *FACE, *TINY)
-    assert "preview_dit.safetensors" in sentence(f"weights={inputs}", *FACE, *TINY)
+    assert "preview_autoencoder.safetensors" in sentence(f"weights={inputs}", *FACE, *TINY)
 
 
 @pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
@@ -206,14 +207,15 @@ def test_a_face_box_outside_of_the_photo(sentence):
     assert "face_box" in sentence("face_box=[900,900,50,50]")
 
 
-def test_more_ranks_than_the_plan_has(sentence, monkeypatch):
+def test_more_ranks_than_a_job_has_work_for(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 ranks" in sentence(*FACE)
+    assert run_command(Entry("judge", JudgeConfig, collections=()), lambda config, run: None, ["film=a.mp4"]) == 2
+    assert "2 ranks" in capsys.readouterr().err
 
 
-def test_other_ranks_are_silent(monkeypatch, capsys):
+def test_every_rank_says_its_own_error_and_who_it_is(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     launch = launcher()
-    assert run_command(launch.ENTRY, launch.infer, []) == 2
-    assert capsys.readouterr().err == ""
+    assert run_command(launch.ENTRY, launch.infer, ["image=nowhere.jpg"]) == 2
+    assert "rank 1" in capsys.readouterr().err
