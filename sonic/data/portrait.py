@@ -77,7 +77,10 @@ def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mou
     """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
     pixels = load_image(path)
     face = find_face(pixels, face_box)
-    return Portrait(pixels, face, locate_mouth(pixels, face, mouth))
+    found = locate_mouth(pixels, face, mouth)
+    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same film
+    x, y, half_width = (round(value, 2) for value in (found.x, found.y, found.half_width))
+    return Portrait(pixels, face, Mouth(x, y, half_width, round(found.angle, 4)))
 
 
 def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:

@@ -1,0 +1,39 @@
+"""The command itself under every plan on two ranks: the same bytes as one rank's film."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from main_job import FACE
+
+INFER = str(Path(__file__).resolve().parents[2] / "launch/infer.py")
+TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def film(folder: Path, plan: str, program: tuple[str, ...]) -> bytes:
+    output = folder / f"{plan}.mp4"
+    told = (INFER, f"parallel={plan}", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *TOLD)
+    done = subprocess.run(
+        [*program, *told], capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return output.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> bytes:
+    return film(tmp_path_factory.mktemp("alone"), "single", (sys.executable,))
+
+
+@pytest.mark.parametrize("plan", ["pipeline", "fsdp", "context"])
+def test_two_ranks_make_the_film_of_one(plan, alone, tmp_path):
+    assert film(tmp_path, plan, TWO_RANKS) == alone
+
+
+def test_offloading_makes_the_film_of_one_device(alone, tmp_path):
+    assert film(tmp_path, "offload", (sys.executable,)) == alone
