@@ -123,7 +123,7 @@ def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footp
         cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
     else:
         cache = _cache(whole, work, like=like)
-    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.memory_keys) - 1))
+    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.ref_keys) - 1))
     return [_tracked(model, [weights, *waiting, *_held(cache)], run)]
 
 
@@ -186,7 +186,7 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
     inputs = model.prepare_block(conditions, _span(work))
     trip, _ = model.depart_block(latents, timestep, inputs)
     heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
-    for layer in cache.memory_keys:
+    for layer in cache.ref_keys:
         cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
     reach = model.block_reach(_span(work), cache, cache.rings[0])
     return lambda: model.travel([trip], [lambda layer: reach(layer_of(layer))])
@@ -240,7 +240,7 @@ def _cache(model: AvatarDiT, work: Workload, *, like: Tensor, steps: int | None 
 def _held(*caches: KVCache | None) -> list[Tensor]:
     """Every buffer of some caches."""
     rings = [buffers for cache in caches if cache for ring in cache.rings for buffers in (ring.keys, ring.values)]
-    return [buffer for buffers in (*rings, *(cache.memory_keys for cache in caches if cache)) for buffer in buffers.values()]
+    return [buffer for buffers in (*rings, *(cache.ref_keys for cache in caches if cache)) for buffer in buffers.values()]
 
 
 def _tensors(conditions: Conditions) -> list[Tensor]:

@@ -15,6 +15,7 @@ from sonic.parallel.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed prefetches
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
+MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -72,7 +73,7 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     busy = m.activation_bytes(work, share=share)
     gathered = m.gathered_bytes(work, parallel)
     moment = max(gathered, key=lambda name: gathered[name] + busy[name])
-    shard = m.model_bytes(work) / shards
+    shard = m.shard_bytes(work, shards)
     loads = {"weights": 0 if parallel.cpu_offload else shard, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
     ranks = _ranks(work, hardware, loads | _memories(work, share), count=world, leaders=world // share)
     moved = s.forwards(work) * s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
@@ -234,7 +235,7 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bo
 
 def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, stages: int, share: int) -> list[range]:
     """Ranges that are as fast as can be within the memory there is; of those faster than the film is shown, the leanest."""
-    layers, limit = len(times), hardware.usable_gib * GIB
+    layers = len(times)
     memories = (m.ring_bytes(work) + m.memory_bytes(work)) / share
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
     one = range(layers - 1, layers)
@@ -248,16 +249,13 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
     def time(stage: int, found: range) -> float:
         return _over(times, found) + vae * (stage == stages - 1)
 
-    def fast(stage: int, found: range) -> float:
-        return time(stage, found) if size(stage, found) <= limit else inf
-
-    def lean(stage: int, found: range) -> float:
-        return size(stage, found) if time(stage, found) <= work.shown else inf
-
-    for cost in (lean, fast):
-        ranges = best_ranges(layers, stages, cost)
-        if all(max(cost(stage, found), fast(stage, found)) < inf for stage, found in enumerate(ranges)):
-            return ranges
+    for limit in ((1 - MARGIN) * hardware.usable_gib * GIB, hardware.usable_gib * GIB):
+        fast = lambda stage, found: time(stage, found) if size(stage, found) <= limit else inf  # noqa: B023, E731
+        ranges = best_ranges(layers, stages, fast)
+        slowest = max(fast(stage, found) for stage, found in enumerate(ranges))
+        if slowest < inf:
+            enough = 1.0001 * max(slowest, work.shown)
+            return best_ranges(layers, stages, lambda stage, found: size(stage, found) if time(stage, found) <= enough else inf)  # noqa: B023
     return best_ranges(layers, stages, size)
 
 
