@@ -95,7 +95,9 @@ class KVCache:
         empty = lambda length: {layer: like.new_zeros(batch, length, held.heads, head_dim) for layer in held.layers}  # noqa: E731
         rings: list[KVRing] = []
         for first in range(0, steps, 2):
-            rings += _rings_around(memory_tokens, rollout.block_frames * size, rollout.window_blocks, min(2, steps - first), empty)
+            rings += _rings_around(
+                memory_tokens, rollout.block_frames * size, rollout.window_blocks, count=min(2, steps - first), empty=empty
+            )
         return cls(rings, tuple(grid), buckets, empty(size), {}, head_dim, like.device, like.device)
 
     @property
@@ -123,7 +125,7 @@ class KVCache:
         return self.turns[position]
 
 
-def _rings_around(memory: int, block: int, window: int, count: int, empty: Callable[[int], dict[int, Tensor]]) -> list[KVRing]:
+def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Callable[[int], dict[int, Tensor]]) -> list[KVRing]:
     """One ring, or two with their windows on both sides of one memory."""
     size = window * block
     keys, values = (empty(memory + count * size) for _ in range(2))
