@@ -65,11 +65,6 @@ PLANS: Mapping[str, Plan] = {
 }
 
 
-def plan_for(config: ParallelConfig, ranks: int) -> str:
-    """The plan's name; auto means the pipeline on several ranks."""
-    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
-
-
 @dataclass
 class Company:
     """The ranks that make films together, how, and the line that this one is part of in a pipeline."""
