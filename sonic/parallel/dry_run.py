@@ -94,14 +94,13 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """The first stage as a whole model of its blocks; the others from the tokens on."""
-    found = []
-    for stage, layers in enumerate(plan.ranges):
-        part = work.with_layers(layers)
-        own = _single(part, hardware, plan)[0] if stage == 0 else _blocks(part, len(layers))
-        arriving = MESSAGES * part.stream * (len(plan.ranges) > 1)
-        found.append(Footprint(own.stays + arriving, own.peak + arriving))
-    return found
+    """The first stage as a whole model of its blocks; the others from the tokens on, those that are alike only once."""
+    arriving = MESSAGES * work.stream * (len(plan.ranges) > 1)
+    parts = [work.with_layers(layers) for layers in plan.ranges]
+    kinds = [(len(layers), *part.model.audio.inject_layers) for layers, part in zip(plan.ranges, parts, strict=True)]
+    known = {kind: _blocks(part, kind[0]) for kind, part in dict(zip(kinds[1:], parts[1:], strict=True)).items()}
+    stages = [_single(parts[0], hardware, plan)[0], *(known[kind] for kind in kinds[1:])]
+    return [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
