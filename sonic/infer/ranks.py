@@ -49,7 +49,8 @@ def rollout_together(
     _tell(model, Take((conditions, unguided), sampler, draws.generator.get_state(), spans))
     blocks = rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
     try:
-        yield from blocks
+        for block in blocks:  # not `yield from`, which closes `blocks` when this is closed
+            yield block
     finally:
         for _ in blocks:
             pass
