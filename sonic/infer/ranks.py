@@ -49,8 +49,8 @@ def rollout_together(
     _tell(model, Take((conditions, unguided), sampler, draws.generator.get_state(), spans))
     blocks = rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
     try:
-        for block in blocks:  # not `yield from`, which closes `blocks` when this is closed
-            yield block
+        for block in blocks:  # noqa: UP028
+            yield block  # not `yield from`, which closes `blocks` when this is closed: then nothing is left to walk below
     finally:
         for _ in blocks:
             pass

@@ -72,6 +72,8 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
     Raises ValueError when they do not come out even, or the plan has no use for so many ranks.
     """
     replicas, context = config.replicas, config.context
+    if plan == "zero3" and replicas != 1:
+        raise ValueError(f"parallel=zero3 slices weights over all ranks: leave parallel.replicas={replicas} out, or use parallel=fsdp")
     if plan == "context" and replicas != -1:
         context = -1
     left = world // (max(1, replicas) * max(1, context))

@@ -19,6 +19,7 @@ from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
+from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
 Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
@@ -59,6 +60,7 @@ PLANS: Mapping[str, Plan] = {
     "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
+    "zero3": Plan(cut_nothing, place_slices, start_engines),
 }
 
 
