@@ -88,10 +88,12 @@ def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, 
     fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
-        company.line = make_line(world, parallel.timeout_s)
+        company.line = make_line(world)
         if world.stage == 0:
             model.forwards = partial(Stages, line=company.line)
     if world.size("cp") > 1:
         share_tokens(model, world.group("cp"))
+    if world.watch:
+        world.watch.over(model)
     model.company = company
     return model
