@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sonic.config import ModelConfig, parse_size
+from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.geometry import FPS
 from sonic.infer.bench_dit import bench_dit
+from sonic.infer.bench_fit import bench_fit
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.conditions import resized
 from sonic.infer.pipeline import generate
@@ -28,9 +29,20 @@ from sonic.model.flops import gemm_fraction
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech, pick
 
 
-def bench(config: BenchConfig, begun: float) -> dict:
-    """Figures of what the config names, shown as a table and written as JSON. `begun` is time.perf_counter() when the job began."""
-    figures = {**pick(BENCHES, config.target, "target")(config, begun), "machine": _machine(), "versions": versions()}
+def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
+    """Figures of what the config names, shown as a table and written as JSON by the first rank.
+
+    `begun` is time.perf_counter() when the job began.
+    """
+    if config.target == "fit":
+        found = bench_fit(config, begun, ranks=ranks)
+    elif ranks.world == 1:
+        found = pick(BENCHES, config.target, "target")(config, begun)
+    else:
+        raise ValueError(f"bench {config.target} times one process; {ranks.world} ranks are for bench fit")
+    if ranks.rank:
+        return {}
+    figures = {**found, "machine": _machine(), "versions": versions()}
     show(figures)
     if config.json:
         Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
@@ -80,7 +92,7 @@ def _film(scene: Scene, parts: Parts, config: BenchConfig, *, clock: Clock) -> R
 
 def _timed_scene(config: BenchConfig) -> Scene:
     """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
-    found = open_scene(InferConfig(image=config.image))
+    found = open_scene(InferConfig())
     samples = np.resize(found.speech.samples, round(config.seconds * found.speech.sample_rate))
     portrait = _cover(found.portrait, *parse_size(config.photo, "photo"))
     return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.seconds * FPS))

@@ -13,7 +13,7 @@ import torch
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import share_tokens
-from sonic.parallel.load import Lora, fill, without_memory
+from sonic.parallel.load import Lora, fill, fill_randomly, without_memory
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
@@ -76,14 +76,20 @@ class Company:
     line: Line | None = None
 
 
-def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
-    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that."""
+def spread_model(config: ModelConfig, weights: str | Path | None, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
+    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that.
+
+    Without a file of weights they are random.
+    """
     world, parallel = company.world, company.parallel
     plan = pick(PLANS, world.plan, "parallel.name")
     model, shapes = without_memory(config, dtype)
     plan.cut(model, world, parallel)
     plan.place(model, world, parallel)
-    fill(model, weights, shapes, lora=lora)
+    if weights is None:
+        fill_randomly(model)
+    else:
+        fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
         company.line = make_line(world)

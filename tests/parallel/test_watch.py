@@ -30,7 +30,7 @@ from sonic.parallel import watch
 from sonic.parallel.watch import Watch
 
 RANKS = 3
-PATIENCE_S, SOON_S = 3.0, 20.0
+PATIENCE_S, SOON_S = 3.0, 50.0
 SIZE = (9, 12)
 
 
