@@ -66,7 +66,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
         "first_frame_warm_s": best.first_frame_s,
         "stages_s": {name: seconds for name, seconds in best.stages_s.items() if name != "load"},
         "load_s": results[0].stages_s["load"],
-        "film": f"{config.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
+        "film": f"{config.film.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
     }
 
 
@@ -93,9 +93,9 @@ def _film(scene: Scene, parts: Parts, config: BenchConfig, *, clock: Clock) -> R
 def _timed_scene(config: BenchConfig) -> Scene:
     """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
     found = open_scene(InferConfig())
-    samples = np.resize(found.speech.samples, round(config.seconds * found.speech.sample_rate))
-    portrait = _cover(found.portrait, *parse_size(config.photo, "photo"))
-    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.seconds * FPS))
+    samples = np.resize(found.speech.samples, round(config.film.seconds * found.speech.sample_rate))
+    portrait = _cover(found.portrait, *parse_size(config.film.photo, "film.photo"))
+    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.film.seconds * FPS))
 
 
 def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
@@ -120,7 +120,7 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 def _wide(config: BenchConfig) -> ModelConfig:
     """The model as wide as gemm_dim, with heads of 128 as the published one has them, and fewer layers."""
-    dim = config.gemm_dim
+    dim = config.film.gemm_dim
     trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=4)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 
