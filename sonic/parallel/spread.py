@@ -19,6 +19,7 @@ from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
+from sonic.parallel.units import WHOLE
 from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
 
 def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    for name in WHOLE:
+        getattr(model, name).to_empty(device=world.device)
 
 
 def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -62,11 +65,6 @@ PLANS: Mapping[str, Plan] = {
     "context": Plan(),
     "zero3": Plan(cut_nothing, place_slices, start_engines),
 }
-
-
-def plan_for(config: ParallelConfig, ranks: int) -> str:
-    """The plan's name; auto means the pipeline on several ranks."""
-    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
 
 
 @dataclass
