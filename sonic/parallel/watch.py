@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 
 from sonic.config import OtherRank
-from sonic.model.dit import AvatarDiT
+from sonic.model.dit import ENTRIES, AvatarDiT
 
-WORK = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive", "forward")  # what a model does when it is asked
 LOOK_S = 0.5  # between two looks at the others
 HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
 NEVER = "never"  # began a process that this system does not show
@@ -67,7 +66,7 @@ class Watch:
         for block in model.blocks:
             if block is not None:
                 block.register_forward_pre_hook(lambda module, args: self.beat())
-        for name in WORK:
+        for name in (*ENTRIES, "forward"):
             setattr(model, name, self._as_work(getattr(model, name)))
 
     @contextmanager
