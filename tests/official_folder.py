@@ -52,7 +52,7 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(GIVEN))
-    dit = {name: torch.randn_like(tensor).mul(0.05).bfloat16() for name, tensor in export(AvatarDiT(tiny_model())).items()}
+    dit = {name: _random(tensor).bfloat16() for name, tensor in export(AvatarDiT(tiny_model())).items()}
     _shard(dit, folder)
     text = TextEncoder(UMT5).encoder.state_dict()
     text.pop(TIED)
@@ -104,7 +104,8 @@ SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in official
 
 
 def _random(tensor: Tensor) -> Tensor:
-    return torch.randn_like(tensor).mul(0.05) if tensor.is_floating_point() else tensor.clone()
+    """The tensor as it is before training, moved a little, so that nothing is zero and everything is felt in the film."""
+    return tensor + 0.05 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor.clone()
 
 
 def _shard(tensors: dict[str, Tensor], folder: Path, count: int = 2) -> None:

@@ -108,10 +108,10 @@ def test_two_speakers_are_filmed_each_with_a_voice(ready, tmp_path, pair, model)
     film(tmp_path, "again", *argv, pair[0], *swapped)
     film(tmp_path, "crossed", *argv, pair[0], swapped[0], pair[2])
     both, again, crossed = (frames_of(tmp_path, name).astype(int) for name in ("both", "again", "crossed"))
-    assert len(both) == (20 if model == "live" else 12)  # as long as the longer recording
-    print("DIFF", abs(both - again).mean(), abs(both-crossed).mean())
+    assert len(both) == (20 if model == "live" else 13)  # as long as the longer recording
+    print("DIFF", abs(both - again).mean(), abs(both - crossed).mean())
     assert abs(both - again).mean() < 1  # the order in which they are named means nothing
-    assert abs(both - crossed).mean() > 2 * abs(both - again).mean()
+    assert abs(both - crossed).mean() > 3
 
 
 @pytest.mark.parametrize("model", SHORT)
@@ -122,7 +122,7 @@ def test_a_video_of_poses_is_followed(ready, tmp_path, model):
     film(tmp_path, "posed", *told(ready, model, f"motion.pose={tmp_path / 'pose.mp4'}"))
     free, posed = (frames_of(tmp_path, name).astype(int) for name in ("free", "posed"))
     assert free.shape == posed.shape
-    assert abs(free - posed).mean() > 0
+    assert abs(free - posed).mean() > 3
 
 
 @pytest.mark.parametrize(
@@ -130,19 +130,19 @@ def test_a_video_of_poses_is_followed(ready, tmp_path, model):
     [
         ("audio={left}.wav", "2 pictures for 1 recordings"),
         ("face.masks=[{left}.png]", "1 pictures for 2 recordings"),
-        ("face.masks=[{left}.png,{nowhere}.png]", "nowhere.png"),
-        ("face.masks=[{left}.png,{small}.png]", "64x64 pixels, the portrait 192x192"),
+        ("face.masks=[{left}.png,{nowhere}.png]", "face.masks={nowhere}.png does not exist"),
+        ("face.masks=[{left}.png,{small}.png]", "160x160 pixels, the portrait 192x192"),
         ("audio={left}.wav+{nowhere}.wav", "nowhere.wav"),
         ("motion.pose={nowhere}.mp4", "nowhere.mp4"),
         ("motion.pose={left}.wav", "left.wav"),
     ],
 )
 def test_what_is_wrong_with_speakers_and_poses_is_said(ready, tmp_path, pair, capfd, change, word):
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "small.png")
+    Image.fromarray(np.zeros((160, 160), np.uint8)).save(tmp_path / "small.png")
     places = {name: str(tmp_path / name) for name in ("left", "small", "nowhere")}
     before = sorted(tmp_path.iterdir())
     assert infer(tmp_path, *told(ready, "live"), *pair, change.format(**places), f"output={tmp_path / 'a.mp4'}") == 2
     said = capfd.readouterr().err
-    assert word in said and "Traceback" not in said
+    assert word.format(**places) in said and "Traceback" not in said
     assert sum(line.startswith("sonic: error") for line in said.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
