@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -18,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HASH_CHUNK = 16 << 20
+MAPPED_BYTES = 256 << 20  # of a file that are read before it is closed: what was mapped stays in memory until then
+HEADER_STEP = 8  # bytes that a header's length is a multiple of
 ZIP = b"PK"  # how a zip begins
 
 
@@ -36,6 +41,11 @@ class Stored:
     def numel(self) -> int:
         """Numbers in it."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.numel * WIDTHS[self.dtype]
 
 
 def survey(path: Path) -> dict[str, Stored]:
@@ -104,20 +114,55 @@ def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], wh
 
 
 def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """The tensors one after the other. A file is opened for those that stand together and closed again, so that what was mapped
-    into memory is given back."""
+    """The tensors one after the other, mapped from their files. A file is opened for a few that stand together and closed again, so
+    that memory is given back once nobody holds them."""
     for path, some in groupby(tensors, key=lambda tensor: tensor.file):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(str(path), framework="pt") as file:
-                    for stored in some:
-                        yield stored, file.get_tensor(stored.name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
-        else:
-            held = _pickled(path)
-            for stored in some:
-                yield stored, held[stored.name]
+        for portion in portions(some, MAPPED_BYTES):
+            if path.suffix == ".safetensors":
+                try:
+                    with safe_open(str(path), framework="pt") as file:
+                        for stored in portion:
+                            yield stored, file.get_tensor(stored.name)
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
+            else:
+                held = _pickled(path)
+                for stored in portion:
+                    yield stored, held.pop(stored.name)
+
+
+def portions(tensors: Iterable[Stored], limit: int) -> Iterator[list[Stored]]:
+    """The tensors in order, as many at a time as have that many bytes together; a larger one alone."""
+    portion, size = [], 0
+    for stored in tensors:
+        if portion and size + stored.nbytes > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(stored)
+        size += stored.nbytes
+    if portion:
+        yield portion
+
+
+def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file of tensors that are made one at a time, `parts` being their dtypes and shapes in that order; it has its name
+    only when it is whole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in parts.items():
+        start, end = end, end + prod(shape) * WIDTHS[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % HEADER_STEP)
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as out:
+        out.write(len(text).to_bytes(HEADER_STEP, "little") + text)
+        for name, (made, tensor) in zip(parts, tensors, strict=True):
+            assert (made, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)) == (name, *parts[name])
+            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(path)
 
 
 def sha256(path: Path) -> str:
