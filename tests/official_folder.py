@@ -41,9 +41,10 @@ UMT5 = {
 VAE = {"base_dim": 4, "z_dim": 16}
 
 
-def tiny_model() -> ModelConfig:
+def tiny_model(**trunk_sizes: int) -> ModelConfig:
     """What config.json says, as ours."""
-    trunk = TrunkConfig(WIDTH, 64, 2, 2, [1, 2, 2], freq_dim=32)
+    sizes = {"hidden_dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32}
+    trunk = TrunkConfig(patch_size=[1, 2, 2], **{**sizes, **trunk_sizes})
     return ModelConfig(trunk=trunk, audio=AudioConfig(HEARD, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
 
 
@@ -68,12 +69,12 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_lora(folder: Path, rank: int = 2, seed: int = 1) -> Path:
-    """A folder like LiveAvatar/."""
+def write_lora(folder: Path, rank: int = 2, seed: int = 1, *, tensors: dict[str, Tensor] | None = None) -> Path:
+    """A folder like LiveAvatar/; `tensors` are those of another transformer than the tiny one."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     pairs = {}
-    for name, tensor in export(AvatarDiT(tiny_model())).items():
+    for name, tensor in (tensors or export(AvatarDiT(tiny_model()))).items():
         if name.endswith((".q.weight", ".k.weight", ".v.weight", ".o.weight", ".ffn.0.weight", ".ffn.2.weight")):
             module = name.removesuffix(".weight")
             pairs[f"{module}.lora_A.weight"] = torch.randn(rank, tensor.shape[1]).bfloat16()

@@ -23,7 +23,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HASH_CHUNK = 16 << 20
-MAPPED_BYTES = 256 << 20  # of a file that are read before it is closed: what was mapped stays in memory until then
+MAPPED_BYTES = 64 << 20  # of a file that are read before it is closed: what was mapped stays in memory until then
 HEADER_STEP = 8  # bytes that a header's length is a multiple of
 ZIP = b"PK"  # how a zip begins
 
@@ -58,7 +58,7 @@ def survey(path: Path) -> dict[str, Stored]:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return {name: Stored(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is cut short or not safetensors ({error}); fetch it again") from error
+            raise ValueError(f"{path} is cut short or not safetensors ({_first_lost(path) or error}); fetch it again") from error
     tensors = _pickled(path)
     return {name: Stored(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
 
@@ -85,6 +85,22 @@ def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
     if wrong:
         raise ValueError(f"{index} promises tensor {wrong[0]} in {named[wrong[0]]}, which does not hold it; fetch both again")
     return found
+
+
+def _first_lost(path: Path) -> str:
+    """The first tensor that a file cut short does not hold to its end; empty when that is not what is wrong with it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_STEP), "little")
+        if length > size:
+            return ""
+        try:
+            header = json.loads(file.read(length))
+            ends = {name: HEADER_STEP + length + told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+    lost = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    return f"tensor {lost[0]} and {len(lost) - 1} more are not all there" if lost else ""
 
 
 def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str) -> None:
