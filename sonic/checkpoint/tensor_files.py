@@ -109,7 +109,8 @@ def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], wh
     `called` gives the name that a file has for a wanted tensor.
     """
     usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0] if found else ""
-    where = next(iter(found.values())).file.parent if found else what
+    files = sorted({tensor.file for tensor in found.values()})
+    where = files[0] if len(files) == 1 else files[0].parent if files else what
     missing = [name for name in wanted if name not in found]
     if missing:
         count = f"{len(missing)} of {len(wanted)}"
