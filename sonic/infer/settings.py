@@ -18,7 +18,7 @@ from sonic.config import (
     require,
     settle_video,
 )
-from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.settings import HardwareConfig, ParallelConfig
 
 
 @dataclass
@@ -38,6 +38,13 @@ class RequestConfig:
 
 
 @dataclass
+class PlanChoiceConfig:
+    """What is done with the planner's answer."""
+
+    force: bool = knob(False, "start even what the planner says cannot fit")
+
+
+@dataclass
 class InferConfig(RequestConfig):
     """A portrait and a recording become a talking video."""
 
@@ -50,6 +57,8 @@ class InferConfig(RequestConfig):
     face: FaceConfig = knob(FaceConfig)
     motion: HeadConfig = knob(HeadConfig)
     parallel: ParallelConfig = knob(ParallelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+    plan: PlanChoiceConfig = knob(PlanChoiceConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

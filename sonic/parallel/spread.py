@@ -20,6 +20,7 @@ from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
 from sonic.parallel.units import WHOLE
+from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
 Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
@@ -62,12 +63,8 @@ PLANS: Mapping[str, Plan] = {
     "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
+    "zero3": Plan(cut_nothing, place_slices, start_engines),
 }
-
-
-def plan_for(config: ParallelConfig, ranks: int) -> str:
-    """The plan's name; auto means the pipeline on several ranks."""
-    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
 
 
 @dataclass
@@ -89,10 +86,12 @@ def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, 
     fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
-        company.line = make_line(world, parallel.timeout_s)
+        company.line = make_line(world)
         if world.stage == 0:
             model.forwards = partial(Stages, line=company.line)
     if world.size("cp") > 1:
         share_tokens(model, world.group("cp"))
+    if world.watch:
+        world.watch.over(model)
     model.company = company
     return model
