@@ -50,7 +50,7 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
     """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked."""
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    world = join_world(_device(config.speed.device))
+    world = join_world(_device(config.speed.device), context=config.speed.context)
     check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
@@ -76,23 +76,26 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """The engine that the config names; auto = local alone, fsdp among several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if world.context > 1 and name != "fsdp":
+        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave speed.context out or start more processes")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless every process gets the same number of batches of a step."""
-    accumulate, ranks, size = config.budget.accumulate, world.ranks, config.budget.batch_size
+    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    accumulate, ranks, size = config.budget.accumulate, world.readers, config.budget.batch_size
     if accumulate % ranks:
+        processes = "processes" if world.context == 1 else f"rows of {world.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
         raise ValueError(
-            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} processes; "
+            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} {processes}; "
             f"use budget.accumulate={f'{below} or {above}' if below else above}"
         )
 
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """This process's batches, from where `start` batches of all processes together have been used."""
-    speed, share = config.speed, {"rank": world.rank, "ranks": world.ranks}
+    speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
     order = partial(draws, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 

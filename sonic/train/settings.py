@@ -60,9 +60,11 @@ class SpeedConfig:
     engine: str = "auto"  # auto (local alone, fsdp among several), local or fsdp (torch FSDP2)
     recompute: bool = False  # layers are computed again for the gradient instead of remembered
     cpu_offload: bool = False  # fsdp keeps its shards in host memory
+    context: int = 1  # processes that share the tokens of each batch (fsdp)
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        require(self.context >= 1, f"speed.context={self.context}: need at least 1")
         require(
             self.precision in ("float32", "bfloat16"),
             f"speed.precision={self.precision} is unknown; choose one of: float32, bfloat16",

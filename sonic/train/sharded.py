@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.context import share_tokens
 from sonic.train.engine import LocalEngine, is_sharded
 from sonic.train.objectives import Objective
 
@@ -55,5 +56,7 @@ class ShardedEngine(LocalEngine):
             if unit is not None:
                 fully_shard(unit, **settings)
         fully_shard(model, **settings, reshard_after_forward=False)
+        if self.world.sharers:  # gradients of a share add up over those who share, and the sharing counts each of them: the mean is right
+            share_tokens(model, self.world.sharers)
         for name in WAYS_IN:
             register_fsdp_forward_method(model, name)
