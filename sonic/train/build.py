@@ -26,6 +26,7 @@ from sonic.train.objectives import OBJECTIVES, Batch
 from sonic.train.settings import DataConfig, TrainConfig
 from sonic.train.sharded import ShardedEngine
 from sonic.train.world import World, join_world
+from sonic.train.zero import Zero3Engine, ZeroEngine
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
 
 
 def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "") -> Outcome:
@@ -76,6 +77,8 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """The engine that the config names; auto = local alone, fsdp among several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if name != "local" and world.writers is None:
+        raise ValueError(f"speed.engine={name} needs processes that torchrun starts: torchrun --nproc-per-node=N launch/train.py ...")
     if world.context > 1 and name != "fsdp":
         raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave speed.context out or start more processes")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
 from sonic.train.objective_settings import ObjectiveConfig
 
-ENGINE_NAMES = ("local", "fsdp")
+ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
 
 
 @dataclass
@@ -57,9 +57,9 @@ class SpeedConfig:
     channels_last: bool = False
     workers: int = 0  # processes that read or draw batches
     prefetch: int = 4  # batches each of them keeps ready
-    engine: str = "auto"  # auto (local alone, fsdp among several), local or fsdp (torch FSDP2)
+    engine: str = "auto"  # auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
     recompute: bool = False  # layers are computed again for the gradient instead of remembered
-    cpu_offload: bool = False  # fsdp keeps its shards in host memory
+    cpu_offload: bool = False  # shards lie in host memory
     context: int = 1  # processes that share the tokens of each batch (fsdp)
 
     def __post_init__(self) -> None:

@@ -62,6 +62,8 @@ def join_world(device: torch.device, *, context: int = 1) -> World:
 
     Raises ValueError unless the processes can be parted into rows of `context`.
     """
+    if device.type == "cuda" and dist.is_torchelastic_launched():
+        torch.cuda.set_device(dist.get_node_local_rank())
     if not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = dist.get_world_size() if dist.is_initialized() else 1
