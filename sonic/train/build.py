@@ -80,7 +80,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     if name != "local" and world.writers is None:
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: torchrun --nproc-per-node=N launch/train.py ...")
     if world.context > 1 and name != "fsdp":
-        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave speed.context out or start more processes")
+        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 

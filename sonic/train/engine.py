@@ -102,8 +102,13 @@ class LocalEngine:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights of the student, whole, by its own names."""
-        return {name: whole(tensor) for name, tensor in self.ema.weights(self.roles[EXPORTED]).items()}
+        """Averaged weights of the student, whole, by its own names, in the main process's host memory; nothing on the others."""
+        found = {}
+        for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
+            gathered = whole(tensor)  # one at a time: all of them together may not fit
+            if self.world.main:
+                found[name] = gathered.cpu()
+        return found
 
     def save(self, step: int, facts: dict) -> None:
         """Keep the state as the checkpoint of `step`; it is written while training goes on."""

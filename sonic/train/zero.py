@@ -55,7 +55,9 @@ class ZeroEngine(LocalEngine):
             shared = {}
             for body in others.values():
                 self.place(body)
-        self.engines = {role: _prepared(accelerator, role, module, adamw(module.parameters(), self.optim)) for role, module in self.roles.items()}
+        self.engines = {
+            role: _prepared(accelerator, role, module, adamw(module.parameters(), self.optim)) for role, module in self.roles.items()
+        }
         self.sharded = [engine for name, engine in {**shared, **self.engines}.items() if stages[name] == 3]
         for module in self.roles.values():
             module.train()

@@ -70,7 +70,9 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
     world = join_world(torch.device("cpu"), context=config.speed.context)
     folder = Path(folder)
     log = RunLog(folder, config.log, name=name, main=world.main)
-    return Run(config, objective, engine_of(config, world, folder), stream_of(config, Windows(8 if name == "clip" else 4), world), log, folder)
+    return Run(
+        config, objective, engine_of(config, world, folder), stream_of(config, Windows(8 if name == "clip" else 4), world), log, folder
+    )
 
 
 def trained(folder, name, steps, speed=None):
@@ -80,13 +82,22 @@ def trained(folder, name, steps, speed=None):
     return {key: value.clone() for key, value in run.engine.weights().items()}
 
 
+def continued(folder, name, steps, speed=None):
+    """The same where every weight that learns begins at zero, so that only a checkpoint can help."""
+    run = run_of(folder, name, steps=steps, **(speed or {}))
+    with torch.no_grad():
+        for parameter in (p for module in run.objective.roles.values() for p in module.parameters() if p.requires_grad):
+            parameter.zero_()
+    train(run)
+
+
 class Stopped(Exception):
     """Somebody pulled the plug."""
 
 
-def stopped(folder, name, steps, at):
+def stopped(folder, name, steps, at, speed=None):
     """The same, but the plug is pulled before the update of step `at`; a checkpoint was due there."""
-    run = run_of(folder, name, steps=steps, every=at)
+    run = run_of(folder, name, steps=steps, every=at, **(speed or {}))
     real = run.engine.step
 
     def pull(role, *, rate, step):
@@ -117,7 +128,7 @@ def test_shards_on_any_number_of_ranks_train_as_one_process(name, ranks, tmp_pat
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
 def test_another_number_of_ranks_continues_a_run(before, after, tmp_path):
     trained(tmp_path / "whole", "flow_match", 6)
-    for ranks, work, more in ((before, stopped, (3,)), (after, trained, ())):
+    for ranks, work, more in ((before, stopped, (3,)), (after, continued, ())):
         told = (str(tmp_path / "run"), "flow_match", 6, *more)
         on_ranks(ranks, work, *told) if ranks > 1 else work(*told)
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 2
