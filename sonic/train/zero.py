@@ -41,6 +41,7 @@ class ZeroEngine(LocalEngine):
 
     def prepare(self, objective: Objective) -> None:
         """Give every role its engine, what else computes a place, and the student its running average."""
+        self.lay_out(objective)
         self.roles = dict(objective.roles)
         others = {name: body for name, body in objective.bodies.items() if all(body is not role for role in self.roles.values())}
         for module in {**others, **self.roles}.values():
