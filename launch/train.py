@@ -19,7 +19,10 @@ def train(config: TrainConfig, run: Run) -> None:
     run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)
 
 
+ENTRY = Entry(
+    "train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS},
+    place=lambda config: ("runs", config.name), max_ranks=4096,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    place = lambda config: ("runs", config.name)  # noqa: E731
-    variants = {"objective": OBJECTIVE_CONFIGS}
-    launch(Entry("train", TrainConfig, collections=("train", "distill"), variants=variants, place=place, max_ranks=4096), train)
+    launch(ENTRY, train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
 from sonic.train.engine import Engine, LocalEngine
@@ -48,6 +49,7 @@ def run_training(
 
     `opened` is called when all parts are there and the folder is about to be used.
     """
+    config = sized(config)
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
@@ -75,6 +77,13 @@ def run_training(
         card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=(commit, command), device=world.device)
         Path(config.export).with_suffix(".md").write_text(card)
     return outcome
+
+
+def sized(config: TrainConfig) -> TrainConfig:
+    """The config with the sizes of its checkpoint. Raises ValueError when that is of another model."""
+    if config.model.autoencoder != "wan" or not config.model.weights:
+        return config
+    return replace(config, model=Ready.open(Path(config.model.weights)).config(config.model))
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
