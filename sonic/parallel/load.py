@@ -45,7 +45,7 @@ def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> N
             if weight.is_meta:
                 weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
                 continue
-            local, place = local_part(weight)
+            local, place = _local(weight)
             part = stored[name].part(place)
             if name in lora.adapters:
                 part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[place]
@@ -68,7 +68,7 @@ def _mapped(stored: Stored, weight: Tensor, path: str | Path, *, adapted: bool) 
     return value
 
 
-def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """What of a weight is here, and which part of the whole that is."""
     if not isinstance(weight, DTensor):
         return weight.data, tuple(slice(0, size) for size in weight.shape)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sonic.config import ModelConfig
 from sonic.model.adapters import ADAPTERS, LowRank
 from sonic.model.dit import AvatarDiT
 from sonic.model.weights import stored_weights
-from sonic.parallel.load import local_part
 
 LOG = logging.getLogger(__name__)
 
@@ -72,6 +73,14 @@ def start_from(module: nn.Module, path: Path) -> None:
     if not taken:
         raise ValueError(f"init_from={path} has no tensor that fits this model; train from the start or name other weights")
     LOG.info("took %d of %d tensors from %s", taken, len(state), path)
+
+
+def local_part(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What of a weight is here, and which part of the whole that is."""
+    if not isinstance(weight, DTensor):
+        return weight.data, tuple(slice(0, size) for size in weight.shape)
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return weight.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def _starts(name: str) -> list[str]:

@@ -125,7 +125,11 @@ class ZeroEngine(LocalEngine):
     def _settings(self, stage: int) -> dict:
         """What DeepSpeed is told. The loop says when a step is due, and losses come with their share of it."""
         speed, away = self.config.speed, {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
-        zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 3 * self.config.model.trunk.hidden_dim}
+        zero: dict[str, Any] = {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 3 * self.config.model.trunk.hidden_dim,  # see _begin_pass
+            "memory_efficient_linear": False,  # it would put another function in the place of torch's for the whole process
+        }
         if speed.cpu_offload:
             zero |= {"offload_optimizer": away} | ({"offload_param": away} if stage == 3 else {})
         half = {"bf16": {"enabled": True}, "communication_data_type": "fp32"} if speed.precision == "bfloat16" else {}
