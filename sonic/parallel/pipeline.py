@@ -217,7 +217,7 @@ def serve(model: AvatarDiT, line: Line, *, dtype: torch.dtype) -> None:
             return
         if note.kind == "memory":
             cache = caches[note.told] = model.cache_of(note.shape, steps=note.steps, motion=note.motion, like=like)
-            whole, reach = (1, cache.rings[0].memory_tokens), model.memory_reach(cache)
+            whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
         else:
             cache = caches[note.told]
             whole = (note.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))

@@ -19,6 +19,7 @@ from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
+from sonic.parallel.units import WHOLE
 from sonic.types import pick
 
 Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
@@ -38,6 +39,8 @@ class Plan(NamedTuple):
 
 def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    for name in WHOLE:
+        getattr(model, name).to_empty(device=world.device)
 
 
 def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -60,11 +63,6 @@ PLANS: Mapping[str, Plan] = {
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
 }
-
-
-def plan_for(config: ParallelConfig, ranks: int) -> str:
-    """The plan's name; auto means the pipeline on several ranks."""
-    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
 
 
 @dataclass
