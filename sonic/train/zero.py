@@ -351,7 +351,7 @@ def _spread_masters(engine: Any) -> None:
 @contextmanager
 def _gathered(parameter: nn.Parameter) -> Iterator[None]:
     """A parameter whole for a while, wherever it is."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
         yield
