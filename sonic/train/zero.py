@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +18,7 @@ from sonic.model.adapters import AdaptedLinear
 from sonic.model.dit import AvatarDiT
 from sonic.train.checkpoint import State
 from sonic.train.ema import Ema
-from sonic.train.engine import EXPORTED, LocalEngine, recompute_layers, whole
+from sonic.train.engine import EXPORTED, LocalEngine, recompute_layers, transformers, whole
 from sonic.train.objectives import Objective
 from sonic.train.optim import adamw
 from sonic.train.settings import TrainConfig
@@ -49,6 +49,8 @@ class ZeroEngine(LocalEngine):
                 recompute_layers(module)
         stages = {role: self.stage if _transformers(module) else 2 for role, module in self.roles.items()}
         stages |= dict.fromkeys(others, 3) if self.stage == 3 else {}
+        if self.config.speed.precision == "bfloat16":
+            _halve_beside_slices(self.roles.values())
         accelerator = self._accelerator(stages)
         if self.stage == 3:
             shared = {name: _prepared(accelerator, name, body) for name, body in others.items()}
@@ -241,6 +243,25 @@ class Zero3Engine(ZeroEngine):
 
     stage = 3
 
+    def lay_out(self, objective: Objective) -> None:
+        """Give the weights of a transformer without memory theirs, module by module, and keep a slice of each; adapters stay whole."""
+        for model in transformers(objective):
+            if not any(weight.is_meta for weight in model.parameters()):
+                continue
+            with _without_adapters(model) as adapters:
+                if self.config.speed.precision == "bfloat16":
+                    model.bfloat16()
+                for module in reversed(list(model.modules())):  # what is inside first: DeepSpeed looks into a module as well
+                    self._slice_up(module)
+            adapters.to_empty(device="cpu")
+
+    def _slice_up(self, module: nn.Module) -> None:
+        from deepspeed.runtime.zero import Init
+
+        if list(module.parameters(recurse=False)):
+            module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
+            Init(module=module, config_dict_or_path=self._settings(3))
+
 
 def _check_installed(engine: str, device: torch.device) -> None:
     """Raise ValueError without DeepSpeed. Training on a CPU beside a GPU, tell it so."""
@@ -260,6 +281,14 @@ def _transformers(module: nn.Module) -> list[AvatarDiT]:
     return [part for part in module.modules() if isinstance(part, AvatarDiT)]
 
 
+def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
+    """Where some weights are in slices already, DeepSpeed leaves the precision of the others to us."""
+    for module in modules:
+        if any(hasattr(weight, "ds_tensor") for weight in module.parameters()):
+            for weight in module.parameters():
+                weight.data = weight.data.bfloat16()
+
+
 def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.optim.Optimizer) -> Any:
     """The module's DeepSpeed engine. Adapters on a transformer that only computes belong to their roles' engines."""
     accelerator.state.select_deepspeed_plugin(name)
@@ -271,11 +300,12 @@ def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.
 
 
 @contextmanager
-def _without_adapters(module: nn.Module) -> Iterator[None]:
+def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Take the adapters off for a while; gives them."""
     adapted = [part for part in module.modules() if isinstance(part, AdaptedLinear)]
     aside = [part._modules.pop("adapters") for part in adapted]
     try:
-        yield
+        yield nn.ModuleList(aside)
     finally:
         for part, adapters in zip(adapted, aside, strict=True):
             part.adapters = adapters
