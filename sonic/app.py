@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sonic.config import Ranks, closest_first, unknown_choice
+from sonic.config import OtherRank, Ranks, closest_first, unknown_choice
 from sonic.runs import Run, start_logging
 
 ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
@@ -70,6 +71,7 @@ class Entry:
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
     sys.exit(run_command(entry, job, sys.argv[1:] if argv is None else argv))
 
 
@@ -97,6 +99,11 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         if ranks.rank and run:  # the first rank may know nothing of it
             log.critical("rank %d: %s", ranks.rank, _sentence(error))
         return _given_up(run, _sentence(error), USER_ERROR)
+    except OtherRank as error:
+        return _given_up(run, str(error), FAULT)
+    except MemoryError as error:
+        log.critical("rank %d: %s", ranks.rank, _sentence(error))
+        return FAULT
     except KeyboardInterrupt:
         return _given_up(run, "stopped; nothing was kept", STOPPED)
     except Exception:
