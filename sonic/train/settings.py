@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
+from sonic.parallel.settings import ParallelConfig
 from sonic.train.objective_settings import ObjectiveConfig
 
 ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
@@ -161,3 +162,8 @@ class EvaluateConfig:
     sampler: SamplerConfig = knob(SamplerConfig)
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+
+    def __post_init__(self) -> None:
+        fine = self.parallel.name in ("auto", "single", "offload")
+        require(fine, f"parallel={self.parallel.name}: figures are made on one device; use single or offload")
