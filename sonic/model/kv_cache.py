@@ -31,6 +31,10 @@ class KVRing:
     newest: int | None = None
     ref_position: int | None = None
 
+    def rewind(self) -> None:
+        """Forget the blocks; the memory stays."""
+        self.origin = self.newest = None
+
     def begin(self, index: int) -> tuple[int, int, int]:
         """Make room for block `index`: first and last token of its slot, and how far the ring is filled with it.
 
