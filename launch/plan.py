@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.parallel.planner import Planned, as_json, planned  # noqa: E402
-from sonic.parallel.settings import PlanConfig  # noqa: E402
+from sonic.parallel.settings import HardwareConfig, PlanConfig  # noqa: E402
 from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
@@ -23,6 +24,8 @@ NOTHING_FITS = 3
 
 def plan(config: PlanConfig, run: Run) -> int:
     """Plan, show the table, write the JSON; the exit code says whether anything fits."""
+    if config.hardware.name == "here":
+        config = replace(config, hardware=_looked_up(config))
     found, answer = (training if config.task.objective else film)(config)
     if config.json:
         Path(config.json).write_text(json.dumps(answer, indent=2) + "\n")
@@ -55,6 +58,16 @@ def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
         tracked = track_training(found.work, found.hardware, found.chosen)
     show_training(found, tracked)
     return found, training_json(found, tracked)
+
+
+def _looked_up(config: PlanConfig) -> HardwareConfig:
+    """This machine, with hardware.devices of its devices."""
+    import torch  # not for hardware that a file describes
+
+    from sonic.parallel.here import hardware_here
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return hardware_here(config.hardware, device, ranks=config.hardware.devices, local_ranks=config.hardware.devices)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from sonic.parallel.memory import GIB
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
@@ -114,8 +115,8 @@ def _tokens(work: Training, count: float) -> float:
 
 
 def _ring(work: Training) -> float:
-    """One layer's keys and values in a ring, the memory's keys once more unrotated, the prompt's."""
-    return _tokens(work, 2 * work.ring + work.memory + 2 * work.model.text.text_len)
+    """One layer's keys and values in a ring, the reference's keys once more unrotated, the prompt's."""
+    return _tokens(work, 2 * work.ring + prod(work.grid) + 2 * work.model.text.text_len)
 
 
 def _remembered(work: Training, tokens: float, graph: float) -> float:
