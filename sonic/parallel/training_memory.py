@@ -19,6 +19,7 @@ MASTER, MOMENTS = 4, 8  # bytes of what learns, in float32, and of AdamW's two a
 # what is alive while a layer is made again and gone back through: tokens in the computing precision and in float32 (norms), of
 # these the denoised ones alone in float32, and hidden layers of the MLP
 GRAPH = {"adapters": (17, 5, 2, 2), "weights": (15, 7, 2, 3), "elsewhere": (10, 5, 2, 2)}
+LEFT = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}  # of a graph, by a layer; copies, by an injector
 FORWARD = (4, 1, 0.5, 3)  # the same in a forward that remembers nothing
 
 
@@ -87,10 +88,10 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
     forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
     yield "rollout", {"kv_ring": ring} | forward
     noisy = work.noisy / work.clip
-    graph = _live(work, _graph(work), clip, noisy=noisy)
+    graph = _graph(work, clip, noisy=noisy)
     yield "critic", _backward(work, size, graph) | {"gradients": gradients, "layer_inputs": _remembered(work, clip, graph)}
     yield "scores", {"gradients": gradients} | _gathered(size, _live(work, FORWARD, clip, noisy=noisy))
-    graph = _live(work, _graph(work), block, noisy=1) + 2 * _tokens(work, work.ring) / share  # keys and values, old and new
+    graph = _graph(work, block, noisy=1) + 2 * _tokens(work, work.ring) / share  # keys and values, old and new
     replay = {"gradients": gradients, "kv_ring": ring, "layer_inputs": _remembered(work, block, graph)}
     forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
     yield "student", max((replay | each for each in (forward, _backward(work, size, graph))), key=_sum)
@@ -100,7 +101,7 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
 def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
     """A clip's gradient."""
     clip = _tokens(work, work.clip) / share
-    graph = _live(work, _graph(work), clip, noisy=work.noisy / work.clip)
+    graph = _graph(work, clip, noisy=work.noisy / work.clip)
     rest = {"gradients": MASTER * size.numbers(), "layer_inputs": _remembered(work, clip, graph)}
     forward = _gathered(size, _live(work, FORWARD, clip, noisy=1))
     yield "gradient", max((rest | each for each in (forward, _backward(work, size, graph))), key=_sum)
@@ -120,15 +121,24 @@ def _ring(work: Training) -> float:
 
 
 def _remembered(work: Training, tokens: float, graph: float) -> float:
-    """What layers leave for a gradient: their inputs (of blocks and of injectors), or their graphs."""
-    layers = work.model.trunk.num_layers
-    return (layers + len(work.model.audio.inject_layers)) * tokens if work.task.recompute else (layers - 1) * graph
+    """What layers leave for a gradient: their inputs (of blocks and of injectors), or most of their graphs."""
+    layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
+    if work.task.recompute:
+        return (layers + injectors) * tokens
+    share, copies = LEFT[_kind(work)]
+    return (layers - 1) * share * graph + injectors * copies * tokens
 
 
-def _graph(work: Training) -> tuple[float, ...]:
-    """What a block's graph remembers: less where its weights are frozen."""
-    inside = any(unit.startswith("blocks.") for unit in learnt(work))
-    return GRAPH["adapters" if work.task.learn.rank else "weights" if inside else "elsewhere"]
+def _kind(work: Training) -> str:
+    """What a block's graph remembers depends on what learns in it."""
+    if work.task.learn.rank:
+        return "adapters"
+    return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
+
+
+def _graph(work: Training, tokens: float, *, noisy: float) -> float:
+    """Bytes of a block's graph over `tokens` bytes of tokens, of which `noisy` are denoised."""
+    return _live(work, GRAPH[_kind(work)], tokens, noisy=noisy)
 
 
 def _live(work: Training, copies: tuple[float, ...], tokens: float, *, noisy: float) -> float:
@@ -165,7 +175,7 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     float32, and the first of this one's own; what the noise level's projection, which runs in float32, remembers of its weights."""
     largest = max(numbers for _, numbers in size.units)
     learning = max(size.learnt.get(unit, 0) for unit, _ in size.units)
-    own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _graph(work) == GRAPH["weights"] else 0
+    own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _kind(work) == "weights" else 0
     remembered = size.learnt.get("time_embed", 0) if work.number < MASTER and not work.task.learn.rank else 0
     reduced = MASTER * learning * (1 + 1 / size.ranks) + work.number * own
     return {"gathered": size.root + 2 * largest, "reduced": reduced, "activations": graph + work.number * remembered}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,15 +38,14 @@ PAST_NOISE = 0.3
 
 
 def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan) -> dict[str, float] | None:
-    """GiB of every rank by moment; None for a plan that cannot be tracked (tokens shared between ranks, shards on the host, which is
-    the device where ranks are fake)."""
-    if plan.parallel.context > 1 or plan.parallel.cpu_offload:
+    """GiB of every rank by moment; None for a plan that keeps shards on the host, which is the device where ranks are fake."""
+    if plan.parallel.cpu_offload:
         return None
-    return {moment: size / GIB + hardware.reserve_gib for moment, size in track(work, plan.ranks).items()}
+    return {moment: size / GIB + hardware.reserve_gib for moment, size in track(work, plan.ranks, plan.parallel.context).items()}
 
 
-def track(work: Training, ranks: int) -> dict[str, int]:
-    """The most bytes that a rank holds in each moment of a step after the first, on the device and as a CUDA device computes.
+def track(work: Training, ranks: int, share: int) -> dict[str, int]:
+    """The most bytes that a rank holds in each moment of a step after the first, `share` ranks to a batch, as a CUDA device computes.
 
     Parts of the step that repeat earlier ones are left out: further sampling steps, which go over the same ring; the gradient of
     blocks between the first and the last; the averages' update, which is in place.
@@ -60,14 +60,15 @@ def track(work: Training, ranks: int) -> dict[str, int]:
         for module in (each for body in objective.bodies.values() for each in body.modules()):
             if isinstance(module, MultiHead):
                 module.attention = _fused
-        engine = ShardedEngine(config, World(0, ranks), Path())
+        sharers = dist.new_group(range(share)) if share > 1 else None
+        engine = ShardedEngine(config, World(0, ranks, context=share, sharers=sharers), Path())
         engine.prepare(objective)
         with mode:
             updates = {role: Update(module, config) for role, module in engine.roles.items()}
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.bodies.values(), *engine.ema.averages.values(), *states, *batch.values())
-        with mode, _norms_in_float32(), ledger:
+        with mode, _norms_in_float32(), _no_collection(), ledger:
             for moment in STEPS[config.objective.name](objective, engine, batch, updates):
                 found[moment] = max(found.get(moment, 0), ledger.lap())
         return found
@@ -177,8 +178,8 @@ def _distil(objective: Any, engine: ShardedEngine, batch: Batch, updates: Mappin
     for block in range(last + 1):
         with torch.set_grad_enabled(block in (0, last)):
             _descend(engine, STUDENT, replay)
-        yield "student"
     replay.close()
+    yield "student"
     updates[STUDENT]()
     yield "update"
 
@@ -214,6 +215,16 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A million small objects are not searched for cycles again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager
