@@ -40,7 +40,7 @@ DOORS = {  # third party -> the only places that may import it
     "hydra": {"sonic/app.py", "launch"},
     "omegaconf": {"sonic/app.py", "launch"},
     "wandb": {"sonic/train/log.py"},
-    "deepspeed": {"sonic/parallel/zero.py", "sonic/train/zero.py"},
+    "deepspeed": {"sonic/parallel/zero.py", "sonic/train/zero.py", "sonic/train/zero_masters.py"},
     "accelerate": {"sonic/parallel/zero.py", "sonic/train/zero.py"},
     "xformers": {"sonic/model/attention.py"},
     "diffusers": {"sonic/model/wan_vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},

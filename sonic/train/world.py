@@ -65,7 +65,7 @@ def join_world(device: torch.device, *, context: int = 1) -> World:
     if device.type == "cuda" and dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank())
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo for what waits in host memory
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % context:
         fits = [number for number in range(1, ranks + 1) if ranks % number == 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -18,13 +18,12 @@ from sonic.model.adapters import AdaptedLinear
 from sonic.model.dit import AvatarDiT
 from sonic.train.checkpoint import State
 from sonic.train.ema import Ema
-from sonic.train.engine import EXPORTED, LocalEngine, recompute_layers, whole
+from sonic.train.engine import EXPORTED, LocalEngine, recompute_layers, transformers, whole
 from sonic.train.objectives import Objective
 from sonic.train.optim import adamw
 from sonic.train.settings import TrainConfig
 from sonic.train.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from sonic.train.zero_masters import MOMENTS, gathered, link_moments, make_moments, masters_of, put_master, spread_masters, whole_master
 
 
 class ZeroEngine(LocalEngine):
@@ -49,6 +48,8 @@ class ZeroEngine(LocalEngine):
                 recompute_layers(module)
         stages = {role: self.stage if _transformers(module) else 2 for role, module in self.roles.items()}
         stages |= dict.fromkeys(others, 3) if self.stage == 3 else {}
+        if self.config.speed.precision == "bfloat16":
+            _halve_beside_slices(self.roles.values())
         accelerator = self._accelerator(stages)
         if self.stage == 3:
             shared = {name: _prepared(accelerator, name, body) for name, body in others.items()}
@@ -62,7 +63,7 @@ class ZeroEngine(LocalEngine):
         self.sharded = [engine for name, engine in {**shared, **self.engines}.items() if stages[name] == 3]
         for module in self.roles.values():
             module.train()
-        self.masters = nn.ParameterList(_masters(self.engines[EXPORTED]))
+        self.masters = nn.ParameterList(masters_of(self.engines[EXPORTED]))
         self.ema = Ema(self.masters, self.optim.ema_decay)
         self.shards = DeviceMesh.from_group(self.world.writers, "cpu")
 
@@ -165,9 +166,9 @@ class ZeroEngine(LocalEngine):
         parameters = dict(module.named_parameters())
         for name, parameter in parameters.items():
             if parameter.requires_grad:
-                yield name, _whole_master(parameter)
+                yield name, whole_master(parameter)
             elif frozen:
-                with _gathered(parameter):
+                with gathered(parameter):
                     yield name, parameter.detach()
         yield from ((name, value) for name, value in module.state_dict().items() if name not in parameters)
 
@@ -182,11 +183,11 @@ class ZeroEngine(LocalEngine):
             steps = [memory["step"] for memory in self.engines[role].optimizer.optimizer.state.values() if "step" in memory]
             if not steps:
                 continue
-            _link_moments(self.engines[role])
+            link_moments(self.engines[role])
             for name, parameter in self._learning(role).items():
                 start = f"moments.{role}.{name}."
                 tensors[f"{start}step"] = steps[0].detach().cpu().clone()
-                tensors |= {f"{start}{key}": self._slice(_whole_master(parameter, key)) for key in MOMENTS}
+                tensors |= {f"{start}{key}": self._slice(whole_master(parameter, key)) for key in MOMENTS}
         return tensors
 
     def _to_fill(self, names: set[str]) -> State:
@@ -208,7 +209,7 @@ class ZeroEngine(LocalEngine):
     def _take(self, read: State) -> None:
         """Hand what was read to DeepSpeed: averages first, because they pass through the place of the weights."""
         for name, parameter in self._learning(EXPORTED).items():
-            _put_master(parameter, whole(read[f"average.{name}"]))
+            put_master(parameter, whole(read[f"average.{name}"]))
         self.ema = Ema(self.masters, self.optim.ema_decay)
         for role, module in self.roles.items():
             engine, learning = self.engines[role], self._learning(role)
@@ -217,13 +218,13 @@ class ZeroEngine(LocalEngine):
                     value.copy_(read[f"weights.{role}.{name}"])
             steps = [read[key] for key in (f"moments.{role}.{name}.step" for name in learning) if key in read]
             if steps:
-                _make_moments(engine, steps[0])
+                make_moments(engine, steps[0])
             for name, parameter in learning.items():
-                _put_master(parameter, whole(read[f"weights.{role}.{name}"]))
+                put_master(parameter, whole(read[f"weights.{role}.{name}"]))
                 for key in MOMENTS:
                     if (found := read.get(f"moments.{role}.{name}.{key}")) is not None:
-                        _put_master(parameter, whole(found), key)
-            _spread_masters(engine)
+                        put_master(parameter, whole(found), key)
+            spread_masters(engine)
 
     def _learning(self, role: str) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.roles[role].named_parameters() if p.requires_grad}
@@ -240,6 +241,25 @@ class Zero3Engine(ZeroEngine):
     """ZeRO-3."""
 
     stage = 3
+
+    def lay_out(self, objective: Objective) -> None:
+        """Give the weights of a transformer without memory theirs, module by module, and keep a slice of each; adapters stay whole."""
+        for model in transformers(objective):
+            if not any(weight.is_meta for weight in model.parameters()):
+                continue
+            with _without_adapters(model) as adapters:
+                if self.config.speed.precision == "bfloat16":
+                    model.bfloat16()
+                for module in reversed(list(model.modules())):  # what is inside first: DeepSpeed looks into a module as well
+                    self._slice_up(module)
+            adapters.to_empty(device="cpu")
+
+    def _slice_up(self, module: nn.Module) -> None:
+        from deepspeed.runtime.zero import Init
+
+        if list(module.parameters(recurse=False)):
+            module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
+            Init(module=module, config_dict_or_path=self._settings(3))
 
 
 def _check_installed(engine: str, device: torch.device) -> None:
@@ -260,6 +280,14 @@ def _transformers(module: nn.Module) -> list[AvatarDiT]:
     return [part for part in module.modules() if isinstance(part, AvatarDiT)]
 
 
+def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
+    """Where some weights are in slices already, DeepSpeed leaves the precision of the others to us."""
+    for module in modules:
+        if any(hasattr(weight, "ds_tensor") for weight in module.parameters()):
+            for weight in module.parameters():
+                weight.data = weight.data.bfloat16()
+
+
 def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.optim.Optimizer) -> Any:
     """The module's DeepSpeed engine. Adapters on a transformer that only computes belong to their roles' engines."""
     accelerator.state.select_deepspeed_plugin(name)
@@ -271,11 +299,12 @@ def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.
 
 
 @contextmanager
-def _without_adapters(module: nn.Module) -> Iterator[None]:
+def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Take the adapters off for a while; gives them."""
     adapted = [part for part in module.modules() if isinstance(part, AdaptedLinear)]
     aside = [part._modules.pop("adapters") for part in adapted]
     try:
-        yield
+        yield nn.ModuleList(aside)
     finally:
         for part, adapters in zip(adapted, aside, strict=True):
             part.adapters = adapters
@@ -290,68 +319,3 @@ def _begin_pass(engine: Any) -> None:
     missing = [weight for weight in read if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if missing:
         missing[0].all_gather(missing)
-
-
-def _masters(engine: Any) -> Sequence[Tensor]:
-    """This process's float32 slices of what an engine's optimizer moves."""
-    zero = engine.optimizer
-    return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-
-
-def _whole_master(parameter: nn.Parameter, key: str = "") -> Tensor:
-    """A parameter in float32, or its optimizer's memory of that key, whole."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
-
-
-def _put_master(parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
-    """Give a parameter, or its optimizer's memory of that key, a value that all processes have."""
-    from deepspeed import utils
-
-    if hasattr(parameter, "ds_tensor"):
-        size = parameter.partition_numel()
-        padded = torch.zeros(size * torch.distributed.get_world_size(), dtype=torch.float32)
-        padded[: value.numel()] = value.flatten()
-        part = padded[size * torch.distributed.get_rank() :][:size].to(parameter.device)
-        told = (parameter, part, key) if key else (parameter, part)
-        (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(*told)
-    else:
-        told = (parameter, value.to(parameter.device), *([key] if key else []))
-        (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(*told)
-
-
-@torch.no_grad()
-def _make_moments(engine: Any, step: Tensor) -> None:
-    """Room for the optimizer's memory, which it makes itself only in its first step."""
-    zero = engine.optimizer
-    for flat in _masters(engine):
-        zero.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    _link_moments(engine)
-
-
-def _link_moments(engine: Any) -> None:
-    """Let parameters know their part of the optimizer's memory; DeepSpeed itself forgets all groups but the first."""
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _spread_masters(engine: Any) -> None:
-    """Weights in the precision that computes, from the float32 slices."""
-    zero = engine.optimizer
-    if engine.zero_optimization_stage() < 3:
-        zero.update_lp_params()
-        return
-    engine.empty_partition_cache()
-    for group in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-
-
-@contextmanager
-def _gathered(parameter: nn.Parameter) -> Iterator[None]:
-    """A parameter whole for a while, wherever it is."""
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
-        yield
