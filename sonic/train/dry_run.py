@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.training_plans import TrainingPlan
 from sonic.parallel.training_work import Training
 from sonic.train.objective_settings import DmdConfig, FlowMatchConfig, WindowConfig
-from sonic.train.objectives import OBJECTIVES, Batch, Losses, Objective
+from sonic.train.objectives import OBJECTIVES, Batch, Losses
 from sonic.train.objectives.cast import CRITIC, STUDENT
 from sonic.train.objectives.dmd import roll
 from sonic.train.optim import adamw
@@ -69,7 +69,7 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.bodies.values(), *engine.ema.averages.values(), *states, *batch.values())
         with mode, _norms_in_float32(), _no_collection(), ledger:
-            for moment in STEPS[config.objective.name](objective, engine, batch, updates):
+            for moment in STEPS[config.objective.name](Rehearsal(objective, engine, batch, updates)):
                 found[moment] = max(found.get(moment, 0), ledger.lap())
         return found
     finally:
@@ -103,14 +103,15 @@ class Ledger(MemTracker):
 
     _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
-    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: tuple, *given: Any) -> Any:
+        args, named = given
         if func is torch.ops.prim.device.default:  # the most frequent question by far
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return ANSWERS.get(args[0].dtype, 0)
         if func.is_view and DTensor not in types:  # nothing is new
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+            return func(*args, **(named or {}))
+        return super().__torch_dispatch__(func, types, args, named or {})
 
     def lap(self) -> int:
         """The most since the last call."""
@@ -148,18 +149,29 @@ class Update:
         self.role.zero_grad()
 
 
-def _match_flow(objective: Objective, engine: ShardedEngine, batch: Batch, updates: Mapping[str, Update]) -> Iterator[str]:
+class Rehearsal(NamedTuple):
+    """What takes part in a step."""
+
+    objective: Any
+    engine: ShardedEngine
+    batch: Batch
+    updates: Mapping[str, Update]
+
+
+def _match_flow(step: Rehearsal) -> Iterator[str]:
     """A step of one role: a clip's graph, and the update."""
-    updates[STUDENT].fill()
-    _descend(engine, STUDENT, losses := objective.losses(STUDENT, batch, torch.Generator()))
+    step.updates[STUDENT].fill()
+    losses = step.objective.losses(STUDENT, step.batch, torch.Generator())
+    _descend(step.engine, STUDENT, losses)
     losses.close()
     yield "gradient"
-    updates[STUDENT]()
+    step.updates[STUDENT]()
     yield "update"
 
 
-def _distil(objective: Any, engine: ShardedEngine, batch: Batch, updates: Mapping[str, Update]) -> Iterator[str]:
+def _distil(step: Rehearsal) -> Iterator[str]:
     """A turn of the critic and one of the student, as DistributionMatching.losses takes them, from one rollout."""
+    objective, engine, batch, updates = step
     rng, frames = torch.Generator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
     with engine.precision():
@@ -168,13 +180,14 @@ def _distil(objective: Any, engine: ShardedEngine, batch: Batch, updates: Mappin
             rolled = roll(model, start, objective.sigmas)
     yield "rollout"
     updates[CRITIC].fill()
-    _descend(engine, CRITIC, critic := objective._critic(start, rolled, step=0, batch=batch, rng=rng))
+    critic = objective._critic(start, rolled, step=0, batch=batch, rng=rng)
+    _descend(engine, CRITIC, critic)
     critic.close()
     yield "critic"
     updates[CRITIC]()
     yield "update"
-    replay = objective._student(start, rolled, step=0, batch=batch, rng=rng)
     updates[STUDENT].fill()
+    replay = objective._student(start, rolled, step=0, batch=batch, rng=rng)
     for block in range(last + 1):
         with torch.set_grad_enabled(block in (0, last)):
             _descend(engine, STUDENT, replay)
@@ -192,7 +205,7 @@ def _descend(engine: ShardedEngine, role: str, losses: Losses) -> None:
         engine.backward(role, loss)
 
 
-STEPS: dict[str, Callable[..., Iterator[str]]] = {"dmd": _distil, "flow_match": _match_flow}
+STEPS: dict[str, Callable[[Rehearsal], Iterator[str]]] = {"dmd": _distil, "flow_match": _match_flow}
 
 
 def _batch(work: Training) -> dict[str, Tensor]:
