@@ -59,6 +59,7 @@ WITHOUT_TORCH = (
     "sonic/data/settings.py",
     "sonic/counts.py",
     *(f"sonic/parallel/{name}.py" for name in ("settings", "units", "workload", "memory", "speed", "ranges", "plans", "planner")),
+    *(f"sonic/parallel/training_{name}.py" for name in ("settings", "work", "memory", "plans")),
 )
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 80, 60, 12, 6, 3
 LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
