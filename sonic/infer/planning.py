@@ -18,7 +18,7 @@ from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.parallel.here import hardware_here
 from sonic.parallel.memory import GIB
-from sonic.parallel.mesh import World, degrees
+from sonic.parallel.mesh import ALONE, World, degrees
 from sonic.parallel.planner import Planned, planned
 from sonic.parallel.plans import Plan
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
@@ -66,7 +66,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device) -> Forecas
     Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    found = planned(_plan_config(config, hardware))
+    found = _for_all(planned(_plan_config(config, hardware)), config.parallel.name)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -75,6 +75,14 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device) -> Forecas
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
     return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked))
+
+
+def _for_all(found: Planned, asked: str) -> Planned:
+    """The same without plans that several ranks would idle in, or that need an optional package: these are taken by name only."""
+    if asked != "auto" or found.hardware.devices == 1:
+        return found
+    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*ALONE, "zero3"))
+    return replace(found, plans=plans or found.plans)
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
