@@ -55,9 +55,7 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(GIVEN))
     dit = {name: _random(tensor).bfloat16() for name, tensor in export(AvatarDiT(tiny_model())).items()}
     _shard(dit, folder)
-    text = TextEncoder(UMT5).encoder.state_dict()
-    text.pop(TIED)
-    torch.save({_published(name): _random(tensor).bfloat16() for name, tensor in text.items()}, folder / official.TEXT_FILE)
+    write_text_encoder(folder / official.TEXT_FILE, UMT5)
     torch.save(_wan_vae(), folder / official.VAE_FILE)
     speech = folder / official.SPEECH
     speech.mkdir()
@@ -81,6 +79,13 @@ def write_lora(folder: Path, rank: int = 2, seed: int = 1, *, tensors: dict[str,
             pairs[f"{module}.lora_B.weight"] = (0.05 * torch.randn(tensor.shape[0], rank)).bfloat16()
     save_file(pairs, folder / LORA_FILE)
     return folder
+
+
+def write_text_encoder(file: Path, config: dict) -> None:
+    """A umT5 encoder under its published names."""
+    text = TextEncoder(config).encoder.state_dict()
+    text.pop(TIED)
+    torch.save({_published(name): _random(tensor).bfloat16() for name, tensor in text.items()}, file)
 
 
 def write_sparse(tensors: dict[str, Tensor], folder: Path, *, shards: int) -> None:

@@ -54,6 +54,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
         "vae": official.autoencoder(folder),
         "speech_encoder": official.speech_encoder(folder),
     }
+    official.check_together(folder, model, components)
     merge = _merge(config, dit)
     tokens = official.tokenizer_files(folder)
     _check_space(output, components)

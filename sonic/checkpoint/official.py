@@ -137,6 +137,19 @@ def speech_encoder(folder: Path) -> Component:
     return Component(tensors, config)
 
 
+def check_together(folder: Path, model: ModelConfig, components: Mapping[str, Component]) -> None:
+    """Raise ValueError when the transformer cannot read what the encoders beside it give."""
+    text, speech, audio = components["text_encoder"].config, components["speech_encoder"].config, model.audio
+    width, layers = speech.get("hidden_size", audio.audio_dim), speech.get("num_hidden_layers", audio.num_audio_layers - 1)
+    for what, file, given, read in (
+        ("text rows of width", TEXT_FILE, text["d_model"], model.text.text_dim),
+        ("speech features of width", SPEECH, width, audio.audio_dim),
+        ("speech states numbering", SPEECH, layers + 1, audio.num_audio_layers),
+    ):
+        if given != read:
+            raise ValueError(f"{folder / file} gives {what} {given}, the transformer reads {read}; fetch the folder of one model again")
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of the tokenizer."""
     found = sorted(path for path in (folder / TOKENIZER).glob("*") if path.is_file() and not path.name.startswith("."))

@@ -69,10 +69,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
     asked_for = _plan_config(replace(config, model=model), hardware)
-    found = planned(asked_for)
-    if asked_for.hardware.devices > 1:  # a film on one of them would leave the others idle
-        together = tuple(plan for plan in found.plans if plan.parallel.name not in ALONE)
-        found = replace(found, plans=together)
+    found = _for_all(planned(asked_for), config.parallel.name)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -81,6 +78,14 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
     return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked), asked_for)
+
+
+def _for_all(found: Planned, asked: str) -> Planned:
+    """The same without plans that several ranks would idle in, or that need an optional package: these are taken by name only."""
+    if asked != "auto" or found.hardware.devices == 1:
+        return found
+    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*ALONE, "zero3"))
+    return replace(found, plans=plans or found.plans)
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:

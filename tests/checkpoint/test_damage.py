@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conversion import convert, infer
+from official_folder import UMT5, write_text_encoder
 from safetensors.torch import load_file, save_file
 
 from sonic.checkpoint import official
@@ -162,6 +163,13 @@ def test_damage_is_told_in_one_sentence_and_nothing_is_left(downloads, tmp_path,
     words = DAMAGE[kind](folder)
     said = refused(f"source={folder}", "model=wan_s2v_14b")
     assert all(word in said for word in words), said
+
+
+def test_networks_that_do_not_belong_together_are_refused(downloads, tmp_path, refused):
+    folder = shutil.copytree(downloads / "Wan2.2-S2V-14B", tmp_path / "source")
+    write_text_encoder(folder / official.TEXT_FILE, {**UMT5, "d_model": 32})
+    said = refused(f"source={folder}", "model=wan_s2v_14b")
+    assert official.TEXT_FILE in said and "width 32, the transformer reads 24" in said
 
 
 @pytest.mark.parametrize("change", ["nothing fits", "half a pair", "cut off", "another rank", "another shape"])

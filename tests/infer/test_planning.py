@@ -36,6 +36,13 @@ def test_auto_means_what_the_planner_chooses(ranks, plan):
     assert sum(found.parallel.layers or [6]) == 6
 
 
+@pytest.mark.parametrize("model", ["preview", "wan_s2v_14b", "live_avatar_14b"])
+def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model):
+    tiny = [*TINY[:7], "hardware=cpu", "hardware.usable_gib=1000", "video.size=64x64", "model.audio.audio_dim=16", "model.text.text_dim=8"]
+    found = forecast(config(f"model={model}", *tiny), Ranks(0, 2, 0, 2), CPU)
+    assert found.parallel.name in ("pipeline", "fsdp", "context")
+
+
 @pytest.fixture
 def without_weights(monkeypatch):
     """Published models are planned as configured, though nobody has their weights."""
