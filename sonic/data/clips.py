@@ -70,8 +70,13 @@ class ClipDataset(Dataset):
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
         self._open: dict[str, object] = {}
 
-    def check(self, config: ModelConfig, autoencoder_hash: str = "") -> None:
-        """Raise ValueError when clips with latents were made for another model, or by other weights of its autoencoder."""
+    def has(self, name: str) -> bool:
+        """Whether every clip has a tensor of that name."""
+        return all(name in clip["tensors"] for clip in self.clips)
+
+    def check(self, config: ModelConfig, hash_of: Callable[[ModelConfig], str] = lambda config: "") -> None:
+        """Raise ValueError when clips with latents were made for another model, or by other weights of its autoencoder than
+        those that `hash_of` knows ("" = nobody knows)."""
         made_by = self.index.get("autoencoder", config.autoencoder)
         if "latents" not in self.clips[0]["tensors"]:
             return
@@ -81,10 +86,11 @@ class ClipDataset(Dataset):
                 f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
                 f"{config.autoencoder}; make clips for this model with launch/precompute.py"
             )
-        if known and autoencoder_hash and known != autoencoder_hash:
+        own = hash_of(config) if known else ""
+        if own and known != own:
             raise ValueError(
                 f"data.folder={self.folder} holds latents of another autoencoder (weights {known}) than model={config.name} has "
-                f"(weights {autoencoder_hash}); make the clips again with launch/precompute.py, or name the folder that fits"
+                f"(weights {own}); make the clips again with launch/precompute.py, or name the folder that fits"
             )
         clip = self.read(0, 0, keys=("latents", "audio"))
         found = (clip["latents"].shape[0], *clip["audio"].shape[:2])

@@ -24,9 +24,11 @@ from sonic.types import Portrait, pick
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 WATCHED = 96  # side of the face crop in which the mouth is watched
-SMOOTH = 3  # frames over which its track and the sound are smoothed
+SMOOTH, SLOW = 3, 25  # frames over which its track and the sound are smoothed, and those whose mean counts as a change of posture
+DARK = 0.05  # share of the mouth's pixels that its inside, when it can be seen, is darker than
 CUT = 25.0  # mean change of the face crop from one frame to the next, in grey levels, that only another scene makes
-BETTER = 0.15  # how much better another lag has to fit before it counts as clear
+BETTER, ENOUGH_S = 0.15, 5.0  # how much better another lag has to fit to be clear, and seconds below which it has to fit better still
+MOVES = 0.01  # least change of the mouth's pixels, of black to white = 2, that is not the noise of a still picture
 SPAN_S = 1.0  # lags that are tried either way
 
 
@@ -34,19 +36,23 @@ SPAN_S = 1.0  # lags that are tried either way
 class Take:
     """Frames first .. first+F-1 of a video at the model's rate, if nothing speaks against them.
 
-    pixels uint8 [1+F,h,w,3] as the model sees them, one frame of the past in front; `rest` is the frame (0..F-1) in which the mouth
-    is most likely at rest; `mouth` [F] and `level` [F] its motion and the loudness; sync and lag_s as `aligned` found them.
+    pixels uint8 [1+F,h,w,3] as the model sees them, one frame of the past in front; `mouth` [F] how open it is and `level` [F] how
+    loud the sound, both about their means over a second; sync and lag_s as `aligned` found them.
     """
 
     first: int
     frames: int
     fault: str = ""
     pixels: Tensor | None = None
-    rest: int = 0
     mouth: np.ndarray | None = None
     level: np.ndarray | None = None
     sync: float | None = None
     lag_s: float | None = None
+
+    @property
+    def rest(self) -> int:
+        """The frame (0..F-1) whose mouth is closed most."""
+        return int(self.mouth.argmin())
 
 
 def find_videos(source: Path) -> list[Path]:
@@ -59,7 +65,7 @@ def find_videos(source: Path) -> list[Path]:
     return found
 
 
-def takes(path: Path, samples: np.ndarray, config: PrecomputeConfig, fps: int) -> Iterator[Take]:
+def takes(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int) -> Iterator[Take]:
     """The video from its second frame on, take by take, each with the first fault that was found.
 
     Raises ValueError when it cannot be decoded.
@@ -82,15 +88,17 @@ def aligned(passage: list[Take], config: PrecomputeConfig, fps: int) -> list[Tak
     good = [take for take in passage if not take.fault]
     if not good:
         return passage
-    mouth, level = (_smooth(np.concatenate([getattr(take, name) for take in good])) for name in ("mouth", "level"))
+    mouth, level = (np.concatenate([getattr(take, name) for take in good]) for name in ("mouth", "level"))
     reach, allowed = (min(round(seconds * fps), len(mouth) // 3) for seconds in (SPAN_S, config.data.most_lag_s))
     (best, lag), (near, near_lag) = (metrics.best_lag(mouth, level, reach) for reach in (reach, allowed))
-    fault = ""
-    if abs(lag) > allowed and best > near + BETTER:
-        fault = "sound and mouth are apart in time"
+    fault, found = "", {"sync": near, "lag_s": near_lag / fps}
+    clear = BETTER * max(1.0, ENOUGH_S * fps / len(mouth))
+    if np.std(mouth) < MOVES:
+        fault = "the mouth does not move"
+    elif abs(lag) > allowed and best > near + clear:
+        fault, found = "sound and mouth are apart in time", {"sync": best, "lag_s": lag / fps}
     elif near < config.data.least_sync:
         fault = "the mouth does not follow the sound"
-    found = {"sync": best, "lag_s": lag / fps} if fault else {"sync": near, "lag_s": near_lag / fps}
     return [take if take.fault else replace(take, fault=fault, **found) for take in passage]
 
 
@@ -100,33 +108,35 @@ def _look(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: Pr
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
         return Take(first, frames, "silent")
-    level = envelope(sound, SAMPLE_RATE, frames, fps)
-    rest = int(_smooth(level, 5).argmin())  # in a pause the mouth comes to rest
+    middle = held[1 + frames // 2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of several faces the one is taken that the photograph's finder would take
-            face = find_face(held[1 + rest])
+            face = find_face(middle)
     except ValueError:
         return Take(first, frames, "no face")
-    portrait = Portrait(held[1 + rest], face, locate_mouth(held[1 + rest], face))
+    portrait = Portrait(middle, face, locate_mouth(middle, face))
     watched = torch.stack([cut(frame, face_crop(portrait, resolution=WATCHED)) for frame in held])
     if float((watched[1:] - watched[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
         return Take(first, frames, "another scene begins")
     pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(held, portrait, config)
     if pixels is None:
         return Take(first, frames, f"the face does not fit into data.size={config.data.size}")
-    return Take(first, frames, "", pixels, rest, mouth_motion(watched[1:], watched[1 + rest]), level)
+    level = _quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
+    return Take(first, frames, "", pixels, mouth_opening(watched[1:]), level)
 
 
-def mouth_motion(frames: Tensor, rest: Tensor) -> np.ndarray:
-    """How much the mouth differs from rest in each frame of a face crop, less what the head's motion explains.  [F,3,R,R] -> [F]"""
+def mouth_opening(frames: Tensor) -> np.ndarray:
+    """How open the mouth is in each frame of a face crop, about its mean over a second: what its pixels do most (their first
+    principal component, as the change of a pixel), upwards where dark shows.  [F,3,R,R] -> [F]"""
     side = frames.shape[-1]
     x, y, unit = (side * share for share in (*MOUTH_ANCHOR, MOUTH_UNIT))
-    change = (frames - rest).abs().mean(1)
-    mouth = change[:, int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean((1, 2)).numpy()
-    above = change[:, : int(y - 2 * unit)].mean((1, 2)).numpy()
-    share = np.cov(mouth, above)[0, 1] / max(float(np.var(above)), 1e-9)
-    return mouth - np.clip(share, 0, 1) * above
+    mouth = frames[..., int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean(1).flatten(1).numpy()
+    changes = _quick(_smooth(mouth))
+    ways, sizes, _ = np.linalg.svd(changes - changes.mean(0), full_matrices=False)
+    dark = _quick(_smooth(np.quantile(mouth, DARK, axis=1)))
+    opening = ways[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
+    return -opening if metrics.correlation(opening, dark) > 0 else opening
 
 
 def _face_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
@@ -151,5 +161,12 @@ FRAMINGS = {"warp": _face_framing, "wan": _whole_framing}  # by model.autoencode
 
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
-    """A running mean over an odd number of frames."""
-    return np.convolve(np.pad(track, frames // 2, mode="edge"), np.ones(frames) / frames, "valid")
+    """A running mean over an odd number of frames.  [F,...] -> [F,...]"""
+    ends = [(frames // 2, frames // 2), *[(0, 0)] * (track.ndim - 1)]
+    sums = np.cumsum(np.pad(np.pad(track, ends, mode="edge"), [(1, 0), *ends[1:]]), axis=0, dtype=np.float64)
+    return (sums[frames:] - sums[:-frames]) / frames
+
+
+def _quick(track: np.ndarray) -> np.ndarray:
+    """What changes faster than posture does."""
+    return track - _smooth(track, SLOW)

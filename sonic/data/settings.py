@@ -28,7 +28,7 @@ class FootageConfig:
     source: str = knob("", "folder of videos of people who speak; empty = people are drawn")
     size: str = knob("384x256", "what is cut out of the middle, for models that paint the whole picture")
     least_level_db: float = knob(-45.0, "quieter clips count as silent, in dB below full scale")
-    least_sync: float = knob(0.15, "correlation of mouth and sound below which they do not belong together")
+    least_sync: float = knob(0.2, "correlation of mouth and sound below which they do not belong together")
     most_lag_s: float = knob(0.2, "seconds that mouth and sound may be apart")
 
     def __post_init__(self) -> None:

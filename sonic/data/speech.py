@@ -79,7 +79,7 @@ def load_soundtrack(path: str | Path) -> np.ndarray:
     return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
 
 
-def envelope(samples: np.ndarray, sample_rate: int, frames: int, fps: int = FPS) -> np.ndarray:
+def envelope(samples: np.ndarray, sample_rate: int, frames: int, *, fps: int = FPS) -> np.ndarray:
     """Loudness of the speech during each video frame, as root mean square.  -> [frames]"""
     edges = np.arange(frames + 1) * sample_rate // fps
     parts = (samples[a:b] for a, b in zip(edges, edges[1:], strict=False))

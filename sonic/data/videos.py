@@ -41,7 +41,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build) -> int:
     source, folder = Path(config.data.source), Path(config.folder)
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [(config, path, name, build) for name, path in shards.items() if not (folder / name).is_file()]
+    missing = [(config, build, (path, name)) for name, path in shards.items() if not (folder / name).is_file()]
     done = each_made(_write_video, missing, config.workers)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
         pass
@@ -66,7 +66,7 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
     """Every take of a video, with the tensors of a clip where nothing speaks against it. Raises ValueError for a damaged video."""
     samples = load_soundtrack(path)
     heard = prompt = None
-    stream = takes(path, samples, config, encoders.fps)
+    stream = takes(path, samples, config, fps=encoders.fps)
     while passage := list(islice(stream, PASSAGE)):
         for take in aligned(passage, config, encoders.fps):
             if take.fault:
@@ -110,9 +110,9 @@ def show(lines: list[dict]) -> None:
     Console(width=120).print(table)
 
 
-def _write_video(config: PrecomputeConfig, path: Path, name: str, build: Build) -> None:
+def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) -> None:
     """Make the shard of one video: its clips, none where it gives none, and what was left out."""
-    tensors, entries, report, encoders = {}, [], [], built(config, build)
+    (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
     video = str(path.relative_to(config.data.source))
     try:
         for take, clip in clips_of(path, config, encoders):
@@ -123,16 +123,8 @@ def _write_video(config: PrecomputeConfig, path: Path, name: str, build: Build) 
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
     except ValueError as error:
         tensors, entries = {}, []  # what a damaged video gave before is not to be trusted either
-        report = [
-            {
-                "video": video,
-                "start_s": 0.0,
-                "seconds": 0.0,
-                "kept": False,
-                "reason": "no sound" if isinstance(error, NoSound) else "damaged",
-                "told": str(error),
-            }
-        ]
+        reason = "no sound" if isinstance(error, NoSound) else "damaged"
+        report = [{"video": video, "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": str(error)}]
     facts = {"clips": entries, "report": report, "autoencoder_hash": encoders.autoencoder_hash}
     write_shard(Path(config.folder) / name, tensors, **facts)
 

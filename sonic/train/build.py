@@ -19,6 +19,7 @@ from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
 from sonic.model.adapters import ADAPTERS
 from sonic.model.weights import load_weights
+from sonic.train.encoders import autoencoder_hash
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
@@ -55,7 +56,7 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     if isinstance(dataset, ClipDataset):
-        dataset.check(config.model)
+        dataset.check(config.model, autoencoder_hash)
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset)
     for model in objective.pretrained:
         load_weights(model, transformer_weights(config.model), besides=ADAPTERS)

@@ -27,9 +27,10 @@ def build_encoders(config: PrecomputeConfig) -> Encoders:
 
 
 def autoencoder_hash(model: ModelConfig, weights: str = "") -> str:
-    """16 digits that say which weights the model's autoencoder has (`weights` = a file instead of the model's own)."""
+    """16 digits that say which weights the model's autoencoder has (`weights` = a file instead of the model's own); "" when it has
+    none, as a published model without its checkpoint."""
     if model.autoencoder == "wan":
-        return _checkpoint(model).autoencoder_hash()
+        return _checkpoint(model).autoencoder_hash() if model.weights else ""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(Path(weights) if weights else weight_files(model).autoencoder).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
