@@ -1,4 +1,4 @@
-"""Time the main job on this machine: python launch/bench.py preview json=out.json"""
+"""Time the main job on this machine, or one forward: python launch/bench.py preview json=out.json; ... dit_medium json=out.json"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sonic.runs import Run  # noqa: E402
 def bench(config: BenchConfig, run: Run) -> None:
     """Measure, show the table, write the JSON."""
     begun = time.perf_counter()
-    from sonic.infer.bench import BENCHES  # torch and the models: not before the command line is known to be right
+    from sonic.infer.bench import bench as measure  # torch and the models: not before the command line is known to be right
 
-    BENCHES[config.target](config, begun)
+    measure(config, begun)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,20 +30,20 @@ def infer(config: InferConfig, run: Run) -> int | None:
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
         with open_parts(config, run.ranks) as opened:
-            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened[1])
+            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened.world)
         return report(outcomes, run)
     with ExitStack() as stack:
         with clock.stage("load"):
             scene = checked_scene(config) if run.main else None
-            parts, _ = stack.enter_context(open_parts(config, run.ranks))
+            opened = stack.enter_context(open_parts(config, run.ranks))
         if scene is None:
             return None
         output = Path(config.output) if config.output else run.open() / "out.mp4"
         run.open()
-        result, watch = make_film(scene, parts, config, output=output, clock=clock)
-        run.write_json("result.json", asdict(result))
-        draw_contact_sheet(watch, run.path / "contact_sheet.png")
-        log.info("%s\npapers in %s", result.summary(), run.path)
+        result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
+    run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
+    draw_contact_sheet(watch, run.path / "contact_sheet.png")
+    log.info("%s\npapers in %s", result.summary(), run.path)
     return None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.parallel.planner import as_json, planned  # noqa: E402
-from sonic.parallel.settings import PlanConfig  # noqa: E402
+from sonic.parallel.settings import HardwareConfig, PlanConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("plan", PlanConfig)
@@ -21,6 +22,8 @@ def plan(config: PlanConfig, run: Run) -> int:
     """Plan, show the table, write the JSON; the exit code says whether anything fits."""
     from sonic.parallel.plan_table import show  # rich: not before the command line is known to be right
 
+    if config.hardware.name == "here":
+        config = replace(config, hardware=_looked_up(config))
     found = planned(config)
     tracked = None
     if config.verify:
@@ -31,6 +34,16 @@ def plan(config: PlanConfig, run: Run) -> int:
     if config.json:
         Path(config.json).write_text(json.dumps(as_json(found, tracked), indent=2) + "\n")
     return 0 if found.fits else NOTHING_FITS
+
+
+def _looked_up(config: PlanConfig) -> HardwareConfig:
+    """This machine, with hardware.devices of its devices."""
+    import torch  # not for hardware that a file describes
+
+    from sonic.parallel.here import hardware_here
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return hardware_here(config.hardware, device, ranks=config.hardware.devices, local_ranks=config.hardware.devices)
 
 
 if __name__ == "__main__":

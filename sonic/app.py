@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sonic.config import Ranks, closest_first, unknown_choice
+from sonic.config import OtherRank, Ranks, closest_first, unknown_choice
 from sonic.runs import Run, start_logging
 
 ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
@@ -97,6 +97,11 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         if ranks.rank and run:  # the first rank may know nothing of it
             log.critical("rank %d: %s", ranks.rank, _sentence(error))
         return _given_up(run, _sentence(error), USER_ERROR)
+    except OtherRank as error:
+        return _given_up(run, str(error), FAULT)
+    except MemoryError as error:
+        log.critical("rank %d: %s", ranks.rank, _sentence(error))
+        return FAULT
     except KeyboardInterrupt:
         return _given_up(run, "stopped; nothing was kept", STOPPED)
     except Exception:

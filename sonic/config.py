@@ -25,6 +25,10 @@ class Ranks(NamedTuple):
     local_world: int = 1
 
 
+class OtherRank(RuntimeError):
+    """The fault of another rank, which has said more about it than this one can."""
+
+
 def knob(default, help: str = ""):
     """A field with a default and a line for `--help`; lists are copied."""
     if isinstance(default, (list, tuple)):

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 300.0  # of the whole run; a rank that hangs must not stop the suite
-_PRELOAD = ["torch", "torch.distributed.fsdp", "sonic.parallel.spread", "sonic.infer.rollout"]
+PRELOAD = ["torch", "torch.distributed.fsdp", "sonic.app", "sonic.parallel.spread", "sonic.infer.ranks", "sonic.infer.build"]
 
 
 def on_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
     """`[work(*arguments) on rank 0, on rank 1, ...]`; the first error of a rank is raised here, with its traceback."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

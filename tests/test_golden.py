@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sonic.flow.schedule import SCHEDULES
+from sonic.model import kv_cache
 from sonic.model.audio_tokens import Actors
 from sonic.model.dit import AvatarDiT
-from sonic.model.embed import ref_time_id
+from sonic.model.embed import ref_time_id, rotate
 from sonic.model.lora import merge_lora, read_lora
 from sonic.model.weights import export
 from sonic.types import BlockSpan, Conditions
@@ -65,13 +66,18 @@ def streaming(case: Case) -> None:
         words = name.split(".")
         layer = int(words[-1].removeprefix("layer")) if words[-1].startswith("layer") else None
         if name.startswith("sink.cond_k"):
-            case.close(cache.memory_keys[layer], expected)
+            raw = cache.ref_keys[layer]
+            case.close(raw, expected[:, : raw.shape[1]])
+            with half_precision_rotations():
+                turn = kv_cache.rotation(cache.memory_places(0, expected.device), cache.head_dim)
+            turned = rotate(expected, turn)[:, raw.shape[1] :]
+            case.close(cache.rings[0].keys[layer][:, cache.rings[0].memory][:, raw.shape[1] :], turned)
         if name.startswith("sink.cond_v"):
-            case.close(cache.rings[0].values[layer][:, : expected.shape[1]], expected)
+            case.close(cache.rings[0].values[layer][:, cache.rings[0].memory], expected)
         if name.startswith("kv_end"):
             ring = cache.rings[int(words[2].removeprefix("step"))]
             buffer = {"k": ring.keys, "v": ring.values}[words[1]][layer]
-            case.close(buffer[:, ring.memory_tokens :], expected)
+            case.close(torch.cat([buffer[:, ring.slot(place)] for place in range(ring.window)], dim=1), expected)
 
 
 def merged_lora(case: Case) -> None:

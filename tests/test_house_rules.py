@@ -210,7 +210,8 @@ def test_no_path_of_one_machine():
 
 def test_only_the_app_reads_the_environment():
     readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
-    assert [where for where in readers if not where.startswith("sonic/app.py")] == []
+    told = ("sonic/app.py", "sonic/parallel/zero.py")  # the latter writes: DeepSpeed looks for its device nowhere else
+    assert [where for where in readers if not where.startswith(told)] == []
 
 
 def test_configs_are_never_changed():

@@ -13,7 +13,8 @@ from sonic.infer.settings import InferConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SHOWN = {name: field for name, (_, field) in knobs(InferConfig).items() if not name.startswith("model.") or name == "model.weights"}
+ELSEWHERE = ("model.", "hardware.")  # told of where models and the planner are
+SHOWN = {name: field for name, (_, field) in knobs(InferConfig).items() if not name.startswith(ELSEWHERE) or name == "model.weights"}
 
 
 def test_every_file_of_the_library_is_on_the_map():

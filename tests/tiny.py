@@ -44,6 +44,19 @@ def conditions(frames: int, *, batch: int = 1, motion: int | None = 3) -> Condit
     )
 
 
+def conditions_for(config: ModelConfig, frames: int, size: tuple[int, int]) -> Conditions:
+    """Conditions for a model of any shape, over so many latent rows and columns."""
+    rng = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    channels, audio = config.trunk.latent_channels, config.audio
+    return Conditions(
+        ref=draw(1, channels, 1, *size),
+        text=draw(1, config.text.text_len, config.text.text_dim),
+        audio=draw(1, audio.num_audio_layers, audio.audio_dim, 4 * frames),
+        motion=draw(1, channels, sum(config.motion.buckets), *size) if config.motion.buckets else None,
+    )
+
+
 def spans_of(number: int, block: int = BLOCK) -> list[BlockSpan]:
     return [BlockSpan(index, index * block, block) for index in range(number)]
 

@@ -1,4 +1,4 @@
-"""Times the main job on this machine: frames per second, the first frame, memory, and how well the arithmetic is used."""
+"""Times this machine at the main job: frames per second, the first frame, memory, and how well the arithmetic is used."""
 
 from __future__ import annotations
 
@@ -18,17 +18,27 @@ from rich.table import Table
 from sonic.config import ModelConfig, parse_size
 from sonic.data.portrait import resized
 from sonic.geometry import FPS
+from sonic.infer.bench_dit import bench_dit
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
 from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import BenchConfig, InferConfig
 from sonic.model.flops import gemm_fraction
-from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
+from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech, pick
+
+
+def bench(config: BenchConfig, begun: float) -> dict:
+    """Figures of what the config names, shown as a table and written as JSON. `begun` is time.perf_counter() when the job began."""
+    figures = {**pick(BENCHES, config.target, "target")(config, begun), "machine": _machine(), "versions": versions()}
+    show(figures)
+    if config.json:
+        Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
 
 
 def bench_preview(config: BenchConfig, begun: float) -> dict:
-    """Figures of the preview, shown as a table and written as JSON. `begun` is time.perf_counter() when the job began."""
+    """Frames per second of the preview, its first frame, and the share of a plain matrix product that its arithmetic reaches."""
     clock = Clock(begun)
     with clock.stage("load"):
         scene = _timed_scene(config)
@@ -36,7 +46,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     results = [_film(scene, parts, config, clock=clock)]
     results += [_film(scene, parts, config, clock=Clock()) for _ in range(config.repeats)]  # the first one warmed up
     best = max(results[1:], key=lambda result: result.frames_per_second)
-    figures = {
+    return {
         "frames_per_second": best.frames_per_second,
         "first_frame_s": results[0].first_frame_s,
         "peak_rss_gib": best.peak_rss_gib,
@@ -45,16 +55,10 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
         "stages_s": {name: seconds for name, seconds in best.stages_s.items() if name != "load"},
         "load_s": results[0].stages_s["load"],
         "film": f"{config.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
-        "machine": _machine(),
-        "versions": versions(),
     }
-    show(figures)
-    if config.json:
-        Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
 
 
-BENCHES = {"preview": bench_preview}
+BENCHES = {"preview": bench_preview, "dit_medium": bench_dit}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -173,6 +173,11 @@ def transformer_weights(config: ModelConfig) -> Path:
     return checkpoint.folder / "dit"
 
 
+def settled_model(config: ModelConfig) -> ModelConfig:
+    """The config of the model that will run: a ready checkpoint brings its own. Raises ValueError where there is none."""
+    return Ready.open(Path(_needed(config))).config(config) if config.autoencoder == "wan" else config
+
+
 def _needed(config: ModelConfig) -> str:
     """The checkpoint of a model that has no bundled weights."""
     if not config.weights:

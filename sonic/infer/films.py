@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.infer.build import Parts, ReadyParts, build_parts, find_device
 from sonic.infer.pipeline import generate
+from sonic.infer.planning import Forecast, forecast
 from sonic.infer.ranks import dismiss, follow
 from sonic.infer.report import Clock, Result, Watch
 from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import InferConfig, RequestConfig
 from sonic.parallel.mesh import World, open_world
-from sonic.parallel.spread import Company, plan_for
+from sonic.parallel.spread import Company
 from sonic.types import Scene
 
 log = logging.getLogger("sonic.infer")
@@ -35,18 +37,29 @@ class Outcome(NamedTuple):
     fault: str = ""
 
 
+class Opened(NamedTuple):
+    """The parts of this rank, its place among the ranks, and the plan they run under."""
+
+    parts: Parts | ReadyParts
+    world: World
+    forecast: Forecast
+
+
 @contextmanager
-def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[tuple[Parts | ReadyParts, World]]:
-    """The parts of this rank, under the plan that the config names. Ranks that do not lead come back when all is done."""
+def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[Opened]:
+    """The parts of this rank, under the plan that fits. Ranks that do not lead come back when all is done."""
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
-    with open_world(config.parallel, plan_for(config.parallel, ranks.world), ranks, device=device) as world:
-        company = Company(world, config.parallel)
+    found = forecast(config, ranks, device)
+    parallel = replace(found.parallel, replicas=config.parallel.replicas)
+    with open_world(parallel, parallel.name, ranks, device=device) as world:
+        company = Company(world, parallel)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
         if not world.leads:
             follow(parts.model, parts.dtype)
-        yield parts, world
+        yield Opened(parts, world, found)
         if world.leads:
             dismiss(parts.model)
+        found.measure(world)
 
 
 def checked_scene(config: InferConfig) -> Scene:
@@ -66,13 +79,13 @@ def make_film(scene: Scene, parts: Parts | ReadyParts, config: InferConfig, *, o
     return generate(scene, parts, Settings.of(config), output=output, clock=clock, watch=watch), watch
 
 
-def make_films(requests: Sequence[str], opened: tuple[Parts | ReadyParts, World], config: InferConfig, *, folder: Path) -> list[Outcome]:
+def make_films(requests: Sequence[str], opened: Opened, config: InferConfig, *, folder: Path) -> list[Outcome]:
     """The films of this copy of the model, the bad requests among them left out; what became of them.
 
     A film that is there already is not made again. Outputs without a name lie in `folder`, numbered by line.
     """
     mine: list[Outcome] = []
-    parts, world = opened
+    parts, world = opened.parts, opened.world
     copies, place = world.size("dp_replicate"), world.place("dp_replicate")
     for line, text in list(enumerate(requests, start=1))[place::copies] if world.leads else ():
         try:

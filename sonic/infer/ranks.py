@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,21 +39,21 @@ def rollout_together(
     draws: Draws,
     unguided: Conditions | None = None,
 ) -> Iterator[LatentBlock]:
-    """`rollout` by all ranks that share the model. Where others walk along, all of it is walked even if nobody wants the end."""
-    blocks = rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
+    """`rollout` by all ranks that share the model, as far as somebody wants it."""
+    spans = list(spans)
     if _alone(model):
-        yield from blocks
+        yield from rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
         return
     if draws.noise or draws.ref_position:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
-    spans = list(spans)
     _tell(model, Take((conditions, unguided), sampler, draws.generator.get_state(), spans))
-    blocks = rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
-    try:
-        yield from blocks
-    finally:
-        for _ in blocks:
-            pass
+    with closing(rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)) as blocks:
+        while _agree(model, go_on=True) and (block := next(blocks, None)) is not None:
+            try:
+                yield block
+            except BaseException:  # nobody wants the rest; an error inside the rollout is not told, because nobody listens then
+                _agree(model, go_on=False)
+                raise
 
 
 def clip_together(
@@ -87,8 +88,10 @@ def follow(model: AvatarDiT, dtype: torch.dtype) -> None:
         told, unguided = (each and each.to(device=company.world.device) for each in take.told)
         if take.latent_frames:
             sample_clip(model, told, take.latent_frames, sampler=take.sampler, generator=rng, unguided=unguided)
-        for _ in rollout(model, told, take.spans, sampler=take.sampler, draws=Draws(rng), unguided=unguided) if take.spans else ():
-            pass
+        if take.spans:
+            with closing(rollout(model, told, take.spans, sampler=take.sampler, draws=Draws(rng), unguided=unguided)) as blocks:
+                while _agree(model) and next(blocks, None) is not None:
+                    pass
     _end_line(company)
 
 
@@ -111,9 +114,18 @@ def _tell(model: AvatarDiT, take: Take | None) -> Take | None:
     """From the leading rank to those that walk along; None is the end."""
     if take is not None:
         take = take._replace(told=tuple(each and each.to(device=CPU) for each in take.told))
-    said = [take]
-    dist.broadcast_object_list(said, group_src=0, group=_company(model).world.cast, device=CPU)
+    said, world = [take], _company(model).world
+    with world.at_work() if world.leads else nullcontext():
+        dist.broadcast_object_list(said, group_src=0, group=world.cast, device=CPU)
     return said[0]
+
+
+def _agree(model: AvatarDiT, *, go_on: bool = True) -> bool:
+    """Whether to walk on to the next block; the leading rank knows."""
+    said, world = torch.tensor([go_on], dtype=torch.uint8), _company(model).world
+    with world.at_work() if world.leads else nullcontext():
+        dist.broadcast(said, group_src=0, group=world.cast)
+    return bool(said)
 
 
 def _end_line(company: Company) -> None:

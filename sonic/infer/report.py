@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Result:
     peak_vram_gib: float
     stages_s: dict[str, float]
     versions: dict[str, str]
+    plan: dict = field(default_factory=dict)  # which one, and what it took against what was foretold
 
     def summary(self) -> str:
         """The end of a run in two lines."""

@@ -18,7 +18,7 @@ from sonic.config import (
     require,
     settle_video,
 )
-from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.settings import HardwareConfig, ParallelConfig
 
 
 @dataclass
@@ -38,6 +38,13 @@ class RequestConfig:
 
 
 @dataclass
+class PlanChoiceConfig:
+    """What is done with the planner's answer."""
+
+    force: bool = knob(False, "start even what the planner says cannot fit")
+
+
+@dataclass
 class InferConfig(RequestConfig):
     """A portrait and a recording become a talking video."""
 
@@ -50,6 +57,8 @@ class InferConfig(RequestConfig):
     face: FaceConfig = knob(FaceConfig)
     motion: HeadConfig = knob(HeadConfig)
     parallel: ParallelConfig = knob(ParallelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+    plan: PlanChoiceConfig = knob(PlanChoiceConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,14 +67,14 @@ class InferConfig(RequestConfig):
 
 @dataclass
 class BenchConfig:
-    """The main job, timed; the word behind bench.py says what: python launch/bench.py preview json=out.json"""
+    """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
 
-    target: str = knob("preview", "what is timed: preview")
+    target: str = knob("preview", "what is timed: preview = a film; dit_medium = a forward of 49.5 M weights on a clip of 2016 tokens")
     json: str = knob("", "where the figures go as JSON")
     image: str = knob("astronaut", "the portrait to time with")
     photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
     seconds: float = knob(8.0, "length of the timed film")
-    repeats: int = knob(3, "the best of so many films counts")
+    repeats: int = knob(3, "the best of so many films counts, or of three times as many forwards")
     gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
@@ -74,7 +83,7 @@ class BenchConfig:
     decode: DecodeConfig = knob(DecodeConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview",), "target")
+        one_of(self.target, ("preview", "dit_medium"), "target")
         parse_size(self.photo, "photo")
         require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

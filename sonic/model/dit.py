@@ -155,10 +155,9 @@ class AvatarDiT(nn.Module):
 
     def memory_reach(self, cache: KVCache) -> Callable[[int], Reach]:
         """What the memory may attend to in each layer: itself; it is written into the cache."""
-        for ring in cache.rings:
-            ring.ref_position = None
-        places = rotation(cache.memory_places(self.config.rollout.ref_position, cache.token_device), self._head_dim)
-        return lambda layer: FillMemory(cache, layer, places)
+        position = self.config.rollout.ref_position
+        places = rotation(cache.memory_places(position, cache.token_device), self._head_dim)
+        return lambda layer: FillMemory(cache, layer, places, position)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
         """Encode once what every sampling step of a block uses; `conditions` are those of the block (`conditions.at(span)`)."""
@@ -188,12 +187,12 @@ class AvatarDiT(nn.Module):
 
     def block_reach(self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None) -> Callable[[int], Reach]:
         """What a block may attend to in each layer; makes room for it in the ring."""
-        cache.place_reference(ring, self.ref_position(span.start) if ref_position is None else ref_position)
+        position = self.ref_position(span.start) if ref_position is None else ref_position
         slot = ring.begin(span.index)
         frames = span.latent_frames // self.config.trunk.patch_size[0]
         times = torch.arange(span.start, span.start + frames, dtype=torch.float64, device=cache.token_device)
         places = rotation(grid_places(times, *cache.grid), self._head_dim)
-        return lambda layer: RingView(cache, ring, layer, slot, places)
+        return lambda layer: RingView(cache, ring, layer, slot, places, position)
 
     def travel(self, trips: Sequence[Trip], reaches: Sequence[Callable[[int], Reach]]) -> list[Trip]:
         """Through all layers that are here, side by side: each layer is met once by all of them."""

@@ -49,11 +49,13 @@ class TextEmbed(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever its weights are stored in."""
+    """A linear layer that computes in float32 whatever its weights are stored in; narrower ones are widened piece by piece."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
-        return F.linear(x, self.weight.float(), self.bias.float())
+        rows = self.out_features if self.weight.dtype == torch.float32 else self.in_features
+        pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
+        return torch.cat([F.linear(x, weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
 
 
 class TimeEmbed(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,35 +14,49 @@ from sonic.model.attention import Attention, KeysValues, Projected
 from sonic.model.embed import Places, Rotation, grid_places, motion_places, rotate, rotation
 
 
+class Slot(NamedTuple):
+    """Where a block lies in its ring, and what of the ring is filled with it."""
+
+    mine: slice
+    live: slice
+
+
 @dataclass
 class KVRing:
-    """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d], memory first.
+    """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d].
 
-    `window` is the number of blocks it holds. Blocks are written in turn; once the ring is full a new block replaces the
-    oldest. Keys carry their absolute positions, so their order in the ring does not matter.
+    `window` is the number of blocks it holds, in slots beside the memory: behind it, or where `memory` is not at the start,
+    before it. Blocks are written in turn, from the memory outwards, so that what is filled is one piece; once the ring is full a
+    new block replaces the oldest. Keys carry their absolute positions, so their order in the ring does not matter.
+    `placed` says for each layer where the reference stands in the memory's keys.
     """
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
-    memory_tokens: int
+    memory: slice
     block_tokens: int
     window: int
+    placed: dict[int, int]
     origin: int | None = None
     newest: int | None = None
-    ref_position: int | None = None
 
-    def begin(self, index: int) -> tuple[int, int, int]:
-        """Make room for block `index`: first and last token of its slot, and how far the ring is filled with it.
-
-        The newest block may be written again; anything else must be its successor.
-        """
+    def begin(self, index: int) -> Slot:
+        """Make room for block `index`; the newest block may be written again, anything else must be its successor."""
         self.origin = index if self.origin is None else self.origin
         if self.newest is not None and index not in (self.newest, self.newest + 1):
             raise ValueError(f"block {index} cannot follow block {self.newest}: a ring is written in order; start a new cache to jump")
         self.newest = index
         count = index - self.origin
-        first = self.memory_tokens + count % self.window * self.block_tokens
-        return first, first + self.block_tokens, self.memory_tokens + min(count + 1, self.window) * self.block_tokens
+        edge = self.slot(min(count, self.window - 1))
+        return Slot(self.slot(count % self.window), slice(min(self.memory.start, edge.start), max(self.memory.stop, edge.stop)))
+
+    def slot(self, place: int) -> slice:
+        """The tokens of slot `place`."""
+        if self.memory.start == 0:
+            first = self.memory.stop + place * self.block_tokens
+        else:
+            first = self.memory.start - (place + 1) * self.block_tokens
+        return slice(first, first + self.block_tokens)
 
 
 class Held(NamedTuple):
@@ -54,19 +68,21 @@ class Held(NamedTuple):
 
 @dataclass
 class KVCache:
-    """Memory keys without rotation (the reference moves along), the prompt's keys and values, and a ring per sampling step.
+    """The reference's keys without rotation (it moves along), the prompt's keys and values, and a ring per sampling step.
 
+    Two rings share one copy of the memory, which lies between their windows: rings 0 and 1, 2 and 3, and so on.
     `device` is where all this lies, `token_device` where it is used.
     """
 
     rings: list[KVRing]
     grid: tuple[int, int]
     buckets: tuple[int, ...]
-    memory_keys: dict[int, Tensor]
+    ref_keys: dict[int, Tensor]
     text: dict[int, KeysValues]
     head_dim: int
     device: torch.device
     token_device: torch.device
+    turns: dict[int, Rotation] = field(default_factory=dict)  # of the reference, by its position: the latest
 
     @classmethod
     def allocate(cls, config: ModelConfig, shape: tuple[int, int, int], held: Held, *, steps: int, motion: bool, like: Tensor) -> KVCache:
@@ -75,44 +91,72 @@ class KVCache:
         buckets = tuple(config.motion.buckets) if motion else ()
         size = grid[0] * grid[1]
         memory_tokens = size + (len(motion_places(buckets, *grid)[0]) if motion else 0)
-        block_tokens = rollout.block_frames * size
         head_dim = config.trunk.hidden_dim // config.trunk.num_heads
         empty = lambda length: {layer: like.new_zeros(batch, length, held.heads, head_dim) for layer in held.layers}  # noqa: E731
-        length = memory_tokens + rollout.window_blocks * block_tokens
-        rings = [KVRing(empty(length), empty(length), memory_tokens, block_tokens, rollout.window_blocks) for _ in range(steps)]
-        return cls(rings, tuple(grid), buckets, empty(memory_tokens), {}, head_dim, like.device, like.device)
+        rings: list[KVRing] = []
+        for first in range(0, steps, 2):
+            rings += _rings_around(
+                memory_tokens, rollout.block_frames * size, rollout.window_blocks, count=min(2, steps - first), empty=empty
+            )
+        return cls(rings, tuple(grid), buckets, empty(size), {}, head_dim, like.device, like.device)
+
+    @property
+    def memory_tokens(self) -> int:
+        """Tokens of the reference and the past."""
+        memory = self.rings[0].memory
+        return memory.stop - memory.start
 
     def memory_places(self, ref_position: float, device: torch.device) -> Places:
         """Ids of the memory tokens with the reference at the given time id."""
         return memory_places(self.buckets, self.grid, ref_position, device=device)
 
-    def place_reference(self, ring: KVRing, ref_position: int) -> None:
-        """Rotate the memory's keys in the ring's buffers for a reference at `ref_position`; only what moved is rewritten."""
-        if ring.ref_position == ref_position:
-            return
-        moved = ring.memory_tokens if ring.ref_position is None else self.grid[0] * self.grid[1]
-        places = tuple(ids[:moved] for ids in self.memory_places(ref_position, self.device))
-        turn = rotation(places, self.head_dim)
-        for layer, raw in self.memory_keys.items():
-            ring.keys[layer][:, :moved] = rotate(raw[:, :moved], turn)
-        ring.ref_position = ref_position
+    def place_reference(self, ring: KVRing, layer: int, position: int) -> None:
+        """Rotate the reference's keys in a layer's buffer for a reference at `position`, unless they are."""
+        if ring.placed.get(layer) != position:
+            raw = self.ref_keys[layer]
+            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._turn(position))
+            ring.placed[layer] = position
+
+    def _turn(self, position: int) -> Rotation:
+        if position not in self.turns:
+            if len(self.turns) > len(self.rings):  # positions only grow
+                self.turns.clear()
+            self.turns[position] = rotation(memory_places((), self.grid, position, device=self.device), self.head_dim)
+        return self.turns[position]
+
+
+def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Callable[[int], dict[int, Tensor]]) -> list[KVRing]:
+    """One ring, or two with their windows on both sides of one memory."""
+    size = window * block
+    keys, values = (empty(memory + count * size) for _ in range(2))
+    placed: dict[int, int] = {}
+
+    def ring(first: int, start: int) -> KVRing:
+        mine = [{layer: buffer[:, first : first + size + memory] for layer, buffer in each.items()} for each in (keys, values)]
+        return KVRing(*mine, slice(start, start + memory), block, window, placed)
+
+    return [ring(0, 0)] if count == 1 else [ring(size, 0), ring(0, size)]
 
 
 @dataclass(frozen=True)
 class FillMemory:
-    """Prefill's view of a layer: memory sees itself and is written down."""
+    """Prefill's view of a layer: memory sees itself and is written down, with the reference at `position`."""
 
     cache: KVCache
     layer: int
     places: Rotation
+    position: int
 
     def attend(self, attention: Attention, tokens: Projected) -> Tensor:
-        """Attention among the memory tokens; their keys are kept without rotation."""
+        """Attention among the memory tokens; the reference's keys are kept without rotation as well."""
         query, key, value = tokens
-        self.cache.memory_keys[self.layer].copy_(key)
-        for ring in self.cache.rings:
-            ring.values[self.layer][:, : ring.memory_tokens] = value
-        return attention(rotate(query, self.places), rotate(key, self.places), value)
+        raw, turned = self.cache.ref_keys[self.layer], rotate(key, self.places)
+        raw.copy_(key[:, : raw.shape[1]])
+        for ring in self.cache.rings[::2]:  # the others share their memory
+            ring.keys[self.layer][:, ring.memory] = turned
+            ring.values[self.layer][:, ring.memory] = value
+            ring.placed[self.layer] = self.position
+        return attention(rotate(query, self.places), turned, value)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
         """Keys and values of the prompt, kept for every later block."""
@@ -127,18 +171,19 @@ class RingView:
     cache: KVCache
     ring: KVRing
     layer: int
-    slot: tuple[int, int, int]
+    slot: Slot
     places: Rotation
+    ref_position: int
 
     def attend(self, attention: Attention, tokens: Projected) -> Tensor:
         """Write the block's keys and values into its slot and attend to all that is filled."""
-        first, last, filled = self.slot
-        seen = []
-        for buffer, mine in ((self.ring.keys, rotate(tokens.keys, self.places)), (self.ring.values, tokens.values)):
+        self.cache.place_reference(self.ring, self.layer, self.ref_position)
+        (mine, live), seen = self.slot, []
+        for buffer, new in ((self.ring.keys, rotate(tokens.keys, self.places)), (self.ring.values, tokens.values)):
             held = buffer[self.layer]
-            held[:, first:last] = mine.detach()
-            live = (held[:, :first], mine.to(held.dtype), held[:, last:filled])
-            seen.append((torch.cat(live, dim=1) if mine.requires_grad else held[:, :filled]).to(mine, non_blocking=True))
+            held[:, mine] = new.detach()
+            parts = (held[:, live.start : mine.start], new.to(held.dtype), held[:, mine.stop : live.stop])
+            seen.append((torch.cat(parts, dim=1) if new.requires_grad else held[:, live]).to(new, non_blocking=True))
         return attention(rotate(tokens.queries, self.places), *seen)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:

@@ -16,6 +16,8 @@ from sonic.model.attention import Exchange, Projected
 from sonic.model.blocks import Layout
 from sonic.model.dit import AvatarDiT
 
+_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
+
 
 class Group(NamedTuple):
     """The ranks that share tokens, and this one's place among them. Neither tokens nor heads need to come out even."""
@@ -43,7 +45,7 @@ class Spatial:
         """[B,T,some,D] -> [B,T,size,D]"""
         shares = self.group.shares(size)
         padded = F.pad(tokens, (0, 0, 0, shares[0] - tokens.shape[2])).contiguous()
-        gathered = funcol.all_gather_tensor_autograd(padded, gather_dim=2, group=self.group.group)
+        gathered = _all_gather(padded, gather_dim=2, group=self.group.group)
         parts = gathered.chunk(self.group.size, dim=2)
         return torch.cat([part[:, :, :share] for part, share in zip(parts, shares, strict=True)], dim=2)
 

@@ -28,6 +28,7 @@ from sonic.parallel.workload import Workload
 from sonic.types import Conditions
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
+FEW_LAYERS = 5  # that stand for all: two audio injectors are behind them
 WARM_LATENTS = 7  # decoded before the first block
 
 
@@ -93,14 +94,13 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """The first stage as a whole model of its blocks; the others from the tokens on."""
-    found = []
-    for stage, layers in enumerate(plan.ranges):
-        part = work.with_layers(layers)
-        own = _single(part, hardware, plan)[0] if stage == 0 else _blocks(part, len(layers))
-        arriving = MESSAGES * part.stream * (len(plan.ranges) > 1)
-        found.append(Footprint(own.stays + arriving, own.peak + arriving))
-    return found
+    """The first stage as a whole model of its blocks; the others from the tokens on, those that are alike only once."""
+    arriving = MESSAGES * work.stream * (len(plan.ranges) > 1)
+    parts = [work.with_layers(layers) for layers in plan.ranges]
+    kinds = [(len(layers), *part.model.audio.inject_layers) for layers, part in zip(plan.ranges, parts, strict=True)]
+    known = {kind: _blocks(part, kind[0]) for kind, part in dict(zip(kinds[1:], parts[1:], strict=True)).items()}
+    stages = [_single(parts[0], hardware, plan)[0], *(known[kind] for kind in kinds[1:])]
+    return [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -123,7 +123,7 @@ def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footp
         cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
     else:
         cache = _cache(whole, work, like=like)
-    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.memory_keys) - 1))
+    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.ref_keys) - 1))
     return [_tracked(model, [weights, *waiting, *_held(cache)], run)]
 
 
@@ -132,13 +132,24 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """One rank of a fake group; the others are its equals. Weights are gathered ahead from the second block on."""
+    """One rank of a fake group; the others are its equals. Weights are gathered ahead from the second block on.
+
+    Layers take their turns, so a few of them run beside the slices and rings that the others keep.
+    """
+    few = range(min(FEW_LAYERS, work.model.trunk.num_layers))
+    part, dtype = work.with_layers(few), DTYPES[work.number]
     with fake_world(plan, hardware.devices) as world:
-        model = AvatarDiT(work.model)
-        film = Film(model, work, times=2)
-        latents, timestep, conditions = _inputs(work, like=model.head.modulation)
-        held = _held(*(_cache(model, work, like=latents.to(DTYPES[work.number])) for _ in range(work.passes - 1)))
-        cache = _cache(model, work, like=latents.to(DTYPES[work.number]))
+        whole, model = AvatarDiT(work.model), AvatarDiT(part.model)
+        film = Film(model, part, times=2)
+        latents, timestep, conditions = _inputs(part, like=model.head.modulation)
+        caches = [_cache(whole, work, like=latents.to(dtype)) for _ in range(work.passes)]
+        elsewhere = [parameter for layer in (*whole.blocks, *whole.audio_injectors) for parameter in layer.parameters()]
+        here = [parameter for layer in (*model.blocks, *model.audio_injectors) for parameter in layer.parameters()]
+        slices = latents.new_empty(_slices(elsewhere, world) - _slices(here, world), dtype=dtype)
+        cache = _cache(model, part, like=latents.to(dtype))
+        rings = _bytes_of(_held(*caches)) - _bytes_of(_held(cache))
+        prompts = 2 * work.model.text.text_len * work.row * (work.passes * work.model.trunk.num_layers - len(few)) * bool(caches[0])
+        held = [slices, latents.new_empty(rings + prompts, dtype=torch.uint8)]
         shard(model, world, plan.parallel)
         fully_shard(film, mesh=world.film)  # holds nothing itself; the tracker wants a root of this kind
         tracker = FSDPMemTracker(film)
@@ -147,6 +158,12 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
             before = _total(tracker, "current")
             film(latents, timestep, conditions, cache=cache)
         return [Footprint(before, _total(tracker, "peak"))] * len(plan.ranks)
+
+
+def _slices(parameters: Sequence[nn.Parameter], world: World) -> int:
+    """Numbers that one rank keeps of parameters that are cut along their first axis."""
+    ranks = world.film.size()
+    return sum(-(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0]) for parameter in parameters)
 
 
 TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]] = {
@@ -186,7 +203,7 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
     inputs = model.prepare_block(conditions, _span(work))
     trip, _ = model.depart_block(latents, timestep, inputs)
     heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
-    for layer in cache.memory_keys:
+    for layer in cache.ref_keys:
         cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
     reach = model.block_reach(_span(work), cache, cache.rings[0])
     return lambda: model.travel([trip], [lambda layer: reach(layer_of(layer))])
@@ -237,10 +254,16 @@ def _cache(model: AvatarDiT, work: Workload, *, like: Tensor, steps: int | None 
     return model.cache_of((1, *work.grid), steps=steps or work.steps, motion=work.motion, like=like)
 
 
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Of their storages: rings that share a memory share a buffer."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
 def _held(*caches: KVCache | None) -> list[Tensor]:
     """Every buffer of some caches."""
     rings = [buffers for cache in caches if cache for ring in cache.rings for buffers in (ring.keys, ring.values)]
-    return [buffer for buffers in (*rings, *(cache.memory_keys for cache in caches if cache)) for buffer in buffers.values()]
+    return [buffer for buffers in (*rings, *(cache.ref_keys for cache in caches if cache)) for buffer in buffers.values()]
 
 
 def _tensors(conditions: Conditions) -> list[Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -45,11 +47,13 @@ def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> N
             if weight.is_meta:
                 weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
                 continue
-            local, place = _local(weight)
+            local, place, within = _local(weight)
+            if not local.numel():
+                continue
             part = stored[name].part(place)
             if name in lora.adapters:
                 part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[place]
-            local.copy_(part)
+            local.copy_(part.flatten()[within].view(local.shape))
 
 
 def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
@@ -68,10 +72,23 @@ def _mapped(stored: Stored, weight: Tensor, path: str | Path, *, adapted: bool) 
     return value
 
 
-def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What of a weight is here, and which part of the whole that is."""
+def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
+    """What of a weight is here, which rows and columns of the whole it lies in, and which numbers of these it is."""
+    if hasattr(weight, "ds_tensor"):
+        return _local_of_deepspeed(weight)
     if not isinstance(weight, DTensor):
-        return weight.data, tuple(slice(0, size) for size in weight.shape)
+        return weight.data, tuple(slice(0, size) for size in weight.shape), slice(None)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return weight.to_local(), place
+    return weight.to_local(), place, slice(None)
+
+
+def _local_of_deepspeed(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
+    """DeepSpeed cuts the numbers of a weight into runs of one length, wherever a row may end; the last run is padded."""
+    length, (rows, *rest) = weight.ds_tensor.numel(), weight.ds_shape
+    start = min(dist.get_rank() * length, weight.ds_numel)
+    stop = min(start + length, weight.ds_numel)
+    row = math.prod(rest)
+    first, last = start // row, min(rows, -(-stop // row))
+    place = (slice(first, last), *(slice(0, size) for size in rest))
+    return weight.ds_tensor[: stop - start], place, slice(start - first * row, stop - first * row)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from sonic.counts import block_weights, end_weights, injector_weights, weights
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
-from sonic.parallel.units import all_units
+from sonic.parallel.units import WHOLE, all_units
 from sonic.parallel.workload import Workload
 
 GIB = 2**30
@@ -49,29 +50,36 @@ def model_bytes(work: Workload) -> float:
     return weights(work.model) * work.number
 
 
+def shard_bytes(work: Workload, shards: int) -> float:
+    """What fsdp leaves of the weights on a rank: a slice of nearly all, and the whole of what no unit gathers."""
+    whole = sum(end_weights(work.model)[name] for name in WHOLE) * work.number
+    return whole + (model_bytes(work) - whole) / shards
+
+
 def ring_bytes(work: Workload) -> float:
     """What one layer remembers of the film: keys and values, a ring for each sampling step."""
     return work.passes * work.steps * 2 * work.window * work.row
 
 
 def memory_bytes(work: Workload) -> float:
-    """What one layer keeps of reference, past and prompt: in every ring, the keys once more unrotated, the prompt once."""
+    """What one layer keeps of reference, past and prompt: once for two rings, the reference's keys once more unrotated."""
     if work.clip_frames:
         return 0
-    return work.passes * ((2 * work.steps + 1) * work.memory + 2 * work.model.text.text_len) * work.row
+    copies = -(-work.steps // 2)
+    return work.passes * (2 * copies * work.memory + prod(work.grid) + 2 * work.model.text.text_len) * work.row
 
 
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     """What a forward needs besides weights and memories, by moment; `share` ranks share the tokens.
 
     Attention rotates in float32, the MLP has its hidden layer twice, and before the blocks the noise level's projection is
-    widened to float32.
+    widened to float32, a sixth at a time.
     """
     trunk = work.model.trunk
     stream = work.stream / share
     places = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
-    widened = 24 * trunk.hidden_dim**2 if work.number == 2 else 0
+    widened = 4 * trunk.hidden_dim**2 if work.number == 2 else 0
     other = (COPIES["other"] + more) * stream + places
     return {
         "ends": stream + widened,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
 from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.watch import Watch
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
@@ -29,6 +30,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None
     film: DeviceMesh | None = None
+    watch: Watch | None = None
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -41,6 +43,10 @@ class World:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along an axis only."""
         return self.mesh[axis].get_group()
+
+    def at_work(self) -> AbstractContextManager:
+        """Inside this, the others may count on this rank to get on."""
+        return self.watch.at_work() if self.watch else nullcontext()
 
     @property
     def stages(self) -> int:
@@ -72,6 +78,8 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
     Raises ValueError when they do not come out even, or the plan has no use for so many ranks.
     """
     replicas, context = config.replicas, config.context
+    if plan == "zero3" and replicas != 1:
+        raise ValueError(f"parallel=zero3 slices weights over all ranks: leave parallel.replicas={replicas} out, or use parallel=fsdp")
     if plan == "context" and replicas != -1:
         context = -1
     left = world // (max(1, replicas) * max(1, context))
@@ -93,7 +101,10 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
 
 @contextmanager
 def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch.device) -> Iterator[World]:
-    """Join the other ranks, if there are any, and leave them in the end."""
+    """Join the other ranks, if there are any, and leave them in the end.
+
+    Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
+    """
     if ranks.world == 1 and plan not in GROUPED:
         yield World(plan, device)
         return
@@ -101,13 +112,25 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, **own)
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(store, ranks.rank, ranks.world, patience_s=config.timeout_s) if ranks.world > 1 else None
     try:
-        yield make_world(config, plan, device)
+        yield replace(make_world(config, plan, device), watch=watch)
+    except BaseException as error:
+        if watch:
+            watch.explain(error)
+        raise
     finally:
         dist.destroy_process_group()
+        if watch:
+            watch.close()
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"))
+    film = mesh["layers", "cp"]._flatten("film")
+    for group in (*mesh.get_all_groups(), film.get_group()):
+        if dist.get_world_size(group) > 1:  # smaller groups have a patience of their own: half an hour
+            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    return World(plan, device, mesh, film)

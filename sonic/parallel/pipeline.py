@@ -11,7 +11,6 @@ import math
 import pickle
 from collections import deque
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -93,9 +92,8 @@ class Line:
     The two directions must not wait for each other: gloo tells them apart by a tag, NCCL needs a group for each.
     """
 
-    def __init__(self, ranks: Sequence[int], device: torch.device, patience_s: float = 45.0) -> None:
+    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
         self.ranks, self.device = list(ranks), device
-        self.patience = timedelta(seconds=patience_s)
         self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
         direct = device.type != "cpu" and "nccl" in str(dist.get_backend_config())
         self.carrier = device if direct else torch.device("cpu")
@@ -115,8 +113,8 @@ class Line:
         self._send(note, tensors, 0, way=BACK)
 
     def hear(self) -> tuple[Note, list[Tensor | None]]:
-        """What the last rank answers; RuntimeError when it does not for too long, because somebody on the way hangs."""
-        return self._receive(self.stages - 1, way=BACK, patience=self.patience)
+        """What the last rank answers."""
+        return self._receive(self.stages - 1, way=BACK)
 
     def flush(self) -> None:
         """Wait until everything that was sent has left."""
@@ -136,26 +134,14 @@ class Line:
             if part.numel():
                 self._sent.append((dist.isend(part, self.ranks[stage], group=self._group(part, way), tag=way), part))
 
-    def _receive(self, stage: int, *, way: int, patience: timedelta | None = None) -> tuple[Note, list[Tensor | None]]:
+    def _receive(self, stage: int, *, way: int) -> tuple[Note, list[Tensor | None]]:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        if patience is None:
-            dist.recv(header, self.ranks[stage], tag=way)
-        else:
-            self._wait(dist.irecv(header, self.ranks[stage], tag=way), patience)
+        dist.recv(header, self.ranks[stage], tag=way)
         words, specs = pickle.loads(header.numpy().tobytes())
         payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
         if payload.numel():
             dist.recv(payload, self.ranks[stage], group=self._group(payload, way), tag=way)
         return Note(*words), _unpacked(payload.to(self.device), specs)
-
-    def _wait(self, work: dist.Work, patience: timedelta) -> None:
-        try:
-            work.wait(patience)
-        except RuntimeError as error:
-            seconds = f"{patience.total_seconds():g} s (parallel.timeout_s)"
-            raise RuntimeError(
-                f"no answer from the pipeline within {seconds}: one of the ranks {self.ranks[1:]} hangs or is gone"
-            ) from error
 
     def _group(self, part: Tensor, way: int) -> dist.ProcessGroup | None:
         return None if part.device.type == "cpu" else self._groups[way]
@@ -217,7 +203,7 @@ def serve(model: AvatarDiT, line: Line, *, dtype: torch.dtype) -> None:
             return
         if note.kind == "memory":
             cache = caches[note.told] = model.cache_of(note.shape, steps=note.steps, motion=note.motion, like=like)
-            whole, reach = (1, cache.rings[0].memory_tokens), model.memory_reach(cache)
+            whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
         else:
             cache = caches[note.told]
             whole = (note.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
@@ -236,9 +222,9 @@ def stop(line: Line) -> None:
     line.flush()
 
 
-def make_line(world: World, patience_s: float) -> Line:
+def make_line(world: World) -> Line:
     """The line that this rank is part of."""
-    return Line(dist.get_process_group_ranks(world.group("layers")), world.device, patience_s)
+    return Line(dist.get_process_group_ranks(world.group("layers")), world.device)
 
 
 def _tensors(trip: Trip, summary: Tensor | None) -> list[Tensor | None]:

@@ -58,7 +58,8 @@ def planned(config: PlanConfig) -> Planned:
 
 
 def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[ParallelConfig]) -> tuple[Plan, ...]:
-    """A plan for each of the settings: those that fit first, then the fastest, of equally fast ones the leanest.
+    """A plan for each of the settings: those that fit first, then the fastest, of equally fast ones the leanest on the device,
+    those last that lean on host memory.
 
     Times within EQUAL of the fastest count as equal, and so do all that are faster than the film is shown.
     """
@@ -66,7 +67,10 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
     needed = [max(plan.seconds.total, work.shown) for plan in plans]
     fitting = [time for plan, time in zip(plans, needed, strict=True) if not plan.missing_gib(hardware)]
     enough = EQUAL * min(fitting or needed)
-    order = [(plan.missing_gib(hardware), max(time, enough), max(plan.peak_gib)) for plan, time in zip(plans, needed, strict=True)]
+    order = [
+        (plan.missing_gib(hardware), max(time, enough), plan.leans_on_host, max(plan.peak_gib))
+        for plan, time in zip(plans, needed, strict=True)
+    ]
     return tuple(plans[index] for index in sorted(range(len(plans)), key=order.__getitem__))
 
 
@@ -84,7 +88,12 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) 
     every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
     away = {"kv": "host"}
     every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
-    yield from (parallel for parallel in every if not why_not(parallel, work, hardware))
+    yield from (parallel for parallel in every if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
+
+
+def _even(share: int, work: Workload) -> bool:
+    """Whether so many ranks have equally much to do when they share tokens and heads."""
+    return not work.model.trunk.num_heads % share and not work.noisy // work.latent_frames % share
 
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
@@ -102,8 +111,8 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
         return "it has no token sharing; leave parallel.context at 1"
     if name == "pipeline" and asked and (len(asked) != devices // share or sum(asked) != layers):
         return f"parallel.layers={asked} must be {devices // share} numbers whose sum is {layers}"
-    if devices % share or heads % share or rows % share:
-        whole = f"{heads} heads and {rows} tokens of a frame evenly on {devices} devices"
+    if devices % share or share > min(heads, rows):
+        whole = f"{heads} heads and {rows} tokens of a frame on {devices} devices"
         return f"{share} ranks cannot share {whole}; choose another parallel.context"
     if name == "pipeline" and devices == share:
         return "all ranks share the tokens, so that there is one stage; use context"

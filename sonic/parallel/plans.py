@@ -15,6 +15,7 @@ from sonic.parallel.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed prefetches
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
+MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -46,6 +47,11 @@ class Plan:
         """Of one film."""
         return self.frames / self.seconds.total
 
+    @property
+    def leans_on_host(self) -> bool:
+        """Whether something waits in host memory that a device could hold."""
+        return bool(self.given_up) or self.parallel.cpu_offload
+
     def missing_gib(self, hardware: HardwareConfig) -> float:
         """What the fullest rank, or host memory, lacks; 0 when the plan fits."""
         device = max(self.peak_gib) - hardware.usable_gib
@@ -72,7 +78,7 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     busy = m.activation_bytes(work, share=share)
     gathered = m.gathered_bytes(work, parallel)
     moment = max(gathered, key=lambda name: gathered[name] + busy[name])
-    shard = m.model_bytes(work) / shards
+    shard = m.shard_bytes(work, shards)
     loads = {"weights": 0 if parallel.cpu_offload else shard, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
     ranks = _ranks(work, hardware, loads | _memories(work, share), count=world, leaders=world // share)
     moved = s.forwards(work) * s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
@@ -158,14 +164,14 @@ def resident_layers(layers: int, number: int) -> list[int]:
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Ranks own ranges of blocks with their KV rings; the ends carry embeddings, head and autoencoder."""
+    """Ranks own ranges of blocks with their KV rings; the first also embeds, encodes and decodes."""
     share = degree(parallel, hardware)
     stages, layers = hardware.devices // share, work.model.trunk.num_layers
     times = [each / share for each in s.layer_seconds(work, hardware)]
     vae = s.vae_seconds(work, hardware)
     ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, stages=stages, share=share)
     ranks = tuple(
-        _stage(work, hardware, found, first=stage == 0, last=stage == stages - 1, share=share)
+        _stage(work, hardware, found, first=stage == 0, alone=stages == 1, share=share)
         for stage, found in enumerate(ranges)
         for _ in range(share)
     )
@@ -174,7 +180,7 @@ def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig)
     seconds = s.Seconds(
         compute=busiest,
         activations=hops + s.exchange_seconds(work, hardware, share) * max(len(found) for found in ranges) / layers,
-        vae=max(0.0, _over(times, ranges[-1]) + vae - busiest),
+        vae=max(0.0, _over(times, ranges[0]) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
     if work.clip_frames:  # the steps of a clip wait for each other, so one stage works at a time
@@ -216,29 +222,29 @@ def _ranks(work: Workload, hardware: HardwareConfig, film: Mapping[str, float], 
     return tuple(leader if rank % (count // leaders) == 0 else follower for rank in range(count))
 
 
-def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bool, last: bool, share: int) -> dict[str, float]:
+def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bool, alone: bool, share: int) -> dict[str, float]:
     """One stage of a pipeline."""
     busy = m.activation_bytes(work, share=share)
     moments = [busy[name] for name in ("attention", "mlp", *(("ends",) if first else ()))]
     activations = max(moments) if len(layers) or first else work.stream / share
-    arriving = 0.0 if first and last else MESSAGES * work.stream / share
+    arriving = 0.0 if alone else MESSAGES * work.stream / share
     film = {
         "weights": m.layer_bytes(work, layers) + m.end_bytes(work) * first,
         "kv_rings": len(layers) * m.ring_bytes(work) / share,
         "memory_tokens": len(layers) * m.memory_bytes(work) / share,
         "activations": activations + arriving,
-        "vae": m.vae_bytes(work, idle=activations) if last else 0.0,
+        "vae": m.vae_bytes(work, idle=activations) if first else 0.0,
     }
     return m.items(hardware, first=m.encoder_bytes(work) if first else None, **film)
 
 
 def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, stages: int, share: int) -> list[range]:
     """Ranges that are as fast as can be within the memory there is; of those faster than the film is shown, the leanest."""
-    layers, limit = len(times), hardware.usable_gib * GIB
+    layers = len(times)
     memories = (m.ring_bytes(work) + m.memory_bytes(work)) / share
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
     one = range(layers - 1, layers)
-    ends = [_stage(work, hardware, one, first=stage == 0, last=stage == stages - 1, share=share) for stage in range(stages)]
+    ends = [_stage(work, hardware, one, first=stage == 0, alone=stages == 1, share=share) for stage in range(stages)]
     empty = [sum(rank[item] for item in m.FILM) - sizes[-1] for rank in ends]
     vae = s.vae_seconds(work, hardware)
 
@@ -246,18 +252,15 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
         return empty[stage] + _over(sizes, found)
 
     def time(stage: int, found: range) -> float:
-        return _over(times, found) + vae * (stage == stages - 1)
+        return _over(times, found) + vae * (stage == 0)
 
-    def fast(stage: int, found: range) -> float:
-        return time(stage, found) if size(stage, found) <= limit else inf
-
-    def lean(stage: int, found: range) -> float:
-        return size(stage, found) if time(stage, found) <= work.shown else inf
-
-    for cost in (lean, fast):
-        ranges = best_ranges(layers, stages, cost)
-        if all(max(cost(stage, found), fast(stage, found)) < inf for stage, found in enumerate(ranges)):
-            return ranges
+    for limit in ((1 - MARGIN) * hardware.usable_gib * GIB, hardware.usable_gib * GIB):
+        fast = lambda stage, found: time(stage, found) if size(stage, found) <= limit else inf  # noqa: B023, E731
+        ranges = best_ranges(layers, stages, fast)
+        slowest = max(fast(stage, found) for stage, found in enumerate(ranges))
+        if slowest < inf:
+            enough = 1.0001 * max(slowest, work.shown)
+            return best_ranges(layers, stages, lambda stage, found: size(stage, found) if time(stage, found) <= enough else inf)  # noqa: B023
     return best_ranges(layers, stages, size)
 
 

@@ -14,11 +14,11 @@ from sonic.model.blocks import Block, MultiHead
 from sonic.model.dit import AvatarDiT, Trip
 from sonic.parallel.mesh import World
 from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.units import ENDS, WHOLE
 from sonic.types import pick
 
 Unit = tuple[nn.Module, ...]  # modules that are gathered together; all of them run in every forward that uses one of them
 ENTRIES = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive")  # ways into the model besides forward
-ENDS = ("frame_pack", "time_embed", "text_embed", "audio_encoder")
 
 
 def blocks_whole(module: Block | AudioInjector) -> Iterator[Unit]:
@@ -56,7 +56,7 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Shard the model over the ranks that make a film together, before it has weights; copies of it are on other ranks.
 
     Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
-    embeddings and the head. Names of parameters stay.
+    embeddings and the head; WHOLE is on every rank. Names of parameters stay.
     """
     mesh = _mesh(world)
     policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
@@ -64,15 +64,14 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     cut = pick(UNITS, config.unshard_unit, "parallel.unshard_unit")
     for end in (getattr(model, name) for name in ENDS):
         if end is not None:
-            if config.unshard_unit != "block" and end is model.time_embed:
-                fully_shard(end.project, **settings)
             fully_shard(end, **settings)
     for module in [*model.blocks, *model.audio_injectors]:
         for unit in cut(module):
             if unit != (module,):
                 fully_shard(list(unit), **settings)
         fully_shard(module, **settings)
-    fully_shard(model, **settings | {"reshard_after_forward": False})
+    whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
+    fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
     for name in ENTRIES:
         register_fsdp_forward_method(model, name)
     if config.prefetch:

@@ -19,6 +19,8 @@ from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
+from sonic.parallel.units import WHOLE
+from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
 Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
@@ -38,6 +40,8 @@ class Plan(NamedTuple):
 
 def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    for name in WHOLE:
+        getattr(model, name).to_empty(device=world.device)
 
 
 def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -59,12 +63,8 @@ PLANS: Mapping[str, Plan] = {
     "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
+    "zero3": Plan(cut_nothing, place_slices, start_engines),
 }
-
-
-def plan_for(config: ParallelConfig, ranks: int) -> str:
-    """The plan's name; auto means the pipeline on several ranks."""
-    return ("pipeline" if ranks > 1 else "single") if config.name == "auto" else config.name
 
 
 @dataclass
@@ -86,10 +86,12 @@ def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, 
     fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
-        company.line = make_line(world, parallel.timeout_s)
+        company.line = make_line(world)
         if world.stage == 0:
             model.forwards = partial(Stages, line=company.line)
     if world.size("cp") > 1:
         share_tokens(model, world.group("cp"))
+    if world.watch:
+        world.watch.over(model)
     model.company = company
     return model

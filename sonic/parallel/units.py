@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sonic.config import ModelConfig
 from sonic.counts import block_weights, end_weights, injector_weights
 
-ENDS = ("frame_pack", "time_embed", "text_embed", "audio_encoder")  # before the blocks; what else lies outside them is small
+WHOLE = ("time_embed",)  # on every rank: gathering its wide projection would take more room, twice, than keeping it
+ENDS = ("frame_pack", "text_embed", "audio_encoder")  # before the blocks; what else lies outside them is small
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,10 @@ def alone(tmp_path_factory) -> bytes:
     return film(tmp_path_factory.mktemp("alone"), "single", (sys.executable,))
 
 
-@pytest.mark.parametrize("plan", ["pipeline", "fsdp", "context"])
+@pytest.mark.parametrize("plan", ["pipeline", "fsdp", "context", "zero3"])
 def test_two_ranks_make_the_film_of_one(plan, alone, tmp_path):
+    if plan == "zero3":
+        pytest.importorskip("deepspeed", reason="needs the extra [deepspeed]")
     assert film(tmp_path, plan, TWO_RANKS) == alone
 
 

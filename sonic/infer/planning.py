@@ -1,0 +1,119 @@
+"""Which plan a job of films runs under: the planner is asked first, and what cannot fit is not started."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+
+from sonic.config import PHOTO_SIZE, Ranks
+from sonic.data.portrait import load_image
+from sonic.geometry import wan_size
+from sonic.infer.build import settled_model
+from sonic.infer.conditions import painted_size
+from sonic.infer.scene import PORTRAITS
+from sonic.infer.settings import InferConfig
+from sonic.parallel.here import hardware_here
+from sonic.parallel.memory import GIB
+from sonic.parallel.mesh import World, degrees
+from sonic.parallel.planner import Planned, planned
+from sonic.parallel.plans import Plan
+from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
+
+log = logging.getLogger("sonic.infer")
+
+
+@dataclass
+class Forecast:
+    """The plan that runs, and what it takes against what was foretold. On a CPU memory counts from when the plan was made."""
+
+    plan: Plan
+    started: float = field(default_factory=lambda: _peak_rss())
+    measured_gib: list[float] = field(default_factory=list)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The knobs that the plan runs with."""
+        return self.plan.parallel
+
+    def measure(self, world: World) -> None:
+        """Take down the peak of every rank. Every rank must ask."""
+        on_gpu = world.device.type == "cuda"
+        peak = torch.cuda.max_memory_reserved(world.device) if on_gpu else _peak_rss() - self.started
+        peaks = [peak]
+        if world.mesh is not None:
+            peaks = [0.0] * dist.get_world_size()
+            dist.all_gather_object(peaks, peak)
+        self.measured_gib = [round(each / GIB, 3) for each in peaks]
+
+    def as_json(self) -> dict:
+        """For result.json."""
+        return {
+            "plan": self.plan.name,
+            "predicted_gib_per_rank": [round(each, 3) for each in self.plan.peak_gib],
+            "measured_gib_per_rank": self.measured_gib,
+            "predicted_seconds_per_block": round(self.plan.seconds.total, 4),
+            "predicted_frames_per_second": round(self.plan.frames_per_second, 3),
+        }
+
+
+def forecast(config: InferConfig, ranks: Ranks, device: torch.device) -> Forecast:
+    """The planner's answer for a job: its choice for parallel=auto, or what was asked for.
+
+    Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
+    """
+    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
+    found = planned(_plan_config(config, hardware))
+    if not found.fits and not config.plan.force:
+        raise ValueError(_refusal(found))
+    if not found.fits:
+        log.warning("plan.force: %s", _refusal(found))
+    plan, asked = found.chosen, config.parallel
+    if asked.name == "auto" and ranks.world > 1:
+        log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
+    return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked))
+
+
+def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
+    """The planner's view of a job: one film on the ranks that make it together."""
+    parallel = config.parallel
+    if parallel.name == "auto":
+        sharing = max(1, parallel.replicas)
+        if parallel.replicas == -1 or hardware.devices % sharing:
+            raise ValueError(
+                f"parallel.replicas={parallel.replicas} needs a plan by name on {hardware.devices} ranks, such as parallel=single"
+            )
+    else:
+        sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
+        parallel = replace(parallel, context=context)
+    alone = replace(hardware, devices=hardware.devices // sharing)
+    film = replace(parallel, replicas=1)
+    video = replace(config.video, size=_film_size(config))
+    return PlanConfig(run=config.run, model=settled_model(config.model), hardware=alone, parallel=film, sampler=config.sampler, video=video)
+
+
+def _film_size(config: InferConfig) -> str:
+    """video.size, that of the photograph looked up where one is known."""
+    if config.model.resolution or config.video.size != PHOTO_SIZE or config.requests:
+        return config.video.size
+    pixels = load_image(PORTRAITS.get(config.image, config.image))
+    width, height = wan_size(pixels.shape[1], pixels.shape[0], painted_size(pixels, PHOTO_SIZE))
+    return f"{width}x{height}"
+
+
+def _refusal(found: Planned) -> str:
+    """What is missing, and what would fit."""
+    best, hardware = found.chosen, found.hardware
+    lacks = (
+        f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"
+    )
+    would = "; ".join(f"{change.sentence} ({' '.join(change.knobs)})" for change in found.changes)
+    return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"
+
+
+def _peak_rss() -> float:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,79 @@
+"""The planner speaks before a job starts: it chooses, it refuses, and it is held against what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+
+from sonic.app import compose, run_command
+from sonic.config import Ranks
+from sonic.infer import planning
+from sonic.infer.planning import forecast
+from sonic.parallel.here import hardware_here, host_bytes
+from sonic.parallel.settings import HardwareConfig
+
+CPU = torch.device("cpu")
+
+
+def config(*overrides: str):
+    """The config of a command line."""
+    return compose(launcher().ENTRY, ["+preset=fast_preview", *overrides])
+
+
+def infer(*overrides: str) -> int:
+    """The exit code of a command."""
+    return run_command(launcher().ENTRY, launcher().infer, overrides)
+
+
+@pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])
+def test_auto_means_what_the_planner_chooses(ranks, plan):
+    found = forecast(config(), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.parallel.name == plan
+    assert sum(found.parallel.layers or [6]) == 6
+
+
+@pytest.fixture
+def without_weights(monkeypatch):
+    """Published models are planned as configured, though nobody has their weights."""
+    monkeypatch.setattr(planning, "settled_model", lambda model: model)
+
+
+def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
+    found = forecast(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
+    assert found.parallel.name in ("fsdp", "context")
+
+
+def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_weights):
+    small = ["hardware=4x24gb", "hardware.usable_gib=13", "model=live_avatar_14b", "video.size=704x384", "parallel=pipeline"]
+    with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 4 x 13\.0 GiB; would fit: .*plan\.force=true"):
+        forecast(config(*small), Ranks(0, 4, 0, 4), CPU)
+    assert forecast(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
+
+
+def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
+    assert infer("hardware=cpu", "hardware.usable_gib=0.55", f"run.folder={tmp_path / 'runs'}", *FACE) == 2
+    assert "GiB are missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_prediction_and_measurement_lie_side_by_side(tmp_path):
+    recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
+    assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0
+    plan = json.loads((tmp_path / "here" / "result.json").read_text())["plan"]
+    assert plan["plan"] == "single"
+    assert len(plan["predicted_gib_per_rank"]) == len(plan["measured_gib_per_rank"]) == 1
+    assert 0 <= plan["measured_gib_per_rank"][0] < 2
+
+
+def test_this_machine_is_looked_up_and_one_that_is_named_stays():
+    here = HardwareConfig(name="here")
+    alone, two = (hardware_here(here, CPU, ranks=count, local_ranks=count) for count in (1, 2))
+    assert two.devices == 2
+    assert 2 * two.usable_gib < host_bytes() / 2**30
+    assert alone.usable_gib > two.usable_gib
+    named = HardwareConfig(name="4x24gb", usable_gib=22.2, devices=4)
+    assert hardware_here(named, CPU, ranks=2, local_ranks=2) == replace(named, devices=2)

@@ -1,0 +1,69 @@
+"""Laws that every plan obeys: the film of one rank, the clip of one rank, and the names of one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plan_case import SINGLE, case_of, clip_of, made_under_all, model_under, same_as_single
+from ranks import on_ranks
+from tiny import tiny_model
+
+from sonic.infer.ranks import dismiss, follow
+from sonic.model.weights import save_weights
+from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.spread import PLANS
+
+TINY = {  # every part of the 14B model, a few numbers wide
+    "fsdp block": ParallelConfig("fsdp", unshard_unit="block", prefetch=0),
+    "fsdp sublayer": ParallelConfig("fsdp", unshard_unit="sublayer", prefetch=2),
+    "fsdp linear": ParallelConfig("fsdp", unshard_unit="linear", prefetch=1),
+    "fsdp on the host": ParallelConfig("fsdp", unshard_unit="block", cpu_offload=True),
+    "fsdp kept": ParallelConfig("fsdp", reshard=False),
+    "hsdp": ParallelConfig("fsdp", unshard_unit="block", replicas=2),
+    "pipeline": ParallelConfig("pipeline"),
+    "offload": ParallelConfig("offload", replicas=-1),
+    "offload from the file": ParallelConfig("offload", replicas=-1),
+    "context": ParallelConfig("context"),
+    "fsdp and context": ParallelConfig("fsdp", unshard_unit="block", context=2),
+    "pipeline and context": ParallelConfig("pipeline", context=2),
+}
+TINY["offload from the file"].offload.store = "mmap"
+PREVIEW = {
+    "preview fsdp": ParallelConfig("fsdp", prefetch=1),
+    "preview pipeline": ParallelConfig("pipeline"),
+    "preview offload": ParallelConfig("offload", replicas=-1),
+    "preview context": ParallelConfig("context"),
+}
+GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after a film that nobody saw the end of
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(tiny_model(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_plan_makes_the_film_and_the_clip_of_one_rank(count, weights):
+    plans = TINY | PREVIEW
+    assert {plan.name for plan in plans.values()} == set(PLANS) - {"single", "zero3"}  # zero3 has a test of its own
+    same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=120))
+
+
+def refused_clip(weights: str) -> str:
+    """What the first rank of a pipeline says to a clip."""
+    case = case_of("tiny", weights)
+    model = model_under(case, ParallelConfig("pipeline"))
+    if not model.company.world.leads:
+        follow(model, torch.float32)
+        return ""
+    with pytest.raises(ValueError) as refused:
+        clip_of(model, case)
+    dismiss(model)
+    return str(refused.value)
+
+
+def test_a_pipeline_refuses_clips_with_the_plan_that_makes_them(weights):
+    said, _ = on_ranks(2, refused_clip, weights, timeout_s=60)
+    assert "use parallel=fsdp" in said
