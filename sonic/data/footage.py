@@ -122,7 +122,7 @@ def _look(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: Pr
     pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(held, portrait, config)
     if pixels is None:
         return Take(first, frames, f"the face does not fit into data.size={config.data.size}")
-    level = _quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
+    level = quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
     return Take(first, frames, "", pixels, mouth_opening(watched[1:]), level)
 
 
@@ -132,9 +132,9 @@ def mouth_opening(frames: Tensor) -> np.ndarray:
     side = frames.shape[-1]
     x, y, unit = (side * share for share in (*MOUTH_ANCHOR, MOUTH_UNIT))
     mouth = frames[..., int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean(1).flatten(1).numpy()
-    changes = _quick(_smooth(mouth))
+    changes = quick(_smooth(mouth))
     ways, sizes, _ = np.linalg.svd(changes - changes.mean(0), full_matrices=False)
-    dark = _quick(_smooth(np.quantile(mouth, DARK, axis=1)))
+    dark = quick(_smooth(np.quantile(mouth, DARK, axis=1)))
     opening = ways[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
     return -opening if metrics.correlation(opening, dark) > 0 else opening
 
@@ -167,6 +167,6 @@ def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
     return (sums[frames:] - sums[:-frames]) / frames
 
 
-def _quick(track: np.ndarray) -> np.ndarray:
+def quick(track: np.ndarray) -> np.ndarray:
     """What changes faster than posture does."""
     return track - _smooth(track, SLOW)
