@@ -124,7 +124,8 @@ def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None
     try:
         return wandb.init(mode=config.wandb, **keywords)
     except wandb.errors.Error as error:
-        LOG.warning("W&B cannot be used (%s); logging offline under %s", error, folder)
+        LOG.warning("W&B cannot be used (%s); logging offline under %s", str(error).splitlines()[0], folder)
+        wandb.teardown()  # its service holds the name of the run that did not come about
         return wandb.init(mode="offline", **keywords)
 
 
