@@ -24,7 +24,7 @@ from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
 from sonic.train.objectives import OBJECTIVES, Batch
-from sonic.train.samples import look_of
+from sonic.train.samples import Student, look_of
 from sonic.train.settings import DataConfig, TrainConfig
 from sonic.train.sharded import ShardedEngine
 from sonic.train.world import World, join_world
@@ -64,7 +64,7 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
     if config.init_from:
         start_from(objective.roles["student"], Path(config.init_from))
     engine = engine_of(config, world, folder)
-    look = look_of(config, objective, engine, folder)
+    look = look_of(Student(config, objective, engine, folder))
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
     outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))

@@ -18,11 +18,12 @@ from sonic.checkpoint.ready import Ready
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.footage import WATCHED, mouth_opening, quick
 from sonic.data.landmarks import find_face, locate_mouth
-from sonic.data.portrait import covering, cut, face_crop, load_image
+from sonic.data.portrait import cut, face_crop, load_image
 from sonic.data.speech import envelope, load_speech
 from sonic.data.video import Coding, VideoWriter
 from sonic.geometry import FPS
 from sonic.infer.build import Parts, ReadyParts, transformer_weights, untrained_encoders, weight_files
+from sonic.infer.conditions import whole_picture
 from sonic.infer.pipeline import film
 from sonic.infer.scene import PORTRAITS, RECORDINGS, Settings
 from sonic.model.weights import load_weights
@@ -31,27 +32,13 @@ from sonic.parallel.spread import Company
 from sonic.train.engine import Engine
 from sonic.train.evaluate import Case, cases, filmed, scored
 from sonic.train.log import Look, Sample
-from sonic.train.objectives import Objective
 from sonic.train.objectives.cast import STUDENT
 from sonic.train.settings import EvalConfig, TrainConfig
 from sonic.types import Portrait, Scene, Speech, pick
 
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
-AREA = (256, 384)  # height and width of the pictures that a published model paints meanwhile
+AREA = 384 * 256  # of the pictures that a published model paints meanwhile, in pixels
 REACH = 5  # frames of lag that are tried either way
-
-
-def look_of(config: TrainConfig, objective: Objective, engine: Engine, folder: Path) -> Look | None:
-    """How to look at the student; None when nobody wants to (log.samples_every=0).
-
-    Raises ValueError when what is learnt makes no films, or nobody can speak for them.
-    """
-    if not config.log.samples_every:
-        return None
-    if not hasattr(objective, "cast"):
-        raise ValueError(f"log.samples_every={config.log.samples_every}: objective={config.objective.name} makes no films; use 0")
-    sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
-    return pick(LOOKS, config.model.autoencoder, "model.autoencoder")(Student(config, objective, engine, folder), sampler)
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,20 @@ class Student:
             with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
                 writer.write(pixels)
         return path
+
+
+def look_of(student: Student) -> Look | None:
+    """How to look at the student; None when nobody wants to (log.samples_every=0).
+
+    Raises ValueError when what is learnt makes no films, or nobody can speak for them.
+    """
+    config = student.config
+    if not config.log.samples_every:
+        return None
+    if not hasattr(student.objective, "cast"):
+        raise ValueError(f"log.samples_every={config.log.samples_every}: objective={config.objective.name} makes no films; use 0")
+    sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
+    return pick(LOOKS, config.model.autoencoder, "model.autoencoder")(student, sampler)
 
 
 def moving_look(student: Student, sampler: SamplerConfig) -> Look:
@@ -113,7 +114,7 @@ def painting_look(student: Student, sampler: SamplerConfig) -> Look:
     config, device = student.config, student.engine.world.device
     checkpoint = Ready.open(transformer_weights(config.model).parent)
     parts = ReadyParts(checkpoint.config(config.model), checkpoint, Company(Mesh("single", device)), torch.float32)
-    pixels = covering(load_image(PORTRAITS["astronaut"]), AREA[1], AREA[0])
+    pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=WATCHED)
     fps = config.model.rollout.fps
