@@ -71,7 +71,12 @@ def load_soundtrack(path: str | Path) -> np.ndarray:
     Raises ValueError when the video has no sound, or it cannot be decoded.
     """
     path = Path(path)
-    frames = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in decode_audio(path, rate=SAMPLE_RATE, choose=_soundtrack)]
+    try:
+        frames = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in decode_audio(path, rate=SAMPLE_RATE, choose=_soundtrack)]
+    except NoSound:
+        raise
+    except ValueError as error:
+        raise ValueError(f"video={path}: its sound cannot be decoded; give an undamaged video") from error
     if not frames:
         raise NoSound(f"video={path} holds no sound that can be decoded; give one whose sound can be heard")
     late = round(_seconds_late(path) * SAMPLE_RATE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from sonic.infer.scene import PORTRAITS, RECORDINGS, Settings
 from sonic.model.weights import load_weights
 from sonic.parallel.mesh import World as Mesh
 from sonic.parallel.spread import Company
-from sonic.train.engine import Engine
+from sonic.train.engine import Engine, is_sharded
 from sonic.train.evaluate import Case, cases, filmed, scored
 from sonic.train.log import Look, Sample
 from sonic.train.objectives.cast import STUDENT
 from sonic.train.settings import EvalConfig, TrainConfig
+from sonic.train.sharded import WAYS_IN
 from sonic.types import Portrait, Scene, Speech, pick
 
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
@@ -52,9 +53,17 @@ class Student:
 
     @contextmanager
     def play(self):
-        """The student's transformer as it is now, in the precision of the training."""
-        with torch.no_grad(), self.engine.precision(), self.objective.cast.play(STUDENT) as model:
-            yield model
+        """The student's transformer as it is now. Weights that are whole are float32, and so is the film; those in shards compute in
+        the training's precision, all else in a film does not."""
+        with torch.no_grad(), self.objective.cast.play(STUDENT) as model:
+            own = {name: vars(model).get(name) for name in ("forward", *WAYS_IN)} if is_sharded(next(model.parameters())) else {}
+            for name in own:
+                setattr(model, name, _precisely(getattr(model, name), self.engine.precision))
+            try:
+                yield model
+            finally:
+                for name, method in own.items():
+                    delattr(model, name) if method is None else setattr(model, name, method)
 
     def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path:
         """Write the film of a step, on the main process.  frames [F,3,H,W] in [-1,1]"""
@@ -65,6 +74,17 @@ class Student:
             with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
                 writer.write(pixels)
         return path
+
+
+def _precisely(call: Callable[..., Any], precision: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
+    """The same call in that precision, its result in float32."""
+
+    def called(*given: object, **named: object) -> Any:
+        with precision():
+            found = call(*given, **named)
+        return found.float() if isinstance(found, Tensor) else found
+
+    return called
 
 
 def look_of(student: Student) -> Look | None:

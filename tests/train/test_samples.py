@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import save_file
 
 from sonic.config import AdapterConfig, AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
@@ -14,7 +15,7 @@ from sonic.model.weights import save_weights
 from sonic.train.build import run_training
 from sonic.train.log import read_scalars
 from sonic.train.objective_settings import ConsistencyConfig, FlowMatchConfig, VisemeConfig
-from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig
+from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
 
 
 @pytest.fixture
@@ -58,11 +59,26 @@ def test_a_student_of_few_steps_is_filmed_in_its_own(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     objective = ConsistencyConfig(learn=AdapterConfig(rank=2))
     made = config(clips, objective, samples_every=4)
+    made.speed = SpeedConfig(precision="bfloat16", recompute=True)
     torch.manual_seed(1)
     save_weights(AvatarDiT(made.model), tmp_path / "dit.safetensors")
     made.model.weights = str(tmp_path / "dit.safetensors")
     run_training(made, tmp_path / "run")
     assert (tmp_path / "run/samples/step_00000004.mp4").is_file()
+
+
+def trained(folder, clips):
+    made = config(clips, FlowMatchConfig())
+    made.speed = SpeedConfig(precision="bfloat16", engine="fsdp")
+    made.budget = BudgetConfig(max_steps=2, batch_size=2, accumulate=2)
+    run_training(made, folder)
+
+
+def test_processes_that_share_a_student_film_it_together(clips, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    on_ranks(2, trained, tmp_path / "run", clips)
+    (_, last) = read_scalars(tmp_path / "run")
+    assert (tmp_path / "run" / last["video"]).is_file() and -1 <= last["eval/sync_correlation"] <= 1
 
 
 def test_what_makes_no_films_says_so(tmp_path):
