@@ -1,4 +1,4 @@
-"""Time the main job on this machine, or one forward: python launch/bench.py preview json=out.json; ... dit_medium json=out.json"""
+"""Time this machine: python launch/bench.py preview (the main job), dit_medium (one forward) or fit (a published model under a plan)"""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def bench(config: BenchConfig, run: Run) -> None:
     begun = time.perf_counter()
     from sonic.infer.bench import bench as measure  # torch and the models: not before the command line is known to be right
 
-    measure(config, begun)
+    measure(config, begun, ranks=run.ranks)
 
 
 if __name__ == "__main__":
     words = [item if "=" in item or item.startswith("-") else f"target={item}" for item in sys.argv[1:]]
-    launch(Entry("bench", BenchConfig), bench, ["preset=fast_preview", *words])
+    launch(Entry("bench", BenchConfig, max_ranks=4096), bench, ["preset=fast_preview", *words])

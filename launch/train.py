@@ -12,11 +12,17 @@ def train(config: TrainConfig, run: Run) -> None:
     """Train in runs/<name>; a run that was stopped continues there."""
     from sonic.train.build import run_training
 
-    run.path.mkdir(parents=True, exist_ok=True)  # made before the run opens it: checkpoints stay when the run is stopped
-    run_training(config, run.open(), commit=run.commit, command=run.command)
+    def opened() -> None:
+        run.path.mkdir(parents=True, exist_ok=True)  # before the run opens it: checkpoints stay when the run is stopped
+        run.open()
 
+    run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)
+
+
+ENTRY = Entry(
+    "train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS},
+    place=lambda config: ("runs", config.name), max_ranks=4096,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    place = lambda config: ("runs", config.name)  # noqa: E731
-    variants = {"objective": OBJECTIVE_CONFIGS}
-    launch(Entry("train", TrainConfig, collections=("train", "distill"), variants=variants, place=place, max_ranks=4096), train)
+    launch(ENTRY, train)

@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,7 @@ class Entry:
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
     sys.exit(run_command(entry, job, sys.argv[1:] if argv is None else argv))
 
 

@@ -41,9 +41,10 @@ UMT5 = {
 VAE = {"base_dim": 4, "z_dim": 16}
 
 
-def tiny_model() -> ModelConfig:
+def tiny_model(**trunk_sizes: int) -> ModelConfig:
     """What config.json says, as ours."""
-    trunk = TrunkConfig(WIDTH, 64, 2, 2, [1, 2, 2], freq_dim=32)
+    sizes = {"hidden_dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32}
+    trunk = TrunkConfig(patch_size=[1, 2, 2], **{**sizes, **trunk_sizes})
     return ModelConfig(trunk=trunk, audio=AudioConfig(HEARD, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
 
 
@@ -52,7 +53,7 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(GIVEN))
-    dit = {name: torch.randn_like(tensor).mul(0.05).bfloat16() for name, tensor in export(AvatarDiT(tiny_model())).items()}
+    dit = {name: _random(tensor).bfloat16() for name, tensor in export(AvatarDiT(tiny_model())).items()}
     _shard(dit, folder)
     text = TextEncoder(UMT5).encoder.state_dict()
     text.pop(TIED)
@@ -68,12 +69,12 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_lora(folder: Path, rank: int = 2, seed: int = 1) -> Path:
-    """A folder like LiveAvatar/."""
+def write_lora(folder: Path, rank: int = 2, seed: int = 1, *, tensors: dict[str, Tensor] | None = None) -> Path:
+    """A folder like LiveAvatar/; `tensors` are those of another transformer than the tiny one."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     pairs = {}
-    for name, tensor in export(AvatarDiT(tiny_model())).items():
+    for name, tensor in (tensors or export(AvatarDiT(tiny_model()))).items():
         if name.endswith((".q.weight", ".k.weight", ".v.weight", ".o.weight", ".ffn.0.weight", ".ffn.2.weight")):
             module = name.removesuffix(".weight")
             pairs[f"{module}.lora_A.weight"] = torch.randn(rank, tensor.shape[1]).bfloat16()
@@ -104,7 +105,8 @@ SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in official
 
 
 def _random(tensor: Tensor) -> Tensor:
-    return torch.randn_like(tensor).mul(0.05) if tensor.is_floating_point() else tensor.clone()
+    """The tensor as it is before training, moved a little, so that nothing is zero and everything is felt in the film."""
+    return tensor + 0.05 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor.clone()
 
 
 def _shard(tensors: dict[str, Tensor], folder: Path, count: int = 2) -> None:

@@ -60,17 +60,21 @@ def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch
 
 
 def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:
-    """A film and a clip under a plan, or the film alone where clips cannot be; maybe after a film that nobody sees the end of."""
+    """A film and a clip under a plan, or the film alone where clips cannot be; maybe after two films given up
+    halfway, one of which is closed at once and the other when it is nearly forgotten."""
     case = case_of(plan, weights)
     model = model_under(case, parallel)
     names, world = [name for name, _ in model.named_parameters()], model.company.world
     if not world.leads:
         follow(model, torch.float32)
         return Made(None, None, names)
+    late = blocks_of(model, case)
     if give_up:
-        with closing(blocks_of(model, case)) as given_up:
-            next(given_up)
+        next(late)
+        with closing(blocks_of(model, case)) as early:
+            next(early)
     film = torch.cat(list(blocks_of(model, case)), dim=2)
+    late.close()
     clip = None if world.stages > 1 else clip_of(model, case)
     dismiss(model)
     return Made(film, clip, names)

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sonic.checkpoint import official
 from sonic.checkpoint.official import Component
 from sonic.checkpoint.ready import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Ready
-from sonic.checkpoint.tensor_files import Stored, read, sha256
+from sonic.checkpoint.tensor_files import FLOATS, Stored, read, sha256, write
 from sonic.config import ConvertConfig, ModelConfig
 from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lora
 from sonic.model.weights import to_ours
 
-SHARD_BYTES = 1 << 30  # of one file; this and a copy of it are in memory while it is written
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+log = logging.getLogger("sonic.checkpoint")
+
+SHARD_BYTES = 1 << 30  # of one file, which is what a conversion that was cut off need not write again
+PLAN = "plan.json"  # in a folder that is not complete yet: what it is made from
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter in its file, read anew for every shard so that it takes no memory between them."""
+
+    path: str = ""
+    alpha: float = 1.0
+    weights: frozenset[str] = frozenset()
+
+    def read(self) -> dict[str, Adapter]:
+        """By our name of the weight that is changed."""
+        return read_lora(self.path) if self.path else {}
 
 
 def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
     """Convert the downloaded folders as configured; the result appears under its name when it is complete.
 
-    Raises ValueError, before anything is written, for whatever is missing, damaged or does not fit.
+    Tensors are read, changed and written one at a time. A process that was killed leaves output.partial, whose shards the same
+    conversion takes over. Raises ValueError, before anything is written, for whatever is missing, damaged or does not fit.
     """
     folder, output = Path(config.source), _free(config.output)
     dit, model = official.transformer(folder, base)
@@ -39,16 +54,16 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
         "vae": official.autoencoder(folder),
         "speech_encoder": official.speech_encoder(folder),
     }
-    adapters, alpha = _adapters(config, dit)
+    merge = _merge(config, dit)
     tokens = official.tokenizer_files(folder)
     _check_space(output, components)
     sources = sorted({tensor.file for part in components.values() for tensor in part.tensors.values()})
     lora = lora_file(config.lora.path) if config.lora.path else None
-    with _aside(output) as partial:
+    with _aside(output, _plan(config, [*sources, *filter(None, [lora])])) as partial:
         report = []
         for name, part in components.items():
-            report += _write(partial / name, part, adapters if name == "dit" else {}, alpha=alpha)
-        (partial / TOKENIZER).mkdir()
+            report += _write(partial / name, part, merge if name == "dit" else Merge())
+        (partial / TOKENIZER).mkdir(exist_ok=True)
         for file in tokens:
             shutil.copyfile(file, partial / TOKENIZER / file.name)
         (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -56,7 +71,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
             "format": FORMAT,
             "model": base.name,
             "config": {part: asdict(getattr(model, part)) for part in ("trunk", "audio", "text", "motion")},
-            "lora": {"file": str(lora.name), "alpha": alpha, "weights": len(adapters)} if lora else None,
+            "lora": {"file": str(lora.name), "alpha": merge.alpha, "weights": len(merge.weights)} if lora else None,
             "sources": {file.name: sha256(file) for file in tqdm([*sources, *tokens, *filter(None, [lora])], desc="hash", unit=" files")},
             "tensors": {name: len(part.tensors) for name, part in components.items()},
         }
@@ -66,59 +81,69 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
 
 def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
     """A transformer as a published folder: its shards, their index, and config.json. It is a ready checkpoint's, or a student's in a
-    file of its own; a student's adapter is merged."""
+    file of its own; a student's adapter is merged.
+
+    The other networks are never trained here, so another program takes them from the folders that were downloaded.
+    """
     source, output = Path(config.source), _free(config.output)
     if source.is_file():
         dit = official.bare_transformer(source, base)
     else:
         ready = Ready.open(source)
         dit = Component(ready.tensors("dit"), official.official_config(ready.config(base)))
-    adapters, alpha = _adapters(config, dit)
-    with _aside(output) as partial:
-        _write(partial, dit, adapters, alpha=alpha, stem=official.DIT_STEM)
+    merge = _merge(config, dit)
+    _check_space(output, {"dit": dit})
+    lora = [lora_file(config.lora.path)] if config.lora.path else []
+    with _aside(output, _plan(config, [*sorted({tensor.file for tensor in dit.tensors.values()}), *lora])) as partial:
+        _write(partial, dit, merge, stem=official.DIT_STEM)
     return output
 
 
 DIRECTIONS = {"ready": to_ready, "official": to_official}
 
 
-def _adapters(config: ConvertConfig, dit: Component) -> tuple[dict[str, Adapter], float]:
-    """Adapters by our name of the weight they change, all of them in use, and their strength."""
+def _merge(config: ConvertConfig, dit: Component) -> Merge:
+    """The adapter of the config, all of it in use."""
     if not config.lora.path:
-        return {}, 1.0
+        return Merge()
     adapters = read_lora(config.lora.path)
     check_lora({to_ours(name) or name: tensor.shape for name, tensor in dit.tensors.items()}, adapters)
-    return adapters, config.lora.alpha or lora_alpha(config.lora.path)
+    return Merge(config.lora.path, config.lora.alpha or lora_alpha(config.lora.path), frozenset(adapters))
 
 
-def _write(folder: Path, part: Component, adapters: Mapping[str, Adapter], *, alpha: float = 1.0, stem: str = STEM) -> list[dict[str, Any]]:
-    """Shards, index and config of one component; a line of the report for every tensor."""
+def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> list[dict[str, Any]]:
+    """Shards that are not there yet, index and config of one component; a line of the report for every tensor."""
     folder.mkdir(exist_ok=True)
     shards = list(shards_of(part))
     names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     report, weight_map, size = [], {}, 0
     for shard, file in zip(tqdm(shards, desc=folder.name, unit=" shards"), names, strict=True):
-        held: dict[str, Tensor] = {}
-        by_place = {(stored.file, stored.name): name for name, stored in shard.items()}
-        for stored, tensor in read(shard.values()):
-            name = by_place[stored.file, stored.name]
-            adapter = adapters.get(to_ours(name) or name)
-            held[name] = _changed(tensor, adapter, alpha, halve=part.halve)
+        if not (folder / file).exists():
+            parts = {name: (part.dtype(stored), stored.shape) for name, stored in shard.items()}
+            write(folder / file, parts, _changed(shard, part, merge))
+        for name, stored in shard.items():
             line = {"component": folder.name, "tensor": name, "file": stored.file.name, "shape": list(stored.shape)}
-            report.append({**line, "dtype": stored.dtype, "merged": adapter is not None, "shard": file})
+            report.append({**line, "dtype": stored.dtype, "merged": _ours(name) in merge.weights, "shard": file})
             weight_map[name] = file
-            size += held[name].numel() * held[name].element_size()
-        save_file(held, folder / file, metadata={"format": "pt"})
+            size += part.nbytes(stored)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(dict(part.config), indent=1) + "\n")
     return report
 
 
-def _changed(tensor: Tensor, adapter: Adapter | None, alpha: float, *, halve: bool) -> Tensor:
-    if adapter is not None:
-        tensor = (tensor.float() + adapter.delta(alpha)).to(tensor.dtype)
-    return tensor.to(torch.bfloat16 if halve else tensor.dtype).contiguous()
+def _changed(shard: Mapping[str, Stored], part: Component, merge: Merge) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a shard, merged and in the precision that they are written in, one at a time."""
+    adapters = merge.read()
+    for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
+        if adapter := adapters.get(_ours(name)):
+            changed = adapter.delta(merge.alpha)
+            tensor = changed.add_(tensor).to(tensor.dtype)
+        yield name, tensor.to(FLOATS[part.dtype(stored)])
+
+
+def _ours(name: str) -> str:
+    return to_ours(name) or name
 
 
 def shards_of(part: Component) -> Iterator[dict[str, Stored]]:
@@ -126,28 +151,43 @@ def shards_of(part: Component) -> Iterator[dict[str, Stored]]:
     shard: dict[str, Stored] = {}
     size = 0
     for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[0])):
-        weight = stored.numel * (2 if part.halve else WIDTHS[stored.dtype])
-        if shard and size + weight > SHARD_BYTES:
+        if shard and size + part.nbytes(stored) > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
         shard[name] = stored
-        size += weight
+        size += part.nbytes(stored)
     yield shard
 
 
-class _aside:  # noqa: N801 - used as a function
-    """A folder beside the final one that takes its place when the block ends well, and is removed when not."""
+def _plan(config: ConvertConfig, sources: Iterable[Path]) -> dict[str, Any]:
+    """What a conversion depends on: the same plan gives the same shards."""
+    state = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources}
+    return {"format": FORMAT, "to": config.to, "model": config.model.name, "alpha": config.lora.alpha, "sources": state}
 
-    def __init__(self, output: Path) -> None:
-        self.output, self.partial = output, output.with_name(output.name + ".partial")
+
+class _aside:  # noqa: N801 - used as a function
+    """A folder beside the final one that takes its place when the block ends well, and is removed when not.
+
+    What a killed process left there is kept when it was made to the same plan, and thrown away otherwise.
+    """
+
+    def __init__(self, output: Path, plan: Mapping[str, Any]) -> None:
+        self.output, self.partial = output, _beside(output)
+        self.plan = json.dumps(plan, indent=1) + "\n"
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was cut off
-        self.partial.mkdir(parents=True)
+        told = self.partial / PLAN
+        if told.is_file() and told.read_text() == self.plan:
+            log.info("%s is taken over from a conversion that was cut off", self.partial)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            told.write_text(self.plan)
         return self.partial
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
+            (self.partial / PLAN).unlink()
             self.partial.rename(self.output)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -160,11 +200,14 @@ def _free(output: str) -> Path:
     return path
 
 
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def _check_space(output: Path, components: Mapping[str, Component]) -> None:
-    width = lambda part, tensor: 2 if part.halve else WIDTHS[tensor.dtype]  # noqa: E731
-    needed = sum(tensor.numel * width(part, tensor) for part in components.values() for tensor in part.tensors.values())
+    needed = sum(part.nbytes(tensor) for part in components.values() for tensor in part.tensors.values())
     place = next(folder for folder in output.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in _beside(output).rglob("*") if file.is_file())
     if free < needed:
         room = f"{free / 2**30:.1f} GiB are free in {place}, {needed / 2**30:.1f} GiB are needed"
         raise ValueError(f"output={output}: {room}; free some space or choose another folder")

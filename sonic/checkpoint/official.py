@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sonic.checkpoint.tensor_files import Stored, check, survey, survey_sharded
+from sonic.checkpoint.tensor_files import WIDTHS, Stored, check, survey, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.text import TIED, TextEncoder, to_published, to_transformers
@@ -40,6 +40,14 @@ class Component:
     tensors: Mapping[str, Stored]
     config: Mapping[str, Any] = field(default_factory=dict)
     halve: bool = False  # stored in bfloat16 whatever it came in
+
+    def dtype(self, stored: Stored) -> str:
+        """The precision that a tensor is written in."""
+        return "BF16" if self.halve else stored.dtype
+
+    def nbytes(self, stored: Stored) -> int:
+        """Bytes that it takes then."""
+        return stored.numel * WIDTHS[self.dtype(stored)]
 
 
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:

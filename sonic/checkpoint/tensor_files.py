@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -18,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HASH_CHUNK = 16 << 20
+MAPPED_BYTES = 64 << 20  # of a file that are read before it is closed: what was mapped stays in memory until then
+HEADER_STEP = 8  # bytes that a header's length is a multiple of
 ZIP = b"PK"  # how a zip begins
 
 
@@ -37,6 +42,11 @@ class Stored:
         """Numbers in it."""
         return prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.numel * WIDTHS[self.dtype]
+
 
 def survey(path: Path) -> dict[str, Stored]:
     """What a .safetensors or .pth file holds. Raises ValueError when it is missing, cut short, or wants to run code."""
@@ -48,7 +58,7 @@ def survey(path: Path) -> dict[str, Stored]:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return {name: Stored(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is cut short or not safetensors ({error}); fetch it again") from error
+            raise ValueError(f"{path} is cut short or not safetensors ({_first_lost(path) or error}); fetch it again") from error
     tensors = _pickled(path)
     return {name: Stored(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
 
@@ -77,13 +87,30 @@ def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
     return found
 
 
+def _first_lost(path: Path) -> str:
+    """The first tensor that a file cut short does not hold to its end; empty when that is not what is wrong with it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(HEADER_STEP), "little")
+        if length > size:
+            return ""
+        try:
+            header = json.loads(file.read(length))
+            ends = {name: HEADER_STEP + length + told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+    lost = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    return f"tensor {lost[0]} and {len(lost) - 1} more are not all there" if lost else ""
+
+
 def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str) -> None:
     """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers of one precision.
 
     `called` gives the name that a file has for a wanted tensor.
     """
     usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0] if found else ""
-    where = next(iter(found.values())).file.parent if found else what
+    files = sorted({tensor.file for tensor in found.values()})
+    where = files[0] if len(files) == 1 else files[0].parent if files else what
     missing = [name for name in wanted if name not in found]
     if missing:
         count = f"{len(missing)} of {len(wanted)}"
@@ -104,20 +131,55 @@ def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], wh
 
 
 def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """The tensors one after the other. A file is opened for those that stand together and closed again, so that what was mapped
-    into memory is given back."""
+    """The tensors one after the other, mapped from their files. A file is opened for a few that stand together and closed again, so
+    that memory is given back once nobody holds them."""
     for path, some in groupby(tensors, key=lambda tensor: tensor.file):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(str(path), framework="pt") as file:
-                    for stored in some:
-                        yield stored, file.get_tensor(stored.name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
-        else:
-            held = _pickled(path)
-            for stored in some:
-                yield stored, held[stored.name]
+        for portion in portions(some, MAPPED_BYTES):
+            if path.suffix == ".safetensors":
+                try:
+                    with safe_open(str(path), framework="pt") as file:
+                        for stored in portion:
+                            yield stored, file.get_tensor(stored.name)
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
+            else:
+                held = _pickled(path)
+                for stored in portion:
+                    yield stored, held.pop(stored.name)
+
+
+def portions(tensors: Iterable[Stored], limit: int) -> Iterator[list[Stored]]:
+    """The tensors in order, as many at a time as have that many bytes together; a larger one alone."""
+    portion, size = [], 0
+    for stored in tensors:
+        if portion and size + stored.nbytes > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(stored)
+        size += stored.nbytes
+    if portion:
+        yield portion
+
+
+def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file of tensors that are made one at a time, `parts` being their dtypes and shapes in that order; it has its name
+    only when it is whole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in parts.items():
+        start, end = end, end + prod(shape) * WIDTHS[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % HEADER_STEP)
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as out:
+        out.write(len(text).to_bytes(HEADER_STEP, "little") + text)
+        for name, (made, tensor) in zip(parts, tensors, strict=True):
+            assert (made, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)) == (name, *parts[name])
+            out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(path)
 
 
 def sha256(path: Path) -> str:

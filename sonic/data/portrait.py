@@ -44,33 +44,33 @@ UPRIGHT = {
 BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
 
 
-def load_image(path: str | Path) -> np.ndarray:
+def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
     """The picture in a file, upright and without transparency, as uint8 RGB [H,W,3].
 
     Grey, palette, CMYK and 16-bit pictures are converted; the EXIF orientation is applied; transparent pixels show white.
-    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx.
+    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `knob` is who named it.
     """
-    path = Path(path)
+    path, called = Path(path), f"{knob}={path}"
     if path.is_dir():
-        raise ValueError(f"image={path} is a directory; name one picture file in it")
+        raise ValueError(f"{called} is a directory; name one picture file in it")
     if not path.exists():
-        raise ValueError(f"image={path} does not exist; check the spelling and the folder")
+        raise ValueError(f"{called} does not exist; check the spelling and the folder")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decompression bombs: our own limit is stricter; damaged metadata: the picture counts
         try:
             image = Image.open(path)
         except PermissionError as error:
-            raise ValueError(f"image={path} cannot be read: permission denied") from error
+            raise ValueError(f"{called} cannot be read: permission denied") from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"image={path} is too large: at most {LARGEST_AREA / 2**20:.0f} megapixels; make it smaller") from error
+            raise ValueError(f"{called} is too large: at most {LARGEST_AREA / 2**20:.0f} megapixels; make it smaller") from error
         except BROKEN_FILE as error:
-            raise ValueError(f"image={path} is not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP") from error
+            raise ValueError(f"{called} is not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP") from error
         with image:
-            _check_size(path, *image.size)
+            _check_size(called, *image.size)
             try:
                 return _upright(image, _flat(image))
             except BROKEN_FILE as error:
-                raise ValueError(f"image={path} is damaged or cut off ({error}); export or copy it again") from error
+                raise ValueError(f"{called} is damaged or cut off ({error}); export or copy it again") from error
 
 
 def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
@@ -161,12 +161,12 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(called: str, width: int, height: int) -> None:
     if min(width, height) < SMALLEST_SIDE:
-        raise ValueError(f"image={path} is {width}x{height} px, too small: at least {SMALLEST_SIDE} px a side; use a larger picture")
+        raise ValueError(f"{called} is {width}x{height} px, too small: at least {SMALLEST_SIDE} px a side; use a larger picture")
     if width * height > LARGEST_AREA:
         limit = LARGEST_AREA / 2**20
-        raise ValueError(f"image={path} has {width * height / 2**20:.0f} megapixels, too large: at most {limit:.0f}; make it smaller")
+        raise ValueError(f"{called} has {width * height / 2**20:.0f} megapixels, too large: at most {limit:.0f}; make it smaller")
 
 
 def _flat(image: Image.Image) -> Image.Image:

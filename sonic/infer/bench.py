@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sonic.config import ModelConfig, parse_size
+from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.data.portrait import resized
 from sonic.geometry import FPS
 from sonic.infer.bench_dit import bench_dit
+from sonic.infer.bench_fit import bench_fit
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
@@ -28,9 +29,20 @@ from sonic.model.flops import gemm_fraction
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech, pick
 
 
-def bench(config: BenchConfig, begun: float) -> dict:
-    """Figures of what the config names, shown as a table and written as JSON. `begun` is time.perf_counter() when the job began."""
-    figures = {**pick(BENCHES, config.target, "target")(config, begun), "machine": _machine(), "versions": versions()}
+def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
+    """Figures of what the config names, shown as a table and written as JSON by the first rank.
+
+    `begun` is time.perf_counter() when the job began.
+    """
+    if config.target == "fit":
+        found = bench_fit(config, begun, ranks=ranks)
+    elif ranks.world == 1:
+        found = pick(BENCHES, config.target, "target")(config, begun)
+    else:
+        raise ValueError(f"bench {config.target} times one process; {ranks.world} ranks are for bench fit")
+    if ranks.rank:
+        return {}
+    figures = {**found, "machine": _machine(), "versions": versions()}
     show(figures)
     if config.json:
         Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
@@ -54,7 +66,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
         "first_frame_warm_s": best.first_frame_s,
         "stages_s": {name: seconds for name, seconds in best.stages_s.items() if name != "load"},
         "load_s": results[0].stages_s["load"],
-        "film": f"{config.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
+        "film": f"{config.film.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
     }
 
 
@@ -80,10 +92,10 @@ def _film(scene: Scene, parts: Parts, config: BenchConfig, *, clock: Clock) -> R
 
 def _timed_scene(config: BenchConfig) -> Scene:
     """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
-    found = open_scene(InferConfig(image=config.image))
-    samples = np.resize(found.speech.samples, round(config.seconds * found.speech.sample_rate))
-    portrait = _cover(found.portrait, *parse_size(config.photo, "photo"))
-    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.seconds * FPS))
+    found = open_scene(InferConfig())
+    samples = np.resize(found.speech.samples, round(config.film.seconds * found.speech.sample_rate))
+    portrait = _cover(found.portrait, *parse_size(config.film.photo, "film.photo"))
+    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.film.seconds * FPS))
 
 
 def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
@@ -108,7 +120,7 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 def _wide(config: BenchConfig) -> ModelConfig:
     """The model as wide as gemm_dim, with heads of 128 as the published one has them, and fewer layers."""
-    dim = config.gemm_dim
+    dim = config.film.gemm_dim
     trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=4)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 

@@ -73,8 +73,9 @@ class ReadyParts:
 
     @cached_property
     def autoencoder(self) -> WanAutoencoder:
-        """The Wan VAE."""
-        return self.checkpoint.autoencoder(self.device, self.dtype)
+        """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
+        stream, whose rings need the memory."""
+        return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
 
 
 def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Company | None = None) -> Parts | ReadyParts:

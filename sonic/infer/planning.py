@@ -18,7 +18,7 @@ from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.parallel.here import hardware_here
 from sonic.parallel.memory import GIB
-from sonic.parallel.mesh import World, degrees
+from sonic.parallel.mesh import ALONE, World, degrees
 from sonic.parallel.planner import Planned, planned
 from sonic.parallel.plans import Plan
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
@@ -31,6 +31,7 @@ class Forecast:
     """The plan that runs, and what it takes against what was foretold. On a CPU memory counts from when the plan was made."""
 
     plan: Plan
+    config: PlanConfig
     started: float = field(default_factory=lambda: _peak_rss())
     measured_gib: list[float] = field(default_factory=list)
 
@@ -60,13 +61,18 @@ class Forecast:
         }
 
 
-def forecast(config: InferConfig, ranks: Ranks, device: torch.device) -> Forecast:
-    """The planner's answer for a job: its choice for parallel=auto, or what was asked for.
+def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True) -> Forecast:
+    """The planner's answer for a job: its choice for parallel=auto, or what was asked for. `trained`: a checkpoint says what runs.
 
     Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    found = planned(_plan_config(config, hardware))
+    model = settled_model(config.model) if trained else config.model
+    asked_for = _plan_config(replace(config, model=model), hardware)
+    found = planned(asked_for)
+    if asked_for.hardware.devices > 1:  # a film on one of them would leave the others idle
+        together = tuple(plan for plan in found.plans if plan.parallel.name not in ALONE)
+        found = replace(found, plans=together)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -74,7 +80,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device) -> Forecas
     plan, asked = found.chosen, config.parallel
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
-    return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked))
+    return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked), asked_for)
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
@@ -92,7 +98,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
     alone = replace(hardware, devices=hardware.devices // sharing)
     film = replace(parallel, replicas=1)
     video = replace(config.video, size=_film_size(config))
-    return PlanConfig(run=config.run, model=settled_model(config.model), hardware=alone, parallel=film, sampler=config.sampler, video=video)
+    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=film, sampler=config.sampler, video=video)
 
 
 def _film_size(config: InferConfig) -> str:

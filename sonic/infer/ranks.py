@@ -18,6 +18,7 @@ from sonic.parallel.spread import Company
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
 CPU = torch.device("cpu")
+GO_ON, ENOUGH = True, False
 
 
 class Take(NamedTuple):
@@ -40,19 +41,21 @@ def rollout_together(
     unguided: Conditions | None = None,
 ) -> Iterator[LatentBlock]:
     """`rollout` by all ranks that share the model, as far as somebody wants it."""
-    spans = list(spans)
     if _alone(model):
         yield from rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
         return
     if draws.noise or draws.ref_position:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
+    spans = list(spans)
     _tell(model, Take((conditions, unguided), sampler, draws.generator.get_state(), spans))
+    company, take = _company(model), _company(model).takes
     with closing(rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)) as blocks:
-        while _agree(model, go_on=True) and (block := next(blocks, None)) is not None:
+        while _tell(model, GO_ON) and (block := next(blocks, None)) is not None:
             try:
                 yield block
             except BaseException:  # nobody wants the rest; an error inside the rollout is not told, because nobody listens then
-                _agree(model, go_on=False)
+                if company.takes == take:  # or this is closed so late that the others are told of the next take already
+                    _tell(model, ENOUGH)
                 raise
 
 
@@ -82,23 +85,30 @@ def follow(model: AvatarDiT, dtype: torch.dtype) -> None:
     if company.world.stage:
         serve(model, company.line, dtype=dtype)
         return
-    while (take := _tell(model, None)) is not None:
-        rng = torch.Generator()
-        rng.set_state(take.random)
-        told, unguided = (each and each.to(device=company.world.device) for each in take.told)
-        if take.latent_frames:
-            sample_clip(model, told, take.latent_frames, sampler=take.sampler, generator=rng, unguided=unguided)
-        if take.spans:
-            with closing(rollout(model, told, take.spans, sampler=take.sampler, draws=Draws(rng), unguided=unguided)) as blocks:
-                while _agree(model) and next(blocks, None) is not None:
-                    pass
+    said = _tell(model)
+    while said is not None:
+        said = _walk_along(model, said) if isinstance(said, Take) else _tell(model)
     _end_line(company)
+
+
+def _walk_along(model: AvatarDiT, take: Take) -> Take | bool | None:
+    """A whole clip, or blocks for as long as the leading rank says so; what it says then."""
+    rng = torch.Generator()
+    rng.set_state(take.random)
+    told, unguided = (each and each.to(device=_company(model).world.device) for each in take.told)
+    if take.latent_frames:
+        sample_clip(model, told, take.latent_frames, sampler=take.sampler, generator=rng, unguided=unguided)
+        return _tell(model)
+    with closing(rollout(model, told, take.spans, sampler=take.sampler, draws=Draws(rng), unguided=unguided)) as blocks:
+        while (said := _tell(model)) is GO_ON and next(blocks, None) is not None:
+            pass
+    return said
 
 
 def dismiss(model: AvatarDiT) -> None:
     """The leading rank's last word."""
     if not _alone(model):
-        _tell(model, None)
+        _tell(model)
     _end_line(_company(model))
 
 
@@ -110,22 +120,15 @@ def _alone(model: AvatarDiT) -> bool:
     return _company(model).world.cast is None
 
 
-def _tell(model: AvatarDiT, take: Take | None) -> Take | None:
-    """From the leading rank to those that walk along; None is the end."""
-    if take is not None:
-        take = take._replace(told=tuple(each and each.to(device=CPU) for each in take.told))
-    said, world = [take], _company(model).world
+def _tell(model: AvatarDiT, said: Take | bool | None = None) -> Take | bool | None:
+    """From the leading rank to those that walk along: what to walk, whether to go on to the next block; None is the end."""
+    if isinstance(said, Take):
+        _company(model).takes += 1
+        said = said._replace(told=tuple(each and each.to(device=CPU) for each in said.told))
+    words, world = [said], _company(model).world
     with world.at_work() if world.leads else nullcontext():
-        dist.broadcast_object_list(said, group_src=0, group=world.cast, device=CPU)
-    return said[0]
-
-
-def _agree(model: AvatarDiT, *, go_on: bool = True) -> bool:
-    """Whether to walk on to the next block; the leading rank knows."""
-    said, world = torch.tensor([go_on], dtype=torch.uint8), _company(model).world
-    with world.at_work() if world.leads else nullcontext():
-        dist.broadcast(said, group_src=0, group=world.cast)
-    return bool(said)
+        dist.broadcast_object_list(words, group_src=0, group=world.cast, device=CPU)
+    return words[0]
 
 
 def _end_line(company: Company) -> None:

@@ -93,7 +93,7 @@ def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
 
 def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A mask as a picture. Raises ValueError unless it has the size of the portrait."""
-    pixels = load_image(name)
+    pixels = load_image(name, "face.masks")
     if pixels.shape != shape:
         sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
         raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")

@@ -66,25 +66,53 @@ class InferConfig(RequestConfig):
 
 
 @dataclass
+class FitConfig:
+    """A published model with random weights under a plan."""
+
+    blocks: int = knob(8, "hand-overs (blocks or clips) that are timed")
+    warm_blocks: int = knob(2, "hand-overs before these")
+    force: bool = knob(False, "start even what the planner says cannot fit")
+    cap_gib: float = knob(0.0, "GiB of a GPU that each process may take, when several share one; 0 = all")
+
+    def __post_init__(self) -> None:
+        enough = self.blocks >= 1 and self.warm_blocks >= 1
+        require(enough, f"fit.blocks={self.blocks} and fit.warm_blocks={self.warm_blocks} must be 1 or more")
+        require(self.cap_gib >= 0, f"fit.cap_gib={self.cap_gib} must be 0 or more")
+
+
+@dataclass
+class TimedFilmConfig:
+    """The film that bench preview makes, and the transformer whose arithmetic it looks at."""
+
+    photo: str = knob("720x400", "the bundled portrait is scaled and cut to this before timing")
+    seconds: float = knob(8.0, "length of the film")
+    gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
+
+    def __post_init__(self) -> None:
+        parse_size(self.photo, "film.photo")
+        require(0.5 <= self.seconds <= 3600, f"film.seconds={self.seconds} must lie between 0.5 and 3600")
+        wide = self.gemm_dim >= 128 and self.gemm_dim % 128 == 0
+        require(wide, f"film.gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
+
+
+@dataclass
 class BenchConfig:
     """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
 
-    target: str = knob("preview", "what is timed: preview = a film; dit_medium = a forward of 49.5 M weights on a clip of 2016 tokens")
+    target: str = knob("preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan")
     json: str = knob("", "where the figures go as JSON")
-    image: str = knob("astronaut", "the portrait to time with")
-    photo: str = knob("720x400", "the portrait is scaled and cut to this before timing")
-    seconds: float = knob(8.0, "length of the timed film")
+    film: TimedFilmConfig = knob(TimedFilmConfig)
     repeats: int = knob(3, "the best of so many films counts, or of three times as many forwards")
-    gemm_dim: int = knob(1024, "hidden_dim of the transformer that is held against a plain matrix product")
+    fit: FitConfig = knob(FitConfig)
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview", "dit_medium"), "target")
-        parse_size(self.photo, "photo")
-        require(0.5 <= self.seconds <= 3600, f"seconds={self.seconds} must lie between 0.5 and 3600")
+        one_of(self.target, ("preview", "dit_medium", "fit"), "target")
+        settle_video(self.video, self.model.rollout)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
-        require(self.gemm_dim >= 128 and self.gemm_dim % 128 == 0, f"gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")

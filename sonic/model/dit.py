@@ -21,6 +21,7 @@ from sonic.model.kv_cache import FillMemory, Held, KVCache, KVRing, RingView, me
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
+ENTRIES = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive")  # ways into the model besides forward
 
 
 class BlockInputs(NamedTuple):

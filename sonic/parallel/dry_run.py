@@ -210,14 +210,14 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
 
 
 def _vae(work: Workload) -> Footprint:
-    """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front."""
+    """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front, in float32."""
     if work.model.autoencoder != "wan":
         return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.number, vae_bytes(work))
     model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
     if work.clip_frames:
-        return _tracked(model, [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames)))
+        return _tracked(model.float(), [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames).float()))
     _, cache = model.decode(latents(WARM_LATENTS))
     held = [each for each in cache if isinstance(each, Tensor)]
     return _tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))

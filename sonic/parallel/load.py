@@ -56,6 +56,18 @@ def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> N
             local.copy_(part.flatten()[within].view(local.shape))
 
 
+@torch.no_grad()
+def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
+    """Random numbers in the place of weights, where only memory and time matter; each rank draws its own."""
+    rng: dict[torch.device, torch.Generator] = {}
+    for weight in model.parameters():
+        if weight.is_meta:
+            raise ValueError("offload.store=mmap needs weights in a file; use offload.store=pinned with random ones")
+        local, _, _ = _local(weight)
+        rng.setdefault(local.device, torch.Generator(local.device).manual_seed(0))
+        local.normal_(std=std, generator=rng[local.device])
+
+
 def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
     """Put a value in the place of a parameter."""
     path, _, leaf = name.rpartition(".")

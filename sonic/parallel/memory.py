@@ -103,12 +103,12 @@ def gathered_bytes(work: Workload, parallel: ParallelConfig) -> dict[str, float]
 
 def vae_bytes(work: Workload, *, idle: float = 0) -> float:
     """The autoencoder with what it remembers and works in. A stream decodes while later blocks are denoised; a clip
-    afterwards, in the `idle` bytes that its denoising needed, and keeps all its frames."""
+    afterwards, in the `idle` bytes that its denoising needed, and keeps all its frames; it is decoded in float32."""
     name = work.model.autoencoder
     working = VAE_WORKS[name] * work.pixels
     if work.clip_frames:
         frames = 3 * work.pixels * (work.clip_frames + FRAMES_PER_LATENT * PAST_LATENTS)
-        return VAE_NUMBERS[name] * work.number + max(0, (working + frames) * work.number - idle)
+        return VAE_NUMBERS[name] * 4 + max(0, (working + frames) * 4 - idle)
     return (VAE_NUMBERS[name] + VAE_REMEMBERS[name] * work.pixels + working) * work.number
 
 

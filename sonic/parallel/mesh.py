@@ -115,7 +115,7 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     store = dist.distributed_c10d._get_default_store()
     watch = Watch(store, ranks.rank, ranks.world, patience_s=config.timeout_s) if ranks.world > 1 else None
     try:
-        yield replace(make_world(config, plan, device), watch=watch)
+        yield replace(_be_patient(make_world(config, plan, device)), watch=watch)
     except BaseException as error:
         if watch:
             watch.explain(error)
@@ -129,8 +129,11 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    film = mesh["layers", "cp"]._flatten("film")
-    for group in (*mesh.get_all_groups(), film.get_group()):
-        if dist.get_world_size(group) > 1:  # smaller groups have a patience of their own: half an hour
-            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
-    return World(plan, device, mesh, film)
+    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"))
+
+
+def _be_patient(world: World) -> World:
+    """The same world, whose smaller groups are not content with torch's half an hour."""
+    for group in (*world.mesh.get_all_groups(), world.film.get_group()):
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+    return world

@@ -99,6 +99,7 @@ class Line:
         self.carrier = device if direct else torch.device("cpu")
         self._groups = [dist.new_group(self.ranks, use_local_synchronization=True) if direct else None for _ in (ONWARD, BACK)]
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self.film: Stages | None = None
 
     def pass_on(self, note: Note, tensors: Sequence[Tensor | None]) -> None:
         """To the next rank."""
@@ -154,6 +155,9 @@ class Stages:
         self.model, self.line = model, line
         self.caches: list[KVCache] = []
         self.under_way = 0
+        if line.film is not None:  # of which nobody wanted the end, but nobody said so
+            line.film.close()
+        line.film = self
         for index, each in enumerate(told):
             cache = model.new_cache(each, steps=steps)
             (trip,) = model.travel([model.depart_memory(each)], [model.memory_reach(cache)])

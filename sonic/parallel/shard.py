@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
-from sonic.model.audio_tokens import AudioInjector
-from sonic.model.blocks import Block, MultiHead
-from sonic.model.dit import AvatarDiT, Trip
+from sonic.model.dit import ENTRIES, AvatarDiT, Trip
 from sonic.parallel.mesh import World
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.units import ENDS, WHOLE
-from sonic.types import pick
-
-Unit = tuple[nn.Module, ...]  # modules that are gathered together; all of them run in every forward that uses one of them
-ENTRIES = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive")  # ways into the model besides forward
-
-
-def blocks_whole(module: Block | AudioInjector) -> Iterator[Unit]:
-    """Everything at once."""
-    yield (module,)
-
-
-def sublayers(module: Block | AudioInjector) -> Iterator[Unit]:
-    """Each attention, each layer of the MLP; the prompt's keys apart, because they are projected once per film."""
-    if isinstance(module, Block):
-        yield _all(module.self_attention)
-        yield module.text_attention.to_k, module.text_attention.to_v
-        yield module.text_attention.to_q, module.text_attention.to_out
-        yield (module.mlp_in,)
-        yield (module.mlp_out,)
-    else:
-        yield (module.modulation,)
-        yield _all(module.attention)
-
-
-def linears(module: Block | AudioInjector) -> Iterator[Unit]:
-    """Each matrix alone."""
-    for unit in sublayers(module):
-        yield from ((layer,) for layer in unit)
-
-
-UNITS: Mapping[str, Callable[[Block | AudioInjector], Iterator[Unit]]] = {
-    "block": blocks_whole,
-    "sublayer": sublayers,
-    "linear": linears,
-}
+from sonic.parallel.units import WHOLE, all_units
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -61,15 +23,11 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     mesh = _mesh(world)
     policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
     settings = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": policy}
-    cut = pick(UNITS, config.unshard_unit, "parallel.unshard_unit")
-    for end in (getattr(model, name) for name in ENDS):
-        if end is not None:
-            fully_shard(end, **settings)
+    for unit in all_units(model.config, config.unshard_unit):
+        fully_shard([model.get_submodule(name) for name in unit.modules], **settings)
     for module in [*model.blocks, *model.audio_injectors]:
-        for unit in cut(module):
-            if unit != (module,):
-                fully_shard(list(unit), **settings)
-        fully_shard(module, **settings)
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, **settings)
     whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
     fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
     for name in ENTRIES:
@@ -123,7 +81,3 @@ def _set_prefetch(units: Sequence[FSDPModule], order: Sequence[FSDPModule], dept
         unit.set_modules_to_forward_prefetch([])
     for place, unit in enumerate(order):
         unit.set_modules_to_forward_prefetch(list(order[place + 1 : place + 1 + depth]))
-
-
-def _all(attention: MultiHead) -> Unit:
-    return attention.to_q, attention.to_k, attention.to_v, attention.to_out

@@ -13,7 +13,7 @@ import torch
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import share_tokens
-from sonic.parallel.load import Lora, fill, without_memory
+from sonic.parallel.load import Lora, fill, fill_randomly, without_memory
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import offload
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
@@ -69,21 +69,28 @@ PLANS: Mapping[str, Plan] = {
 
 @dataclass
 class Company:
-    """The ranks that make films together, how, and the line that this one is part of in a pipeline."""
+    """The ranks that make films together, how, the line that this one is part of in a pipeline, and how many films were begun."""
 
     world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
     line: Line | None = None
+    takes: int = 0
 
 
-def spread_model(config: ModelConfig, weights: str | Path, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
-    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that."""
+def spread_model(config: ModelConfig, weights: str | Path | None, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
+    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that.
+
+    Without a file of weights they are random.
+    """
     world, parallel = company.world, company.parallel
     plan = pick(PLANS, world.plan, "parallel.name")
     model, shapes = without_memory(config, dtype)
     plan.cut(model, world, parallel)
     plan.place(model, world, parallel)
-    fill(model, weights, shapes, lora=lora)
+    if weights is None:
+        fill_randomly(model)
+    else:
+        fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
     if world.stages > 1:
         company.line = make_line(world)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from sonic.config import OtherRank
-from sonic.model.dit import AvatarDiT
+from sonic.model.dit import ENTRIES, AvatarDiT
 
-WORK = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive", "forward")  # what a model does when it is asked
 LOOK_S = 0.5  # between two looks at the others
 HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
+NEVER = "never"  # began a process that this system does not show
 PACKAGE = str(Path(__file__).parents[1])
 MEETINGS = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/pipeline.py")  # files in which a rank waits for others
 BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # what these call
@@ -55,6 +57,7 @@ class Watch:
         self.signs = 0
         self.seen: dict[int, tuple[bytes, float]] = {}  # the last sign of another rank, and when it was new
         self.ended = Event()
+        self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
         self.watching = Thread(target=self._watch, name="watch", daemon=True)
         self.watching.start()
 
@@ -63,7 +66,7 @@ class Watch:
         for block in model.blocks:
             if block is not None:
                 block.register_forward_pre_hook(lambda module, args: self.beat())
-        for name in WORK:
+        for name in (*ENTRIES, "forward"):
             setattr(model, name, self._as_work(getattr(model, name)))
 
     @contextmanager
@@ -179,9 +182,12 @@ class Watch:
 
     def _declare(self, fault: Fault) -> Fault:
         """Tell of a fault; the first one counts."""
+        if before := self.fault():
+            return before
         counts = Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
-        if counts == fault and self.rank != fault.rank == 0:
-            log.critical("%s", fault)  # by whoever found it: the rank that speaks for all cannot
+        if counts == fault and self.rank != fault.rank:  # which cannot speak for itself
+            log.critical("%s", fault)
+            _end_frozen(*self.store.get(f"place/{fault.rank}").decode().split())
         return counts
 
     def _as_work(self, method):
@@ -216,6 +222,19 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 def _gone(rank: int) -> Fault:
     return Fault(rank, "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone")
+
+
+def _end_frozen(host: str, pid: str, birth: str) -> None:
+    """End a process of this machine that still exists but gives no signs: nobody else may use its device before."""
+    if host == socket.gethostname() and birth == _birth(int(pid)) != NEVER:
+        log.critical("process %s is still there and is ended", pid)
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def _birth(pid: int) -> str:
+    """When a process began, in ticks since the machine did; tells it from a later one of the same number."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else NEVER
 
 
 def _keeper_gone(lost: dist.DistNetworkError) -> Fault:

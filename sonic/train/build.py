@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
-from sonic.model.adapters import ADAPTERS
-from sonic.model.weights import load_weights
 from sonic.train.encoders import autoencoder_hash
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
-from sonic.train.objectives import OBJECTIVES, Batch
+from sonic.train.objectives import CASTING, OBJECTIVES, Batch
 from sonic.train.samples import Student, look_of
 from sonic.train.settings import DataConfig, TrainConfig
 from sonic.train.sharded import ShardedEngine
+from sonic.train.start import begin_adapters, fill, start_from, without_memory
 from sonic.train.world import World, join_world
+from sonic.train.zero import Zero3Engine, ZeroEngine
 from sonic.types import pick
-
-LOG = logging.getLogger(__name__)
 
 
 def _drawn(config: DataConfig) -> Dataset:
@@ -45,26 +41,36 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
 
 
-def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "") -> Outcome:
-    """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked."""
+def run_training(
+    config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", opened: Callable[[], object] = lambda: None
+) -> Outcome:
+    """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked.
+
+    `opened` is called when all parts are there and the folder is about to be used.
+    """
+    config = sized(config)
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    world = join_world(_device(config.speed.device))
+    world = join_world(_device(config.speed.device), context=config.speed.context)
     check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, autoencoder_hash)
-    objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset)
+    engine = engine_of(config, world, folder)
+    made = {"make": without_memory} if config.objective.name in CASTING else {}
+    objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
+    engine.lay_out(objective)
     for model in objective.pretrained:
-        load_weights(model, transformer_weights(config.model), besides=ADAPTERS)
+        fill(model, transformer_weights(config.model))
+    begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         start_from(objective.roles["student"], Path(config.init_from))
-    engine = engine_of(config, world, folder)
     look = look_of(Student(config, objective, engine, folder))
+    opened()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
     outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
@@ -76,51 +82,40 @@ def run_training(config: TrainConfig, folder: Path, *, commit: str = "unknown", 
     return outcome
 
 
+def sized(config: TrainConfig) -> TrainConfig:
+    """The config with the sizes of its checkpoint. Raises ValueError when that is of another model."""
+    if config.model.autoencoder != "wan" or not config.model.weights:
+        return config
+    return replace(config, model=Ready.open(Path(config.model.weights)).config(config.model))
+
+
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """The engine that the config names; auto = local alone, fsdp among several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if name != "local" and world.writers is None:
+        raise ValueError(f"speed.engine={name} needs processes that torchrun starts: torchrun --nproc-per-node=N launch/train.py ...")
+    if world.context > 1 and name != "fsdp":
+        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless every process gets the same number of batches of a step."""
-    accumulate, ranks, size = config.budget.accumulate, world.ranks, config.budget.batch_size
+    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    accumulate, ranks, size = config.budget.accumulate, world.readers, config.budget.batch_size
     if accumulate % ranks:
+        processes = "processes" if world.context == 1 else f"rows of {world.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
         raise ValueError(
-            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} processes; "
+            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} {processes}; "
             f"use budget.accumulate={f'{below} or {above}' if below else above}"
         )
 
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """This process's batches, from where `start` batches of all processes together have been used."""
-    speed, share = config.speed, {"rank": world.rank, "ranks": world.ranks}
+    speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
     order = partial(draws, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
-
-
-def start_from(module: nn.Module, path: Path) -> None:
-    """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front).
-
-    Raises ValueError when the file cannot be read or nothing fits.
-    """
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"init_from={path} cannot be read: {error}") from error
-    state = module.state_dict()
-    taken = {}
-    for name, value in state.items():
-        for start in ("", *_starts(name)):
-            candidate = found.get(name.removeprefix(start))
-            if candidate is not None and candidate.shape == value.shape:
-                taken[name] = candidate
-                break
-    if not taken:
-        raise ValueError(f"init_from={path} has no tensor that fits this model; train from the start or name other weights")
-    module.load_state_dict(taken, strict=False)
-    LOG.info("took %d of %d tensors from %s", len(taken), len(state), path)
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
@@ -159,11 +154,6 @@ Means over the last steps:
 
 Objective: `{asdict(config.objective)}`
 """
-
-
-def _starts(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) + "." for n in range(1, len(parts))]
 
 
 def _device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from sonic.model.audio_tokens import AudioInjector
 from sonic.model.blocks import Block
+from sonic.model.dit import AvatarDiT
 from sonic.train.checkpoint import Checkpoints, State
 from sonic.train.ema import Ema
 from sonic.train.objectives import Objective
@@ -29,6 +30,8 @@ class Engine(Protocol):
     """What the loop asks of an engine."""
 
     world: World
+
+    def lay_out(self, objective: Objective) -> None: ...
 
     def prepare(self, objective: Objective) -> None: ...
 
@@ -60,6 +63,12 @@ class LocalEngine:
     def optim(self) -> OptimConfig:
         """The optimizer's knobs."""
         return self.config.optim
+
+    def lay_out(self, objective: Objective) -> None:
+        """Give transformers that were made without memory theirs, before their weights come."""
+        for model in transformers(objective):
+            if any(parameter.is_meta for parameter in model.parameters()):
+                model.to_empty(device="cpu")
 
     def prepare(self, objective: Objective) -> None:
         """Bring everything that computes to the device; give each role its optimizer, the student its running average too."""
@@ -102,8 +111,13 @@ class LocalEngine:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights of the student, whole, by its own names."""
-        return {name: whole(tensor) for name, tensor in self.ema.weights(self.roles[EXPORTED]).items()}
+        """Averaged weights of the student, whole, by its own names, in the main process's host memory; nothing on the others."""
+        found = {}
+        for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
+            gathered = whole(tensor)  # one at a time: all of them together may not fit
+            if self.world.main:
+                found[name] = gathered.cpu()
+        return found
 
     def save(self, step: int, facts: dict) -> None:
         """Keep the state as the checkpoint of `step`; it is written while training goes on."""
@@ -140,6 +154,12 @@ class LocalEngine:
                     empty = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
                     memory[parameter].setdefault(key, empty)
         return self._state()
+
+
+def transformers(objective: Objective) -> list[AvatarDiT]:
+    """Every transformer that takes part, once."""
+    found = (module for body in {**objective.bodies, **objective.roles}.values() for module in body.modules())
+    return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -167,14 +167,14 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     """Losses, gradients and one optimizer step; its figures, means over all processes.
 
     The batches of an update are numbered over all processes together, and a batch's randomness is a function of its number; so
-    the number of processes changes nothing but the order of sums.
+    the number of processes changes nothing but the order of sums. Processes that share a batch's tokens have its figures alike.
     """
     (role, step, _), config, world = turn, run.config, run.engine.world
-    mine = config.budget.accumulate // world.ranks
+    mine = config.budget.accumulate // world.readers
     figures: list[dict[str, Tensor]] = []
     for place in range(mine):
         batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in next(stream).items()}
-        part = turn.number * config.budget.accumulate + place * world.ranks + world.rank
+        part = turn.number * config.budget.accumulate + place * world.readers + world.reader
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
     norm = run.engine.step(role, rate=lr, step=step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
 from sonic.train.objective_settings import ObjectiveConfig
 
-ENGINE_NAMES = ("local", "fsdp")
+ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
 
 
 @dataclass
@@ -57,12 +57,14 @@ class SpeedConfig:
     channels_last: bool = False
     workers: int = 0  # processes that read or draw batches
     prefetch: int = 4  # batches each of them keeps ready
-    engine: str = "auto"  # auto (local alone, fsdp among several), local or fsdp (torch FSDP2)
+    engine: str = "auto"  # auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
     recompute: bool = False  # layers are computed again for the gradient instead of remembered
-    cpu_offload: bool = False  # fsdp keeps its shards in host memory
+    cpu_offload: bool = False  # shards lie in host memory
+    context: int = 1  # processes that share the tokens of each batch (fsdp)
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        require(self.context >= 1, f"speed.context={self.context}: need at least 1")
         require(
             self.precision in ("float32", "bfloat16"),
             f"speed.precision={self.precision} is unknown; choose one of: float32, bfloat16",

@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
 from sonic.model.dit import AvatarDiT
-from sonic.train.engine import LocalEngine, is_sharded
+from sonic.parallel.context import share_tokens
+from sonic.train.engine import LocalEngine, is_sharded, transformers
 from sonic.train.objectives import Objective
 
 ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
@@ -18,13 +19,18 @@ WAYS_IN = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_b
 class ShardedEngine(LocalEngine):
     """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
 
-    def prepare(self, objective: Objective) -> None:
-        """Shard every transformer, then go on as alone. Processes must have built the same weights."""
+    def lay_out(self, objective: Objective) -> None:
+        """Shard every transformer; one without memory gets that of this process's slices only."""
         self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
-        for body in objective.bodies.values():
-            for module in body.modules():
-                if isinstance(module, AvatarDiT) and not is_sharded(next(module.parameters())):
-                    self._shard(module)
+        for model in transformers(objective):
+            if not is_sharded(next(model.parameters())):
+                self._shard(model)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                model.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device)
+
+    def prepare(self, objective: Objective) -> None:
+        """Shard what is not yet, then go on as alone. Transformers that have weights already must have the same everywhere."""
+        self.lay_out(objective)
         super().prepare(objective)
 
     def place(self, module: nn.Module) -> None:
@@ -47,6 +53,8 @@ class ShardedEngine(LocalEngine):
         """Cut a transformer, its adapters included; names of parameters stay."""
         speed = self.config.speed
         half = speed.precision == "bfloat16"
+        if half:
+            halve_frozen(model)
         policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if speed.cpu_offload else OffloadPolicy()
         settings = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
@@ -55,5 +63,14 @@ class ShardedEngine(LocalEngine):
             if unit is not None:
                 fully_shard(unit, **settings)
         fully_shard(model, **settings, reshard_after_forward=False)
+        if self.world.sharers:  # gradients of a share add up over those who share, and the sharing counts each of them: the mean is right
+            share_tokens(model, self.world.sharers)
         for name in WAYS_IN:
             register_fsdp_forward_method(model, name)
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Hold what does not learn in bfloat16, in which it computes; in float32 it would take twice the memory for nothing."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)

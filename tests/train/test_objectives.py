@@ -86,7 +86,8 @@ def test_what_is_exported_is_the_dit_alone(batch):
 
 
 def test_training_can_start_from_weights(tmp_path):
-    from sonic.train.build import save_weights, start_from
+    from sonic.train.build import save_weights
+    from sonic.train.start import start_from
 
     trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
     save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")

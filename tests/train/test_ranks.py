@@ -26,14 +26,19 @@ from sonic.train.settings import BudgetConfig, CheckpointConfig, LogConfig, Opti
 from sonic.train.world import join_world
 
 LORA = AdapterConfig(rank=4, alpha=8.0, targets=["self_attention", "mlp_in", "mlp_out"])
+WHOLE_CLIP = WindowConfig(reach="clip", levels="frame", past=2, past_noise=0.3)
 GOALS = {
+    "clip": (FlowMatch, FlowMatchConfig(window=WHOLE_CLIP, viseme_weight=0.0)),
     "flow_match": (FlowMatch, FlowMatchConfig()),
     "dmd": (DistributionMatching, DmdConfig(sampler=SamplerConfig(sample_steps=2), learn=LORA, critic_turns=1, window=WindowConfig())),
 }
 
 
 class Windows(Dataset):
-    """Random windows of latents, functions of their draw."""
+    """Random windows of latents [16,6,size,size], functions of their draw."""
+
+    def __init__(self, size=4):
+        self.size = size
 
     def __len__(self):
         return 24
@@ -42,14 +47,15 @@ class Windows(Dataset):
         rng = torch.Generator().manual_seed(draw[1] % 2**31)
         some = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
         told = {"audio": some(1, 160, 24), "visemes": some(24, 5).abs(), "head": torch.zeros(24, 4)}
-        return {"latents": some(16, 6, 4, 4), "ref": some(16, 1, 4, 4), **told}
+        text = {"text": some(2, 8)} if self.size == 8 else {}
+        return {"latents": some(16, 6, self.size, self.size), "ref": some(16, 1, self.size, self.size), **told, **text}
 
 
 def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
     from test_objectives import config_of
 
     cls, goal = GOALS[name]
-    base = config_of(goal)
+    base = config_of(goal, "velocity" if name == "clip" else "clean")
     config = TrainConfig(
         name=name, model=base.model, objective=goal, budget=BudgetConfig(max_steps=steps, batch_size=1, accumulate=accumulate),
         optim=OptimConfig(lr=1e-3, warmup_steps=2), log=LogConfig(every_steps=1, bar=False), speed=SpeedConfig(**speed),
@@ -61,10 +67,12 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
         for body in objective.bodies.values():
             for parameter in body.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    world = join_world(torch.device("cpu"))
+    world = join_world(torch.device("cpu"), context=config.speed.context)
     folder = Path(folder)
     log = RunLog(folder, config.log, name=name, main=world.main)
-    return Run(config, objective, engine_of(config, world, folder), stream_of(config, Windows(), world), log, folder)
+    return Run(
+        config, objective, engine_of(config, world, folder), stream_of(config, Windows(8 if name == "clip" else 4), world), log, folder
+    )
 
 
 def trained(folder, name, steps, speed=None):
@@ -74,13 +82,22 @@ def trained(folder, name, steps, speed=None):
     return {key: value.clone() for key, value in run.engine.weights().items()}
 
 
+def continued(folder, name, steps, speed=None):
+    """The same where every weight that learns begins at zero, so that only a checkpoint can help."""
+    run = run_of(folder, name, steps=steps, **(speed or {}))
+    with torch.no_grad():
+        for parameter in (p for module in run.objective.roles.values() for p in module.parameters() if p.requires_grad):
+            parameter.zero_()
+    train(run)
+
+
 class Stopped(Exception):
     """Somebody pulled the plug."""
 
 
-def stopped(folder, name, steps, at):
+def stopped(folder, name, steps, at, speed=None):
     """The same, but the plug is pulled before the update of step `at`; a checkpoint was due there."""
-    run = run_of(folder, name, steps=steps, every=at)
+    run = run_of(folder, name, steps=steps, every=at, **(speed or {}))
     real = run.engine.step
 
     def pull(role, *, rate, step):
@@ -111,7 +128,7 @@ def test_shards_on_any_number_of_ranks_train_as_one_process(name, ranks, tmp_pat
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
 def test_another_number_of_ranks_continues_a_run(before, after, tmp_path):
     trained(tmp_path / "whole", "flow_match", 6)
-    for ranks, work, more in ((before, stopped, (3,)), (after, trained, ())):
+    for ranks, work, more in ((before, stopped, (3,)), (after, continued, ())):
         told = (str(tmp_path / "run"), "flow_match", 6, *more)
         on_ranks(ranks, work, *told) if ranks > 1 else work(*told)
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 2

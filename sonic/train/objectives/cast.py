@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.lora import ALPHA
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
+Make = Callable[[ModelConfig], AvatarDiT]  # a transformer, or one without memory whose weights come later
 
 
 class Cast(Protocol):
@@ -31,8 +32,8 @@ class Cast(Protocol):
 class SharedBase:
     """One frozen transformer is the teacher; every other role is a set of adapters on it, so that it is held once."""
 
-    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str]) -> None:
-        self.base = AvatarDiT(config)
+    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
+        self.base = make(config)
         self.adapters = Adapters(self.base, [role for role in roles if role != TEACHER], learn)
         self.roles, self.bodies = self.adapters.roles, {"base": self.base}
         self.facts = {ALPHA: str(learn.alpha)}
@@ -51,8 +52,8 @@ class SharedBase:
 class OwnModels:
     """A transformer for every role; the teacher's stays as it is."""
 
-    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str]) -> None:
-        self.bodies = {role: AvatarDiT(config) for role in roles}
+    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
+        self.bodies = {role: make(config) for role in roles}
         self.roles = {role: model for role, model in self.bodies.items() if role != TEACHER}
         self.facts: Mapping[str, str] = {}
         for role, model in self.bodies.items():
@@ -72,6 +73,6 @@ class OwnModels:
         return dict(weights)
 
 
-def cast_of(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str]) -> Cast:
+def cast_of(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Cast:
     """The cast of these roles, as `learn` says it learns."""
-    return (SharedBase if learn.rank else OwnModels)(config, learn, roles)
+    return (SharedBase if learn.rank else OwnModels)(config, learn, roles, make=make)

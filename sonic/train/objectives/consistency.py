@@ -16,9 +16,10 @@ from sonic.config import FIXED_STEPS, SamplerConfig
 from sonic.flow.path import interpolate, spread
 from sonic.flow.samplers import Velocity
 from sonic.flow.schedule import sigmas_of
+from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import ConsistencyConfig
 from sonic.train.objectives import Batch, Losses
-from sonic.train.objectives.cast import STUDENT, TEACHER
+from sonic.train.objectives.cast import STUDENT, TEACHER, Make
 from sonic.train.objectives.distill import Distillation, liveliness
 from sonic.train.objectives.flow_match import clip_error, conditions_of
 from sonic.train.settings import TrainConfig
@@ -29,8 +30,8 @@ class Consistency(Distillation):
 
     config: ConsistencyConfig
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
-        super().__init__(config, dataset, (STUDENT,))
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
+        super().__init__(config, dataset, (STUDENT,), make=make)
         self.path, self.stride = teacher_path(self.config.sampler, self.config.teacher_steps)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:

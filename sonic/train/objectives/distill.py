@@ -11,9 +11,10 @@ from sonic.flow.guidance import guidance
 from sonic.flow.path import velocity_from
 from sonic.flow.samplers import Velocity
 from sonic.flow.schedule import sigmas_of
+from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import DistillConfig
 from sonic.train.objectives import Objective
-from sonic.train.objectives.cast import TEACHER, cast_of
+from sonic.train.objectives.cast import TEACHER, Make, cast_of
 from sonic.train.objectives.flow_match import REACHES, TARGETS, TIMESTEPS, cells_of
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions, pick
@@ -22,11 +23,11 @@ from sonic.types import Conditions, pick
 class Distillation(Objective):
     """A student of few steps, the teacher it began as, and whoever else a way of learning needs."""
 
-    def __init__(self, config: TrainConfig, dataset: object, learners: Sequence[str]) -> None:
+    def __init__(self, config: TrainConfig, dataset: object, learners: Sequence[str], *, make: Make = AvatarDiT) -> None:
         assert isinstance(config.objective, DistillConfig)
         self.config, self.model_config, sampler = config.objective, config.model, config.objective.sampler
         self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
-        self.cast = cast_of(config.model, self.config.learn, (*learners, TEACHER))
+        self.cast = cast_of(config.model, self.config.learn, (*learners, TEACHER), make=make)
         self.roles, self.facts = self.cast.roles, {**self.cast.facts, "sample_steps": str(sampler.sample_steps)}
         self.pretrained = tuple(self.cast.bodies.values())
         self.to_velocity = velocity_from(config.model.prediction)

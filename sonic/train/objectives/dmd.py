@@ -20,7 +20,7 @@ from sonic.model.dit import AvatarDiT, BlockInputs
 from sonic.model.kv_cache import KVCache
 from sonic.train.objective_settings import DmdConfig
 from sonic.train.objectives import Batch, Losses
-from sonic.train.objectives.cast import CRITIC, STUDENT, TEACHER
+from sonic.train.objectives.cast import CRITIC, STUDENT, TEACHER, Make
 from sonic.train.objectives.distill import Distillation, liveliness
 from sonic.train.objectives.flow_match import TIMESTEPS, clip_error, conditions_of
 from sonic.train.settings import TrainConfig
@@ -48,8 +48,8 @@ class DistributionMatching(Distillation):
 
     config: DmdConfig
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
-        super().__init__(config, dataset, (STUDENT, CRITIC))
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
+        super().__init__(config, dataset, (STUDENT, CRITIC), make=make)
         self.rates = {CRITIC: self.config.critic_rate}
 
     def turn(self, step: int) -> Sequence[str]:

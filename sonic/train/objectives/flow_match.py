@@ -20,7 +20,7 @@ from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import ErrorConfig, FlowMatchConfig, WindowConfig
 from sonic.train.objectives import Batch, Losses, Objective
-from sonic.train.objectives.cast import STUDENT, cast_of
+from sonic.train.objectives.cast import STUDENT, Make, cast_of
 from sonic.train.objectives.viseme import VisemeHead, hear_blocks, viseme_loss
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions, pick
@@ -57,12 +57,13 @@ REACHES: dict[str, Callable[..., Tensor]] = {"blocks": see_blocks, "clip": see_c
 class FlowMatch(Objective):
     """One role: the DiT, with a viseme head beside it that is not exported."""
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
         assert isinstance(config.objective, FlowMatchConfig)
         self.config, self.model_config = config.objective, config.model
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         self.see = pick(REACHES, self.config.window.reach, "objective.window.reach")
-        self.cast = cast_of(config.model, self.config.learn, (STUDENT,))
+        from_weights = bool(self.config.learn.rank or self.config.learn.targets)
+        self.cast = cast_of(config.model, self.config.learn, (STUDENT,), make=make if from_weights else AvatarDiT)
         parts = {"model": self.cast.roles[STUDENT]}
         if self.config.viseme_weight:
             need_visemes(dataset)
@@ -70,7 +71,7 @@ class FlowMatch(Objective):
         self.student = nn.ModuleDict(parts)
         self.roles: Mapping[str, nn.Module] = {STUDENT: self.student}
         self.facts = self.cast.facts
-        self.pretrained = tuple(self.cast.bodies.values()) if self.config.learn.rank or self.config.learn.targets else ()
+        self.pretrained = tuple(self.cast.bodies.values()) if from_weights else ()
         self.cells = cells_of(dataset, self.config.error)
 
     @property

@@ -1,0 +1,150 @@
+"""Runs a published model with random weights under a plan, and holds memory and time against what the planner foretold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sonic.config import Ranks
+from sonic.infer.build import DTYPES, find_device
+from sonic.infer.decode import ahead
+from sonic.infer.painted import Shot, paint_blocks, paint_clips
+from sonic.infer.planning import Forecast, forecast
+from sonic.infer.ranks import dismiss, follow
+from sonic.infer.settings import BenchConfig, InferConfig, PlanChoiceConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.parallel.load import Lora
+from sonic.parallel.mesh import open_world
+from sonic.parallel.speed import TERA
+from sonic.parallel.spread import Company, spread_model
+from sonic.parallel.workload import Workload, workload
+from sonic.types import LatentBlock
+
+GIB = 2**30
+PRODUCT_S = 0.5  # for which the plain matrix product is repeated
+
+
+def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
+    """Prediction and measurement of `config.fit.blocks` hand-overs after `config.fit.warm_blocks`; {} on ranks that do not lead.
+
+    `seconds_per_step` is one forward of a block. TFLOP/s are those of all ranks, of denoising alone; the share is of what a plain
+    matrix product of the model's own shape reaches on the first rank in the same run.
+    """
+    if config.model.autoencoder != "wan":
+        raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
+    device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
+    _cap(config.fit.cap_gib, device)
+    asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
+                        parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
+    foretold = forecast(asked, ranks, device, trained=False)
+    with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
+        dtype = DTYPES[config.run.dtype]
+        model = spread_model(config.model, None, Company(world, foretold.parallel), lora=Lora({}, 0.0), dtype=dtype)
+        loaded = time.perf_counter() - begun
+        if world.leads:
+            figures = _figures(config, model, foretold, device=device)
+            dismiss(model)
+        else:
+            follow(model, dtype)
+        foretold.measure(world)
+        if not world.leads:
+            return {}
+    return {**foretold.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
+
+
+def _figures(config: BenchConfig, model: AvatarDiT, foretold: Forecast, *, device: torch.device) -> dict:
+    """Times of the hand-overs, as the first rank sees them."""
+    work = workload(foretold.config)
+    vae = WanAutoencoder().to(device, DTYPES[config.run.dtype])
+    denoised: list[float] = []  # seconds of each hand-over
+    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised)]
+    seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
+    step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
+    rate, product = work.forward_flops / step / TERA, product_tflops(work, device)
+    numbers = f"{config.fit.warm_blocks} + {config.fit.blocks} times {work.frames} frames"
+    return {
+        "seconds_per_block": round(seconds, 4),
+        "seconds_per_step": round(step, 5),
+        "frames_per_second": round(work.frames / seconds, 3),
+        "tflops": float(f"{rate:.4g}"),
+        "product_tflops": float(f"{product:.4g}"),
+        "gemm_share": round(rate / product, 3),
+        "film": f"{work.width}x{work.height}, {work.steps} steps, {numbers}",
+    }
+
+
+def _hand_overs(config: BenchConfig, model: AvatarDiT, vae: WanAutoencoder, *, work: Workload, denoised: list[float]) -> Iterator[Tensor]:
+    """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
+    device = _device(vae)
+    shot = _random_shot(work, config.fit.blocks + config.fit.warm_blocks, device=device)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        _settle(device)
+        if name == "denoise":
+            denoised.append(time.perf_counter() - begun)
+
+    def timed(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
+        begun = time.perf_counter()
+        for block in blocks:
+            _settle(device)
+            denoised.append(time.perf_counter() - begun)
+            yield block
+            begun = time.perf_counter()
+
+    if work.clip_frames:
+        return paint_clips(model, vae, shot, sampler=config.sampler, stage=stage)
+    online = lambda blocks: ahead(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
+    return paint_blocks(model, vae, shot, sampler=config.sampler, hand_over=online)
+
+
+def _random_shot(work: Workload, hand_overs: int, *, device: torch.device) -> Shot:
+    """What a model of this size is told, out of a generator."""
+    rng, model = torch.Generator().manual_seed(0), work.model
+    drawn = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
+    text = drawn(1, model.text.text_len, model.text.text_dim)
+    audio = drawn(1, model.audio.num_audio_layers, model.audio.audio_dim, work.frames * hand_overs)
+    picture = drawn(1, 3, work.height, work.width).tanh()
+    return Shot(picture, text, torch.zeros_like(text), audio, clip_frames=work.clip_frames or work.frames)
+
+
+def product_tflops(work: Workload, device: torch.device) -> float:
+    """10^12 operations a second of the MLP's first product on the tokens of a hand-over."""
+    trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.number]
+    left = torch.ones(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
+    right = torch.ones(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
+    best, until = float("inf"), time.perf_counter() + PRODUCT_S
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        left @ right
+        _settle(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * work.tokens * trunk.hidden_dim * trunk.ffn_dim / best / TERA
+
+
+def _cap(gib: float, device: torch.device) -> None:
+    """Let this process take no more than so much of its GPU, which it may share with other ranks."""
+    if gib and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until the device has done all it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(vae: WanAutoencoder) -> torch.device:
+    return next(vae.parameters()).device
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
