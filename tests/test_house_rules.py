@@ -28,7 +28,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "quant": {"types", "config"},
     "metrics": {"types", "config"},
     "model": {*NUMBERS, "data.speech"},
-    "data": NUMBERS,
+    "data": {*NUMBERS, "metrics"},
     "parallel": {"model", *NUMBERS},
     "checkpoint": {"model", *NUMBERS},
     "infer": {*BELOW_INFER, "checkpoint"},
