@@ -29,7 +29,7 @@ from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts, find_device
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
-from sonic.parallel.mesh import World
+from sonic.parallel.mesh import ALONE, World
 from sonic.parallel.spread import Company
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
@@ -100,7 +100,9 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
 
 
 def _parts(config: EvaluateConfig) -> Parts:
-    plan = "offload" if config.parallel.name == "offload" else "single"
+    plan = "single" if config.parallel.name == "auto" else config.parallel.name
+    if plan not in ALONE:
+        raise ValueError(f"parallel={plan}: figures are made on one device; use {' or '.join(ALONE)}")
     company = Company(World(plan, find_device(config.run.device)), config.parallel)
     return build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
 

@@ -171,7 +171,3 @@ class EvaluateConfig:
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)
     parallel: ParallelConfig = knob(ParallelConfig)
-
-    def __post_init__(self) -> None:
-        fine = self.parallel.name in ("auto", "single", "offload")
-        require(fine, f"parallel={self.parallel.name}: figures are made on one device; use single or offload")
