@@ -26,7 +26,7 @@ from sonic.types import FaceBox, Mouth, Portrait
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
-    "stages_s", "versions",
+    "stages_s", "versions", "plan",
 }  # fmt: skip
 QUICK = SamplerConfig(sample_steps=1)
 

@@ -101,7 +101,8 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
         sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
         parallel = replace(parallel, context=context)
     alone = replace(hardware, devices=hardware.devices // sharing)
-    film = replace(parallel, replicas=1)
+    one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
+    film = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
     video = replace(config.video, size=_film_size(config))
     return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=film, sampler=config.sampler, video=video)
 

@@ -107,7 +107,7 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
         return "it shares weights between devices, and there is one; use single or offload"
     if name == "zero3" and devices == 1 and not parallel.cpu_offload:
         return "with one device it needs parallel.cpu_offload=true; or use offload"
-    if name in ("single", "offload", "zero3") and share > 1:
+    if name in ("single", "offload") and share > 1:
         return "it has no token sharing; leave parallel.context at 1"
     if name == "pipeline" and asked and (len(asked) != devices // share or sum(asked) != layers):
         return f"parallel.layers={asked} must be {devices // share} numbers whose sum is {layers}"

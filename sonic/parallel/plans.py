@@ -13,7 +13,7 @@ from sonic.parallel.ranges import best_ranges, ranges_of
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 from sonic.parallel.workload import Workload
 
-ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed prefetches
+ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of parallel.prefetch
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
 MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
@@ -116,11 +116,11 @@ def context(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
 
 def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """DeepSpeed's sharding: like fsdp by matrices, with its own bucket of prefetched weights."""
-    like = replace(parallel, unshard_unit="linear", prefetch=0, context=1, replicas=1)
+    like = replace(parallel, unshard_unit="linear", prefetch=0, replicas=1)
     plan = fsdp(work, hardware, like)
-    bucket = ZERO_BUCKET * work.number
+    bucket = ZERO_BUCKET * parallel.prefetch * work.number
     ranks = tuple({**rank, "unshard_prefetch": rank["unshard_prefetch"] + bucket} for rank in plan.ranks)
-    return replace(plan, name=f"zero3{'+cpu_offload' if parallel.cpu_offload else ''}", parallel=parallel, ranks=ranks)
+    return replace(plan, name=plan.name.replace("fsdp", "zero3"), parallel=parallel, ranks=ranks)
 
 
 def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:

@@ -67,6 +67,14 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("plan", "asked"), [("fsdp", "context=2"), ("fsdp", "replicas=2"), ("zero3", "context=2"), ("single", "replicas=-1")]
+)
+def test_a_plan_by_name_runs_as_it_was_asked_for(plan, asked):
+    found = forecast(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
+    assert found.parallel.name == plan
+
+
 def test_prediction_and_measurement_lie_side_by_side(tmp_path):
     recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
     assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0
