@@ -30,7 +30,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
         with open_parts(config, run.ranks) as opened:
-            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened.world)
+            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened)
         return report(outcomes, run)
     with ExitStack() as stack:
         with clock.stage("load"):

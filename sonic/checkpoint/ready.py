@@ -72,18 +72,31 @@ class Ready:
 
     def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
         """Text rows [1,L,D] of a prompt, from the cache when it is known; else the encoder is loaded, used and let go."""
-        name = hashlib.sha256(json.dumps([self._hash(), prompt, length]).encode()).hexdigest()[:32]
-        file = self.folder / PROMPTS / f"{name}.safetensors"
-        if file.is_file():
-            return load_file(file)["rows"].to(device)
+        return self.reader(length, device)(prompt)
+
+    def reader(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
+        """The same for prompt after prompt: the encoder is loaded for the first that is not known, and let go with the reader."""
+        loaded: list[tuple[TextEncoder, Tokenizer]] = []
+
+        def read_rows(prompt: str) -> Tensor:
+            name = hashlib.sha256(json.dumps([self._hash(), prompt, length]).encode()).hexdigest()[:32]
+            file = self.folder / PROMPTS / f"{name}.safetensors"
+            if file.is_file():
+                return load_file(file)["rows"].to(device)
+            if not loaded:
+                loaded.append((self._text_encoder(device), Tokenizer(self.folder / TOKENIZER)))
+            encoder, tokens = loaded[0]
+            (found,) = encoder(*(each.to(device) for each in tokens([prompt], length)))
+            _keep(file, {"rows": found[None].float().cpu()})
+            return found[None].float()
+
+        return read_rows
+
+    def _text_encoder(self, device: torch.device) -> TextEncoder:
         with torch.device("meta"):
             encoder = TextEncoder(self._config("text_encoder"))
         encoder.take({stored.name: tensor for stored, tensor in read(self.tensors("text_encoder").values())}, str(self.folder))
-        tokens = Tokenizer(self.folder / TOKENIZER)
-        (found,) = encoder.to(device)(*(each.to(device) for each in tokens([prompt], length)))
-        del encoder
-        _keep(file, {"rows": found[None].float().cpu()})
-        return found[None].float()
+        return encoder.to(device)
 
     def hear(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
         """Speech features [1,N,A,F] of a recording; the encoder is loaded, used and let go."""
@@ -93,6 +106,10 @@ class Ready:
 
     def _config(self, component: str) -> dict[str, Any]:
         return json.loads((self.folder / component / "config.json").read_text())
+
+    def autoencoder_hash(self) -> str:
+        """What the VAE was made from, in 16 digits."""
+        return next(digest for file, digest in self.manifest["sources"].items() if "VAE" in file)[:16]
 
     def _hash(self) -> str:
         """What the text encoder was made from."""

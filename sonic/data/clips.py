@@ -44,6 +44,17 @@ def read_index(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def check_room(folder: Path, **facts: object) -> None:
+    """Raise ValueError when the folder already holds clips of another kind; a fact that its index does not know fits any."""
+    if not (folder / INDEX).is_file():
+        return
+    known = read_index(folder)
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            was = f"{name}={known[name]}" if known[name] else f"no {name}"
+            raise ValueError(f"folder={folder} holds clips made with {was}, not {name}={value}; name another folder=")
+
+
 class ClipDataset(Dataset):
     """Windows of clips. An item is asked for by (index, seed): the clip, and the randomness of its window.
 
@@ -59,15 +70,27 @@ class ClipDataset(Dataset):
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
         self._open: dict[str, object] = {}
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise ValueError when clips with latents were made for another model."""
+    def has(self, name: str) -> bool:
+        """Whether every clip has a tensor of that name."""
+        return all(name in clip["tensors"] for clip in self.clips)
+
+    def check(self, config: ModelConfig, hash_of: Callable[[ModelConfig], str] = lambda config: "") -> None:
+        """Raise ValueError when clips with latents were made for another model, or by other weights of its autoencoder than
+        those that `hash_of` knows ("" = nobody knows)."""
         made_by = self.index.get("autoencoder", config.autoencoder)
         if "latents" not in self.clips[0]["tensors"]:
             return
+        known = self.index.get("autoencoder_hash", "")
         if made_by != config.autoencoder:
             raise ValueError(
                 f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
                 f"{config.autoencoder}; make clips for this model with launch/precompute.py"
+            )
+        own = hash_of(config) if known else ""
+        if own and known != own:
+            raise ValueError(
+                f"data.folder={self.folder} holds latents of another autoencoder (weights {known}) than model={config.name} has "
+                f"(weights {own}); make the clips again with launch/precompute.py, or name the folder that fits"
             )
         clip = self.read(0, 0, keys=("latents", "audio"))
         found = (clip["latents"].shape[0], *clip["audio"].shape[:2])
@@ -108,6 +131,14 @@ class ClipDataset(Dataset):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
+
+
+def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
+    """Size of the latents around zero (where nothing moves) over up to `most` clips: per cell [h,w] and per channel [C]."""
+    data = ClipDataset(folder)
+    chosen = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)
+    squares = sum(data.read(int(i), 0, keys=("latents",))["latents"].square().mean(1) for i in chosen) / len(chosen)
+    return {"cell_std": squares.mean(0).sqrt(), "channel_std": squares.mean((1, 2)).sqrt()}
 
 
 def pose_latents(head: Tensor, height: int, width: int) -> Tensor:

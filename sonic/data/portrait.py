@@ -145,6 +145,22 @@ def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
     return rearrange(found, "1 c h w -> c h w").clamp(-1, 1)
 
 
+def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture scaled until it covers that size, and cut to it around its middle.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    high, wide = pixels.shape[:2]
+    scale = max(width / wide, height / high)
+    large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
+    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
+    return np.ascontiguousarray(large[top : top + height, left : left + width])
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture in another size, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
+    small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
+
+
 def _check_size(called: str, width: int, height: int) -> None:
     if min(width, height) < SMALLEST_SIDE:
         raise ValueError(f"{called} is {width}x{height} px, too small: at least {SMALLEST_SIDE} px a side; use a larger picture")

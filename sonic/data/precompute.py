@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +17,9 @@ from tqdm import tqdm
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
+from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, write_shard
 from sonic.data.speech import log_mel
+from sonic.data.videos import precompute_videos
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.types import MotionLayers, pick
 
@@ -32,39 +27,28 @@ LOG = logging.getLogger(__name__)
 PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """What makes training data of sounds and frames; built anew in every worker.
-
-    hear(samples float32 16 kHz [n], F) -> features [N,A,F]; autoencoder: reference(picture) and encode(MotionLayers) of
-    the model that the data are for. Speech alone needs neither.
-    """
-
-    hear: Callable[[np.ndarray, int], Tensor] | None
-    autoencoder: Any
-
-
-Build = Callable[[PrecomputeConfig], Encoders]
-
-
 def precompute(config: PrecomputeConfig, build: Build) -> int:
     """Make the shards that are missing, then the index and the statistics. Gives the number of clips.
 
     `build` is a function that worker processes can import. Shard n is a function of the seed and n alone, so that any number
-    of workers makes the same data, and a run that was stopped continues.
+    of workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds other clips.
     """
     pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
+    clips.check_room(folder, kind=config.kind, source=config.data.source)
+    if config.data.source:
+        return precompute_videos(config, build)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(-(-config.utterances // PER_SHARD))
     missing = [n for n in numbers if not (folder / _name(n)).is_file()]
-    done = _in_workers(config, missing, build) if config.workers else (_write_shard(config, n, build) for n in missing)
+    done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
         pass
-    entries = [entry for n in numbers for entry in _entries(folder, n)]
-    clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split, autoencoder=config.model.autoencoder)
+    told = [facts_of(folder / _name(n)) for n in numbers]
+    entries = [entry for facts in told for entry in facts["clips"]]
+    clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split, **made_with(told, config))
     if config.kind == "talking":
-        save_file(statistics(folder), folder / clips.STATISTICS)
+        save_file(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
     return len(entries)
 
@@ -120,29 +104,9 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
     return torch.cat(parts, 1), reference.latents[0]
 
 
-def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
-    """Size of the latents around zero (where nothing moves) over up to `most` clips: per cell [h,w] and per channel [C]."""
-    data = clips.ClipDataset(folder)
-    chosen = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)
-    squares = sum(data.read(int(i), 0, keys=("latents",))["latents"].square().mean(1) for i in chosen) / len(chosen)
-    return {"cell_std": squares.mean(0).sqrt(), "channel_std": squares.mean((1, 2)).sqrt()}
-
-
-def _in_workers(config: PrecomputeConfig, numbers: list[int], build: Build) -> Iterator[None]:
-    """Make shards in processes of their own, in whatever order they are done."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start_worker) as pool:
-        jobs = [pool.submit(_write_shard, config, number, build) for number in numbers]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all."""
-    tensors, entries, encoders = {}, [], build(config)
+    tensors, entries, encoders = {}, [], built(config, build)
     for place in range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances)):
         rng = np.random.default_rng((config.seed, place))
         for clip in MAKERS[config.kind](config, encoders, rng):
@@ -150,22 +114,8 @@ def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    aside = Path(config.folder) / f".{os.getpid()}_{_name(number)}"
-    save_file(tensors, aside, metadata={"clips": json.dumps(entries)})
-    aside.rename(Path(config.folder) / _name(number))
-
-
-def _entries(folder: Path, number: int) -> list[dict]:
-    with safe_open(folder / _name(number), framework="pt") as shard:
-        return json.loads(shard.metadata()["clips"])
+    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, autoencoder_hash=encoders.autoencoder_hash)
 
 
 def _name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
-
-
-def _start_worker() -> None:
-    """One thread a worker, and none outlives the process that it works for, however that one ends."""
-    torch.set_num_threads(1)
-    boss = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()

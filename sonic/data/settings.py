@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import ModelConfig, knob
+from sonic.config import ModelConfig, knob, parse_size
 
 
 @dataclass
@@ -22,10 +22,30 @@ class MixConfig:
 
 
 @dataclass
-class PrecomputeConfig:
-    """Makes clips once, so that training only reads: speech with features and visemes, and drawn people saying it."""
+class FootageConfig:
+    """One's own videos, and what a clip of them has to be."""
 
-    kind: str = knob("talking", "talking = latents of drawn people with their speech; spoken = speech alone")
+    source: str = knob("", "folder of videos of people who speak; empty = people are drawn")
+    size: str = knob("384x256", "what is cut out of the middle, for models that paint the whole picture")
+    least_level_db: float = knob(-45.0, "quieter clips count as silent, in dB below full scale")
+    least_sync: float = knob(0.2, "correlation of mouth and sound below which they do not belong together")
+    most_lag_s: float = knob(0.2, "seconds that mouth and sound may be apart")
+
+    def __post_init__(self) -> None:
+        width, height = parse_size(self.size, "data.size")
+        if width % 16 or height % 16:
+            raise ValueError(f"data.size={self.size}: both sides must be multiples of 16 pixels")
+        if not 0 <= self.least_sync < 1:
+            raise ValueError(f"data.least_sync={self.least_sync}: need a correlation in [0, 1)")
+        if not 0.04 <= self.most_lag_s <= 0.5:
+            raise ValueError(f"data.most_lag_s={self.most_lag_s}: need 0.04 (a frame) to 0.5 seconds")
+
+
+@dataclass
+class PrecomputeConfig:
+    """Makes clips once, so that training only reads: of one's own videos (data.source), or of drawn people and synthesised speech."""
+
+    kind: str = knob("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
     folder: str = knob("data/preview_clips", "where the shards and their index go; what is there already is kept")
     split: str = knob("train", "train or test: other people, voices and words")
     seed: int = 0
@@ -33,6 +53,7 @@ class PrecomputeConfig:
     latent_frames: int = knob(18, "length of a clip; four video frames each")
     clips_per_utterance: int = knob(4, "clips cut from a recording, each with a person of its own")
     mix: MixConfig = knob(MixConfig)
+    data: FootageConfig = knob(FootageConfig)
     workers: int = knob(2, "processes; 0 = in this one")
     autoencoder: str = knob("", "weights of the autoencoder; empty = the bundled ones")
     model: ModelConfig = knob(ModelConfig)
@@ -41,5 +62,7 @@ class PrecomputeConfig:
         for name in ("utterances", "latent_frames", "clips_per_utterance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.data.source and self.kind != "talking":
+            raise ValueError(f"kind={self.kind} is synthesised, but data.source={self.data.source} names videos; leave one of them out")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers}: need 0 (this process) or more")

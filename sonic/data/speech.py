@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,10 @@ _FLOOR = 1e-7  # mel power that stands for silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
 
+class NoSound(ValueError):
+    """A video without an audio stream, or with one that holds nothing."""
+
+
 def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     """A recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
 
@@ -61,6 +65,32 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     return Speech(samples, SAMPLE_RATE, path)
 
 
+def load_soundtrack(path: str | Path) -> np.ndarray:
+    """The sound of a video as 16 kHz mono samples, float32 [n]; sample 0 is at second 0 of the pictures.
+
+    Raises ValueError when the video has no sound, or it cannot be decoded.
+    """
+    path = Path(path)
+    try:
+        frames = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in decode_audio(path, rate=SAMPLE_RATE, choose=_soundtrack)]
+    except NoSound:
+        raise
+    except ValueError as error:
+        raise ValueError(f"video={path}: its sound cannot be decoded; give an undamaged video") from error
+    if not frames:
+        raise NoSound(f"video={path} holds no sound that can be decoded; give one whose sound can be heard")
+    late = round(_seconds_late(path) * SAMPLE_RATE)
+    samples = np.clip(np.concatenate(frames), -1, 1)
+    return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
+
+
+def envelope(samples: np.ndarray, sample_rate: int, frames: int, *, fps: int = FPS) -> np.ndarray:
+    """Loudness of the speech during each video frame, as root mean square.  -> [frames]"""
+    edges = np.arange(frames + 1) * sample_rate // fps
+    parts = (samples[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    return np.array([np.sqrt(np.mean(np.square(part))) if len(part) else 0.0 for part in parts])
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"audio={path} is a folder; give one recording, such as {path / 'speech.wav'}")
@@ -70,18 +100,23 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
 
 
-def decode_audio(path: Path, *, sample_format: str = "fltp", layout: str = "", rate: int = 0) -> Iterator[AudioFrame]:
+def decode_audio(
+    path: Path, *, sample_format: str = "fltp", layout: str = "", rate: int = 0, choose: Callable | None = None
+) -> Iterator[AudioFrame]:
     """The sound of a recording as PyAV frames, as they leave the decoder; layout and rate (Hz) are the file's own unless given.
 
-    Raises ValueError for a damaged file, a video, a file without sound, and samples that are not finite.
+    `choose(container, path)` gives the stream, by default the only one of a recording. Raises ValueError for a damaged file, a
+    video, a file without sound, and samples that are not finite.
     """
     import av
+
+    choose = choose or _only_sound
 
     damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
     heard = 0.0
     try:
         with av.open(str(path)) as container:
-            stream = _only_sound(container, path)
+            stream = choose(container, path)
             resampler = av.AudioResampler(format=sample_format, layout=layout or stream.layout, rate=rate or stream.rate)
             for frame in container.decode(stream):
                 heard += frame.samples / frame.sample_rate
@@ -116,6 +151,22 @@ def _only_sound(container, path: Path):
     if not container.streams.audio:
         raise ValueError(f"audio={path} has no sound in it; give a recording (wav, mp3, flac, m4a or ogg)")
     return container.streams.audio[0]
+
+
+def _soundtrack(container, path: Path):
+    """The first audio stream of a video."""
+    if not container.streams.audio:
+        raise NoSound(f"video={path} has no sound in it; give one with speech")
+    return container.streams.audio[0]
+
+
+def _seconds_late(path: Path) -> float:
+    """When the sound of a video begins, on the clock of its pictures."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        return float((stream.start_time or 0) * stream.time_base)
 
 
 def save_speech(path: str | Path, samples: np.ndarray) -> Path:

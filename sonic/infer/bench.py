@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sonic.config import ModelConfig, Ranks, parse_size
+from sonic.data.portrait import resized
 from sonic.geometry import FPS
 from sonic.infer.bench_dit import bench_dit
 from sonic.infer.bench_fit import bench_fit
 from sonic.infer.build import Parts, build_parts
-from sonic.infer.conditions import resized
 from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
 from sonic.infer.scene import Settings, open_scene

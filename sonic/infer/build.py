@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,12 @@ class ReadyParts:
         """Where this rank works."""
         return self.company.world.device
 
+    def with_model(self, model: AvatarDiT) -> ReadyParts:
+        """The same with a transformer that is there already."""
+        other = replace(self)
+        vars(other).update(vars(self), model=model)  # where cached properties lie
+        return other
+
     @cached_property
     def model(self) -> AvatarDiT:
         """The transformer, this rank's part of it, with the adapter of model.lora merged."""
@@ -86,7 +92,7 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
         checkpoint = Ready.open(Path(_needed(config)))
         return ReadyParts(checkpoint.config(config), checkpoint, company, dtype)
     files = weight_files(config)
-    autoencoder, speech = _encoders(config, company.world.device)
+    autoencoder, speech = untrained_encoders(config, company.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
     model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
@@ -96,10 +102,11 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
     """The same parts on one device, before any weights are loaded."""
     model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
-    return Parts(config, model, *_encoders(config, device), device, dtype)
+    return Parts(config, model, *untrained_encoders(config, device), device, dtype)
 
 
-def _encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Autoencoder and speech encoder on a device, before any weights are loaded."""
     makers = (
         pick(AUTOENCODERS, config.autoencoder, "model.autoencoder"),
         pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"),

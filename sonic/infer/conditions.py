@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from sonic.config import PHOTO_SIZE, HeadConfig, parse_size
 from sonic.data.clips import pose_latents
 from sonic.data.faces import head_motion
-from sonic.data.portrait import cut
+from sonic.data.portrait import covering, cut, resized
 from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
 from sonic.infer.build import Parts
 from sonic.model.vae import Reference
@@ -75,15 +74,6 @@ def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     return covering(pixels, *wan_size(wide, high, max_area))
 
 
-def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The picture scaled until it covers that size, and cut to it around its middle.  uint8 [H,W,3] -> uint8 [height,width,3]"""
-    high, wide = pixels.shape[:2]
-    scale = max(width / wide, height / high)
-    large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
-    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
-    return np.ascontiguousarray(large[top : top + height, left : left + width])
-
-
 def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     """The same as the published pipelines fit it: its SHORTER side to the film's shorter side, black bars where that is too small."""
     high, wide = pixels.shape[:2]
@@ -115,13 +105,6 @@ def whole_blocks(num_frames: int, block_frames: int) -> int:
     """Video frames of the blocks that cover `num_frames`."""
     step = FRAMES_PER_LATENT * block_frames
     return math.ceil(num_frames / step) * step
-
-
-def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture in another size, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
-    picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
-    small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
 
 
 def signed(pixels: np.ndarray) -> Tensor:

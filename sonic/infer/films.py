@@ -102,9 +102,11 @@ def make_films(requests: Sequence[str], opened: Opened, config: InferConfig, *, 
     return mine
 
 
-def all_outcomes(mine: Sequence[Outcome], world: World) -> list[Outcome]:
-    """What became of the requests of all copies, in the order of the lines. Every rank must ask."""
-    found = [list(mine)]
+def all_outcomes(mine: Sequence[Outcome], opened: Opened) -> list[Outcome]:
+    """What became of the requests of all copies, in the order of the lines. Every rank must ask; no film is made after it."""
+    found, world = [list(mine)], opened.world
+    if world.leads:
+        dismiss(opened.parts.model)
     if world.mesh is not None:
         found = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, list(mine))

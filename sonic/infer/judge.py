@@ -17,9 +17,8 @@ from rich.table import Table
 from sonic import metrics
 from sonic.config import JudgeConfig
 from sonic.data.portrait import load_portrait
-from sonic.data.speech import load_speech
+from sonic.data.speech import envelope, load_speech
 from sonic.data.video import read_frames
-from sonic.geometry import FPS
 from sonic.infer.conditions import fit_portrait
 from sonic.infer.report import mouth_window
 from sonic.infer.scene import PORTRAITS, RECORDINGS
@@ -84,13 +83,6 @@ def outside_lower_face(portrait: Portrait) -> np.ndarray:
     rows, columns = np.ogrid[:height, :width]
     lower = (rows > face.y + face.height / 2) & (rows < face.y + 1.45 * face.height)
     return ~(lower & (columns > face.x - 0.1 * face.width) & (columns < face.x + 1.1 * face.width))
-
-
-def envelope(samples: np.ndarray, sample_rate: int, frames: int) -> np.ndarray:
-    """Loudness of the speech during each video frame, as root mean square.  -> [frames]"""
-    edges = np.arange(frames + 1) * sample_rate // FPS
-    parts = (samples[a:b] for a, b in zip(edges, edges[1:], strict=False))
-    return np.array([np.sqrt(np.mean(np.square(part))) if len(part) else 0.0 for part in parts])
 
 
 def pauses(level: np.ndarray) -> np.ndarray:

@@ -106,10 +106,14 @@ def _walk_along(model: AvatarDiT, take: Take) -> Take | bool | None:
 
 
 def dismiss(model: AvatarDiT) -> None:
-    """The leading rank's last word."""
+    """The leading rank's last word; a second one is not said."""
+    company = _company(model)
+    if company.dismissed:
+        return
+    company.dismissed = True
     if not _alone(model):
         _tell(model)
-    _end_line(_company(model))
+    _end_line(company)
 
 
 def _company(model: AvatarDiT) -> Company:

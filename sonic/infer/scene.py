@@ -10,12 +10,12 @@ import numpy as np
 import skimage
 
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
-from sonic.data.portrait import load_image, load_portrait
+from sonic.data.portrait import covering, load_image, load_portrait
 from sonic.data.speech import load_speech
 from sonic.data.video import frames_at
 from sonic.geometry import frames_of_audio
 from sonic.infer.build import BUNDLED
-from sonic.infer.conditions import covering, fit_portrait, painted_size, published_picture, whole_picture
+from sonic.infer.conditions import fit_portrait, painted_size, published_picture, whole_picture
 from sonic.infer.settings import InferConfig
 from sonic.model.wav2vec import clips_of, states_of
 from sonic.types import Portrait, Scene, Speech

@@ -64,7 +64,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module, roles: Sequence[str], config: AdapterConfig) -> None:
         self.config, self.switch = config, Switch()
-        chosen = [name for name, module in model.named_modules() if type(module) is nn.Linear and _chosen(name, config.targets)]
+        chosen = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _chosen(name, config.targets)]
         if not chosen:
             raise ValueError(f"learn.targets={config.targets} names no linear layer of this model; use such as self_attention or mlp_in")
         model.requires_grad_(False)

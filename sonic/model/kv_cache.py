@@ -40,6 +40,10 @@ class KVRing:
     origin: int | None = None
     newest: int | None = None
 
+    def rewind(self) -> None:
+        """Forget the blocks; the memory stays."""
+        self.origin = self.newest = None
+
     def begin(self, index: int) -> Slot:
         """Make room for block `index`; the newest block may be written again, anything else must be its successor."""
         self.origin = index if self.origin is None else self.origin

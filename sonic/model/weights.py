@@ -76,14 +76,13 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, str(path), dict(metadata or {}))
 
 
-def load_weights(model: nn.Module, path: str | Path, *, besides: str = "") -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill the model from a safetensors file, or from all of a folder, with official or our own names; precision and device stay
     the model's, and tensors are read one at a time.
 
-    Tensors with the word `besides` in their names are the model's own and in no file. Raises ValueError in one sentence when a
-    file is cut short, or a tensor is missing, one too many, or of another shape.
+    Raises ValueError in one sentence when a file is cut short, or a tensor is missing, one too many, or of another shape.
     """
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not besides or besides not in name.split(".")}
+    wanted = model.state_dict()
     with stored_weights(path, {name: tensor.shape for name, tensor in wanted.items()}) as stored, torch.no_grad():
         for name, target in wanted.items():
             target.copy_(stored[name].view())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settle_video
+from sonic.parallel.training_settings import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 UNSHARD_UNITS = ("block", "sublayer", "linear")
@@ -96,6 +97,7 @@ class PlanConfig:
     model: ModelConfig = knob(ModelConfig)
     hardware: HardwareConfig = knob(HardwareConfig)
     parallel: ParallelConfig = knob(ParallelConfig)
+    task: TaskConfig = knob(TaskConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)

@@ -69,12 +69,14 @@ PLANS: Mapping[str, Plan] = {
 
 @dataclass
 class Company:
-    """The ranks that make films together, how, the line that this one is part of in a pipeline, and how many films were begun."""
+    """The ranks that make films together, how, and the line that this one is part of in a pipeline; how many films were begun, and
+    whether there will be no more."""
 
     world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
     line: Line | None = None
     takes: int = 0
+    dismissed: bool = False
 
 
 def spread_model(config: ModelConfig, weights: str | Path | None, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:

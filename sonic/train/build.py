@@ -15,10 +15,12 @@ from torch.utils.data import Dataset
 from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
+from sonic.train.encoders import autoencoder_hash
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
 from sonic.train.objectives import CASTING, OBJECTIVES, Batch
+from sonic.train.samples import Student, look_of
 from sonic.train.settings import DataConfig, TrainConfig
 from sonic.train.sharded import ShardedEngine
 from sonic.train.start import begin_adapters, fill, start_from, without_memory
@@ -57,7 +59,7 @@ def run_training(
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     if isinstance(dataset, ClipDataset):
-        dataset.check(config.model)
+        dataset.check(config.model, autoencoder_hash)
     engine = engine_of(config, world, folder)
     made = {"make": without_memory} if config.objective.name in CASTING else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
@@ -67,10 +69,11 @@ def run_training(
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         start_from(objective.roles["student"], Path(config.init_from))
+    look = look_of(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
-    outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder))
+    outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
         save_weights(weights, Path(config.export), objective.facts)

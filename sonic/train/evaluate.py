@@ -26,9 +26,11 @@ from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.data.video import VideoWriter
 from sonic.geometry import FPS, FRAMES_PER_LATENT
-from sonic.infer.build import Parts, build_parts
+from sonic.infer.build import Parts, build_parts, find_device
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
+from sonic.parallel.mesh import ALONE, World
+from sonic.parallel.spread import Company
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 
@@ -68,7 +70,7 @@ Film = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,
 
 def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, dict]:
     """Score as configured, show the table, write the JSON. Gives {figure: {mean, ci95, clips}}."""
-    parts = parts or build_parts(config.model, config.run, steps=config.sampler.sample_steps)
+    parts = parts or _parts(config)
     settings = Settings(sampler=config.sampler, decode=config.decode)
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
     start = time.perf_counter()
@@ -95,6 +97,14 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _parts(config: EvaluateConfig) -> Parts:
+    plan = "single" if config.parallel.name == "auto" else config.parallel.name
+    if plan not in ALONE:
+        raise ValueError(f"parallel={plan}: figures are made on one device; use {' or '.join(ALONE)}")
+    company = Company(World(plan, find_device(config.run.device)), config.parallel)
+    return build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
 
 
 def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:

@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -16,8 +17,20 @@ from tqdm import tqdm
 from sonic.train.settings import LogConfig
 from sonic.train.sweep import Cell
 
+PATIENCE_S = 30  # for W&B to answer before a run goes on without it
 LOG = logging.getLogger(__name__)
-SCALARS = "scalars.jsonl"
+SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a look at the student gave: figures by their names in the log, and the film."""
+
+    figures: dict[str, float]
+    video: Path
+
+
+Look = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
 
 
 class RunLog:
@@ -42,13 +55,14 @@ class RunLog:
             self._wandb = _open_wandb(self.folder, self.config, self.name)
         return self
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep `values` of `step`."""
+    def scalars(self, step: int, values: Mapping[str, float], video: Path | None = None) -> None:
+        """Keep `values` of `step`, and the sample film where there is one (in the run folder already)."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
+        shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log({**values, **_as_media(video)}, step=step)
         if self._bar is None:
             LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
 
@@ -83,18 +97,35 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
-    """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
+def _as_media(video: Path | None) -> dict[str, object]:
+    """A film as W&B shows it."""
     import wandb
 
+    return {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
+
+
+def _need_wandb(asked: str):
+    """The package. Raises ValueError with the way to get it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"log.wandb={asked} needs W&B, which is not installed; run: pip install wandb, or use log.wandb=off") from error
+    return wandb
+
+
+def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
+    """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
+    wandb = _need_wandb(config.wandb)
     known = folder / "wandb_id.txt"
     run_id = known.read_text().strip() if known.exists() else uuid.uuid4().hex[:8]
     known.write_text(run_id)
     keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
+    keywords["settings"] = wandb.Settings(init_timeout=PATIENCE_S)
     try:
         return wandb.init(mode=config.wandb, **keywords)
     except wandb.errors.Error as error:
-        LOG.warning("W&B cannot be used (%s); logging offline under %s", error, folder)
+        LOG.warning("W&B cannot be used (%s); logging offline under %s", str(error).splitlines()[0], folder)
+        wandb.teardown()  # its service holds the name of the run that did not come about
         return wandb.init(mode="offline", **keywords)
 
 

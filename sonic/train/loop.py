@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sonic.metrics import peak_rss_gib
 from sonic.train.engine import Engine
-from sonic.train.log import RunLog
+from sonic.train.guard import Guard
+from sonic.train.log import Look, RunLog
 from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.optim import rate
 from sonic.train.settings import TrainConfig
 
 
 class Diverged(ValueError):
-    """The loss or its gradient stopped being a finite number. The last good checkpoint and the batch are kept."""
+    """The loss or its gradient stopped being a finite number, or exploded. The last good checkpoint and the batch are kept."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.
 class Run:
     """What takes part in a run, and the folder it lives in.
 
-    `batches(start)` opens this process's stream where `start` batches of all processes together have been used.
+    `batches(start)` opens this process's stream where `start` batches of all processes together have been used; `look(step)` films
+    the student.
     """
 
     config: TrainConfig
@@ -97,12 +100,14 @@ class Run:
     batches: Callable[[int], Iterator[Batch]]
     log: RunLog
     folder: Path
+    look: Look | None = None
+    guard: Guard = field(default_factory=Guard)
 
 
 def train(run: Run) -> Outcome:
     """Train until the budget is used, from the newest checkpoint in the run folder when there is one.
 
-    Raises Diverged when a loss or gradient is not finite.
+    Raises Diverged when a loss or gradient is not finite, or a loss explodes.
     """
     config, objective, engine, log = run.config, run.objective, run.engine, run.log
     engine.prepare(objective)
@@ -127,7 +132,10 @@ def train(run: Run) -> Outcome:
                 figures = meter.read()
                 pace = (step - first) / (time.monotonic() - clock.start)
                 samples = pace * config.budget.batch_size * config.budget.accumulate
-                log.scalars(step, {**figures, "train/lr": lr, "perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace})
+                figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
+                figures |= {"perf/peak_gib": peak_gib(engine.world.device), "train/lr": lr}
+                seen = run.look(step) if run.look and step % config.log.samples_every == 0 else None
+                log.scalars(step, {**figures, **(seen.figures if seen else {})}, seen and seen.video)
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
             if last or engine.world.agree(_due(config, step, kept_at)):
@@ -135,6 +143,11 @@ def train(run: Run) -> Outcome:
                 kept_at = time.monotonic()
     engine.settle()
     return Outcome(steps=step, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory so far, of the device where it has its own, else of this process."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_rss_gib()
 
 
 def _due(config: TrainConfig, step: int, kept_at: float) -> bool:
@@ -169,12 +182,13 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     means = world.mean(torch.stack([torch.stack([each[name].float() for name in names]) for each in figures]).mean(0))
     found = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
     total = found[f"train/{role}_loss"]
-    if not bool(torch.isfinite(total + norm)):
+    why = run.guard.fault(role, float(total), float(norm))
+    if why:
         tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
         save_file(tensors, run.folder / f"diverged_batch{f'_{world.rank}' if world.rank else ''}.safetensors")
         run.engine.settle()
         raise Diverged(
-            f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} is not finite; the last good checkpoint "
+            f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} {why}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
     return {**found, f"train/{role}_grad_norm": norm.detach()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
+from sonic.parallel.settings import ParallelConfig
 from sonic.train.objective_settings import ObjectiveConfig
 
 ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
@@ -92,8 +93,16 @@ class LogConfig:
     wandb: str = "off"
     project: str = "sonic"
     bar: bool = True
+    samples_every: int = 0  # steps between sample films; 0 = none
+    sample_seconds: float = 3.0
+    sample_steps: int = 8  # sampling steps of a student that has not learnt how many
 
     def __post_init__(self) -> None:
+        every = self.every_steps
+        fits = self.samples_every >= 0 and self.samples_every % max(1, every) == 0
+        require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
+        require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
+        require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
         require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
         require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
 
@@ -161,3 +170,4 @@ class EvaluateConfig:
     sampler: SamplerConfig = knob(SamplerConfig)
     video: VideoConfig = knob(VideoConfig)
     decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)

@@ -48,7 +48,7 @@ def weights(tmp_path_factory) -> str:
 def test_every_plan_makes_the_film_and_the_clip_of_one_rank(count, weights):
     plans = TINY | PREVIEW
     assert {plan.name for plan in plans.values()} == set(PLANS) - {"single", "zero3"}  # zero3 has a test of its own
-    same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=120))
+    same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=240))
 
 
 def refused_clip(weights: str) -> str:

@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> str:
 def test_zero3_makes_the_film_and_the_clip_of_one_rank(count, plans, weights):
     pytest.importorskip("deepspeed", **NEEDS)
     plans = {plan: ZERO[plan] for plan in plans}
-    same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, timeout_s=120))
+    same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, timeout_s=240))
 
 
 def halves(weights: str) -> tuple[bool, float]:

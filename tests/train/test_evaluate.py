@@ -10,6 +10,7 @@ import torch
 
 from sonic.config import ModelConfig, SamplerConfig
 from sonic.infer.build import untrained_parts
+from sonic.parallel.settings import ParallelConfig
 from sonic.train.evaluate import GOALS, cases, evaluate
 from sonic.train.settings import EvalConfig, EvaluateConfig
 
@@ -52,3 +53,8 @@ def test_a_seed_means_the_same_people_and_another_seed_others():
     other = next(cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
     assert np.array_equal(one.samples, two.samples) and np.array_equal(one.person.picture, two.person.picture)
     assert not np.array_equal(one.person.picture, other.person.picture)
+
+
+def test_figures_of_several_ranks_are_refused():
+    with pytest.raises(ValueError, match="parallel=pipeline: figures are made on one device; use single or offload"):
+        evaluate(EvaluateConfig(parallel=ParallelConfig("pipeline")))

@@ -34,10 +34,10 @@ class Numbers(Dataset):
 class Line(Objective):
     """Student learns the line; a second role learns from every second step only."""
 
-    def __init__(self, poison_at=None):
+    def __init__(self, poison_at=None, poison=float("nan")):
         torch.manual_seed(0)
         self.roles = {"student": nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4)), "critic": nn.Linear(4, 1)}
-        self.poison_at, self.calls = poison_at, 0
+        self.poison_at, self.poison, self.calls = poison_at, poison, 0
 
     def turn(self, step):
         return ("student", "critic") if step % 2 else ("student",)
@@ -45,7 +45,7 @@ class Line(Objective):
     def losses(self, role, batch, rng):
         self.calls += 1
         x = batch["x"] + 0.05 * torch.randn(batch["x"].shape, generator=rng) + 0.01 * torch.rand(4)
-        bad = float("nan") if self.calls == self.poison_at else 1.0
+        bad = self.poison if self.calls == self.poison_at else 1.0
         wrong = self.roles[role](x) - (batch["y"] if role == "student" else 1.0)
         yield bad * wrong.square().mean(), {"size": wrong.abs().mean()}
 
@@ -136,6 +136,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     again.engine.prepare(again.objective)
     assert again.engine.load()["step"] == 4
     assert all(t.isfinite().all() for t in again.engine.weights().values())
+    assert (tmp_path / "diverged_batch.safetensors").exists()
+
+
+def test_a_loss_that_explodes_stops_before_it_is_kept(tmp_path):
+    with pytest.raises(Diverged, match="exploded from"):
+        train(make(tmp_path, steps=40, every=5, objective=Line(poison_at=50, poison=1e5)))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000025", "step_00000030"]
     assert (tmp_path / "diverged_batch.safetensors").exists()
 
 

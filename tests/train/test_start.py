@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -139,16 +140,28 @@ def precisions(folder, told):
     return {("learning" if p.requires_grad else "frozen"): p.dtype for p in objective.cast.base.parameters()}
 
 
+def exit_code(argv, folder=None):
+    """Of launch/train.py, started here or in a folder."""
+    os.chdir(folder or os.getcwd())
+    spec = importlib.util.spec_from_file_location("train_command", Path(__file__).parents[2] / "launch" / "train.py")
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    return run_command(command.ENTRY, command.train, argv)
+
+
+def test_batches_that_do_not_divide_end_every_rank_with_code_2_and_leave_nothing(ready, clips, tmp_path):
+    argv = ["+train=audio_adapter", f"checkpoint={ready}", f"data.folder={clips}", "data.window=6", "budget.accumulate=3"]
+    assert on_ranks(2, launched, exit_code, argv, str(tmp_path)) == [2, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def sentence(tmp_path, monkeypatch, capsys):
     """Runs the command in an empty folder and gives what it said, after checking how it ended."""
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("train_command", Path(__file__).parents[2] / "launch" / "train.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
 
     def run(*argv):
-        assert run_command(command.ENTRY, command.train, argv) == 2
+        assert exit_code(argv) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said and list(tmp_path.iterdir()) == [], said
         return said.strip().splitlines()[-1]

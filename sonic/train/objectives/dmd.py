@@ -1,4 +1,4 @@
-"""Distribution matching on the student's own rollouts: block by block over the KV rings, one per sampling step, as inference runs.
+"""Distribution matching on the student's own rollouts: over KV rings as inference runs, one step of all blocks after the other.
 
 A critic learns where the student's films lie, the teacher knows where films should, and the difference of what the two make of a
 noised film moves the student (DMD2, arXiv 2405.14867; self forcing, arXiv 2506.08009). The gradient is taken block by block over
@@ -99,7 +99,7 @@ class DistributionMatching(Distillation):
             cache = model.prefill(start.told, model.new_cache(start.told, steps=1))
             for index, part in enumerate(_parts(made.shape[2], block)):
                 inputs = _inputs(model, start, index)
-                clean = _clean(model, rolled.before[step][:, :, part], inputs, cache=cache, ring=0, sigma=self.sigmas[step])
+                clean = _clean(model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step])
                 aim = (clean - pull[:, :, part]).detach()
                 yield 0.5 * (clean - aim).square().sum() / made.numel(), figures
 
@@ -117,27 +117,33 @@ class DistributionMatching(Distillation):
 def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
     """The rollout that inference makes with Euler steps, and what it passed through.
 
-    An anchored rollout begins with the truth: its first block is at every step what the noised truth is there.
+    A block at step i hears only what the blocks before it were at step i, so a film of known length is made step by step instead of
+    block by block and one ring serves all steps. An anchored rollout begins with the truth: its first block is at every step what
+    the noised truth is there.
     """
-    steps, block = len(sigmas) - 1, model.config.rollout.block_frames
-    cache = model.prefill(start.told, model.new_cache(start.told, steps=steps))
-    rolled = Rolled(*([torch.empty_like(start.noise) for _ in range(steps)] for _ in range(2)))
-    for index, part in enumerate(_parts(start.noise.shape[2], block)):
-        inputs, x = _inputs(model, start, index), start.noise[:, :, part]
-        given = start.anchor[:, :, part] if start.anchor is not None and index == 0 else None
-        for step, (now, then) in enumerate(pairwise(sigmas)):
-            if given is not None:
-                x = interpolate(given, start.noise[:, :, part], now.float().expand(x.shape[0]))
-            clean = _clean(model, x, inputs, cache=cache, ring=step, sigma=now)
-            rolled.before[step][:, :, part], rolled.clean[step][:, :, part] = x, clean if given is None else given
-            x = x + (float(then) - float(now)) * ((x - clean) / float(now))
+    parts = _parts(start.noise.shape[2], model.config.rollout.block_frames)
+    cache = model.prefill(start.told, model.new_cache(start.told, steps=1))
+    inputs = [_inputs(model, start, index) for index in range(len(parts))]
+    rolled, film, given = Rolled([], []), start.noise, parts[0]
+    for now, then in pairwise(sigmas):
+        cache.rings[0].rewind()
+        if start.anchor is not None:
+            noised = interpolate(start.anchor[:, :, given], start.noise[:, :, given], now.float().expand(film.shape[0]))
+            film = torch.cat((noised, film[:, :, given.stop :]), dim=2)
+        seen = [_clean(model, film[:, :, part], each, cache=cache, sigma=now) for part, each in zip(parts, inputs, strict=True)]
+        clean = torch.cat(seen, dim=2)
+        if start.anchor is not None:
+            clean[:, :, given] = start.anchor[:, :, given]
+        rolled.before.append(film)
+        rolled.clean.append(clean)
+        film = film + (float(then) - float(now)) * ((film - clean) / float(now))
     return rolled
 
 
-def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: int, sigma: Tensor) -> Tensor:
-    """The clean latents that the model sees in a block at noise level `sigma`."""
+def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, sigma: Tensor) -> Tensor:
+    """The clean latents that the model sees in a block at noise level `sigma`; the cache has one ring."""
     level = torch.full((x.shape[0],), float(sigma), device=x.device)
-    said = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[ring])
+    said = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0])
     return said if model.config.prediction == "clean" else x - float(sigma) * said
 
 

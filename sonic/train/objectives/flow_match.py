@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.config import ModelConfig
-from sonic.data.clips import pose_latents
+from sonic.data.clips import ClipDataset, pose_latents
 from sonic.flow.path import interpolate, spread
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
@@ -66,6 +66,7 @@ class FlowMatch(Objective):
         self.cast = cast_of(config.model, self.config.learn, (STUDENT,), make=make if from_weights else AvatarDiT)
         parts = {"model": self.cast.roles[STUDENT]}
         if self.config.viseme_weight:
+            need_visemes(dataset)
             parts["viseme_head"] = VisemeHead(config.model)
         self.student = nn.ModuleDict(parts)
         self.roles: Mapping[str, nn.Module] = {STUDENT: self.student}
@@ -126,6 +127,12 @@ class FlowMatch(Objective):
         told = conditions_of(batch, self.model_config)
         kept = torch.rand(told.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
         return replace(told, audio=told.audio * kept)
+
+
+def need_visemes(dataset: object) -> None:
+    """Raise ValueError when the clips are known and do not know which shape the mouth has."""
+    if isinstance(dataset, ClipDataset) and not dataset.has("visemes"):
+        raise ValueError(f"data.folder={dataset.folder} holds clips without visemes, as of one's own videos; add objective.viseme_weight=0")
 
 
 def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:

@@ -1,0 +1,168 @@
+"""A folder of one's own videos becomes clips: one shard per video, an index, and a report of what was left out and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sonic.data import clips
+from sonic.data.footage import Take, aligned, find_videos, takes
+from sonic.data.motion import encode_motion
+from sonic.data.settings import PrecomputeConfig
+from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, write_shard
+from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
+from sonic.types import pick
+
+LOG = logging.getLogger(__name__)
+REPORT = "report.jsonl"
+PASSAGE = 6  # takes that are held at once and whose sync is judged together
+
+
+def precompute_videos(config: PrecomputeConfig, build: Build) -> int:
+    """Make the shards that are missing, the index, the statistics and the report. Gives the number of clips.
+
+    A shard is named by its video and what it is made with, so a run that was stopped continues, and videos can be added. Raises
+    ValueError when there is no video, or none of them gives a clip; the report then says why.
+    """
+    source, folder = Path(config.data.source), Path(config.folder)
+    shards = {_name(path, config): path for path in find_videos(source)}
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [(config, build, (path, name)) for name, path in shards.items() if not (folder / name).is_file()]
+    done = each_made(_write_video, missing, config.workers)
+    for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
+        pass
+    told = [facts_of(folder / name) for name in shards]
+    lines = [line for facts in told for line in facts["report"]]
+    aside = folder / f".{REPORT}"
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    aside.rename(folder / REPORT)
+    show(lines)
+    entries = [entry for facts in told for entry in facts["clips"]]
+    if not entries:
+        raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
+    facts = {"kind": config.kind, "source": config.data.source, **made_with(told, config)}
+    clips.write_index(folder, entries, **facts)
+    if config.model.autoencoder == "warp":  # latents that are zero where nothing moves
+        save_file(clips.statistics(folder), folder / clips.STATISTICS)
+    LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
+    return len(entries)
+
+
+def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterator[tuple[Take, dict[str, Tensor]]]:
+    """Every take of a video, with the tensors of a clip where nothing speaks against it. Raises ValueError for a damaged video."""
+    samples = load_soundtrack(path)
+    heard = prompt = None
+    stream = takes(path, samples, config, fps=encoders.fps)
+    while passage := list(islice(stream, PASSAGE)):
+        for take in aligned(passage, config, encoders.fps):
+            if take.fault:
+                yield take, {}
+                continue
+            if heard is None:
+                heard = encoders.hear(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
+                prompt = encoders.read(_prompt(path)) if encoders.read else None
+            clip = pick(ENCODINGS, config.model.autoencoder, "model.autoencoder")(encoders.autoencoder, take)
+            clip = {name: value if name == "head" else value.half() for name, value in clip.items()}
+            audio = _columns(heard, take.first, take.frames)
+            yield take, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
+
+
+@torch.no_grad()
+def _moved(autoencoder: Any, take: Take) -> dict[str, Tensor]:
+    """How the face moves."""
+    frames = _signed(take.pixels)[1:]
+    return encode_motion(autoencoder, frames, frames[take.rest])
+
+
+@torch.no_grad()
+def _painted(autoencoder: Any, take: Take) -> dict[str, Tensor]:
+    """The pictures themselves; the frame of the past makes the first latent, which is left out, so that every other has four."""
+    frames = rearrange(_signed(take.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
+    latents, _ = autoencoder.encode(frames)
+    ref, _ = autoencoder.encode(frames[:, :, 1 + take.rest : 2 + take.rest])
+    return {"latents": latents[0, :, 1:].float().cpu(), "ref": ref[0].float().cpu()}
+
+
+ENCODINGS: dict[str, Callable[[Any, Take], dict[str, Tensor]]] = {"warp": _moved, "wan": _painted}  # by model.autoencoder
+
+
+def show(lines: list[dict]) -> None:
+    """The table: how much was kept, and how much was left out for which reason."""
+    table = Table("", "clips", "seconds", "videos", title="own videos")
+    for reason in sorted({line["reason"] for line in lines}):
+        some = [line for line in lines if line["reason"] == reason]
+        seconds, videos = sum(line["seconds"] for line in some), len({line["video"] for line in some})
+        table.add_row(f"left out: {reason}" if reason else "kept", str(len(some)), f"{seconds:.1f}", str(videos))
+    Console(width=120).print(table)
+
+
+def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) -> None:
+    """Make the shard of one video: its clips, none where it gives none, and what was left out."""
+    (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
+    video = str(path.relative_to(config.data.source))
+    try:
+        for take, clip in clips_of(path, config, encoders):
+            report.append(_line(video, take, encoders.fps))
+            if clip:
+                known = f"{Path(name).stem}_{len(entries):04d}"
+                entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
+                tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
+    except ValueError as error:
+        tensors, entries = {}, []  # what a damaged video gave before is not to be trusted either
+        reason = "no sound" if isinstance(error, NoSound) else "damaged"
+        report = [{"video": video, "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": str(error)}]
+    facts = {"clips": entries, "report": report, "autoencoder_hash": encoders.autoencoder_hash}
+    write_shard(Path(config.folder) / name, tensors, **facts)
+
+
+def _line(video: str, take: Take, fps: int) -> dict:
+    """What the report says of a take."""
+    line = {"video": video, "start_s": round(take.first / fps, 2), "seconds": round(take.frames / fps, 2)}
+    line |= {"kept": not take.fault, "reason": take.fault}
+    if take.sync is not None:
+        line |= {"sync_correlation": round(take.sync, 3), "mouth_late_s": round(take.lag_s, 3)}
+    return line
+
+
+def _reasons(lines: list[dict]) -> str:
+    counts = {line["reason"]: sum(other["reason"] == line["reason"] for other in lines) for line in lines}
+    return ", ".join(f"{reason} ({count})" for reason, count in sorted(counts.items()))
+
+
+def _name(path: Path, config: PrecomputeConfig) -> str:
+    """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
+    seen, told = path.stat(), path.with_suffix(".txt")
+    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, _prompt(path) if told.is_file() else ""]
+    words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
+    return f"video_{hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]}.safetensors"
+
+
+def _prompt(path: Path) -> str:
+    """What the text beside the video says of it; nothing where there is none."""
+    told = path.with_suffix(".txt")
+    return told.read_text().strip() if told.is_file() else ""
+
+
+def _columns(heard: Tensor, first: int, frames: int) -> Tensor:
+    """The features of so many frames, nothing after the end of the sound.  [N,A,F] -> [N,A,frames]"""
+    found = heard[..., first : first + frames]
+    return torch.nn.functional.pad(found, (0, frames - found.shape[-1]))
+
+
+def _signed(pixels: Tensor) -> Tensor:
+    """uint8 [F,h,w,3] -> [F,3,h,w] in [-1,1]"""
+    return rearrange(pixels, "f h w c -> f c h w").float() / 127.5 - 1

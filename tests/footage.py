@@ -1,0 +1,53 @@
+"""A folder of little MP4s as people have them: a good one, and one for everything that may be wrong with a video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from skimage import data
+
+from sonic.data import faces, puppet, voices
+from sonic.data.video import Coding, VideoWriter
+from sonic.types import Speech
+
+FPS = 25
+MOUTH = puppet.MouthShape(
+    x=134, y=145, unit=20, roll=0.05, gap=0.3, curve=0.1,
+    inside={"teeth": (0.9, 0.87, 0.8), "throat": (0.2, 0.07, 0.07), "tongue": (0.7, 0.3, 0.3), "teeth_height": (0.2,)},
+)  # fmt: skip
+
+
+def astronaut() -> np.ndarray:
+    """Head and shoulders, uint8 [260,260,3]; the mouth is MOUTH."""
+    return np.ascontiguousarray(data.astronaut()[:260, 90:350])
+
+
+def speech(seed: int, frames: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Synthesised speech at 16 kHz and its visemes [F,5]."""
+    said = voices.say(np.random.default_rng(seed), split="test", seconds=frames / FPS)
+    return said.samples.astype(np.float32), torch.from_numpy(voices.viseme_track(said, frames))
+
+
+def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: puppet.MouthShape = MOUTH, seed: int = 0) -> np.ndarray:
+    """A face that says it and sways a little, uint8 [F,H,W,3]."""
+    still = rearrange(torch.from_numpy(astronaut() if picture is None else picture), "h w c -> c h w").float() / 255
+    pose = faces.head_motion(np.random.default_rng(seed), len(visemes), 0.5)
+    moved = puppet.apply(still, puppet.move(mouth, visemes, pose, resolution=still.shape[-1]))
+    return rearrange((moved.clamp(0, 1) * 255).round().byte(), "f c h w -> f h w c").numpy()
+
+
+def write(path: Path, pixels: np.ndarray, samples: np.ndarray | None, *, fps: int = FPS) -> Path:
+    """An MP4 of them."""
+    told = None if samples is None else Speech(samples)
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=told, coding=Coding(fps=fps)) as writer:
+        writer.write(pixels)
+    return path
+
+
+def delayed(samples: np.ndarray, seconds: float) -> np.ndarray:
+    """The same sound later, as long as before."""
+    late = round(16_000 * seconds)
+    return np.concatenate([np.zeros(late, np.float32), samples[:-late]])

@@ -1,0 +1,95 @@
+"""Films of the student while it trains: kept, scored, and without a trace in what is learnt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import save_file
+
+from sonic.config import AdapterConfig, AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.data.clips import write_index
+from sonic.data.video import read_frames
+from sonic.model.dit import AvatarDiT
+from sonic.model.weights import save_weights
+from sonic.train.build import run_training
+from sonic.train.log import read_scalars
+from sonic.train.objective_settings import ConsistencyConfig, FlowMatchConfig, VisemeConfig
+from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
+
+
+@pytest.fixture
+def clips(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"latents": (16, 6, 12, 12), "ref": (16, 1, 12, 12), "audio": (1, 160, 24), "visemes": (24, 5), "head": (24, 4)}
+    tensors = {f"c{n}/{name}": torch.randn(shape, generator=rng) / 10 for n in range(2) for name, shape in shapes.items()}
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    save_file(tensors, folder / "a.safetensors")
+    write_index(folder, [{"name": f"c{n}", "shard": "a.safetensors", "latent_frames": 6, "tensors": sorted(shapes)} for n in range(2)])
+    return folder
+
+
+def config(clips, objective, *, samples_every=2, **model):
+    sizes = ModelConfig(
+        trunk=TrunkConfig(32, 64, 2, 2, [1, 2, 2], freq_dim=32), audio=AudioConfig(160, 1, 2, [0]), text=TextConfig(8, 2),
+        motion=MotionConfig(), rollout=RolloutConfig(block_frames=3, window_blocks=2), prediction="clean", resolution=96, **model,
+    )  # fmt: skip
+    return TrainConfig(
+        model=sizes, objective=objective, data=DataConfig(folder=str(clips), window=6), budget=BudgetConfig(max_steps=4, batch_size=2),
+        log=LogConfig(every_steps=1, bar=False, samples_every=samples_every, sample_seconds=2.0, sample_steps=1),
+    )  # fmt: skip
+
+
+def test_the_student_is_filmed_and_scored_without_a_trace(clips, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    run_training(config(clips, FlowMatchConfig()), tmp_path / "seen")
+    run_training(config(clips, FlowMatchConfig(), samples_every=0), tmp_path / "unseen")
+    seen, unseen = read_scalars(tmp_path / "seen"), read_scalars(tmp_path / "unseen")
+    assert [line["train/student_loss"] for line in seen] == [line["train/student_loss"] for line in unseen]
+    for line in seen:
+        filmed = line["step"] % 2 == 0
+        assert filmed == ("video" in line) == ("eval/sync_correlation" in line) == ("eval/dynamics_ratio" in line)
+        if filmed:
+            assert sum(1 for _ in read_frames(tmp_path / "seen" / line["video"])) == 50
+        assert line["perf/peak_gib"] > 0.1 and line["perf/seconds_per_step"] > 0
+
+
+def test_a_student_of_few_steps_is_filmed_in_its_own(clips, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    objective = ConsistencyConfig(learn=AdapterConfig(rank=2))
+    made = config(clips, objective, samples_every=4)
+    made.speed = SpeedConfig(precision="bfloat16", recompute=True)
+    torch.manual_seed(1)
+    save_weights(AvatarDiT(made.model), tmp_path / "dit.safetensors")
+    made.model.weights = str(tmp_path / "dit.safetensors")
+    run_training(made, tmp_path / "run")
+    assert (tmp_path / "run/samples/step_00000004.mp4").is_file()
+
+
+def trained(folder, clips):
+    made = config(clips, FlowMatchConfig())
+    made.speed = SpeedConfig(precision="bfloat16", engine="fsdp")
+    made.budget = BudgetConfig(max_steps=2, batch_size=2, accumulate=2)
+    run_training(made, folder)
+
+
+def test_processes_that_share_a_student_film_it_together(clips, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    on_ranks(2, trained, tmp_path / "run", clips)
+    (_, last) = read_scalars(tmp_path / "run")
+    assert (tmp_path / "run" / last["video"]).is_file() and -1 <= last["eval/sync_correlation"] <= 1
+
+
+def test_what_makes_no_films_says_so(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    save_file({"a/mel": torch.randn(48, 40), "a/visemes": torch.rand(24, 5)}, folder / "a.safetensors")
+    write_index(folder, [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["mel", "visemes"]}])
+    with pytest.raises(ValueError, match="objective=viseme makes no films"):
+        run_training(config(folder, VisemeConfig()), tmp_path / "run")
+
+
+def test_films_come_with_figures():
+    with pytest.raises(ValueError, match="log.samples_every=30 must be a multiple of log.every_steps=20"):
+        LogConfig(samples_every=30)
