@@ -82,9 +82,10 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
 
 def _for_all(found: Planned, asked: str) -> Planned:
     """The same without plans that several ranks would idle in, or that need an optional package: these are taken by name only."""
-    if asked != "auto" or found.hardware.devices == 1:
+    if asked != "auto":
         return found
-    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*ALONE, "zero3"))
+    idle = ALONE if found.hardware.devices > 1 else ()
+    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*idle, "zero3"))
     return replace(found, plans=plans or found.plans)
 
 
