@@ -1,4 +1,4 @@
-"""Time this machine: python launch/bench.py preview (the main job), dit_medium (one forward) or fit (a published model under a plan)"""
+"""Time this machine: python launch/bench.py preview (the main job), dit_medium (a forward), fit (a published model) or scaling."""
 
 from __future__ import annotations
 

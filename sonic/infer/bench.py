@@ -20,6 +20,7 @@ from sonic.data.portrait import resized
 from sonic.geometry import FPS
 from sonic.infer.bench_dit import bench_dit
 from sonic.infer.bench_fit import bench_fit
+from sonic.infer.bench_scaling import bench_scaling
 from sonic.infer.build import Parts, build_parts
 from sonic.infer.pipeline import generate
 from sonic.infer.report import Clock, Result, Watch, versions
@@ -70,7 +71,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     }
 
 
-BENCHES = {"preview": bench_preview, "dit_medium": bench_dit}
+BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonic.config import Ranks
+from sonic.geometry import PIXELS_PER_LATENT, latent_frames
 from sonic.infer.build import DTYPES, find_device
 from sonic.infer.decode import ahead
 from sonic.infer.painted import Shot, paint_blocks, paint_clips
@@ -60,7 +61,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 def _figures(config: BenchConfig, model: AvatarDiT, foretold: Forecast, *, device: torch.device) -> dict:
     """Times of the hand-overs, as the first rank sees them."""
     work = workload(foretold.config)
-    vae = WanAutoencoder().to(device, DTYPES[config.run.dtype])
+    vae = WanAutoencoder().to(device, DTYPES[config.run.dtype]) if config.fit.vae else Undecoded()
     denoised: list[float] = []  # seconds of each hand-over
     ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised)]
     seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
@@ -103,6 +104,24 @@ def _hand_overs(config: BenchConfig, model: AvatarDiT, vae: WanAutoencoder, *, w
         return paint_clips(model, vae, shot, sampler=config.sampler, stage=stage)
     online = lambda blocks: ahead(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
     return paint_blocks(model, vae, shot, sampler=config.sampler, hand_over=online)
+
+
+class Undecoded(nn.Module):
+    """In the place of a VAE where the transformer is timed alone: latents of zeros, and no frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def encode(self, frames: Tensor, cache: object = None) -> tuple[Tensor, object]:
+        """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
+        batch, _, count, height, width = frames.shape
+        rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        return frames.new_zeros(batch, 16, latent_frames(count), rows, columns), cache
+
+    def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
+        """Nothing."""
+        return latents[:, :, :0], cache
 
 
 def _random_shot(work: Workload, hand_overs: int, *, device: torch.device) -> Shot:

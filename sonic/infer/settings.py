@@ -41,6 +41,7 @@ class RequestConfig:
 class PlanChoiceConfig:
     """What is done with the planner's answer."""
 
+    vae: bool = knob(True, "decode what is denoised; without it the transformer is timed alone")
     force: bool = knob(False, "start even what the planner says cannot fit")
 
 
@@ -71,6 +72,7 @@ class FitConfig:
 
     blocks: int = knob(8, "hand-overs (blocks or clips) that are timed")
     warm_blocks: int = knob(2, "hand-overs before these")
+    vae: bool = knob(True, "decode what is denoised; without it the transformer is timed alone")
     force: bool = knob(False, "start even what the planner says cannot fit")
     cap_gib: float = knob(0.0, "GiB of a GPU that each process may take, when several share one; 0 = all")
 
@@ -99,7 +101,9 @@ class TimedFilmConfig:
 class BenchConfig:
     """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
 
-    target: str = knob("preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan")
+    target: str = knob(
+        "preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks"
+    )
     json: str = knob("", "where the figures go as JSON")
     film: TimedFilmConfig = knob(TimedFilmConfig)
     repeats: int = knob(3, "the best of so many films counts, or of three times as many forwards")
@@ -113,6 +117,6 @@ class BenchConfig:
     hardware: HardwareConfig = knob(HardwareConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview", "dit_medium", "fit"), "target")
+        one_of(self.target, ("preview", "dit_medium", "fit", "scaling"), "target")
         settle_video(self.video, self.model.rollout)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")
