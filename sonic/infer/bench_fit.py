@@ -40,6 +40,8 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
         raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     _cap(config.fit.cap_gib, device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
     foretold = forecast(asked, ranks, device, trained=False)

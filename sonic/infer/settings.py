@@ -41,7 +41,6 @@ class RequestConfig:
 class PlanChoiceConfig:
     """What is done with the planner's answer."""
 
-    vae: bool = knob(True, "decode what is denoised; without it the transformer is timed alone")
     force: bool = knob(False, "start even what the planner says cannot fit")
 
 
