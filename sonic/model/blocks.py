@@ -101,11 +101,11 @@ class Block(nn.Module):
         tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
         heard = self.self_attention(normed, reach=reach, exchange=exchange)
-        tokens = per_part(lambda x, h, table: torch.addcmul(x, h, table[2]), layout, tables, tokens, heard)
-        tokens = tokens + self.text_attention(self.text_norm(tokens), text, recall=reach.text)
+        tokens = gated(tokens, heard, [table[2] for table in tables], layout=layout)
+        tokens = added(tokens, self.text_attention(self.text_norm(tokens), text, recall=reach.text))
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
         changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
-        return per_part(lambda x, h, table: torch.addcmul(x, h, table[5]), layout, tables, tokens, changed)
+        return gated(tokens, changed, [table[5] for table in tables], layout=layout)
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """Six rows, shift, scale, gate twice, each [B,T,1,D], summed in float32."""
@@ -146,6 +146,20 @@ def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Ten
     """`change(part of each joint tensor, the part's table)`, put together again.  [B,N,D] -> [B,N,D]"""
     columns = [apart(tokens, layout) for tokens in joint]
     return together([change(*row) for row in zip(*columns, tables, strict=True)])
+
+
+def gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
+    """tokens + gate · change, each part with its gate [B,T,1,D]; without gradients in the place of `change`.  [B,N,D] -> [B,N,D]"""
+    if torch.is_grad_enabled() or change.dtype != tokens.dtype:
+        return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
+    for x, h, gate in zip(apart(tokens, layout), apart(change, layout), gates, strict=True):
+        torch.addcmul(x, h, gate, out=h)
+    return change
+
+
+def added(tokens: Tensor, change: Tensor) -> Tensor:
+    """tokens + change; without gradients in the place of `change`."""
+    return tokens + change if torch.is_grad_enabled() or change.dtype != tokens.dtype else change.add_(tokens)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
