@@ -66,18 +66,13 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
 
 @pytest.mark.parametrize(("model", "plan"), [("live", "parallel=pipeline"), ("wan", "parallel=fsdp"), ("live", "parallel=auto")])
 def test_two_ranks_make_the_film_of_one(ready, tmp_path, model, plan):
-    """Up to last digits, which depend on where arrays happen to lie in memory: one rank's film, made twice, has a pixel of another
-    level now and then, and the codec spreads it over a few frames. A film of other speech differs by more than 3 levels."""
     argv = told(ready, model)
-    film(tmp_path, "alone", *argv)
+    alone = film(tmp_path, "alone", *argv)
     places = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*TWO_RANKS, *argv, plan, *places], capture_output=True, text=True, timeout=280, check=False, env=environ)
     assert done.returncode == 0, done.stderr
-    two, alone = (frames_of(tmp_path, name).astype(int) for name in ("two", "alone"))
-    assert two.shape == alone.shape
-    assert abs(two - alone).mean() < 1
-    assert np.median(abs(two - alone).mean((1, 2, 3))) < 0.1  # most frames are the same
+    assert (tmp_path / "two.mp4").read_bytes() == alone
 
 
 def test_a_known_prompt_needs_no_text_encoder(ready, tmp_path):

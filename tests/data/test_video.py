@@ -178,3 +178,18 @@ def test_reading_what_is_no_video_is_refused(tmp_path):
         list(read_frames(tmp_path / "junk.mp4"))
     with pytest.raises(ValueError, match="is no file"):
         list(read_frames(tmp_path / "nowhere.mp4"))
+
+
+def test_the_same_frames_are_the_same_file_whatever_memory_held_before(tmp_path):
+    """Sides that are no multiple of 16; x264 has read memory there that nobody had written."""
+    rng = np.random.default_rng(0)
+    still = rng.integers(0, 256, (66, 82, 3)).astype(float)
+    frames = [np.clip(still + 20 * np.sin(index / 3), 0, 255).astype(np.uint8) for index in range(10)]
+    files = set()
+    for count in range(60):
+        spoilt = np.full(1000 * (1 + count), count, np.uint8)  # what is freed here lies below the next film
+        del spoilt
+        with VideoWriter(tmp_path / "film.mp4", 82, 66, num_frames=10) as writer:
+            writer.write(np.stack(frames))
+        files.add((tmp_path / "film.mp4").read_bytes())
+    assert len(files) == 1
