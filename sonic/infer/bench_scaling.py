@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,8 +57,8 @@ def _frames_per_second(ranks: int, *told: str) -> float:
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "fit.json"
-        command = [sys.executable, *starter, str(PROGRAM), "fit", *STREAM, *told, f"json={found}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = ["env", "OMP_NUM_THREADS=1", sys.executable, *starter, str(PROGRAM), "fit", *STREAM, *told, f"json={found}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"bench fit on {ranks} ranks ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
         return json.loads(found.read_text())["frames_per_second"]

@@ -14,14 +14,14 @@ from sonic.train.sweep import FIGURES, Cell
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 52
 COLOURS = ("#c2543d", "#3d6fc2", "#3f9b62", "#a05fc0", "#c29a3d", "#4aa3a8")
-MARK = 4.5
+MARK, LINE = 4.5, 13
 STYLE = """
 :root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #8885}
 th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}.plots{display:flex;flex-wrap:wrap;gap:1rem}
 svg{max-width:100%;height:auto;background:#fff;border:1px solid #8885}.films{display:flex;gap:.6rem;overflow-x:auto;padding-bottom:.5rem}
 figure{margin:0;flex:0 0 auto}video{width:11rem;height:11rem;background:#000}figcaption{font-size:.8rem;max-width:11rem}
-button{font:inherit;padding:.2rem .9rem}pre{overflow-x:auto;font-size:.8rem}
+h1{overflow-wrap:anywhere}button{font:inherit;padding:.2rem .9rem}pre{overflow-x:auto;font-size:.8rem}
 """
 SCRIPT = """
 for(const row of document.querySelectorAll('.row')){const all=[...row.querySelectorAll('video')];
@@ -97,11 +97,15 @@ def _scatter(
         best = [(x, y) for x, y, _ in sorted(points) if all(y > other for one, other, _ in points if one < x)]
         line = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in best)
         drawn.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')
+    heights = _spread([place_y(y) for _, y, _ in points])
     for number, (x, y, name) in enumerate(points):
         left, top, colour = place_x(x), place_y(y), COLOURS[number % len(COLOURS)]
         side = ("end", -8) if left > WIDTH * 0.6 else ("start", 8)
         drawn.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="{MARK}" fill="{colour}"><title>{html.escape(name)}</title></circle>')
-        drawn.append(f'<text x="{left + side[1]:.1f}" y="{top + 4:.1f}" text-anchor="{side[0]}">{html.escape(name)}</text>')
+        drawn.append(
+            f'<text x="{left + side[1]:.1f}" y="{heights[number] + 4:.1f}" fill="{colour}" '
+            f'text-anchor="{side[0]}">{html.escape(name)}</text>'
+        )
     ends = [(min(v), max(v)) for v in zip(*((x, y) for x, y, _ in points), strict=True)]
     ticks = [f'<text x="{place_x(v):.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{v:.3g}</text>' for v in dict.fromkeys(ends[0])]
     ticks += [f'<text x="{MARGIN - 6}" y="{place_y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>' for v in dict.fromkeys(ends[1])]
@@ -110,6 +114,16 @@ def _scatter(
     names += f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{labels[1]}</text>'
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     return f'<svg {size} font-size="11" font-family="sans-serif" fill="#222">{axes}{"".join(ticks + drawn)}{names}</svg>'
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """The same heights moved apart until a line of text fits between any two, around where they were."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for before, after in zip(order, order[1:], strict=False):
+        placed[after] = max(placed[after], placed[before] + LINE)
+    over = max(0.0, max(placed) - (HEIGHT - MARGIN - LINE))
+    return [height - over for height in placed]
 
 
 def _scale(values: Sequence[float], first: float, last: float) -> Callable[[float], float]:
