@@ -5,8 +5,9 @@ Standard library only, so that it answers at once on any laptop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from sonic.config import FIXED_STEPS, PHOTO_SIZE
 from sonic.parallel.memory import ENCODE, FILM, GIB
@@ -18,24 +19,26 @@ SIDE = 64  # published sizes are multiples of it
 FEWEST_STEPS, FEWEST_BLOCKS, SMALLEST_SIDE = 1, 1, 128
 EQUAL = 1.02
 
+W, P = TypeVar("W"), TypeVar("P")  # what is to be done, and a plan for it: of a film here, of a training in training_plans.py
+
 
 @dataclass(frozen=True)
-class Change:
+class Change(Generic[P]):
     """What would make the job fit: a sentence, the knobs that say it, and the plan that then fits."""
 
     sentence: str
     knobs: tuple[str, ...]
-    plan: Plan
+    plan: P
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(Generic[W, P]):
     """The answer: all plans, the best one first; when it does not fit, the changes that would help."""
 
-    work: Workload
+    work: W
     hardware: HardwareConfig
-    plans: tuple[Plan, ...]
-    changes: tuple[Change, ...] = ()
+    plans: tuple[P, ...]
+    changes: tuple[Change[P], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -139,13 +142,18 @@ def as_json(found: Planned, tracked: Sequence[float] | None = None) -> dict:
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(each, 3) for each in tracked]
+    return answer_json(found, plans, plan_json)
+
+
+def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict]) -> dict:
+    """What all answers have in common; `plans` are those of `found`, the chosen one first."""
     return {
         "chosen": plans[0],
         "plans": plans,
         "fits": found.fits,
         "missing_gib": round(found.chosen.missing_gib(found.hardware), 3),
         "changes": [
-            {"change": change.sentence, "knobs": list(change.knobs), **plan_json(change.plan, found.hardware)} for change in found.changes
+            {"change": change.sentence, "knobs": list(change.knobs), **as_dict(change.plan, found.hardware)} for change in found.changes
         ],
         "notes": list(found.notes),
     }

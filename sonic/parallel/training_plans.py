@@ -10,7 +10,7 @@ from sonic.config import PHOTO_SIZE
 from sonic.counts import block_multiply_adds, forward_multiply_adds
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, HOST_GIB
-from sonic.parallel.planner import EQUAL
+from sonic.parallel.planner import EQUAL, Change, Planned, answer_json
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.training_memory import host_bytes, moments, sizes
 from sonic.parallel.training_work import Training, training
@@ -59,39 +59,12 @@ class TrainingPlan:
         return max(0.0, self.peak_gib - hardware.usable_gib, self.host * self.ranks / GIB - hardware.host_gib)
 
 
-@dataclass(frozen=True)
-class TrainingChange:
-    """What would make it fit: a sentence, the knobs that say it, and the plan that then fits."""
-
-    sentence: str
-    knobs: tuple[str, ...]
-    plan: TrainingPlan
-
-
-@dataclass(frozen=True)
-class PlannedTraining:
-    """The answer: all plans, the best one first; when it does not fit, the changes that would help."""
-
-    work: Training
-    hardware: HardwareConfig
-    plans: tuple[TrainingPlan, ...]
-    changes: tuple[TrainingChange, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def chosen(self) -> TrainingPlan:
-        """The fastest that fits, or the one that lacks least."""
-        return self.plans[0]
-
-    @property
-    def fits(self) -> bool:
-        """Whether there is a plan to run."""
-        return self.chosen.missing_gib(self.hardware) == 0
+PlannedTraining = Planned[Training, TrainingPlan]
 
 
 def planned_training(config: PlanConfig) -> PlannedTraining:
     """Plans for a training. Raises ValueError when what is asked for by name makes no sense on this hardware."""
-    found = PlannedTraining(training(config), config.hardware, _ranked(config), notes=tuple(_notes(config)))
+    found = Planned(training(config), config.hardware, _ranked(config), notes=tuple(_notes(config)))
     return found if found.fits else replace(found, changes=tuple(_changes(config)))
 
 
@@ -109,16 +82,7 @@ def training_json(found: PlannedTraining, tracked: Mapping[str, float] | None = 
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(max(tracked.values()), 3)] * found.chosen.ranks
         plans[0]["tracked_moments_gib"] = {moment: round(value, 3) for moment, value in tracked.items()}
-    return {
-        "chosen": plans[0],
-        "plans": plans,
-        "fits": found.fits,
-        "missing_gib": round(found.chosen.missing_gib(found.hardware), 3),
-        "changes": [
-            {"change": change.sentence, "knobs": list(change.knobs), **_plan_json(change.plan, found.hardware)} for change in found.changes
-        ],
-        "notes": list(found.notes),
-    }
+    return answer_json(found, plans, _plan_json)
 
 
 def training_reason(plan: TrainingPlan, hardware: HardwareConfig) -> str:
@@ -240,13 +204,13 @@ def _forward(work: Training) -> int:
     return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=bool(work.task.past))
 
 
-def _changes(config: PlanConfig) -> Iterator[TrainingChange]:
+def _changes(config: PlanConfig) -> Iterator[Change[TrainingPlan]]:
     """The smallest change of each kind that makes it fit, each found by planning it."""
     for kind in (_other_plans, _smaller_batches, _recomputing, _smaller_adapters, _shorter_windows, _smaller_sizes):
         for sentence, knobs, changed in kind(config):
             best = _ranked(changed)[0]
             if best.missing_gib(config.hardware) == 0:
-                yield TrainingChange(sentence, knobs, best)
+                yield Change(sentence, knobs, best)
                 break
 
 

@@ -8,7 +8,8 @@ from tiny import BLOCK, SIZE, conditions, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sonic.model.flops import block_multiply_adds, forward_multiply_adds, gemm_fraction
+from sonic.counts import block_multiply_adds, forward_multiply_adds
+from sonic.model.flops import gemm_fraction
 from sonic.types import BlockSpan
 
 GRID = (SIZE[0] // 4, SIZE[1] // 4)
