@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     write(place / "silent.mp4", pixels, np.zeros_like(samples))
     write(place / "mute.mp4", pixels, None)
     write(place / "short.mp4", pixels[:20], samples[:12800])
-    write(place / "nobody.mp4", np.repeat(data.gravel()[None, :160, :160, None], FRAMES // 2 + 1, 0).repeat(3, -1), samples)
+    write(place / "nobody.mp4", np.repeat(data.brick()[None, :160, :160, None], FRAMES // 2 + 1, 0).repeat(3, -1), samples)
     whole = good.read_bytes()
     (place / "broken.mp4").write_bytes(whole[: len(whole) // 2])
     (place / "inside" / "good.txt").write_text("a person speaks to the camera")
