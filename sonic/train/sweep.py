@@ -145,8 +145,9 @@ ENGINES: dict[str, Callable[[Sequence[tuple[Path, list[list[str]]]], int], Itera
 
 
 def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips."""
+    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips; and how open the mouth is in each clip."""
     joined: dict[str, Any] = {"peak_rss_gib": max(each["peak_rss_gib"] for each in found)}
+    joined["openings"] = [track for each in found for track in each["openings"]]
     for figure in FIGURES:
         clips = [value for each in found for value in each[figure]["clips"]]
         mean = sum(clips) / len(clips)

@@ -32,7 +32,9 @@ if steps == 3:
     sys.exit("three steps are not to be had")
 clips = [0.9 - 0.1 / steps + 0.01 * int(told["eval.seed"])] * int(told["eval.clips"])
 names = {names}
-json.dump({{"peak_rss_gib": 0.5 + steps / 10, **{{name: {{"clips": clips}} for name in names}}}}, open(told["json"], "w"))
+tracks = [[0.0, 1.0 / steps, 0.0, -1.0]] * len(clips)
+found = {{"peak_rss_gib": 0.5 + steps / 10, "openings": tracks, **{{name: {{"clips": clips}} for name in names}}}}
+json.dump(found, open(told["json"], "w"))
 """
 
 
@@ -113,6 +115,18 @@ def test_the_table_is_there_for_programs(report):
     rows = list(csv.DictReader((report.parent / "report.csv").open()))
     assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
     assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
+    assert "teacher_distance_mean" not in rows[0]  # nobody here is a teacher
+
+
+def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scorer, tmp_path):
+    cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}"), tmp_path)
+    page = write_report(cells, tmp_path, title="steps")
+    rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
+    told = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
+    reference = np.array([0.0, 0.25, 0.0, -1.0])
+    assert told["teacher", "4"] == told["student", "4"] == 0.0
+    assert told["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and told["student", "2"] < told["student", "1"]
+    assert Page(page.read_text()).tags.count("svg") == 4
 
 
 def test_a_browser_plays_its_films(report, tmp_path):
