@@ -57,10 +57,11 @@ class Cell:
 
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
-    """All combinations of the grid, in its order."""
+    """All combinations of the grid that are not excluded, in its order."""
     knobs = list(config.grid)
     combinations = (dict(zip(knobs, values, strict=True)) for values in itertools.product(*config.grid.values()))
-    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in combinations]
+    wanted = (choices for choices in combinations if not any(choices.items() >= out.items() for out in config.exclude))
+    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in wanted]
 
 
 def sweep(config: AblateConfig, folder: Path) -> list[Cell]:

@@ -58,6 +58,15 @@ def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
     assert cell.name == "sample_steps=4, weights=teacher"
 
 
+def test_combinations_can_be_left_out(tmp_path):
+    made = config(
+        "grid={weights: [student, teacher], sampler.sample_steps: [2, 40]}", "exclude=[{weights: student, sampler.sample_steps: 40}]"
+    )
+    assert [cell.name for cell in cells_of(made, tmp_path)] == [
+        "weights=student, sample_steps=2", "weights=teacher, sample_steps=2", "weights=teacher, sample_steps=40",
+    ]  # fmt: skip
+
+
 def test_finished_cells_are_not_done_again(scorer, tmp_path):
     made = config(GRID)
     cells = sweep(made, tmp_path)
@@ -155,7 +164,13 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
 
 @pytest.mark.parametrize(
     ("typed", "told"),
-    [("grid={}", "grid is empty"), ("grid={seed: 3}", "not a list"), ("jobs=0", "at least 1"), ("engine=slrm", "choose one of")],
+    [
+        ("grid={}", "grid is empty"),
+        ("grid={seed: 3}", "not a list"),
+        ("jobs=0", "at least 1"),
+        ("engine=slrm", "choose one of"),
+        ("exclude=[{steps: 4}]", "does not name knobs"),
+    ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(typed, told):
     with pytest.raises(ValueError, match=told):
