@@ -19,7 +19,7 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, vae_bytes
+from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
@@ -95,12 +95,17 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """The first stage as a whole model of its blocks; the others from the tokens on, those that are alike only once."""
-    arriving = MESSAGES * work.stream * (len(plan.ranges) > 1)
+    arriving = MESSAGES * work.stream * (len(plan.parallel.layers) > 1)
     parts = [work.with_layers(layers) for layers in plan.ranges]
     kinds = [(len(layers), *part.model.audio.inject_layers) for layers, part in zip(plan.ranges, parts, strict=True)]
     known = {kind: _blocks(part, kind[0]) for kind, part in dict(zip(kinds[1:], parts[1:], strict=True)).items()}
     stages = [_single(parts[0], hardware, plan)[0], *(known[kind] for kind in kinds[1:])]
-    return [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    found = [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    if plan.parallel.vae_rank:  # the last rank has no layers; its messages are frames, which the first one takes
+        frames = frame_bytes(work)
+        first, *others = found[:-1]
+        return [Footprint(first.stays + frames, first.peak + frames), *others, Footprint(MESSAGES * frames, MESSAGES * frames)]
+    return found
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
