@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_ranks import infer_on
 from main_job import FACE
 
 INFER = str(Path(__file__).resolve().parents[2] / "launch/infer.py")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
+APART = ("parallel=pipeline", "parallel.vae_rank=true")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -51,3 +53,22 @@ def test_a_bad_request_between_two_films_changes_neither(plan, alone, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "2 films made, 1 requests bad" in done.stdout
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes() == alone
+
+
+def test_layers_on_three_ranks_and_the_vae_on_a_fourth_make_the_film_of_one(alone, tmp_path):
+    codes, said = infer_on(4, [*TOLD, *APART, f"output={tmp_path / 'four.mp4'}", "name=four"], tmp_path)
+    assert codes == [0] * 4, said
+    assert (tmp_path / "four.mp4").read_bytes() == alone
+    plan = json.loads((tmp_path / "runs/four/result.json").read_text())["plan"]
+    assert plan["plan"] == "pipeline+vae_rank"
+    assert len(plan["measured_gib_per_rank"]) == len(plan["predicted_gib_per_rank"]) == 4
+
+
+def test_two_pairs_of_ranks_make_films_side_by_side_and_a_bad_one_changes_none(alone, tmp_path):
+    good = [{"output": str(tmp_path / f"{index}.mp4")} for index in range(2)]
+    lines = [{"image": str(tmp_path / "nobody.jpg")}, {"seed": -1}, *good]
+    (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    codes, said = infer_on(4, [*TOLD, *APART, "parallel.replicas=2", f"requests={tmp_path / 'films.jsonl'}"], tmp_path)
+    assert codes[0] == 1, said
+    assert "2 films made, 2 requests bad" in said
+    assert all(Path(each["output"]).read_bytes() == alone for each in good)
