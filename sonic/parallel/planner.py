@@ -193,7 +193,7 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
 
 
 def _other_plans(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
-    if config.parallel.name != "auto":
+    if config.parallel.name != "auto" or config.parallel.vae_rank:
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, vae_rank=None))
         best = ranked(workload(changed), changed.hardware, list(candidates(changed.parallel, workload(changed), changed.hardware)))[0]
         yield f"another plan: {best.name}", tuple(_knobs(best.parallel, config.parallel)), changed

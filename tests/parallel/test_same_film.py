@@ -33,11 +33,18 @@ def alone(tmp_path_factory) -> bytes:
     return film(tmp_path_factory.mktemp("alone"), "single", (sys.executable,))
 
 
-@pytest.mark.parametrize("plan", ["pipeline", "fsdp", "context", "zero3"])
+@pytest.mark.parametrize("plan", ["pipeline", "zero3"])
 def test_two_ranks_make_the_film_of_one(plan, alone, tmp_path):
     if plan == "zero3":
         pytest.importorskip("deepspeed", reason="needs the extra [deepspeed]")
     assert film(tmp_path, plan, TWO_RANKS) == alone
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "context"])
+def test_two_ranks_without_a_launcher_make_the_film_of_one(plan, alone, tmp_path):
+    codes, said = infer_on(2, [*TOLD, f"parallel={plan}", f"output={tmp_path / 'two.mp4'}"], tmp_path)
+    assert codes == [0] * 2, said
+    assert (tmp_path / "two.mp4").read_bytes() == alone
 
 
 def test_offloading_makes_the_film_of_one_device(alone, tmp_path):
