@@ -12,6 +12,8 @@ import pytest
 from command_ranks import infer_on
 from main_job import FACE
 
+from sonic.data.video import VideoWriter
+
 INFER = str(Path(__file__).resolve().parents[2] / "launch/infer.py")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
 APART = ("parallel=pipeline", "parallel.vae_rank=true")
@@ -71,11 +73,26 @@ def test_layers_on_three_ranks_and_the_vae_on_a_fourth_make_the_film_of_one(alon
     assert len(plan["measured_gib_per_rank"]) == len(plan["predicted_gib_per_rank"]) == 4
 
 
+def full_at_first(rank: int) -> None:
+    """The first rank's disk is full when it writes its first frames."""
+    write, calls = VideoWriter.write, []
+
+    def writes(*arguments) -> None:
+        calls.append(1)
+        if rank == 0 and len(calls) == 1:
+            raise OSError("the disk is full")
+        write(*arguments)
+
+    VideoWriter.write = writes
+
+
 def test_two_pairs_of_ranks_make_films_side_by_side_and_a_bad_one_changes_none(alone, tmp_path):
-    good = [{"output": str(tmp_path / f"{index}.mp4")} for index in range(2)]
-    lines = [{"image": str(tmp_path / "nobody.jpg")}, {"seed": -1}, *good]
+    first, *good = [{"output": str(tmp_path / f"{index}.mp4")} for index in range(3)]
+    lines = [first, {"image": str(tmp_path / "nobody.jpg")}, *good]  # every other one for each pair
     (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    codes, said = infer_on(4, [*TOLD, *APART, "parallel.replicas=2", f"requests={tmp_path / 'films.jsonl'}"], tmp_path)
+    told = (*TOLD, *APART, "parallel.replicas=2", f"requests={tmp_path / 'films.jsonl'}")
+    codes, said = infer_on(4, told, tmp_path, before=full_at_first)
     assert codes[0] == 1, said
     assert "2 films made, 2 requests bad" in said
+    assert "line 1: the disk is full" in said
     assert all(Path(each["output"]).read_bytes() == alone for each in good)
