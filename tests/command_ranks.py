@@ -18,7 +18,7 @@ from ranks import PRELOAD
 from sonic.app import run_command
 from sonic.parallel import watch
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[[int], object] = int) -> tuple[list[int], str]:

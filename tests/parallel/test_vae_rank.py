@@ -38,7 +38,7 @@ def broken(*arguments) -> None:
 @pytest.mark.parametrize(("way", "word"), [("fails", "a fault of the program"), ("hangs", "hangs at test_vae_rank.py")])
 def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_said_first(way, word, tmp_path):
     codes, said = infer_on(
-        2, [*TOLD, *APART, "parallel.timeout_s=1", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
+        2, [*TOLD, *APART, "parallel.timeout_s=3", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
     )
     assert all(codes), said
     first, *others = [line for line in said.splitlines() if "sonic:" in line]
