@@ -55,7 +55,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
             figures = _figures(config, model, vae, foretold=foretold, device=device)
             dismiss(model)
         elif world.keeps_vae:
-            serve_vae(_vae(config, device), company.wire, world=world)
+            serve_vae(_vae(config, device), company.wire)
         else:
             follow(model, dtype)
         foretold.measure(world)

@@ -56,7 +56,7 @@ def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[Opened]:
         company = Company(world, parallel)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
         if world.keeps_vae:
-            serve_vae(parts.autoencoder, company.wire, world=world)
+            serve_vae(parts.autoencoder, company.wire)
         elif not world.leads:
             follow(parts.model, parts.dtype)
         yield Opened(parts, world, found)

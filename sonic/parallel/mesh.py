@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.watch import Watch
+from sonic.parallel.watch import watched
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
@@ -30,7 +30,6 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None
     film: DeviceMesh | None = None
-    watch: Watch | None = None
     vae_rank: bool = False
 
     def size(self, axis: str) -> int:
@@ -44,10 +43,6 @@ class World:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along an axis only."""
         return self.mesh[axis].get_group()
-
-    def at_work(self) -> AbstractContextManager:
-        """Inside this, the others may count on this rank to get on."""
-        return self.watch.at_work() if self.watch else nullcontext()
 
     @property
     def stages(self) -> int:
@@ -120,18 +115,8 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, **own)
-    store = dist.distributed_c10d._get_default_store()
-    watch = Watch(store, ranks.rank, ranks.world, patience_s=config.timeout_s) if ranks.world > 1 else None
-    try:
-        yield replace(_be_patient(make_world(config, plan, device)), watch=watch)
-    except BaseException as error:
-        if watch:
-            watch.explain(error)
-        raise
-    finally:
-        dist.destroy_process_group()
-        if watch:
-            watch.close()
+    with watched(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
+        yield _be_patient(make_world(config, plan, device))
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:

@@ -46,7 +46,7 @@ class ParallelConfig:
     prefetch: int = knob(1, "units that fsdp gathers ahead of the one in use")
     reshard: bool = knob(True, "fsdp gives a unit's gathered weights back after use")
     cpu_offload: bool = knob(False, "fsdp and zero3 keep their shards in host memory")
-    timeout_s: float = knob(45.0, "seconds without a sign of life after which a rank counts as lost")
+    timeout_s: float = knob(45.0, "seconds without a sign that a rank lives and gets on, after which it counts as lost")
     offload: OffloadConfig = knob(OffloadConfig)
 
     def __post_init__(self) -> None:

@@ -106,7 +106,5 @@ def spread_model(config: ModelConfig, weights: str | Path | None, company: Compa
             model.forwards = partial(Stages, line=company.line)
     if world.size("cp") > 1:
         share_tokens(model, world.group("cp"))
-    if world.watch:
-        world.watch.over(model)
     model.company = company
     return model

@@ -96,11 +96,8 @@ class FarAutoencoder:
 
 
 @torch.no_grad()
-def serve_vae(autoencoder: nn.Module, wire: Line, *, world: World) -> None:
+def serve_vae(autoencoder: nn.Module, wire: Line) -> None:
     """What the rank that keeps the autoencoder does until it is dismissed: answer."""
-    if world.watch:
-        for module in autoencoder.modules():
-            module.register_forward_pre_hook(lambda module, arguments: world.watch.beat())
     kept: dict[int, Any] = {}
     number = 0
     while True:
@@ -111,8 +108,7 @@ def serve_vae(autoencoder: nn.Module, wire: Line, *, world: World) -> None:
         for each in call.forgotten:
             kept.pop(each, None)
         number += 1
-        with world.at_work():
-            said, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
+        said, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
         wire.answer(said, made)
         del tensors, made
 

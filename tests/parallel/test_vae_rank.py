@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 import weakref
 from functools import partial
@@ -15,7 +16,6 @@ from ranks import on_ranks
 from torch import nn
 
 from sonic.model.vae import WarpAutoencoder
-from sonic.parallel.mesh import World
 from sonic.parallel.pipeline import Line
 from sonic.parallel.vae_rank import WAYS, FarAutoencoder, hang_up, serve_vae
 
@@ -25,7 +25,8 @@ APART = ("parallel=pipeline", "parallel.vae_rank=true")
 
 
 def sabotaged(rank: int, *, way: str) -> None:
-    """The last of two ranks is struck when it decodes."""
+    """The last of two ranks is struck when it decodes. What takes long to import is there before anybody's patience begins."""
+    importlib.import_module("librosa.filters")
     ways = {"fails": broken, "hangs": lambda *arguments: time.sleep(1000)}
     if rank == 1:
         WarpAutoencoder.decode = ways[way]
@@ -38,7 +39,7 @@ def broken(*arguments) -> None:
 @pytest.mark.parametrize(("way", "word"), [("fails", "a fault of the program"), ("hangs", "hangs at test_vae_rank.py")])
 def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_said_first(way, word, tmp_path):
     codes, said = infer_on(
-        2, [*TOLD, *APART, "parallel.timeout_s=3", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
+        2, [*TOLD, *APART, "parallel.timeout_s=5", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
     )
     assert all(codes), said
     first, *others = [line for line in said.splitlines() if "sonic:" in line]
@@ -79,7 +80,7 @@ def asked() -> list:
     wire = Line([0, 1], CPU, WAYS)
     if dist.get_rank():
         autoencoder = Counting()
-        serve_vae(autoencoder, wire, world=World("pipeline", CPU))
+        serve_vae(autoencoder, wire)
         return [autoencoder.most, len(autoencoder.alive), bool(wire._sent)]
     far, found = FarAutoencoder(wire), []
     still = torch.randn(1, 8, 6, 3).permute(0, 3, 1, 2).unsqueeze(2)
