@@ -15,11 +15,12 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-NUMBERS = {"types", "config", "geometry", "counts"}
-BELOW_INFER = {"assets", "flow", "quant", "metrics", "model", "data", "parallel", *NUMBERS}
+GROUND = {"types", "config", "geometry", "counts", "signs"}
+BELOW_INFER = {"assets", "flow", "quant", "metrics", "model", "data", "parallel", *GROUND}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
     "geometry": set(),
+    "signs": set(),
     "counts": {"config", "geometry"},
     "assets": set(),
     "runs": {"config"},
@@ -27,10 +28,10 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "flow": {"types"},
     "quant": {"types", "config"},
     "metrics": {"types", "config"},
-    "model": {*NUMBERS, "data.speech"},
-    "data": {*NUMBERS, "metrics"},
-    "parallel": {"model", *NUMBERS},
-    "checkpoint": {"model", *NUMBERS},
+    "model": {*GROUND, "data.speech"},
+    "data": {*GROUND, "metrics"},
+    "parallel": {"model", *GROUND},
+    "checkpoint": {"model", *GROUND},
     "infer": {*BELOW_INFER, "checkpoint"},
     "train": {*BELOW_INFER, "checkpoint", "infer"},
     "app": {"config", "runs"},
@@ -58,7 +59,10 @@ WITHOUT_TORCH = (
     "sonic/train/settings.py",
     "sonic/data/settings.py",
     "sonic/counts.py",
-    *(f"sonic/parallel/{name}.py" for name in ("settings", "units", "workload", "memory", "speed", "ranges", "plans", "planner")),
+    *(
+        f"sonic/parallel/{name}.py"
+        for name in ("settings", "units", "workload", "memory", "speed", "ranges", "plans", "planner", "few_layers")
+    ),
     *(f"sonic/parallel/training_{name}.py" for name in ("settings", "work", "memory", "plans")),
 )
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 80, 60, 12, 6, 3

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sonic.signs import beat
+
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -139,6 +141,7 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
                 try:
                     with safe_open(str(path), framework="pt") as file:
                         for stored in portion:
+                            beat()
                             yield stored, file.get_tensor(stored.name)
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error

@@ -15,6 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from sonic.data.speech import decode_audio
+from sonic.signs import beat
 from sonic.types import Speech
 
 FPS = 25
@@ -97,6 +98,7 @@ class VideoWriter:
     def write(self, pixels: np.ndarray) -> None:
         """Append frames, uint8 [F,H,W,3]."""
         for picture in np.asarray(pixels):
+            beat()
             if picture.shape[0] < self.height or picture.shape[1] < self.width:
                 raise ValueError(f"a frame of {picture.shape[1]}x{picture.shape[0]} does not fill a video of {self.width}x{self.height}")
             picture = np.ascontiguousarray(picture[: self.height, : self.width])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from sonic.infer.rollout import Draws, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.pipeline import serve, stop
 from sonic.parallel.spread import Company
+from sonic.parallel.vae_rank import hang_up
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
 CPU = torch.device("cpu")
@@ -114,6 +115,8 @@ def dismiss(model: AvatarDiT) -> None:
     if not _alone(model):
         _tell(model)
     _end_line(company)
+    if company.world.vae_rank:
+        hang_up(company.wire)
 
 
 def _company(model: AvatarDiT) -> Company:
@@ -129,9 +132,8 @@ def _tell(model: AvatarDiT, said: Take | bool | None = None) -> Take | bool | No
     if isinstance(said, Take):
         _company(model).takes += 1
         said = said._replace(told=tuple(each and each.to(device=CPU) for each in said.told))
-    words, world = [said], _company(model).world
-    with world.at_work() if world.leads else nullcontext():
-        dist.broadcast_object_list(words, group_src=0, group=world.cast, device=CPU)
+    words = [said]
+    dist.broadcast_object_list(words, group_src=0, group=_company(model).world.cast, device=CPU)
     return words[0]
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sonic.signs import beat
+
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
 
@@ -101,10 +103,12 @@ class Stored(NamedTuple):
 
     def part(self, place: tuple[slice, ...]) -> Tensor:
         """A part of it, read now."""
+        beat()
         return self.file.get_slice(self.name)[place]
 
     def view(self) -> Tensor:
         """All of it as a map of the file, read when it is looked at."""
+        beat()
         return self.file.get_tensor(self.name)
 
 

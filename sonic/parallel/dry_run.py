@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, vae_bytes
+from sonic.parallel.few_layers import of_all_layers
+from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
@@ -85,22 +87,45 @@ class Film(nn.Module):
 
 
 def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
+    return [_of_all_layers(work, _whole)]
+
+
+def _of_all_layers(work: Workload, take: Callable[[Workload], Footprint]) -> Footprint:
+    """What all layers take, from runs with few of them."""
+    return Footprint(**of_all_layers(work.model, lambda model: take(replace(work, model=model))._asdict()))
+
+
+def _whole(work: Workload) -> Footprint:
+    """A model with both ends."""
     model = AvatarDiT(work.model)
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
     stays = [latents, timestep, *_tensors(conditions), *_held(*caches)]
     film = Film(model, work)
-    return [_tracked(model, stays, lambda: film(latents, timestep, conditions, cache=caches[0]))]
+    return _tracked(model, stays, lambda: film(latents, timestep, conditions, cache=caches[0]))
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """The first stage as a whole model of its blocks; the others from the tokens on, those that are alike only once."""
-    arriving = MESSAGES * work.stream * (len(plan.ranges) > 1)
+    """The first stage as a whole model of its blocks; the others from the tokens on, runs that are alike only once."""
+    arriving = MESSAGES * work.stream * (len(plan.parallel.layers) > 1)
     parts = [work.with_layers(layers) for layers in plan.ranges]
-    kinds = [(len(layers), *part.model.audio.inject_layers) for layers, part in zip(plan.ranges, parts, strict=True)]
-    known = {kind: _blocks(part, kind[0]) for kind, part in dict(zip(kinds[1:], parts[1:], strict=True)).items()}
-    stages = [_single(parts[0], hardware, plan)[0], *(known[kind] for kind in kinds[1:])]
-    return [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    known: dict[tuple[int, int], Footprint] = {}
+
+    def middle(part: Workload) -> Footprint:
+        kind = part.model.trunk.num_layers, len(part.model.audio.inject_layers)
+        if kind not in known:
+            known[kind] = _blocks(part)
+        return known[kind]
+
+    stages = [_of_all_layers(parts[0], _whole)]
+    for layers, part in zip(plan.ranges[1:], parts[1:], strict=True):
+        stages.append(_of_all_layers(part, middle) if layers else Footprint(0, work.stream))
+    found = [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    if plan.parallel.vae_rank:  # the last rank has no layers; its messages are frames, which the first one takes
+        frames = frame_bytes(work)
+        first, *others = found[:-1]
+        return [Footprint(first.stays + frames, first.peak + frames), *others, Footprint(MESSAGES * frames, MESSAGES * frames)]
+    return found
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -186,10 +211,8 @@ def fake_world(plan: Plan, ranks: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _blocks(work: Workload, count: int) -> Footprint:
-    """So many blocks without the ends, from tokens to tokens."""
-    if not count:
-        return Footprint(0, work.stream)
+def _blocks(work: Workload) -> Footprint:
+    """Blocks without the ends, from tokens to tokens."""
     model = AvatarDiT(work.model)
     cache = _cache(model, work, like=model.head.modulation)
     run = _through(model, work, cache=cache, layer_of=lambda layer: layer)

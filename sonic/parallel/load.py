@@ -17,6 +17,7 @@ from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import Adapter, check_lora
 from sonic.model.weights import Stored, stored_weights
+from sonic.signs import beat
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -63,6 +64,7 @@ def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
     for weight in model.parameters():
         if weight.is_meta:
             raise ValueError("offload.store=mmap needs weights in a file; use offload.store=pinned with random ones")
+        beat()
         local, _, _ = _local(weight)
         rng.setdefault(local.device, torch.Generator(local.device).manual_seed(0))
         local.normal_(std=std, generator=rng[local.device])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.watch import Watch
+from sonic.parallel.watch import watched
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
@@ -24,13 +24,13 @@ PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first
 @dataclass(frozen=True)
 class World:
     """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `film` is layers and
-    cp as one axis: everybody who takes part in a film."""
+    cp as one axis: everybody who takes part in a film. With `vae_rank` the last along layers owns the autoencoder and no layer."""
 
     plan: str
     device: torch.device
     mesh: DeviceMesh | None = None
     film: DeviceMesh | None = None
-    watch: Watch | None = None
+    vae_rank: bool = False
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -44,19 +44,20 @@ class World:
         """The ranks that differ from this one along an axis only."""
         return self.mesh[axis].get_group()
 
-    def at_work(self) -> AbstractContextManager:
-        """Inside this, the others may count on this rank to get on."""
-        return self.watch.at_work() if self.watch else nullcontext()
-
     @property
     def stages(self) -> int:
         """Ranks in a row that pass a forward on."""
-        return self.size("layers") if self.plan == "pipeline" else 1
+        return self.size("layers") - self.vae_rank if self.plan == "pipeline" else 1
 
     @property
     def stage(self) -> int:
-        """Where this rank is in that row."""
+        """Where this rank is in that row; behind its end when it keeps the autoencoder."""
         return self.place("layers") if self.plan == "pipeline" else 0
+
+    @property
+    def keeps_vae(self) -> bool:
+        """Whether this rank has the autoencoder and nothing else."""
+        return self.vae_rank and self.stage == self.stages
 
     @property
     def leads(self) -> bool:
@@ -96,6 +97,8 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
             f"parallel={plan} makes a film on one rank but {world} were started; start one, choose another plan, "
             "or give parallel.replicas=-1 for requests side by side"
         )
+    if config.vae_rank and inner < 2:
+        raise ValueError(f"parallel.vae_rank=true needs 2 ranks or more for a film and there is {inner}: start more, or leave it out")
     return replicas, inner, context
 
 
@@ -112,24 +115,14 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, **own)
-    store = dist.distributed_c10d._get_default_store()
-    watch = Watch(store, ranks.rank, ranks.world, patience_s=config.timeout_s) if ranks.world > 1 else None
-    try:
-        yield replace(_be_patient(make_world(config, plan, device)), watch=watch)
-    except BaseException as error:
-        if watch:
-            watch.explain(error)
-        raise
-    finally:
-        dist.destroy_process_group()
-        if watch:
-            watch.close()
+    with watched(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
+        yield _be_patient(make_world(config, plan, device))
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"))
+    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"), vae_rank=bool(config.vae_rank))
 
 
 def _be_patient(world: World) -> World:

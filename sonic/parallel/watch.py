@@ -10,27 +10,33 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread, get_ident
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sonic.config import OtherRank
-from sonic.model.dit import ENTRIES, AvatarDiT
+from sonic.signs import LAST, RESTING, beat
 
 LOOK_S = 0.5  # between two looks at the others
 HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
 NEVER = "never"  # began a process that this system does not show
 PACKAGE = str(Path(__file__).parents[1])
 MEETINGS = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/pipeline.py")  # files in which a rank waits for others
+THREADS = ("/threading.py", "/queue.py", "/concurrent/futures/")  # files in which a thread waits for another one of its process
 BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # what these call
 
+WORKS, WAITS, IDLES = "works", "waits for ranks", "waits for threads"
+
 log = logging.getLogger("sonic")
+numbers = count()  # of the watches of this process, so that each has keys of its own
 
 
 class Fault(NamedTuple):
@@ -43,46 +49,45 @@ class Fault(NamedTuple):
         return f"rank {self.rank}: {self.sentence}"
 
 
+@contextmanager
+def watched(rank: int, ranks: int, *, patience_s: float, leave: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Watch over the ranks of the process group while they work; `leave` is done before the last word is said.
+
+    Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
+    """
+    watch = Watch(dist.distributed_c10d._get_default_store(), rank, ranks, patience_s=patience_s) if ranks > 1 else None
+    try:
+        yield
+    except BaseException as error:
+        if watch:
+            watch.explain(error)
+        raise
+    finally:
+        leave()
+        if watch:
+            watch.close()
+
+
 class Watch:
     """A thread beside the work of this rank: it tells the others that this rank lives, and watches the next one.
 
-    A rank is at work inside `at_work` and shows by `beat` that it gets on; between two pieces of work it may rest for as long as it
-    likes. All is said through a store of keys, which outlives the connections between ranks.
+    All that a rank does is work and must give signs (sonic/signs.py), unless it waits for other ranks or is `at_rest`. All is said
+    through a store of keys, which outlives the connections between ranks.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, *, patience_s: float) -> None:
-        self.store = dist.PrefixStore("watch", store.clone())  # a connection of its own: who waits on another one locks it
-        self.rank, self.ranks, self.patience_s = rank, ranks, patience_s
-        self.depth, self.since, self.thread = 0, time.monotonic(), get_ident()
+        # a connection of its own: who waits on another one locks it
+        self.store = dist.PrefixStore(f"watch{next(numbers)}", store.clone())
+        self.rank, self.ranks, self.patience_s, self.main = rank, ranks, patience_s, get_ident()
         self.signs = 0
         self.seen: dict[int, tuple[bytes, float]] = {}  # the last sign of another rank, and when it was new
         self.ended = Event()
         self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
+        LAST.clear()
+        beat()
+        self.hook = register_module_forward_pre_hook(lambda module, args: beat())
         self.watching = Thread(target=self._watch, name="watch", daemon=True)
         self.watching.start()
-
-    def over(self, model: AvatarDiT) -> None:
-        """What the model does is work, and each of its layers a sign that it gets on."""
-        for block in model.blocks:
-            if block is not None:
-                block.register_forward_pre_hook(lambda module, args: self.beat())
-        for name in (*ENTRIES, "forward"):
-            setattr(model, name, self._as_work(getattr(model, name)))
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Inside this, nothing that gets on for too long is a fault."""
-        self.beat()
-        self.thread, self.depth = get_ident(), self.depth + 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-            self.beat()
-
-    def beat(self) -> None:
-        """It gets on."""
-        self.since = time.monotonic()
 
     def explain(self, error: BaseException) -> None:
         """Tell all ranks of an error of this one. Raises OtherRank when it is the fault of another, MemoryError when that is it."""
@@ -91,7 +96,7 @@ class Watch:
         except dist.DistNetworkError as lost:
             fault = _keeper_gone(lost)
             log.critical("%s", fault)
-        if fault.rank != self.rank:
+        if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # which all ranks may find at once
             raise OtherRank(str(fault)) from error
         if _is_out_of_memory(error):
             raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
@@ -104,6 +109,7 @@ class Watch:
         """This rank has done its part. The first one, whose process may keep the store, leaves last."""
         self.ended.set()
         self.watching.join()
+        self.hook.remove()
         try:
             self.store.set(f"done/{self.rank}", "1")
             until = time.monotonic() + HOLD_S
@@ -144,7 +150,7 @@ class Watch:
         """Give a sign, and look at the others."""
         self.signs += 1
         self.store.set(f"sign/{self.rank}", str(self.signs))
-        stuck = self.depth > 0 and time.monotonic() - self.since > self.patience_s
+        stuck = not RESTING and time.monotonic() - max(LAST.values()) > self.patience_s
         where, waits = self._where() if stuck else ("", False)
         self.store.set(f"waits/{self.rank}", where if waits else "")
         return self.fault() or (self._stuck(where, waits=waits) if stuck else None) or self._neighbour()
@@ -152,7 +158,7 @@ class Watch:
     def _stuck(self, where: str, *, waits: bool) -> Fault | None:
         """A rank that waits for others is to blame only when all do."""
         if not waits:
-            sentence = f"hangs at {where}: nothing got on for {self.patience_s:g} s (parallel.timeout_s)"
+            sentence = f"hangs at {where}: nothing got on for {self.patience_s:g} s (timeout_s)"
             return self._declare(Fault(self.rank, sentence))
         keys = [f"waits/{rank}" for rank in range(self.ranks)]
         places = self.store.multi_get(keys) if self.store.check(keys) else [b""]
@@ -190,21 +196,32 @@ class Watch:
             _end_frozen(*self.store.get(f"place/{fault.rank}").decode().split())
         return counts
 
-    def _as_work(self, method):
-        @wraps(method)
-        def counted(*arguments, **named):
-            with self.at_work():
-                return method(*arguments, **named)
-
-        return counted
-
     def _where(self) -> tuple[str, bool]:
-        """Where the work is, and whether that is a place in which ranks wait for each other."""
-        stack = traceback.extract_stack(sys._current_frames()[self.thread])
-        inner = [frame for frame in stack if not any(part in frame.filename for part in BELOW)]
-        waits = any(part in inner[-1].filename for part in MEETINGS)
-        last = ([frame for frame in inner if waits and frame.filename.startswith(PACKAGE)] or inner)[-1]
-        return f"{os.path.basename(last.filename)}:{last.lineno} {last.name}", waits
+        """Where the work is, and whether that is a place in which ranks wait for each other.
+
+        Threads that gave a sign work for this rank; the one that hangs is that which does not wait for the others.
+        """
+        frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != get_ident()}
+        found = {thread: _doing(frame) for thread, frame in frames.items()}
+        works = [thread for thread in sorted(LAST, key=LAST.get) if thread in found and found[thread][0] == WORKS]
+        waits = [thread for thread in found if found[thread][0] == WAITS]
+        return found[[*works, *waits, self.main][0]][1], not works and bool(waits)
+
+
+def _doing(frame: FrameType) -> tuple[str, str]:
+    """Whether a thread works or waits, and where."""
+    whole = traceback.extract_stack(frame)
+    stack = [each for each in whole if not any(part in each.filename for part in BELOW)] or whole
+    ours = [each for each in stack if each.filename.startswith(PACKAGE)][-1:]
+    last = stack[-1]
+    if any(part in last.filename for part in MEETINGS):
+        return WAITS, _named((ours or [last])[0])
+    kind = IDLES if any(part in last.filename for part in THREADS) else WORKS
+    return kind, ", called by ".join(dict.fromkeys(_named(each) for each in (last, *ours)))
+
+
+def _named(frame: traceback.FrameSummary) -> str:
+    return f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

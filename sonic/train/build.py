@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
+from sonic.parallel.watch import watched
+from sonic.signs import at_rest
 from sonic.train.encoders import autoencoder_hash
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
@@ -55,6 +57,12 @@ def run_training(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
+    with watched(world.rank, world.ranks, patience_s=config.speed.timeout_s):
+        return _trained(config, world, folder, opened=opened, origin=(commit, command))
+
+
+def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> Outcome:
+    """The training itself, by one process among those of the world."""
     check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
@@ -76,8 +84,9 @@ def run_training(
     outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
-        save_weights(weights, Path(config.export), objective.facts)
-        card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=(commit, command), device=world.device)
+        with at_rest():  # as long as the disk needs
+            save_weights(weights, Path(config.export), objective.facts)
+        card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=origin, device=world.device)
         Path(config.export).with_suffix(".md").write_text(card)
     return outcome
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 
+from sonic.signs import at_rest, beat
 from sonic.train.world import World
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class Checkpoints:
         if self._under_way is None:
             return
         (step, done), self._under_way = self._under_way, None
-        error = done.exception()
+        with at_rest():  # as long as the disk needs
+            error = done.exception()
         if error is not None:
             LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
         self.world.wait()
@@ -71,7 +74,7 @@ class Checkpoints:
         if lost := sorted(set(state) - names):
             raise ValueError(strange.format(f"it lacks {lost[0]} and {len(lost) - 1} more"))
         try:
-            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=self.world.ranks == 1)
+            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
         except (CheckpointException, ValueError) as error:
             raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
         return facts
@@ -114,6 +117,14 @@ class Checkpoints:
         return said[0]
 
 
+class _Reading(dcp.DefaultLoadPlanner):
+    """Gives a sign with every tensor."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        beat()
+        super().commit_tensor(read_item, tensor)
+
+
 def newest_first(folder: Path) -> Iterator[Path]:
     """Finished checkpoints of a folder."""
     return iter(sorted(folder.glob("step_*"), reverse=True))
@@ -139,6 +150,7 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         state = sha256()
         while chunk := file.read(1 << 20):
+            beat()
             state.update(chunk)
     return state.hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model.blocks import MultiHead
+from sonic.parallel.few_layers import of_all_layers
 from sonic.parallel.memory import GIB
 from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.training_plans import TrainingPlan
@@ -41,7 +43,8 @@ def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan)
     """GiB of every rank by moment; None for a plan that keeps shards on the host, which is the device where ranks are fake."""
     if plan.parallel.cpu_offload:
         return None
-    return {moment: size / GIB + hardware.reserve_gib for moment, size in track(work, plan.ranks, plan.parallel.context).items()}
+    found = of_all_layers(work.model, lambda model: track(replace(work, model=model), plan.ranks, plan.parallel.context))
+    return {moment: size / GIB + hardware.reserve_gib for moment, size in found.items()}
 
 
 def track(work: Training, ranks: int, share: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from sonic.model.audio_tokens import AudioInjector
 from sonic.model.blocks import Block
 from sonic.model.dit import AvatarDiT
+from sonic.signs import beat
 from sonic.train.checkpoint import Checkpoints, State
 from sonic.train.ema import Ema
 from sonic.train.objectives import Objective
@@ -192,4 +193,5 @@ def _again(forward: Callable, *given: object, **named: object) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
+    beat()
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -62,9 +62,11 @@ class SpeedConfig:
     recompute: bool = False  # layers are computed again for the gradient instead of remembered
     cpu_offload: bool = False  # shards lie in host memory
     context: int = 1  # processes that share the tokens of each batch (fsdp)
+    timeout_s: float = 45.0  # without a sign that a process gets on, after which it is lost and all end
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        require(1 <= self.timeout_s <= 3600, f"speed.timeout_s={self.timeout_s} must lie between 1 and 3600")
         require(self.context >= 1, f"speed.context={self.context}: need at least 1")
         require(
             self.precision in ("float32", "bfloat16"),

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from sonic.app import Entry, compose
+from sonic.parallel import few_layers
 from sonic.parallel.dry_run import track
 from sonic.parallel.planner import planned
 from sonic.parallel.settings import PlanConfig
@@ -35,6 +36,8 @@ WIDE = (
         ("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"),
         ("hardware=2x24gb", "parallel=pipeline"),
         ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
         ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
         ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),
@@ -52,3 +55,18 @@ def test_what_is_predicted_is_what_it_takes(items):
 def test_what_cannot_be_tracked_is_not_made_up():
     found = planned(compose(PLAN, [*WIDE, "hardware=4x24gb", "parallel=zero3"]))
     assert track(found.work, found.hardware, found.chosen) is None
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ("hardware=1xh200", "parallel=single", "model.trunk.num_layers=9", "model.audio.inject_layers=[0,3,6,8]"),
+        ("hardware=1xh200", "parallel=single", "model.trunk.num_layers=9", "model.rollout.clip_frames=24"),
+        ("hardware=2x24gb", "parallel=pipeline", "model.trunk.num_layers=15", "model.audio.inject_layers=[0,4,8,9,11]"),
+    ],
+)
+def test_few_layers_tell_what_all_layers_take(items, monkeypatch):
+    found = planned(compose(PLAN, [*WIDE, *items]))
+    told = track(found.work, found.hardware, found.chosen)
+    monkeypatch.setattr(few_layers, "MORE", 100)
+    assert told == pytest.approx(track(found.work, found.hardware, found.chosen), rel=0.005)

@@ -17,6 +17,7 @@ from sonic.app import Entry, compose, options
 from sonic.counts import weights
 from sonic.model.adapters import Adapters
 from sonic.model.dit import AvatarDiT
+from sonic.parallel import few_layers
 from sonic.parallel.settings import PlanConfig
 from sonic.parallel.training_memory import ITEMS
 from sonic.parallel.training_plans import planned_training, training_json
@@ -72,6 +73,16 @@ def test_what_is_predicted_is_what_a_step_takes(items):
     assert found.chosen.peak_gib == pytest.approx(max(tracked.values()), rel=0.05)
     assert set(tracked) <= set(found.chosen.moments)
     assert not dist.is_initialized()
+
+
+def test_few_layers_tell_what_all_layers_take(monkeypatch):
+    items = ("task=train", "hardware=4x24gb", "parallel=fsdp", "model.trunk.num_layers=6", "model.audio.inject_layers=[0,3,4]")
+    found = planned_training(compose(PLAN, [*WIDE, *items]))
+    monkeypatch.setattr(few_layers, "FEW", 2)
+    monkeypatch.setattr(few_layers, "MORE", 3)
+    told = track_training(found.work, found.hardware, found.chosen)
+    monkeypatch.setattr(few_layers, "MORE", 100)
+    assert told == pytest.approx(track_training(found.work, found.hardware, found.chosen), rel=0.01)
 
 
 @pytest.mark.skipif("SONIC_SLOW" not in os.environ, reason="takes a minute or two; set SONIC_SLOW=1")

@@ -15,19 +15,30 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hanging import every_stage_hangs, looking, unwatched
+from main_job import small_scene
 from plan_case import conditions_for
 from ranks import PRELOAD, on_ranks
 from tiny import spans_of
+from torch import nn
 
-from sonic.app import Entry, run_command
-from sonic.config import SamplerConfig
-from sonic.infer.films import open_parts
+from sonic.app import Entry, compose, run_command
+from sonic.config import Ranks, SamplerConfig
+from sonic.data.video import VideoWriter
+from sonic.infer import rollout
+from sonic.infer.films import make_film, open_parts
 from sonic.infer.ranks import rollout_together
-from sonic.infer.rollout import Draws
+from sonic.infer.report import Clock
+from sonic.infer.rollout import Draws, _Block
 from sonic.infer.settings import InferConfig
 from sonic.model.dit import AvatarDiT
+from sonic.model.speech_encoder import LogMelEncoder
+from sonic.model.vae import WarpAutoencoder
+from sonic.model.warp import Canvas
+from sonic.model.weights import Stored
 from sonic.parallel import watch
 from sonic.parallel.watch import Watch
+from sonic.signs import at_rest
 
 RANKS = 3
 PATIENCE_S, SOON_S, START_S = 4.0, 20.0, 120.0
@@ -38,6 +49,7 @@ def broken() -> None:
     raise RuntimeError("the weights fell over")
 
 
+PLACES = {"moves": (AvatarDiT, "travel"), "loads": (Stored, "part")}  # what the victim is about
 WAYS = {  # what happens to a rank in the middle of a film, and what is said of it
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "gives no more signs of life"),
     "freezes": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "gives no more signs of life"),
@@ -58,7 +70,7 @@ def film(config: InferConfig, run) -> None:
                 time.sleep(0.01)
 
 
-def job(place: tuple[int, int, Path], plan: str, way: str, *, victim: int) -> None:
+def job(place: tuple[int, int, Path], plan: str, way: str, *, victim: int, busy: str) -> None:
     """A process of a job that nobody supervises."""
     rank, port, said = place
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
@@ -67,16 +79,17 @@ def job(place: tuple[int, int, Path], plan: str, way: str, *, victim: int) -> No
     torch.set_num_threads(1)
     watch.LOOK_S, watch.HOLD_S = 0.1, 2.0
     if rank == victim:
-        travel, calls = AvatarDiT.travel, []
+        owner, name = PLACES[busy]
+        done, calls = getattr(owner, name), []
 
         def sabotaged(*arguments):
             calls.append(1)
             if len(calls) == 3:
                 (said.parent / "struck").touch()
                 WAYS[way][0]()
-            return travel(*arguments)
+            return done(*arguments)
 
-        AvatarDiT.travel = sabotaged
+        setattr(owner, name, sabotaged)
     argv = [f"parallel={plan}", f"parallel.timeout_s={PATIENCE_S}", "model=preview", "device=cpu", f"run.folder={said.parent / 'runs'}"]
     sys.exit(run_command(Entry("infer", InferConfig, max_ranks=RANKS), film, argv))
 
@@ -96,14 +109,21 @@ def strike_of(marker: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("plan", "way", "victim"),
-    [*(("pipeline", way, 1) for way in WAYS), ("fsdp", "dies", 1), ("fsdp", "hangs", 1), ("context", "dies", 0)],
+    ("plan", "way", "victim", "busy"),
+    [
+        *(("pipeline", way, 1, "moves") for way in WAYS),
+        ("fsdp", "dies", 1, "moves"),
+        ("fsdp", "hangs", 1, "loads"),
+        ("context", "dies", 0, "moves"),
+    ],
 )
-def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, tmp_path):
+def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     said, port = tmp_path / "stderr", free_port()
-    processes = [context.Process(target=job, args=((rank, port, said), plan, way), kwargs={"victim": victim}) for rank in range(RANKS)]
+    processes = [
+        context.Process(target=job, args=((rank, port, said), plan, way), kwargs={"victim": victim, "busy": busy}) for rank in range(RANKS)
+    ]
     for process in processes:
         process.start()
     try:
@@ -126,24 +146,19 @@ def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, tmp
 def miss_each_other(patience_s: float) -> str:
     """What is said of two ranks, each of which waits for a word of the other."""
     watch.LOOK_S, watch.HOLD_S = 0.1, 0.0
-    watched = Watch(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), patience_s=patience_s)
-    watched.ended.set()  # the looks are ours
-    watched.watching.join()
-    other = 1 - dist.get_rank()
-    waiting = threading.Thread(target=wait_at_work, args=(watched, other), daemon=True)
-    waiting.start()
-    until = time.monotonic() + 20 * patience_s
-    while (fault := watched._look()) is None and time.monotonic() < until:
-        time.sleep(0.1)
+    rank, found = dist.get_rank(), []
+    watched = unwatched(dist.distributed_c10d._get_default_store(), rank, patience_s)
+    looks = looking(watched, found)
+    threading.Thread(target=speak_when, args=(looks, 1 - rank), daemon=True).start()
+    dist.recv(torch.empty(1), 1 - rank)
     dist.barrier()
+    watched.close()
+    return found[0]
+
+
+def speak_when(looks: threading.Thread, other: int) -> None:
+    looks.join()
     dist.send(torch.zeros(1), other)
-    waiting.join()
-    return str(fault)
-
-
-def wait_at_work(watched: Watch, other: int) -> None:
-    with watched.at_work():
-        dist.recv(torch.empty(1), other)
 
 
 def test_ranks_that_wait_for_each_other_are_found():
@@ -153,14 +168,15 @@ def test_ranks_that_wait_for_each_other_are_found():
 
 
 def rest_long(patience_s: float) -> bool:
-    """Whether a rank that rests for longer than the patience is left alone, and one that gets on slowly as well."""
+    """Whether a rank that waits for longer than the patience is left alone, and one that gets on slowly or rests as well."""
     watch.LOOK_S = 0.1
     watched = Watch(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), patience_s=patience_s)
-    time.sleep(2.5 * patience_s if dist.get_rank() else 0)
-    with watched.at_work():
+    if dist.get_rank():
+        with at_rest():
+            time.sleep(2 * patience_s)
         for _ in range(4):
             time.sleep(0.5 * patience_s)
-            watched.beat()
+            nn.Identity()(0)
     dist.barrier()
     fault = watched.fault()
     dist.barrier()
@@ -168,5 +184,17 @@ def rest_long(patience_s: float) -> bool:
     return fault is None
 
 
-def test_ranks_that_rest_or_get_on_slowly_are_left_alone():
+def test_ranks_that_wait_or_rest_or_get_on_slowly_are_left_alone():
     assert on_ranks(2, rest_long, 1.0, timeout_s=60) == [True, True]
+
+
+def test_a_hang_anywhere_in_the_making_of_a_film_is_found(monkeypatch, tmp_path):
+    stages = [
+        (Stored, "part"), (LogMelEncoder, "hear"), (WarpAutoencoder, "reference"), (rollout, "sigmas_of"), (_Block, "told"),
+        (WarpAutoencoder, "decode"), (Canvas, "render"), (VideoWriter, "write"), (VideoWriter, "_close"),
+    ]  # fmt: skip
+    scene = small_scene(12)
+    with every_stage_hangs(stages, monkeypatch):
+        config = compose(Entry("infer", InferConfig), ["device=cpu", "sampler.sample_steps=1"])
+        with open_parts(config, Ranks()) as opened:
+            make_film(scene, opened.parts, config, output=tmp_path / "out.mp4", clock=Clock())

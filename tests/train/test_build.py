@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
+from hanging import every_stage_hangs
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
-from sonic.data.clips import write_index
+from sonic.data.clips import ClipDataset, write_index
+from sonic.parallel import watch
 from sonic.train.build import run_training
-from sonic.train.checkpoint import newest_first
-from sonic.train.log import read_scalars
+from sonic.train.checkpoint import Checkpoints, newest_first
+from sonic.train.engine import LocalEngine
+from sonic.train.log import RunLog, read_scalars
 from sonic.train.objective_settings import VisemeConfig
-from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig
+from sonic.train.objectives.viseme import VisemePretraining
+from sonic.train.settings import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
 
 
 @pytest.fixture
@@ -73,3 +81,28 @@ def test_missing_starting_weights_are_said(config, tmp_path):
     config.init_from = str(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="init_from"):
         run_training(config, tmp_path / "run")
+
+
+def test_a_hang_anywhere_in_a_training_is_found(config, tmp_path, monkeypatch):
+    config.checkpoint = CheckpointConfig(every_steps=2)
+    stages = [
+        (ClipDataset, "__getitem__"), (VisemePretraining, "losses"), (LocalEngine, "backward"), (LocalEngine, "step"), (RunLog, "scalars"),
+        (Checkpoints, "save"),
+    ]  # fmt: skip
+    with every_stage_hangs(stages, monkeypatch):
+        assert run_training(config, tmp_path / "run").steps == 4
+
+
+def hang_while_loading(config, folder):
+    """The second of two processes that train hangs."""
+    watch.LOOK_S, watch.HOLD_S = 0.1, 1.0
+    if dist.get_rank():
+        ClipDataset.__getitem__ = lambda *draw: time.sleep(1000)
+    run_training(config, folder)
+
+
+def test_a_process_that_hangs_ends_the_training_of_all(config, tmp_path, capfd):
+    config.budget, config.speed = BudgetConfig(max_steps=4, batch_size=2, accumulate=2), SpeedConfig(device="cpu", timeout_s=2.0)
+    with pytest.raises(AssertionError):  # no rank comes back, each in its own way
+        on_ranks(2, hang_while_loading, config, tmp_path / "run", timeout_s=50)
+    assert "rank 1: hangs at test_build.py" in capfd.readouterr().err
