@@ -107,6 +107,11 @@ def dynamics_ratio(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.std(found) / max(float(np.std(truth)), 1e-9))
 
 
+def track_distance(found: np.ndarray, reference: np.ndarray) -> float:
+    """How far a track is from another: root mean square of the difference, as a share of the other's standard deviation."""
+    return float(np.sqrt(np.mean(np.square(found - reference))) / max(float(np.std(reference)), 1e-9))
+
+
 def join_ratio(frames: Tensor, block: int) -> float:
     """Mean change between frames where a block of `block` frames ends, against the mean change elsewhere."""
     change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))

@@ -13,7 +13,7 @@ from sonic.config import Ranks
 from sonic.geometry import PIXELS_PER_LATENT, latent_frames
 from sonic.infer.build import DTYPES, find_device
 from sonic.infer.decode import ahead
-from sonic.infer.painted import Shot, paint_blocks, paint_clips
+from sonic.infer.painted import Shot, Vae, paint_blocks, paint_clips
 from sonic.infer.planning import Forecast, forecast
 from sonic.infer.ranks import dismiss, follow
 from sonic.infer.settings import BenchConfig, InferConfig, PlanChoiceConfig
@@ -23,6 +23,7 @@ from sonic.parallel.load import Lora
 from sonic.parallel.mesh import open_world
 from sonic.parallel.speed import TERA
 from sonic.parallel.spread import Company, spread_model
+from sonic.parallel.vae_rank import FarAutoencoder, serve_vae
 from sonic.parallel.workload import Workload, workload
 from sonic.types import LatentBlock
 
@@ -46,12 +47,15 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
     foretold = forecast(asked, ranks, device, trained=False)
     with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
-        dtype = DTYPES[config.run.dtype]
-        model = spread_model(config.model, None, Company(world, foretold.parallel), lora=Lora({}, 0.0), dtype=dtype)
+        dtype, company = DTYPES[config.run.dtype], Company(world, foretold.parallel)
+        model = spread_model(config.model, None, company, lora=Lora({}, 0.0), dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:
-            figures = _figures(config, model, foretold, device=device)
+            vae = FarAutoencoder(company.wire) if world.vae_rank else _vae(config, device)
+            figures = _figures(config, model, vae, foretold=foretold, device=device)
             dismiss(model)
+        elif world.keeps_vae:
+            serve_vae(_vae(config, device), company.wire)
         else:
             follow(model, dtype)
         foretold.measure(world)
@@ -60,12 +64,16 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
     return {**foretold.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
 
 
-def _figures(config: BenchConfig, model: AvatarDiT, foretold: Forecast, *, device: torch.device) -> dict:
+def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
+    """What decodes on this rank, if anything does."""
+    return WanAutoencoder().to(device, DTYPES[config.run.dtype]) if config.fit.vae else Undecoded()
+
+
+def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, device: torch.device) -> dict:
     """Times of the hand-overs, as the first rank sees them."""
     work = workload(foretold.config)
-    vae = WanAutoencoder().to(device, DTYPES[config.run.dtype]) if config.fit.vae else Undecoded()
     denoised: list[float] = []  # seconds of each hand-over
-    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised)]
+    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, device=device)]
     seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
     step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
     rate, product = work.forward_flops / step / TERA, product_tflops(work, device)
@@ -81,9 +89,10 @@ def _figures(config: BenchConfig, model: AvatarDiT, foretold: Forecast, *, devic
     }
 
 
-def _hand_overs(config: BenchConfig, model: AvatarDiT, vae: WanAutoencoder, *, work: Workload, denoised: list[float]) -> Iterator[Tensor]:
+def _hand_overs(
+    config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], device: torch.device
+) -> Iterator[Tensor]:
     """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
-    device = _device(vae)
     shot = _random_shot(work, config.fit.blocks + config.fit.warm_blocks, device=device)
 
     @contextmanager
@@ -110,10 +119,6 @@ def _hand_overs(config: BenchConfig, model: AvatarDiT, vae: WanAutoencoder, *, w
 
 class Undecoded(nn.Module):
     """In the place of a VAE where the transformer is timed alone: latents of zeros, and no frames."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
 
     def encode(self, frames: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
@@ -161,10 +166,6 @@ def _settle(device: torch.device) -> None:
     """Wait until the device has done all it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device(vae: WanAutoencoder) -> torch.device:
-    return next(vae.parameters()).device
 
 
 def _name(device: torch.device) -> str:

@@ -24,6 +24,7 @@ from sonic.model.weights import load_weights
 from sonic.parallel.load import Lora
 from sonic.parallel.mesh import World
 from sonic.parallel.spread import Company, spread_model
+from sonic.parallel.vae_rank import FarAutoencoder
 from sonic.types import pick
 
 log = logging.getLogger("sonic.infer")
@@ -40,7 +41,7 @@ class Parts:
 
     config: ModelConfig
     model: AvatarDiT
-    autoencoder: nn.Module
+    autoencoder: nn.Module | FarAutoencoder
     speech: nn.Module
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -72,9 +73,11 @@ class ReadyParts:
         return spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
 
     @cached_property
-    def autoencoder(self) -> WanAutoencoder:
+    def autoencoder(self) -> WanAutoencoder | FarAutoencoder:
         """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
-        stream, whose rings need the memory."""
+        stream, whose rings need the memory. Where another rank has it, what asks that one."""
+        if _far(self.company.world):
+            return FarAutoencoder(self.company.wire)
         return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
 
 
@@ -96,6 +99,8 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
     model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    if _far(company.world):
+        autoencoder = FarAutoencoder(company.wire)
     return Parts(config, model, autoencoder, speech, company.world.device, dtype)
 
 
@@ -112,6 +117,11 @@ def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Mo
         pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"),
     )
     return tuple(make().to(device).eval().requires_grad_(False) for make in makers)
+
+
+def _far(world: World) -> bool:
+    """Whether this rank asks another one that has the autoencoder."""
+    return world.vae_rank and world.leads
 
 
 def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:

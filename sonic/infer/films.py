@@ -24,6 +24,7 @@ from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import InferConfig, RequestConfig
 from sonic.parallel.mesh import World, open_world
 from sonic.parallel.spread import Company
+from sonic.parallel.vae_rank import serve_vae
 from sonic.types import Scene
 
 log = logging.getLogger("sonic.infer")
@@ -54,7 +55,9 @@ def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[Opened]:
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         company = Company(world, parallel)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
-        if not world.leads:
+        if world.keeps_vae:
+            serve_vae(parts.autoencoder, company.wire)
+        elif not world.leads:
             follow(parts.model, parts.dtype)
         yield Opened(parts, world, found)
         if world.leads:

@@ -26,8 +26,10 @@ from sonic.infer.scene import LOST_FRAMES, Settings
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.model.wan_vae import WanAutoencoder
+from sonic.parallel.vae_rank import FarAutoencoder
 from sonic.types import BlockSpan, Conditions, FrameChunk, LatentBlock, Scene
 
+Vae = WanAutoencoder | FarAutoencoder  # here, or asked where it is
 Stage = Callable[[str], AbstractContextManager]  # counts the time inside as that of a stage
 
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
@@ -67,7 +69,7 @@ class Shot:
 
 @torch.no_grad()
 def paint_clips(
-    model: AvatarDiT, vae: WanAutoencoder, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False, stage: Stage = nullcontext
+    model: AvatarDiT, vae: Vae, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False, stage: Stage = nullcontext
 ) -> Iterator[Tensor]:
     """Frames [1,3,F,H,W] in [-1,1], clip by clip with full attention; the last frames of each clip are the motion of the next.
 
@@ -99,7 +101,7 @@ def paint_clips(
 @torch.no_grad()
 def paint_blocks(
     model: AvatarDiT,
-    vae: WanAutoencoder,
+    vae: Vae,
     shot: Shot,
     *,
     sampler: SamplerConfig,
@@ -127,7 +129,7 @@ def paint_blocks(
 @torch.no_grad()
 def paint_blocks_upstream(
     model: AvatarDiT,
-    vae: WanAutoencoder,
+    vae: Vae,
     shot: Shot,
     *,
     sampler: SamplerConfig,
@@ -221,7 +223,7 @@ def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
     return (share > 0.5).float()
 
 
-def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: WanAutoencoder, dtype: torch.dtype) -> Conditions:
+def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: Vae, dtype: torch.dtype) -> Conditions:
     """What the model is told of some frames of the film; poses are encoded with a frame in front that is thrown away again.
 
     Speech features, which may be gigabytes, stay where and as they are until the model hears them.
@@ -231,7 +233,7 @@ def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae:
     return replace(told, audio=shot.audio[..., frames], masks=shot.masks)
 
 
-def _pose_latents(pose: np.ndarray, vae: WanAutoencoder, *, device: torch.device) -> Tensor:
+def _pose_latents(pose: np.ndarray, vae: Vae, *, device: torch.device) -> Tensor:
     """Poses uint8 [F,H,W,3] as latents [1,C,F/4,h,w], a few seconds at a time; the frame in front is the first one again."""
     still = lambda some: rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w").float() / 127.5 - 1  # noqa: E731
     _, cache = vae.encode(still(pose[:1]))

@@ -15,6 +15,7 @@ from sonic.infer.rollout import Draws, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.pipeline import serve, stop
 from sonic.parallel.spread import Company
+from sonic.parallel.vae_rank import hang_up
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
 CPU = torch.device("cpu")
@@ -114,6 +115,8 @@ def dismiss(model: AvatarDiT) -> None:
     if not _alone(model):
         _tell(model)
     _end_line(company)
+    if company.world.vae_rank:
+        hang_up(company.wire)
 
 
 def _company(model: AvatarDiT) -> Company:

@@ -48,12 +48,16 @@ class TextEmbed(nn.Module):
         return self.out(F.gelu(self.expand(padded), approximate="tanh"))
 
 
+CACHED_ROWS = 256  # that a CPU widens at once: few enough to be still in its cache when they are multiplied
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 whatever its weights are stored in; narrower ones are widened piece by piece."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
-        rows = self.out_features if self.weight.dtype == torch.float32 else self.in_features
+        narrow = CACHED_ROWS if self.weight.device.type == "cpu" else self.in_features
+        rows = self.out_features if self.weight.dtype == torch.float32 else narrow
         pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
         return torch.cat([F.linear(x, weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
 
@@ -161,10 +165,19 @@ def rotate(heads: Tensor, turn: Rotation) -> Tensor:
     memory, so two shifted copies stand for it and nothing is gathered.
     """
     this, ahead, behind = turn
+    if heads.device.type == "cpu" and not torch.is_grad_enabled():
+        return _rotate_at_once(heads, this, behind)
     wide = heads.float()
     flat, turned = wide.flatten(), wide * this
     turned.addcmul_(flat.roll(-1).view_as(wide), ahead).addcmul_(flat.roll(1).view_as(wide), behind)
     return turned.to(heads.dtype)
+
+
+def _rotate_at_once(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in one pass, as torch's CPU kernel for complex products does it: a pair times cos + i·sin."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos[..., ::2], sin[..., 1::2])
+    return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:

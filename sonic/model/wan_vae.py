@@ -58,14 +58,15 @@ class WanAutoencoder(nn.Module):
     def encode(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """frames [B,3,F,H,W] in [-1,1] -> latents [B,16,T,H/8,W/8] and the cache for the frames that follow.
 
-        The first frame makes a latent of its own, every four after it another one: F = 1 + 4k at first, then 4k.
+        The first frame makes a latent of its own, every four after it another one: F = 1 + 4k at first, then 4k. Frames are rounded
+        to the weights' precision, latents come in it.
         Raises ValueError for other lengths.
         """
         first = 1 if cache is None else 0
         if frames.shape[2] < 1 or (frames.shape[2] - first) % FRAMES_PER_LATENT:
             rule = f"1 + {FRAMES_PER_LATENT}k at the beginning" if first else f"{FRAMES_PER_LATENT}k after the beginning"
             raise ValueError(f"{frames.shape[2]} frames cannot be encoded: give {rule}")
-        memory = self._memory("encoder", cache)
+        memory, frames = self._memory("encoder", cache), frames.to(self.latents_mean.dtype)
         head, rest = frames[:, :, :first], frames[:, :, first:]
         chunks = [*head.split(1, dim=2)] * first + [*rest.split(FRAMES_PER_LATENT, dim=2)] * bool(rest.shape[2])
         found = torch.cat([self.blocks.encoder(chunk, feat_cache=memory, feat_idx=[0]) for chunk in chunks], dim=2)

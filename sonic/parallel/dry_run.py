@@ -21,7 +21,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.parallel.few_layers import of_all_layers
-from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, vae_bytes
+from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
 from sonic.parallel.settings import HardwareConfig
@@ -107,7 +107,7 @@ def _whole(work: Workload) -> Footprint:
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """The first stage as a whole model of its blocks; the others from the tokens on, runs that are alike only once."""
-    arriving = MESSAGES * work.stream * (len(plan.ranges) > 1)
+    arriving = MESSAGES * work.stream * (len(plan.parallel.layers) > 1)
     parts = [work.with_layers(layers) for layers in plan.ranges]
     known: dict[tuple[int, int], Footprint] = {}
 
@@ -120,7 +120,12 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
     stages = [_of_all_layers(parts[0], _whole)]
     for layers, part in zip(plan.ranges[1:], parts[1:], strict=True):
         stages.append(_of_all_layers(part, middle) if layers else Footprint(0, work.stream))
-    return [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    found = [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+    if plan.parallel.vae_rank:  # the last rank has no layers; its messages are frames, which the first one takes
+        frames = frame_bytes(work)
+        first, *others = found[:-1]
+        return [Footprint(first.stays + frames, first.peak + frames), *others, Footprint(MESSAGES * frames, MESSAGES * frames)]
+    return found
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:

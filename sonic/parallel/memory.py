@@ -112,6 +112,11 @@ def vae_bytes(work: Workload, *, idle: float = 0) -> float:
     return (VAE_NUMBERS[name] + VAE_REMEMBERS[name] * work.pixels + working) * work.number
 
 
+def frame_bytes(work: Workload) -> float:
+    """The frames of a hand-over on their way from an autoencoder on another rank; those of a clip are in float32."""
+    return 3 * work.pixels * work.frames * (4 if work.clip_frames else work.number)
+
+
 def encoder_bytes(work: Workload) -> dict[str, float]:
     """The encoders of text and speech, which are gone before the transformer's weights come."""
     text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * work.number

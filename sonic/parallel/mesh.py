@@ -24,12 +24,13 @@ PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first
 @dataclass(frozen=True)
 class World:
     """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `film` is layers and
-    cp as one axis: everybody who takes part in a film."""
+    cp as one axis: everybody who takes part in a film. With `vae_rank` the last along layers owns the autoencoder and no layer."""
 
     plan: str
     device: torch.device
     mesh: DeviceMesh | None = None
     film: DeviceMesh | None = None
+    vae_rank: bool = False
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -46,12 +47,17 @@ class World:
     @property
     def stages(self) -> int:
         """Ranks in a row that pass a forward on."""
-        return self.size("layers") if self.plan == "pipeline" else 1
+        return self.size("layers") - self.vae_rank if self.plan == "pipeline" else 1
 
     @property
     def stage(self) -> int:
-        """Where this rank is in that row."""
+        """Where this rank is in that row; behind its end when it keeps the autoencoder."""
         return self.place("layers") if self.plan == "pipeline" else 0
+
+    @property
+    def keeps_vae(self) -> bool:
+        """Whether this rank has the autoencoder and nothing else."""
+        return self.vae_rank and self.stage == self.stages
 
     @property
     def leads(self) -> bool:
@@ -91,6 +97,8 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
             f"parallel={plan} makes a film on one rank but {world} were started; start one, choose another plan, "
             "or give parallel.replicas=-1 for requests side by side"
         )
+    if config.vae_rank and inner < 2:
+        raise ValueError(f"parallel.vae_rank=true needs 2 ranks or more for a film and there is {inner}: start more, or leave it out")
     return replicas, inner, context
 
 
@@ -114,7 +122,7 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"))
+    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"), vae_rank=bool(config.vae_rank))
 
 
 def _be_patient(world: World) -> World:

@@ -71,8 +71,9 @@ def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None =
 
 
 def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
-    """Leave in the model what one rank of the pipeline owns; the rest becomes None and every name stays."""
-    mine = ranges[stage]
+    """Leave in the model what one rank of the pipeline owns, nothing behind the last range; the rest becomes None and every name
+    stays."""
+    mine = ranges[stage] if stage < len(ranges) else range(0)
     for layer in range(len(model.blocks)):
         if layer not in mine:
             model.blocks[layer] = None
@@ -86,46 +87,48 @@ def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
 
 
 class Line:
-    """The ranks of a pipeline in a row, with a way back from the last to the first.
+    """Ranks in a row, with a way back from the last to the first: those of a pipeline, or two that talk to each other.
 
-    A message is a header of fixed size and one buffer of bytes. Sends do not wait; their buffers are kept until they are done.
-    The two directions must not wait for each other: gloo tells them apart by a tag, NCCL needs a group for each.
+    A message is a header of fixed size, a small value that can be pickled, and one buffer of bytes. Sends do not wait; their
+    buffers are kept until they are done. The two directions, and those of another line that a rank is part of, must not wait for
+    each other: gloo tells `ways` apart by a tag, NCCL needs a group for each.
     """
 
-    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
+    def __init__(self, ranks: Sequence[int], device: torch.device, ways: tuple[int, int] = (ONWARD, BACK)) -> None:
         self.ranks, self.device = list(ranks), device
         self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
         direct = device.type != "cpu" and "nccl" in str(dist.get_backend_config())
         self.carrier = device if direct else torch.device("cpu")
-        self._groups = [dist.new_group(self.ranks, use_local_synchronization=True) if direct else None for _ in (ONWARD, BACK)]
+        self._onward, self._back = ways
+        self._groups = {way: dist.new_group(self.ranks, use_local_synchronization=True) if direct else None for way in ways}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self.film: Stages | None = None
 
-    def pass_on(self, note: Note, tensors: Sequence[Tensor | None]) -> None:
+    def pass_on(self, note: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
         """To the next rank."""
-        self._send(note, tensors, self.stage + 1, way=ONWARD)
+        self._send(note, tensors, self.stage + 1, way=self._onward)
 
-    def receive(self) -> tuple[Note, list[Tensor | None]]:
+    def receive(self) -> tuple[NamedTuple, list[Tensor | None]]:
         """From the rank before."""
-        return self._receive(self.stage - 1, way=ONWARD)
+        return self._receive(self.stage - 1, way=self._onward)
 
-    def answer(self, note: Note, tensors: Sequence[Tensor | None]) -> None:
+    def answer(self, note: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
         """From the last rank to the first."""
-        self._send(note, tensors, 0, way=BACK)
+        self._send(note, tensors, 0, way=self._back)
 
-    def hear(self) -> tuple[Note, list[Tensor | None]]:
+    def hear(self) -> tuple[NamedTuple, list[Tensor | None]]:
         """What the last rank answers."""
-        return self._receive(self.stages - 1, way=BACK)
+        return self._receive(self.stages - 1, way=self._back)
 
     def flush(self) -> None:
         """Wait until everything that was sent has left."""
         while self._sent:
             self._sent.popleft()[0].wait()
 
-    def _send(self, note: Note, tensors: Sequence[Tensor | None], stage: int, *, way: int) -> None:
+    def _send(self, note: NamedTuple, tensors: Sequence[Tensor | None], stage: int, *, way: int) -> None:
         specs = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
         header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        words = pickle.dumps((tuple(note), specs))
+        words = pickle.dumps((note, specs))
         assert len(words) <= HEADER_BYTES, f"a header of {len(words)} bytes"
         header[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
         payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
@@ -135,14 +138,14 @@ class Line:
             if part.numel():
                 self._sent.append((dist.isend(part, self.ranks[stage], group=self._group(part, way), tag=way), part))
 
-    def _receive(self, stage: int, *, way: int) -> tuple[Note, list[Tensor | None]]:
+    def _receive(self, stage: int, *, way: int) -> tuple[NamedTuple, list[Tensor | None]]:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         dist.recv(header, self.ranks[stage], tag=way)
-        words, specs = pickle.loads(header.numpy().tobytes())
+        note, specs = pickle.loads(header.numpy().tobytes())
         payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
         if payload.numel():
             dist.recv(payload, self.ranks[stage], group=self._group(payload, way), tag=way)
-        return Note(*words), _unpacked(payload.to(self.device), specs)
+        return note, _unpacked(payload.to(self.device), specs)
 
     def _group(self, part: Tensor, way: int) -> dist.ProcessGroup | None:
         return None if part.device.type == "cpu" else self._groups[way]
@@ -228,7 +231,7 @@ def stop(line: Line) -> None:
 
 def make_line(world: World) -> Line:
     """The line that this rank is part of."""
-    return Line(dist.get_process_group_ranks(world.group("layers")), world.device)
+    return Line(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device)
 
 
 def _tensors(trip: Trip, summary: Tensor | None) -> list[Tensor | None]:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from sonic.config import FIXED_STEPS, PHOTO_SIZE
 from sonic.parallel.memory import ENCODE, FILM, GIB
-from sonic.parallel.plans import PLANS, Plan, degree
+from sonic.parallel.plans import PLANS, Plan, degree, pipeline_fault
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.workload import ASSUMED_SIZE, Workload, workload
 
@@ -78,7 +78,9 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
-    """The settings worth a try: what was asked for, or for auto every plan that makes sense."""
+    """The settings worth a try: what was asked for, or for auto every plan that makes sense; a rank for the VAE is a pipeline's."""
+    if asked.name == "auto" and asked.vae_rank:
+        asked = replace(asked, name="pipeline")
     if asked.name != "auto":
         sentence = why_not(asked, work, hardware)
         if sentence:
@@ -103,7 +105,6 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
     """The sentence for a plan that makes no sense here; empty when it does."""
     name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.noisy // work.latent_frames
-    asked, layers = parallel.layers, work.model.trunk.num_layers
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"
     if name == "fsdp" and devices == 1 and not parallel.cpu_offload:
@@ -112,15 +113,11 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
         return "with one device it needs parallel.cpu_offload=true; or use offload"
     if name in ("single", "offload") and share > 1:
         return "it has no token sharing; leave parallel.context at 1"
-    if name == "pipeline" and asked and (len(asked) != devices // share or sum(asked) != layers):
-        return f"parallel.layers={asked} must be {devices // share} numbers whose sum is {layers}"
     if devices % share or share > min(heads, rows):
         whole = f"{heads} heads and {rows} tokens of a frame on {devices} devices"
         return f"{share} ranks cannot share {whole}; choose another parallel.context"
-    if name == "pipeline" and devices == share:
-        return "all ranks share the tokens, so that there is one stage; use context"
-    if name == "pipeline" and layers < devices // share:
-        return f"{layers} blocks are fewer than {devices // share} stages"
+    if name == "pipeline" and (fault := pipeline_fault(parallel, work, hardware)):
+        return fault
     if name == "offload" and work.clip_frames and parallel.offload.kv == "host":
         return "clips have no KV rings to move; leave offload.kv at device"
     return ""
@@ -190,20 +187,24 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
     seconds = plan.seconds
     bound = "arithmetic" if seconds.compute >= seconds.weights + seconds.activations else "copying"
     spare = f"fits with {hardware.usable_gib - device:.1f} GiB to spare, bound by {bound}"
+    if plan.parallel.vae_rank:
+        spare += "; the VAE has a rank of its own"
     return f"{spare}; {plan.given_up}" if plan.given_up else spare
 
 
 def _other_plans(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
-    if config.parallel.name != "auto":
-        changed = replace(config, parallel=replace(config.parallel, name="auto", context=1))
+    if config.parallel.name != "auto" or config.parallel.vae_rank:
+        changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, vae_rank=None))
         best = ranked(workload(changed), changed.hardware, list(candidates(changed.parallel, workload(changed), changed.hardware)))[0]
-        yield f"another plan: {best.name}", tuple(_knobs(best.parallel)), changed
+        yield f"another plan: {best.name}", tuple(_knobs(best.parallel, config.parallel)), changed
 
 
-def _knobs(parallel: ParallelConfig) -> Iterator[str]:
-    """What to type for these settings: the plan's name and what is not as usual."""
+def _knobs(parallel: ParallelConfig, asked: ParallelConfig) -> Iterator[str]:
+    """What to type for these settings instead of those asked for: the plan's name and what is not as usual."""
     yield f"parallel={parallel.name}"
     usual = ParallelConfig()
+    if bool(parallel.vae_rank) != bool(asked.vae_rank):
+        yield f"parallel.vae_rank={str(bool(parallel.vae_rank)).lower()}"
     for knob in ("context", "cpu_offload"):
         if getattr(parallel, knob) != getattr(usual, knob):
             yield f"parallel.{knob}={str(getattr(parallel, knob)).lower()}"

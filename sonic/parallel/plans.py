@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 from sonic.parallel import memory as m
 from sonic.parallel import speed as s
@@ -16,6 +17,7 @@ from sonic.parallel.workload import Workload
 ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of parallel.prefetch
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
 MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
+FASTER = 1.0001  # what a rank for the autoencoder must gain; less is rounding
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -164,30 +166,65 @@ def resident_layers(layers: int, number: int) -> list[int]:
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Ranks own ranges of blocks with their KV rings; the first also embeds, encodes and decodes."""
-    share = degree(parallel, hardware)
-    stages, layers = hardware.devices // share, work.model.trunk.num_layers
+    """Ranks own ranges of blocks with their KV rings; the first also embeds and encodes, and decodes unless the last is there for
+    that: as parallel.vae_rank says, or else where that fits and is faster."""
+    first, *others = [_pipeline(work, hardware, way) for way in _ways(parallel) if not _stages_fault(way, work, hardware)]
+    fitting = [plan for plan in others if not plan.missing_gib(hardware)]
+    if not fitting:
+        return first
+    apart, shown = fitting[0], work.shown
+    faster = FASTER * max(apart.seconds.total, shown) < max(first.seconds.total, shown)
+    return apart if faster or first.missing_gib(hardware) else first
+
+
+def pipeline_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
+    """The sentence for a pipeline that cannot be on these devices, in whichever way; empty when it can."""
+    faults = [_stages_fault(way, work, hardware) for way in _ways(parallel)]
+    return faults[0] if all(faults) else ""
+
+
+def _ways(parallel: ParallelConfig) -> list[ParallelConfig]:
+    """With the autoencoder on the first rank and on one of its own, or as it was asked for."""
+    ways = (False, True) if parallel.vae_rank is None else (parallel.vae_rank,)
+    return [replace(parallel, vae_rank=apart) for apart in ways if parallel.context == 1 or not apart]
+
+
+def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
+    """What is wrong with the stages; empty when nothing is."""
+    share, layers = degree(parallel, hardware), work.model.trunk.num_layers
+    stages = hardware.devices // share - bool(parallel.vae_rank)
+    if parallel.layers and (len(parallel.layers) != stages or sum(parallel.layers) != layers):
+        return f"parallel.layers={parallel.layers} must be {stages} numbers whose sum is {layers}"
+    if stages == 1 and not parallel.vae_rank:
+        return "all ranks share the tokens, so that there is one stage; use context"
+    return f"{layers} blocks are fewer than {stages} stages" if layers < stages else ""
+
+
+def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+    """A pipeline with or without a rank for the autoencoder, which counts as one whose range is empty."""
+    share, apart = degree(parallel, hardware), bool(parallel.vae_rank)
+    stages, layers = hardware.devices // share - apart, work.model.trunk.num_layers
     times = [each / share for each in s.layer_seconds(work, hardware)]
-    vae = s.vae_seconds(work, hardware)
-    ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, stages=stages, share=share)
-    ranks = tuple(
-        _stage(work, hardware, found, first=stage == 0, alone=stages == 1, share=share)
-        for stage, found in enumerate(ranges)
-        for _ in range(share)
-    )
+    vae = s.vae_seconds(work, hardware) + s.link_seconds(m.frame_bytes(work) * apart, hardware)
+    split = Split(stages, share, apart)
+    ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, split=split)
+    ranks = [_stage(work, hardware, found, stage=stage, split=split) for stage, found in enumerate(ranges) for _ in range(share)]
     busiest = max(_over(times, found) for found in ranges)
     hops = s.link_seconds(s.forwards(work) * work.stream / share * (stages > 1), hardware)
     seconds = s.Seconds(
         compute=busiest,
         activations=hops + s.exchange_seconds(work, hardware, share) * max(len(found) for found in ranges) / layers,
-        vae=max(0.0, _over(times, ranges[0]) + vae - busiest),
+        vae=max(0.0, (0.0 if apart else _over(times, ranges[0])) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
     if work.clip_frames:  # the steps of a clip wait for each other, so one stage works at a time
         seconds = replace(seconds, compute=sum(times), vae=vae)
-    name = f"pipeline{'+context' if share > 1 else ''}"
+    name = f"pipeline{'+context' if share > 1 else ''}{'+vae_rank' if apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
-    return Plan(name, fixed, ranks, m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
+    if apart:
+        frames = {"vae": m.vae_bytes(work), "activations": MESSAGES * m.frame_bytes(work)}
+        ranks, ranges = [*ranks, m.items(hardware, **frames)], [*ranges, range(layers, layers)]
+    return Plan(name, fixed, tuple(ranks), m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
 
 
 PLANS: Mapping[str, Maker] = {
@@ -222,31 +259,40 @@ def _ranks(work: Workload, hardware: HardwareConfig, film: Mapping[str, float], 
     return tuple(leader if rank % (count // leaders) == 0 else follower for rank in range(count))
 
 
-def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, first: bool, alone: bool, share: int) -> dict[str, float]:
+class Split(NamedTuple):
+    """How many stages a pipeline has, how many ranks share the tokens in each, and whether the autoencoder is elsewhere."""
+
+    stages: int
+    share: int = 1
+    apart: bool = False
+
+
+def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: int, split: Split) -> dict[str, float]:
     """One stage of a pipeline."""
+    first, share = stage == 0, split.share
     busy = m.activation_bytes(work, share=share)
     moments = [busy[name] for name in ("attention", "mlp", *(("ends",) if first else ()))]
     activations = max(moments) if len(layers) or first else work.stream / share
-    arriving = 0.0 if alone else MESSAGES * work.stream / share
+    arriving = MESSAGES * work.stream / share * (split.stages > 1) + m.frame_bytes(work) * (first and split.apart)
     film = {
         "weights": m.layer_bytes(work, layers) + m.end_bytes(work) * first,
         "kv_rings": len(layers) * m.ring_bytes(work) / share,
         "memory_tokens": len(layers) * m.memory_bytes(work) / share,
         "activations": activations + arriving,
-        "vae": m.vae_bytes(work, idle=activations) if first else 0.0,
+        "vae": m.vae_bytes(work, idle=activations) if first and not split.apart else 0.0,
     }
     return m.items(hardware, first=m.encoder_bytes(work) if first else None, **film)
 
 
-def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, stages: int, share: int) -> list[range]:
+def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, split: Split) -> list[range]:
     """Ranges that are as fast as can be within the memory there is; of those faster than the film is shown, the leanest."""
-    layers = len(times)
-    memories = (m.ring_bytes(work) + m.memory_bytes(work)) / share
+    layers, stages = len(times), split.stages
+    memories = (m.ring_bytes(work) + m.memory_bytes(work)) / split.share
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
     one = range(layers - 1, layers)
-    ends = [_stage(work, hardware, one, first=stage == 0, alone=stages == 1, share=share) for stage in range(stages)]
+    ends = [_stage(work, hardware, one, stage=stage, split=split) for stage in range(stages)]
     empty = [sum(rank[item] for item in m.FILM) - sizes[-1] for rank in ends]
-    vae = s.vae_seconds(work, hardware)
+    vae = 0.0 if split.apart else s.vae_seconds(work, hardware)
 
     def size(stage: int, found: range) -> float:
         return empty[stage] + _over(sizes, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
 from sonic.parallel.units import WHOLE
+from sonic.parallel.vae_rank import make_wire
 from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
@@ -78,6 +79,11 @@ class Company:
     takes: int = 0
     dismissed: bool = False
 
+    @cached_property
+    def wire(self) -> Line:
+        """Between the first rank and the one that keeps the autoencoder; made when either needs it."""
+        return make_wire(self.world)
+
 
 def spread_model(config: ModelConfig, weights: str | Path | None, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
     """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that.
@@ -94,7 +100,7 @@ def spread_model(config: ModelConfig, weights: str | Path | None, company: Compa
     else:
         fill(model, weights, shapes, lora=lora)
     plan.start(model, world, parallel)
-    if world.stages > 1:
+    if world.stages > 1 and not world.keeps_vae:
         company.line = make_line(world)
         if world.stage == 0:
             model.forwards = partial(Stages, line=company.line)

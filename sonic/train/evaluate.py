@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
     parts = parts or _parts(config)
     settings = Settings(sampler=config.sampler, decode=config.decode)
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
+    openings: list[list[float]] = []
     start = time.perf_counter()
     for number, case in enumerate(cases(config.eval, parts.config.resolution)):
         films = {
@@ -82,7 +84,10 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
         }
         block = FRAMES_PER_LATENT * parts.config.rollout.block_frames
         for name, make in films.items():
-            rows[name].append(scored(case, make, block))
+            clip = scored(case, make, block)
+            rows[name].append(clip.figures)
+            if name == "model":
+                openings.append(clip.opening.round(4).tolist())
         r = rows["model"][-1]["sync_correlation"]
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
         if config.eval.videos:
@@ -92,6 +97,7 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
     figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     found = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
+    found["openings"] = openings  # of the mouth, frame by frame, to be held against those of other runs
     found["peak_rss_gib"] = metrics.peak_rss_gib()
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +139,15 @@ def filmed(case: Case, samples: np.ndarray, parts: Parts, *, settings: Settings,
     return rearrange(pixels, "f h w c -> f c h w").float() / 127.5 - 1
 
 
-def scored(case: Case, make: Film, block: int) -> dict[str, float]:
-    """Every figure of one clip."""
+class Scored(NamedTuple):
+    """Every figure of one clip, and how far its mouth is open in each frame [F]."""
+
+    figures: dict[str, float]
+    opening: np.ndarray
+
+
+def scored(case: Case, make: Film, block: int) -> Scored:
+    """Film a case, once with its sound and once in silence, and read what there is to see."""
     start = time.perf_counter()
     frames = make(case, case.samples)
     seconds = time.perf_counter() - start
@@ -144,7 +157,7 @@ def scored(case: Case, make: Film, block: int) -> dict[str, float]:
     _, lag = metrics.best_lag(found, case.track)
     mask = metrics.mouth_mask(case.place, *frames.shape[-2:])
     size = lambda track: float(np.sqrt(np.mean(np.square(track))))  # noqa: E731 - about rest, so that a mouth left open counts
-    return {
+    figures = {
         "sync_correlation": metrics.correlation(found, case.track),
         "offset_within_1_frame": float(abs(lag) <= 1.0 and np.std(found) > 1e-6),
         "control_correlation": metrics.correlation(found, case.other),
@@ -156,6 +169,7 @@ def scored(case: Case, make: Film, block: int) -> dict[str, float]:
         "reader_correlation": metrics.correlation(true, case.track),
         "seconds_per_frame": seconds / len(frames),
     }
+    return Scored(figures, found)
 
 
 def show(figures: dict[str, dict]) -> None:

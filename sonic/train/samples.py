@@ -121,7 +121,7 @@ def moving_look(student: Student, sampler: SamplerConfig) -> Look:
                 made.append(filmed(case, samples, parts, settings=settings, seed=config.seed).cpu())
                 return made[-1]
 
-            found = scored(case, make, 4 * config.model.rollout.block_frames)
+            found = scored(case, make, 4 * config.model.rollout.block_frames).figures
         video = student.keep(step, made[0], Speech(case.samples.astype(np.float32)))
         return Sample({f"eval/{name}": found[name] for name in FIGURES}, video)
 

@@ -57,10 +57,11 @@ class Cell:
 
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
-    """All combinations of the grid, in its order."""
+    """All combinations of the grid that are not excluded, in its order."""
     knobs = list(config.grid)
     combinations = (dict(zip(knobs, values, strict=True)) for values in itertools.product(*config.grid.values()))
-    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in combinations]
+    wanted = (choices for choices in combinations if not any(choices.items() >= out.items() for out in config.exclude))
+    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in wanted]
 
 
 def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
@@ -145,8 +146,9 @@ ENGINES: dict[str, Callable[[Sequence[tuple[Path, list[list[str]]]], int], Itera
 
 
 def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips."""
+    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips; and how open the mouth is in each clip."""
     joined: dict[str, Any] = {"peak_rss_gib": max(each["peak_rss_gib"] for each in found)}
+    joined["openings"] = [track for each in found for track in each["openings"]]
     for figure in FIGURES:
         clips = [value for each in found for value in each[figure]["clips"]]
         mean = sum(clips) / len(clips)

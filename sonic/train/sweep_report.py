@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sonic.train.sweep import FIGURES, Cell
+from sonic.train.teacher_distance import DISTANCE, with_distances
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 52
 COLOURS = ("#c2543d", "#3d6fc2", "#3f9b62", "#a05fc0", "#c29a3d", "#4aa3a8")
@@ -32,7 +33,9 @@ if(go)v.play();else v.pause();}};}
 
 def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
     """report.html and report.csv in `folder`."""
-    done = [(cell, figures) for cell in cells if (figures := cell.figures)]
+    finished = [(cell, figures) for cell in cells if (figures := cell.figures)]
+    figures = with_distances([(cell.choices, found) for cell, found in finished])
+    done = [(cell, found) for (cell, _), found in zip(finished, figures, strict=True)]
     _write_csv(done, folder / "report.csv")
     failed = [cell for cell in cells if cell.failure]
     parts = [f"<h1>{html.escape(title)}</h1><p>{len(done)} of {len(cells)} cells are finished.</p>", _table(done)]
@@ -53,30 +56,40 @@ def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
 
 
 def _table(done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
-    heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("cell", *FIGURES, "peak GiB"))
+    names = _figures_of(done)
+    heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("cell", *names, "peak GiB"))
     rows = []
     for cell, figures in done:
-        values = "".join(f"<td>{figures[name]['mean']:.3f} ± {figures[name]['ci95']:.3f}</td>" for name in FIGURES)
+        told = (f"{figures[name]['mean']:.3f} ± {figures[name]['ci95']:.3f}" if name in figures else "" for name in names)
+        values = "".join(f"<td>{each}</td>" for each in told)
         rows.append(f"<tr><td>{html.escape(cell.name)}</td>{values}<td>{figures['peak_rss_gib']:.2f}</td></tr>")
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _figures_of(done: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[str, ...]:
+    """What every cell was scored for, and how far it is from its teacher where somebody has one."""
+    return (*FIGURES, *[DISTANCE] * any(DISTANCE in figures for _, figures in done))
 
 
 def _write_csv(done: Sequence[tuple[Cell, dict[str, Any]]], path: Path) -> None:
     knobs = list(dict.fromkeys(knob for cell, _ in done for knob in cell.choices))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*knobs, *(f"{name}_{part}" for name in FIGURES for part in ("mean", "ci95")), "peak_rss_gib"])
+        names = _figures_of(done)
+        writer.writerow([*knobs, *(f"{name}_{part}" for name in names for part in ("mean", "ci95")), "peak_rss_gib"])
         for cell, figures in done:
-            values = [figures[name][part] for name in FIGURES for part in ("mean", "ci95")]
+            values = [figures.get(name, {}).get(part, "") for name in names for part in ("mean", "ci95")]
             writer.writerow([*(cell.choices.get(knob, "") for knob in knobs), *values, figures["peak_rss_gib"]])
 
 
 def _plots(done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
     mean = lambda name: lambda figures: figures[name]["mean"]  # noqa: E731
     cost, memory = mean("seconds_per_frame"), lambda figures: figures["peak_rss_gib"]
+    taught = [(cell, figures) for cell, figures in done if DISTANCE in figures]
     return [
         _scatter(done, cost, mean("sync_correlation"), labels=("seconds per frame", "sync correlation"), pareto=True),
         _scatter(done, cost, mean("dynamics_ratio"), labels=("seconds per frame", "mouth dynamics, 1 = true")),
+        *([_scatter(taught, cost, mean(DISTANCE), labels=("seconds per frame", "mouth's distance from the teacher's"))] if taught else []),
         _scatter(done, cost, memory, labels=("seconds per frame", "peak memory, GiB")),
     ]
 

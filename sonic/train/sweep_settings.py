@@ -14,6 +14,7 @@ class AblateConfig:
     """Scores every combination of a grid and draws a report: python launch/ablate.py +ablate=steps, or grid.KNOB=[...] of your own."""
 
     grid: dict[str, Any] = knob(dict, "knobs of launch/evaluate.py and the values each takes; grid.sampler.sample_steps=[2,3,4]")
+    exclude: list[dict[str, Any]] = knob([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
     common: list[str] = knob(["+preset=fast_preview"], "what every cell is told besides")
     clips: int = knob(8, "clips of each seed")
     seeds: list[int] = knob([1], "seeds; all their clips count together")
@@ -30,6 +31,9 @@ class AblateConfig:
         require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.KNOB=[value,value]")
         for name, values in self.grid.items():
             require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
+        for combination in self.exclude:
+            known = bool(combination) and all(name in self.grid for name in combination)
+            require(known, f"exclude has {combination}, which does not name knobs of the grid ({', '.join(self.grid)})")
         require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
         for name in ("clips", "jobs"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_ranks import infer_on
 from conversion import PROMPT, infer
 from main_job import ROOT, babble, write_wav
 from PIL import Image
 
 from sonic.data.video import VideoWriter, read_frames
+from sonic.model.wan_vae import WanAutoencoder
 
 SMALL = ("video.size=64x64", "run.threads=1")
 SHORT = {  # a film of two blocks or clips
@@ -43,6 +46,15 @@ def film(folder: Path, name: str, *argv: str) -> bytes:
     return (folder / f"{name}.mp4").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def alone(ready, tmp_path_factory) -> dict[str, bytes]:
+    """Short films of one rank."""
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    made = {model: film(folder, model, *told(ready, model)) for model in SHORT}
+    torch.set_num_threads(threads)
+    return made
+
+
 def frames_of(folder: Path, name: str) -> np.ndarray:
     return np.stack(list(read_frames(folder / f"{name}.mp4")))
 
@@ -65,14 +77,27 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
 
 
 @pytest.mark.parametrize(("model", "plan"), [("live", "parallel=pipeline"), ("wan", "parallel=fsdp"), ("live", "parallel=auto")])
-def test_two_ranks_make_the_film_of_one(ready, tmp_path, model, plan):
+def test_two_ranks_make_the_film_of_one(ready, alone, tmp_path, model, plan):
     argv = told(ready, model)
-    alone = film(tmp_path, "alone", *argv)
     places = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*TWO_RANKS, *argv, plan, *places], capture_output=True, text=True, timeout=280, check=False, env=environ)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two.mp4").read_bytes() == alone
+    assert (tmp_path / "two.mp4").read_bytes() == alone[model]
+
+
+def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_film_of_one(ready, alone, tmp_path):
+    apart = ("parallel=pipeline", "parallel.vae_rank=true", f"output={tmp_path / 'three.mp4'}")
+    codes, said = infer_on(3, [*told(ready, "live"), *apart], tmp_path, before=weigh)
+    assert codes == [0] * 3, said
+    assert (tmp_path / "three.mp4").read_bytes() == alone["live"]
+    assert re.findall(r"VAE on (\d)", said) == ["2"]  # nobody else has its weights
+
+
+def weigh(rank: int) -> None:
+    """Say where a VAE is loaded."""
+    take = WanAutoencoder.take
+    WanAutoencoder.take = lambda *arguments: sys.stderr.write(f"VAE on {rank}\n") and take(*arguments)
 
 
 def test_a_known_prompt_needs_no_text_encoder(ready, tmp_path):

@@ -75,6 +75,12 @@ def test_a_plan_by_name_runs_as_it_was_asked_for(plan, asked):
     assert found.parallel.name == plan
 
 
+@pytest.mark.parametrize(("ranks", "asked"), [(2, "replicas=2"), (1, "replicas=1")])
+def test_the_vae_cannot_have_the_only_rank(ranks, asked):
+    with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a film and there is 1"):
+        forecast(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
+
+
 def test_prediction_and_measurement_lie_side_by_side(tmp_path):
     recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
     assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0

@@ -36,6 +36,8 @@ WIDE = (
         ("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"),
         ("hardware=2x24gb", "parallel=pipeline"),
         ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
         ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
         ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),

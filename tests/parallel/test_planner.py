@@ -90,6 +90,8 @@ def test_one_small_card_fits_and_says_what_it_gives_up():
         ("hardware=1x24gb", "hardware.host_gib=24"),
         ("hardware=1x24gb", "parallel=single"),
         ("hardware=4x24gb", "parallel=fsdp"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=4x24gb", "parallel.vae_rank=true"),
         ("hardware=1x24gb", "model=wan_s2v_14b", "video.size=1024x704", "video.infer_frames=160", "hardware.usable_gib=14"),
     ],
 )
@@ -128,6 +130,38 @@ def test_stages_can_be_given():
         plan("hardware=2x24gb", "parallel=pipeline", "parallel.layers=[30,9]")
 
 
+def test_a_rank_for_the_vae_has_all_of_it_and_no_blocks():
+    together, apart = (plan("hardware=8x24gb", "parallel=pipeline", f"parallel.vae_rank={way}").chosen for way in ("false", "true"))
+    assert [bool(rank["vae"]) for rank in together.ranks] == [True, *[False] * 7]
+    assert [bool(rank["vae"]) for rank in apart.ranks] == [*[False] * 7, True]
+    last = apart.ranks[-1]
+    assert not last["weights"] + last["kv_rings"] + last["memory_tokens"] + last["text_encoder"]
+    assert last["vae"] == together.ranks[0]["vae"]
+    assert sum(rank["weights"] for rank in apart.ranks) == pytest.approx(sum(rank["weights"] for rank in together.ranks))
+    assert [layer for layers in apart.ranges for layer in layers] == list(range(40))
+    assert (len(apart.ranges), len(apart.parallel.layers)) == (8, 7)
+
+
+def test_the_vae_has_a_rank_of_its_own_where_it_fits_nowhere_else():
+    large = ("hardware=8x24gb", "video.size=1344x1024", "model.rollout.window_blocks=1")
+    found = chosen(*large)
+    assert (found["plan"], found["fits"]) == ("pipeline+vae_rank", True)
+    assert "the VAE has a rank of its own" in found["reason"]
+    assert not chosen(*large, "parallel=pipeline", "parallel.vae_rank=false")["fits"]
+
+
+def test_a_rank_for_the_vae_that_gains_nothing_is_not_taken_unless_asked_for():
+    frames = lambda *items: chosen("hardware=8x24gb", *items)["frames_per_second"]  # noqa: E731
+    assert chosen("hardware=8x24gb")["plan"] == "pipeline"
+    assert chosen("hardware=8x24gb", "parallel.vae_rank=true")["plan"] == "pipeline+vae_rank"
+    assert frames() >= frames("parallel.vae_rank=true")
+
+
+@pytest.mark.parametrize(("layers", "name"), [("[10,10,10,10]", "pipeline"), ("[14,13,13]", "pipeline+vae_rank")])
+def test_stages_that_are_given_say_whether_the_last_rank_is_for_the_vae(layers, name):
+    assert chosen("hardware=4x80gb", "parallel=pipeline", f"parallel.layers={layers}")["plan"] == name
+
+
 def test_the_dearest_stage_is_as_cheap_as_it_can_be():
     costs = [1, 5, 1, 2, 1, 3]
     total = lambda layers: float(sum(costs[layer] for layer in layers))  # noqa: E731
@@ -143,6 +177,10 @@ def test_the_dearest_stage_is_as_cheap_as_it_can_be():
         (("hardware=1x24gb", "parallel=pipeline"), "use single or offload"),
         (("hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "choose another parallel.context"),
         (("hardware=4x24gb", "parallel=single", "parallel.context=2"), "leave parallel.context at 1"),
+        (("hardware=4x24gb", "parallel=fsdp", "parallel.vae_rank=true"), "goes with parallel=pipeline"),
+        (("hardware=4x24gb", "parallel=pipeline", "parallel.context=2", "parallel.vae_rank=true"), "leave parallel.context at 1"),
+        (("hardware=1x24gb", "parallel.vae_rank=true"), "there is one; use single or offload"),
+        (("hardware=4x24gb", "parallel.vae_rank=perhaps"), "parallel.vae_rank=perhaps is not true or false"),
         (("model=wan_s2v_14b", "video.infer_frames=81"), "multiple of 4"),
         (("hardware=4x24bg",), "choose one of: 4x24gb"),
     ],

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_ranks import infer_on
 from main_job import FACE
+
+from sonic.data.video import VideoWriter
 
 INFER = str(Path(__file__).resolve().parents[2] / "launch/infer.py")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
+APART = ("parallel=pipeline", "parallel.vae_rank=true")
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -31,11 +35,18 @@ def alone(tmp_path_factory) -> bytes:
     return film(tmp_path_factory.mktemp("alone"), "single", (sys.executable,))
 
 
-@pytest.mark.parametrize("plan", ["pipeline", "fsdp", "context", "zero3"])
+@pytest.mark.parametrize("plan", ["pipeline", "zero3"])
 def test_two_ranks_make_the_film_of_one(plan, alone, tmp_path):
     if plan == "zero3":
         pytest.importorskip("deepspeed", reason="needs the extra [deepspeed]")
     assert film(tmp_path, plan, TWO_RANKS) == alone
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "context"])
+def test_two_ranks_without_a_launcher_make_the_film_of_one(plan, alone, tmp_path):
+    codes, said = infer_on(2, [*TOLD, f"parallel={plan}", f"output={tmp_path / 'two.mp4'}"], tmp_path)
+    assert codes == [0] * 2, said
+    assert (tmp_path / "two.mp4").read_bytes() == alone
 
 
 def test_offloading_makes_the_film_of_one_device(alone, tmp_path):
@@ -51,3 +62,37 @@ def test_a_bad_request_between_two_films_changes_neither(plan, alone, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "2 films made, 1 requests bad" in done.stdout
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes() == alone
+
+
+def test_layers_on_three_ranks_and_the_vae_on_a_fourth_make_the_film_of_one(alone, tmp_path):
+    codes, said = infer_on(4, [*TOLD, *APART, f"output={tmp_path / 'four.mp4'}", "name=four"], tmp_path)
+    assert codes == [0] * 4, said
+    assert (tmp_path / "four.mp4").read_bytes() == alone
+    plan = json.loads((tmp_path / "runs/four/result.json").read_text())["plan"]
+    assert plan["plan"] == "pipeline+vae_rank"
+    assert len(plan["measured_gib_per_rank"]) == len(plan["predicted_gib_per_rank"]) == 4
+
+
+def full_at_first(rank: int) -> None:
+    """The first rank's disk is full when it writes its first frames."""
+    write, calls = VideoWriter.write, []
+
+    def writes(*arguments) -> None:
+        calls.append(1)
+        if rank == 0 and len(calls) == 1:
+            raise OSError("the disk is full")
+        write(*arguments)
+
+    VideoWriter.write = writes
+
+
+def test_two_pairs_of_ranks_make_films_side_by_side_and_a_bad_one_changes_none(alone, tmp_path):
+    first, *good = [{"output": str(tmp_path / f"{index}.mp4")} for index in range(3)]
+    lines = [first, {"image": str(tmp_path / "nobody.jpg")}, *good]  # every other one for each pair
+    (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = (*TOLD, *APART, "parallel.replicas=2", f"requests={tmp_path / 'films.jsonl'}")
+    codes, said = infer_on(4, told, tmp_path, before=full_at_first)
+    assert codes[0] == 1, said
+    assert "2 films made, 2 requests bad" in said
+    assert "line 1: the disk is full" in said
+    assert all(Path(each["output"]).read_bytes() == alone for each in good)

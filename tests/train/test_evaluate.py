@@ -29,6 +29,7 @@ def test_the_file_has_every_figure_with_mean_interval_and_clips(found):
     for key in GOALS:
         assert set(found[key]) == {"mean", "ci95", "clips"}
         assert len(found[key]["clips"]) == 2
+    assert [len(track) for track in found["openings"]] == [50, 50]
 
 
 def test_the_true_video_scores_as_the_truth(found):

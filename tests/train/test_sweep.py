@@ -32,7 +32,9 @@ if steps == 3:
     sys.exit("three steps are not to be had")
 clips = [0.9 - 0.1 / steps + 0.01 * int(told["eval.seed"])] * int(told["eval.clips"])
 names = {names}
-json.dump({{"peak_rss_gib": 0.5 + steps / 10, **{{name: {{"clips": clips}} for name in names}}}}, open(told["json"], "w"))
+tracks = [[0.0, 1.0 / steps, 0.0, -1.0]] * len(clips)
+found = {{"peak_rss_gib": 0.5 + steps / 10, "openings": tracks, **{{name: {{"clips": clips}} for name in names}}}}
+json.dump(found, open(told["json"], "w"))
 """
 
 
@@ -54,6 +56,15 @@ def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
     assert {"sampler.sample_steps=4", "weights=teacher", "eval.clips=3", "eval.seed=1", "+preset=fast_preview"} <= set(first)
     assert "eval.seed=2" in second
     assert cell.name == "sample_steps=4, weights=teacher"
+
+
+def test_combinations_can_be_left_out(tmp_path):
+    made = config(
+        "grid={weights: [student, teacher], sampler.sample_steps: [2, 40]}", "exclude=[{weights: student, sampler.sample_steps: 40}]"
+    )
+    assert [cell.name for cell in cells_of(made, tmp_path)] == [
+        "weights=student, sample_steps=2", "weights=teacher, sample_steps=2", "weights=teacher, sample_steps=40",
+    ]  # fmt: skip
 
 
 def test_finished_cells_are_not_done_again(scorer, tmp_path):
@@ -113,6 +124,18 @@ def test_the_table_is_there_for_programs(report):
     rows = list(csv.DictReader((report.parent / "report.csv").open()))
     assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
     assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
+    assert "teacher_distance_mean" not in rows[0]  # nobody here is a teacher
+
+
+def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scorer, tmp_path):
+    cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}"), tmp_path)
+    page = write_report(cells, tmp_path, title="steps")
+    rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
+    told = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
+    reference = np.array([0.0, 0.25, 0.0, -1.0])
+    assert told["teacher", "4"] == told["student", "4"] == 0.0
+    assert told["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and told["student", "2"] < told["student", "1"]
+    assert Page(page.read_text()).tags.count("svg") == 4
 
 
 def test_a_browser_plays_its_films(report, tmp_path):
@@ -141,7 +164,13 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
 
 @pytest.mark.parametrize(
     ("typed", "told"),
-    [("grid={}", "grid is empty"), ("grid={seed: 3}", "not a list"), ("jobs=0", "at least 1"), ("engine=slrm", "choose one of")],
+    [
+        ("grid={}", "grid is empty"),
+        ("grid={seed: 3}", "not a list"),
+        ("jobs=0", "at least 1"),
+        ("engine=slrm", "choose one of"),
+        ("exclude=[{steps: 4}]", "does not name knobs"),
+    ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(typed, told):
     with pytest.raises(ValueError, match=told):

@@ -1,0 +1,160 @@
+"""The autoencoder on a rank of its own: the first rank asks it by messages, and what it remembers between calls stays with it.
+
+So the first rank has its memory for layers, and frames are decoded while it goes on with the next forwards.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sonic.model.vae import Reference
+from sonic.parallel.mesh import World
+from sonic.parallel.pipeline import BACK, Line
+from sonic.types import MotionLayers
+
+WAYS = (BACK + 1, BACK + 2)  # of these messages, beside those of the line of layers
+
+
+class Form(NamedTuple):
+    """How a tensor lies in memory: its axes from the slowest to the fastest, and its shape. Axes that only repeat are not sent."""
+
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
+    the numbers of what nobody will ask for again."""
+
+    method: str
+    told: tuple[Form | int | None, ...] = ()
+    forgotten: tuple[int, ...] = ()
+
+
+class Said(NamedTuple):
+    """What is answered: forms of the tensors, the number of what was kept for later calls; or what was wrong with the question."""
+
+    forms: tuple[Form, ...] = ()
+    kept: int = 0
+    fault: str = ""
+
+
+class Kept:
+    """Something that stays with the autoencoder: what it remembers of a stream, or how it knows a portrait, whose `latents` are here."""
+
+    def __init__(self, number: int, latents: Tensor | None = None) -> None:
+        self.number, self.latents = number, latents
+
+
+class FarAutoencoder:
+    """In the place of an autoencoder that another rank has: the same calls with the same results, one at a time."""
+
+    def __init__(self, wire: Line) -> None:
+        self.wire, self.turn = wire, Lock()
+        self.forgotten: deque[int] = deque()  # of which the other rank does not know yet
+
+    def reference(self, picture: Tensor) -> Kept:
+        """How it knows a portrait."""
+        (latents,), number = self._ask("reference", picture)
+        return self._hold(number, latents)
+
+    def encode(self, frames: Tensor, cache: Kept | None = None) -> tuple[Tensor, Kept]:
+        """Latents of frames, and the cache for the frames that follow. Raises what the autoencoder says of a wrong number of them."""
+        (latents,), number = self._ask("encode", frames, cache)
+        return latents, self._hold(number)
+
+    def decode(self, latents: Tensor, *known: Kept | None) -> tuple[Tensor | MotionLayers, Kept]:
+        """Frames or motion of latents, and the cache for the latents that follow; `known` is as the autoencoder wants it."""
+        made, number = self._ask("decode", latents, *known)
+        return made[0] if len(made) == 1 else MotionLayers(*made), self._hold(number)
+
+    def _hold(self, number: int, latents: Tensor | None = None) -> Kept:
+        kept = Kept(number, latents)
+        weakref.finalize(kept, self.forgotten.append, number).atexit = False
+        return kept
+
+    def _ask(self, method: str, *arguments: Tensor | Kept | None) -> tuple[list[Tensor], int]:
+        forms, tensors = _apart([each for each in arguments if isinstance(each, Tensor)])
+        rest = iter(forms)
+        told = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
+        with self.turn:
+            forgotten = tuple(self.forgotten.popleft() for _ in range(len(self.forgotten)))
+            self.wire.pass_on(Call(method, told, forgotten), tensors)
+            said, made = self.wire.hear()
+            self.wire.flush()  # there is an answer, so the question has arrived
+        if said.fault:
+            raise ValueError(said.fault)
+        return _restored(said.forms, made), said.kept
+
+
+@torch.no_grad()
+def serve_vae(autoencoder: nn.Module, wire: Line) -> None:
+    """What the rank that keeps the autoencoder does until it is dismissed: answer."""
+    kept: dict[int, Any] = {}
+    number = 0
+    while True:
+        call, tensors = wire.receive()
+        wire.flush()  # there is another question, so the last answer has arrived
+        if not call.method:
+            return
+        for each in call.forgotten:
+            kept.pop(each, None)
+        number += 1
+        said, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
+        wire.answer(said, made)
+        del tensors, made
+
+
+def hang_up(wire: Line) -> None:
+    """The first rank's last word."""
+    wire.pass_on(Call(""), ())
+    wire.flush()
+
+
+def make_wire(world: World) -> Line:
+    """Between the first rank of a film and the one that keeps the autoencoder."""
+    ranks = dist.get_process_group_ranks(world.group("layers"))
+    return Line([ranks[0], ranks[-1]], world.device, WAYS)
+
+
+def _answer(
+    autoencoder: nn.Module, call: Call, tensors: Sequence[Tensor], *, kept: dict[int, Any], number: int
+) -> tuple[Said, list[Tensor]]:
+    """What is said to a call. What later calls may need is kept under a number; a wrong question is no fault of this rank."""
+    sent = iter(_restored([each for each in call.told if isinstance(each, Form)], tensors))
+    arguments = [next(sent) if isinstance(each, Form) else each and kept[each] for each in call.told]
+    try:
+        found = getattr(autoencoder, call.method)(*arguments)
+    except ValueError as error:
+        return Said(fault=str(error)), []
+    made, kept[number] = (found.latents, found) if isinstance(found, Reference) else found
+    forms, parts = _apart(list(vars(made).values()) if isinstance(made, MotionLayers) else [made])
+    return Said(forms, number), parts
+
+
+def _apart(tensors: Sequence[Tensor]) -> tuple[tuple[Form, ...], list[Tensor]]:
+    """Tensors as they travel: without what only repeats, their numbers in the order in which they lie.
+
+    What is computed from them is then the same to the last bit: a convolution may round by how its input lies.
+    """
+    forms, parts = [], []
+    for tensor in tensors:
+        once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        order = tuple(sorted(range(once.ndim), key=lambda axis: -once.stride(axis)))  # noqa: B023
+        forms.append(Form(order, tuple(tensor.shape)))
+        parts.append(once.permute(order))
+    return tuple(forms), parts
+
+
+def _restored(forms: Sequence[Form], parts: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors again."""
+    back = [sorted(range(len(form.order)), key=form.order.__getitem__) for form in forms]
+    return [part.permute(order).expand(form.shape) for form, order, part in zip(forms, back, parts, strict=True)]

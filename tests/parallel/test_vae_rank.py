@@ -1,0 +1,106 @@
+"""The autoencoder on a rank of its own: the film of one rank, and what stays there, is let go, or goes wrong there."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from command_ranks import infer_on
+from main_job import FACE
+from ranks import on_ranks
+from torch import nn
+
+from sonic.model.vae import WarpAutoencoder
+from sonic.parallel.pipeline import Line
+from sonic.parallel.vae_rank import WAYS, FarAutoencoder, hang_up, serve_vae
+
+CPU = torch.device("cpu")
+TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)
+APART = ("parallel=pipeline", "parallel.vae_rank=true")
+
+
+def sabotaged(rank: int, *, way: str) -> None:
+    """The last of two ranks is struck when it decodes. What takes long to import is there before anybody's patience begins."""
+    importlib.import_module("librosa.filters")
+    ways = {"fails": broken, "hangs": lambda *arguments: time.sleep(1000)}
+    if rank == 1:
+        WarpAutoencoder.decode = ways[way]
+
+
+def broken(*arguments) -> None:
+    raise RuntimeError("the decoder fell over")
+
+
+@pytest.mark.parametrize(("way", "word"), [("fails", "a fault of the program"), ("hangs", "hangs at test_vae_rank.py")])
+def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_said_first(way, word, tmp_path):
+    codes, said = infer_on(
+        2, [*TOLD, *APART, "parallel.timeout_s=5", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
+    )
+    assert all(codes), said
+    first, *others = [line for line in said.splitlines() if "sonic:" in line]
+    assert "rank 1: " in first and word in first, said
+    assert all("rank 1" in line for line in others), said
+    assert not (tmp_path / "a.mp4").exists()
+
+
+class Remembers:
+    """What a stream left behind, a number."""
+
+    def __init__(self, value: float, alive: weakref.WeakSet) -> None:
+        self.value = value
+        alive.add(self)
+
+
+class Counting(nn.Module):
+    """An autoencoder whose frames say what it was told, how that lay, and how much it remembers at the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: weakref.WeakSet = weakref.WeakSet()
+        self.most = 0
+
+    def encode(self, frames, cache=None):
+        if frames.shape[2] % 4 != 1:
+            raise ValueError(f"{frames.shape[2]} frames cannot be encoded")
+        return torch.tensor(frames.stride()), Remembers(0.0, self.alive)
+
+    def decode(self, latents, cache=None):
+        remembers = Remembers(latents.sum().item() + (cache.value if cache else 0.0), self.alive)
+        self.most = max(self.most, len(self.alive))
+        return torch.full((2, 3), remembers.value, dtype=torch.bfloat16), remembers
+
+
+def asked() -> list:
+    """What the first rank hears; the most that the other one had to remember."""
+    wire = Line([0, 1], CPU, WAYS)
+    if dist.get_rank():
+        autoencoder = Counting()
+        serve_vae(autoencoder, wire)
+        return [autoencoder.most, len(autoencoder.alive), bool(wire._sent)]
+    far, found = FarAutoencoder(wire), []
+    still = torch.randn(1, 8, 6, 3).permute(0, 3, 1, 2).unsqueeze(2)
+    for picture in (still, still.expand(-1, -1, 5, -1, -1)):
+        found.append((tuple(far.encode(picture)[0].tolist()), picture.stride()))
+    with pytest.raises(ValueError, match="2 frames cannot be encoded"):
+        far.encode(still.expand(-1, -1, 2, -1, -1))
+    frames, cache = far.decode(torch.ones(1, 1, 1))
+    twice = [far.decode(torch.full((1, 1, 2), value), cache)[0][0, 0].item() for value in (1.0, 2.0)]
+    for _ in range(30):
+        frames, cache = far.decode(torch.ones(1, 1, 1), cache)
+    hang_up(wire)
+    return [found, twice, frames[1, 2].item(), frames.dtype]
+
+
+def test_what_is_asked_arrives_as_it_lies_and_what_nobody_holds_is_forgotten():
+    (found, twice, last, dtype), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
+    assert all(theirs == ours for theirs, ours in found)
+    assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing
+    assert (last, dtype) == (31, torch.bfloat16)
+    assert most == 2  # the last one and the next, not one for each of thirty blocks
+    assert left == 0
+    assert not unsent
