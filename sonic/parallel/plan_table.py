@@ -10,26 +10,38 @@ from rich.table import Table
 from sonic.parallel.memory import GIB, ITEMS
 from sonic.parallel.planner import Planned, reason
 from sonic.parallel.plans import Plan
+from sonic.parallel.training_plans import PlannedTraining
 
 
 def show(found: Planned, tracked: Sequence[float] | None = None, *, console: Console | None = None) -> None:
     """Print the answer; `tracked` is what the chosen plan took on fake tensors, GiB per rank."""
-    console = console or Console(width=None if Console().is_terminal else 150)
-    work, hardware = found.work, found.hardware
+    work = found.work
     film = f"{work.model.name}, {work.width}x{work.height}, {work.tokens} tokens, {work.steps} steps"
-    console.print(f"{film} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
-    for note in found.notes:
-        console.print(f"[dim]{note}[/dim]")
+    console = begin(found, film, console)
     console.print(_plans(found))
     console.print(_items(found.chosen, tracked))
     if not found.fits:
-        missing = found.chosen.missing_gib(hardware)
-        console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {found.chosen.name}, lacks {missing:.2f} GiB")
-        for change in found.changes:
-            knobs = " ".join(change.knobs)
-            console.print(f"  would fit: {change.sentence} ({knobs}): {change.plan.name}, {max(change.plan.peak_gib):.2f} GiB")
-        if not found.changes:
-            console.print("  no single change of steps, size, length or plan makes it fit; it needs more memory")
+        peaks = [max(change.plan.peak_gib) for change in found.changes]
+        end_in_need(found, peaks, "steps, size, length or plan", console=console)
+
+
+def begin(found: Planned | PlannedTraining, what: str, console: Console | None) -> Console:
+    """Print what was planned, on which hardware, and the notes; where."""
+    console, hardware = console or Console(width=None if Console().is_terminal else 150), found.hardware
+    console.print(f"{what} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
+    for note in found.notes:
+        console.print(f"[dim]{note}[/dim]")
+    return console
+
+
+def end_in_need(found: Planned | PlannedTraining, peaks: Sequence[float], tried: str, *, console: Console) -> None:
+    """Print what is missing and the changes that would make it fit, each with its peak in GiB; `tried` = of what there are changes."""
+    missing = found.chosen.missing_gib(found.hardware)
+    console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {found.chosen.name}, lacks {missing:.2f} GiB")
+    for change, peak in zip(found.changes, peaks, strict=True):
+        console.print(f"  would fit: {change.sentence} ({' '.join(change.knobs)}): {change.plan.name}, {peak:.2f} GiB")
+    if not found.changes:
+        console.print(f"  no single change of {tried} makes it fit; it needs more memory")
 
 
 def _plans(found: Planned) -> Table:

@@ -8,30 +8,23 @@ from rich.console import Console
 from rich.table import Table
 
 from sonic.parallel.memory import GIB
+from sonic.parallel.plan_table import begin, end_in_need
 from sonic.parallel.training_memory import ITEMS
 from sonic.parallel.training_plans import PlannedTraining, TrainingPlan, training_reason
 
 
 def show_training(found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, console: Console | None = None) -> None:
     """Print the answer; `tracked` = GiB of the chosen plan by moment on fake tensors."""
-    console = console or Console(width=None if Console().is_terminal else 150)
-    work, hardware = found.work, found.hardware
+    work = found.work
     what = f"{work.task.name} ({work.task.objective}) of {work.model.name}, {work.width}x{work.height}, {work.clip} tokens in a clip"
-    console.print(f"{what} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
-    for note in found.notes:
-        console.print(f"[dim]{note}[/dim]")
+    console = begin(found, what, console)
     console.print(_plans(found))
     console.print(_moments(found.chosen, tracked))
     if found.fits:
         console.print(f"launch/train.py with: {' '.join(found.chosen.knobs)}")
         return
-    console.print(
-        f"[bold]nothing fits[/bold]: the least demanding plan, {found.chosen.name}, lacks {found.chosen.missing_gib(hardware):.2f} GiB"
-    )
-    for change in found.changes:
-        console.print(f"  would fit: {change.sentence} ({' '.join(change.knobs)}): {change.plan.name}, {change.plan.peak_gib:.2f} GiB")
-    if not found.changes:
-        console.print("  no single change of plan, batch, adapters, length or size makes it fit; it needs more memory")
+    peaks = [change.plan.peak_gib for change in found.changes]
+    end_in_need(found, peaks, "plan, batch, adapters, length or size", console=console)
 
 
 def _plans(found: PlannedTraining) -> Table:

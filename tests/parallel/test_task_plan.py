@@ -78,8 +78,8 @@ def test_what_is_predicted_is_what_a_step_takes(items):
 def test_few_layers_tell_what_all_layers_take(monkeypatch):
     items = ("task=train", "hardware=4x24gb", "parallel=fsdp", "model.trunk.num_layers=6", "model.audio.inject_layers=[0,3,4]")
     found = planned_training(compose(PLAN, [*WIDE, *items]))
-    monkeypatch.setattr(few_layers, "FEW", 2)
-    monkeypatch.setattr(few_layers, "MORE", 3)
+    monkeypatch.setattr(few_layers, "FEW", 3)
+    monkeypatch.setattr(few_layers, "MORE", 4)
     told = track_training(found.work, found.hardware, found.chosen)
     monkeypatch.setattr(few_layers, "MORE", 100)
     assert told == pytest.approx(track_training(found.work, found.hardware, found.chosen), rel=0.01)
