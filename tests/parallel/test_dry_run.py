@@ -60,8 +60,13 @@ def test_what_cannot_be_tracked_is_not_made_up():
 @pytest.mark.parametrize(
     "items",
     [
-        ("hardware=1xh200", "parallel=single", "model.trunk.num_layers=9", "model.audio.inject_layers=[0,3,6,8]"),
-        ("hardware=1xh200", "parallel=single", "model.trunk.num_layers=9", "model.rollout.clip_frames=24"),
+        (
+            "hardware=1xh200",
+            "parallel=single",
+            "model.trunk.num_layers=8",
+            "model.audio.inject_layers=[0,3,6]",
+            "model.rollout.clip_frames=24",
+        ),
         ("hardware=2x24gb", "parallel=pipeline", "model.trunk.num_layers=15", "model.audio.inject_layers=[0,4,8,9,11]"),
     ],
 )
