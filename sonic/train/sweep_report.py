@@ -153,7 +153,7 @@ def _films(cells: Sequence[Cell]) -> str:
     rows = []
     for _, same in groupby(found, key=lambda item: item[0]):
         films = "".join(
-            f'<figure><video playsinline preload="metadata" src="data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+            f'<figure><video playsinline preload="auto" src="data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}">'
             f"</video><figcaption>{html.escape(cells[number].name)}</figcaption></figure>"
             for _, number, path in same
         )
