@@ -76,7 +76,7 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
     assert (tmp_path / "runs/a/contact_sheet.png").exists()
 
 
-@pytest.mark.parametrize(("model", "plan"), [("live", "parallel=pipeline"), ("wan", "parallel=fsdp"), ("live", "parallel=auto")])
+@pytest.mark.parametrize(("model", "plan"), [("wan", "parallel=fsdp"), ("live", "parallel=auto")])
 def test_two_ranks_make_the_film_of_one(ready, alone, tmp_path, model, plan):
     argv = told(ready, model)
     places = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")

@@ -114,7 +114,6 @@ def strike_of(marker: Path) -> float:
         *(("pipeline", way, 1, "moves") for way in WAYS),
         ("fsdp", "dies", 1, "moves"),
         ("fsdp", "hangs", 1, "loads"),
-        ("context", "dies", 0, "moves"),
     ],
 )
 def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):

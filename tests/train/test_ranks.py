@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -116,23 +118,29 @@ def curve(folder):
     return torch.tensor([line["train/student_loss"] for line in read_scalars(Path(folder))])
 
 
+@cache
+def alone(name, steps):
+    """The curve of one process."""
+    with TemporaryDirectory() as folder:
+        trained(folder, name, steps)
+        return curve(folder)
+
+
 @pytest.mark.parametrize("name", GOALS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shards_on_any_number_of_ranks_train_as_one_process(name, ranks, tmp_path):
     steps = 20 if name == "flow_match" else 4
-    trained(tmp_path / "one", name, steps)
     on_ranks(ranks, trained, str(tmp_path / "many"), name, steps)
-    assert_close(curve(tmp_path / "many"), curve(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+    assert_close(curve(tmp_path / "many"), alone(name, steps), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
 def test_another_number_of_ranks_continues_a_run(before, after, tmp_path):
-    trained(tmp_path / "whole", "flow_match", 6)
     for ranks, work, more in ((before, stopped, (3,)), (after, continued, ())):
         told = (str(tmp_path / "run"), "flow_match", 6, *more)
         on_ranks(ranks, work, *told) if ranks > 1 else work(*told)
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 2
-    assert_close(curve(tmp_path / "run"), curve(tmp_path / "whole"), rtol=1e-5, atol=1e-7)
+    assert_close(curve(tmp_path / "run"), alone("flow_match", 6), rtol=1e-5, atol=1e-7)
 
 
 def test_layers_computed_again_give_the_same_gradients(tmp_path):
