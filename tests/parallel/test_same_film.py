@@ -22,7 +22,7 @@ TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 
 def film(folder: Path, plan: str, program: tuple[str, ...]) -> bytes:
     output = folder / f"{plan}.mp4"
-    told = (INFER, "parallel=pipeline", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *TOLD)
+    told = (INFER, f"parallel={plan}", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *TOLD)
     done = subprocess.run(
         [*program, *told], capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
