@@ -120,9 +120,9 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 
 def _wide(config: BenchConfig) -> ModelConfig:
-    """The model as wide as gemm_dim, with heads of 128 as the published one has them, and fewer layers."""
+    """The model as wide as gemm_dim, with heads of 128 as the published one has them, and two layers."""
     dim = config.film.gemm_dim
-    trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=4)
+    trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=2)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 
 
