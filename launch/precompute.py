@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from sonic.app import Entry, launch
-from sonic.data.settings import PrecomputeConfig
-from sonic.runs import Run
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sonic.app import Entry, launch  # noqa: E402
+from sonic.data.settings import PrecomputeConfig  # noqa: E402
+from sonic.runs import Run  # noqa: E402
 
 
 def make(config: PrecomputeConfig, run: Run) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from sonic.app import Entry, launch
-from sonic.runs import Run
-from sonic.train.objective_settings import OBJECTIVE_CONFIGS
-from sonic.train.settings import TrainConfig
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sonic.app import Entry, launch  # noqa: E402
+from sonic.runs import Run  # noqa: E402
+from sonic.train.objective_settings import OBJECTIVE_CONFIGS  # noqa: E402
+from sonic.train.settings import TrainConfig  # noqa: E402
 
 
 def train(config: TrainConfig, run: Run) -> None:
