@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` and every mistake in a knob ans
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import difflib
 import logging
@@ -72,7 +73,14 @@ class Entry:
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
-    sys.exit(run_command(entry, job, sys.argv[1:] if argv is None else argv))
+    code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
