@@ -74,7 +74,7 @@ def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if _ranks().world > 1:
         # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -86,8 +86,7 @@ def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.
 def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: 0 or what the job says, or 2 with one sentence on stderr for what the user can mend and nothing
     left behind."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    ranks = Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
+    ranks = _ranks()
     start_logging(main=ranks.rank == 0)
     run = None
     try:
@@ -120,6 +119,12 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     finally:
         if run:
             run.close()
+
+
+def _ranks() -> Ranks:
+    """Which process this is among those that torchrun started."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
 
 
 def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
