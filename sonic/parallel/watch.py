@@ -80,6 +80,7 @@ class Watch:
         self.store = dist.PrefixStore(f"watch{next(numbers)}", store.clone())
         self.rank, self.ranks, self.patience_s, self.main = rank, ranks, patience_s, get_ident()
         self.signs = 0
+        self.known: Fault | None = None
         self.seen: dict[int, tuple[bytes, float]] = {}  # the last sign of another rank, and when it was new
         self.ended = Event()
         self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
@@ -94,16 +95,19 @@ class Watch:
         try:
             fault = self._blame(error)
         except dist.DistNetworkError as lost:
-            fault = _keeper_gone(lost)
-            log.critical("%s", fault)
+            fault = self.known or _keeper_gone(lost)
+            if fault != self.known:
+                log.critical("%s", fault)
         if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # which all ranks may find at once
             raise OtherRank(str(fault)) from error
         if _is_out_of_memory(error):
             raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
 
     def fault(self) -> Fault | None:
-        """The first fault that somebody told of."""
-        return Fault(*json.loads(self.store.get("fault"))) if self.store.check(["fault"]) else None
+        """The first fault that somebody told of, kept: the store may go with the rank that keeps it."""
+        if self.known is None and self.store.check(["fault"]):
+            self.known = Fault(*json.loads(self.store.get("fault")))
+        return self.known
 
     def close(self) -> None:
         """This rank has done its part. The first one, whose process may keep the store, leaves last."""
@@ -139,7 +143,7 @@ class Watch:
             try:
                 fault = self._look()
             except dist.DistNetworkError as lost:
-                fault = _keeper_gone(lost)
+                fault = self.known or _keeper_gone(lost)
             mine = fault and fault.rank == self.rank
             if fault and not self.ended.wait(HOLD_S if mine else 2 * HOLD_S):  # ranks that lose this one may still end in order
                 if mine or 0 in (self.rank, fault.rank):
