@@ -91,9 +91,10 @@ class _Residual(nn.Module):
 def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
     """The same words from throats that are shorter (factor < 1) or longer: log-mel columns with their mel axis stretched.
 
-    columns [B,T,40], factor [B] -> [B,T,40].  Source: vocal tract length perturbation, Jaitly and Hinton 2013.
+    columns [B,T,40], factor [B,1], or [B,40] where it differs along the mel axis -> [B,T,40]
+    Source: vocal tract length perturbation, Jaitly and Hinton 2013.
     """
-    place = ((torch.arange(MELS, device=factor.device) + 0.5) * rearrange(factor, "b -> b 1") - 0.5).clamp(0, MELS - 1)
+    place = ((torch.arange(MELS, device=factor.device) + 0.5) * factor - 0.5).clamp(0, MELS - 1)
     below = place.long().clamp(max=MELS - 2)
     share = rearrange((place - below).to(columns.dtype), "b m -> b 1 m")
     pick_row = lambda rows: columns.gather(2, rearrange(rows, "b m -> b 1 m").expand_as(columns))  # noqa: E731

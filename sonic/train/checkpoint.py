@@ -141,7 +141,7 @@ def _checked(checkpoint: Path) -> dict | str:
     try:
         facts = json.loads((checkpoint / FACTS).read_text())
         wrong = [name for name, digest in facts["sha256"].items() if _digest(checkpoint / name) != digest]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # the last is what an older form gives
         return f"checkpoint {checkpoint} cannot be read ({error})"
     return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else facts
 

@@ -122,7 +122,8 @@ class VisemeConfig(ObjectiveConfig):
     name: str = "viseme"
     audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
     tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
-    throat: float = 0.12  # largest change of the vocal tract length, in log
+    throat: float = 0.25  # largest change of the vocal tract length, in log
+    bend: float = 0.4  # the same of the lowest formants alone, as mouths of other shapes have them
 
 
 @dataclass

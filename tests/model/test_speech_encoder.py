@@ -49,16 +49,23 @@ def test_a_window_is_a_convolution():
 
 def test_the_same_throat_changes_nothing():
     columns = torch.randn(2, 5, MELS)
-    assert_close(vary_throat(columns, torch.ones(2)), columns)
+    assert_close(vary_throat(columns, torch.ones(2, 1)), columns)
 
 
 def test_a_shorter_throat_moves_a_formant_up():
     columns = torch.zeros(2, 1, MELS)
     columns[:, 0, 20] = 1.0
-    moved = vary_throat(columns, torch.tensor([0.8, 1.25]))[:, 0].argmax(-1)
+    moved = vary_throat(columns, torch.tensor([[0.8], [1.25]]))[:, 0].argmax(-1)
     assert moved[0] > 20 > moved[1]
+
+
+def test_a_mouth_of_another_shape_moves_the_low_formants_alone():
+    columns = torch.zeros(1, 1, MELS)
+    columns[:, 0, [10, 35]] = 1.0
+    moved = vary_throat(columns, torch.where(torch.arange(MELS) < 30, 0.5, 1.0)[None])[0, 0]
+    assert moved[10] == 0 and moved[20] == moved[21] == 0.75 and moved[35] == 1
 
 
 def test_silence_stays_silence():
     columns = torch.full((1, 3, MELS), SILENT_COLUMN)
-    assert_close(vary_throat(columns, torch.tensor([1.1])), columns)
+    assert_close(vary_throat(columns, torch.tensor([[1.1]])), columns)

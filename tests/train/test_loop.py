@@ -110,6 +110,13 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_an_older_form_is_left_aside(tmp_path, caplog):
+    (tmp_path / "step_00000003").mkdir()
+    (tmp_path / "step_00000003/facts.json").write_text('{"step": 3, "sha256": "of one file"}')
+    assert Checkpoints(tmp_path, keep=2, world=World()).load(lambda names: {}) == {}
+    assert "step_00000003 cannot be read" in caplog.text
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path):
     train(make(tmp_path, steps=11, every=2, keep=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]

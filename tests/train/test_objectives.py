@@ -103,7 +103,7 @@ def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
     columns = torch.randn(2, 10, 40)
     found = encoder_input(columns, VisemeConfig(), torch.Generator().manual_seed(0))
     assert found.shape == columns.shape and (found - columns).std() > 0.1
-    quiet = VisemeConfig(audio_noise=0, tilt=0, throat=0)
+    quiet = VisemeConfig(audio_noise=0, tilt=0, throat=0, bend=0)
     assert_close(encoder_input(columns, quiet, torch.Generator().manual_seed(0)), columns)
 
 

@@ -80,7 +80,8 @@ def encoder_input(columns: Tensor, config: VisemeConfig, rng: torch.Generator) -
     """Log-mel columns [B,T,40] as other speakers and microphones would give them: another throat, another colour, some noise."""
     count, _, mels = columns.shape
     draw = {"generator": rng, "device": rng.device}
-    if config.throat:
-        columns = vary_throat(columns, torch.exp(config.throat * (2 * torch.rand(count, **draw) - 1)))
+    if config.throat or config.bend:
+        whole, low = (2 * torch.rand(count, 1, **draw) - 1 for _ in range(2))
+        columns = vary_throat(columns, torch.exp(config.throat * whole + config.bend * low * torch.linspace(1, 0, mels, device=rng.device)))
     tilt = torch.randn(count, 1, 1, **draw) * torch.linspace(-1, 1, mels, device=rng.device)
     return columns + config.tilt * tilt + config.audio_noise * torch.randn(columns.shape, **draw)
