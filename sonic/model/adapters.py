@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from sonic.config import AdapterConfig
@@ -89,27 +88,17 @@ class Adapters:
 
 
 def export_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a role's adapters under the names that peft gives them, on official module names where there are such."""
-    found = {}
-    for name, tensor in weights.items():
-        path, role, _ = name.rsplit(".", 2)
-        assert role in (DOWN, UP), name
-        module = path.replace(SLASH, ".")
-        official = (to_official(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
-        found[f"{PREFIX}{official}.{role}.weight"] = tensor
-    return found
+    """Tensors of a role's adapters under the names that peft gives them."""
+    return {peft_name(name): tensor for name, tensor in weights.items()}
 
 
-@torch.no_grad()
-def load_adapters(role: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Take over adapters that `export_adapters` wrote. Raises ValueError unless every one fits."""
-    wanted = role.state_dict()
-    names = export_adapters({name: torch.empty(0) for name in wanted})
-    for ours, theirs in zip(wanted, names, strict=True):
-        if theirs not in weights or weights[theirs].shape != wanted[ours].shape:
-            shape = list(wanted[ours].shape)
-            raise ValueError(f"the adapters lack {theirs} in the shape {shape}; use those of this model, rank and targets")
-        wanted[ours].copy_(weights[theirs])
+def peft_name(name: str) -> str:
+    """What peft calls a tensor of a role's adapters; on the module's official name where there is one."""
+    path, role, _ = name.rsplit(".", 2)
+    assert role in (DOWN, UP), name
+    module = path.replace(SLASH, ".")
+    official = (to_official(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+    return f"{PREFIX}{official}.{role}.weight"
 
 
 def _chosen(name: str, targets: Sequence[str]) -> bool:

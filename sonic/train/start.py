@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sonic.config import ModelConfig
-from sonic.model.adapters import ADAPTERS, LowRank
+from sonic.model.adapters import ADAPTERS, LowRank, peft_name
 from sonic.model.dit import AvatarDiT
+from sonic.model.lora import DOWN, UP
 from sonic.model.weights import stored_weights
 
 LOG = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_from(module: nn.Module, path: Path) -> None:
-    """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front), in slices where
-    the module is in shards.
+    """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front; adapters as they
+    are exported), in slices where the module is in shards.
 
     Raises ValueError when the file cannot be read or nothing fits.
     """
@@ -65,7 +66,7 @@ def start_from(module: nn.Module, path: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
             stored = set(file.keys())
             for name, value in state.items():
-                found = next((each for each in (name.removeprefix(start) for start in ("", *_starts(name))) if each in stored), None)
+                found = next((each for each in _called(name) if each in stored), None)
                 if found is not None and tuple(file.get_slice(found).get_shape()) == shape_of(value):
                     part = part_of(value)
                     part.take(file.get_slice(found)[part.place] if part.place else file.get_tensor(found))
@@ -109,6 +110,10 @@ def part_of(weight: Tensor) -> Part:
     return Part(weight.ds_tensor.data[: last - first], (rows, *every[1:]), slice(first - rows.start * row, last - rows.start * row))
 
 
-def _starts(name: str) -> list[str]:
+def _called(name: str) -> list[str]:
+    """What a file may call a tensor."""
     parts = name.split(".")
-    return [".".join(parts[:n]) + "." for n in range(1, len(parts))]
+    names = [".".join(parts[n:]) for n in range(len(parts))]
+    if parts[-2:-1] not in ([DOWN], [UP]):
+        return names
+    return [*names, *(peft_name(each) for each in names[:-2])]
