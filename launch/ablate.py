@@ -23,7 +23,7 @@ def ablate(config: AblateConfig, run: Run) -> None:
     from sonic.train.sweep import sweep
     from sonic.train.sweep_report import write_report
 
-    run.path.mkdir(parents=True, exist_ok=True)  # made before the run opens it: finished cells stay whatever happens
+    run.keep()  # finished cells
     folder = run.open()
     cells = sweep(config, folder)
     report = write_report(cells, folder, title=f"{run.name}: {', '.join(config.grid)}")

@@ -20,8 +20,8 @@ def convert(config: ConvertConfig, run: Run) -> None:
     """Check everything, then write the folder aside and give it its name."""
     from sonic.checkpoint.convert import DIRECTIONS
 
+    run.keep()  # the next conversion takes over what this one has written
     made = DIRECTIONS[config.to](config, config.model)
-    run.discard()
     log.info("%s", made.resolve())
 
 

@@ -29,8 +29,9 @@ def infer(config: InferConfig, run: Run) -> int | None:
     clock = Clock(begun)
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
-        with open_parts(config, run.ranks) as opened:
-            outcomes = all_outcomes(make_films(requests, opened, config, folder=folder), opened)
+        with open_parts(config, run.ranks, folder=folder) as opened:
+            run.keep()  # finished films
+            outcomes = all_outcomes(make_films(requests, opened, config), opened)
         return report(outcomes, run)
     with ExitStack() as stack:
         with clock.stage("load"):
@@ -41,6 +42,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
         output = Path(config.output) if config.output else run.open() / "out.mp4"
         run.open()
         result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
+        run.keep()
     run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
     draw_contact_sheet(watch, run.path / "contact_sheet.png")
     log.info("%s\npapers in %s", result.summary(), run.path)

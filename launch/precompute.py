@@ -17,6 +17,7 @@ def make(config: PrecomputeConfig, run: Run) -> None:
     from sonic.data.precompute import precompute
     from sonic.train.encoders import build_encoders
 
+    run.keep()  # finished shards
     precompute(config, build_encoders)
 
 

@@ -18,10 +18,10 @@ find_python() {
 set_up() {
     local extras="$1" venv="$root/.venv" stamp
     stamp="$venv/.installed-$extras-$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt" | cksum | cut -d' ' -f1)"
-    if [ ! -x "$venv/bin/python" ]; then
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # not there, or making it was broken off
         local python
         python="$(find_python)" || return 2
-        "$python" -m venv "$venv"
+        "$python" -m venv --clear "$venv"
     fi
     if [ ! -e "$stamp" ]; then
         echo "installing into $venv (a few minutes the first time)" >&2

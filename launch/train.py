@@ -18,7 +18,7 @@ def train(config: TrainConfig, run: Run) -> None:
     from sonic.train.build import run_training
 
     def opened() -> None:
-        run.path.mkdir(parents=True, exist_ok=True)  # before the run opens it: checkpoints stay when the run is stopped
+        run.keep()  # checkpoints
         run.open()
 
     run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)

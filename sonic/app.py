@@ -112,7 +112,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         log.critical("rank %d: %s", ranks.rank, _sentence(error))
         return FAULT
     except KeyboardInterrupt:
-        return _given_up(run, "stopped; nothing was kept", STOPPED)
+        return _given_up(run, f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
     except Exception:
         log.critical("rank %d: a fault of the program, not of the input", ranks.rank, exc_info=True)
         return FAULT

@@ -72,14 +72,6 @@ def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[Block
     return (BlockSpan(index, index * block_frames, block_frames) for index in indices)
 
 
-def tokens_per_frame(height: int, width: int, patch_size: tuple[int, int, int] | list[int]) -> int:
-    """Tokens in one latent frame of height x width latents. Raises ValueError when the patches do not tile it."""
-    _, patch_height, patch_width = patch_size
-    if height % patch_height or width % patch_width:
-        raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {patch_height}x{patch_width}")
-    return (height // patch_height) * (width // patch_width)
-
-
 def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tuple[int, int]:
     """The largest (width, height) of about the same aspect within `max_area`, never enlarged, sides a multiple.
 

@@ -18,13 +18,14 @@ log = logging.getLogger("sonic")
 
 
 class Run:
-    """Where a run keeps its papers. `open` makes the folder on the main rank; `discard` removes what `open` made."""
+    """Where a run keeps its papers. `open` makes the folder on the main rank; `discard` removes what `open` made, unless it is to
+    be kept."""
 
     def __init__(self, place: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, ranks: Ranks) -> None:
         folder, name = place
         self.path = _unused(Path(folder), name)
         self.command = shlex.join(command)
-        self.ranks, self.main = ranks, ranks.rank == 0
+        self.ranks, self.main, self.kept = ranks, ranks.rank == 0, False
         self._root, self._config_yaml = root, config_yaml
         self._made: list[Path] = []
         self._handler: logging.Handler | None = None
@@ -46,7 +47,7 @@ class Run:
             return self.path
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._made = missing
+        self._made = [] if self.kept else missing
         (self.path / "config.yaml").write_text(self._config_yaml)
         (self.path / "command.txt").write_text(self.command + "\n")
         (self.path / "git_commit.txt").write_text(self.commit + "\n")
@@ -54,6 +55,10 @@ class Run:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(self._handler)
         return self.path
+
+    def keep(self) -> None:
+        """What the run has finished is worth keeping from now on, whatever happens."""
+        self._made, self.kept = [], True
 
     def write_json(self, name: str, value: dict) -> None:
         """A JSON file in the folder, on the main rank."""

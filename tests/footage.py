@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from einops import rearrange
 from skimage import data
+from torch import Tensor
+from torch.nn import functional as F
 
 from sonic.data import faces, puppet, voices
 from sonic.data.video import Coding, VideoWriter
-from sonic.types import Speech
+from sonic.model.warp import unit_grid
+from sonic.types import MotionLayers, Speech
 
 FPS = 25
 MOUTH = puppet.MouthShape(
@@ -23,6 +26,19 @@ MOUTH = puppet.MouthShape(
 def astronaut() -> np.ndarray:
     """Head and shoulders, uint8 [260,260,3]; the mouth is MOUTH."""
     return np.ascontiguousarray(data.astronaut()[:260, 90:350])
+
+
+def warp_crop(picture: Tensor, layers: MotionLayers) -> Tensor:
+    """A picture itself in motion, without a photograph around it.  [B,3,R,R] in [-1,1] -> frames [B,3,F,R,R] in [-1,1]"""
+    batch, frames = layers.flow.shape[:2]
+    size = picture.shape[-2:]
+    stacked = rearrange(torch.cat([layers.flow, layers.opacity, layers.interior], 2), "b f c h w -> (b f) c h w")
+    full = F.interpolate(stacked, size, mode="bilinear", align_corners=False)
+    flow, opacity, interior = full.split([2, 1, 3], dim=1)
+    grid = unit_grid(*size, picture) + 2 * rearrange(flow, "n c h w -> n h w c")
+    moved = F.grid_sample(picture.repeat_interleave(frames, 0), grid, padding_mode="border", align_corners=False)
+    composed = torch.lerp(moved, interior.clamp(0, 1) * 2 - 1, opacity.clamp(0, 1))
+    return rearrange(composed, "(b f) c h w -> b c f h w", b=batch)
 
 
 def speech(seed: int, frames: int) -> tuple[np.ndarray, torch.Tensor]:

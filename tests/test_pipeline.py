@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,17 +13,18 @@ import pytest
 import torch
 import yaml
 from main_job import FACE, TINY, babble, launcher, small_scene, tiny_parts, write_wav, write_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sonic.app import run_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import face_crop
 from sonic.infer.conditions import encode, fit_portrait, head_pose
-from sonic.infer.decode import ahead, at_the_end
+from sonic.infer.decode import ahead, at_the_end, decoded, half_the_threads
 from sonic.infer.pipeline import film
-from sonic.infer.report import Watch
+from sonic.infer.report import Clock, Watch
 from sonic.infer.scene import Settings
-from sonic.types import FaceBox, Mouth, Portrait
+from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
@@ -162,6 +164,37 @@ def test_a_stage_ahead_keeps_the_order_and_stays_within_its_queue():
     assert next(made) <= 1 + 2 + 1 + 1  # taken, waiting, in hand, and this question
     assert list(items)[-1] == 100
     assert list(at_the_end(iter(range(5)))) == list(range(5))
+
+
+def test_stages_that_work_at_once_share_the_threads_evenly_in_every_film():
+    before, counts = torch.get_num_threads(), []
+
+    def counted(items):
+        counts.append(torch.get_num_threads())
+        yield from items
+
+    try:
+        torch.set_num_threads(8)
+        for _ in range(2):
+            prepare = half_the_threads()
+            inner = ahead(counted([1]), 1, name="denoise", prepare=prepare)
+            assert list(ahead(counted(inner), 1, name="decode", prepare=prepare)) == [1]
+        assert counts == [4, 4, 4, 4] and torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
+    shown = []
+
+    def decode(latents, reference, cache):
+        return MotionLayers(*(torch.empty(1, 12, channels, 8, 8, device="cuda") for channels in (2, 1, 3))), None
+
+    canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=lambda part: shown.append(part) or torch.zeros(part.flow.shape[1]))
+    with FakeTensorMode():  # which knows of devices that are not there
+        blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
+        list(decoded(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, clock=Clock()))
+    assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
 def test_the_head_stays_still_unless_asked():

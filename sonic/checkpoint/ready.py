@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, Tru
 from sonic.model.text import TextEncoder, Tokenizer
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
+
+log = logging.getLogger("sonic.checkpoint")
 
 FORMAT = "sonic ready checkpoint 1"
 MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
@@ -118,9 +123,12 @@ class Ready:
 
 def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> None:
     """Write aside and rename; a checkpoint that cannot be written to is used without a cache."""
+    aside = file.with_suffix(f".{os.getpid()}.partial")  # other processes may keep the same
     try:
         file.parent.mkdir(exist_ok=True)
-        write(tensors, file.with_suffix(".partial"))
-        file.with_suffix(".partial").rename(file)
-    except PermissionError:
-        return
+        write(tensors, aside)
+        aside.rename(file)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s cannot be kept and will be made anew next time (%s)", file, error)
+    finally:
+        aside.unlink(missing_ok=True)

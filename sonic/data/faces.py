@@ -30,11 +30,6 @@ class Identity:
     picture: np.ndarray
     mouth: puppet.MouthShape
 
-    @property
-    def ref_opening(self) -> float:
-        """Height of what is visible between the lips at rest, in mouth units."""
-        return self.mouth.gap
-
 
 def draw_identity(
     rng: np.random.Generator, resolution: int, *, split: str = "train", jitter: float = 1.0, photographs: float = 0.25

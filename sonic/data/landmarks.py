@@ -17,7 +17,6 @@ from PIL import Image
 from skimage import data, feature
 from torch import Tensor
 
-from sonic.data.eyes import read_eyes
 from sonic.data.face_filter import FacePose, Guess, align
 from sonic.data.mouth import read_mouth
 from sonic.types import FaceBox, Mouth
@@ -87,13 +86,6 @@ def locate_mouth(pixels: np.ndarray, face: FaceBox, mouth: Sequence[float] | Non
         return replace(given, angle=pose.angle)
     found = read_mouth(window, pose)
     return Mouth(left + found.x / scale, top + found.y / scale, found.half_width / scale, found.angle)
-
-
-def locate_eyes(pixels: np.ndarray, face: FaceBox) -> np.ndarray:
-    """Middles of both eyes of that face in photo px, the left one of the picture first.  -> [2,2] (x, y)"""
-    window, scale, left, top = _window(pixels, face)
-    eyes = read_eyes(window, _pose(window, face, scale=scale, corner=(left, top)))
-    return eyes.numpy() / scale + np.array([left, top])
 
 
 def _pose(window: Tensor, face: FaceBox, *, scale: float, corner: tuple[int, int]) -> FacePose:

@@ -105,19 +105,6 @@ def crop_to_photo(crop: Crop, uv: Tensor) -> Tensor:
     return (uv - crop.resolution / 2) @ (turn.T * scale) + center
 
 
-def photo_to_crop(crop: Crop, xy: Tensor) -> Tensor:
-    """Crop px of points in photo px, the inverse of `crop_to_photo`.  xy [...,2] -> [...,2]"""
-    turn, center, scale = _similarity(crop, xy)
-    return (xy - center) @ (turn / scale) + crop.resolution / 2
-
-
-def crop_matrix(crop: Crop) -> Tensor:
-    """The similarity as a matrix: photo px = matrix @ (u, v, 1).  -> [2,3] float64"""
-    corners = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    right, down, origin = crop_to_photo(crop, corners)
-    return torch.stack([right - origin, down - origin, origin], dim=1)
-
-
 def pixel_centers(height: int, width: int) -> Tensor:
     """Centres of the pixels of a picture.  -> [height,width,2] (x, y)"""
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,20 @@ def precompute(config: PrecomputeConfig, build: Build) -> int:
     """
     pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
-    clips.check_room(folder, kind=config.kind, source=config.data.source)
     if config.data.source:
+        clips.check_room(folder, kind=config.kind, source=config.data.source)
         return precompute_videos(config, build)
+    told = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
+    clips.check_room(folder, source="", mix=asdict(config.mix), **told)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(-(-config.utterances // PER_SHARD))
-    missing = [n for n in numbers if not (folder / _name(n)).is_file()]
+    missing = [n for n in numbers if _recordings_in(folder / _name(n)) != len(_recordings(config, n))]
     done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
         pass
-    told = [facts_of(folder / _name(n)) for n in numbers]
-    entries = [entry for facts in told for entry in facts["clips"]]
-    clips.write_index(folder, entries, kind=config.kind, seed=config.seed, split=config.split, **made_with(told, config))
+    shards = [facts_of(folder / _name(n)) for n in numbers]
+    entries = [entry for facts in shards for entry in facts["clips"]]
+    clips.write_index(folder, entries, mix=asdict(config.mix), **told, **made_with(shards, config))
     if config.kind == "talking":
         save_file(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
@@ -107,7 +110,7 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all."""
     tensors, entries, encoders = {}, [], built(config, build)
-    for place in range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances)):
+    for place in _recordings(config, number):
         rng = np.random.default_rng((config.seed, place))
         for clip in MAKERS[config.kind](config, encoders, rng):
             name = f"{place:06d}_{len(entries):04d}"
@@ -115,6 +118,16 @@ def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
     write_shard(Path(config.folder) / _name(number), tensors, clips=entries, autoencoder_hash=encoders.autoencoder_hash)
+
+
+def _recordings(config: PrecomputeConfig, number: int) -> range:
+    """The recordings that belong into shard `number`; the last shard may have fewer than the others."""
+    return range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances))
+
+
+def _recordings_in(shard: Path) -> int:
+    """How many recordings a shard was made of; 0 when it is not there."""
+    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if shard.is_file() else 0
 
 
 def _name(number: int) -> str:

@@ -265,6 +265,7 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
             if not container.streams.video:
                 raise ValueError(f"video={path} holds no pictures; give the path of a video")
             for frame in container.decode(video=0):
-                yield frame.time or 0.0, frame.to_ndarray(format="rgb24")
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # telephones turn the picture, not the pixels
+                yield frame.time or 0.0, np.ascontiguousarray(upright)
     except av.FFmpegError as error:
         raise ValueError(f"video={path} cannot be decoded ({error.strerror}); give an undamaged video") from error

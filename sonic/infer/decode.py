@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,7 @@ def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], Non
     item it is making. `prepare` runs first on the thread.
     """
     waiting: queue.Queue = queue.Queue(size)
+    place = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a new thread begins on the first one
     unwanted = threading.Event()
 
     def hand_over(item: object) -> bool:
@@ -53,6 +55,8 @@ def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], Non
     def work() -> None:
         source = iter(items)
         try:
+            if place is not None:
+                torch.cuda.set_device(place)
             prepare()
             if all(hand_over(item) for item in source):
                 hand_over(_END)
@@ -82,9 +86,12 @@ def at_the_end(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Ca
 HANDOVERS = {True: ahead, False: at_the_end}  # by decode.online
 
 
-def half_the_threads() -> None:
-    """Two stages work at once, each with half of torch's threads: so they wait for each other less."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+def half_the_threads() -> Callable[[], None]:
+    """For two stages that work at once, each with half of torch's threads: so they wait for each other less.
+
+    The threads are counted here, by who starts the stages: a new thread begins with what the last one set.
+    """
+    return partial(torch.set_num_threads, max(1, torch.get_num_threads() // 2))
 
 
 @torch.no_grad()
@@ -95,7 +102,8 @@ def decoded(
     cache, last, start = None, None, 0
     for block in blocks:
         with clock.stage("decode"):
-            layers, cache = autoencoder.decode(block.latents, reference, cache)
+            found, cache = autoencoder.decode(block.latents, reference, cache)
+            layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas is in host memory
             layers = close_seams(layers, last)
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,27 +40,31 @@ class Outcome(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The parts of this rank, its place among the ranks, and the plan they run under."""
+    """The parts of this rank, its place among the ranks, the plan they run under, and the folder of the job's films."""
 
     parts: Parts | ReadyParts
     world: World
     forecast: Forecast
+    folder: Path
 
 
 @contextmanager
-def open_parts(config: InferConfig, ranks: Ranks) -> Iterator[Opened]:
-    """The parts of this rank, under the plan that fits. Ranks that do not lead come back when all is done."""
+def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> Iterator[Opened]:
+    """The parts of this rank, under the plan that fits. Ranks that do not lead come back when all is done.
+
+    All ranks use the first one's `folder`: without a name it is called after the time, which each of them sees differently.
+    """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     found = forecast(config, ranks, device)
     parallel = replace(found.parallel, replicas=config.parallel.replicas)
     with open_world(parallel, parallel.name, ranks, device=device) as world:
-        company = Company(world, parallel)
+        company, folder = Company(world, parallel), world.said_by_first(folder)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
         if world.keeps_vae:
             serve_vae(parts.autoencoder, company.wire)
         elif not world.leads:
             follow(parts.model, parts.dtype)
-        yield Opened(parts, world, found)
+        yield Opened(parts, world, found, folder)
         if world.leads:
             dismiss(parts.model)
         found.measure(world)
@@ -76,23 +81,23 @@ def checked_scene(config: InferConfig) -> Scene:
 
 def make_film(scene: Scene, parts: Parts | ReadyParts, config: InferConfig, *, output: Path, clock: Clock) -> tuple[Result, Watch]:
     """One film, and what was seen of it on its way."""
-    if config.prompt and config.model.name == "preview":
+    if config.prompt and config.model.autoencoder == "warp":
         log.warning("prompt is not read: the preview was trained without text")
     watch = Watch(scene)
     return generate(scene, parts, Settings.of(config), output=output, clock=clock, watch=watch), watch
 
 
-def make_films(requests: Sequence[str], opened: Opened, config: InferConfig, *, folder: Path) -> list[Outcome]:
-    """The films of this copy of the model, the bad requests among them left out; what became of them.
+def make_films(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> list[Outcome]:
+    """The films of this copy of the model, the bad requests (line number, text) among them left out; what became of them.
 
-    A film that is there already is not made again. Outputs without a name lie in `folder`, numbered by line.
+    A film that is there already is not made again. Outputs without a name lie in the job's folder, numbered by line.
     """
     mine: list[Outcome] = []
     parts, world = opened.parts, opened.world
     copies, place = world.size("dp_replicate"), world.place("dp_replicate")
-    for line, text in list(enumerate(requests, start=1))[place::copies] if world.leads else ():
+    for line, text in requests[place::copies] if world.leads else ():
         try:
-            wanted = _request(text, config, folder / f"{line:04d}.mp4")
+            wanted = _request(text, config, opened.folder / f"{line:04d}.mp4")
             if Path(wanted.output).exists():
                 log.info("line %d: %s is there already", line, wanted.output)
                 continue
@@ -116,9 +121,9 @@ def all_outcomes(mine: Sequence[Outcome], opened: Opened) -> list[Outcome]:
     return sorted((outcome for some in found for outcome in some), key=lambda outcome: outcome.line)
 
 
-def read_requests(path: str) -> list[str]:
-    """Lines of a file of requests that are not empty."""
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+def read_requests(path: str) -> list[tuple[int, str]]:
+    """Lines of a file of requests that are not empty, each with its number."""
+    lines = [(number, line) for number, line in enumerate(Path(path).read_text().splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f'requests={path} holds no request; write one JSON object per line, such as {{"image": "me.jpg"}}')
     return lines
@@ -126,6 +131,7 @@ def read_requests(path: str) -> list[str]:
 
 def _request(text: str, config: InferConfig, output: Path) -> InferConfig:
     """The config of one line: what the line says, and for the rest what the command line says."""
+    kinds = typing.get_type_hints(RequestConfig)
     known = [field.name for field in dataclasses.fields(RequestConfig)]
     try:
         told = json.loads(text)
@@ -134,4 +140,7 @@ def _request(text: str, config: InferConfig, output: Path) -> InferConfig:
     strange = [name for name in told if name not in known] if isinstance(told, dict) else [text[:40]]
     if strange:
         raise ValueError(f"{strange[0]} is not known in a request; use: {', '.join(known)}")
-    return dataclasses.replace(config, **{"output": str(output), **told})
+    for name, value in told.items():
+        if type(value) is not kinds[name]:
+            raise ValueError(f"{name}={json.dumps(value)} is {type(value).__name__}; a request needs {kinds[name].__name__} there")
+    return dataclasses.replace(config, **{**told, "output": told.get("output") or str(output)})

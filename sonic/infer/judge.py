@@ -7,7 +7,6 @@ A person is judged by what a viewer sees, so the figures come from the file, com
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from sonic.infer.report import mouth_window
 from sonic.infer.scene import PORTRAITS, RECORDINGS
 from sonic.types import Portrait
 
-LOG = logging.getLogger(__name__)
 QUIET_DB = -38.0  # below the loud parts: nobody speaks
 REST_FRAMES = 5  # a pause this long lets the mouth come to rest
 REACH = 12  # frames of lag that are tried either way

@@ -30,7 +30,7 @@ def film_moved(scene: Scene, parts: Parts, settings: Settings, *, clock: Clock) 
     rng = torch.Generator().manual_seed(scene.seed)
     blocks = rollout_together(parts.model, conditions, spans, sampler=settings.sampler, draws=Draws(rng))
     online = settings.decode.online
-    stage = {"prepare": half_the_threads} if online else {}
+    stage = {"prepare": half_the_threads()} if online else {}
     latents = HANDOVERS[online](clock.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)
     chunks = decoded(latents, scene.num_frames, autoencoder=parts.autoencoder, reference=reference, canvas=canvas, clock=clock)
     if online:

@@ -24,22 +24,6 @@ def unit_grid(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
 
 
-def warp_crop(picture: Tensor, layers: MotionLayers) -> Tensor:
-    """The crop itself in motion, at its own resolution.  picture [B,3,R,R] in [-1,1] -> frames [B,3,F,R,R] in [-1,1]
-
-    Differentiable; this is what the autoencoder is trained through.
-    """
-    batch, frames = layers.flow.shape[:2]
-    size = picture.shape[-2:]
-    stacked = rearrange(torch.cat([layers.flow, layers.opacity, layers.interior], 2), "b f c h w -> (b f) c h w")
-    full = F.interpolate(stacked, size, mode="bilinear", align_corners=False)
-    flow, opacity, interior = full.split([2, 1, 3], dim=1)
-    grid = unit_grid(*size, picture) + 2 * rearrange(flow, "n c h w -> n h w c")
-    moved = F.grid_sample(picture.repeat_interleave(frames, 0), grid, padding_mode="border", align_corners=False)
-    composed = torch.lerp(moved, interior.clamp(0, 1) * 2 - 1, opacity.clamp(0, 1))
-    return rearrange(composed, "(b f) c h w -> b c f h w", b=batch)
-
-
 def fade(height: int, width: int, like: Tensor) -> Tensor:
     """1 inside the crop, falling smoothly to 0 at its border.  -> [h,w]"""
     edge = (1 - unit_grid(height, width, like).abs().amax(-1)) / (2 * BORDER)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sonic.config import Ranks
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.watch import watched
+
+T = TypeVar("T")
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
@@ -43,6 +46,13 @@ class World:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along an axis only."""
         return self.mesh[axis].get_group()
+
+    def said_by_first(self, thing: T) -> T:
+        """What the first of all ranks says; every rank must ask."""
+        told = [thing]
+        if self.mesh is not None:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
 
     @property
     def stages(self) -> int:

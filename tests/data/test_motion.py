@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from footage import write
+from footage import warp_crop, write
 
 from sonic import metrics
 from sonic.config import ModelConfig
@@ -18,7 +18,6 @@ from sonic.data.motion import encode_motion, estimate_motion, head_pose
 from sonic.data.video import read_frames
 from sonic.infer.build import weight_files
 from sonic.model.vae import WarpAutoencoder
-from sonic.model.warp import warp_crop
 from sonic.model.weights import load_weights
 
 SIDE, FRAMES = 192, 8

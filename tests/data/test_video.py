@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import wave
 from collections import namedtuple
 
@@ -170,6 +171,20 @@ def test_a_full_disk_is_noticed_before_the_first_frame(tmp_path, monkeypatch):
 def test_an_impossible_crf_names_the_range():
     with pytest.raises(ValueError, match=r"crf=60 is impossible: H\.264 knows 0"):
         Coding(crf=60)
+
+
+def test_a_video_that_a_telephone_has_turned_is_read_upright(tmp_path):
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, :32] = 255  # white on the left
+    with VideoWriter(tmp_path / "a.mp4", 64, 32, num_frames=2, coding=Coding(crf=4)) as writer:
+        writer.write(np.stack([picture] * 2))
+    file = bytearray((tmp_path / "a.mp4").read_bytes())
+    level, turned = ([1 << 16, 0, 0, 0, 1 << 16], [0, 1 << 16, 0, -1 << 16, 0])  # of the track's matrix: by 90 degrees clockwise
+    place = file.index(struct.pack(">5i", *level), file.index(b"tkhd"))
+    file[place : place + 20] = struct.pack(">5i", *turned)
+    (tmp_path / "b.mp4").write_bytes(file)
+    found = next(read_frames(tmp_path / "b.mp4"))
+    assert found.shape == (64, 32, 3) and found[:32].mean() > 200 and found[32:].mean() < 50  # what was left is up now
 
 
 def test_reading_what_is_no_video_is_refused(tmp_path):

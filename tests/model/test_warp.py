@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from sonic.model.warp import Canvas, fade, settle, warp_crop
+from sonic.model.warp import Canvas, fade, settle
 from sonic.types import Crop, MotionLayers
 
 
@@ -55,9 +55,3 @@ def test_motion_fades_to_nothing_at_the_border():
     window = fade(32, 32, torch.zeros(1))
     assert window[0].max() < 0.1 and window[16, 16] == 1
     assert settle(layers(flow=(0.1, 0.0))).flow[..., 0, :].abs().max() < 0.01
-
-
-def test_opacity_one_shows_the_inside_and_zero_the_picture():
-    picture = torch.rand(1, 3, 64, 64) * 2 - 1
-    assert_close(warp_crop(picture, layers())[:, :, 0], picture, atol=1e-5, rtol=0)
-    assert_close(warp_crop(picture, layers(opacity=1.0)), torch.full((1, 3, 2, 64, 64), -0.5))

@@ -61,7 +61,7 @@ WAYS = {  # what happens to a rank in the middle of a film, and what is said of 
 
 def film(config: InferConfig, run) -> None:
     """Latents of a film, by all ranks."""
-    with open_parts(config, run.ranks) as (parts, world, _):
+    with open_parts(config, run.ranks) as (parts, world, *_):
         if world.leads:
             told = conditions_for(config.model, 4 * 3, SIZE)
             sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2)

@@ -91,6 +91,19 @@ def test_a_stopped_run_makes_only_what_is_missing(config, tmp_path):
     assert len(ClipDataset(tmp_path, window=3)) == 18
 
 
+def test_clips_made_otherwise_are_not_taken_for_ones_own(config):
+    precompute(config, build_untrained)
+    for other in ({"split": "test"}, {"seed": 9}, {"latent_frames": config.latent_frames * 2}):
+        with pytest.raises(ValueError, match=f"not {next(iter(other))}="):
+            precompute(replace(config, **other), build_untrained)
+
+
+def test_a_folder_that_grows_makes_its_last_shard_anew(tmp_path):
+    told = {"kind": "spoken", "folder": str(tmp_path / "voices"), "latent_frames": 6, "clips_per_utterance": 1, "workers": 0}
+    assert precompute(PrecomputeConfig(utterances=2, **told), build_untrained) == 2
+    assert precompute(PrecomputeConfig(utterances=5, **told), build_untrained) == 5
+
+
 def test_an_unknown_kind_names_the_choices(config):
     with pytest.raises(ValueError, match="talking"):
         precompute(replace(config, kind="singing"), build_untrained)
