@@ -190,7 +190,11 @@ def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
     def decode(latents, reference, cache):
         return MotionLayers(*(torch.empty(1, 12, channels, 8, 8, device="cuda") for channels in (2, 1, 3))), None
 
-    canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=lambda part: shown.append(part) or torch.zeros(part.flow.shape[1]))
+    def render(part):
+        shown.append(part)
+        return torch.zeros(part.flow.shape[1], 8, 8, 3, dtype=torch.uint8)
+
+    canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
     with FakeTensorMode():  # which knows of devices that are not there
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
         list(decoded(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, clock=Clock()))

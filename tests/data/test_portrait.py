@@ -184,9 +184,8 @@ def test_the_mouth_lies_at_its_anchor_whatever_the_roll():
         mouth = Mouth(60.0, 80.0, 10.0, angle)
         portrait = Portrait(np.zeros((150, 150, 3), np.uint8), FaceBox(30, 30, 60, 60), mouth)
         crop = face_crop(portrait, 1.6, 96)
-        assert_close(
-            back(crop, torch.tensor([60.0, 80.0], dtype=torch.float64)), 96 * torch.tensor(MOUTH_ANCHOR).double(), atol=1e-4, rtol=0
-        )
+        place = back(crop, torch.tensor([60.0, 80.0], dtype=torch.float64))
+        assert_close(place, 96 * torch.tensor(MOUTH_ANCHOR).double(), atol=1e-4, rtol=0)
         assert crop.angle == angle and crop == crop_around(mouth, crop.side, 96)
 
 
