@@ -12,7 +12,7 @@ from sonic.app import Entry, launch  # noqa: E402
 from sonic.config import ConvertConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
-ENTRY = Entry("convert", ConvertConfig, collections=())
+ENTRY = Entry("convert", ConvertConfig, collections=(), place=lambda config: ("runs", "convert"))
 log = logging.getLogger("sonic")
 
 

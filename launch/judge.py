@@ -20,4 +20,4 @@ def score(config: JudgeConfig, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(Entry("judge", JudgeConfig, collections=()), score)
+    launch(Entry("judge", JudgeConfig, collections=(), place=lambda config: ("runs", "judge")), score)

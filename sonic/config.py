@@ -201,7 +201,7 @@ class SamplerConfig:
 
     name: str = knob("euler", "euler, heun, unipc or dpmpp")
     schedule: str = knob("linear", "where the noise levels lie: linear, unipc, twice_shifted, live_avatar_4step, live_avatar_3step")
-    sample_steps: int = knob(4, "forward passes per block; more is slower and finer; 0 = as many as the schedule's table has")
+    sample_steps: int = knob(4, "sampling steps per block; more is slower and finer; 0 = as many as the schedule's table has")
     sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")
     sample_shift: float = knob(3.0, "above 1 spends more of the steps at high noise")
     negative_prompt: str = knob("", "what guidance leads away from, for the models that read text")
@@ -225,7 +225,9 @@ class VideoConfig:
     """The film that comes out."""
 
     size: str = knob(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
-    infer_frames: int = knob(0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, whose clips only count")
+    infer_frames: int = knob(
+        0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, where it says how long num_clip clips are"
+    )
     num_clip: int = knob(0, "clips to make at most; 0 = until the audio ends")
     fps: int = knob(0, "frames per second; 0 = the model's own, the only one it can make")
     compat: str = knob("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
@@ -265,13 +267,11 @@ class DecodeConfig:
 
 
 @dataclass
-class FaceConfig:
+class FacePlaceConfig:
     """Where the face is in the photograph, when the finder should not decide."""
 
     box: list[float] | None = knob(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
     mouth: list[float] | None = knob(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
-    expand_ratio: float = knob(1.6, "side of the crop the model sees, in face sizes")
-    masks: list[str] | None = knob(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
 
     def __post_init__(self) -> None:
         box, mouth = self.box, self.mouth
@@ -279,6 +279,17 @@ class FaceConfig:
         require(fine, f"face.box={box} is not a rectangle; give [x,y,width,height] in photo pixels")
         fine = mouth is None or (len(mouth) in (3, 4) and mouth[2] > 0)
         require(fine, f"face.mouth={mouth} is not a mouth; give [x,y,half_width] or [x,y,half_width,angle]")
+
+
+@dataclass
+class FaceConfig(FacePlaceConfig):
+    """The same, and what of the photograph is filmed."""
+
+    expand_ratio: float = knob(1.6, "side of the crop the model sees, in face sizes")
+    masks: list[str] | None = knob(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.expand_ratio <= 4, f"face.expand_ratio={self.expand_ratio} must lie between 1 (tight) and 4 (wide)")
 
 
@@ -322,8 +333,7 @@ class JudgeConfig:
     audio: str = knob("sample", "the recording it was made from")
     size: str = knob(PHOTO_SIZE, "video.size it was made with")
     json: str = knob("", "where the figures go as JSON")
-    face: FaceConfig = knob(FaceConfig)
-    run: RunConfig = knob(RunConfig)
+    face: FacePlaceConfig = knob(FacePlaceConfig)
 
     def __post_init__(self) -> None:
         require(self.film != "", "film= is empty; name the MP4 to judge")
@@ -337,7 +347,6 @@ class ConvertConfig:
     output: str = knob("", "the folder to make")
     to: str = knob("ready", "ready, or official = the transformer under its published names again")
     lora: LoraConfig = knob(LoraConfig)
-    run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
 
     def __post_init__(self) -> None:

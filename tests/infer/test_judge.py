@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sonic.config import FaceConfig, JudgeConfig
+from sonic.config import FacePlaceConfig, JudgeConfig
 from sonic.data.speech import envelope, save_speech
 from sonic.data.video import VideoWriter
 from sonic.infer.judge import judge, pauses
 
-FACE = FaceConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
+FACE = FacePlaceConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
 FRAMES = 75
 
 
