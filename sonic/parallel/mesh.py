@@ -118,6 +118,8 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 
     Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
     """
+    if device.type == "cuda":  # fsdp shards onto the current device, and only what is not chosen yet is the mesh's to choose
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
     if ranks.world == 1 and plan not in GROUPED:
         yield World(plan, device)
         return
