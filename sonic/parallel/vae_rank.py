@@ -122,7 +122,7 @@ def hang_up(wire: Line) -> None:
 def make_wire(world: World) -> Line:
     """Between the first rank of a film and the one that keeps the autoencoder."""
     ranks = dist.get_process_group_ranks(world.group("layers"))
-    return Line([ranks[0], ranks[-1]], world.device, WAYS)
+    return Line([ranks[0], ranks[-1]], world.device, WAYS, lanes=world.lanes)
 
 
 def _answer(
