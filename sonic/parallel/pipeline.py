@@ -212,6 +212,9 @@ def serve(model: AvatarDiT, line: Line, *, dtype: torch.dtype) -> None:
             line.flush()
             return
         if note.kind == "memory":
+            cache = reach = None  # the film before goes before there is room for this one
+            if note.told == 0:
+                caches.clear()
             cache = caches[note.told] = model.cache_of(note.shape, steps=note.steps, motion=note.motion, like=like)
             whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
         else:
