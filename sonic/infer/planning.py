@@ -77,7 +77,17 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     plan, asked = found.chosen, config.parallel
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
-    return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked), asked_for)
+    if asked.name not in ("auto", "pipeline"):
+        plan = replace(plan, parallel=_with_residents(asked, plan, device))
+    return Forecast(plan, asked_for)
+
+
+def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
+    """What was asked for by name; how much of the weights stays on a GPU is the planner's figure, which leaves room for the rest of
+    the film. On a CPU nothing stays: a copy there gains nothing."""
+    if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
+        return asked
+    return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
 def _for_all(found: Planned, asked: str) -> Planned:

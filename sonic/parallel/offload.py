@@ -109,7 +109,10 @@ class Shuttle:
 
     def _free(self) -> float:
         """Bytes that weights may take; on a CPU none, because a copy there gains nothing."""
-        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB if self.device.type == "cuda" else 0.0
+        if self.device.type != "cuda":
+            return 0.0
+        torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
+        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB
 
 
 def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> None:
