@@ -68,7 +68,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
-    asked_for = _plan_config(replace(config, model=model), hardware)
+    asked_for = _plan_config(replace(config, model=model), hardware, ranks)
     found = _for_all(planned(asked_for), config.parallel.name)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
@@ -99,8 +99,8 @@ def _for_all(found: Planned, asked: str) -> Planned:
     return replace(found, plans=plans or found.plans)
 
 
-def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
-    """The planner's view of a job: one film on the ranks that make it together."""
+def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
+    """The planner's view of a job: one film on the ranks that make it together, with their share of a machine's memory."""
     parallel = config.parallel
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
@@ -111,7 +111,8 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
     else:
         sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
         parallel = replace(parallel, context=context)
-    alone = replace(hardware, devices=hardware.devices // sharing)
+    copies_here = max(1, sharing * ranks.local_world // ranks.world)
+    alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
     film = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
     video = replace(config.video, size=_film_size(config))

@@ -69,6 +69,14 @@ def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_
     assert found.parallel.offload.kv == "host"
 
 
+@pytest.mark.parametrize(("local", "copies"), [(4, 4), (2, 2)])
+def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weights):
+    plan = ["hardware=4x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "parallel.replicas=-1", "plan.force=true"]
+    found = forecast(config(*plan), Ranks(0, 4, 0, local), CPU)
+    assert found.config.hardware.devices == 1
+    assert found.config.hardware.host_gib == 224 / copies
+
+
 def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
     assert infer("hardware=cpu", "hardware.usable_gib=0.55", f"run.folder={tmp_path / 'runs'}", *FACE) == 2
     assert "GiB are missing" in capsys.readouterr().err
