@@ -68,7 +68,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
-    asked_for = _plan_config(replace(config, model=model), hardware)
+    asked_for = _plan_config(replace(config, model=model), hardware, ranks)
     found = _for_all(planned(asked_for), config.parallel.name)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
@@ -77,7 +77,17 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     plan, asked = found.chosen, config.parallel
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
-    return Forecast(plan if asked.name in ("auto", "pipeline") else replace(plan, parallel=asked), asked_for)
+    if asked.name not in ("auto", "pipeline"):
+        plan = replace(plan, parallel=_with_residents(asked, plan, device))
+    return Forecast(plan, asked_for)
+
+
+def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
+    """What was asked for by name; how much of the weights stays on a GPU is the planner's figure, which leaves room for the rest of
+    the film. On a CPU nothing stays: a copy there gains nothing."""
+    if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
+        return asked
+    return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
 def _for_all(found: Planned, asked: str) -> Planned:
@@ -89,8 +99,8 @@ def _for_all(found: Planned, asked: str) -> Planned:
     return replace(found, plans=plans or found.plans)
 
 
-def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
-    """The planner's view of a job: one film on the ranks that make it together."""
+def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
+    """The planner's view of a job: one film on the ranks that make it together, with their share of a machine's memory."""
     parallel = config.parallel
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
@@ -101,7 +111,8 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig) -> PlanConfig:
     else:
         sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
         parallel = replace(parallel, context=context)
-    alone = replace(hardware, devices=hardware.devices // sharing)
+    copies_here = max(1, sharing * ranks.local_world // ranks.world)
+    alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
     film = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
     video = replace(config.video, size=_film_size(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from sonic.infer.rollout import Draws, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.pipeline import serve, stop
 from sonic.parallel.spread import Company
-from sonic.parallel.vae_rank import hang_up
+from sonic.parallel.vae_rank import hang_up, without_repeats
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def _walk_along(model: AvatarDiT, take: Take) -> Take | bool | None:
     """A whole clip, or blocks for as long as the leading rank says so; what it says then."""
     rng = torch.Generator()
     rng.set_state(take.random)
-    told, unguided = (each and each.to(device=_company(model).world.device) for each in take.told)
+    told, unguided = (each and _arrived(each, _company(model).world.device) for each in take.told)
     if take.latent_frames:
         sample_clip(model, told, take.latent_frames, sampler=take.sampler, generator=rng, unguided=unguided)
         return _tell(model)
@@ -131,10 +132,27 @@ def _tell(model: AvatarDiT, said: Take | bool | None = None) -> Take | bool | No
     """From the leading rank to those that walk along: what to walk, whether to go on to the next block; None is the end."""
     if isinstance(said, Take):
         _company(model).takes += 1
-        said = said._replace(told=tuple(each and each.to(device=CPU) for each in said.told))
+        said = said._replace(told=tuple(each and lean(each) for each in said.told))
     words = [said]
     dist.broadcast_object_list(words, group_src=0, group=_company(model).world.cast, device=CPU)
     return words[0]
+
+
+def lean(told: Conditions) -> Conditions:
+    """The same in host memory, to be sent: each tensor without what it only looks past, which would go along."""
+    return replace(told, **{name: _lean(value) for name, value in vars(told).items() if value is not None})
+
+
+def _lean(tensor: Tensor) -> Tensor:
+    once = without_repeats(tensor)
+    if once.device == CPU and once.untyped_storage().nbytes() <= once.nbytes:
+        return tensor  # itself, so that what both conditions have in common goes once
+    return once.to(CPU, copy=True).expand(tensor.shape)
+
+
+def _arrived(told: Conditions, device: torch.device) -> Conditions:
+    """What was sent, on the device of this rank; speech features, which may be gigabytes, stay outside until the model hears them."""
+    return replace(told, **{name: value.to(device) for name, value in vars(told).items() if value is not None and name != "audio"})
 
 
 def _end_line(company: Company) -> None:

@@ -21,19 +21,22 @@ T = TypeVar("T")
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 ALONE = ("single", "offload")  # plans for one rank in each copy
 GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
+LANES = 4  # ways of messages in a film: to and fro along the layers, and between the first rank and the autoencoder
 PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long film to encode
 
 
 @dataclass(frozen=True)
 class World:
     """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `film` is layers and
-    cp as one axis: everybody who takes part in a film. With `vae_rank` the last along layers owns the autoencoder and no layer."""
+    cp as one axis: everybody who takes part in a film. With `vae_rank` the last along layers owns the autoencoder and no layer. `lanes`
+    are groups for the messages of each way, where they go from device to device."""
 
     plan: str
     device: torch.device
     mesh: DeviceMesh | None = None
     film: DeviceMesh | None = None
     vae_rank: bool = False
+    lanes: tuple[dist.ProcessGroup, ...] = ()
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -118,6 +121,8 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 
     Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
     """
+    if device.type == "cuda":  # fsdp shards onto the current device, and only what is not chosen yet is the mesh's to choose
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
     if ranks.world == 1 and plan not in GROUPED:
         yield World(plan, device)
         return
@@ -132,7 +137,19 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    return World(plan, device, mesh, mesh["layers", "cp"]._flatten("film"), vae_rank=bool(config.vae_rank))
+    film = mesh["layers", "cp"]._flatten("film")
+    return World(plan, device, mesh, film, vae_rank=bool(config.vae_rank), lanes=_lanes() if plan == "pipeline" and direct(device) else ())
+
+
+def direct(device: torch.device) -> bool:
+    """Whether messages go from device to device: by NCCL."""
+    return device.type != "cpu" and "nccl" in str(dist.get_backend_config())
+
+
+def _lanes() -> tuple[dist.ProcessGroup, ...]:
+    """Groups of all ranks, made by all at one place: torch names a group after the number of those before it, and ranks that are in
+    different numbers of groups never meet. A pair of ranks is connected when it first has a message."""
+    return tuple(dist.new_group(timeout=PATIENCE) for _ in range(LANES))
 
 
 def _be_patient(world: World) -> World:

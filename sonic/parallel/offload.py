@@ -11,29 +11,59 @@ from torch import Tensor, nn
 from sonic.model.dit import AvatarDiT
 from sonic.model.forwards import Forwards, SharedPass
 from sonic.parallel.settings import OffloadConfig, ParallelConfig
+from sonic.signs import beat
 from sonic.types import Conditions
 
 GIB = 2**30
+PIECE = 2**29  # bytes of host memory that are pinned at a time
 SPARE_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
+
+
+class PinnedMemory:
+    """Host memory that a GPU copies from by itself, in pieces of a power of two: torch rounds all that it pins up to one, which for
+    the weights of a layer, one by one or together, would be half as much again."""
+
+    def __init__(self, size: int) -> None:
+        self.piece = min(PIECE, _power_of_two(size))
+        self.rests: list[Tensor] = []  # what is left of each piece
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The same numbers in this memory."""
+        size, room = tensor.nbytes, _room(tensor)
+        index = next((index for index, rest in enumerate(self.rests) if rest.numel() >= room), None)
+        if index is None:
+            index = len(self.rests)
+            self.rests.append(_pinned(max(self.piece, _power_of_two(room))))
+        there, self.rests[index] = self.rests[index][:size], self.rests[index][room:]
+        return there.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class Station:
     """The weights that one layer needs, its injector's among them: at home in host memory, or wherever `move` put them last."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, pin: bool) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.weights = [weight for module in modules for weight in module.parameters()]
-        self.home = [weight.data.pin_memory() if pin else weight.data for weight in self.weights]
-        self.go_home()
+        self.home = [weight.data for weight in self.weights]
         self.bytes = sum(_room(tensor) for tensor in self.home)
 
     def move(self, slot: Tensor) -> None:
         """Copy into a slot of device memory and use the weights from there."""
         start = 0
         for weight, home in zip(self.weights, self.home, strict=True):
-            there = slot[start : start + home.numel() * home.element_size()].view(home.dtype).view(home.shape)
+            there = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
             there.copy_(home, non_blocking=True)
             weight.data = there
             start += _room(home)
+
+    def stay(self, slot: Tensor) -> None:
+        """Move for good; host memory is given back."""
+        self.move(slot)
+        self.home = [weight.data for weight in self.weights]
+
+    def pin(self, memory: PinnedMemory) -> None:
+        """Make pinned memory the home."""
+        for index, weight in enumerate(self.weights):
+            weight.data = self.home[index] = memory.keep(self.home[index])
 
     def go_home(self) -> None:
         """Forget the copy."""
@@ -51,6 +81,7 @@ class Shuttle:
     def __init__(self, stations: Sequence[Station], device: torch.device, config: OffloadConfig) -> None:
         self.stations, self.device = list(stations), device
         self.count, self.resident_gib = config.slots, config.resident_gib
+        self.pins = device.type == "cuda" and config.store == "pinned"
         self.settled, self.current = False, -1
         self.slots: list[Tensor] = []
         self.resident: set[int] = set()
@@ -59,14 +90,20 @@ class Shuttle:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def settle(self) -> None:
-        """Give the weights that stay their place, spread evenly over the layers; -1 = as many as fit now."""
+        """Give the weights that stay their place, spread evenly over the layers; -1 = as many as fit now. Pin those that wait."""
         self.settled = True
         largest = max(station.bytes for station in self.stations)
         room = self.resident_gib * GIB if self.resident_gib >= 0 else self._free() - self.count * largest
         number = min(len(self.stations), int(max(0.0, room) // largest))
         chosen = {index * len(self.stations) // number for index in range(number)} if number else set()
+        waiting = [station for index, station in enumerate(self.stations) if index not in chosen]
+        memory = PinnedMemory(sum(station.bytes for station in waiting))
         for index in sorted(chosen):
-            self.stations[index].move(torch.empty(self.stations[index].bytes, dtype=torch.uint8, device=self.device))
+            beat()
+            self.stations[index].stay(torch.empty(self.stations[index].bytes, dtype=torch.uint8, device=self.device))
+        for station in waiting if self.pins else ():
+            beat()
+            station.pin(memory)
         self.resident = chosen
         if len(chosen) < len(self.stations):
             self.slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self.count)]
@@ -109,18 +146,22 @@ class Shuttle:
 
     def _free(self) -> float:
         """Bytes that weights may take; on a CPU none, because a copy there gains nothing."""
-        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB if self.device.type == "cuda" else 0.0
+        if self.device.type != "cuda":
+            return 0.0
+        torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
+        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB
 
 
 def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> None:
     """Run a model whose layers lie in host memory, and all else on `device`."""
     settings, inject = config.offload, model.config.audio.inject_layers
-    pin = device.type == "cuda" and settings.store == "pinned"
     stations = []
     for layer, block in enumerate(model.blocks):
         injectors = [model.audio_injectors[inject.index(layer)]] if layer in inject else []
-        stations.append(Station([block, *injectors], pin=pin))
+        stations.append(Station([block, *injectors]))
     shuttle = Shuttle(stations, device, settings)
+    if settings.resident_gib >= 0:  # else only the first film's memories say what fits
+        shuttle.settle()
     for layer, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, layer=layer: shuttle.arrive(layer))
     if settings.kv == "host":
@@ -135,4 +176,13 @@ def _open(model: AvatarDiT, told: Sequence[Conditions], steps: int, *, width: in
 
 def _room(tensor: Tensor) -> int:
     """Bytes of a tensor, rounded up so that the next one is aligned."""
-    return -(-tensor.numel() * tensor.element_size() // 256) * 256
+    return -(-tensor.nbytes // 256) * 256
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

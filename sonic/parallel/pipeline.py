@@ -91,16 +91,22 @@ class Line:
 
     A message is a header of fixed size, a small value that can be pickled, and one buffer of bytes. Sends do not wait; their
     buffers are kept until they are done. The two directions, and those of another line that a rank is part of, must not wait for
-    each other: gloo tells `ways` apart by a tag, NCCL needs a group for each.
+    each other: gloo tells `ways` apart by a tag, NCCL needs a group for each, which is the one of that number among `lanes`.
     """
 
-    def __init__(self, ranks: Sequence[int], device: torch.device, ways: tuple[int, int] = (ONWARD, BACK)) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        device: torch.device,
+        ways: tuple[int, int] = (ONWARD, BACK),
+        *,
+        lanes: Sequence[dist.ProcessGroup] = (),
+    ) -> None:
         self.ranks, self.device = list(ranks), device
         self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
-        direct = device.type != "cpu" and "nccl" in str(dist.get_backend_config())
-        self.carrier = device if direct else torch.device("cpu")
+        self.carrier = device if lanes else torch.device("cpu")
         self._onward, self._back = ways
-        self._groups = {way: dist.new_group(self.ranks, use_local_synchronization=True) if direct else None for way in ways}
+        self._lanes = {way: lanes[way] if lanes else None for way in ways}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self.film: Stages | None = None
 
@@ -134,9 +140,9 @@ class Line:
         payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
         while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be under way, so the oldest have arrived
             self._sent.popleft()[0].wait()
-        for part in (header, payload):
+        for part, group in ((header, None), (payload, self._lanes[way])):
             if part.numel():
-                self._sent.append((dist.isend(part, self.ranks[stage], group=self._group(part, way), tag=way), part))
+                self._sent.append((dist.isend(part, self.ranks[stage], group=group, tag=way), part))
 
     def _receive(self, stage: int, *, way: int) -> tuple[NamedTuple, list[Tensor | None]]:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
@@ -144,11 +150,8 @@ class Line:
         note, specs = pickle.loads(header.numpy().tobytes())
         payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
         if payload.numel():
-            dist.recv(payload, self.ranks[stage], group=self._group(payload, way), tag=way)
+            dist.recv(payload, self.ranks[stage], group=self._lanes[way], tag=way)
         return note, _unpacked(payload.to(self.device), specs)
-
-    def _group(self, part: Tensor, way: int) -> dist.ProcessGroup | None:
-        return None if part.device.type == "cpu" else self._groups[way]
 
 
 class Stages:
@@ -209,6 +212,9 @@ def serve(model: AvatarDiT, line: Line, *, dtype: torch.dtype) -> None:
             line.flush()
             return
         if note.kind == "memory":
+            cache = reach = None  # the film before goes before there is room for this one
+            if note.told == 0:
+                caches.clear()
             cache = caches[note.told] = model.cache_of(note.shape, steps=note.steps, motion=note.motion, like=like)
             whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
         else:
@@ -231,7 +237,7 @@ def stop(line: Line) -> None:
 
 def make_line(world: World) -> Line:
     """The line that this rank is part of."""
-    return Line(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device)
+    return Line(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device, lanes=world.lanes)
 
 
 def _tensors(trip: Trip, summary: Tensor | None) -> list[Tensor | None]:

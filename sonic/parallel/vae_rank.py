@@ -122,7 +122,12 @@ def hang_up(wire: Line) -> None:
 def make_wire(world: World) -> Line:
     """Between the first rank of a film and the one that keeps the autoencoder."""
     ranks = dist.get_process_group_ranks(world.group("layers"))
-    return Line([ranks[0], ranks[-1]], world.device, WAYS)
+    return Line([ranks[0], ranks[-1]], world.device, WAYS, lanes=world.lanes)
+
+
+def without_repeats(tensor: Tensor) -> Tensor:
+    """A view without what only repeats: an axis that was expanded has one entry."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _answer(
@@ -147,7 +152,7 @@ def _apart(tensors: Sequence[Tensor]) -> tuple[tuple[Form, ...], list[Tensor]]:
     """
     forms, parts = [], []
     for tensor in tensors:
-        once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        once = without_repeats(tensor)
         order = tuple(sorted(range(once.ndim), key=lambda axis: -once.stride(axis)))  # noqa: B023
         forms.append(Form(order, tuple(tensor.shape)))
         parts.append(once.permute(order))

@@ -61,6 +61,22 @@ def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_
     assert forecast(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
 
 
+@pytest.mark.parametrize(("told", "device", "resident"), [((), "cuda", 13.3), (("offload.resident_gib=3",), "cuda", 3), ((), "cpu", -1)])
+def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_for(told, device, resident, without_weights):
+    plan = ["hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "offload.kv=host", "plan.force=true"]
+    found = forecast(config(*plan, *told), Ranks(), torch.device(device))
+    assert found.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
+    assert found.parallel.offload.kv == "host"
+
+
+@pytest.mark.parametrize(("local", "copies"), [(4, 4), (2, 2)])
+def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weights):
+    plan = ["hardware=4x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "parallel.replicas=-1", "plan.force=true"]
+    found = forecast(config(*plan), Ranks(0, 4, 0, local), CPU)
+    assert found.config.hardware.devices == 1
+    assert found.config.hardware.host_gib == 224 / copies
+
+
 def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
     assert infer("hardware=cpu", "hardware.usable_gib=0.55", f"run.folder={tmp_path / 'runs'}", *FACE) == 2
     assert "GiB are missing" in capsys.readouterr().err

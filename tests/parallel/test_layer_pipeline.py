@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +39,33 @@ def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
 
 def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
     assert on_ranks(max(COUNTS), films_on_every_number_of_ranks)[0] == []
+
+
+def caches_alive_at_the_start_of_each_film() -> list[int]:
+    """How many caches of films before the second rank still has when it makes the next one."""
+    model, line = tiny_model(), Line(range(2), torch.device("cpu"))
+    keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
+    if dist.get_rank() == 0:
+        model.forwards = lambda *film: Stages(*film, line=line)
+        for scale in (2.0, 1.0, 1.0):  # the first film has two caches
+            film(model, conditions(2), 1, sample_guide_scale=scale)
+        stop(line)
+        return []
+    make, made, alive = model.cache_of, [], []
+
+    def counted(*arguments, **settings):
+        alive.append(sum(each() is not None for each in made))
+        cache = make(*arguments, **settings)
+        made.append(weakref.ref(cache))
+        return cache
+
+    model.cache_of = counted
+    serve(model, line, dtype=torch.float32)
+    return alive
+
+
+def test_a_rank_forgets_a_film_before_it_makes_room_for_the_next():
+    assert on_ranks(2, caches_alive_at_the_start_of_each_film, timeout_s=240)[1] == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("stages", COUNTS)

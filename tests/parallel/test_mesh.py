@@ -1,0 +1,67 @@
+"""What a rank settles before it works: its device, and the ways of its messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from sonic.config import Ranks
+from sonic.parallel import mesh
+from sonic.parallel.mesh import make_world, open_world
+from sonic.parallel.pipeline import Note, make_line
+from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.vae_rank import make_wire
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", torch.device("cuda", 1)), ("cuda", 0)])
+def test_the_device_of_a_rank_is_the_current_one_whoever_has_looked_at_cuda_before(device, chosen, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with open_world(ParallelConfig("single"), "single", Ranks(), device=torch.device(device)) as world:
+        assert world.device == torch.device(device)
+    assert seen == [chosen]
+
+
+def test_a_cpu_has_no_current_device_to_choose(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("there is none"))
+    with open_world(ParallelConfig("single"), "single", Ranks(), device=CPU):
+        pass
+
+
+def said_each_way() -> list[float]:
+    """What each of three ranks hears over groups such as those of CUDA ranks: two share the layers, the third has the autoencoder."""
+    mesh.direct = lambda device: True
+    world, rank = make_world(ParallelConfig("pipeline", vae_rank=True), "pipeline", CPU), dist.get_rank()
+    groups = {group.group_name for group in world.lanes}
+    lines = [make(world) for make, ranks in ((make_line, (0, 1)), (make_wire, (0, 2))) if rank in ranks]
+    assert len(groups) == mesh.LANES
+    assert {group.group_name for line in lines for group in line._lanes.values()} <= groups
+    for number, line in enumerate(lines):  # all questions are under way before the first answer
+        if rank == 0:
+            line.pass_on(Note("block"), [torch.full((3,), 1.0 + number)])
+    if rank:
+        _, (heard,) = lines[0].receive()
+        lines[0].answer(Note("block"), [10 * heard])
+        found = [heard[2].item()]
+    else:
+        found = [line.hear()[1][0][2].item() for line in reversed(lines)]
+    for line in lines:
+        line.flush()
+    return found
+
+
+def test_ranks_that_are_on_different_lines_meet_in_the_groups_of_all():
+    assert on_ranks(3, said_each_way, timeout_s=240) == [[20, 10], [1], [2]]
+
+
+def test_ranks_without_a_gpu_make_no_groups_for_messages():
+    assert on_ranks(1, lanes_of_a_cpu, timeout_s=240) == [0]
+
+
+def lanes_of_a_cpu() -> int:
+    return len(make_world(ParallelConfig("pipeline"), "pipeline", CPU).lanes)

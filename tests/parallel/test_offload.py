@@ -1,0 +1,65 @@
+"""Where an offloading plan keeps weights: no more host memory than waits, and the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from sonic.parallel import offload as module
+from sonic.parallel.offload import PinnedMemory, offload
+from sonic.parallel.settings import OffloadConfig, ParallelConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[int]:
+    """Sizes of what is pinned, on a machine that cannot pin."""
+    sizes = []
+
+    def pinned(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "_pinned", pinned)
+    return sizes
+
+
+def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pieces, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 2**14)
+    tensors = [torch.randn(size, 3).to(dtype) for size in (700, 5, 900, 2000, 40) for dtype in (torch.float32, torch.bfloat16)]
+    memory = PinnedMemory(sum(tensor.nbytes for tensor in tensors))
+    kept = [memory.keep(tensor) for tensor in tensors]
+    assert all(there.dtype == tensor.dtype and torch.equal(there, tensor) for there, tensor in zip(kept, tensors, strict=True))
+    assert all(there.data_ptr() != tensor.data_ptr() for there, tensor in zip(kept, tensors, strict=True))
+    assert all(size & (size - 1) == 0 for size in pieces)
+    assert max(pieces) == 2**15  # one weight is larger than a piece
+    assert len(pieces) < len(tensors)
+
+
+def test_only_layers_that_wait_are_pinned_and_those_that_stay_leave_host_memory(pieces, monkeypatch):
+    model, shuttles = tiny_model(), []
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    monkeypatch.setattr(module, "Shuttle", lambda *told: shuttles.append(pinning(*told)) or shuttles[0])
+    largest = max(sum(module._room(weight) for weight in part.parameters()) for part in model.blocks) * 2
+    offload(model, CPU, ParallelConfig("offload", offload=OffloadConfig(resident_gib=largest / 2**30)))
+    (shuttle,) = shuttles
+    waiting = [station for index, station in enumerate(shuttle.stations) if index not in shuttle.resident]
+    assert shuttle.resident
+    assert len(waiting) + len(shuttle.resident) == 3
+    assert sum(station.bytes for station in waiting) <= sum(pieces) < 2 * sum(station.bytes for station in waiting)
+    for index in shuttle.resident:
+        home = [tensor.untyped_storage().data_ptr() for tensor in shuttle.stations[index].home]
+        assert len(set(home)) == 1  # the slot
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def pinning(stations, device, config) -> module.Shuttle:
+    """A shuttle that pins as on a GPU."""
+    shuttle = SHUTTLE(stations, device, config)
+    shuttle.pins = True
+    return shuttle
+
+
+SHUTTLE = module.Shuttle
