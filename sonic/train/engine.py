@@ -129,11 +129,14 @@ class LocalEngine:
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one; {} = a fresh start."""
+        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one, which leaves those beyond it
+        behind; {} = a fresh start."""
         resume = self.config.checkpoint.resume
-        if resume == "never":
-            return {}
-        return self.checkpoints.load(self._to_fill) if resume == "auto" else self.checkpoints.read(Path(resume), self._to_fill)
+        if resume == "auto":
+            return self.checkpoints.load(self._to_fill)
+        facts = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
+        self.checkpoints.leave_behind(int(facts.get("step", 0)))
+        return facts
 
     def _state(self) -> State:
         """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
