@@ -26,6 +26,8 @@ DONE, FAILED = "figures.json", "failed.txt"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 TAIL = 12  # lines of a failed cell's log that are shown
 
+Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -75,7 +77,7 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
     if len(waiting) < len(cells):
         LOG.info("%d of %d cells are there already", len(cells) - len(waiting), len(cells))
     jobs = [(cell.folder, commands(config, cell)) for cell in waiting]
-    for _ in tqdm(ENGINES[config.engine](jobs, config.jobs), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
+    for _ in tqdm(ENGINES[config.engine](jobs, config), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
         pass
     for cell in cells:
         if cell.failure:
@@ -99,8 +101,7 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
             if done.returncode:
                 log.flush()
-                lines = (folder / "log.txt").read_text().strip().splitlines()
-                (folder / FAILED).write_text("\n".join([f"exit code {done.returncode}", *lines[-TAIL:]]) + "\n")
+                fail(folder, f"exit code {done.returncode}", (folder / "log.txt").read_text())
                 return
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
     partial = folder / f"{DONE}.partial"
@@ -108,24 +109,33 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
     partial.rename(folder / DONE)
 
 
-def _locally(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
-    with ThreadPoolExecutor(at_once) as pool:
+def fail(folder: Path, reason: str, said: str) -> None:
+    """Write down that a cell failed, and the end of what was said."""
+    (folder / FAILED).write_text("\n".join([reason, *said.strip().splitlines()[-TAIL:]]) + "\n")
+
+
+def _locally(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
+    with ThreadPoolExecutor(config.jobs) as pool:
         yield from pool.map(lambda job: score(*job), jobs)
 
 
-def _submitit(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import submitit
     except ImportError:
         raise ValueError("engine=submitit needs the package submitit: pip install sonic[slurm]; engine=local needs nothing") from None
     executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
     if executor is not None:
-        executor.update_parameters(slurm_array_parallelism=at_once)
-        for job in executor.map_array(score, *zip(*jobs, strict=True)):
-            yield job.result()
+        executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
+        for (folder, _), job in zip(jobs, executor.map_array(score, *zip(*jobs, strict=True)), strict=True):
+            error = job.exception()  # when it is done; Slurm may have killed it, and the other cells are still wanted
+            if error is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                fail(folder, f"its job ended with {type(error).__name__}", str(error))
+            yield
 
 
-def _ray(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError:
@@ -134,11 +144,11 @@ def _ray(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator
     remote = ray.remote(score)
     waiting = list(jobs)
     while waiting:
-        batch, waiting = waiting[:at_once], waiting[at_once:]
+        batch, waiting = waiting[: config.jobs], waiting[config.jobs :]
         yield from ray.get([remote.remote(*job) for job in batch])
 
 
-ENGINES: dict[str, Callable[[Sequence[tuple[Path, list[list[str]]]], int], Iterator[None]]] = {
+ENGINES: dict[str, Callable[[Jobs, AblateConfig], Iterator[None]]] = {
     "local": _locally,
     "submitit": _submitit,
     "ray": _ray,

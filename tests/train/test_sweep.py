@@ -168,6 +168,7 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
         ("grid={}", "grid is empty"),
         ("grid={seed: 3}", "not a list"),
         ("jobs=0", "at least 1"),
+        ("minutes=0", "at least 1"),
         ("engine=slrm", "choose one of"),
         ("exclude=[{steps: 4}]", "does not name knobs"),
     ],
@@ -186,6 +187,30 @@ def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_
             sweep(config(GRID, f"engine={engine}"), tmp_path)
     else:
         pytest.skip(f"{engine} is installed")
+
+
+def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    limits, real = [], sweeps.score
+
+    class Here(submitit.AutoExecutor):
+        def __init__(self, folder):
+            super().__init__(folder, cluster="debug")
+
+        def update_parameters(self, **parameters):
+            limits.append(parameters["timeout_min"])
+            super().update_parameters(**parameters)
+
+    def killed(folder, processes):
+        if "sample_steps-2" in folder.name:
+            raise submitit.core.utils.UncompletedJobError("Job 7\nCANCELLED DUE TO TIME LIMIT")
+        real(folder, processes)
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Here)
+    monkeypatch.setattr(sweeps, "score", killed)
+    bad, good = sweep(config(GRID, "engine=submitit"), tmp_path)
+    assert limits == [240] and good.figures and not bad.figures
+    assert bad.failure == "its job ended with UncompletedJobError\nJob 7\nCANCELLED DUE TO TIME LIMIT\n"
 
 
 def test_grid_items_of_the_command_line_are_gathered():
