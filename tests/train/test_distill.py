@@ -241,13 +241,20 @@ def test_a_student_goes_on_from_exported_adapters(tmp_path):
     learnt = first.roles["student"].state_dict()
     for weight in learnt.values():
         weight.copy_(torch.randn(weight.shape).half())
-    save_weights(first.export(learnt), tmp_path / "student.safetensors")
-    start_from(second.roles["student"], tmp_path / "student.safetensors")
+    save_weights(first.export(learnt), tmp_path / "student.safetensors", first.facts)
+    start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
     for name, weight in second.roles["student"].state_dict().items():
         assert_close(weight, learnt[name])
+
+
+def test_adapters_learnt_at_another_alpha_are_refused(tmp_path):
+    first, second = made("consistency"), made("consistency", AdapterConfig(rank=4, alpha=16.0, targets=LORA.targets))
+    save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.facts)
+    with pytest.raises(ValueError, match=r"alpha 8\.0, not with objective\.learn\.alpha=16\.0; use objective\.learn\.alpha=8\.0"):
+        start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
 
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     save_file({"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(made("consistency").roles["student"], tmp_path / "other.safetensors")
+        start_from(made("consistency").roles["student"], tmp_path / "other.safetensors", {})
