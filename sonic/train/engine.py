@@ -174,7 +174,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def clip(gradients: list[Tensor], most: float) -> Tensor:
     """Shrink gradients, in shards or whole, until their norm together is at most `most`. Gives the norm they had."""
     kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
-    norm = torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]).norm()
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
+    norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may lie in host memory, and what is whole does not
     shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
     for kind in kinds:
         torch._foreach_mul_(kind, shrink)
