@@ -104,6 +104,16 @@ def test_a_student_follows_its_pull_to_a_film(batch, monkeypatch):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_the_pull_leads_from_what_the_critic_sees_to_what_the_teacher_sees(batch, monkeypatch):
+    objective, seen = made("dmd"), {"critic": 1.0, "teacher": -1.0}
+    towards = lambda role, *told: lambda x, sigma: (x - seen[role]) / sigma.view(-1, 1, 1, 1, 1)  # noqa: E731
+    monkeypatch.setattr(objective, "velocity", towards)
+    start = Start(conditions_of(batch, objective.model_config), batch["latents"], 0, None)
+    film = torch.zeros_like(batch["latents"])
+    pull = objective._pull(start, film, seeded())
+    assert_close(pull, torch.full_like(film, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: film - pull, on the teacher's side
+
+
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone(batch):
     agreed, apart = away(made("dmd")), away(away(made("dmd")), "critic", seed=6)
     assert descend(agreed, "student", batch) == 0 < descend(apart, "student", batch)
