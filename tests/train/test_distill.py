@@ -237,6 +237,11 @@ def test_guidance_leads_the_teacher_away_from_silence(batch):
     plain, guided = (made("consistency", leap=40, teacher_guide_scale=scale) for scale in (1.0, 3.0))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (plain, guided)]
     assert found[0] != found[1]
+    told, sigma = conditions_of(batch, guided.model_config), torch.tensor([0.7, 0.4])
+    with torch.no_grad():
+        silent, heard = (guided._plain("teacher", each, 0)(batch["latents"], sigma) for each in (told.drop("audio"), told))
+    assert not torch.equal(silent, heard)
+    assert_close(guided.velocity("teacher", told, 0)(batch["latents"], sigma), silent + 3.0 * (heard - silent))
 
 
 def test_a_student_walks_straight_and_says_so():

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from test_log import parsed, read_back
 
 from sonic.app import Entry, compose
 from sonic.data.video import VideoWriter
@@ -185,7 +186,9 @@ def test_a_browser_plays_its_films(report, tmp_path):
 def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
     cells = sweep(config(GRID), tmp_path)
     log_cells(cells, tmp_path, LogConfig(wandb="offline"), group="mine")
-    assert all(list((cell.folder / "wandb").glob("offline-run-*/*.wandb")) for cell in cells)
+    for cell in cells:
+        read_back(cell.folder, last=0)
+        assert {record.run.run_group for record in parsed(cell.folder) if record.WhichOneof("record_type") == "run"} == {"mine"}
 
 
 @pytest.mark.parametrize(
