@@ -76,7 +76,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
         fill(model, transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective.roles["student"], Path(config.init_from))
+        start_from(objective.roles["student"], Path(config.init_from), objective.facts)
     look = look_of(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)

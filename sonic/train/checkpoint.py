@@ -21,7 +21,7 @@ from sonic.signs import at_rest, beat
 from sonic.train.world import World
 
 LOG = logging.getLogger(__name__)
-FACTS, ASIDE, DAMAGED = "facts.json", ".aside_", "damaged_"
+FACTS, ASIDE, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
 
 State = dict[str, Tensor]
 StateOf = Callable[[set[str]], State]  # names in a checkpoint -> tensors of ours to fill
@@ -79,6 +79,16 @@ class Checkpoints:
             raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
         return facts
 
+    def leave_behind(self, step: int) -> None:
+        """Rename the checkpoints beyond `step`, where training goes on: they would pass for newer than those that come."""
+        if self.world.main:
+            beyond = [path for path in newest_first(self.folder) if int(path.name.removeprefix("step_")) > step]
+            for checkpoint in beyond:
+                self._rename(checkpoint, LEFT)
+            if beyond:
+                LOG.warning("training goes on from step %d; %d checkpoints beyond it are now %s/%s*", step, len(beyond), self.folder, LEFT)
+        self.world.wait()
+
     def _publish(self, written: Future, done: Future, aside: Path, *, record: dict) -> None:
         """On the main process: say what was written, and let it appear."""
         try:
@@ -107,8 +117,12 @@ class Checkpoints:
 
     def _set_aside(self, checkpoint: Path, reason: object) -> None:
         LOG.warning("%s; falling back to the one before", reason)
-        shutil.rmtree(self.folder / f"{DAMAGED}{checkpoint.name}", ignore_errors=True)
-        checkpoint.rename(self.folder / f"{DAMAGED}{checkpoint.name}")
+        self._rename(checkpoint, DAMAGED)
+
+    def _rename(self, checkpoint: Path, start: str) -> None:
+        """Out of the sight of `newest_first`, in the place of what was called so before."""
+        shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
+        checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
 
     def _main_says(self, ask: Callable[[], object]) -> object:
         said = [ask() if self.world.main else None]

@@ -129,11 +129,14 @@ class LocalEngine:
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one; {} = a fresh start."""
+        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one, which leaves those beyond it
+        behind; {} = a fresh start."""
         resume = self.config.checkpoint.resume
-        if resume == "never":
-            return {}
-        return self.checkpoints.load(self._to_fill) if resume == "auto" else self.checkpoints.read(Path(resume), self._to_fill)
+        if resume == "auto":
+            return self.checkpoints.load(self._to_fill)
+        facts = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
+        self.checkpoints.leave_behind(int(facts.get("step", 0)))
+        return facts
 
     def _state(self) -> State:
         """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
@@ -171,7 +174,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def clip(gradients: list[Tensor], most: float) -> Tensor:
     """Shrink gradients, in shards or whole, until their norm together is at most `most`. Gives the norm they had."""
     kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
-    norm = torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]).norm()
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
+    norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may lie in host memory, and what is whole does not
     shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
     for kind in kinds:
         torch._foreach_mul_(kind, shrink)

@@ -76,7 +76,7 @@ class SpeedConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path."""
+    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
 
     every_minutes: float = 5.0
     every_steps: int = 0  # 0 = by minutes only

@@ -43,11 +43,15 @@ class ShardedEngine(LocalEngine):
                 part._buffers[name] = buffer.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
-        """As alone, once the gradients of what is whole on each process are means as well."""
+        """As alone, once the gradients of what is whole on each process are means as well; so are buffers that follow the data."""
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)
-        return super().step(role, rate=rate, step=step)
+        norm = super().step(role, rate=rate, step=step)
+        for buffer in self.roles[role].buffers():
+            if buffer.is_floating_point() and not is_sharded(buffer):
+                self.world.mean(buffer)
+        return norm
 
     def _shard(self, model: AvatarDiT) -> None:
         """Cut a transformer, its adapters included; names of parameters stay."""

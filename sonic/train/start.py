@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from sonic.config import ModelConfig
 from sonic.model.adapters import ADAPTERS, LowRank, peft_name
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import DOWN, UP
+from sonic.model.lora import ALPHA, DOWN, UP
 from sonic.model.weights import stored_weights
 
 LOG = logging.getLogger(__name__)
@@ -55,15 +55,16 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def start_from(module: nn.Module, path: Path) -> None:
+def start_from(module: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
     """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front; adapters as they
     are exported), in slices where the module is in shards.
 
-    Raises ValueError when the file cannot be read or nothing fits.
+    `facts` are the objective's. Raises ValueError when the file cannot be read, nothing fits, or adapters were learnt at another alpha.
     """
     taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
     try:
         with safe_open(str(path), framework="pt") as file:
+            _check_alpha((file.metadata() or {}).get(ALPHA), facts.get(ALPHA), path)
             stored = set(file.keys())
             for name, value in state.items():
                 found = next((each for each in _called(name) if each in stored), None)
@@ -76,6 +77,14 @@ def start_from(module: nn.Module, path: Path) -> None:
     if not taken:
         raise ValueError(f"init_from={path} has no tensor that fits this model; train from the start or name other weights")
     LOG.info("took %d of %d tensors from %s", taken, len(state), path)
+
+
+def _check_alpha(said: str | None, ours: str | None, path: Path) -> None:
+    """The same adapters at another alpha are another model."""
+    if said is not None and ours is not None and float(said) != float(ours):
+        raise ValueError(
+            f"init_from={path} was learnt with alpha {said}, not with objective.learn.alpha={ours}; use objective.learn.alpha={said}"
+        )
 
 
 class Part(NamedTuple):

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,12 @@ from sonic.train.sweep_settings import AblateConfig
 
 LOG = logging.getLogger("sonic.train")
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
-DONE, FAILED = "figures.json", "failed.txt"
+DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
+STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # how a program ends that was told to; the first is sonic.app's own
 TAIL = 12  # lines of a failed cell's log that are shown
+
+Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,24 @@ class Cell:
         file = self.folder / FAILED
         return file.read_text() if file.is_file() else ""
 
+    @property
+    def asked(self) -> list[str] | None:
+        """What it was told when it was scored last; None when nobody wrote it down."""
+        file = self.folder / ASKED
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def begin(self, asked: list[str]) -> None:
+        """Write down what it is told."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
+
+    def leave(self) -> Path:
+        """Set aside what is there, in the place of what was set aside before. Gives where it is."""
+        aside = self.folder.with_name(f"{LEFT}{self.folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.folder.rename(aside)
+        return aside
+
     def forget(self) -> None:
         """Remove what an earlier attempt left."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -65,19 +87,26 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
 
 
 def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
-    """Score every cell that is not finished, `config.jobs` at once, on the engine asked for. Failed ones wait for retry=true."""
+    """Score every cell that is not finished as it is asked for now, `config.jobs` at once. Failed ones wait for retry=true."""
     cells = cells_of(config, folder)
     if config.retry:
         for cell in cells:
             if cell.failure:
                 cell.forget()
+    for cell in cells:
+        if (cell.figures or cell.failure) and cell.asked not in (None, asked(config, cell)):
+            LOG.info("%s was asked otherwise before; it is scored again, what there was is in %s", cell.name, cell.leave())
     waiting = [cell for cell in cells if cell.figures is None and not cell.failure]
     if len(waiting) < len(cells):
         LOG.info("%d of %d cells are there already", len(cells) - len(waiting), len(cells))
+    for cell in waiting:
+        cell.begin(asked(config, cell))
     jobs = [(cell.folder, commands(config, cell)) for cell in waiting]
-    for _ in tqdm(ENGINES[config.engine](jobs, config.jobs), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
+    for _ in tqdm(ENGINES[config.engine](jobs, config), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
         pass
     for cell in cells:
+        if cell.figures is None and not cell.failure:
+            LOG.warning("%s was stopped; the same command scores it", cell.name)
         if cell.failure:
             LOG.warning("%s failed: %s (retry=true tries it again)", cell.name, cell.failure.strip().splitlines()[-1])
     return cells
@@ -85,22 +114,37 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
 
 def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
     """The processes of a cell, one for each seed."""
+    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
+    return [[sys.executable, str(PROGRAM), *_told(config, cell), *where(seed)] for seed in config.seeds]
+
+
+def asked(config: AblateConfig, cell: Cell) -> list[str]:
+    """What a cell's figures depend on."""
+    return [*_told(config, cell), f"seeds={_typed(config.seeds)}"]
+
+
+def _told(config: AblateConfig, cell: Cell) -> list[str]:
+    """What every process of a cell is told."""
     fixed = [f"{knob}={_typed(value)}" for knob, value in cell.choices.items()]
     scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.films={config.films}"]
-    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
-    return [[sys.executable, str(PROGRAM), *config.common, *fixed, *scored, *where(seed)] for seed in config.seeds]
+    return [*config.common, *fixed, *scored]
 
 
 def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
-    """Run a cell's processes and join their figures; what goes wrong is written down where it happened."""
+    """Run a cell's processes and join their figures; what goes wrong is written down where it happened, unless they were stopped."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("seed_*.json"):  # by an attempt that was stopped, maybe with other seeds
+        left.unlink()
+    for left in folder.glob("films_*"):
+        shutil.rmtree(left)
     with (folder / "log.txt").open("w") as log:
         for command in processes:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+            if done.returncode in STOPPED:
+                return
             if done.returncode:
                 log.flush()
-                lines = (folder / "log.txt").read_text().strip().splitlines()
-                (folder / FAILED).write_text("\n".join([f"exit code {done.returncode}", *lines[-TAIL:]]) + "\n")
+                fail(folder, f"exit code {done.returncode}", (folder / "log.txt").read_text())
                 return
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
     partial = folder / f"{DONE}.partial"
@@ -108,24 +152,33 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
     partial.rename(folder / DONE)
 
 
-def _locally(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
-    with ThreadPoolExecutor(at_once) as pool:
+def fail(folder: Path, reason: str, said: str) -> None:
+    """Write down that a cell failed, and the end of what was said."""
+    (folder / FAILED).write_text("\n".join([reason, *said.strip().splitlines()[-TAIL:]]) + "\n")
+
+
+def _locally(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
+    with ThreadPoolExecutor(config.jobs) as pool:
         yield from pool.map(lambda job: score(*job), jobs)
 
 
-def _submitit(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import submitit
     except ImportError:
         raise ValueError("engine=submitit needs the package submitit: pip install sonic[slurm]; engine=local needs nothing") from None
     executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
     if executor is not None:
-        executor.update_parameters(slurm_array_parallelism=at_once)
-        for job in executor.map_array(score, *zip(*jobs, strict=True)):
-            yield job.result()
+        executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
+        for (folder, _), job in zip(jobs, executor.map_array(score, *zip(*jobs, strict=True)), strict=True):
+            error = job.exception()  # when it is done; Slurm may have killed it, and the other cells are still wanted
+            if error is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                fail(folder, f"its job ended with {type(error).__name__}", str(error))
+            yield
 
 
-def _ray(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator[None]:
+def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError:
@@ -134,11 +187,11 @@ def _ray(jobs: Sequence[tuple[Path, list[list[str]]]], at_once: int) -> Iterator
     remote = ray.remote(score)
     waiting = list(jobs)
     while waiting:
-        batch, waiting = waiting[:at_once], waiting[at_once:]
+        batch, waiting = waiting[: config.jobs], waiting[config.jobs :]
         yield from ray.get([remote.remote(*job) for job in batch])
 
 
-ENGINES: dict[str, Callable[[Sequence[tuple[Path, list[list[str]]]], int], Iterator[None]]] = {
+ENGINES: dict[str, Callable[[Jobs, AblateConfig], Iterator[None]]] = {
     "local": _locally,
     "submitit": _submitit,
     "ray": _ray,

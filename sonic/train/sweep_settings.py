@@ -10,7 +10,22 @@ from sonic.train.settings import LogConfig
 
 
 @dataclass
-class AblateConfig:
+class CellsConfig:
+    """What runs cells."""
+
+    jobs: int = knob(1, "cells at once")
+    engine: str = knob("local", "what runs the cells: local, submitit (Slurm) or ray")
+    minutes: int = knob(240, "minutes that Slurm gives a cell (engine=submitit)")
+    retry: bool = knob(False, "try failed cells again")
+
+    def __post_init__(self) -> None:
+        one_of(self.engine, ("local", "submitit", "ray"), "engine")
+        for name in ("jobs", "minutes"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
+
+
+@dataclass
+class AblateConfig(CellsConfig):
     """Scores every combination of a grid and draws a report: python launch/ablate.py +ablate=steps, or grid.KNOB=[...] of your own."""
 
     grid: dict[str, Any] = knob(dict, "knobs of launch/evaluate.py and the values each takes; grid.sampler.sample_steps=[2,3,4]")
@@ -20,14 +35,11 @@ class AblateConfig:
     seeds: list[int] = knob([1], "seeds; all their clips count together")
     seconds: float = knob(8.0, "length of each clip")
     films: int = knob(2, "clips of each seed that the report shows")
-    jobs: int = knob(1, "cells at once")
-    engine: str = knob("local", "what runs the cells: local, submitit (Slurm) or ray")
-    retry: bool = knob(False, "try failed cells again")
     run: RunConfig = knob(RunConfig)
     log: LogConfig = knob(LogConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.engine, ("local", "submitit", "ray"), "engine")
+        super().__post_init__()
         require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.KNOB=[value,value]")
         for name, values in self.grid.items():
             require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
@@ -35,6 +47,5 @@ class AblateConfig:
             known = bool(combination) and all(name in self.grid for name in combination)
             require(known, f"exclude has {combination}, which does not name knobs of the grid ({', '.join(self.grid)})")
         require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
-        for name in ("clips", "jobs"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
+        require(self.clips >= 1, f"clips={self.clips}: need at least 1")
         require(0 <= self.films <= self.clips, f"films={self.films} must lie between 0 and clips={self.clips}")

@@ -104,6 +104,16 @@ def test_a_student_follows_its_pull_to_a_film(batch, monkeypatch):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_the_pull_leads_from_what_the_critic_sees_to_what_the_teacher_sees(batch, monkeypatch):
+    objective, seen = made("dmd"), {"critic": 1.0, "teacher": -1.0}
+    towards = lambda role, *told: lambda x, sigma: (x - seen[role]) / sigma.view(-1, 1, 1, 1, 1)  # noqa: E731
+    monkeypatch.setattr(objective, "velocity", towards)
+    start = Start(conditions_of(batch, objective.model_config), batch["latents"], 0, None)
+    film = torch.zeros_like(batch["latents"])
+    pull = objective._pull(start, film, seeded())
+    assert_close(pull, torch.full_like(film, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: film - pull, on the teacher's side
+
+
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone(batch):
     agreed, apart = away(made("dmd")), away(away(made("dmd")), "critic", seed=6)
     assert descend(agreed, "student", batch) == 0 < descend(apart, "student", batch)
@@ -227,6 +237,11 @@ def test_guidance_leads_the_teacher_away_from_silence(batch):
     plain, guided = (made("consistency", leap=40, teacher_guide_scale=scale) for scale in (1.0, 3.0))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (plain, guided)]
     assert found[0] != found[1]
+    told, sigma = conditions_of(batch, guided.model_config), torch.tensor([0.7, 0.4])
+    with torch.no_grad():
+        silent, heard = (guided._plain("teacher", each, 0)(batch["latents"], sigma) for each in (told.drop("audio"), told))
+    assert not torch.equal(silent, heard)
+    assert_close(guided.velocity("teacher", told, 0)(batch["latents"], sigma), silent + 3.0 * (heard - silent))
 
 
 def test_a_student_walks_straight_and_says_so():
@@ -241,13 +256,20 @@ def test_a_student_goes_on_from_exported_adapters(tmp_path):
     learnt = first.roles["student"].state_dict()
     for weight in learnt.values():
         weight.copy_(torch.randn(weight.shape).half())
-    save_weights(first.export(learnt), tmp_path / "student.safetensors")
-    start_from(second.roles["student"], tmp_path / "student.safetensors")
+    save_weights(first.export(learnt), tmp_path / "student.safetensors", first.facts)
+    start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
     for name, weight in second.roles["student"].state_dict().items():
         assert_close(weight, learnt[name])
+
+
+def test_adapters_learnt_at_another_alpha_are_refused(tmp_path):
+    first, second = made("consistency"), made("consistency", AdapterConfig(rank=4, alpha=16.0, targets=LORA.targets))
+    save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.facts)
+    with pytest.raises(ValueError, match=r"alpha 8\.0, not with objective\.learn\.alpha=16\.0; use objective\.learn\.alpha=8\.0"):
+        start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
 
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     save_file({"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(made("consistency").roles["student"], tmp_path / "other.safetensors")
+        start_from(made("consistency").roles["student"], tmp_path / "other.safetensors", {})

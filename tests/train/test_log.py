@@ -54,19 +54,25 @@ def read_back(folder, *, last):
 
 
 def read_now(folder):
+    steps, ids = {}, set()
+    for record in parsed(folder):
+        if record.WhichOneof("record_type") == "run":
+            ids.add(record.run.run_id)
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            steps.setdefault(row["_step"], {}).update(row)
+    return steps, ids
+
+
+def parsed(folder):
+    """What the offline W&B runs of a folder have written."""
     from wandb.proto import wandb_internal_pb2 as proto
 
-    steps, ids = {}, set()
     for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         for data in records(file):
             record = proto.Record()
             record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                ids.add(record.run.run_id)
-            if record.WhichOneof("record_type") == "history":
-                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                steps.setdefault(row["_step"], {}).update(row)
-    return steps, ids
+            yield record
 
 
 def test_what_wandb_keeps_offline_can_be_read_back(tmp_path, monkeypatch):

@@ -53,11 +53,11 @@ class Line(Objective):
         return dict(weights)
 
 
-def make(folder, *, steps=12, objective=None, every=4, accumulate=1, keep=2, **optim):
+def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="auto"):
     config = TrainConfig(
         budget=BudgetConfig(max_steps=steps, batch_size=4, accumulate=accumulate),
-        optim=OptimConfig(lr=0.02, warmup_steps=2, **optim),
-        checkpoint=CheckpointConfig(every_steps=every, keep=keep),
+        optim=OptimConfig(lr=0.02, warmup_steps=2),
+        checkpoint=CheckpointConfig(every_steps=every, keep=2, resume=resume),
         log=LogConfig(every_steps=1, bar=False),
     )
     world = World()
@@ -118,8 +118,35 @@ def test_a_checkpoint_of_an_older_form_is_left_aside(tmp_path, caplog):
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
-    train(make(tmp_path, steps=11, every=2, keep=2))
+    train(make(tmp_path, steps=11, every=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]
+
+
+def kept_in(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_run_that_begins_again_keeps_its_own_checkpoints(tmp_path, caplog):
+    train(make(tmp_path))
+    train(make(tmp_path, steps=3, every=1, resume="never"))
+    assert kept_in(tmp_path) == ["left_step_00000008", "left_step_00000012", "step_00000002", "step_00000003"]
+    assert "goes on from step 0; 2 checkpoints beyond it" in caplog.text
+    again = make(tmp_path)
+    again.engine.prepare(again.objective)
+    assert again.engine.load()["step"] == 3
+
+
+def test_a_run_that_goes_on_from_a_named_checkpoint_leaves_those_beyond_it(tmp_path):
+    whole = make(tmp_path / "whole")
+    train(whole)
+    train(make(tmp_path / "run"))
+    (tmp_path / "run/checkpoints/left_step_00000012").mkdir()  # of an earlier time
+    other = make(tmp_path / "run", resume=str(tmp_path / "run/checkpoints/step_00000008"), every=2)
+    train(other)
+    assert kept_in(tmp_path / "run") == ["left_step_00000012", "step_00000010", "step_00000012"]
+    assert (tmp_path / "run/checkpoints/left_step_00000012/facts.json").is_file()
+    for name, value in whole.engine.weights().items():
+        assert torch.equal(value, other.engine.weights()[name])
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):

@@ -91,12 +91,12 @@ def test_training_can_start_from_weights(tmp_path):
 
     trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
     save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
-    start_from(objective.student, tmp_path / "dit.safetensors")
+    start_from(objective.student, tmp_path / "dit.safetensors", objective.facts)
     found = objective.student["model"].state_dict()
     for name, value in trained.student["model"].state_dict().items():
         assert_close(found[name], value.half().float())
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors")
+        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors", {})
 
 
 def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from test_log import parsed, read_back
 
 from sonic.app import Entry, compose
 from sonic.data.video import VideoWriter
@@ -23,13 +24,16 @@ from sonic.train.sweep_settings import AblateConfig
 
 ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
 GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"
-# a program that scores as fast as a test wants it to: figures that follow from its arguments, and failure for three steps
+# a program that scores as fast as a test wants it to: figures that follow from its arguments, failure for three steps, and for five
+# what a test puts there
 SCORER = """
 import json, sys
 told = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
 steps = int(told["sampler.sample_steps"])
 if steps == 3:
     sys.exit("three steps are not to be had")
+if steps == 5 and told["eval.seed"] == "2":
+    {stop}
 clips = [0.9 - 0.1 / steps + 0.01 * int(told["eval.seed"])] * int(told["eval.clips"])
 names = {names}
 tracks = [[0.0, 1.0 / steps, 0.0, -1.0]] * len(clips)
@@ -41,7 +45,7 @@ json.dump(found, open(told["json"], "w"))
 @pytest.fixture
 def scorer(tmp_path, monkeypatch):
     program = tmp_path / "scorer.py"
-    program.write_text(SCORER.format(names=FIGURES))
+    program.write_text(SCORER.format(names=FIGURES, stop="pass"))
     monkeypatch.setattr(sweeps, "PROGRAM", program)
 
 
@@ -75,6 +79,16 @@ def test_finished_cells_are_not_done_again(scorer, tmp_path):
     assert times == [(cell.folder / "figures.json").stat().st_mtime_ns for cell in sweep(made, tmp_path)]
 
 
+def test_a_cell_that_is_asked_otherwise_is_scored_again(scorer, tmp_path, caplog):
+    cells = sweep(config(GRID), tmp_path)
+    (cells[1].folder / "told.json").unlink()  # as cells were before that was written down
+    with caplog.at_level("INFO", logger="sonic.train"):
+        cells = sweep(config(GRID, "clips=4"), tmp_path)
+    assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
+    assert "sample_steps=2, weights=teacher was asked otherwise before" in caplog.text and caplog.text.count("otherwise") == 1
+    assert len(json.loads((cells[0].folder.with_name(f"left_{cells[0].folder.name}") / "seed_1.json").read_text())["openings"]) == 3
+
+
 def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
     made = config("grid={sampler.sample_steps: [2, 3]}", "jobs=2")
     good, bad = sweep(made, tmp_path)
@@ -85,6 +99,19 @@ def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
     assert (bad.folder / "log.txt").stat().st_mtime_ns == before
     sweep(config("grid={sampler.sample_steps: [2, 3]}", "retry=true"), tmp_path)
     assert (bad.folder / "log.txt").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("stop", ["sys.exit(130)", "__import__('os').kill(__import__('os').getpid(), 2)"])
+def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_told_then(scorer, stop, tmp_path, caplog):
+    healthy = sweeps.PROGRAM.read_text()
+    sweeps.PROGRAM.write_text(SCORER.format(names=FIGURES, stop=stop))
+    grid = "grid={sampler.sample_steps: [5]}"
+    (cell,) = sweep(config(grid), tmp_path)
+    assert cell.figures is None and not cell.failure and "sample_steps=5 was stopped" in caplog.text
+    assert [path.name for path in cell.folder.glob("seed_*")] == ["seed_1.json"]
+    sweeps.PROGRAM.write_text(healthy)
+    (cell,) = sweep(config(grid, "seeds=[2,3]"), tmp_path)
+    assert cell.figures["sync_correlation"]["clips"] == pytest.approx([0.9] * 3 + [0.91] * 3)
 
 
 class Page(HTMLParser):
@@ -159,7 +186,9 @@ def test_a_browser_plays_its_films(report, tmp_path):
 def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
     cells = sweep(config(GRID), tmp_path)
     log_cells(cells, tmp_path, LogConfig(wandb="offline"), group="mine")
-    assert all(list((cell.folder / "wandb").glob("offline-run-*/*.wandb")) for cell in cells)
+    for cell in cells:
+        read_back(cell.folder, last=0)
+        assert {record.run.run_group for record in parsed(cell.folder) if record.WhichOneof("record_type") == "run"} == {"mine"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +197,7 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
         ("grid={}", "grid is empty"),
         ("grid={seed: 3}", "not a list"),
         ("jobs=0", "at least 1"),
+        ("minutes=0", "at least 1"),
         ("engine=slrm", "choose one of"),
         ("exclude=[{steps: 4}]", "does not name knobs"),
     ],
@@ -186,6 +216,30 @@ def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_
             sweep(config(GRID, f"engine={engine}"), tmp_path)
     else:
         pytest.skip(f"{engine} is installed")
+
+
+def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    limits, real = [], sweeps.score
+
+    class Here(submitit.AutoExecutor):
+        def __init__(self, folder):
+            super().__init__(folder, cluster="debug")
+
+        def update_parameters(self, **parameters):
+            limits.append(parameters["timeout_min"])
+            super().update_parameters(**parameters)
+
+    def killed(folder, processes):
+        if "sample_steps-2" in folder.name:
+            raise submitit.core.utils.UncompletedJobError("Job 7\nCANCELLED DUE TO TIME LIMIT")
+        real(folder, processes)
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Here)
+    monkeypatch.setattr(sweeps, "score", killed)
+    bad, good = sweep(config(GRID, "engine=submitit"), tmp_path)
+    assert limits == [240] and good.figures and not bad.figures
+    assert bad.failure == "its job ended with UncompletedJobError\nJob 7\nCANCELLED DUE TO TIME LIMIT\n"
 
 
 def test_grid_items_of_the_command_line_are_gathered():
