@@ -25,10 +25,9 @@ def convert_launcher() -> ModuleType:
 
 
 def convert(*argv: str) -> int:
-    """The exit code of a conversion; run folders lie beside what is converted."""
+    """The exit code of a conversion."""
     module = convert_launcher()
-    folder = Path(argv[0].partition("=")[2]).parent / "runs"
-    return run_command(module.ENTRY, module.convert, module.spelled([*argv, f"run.folder={folder}"]))
+    return run_command(module.ENTRY, module.convert, module.spelled(list(argv)))
 
 
 def infer(folder: Path, *argv: str) -> int:
