@@ -47,7 +47,7 @@ class Run:
             return self.path
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._made = [] if self.kept else missing
+        self._made = missing
         (self.path / "config.yaml").write_text(self._config_yaml)
         (self.path / "command.txt").write_text(self.command + "\n")
         (self.path / "git_commit.txt").write_text(self.commit + "\n")
@@ -58,7 +58,7 @@ class Run:
 
     def keep(self) -> None:
         """What the run has finished is worth keeping from now on, whatever happens."""
-        self._made, self.kept = [], True
+        self.kept = True
 
     def write_json(self, name: str, value: dict) -> None:
         """A JSON file in the folder, on the main rank."""
@@ -75,6 +75,8 @@ class Run:
     def discard(self) -> None:
         """Remove every folder that `open` made: the run, and `runs/` itself when nothing else is in it."""
         self.close()
+        if self.kept:
+            return
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._made[1:]:
