@@ -157,6 +157,12 @@ def fail(folder: Path, reason: str, said: str) -> None:
     (folder / FAILED).write_text("\n".join([reason, *said.strip().splitlines()[-TAIL:]]) + "\n")
 
 
+def lost(folder: Path, error: Exception) -> None:
+    """Write down that a cell's job was killed or its machine went, which its own processes could not; other cells are still wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fail(folder, f"its job ended with {type(error).__name__}", str(error))
+
+
 def _locally(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     with ThreadPoolExecutor(config.jobs) as pool:
         yield from pool.map(lambda job: score(*job), jobs)
@@ -171,10 +177,9 @@ def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     if executor is not None:
         executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
         for (folder, _), job in zip(jobs, executor.map_array(score, *zip(*jobs, strict=True)), strict=True):
-            error = job.exception()  # when it is done; Slurm may have killed it, and the other cells are still wanted
+            error = job.exception()  # when it is done; Slurm may have killed it
             if error is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                fail(folder, f"its job ended with {type(error).__name__}", str(error))
+                lost(folder, error)
             yield
 
 
@@ -184,11 +189,19 @@ def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     except ImportError:
         raise ValueError("engine=ray needs the package ray: pip install sonic[ray]; engine=local needs nothing") from None
     ray.init(ignore_reinit_error=True)
-    remote = ray.remote(score)
-    waiting = list(jobs)
-    while waiting:
-        batch, waiting = waiting[: config.jobs], waiting[config.jobs :]
-        yield from ray.get([remote.remote(*job) for job in batch])
+    remote = ray.remote(max_retries=0)(score)
+    waiting, running = list(jobs), {}
+    while waiting or running:
+        while waiting and len(running) < config.jobs:
+            job = waiting.pop(0)
+            running[remote.remote(*job)] = job[0]
+        [done], _ = ray.wait(list(running))
+        folder = running.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            lost(folder, error)
+        yield
 
 
 ENGINES: dict[str, Callable[[Jobs, AblateConfig], Iterator[None]]] = {

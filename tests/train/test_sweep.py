@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -240,6 +241,24 @@ def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(score
     bad, good = sweep(config(GRID, "engine=submitit"), tmp_path)
     assert limits == [240] and good.figures and not bad.figures
     assert bad.failure == "its job ended with UncompletedJobError\nJob 7\nCANCELLED DUE TO TIME LIMIT\n"
+
+
+def test_a_worker_of_ray_that_is_lost_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    real = sweeps.score
+
+    def killed(folder, processes):
+        if "sample_steps-2" in folder.name:
+            os._exit(1)
+        real(folder, processes)
+
+    monkeypatch.setattr(sweeps, "score", killed)
+    try:
+        bad, good = sweep(config(GRID, "engine=ray"), tmp_path)
+    finally:
+        ray.shutdown()
+    assert good.figures and not bad.figures
+    assert bad.failure.startswith("its job ended with WorkerCrashedError")
 
 
 def test_grid_items_of_the_command_line_are_gathered():
