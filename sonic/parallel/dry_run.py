@@ -23,7 +23,8 @@ from sonic.model.wan_vae import WanAutoencoder
 from sonic.parallel.few_layers import of_all_layers
 from sonic.parallel.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.parallel.mesh import World, make_world
-from sonic.parallel.plans import MESSAGES, Plan, degree, resident_layers
+from sonic.parallel.plans import MESSAGES, Plan, degree
+from sonic.parallel.ranges import resident_layers
 from sonic.parallel.settings import HardwareConfig
 from sonic.parallel.shard import shard
 from sonic.parallel.workload import Workload

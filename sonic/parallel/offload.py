@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sonic.model.dit import AvatarDiT
 from sonic.model.forwards import Forwards, SharedPass
+from sonic.parallel.ranges import resident_layers
 from sonic.parallel.settings import OffloadConfig, ParallelConfig
 from sonic.signs import beat
 from sonic.types import Conditions
@@ -55,10 +56,11 @@ class Station:
             weight.data = there
             start += _room(home)
 
-    def stay(self, slot: Tensor) -> None:
-        """Move for good; host memory is given back."""
-        self.move(slot)
-        self.home = [weight.data for weight in self.weights]
+    def stay(self, device: torch.device) -> None:
+        """Move for good, unless it is there already; host memory is given back."""
+        if self.home[0].device.type != device.type:
+            self.move(torch.empty(self.bytes, dtype=torch.uint8, device=device))
+            self.home = [weight.data for weight in self.weights]
 
     def pin(self, memory: PinnedMemory) -> None:
         """Make pinned memory the home."""
@@ -92,21 +94,18 @@ class Shuttle:
     def settle(self) -> None:
         """Give the weights that stay their place, spread evenly over the layers; -1 = as many as fit now. Pin those that wait."""
         self.settled = True
-        largest = max(station.bytes for station in self.stations)
-        room = self.resident_gib * GIB if self.resident_gib >= 0 else self._free() - self.count * largest
-        number = min(len(self.stations), int(max(0.0, room) // largest))
-        chosen = {index * len(self.stations) // number for index in range(number)} if number else set()
-        waiting = [station for index, station in enumerate(self.stations) if index not in chosen]
+        sizes = [station.bytes for station in self.stations]
+        self.resident = resident_of(sizes, self.resident_gib if self.resident_gib >= 0 else self._free() - self.count * max(sizes) / GIB)
+        waiting = [station for index, station in enumerate(self.stations) if index not in self.resident]
         memory = PinnedMemory(sum(station.bytes for station in waiting))
-        for index in sorted(chosen):
+        for index in sorted(self.resident):
             beat()
-            self.stations[index].stay(torch.empty(self.stations[index].bytes, dtype=torch.uint8, device=self.device))
+            self.stations[index].stay(self.device)
         for station in waiting if self.pins else ():
             beat()
             station.pin(memory)
-        self.resident = chosen
-        if len(chosen) < len(self.stations):
-            self.slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(self.count)]
+        if waiting:
+            self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=self.device) for _ in range(self.count)]
 
     def arrive(self, index: int) -> None:
         """Called when layer `index` is about to run; more than once in a row while several items visit it."""
@@ -145,20 +144,31 @@ class Shuttle:
             self.ready[station] = self.stream.record_event()
 
     def _free(self) -> float:
-        """Bytes that weights may take; on a CPU none, because a copy there gains nothing."""
+        """GiB that weights may take; on a CPU none, because a copy there gains nothing."""
         if self.device.type != "cuda":
             return 0.0
         torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
-        return torch.cuda.mem_get_info(self.device)[0] - SPARE_GIB * GIB
+        return torch.cuda.mem_get_info(self.device)[0] / GIB - SPARE_GIB
+
+
+def place(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> None:
+    """Memory for a model without any: layers that are known to stay get theirs on the device, so that host memory never holds them,
+    others in host memory, or none when the file itself is their memory; all else is on the device."""
+    for name, child in model.named_children():
+        if name not in ("blocks", "audio_injectors"):
+            child.to_empty(device=device)
+    layers = layers_of(model)
+    resident = resident_of([Station(modules).bytes for modules in layers], config.resident_gib)
+    for index, modules in enumerate(layers):
+        if index in resident or config.store != "mmap":
+            for module in modules:
+                module.to_empty(device=device if index in resident else "cpu")
 
 
 def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> None:
     """Run a model whose layers lie in host memory, and all else on `device`."""
-    settings, inject = config.offload, model.config.audio.inject_layers
-    stations = []
-    for layer, block in enumerate(model.blocks):
-        injectors = [model.audio_injectors[inject.index(layer)]] if layer in inject else []
-        stations.append(Station([block, *injectors]))
+    settings = config.offload
+    stations = [Station(modules) for modules in layers_of(model)]
     shuttle = Shuttle(stations, device, settings)
     if settings.resident_gib >= 0:  # else only the first film's memories say what fits
         shuttle.settle()
@@ -167,6 +177,17 @@ def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> N
     if settings.kv == "host":
         model.cache_device = torch.device("cpu")
     model.forwards = partial(_open, width=settings.inflight)
+
+
+def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:
+    """What runs in each layer: its block and the injector after it, if there is one."""
+    inject = model.config.audio.inject_layers
+    return [[block, model.audio_injectors[inject.index(layer)]] if layer in inject else [block] for layer, block in enumerate(model.blocks)]
+
+
+def resident_of(sizes: Sequence[int], gib: float) -> set[int]:
+    """The layers of these sizes in bytes that stay on a device with so much room for them; none when that is not known yet (-1)."""
+    return set(resident_layers(len(sizes), int(max(0.0, gib) * GIB // max(sizes))))
 
 
 def _open(model: AvatarDiT, told: Sequence[Conditions], steps: int, *, width: int) -> Forwards:

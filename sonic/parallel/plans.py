@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sonic.parallel import memory as m
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, Items
-from sonic.parallel.ranges import best_ranges, ranges_of
+from sonic.parallel.ranges import best_ranges, ranges_of, resident_layers
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 from sonic.parallel.workload import Workload
 
@@ -157,12 +157,6 @@ def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
     given_up = ", ".join(f"{size / GIB:.1f} GiB {where}" for where, size in away.items() if size)
     settled = replace(knobs, resident_gib=round(number * max(layers) / GIB + 0.001, 3), inflight=together)
     return Plan(name, replace(parallel, offload=settled), (rank,), host, seconds, work.frames, given_up=given_up)
-
-
-def resident_layers(layers: int, number: int) -> list[int]:
-    """Which layers stay on an offloading device, spread evenly."""
-    number = min(layers, number)
-    return [index * layers // number for index in range(number)]
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:

@@ -1,4 +1,4 @@
-"""Contiguous ranges of blocks for the stages of a pipeline: as even as they can be, and within the memory there is."""
+"""Which blocks go where: contiguous ranges for the stages of a pipeline, as even as they can be, and those that stay on a device."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def ranges_of(sizes: Sequence[int]) -> list[range]:
     """Ranges of these sizes, one after the other."""
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def resident_layers(layers: int, number: int) -> list[int]:
+    """Which layers stay on an offloading device, spread evenly."""
+    number = min(layers, number)
+    return [index * layers // number for index in range(number)]

@@ -15,7 +15,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import share_tokens
 from sonic.parallel.load import Lora, fill, fill_randomly, without_memory
 from sonic.parallel.mesh import World
-from sonic.parallel.offload import offload
+from sonic.parallel.offload import offload, place
 from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.shard import shard
@@ -45,15 +45,6 @@ def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
         getattr(model, name).to_empty(device=world.device)
 
 
-def _place_layers_outside(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Layers in host memory, or nowhere when the file itself is their memory; all else on the device."""
-    for name, child in model.named_children():
-        if name not in ("blocks", "audio_injectors"):
-            child.to_empty(device=world.device)
-        elif config.offload.store != "mmap":
-            child.to_empty(device="cpu")
-
-
 def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     keep_range(model, world.stage, layer_ranges(model.config, world.stages, config.layers))
 
@@ -61,7 +52,10 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
 PLANS: Mapping[str, Plan] = {
     "single": Plan(),
     "fsdp": Plan(shard, _place_shards),
-    "offload": Plan(place=_place_layers_outside, start=lambda model, world, config: offload(model, world.device, config)),
+    "offload": Plan(
+        place=lambda model, world, config: place(model, world.device, config.offload),
+        start=lambda model, world, config: offload(model, world.device, config),
+    ),
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
     "zero3": Plan(cut_nothing, place_slices, start_engines),
