@@ -314,12 +314,14 @@ class RunConfig:
     folder: str = knob("runs", "where run folders are made")
     device: str = knob("auto", "auto, cpu or cuda; auto takes cuda when there is one")
     dtype: str = knob("float32", "precision of the transformer: float32 or bfloat16")
+    attention: str = knob("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
     threads: int = knob(0, "CPU threads; 0 leaves it to torch")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
         one_of(self.dtype, ("float32", "bfloat16"), "run.dtype")
+        one_of(self.attention, ("sdpa", "xformers"), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
 

@@ -15,6 +15,8 @@ from torch import nn
 from sonic import assets
 from sonic.checkpoint.ready import Ready
 from sonic.config import LoraConfig, ModelConfig, RunConfig
+from sonic.model.attention import Attention, attention_for, sdpa
+from sonic.model.blocks import attend_by
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import lora_alpha, read_lora
 from sonic.model.speech_encoder import SPEECH_ENCODERS
@@ -55,6 +57,7 @@ class ReadyParts:
     checkpoint: Ready
     company: Company
     dtype: torch.dtype
+    attention: Attention = sdpa
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +73,9 @@ class ReadyParts:
     @cached_property
     def model(self) -> AvatarDiT:
         """The transformer, this rank's part of it, with the adapter of model.lora merged."""
-        return spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
+        model = spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
+        attend_by(model, self.attention)
+        return model
 
     @cached_property
     def autoencoder(self) -> WanAutoencoder | FarAutoencoder:
@@ -90,15 +95,16 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
     if run.threads:
         torch.set_num_threads(run.threads)
     company = company or Company(World("single", find_device(run.device)))
-    dtype = pick(DTYPES, run.dtype, "run.dtype")
+    dtype, attention = pick(DTYPES, run.dtype, "run.dtype"), attention_for(run.attention, company.world.device)
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
-        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype)
+        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype, attention)
     files = weight_files(config)
     autoencoder, speech = untrained_encoders(config, company.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
     model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    attend_by(model, attention)
     if _far(company.world):
         autoencoder = FarAutoencoder(company.wire)
     return Parts(config, model, autoencoder, speech, company.world.device, dtype)

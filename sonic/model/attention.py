@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic.model.embed import Rotation, rotate
+from sonic.types import pick
+
+log = logging.getLogger("sonic.model")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
@@ -28,7 +33,29 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
-ATTENTION: dict[str, Attention] = {"sdpa": sdpa}
+def xformers(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same by the kernels of xformers, which need CUDA.  [B,N,heads,d] -> [B,N,heads,d]"""
+    if not queries.numel():
+        return queries
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(queries, keys, values)
+
+
+ATTENTION: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers}
+
+
+def attention_for(name: str, device: torch.device) -> Attention:
+    """The attention of that name (run.attention) where the device can run it, else torch's, and a warning says so.
+
+    Raises ValueError when its package is not installed.
+    """
+    if name == "xformers" and device.type != "cuda":
+        log.warning("run.attention=xformers has kernels for CUDA only; on %s torch's own attention is used (sdpa)", device.type)
+        return sdpa
+    if name == "xformers" and find_spec("xformers") is None:
+        raise ValueError("run.attention=xformers needs the package xformers: pip install -e .[gpu]; run.attention=sdpa needs nothing")
+    return pick(ATTENTION, name, "run.attention")
 
 
 class Projected(NamedTuple):

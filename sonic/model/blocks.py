@@ -29,7 +29,7 @@ class MultiHead(nn.Module):
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(hidden_dim, hidden_dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(hidden_dim, eps), nn.RMSNorm(hidden_dim, eps)
-        self.attention: Attention = sdpa  # parallel plans wrap this attribute
+        self.attention: Attention = sdpa  # `attend_by` chooses another
 
     def queries(self, tokens: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,heads,d]"""
@@ -52,6 +52,13 @@ class MultiHead(nn.Module):
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
+
+
+def attend_by(model: nn.Module, attention: Attention) -> None:
+    """Let every attention of a model run by this function."""
+    for module in model.modules():
+        if isinstance(module, MultiHead):
+            module.attention = attention
 
 
 class SelfAttention(MultiHead):

@@ -5,21 +5,53 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import SIZE, conditions, tiny_model
 from torch.testing import assert_close
 
-from sonic.model.attention import ATTENTION
-from sonic.model.blocks import GeluLinear, linear_gelu, modulate
+from sonic.model import attention
+from sonic.model.attention import ATTENTION, attention_for, sdpa
+from sonic.model.blocks import GeluLinear, attend_by, linear_gelu, modulate
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name, rng):
-    queries, keys, values = (torch.randn(2, length, 3, 8, requires_grad=True) for length in (5, 7, 7))
+    device = "cpu" if name == "sdpa" else "cuda"
+    if device == "cuda":
+        pytest.importorskip(name, reason=f"needs the package {name} (extra gpu)")
+        if not torch.cuda.is_available():
+            pytest.skip(f"the kernels of {name} need CUDA")
+    queries, keys, values = (torch.randn(2, length, 3, 8, requires_grad=True, device=device) for length in (5, 7, 7))
     scores = torch.einsum("bnhd,bmhd->bhnm", queries, keys) / 8**0.5
     by_hand = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), values)
     found = ATTENTION[name](queries, keys, values)
     assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
     for one, other in zip(*(torch.autograd.grad(x.square().sum(), (queries, keys, values)) for x in (found, by_hand)), strict=True):
         assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_that_cannot_run_is_told_and_replaced_by_torchs(caplog):
+    assert attention_for("xformers", torch.device("cpu")) is sdpa
+    assert "run.attention=xformers has kernels for CUDA only" in caplog.text
+
+
+def test_attention_without_its_package_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -e \.\[gpu\]"):
+        attention_for("xformers", torch.device("cuda"))
+
+
+def test_every_attention_of_a_model_runs_by_the_one_that_is_chosen():
+    model, seen = tiny_model(), []
+
+    def counting(*rows):
+        seen.append(1)
+        return sdpa(*rows)
+
+    attend_by(model, counting)
+    told = conditions(2)
+    with torch.no_grad():
+        model(torch.randn(1, 4, 2, *SIZE), torch.full((1,), 500.0), told)
+    assert len(seen) == 2 * 3 + 2  # self and text in three layers, audio in two
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
