@@ -47,7 +47,7 @@ SHORT = {
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
-DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
+DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
@@ -233,8 +233,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
-    if "sampler" in chooseable and not {"preset", "sampler"} & set(selections) and (own := _own_sampler(selections.get("model", ""))):
-        selections["sampler"] = f"sampler={own}"
+    films = selections.get("task", FILM) == FILM  # the steps of a training are its student's
+    if films and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+        selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
         if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
             selections[key] += "/" + _for_model(key, name, selections.get("model", ""))
@@ -250,17 +251,19 @@ def _for_model(key: str, name: str, selection: str) -> str:
     return model
 
 
-def _own_sampler(selection: str) -> str:
-    """The sampler that a model is published with, as its standard preset names it; empty for the default model and one without presets.
+def _own_sampler(selection: str) -> dict[str, str]:
+    """The choice of the sampler that a model is published with, as its standard preset names it; none for the default model and for
+    one without presets.
 
     The plain default has four steps and no guidance: what other models make of that looks like a fault of theirs.
     """
     model = selection.partition("=")[2] or DEFAULT_MODEL
     file = ROOT / "conf/preset" / PUBLISHED_PRESET / f"{model}.yaml"
     if model == DEFAULT_MODEL or not file.is_file():
-        return ""
-    chosen = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
-    return next((item["override /sampler"] for item in chosen if "override /sampler" in item), "")
+        return {}
+    told = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    chosen = [each["override /sampler"] for each in told if "override /sampler" in each]
+    return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
 def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:

@@ -106,6 +106,7 @@ def test_a_sampler_that_is_chosen_is_the_one_that_runs():
     assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
     assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
     assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
+    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
