@@ -32,7 +32,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
         with open_parts(config, run.ranks, folder=folder) as opened:
             run.keep()  # finished films
             outcomes = all_outcomes(make_films(requests, opened, config), opened)
-        return report(outcomes, run)
+        return report(outcomes, run, plan=opened.forecast.as_json())
     with ExitStack() as stack:
         with clock.stage("load"):
             scene = checked_scene(config) if run.main else None
@@ -49,13 +49,14 @@ def infer(config: InferConfig, run: Run) -> int | None:
     return None
 
 
-def report(outcomes: list, run: Run) -> int:
-    """What became of all requests, as films.json; exit code 1 when some were bad.
+def report(outcomes: list, run: Run, *, plan: dict) -> int:
+    """What became of all requests, as films.json; exit code 1 when some were bad. `plan` is that of the whole job.
 
     Only the first rank's: a launcher ends all ranks as soon as one gives such a code, and the others may be faster than what it says.
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
-    run.write_json("films.json", {str(each.line): {"error": each.fault} if each.fault else asdict(each.result) for each in outcomes})
+    films = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
+    run.write_json("films.json", films)
     log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), run.path)
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -45,12 +46,28 @@ SHORT = {
     "live_avatar": "lora.path",
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-DEFAULT_MODEL = "preview"
+LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
+DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
 
 log = logging.getLogger("sonic")
+
+
+class _Numbers(yaml.SafeLoader):
+    """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Numbers.add_implicit_resolver("!int", re.compile(r"[-+]?[0-9]+$"), [*"-+0123456789"])
+_Numbers.add_implicit_resolver("!float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"), [*"-+.0123456789"])
+_Numbers.add_constructor("!int", lambda loader, node: int(node.value))
+_Numbers.add_constructor("!float", lambda loader, node: float(node.value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +233,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
+    films = selections.get("task", FILM) == FILM  # the steps of a training are its student's
+    if films and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+        selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
         if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
             selections[key] += "/" + _for_model(key, name, selections.get("model", ""))
@@ -229,6 +249,21 @@ def _for_model(key: str, name: str, selection: str) -> str:
     if refused:
         raise ValueError(f"{key}={name} does not go with model={model}: {refused}")
     return model
+
+
+def _own_sampler(selection: str) -> dict[str, str]:
+    """The choice of the sampler that a model is published with, as its standard preset names it; none for the default model and for
+    one without presets.
+
+    The plain default has four steps and no guidance: what other models make of that looks like a fault of theirs.
+    """
+    model = selection.partition("=")[2] or DEFAULT_MODEL
+    file = ROOT / "conf/preset" / PUBLISHED_PRESET / f"{model}.yaml"
+    if model == DEFAULT_MODEL or not file.is_file():
+        return {}
+    told = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    chosen = [each["override /sampler"] for each in told if "override /sampler" in each]
+    return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
 def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
@@ -256,7 +291,7 @@ def _unknown_key(entry: Entry, key: str) -> str:
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
     try:
-        value = text.replace("${", r"\${") if kind is str else yaml.safe_load(text)
+        value = text.replace("${", r"\${") if kind is str else yaml.load(text, _Numbers)
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
             OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -266,13 +301,11 @@ def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
 
 
 def _kind_words(kind: typing.Any) -> str:
-    if kind in KINDS:
-        return KINDS[kind]
-    inner = next((arg for arg in typing.get_args(kind) if arg is not type(None)), kind)
-    inside = typing.get_args(inner)
-    if typing.get_origin(inner) is list:
-        return f"a list of {KINDS[inside[0]].partition(' ')[2]}s such as [1,2,3]"
-    return KINDS.get(inner, "of the right kind")
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    if typing.get_origin(kind) is list:
+        return LISTS.get(typing.get_args(kind)[0], "a list")
+    return KINDS.get(kind, "of the right kind")
 
 
 def _reworded(entry: Entry, error: Exception) -> str:

@@ -212,7 +212,7 @@ class SamplerConfig:
         fixed = FIXED_STEPS.get(self.schedule, 0)
         agree = self.sample_steps in (0, fixed) or not fixed
         sentence = f"sampler.schedule={self.schedule} is a table of {fixed} steps, not of sampler.sample_steps={self.sample_steps}"
-        require(agree, f"{sentence}; leave one of the two out")
+        require(agree, f"{sentence}; leave sampler.sample_steps out, or choose another schedule such as twice_shifted")
         self.sample_steps = fixed or self.sample_steps
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
@@ -241,7 +241,10 @@ class VideoConfig:
 
 
 def settle_video(video: VideoConfig, rollout: RolloutConfig) -> None:
-    """Give the film the model's own clip length and frames per second, or raise ValueError where those asked for are impossible."""
+    """Give the film the model's own clip length and frames per second, and the published ring where compat asks for it.
+
+    Raises ValueError where what was asked for is impossible.
+    """
     require(
         video.fps in (0, rollout.fps),
         f"video.fps={video.fps} cannot be made: this model is trained at {rollout.fps} frames per second; use {rollout.fps}",
@@ -253,6 +256,8 @@ def settle_video(video: VideoConfig, rollout: RolloutConfig) -> None:
     why = "a latent frame is 4 frames" if rollout.clip_frames else f"a block is {rollout.block_frames} latent frames of 4 frames"
     require(frames % step == 0, f"video.infer_frames={frames} is not a multiple of {step} ({why}); {near}")
     video.fps, video.infer_frames = rollout.fps, frames
+    if video.compat and not rollout.clip_frames:
+        rollout.window_blocks = frames // step  # the published ring is one clip
 
 
 @dataclass
@@ -355,5 +360,9 @@ class ConvertConfig:
         one_of(self.to, ("ready", "official"), "to")
         for name in ("source", "output"):
             require(getattr(self, name) != "", f"{name}= is empty; name a folder")
+        lora = self.model.lora
+        unread = ("weights", self.model.weights, "source"), ("lora.path", lora.path, "lora.path"), ("lora.alpha", lora.alpha, "lora.alpha")
+        for name, value, instead in unread:
+            require(not value, f"model.{name}={value} is not read by a conversion; write {instead}={value}")
         bare = self.to == "ready" and self.model.name == "live_avatar_14b" and not self.lora.path
         require(not bare, "model=live_avatar_14b is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")

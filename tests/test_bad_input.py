@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversion import convert_launcher
 from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -193,7 +194,30 @@ def test_weights_that_are_not_there(sentence, inputs):
 
 @pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
 def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
-    assert "checkpoint=FOLDER" in sentence(f"model={model}", *FACE)
+    assert "checkpoint=FOLDER" in sentence(f"model={model}")
+
+
+@pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
+@pytest.mark.parametrize(
+    "typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=2", "motion.head=gentle", "motion.strength=0.5"]
+)
+def test_a_published_model_refuses_what_only_a_moved_face_has(model, typed, sentence):
+    said = sentence(f"model={model}", typed)
+    assert said.startswith(typed.partition("=")[0]) and "use model=preview" in said
+
+
+@pytest.mark.parametrize("typed", ["motion.pose=a.mp4", "face.masks=[a.png]", "video.compat=upstream"])
+def test_a_moved_face_refuses_what_only_a_published_model_has(typed, sentence):
+    said = sentence(typed)
+    assert said.startswith(typed.partition("=")[0]) and "use a published model" in said
+
+
+@pytest.mark.parametrize("typed", ["model.lora.path=folder", "model.lora.alpha=3", "checkpoint=folder"])
+def test_a_conversion_refuses_what_it_does_not_read(typed, capsys):
+    module = convert_launcher()
+    given = ["source=a", "output=b", "model=wan_s2v_14b", typed]
+    assert run_command(module.ENTRY, module.convert, given) == 2
+    assert "is not read by a conversion; write " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

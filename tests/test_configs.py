@@ -90,6 +90,42 @@ def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
         compose(INFER, ["schedule=live_avatar_3step", "sampler.sample_steps=4"])
 
 
+@pytest.mark.parametrize("command", ["infer", "plan", "evaluate", "bench"])
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
+    entry = ENTRIES[command]
+    own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
+    assert own == published
+    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar_4step", 4, 1.0)}[model]
+    assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
+
+
+def test_a_sampler_that_is_chosen_is_the_one_that_runs():
+    found = compose(INFER, ["model=wan_s2v_14b", "sampler=euler", "sampler.sample_steps=8"]).sampler
+    assert (found.name, found.sample_steps, found.sample_guide_scale) == ("euler", 8, 1.0)
+    assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
+    assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
+    assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
+    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
+
+
+def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf/model/mine.yaml").write_text("defaults: [preview]\nname: mine\n")
+    monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
+    assert compose(INFER, ["model=mine"]).sampler == compose(INFER, []).sampler
+
+
+@pytest.mark.parametrize(
+    ("preset", "frames", "blocks"), [("standard", 48, 4), ("low_memory", 48, 4), ("standard", 96, 8), ("standard", 24, 2)]
+)
+def test_the_ring_of_the_published_habits_is_one_clip(preset, frames, blocks):
+    given = ["model=live_avatar_14b", f"+preset={preset}", f"video.infer_frames={frames}"]
+    for entry in (INFER, ENTRIES["plan"]):
+        assert compose(entry, [*given, "compat=upstream"]).model.rollout.window_blocks == blocks
+        assert compose(entry, given).model.rollout.window_blocks == (4 if preset == "standard" else 2)
+
+
 @pytest.mark.parametrize("name", options("model"))
 def test_every_model_builds_without_memory(name):
     config = compose(INFER, [f"model={name}"]).model
@@ -124,6 +160,17 @@ def test_text_stays_exactly_as_typed(text):
     assert compose(INFER, [f"image={text}"]).image == text
 
 
+@pytest.mark.parametrize(("typed", "value"), [("010", 10), ("7", 7), ("-0", 0), ("+5", 5)])
+def test_every_seed_means_itself(typed, value):
+    assert compose(INFER, [f"seed={typed}"]).seed == value
+
+
+@pytest.mark.parametrize(("typed", "value"), [("012", 12.0), ("1e-2", 0.01), ("1.5", 1.5), (".5", 0.5), ("2.", 2.0), ("3E1", 30.0)])
+def test_every_number_means_itself(typed, value):
+    assert compose(INFER, [f"sampler.sample_shift={typed}", f"face_box=[010,{typed},1e1,09]"]).face.box == [10, value, 10, 9]
+    assert compose(INFER, [f"sampler.sample_shift={typed}"]).sampler.sample_shift == value
+
+
 def test_short_names_are_the_long_ones():
     found = compose(INFER, ["name=me", "face_box=[1,2,30,40]", "weights=folder", "device=cpu"])
     assert (found.run.name, found.face.box, found.model.weights, found.run.device) == ("me", [1, 2, 30, 40], "folder", "cpu")
@@ -147,7 +194,13 @@ def test_short_names_are_the_long_ones():
         ("run.dtype=float23", "choose one of: float32"),
         ("sampler.sample_steps=many", "not a whole number"),
         ("decode.online=perhaps", "not true or false"),
-        ("face_box=[1,2,3", "not a list of numbers"),
+        ("seed=1:30", "seed=1:30 is not a whole number"),
+        ("seed=0x10", "seed=0x10 is not a whole number"),
+        ("seed=2026-01-01", "seed=2026-01-01 is not a whole number"),
+        ("sampler.sample_shift=1:30", "is not a number"),
+        ("face_box=[1,2,3", "not a list of numbers such as [1,2,3]"),
+        ("face_box=5", "not a list of numbers such as [1,2,3]"),
+        ("face.masks=left.png", "face.masks=left.png is not a list of words such as [a,b]"),
         ("face_box=[1,2,3]", "give [x,y,width,height]"),
         ("video.infer_frames=50", "use 48 or 60"),
         ("video.fps=30", "use 25"),
@@ -164,6 +217,19 @@ def test_a_mistake_is_answered_with_the_choices(typed, first):
         compose(INFER, [typed])
     assert first in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "said"),
+    [
+        ("ablate", ["+ablate=steps", "seeds=3"], "seeds=3 is not a list of whole numbers such as [1,2,3]"),
+        ("train", ["objective.learn.targets=mlp_in"], "objective.learn.targets=mlp_in is not a list of words such as [a,b]"),
+    ],
+)
+def test_a_list_that_is_none_is_answered_with_one(name, typed, said):
+    with pytest.raises(ValueError, match="such as") as caught:
+        compose(ENTRIES[name], [*NEEDED[name], *typed])
+    assert said in str(caught.value)
 
 
 def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):

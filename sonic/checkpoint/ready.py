@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ log = logging.getLogger("sonic.checkpoint")
 
 FORMAT = "sonic ready checkpoint 1"
 MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
+CPU = torch.device("cpu")
 PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion": MotionConfig}
 
 
@@ -36,6 +37,7 @@ class Ready:
 
     folder: Path
     manifest: dict[str, Any]
+    unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # rows by the file that could not be written
 
     @classmethod
     def open(cls, folder: Path) -> Ready:
@@ -72,7 +74,7 @@ class Ready:
         """The Wan VAE. In bfloat16 its frames differ from float32's by 50 dB (0.8 of 255 levels, root mean square; random weights of the
         published size), latents that were rounded to bfloat16 once and decoded in float32 by 70 dB."""
         vae = WanAutoencoder(self._config("vae"))
-        vae.take({stored.name: tensor for stored, tensor in read(self.tensors("vae").values())})
+        vae.take(self._moved("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
     def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
@@ -86,28 +88,40 @@ class Ready:
         def read_rows(prompt: str) -> Tensor:
             name = hashlib.sha256(json.dumps([self._hash(), prompt, length]).encode()).hexdigest()[:32]
             file = self.folder / PROMPTS / f"{name}.safetensors"
+            if file in self.unkept:
+                return self.unkept[file].to(device)
             if file.is_file():
                 return load_file(file)["rows"].to(device)
             if not loaded:
                 loaded.append((self._text_encoder(device), Tokenizer(self.folder / TOKENIZER)))
             encoder, tokens = loaded[0]
             (found,) = encoder(*(each.to(device) for each in tokens([prompt], length)))
-            _keep(file, {"rows": found[None].float().cpu()})
-            return found[None].float()
+            rows = found[None].float().cpu()
+            if not _keep(file, {"rows": rows}):
+                self.unkept[file] = rows
+            return rows.to(device)
 
         return read_rows
 
     def _text_encoder(self, device: torch.device) -> TextEncoder:
         with torch.device("meta"):
             encoder = TextEncoder(self._config("text_encoder"))
-        encoder.take({stored.name: tensor for stored, tensor in read(self.tensors("text_encoder").values())}, str(self.folder))
+        encoder.take(self._moved("text_encoder", device), str(self.folder))
         return encoder.to(device)
 
     def hear(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
         """Speech features [1,N,A,F] of a recording; the encoder is loaded, used and let go."""
-        encoder = Wav2VecEncoder(self._config("speech_encoder"))
-        encoder.take({stored.name: tensor for stored, tensor in read(self.tensors("speech_encoder").values())}, str(self.folder))
-        return encoder.to(device).eval().hear(samples, num_frames, fps)[None]
+        return self.hear_each([samples], num_frames, fps=fps, device=device)
+
+    def hear_each(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
+        """The same of several recordings.  -> [voices,N,A,F]"""
+        encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
+        encoder.take(self._moved("speech_encoder", device), str(self.folder))
+        return encoder.eval().hear_each(voices, num_frames, fps)
+
+    def _moved(self, component: str, device: torch.device) -> dict[str, Tensor]:
+        """A component's tensors by name, read and moved one by one: each is a sign that the work gets on, however slow the disk is."""
+        return {stored.name: tensor.to(device) for stored, tensor in read(self.tensors(component).values())}
 
     def _config(self, component: str) -> dict[str, Any]:
         return json.loads((self.folder / component / "config.json").read_text())
@@ -121,14 +135,16 @@ class Ready:
         return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
 
 
-def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> None:
-    """Write aside and rename; a checkpoint that cannot be written to is used without a cache."""
+def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> bool:
+    """Write aside and rename; False for a checkpoint that cannot be written to, which is used without a cache."""
     aside = file.with_suffix(f".{os.getpid()}.partial")  # other processes may keep the same
     try:
         file.parent.mkdir(exist_ok=True)
         write(tensors, aside)
         aside.rename(file)
+        return True
     except (OSError, SafetensorError) as error:
         log.warning("%s cannot be kept and will be made anew next time (%s)", file, error)
+        return False
     finally:
         aside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import json
 import logging
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.infer.build import Parts, ReadyParts, build_parts, find_device
+from sonic.infer.painted import read_ahead
 from sonic.infer.pipeline import generate
 from sonic.infer.planning import Forecast, forecast
 from sonic.infer.ranks import dismiss, follow
@@ -46,6 +47,10 @@ class Opened(NamedTuple):
     world: World
     forecast: Forecast
     folder: Path
+
+    def output_of(self, line: int) -> Path:
+        """The film of a request that names none."""
+        return self.folder / f"{line:04d}.mp4"
 
 
 @contextmanager
@@ -95,9 +100,12 @@ def make_films(requests: Sequence[tuple[int, str]], opened: Opened, config: Infe
     mine: list[Outcome] = []
     parts, world = opened.parts, opened.world
     copies, place = world.size("dp_replicate"), world.place("dp_replicate")
-    for line, text in requests[place::copies] if world.leads else ():
+    share = requests[place::copies] if world.leads else ()
+    if isinstance(parts, ReadyParts):
+        read_ahead(parts, _prompts(share, opened, config))
+    for line, text in share:
         try:
-            wanted = _request(text, config, opened.folder / f"{line:04d}.mp4")
+            wanted = _request(text, config, opened.output_of(line))
             if Path(wanted.output).exists():
                 log.info("line %d: %s is there already", line, wanted.output)
                 continue
@@ -108,6 +116,17 @@ def make_films(requests: Sequence[tuple[int, str]], opened: Opened, config: Infe
             mine.append(Outcome(line, fault=" ".join(str(error).split())))
             log.warning("line %d: %s", line, mine[-1].fault)
     return mine
+
+
+def _prompts(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> Iterator[str]:
+    """What the films that are still to be made are told; bad requests tell nothing."""
+    for line, text in requests:
+        with suppress(ValueError, OSError):
+            wanted = _request(text, config, opened.output_of(line))
+            if not Path(wanted.output).exists():
+                yield wanted.prompt
+                if wanted.sampler.sample_guide_scale != 1:
+                    yield wanted.sampler.negative_prompt
 
 
 def all_outcomes(mine: Sequence[Outcome], opened: Opened) -> list[Outcome]:

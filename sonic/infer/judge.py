@@ -17,7 +17,8 @@ from sonic import metrics
 from sonic.config import JudgeConfig
 from sonic.data.portrait import load_portrait
 from sonic.data.speech import envelope, load_speech
-from sonic.data.video import read_frames
+from sonic.data.video import _timed_frames
+from sonic.geometry import FPS
 from sonic.infer.conditions import fit_portrait
 from sonic.infer.report import mouth_window
 from sonic.infer.scene import PORTRAITS, RECORDINGS
@@ -38,8 +39,8 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
-    motion, photo_psnr = watch(Path(config.film), portrait)
-    level = envelope(speech.samples, speech.sample_rate, len(motion))
+    motion, photo_psnr, fps = watch(Path(config.film), portrait)
+    level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
     best, lag = metrics.best_lag(motion, level, reach=REACH)
     rests, speaks = pauses(level), level > np.median(level)
     found = {
@@ -56,23 +57,24 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     return found
 
 
-def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float]:
-    """Mean change of the mouth region from the photograph in each frame [F], in grey levels, and the PSNR in dB outside the
-    lower half of the face over all frames."""
+def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, int]:
+    """Mean change of the mouth region from the photograph in each frame [F], in grey levels, the PSNR in dB outside the lower half
+    of the face over all frames, and the frames per second."""
     still = portrait.pixels.astype(np.int16)
     mouth, kept = mouth_window(portrait), outside_lower_face(portrait)
-    motion, error, frames = [], 0.0, 0
-    for frame in read_frames(video):
+    motion, error, times = [], 0.0, []
+    for time, frame in _timed_frames(video):
         if frame.shape != still.shape:
             found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
             raise ValueError(f"film={video} is {found}, the photograph {given}; give image= and size= that it was made with")
         change = frame.astype(np.int16) - still
         motion.append(np.abs(change[mouth]).mean())
         error += float(np.square(change[kept], dtype=np.float32).mean())
-        frames += 1
-    if not frames:
+        times.append(time)
+    if not times:
         raise ValueError(f"film={video} holds no frames")
-    return np.array(motion), float(10 * np.log10(255**2 / max(error / frames, 1e-9)))
+    fps = round((len(times) - 1) / (times[-1] - times[0])) if times[-1] > times[0] else FPS
+    return np.array(motion), float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), max(1, fps)
 
 
 def outside_lower_face(portrait: Portrait) -> np.ndarray:

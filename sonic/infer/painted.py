@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -198,18 +198,32 @@ def _shot(scene: Scene, parts: ReadyParts, settings: Settings) -> Shot:
     whole = config.rollout.clip_frames or settings.compat
     step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
     frames = -(-scene.num_frames // step) * step
-    heard = [checkpoint.hear(voice.samples, frames, fps=scene.fps, device=device) for voice in scene.voices or (scene.speech,)]
+    voices = [voice.samples for voice in scene.voices or (scene.speech,)]
+    heard = checkpoint.hear_each(voices, frames, fps=scene.fps, device=device)
+    read = checkpoint.reader(length, device)
+    text = read(scene.prompt)
     patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
     return Shot(
         picture=signed(scene.portrait.pixels).to(device),
-        text=checkpoint.rows(scene.prompt, length, device),
-        negative=checkpoint.rows(scene.negative_prompt, length, device),
-        audio=heard[0] if len(heard) == 1 else torch.cat(heard),
+        text=text,
+        negative=read(scene.negative_prompt) if settings.sampler.sample_guide_scale != 1 else text,
+        audio=heard,
         clip_frames=settings.clip_frames,
         seed=scene.seed,
         pose=None if scene.pose is None else _lengthened(scene.pose, frames),
         masks=None if scene.masks is None else _over_patches(scene.masks, patch).to(device),
     )
+
+
+def read_ahead(parts: ReadyParts, prompts: Iterable[str]) -> None:
+    """Have the rows of all prompts at hand, so that no text encoder is loaded once the transformer is there.
+
+    A prompt that cannot be read is left to its own film, which says so.
+    """
+    read = parts.checkpoint.reader(parts.config.text.text_len, parts.device)
+    for prompt in dict.fromkeys(prompts):
+        with suppress(ValueError, OSError):
+            read(prompt)
 
 
 def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:

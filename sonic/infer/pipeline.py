@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from sonic.infer.moved import film_moved
 from sonic.infer.painted import film_painted
 from sonic.infer.report import Clock, Result, Watch, versions
 from sonic.infer.scene import Settings
+from sonic.metrics import peak_rss_gib
 from sonic.types import FrameChunk, Scene
 
 FILMS = {"warp": film_moved, "wan": film_painted}  # by model.autoencoder
@@ -52,7 +52,7 @@ def generate(scene: Scene, parts: Parts | ReadyParts, settings: Settings, *, out
         audio_seconds=round(scene.speech.seconds, 3),
         frames_per_second=round(scene.num_frames / (clock.passed() - begun), 2),
         first_frame_s=round(first_frame, 3),
-        peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        peak_rss_gib=round(peak_rss_gib(), 3),
         peak_vram_gib=round(_peak_vram(parts.device) / 2**30, 3),
         stages_s={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         versions=versions(),

@@ -76,7 +76,7 @@ class Clock:
             yield item
 
     def passed(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the job began."""
         return time.perf_counter() - self.start
 
 

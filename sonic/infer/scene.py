@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import skimage
 
-from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
+from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import covering, load_image, load_portrait
 from sonic.data.speech import load_speech
 from sonic.data.video import frames_at
@@ -46,7 +46,8 @@ class Settings:
 
 def open_portrait(config: InferConfig) -> Scene:
     """A scene whose photograph is moved: its face has to be found."""
-    for knob, value in (("motion.pose", config.motion.pose), ("face.masks", config.face.masks)):
+    knobs = (("motion.pose", config.motion.pose), ("face.masks", config.face.masks), ("video.compat", config.video.compat))
+    for knob, value in knobs:
         if value:
             raise ValueError(f"{knob}={value}: model={config.model.name} moves one face and follows no video; use a published model")
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
@@ -56,6 +57,7 @@ def open_portrait(config: InferConfig) -> Scene:
 
 def open_picture(config: InferConfig) -> Scene:
     """A scene whose every pixel is painted: the whole picture counts, with or without a face in it."""
+    _refuse_places(config)
     voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
     speech = _together(voices) if voices else load_speech(RECORDINGS.get(config.audio, config.audio))
     pixels = load_image(PORTRAITS.get(config.image, config.image))
@@ -75,6 +77,16 @@ OPENERS = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
 def open_scene(config: InferConfig) -> Scene:
     """Read and check portrait and recording. Raises ValueError in one sentence for everything that is wrong with them."""
     return OPENERS[config.model.autoencoder](config)
+
+
+def _refuse_places(config: InferConfig) -> None:
+    """Raise ValueError for the knobs of a model that moves one face; here they would change nothing."""
+    usual = {"face": FaceConfig(), "motion": HeadConfig()}
+    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head"), ("motion", "strength")):
+        value = getattr(getattr(config, group), name)
+        if value != getattr(usual[group], name):
+            why = f"model={config.model.name} paints the whole picture and looks for no face in it"
+            raise ValueError(f"{group}.{name}={value}: {why}; leave it out, or use model=preview")
 
 
 def _together(voices: tuple[Speech, ...]) -> Speech:

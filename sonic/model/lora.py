@@ -34,7 +34,7 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     """Adapters of a file by the name of the weight they change, in our names. Source: LoRA, arXiv 2106.09685.
 
     Keys may begin with `base_model.model.` and carry an adapter's name (`.default`); modules may have official or our names.
-    Raises ValueError when the file cannot be read, or holds a tensor that is not one of a pair.
+    Raises ValueError when the file cannot be read, holds a tensor that is not one of a pair, or two for the same weight.
     """
     path = lora_file(path)
     try:
@@ -44,13 +44,16 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"lora {path} cannot be read: {error}; fetch it again") from error
     halves: dict[str, dict[str, Tensor]] = {}
-    strange = []
+    strange, spelled = [], {}
     for name, tensor in tensors.items():
         module, role = _split(name)
-        if role:
-            halves.setdefault(module, {})[role] = tensor
-        else:
+        if not role:
             strange.append(name)
+            continue
+        weight = to_ours(f"{module}.weight") or f"{module}.weight"
+        if (other := spelled.setdefault((weight, role), name)) != name:
+            raise ValueError(f"lora {path} holds {other} and {name}, both for {weight}; give a file with one adapter")
+        halves.setdefault(module, {})[role] = tensor
     strange += [module for module, found in halves.items() if len(found) < 2 or found[DOWN].shape[0] != found[UP].shape[1]]
     if strange or not halves:
         raise ValueError(

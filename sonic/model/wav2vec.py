@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -58,17 +60,28 @@ class Wav2VecEncoder(nn.Module):
             raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another wav2vec2")
         self.encoder.load_state_dict(found, strict=False)
 
-    @torch.no_grad()
     def hear(self, samples: np.ndarray, num_frames: int, fps: int = FPS) -> Tensor:
         """Features of every video frame; zeros after the end of the recording.  float32 [n] at 16 kHz -> [layers+1,D,F]"""
+        return self.hear_each([samples], num_frames, fps)[0]
+
+    @torch.no_grad()
+    def hear_each(self, voices: Sequence[np.ndarray], num_frames: int, fps: int = FPS) -> Tensor:
+        """The same of several recordings.  -> [voices,layers+1,D,F]"""
+        config = self.encoder.config
+        heard = _room((len(voices), config.num_hidden_layers + 1, config.hidden_size, num_frames))
+        for samples, room in zip(voices, heard, strict=True):
+            self._hear(samples, room, fps)
+        return heard
+
+    def _hear(self, samples: np.ndarray, heard: Tensor, fps: int) -> None:
+        """Write the features of a recording into zeros [layers+1,D,F]."""
         total = 1 + max(0, len(samples) - STATE_REACH) // STATE_SAMPLES
         kept = int(total / STATES_PER_S * PICKED_PER_S)
-        picked = frame_places(num_frames, fps)
+        picked = frame_places(heard.shape[-1], fps)
         places = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # the first and last state stay the first and last
-        heard, start, last = None, 0, None  # `start` counts the states before those at hand; the last of them stays beside
+        start, last = 0, None  # `start` counts the states before those at hand; the last of them stays beside
         for piece in self._pieces(samples):
             states = piece if last is None else torch.cat((last, piece), dim=1)
-            heard = _room((states.shape[0], states.shape[2], num_frames)) if heard is None else heard
             stop = start + states.shape[1] - 1
             here = np.flatnonzero((places >= start) & ((places < stop) | (stop == total - 1)))
             within = torch.from_numpy(places[here] - start).clamp(max=stop - start)
@@ -77,7 +90,6 @@ class Wav2VecEncoder(nn.Module):
             found = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
             heard[..., torch.from_numpy(here)] = found.mT.float().cpu()
             start, last = stop, states[:, -1:]
-        return heard
 
     @torch.no_grad()
     def states(self, samples: np.ndarray) -> Tensor:
@@ -106,8 +118,25 @@ def _room(shape: tuple[int, ...]) -> Tensor:
     if 4 * prod(shape) <= IN_MEMORY:
         return torch.zeros(shape)
     with tempfile.NamedTemporaryFile(prefix="sonic_speech_") as file:
-        file.truncate(4 * prod(shape))
+        _take_space(file, 4 * prod(shape))
         return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
+
+
+def _take_space(file: IO[bytes], size: int) -> None:
+    """Give a new file its size and the disk for it: where that is missing, a write to the mapped file would end the process.
+
+    Raises ValueError then.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            place = Path(file.name).parent
+            need = f"{size / 2**30:.1f} GiB are needed in {place} for what is heard in a recording this long"
+            raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR") from error
+        file.truncate(size)
+    except AttributeError:  # macOS has no such call
+        file.truncate(size)
 
 
 def to_transformers_speech(name: str) -> str:

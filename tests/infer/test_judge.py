@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sonic.config import FacePlaceConfig, JudgeConfig
-from sonic.data.speech import envelope, save_speech
-from sonic.data.video import VideoWriter
+from sonic.data.speech import envelope, load_speech, save_speech
+from sonic.data.video import Coding, VideoWriter
 from sonic.infer.judge import judge, pauses
 
 FACE = FacePlaceConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
@@ -27,10 +27,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def film(folder, name, motion):
+def film(folder, name, motion, fps=25):
     """A film of the photograph whose mouth brightens by motion[k] grey levels in frame k."""
     photo = np.array(Image.open(folder / "face.png"))
-    with VideoWriter(folder / name, 160, 128, num_frames=FRAMES) as writer:
+    with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
         for strength in motion:
             frame = photo.astype(np.float32)
             frame[72:90, 58:82] += strength
@@ -40,10 +40,8 @@ def film(folder, name, motion):
     )
 
 
-def sound(folder):
-    from sonic.data.speech import load_speech
-
-    return envelope(load_speech(folder / "speech.flac").samples, 16000, FRAMES)
+def sound(folder, frames=FRAMES, fps=25):
+    return envelope(load_speech(folder / "speech.flac").samples, 16000, frames, fps=fps)
 
 
 @pytest.mark.parametrize("late", [0, 4])
@@ -53,6 +51,12 @@ def test_the_lag_of_the_mouth_is_found(folder, late):
     assert found["speech_correlation"] > 0.9
     assert abs(found["lag_frames"] - late) < 0.6
     assert json.loads((folder / "out.json").read_text())["lag_frames"] == found["lag_frames"]
+
+
+def test_a_film_of_another_rate_is_held_against_the_sound_of_its_own_frames(folder):
+    found = judge(film(folder, "slow.mp4", 200 * sound(folder, 48, 16), fps=16))
+    assert found["speech_correlation"] > 0.9
+    assert abs(found["lag_frames"]) < 0.6
 
 
 def test_a_mouth_that_ignores_the_speech_scores_low(folder):

@@ -67,6 +67,23 @@ def test_a_tensor_without_its_half_is_named(left_over, tmp_path):
         read_lora(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [
+        ("base_model.model.{module}.{role}.weight", MODULE),
+        ("{module}.{role}.second.weight", MODULE),
+        ("{module}.{role}.weight", "blocks.0.self_attention.to_q"),
+    ],
+)
+def test_two_adapters_of_one_weight_are_both_named(pattern, module, tmp_path):
+    model = tiny_model()
+    again = pair(model, module, pattern=pattern)
+    save_file({**pair(model), **again}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="both for blocks.0.self_attention.to_q.weight") as caught:
+        read_lora(tmp_path / "lora.safetensors")
+    assert any(name in str(caught.value) for name in again) and any(name in str(caught.value) for name in pair(model))
+
+
 def test_a_file_that_is_not_there_or_cut_short(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_lora(tmp_path / "lora.safetensors")

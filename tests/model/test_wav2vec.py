@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,34 @@ def test_features_picked_window_by_window_are_those_of_all_states(encoder, secon
     sound = speech(seconds)
     expected = pick_frames(stretch(encoder.states(sound)), frame_places(70, 25))
     assert_close(encoder.hear(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_voices_are_heard_each_for_itself(encoder):
+    voices = [speech(1.0), -speech(0.5)]
+    assert_close(encoder.hear_each(voices, 30), torch.stack([encoder.hear(voice, 30) for voice in voices]))
+
+
+def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(encoder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sonic.model.wav2vec.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.model.wav2vec.os.posix_fallocate", full, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"needed in {tmp_path} .* TMPDIR"):
+        encoder.hear(speech(1.0), 40)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, None])
+def test_a_disk_that_cannot_promise_room_is_used_without(encoder, reason, monkeypatch):
+    def refuse(*_):
+        raise OSError(reason, "not supported") if reason else AttributeError("macOS")
+
+    expected = encoder.hear(speech(1.0), 40)
+    monkeypatch.setattr("sonic.model.wav2vec.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.model.wav2vec.os.posix_fallocate", refuse, raising=False)
+    assert_close(encoder.hear(speech(1.0), 40), expected)
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 3.0])

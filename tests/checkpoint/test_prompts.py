@@ -1,0 +1,109 @@
+"""Prompts of published models: read before the transformer is there, all of them by one encoder, and only those that are used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conversion import infer
+
+from sonic.checkpoint import ready as ready_module
+from sonic.checkpoint.ready import Ready
+from sonic.infer import build
+
+SMALL = ("video.size=64x64", "run.threads=1", "video.num_clip=1", "parallel=single")
+MODELS = {
+    "live": ("model=live_avatar_14b", "video.infer_frames=12"),
+    "wan": ("model=wan_s2v_14b", "sampler.sample_steps=1", "video.infer_frames=8"),
+}
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What is loaded and read, in order."""
+    seen: list[str] = []
+    make, spread, tokens = Ready._text_encoder, build.spread_model, ready_module.Tokenizer.__call__
+    noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
+    monkeypatch.setattr(Ready, "_text_encoder", noted("encoder", make))
+    monkeypatch.setattr(build, "spread_model", noted("transformer", spread))
+    monkeypatch.setattr(ready_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1])
+    return seen
+
+
+def copy_of(ready: Path, model: str, folder: Path) -> Path:
+    """A checkpoint that knows no prompt yet."""
+    return shutil.copytree(ready / model, folder / model, ignore=shutil.ignore_patterns("prompts"))
+
+
+def argv(ready: Path, model: str, folder: Path) -> list[str]:
+    return [*MODELS[model], *SMALL, f"checkpoint={copy_of(ready, model, folder)}", f"audio={ready / 'speech.wav'}"]
+
+
+def file_of(folder: Path, *lines: str) -> Path:
+    (folder / "films.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "films.jsonl"
+
+
+def request(folder: Path, name: str) -> str:
+    return json.dumps({"prompt": name, "output": str(folder / f"{name}.mp4")})
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(kept, ready, events, tmp_path, monkeypatch):
+    if not kept:  # a checkpoint on a disk that is read only
+        monkeypatch.setattr(ready_module, "_keep", lambda file, tensors: False)
+    given = argv(ready, "live", tmp_path)
+    lines = [request(tmp_path, "calm"), "{", request(tmp_path, "bright"), request(tmp_path, "calm").replace("calm.mp4", "again.mp4")]
+    assert infer(tmp_path, *given, f"requests={file_of(tmp_path, *lines)}", "name=films") == 1
+    assert events == ["encoder", "calm", "bright", "transformer"]
+    films = json.loads((tmp_path / "runs/films/films.json").read_text())
+    assert ["error" in films[line] for line in ("1", "2", "3", "4")] == [False, True, False, False]
+    assert all(films[line]["plan"]["plan"] == "single" and films[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
+
+
+def test_a_film_that_is_there_is_not_made_again(ready, events, tmp_path):
+    given = [*argv(ready, "live", tmp_path), f"requests={file_of(tmp_path, request(tmp_path, 'calm'), request(tmp_path, 'bright'))}"]
+    assert infer(tmp_path, *given, "name=first") == 0
+    before = [(tmp_path / f"{name}.mp4").stat().st_mtime_ns for name in ("calm", "bright")]
+    (tmp_path / "bright.mp4").unlink()
+    events.clear()
+    assert infer(tmp_path, *given, "name=second") == 0
+    assert [*json.loads((tmp_path / "runs/second/films.json").read_text())] == ["2"]
+    assert (tmp_path / "calm.mp4").stat().st_mtime_ns == before[0] and (tmp_path / "bright.mp4").exists()
+    assert events == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "read"), [("live", [], ["calm"]), ("wan", ["sampler.negative_prompt=bright"], ["calm", "bright"])]
+)
+def test_one_encoder_reads_what_a_film_needs(model, extra, read, ready, events, tmp_path):
+    """Live Avatar runs without guidance, so what to stay away from is never read."""
+    assert infer(tmp_path, *argv(ready, model, tmp_path), *extra, "prompt=calm", f"output={tmp_path / 'a.mp4'}") == 0
+    assert events == ["encoder", *read, "transformer"]
+
+
+def test_an_encoder_that_is_lost_is_the_fault_of_the_films_that_need_it(ready, tmp_path, capfd):
+    given = argv(ready, "live", tmp_path)
+    known = [*given, "prompt=calm", f"output={tmp_path / 'known.mp4'}"]
+    assert infer(tmp_path, *known) == 0
+    shutil.rmtree(tmp_path / "live/text_encoder")
+    (tmp_path / "calm.mp4").unlink(missing_ok=True)
+    lines = [request(tmp_path, "bright"), request(tmp_path, "calm")]
+    assert infer(tmp_path, *given, f"requests={file_of(tmp_path, *lines)}") == 1
+    assert (tmp_path / "calm.mp4").exists() and not (tmp_path / "bright.mp4").exists()
+    assert "line 1: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("load", [lambda checkpoint: checkpoint._text_encoder(torch.device("cpu")),
+                                  lambda checkpoint: checkpoint._moved("speech_encoder", torch.device("cpu"))])  # fmt: skip
+def test_an_encoder_gives_a_sign_with_every_tensor_that_is_moved(load, ready, monkeypatch):
+    moved, beats = [], []
+    to = torch.Tensor.to
+    monkeypatch.setattr("sonic.checkpoint.tensor_files.beat", lambda: beats.append(len(moved)))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **named: (moved.append(self), to(self, *given, **named))[1])
+    load(Ready.open(ready / "live"))
+    assert len(beats) > 10
+    assert beats == list(range(len(beats)))  # a sign, a tensor, a sign, a tensor
