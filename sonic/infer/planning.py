@@ -18,7 +18,7 @@ from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.parallel.here import hardware_here
 from sonic.parallel.memory import GIB
-from sonic.parallel.mesh import ALONE, World, degrees
+from sonic.parallel.mesh import World, degrees
 from sonic.parallel.planner import Planned, planned
 from sonic.parallel.plans import Plan
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
@@ -69,7 +69,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
     asked_for = _plan_config(replace(config, model=model), hardware, ranks)
-    found = _for_all(planned(asked_for), config.parallel.name)
+    found = planned(asked_for)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -88,15 +88,6 @@ def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> 
     if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
         return asked
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
-
-
-def _for_all(found: Planned, asked: str) -> Planned:
-    """The same without plans that several ranks would idle in, or that need an optional package: these are taken by name only."""
-    if asked != "auto":
-        return found
-    idle = ALONE if found.hardware.devices > 1 else ()
-    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*idle, "zero3"))
-    return replace(found, plans=plans or found.plans)
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:

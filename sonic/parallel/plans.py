@@ -18,6 +18,10 @@ ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of par
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
 MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
 FASTER = 1.0001  # what a rank for the autoencoder must gain; less is rounding
+CLIPS_WAIT = (
+    "it runs films block by block; a clip with full attention is one forward after the other, "
+    "so ranks would wait for each other: use parallel=fsdp with parallel.context=-1"
+)
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -191,6 +195,8 @@ def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareCo
         return f"parallel.layers={parallel.layers} must be {stages} numbers whose sum is {layers}"
     if stages == 1 and not parallel.vae_rank:
         return "all ranks share the tokens, so that there is one stage; use context"
+    if stages > 1 and work.clip_frames:
+        return CLIPS_WAIT
     return f"{layers} blocks are fewer than {stages} stages" if layers < stages else ""
 
 
@@ -211,8 +217,8 @@ def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
         vae=max(0.0, (0.0 if apart else _over(times, ranges[0])) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
-    if work.clip_frames:  # the steps of a clip wait for each other, so one stage works at a time
-        seconds = replace(seconds, compute=sum(times), vae=vae)
+    if work.clip_frames:  # there is one stage, and a clip is decoded when its denoising is over
+        seconds = replace(seconds, vae=vae)
     name = f"pipeline{'+context' if share > 1 else ''}{'+vae_rank' if apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
     if apart:

@@ -8,6 +8,7 @@ from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, Vi
 from sonic.parallel.training_settings import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
+ALONE = ("single", "offload")  # plans for one rank in each copy of the model
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_PLACES = ("device", "host")
