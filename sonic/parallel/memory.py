@@ -18,9 +18,9 @@ ITEMS = (*FILM[:-1], *ENCODE)
 
 Items = Mapping[str, float]  # bytes by item
 
-VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_100_000}
+VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_686_264}
 TEXT_NUMBERS = {4096: 5_680_910_336}  # umT5-xxl's encoder, by the width of its rows; other models read no text
-SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 400_000}
+SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
 PAST_LATENTS = 19  # decoded in front of every clip, and thrown away
 VAE_REMEMBERS = {"wan": 2366, "warp": 8}  # numbers per pixel that the decoder keeps from one latent to the next
 VAE_WORKS = {"wan": 5085, "warp": 400}  # numbers per pixel while it decodes one latent, the new memory included
@@ -118,8 +118,9 @@ def frame_bytes(work: Workload) -> float:
 
 
 def encoder_bytes(work: Workload) -> dict[str, float]:
-    """The encoders of text and speech, which are gone before the transformer's weights come."""
-    text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * work.number
+    """The encoders of text and speech, which are gone before the transformer's weights come; whatever run.dtype is, the prompt's
+    runs in bfloat16, in which a ready checkpoint has it, and that of speech in float32."""
+    text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * 2
     return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS[work.model.speech_encoder] * 4}
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sonic.app import Entry, compose
+from sonic.model.speech_encoder import LogMelEncoder
+from sonic.model.text import XXL, TextEncoder
+from sonic.model.vae import WarpAutoencoder
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.model.wav2vec import Wav2VecEncoder
 from sonic.parallel import few_layers
 from sonic.parallel.dry_run import track
+from sonic.parallel.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS
 from sonic.parallel.planner import planned
 from sonic.parallel.settings import PlanConfig
 
@@ -50,6 +57,14 @@ def test_what_is_predicted_is_what_it_takes(items):
     tracked = track(found.work, found.hardware, found.chosen)
     assert found.chosen.peak_gib == pytest.approx(tracked, rel=0.05)
     assert not dist.is_initialized()
+
+
+def test_encoders_and_autoencoders_are_as_large_as_they_are_said_to_be():
+    sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
+    with torch.device("meta"):
+        assert sizes({"wan": WanAutoencoder, "warp": WarpAutoencoder}) == VAE_NUMBERS
+        assert sizes({"wav2vec2": Wav2VecEncoder, "logmel": LogMelEncoder}) == SPEECH_NUMBERS
+        assert sizes({XXL["d_model"]: TextEncoder}) == TEXT_NUMBERS
 
 
 def test_what_cannot_be_tracked_is_not_made_up():

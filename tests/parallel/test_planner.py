@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sonic.app import Entry, compose, options
-from sonic.parallel.memory import ENCODE, FILM, ITEMS
+from sonic.parallel.memory import ENCODE, FILM, ITEMS, TEXT_NUMBERS
 from sonic.parallel.planner import OPTIONAL, as_json, planned
 from sonic.parallel.plans import CLIPS_WAIT, PLANS
 from sonic.parallel.ranges import best_ranges
@@ -21,6 +21,7 @@ from sonic.parallel.settings import ALONE, PLAN_NAMES, PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Entry("plan", PlanConfig)
+DTYPES = ("bfloat16", "float32")
 MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank"}
 FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason"}
 
@@ -80,6 +81,13 @@ def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
     assert (found["plan"], found["fits"]) == ("pipeline", True)
     assert max(found["peak_gib_per_rank"]) <= 13
     assert found["frames_per_second"] >= 25
+
+
+def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_film():
+    narrow, wide = (plan("hardware=8x24gb", "+preset=fast_preview", "video=384x256", f"run.dtype={name}") for name in DTYPES)
+    assert {each.chosen.ranks[0]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
+    assert wide.chosen.ranks[1]["weights"] == 2 * narrow.chosen.ranks[1]["weights"]
+    assert wide.fits
 
 
 def test_clips_of_the_teacher_fit_on_eight_large_cards():
