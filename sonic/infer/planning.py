@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
+import warnings
 from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from sonic.config import PHOTO_SIZE, Ranks
-from sonic.data.portrait import load_image
+from sonic.data.portrait import BROKEN_FILE, SMALLEST_SIDE, load_image
+from sonic.data.portrait import LARGEST_AREA as LARGEST_PICTURE
 from sonic.geometry import wan_size
 from sonic.infer.build import settled_model
-from sonic.infer.conditions import painted_size
+from sonic.infer.conditions import LARGEST_AREA
 from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.parallel.here import hardware_here
@@ -111,12 +117,38 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
 
 
 def _film_size(config: InferConfig) -> str:
-    """video.size, that of the photograph looked up where one is known."""
-    if config.model.resolution or config.video.size != PHOTO_SIZE or config.requests:
+    """video.size, that of the photograph looked up; of several photographs, the size of the largest film."""
+    if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
-    pixels = load_image(PORTRAITS.get(config.image, config.image))
-    width, height = wan_size(pixels.shape[1], pixels.shape[0], painted_size(pixels, PHOTO_SIZE))
-    return f"{width}x{height}"
+    if config.requests:
+        lines = Path(config.requests).read_text().splitlines()
+        pictures = [size for name in {_portrait_of(line, config.image) for line in lines} if (size := _size_of_picture(name))]
+    else:
+        pixels = load_image(PORTRAITS.get(config.image, config.image))
+        pictures = [(pixels.shape[1], pixels.shape[0])]
+    films = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
+    return "x".join(map(str, max(films, key=prod))) if films else PHOTO_SIZE
+
+
+def _portrait_of(line: str, usual: str) -> str:
+    """The picture that a request names; none for a bad line, of which its own film will tell."""
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    named = told.get("image", usual) if isinstance(told, dict) else ""
+    return named if isinstance(named, str) else ""
+
+
+def _size_of_picture(name: str) -> tuple[int, int] | None:
+    """(width, height) as they lie in a file, whose pixels are not read; None for what its own film will refuse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(PORTRAITS.get(name, name)) as image:
+                return image.size if min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_PICTURE else None
+    except (*BROKEN_FILE, Image.DecompressionBombError):
+        return None
 
 
 def _refusal(found: Planned) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from PIL import Image
 
 from sonic.app import compose, run_command
 from sonic.config import Ranks
@@ -69,6 +71,30 @@ def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded_in_the_words_
         clip_together(SimpleNamespace(company=company), None, 3, sampler=None, generator=None)
     assert str(early.value).partition(" runs ")[2] == str(late.value).partition(" runs ")[2] != ""
     assert forecast(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
+
+
+def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_in_it(without_weights, tmp_path):
+    sizes = {"small.png": (512, 300), "large.jpg": (1000, 1400), "tiny.png": (64, 2000)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    asked = ["model=live_avatar_14b", "+preset=standard", "hardware=8x24gb", "video.size=photo", f"image={tmp_path / 'small.png'}"]
+    named = [json.dumps({"image": str(tmp_path / name)}) for name in ("tiny.png", "large.jpg", "broken.png", "nobody.png", "", "a\0b")]
+    bad = ["", "{", "[1]", "[" * 100_000, '{"image": 3}', '{"image": null}']
+
+    def size(*told: str, lines: Sequence[str] = ()) -> str:
+        (tmp_path / "films.jsonl").write_text("\n".join(lines))
+        given = (f"requests={tmp_path / 'films.jsonl'}",) if lines else ()
+        return forecast(config(*asked, *told, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
+
+    assert size(lines=['{"seed": 1}', *bad]) == size()
+    assert size(lines=['{"seed": 1}', *bad, *named]) == size(f"image={tmp_path / 'large.jpg'}") != size()
+    assert size(lines=bad) == "photo"
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
+    (tmp_path / "films.jsonl").write_text(named[1])
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'films.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
 def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(without_weights):
