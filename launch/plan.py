@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.parallel.planner import Planned, as_json, planned  # noqa: E402
 from sonic.parallel.settings import HardwareConfig, PlanConfig  # noqa: E402
-from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json  # noqa: E402
+from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json, untracked_training  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("plan", PlanConfig)
@@ -37,13 +37,13 @@ def film(config: PlanConfig) -> tuple[Planned, dict]:
     from sonic.parallel.plan_table import show  # rich: not before the command line is known to be right
 
     found = planned(config)
-    tracked = None
+    tracked, why_not = None, ""
     if config.verify:
-        from sonic.parallel.dry_run import track  # torch
+        from sonic.parallel.dry_run import track, untracked  # torch
 
-        tracked = track(found.work, found.hardware, found.chosen)
-    show(found, tracked)
-    return found, as_json(found, tracked)
+        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
+    show(found, tracked, untracked=why_not)
+    return found, as_json(found, tracked, untracked=why_not)
 
 
 def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
@@ -51,13 +51,13 @@ def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
     from sonic.parallel.training_table import show_training  # rich
 
     found = planned_training(config)
-    tracked = None
+    tracked, why_not = None, ""
     if config.verify:
         from sonic.train.dry_run import track_training  # torch
 
-        tracked = track_training(found.work, found.hardware, found.chosen)
-    show_training(found, tracked)
-    return found, training_json(found, tracked)
+        tracked, why_not = track_training(found.work, found.hardware, found.chosen), untracked_training(found.chosen)
+    show_training(found, tracked, untracked=why_not)
+    return found, training_json(found, tracked, untracked=why_not)
 
 
 def _looked_up(config: PlanConfig) -> HardwareConfig:

@@ -50,10 +50,14 @@ def model_bytes(work: Workload) -> float:
     return weights(work.model) * work.number
 
 
-def shard_bytes(work: Workload, shards: int) -> float:
-    """What fsdp leaves of the weights on a rank: a slice of nearly all, and the whole of what no unit gathers."""
-    whole = sum(end_weights(work.model)[name] for name in WHOLE) * work.number
-    return whole + (model_bytes(work) - whole) / shards
+def whole_bytes(work: Workload) -> float:
+    """Weights that fsdp leaves whole on every device, because no unit gathers them."""
+    return sum(end_weights(work.model)[name] for name in WHOLE) * work.number
+
+
+def slice_bytes(work: Workload, shards: int) -> float:
+    """A rank's part of all other weights; in host memory under cpu_offload."""
+    return (model_bytes(work) - whole_bytes(work)) / shards
 
 
 def ring_bytes(work: Workload) -> float:
@@ -91,14 +95,15 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     }
 
 
-def gathered_bytes(work: Workload, parallel: ParallelConfig) -> dict[str, float]:
+def gathered_bytes(work: Workload, parallel: ParallelConfig, shards: int) -> dict[str, float]:
     """What fsdp holds of gathered weights, by moment: the unit in use twice (as gathered, as unpacked), within the layers those
-    ahead once."""
+    ahead once; and slices that have come from host memory, under cpu_offload."""
     found: dict[str, float] = {}
     for unit in all_units(work.model, parallel.unshard_unit):
         found[unit.moment] = max(found.get(unit.moment, 0), unit.numbers * work.number)
     ahead = parallel.prefetch * max(size for moment, size in found.items() if moment != "ends")
-    return {moment: 2 * size + ahead * (moment != "ends") for moment, size in found.items()}
+    copied = 1 / shards if parallel.cpu_offload else 0.0
+    return {moment: (2 + copied) * size + (1 + copied) * ahead * (moment != "ends") for moment, size in found.items()}
 
 
 def vae_bytes(work: Workload, *, idle: float = 0) -> float:

@@ -139,16 +139,19 @@ def changes(config: PlanConfig) -> Iterator[Change]:
                 break
 
 
-def as_json(found: Planned, tracked: Sequence[float] | None = None) -> dict:
-    """The answer for programs; `tracked` is what the chosen plan took on fake tensors, GiB per rank."""
+def as_json(found: Planned, tracked: Sequence[float] | None = None, *, untracked: str = "") -> dict:
+    """The answer for programs; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not
+    known although it was asked for."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(each, 3) for each in tracked]
-    return answer_json(found, plans, plan_json)
+    return answer_json(found, plans, plan_json, untracked=untracked)
 
 
-def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict]) -> dict:
+def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict], *, untracked: str = "") -> dict:
     """What all answers have in common; `plans` are those of `found`, the chosen one first."""
+    if untracked:
+        plans[0].update(tracked=None, tracked_reason=untracked)
     return {
         "chosen": plans[0],
         "plans": plans,

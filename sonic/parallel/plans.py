@@ -82,14 +82,15 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     world, share = hardware.devices, degree(parallel, hardware)
     shards = world // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
-    gathered = m.gathered_bytes(work, parallel)
+    gathered = m.gathered_bytes(work, parallel, shards)
     moment = max(gathered, key=lambda name: gathered[name] + busy[name])
-    shard = m.shard_bytes(work, shards)
-    loads = {"weights": 0 if parallel.cpu_offload else shard, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
+    piece, away = m.slice_bytes(work, shards), parallel.cpu_offload
+    weights = m.whole_bytes(work) + (0 if away else piece)
+    loads = {"weights": weights, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
     ranks = _ranks(work, hardware, loads | _memories(work, share), count=world, leaders=world // share)
     moved = s.forwards(work) * s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
-    if parallel.cpu_offload:
-        moved = max(moved, s.forwards(work) * s.host_seconds(shard, hardware))
+    if away:
+        moved = max(moved, s.forwards(work) * s.host_seconds(piece, hardware))
     read, rings = s.read_seconds(work, hardware, share=1 / share)
     seconds = _seconds(
         work,
@@ -98,8 +99,8 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
         weights=max(moved, read * share),
         activations=rings + s.exchange_seconds(work, hardware, share),
     )
-    name = f"fsdp{'+context' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
-    host = m.HOST_GIB * GIB + (shard if parallel.cpu_offload else 0.05 * shard)
+    name = f"fsdp{'+context' if share > 1 else ''}{'+cpu_offload' if away else ''}"
+    host = m.HOST_GIB * GIB + (piece if away else 0.05 * piece)
     return Plan(name, parallel, ranks, host, seconds, work.frames)
 
 
