@@ -39,7 +39,7 @@ def test_plans_are_named_in_one_place():
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", options("hardware"))
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
 def test_every_plan_adds_up(hardware, model):
     config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16"])
     found = as_json(planned(config))

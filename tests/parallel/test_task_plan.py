@@ -96,7 +96,7 @@ def test_the_14b_is_what_it_is_predicted_to_be():
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", options("hardware"))
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
 @pytest.mark.parametrize("task", TRAININGS)
 def test_every_training_adds_up(task, hardware, model):
     config = compose(PLAN, [f"task={task}", f"hardware={hardware}", f"model={model}", "task.past=0", "task.window=12"])
