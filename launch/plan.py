@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.parallel.planner import Planned, as_json, planned  # noqa: E402
-from sonic.parallel.settings import HardwareConfig, PlanConfig  # noqa: E402
-from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json  # noqa: E402
+from sonic.parallel.settings import PlanConfig  # noqa: E402
+from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json, untracked_training  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("plan", PlanConfig)
@@ -25,7 +25,9 @@ NOTHING_FITS = 3
 def plan(config: PlanConfig, run: Run) -> int:
     """Plan, show the table, write the JSON; the exit code says whether anything fits."""
     if config.hardware.name == "here":
-        config = replace(config, hardware=_looked_up(config))
+        from sonic.parallel.here import machine_here  # torch: not for hardware that a file describes
+
+        config = replace(config, hardware=machine_here(config.hardware))
     found, answer = (training if config.task.objective else film)(config)
     if config.json:
         Path(config.json).write_text(json.dumps(answer, indent=2) + "\n")
@@ -37,13 +39,13 @@ def film(config: PlanConfig) -> tuple[Planned, dict]:
     from sonic.parallel.plan_table import show  # rich: not before the command line is known to be right
 
     found = planned(config)
-    tracked = None
+    tracked, why_not = None, ""
     if config.verify:
-        from sonic.parallel.dry_run import track  # torch
+        from sonic.parallel.dry_run import track, untracked  # torch
 
-        tracked = track(found.work, found.hardware, found.chosen)
-    show(found, tracked)
-    return found, as_json(found, tracked)
+        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
+    show(found, tracked, untracked=why_not)
+    return found, as_json(found, tracked, untracked=why_not)
 
 
 def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
@@ -51,23 +53,13 @@ def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
     from sonic.parallel.training_table import show_training  # rich
 
     found = planned_training(config)
-    tracked = None
+    tracked, why_not = None, ""
     if config.verify:
         from sonic.train.dry_run import track_training  # torch
 
-        tracked = track_training(found.work, found.hardware, found.chosen)
-    show_training(found, tracked)
-    return found, training_json(found, tracked)
-
-
-def _looked_up(config: PlanConfig) -> HardwareConfig:
-    """This machine, with hardware.devices of its devices."""
-    import torch  # not for hardware that a file describes
-
-    from sonic.parallel.here import hardware_here
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return hardware_here(config.hardware, device, ranks=config.hardware.devices, local_ranks=config.hardware.devices)
+        tracked, why_not = track_training(found.work, found.hardware, found.chosen), untracked_training(found.chosen)
+    show_training(found, tracked, untracked=why_not)
+    return found, training_json(found, tracked, untracked=why_not)
 
 
 if __name__ == "__main__":

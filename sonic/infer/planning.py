@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
+import warnings
 from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from sonic.config import PHOTO_SIZE, Ranks
-from sonic.data.portrait import load_image
+from sonic.data.portrait import BROKEN_FILE, SMALLEST_SIDE, load_image
+from sonic.data.portrait import LARGEST_AREA as LARGEST_PICTURE
 from sonic.geometry import wan_size
 from sonic.infer.build import settled_model
-from sonic.infer.conditions import painted_size
+from sonic.infer.conditions import LARGEST_AREA
 from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.parallel.here import hardware_here
 from sonic.parallel.memory import GIB
-from sonic.parallel.mesh import ALONE, World, degrees
+from sonic.parallel.mesh import World, degrees
 from sonic.parallel.planner import Planned, planned
 from sonic.parallel.plans import Plan
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
@@ -69,7 +75,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
     asked_for = _plan_config(replace(config, model=model), hardware, ranks)
-    found = _for_all(planned(asked_for), config.parallel.name)
+    found = planned(asked_for)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -88,15 +94,6 @@ def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> 
     if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
         return asked
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
-
-
-def _for_all(found: Planned, asked: str) -> Planned:
-    """The same without plans that several ranks would idle in, or that need an optional package: these are taken by name only."""
-    if asked != "auto":
-        return found
-    idle = ALONE if found.hardware.devices > 1 else ()
-    plans = tuple(plan for plan in found.plans if plan.parallel.name not in (*idle, "zero3"))
-    return replace(found, plans=plans or found.plans)
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
@@ -120,12 +117,38 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
 
 
 def _film_size(config: InferConfig) -> str:
-    """video.size, that of the photograph looked up where one is known."""
-    if config.model.resolution or config.video.size != PHOTO_SIZE or config.requests:
+    """video.size, that of the photograph looked up; of several photographs, the size of the largest film."""
+    if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
-    pixels = load_image(PORTRAITS.get(config.image, config.image))
-    width, height = wan_size(pixels.shape[1], pixels.shape[0], painted_size(pixels, PHOTO_SIZE))
-    return f"{width}x{height}"
+    if config.requests:
+        lines = Path(config.requests).read_text().splitlines()
+        pictures = [size for name in {_portrait_of(line, config.image) for line in lines} if (size := _size_of_picture(name))]
+    else:
+        pixels = load_image(PORTRAITS.get(config.image, config.image))
+        pictures = [(pixels.shape[1], pixels.shape[0])]
+    films = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
+    return "x".join(map(str, max(films, key=prod))) if films else PHOTO_SIZE
+
+
+def _portrait_of(line: str, usual: str) -> str:
+    """The picture that a request names; none for a bad line, of which its own film will tell."""
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    named = told.get("image", usual) if isinstance(told, dict) else ""
+    return named if isinstance(named, str) else ""
+
+
+def _size_of_picture(name: str) -> tuple[int, int] | None:
+    """(width, height) as they lie in a file, whose pixels are not read; None for what its own film will refuse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(PORTRAITS.get(name, name)) as image:
+                return image.size if min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_PICTURE else None
+    except (*BROKEN_FILE, Image.DecompressionBombError):
+        return None
 
 
 def _refusal(found: Planned) -> str:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
@@ -43,8 +44,8 @@ class Footprint(NamedTuple):
 
 
 def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] | None:
-    """Peak GiB of every rank of a plan; None for a plan that cannot be tracked (tokens shared between ranks, DeepSpeed)."""
-    if degree(plan.parallel, hardware) > 1 or plan.parallel.name not in TRACKERS or (plan.ranges and work.clip_frames):
+    """Peak GiB of every rank of a plan; None for one that cannot be tracked."""
+    if untracked(hardware, plan):
         return None
     with fake(work):
         transformer = TRACKERS[plan.parallel.name](work, hardware, plan)
@@ -55,6 +56,13 @@ def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] |
         film = _together(work, part, vae) if rank["vae"] else part.peak
         found.append((max(film, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
     return found
+
+
+def untracked(hardware: HardwareConfig, plan: Plan) -> str:
+    """The sentence for a plan that cannot be tracked; empty for others."""
+    if plan.parallel.name == "zero3":
+        return "zero3 is predicted only, because DeepSpeed does not run on fake ranks"
+    return f"{plan.name} is predicted only: ranks share tokens, which fake ranks do not" if degree(plan.parallel, hardware) > 1 else ""
 
 
 @contextmanager
@@ -177,19 +185,25 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         prompts = 2 * work.model.text.text_len * work.row * (work.passes * work.model.trunk.num_layers - len(few)) * bool(caches[0])
         held = [slices, latents.new_empty(rings + prompts, dtype=torch.uint8)]
         shard(model, world, plan.parallel)
+        waiting = _bytes_of([slices, *_local_parts(model)]) if plan.parallel.cpu_offload else 0  # in host memory
         fully_shard(film, mesh=world.film)  # holds nothing itself; the tracker wants a root of this kind
         tracker = FSDPMemTracker(film)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
             before = _total(tracker, "current")
             film(latents, timestep, conditions, cache=cache)
-        return [Footprint(before, _total(tracker, "peak"))] * len(plan.ranks)
+        return [Footprint(before - waiting, _total(tracker, "peak") - waiting)] * len(plan.ranks)
 
 
 def _slices(parameters: Sequence[nn.Parameter], world: World) -> int:
     """Numbers that one rank keeps of parameters that are cut along their first axis."""
     ranks = world.film.size()
     return sum(-(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0]) for parameter in parameters)
+
+
+def _local_parts(model: nn.Module) -> list[Tensor]:
+    """What one rank keeps of a model's parameters that are cut."""
+    return [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]
 
 
 TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]] = {

@@ -15,12 +15,14 @@ HERE = "here"  # hardware.name until the machine has been looked at
 USABLE = 0.94  # of a GPU's memory that a process gets
 PROCESS_GIB = 0.6  # of a rank without an accelerator by itself: Python and torch
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-RATES = {  # 10^12 operations a second in bfloat16 and 10^9 bytes a second, by a part of the device's name
+RATES = {  # 10^12 operations a second in bfloat16 and 10^9 bytes a second, by a part of the device's name; the longest counts
     "B200": (2250, 8000),
     "H200": (989, 4800),
     "H100": (989, 3350),
     "A100": (312, 2000),
+    "L40S": (362, 864),
     "L40": (181, 864),
+    "6000 Ada": (362, 960),
     "4090": (165, 1008),
     "5090": (209, 1792),
     "A6000": (155, 768),
@@ -43,13 +45,22 @@ def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, lo
         link = "host" if ranks > 1 else "none"
         return replace(asked, devices=ranks, usable_gib=usable, reserve_gib=0.1, link=link, host_gib=host + 3 * local_ranks)
     found = torch.cuda.get_device_properties(device)
-    name = next((part for part in RATES if part in found.name), "")
+    name = max((part for part in RATES if part in found.name), key=len, default="")
     tflops, memory_gbps = RATES.get(name, UNKNOWN_RATE)
     sharing = -(-local_ranks // torch.cuda.device_count())
     link, link_gbps = _link(name) if ranks > 1 else ("none", 10.0)
     rates = {"tflops": tflops / sharing, "memory_gbps": memory_gbps / sharing, "link": link, "link_gbps": link_gbps}
     usable = USABLE * found.total_memory / GIB / sharing
     return replace(asked, devices=ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
+
+
+def machine_here(asked: HardwareConfig) -> HardwareConfig:
+    """The machine that this process runs on, with as many of its devices as were asked for, 0 = all; hardware by name stays as it is."""
+    if asked.name != HERE:
+        return asked
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = asked.devices or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    return hardware_here(asked, device, ranks=devices, local_ranks=devices)
 
 
 def host_bytes() -> int:

@@ -18,9 +18,9 @@ ITEMS = (*FILM[:-1], *ENCODE)
 
 Items = Mapping[str, float]  # bytes by item
 
-VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_100_000}
+VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_686_264}
 TEXT_NUMBERS = {4096: 5_680_910_336}  # umT5-xxl's encoder, by the width of its rows; other models read no text
-SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 400_000}
+SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
 PAST_LATENTS = 19  # decoded in front of every clip, and thrown away
 VAE_REMEMBERS = {"wan": 2366, "warp": 8}  # numbers per pixel that the decoder keeps from one latent to the next
 VAE_WORKS = {"wan": 5085, "warp": 400}  # numbers per pixel while it decodes one latent, the new memory included
@@ -50,10 +50,14 @@ def model_bytes(work: Workload) -> float:
     return weights(work.model) * work.number
 
 
-def shard_bytes(work: Workload, shards: int) -> float:
-    """What fsdp leaves of the weights on a rank: a slice of nearly all, and the whole of what no unit gathers."""
-    whole = sum(end_weights(work.model)[name] for name in WHOLE) * work.number
-    return whole + (model_bytes(work) - whole) / shards
+def whole_bytes(work: Workload) -> float:
+    """Weights that fsdp leaves whole on every device, because no unit gathers them."""
+    return sum(end_weights(work.model)[name] for name in WHOLE) * work.number
+
+
+def slice_bytes(work: Workload, shards: int) -> float:
+    """A rank's part of all other weights; in host memory under cpu_offload."""
+    return (model_bytes(work) - whole_bytes(work)) / shards
 
 
 def ring_bytes(work: Workload) -> float:
@@ -91,14 +95,15 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     }
 
 
-def gathered_bytes(work: Workload, parallel: ParallelConfig) -> dict[str, float]:
+def gathered_bytes(work: Workload, parallel: ParallelConfig, shards: int) -> dict[str, float]:
     """What fsdp holds of gathered weights, by moment: the unit in use twice (as gathered, as unpacked), within the layers those
-    ahead once."""
+    ahead once; and slices that have come from host memory, under cpu_offload."""
     found: dict[str, float] = {}
     for unit in all_units(work.model, parallel.unshard_unit):
         found[unit.moment] = max(found.get(unit.moment, 0), unit.numbers * work.number)
     ahead = parallel.prefetch * max(size for moment, size in found.items() if moment != "ends")
-    return {moment: 2 * size + ahead * (moment != "ends") for moment, size in found.items()}
+    copied = 1 / shards if parallel.cpu_offload else 0.0
+    return {moment: (2 + copied) * size + (1 + copied) * ahead * (moment != "ends") for moment, size in found.items()}
 
 
 def vae_bytes(work: Workload, *, idle: float = 0) -> float:
@@ -118,8 +123,9 @@ def frame_bytes(work: Workload) -> float:
 
 
 def encoder_bytes(work: Workload) -> dict[str, float]:
-    """The encoders of text and speech, which are gone before the transformer's weights come."""
-    text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * work.number
+    """The encoders of text and speech, which are gone before the transformer's weights come; whatever run.dtype is, the prompt's
+    runs in bfloat16, in which a ready checkpoint has it, and that of speech in float32."""
+    text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * 2
     return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS[work.model.speech_encoder] * 4}
 
 

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
-from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.settings import ALONE, ParallelConfig
 from sonic.parallel.watch import watched
 
 T = TypeVar("T")
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
-ALONE = ("single", "offload")  # plans for one rank in each copy
 GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
 LANES = 4  # ways of messages in a film: to and fro along the layers, and between the first rank and the autoencoder
 PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long film to encode

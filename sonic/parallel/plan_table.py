@@ -13,13 +13,16 @@ from sonic.parallel.plans import Plan
 from sonic.parallel.training_plans import PlannedTraining
 
 
-def show(found: Planned, tracked: Sequence[float] | None = None, *, console: Console | None = None) -> None:
-    """Print the answer; `tracked` is what the chosen plan took on fake tensors, GiB per rank."""
+def show(found: Planned, tracked: Sequence[float] | None = None, *, untracked: str = "", console: Console | None = None) -> None:
+    """Print the answer; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not known
+    although it was asked for."""
     work = found.work
     film = f"{work.model.name}, {work.width}x{work.height}, {work.tokens} tokens, {work.steps} steps"
     console = begin(found, film, console)
     console.print(_plans(found))
     console.print(_items(found.chosen, tracked))
+    if untracked:
+        console.print(f"not tracked: {untracked}")
     if not found.fits:
         peaks = [max(change.plan.peak_gib) for change in found.changes]
         end_in_need(found, peaks, "steps, size, length or plan", console=console)

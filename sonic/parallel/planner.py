@@ -12,9 +12,10 @@ from typing import Generic, TypeVar
 from sonic.config import FIXED_STEPS, PHOTO_SIZE
 from sonic.parallel.memory import ENCODE, FILM, GIB
 from sonic.parallel.plans import PLANS, Plan, degree, pipeline_fault
-from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.parallel.settings import ALONE, HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.workload import ASSUMED_SIZE, Workload, workload
 
+OPTIONAL = ("zero3",)  # plans that need a package which is not always there
 SIDE = 64  # published sizes are multiples of it
 FEWEST_STEPS, FEWEST_BLOCKS, SMALLEST_SIDE = 1, 1, 128
 EQUAL = 1.02
@@ -78,7 +79,10 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
-    """The settings worth a try: what was asked for, or for auto every plan that makes sense; a rank for the VAE is a pipeline's."""
+    """The settings worth a try: what was asked for, or for auto every plan that makes sense; a rank for the VAE is a pipeline's.
+
+    Plans in which devices would be idle, and those that need an optional package, are taken by name only.
+    """
     if asked.name == "auto" and asked.vae_rank:
         asked = replace(asked, name="pipeline")
     if asked.name != "auto":
@@ -87,12 +91,13 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) 
             raise ValueError(f"parallel={asked.name}: {sentence}")
         yield asked
         return
-    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS]
-    for name in ("fsdp", "pipeline"):
-        every += [replace(asked, name=name, context=ranks) for ranks in (2, 4, 8)]
-    every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
-    away = {"kv": "host"}
-    every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
+    by_name = {*OPTIONAL, *(ALONE if hardware.devices > 1 else ())}
+    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS if name not in by_name]
+    every += [replace(asked, name=name, context=ranks) for name in ("fsdp", "pipeline") for ranks in (2, 4, 8)]
+    every.append(replace(asked, name="fsdp", cpu_offload=True))
+    if "offload" not in by_name:
+        away = {"kv": "host"}
+        every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
     yield from (parallel for parallel in every if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
 
 
@@ -134,16 +139,19 @@ def changes(config: PlanConfig) -> Iterator[Change]:
                 break
 
 
-def as_json(found: Planned, tracked: Sequence[float] | None = None) -> dict:
-    """The answer for programs; `tracked` is what the chosen plan took on fake tensors, GiB per rank."""
+def as_json(found: Planned, tracked: Sequence[float] | None = None, *, untracked: str = "") -> dict:
+    """The answer for programs; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not
+    known although it was asked for."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(each, 3) for each in tracked]
-    return answer_json(found, plans, plan_json)
+    return answer_json(found, plans, plan_json, untracked=untracked)
 
 
-def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict]) -> dict:
+def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict], *, untracked: str = "") -> dict:
     """What all answers have in common; `plans` are those of `found`, the chosen one first."""
+    if untracked:
+        plans[0].update(tracked=None, tracked_reason=untracked)
     return {
         "chosen": plans[0],
         "plans": plans,

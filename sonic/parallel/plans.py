@@ -18,6 +18,10 @@ ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of par
 MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
 MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
 FASTER = 1.0001  # what a rank for the autoencoder must gain; less is rounding
+CLIPS_WAIT = (
+    "it runs films block by block; a clip with full attention is one forward after the other, "
+    "so ranks would wait for each other: use parallel=fsdp with parallel.context=-1"
+)
 SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
 
 
@@ -78,14 +82,15 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     world, share = hardware.devices, degree(parallel, hardware)
     shards = world // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
-    gathered = m.gathered_bytes(work, parallel)
+    gathered = m.gathered_bytes(work, parallel, shards)
     moment = max(gathered, key=lambda name: gathered[name] + busy[name])
-    shard = m.shard_bytes(work, shards)
-    loads = {"weights": 0 if parallel.cpu_offload else shard, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
+    piece, away = m.slice_bytes(work, shards), parallel.cpu_offload
+    weights = m.whole_bytes(work) + (0 if away else piece)
+    loads = {"weights": weights, "unshard_prefetch": gathered[moment], "activations": busy[moment]}
     ranks = _ranks(work, hardware, loads | _memories(work, share), count=world, leaders=world // share)
     moved = s.forwards(work) * s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
-    if parallel.cpu_offload:
-        moved = max(moved, s.forwards(work) * s.host_seconds(shard, hardware))
+    if away:
+        moved = max(moved, s.forwards(work) * s.host_seconds(piece, hardware))
     read, rings = s.read_seconds(work, hardware, share=1 / share)
     seconds = _seconds(
         work,
@@ -94,8 +99,8 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
         weights=max(moved, read * share),
         activations=rings + s.exchange_seconds(work, hardware, share),
     )
-    name = f"fsdp{'+context' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
-    host = m.HOST_GIB * GIB + (shard if parallel.cpu_offload else 0.05 * shard)
+    name = f"fsdp{'+context' if share > 1 else ''}{'+cpu_offload' if away else ''}"
+    host = m.HOST_GIB * GIB + (piece if away else 0.05 * piece)
     return Plan(name, parallel, ranks, host, seconds, work.frames)
 
 
@@ -191,6 +196,8 @@ def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareCo
         return f"parallel.layers={parallel.layers} must be {stages} numbers whose sum is {layers}"
     if stages == 1 and not parallel.vae_rank:
         return "all ranks share the tokens, so that there is one stage; use context"
+    if stages > 1 and work.clip_frames:
+        return CLIPS_WAIT
     return f"{layers} blocks are fewer than {stages} stages" if layers < stages else ""
 
 
@@ -211,8 +218,8 @@ def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
         vae=max(0.0, (0.0 if apart else _over(times, ranges[0])) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
-    if work.clip_frames:  # the steps of a clip wait for each other, so one stage works at a time
-        seconds = replace(seconds, compute=sum(times), vae=vae)
+    if work.clip_frames:  # there is one stage, and a clip is decoded when its denoising is over
+        seconds = replace(seconds, vae=vae)
     name = f"pipeline{'+context' if share > 1 else ''}{'+vae_rank' if apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
     if apart:

@@ -8,6 +8,7 @@ from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, Vi
 from sonic.parallel.training_settings import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
+ALONE = ("single", "offload")  # plans for one rank in each copy of the model
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_PLACES = ("device", "host")
@@ -72,7 +73,7 @@ class HardwareConfig:
     """Equal devices in one machine. Rates are what a device moves in one direction, in units of 10^9 bytes a second."""
 
     name: str = knob("cpu", "one of the files in conf/hardware")
-    devices: int = knob(1, "how many there are")
+    devices: int = knob(1, "how many there are; 0 = all that hardware=here finds")
     usable_gib: float = knob(12.0, "GiB of a device's memory that a process gets")
     reserve_gib: float = knob(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
     tflops: float = knob(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
@@ -86,7 +87,8 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         one_of(self.link, LINKS, "hardware.link")
-        require(1 <= self.devices <= 4096, f"hardware.devices={self.devices}: need 1 to 4096")
+        fewest = 0 if self.name == "here" else 1
+        require(fewest <= self.devices <= 4096, f"hardware.devices={self.devices}: need 1 to 4096")
         for name in ("usable_gib", "tflops", "memory_gbps", "link_gbps", "host_gbps", "host_gib", "disk_gbps"):
             require(getattr(self, name) > 0, f"hardware.{name}={getattr(self, name)}: need more than 0")
         fine = 0 <= self.reserve_gib < self.usable_gib

@@ -76,13 +76,19 @@ def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelCo
     return TrainingPlan(name, parallel, hardware.devices, moments(work, hardware, parallel), host, seconds, work.frames)
 
 
-def training_json(found: PlannedTraining, tracked: Mapping[str, float] | None = None) -> dict:
-    """The answer for programs, in the words of a film's plans; a "block" is a step. `tracked` = GiB by moment on fake tensors."""
+def untracked_training(plan: TrainingPlan) -> str:
+    """The sentence for a plan that cannot be tracked on fake tensors; empty for others."""
+    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
+
+
+def training_json(found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, untracked: str = "") -> dict:
+    """The answer for programs, in the words of a film's plans; a "block" is a step. `tracked` = GiB by moment on fake tensors,
+    `untracked` = why these are not known although they were asked for."""
     plans = [_plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(max(tracked.values()), 3)] * found.chosen.ranks
         plans[0]["tracked_moments_gib"] = {moment: round(value, 3) for moment, value in tracked.items()}
-    return answer_json(found, plans, _plan_json)
+    return answer_json(found, plans, _plan_json, untracked=untracked)
 
 
 def training_reason(plan: TrainingPlan, hardware: HardwareConfig) -> str:

@@ -13,13 +13,18 @@ from sonic.parallel.training_memory import ITEMS
 from sonic.parallel.training_plans import PlannedTraining, TrainingPlan, training_reason
 
 
-def show_training(found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, console: Console | None = None) -> None:
-    """Print the answer; `tracked` = GiB of the chosen plan by moment on fake tensors."""
+def show_training(
+    found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, untracked: str = "", console: Console | None = None
+) -> None:
+    """Print the answer; `tracked` = GiB of the chosen plan by moment on fake tensors, `untracked` = why these are not known although
+    they were asked for."""
     work = found.work
     what = f"{work.task.name} ({work.task.objective}) of {work.model.name}, {work.width}x{work.height}, {work.clip} tokens in a clip"
     console = begin(found, what, console)
     console.print(_plans(found))
     console.print(_moments(found.chosen, tracked))
+    if untracked:
+        console.print(f"not tracked: {untracked}")
     if found.fits:
         console.print(f"launch/train.py with: {' '.join(found.chosen.knobs)}")
         return

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from PIL import Image
 
 from sonic.app import compose, run_command
 from sonic.config import Ranks
 from sonic.infer import planning
 from sonic.infer.planning import forecast
+from sonic.infer.ranks import clip_together
 from sonic.parallel.here import hardware_here, host_bytes
 from sonic.parallel.settings import HardwareConfig
 
 CPU = torch.device("cpu")
+CLIPS, STREAM = ("fsdp", "context"), ("pipeline", "fsdp", "context")  # plans that several ranks work in
 
 
 def config(*overrides: str):
@@ -36,11 +42,12 @@ def test_auto_means_what_the_planner_chooses(ranks, plan):
     assert sum(found.parallel.layers or [6]) == 6
 
 
-@pytest.mark.parametrize("model", ["preview", "wan_s2v_14b", "live_avatar_14b"])
-def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model):
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("model", "plans"), [("preview", STREAM), ("wan_s2v_14b", CLIPS), ("live_avatar_14b", STREAM)])
+def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model, plans, ranks):
     tiny = [*TINY[:7], "hardware=cpu", "hardware.usable_gib=1000", "video.size=64x64", "model.audio.audio_dim=16", "model.text.text_dim=8"]
-    found = forecast(config(f"model={model}", *tiny), Ranks(0, 2, 0, 2), CPU)
-    assert found.parallel.name in ("pipeline", "fsdp", "context")
+    found = forecast(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.parallel.name in plans
 
 
 @pytest.fixture
@@ -51,7 +58,51 @@ def without_weights(monkeypatch):
 
 def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
     found = forecast(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
-    assert found.parallel.name in ("fsdp", "context")
+    assert found.parallel.name in CLIPS
+
+
+@pytest.mark.parametrize("ranks", [4, 7])
+def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded_in_the_words_of_those_who_make_them(without_weights, ranks):
+    asked = ["model=wan_s2v_14b", "+preset=standard", "hardware=8x24gb"]
+    with pytest.raises(ValueError, match="a clip with full attention") as early:
+        forecast(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
+    company = SimpleNamespace(world=SimpleNamespace(stages=ranks))
+    with pytest.raises(ValueError, match="a clip with full attention") as late:
+        clip_together(SimpleNamespace(company=company), None, 3, sampler=None, generator=None)
+    assert str(early.value).partition(" runs ")[2] == str(late.value).partition(" runs ")[2] != ""
+    assert forecast(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
+
+
+def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_in_it(without_weights, tmp_path):
+    sizes = {"small.png": (512, 300), "large.jpg": (1000, 1400), "tiny.png": (64, 2000)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    asked = ["model=live_avatar_14b", "+preset=standard", "hardware=8x24gb", "video.size=photo", f"image={tmp_path / 'small.png'}"]
+    named = [json.dumps({"image": str(tmp_path / name)}) for name in ("tiny.png", "large.jpg", "broken.png", "nobody.png", "", "a\0b")]
+    bad = ["", "{", "[1]", "[" * 100_000, '{"image": 3}', '{"image": null}']
+
+    def size(*told: str, lines: Sequence[str] = ()) -> str:
+        (tmp_path / "films.jsonl").write_text("\n".join(lines))
+        given = (f"requests={tmp_path / 'films.jsonl'}",) if lines else ()
+        return forecast(config(*asked, *told, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
+
+    assert size(lines=['{"seed": 1}', *bad]) == size()
+    assert size(lines=['{"seed": 1}', *bad, *named]) == size(f"image={tmp_path / 'large.jpg'}") != size()
+    assert size(lines=bad) == "photo"
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
+    (tmp_path / "films.jsonl").write_text(named[1])
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'films.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
+
+
+def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(without_weights):
+    asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
+    with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
+        forecast(config(*asked), Ranks(0, 2, 0, 2), CPU)
+    for change in re.findall(r"\(([\w.]+=[^()]*)\)", str(refusal.value).partition("plan.force")[0]):
+        assert forecast(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
 
 
 def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_weights):

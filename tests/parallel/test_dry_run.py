@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sonic.app import Entry, compose
+from sonic.model.speech_encoder import LogMelEncoder
+from sonic.model.text import XXL, TextEncoder
+from sonic.model.vae import WarpAutoencoder
+from sonic.model.wan_vae import WanAutoencoder
+from sonic.model.wav2vec import Wav2VecEncoder
 from sonic.parallel import few_layers
-from sonic.parallel.dry_run import track
+from sonic.parallel.dry_run import track, untracked
+from sonic.parallel.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS
 from sonic.parallel.planner import planned
 from sonic.parallel.settings import PlanConfig
 
@@ -38,9 +45,11 @@ WIDE = (
         ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
         ("hardware=4x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
         ("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=2x24gb", "parallel=pipeline", "model.rollout.clip_frames=24"),
         ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
         ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=1", "parallel.unshard_unit=block"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=2", "parallel.unshard_unit=linear"),
     ],
@@ -52,9 +61,19 @@ def test_what_is_predicted_is_what_it_takes(items):
     assert not dist.is_initialized()
 
 
-def test_what_cannot_be_tracked_is_not_made_up():
-    found = planned(compose(PLAN, [*WIDE, "hardware=4x24gb", "parallel=zero3"]))
+def test_encoders_and_autoencoders_are_as_large_as_they_are_said_to_be():
+    sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
+    with torch.device("meta"):
+        assert sizes({"wan": WanAutoencoder, "warp": WarpAutoencoder}) == VAE_NUMBERS
+        assert sizes({"wav2vec2": Wav2VecEncoder, "logmel": LogMelEncoder}) == SPEECH_NUMBERS
+        assert sizes({XXL["d_model"]: TextEncoder}) == TEXT_NUMBERS
+
+
+@pytest.mark.parametrize("asked", [("parallel=zero3",), ("parallel=context",), ("parallel=fsdp", "parallel.context=2")])
+def test_what_cannot_be_tracked_is_not_made_up(asked):
+    found = planned(compose(PLAN, [*WIDE, "hardware=4x24gb", *asked]))
     assert track(found.work, found.hardware, found.chosen) is None
+    assert "predicted only" in untracked(found.hardware, found.chosen)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from sonic.app import Entry, compose, options
-from sonic.parallel.memory import ENCODE, FILM, ITEMS
-from sonic.parallel.planner import as_json, planned
-from sonic.parallel.plans import PLANS
+from sonic.parallel.memory import ENCODE, FILM, ITEMS, TEXT_NUMBERS
+from sonic.parallel.planner import OPTIONAL, as_json, planned
+from sonic.parallel.plans import CLIPS_WAIT, PLANS
 from sonic.parallel.ranges import best_ranges
-from sonic.parallel.settings import PLAN_NAMES, PlanConfig
+from sonic.parallel.settings import ALONE, PLAN_NAMES, PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Entry("plan", PlanConfig)
+DTYPES = ("bfloat16", "float32")
 MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank"}
 FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason"}
 
@@ -38,7 +39,7 @@ def test_plans_are_named_in_one_place():
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", options("hardware"))
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
 def test_every_plan_adds_up(hardware, model):
     config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16"])
     found = as_json(planned(config))
@@ -52,6 +53,17 @@ def test_every_plan_adds_up(hardware, model):
         assert each["fits"] <= (max(each["peak_gib_per_rank"]) <= config.hardware.usable_gib)
         assert each["frames_per_second"] > 0
         assert each["first_frame_s"] >= 0
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("hardware", ["2x24gb", "4x24gb", "8x24gb"])
+@pytest.mark.parametrize("gib", [8, 22])
+def test_what_several_devices_do_or_would_do_keeps_all_of_them_busy(hardware, model, gib):
+    found = planned(compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16", f"hardware.usable_gib={gib}"]))
+    for each in (*found.plans, *(change.plan for change in found.changes)):
+        assert each.parallel.name not in (*ALONE, *OPTIONAL)
+        stages = len(each.ranges) - bool(each.parallel.vae_rank)
+        assert not (found.work.clip_frames and stages > 1)
 
 
 def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
@@ -69,6 +81,13 @@ def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
     assert (found["plan"], found["fits"]) == ("pipeline", True)
     assert max(found["peak_gib_per_rank"]) <= 13
     assert found["frames_per_second"] >= 25
+
+
+def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_film():
+    narrow, wide = (plan("hardware=8x24gb", "+preset=fast_preview", "video=384x256", f"run.dtype={name}") for name in DTYPES)
+    assert {each.chosen.ranks[0]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
+    assert wide.chosen.ranks[1]["weights"] == 2 * narrow.chosen.ranks[1]["weights"]
+    assert wide.fits
 
 
 def test_clips_of_the_teacher_fit_on_eight_large_cards():
@@ -182,6 +201,8 @@ def test_the_dearest_stage_is_as_cheap_as_it_can_be():
         (("hardware=1x24gb", "parallel.vae_rank=true"), "there is one; use single or offload"),
         (("hardware=4x24gb", "parallel.vae_rank=perhaps"), "parallel.vae_rank=perhaps is not true or false"),
         (("model=wan_s2v_14b", "video.infer_frames=81"), "multiple of 4"),
+        (("hardware=4x24gb", "model=wan_s2v_14b", "parallel=pipeline"), CLIPS_WAIT),
+        (("hardware=4x24gb", "model=wan_s2v_14b", "parallel.vae_rank=true"), CLIPS_WAIT),
         (("hardware=4x24bg",), "choose one of: 4x24gb"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sonic.app import Entry, compose, options
+from sonic.app import Entry, compose, options, run_command
 from sonic.counts import weights
 from sonic.model.adapters import Adapters
 from sonic.model.dit import AvatarDiT
@@ -28,6 +29,7 @@ from sonic.train.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Entry("plan", PlanConfig)
+LAUNCHER = runpy.run_path(str(ROOT / "launch/plan.py"))
 TRAIN = Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS})
 BIG = ("model=live_avatar_14b", "video.size=384x256")
 WIDE = (  # a few blocks of the 14B's proportions
@@ -94,7 +96,7 @@ def test_the_14b_is_what_it_is_predicted_to_be():
 
 
 @pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", options("hardware"))
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
 @pytest.mark.parametrize("task", TRAININGS)
 def test_every_training_adds_up(task, hardware, model):
     config = compose(PLAN, [f"task={task}", f"hardware={hardware}", f"model={model}", "task.past=0", "task.window=12"])
@@ -238,6 +240,24 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
         assert "nothing fits" in done.stdout
         assert found["missing_gib"] > 0
         assert found["changes"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (("hardware=4x24gb", "parallel=fsdp", "parallel.context=2", *SHORT), "fsdp+context"),
+        (("hardware=4x24gb", "parallel=zero3", *SHORT), "zero3"),
+        (("task=train", "hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"), "fsdp+cpu_offload"),
+    ],
+)
+def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_program(tmp_path, asked, name, capsys):
+    assert run_command(PLAN, LAUNCHER["plan"], [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
+    assert len(said) == 1
+    assert f"{name} is predicted only" in said[0]
+    found = json.loads((tmp_path / "plan.json").read_text())["chosen"]
+    assert found["tracked"] is None
+    assert said[0] == f"not tracked: {found['tracked_reason']}"
 
 
 def test_the_command_holds_its_prediction_against_the_program(tmp_path):
