@@ -17,7 +17,7 @@ from sonic.data.clips import ClipDataset, batches, draws
 from sonic.infer.build import transformer_weights
 from sonic.parallel.watch import watched
 from sonic.signs import at_rest
-from sonic.train.encoders import autoencoder_hash
+from sonic.train.encoders import hashes_of
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
@@ -67,7 +67,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     if isinstance(dataset, ClipDataset):
-        dataset.check(config.model, autoencoder_hash)
+        dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
     made = {"make": without_memory} if config.objective.name in CASTING else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
