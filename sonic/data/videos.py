@@ -32,6 +32,13 @@ REPORT = "report.jsonl"
 PASSAGE = 6  # takes that are held at once and whose sync is judged together
 
 
+class NoText(ValueError):
+    """The text beside a video cannot be read."""
+
+
+REASONS = {NoSound: "no sound", NoText: "its text is not UTF-8"}  # of faults that are no damage
+
+
 def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
     """Make the shards that are missing or not made by encoders of these hashes, the index, the statistics and the report. Gives the
     number of clips.
@@ -126,7 +133,7 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
     except ValueError as error:
         tensors, entries = {}, []  # what a damaged video gave before is not to be trusted either
-        reason = "no sound" if isinstance(error, NoSound) else "damaged"
+        reason = next((told for kind, told in REASONS.items() if isinstance(error, kind)), "damaged")
         report = [{"video": video, "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": str(error)}]
     write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
 
@@ -148,15 +155,19 @@ def _reasons(lines: list[dict]) -> str:
 def _name(path: Path, config: PrecomputeConfig) -> str:
     """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
     seen, told = path.stat(), path.with_suffix(".txt")
-    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, _prompt(path) if told.is_file() else ""]
+    said = told.read_text(encoding="utf-8", errors="backslashreplace").strip() if told.is_file() else ""
+    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, said]
     words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
     return f"video_{hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]}.safetensors"
 
 
 def _prompt(path: Path) -> str:
-    """What the text beside the video says of it; nothing where there is none."""
+    """What the text beside the video says of it; nothing where there is none. Raises NoText when it is none."""
     told = path.with_suffix(".txt")
-    return told.read_text().strip() if told.is_file() else ""
+    try:
+        return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise NoText(f"{told} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _columns(heard: Tensor, first: int, frames: int) -> Tensor:

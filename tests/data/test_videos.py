@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from footage import astronaut, delayed, speech, talking, write
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -135,21 +137,40 @@ def test_latents_of_other_weights_are_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_clips_of_another_speech_encoder_are_refused_and_made_again(config, folder, tmp_path):
-    index = json.loads((Path(config.folder) / "index.json").read_text())
+def test_clips_of_another_speech_encoder_are_refused_and_made_again(config, tmp_path):
+    index = clips.read_index(Path(config.folder))
     assert len(index["speech_hash"]) == 16 and index["fps"] == 25
-    own = replace(config, folder=str(tmp_path), data=replace(config.data, source=str(folder / "inside")))
-    assert precompute(own, build_encoders, clip_hashes) == 2
-    (shard,) = tmp_path.glob("*.safetensors")
-    with safe_open(shard, framework="pt") as file:
-        tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file(tensors, shard, metadata={**told, "speech_hash": json.dumps("0123456789abcdef")})
-    clips.write_index(tmp_path, **{**json.loads((tmp_path / "index.json").read_text()), "speech_hash": "0123456789abcdef"})
-    with pytest.raises(ValueError, match=f"another encoder .*0123456789abcdef.*{index['speech_hash']}.*in place"):
+    own, older = replace(config, folder=str(tmp_path)), "0123456789abcdef"
+    shutil.copytree(config.folder, tmp_path, dirs_exist_ok=True)
+    for shard in tmp_path.glob("video_*"):
+        with safe_open(shard, framework="pt") as file:
+            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors, shard, metadata={**told, "speech_hash": json.dumps(older)})
+    clips.write_index(tmp_path, **{**index, "speech_hash": older})
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("video_*")}
+    with pytest.raises(ValueError, match=f"another encoder .*{older}.*{index['speech_hash']}.*in place"):
         run_training(training(own, viseme_weight=0.0), tmp_path / "run")
     assert precompute(own, build_encoders, clip_hashes) == 2
-    assert clips.read_index(tmp_path)["speech_hash"] == index["speech_hash"]
+    made = [name for name, moment in before.items() if (tmp_path / name).stat().st_mtime_ns != moment]
+    assert made == [index["clips"][0]["shard"]]  # the others hold no clip
+    assert clips.read_index(tmp_path) == index
     assert run_training(training(own, viseme_weight=0.0), tmp_path / "run").steps == 2
+
+
+def test_a_text_that_is_not_utf8_costs_its_own_video_and_is_named(config, folder, tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    for name in ("good", "short"):
+        (own / f"{name}.mp4").symlink_to(next(folder.rglob(f"{name}.mp4")))
+        (own / f"{name}.txt").write_bytes("Grüße".encode("latin-1"))
+    told = replace(config, folder=str(tmp_path / "clips"), data=replace(config.data, source=str(own)))
+    with pytest.raises(ValueError, match=r"gave no clip: its text is not UTF-8 \(1\), shorter than a clip of 1.9 s \(1\)"):
+        precompute(told, build_with_reader)
+    assert f"{own / 'good.txt'} is not UTF-8 text" in report(told)[0]["told"]
+
+
+def build_with_reader(config):
+    return replace(build_encoders(config), read=lambda prompt: torch.zeros(2, 8))
 
 
 def test_what_is_there_is_not_made_again_and_videos_may_come(config, folder):
