@@ -15,10 +15,10 @@ from sonic.runs import Run  # noqa: E402
 def make(config: PrecomputeConfig, run: Run) -> None:
     """Make what is missing of the data set."""
     from sonic.data.precompute import precompute
-    from sonic.train.encoders import build_encoders
+    from sonic.train.encoders import build_encoders, clip_hashes
 
     run.keep()  # finished shards
-    precompute(config, build_encoders)
+    precompute(config, build_encoders, clip_hashes)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from sonic.config import ModelConfig
 from sonic.data.speech import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
 
+LOG = logging.getLogger(__name__)
+ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
 # tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
 TIME = {
@@ -74,24 +77,23 @@ class ClipDataset(Dataset):
         """Whether every clip has a tensor of that name."""
         return all(name in clip["tensors"] for clip in self.clips)
 
-    def check(self, config: ModelConfig, hash_of: Callable[[ModelConfig], str] = lambda config: "") -> None:
-        """Raise ValueError when clips with latents were made for another model, or by other weights of its autoencoder than
-        those that `hash_of` knows ("" = nobody knows)."""
-        made_by = self.index.get("autoencoder", config.autoencoder)
+    def check(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}) -> None:
+        """Raise ValueError when clips with latents were made for another model, at another rate, or by other weights of its encoders
+        than those that `hashes_of` knows ("" = nobody knows). What an index does not say is taken to fit, and told."""
+        made_by, rate = self.index.get("autoencoder", config.autoencoder), config.rollout.fps
         if "latents" not in self.clips[0]["tensors"]:
             return
-        known = self.index.get("autoencoder_hash", "")
         if made_by != config.autoencoder:
             raise ValueError(
                 f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
                 f"{config.autoencoder}; make clips for this model with launch/precompute.py"
             )
-        own = hash_of(config) if known else ""
-        if own and known != own:
+        if self.index.get("fps", rate) != rate:
             raise ValueError(
-                f"data.folder={self.folder} holds latents of another autoencoder (weights {known}) than model={config.name} has "
-                f"(weights {own}); make the clips again with launch/precompute.py, or name the folder that fits"
+                f"data.folder={self.folder} holds clips of {self.index['fps']} frames a second, model={config.name} makes films of {rate}; "
+                "make clips for this model with launch/precompute.py and another folder="
             )
+        self._check_encoders(config, hashes_of)
         clip = self.read(0, 0, keys=("latents", "audio"))
         found = (clip["latents"].shape[0], *clip["audio"].shape[:2])
         wanted = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)
@@ -100,6 +102,19 @@ class ClipDataset(Dataset):
                 f"data.folder={self.folder} has (latent channels, audio layers, audio values) {found}, model={config.name} needs {wanted}; "
                 "make clips for this model with launch/precompute.py"
             )
+
+    def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
+        own = hashes_of(config) if any(self.index.get(name) for name in ENCODED) else {}
+        for name, what in ENCODED.items():
+            known, ours = self.index.get(name, ""), own.get(name, "")
+            if known and ours and known != ours:
+                raise ValueError(
+                    f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "
+                    "clips again (the launch/precompute.py command that made them does it in place), or name the folder that fits"
+                )
+        silent = ", ".join(name for name in (*ENCODED, "fps") if not self.index.get(name))
+        if silent:
+            LOG.warning("data.folder=%s does not say what its clips were made with (%s); they are taken to fit", self.folder, silent)
 
     def __len__(self) -> int:
         return len(self.clips)

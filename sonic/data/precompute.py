@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, built, each_made, facts_of, made_with, outdated, warn_outdated, write_shard
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
 from sonic.geometry import FPS, FRAMES_PER_LATENT
@@ -28,22 +28,25 @@ LOG = logging.getLogger(__name__)
 PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
 
 
-def precompute(config: PrecomputeConfig, build: Build) -> int:
-    """Make the shards that are missing, then the index and the statistics. Gives the number of clips.
+def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lambda config: {}) -> int:
+    """Make the shards that are missing or that other encoders made, then the index and the statistics. Gives the number of clips.
 
-    `build` is a function that worker processes can import. Shard n is a function of the seed and n alone, so that any number
-    of workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds other clips.
+    `build` is a function that worker processes can import. Shard n is a function of the seed, the encoders and n alone, so that any
+    number of workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds other clips.
     """
     pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
     if config.data.source:
         clips.check_room(folder, kind=config.kind, source=config.data.source)
-        return precompute_videos(config, build)
+        return precompute_videos(config, build, hashes_of(config))
     told = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
     clips.check_room(folder, source="", mix=asdict(config.mix), **told)
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(-(-config.utterances // PER_SHARD))
+    numbers, hashes = range(-(-config.utterances // PER_SHARD)), hashes_of(config)
     missing = [n for n in numbers if _recordings_in(folder / _name(n)) != len(_recordings(config, n))]
+    old = [n for n in numbers if n not in missing and outdated(folder / _name(n), hashes)]
+    warn_outdated(len(old), folder)
+    missing += old
     done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
         pass
@@ -117,7 +120,7 @@ def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, autoencoder_hash=encoders.autoencoder_hash)
+    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,28 @@ from torch import Tensor
 from sonic.data.settings import PrecomputeConfig
 from sonic.geometry import FPS
 
+LOG = logging.getLogger(__name__)
+MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # and what several are called
+
 
 @dataclass(frozen=True)
 class Encoders:
     """What makes training data of sounds and frames; built anew in every worker.
 
     hear(samples float32 16 kHz [n], F) -> features [N,A,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers), or
-    encode(frames), of the model that the data are for, and the hash of its weights; read(prompt) -> rows [L,D], None where the
-    model reads none. Speech alone needs none of them.
+    encode(frames), of the model that the data are for; read(prompt) -> rows [L,D], None where the model reads none; hashes: of the
+    weights, by the names that shards have for them. Speech alone needs none of them.
     """
 
     hear: Callable[[np.ndarray, int], Tensor] | None
     autoencoder: Any
     read: Callable[[str], Tensor] | None = None
-    autoencoder_hash: str = ""
+    hashes: Mapping[str, str] = field(default_factory=dict)
     fps: int = FPS
 
 
 Build = Callable[[PrecomputeConfig], Encoders]
+HashesOf = Callable[[PrecomputeConfig], Mapping[str, str]]  # the hashes of the encoders that would be built, without building them
 _BUILT: dict[str, Encoders] = {}
 
 
@@ -67,12 +72,28 @@ def facts_of(path: Path) -> dict[str, Any]:
         return {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
 
 
-def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, str]:
-    """The autoencoder that all these shards were made with. Raises ValueError when they were made with several."""
-    hashes = {facts["autoencoder_hash"] for facts in told if facts.get("autoencoder_hash")}
-    if len(hashes) > 1:
-        raise ValueError(f"folder={config.folder} holds shards of {len(hashes)} autoencoders; name another folder=, or empty this one")
-    return {"autoencoder": config.model.autoencoder, "autoencoder_hash": next(iter(hashes), "")}
+def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
+    """What all these shards were made with, as far as they know. Raises ValueError when they were made with several of a kind."""
+    found: dict[str, Any] = {"autoencoder": config.model.autoencoder}
+    for name, what in MADE_WITH.items():
+        values = {facts[name] for facts in told if facts["clips"] and facts.get(name)}
+        if len(values) > 1:
+            raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}; name another folder=, or empty this one")
+        if values:
+            found[name] = values.pop()
+    return found
+
+
+def outdated(path: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether the clips of a shard were made by other encoders than these; one that does not know is taken for up to date."""
+    facts = facts_of(path)
+    return bool(facts["clips"]) and any(facts.get(name) and value and facts[name] != value for name, value in hashes.items())
+
+
+def warn_outdated(count: int, folder: Path) -> None:
+    """Say that shards are replaced."""
+    if count:
+        LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", count, folder)
 
 
 def each_made(make: Callable, jobs: Sequence[tuple], workers: int) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from sonic.data import clips
 from sonic.data.footage import Take, aligned, find_videos, takes
 from sonic.data.motion import encode_motion
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, write_shard
+from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, outdated, warn_outdated, write_shard
 from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.types import pick
 
@@ -32,8 +32,16 @@ REPORT = "report.jsonl"
 PASSAGE = 6  # takes that are held at once and whose sync is judged together
 
 
-def precompute_videos(config: PrecomputeConfig, build: Build) -> int:
-    """Make the shards that are missing, the index, the statistics and the report. Gives the number of clips.
+class NoText(ValueError):
+    """The text beside a video cannot be read."""
+
+
+REASONS = {NoSound: "no sound", NoText: "its text is not UTF-8"}  # of faults that are no damage
+
+
+def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
+    """Make the shards that are missing or not made by encoders of these hashes, the index, the statistics and the report. Gives the
+    number of clips.
 
     A shard is named by its video and what it is made with, so a run that was stopped continues, and videos can be added. Raises
     ValueError when there is no video, or none of them gives a clip; the report then says why.
@@ -41,7 +49,9 @@ def precompute_videos(config: PrecomputeConfig, build: Build) -> int:
     source, folder = Path(config.data.source), Path(config.folder)
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [(config, build, (path, name)) for name, path in shards.items() if not (folder / name).is_file()]
+    old = {name for name in shards if (folder / name).is_file() and outdated(folder / name, hashes)}
+    warn_outdated(len(old), folder)
+    missing = [(config, build, (path, name)) for name, path in shards.items() if name in old or not (folder / name).is_file()]
     done = each_made(_write_video, missing, config.workers)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
         pass
@@ -123,10 +133,9 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
     except ValueError as error:
         tensors, entries = {}, []  # what a damaged video gave before is not to be trusted either
-        reason = "no sound" if isinstance(error, NoSound) else "damaged"
+        reason = next((told for kind, told in REASONS.items() if isinstance(error, kind)), "damaged")
         report = [{"video": video, "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": str(error)}]
-    facts = {"clips": entries, "report": report, "autoencoder_hash": encoders.autoencoder_hash}
-    write_shard(Path(config.folder) / name, tensors, **facts)
+    write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
 
 
 def _line(video: str, take: Take, fps: int) -> dict:
@@ -146,15 +155,19 @@ def _reasons(lines: list[dict]) -> str:
 def _name(path: Path, config: PrecomputeConfig) -> str:
     """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
     seen, told = path.stat(), path.with_suffix(".txt")
-    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, _prompt(path) if told.is_file() else ""]
+    said = told.read_text(encoding="utf-8", errors="backslashreplace").strip() if told.is_file() else ""
+    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, said]
     words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
     return f"video_{hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]}.safetensors"
 
 
 def _prompt(path: Path) -> str:
-    """What the text beside the video says of it; nothing where there is none."""
+    """What the text beside the video says of it; nothing where there is none. Raises NoText when it is none."""
     told = path.with_suffix(".txt")
-    return told.read_text().strip() if told.is_file() else ""
+    try:
+        return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise NoText(f"{told} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _columns(heard: Tensor, first: int, frames: int) -> Tensor:

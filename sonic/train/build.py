@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -9,15 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
-from sonic.infer.build import transformer_weights
+from sonic.infer.build import find_device, transformer_weights
 from sonic.parallel.watch import watched
 from sonic.signs import at_rest
-from sonic.train.encoders import autoencoder_hash
+from sonic.train.encoders import hashes_of
 from sonic.train.engine import Engine, LocalEngine
 from sonic.train.log import RunLog
 from sonic.train.loop import Outcome, Run, train
@@ -29,6 +31,8 @@ from sonic.train.start import begin_adapters, fill, start_from, without_memory
 from sonic.train.world import World, join_world
 from sonic.train.zero import Zero3Engine, ZeroEngine
 from sonic.types import pick
+
+LOG = logging.getLogger(__name__)
 
 
 def _drawn(config: DataConfig) -> Dataset:
@@ -67,7 +71,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
     if isinstance(dataset, ClipDataset):
-        dataset.check(config.model, autoencoder_hash)
+        dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
     made = {"make": without_memory} if config.objective.name in CASTING else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
@@ -84,11 +88,20 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
+        path, size = Path(config.export), sum(t.numel() for t in weights.values())
+        card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
         with at_rest():  # as long as the disk needs
-            save_weights(weights, Path(config.export), objective.facts)
-        card = describe(config, outcome, parameters=sum(t.numel() for t in weights.values()), origin=origin, device=world.device)
-        Path(config.export).with_suffix(".md").write_text(card)
+            _export(path, weights, card, facts=objective.facts, trained=outcome.made > 0)
     return outcome
+
+
+def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, facts: Mapping[str, str], trained: bool) -> None:
+    """Write weights and their card, unless nothing was trained and both are there: the card then says how they came about."""
+    if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
+        LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
+        return
+    save_weights(weights, path, facts)
+    path.with_suffix(".md").write_text(card)
 
 
 def sized(config: TrainConfig) -> TrainConfig:
@@ -130,14 +143,34 @@ def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[
 def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
     """Write weights in half precision, with what the file says of itself; under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    halves = {name: (t.half() if t.is_floating_point() else t).cpu().contiguous() for name, t in weights.items()}
+    halves = {name: _half(tensor) for name, tensor in weights.items()}
     aside = path.with_name(f".{path.name}")
     save_file(halves, aside, metadata=dict(facts or {}))
     aside.rename(path)
 
 
-def describe(config: TrainConfig, outcome: Outcome, *, parameters: int, origin: tuple[str, str], device: torch.device) -> str:
-    """The card beside exported weights. origin = (git commit, command)."""
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+
+
+def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a file has exactly these weights."""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+
+
+def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
+    """What the data were drawn from: clips on disk have a seed of their own, none when they are of videos."""
+    return dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed
+
+
+def describe(
+    config: TrainConfig, outcome: Outcome, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
+) -> str:
+    """The card beside exported weights. origin = (git commit, command), seed = that of the data, None where they have none."""
     commit, command = origin
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -148,7 +181,8 @@ def describe(config: TrainConfig, outcome: Outcome, *, parameters: int, origin: 
 |---|---|
 | command | `{command}` |
 | git commit | {commit} |
-| data | {config.data.source}, seed {config.seed} |
+| data | {config.data.source}{"" if seed is None else f", seed {seed}"} |
+| training seed | {config.seed} |
 | objective | {config.objective.name} |
 | steps | {outcome.steps} of {config.budget.batch_size * config.budget.accumulate} samples |
 | hours | {outcome.seconds / 3600:.2f} |
@@ -166,6 +200,8 @@ Objective: `{asdict(config.objective)}`
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name. Raises ValueError when this machine has none."""
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("run.device", "speed.device")) from error

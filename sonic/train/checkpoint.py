@@ -38,10 +38,10 @@ class Checkpoints:
         """Copy `state` and write it beside what comes next. A checkpoint that cannot be written is said; those before it stay."""
         self.settle()
         aside = self.folder / f"{ASIDE}{step:08d}"
-        if self.world.main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.world.wait()
+        fault = _make_anew(aside) if self.world.main else None
+        if self.world.agree(float(fault is not None)):
+            self._say_lost(step, fault)
+            return
         written: Future = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.world.writers, no_dist=self.world.ranks == 1)
         done: Future = Future()
         written.add_done_callback(lambda found: self._publish(found, done, aside, record={"step": step, **facts}))
@@ -55,8 +55,11 @@ class Checkpoints:
         with at_rest():  # as long as the disk needs
             error = done.exception()
         if error is not None:
-            LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
+            self._say_lost(step, error)
         self.world.wait()
+
+    def _say_lost(self, step: int, error: BaseException | None) -> None:
+        LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
 
     def load(self, state_of: StateOf) -> dict:
         """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
@@ -148,6 +151,16 @@ def prune(folder: Path, keep: int) -> None:
     """Leave the `keep` newest checkpoints, and nothing half-written of runs that died."""
     for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{ASIDE}*")]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_anew(folder: Path) -> OSError | None:
+    """Make an empty folder, or say why not."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def _checked(checkpoint: Path) -> dict | str:

@@ -18,6 +18,9 @@ from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.weights import load_weights
 from sonic.types import pick
 
+AUTOENCODER, SPEECH = "autoencoder_hash", "speech_hash"  # what shards and their index call them
+SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # that a published wav2vec may come in
+
 
 def build_encoders(config: PrecomputeConfig) -> Encoders:
     """Encoders of the configured model, where the data need them. Raises ValueError without their weights."""
@@ -26,13 +29,33 @@ def build_encoders(config: PrecomputeConfig) -> Encoders:
     return pick(BUILDERS, config.model.autoencoder, "model.autoencoder")(config)
 
 
-def autoencoder_hash(model: ModelConfig, weights: str = "") -> str:
-    """16 digits that say which weights the model's autoencoder has (`weights` = a file instead of the model's own); "" when it has
-    none, as a published model without its checkpoint."""
+def hashes_of(model: ModelConfig, autoencoder: str = "") -> dict[str, str]:
+    """16 digits for each encoder that say which weights the model has for it (`autoencoder` = a file instead of the model's own);
+    "" where it has none, as a published model without its checkpoint."""
     if model.autoencoder == "wan":
-        return _checkpoint(model).autoencoder_hash() if model.weights else ""
+        return _published_hashes(_checkpoint(model)) if model.weights else {AUTOENCODER: "", SPEECH: ""}
+    files = weight_files(model)
+    return {AUTOENCODER: _digest(Path(autoencoder) if autoencoder else files.autoencoder), SPEECH: _digest(files.speech)}
+
+
+def clip_hashes(config: PrecomputeConfig) -> dict[str, str]:
+    """Those of what clips are made with now; recorded speech alone needs no encoder."""
+    return {} if config.kind == "spoken" else hashes_of(config.model, config.autoencoder)
+
+
+def _published_hashes(checkpoint: Ready) -> dict[str, str]:
+    """From what its VAE and its wav2vec were made of."""
+    sources = checkpoint.manifest["sources"]
+    speech = next((digest for file, digest in sources.items() if file in SPEECH_FILES), "")
+    return {AUTOENCODER: checkpoint.autoencoder_hash(), SPEECH: speech[:16]}
+
+
+def _digest(path: Path) -> str:
+    """16 digits of the tensors in a file; "" when there is none."""
+    if not path.is_file():
+        return ""
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(Path(weights) if weights else weight_files(model).autoencoder).items()):
+    for name, tensor in sorted(load_file(path).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -45,8 +68,7 @@ def _moving(config: PrecomputeConfig) -> Encoders:
     autoencoder = pick(AUTOENCODERS, config.model.autoencoder, "model.autoencoder")()
     load_weights(speech, files.speech)
     load_weights(autoencoder, Path(config.autoencoder) if config.autoencoder else files.autoencoder)
-    known = autoencoder_hash(config.model, config.autoencoder)
-    return Encoders(speech.eval().hear, autoencoder.eval().requires_grad_(False), None, known, config.model.rollout.fps)
+    return Encoders(speech.eval().hear, autoencoder.eval().requires_grad_(False), None, clip_hashes(config), config.model.rollout.fps)
 
 
 def _painting(config: PrecomputeConfig) -> Encoders:
@@ -60,7 +82,7 @@ def _painting(config: PrecomputeConfig) -> Encoders:
         hear=lambda samples, frames: checkpoint.hear(samples, frames, fps=fps, device=device)[0].cpu(),
         autoencoder=checkpoint.autoencoder(device, torch.float32),
         read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
-        autoencoder_hash=checkpoint.autoencoder_hash(),
+        hashes=_published_hashes(checkpoint),
         fps=fps,
     )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 from sonic import metrics
+from sonic.config import PHOTO_SIZE, parse_size, settle_video
 from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
-from sonic.data.video import VideoWriter
+from sonic.data.video import Coding, VideoWriter
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts, find_device
 from sonic.infer.pipeline import film
@@ -71,12 +73,13 @@ Film = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,
 
 def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, dict]:
     """Score as configured, show the table, write the JSON. Gives {figure: {mean, ci95, clips}}."""
+    side = portrait_side(config)
     parts = parts or _parts(config)
     settings = Settings(sampler=config.sampler, decode=config.decode)
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
     openings: list[list[float]] = []
     start = time.perf_counter()
-    for number, case in enumerate(cases(config.eval, parts.config.resolution)):
+    for number, case in enumerate(cases(config.eval, side)):
         films = {
             "model": lambda case, samples, seed=number: filmed(case, samples, parts, settings=settings, seed=seed),
             "true video": lambda case, samples: case.truth if samples.any() else case.rest.expand_as(case.truth),
@@ -93,7 +96,8 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
         if config.eval.videos:
             _keep(case, films["model"], Path(config.eval.videos) / f"clip_{number:03d}.png")
             if number < config.eval.films:
-                _keep_film(case, films["model"], Path(config.eval.videos) / f"clip_{number:03d}.mp4")
+                path = Path(config.eval.videos) / f"clip_{number:03d}.mp4"
+                write_film(path, films["model"](case, case.samples), Speech(case.samples.astype(np.float32)))
     figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     found = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
@@ -103,6 +107,27 @@ def evaluate(config: EvaluateConfig, parts: Parts | None = None) -> dict[str, di
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def portrait_side(config: EvaluateConfig) -> int:
+    """Side of the drawn portraits in pixels: that of the face crop, or as large in area as video.size says.
+
+    Raises ValueError for a model that is not scored here, and for knobs of the film that no figure depends on.
+    """
+    model, video = config.model, config.video
+    if not model.resolution:
+        raise ValueError(
+            f"model={model.name} paints whole pictures, and drawn people know the truth of a face crop only; leave model= out to score "
+            "the preview, or judge a film of any model with launch/judge.py"
+        )
+    for name in ("infer_frames", "num_clip", "compat"):
+        if getattr(video, name):
+            raise ValueError(f"video.{name}={getattr(video, name)} changes no figure; eval.clips and eval.seconds say how much is filmed")
+    settle_video(replace(video), model.rollout)  # says which rate it has
+    if video.size == PHOTO_SIZE:
+        return model.resolution
+    width, height = parse_size(video.size)
+    return round(math.sqrt(width * height) / 2) * 2
 
 
 def _parts(config: EvaluateConfig) -> Parts:
@@ -193,9 +218,8 @@ def _keep(case: Case, make: Film, path: Path) -> None:
     imsave(path, ((torch.cat(rows) + 1) * 127.5).clamp(0, 255).byte().numpy(), check_contrast=False)
 
 
-def _keep_film(case: Case, make: Film, path: Path) -> None:
-    """A clip with its sound."""
-    frames = make(case, case.samples)
+def write_film(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:
+    """A clip with its sound.  frames [F,3,H,W] in [-1,1]"""
     pixels = rearrange(((frames + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
-    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=Speech(case.samples.astype(np.float32))) as writer:
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
         writer.write(pixels)

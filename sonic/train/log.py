@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +27,10 @@ SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a look at the student gave: figures by their names in the log, and the film."""
+    """What a look at the student gave: figures by their names in the log, and the film, None where it could not be written."""
 
     figures: dict[str, float]
-    video: Path
+    video: Path | None
 
 
 Look = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
@@ -46,9 +49,12 @@ class RunLog:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SCALARS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
+        kept = "".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
+        if not path.exists() or path.read_text() != kept:
+            aside = path.with_name(f".{SCALARS}")
+            aside.write_text(kept)
+            aside.rename(path)  # a full disk must not cost the lines that are there
+        self._file = path.open("ab", buffering=0)
         if self.config.bar and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
         if self.config.wandb != "off":
@@ -60,11 +66,22 @@ class RunLog:
         if self._file is None:
             return
         shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
+        self._append(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
         if self._wandb is not None:
             self._wandb.log({**values, **_as_media(video)}, step=step)
         if self._bar is None:
             LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
+
+    def _append(self, line: str) -> None:
+        """A line that is there whole or not at all: a full disk costs lines, not the run."""
+        end, wanted = self._file.tell(), line.encode()
+        try:
+            if self._file.write(wanted) < len(wanted):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            LOG.warning("a line of %s could not be written (%s); training goes on", self.folder / SCALARS, error)
+            with suppress(OSError):
+                self._file.truncate(end)
 
     def tick(self, step: int, loss: float, *, samples_per_second: float, seconds_left: float) -> None:
         """Move the progress bar to `step`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,26 +29,31 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run used and reached; `figures` are means over the last steps."""
+    """What a run used and reached, `made` of the steps by this process; `figures` are means over the last steps."""
 
     steps: int
+    made: int
     seconds: float
     samples: int
     figures: dict[str, float]
 
 
 class Meter:
-    """Sums of figures between two log lines; they stay tensors until read."""
+    """Sums of figures between two log lines; they stay tensors until read. `kept` is what another had in its state."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    def __init__(self, kept: Mapping[str, tuple[float, int]] | None = None, *, device: torch.device) -> None:
+        self._sums = {name: torch.tensor(total, dtype=torch.float32, device=device) for name, (total, _) in (kept or {}).items()}
+        self._counts = {name: count for name, (_, count) in (kept or {}).items()}
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Sums and counts, exactly, so that a restart says what an unbroken run would."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
     def read(self) -> dict[str, float]:
         """Means since the last reading."""
@@ -116,7 +122,7 @@ def train(run: Run) -> Outcome:
     clock = Clock(config, float(facts.get("seconds", 0.0)))
     used = int(facts.get("batches", 0))
     stream = run.batches(used)
-    meter, figures, kept_at = Meter(), {}, time.monotonic()
+    meter, figures, kept_at = Meter(facts.get("meter"), device=engine.world.device), dict(facts.get("figures", {})), time.monotonic()
     with log.open(step, config.budget.max_steps or None):
         progress = engine.world.agree(clock.progress(step))
         while progress < 1:
@@ -134,15 +140,16 @@ def train(run: Run) -> Outcome:
                 samples = pace * config.budget.batch_size * config.budget.accumulate
                 figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
                 figures |= {"perf/peak_gib": peak_gib(engine.world.device), "train/lr": lr}
-                seen = run.look(step) if run.look and step % config.log.samples_every == 0 else None
+                seen = run.look(step) if run.look and (last or step % config.log.samples_every == 0) else None
                 log.scalars(step, {**figures, **(seen.figures if seen else {})}, seen and seen.video)
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
             if last or engine.world.agree(_due(config, step, kept_at)):
-                engine.save(step, {"batches": used, "seconds": clock.seconds(), "seed": config.seed})
+                told = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": meter.state()}
+                engine.save(step, {"batches": used, **told})
                 kept_at = time.monotonic()
     engine.settle()
-    return Outcome(steps=step, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
+    return Outcome(step, step - first, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -172,8 +179,10 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     (role, step, _), config, world = turn, run.config, run.engine.world
     mine = config.budget.accumulate // world.readers
     figures: list[dict[str, Tensor]] = []
+    seen: list[Batch] = []  # as they came, in host memory
     for place in range(mine):
-        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in next(stream).items()}
+        seen.append(next(stream))
+        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in seen[-1].items()}
         part = turn.number * config.budget.accumulate + place * world.readers + world.reader
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
@@ -184,14 +193,21 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     total = found[f"train/{role}_loss"]
     why = run.guard.fault(role, float(total), float(norm))
     if why:
-        tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
-        save_file(tensors, run.folder / f"diverged_batch{f'_{world.rank}' if world.rank else ''}.safetensors")
+        _keep_worst(run, seen, [float(each[f"{role}_loss"]) for each in figures])
         run.engine.settle()
         raise Diverged(
             f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} {why}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
     return {**found, f"train/{role}_grad_norm": norm.detach()}
+
+
+def _keep_worst(run: Run, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+    """Write the batch whose own loss is not finite, else that of the largest loss, among those of this process."""
+    sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
+    batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
+    tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
+    save_file(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
 
 
 def _descend(run: Run, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:

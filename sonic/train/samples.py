@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from sonic.data.footage import WATCHED, mouth_opening, quick
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.portrait import cut, face_crop, load_image
 from sonic.data.speech import envelope, load_speech
-from sonic.data.video import Coding, VideoWriter
 from sonic.geometry import FPS
 from sonic.infer.build import Parts, ReadyParts, transformer_weights, untrained_encoders, weight_files
 from sonic.infer.conditions import whole_picture
@@ -30,13 +30,14 @@ from sonic.model.weights import load_weights
 from sonic.parallel.mesh import World as Mesh
 from sonic.parallel.spread import Company
 from sonic.train.engine import Engine, is_sharded
-from sonic.train.evaluate import Case, cases, filmed, scored
+from sonic.train.evaluate import Case, cases, filmed, scored, write_film
 from sonic.train.log import Look, Sample
 from sonic.train.objectives.cast import STUDENT
 from sonic.train.settings import EvalConfig, TrainConfig
 from sonic.train.sharded import WAYS_IN
 from sonic.types import Portrait, Scene, Speech, pick
 
+LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
 AREA = 384 * 256  # of the pictures that a published model paints meanwhile, in pixels
 REACH = 5  # frames of lag that are tried either way
@@ -65,14 +66,17 @@ class Student:
                 for name, method in own.items():
                     delattr(model, name) if method is None else setattr(model, name, method)
 
-    def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path:
-        """Write the film of a step, on the main process.  frames [F,3,H,W] in [-1,1]"""
+    def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
+        """Write the film of a step, on the main process; None where the disk has no room for it.  frames [F,3,H,W] in [-1,1]"""
         path = self.folder / "samples" / f"step_{step:08d}.mp4"
-        if self.engine.world.main:
+        if not self.engine.world.main:
+            return None
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rearrange(((frames + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
-            with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
-                writer.write(pixels)
+            write_film(path, frames, speech, fps=fps)
+        except (OSError, ValueError) as error:
+            LOG.warning("the sample film of step %d could not be written (%s); training goes on", step, error)
+            return None
         return path
 
 

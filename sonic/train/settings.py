@@ -66,6 +66,10 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "speed.device")
+        require(0 <= self.threads <= 4096, f"speed.threads={self.threads}: need 0 (torch's own choice) to 4096")
+        require(self.workers >= 0, f"speed.workers={self.workers}: need 0 (the training's own process) or more")
+        require(self.prefetch >= 1, f"speed.prefetch={self.prefetch}: need at least 1")
         require(1 <= self.timeout_s <= 3600, f"speed.timeout_s={self.timeout_s} must lie between 1 and 3600")
         require(self.context >= 1, f"speed.context={self.context}: need at least 1")
         require(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import re
 import shutil
 import signal
@@ -19,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sonic import metrics
+from sonic.config import RunConfig
 from sonic.train.sweep_settings import AblateConfig
 
 LOG = logging.getLogger("sonic.train")
@@ -26,6 +27,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # how a program ends that was told to; the first is sonic.app's own
+MACHINE = ("device", "dtype", "threads")  # of run.*, what a cell runs on; not told where nobody said it
 TAIL = 12  # lines of a failed cell's log that are shown
 
 Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
@@ -127,7 +129,8 @@ def _told(config: AblateConfig, cell: Cell) -> list[str]:
     """What every process of a cell is told."""
     fixed = [f"{knob}={_typed(value)}" for knob, value in cell.choices.items()]
     scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.films={config.films}"]
-    return [*config.common, *fixed, *scored]
+    machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
+    return [*config.common, *machine, *fixed, *scored]
 
 
 def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
@@ -216,10 +219,7 @@ def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {"peak_rss_gib": max(each["peak_rss_gib"] for each in found)}
     joined["openings"] = [track for each in found for track in each["openings"]]
     for figure in FIGURES:
-        clips = [value for each in found for value in each[figure]["clips"]]
-        mean = sum(clips) / len(clips)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in clips) / max(1, len(clips) - 1))
-        joined[figure] = {"mean": mean, "ci95": 1.96 * spread / math.sqrt(len(clips)), "clips": clips}
+        joined[figure] = metrics.interval([value for each in found for value in each[figure]["clips"]])
     return joined
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from sonic.config import AudioConfig, ModelConfig
+from sonic.config import AudioConfig, ModelConfig, RolloutConfig
 from sonic.data import clips
 
 
@@ -109,6 +109,36 @@ def test_clips_of_another_autoencoder_or_size_are_said(tmp_path):
         clips.ClipDataset(tmp_path).check(ModelConfig(autoencoder="wan"))
     with pytest.raises(ValueError, match=r"\(16, 1, 160\).*needs \(16, 25, 160\)"):
         clips.ClipDataset(tmp_path).check(ModelConfig(audio=AudioConfig(num_audio_layers=25)))
+
+
+@pytest.fixture
+def latents(tmp_path):
+    save_file({"a/latents": torch.zeros(16, 6, 4, 4), "a/audio": torch.zeros(1, 160, 24)}, tmp_path / "a.safetensors")
+    return [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents", "audio"]}]
+
+
+def test_clips_at_another_rate_are_said(latents, tmp_path):
+    clips.write_index(tmp_path, latents, autoencoder="warp", fps=16)
+    with pytest.raises(ValueError, match=r"clips of 16 frames a second, model=preview makes films of 25; .*another folder="):
+        clips.ClipDataset(tmp_path).check(ModelConfig())
+    clips.ClipDataset(tmp_path).check(ModelConfig(rollout=RolloutConfig(fps=16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("autoencoder_hash", "latents of another autoencoder"), ("speech_hash", "speech features of another encoder")]
+)
+def test_clips_of_other_weights_are_said(latents, name, told, tmp_path):
+    own = {"autoencoder_hash": "aaaa", "speech_hash": "bbbb"}
+    clips.write_index(tmp_path, latents, **{**own, name: "cccc"})
+    with pytest.raises(ValueError, match=rf"{told} \(weights cccc\) than model=preview has \(weights {own[name]}\).*precompute.py"):
+        clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: own)
+    clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {**own, name: ""})  # nobody knows
+
+
+def test_clips_that_do_not_say_what_made_them_are_taken_to_fit_and_that_is_told(latents, tmp_path, caplog):
+    clips.write_index(tmp_path, latents, autoencoder_hash="aaaa")
+    clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {"autoencoder_hash": "aaaa", "speech_hash": "bbbb"})
+    assert "does not say what its clips were made with (speech_hash, fps)" in caplog.text
 
 
 def test_workers_do_not_grow_over_two_thousand_batches(tmp_path):

@@ -16,6 +16,7 @@ from sonic.app import Entry, compose
 from sonic.checkpoint.convert import DIRECTIONS
 from sonic.checkpoint.ready import Ready
 from sonic.config import ConvertConfig
+from sonic.data import clips
 from sonic.data.clips import ClipDataset
 from sonic.data.portrait import covering
 from sonic.data.precompute import precompute
@@ -100,14 +101,25 @@ def test_the_audio_adapter_learns_from_them_and_is_filmed(config, tmp_path, monk
     assert sum(1 for _ in read_frames(tmp_path / "run" / last["video"])) == 32 and "eval/sync_correlation" in last
 
 
-def test_latents_of_another_vae_are_refused(config, tmp_path):
+def test_clips_of_one_rate_teach_no_model_of_another(config, tmp_path):
+    """As those of wan_s2v_14b would be taken for Live Avatar's."""
+    assert clips.read_index(Path(config.folder))["fps"] == 16
+    made = training(config, "model.rollout.fps=25")
+    with pytest.raises(ValueError, match="clips of 16 frames a second, model=wan_s2v_14b makes films of 25"):
+        run_training(made, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "told"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
+)
+def test_clips_of_other_encoders_are_refused(config, file, told, tmp_path):
     manifest = Path(config.model.weights) / "manifest.json"
     kept = manifest.read_text()
-    told = json.loads(kept)
-    told["sources"] = {name: digest[::-1] if "VAE" in name else digest for name, digest in told["sources"].items()}
-    manifest.write_text(json.dumps(told))
+    said = json.loads(kept)
+    said["sources"] = {name: digest[::-1] if file in name else digest for name, digest in said["sources"].items()}
+    manifest.write_text(json.dumps(said))
     try:
-        with pytest.raises(ValueError, match="latents of another autoencoder"):
+        with pytest.raises(ValueError, match=told):
             run_training(training(config), tmp_path / "run")
     finally:
         manifest.write_text(kept)

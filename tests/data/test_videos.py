@@ -5,23 +5,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from footage import astronaut, delayed, speech, talking, write
+from safetensors import safe_open
+from safetensors.torch import save_file
 from skimage import data
 
 from sonic.app import Entry, run_command
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.data import clips
 from sonic.data.clips import ClipDataset
 from sonic.data.precompute import precompute
 from sonic.data.settings import FootageConfig, PrecomputeConfig
 from sonic.data.videos import REPORT
 from sonic.train.build import run_training
-from sonic.train.encoders import build_encoders
+from sonic.train.encoders import build_encoders, clip_hashes
 from sonic.train.log import read_scalars
 from sonic.train.objective_settings import FlowMatchConfig
 from sonic.train.settings import BudgetConfig, DataConfig, LogConfig, TrainConfig
@@ -92,12 +97,12 @@ def test_the_report_says_how_far_mouth_and_sound_are_apart(config):
 
 
 def test_clips_hold_what_a_training_needs(config):
-    clips = ClipDataset(config.folder, window=12)
-    assert len(clips) == 2
-    found = clips[1, 0]
+    made = ClipDataset(config.folder, window=12)
+    assert len(made) == 2
+    found = made[1, 0]
     assert found["latents"].shape == (16, 12, 12, 12) and found["ref"].shape == (16, 1, 12, 12)
     assert found["audio"].shape == (1, 160, 48) and found["head"].shape == (48, 4) and "text" not in found
-    moves = clips.statistics()["cell_std"]
+    moves = made.statistics()["cell_std"]
     assert moves[5:10, 4:8].mean() > 1.5 * moves[:4].mean()  # mouth and chin, against the forehead
 
 
@@ -130,6 +135,42 @@ def test_latents_of_other_weights_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match=f"another autoencoder .*0123456789abcdef.*{index['autoencoder_hash']}.*precompute"):
         run_training(training(replace(config, folder=str(tmp_path)), viseme_weight=0.0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_clips_of_another_speech_encoder_are_refused_and_made_again(config, tmp_path):
+    index = clips.read_index(Path(config.folder))
+    assert len(index["speech_hash"]) == 16 and index["fps"] == 25
+    own, older = replace(config, folder=str(tmp_path)), "0123456789abcdef"
+    shutil.copytree(config.folder, tmp_path, dirs_exist_ok=True)
+    for shard in tmp_path.glob("video_*"):
+        with safe_open(shard, framework="pt") as file:
+            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors, shard, metadata={**told, "speech_hash": json.dumps(older)})
+    clips.write_index(tmp_path, **{**index, "speech_hash": older})
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("video_*")}
+    with pytest.raises(ValueError, match=f"another encoder .*{older}.*{index['speech_hash']}.*in place"):
+        run_training(training(own, viseme_weight=0.0), tmp_path / "run")
+    assert precompute(own, build_encoders, clip_hashes) == 2
+    made = [name for name, moment in before.items() if (tmp_path / name).stat().st_mtime_ns != moment]
+    assert made == [index["clips"][0]["shard"]]  # the others hold no clip
+    assert clips.read_index(tmp_path) == index
+    assert run_training(training(own, viseme_weight=0.0), tmp_path / "run").steps == 2
+
+
+def test_a_text_that_is_not_utf8_costs_its_own_video_and_is_named(config, folder, tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    for name in ("good", "short"):
+        (own / f"{name}.mp4").symlink_to(next(folder.rglob(f"{name}.mp4")))
+        (own / f"{name}.txt").write_bytes("Grüße".encode("latin-1"))
+    told = replace(config, folder=str(tmp_path / "clips"), data=replace(config.data, source=str(own)))
+    with pytest.raises(ValueError, match=r"gave no clip: its text is not UTF-8 \(1\), shorter than a clip of 1.9 s \(1\)"):
+        precompute(told, build_with_reader)
+    assert f"{own / 'good.txt'} is not UTF-8 text" in report(told)[0]["told"]
+
+
+def build_with_reader(config):
+    return replace(build_encoders(config), read=lambda prompt: torch.zeros(2, 8))
 
 
 def test_what_is_there_is_not_made_again_and_videos_may_come(config, folder):

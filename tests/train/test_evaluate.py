@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sonic.config import ModelConfig, SamplerConfig
+from sonic.app import Entry, compose
+from sonic.config import ModelConfig, SamplerConfig, VideoConfig
+from sonic.data.video import read_frames
 from sonic.infer.build import untrained_parts
 from sonic.parallel.settings import ParallelConfig
 from sonic.train.evaluate import GOALS, cases, evaluate
@@ -54,6 +56,40 @@ def test_a_seed_means_the_same_people_and_another_seed_others():
     other = next(cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
     assert np.array_equal(one.samples, two.samples) and np.array_equal(one.person.picture, two.person.picture)
     assert not np.array_equal(one.person.picture, other.person.picture)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"model": ModelConfig(name="wan_s2v_14b", autoencoder="wan", resolution=0)}, "model=wan_s2v_14b paints whole pictures.*judge.py"),
+        ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 changes no figure; eval.clips"),
+        ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(knobs, told):
+    with pytest.raises(ValueError, match=told):
+        evaluate(EvaluateConfig(**knobs))
+
+
+def test_the_size_of_the_film_is_that_of_the_drawn_portrait(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    model, made = ModelConfig(resolution=96), {}
+    parts = untrained_parts(model, device=torch.device("cpu"))
+    for size, side in (("photo", 96), ("192x64", 110)):
+        told = EvalConfig(clips=1, seconds=2.0, videos=str(tmp_path / size), films=1)
+        sampler, video = SamplerConfig(sample_steps=1), VideoConfig(size=size)
+        made[size] = evaluate(EvaluateConfig(eval=told, model=model, sampler=sampler, video=video), parts)
+        assert next(read_frames(tmp_path / size / "clip_000.mp4")).shape == (side, side, 3)
+    assert made["photo"]["identity_psnr_db"]["mean"] != made["192x64"]["identity_psnr_db"]["mean"]
+
+
+def test_the_bundled_weights_fit_together(tmp_path):
+    """Loose bars, which a speech encoder, transformer or student of another training does not pass."""
+    pytest.importorskip("espeakng_loader")
+    argv = ["+preset=fast_preview", "sampler.sample_steps=2", "eval.clips=2", "eval.seconds=4", "eval.seed=1", "run.device=cpu"]
+    found = evaluate(compose(Entry("evaluate", EvaluateConfig), argv))
+    assert found["sync_correlation"]["mean"] >= 0.75 and found["control_correlation"]["mean"] < 0.5 * found["sync_correlation"]["mean"]
+    assert found["silent_motion_ratio"]["mean"] <= 0.1 and found["identity_psnr_db"]["mean"] >= 30
 
 
 def test_figures_of_several_ranks_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import sys
@@ -92,6 +93,34 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
     assert not (tmp_path / "wandb").exists()
     first, last = read_scalars(tmp_path)
     assert "video" not in first and (tmp_path / last["video"]).is_file() and last["eval/sync_correlation"] == 1.0
+
+
+class Full:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        some, self.room = content[: self.room], max(0, self.room - len(content))
+        return self.file.write(some)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_full_disk_costs_lines_and_not_the_run(room, tmp_path, caplog):
+    with RunLog(tmp_path, LogConfig(bar=False), name="told").open(0, None) as log:
+        log.scalars(1, {"loss": 1.0})
+        log._file = Full(log._file, room)
+        log.scalars(2, {"loss": 2.0})
+        log._file = log._file.file
+        log.scalars(3, {"loss": 3.0})
+    assert [line["step"] for line in read_scalars(tmp_path)] == [1, 3]
+    assert "scalars.jsonl could not be written" in caplog.text and "training goes on" in caplog.text
 
 
 def test_a_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):

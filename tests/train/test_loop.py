@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -53,12 +57,12 @@ class Line(Objective):
         return dict(weights)
 
 
-def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="auto"):
+def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="auto", log_every=1):
     config = TrainConfig(
         budget=BudgetConfig(max_steps=steps, batch_size=4, accumulate=accumulate),
         optim=OptimConfig(lr=0.02, warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=every, keep=2, resume=resume),
-        log=LogConfig(every_steps=1, bar=False),
+        log=LogConfig(every_steps=log_every, bar=False),
     )
     world = World()
     stream, log = stream_of(config, Numbers(), world), RunLog(folder, config.log, name="line")
@@ -98,6 +102,23 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, accumulate):
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     for name, value in whole.engine.weights().items():
         assert torch.equal(value, again.engine.weights()[name])
+
+
+def test_lines_after_a_restart_are_means_over_the_same_steps(tmp_path):
+    train(make(tmp_path / "whole", log_every=3))
+    kill_at(make(tmp_path / "killed", log_every=3), 7)
+    train(make(tmp_path / "killed", log_every=3))
+    whole, killed = (
+        [{name: value for name, value in line.items() if name == "step" or name.startswith("train/")} for line in read_scalars(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "killed")
+    )
+    assert [line["step"] for line in killed] == [3, 6, 9, 12] and killed == whole
+
+
+def test_a_training_that_was_finished_has_its_figures(tmp_path):
+    first, second = train(make(tmp_path)), train(make(tmp_path))
+    assert (first.made, second.made) == (12, 0) and second.figures == first.figures != {}
+    assert len(read_scalars(tmp_path)) == 12
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
@@ -161,6 +182,29 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch
     assert kept.load(lambda names: found)["step"] == 1
     assert_close(found["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_disk_that_is_full_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch, caplog):
+    real = Path.mkdir
+
+    def full(path, *more, **named):
+        if path.name == ".aside_00000008":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *more, **named)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert train(make(tmp_path)).steps == 12
+    assert kept_in(tmp_path) == ["step_00000004", "step_00000012"]
+    assert "step 8 could not be written" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.mark.parametrize(("call", "poison"), [(1, float("nan")), (2, float("nan")), (61, 1e5), (62, 1e5)])
+def test_the_batch_that_is_kept_is_the_one_that_is_wrong(call, poison, tmp_path):
+    run = make(tmp_path, steps=40, accumulate=2, objective=Line(poison_at=call, poison=poison))
+    with pytest.raises(Diverged):
+        train(run)
+    wrong = next(islice(run.batches(0), call - 1, None))
+    assert torch.equal(load_file(tmp_path / "diverged_batch.safetensors")["x"], wrong["x"])
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -89,6 +90,44 @@ def test_a_stopped_run_makes_only_what_is_missing(config, tmp_path):
     assert precompute(more, build_untrained) == 18
     assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
     assert len(ClipDataset(tmp_path, window=3)) == 18
+
+
+def heard_by(name):
+    return lambda config: {"autoencoder_hash": "same", "speech_hash": name}
+
+
+def build_first(config: PrecomputeConfig) -> Encoders:
+    return replace(build_untrained(config), hashes=heard_by("first")(config))
+
+
+def build_second(config: PrecomputeConfig) -> Encoders:
+    encoders = replace(build_untrained(config), hashes=heard_by("second")(config))
+    return replace(encoders, hear=lambda samples, frames: 1 + build_untrained(config).hear(samples, frames))
+
+
+def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplog):
+    own = replace(config, folder=str(tmp_path), utterances=1, workers=0)
+    assert precompute(own, build_first, heard_by("first")) == 2
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert (index["autoencoder_hash"], index["speech_hash"], index["fps"]) == ("same", "first", 25)
+    shard = tmp_path / "shard_00000.safetensors"
+    kept, first = shard.stat().st_mtime_ns, ClipDataset(tmp_path)[0, 0]["audio"]
+    precompute(own, build_second)  # nobody says what it would be made with
+    precompute(own, build_first, heard_by("first"))
+    assert shard.stat().st_mtime_ns == kept and "made again" not in caplog.text
+    assert precompute(own, build_second, heard_by("second")) == 2
+    assert "1 shards" in caplog.text and "they are made again" in caplog.text
+    assert torch.allclose(ClipDataset(tmp_path)[0, 0]["audio"], first + 1, atol=0.01)
+    assert json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "second"
+
+
+def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path):
+    own = replace(config, folder=str(tmp_path), utterances=1, workers=0)
+    precompute(own, build_untrained)
+    kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
+    precompute(own, build_first, heard_by("first"))
+    assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
+    assert "speech_hash" not in json.loads((tmp_path / "index.json").read_text())
 
 
 def test_clips_made_otherwise_are_not_taken_for_ones_own(config):

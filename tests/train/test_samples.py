@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import on_ranks
@@ -43,16 +45,29 @@ def config(clips, objective, *, samples_every=2, **model):
 
 def test_the_student_is_filmed_and_scored_without_a_trace(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
-    run_training(config(clips, FlowMatchConfig()), tmp_path / "seen")
-    run_training(config(clips, FlowMatchConfig(), samples_every=0), tmp_path / "unseen")
+    for name, every in (("seen", 2), ("unseen", 0)):
+        made = config(clips, FlowMatchConfig(), samples_every=every)
+        made.budget = BudgetConfig(max_steps=3, batch_size=2)
+        run_training(made, tmp_path / name)
     seen, unseen = read_scalars(tmp_path / "seen"), read_scalars(tmp_path / "unseen")
     assert [line["train/student_loss"] for line in seen] == [line["train/student_loss"] for line in unseen]
     for line in seen:
-        filmed = line["step"] % 2 == 0
+        filmed = line["step"] in (2, 3)  # 3 is the last
         assert filmed == ("video" in line) == ("eval/sync_correlation" in line) == ("eval/dynamics_ratio" in line)
         if filmed:
             assert sum(1 for _ in read_frames(tmp_path / "seen" / line["video"])) == 50
         assert line["perf/peak_gib"] > 0.1 and line["perf/seconds_per_step"] > 0
+
+
+def test_a_film_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("espeakng_loader")
+    monkeypatch.setattr("sonic.data.video.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    made = config(clips, FlowMatchConfig())
+    made.budget = BudgetConfig(max_steps=1, batch_size=2)
+    run_training(made, tmp_path / "run")
+    (line,) = read_scalars(tmp_path / "run")
+    assert "video" not in line and "eval/sync_correlation" in line
+    assert "sample film of step 1 could not be written" in caplog.text
 
 
 def test_a_student_of_few_steps_is_filmed_in_its_own(clips, tmp_path):

@@ -184,6 +184,20 @@ def test_a_checkpoint_of_other_sizes_than_it_says_is_said(sentence, ready, clips
     assert "has shape [64, 32], the model needs [32, 32]" in sentence(*recipe, f"checkpoint={other}")
 
 
+@pytest.mark.parametrize("window", [5, 1])
+def test_windows_that_are_not_whole_blocks_are_said_before_anything_is_loaded(window, ready, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("sonic.train.build.fill", lambda *loading: pytest.fail("weights were read"))
+    told = config("dmd", ready, clips)
+    block = told.model.rollout.block_frames
+    told.data.window = window
+    below = max(1, window // block) * block
+    with pytest.raises(
+        ValueError, match=f"data.window={window} .* not whole blocks of {block}; use data.window={below} or {below + block}"
+    ):
+        run_training(told, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_engine_without_its_package_names_the_extra(monkeypatch):
     import builtins
 

@@ -63,6 +63,12 @@ def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
     assert cell.name == "sample_steps=4, weights=teacher"
 
 
+def test_a_cell_is_told_of_the_machine_where_that_was_said(tmp_path):
+    told = commands(config(GRID, "run.threads=1", "run.dtype=bfloat16"), cells_of(config(GRID), tmp_path)[0])[0]
+    assert "run.threads=1" in told and "run.dtype=bfloat16" in told and not any(item.startswith("run.device") for item in told)
+    assert not any(item.startswith("run.") for item in commands(config(GRID), cells_of(config(GRID), tmp_path)[0])[0])
+
+
 def test_combinations_can_be_left_out(tmp_path):
     made = config(
         "grid={weights: [student, teacher], sampler.sample_steps: [2, 40]}", "exclude=[{weights: student, sampler.sample_steps: 40}]"
@@ -133,8 +139,8 @@ def report(scorer, tmp_path):
     for cell in cells:
         if cell.figures:
             (cell.folder / "films_1").mkdir()
-            with VideoWriter(cell.folder / "films_1/clip_000.mp4", 64, 64, num_frames=5) as writer:
-                writer.write(np.full((5, 64, 64, 3), 90, np.uint8))
+            with VideoWriter(cell.folder / "films_1/clip_000.mp4", 64, 64, num_frames=100) as writer:
+                writer.write(np.full((100, 64, 64, 3), 90, np.uint8))
     return write_report(cells, tmp_path, title="steps")
 
 
@@ -166,22 +172,29 @@ def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scor
     assert Page(page.read_text()).tags.count("svg") == 4
 
 
+# clicks the button, looks, clicks again and looks again
+PROBE = """
+const look=()=>({fits:document.body.scrollWidth<=innerWidth,films:[...document.querySelectorAll('video')]
+.map(v=>({width:v.videoWidth,time:v.currentTime,paused:v.paused}))});
+const wait=ms=>new Promise(done=>setTimeout(done,ms));
+addEventListener('load',async()=>{const button=document.querySelector('.row button');await wait(1000);button.click();await wait(1000);
+const playing=look();button.click();await wait(500);document.title=JSON.stringify([playing,look()]);});
+"""
+
+
 def test_a_browser_plays_its_films(report, tmp_path):
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no chromium on this machine; .ci/run installs it where it may")
-    probe = report.read_text().replace(
-        "</body>",
-        "<script>addEventListener('load',()=>setTimeout(()=>{document.title=[...document.querySelectorAll('video')]"
-        ".map(v=>v.readyState+':'+v.videoWidth+':'+(document.body.scrollWidth<=innerWidth)).join(' ')},1500))</script></body>",
-    )
     page = tmp_path / "probe.html"
-    page.write_text(probe)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=4000", "--dump-dom"]
+    page.write_text(report.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=5000", "--dump-dom"]
+    options.append("--autoplay-policy=no-user-gesture-required")  # a script's click is no person's
     done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    states = re.search(r"<title>(.*?)</title>", done.stdout)[1].split()
-    assert len(states) == 2
-    assert all(int(state.split(":")[0]) >= 1 and state.endswith(":64:true") for state in states)
+    playing, stopped = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    assert len(playing["films"]) == len(stopped["films"]) == 2 and playing["fits"]
+    assert all(film["width"] == 64 and film["time"] > 0 and not film["paused"] for film in playing["films"])
+    assert all(film["paused"] for film in stopped["films"])
 
 
 def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):

@@ -15,7 +15,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import DistillConfig
 from sonic.train.objectives import Objective
 from sonic.train.objectives.cast import TEACHER, Make, cast_of
-from sonic.train.objectives.flow_match import REACHES, TARGETS, TIMESTEPS, cells_of
+from sonic.train.objectives.flow_match import REACHES, TARGETS, TIMESTEPS, cells_of, need_blocks
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions, pick
 
@@ -26,6 +26,8 @@ class Distillation(Objective):
     def __init__(self, config: TrainConfig, dataset: object, learners: Sequence[str], *, make: Make = AvatarDiT) -> None:
         assert isinstance(config.objective, DistillConfig)
         self.config, self.model_config, sampler = config.objective, config.model, config.objective.sampler
+        if self.config.window.reach == "blocks":
+            need_blocks(config, dataset)
         self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
         self.cast = cast_of(config.model, self.config.learn, (*learners, TEACHER), make=make)
         self.roles, self.facts = self.cast.roles, {**self.cast.facts, "sample_steps": str(sampler.sample_steps)}

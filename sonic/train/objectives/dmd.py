@@ -22,7 +22,7 @@ from sonic.train.objective_settings import DmdConfig
 from sonic.train.objectives import Batch, Losses
 from sonic.train.objectives.cast import CRITIC, STUDENT, TEACHER, Make
 from sonic.train.objectives.distill import Distillation, liveliness
-from sonic.train.objectives.flow_match import TIMESTEPS, clip_error, conditions_of
+from sonic.train.objectives.flow_match import TIMESTEPS, clip_error, conditions_of, need_blocks
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions
 
@@ -49,6 +49,7 @@ class DistributionMatching(Distillation):
     config: DmdConfig
 
     def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
+        need_blocks(config, dataset)  # whatever reach the teacher has, the student rolls out
         super().__init__(config, dataset, (STUDENT, CRITIC), make=make)
         self.rates = {CRITIC: self.config.critic_rate}
 

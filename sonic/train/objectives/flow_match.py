@@ -60,6 +60,8 @@ class FlowMatch(Objective):
     def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
         assert isinstance(config.objective, FlowMatchConfig)
         self.config, self.model_config = config.objective, config.model
+        if self.config.window.reach == "blocks":
+            need_blocks(config, dataset)
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         self.see = pick(REACHES, self.config.window.reach, "objective.window.reach")
         from_weights = bool(self.config.learn.rank or self.config.learn.targets)
@@ -127,6 +129,20 @@ class FlowMatch(Objective):
         told = conditions_of(batch, self.model_config)
         kept = torch.rand(told.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
         return replace(told, audio=told.audio * kept)
+
+
+def need_blocks(config: TrainConfig, dataset: object) -> None:
+    """Raise ValueError when the clips are known and a window of them is not whole blocks of the rollout."""
+    if not isinstance(dataset, ClipDataset):
+        return
+    block, past = config.model.rollout.block_frames, config.objective.window.past
+    for length in sorted({config.data.window or clip["latent_frames"] for clip in dataset.clips}):
+        if (length - past) % block or length <= past:
+            below, told = max(1, (length - past) // block) * block + past, f" after {past} of past" if past else ""
+            raise ValueError(
+                f"data.window={config.data.window} makes windows of {length} latent frames, which are not whole blocks of {block}{told}; "
+                f"use data.window={below} or {below + block}"
+            )
 
 
 def need_visemes(dataset: object) -> None:
