@@ -362,7 +362,7 @@ def _espeak() -> Iterator[_Engine]:
     try:
         import espeakng_loader
     except ImportError as error:
-        raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install sonic[voices]") from error
+        raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install -e .[voices]") from error
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         yield _Engine(library, str(espeakng_loader.get_data_path()))

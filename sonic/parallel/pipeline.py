@@ -193,9 +193,10 @@ class Stages:
         return self.line.hear()[1]
 
     def close(self) -> None:
-        """Take in what is still on its way, so that the next film begins with an empty line."""
+        """Take in what is still on its way, so that the next film begins with an empty line, and let the rings go."""
         while self.under_way:
             self.collect()
+        self.caches.clear()  # encoders of the next film come before its own rings
 
 
 @torch.no_grad()

@@ -101,6 +101,14 @@ def _deepspeed():
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            "parallel=zero3 needs DeepSpeed: pip install sonic[deepspeed], or use parallel=fsdp, which needs nothing"
+            "parallel=zero3 needs DeepSpeed: pip install -e .[deepspeed], or use parallel=fsdp, which needs nothing"
         ) from error
+    send_plainly()
     return deepspeed
+
+
+def send_plainly() -> None:
+    """Let ranks on CPUs send through gloo: DeepSpeed's own way through shared memory would be compiled first, for minutes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

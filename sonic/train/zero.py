@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, zeros
 
 from sonic.model.adapters import AdaptedLinear
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.zero import send_plainly
 from sonic.train.checkpoint import State
 from sonic.train.ema import Ema
 from sonic.train.engine import EXPORTED, LocalEngine, recompute_layers, transformers, whole
@@ -268,12 +269,13 @@ def _check_installed(engine: str, device: torch.device) -> None:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
         from deepspeed.accelerator.real_accelerator import set_accelerator
     except ImportError:
-        raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install sonic[deepspeed]; fsdp needs nothing") from None
+        raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install -e .[deepspeed]; fsdp needs nothing") from None
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
+        send_plainly()
 
 
 def _transformers(module: nn.Module) -> list[AvatarDiT]:
