@@ -65,7 +65,7 @@ def test_what_is_predicted_is_what_it_takes(items):
     ("items", "error"),
     [
         (("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"), 0.01),  # the second rank has the decoder and nothing else
-        (("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"), 0.05),
+        (("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=12"), 0.05),
     ],
 )
 def test_what_the_published_autoencoder_is_predicted_to_take_is_what_it_takes(items, error):
