@@ -17,7 +17,7 @@ from sonic.types import Conditions
 
 GIB = 2**30
 PIECE = 2**29  # bytes of host memory that are pinned at a time
-SPARE_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
+ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
 
 
 class PinnedMemory:
@@ -148,7 +148,7 @@ class Shuttle:
         if self.device.type != "cuda":
             return 0.0
         torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
-        return torch.cuda.mem_get_info(self.device)[0] / GIB - SPARE_GIB
+        return torch.cuda.mem_get_info(self.device)[0] / GIB - ROOM_GIB
 
 
 def place(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> None:

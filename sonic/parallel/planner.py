@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Generic, TypeVar
 
 from sonic.config import FIXED_STEPS, PHOTO_SIZE
@@ -21,6 +22,9 @@ FEWEST_STEPS, FEWEST_BLOCKS, SMALLEST_SIDE = 1, 1, 128
 EQUAL = 1.02
 
 W, P = TypeVar("W"), TypeVar("P")  # what is to be done, and a plan for it: of a film here, of a training in training_plans.py
+
+
+Changed = Iterator[tuple[str, tuple[str, ...], PlanConfig]]  # a sentence, the knobs that say it, the config with it
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
     return f"{spare}; {plan.given_up}" if plan.given_up else spare
 
 
-def _other_plans(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
+def _other_plans(config: PlanConfig) -> Changed:
     if config.parallel.name != "auto" or config.parallel.vae_rank:
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, vae_rank=None))
         best = ranked(workload(changed), changed.hardware, list(candidates(changed.parallel, workload(changed), changed.hardware)))[0]
@@ -221,7 +225,7 @@ def _knobs(parallel: ParallelConfig, asked: ParallelConfig) -> Iterator[str]:
             yield f"offload.{knob}={getattr(parallel.offload, knob)}"
 
 
-def _fewer_steps(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
+def _fewer_steps(config: PlanConfig) -> Changed:
     """Each step has its ring; a schedule that is a table can only give way to a shorter table."""
     steps, table = config.sampler.sample_steps, config.sampler.schedule in FIXED_STEPS
     if workload(config).clip_frames:
@@ -235,7 +239,7 @@ def _fewer_steps(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], Pla
             yield f"{fewer} steps instead of {steps}", (knob,), replace(config, sampler=sampler)
 
 
-def _shorter_windows(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
+def _shorter_windows(config: PlanConfig) -> Changed:
     rollout = config.model.rollout
     if not workload(config).clip_frames:
         for fewer in range(rollout.window_blocks - 1, FEWEST_BLOCKS - 1, -1):
@@ -244,26 +248,28 @@ def _shorter_windows(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...],
             yield sentence, (f"model.rollout.window_blocks={fewer}",), replace(config, model=model)
 
 
-def _shorter_clips(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
+def _shorter_clips(config: PlanConfig) -> Changed:
     frames = workload(config).clip_frames
     for fewer in range(frames - 4, 11, -4):
         shorter = replace(config, video=replace(config.video, infer_frames=fewer))
         yield f"clips of {fewer} frames instead of {frames}", (f"video.infer_frames={fewer}",), shorter
 
 
-def _smaller_sizes(config: PlanConfig) -> Iterator[tuple[str, tuple[str, ...], PlanConfig]]:
-    """Smaller sizes of about the same shape."""
-    if config.model.resolution:
-        return
+def _smaller_sizes(config: PlanConfig) -> Changed:
     work = workload(config)
-    seen = {(work.width, work.height)}
-    for percent in range(95, 10, -5):
-        sides = tuple(max(SIDE, round(side * percent / 100 / SIDE) * SIDE) for side in (work.width, work.height))
-        if sides not in seen and min(sides) >= SMALLEST_SIDE and sides[0] * sides[1] < work.pixels:
+    return smaller_sizes(config, work.width, work.height)
+
+
+def smaller_sizes(config: PlanConfig, width: int, height: int) -> Changed:
+    """Smaller sizes of about the same shape; none for a model that has one size only."""
+    seen = {(width, height)}
+    for percent in () if config.model.resolution else range(95, 10, -5):
+        sides = tuple(max(SIDE, round(side * percent / 100 / SIDE) * SIDE) for side in (width, height))
+        if sides not in seen and min(sides) >= SMALLEST_SIDE and prod(sides) < width * height:
             seen.add(sides)
             size = "x".join(map(str, sides))
             smaller = replace(config, video=replace(config.video, size=size))
-            yield f"{size} instead of {work.width}x{work.height}", (f"video.size={size}",), smaller
+            yield f"{size} instead of {width}x{height}", (f"video.size={size}",), smaller
 
 
 def _notes(config: PlanConfig, work: Workload) -> Iterator[str]:

@@ -10,12 +10,12 @@ from sonic.config import PHOTO_SIZE
 from sonic.counts import block_multiply_adds, forward_multiply_adds
 from sonic.parallel import speed as s
 from sonic.parallel.memory import GIB, HOST_GIB
-from sonic.parallel.planner import EQUAL, Change, Planned, answer_json
+from sonic.parallel.planner import EQUAL, Change, Changed, Planned, answer_json, smaller_sizes
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.training_memory import host_bytes, moments, sizes
 from sonic.parallel.training_work import Training, training
 
-SIDE, SMALLEST_SIDE, SMALLEST_RANK = 64, 128, 8
+SMALLEST_RANK = 8
 UPDATE_BYTES = 28  # that AdamW reads and writes for a number
 HOST_MEMORY_GBPS = 40  # of the host, all ranks together
 
@@ -220,9 +220,6 @@ def _changes(config: PlanConfig) -> Iterator[Change[TrainingPlan]]:
                 break
 
 
-Changed = Iterator[tuple[str, tuple[str, ...], PlanConfig]]
-
-
 def _other_plans(config: PlanConfig) -> Changed:
     if config.parallel.name != "auto":
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, cpu_offload=False))
@@ -260,21 +257,8 @@ def _shorter_windows(config: PlanConfig) -> Changed:
 
 
 def _smaller_sizes(config: PlanConfig) -> Changed:
-    """Smaller sizes of about the same shape."""
-    if config.model.resolution:
-        return
     work = training(config)
-    seen = {(work.width, work.height)}
-    for percent in range(95, 10, -5):
-        sides = tuple(max(SIDE, round(side * percent / 100 / SIDE) * SIDE) for side in (work.width, work.height))
-        if sides not in seen and min(sides) >= SMALLEST_SIDE:
-            seen.add(sides)
-            size = "x".join(map(str, sides))
-            yield (
-                f"{size} instead of {work.width}x{work.height}",
-                (f"video.size={size}",),
-                replace(config, video=replace(config.video, size=size)),
-            )
+    return smaller_sizes(config, work.width, work.height)
 
 
 def _notes(config: PlanConfig) -> Sequence[str]:

@@ -61,6 +61,20 @@ def test_what_is_predicted_is_what_it_takes(items):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("items", "error"),
+    [
+        (("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"), 0.01),  # the second rank has the decoder and nothing else
+        (("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=12"), 0.05),
+    ],
+)
+def test_what_the_published_autoencoder_is_predicted_to_take_is_what_it_takes(items, error):
+    small = ("model.autoencoder=wan", "video.size=256x256", "model.trunk.num_layers=2", "model.audio.inject_layers=[0]")
+    found = planned(compose(PLAN, [*WIDE, *small, *items]))
+    assert found.chosen.ranks[-1]["vae"] > 0.6 * 2**30 * found.chosen.peak_gib[-1]
+    assert found.chosen.peak_gib == pytest.approx(track(found.work, found.hardware, found.chosen), rel=error)
+
+
 def test_encoders_and_autoencoders_are_as_large_as_they_are_said_to_be():
     sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
     with torch.device("meta"):

@@ -69,11 +69,14 @@ def test_what_several_devices_do_or_would_do_keeps_all_of_them_busy(hardware, mo
 def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
     found = chosen("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0")["items_gib"]
     assert found["weights"] + found["unshard_prefetch"] <= 8.5
+    assert found["unshard_prefetch"] <= 0.5
 
 
 def test_four_small_cards_carry_the_14b_in_a_pipeline():
     found = chosen("hardware=4x24gb", "+preset=standard")
     assert (found["plan"], found["fits"]) == ("pipeline", True)
+    assert len(found["peak_gib_per_rank"]) == 4
+    assert max(found["peak_gib_per_rank"]) <= 21
 
 
 def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
