@@ -82,9 +82,7 @@ def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[
         if len(values) > 1:
             raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}; name another folder=, or empty this one")
         if values and silent:
-            LOG.warning(
-                "%d older shards in %s do not say which of all %s made them; delete them to make them again", silent, config.folder, what
-            )
+            LOG.warning("%d older shards in %s carry no %s; delete them to have them made again", silent, config.folder, name)
         if values:
             found[name] = values.pop()
     return found
