@@ -46,7 +46,7 @@ class PrecomputeConfig:
     """Makes clips once, so that training only reads: of one's own videos (data.source), or of drawn people and synthesised speech."""
 
     kind: str = knob("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
-    folder: str = knob("data/preview_clips", "where the shards and their index go; what is there already is kept")
+    folder: str = knob("data/preview_clips", "where the shards and their index go; what is there is kept unless other encoders made it")
     split: str = knob("train", "train or test: other people, voices and words")
     seed: int = 0
     utterances: int = knob(1000, "recordings to make")

@@ -75,10 +75,14 @@ def facts_of(path: Path) -> dict[str, Any]:
 def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
     """What all these shards were made with, as far as they know. Raises ValueError when they were made with several of a kind."""
     found: dict[str, Any] = {"autoencoder": config.model.autoencoder}
+    shards = [facts for facts in told if facts["clips"]]
     for name, what in MADE_WITH.items():
-        values = {facts[name] for facts in told if facts["clips"] and facts.get(name)}
+        values = {facts[name] for facts in shards if facts.get(name)}
+        silent = sum(not facts.get(name) for facts in shards)
         if len(values) > 1:
             raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}; name another folder=, or empty this one")
+        if values and silent:
+            LOG.warning("%d older shards in %s carry no %s; delete them to have them made again", silent, config.folder, name)
         if values:
             found[name] = values.pop()
     return found

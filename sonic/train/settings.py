@@ -99,7 +99,7 @@ class LogConfig:
     wandb: str = "off"
     project: str = "sonic"
     bar: bool = True
-    samples_every: int = 0  # steps between sample films; 0 = none
+    samples_every: int = 0  # steps between sample films, the last step's besides; 0 = none
     sample_seconds: float = 3.0
     sample_steps: int = 8  # sampling steps of a student that has not learnt how many
 

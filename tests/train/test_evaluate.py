@@ -84,7 +84,7 @@ def test_the_size_of_the_film_is_that_of_the_drawn_portrait(tmp_path):
 
 
 def test_the_bundled_weights_fit_together(tmp_path):
-    """Loose bars, which a speech encoder, transformer or student of another training does not pass."""
+    """Loose bars: these weights reach 0.94, 0.0, 0.01 and 40 dB, but 0.13 of motion in silence with the speech encoder before."""
     pytest.importorskip("espeakng_loader")
     argv = ["+preset=fast_preview", "sampler.sample_steps=2", "eval.clips=2", "eval.seconds=4", "eval.seed=1", "run.device=cpu"]
     found = evaluate(compose(Entry("evaluate", EvaluateConfig), argv))

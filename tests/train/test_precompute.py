@@ -121,13 +121,15 @@ def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplo
     assert json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "second"
 
 
-def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path):
-    own = replace(config, folder=str(tmp_path), utterances=1, workers=0)
+def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplog):
+    own = replace(config, folder=str(tmp_path), utterances=16, clips_per_utterance=1, workers=0)
     precompute(own, build_untrained)
     kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
     precompute(own, build_first, heard_by("first"))
     assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
     assert "speech_hash" not in json.loads((tmp_path / "index.json").read_text())
+    precompute(replace(own, utterances=17), build_first, heard_by("first"))
+    assert "1 older shards" in caplog.text and json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "first"
 
 
 def test_clips_made_otherwise_are_not_taken_for_ones_own(config):
