@@ -241,7 +241,7 @@ def _recording(speech: Speech) -> Iterator[av.AudioFrame]:
 def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
     """What a video shows in the middle of each 1/fps s, uint8 [H,W,3]."""
     shown, made = None, 0
-    for time, picture in _timed_frames(path):
+    for time, picture in timed_frames(path):
         while shown is not None and (made + 0.5) / fps < time:
             yield shown
             made += 1
@@ -252,10 +252,10 @@ def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
 
 def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a video one after the other, uint8 [H,W,3]."""
-    return (picture for _, picture in _timed_frames(path))
+    return (picture for _, picture in timed_frames(path))
 
 
-def _timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+def timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     """The same with the second at which each appears."""
     path = Path(path)
     if not path.is_file():

@@ -17,7 +17,7 @@ from sonic import metrics
 from sonic.config import JudgeConfig
 from sonic.data.portrait import load_portrait
 from sonic.data.speech import envelope, load_speech
-from sonic.data.video import _timed_frames
+from sonic.data.video import timed_frames
 from sonic.geometry import FPS
 from sonic.infer.conditions import fit_portrait
 from sonic.infer.report import mouth_window
@@ -63,7 +63,7 @@ def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, int]:
     still = portrait.pixels.astype(np.int16)
     mouth, kept = mouth_window(portrait), outside_lower_face(portrait)
     motion, error, times = [], 0.0, []
-    for time, frame in _timed_frames(video):
+    for time, frame in timed_frames(video):
         if frame.shape != still.shape:
             found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
             raise ValueError(f"film={video} is {found}, the photograph {given}; give image= and size= that it was made with")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import warnings
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -22,6 +21,7 @@ from sonic.infer.build import settled_model
 from sonic.infer.conditions import LARGEST_AREA
 from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
+from sonic.metrics import peak_rss_gib
 from sonic.parallel.here import hardware_here
 from sonic.parallel.memory import GIB
 from sonic.parallel.mesh import World, degrees
@@ -38,7 +38,7 @@ class Forecast:
 
     plan: Plan
     config: PlanConfig
-    started: float = field(default_factory=lambda: _peak_rss())
+    started: float = field(default_factory=lambda: peak_rss_gib() * GIB)
     measured_gib: list[float] = field(default_factory=list)
 
     @property
@@ -49,7 +49,7 @@ class Forecast:
     def measure(self, world: World) -> None:
         """Take down the peak of every rank. Every rank must ask."""
         on_gpu = world.device.type == "cuda"
-        peak = torch.cuda.max_memory_reserved(world.device) if on_gpu else _peak_rss() - self.started
+        peak = torch.cuda.max_memory_reserved(world.device) if on_gpu else peak_rss_gib() * GIB - self.started
         peaks = [peak]
         if world.mesh is not None:
             peaks = [0.0] * dist.get_world_size()
@@ -159,8 +159,3 @@ def _refusal(found: Planned) -> str:
     )
     would = "; ".join(f"{change.sentence} ({' '.join(change.knobs)})" for change in found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"
-
-
-def _peak_rss() -> float:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,6 +15,7 @@ from sonic.config import SamplerConfig
 from sonic.infer.rollout import Draws, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.pipeline import serve, stop
+from sonic.parallel.plans import CLIPS_WAIT
 from sonic.parallel.spread import Company
 from sonic.parallel.vae_rank import hang_up, without_repeats
 from sonic.types import BlockSpan, Conditions, LatentBlock
@@ -72,10 +73,7 @@ def clip_together(
 ) -> Tensor:
     """`sample_clip` by all ranks that share the model."""
     if _company(model).world.stages > 1:
-        raise ValueError(
-            "parallel=pipeline runs films block by block; a clip with full attention is one forward after the other, "
-            "so ranks would wait for each other: use parallel=fsdp with parallel.context=-1"
-        )
+        raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
     if not _alone(model):
         _tell(model, Take((conditions, unguided), sampler, generator.get_state(), latent_frames=latent_frames))
     return sample_clip(model, conditions, latent_frames, sampler=sampler, generator=generator, unguided=unguided)

@@ -128,7 +128,8 @@ def test_proposed_changes_help(asked):
 
 
 def test_smaller_steps_sizes_and_windows_need_less():
-    peak = lambda *items: max(chosen("hardware=4x24gb", "parallel=pipeline", *items)["peak_gib_per_rank"])  # noqa: E731
+    asked = ("hardware=4x24gb", "parallel=pipeline", "sampler=euler")
+    peak = lambda *items: max(chosen(*asked, *items)["peak_gib_per_rank"])  # noqa: E731
     most = peak("sampler.sample_steps=8", "hardware.usable_gib=100")
     for smaller in ("sampler.sample_steps=7", "model.rollout.window_blocks=3", "video.size=640x384"):
         assert peak("sampler.sample_steps=8", "hardware.usable_gib=100", smaller) < most
@@ -137,9 +138,8 @@ def test_smaller_steps_sizes_and_windows_need_less():
 @pytest.mark.parametrize("devices", range(2, 9))
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_stages_own_every_block_once(devices, steps):
-    config = compose(
-        PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", f"sampler.sample_steps={steps}"]
-    )
+    sampler = ("sampler=euler", f"sampler.sample_steps={steps}")
+    config = compose(PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", *sampler])
     found = planned(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
     assert [layer for layers in found.ranges for layer in layers] == list(range(40))
     assert len(found.ranges) == devices == len(found.ranks)
