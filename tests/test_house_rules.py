@@ -15,18 +15,18 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"types", "config", "geometry", "counts", "signs"}
-BELOW_INFER = {"assets", "flow", "quant", "metrics", "model", "data", "parallel", *GROUND}
+GROUND = {"types", "config", "geometry", "counts", "signs", "pixels"}
+BELOW_INFER = {"assets", "flow", "metrics", "model", "data", "parallel", *GROUND}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
     "geometry": set(),
     "signs": set(),
+    "pixels": set(),
     "counts": {"config", "geometry"},
     "assets": set(),
     "runs": {"config"},
     "types": {"geometry"},
     "flow": {"types"},
-    "quant": {"types", "config"},
     "metrics": {"types", "config"},
     "model": {*GROUND, "data.speech"},
     "data": {*GROUND, "metrics"},

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from sonic.data import faces, puppet
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.pixels import to_signed
 
 
 def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
@@ -51,7 +52,7 @@ def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, sp
     visemes = random_visemes(rng, frames)
     motion = motion_targets(identity.mouth, visemes, pose, resolution=resolution)
     told = {"visemes": visemes, "head": torch.zeros(frames, 4) if pose is None else pose}
-    picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 127.5 - 1
+    picture = to_signed(torch.from_numpy(identity.picture).permute(2, 0, 1))
     return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **told, **motion}
 
 

@@ -20,6 +20,7 @@ from sonic.data.settings import PrecomputeConfig
 from sonic.data.speech import SAMPLE_RATE, envelope, frame_levels
 from sonic.data.video import frames_at
 from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.pixels import to_bytes
 from sonic.types import Portrait, pick
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -143,7 +144,7 @@ def _face_framing(held: list[np.ndarray], portrait: Portrait, config: Precompute
     """The face crop as infer has it."""
     crop = face_crop(portrait, resolution=config.model.resolution)
     shown = torch.stack([cut(frame, crop) for frame in held])
-    return rearrange(((shown + 1) * 127.5).round().byte(), "f c h w -> f h w c")
+    return rearrange(to_bytes(shown), "f c h w -> f h w c")
 
 
 def _whole_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.geometry import MOUTH_ANCHOR
+from sonic.pixels import to_signed
 from sonic.types import Crop, Mouth, Portrait
 
 SMALLEST_SIDE = 128
@@ -115,7 +116,7 @@ def pixel_centers(height: int, width: int) -> Tensor:
 def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
     """What the crop shows, antialiased, the photo's border repeated outside of it.  uint8 [H,W,3] -> [3,R,R] in [-1,1]"""
     region, left, top = _region(torch.as_tensor(pixels), crop)
-    picture = rearrange(region, "h w c -> 1 c h w").float() / 127.5 - 1
+    picture = to_signed(rearrange(region, "h w c -> 1 c h w"))
     shrink = crop.side / crop.resolution  # photo px per crop px
     whole = max(1, int(shrink / 2))  # a mean over whole pixels first, so that the blur below stays small
     if whole > 1:

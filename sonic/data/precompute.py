@@ -22,6 +22,7 @@ from sonic.data.shards import Build, Encoders, HashesOf, built, each_made, facts
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
 from sonic.geometry import FPS, FRAMES_PER_LATENT
+from sonic.pixels import to_signed
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
 @torch.no_grad()
 def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Latents [C,T,h,w] of a person speaking, and those of the person at rest [C,1,h,w]."""
-    picture = rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w").float() / 127.5 - 1
+    picture = to_signed(rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w"))
     reference = autoencoder.reference(picture)
     still = not head.any()
     parts = []

@@ -25,6 +25,7 @@ from sonic.data.motion import encode_motion
 from sonic.data.settings import PrecomputeConfig
 from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, outdated, warn_outdated, write_shard
 from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
+from sonic.pixels import to_signed
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -94,14 +95,14 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
 @torch.no_grad()
 def _moved(autoencoder: Any, take: Take) -> dict[str, Tensor]:
     """How the face moves."""
-    frames = _signed(take.pixels)[1:]
+    frames = _channels_first(take.pixels)[1:]
     return encode_motion(autoencoder, frames, frames[take.rest])
 
 
 @torch.no_grad()
 def _painted(autoencoder: Any, take: Take) -> dict[str, Tensor]:
     """The pictures themselves; the frame of the past makes the first latent, which is left out, so that every other has four."""
-    frames = rearrange(_signed(take.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
+    frames = rearrange(_channels_first(take.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
     latents, _ = autoencoder.encode(frames)
     ref, _ = autoencoder.encode(frames[:, :, 1 + take.rest : 2 + take.rest])
     return {"latents": latents[0, :, 1:].float().cpu(), "ref": ref[0].float().cpu()}
@@ -176,6 +177,6 @@ def _columns(heard: Tensor, first: int, frames: int) -> Tensor:
     return torch.nn.functional.pad(found, (0, frames - found.shape[-1]))
 
 
-def _signed(pixels: Tensor) -> Tensor:
+def _channels_first(pixels: Tensor) -> Tensor:
     """uint8 [F,h,w,3] -> [F,3,h,w] in [-1,1]"""
-    return rearrange(pixels, "f h w c -> f c h w").float() / 127.5 - 1
+    return to_signed(rearrange(pixels, "f h w c -> f c h w"))

@@ -17,6 +17,7 @@ from sonic.data.portrait import covering, cut, resized
 from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
 from sonic.infer.build import Parts
 from sonic.model.vae import Reference
+from sonic.pixels import to_signed
 from sonic.types import Conditions, Crop, FaceBox, Mouth, Portrait, Scene
 
 LARGEST_AREA = 3840 * 2160
@@ -109,4 +110,4 @@ def whole_blocks(num_frames: int, block_frames: int) -> int:
 
 def signed(pixels: np.ndarray) -> Tensor:
     """uint8 [H,W,3] -> [1,3,H,W] in [-1,1]"""
-    return rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "h w c -> 1 c h w").float() / 127.5 - 1
+    return to_signed(rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "h w c -> 1 c h w"))

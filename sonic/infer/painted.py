@@ -27,6 +27,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.parallel.vae_rank import FarAutoencoder
+from sonic.pixels import to_bytes, to_signed
 from sonic.types import BlockSpan, Conditions, FrameChunk, LatentBlock, Scene
 
 Vae = WanAutoencoder | FarAutoencoder  # here, or asked where it is
@@ -184,7 +185,7 @@ def film_painted(scene: Scene, parts: ReadyParts, settings: Settings, *, clock: 
     start = 0
     with closing(frames):
         for some in frames:
-            pixels = rearrange(((some[0].float() + 1) * 127.5).round().clamp(0, 255).byte(), "c f h w -> f h w c")
+            pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
             yield FrameChunk(pixels[: scene.num_frames - start].cpu(), start)
             start += min(len(pixels), scene.num_frames - start)
             if start == scene.num_frames:
@@ -249,7 +250,7 @@ def _told(shot: Shot, ref: Tensor, motion: Tensor | None, *, frames: slice, vae:
 
 def _pose_latents(pose: np.ndarray, vae: Vae, *, device: torch.device) -> Tensor:
     """Poses uint8 [F,H,W,3] as latents [1,C,F/4,h,w], a few seconds at a time; the frame in front is the first one again."""
-    still = lambda some: rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w").float() / 127.5 - 1  # noqa: E731
+    still = lambda some: to_signed(rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w"))  # noqa: E731
     _, cache = vae.encode(still(pose[:1]))
     found = []
     for first in range(0, len(pose), POSE_CHUNK):

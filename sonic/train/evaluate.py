@@ -34,6 +34,7 @@ from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
 from sonic.parallel.mesh import ALONE, World
 from sonic.parallel.spread import Company
+from sonic.pixels import to_bytes, to_signed
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 
@@ -59,7 +60,7 @@ class Case:
     @property
     def rest(self) -> Tensor:
         """The person before speaking, [3,R,R] in [-1,1]."""
-        return rearrange(torch.from_numpy(self.person.picture), "h w c -> c h w").float() / 127.5 - 1
+        return to_signed(rearrange(torch.from_numpy(self.person.picture), "h w c -> c h w"))
 
     @property
     def place(self) -> metrics.MouthPlace:
@@ -161,7 +162,7 @@ def filmed(case: Case, samples: np.ndarray, parts: Parts, *, settings: Settings,
     scene = Scene(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)
     with closing(film(scene, parts, settings)) as chunks:
         pixels = torch.cat([torch.as_tensor(chunk.pixels) for chunk in chunks])
-    return rearrange(pixels, "f h w c -> f c h w").float() / 127.5 - 1
+    return to_signed(rearrange(pixels, "f h w c -> f c h w"))
 
 
 class Scored(NamedTuple):
@@ -215,11 +216,11 @@ def _keep(case: Case, make: Film, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
     rows = [rearrange(frames[chosen], "f c h w -> h (f w) c") for frames in (make(case, case.samples), case.truth)]
-    imsave(path, ((torch.cat(rows) + 1) * 127.5).clamp(0, 255).byte().numpy(), check_contrast=False)
+    imsave(path, to_bytes(torch.cat(rows)).numpy(), check_contrast=False)
 
 
 def write_film(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:
     """A clip with its sound.  frames [F,3,H,W] in [-1,1]"""
-    pixels = rearrange(((frames + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
+    pixels = rearrange(to_bytes(frames), "f c h w -> f h w c").numpy()
     with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
         writer.write(pixels)

@@ -29,6 +29,7 @@ from sonic.infer.scene import PORTRAITS, RECORDINGS, Settings
 from sonic.model.weights import load_weights
 from sonic.parallel.mesh import World as Mesh
 from sonic.parallel.spread import Company
+from sonic.pixels import to_signed
 from sonic.train.engine import Engine, is_sharded
 from sonic.train.evaluate import Case, cases, filmed, scored, write_film
 from sonic.train.log import Look, Sample
@@ -156,7 +157,7 @@ def painting_look(student: Student, sampler: SamplerConfig) -> Look:
         mouth = mouth_opening(torch.stack([cut(frame, crop) for frame in painted]))
         level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
         figures = {"eval/sync_correlation": metrics.best_lag(mouth, level, REACH)[0], "eval/mouth_motion": float(np.std(mouth))}
-        frames = rearrange(painted, "f h w c -> f c h w").float() / 127.5 - 1
+        frames = to_signed(rearrange(painted, "f h w c -> f c h w"))
         return Sample(figures, student.keep(step, frames, speech, fps=fps))
 
     return look
