@@ -10,6 +10,7 @@ from dataclasses import dataclass
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 FPS = 25
+GIB = 2**30
 MOUTH_ANCHOR = (0.5, 0.55)  # where the middle of the mouth lies in the canonical face crop, as shares of its side
 MOUTH_UNIT = 0.125  # half the mouth's width there: 0.20 of the face box over an expand_ratio of 1.6
 

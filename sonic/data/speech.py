@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sonic.geometry import FPS
 from sonic.types import Speech
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ SAMPLE_RATE = 16_000
 SHORTEST_S = 0.2
 SILENCE_DBFS = -80.0  # a recording whose loudest 20 ms stay below this holds nothing to speak
 
-FPS = 25
 COLUMNS_PER_FRAME = 2
 MELS = 40
 _HOP = SAMPLE_RATE // (FPS * COLUMNS_PER_FRAME)  # 320 samples, 20 ms

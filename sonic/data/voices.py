@@ -17,9 +17,9 @@ import numpy as np
 
 from sonic.data.speech import SAMPLE_RATE, resample
 from sonic.data.words import WORDS
+from sonic.geometry import FPS
 from sonic.types import pick
 
-FPS = 25
 Phoneme = tuple[float, float, str]  # start s, end s, IPA name
 VISEME_NAMES = ("open", "width", "press", "teeth", "tongue")
 

@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sonic.flow.schedule import TIMESTEPS
+
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B,T] in [0,1]) -> noise - clean
 Sampler = Callable[[Velocity, Tensor, Tensor, torch.Generator], Tensor]  # (velocity, noise, sigmas [n+1] 1→0, rng) -> clean
 Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (x, sigma), is sent the velocity there, returns clean
@@ -87,7 +89,6 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
 
 WALKS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Walk]] = {"euler": euler, "heun": heun, "unipc": unipc, "dpmpp": dpmpp}
 SAMPLERS: dict[str, Sampler] = {name: _sampler(walk) for name, walk in WALKS.items()}
-TIMESTEPS = 1000
 
 
 def _log_snr(sigma: float) -> float:

@@ -12,7 +12,7 @@ from sonic.types import pick
 Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 sigmas, falling, the last one 0
 
 HIGHEST_UNIPC_SIGMA = 0.9990000128746033  # 1 - 1/1000 as the published tables hold it
-TRAIN_STEPS = 1000
+TIMESTEPS = 1000  # noise levels that the published models count; a timestep is 1000·sigma
 
 
 def shift_up(sigma: float, shift: float) -> float:
@@ -33,7 +33,7 @@ def unipc(steps: int, shift: float = 3.0) -> list[float]:
 def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
     """The table of the published few-step rollout: the ends of the range are shifted before its points are, so the
     last step is a touch-up (four steps: 1, .858, .602, .009, 0)."""
-    lowest, intervals = shift_up(1 / TRAIN_STEPS, shift), max(1, steps - 1)
+    lowest, intervals = shift_up(1 / TIMESTEPS, shift), max(1, steps - 1)
     return [shift_up(1 - (1 - lowest) * index / intervals, shift) for index in range(steps)] + [0.0]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sonic.config import Ranks
-from sonic.geometry import PIXELS_PER_LATENT, latent_frames
+from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
 from sonic.infer.build import DTYPES, find_device
 from sonic.infer.decode import ahead
 from sonic.infer.painted import Shot, Vae, paint_blocks, paint_clips
@@ -27,7 +27,6 @@ from sonic.parallel.vae_rank import FarAutoencoder, serve_vae
 from sonic.parallel.workload import Workload, workload
 from sonic.types import LatentBlock
 
-GIB = 2**30
 PRODUCT_S = 0.5  # for which the plain matrix product is repeated
 
 

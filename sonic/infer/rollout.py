@@ -14,12 +14,10 @@ from sonic.config import SamplerConfig
 from sonic.flow.guidance import guidance
 from sonic.flow.path import velocity_from
 from sonic.flow.samplers import SAMPLERS, WALKS, Velocity, Walk
-from sonic.flow.schedule import sigmas_of
+from sonic.flow.schedule import TIMESTEPS, sigmas_of
 from sonic.model.dit import AvatarDiT, BlockInputs
 from sonic.model.forwards import Item
 from sonic.types import BlockSpan, Conditions, LatentBlock, pick
-
-TIMESTEPS = 1000.0  # a timestep is 1000·sigma
 
 
 class Draws(NamedTuple):

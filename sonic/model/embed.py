@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.counts import PACK_SCALES
+
 Rotation = tuple[Tensor, Tensor, Tensor]  # factors [N,1,d] of a channel itself, of the next one, of the one before
 Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
@@ -110,7 +112,6 @@ class FramePack(nn.Module):
         return torch.cat([rearrange(tokens, "b t s d -> b 1 (t s) d") for tokens in packed], dim=2)
 
 
-PACK_SCALES = (1, 2, 4)
 SCALES = (1, 4)  # rows of the modulation that multiply; 0 and 3 shift, 2 and 5 are gates
 
 

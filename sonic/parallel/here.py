@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from sonic.geometry import GIB
 from sonic.parallel.settings import HardwareConfig
 
-GIB = 2**30
 HERE = "here"  # hardware.name until the machine has been looked at
 USABLE = 0.94  # of a GPU's memory that a process gets
 PROCESS_GIB = 0.6  # of a rank without an accelerator by itself: Python and torch

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from math import prod
 
 from sonic.counts import block_weights, end_weights, injector_weights, weights
-from sonic.geometry import FRAMES_PER_LATENT
+from sonic.geometry import FRAMES_PER_LATENT, GIB
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 from sonic.parallel.units import WHOLE, all_units
 from sonic.parallel.workload import Workload
 
-GIB = 2**30
 FILM = ("weights", "unshard_prefetch", "kv_rings", "memory_tokens", "activations", "vae", "reserve")
 ENCODE = ("text_encoder", "speech_encoder", "reserve")
 ITEMS = (*FILM[:-1], *ENCODE)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sonic.geometry import GIB
 from sonic.model.dit import AvatarDiT
 from sonic.model.forwards import Forwards, SharedPass
 from sonic.parallel.ranges import resident_layers
@@ -15,7 +16,6 @@ from sonic.parallel.settings import OffloadConfig, ParallelConfig
 from sonic.signs import beat
 from sonic.types import Conditions
 
-GIB = 2**30
 PIECE = 2**29  # bytes of host memory that are pinned at a time
 ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from sonic.flow.guidance import guidance
 from sonic.flow.path import velocity_from
 from sonic.flow.samplers import Velocity
-from sonic.flow.schedule import sigmas_of
+from sonic.flow.schedule import TIMESTEPS, sigmas_of
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import DistillConfig
 from sonic.train.objectives import Objective
 from sonic.train.objectives.cast import TEACHER, Make, cast_of
-from sonic.train.objectives.flow_match import REACHES, TARGETS, TIMESTEPS, cells_of, need_blocks
+from sonic.train.objectives.flow_match import REACHES, TARGETS, cells_of, need_blocks
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions, pick
 

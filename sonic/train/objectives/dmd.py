@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sonic.flow.path import interpolate, spread
+from sonic.flow.schedule import TIMESTEPS
 from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT, BlockInputs
 from sonic.model.kv_cache import KVCache
@@ -22,7 +23,7 @@ from sonic.train.objective_settings import DmdConfig
 from sonic.train.objectives import Batch, Losses
 from sonic.train.objectives.cast import CRITIC, STUDENT, TEACHER, Make
 from sonic.train.objectives.distill import Distillation, liveliness
-from sonic.train.objectives.flow_match import TIMESTEPS, clip_error, conditions_of, need_blocks
+from sonic.train.objectives.flow_match import clip_error, conditions_of, need_blocks
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sonic.config import ModelConfig
 from sonic.data.clips import ClipDataset, pose_latents
 from sonic.flow.path import interpolate, spread
+from sonic.flow.schedule import TIMESTEPS
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.train.objective_settings import ErrorConfig, FlowMatchConfig, WindowConfig
@@ -24,8 +25,6 @@ from sonic.train.objectives.cast import STUDENT, Make, cast_of
 from sonic.train.objectives.viseme import VisemeHead, hear_blocks, viseme_loss
 from sonic.train.settings import TrainConfig
 from sonic.types import Conditions, pick
-
-TIMESTEPS = 1000.0
 
 
 def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
