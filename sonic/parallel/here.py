@@ -43,7 +43,7 @@ def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, lo
     if device.type != "cuda":
         usable = max(0.2, host / local_ranks - PROCESS_GIB)
         link = "host" if ranks > 1 else "none"
-        return replace(asked, devices=ranks, usable_gib=usable, reserve_gib=0.1, link=link, host_gib=host + 3 * local_ranks)
+        return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.1, link=link, host_gib=host + 3 * local_ranks)
     found = torch.cuda.get_device_properties(device)
     name = max((part for part in RATES if part in found.name), key=len, default="")
     tflops, memory_gbps = RATES.get(name, UNKNOWN_RATE)
@@ -51,7 +51,13 @@ def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, lo
     link, link_gbps = _link(name) if ranks > 1 else ("none", 10.0)
     rates = {"tflops": tflops / sharing, "memory_gbps": memory_gbps / sharing, "link": link, "link_gbps": link_gbps}
     usable = USABLE * found.total_memory / GIB / sharing
-    return replace(asked, devices=ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
+    return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
+
+
+def _filled(asked: HardwareConfig, devices: int, **found: float | str) -> HardwareConfig:
+    """What was found, but for the figures that were given by hand."""
+    usual = HardwareConfig()
+    return replace(asked, devices=devices, **{name: each for name, each in found.items() if getattr(asked, name) == getattr(usual, name)})
 
 
 def machine_here(asked: HardwareConfig) -> HardwareConfig:

@@ -164,4 +164,6 @@ def test_this_machine_is_looked_up_and_one_that_is_named_stays():
     assert 2 * two.usable_gib < host_bytes() / 2**30
     assert alone.usable_gib > two.usable_gib
     named = HardwareConfig(name="4x24gb", usable_gib=22.2, devices=4)
+    given = hardware_here(replace(here, usable_gib=3.5), CPU, ranks=1, local_ranks=1)
+    assert given == replace(alone, usable_gib=3.5)
     assert hardware_here(named, CPU, ranks=2, local_ranks=2) == replace(named, devices=2)
