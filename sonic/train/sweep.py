@@ -27,7 +27,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # how a program ends that was told to; the first is sonic.app's own
-MACHINE = ("device", "dtype", "threads")  # of run.*, what a cell runs on; not told where nobody said it
+MACHINE = ("attention", "device", "dtype", "threads")  # of run.*, what a cell runs on; not told where nobody said it
 TAIL = 12  # lines of a failed cell's log that are shown
 
 Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
