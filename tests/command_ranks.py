@@ -24,7 +24,7 @@ TIMEOUT_S = 240.0
 def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[[int], object] = int) -> tuple[list[int], str]:
     """(exit codes of the ranks, what they said); `before(rank)` is called on each of them first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "sonic.infer.films"])
+    context.set_forkserver_preload([*PRELOAD, "sonic.infer.films", "librosa.filters"])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     told = [*argv, "device=cpu", "run.threads=1", f"run.folder={folder / 'runs'}"]

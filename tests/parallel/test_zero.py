@@ -63,7 +63,7 @@ def test_weights_in_half_precision_are_gathered_only_while_they_are_used(weights
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ValueError, match=r"sonic\[deepspeed\]"):
+    with pytest.raises(ValueError, match=r"-e .\[deepspeed\]"):
         cut_nothing(tiny_model(), World("zero3", torch.device("cpu")), ParallelConfig("zero3"))
 
 
