@@ -75,7 +75,7 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
     asked_for = _plan_config(replace(config, model=model), hardware, ranks)
-    found = planned(asked_for)
+    found = planned(asked_for, idle=False)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:

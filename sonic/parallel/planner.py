@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Generic, TypeVar
 
@@ -57,17 +58,20 @@ class Planned(Generic[W, P]):
         return self.chosen.missing_gib(self.hardware) == 0
 
 
-def planned(config: PlanConfig) -> Planned:
-    """Plans for a job. Raises ValueError when the plan asked for by name makes no sense on this hardware."""
+def planned(config: PlanConfig, *, idle: bool = True) -> Planned:
+    """Plans for a job; with idle=False none of those that are taken `by_name` only, as for ranks that are there already.
+
+    Raises ValueError when the plan asked for by name makes no sense on this hardware.
+    """
     work, hardware = workload(config), config.hardware
-    plans = ranked(work, hardware, list(candidates(config.parallel, work, hardware)))
+    plans = ranked(work, hardware, list(candidates(config.parallel, work, hardware, idle=idle)))
     found = Planned(work, hardware, plans, notes=tuple(_notes(config, work)))
-    return found if found.fits else replace(found, changes=tuple(changes(config)))
+    return found if found.fits else replace(found, changes=tuple(changes(config, idle=idle)))
 
 
 def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[ParallelConfig]) -> tuple[Plan, ...]:
-    """A plan for each of the settings: those that fit first, then the fastest, of equally fast ones the leanest on the device,
-    those last that lean on host memory.
+    """A plan for each of the settings: those that fit first, those before that need not be taken `by_name`, then the fastest, of equally
+    fast ones the leanest on the device, those last that lean on host memory.
 
     Times within EQUAL of the fastest count as equal, and so do all that are faster than the film is shown.
     """
@@ -76,17 +80,20 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
     fitting = [time for plan, time in zip(plans, needed, strict=True) if not plan.missing_gib(hardware)]
     enough = EQUAL * min(fitting or needed)
     order = [
-        (plan.missing_gib(hardware), max(time, enough), plan.leans_on_host, max(plan.peak_gib))
+        (plan.missing_gib(hardware), by_name(plan.parallel, hardware), max(time, enough), plan.leans_on_host, max(plan.peak_gib))
         for plan, time in zip(plans, needed, strict=True)
     ]
     return tuple(plans[index] for index in sorted(range(len(plans)), key=order.__getitem__))
 
 
-def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
-    """The settings worth a try: what was asked for, or for auto every plan that makes sense; a rank for the VAE is a pipeline's.
+def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
+    """Whether devices would be idle under a plan, or it needs an optional package: a job that is started takes it when it is named."""
+    return parallel.name in OPTIONAL or (parallel.name in ALONE and hardware.devices > 1)
 
-    Plans in which devices would be idle, and those that need an optional package, are taken by name only.
-    """
+
+def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
+    """The settings worth a try: what was asked for, or for auto every plan that makes sense, with idle=False none of those that are
+    taken `by_name`; a rank for the VAE is a pipeline's."""
     if asked.name == "auto" and asked.vae_rank:
         asked = replace(asked, name="pipeline")
     if asked.name != "auto":
@@ -95,14 +102,13 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) 
             raise ValueError(f"parallel={asked.name}: {sentence}")
         yield asked
         return
-    by_name = {*OPTIONAL, *(ALONE if hardware.devices > 1 else ())}
-    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS if name not in by_name]
+    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS]
     every += [replace(asked, name=name, context=ranks) for name in ("fsdp", "pipeline") for ranks in (2, 4, 8)]
-    every.append(replace(asked, name="fsdp", cpu_offload=True))
-    if "offload" not in by_name:
-        away = {"kv": "host"}
-        every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
-    yield from (parallel for parallel in every if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
+    every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
+    away = {"kv": "host"}
+    every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
+    wanted = (parallel for parallel in every if idle or not by_name(parallel, hardware))
+    yield from (parallel for parallel in wanted if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
 
 
 def _even(share: int, work: Workload) -> bool:
@@ -132,12 +138,12 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
     return ""
 
 
-def changes(config: PlanConfig) -> Iterator[Change]:
+def changes(config: PlanConfig, *, idle: bool = True) -> Iterator[Change]:
     """The smallest change of each kind that makes the job fit, each found by planning it."""
-    for kind in (_other_plans, _fewer_steps, _shorter_windows, _shorter_clips, _smaller_sizes):
+    for kind in (partial(_other_plans, idle=idle), _fewer_steps, _shorter_windows, _shorter_clips, _smaller_sizes):
         for sentence, knobs, changed in kind(config):
             work, hardware = workload(changed), changed.hardware
-            best = ranked(work, hardware, list(candidates(changed.parallel, work, hardware)))[0]
+            best = ranked(work, hardware, list(candidates(changed.parallel, work, hardware, idle=idle)))[0]
             if best.missing_gib(hardware) == 0:
                 yield Change(sentence, knobs, best)
                 break
@@ -204,10 +210,11 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
     return f"{spare}; {plan.given_up}" if plan.given_up else spare
 
 
-def _other_plans(config: PlanConfig) -> Changed:
+def _other_plans(config: PlanConfig, *, idle: bool) -> Changed:
     if config.parallel.name != "auto" or config.parallel.vae_rank:
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, vae_rank=None))
-        best = ranked(workload(changed), changed.hardware, list(candidates(changed.parallel, workload(changed), changed.hardware)))[0]
+        work, hardware = workload(changed), changed.hardware
+        best = ranked(work, hardware, list(candidates(changed.parallel, work, hardware, idle=idle)))[0]
         yield f"another plan: {best.name}", tuple(_knobs(best.parallel, config.parallel)), changed
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from sonic.app import Entry, compose, options
 from sonic.parallel.memory import ENCODE, FILM, ITEMS, TEXT_NUMBERS
-from sonic.parallel.planner import OPTIONAL, as_json, planned
+from sonic.parallel.planner import OPTIONAL, as_json, by_name, planned
 from sonic.parallel.plans import CLIPS_WAIT, PLANS
 from sonic.parallel.ranges import best_ranges
 from sonic.parallel.settings import ALONE, PLAN_NAMES, PlanConfig
@@ -55,11 +55,20 @@ def test_every_plan_adds_up(hardware, model):
         assert each["first_frame_s"] >= 0
 
 
+def test_every_plan_is_shown_and_one_that_leaves_devices_idle_is_chosen_when_no_other_fits():
+    four, two = plan("hardware=4x24gb", "+preset=standard"), plan("hardware=2x24gb", "+preset=standard")
+    assert {each.parallel.name for each in four.plans} == set(PLANS)
+    assert four.chosen.parallel.name == "pipeline"
+    assert two.chosen.parallel.name == "offload" and two.fits
+    assert all(each.missing_gib(two.hardware) for each in two.plans if not by_name(each.parallel, two.hardware))
+
+
 @pytest.mark.parametrize("model", options("model"))
 @pytest.mark.parametrize("hardware", ["2x24gb", "4x24gb", "8x24gb"])
 @pytest.mark.parametrize("gib", [8, 22])
 def test_what_several_devices_do_or_would_do_keeps_all_of_them_busy(hardware, model, gib):
-    found = planned(compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16", f"hardware.usable_gib={gib}"]))
+    config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16", f"hardware.usable_gib={gib}"])
+    found = planned(config, idle=False)
     for each in (*found.plans, *(change.plan for change in found.changes)):
         assert each.parallel.name not in (*ALONE, *OPTIONAL)
         stages = len(each.ranges) - bool(each.parallel.vae_rank)
