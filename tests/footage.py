@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sonic.data import faces, puppet, voices
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.video import Coding, VideoWriter, timed_frames
 from sonic.model.warp import unit_grid
 from sonic.types import MotionLayers, Speech
 
@@ -67,3 +68,8 @@ def delayed(samples: np.ndarray, seconds: float) -> np.ndarray:
     """The same sound later, as long as before."""
     late = round(16_000 * seconds)
     return np.concatenate([np.zeros(late, np.float32), samples[:-late]])
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video one after the other, uint8 [H,W,3]."""
+    return (picture for _, picture in timed_frames(path))

@@ -250,13 +250,8 @@ def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
         yield shown
 
 
-def read_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video one after the other, uint8 [H,W,3]."""
-    return (picture for _, picture in timed_frames(path))
-
-
 def timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
-    """The same with the second at which each appears."""
+    """The frames of a video one after the other: the second at which each appears, and uint8 [H,W,3]."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video={path} is no file; give the path of a video")

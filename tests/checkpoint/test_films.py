@@ -15,10 +15,11 @@ import pytest
 import torch
 from command_ranks import infer_on
 from conversion import PROMPT, infer
+from footage import read_frames
 from main_job import ROOT, babble, write_wav
 from PIL import Image
 
-from sonic.data.video import VideoWriter, read_frames
+from sonic.data.video import VideoWriter
 from sonic.model.wan_vae import WanAutoencoder
 
 SMALL = ("video.size=64x64", "run.threads=1")

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from footage import warp_crop, write
+from footage import read_frames, warp_crop, write
 
 from sonic import metrics
 from sonic.config import ModelConfig
 from sonic.data import faces
 from sonic.data.drawn import random_visemes
 from sonic.data.motion import encode_motion, estimate_motion, head_pose
-from sonic.data.video import read_frames
 from sonic.infer.build import weight_files
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.weights import load_weights

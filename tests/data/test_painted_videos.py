@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
-from footage import speech, talking, write
+from footage import read_frames, speech, talking, write
 from official_folder import write_official
 
 from sonic.app import Entry, compose
@@ -21,7 +21,7 @@ from sonic.data.clips import ClipDataset
 from sonic.data.portrait import covering
 from sonic.data.precompute import precompute
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.video import frames_at, read_frames
+from sonic.data.video import frames_at
 from sonic.train.build import run_training
 from sonic.train.encoders import build_encoders
 from sonic.train.log import read_scalars

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from footage import read_frames
 
 from sonic.app import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
-from sonic.data.video import read_frames
 from sonic.infer.build import untrained_parts
 from sonic.parallel.settings import ParallelConfig
 from sonic.train.evaluate import GOALS, cases, evaluate

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from footage import read_frames
 from ranks import on_ranks
 from safetensors.torch import save_file
 
 from sonic.config import AdapterConfig, AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.data.clips import write_index
-from sonic.data.video import read_frames
 from sonic.model.dit import AvatarDiT
 from sonic.model.weights import save_weights
 from sonic.train.build import run_training
