@@ -1,4 +1,4 @@
-"""Spoken sentences whose phoneme times are known, and the mouth they ask for: espeak-ng through the espeakng-loader wheel.
+"""Spoken sentences whose phoneme times are known, and the mouth they ask for.
 
 Everything a drawn talking face needs to know about speech is made here: the samples, the phonemes, the viseme track that is the
 truth of training and of every figure, and the dirt of real recordings. Sample rate 16 kHz, video rate 25 frames per second.
@@ -6,15 +6,12 @@ truth of training and of every figure, and the dirt of real recordings. Sample r
 
 from __future__ import annotations
 
-import _ctypes
-import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from sonic.data.espeak import DRAWN, espeak
+from sonic.data.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, draw_speaker
 from sonic.data.speech import SAMPLE_RATE, resample
 from sonic.data.words import WORDS
 from sonic.geometry import FPS
@@ -22,27 +19,6 @@ from sonic.types import pick
 
 Phoneme = tuple[float, float, str]  # start s, end s, IPA name
 VISEME_NAMES = ("open", "width", "press", "teeth", "tongue")
-
-# accent of espeak-ng -> list of words it reads; English is drawn half of the time
-ACCENTS = {
-    "train": {
-        "en-us": "en", "en": "en", "en-029": "en", "de": "de", "es": "es", "fr": "fr", "it": "it", "pt-br": "pt",
-        "nl": "nl", "sv": "sv", "fi": "fi", "tr": "tr", "id": "id", "pl": "pl", "sw": "sw",
-    },
-    "test": {
-        "en-us-nyc": "en", "en-gb-x-rp": "en", "en-gb-scotland": "en", "de": "de", "es-419": "es", "fr-be": "fr", "it": "it",
-        "nl": "nl", "fi": "fi", "id": "id", "ro": "ro",
-    },
-}  # fmt: skip
-_SPEAKERS = {
-    "train": """
-        m1 m2 m3 m4 m6 m7 f1 f2 f3 f5 Alex Alicia Andrea Annie Denis Diogo Gene Gene2 Henrique Hugo Lee Mario Michael Mike adam anika
-        announcer antonio aunty belinda benjamin boris caleb david ed edward edward2 grandma gustave ian john klatt2 klatt3 linda
-        marcelo max miguel norbert paul quincy rob sandro steph travis victor zac Reed""",
-    "test": "m5 m8 f4 Andy Jacky Nguyen kaukovalta klatt4 michel pablo pedro robert shelby grandpa",
-}
-SPEAKERS = {split: tuple(names.split()) for split, names in _SPEAKERS.items()}
-SPEED = {"train": (0.86, 1.16), "test": (0.92, 1.08)}  # playing faster also shifts the formants: another throat
 
 _LEFT_TO_THE_NEIGHBOURS = "hɦkɡgŋxɣχqʁʀʔ"  # sounds made behind the lips: they take the mouth shape of what surrounds them
 _VISEMES = {
@@ -106,7 +82,10 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
     accents = pick(ACCENTS, split, "split")
     english = [name for name, language in accents.items() if language == "en"]
     accent = str(rng.choice(english if rng.random() < 0.5 else list(accents)))
-    voice = f"{accent}+{rng.choice(SPEAKERS[split])}"
+    speaker, variant = str(rng.choice(SPEAKERS[split])), ""
+    if split == "train" and rng.random() < DRAWN_SHARE:
+        speaker, variant = DRAWN, draw_speaker(rng)
+    voice = f"{accent}+{speaker}"
     manner = {"rate": int(rng.integers(125, 215)), "pitch": int(rng.integers(20, 85)), "range": int(rng.integers(25, 85))}
     speed = float(rng.uniform(*SPEED[split]))
     wanted = seconds if seconds is not None else float(rng.uniform(2.0, 8.0))
@@ -118,7 +97,7 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
         phonemes.append((end, end + pause, ""))
         end += len(samples[-1]) / SAMPLE_RATE
         text = sentence(rng, WORDS[split][accents[accent]])
-        sound, found = speak(text, voice, seed=int(rng.integers(2**31)), speed=speed, manner=manner)
+        sound, found = speak(text, voice, seed=int(rng.integers(2**31)), speed=speed, manner=manner, variant=variant)
         samples.append(sound)
         phonemes += [(end + start, end + stop, name) for start, stop, name in found]
         texts.append(text)
@@ -148,13 +127,14 @@ def sentence(rng: np.random.Generator, words: tuple[str, ...]) -> str:
 
 
 def speak(
-    text: str, voice: str, *, seed: int = 0, speed: float = 1.0, manner: dict[str, int] | None = None
+    text: str, voice: str, *, seed: int = 0, speed: float = 1.0, manner: dict[str, int] | None = None, variant: str = ""
 ) -> tuple[np.ndarray, list[Phoneme]]:
     """Samples (float32, 16 kHz) and phonemes of `text` by an espeak-ng voice such as "en-us+f2"; equal arguments, equal samples.
 
     manner: rate (words per minute), pitch and range (0..100). `speed` plays the result faster, which raises the formants too.
+    variant: what is known of the speaker named DRAWN (see draw_speaker).
     """
-    with _espeak() as engine:
+    with espeak(variant) as engine:
         sound, events, rate = engine.synthesise(text, voice, seed=seed, manner={"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
     sound = resample(sound, round(rate * speed), SAMPLE_RATE)
     length = len(sound) / SAMPLE_RATE
@@ -292,81 +272,3 @@ def _noise(count: int, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.25:
         noise += rng.uniform(0.2, 1.0) * np.sin(2 * np.pi * rng.choice([50, 60, 100, 120]) * np.arange(count) / SAMPLE_RATE)
     return noise
-
-
-class _Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h; for a phoneme event the last eight bytes are its UTF-8 name."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position_ms", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 8),
-    ]
-
-
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_SYNCHRONOUS, _PHONEME_EVENTS, _IPA, _DONT_EXIT, _UTF8, _PHONEME = 2, 1, 2, 0x8000, 1, 7
-_PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
-_VOLUME, _VOLUME_VALUE = 2, 60  # at the default of 100 some voices clip
-
-
-class _Engine:
-    """One loaded copy of the espeak-ng library, good for one text."""
-
-    def __init__(self, library: ctypes.CDLL, data: str) -> None:
-        self.library, self.sound, self.events = library, [], []
-        self.callback = _Callback(self._receive)  # kept: the library holds only its address
-        self.rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _PHONEME_EVENTS | _IPA | _DONT_EXIT)
-        if self.rate <= 0:
-            raise RuntimeError(f"espeak-ng did not start from {data}; reinstall it: pip install --force-reinstall espeakng-loader")
-        library.espeak_SetSynthCallback(self.callback)
-
-    def _receive(self, wave, count: int, events) -> int:
-        if wave and count:
-            self.sound.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        index = 0
-        while events[index].type != 0:
-            if events[index].type == _PHONEME:
-                self.events.append((events[index].audio_position_ms / 1000, events[index].name.decode("utf-8", "ignore")))
-            index += 1
-        return 0
-
-    def synthesise(self, text: str, voice: str, *, seed: int, manner: dict[str, int]) -> tuple[np.ndarray, list[tuple[float, str]], int]:
-        """Samples, (start s, IPA) of every phoneme, and the sample rate in Hz."""
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"voice={voice} is unknown to espeak-ng; choose an accent of ACCENTS and a speaker of SPEAKERS")
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-        _c_library().srand(ctypes.c_uint(seed))  # breathy voices draw their noise from here
-        self.library.espeak_SetParameter(_VOLUME, _VOLUME_VALUE, 0)
-        for name, value in manner.items():
-            self.library.espeak_SetParameter(pick(_PARAMETERS, name, "manner"), value, 0)
-        data = text.encode()
-        self.library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 1, 0, _UTF8, None, None)
-        self.library.espeak_Synchronize()
-        sound = np.concatenate(self.sound).astype(np.float32) / 32768 if self.sound else np.zeros(0, np.float32)
-        return sound, [event for event in self.events if not event[1].startswith("(")], self.rate
-
-
-def _c_library() -> ctypes.CDLL:
-    return ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
-
-
-@contextmanager
-def _espeak() -> Iterator[_Engine]:
-    """A freshly loaded library (0.2 ms): espeak-ng keeps hidden state from text to text, which would break `same seed, same samples`."""
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install -e .[voices]") from error
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    try:
-        yield _Engine(library, str(espeakng_loader.get_data_path()))
-    finally:
-        library.espeak_Terminate()
-        unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary
-        unload(library._handle)
