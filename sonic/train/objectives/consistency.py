@@ -1,9 +1,11 @@
 """Consistency along the teacher's path: from any point of a sampling step, one step to where the teacher's path leaves it.
 
 With one sampling step this is consistency distillation (arXiv 2303.01469), with several its phases (arXiv 2405.18407); a `leap` of
-all steps never takes the student's own word and is plain trajectory distillation. A share of `truth` in the aim takes away as much of
-what the teacher makes up by chance: with the clip alone the student names the mean of what the sound leaves open. A window's blocks share their noise level, so
+all steps never takes the student's own word and is plain trajectory distillation. A window's blocks share their noise level, so
 block-causal forwards of the window are the rollout's own, each sampling step with its own ring.
+
+A share of `truth` in the aim takes away as much of what the teacher makes up by chance: led by the clips alone, the student names
+the mean of what the sound leaves open.
 """
 
 from __future__ import annotations
