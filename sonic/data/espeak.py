@@ -80,17 +80,18 @@ def _c_library() -> ctypes.CDLL:
 
 
 @contextmanager
-def espeak(variant: str = "") -> Iterator[Engine]:
+def espeak(language: str, variant: str = "") -> Iterator[Engine]:
     """A freshly loaded library (0.2 ms): espeak-ng keeps hidden state from text to text, which would break `same seed, same samples`.
 
-    `variant` is the text of a voice variant file, as in espeak-ng's own voices/!v; it speaks under the name of DRAWN.
+    `variant` is the text of a voice variant file, as in espeak-ng's own voices/!v; it speaks under the name of DRAWN, and then only
+    `language` ("pt" of "pt-br") can be spoken.
     """
     try:
         import espeakng_loader
     except ImportError as error:
         raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install -e .[voices]") from error
     data = Path(espeakng_loader.get_data_path())
-    with _with_variant(data, variant) if variant else nullcontext(data) as folder:
+    with _with_variant(data, language, variant) if variant else nullcontext(data) as folder:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
             yield Engine(library, str(folder))
@@ -101,13 +102,13 @@ def espeak(variant: str = "") -> Iterator[Engine]:
 
 
 @contextmanager
-def _with_variant(data: Path, variant: str) -> Iterator[Path]:
+def _with_variant(data: Path, language: str, variant: str) -> Iterator[Path]:
     """espeak-ng's data with one voice variant instead of its own: it reads them from nowhere else."""
     with tempfile.TemporaryDirectory(prefix="voice_") as name:
         folder = Path(name)
         (folder / "voices" / "!v").mkdir(parents=True)
         (folder / "voices" / "!v" / DRAWN).write_text(variant)
-        for entry in data.iterdir():
-            if entry.name != "voices":
+        for entry in data.iterdir():  # a hundred dictionaries take longer to link than a sentence to speak
+            if entry.name in (f"{language}_dict", "en_dict") or not entry.name.endswith(("voices", "_dict")):
                 (folder / entry.name).symlink_to(entry)
         yield folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.fft import next_fast_len
 
 from sonic.data.espeak import DRAWN, espeak
 from sonic.data.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, draw_speaker
@@ -134,7 +135,7 @@ def speak(
     manner: rate (words per minute), pitch and range (0..100). `speed` plays the result faster, which raises the formants too.
     variant: what is known of the speaker named DRAWN (see draw_speaker).
     """
-    with espeak(variant) as engine:
+    with espeak(voice.partition("-")[0].partition("+")[0], variant) as engine:
         sound, events, rate = engine.synthesise(text, voice, seed=seed, manner={"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
     sound = resample(sound, round(rate * speed), SAMPLE_RATE)
     length = len(sound) / SAMPLE_RATE
@@ -227,12 +228,13 @@ def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
 def augment(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The same speech as a microphone in a room would give it: echo, band limits, noise, gain. Length and timing stay."""
     count = len(samples)
-    spectrum = np.fft.rfft(samples, count + SAMPLE_RATE // 2)
+    length = next_fast_len(count + SAMPLE_RATE // 2, real=True)  # room for the echo; a large prime factor takes ten times as long
+    spectrum = np.fft.rfft(samples, length)
     if rng.random() < 0.5:
-        spectrum *= np.fft.rfft(_room(rng), count + SAMPLE_RATE // 2)
+        spectrum *= np.fft.rfft(_room(rng), length)
     if rng.random() < 0.8:
-        spectrum *= _microphone(np.fft.rfftfreq(count + SAMPLE_RATE // 2, 1 / SAMPLE_RATE), rng)
-    sound = np.fft.irfft(spectrum, count + SAMPLE_RATE // 2)[:count]
+        spectrum *= _microphone(np.fft.rfftfreq(length, 1 / SAMPLE_RATE), rng)
+    sound = np.fft.irfft(spectrum, length)[:count]
     level = float(np.sqrt(np.mean(sound**2))) + 1e-5
     if rng.random() < 0.8:
         sound = sound + _noise(count, rng) * max(level, 1e-3) * 10 ** (-rng.uniform(15, 50) / 20)
