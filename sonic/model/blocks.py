@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from sonic.model.attention import Alone, Attention, Exchange, KeysValues, Projected, Reach, sdpa
+from sonic.model.pointwise import gelu, rms_norm
 
 ALONE = Alone()
 Recall = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
@@ -177,54 +177,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 
 
-def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """`norm(x)`; in bfloat16 on a CPU in half the passes, with gradients in a third, the scale rounded once more.  [B,N,D]"""
-    if not _bfloat16_on_cpu(x):
-        return norm(x)
-    return _RmsNorm.apply(x, norm.weight, norm.eps)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """x / rms(x) · weight of bfloat16 x; torch makes it of a dozen kernels in float32, and of twice as many backward."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)
-        normed = x * scale
-        if not any(ctx.needs_input_grad):
-            return normed.mul_(weight)
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normed, scale, weight = ctx.saved_tensors
-        gain, product = weight.to(normed.dtype), grad * normed
-        along = (product @ gain).unsqueeze(-1) / normed.shape[-1]  # what a longer x would change: the norm takes it away again
-        by_x = (grad * gain).addcmul_(normed, along, value=-1).mul_(scale)
-        return by_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
-
-
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU after a linear layer, in one call where the layer can.  [...,D] -> [...,D']"""
-    return layer(x, gelu=True) if isinstance(layer, GeluLinear) else F.gelu(layer(x), approximate="tanh")
+    return layer(x, gelu=True) if isinstance(layer, GeluLinear) else gelu(layer(x))
 
 
 def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU in its tanh form after a product.
-
-    torch's tanh GELU takes as long on a CPU as the matrix product. Without gradients float32 does both in one oneDNN call;
-    bfloat16, as in training, takes the erf form, whose 5e-4 of difference is less than the rounding of what is larger than 0.2.
-    """
+    """GELU in its tanh form after a product; float32 without gradients does both in one oneDNN call, which a CPU has done in half
+    the time."""
     fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
     if usable and weight.dtype == x.dtype == torch.float32:
         return fused(x, weight, bias, "gelu", [], "tanh")
-    product = F.linear(x, weight, bias)
-    return F.gelu(product, approximate="none" if _bfloat16_on_cpu(product) else "tanh")
-
-
-def _bfloat16_on_cpu(x: Tensor) -> bool:
-    """Where torch's kernels are so slow that another form of the same function pays."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return gelu(F.linear(x, weight, bias))

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.counts import PACK_SCALES
+from sonic.model.pointwise import gelu
 
 Rotation = tuple[Tensor, Tensor, Tensor]  # factors [N,1,d] of a channel itself, of the next one, of the one before
 Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
@@ -47,7 +48,7 @@ class TextEmbed(nn.Module):
         if missing < 0:
             raise ValueError(f"the prompt has {rows.shape[1]} rows; the model reads at most {self.text_len}: shorten it")
         padded = F.pad(rows.to(self.expand.weight.dtype), (0, 0, 0, missing))
-        return self.out(F.gelu(self.expand(padded), approximate="tanh"))
+        return self.out(gelu(self.expand(padded)))
 
 
 CACHED_ROWS = 256  # that a CPU widens at once: few enough to be still in its cache when they are multiplied

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.data.speech import COLUMNS_PER_FRAME, MELS, SILENT_COLUMN, log_mel
+from sonic.model.pointwise import gelu
 from sonic.model.wav2vec import Wav2VecEncoder
 
 
@@ -85,7 +86,7 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,C] -> [B,T,C]"""
-        return x + self.out(F.gelu(self.conv(self.norm(x)), approximate="tanh"))
+        return x + self.out(gelu(self.conv(self.norm(x))))
 
 
 def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
