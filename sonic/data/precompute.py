@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from sonic.pixels import to_signed
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
+Shard = tuple[dict[str, Tensor], list[dict[str, Any]]]  # tensors, and what there is to say of each clip
 PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
 
 
@@ -112,8 +113,15 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
 
 
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
-    """Make shard `number`; it appears whole or not at all."""
-    tensors, entries, encoders = {}, [], built(config, build)
+    """Make shard `number`; it appears whole or not at all. Where only the speech encoder is another one, what is seen stays."""
+    path, encoders = Path(config.folder) / _name(number), built(config, build)
+    found = _heard_again(config, number, encoders) if _shows_the_same(path, config, encoders) else None
+    tensors, entries = found or _made(config, number, encoders)
+    write_shard(path, tensors, clips=entries, fps=FPS, **encoders.hashes)
+
+
+def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
+    tensors, entries = {}, []
     for place in _recordings(config, number):
         rng = np.random.default_rng((config.seed, place))
         for clip in MAKERS[config.kind](config, encoders, rng):
@@ -121,7 +129,30 @@ def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
+    return tensors, entries
+
+
+def _shows_the_same(path: Path, config: PrecomputeConfig, encoders: Encoders) -> bool:
+    """Whether a shard is there whose pictures this autoencoder made."""
+    if config.kind != "talking" or not path.is_file():
+        return False
+    facts, ours = facts_of(path), encoders.hashes.get("autoencoder_hash")
+    return bool(ours) and facts.get("autoencoder_hash") == ours and bool(facts["clips"])
+
+
+def _heard_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
+    """A shard with the features of this speech encoder; None when it was spoken otherwise, as by an earlier version of voices.py."""
+    path = Path(config.folder) / _name(number)
+    tensors, entries = load_file(path), facts_of(path)["clips"]
+    for place in _recordings(config, number):
+        samples, visemes = recording(config, np.random.default_rng((config.seed, place)))
+        names = [entry["name"] for entry in entries if entry["name"].startswith(f"{place:06d}_")]
+        spoken = torch.cat([tensors[f"{name}/visemes"] for name in names])
+        if not torch.equal(spoken, visemes[: len(spoken)]):
+            return None
+        heard = encoders.hear(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
+        tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, heard, strict=True)}
+    return tensors, entries
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sonic.config import ModelConfig
+from sonic.data import precompute as precompute_module
 from sonic.data.clips import ClipDataset
-from sonic.data.precompute import Encoders, precompute
+from sonic.data.precompute import MAKERS, Encoders, precompute
 from sonic.data.settings import PrecomputeConfig
 from sonic.model.speech_encoder import LogMelEncoder
 from sonic.model.vae import WarpAutoencoder
@@ -103,6 +104,23 @@ def build_first(config: PrecomputeConfig) -> Encoders:
 def build_second(config: PrecomputeConfig) -> Encoders:
     encoders = replace(build_untrained(config), hashes=heard_by("second")(config))
     return replace(encoders, hear=lambda samples, frames: 1 + build_untrained(config).hear(samples, frames))
+
+
+def test_another_speech_encoder_hears_clips_again_and_leaves_what_is_seen(config, tmp_path, monkeypatch):
+    own = replace(config, folder=str(tmp_path / "heard"), utterances=2, workers=0)
+    anew = replace(own, folder=str(tmp_path / "anew"))
+    precompute(own, build_first, heard_by("first"))
+    precompute(anew, build_second, heard_by("second"))
+    with monkeypatch.context() as patch:
+        patch.setitem(MAKERS, "talking", None)  # nobody is drawn
+        assert precompute(own, build_second, heard_by("second")) == 4
+    for index in range(4):
+        ours, expected = ClipDataset(own.folder)[index, 0], ClipDataset(anew.folder)[index, 0]
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    real = precompute_module.recording
+    monkeypatch.setattr(precompute_module, "recording", lambda config, rng: (real(config, rng)[0], 0.5 * real(config, rng)[1]))
+    precompute(own, build_first, heard_by("first"))  # other words: the clips are made from the beginning
+    assert ClipDataset(own.folder)[0, 0]["visemes"].abs().max() <= 0.5
 
 
 def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplog):
