@@ -196,7 +196,13 @@ Means over the last steps:
 {figures}
 
 Objective: `{asdict(config.objective)}`
-"""
+{_began_from(config.init_from)}"""
+
+
+def _began_from(weights: str) -> str:
+    """The card of the weights that a training continued, one heading deeper; "" where there are none."""
+    card = Path(weights).with_suffix(".md")
+    return f"\nIt began from:\n\n#{card.read_text()}" if weights and card.is_file() else ""
 
 
 def _device(name: str) -> torch.device:

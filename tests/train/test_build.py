@@ -16,6 +16,7 @@ from test_log import read_back
 
 from sonic.data.clips import ClipDataset, write_index
 from sonic.parallel import watch
+from sonic.train import build
 from sonic.train.build import run_training
 from sonic.train.checkpoint import Checkpoints, newest_first
 from sonic.train.engine import LocalEngine
@@ -52,6 +53,16 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
     for word in ("python launch/train.py +train=tiny", "abc123", "clips, seed 7 |", "training seed | 0", "steps | 4", "train/viseme_error"):
         assert word in card
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_card_tells_what_the_training_began_from(config, tmp_path, monkeypatch):
+    run_training(config, tmp_path / "first", commit="abc123", command="the first")
+    monkeypatch.setattr(build, "start_from", lambda *told: None)
+    config.init_from = config.export
+    run_training(config, tmp_path / "second", commit="abc456", command="the second")
+    card = (tmp_path / "out" / "speech.md").read_text()
+    own, before = card.split("It began from:")
+    assert "the second" in own and "abc456" in own and "the first" in before and "## tiny" in before
 
 
 def test_a_finished_training_leaves_its_weights_and_card_alone(config, tmp_path, caplog):
