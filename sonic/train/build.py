@@ -201,8 +201,9 @@ Objective: `{asdict(config.objective)}`
 
 def _began_from(weights: str) -> str:
     """The card of the weights that a training continued, one heading deeper; "" where there are none."""
-    card = Path(weights).with_suffix(".md")
-    return f"\nIt began from:\n\n#{card.read_text()}" if weights and card.is_file() else ""
+    if not weights or not (card := Path(weights).with_suffix(".md")).is_file():
+        return ""
+    return f"\nIt began from:\n\n#{card.read_text()}"
 
 
 def _device(name: str) -> torch.device:
