@@ -14,7 +14,7 @@ from sonic.pixels import to_signed
 
 def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
     """A mouth that glides between random shapes, rest among them.  -> [F,5]"""
-    keys = int(rng.integers(2, 5))
+    keys = int(rng.integers(2, max(3, frames + 1)))  # up to another shape in every frame: lips close within 70 ms
     targets = np.zeros((keys, 5), np.float32)
     for row in targets:
         kind = rng.random()
