@@ -11,12 +11,12 @@ from torch.autograd.function import FunctionCtx
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form; bfloat16 on a CPU takes the erf form, a quarter of the time, whose 5e-4 of difference is less than the
     rounding of what is larger than 0.2."""
-    return F.gelu(x, approximate="none" if _bfloat16_on_cpu(x) else "tanh")
+    return F.gelu(x, approximate="none" if slow_here(x) else "tanh")
 
 
 def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """`norm(x)`; in bfloat16 on a CPU in half the passes, with gradients in a third, the scale rounded once more.  [B,N,D]"""
-    if not _bfloat16_on_cpu(x):
+    if not slow_here(x):
         return norm(x)
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, norm.weight, norm.eps)
@@ -49,6 +49,6 @@ class _RmsNorm(torch.autograd.Function):
         return by_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
 
 
-def _bfloat16_on_cpu(x: Tensor) -> bool:
+def slow_here(x: Tensor) -> bool:
     """Where torch's kernels are so slow that another form of the same function pays."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"

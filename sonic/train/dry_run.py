@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from sonic.model import pointwise
 from sonic.model.blocks import MultiHead
 from sonic.parallel.few_layers import of_all_layers
 from sonic.parallel.memory import GIB
@@ -71,7 +72,7 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.bodies.values(), *engine.ema.averages.values(), *states, *batch.values())
-        with mode, _norms_in_float32(), _no_collection(), ledger:
+        with mode, _as_on_devices(), _no_collection(), ledger:
             for moment in STEPS[config.objective.name](Rehearsal(objective, engine, batch, updates)):
                 found[moment] = max(found.get(moment, 0), ledger.lap())
         return found
@@ -244,8 +245,8 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _norms_in_float32() -> Iterator[None]:
-    """Autocast as on CUDA: norms compute in float32 there, and in the given precision on a CPU."""
+def _as_on_devices() -> Iterator[None]:
+    """Autocast as on CUDA: norms compute in float32 there, and in the given precision on a CPU, whose own forms keep less."""
 
     def wide(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def widened(*args: Any, **named: Any) -> Tensor:
@@ -255,9 +256,11 @@ def _norms_in_float32() -> Iterator[None]:
 
         return widened
 
-    kept = F.layer_norm, F.rms_norm
+    kept, slow_here = (F.layer_norm, F.rms_norm), pointwise.slow_here
     F.layer_norm, F.rms_norm = (wide(norm) for norm in kept)
+    pointwise.slow_here = lambda x: slow_here(x) and not torch.is_grad_enabled()
     try:
         yield
     finally:
         F.layer_norm, F.rms_norm = kept
+        pointwise.slow_here = slow_here
