@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import Alone, Attention, Exchange, KeysValues, Projected, Reach, sdpa
-from sonic.model.pointwise import gelu, rms_norm
+from sonic.model.pointwise import RmsNorm, gelu
 
 ALONE = Alone()
 Recall = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
@@ -29,16 +29,16 @@ class MultiHead(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(hidden_dim, hidden_dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(hidden_dim, eps), nn.RMSNorm(hidden_dim, eps)
+        self.norm_q, self.norm_k = RmsNorm(hidden_dim, eps), RmsNorm(hidden_dim, eps)
         self.attention: Attention = sdpa  # `attend_by` chooses another
 
     def queries(self, tokens: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,heads,d]"""
-        return self._split(rms_norm(self.norm_q, self.to_q(tokens)))
+        return self._split(self.norm_q(self.to_q(tokens)))
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
         """[B,N,D] -> two of [B,N,heads,d]"""
-        return self._split(rms_norm(self.norm_k, self.to_k(tokens))), self._split(self.to_v(tokens))
+        return self._split(self.norm_k(self.to_k(tokens))), self._split(self.to_v(tokens))
 
     def join(self, heard: Tensor) -> Tensor:
         """[B,N,heads,d] -> [B,N,D]"""
