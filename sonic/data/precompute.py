@@ -114,10 +114,9 @@ def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, 
 
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all. Where only the speech encoder is another one, what is seen stays."""
-    path, encoders = Path(config.folder) / _name(number), built(config, build)
-    found = _heard_again(config, number, encoders) if _shows_the_same(path, config, encoders) else None
-    tensors, entries = found or _made(config, number, encoders)
-    write_shard(path, tensors, clips=entries, fps=FPS, **encoders.hashes)
+    encoders = built(config, build)
+    tensors, entries = _heard_again(config, number, encoders) or _made(config, number, encoders)
+    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
@@ -132,23 +131,20 @@ def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
     return tensors, entries
 
 
-def _shows_the_same(path: Path, config: PrecomputeConfig, encoders: Encoders) -> bool:
-    """Whether a shard is there whose pictures this autoencoder made."""
-    if config.kind != "talking" or not path.is_file():
-        return False
-    facts, ours = facts_of(path), encoders.hashes.get("autoencoder_hash")
-    return bool(ours) and facts.get("autoencoder_hash") == ours and bool(facts["clips"])
-
-
 def _heard_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
-    """A shard with the features of this speech encoder; None when it was spoken otherwise, as by an earlier version of voices.py."""
-    path = Path(config.folder) / _name(number)
-    tensors, entries = load_file(path), facts_of(path)["clips"]
+    """The shard that is there, with the features of this speech encoder.
+
+    None when there is none, when another autoencoder made its pictures, or when it was spoken otherwise, as by an earlier voices.py.
+    """
+    path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
+    facts = facts_of(path) if path.is_file() and config.kind == "talking" else {}
+    if not ours or facts.get("autoencoder_hash") != ours:
+        return None
+    tensors, entries = load_file(path), facts["clips"]
     for place in _recordings(config, number):
         samples, visemes = recording(config, np.random.default_rng((config.seed, place)))
         names = [entry["name"] for entry in entries if entry["name"].startswith(f"{place:06d}_")]
-        spoken = torch.cat([tensors[f"{name}/visemes"] for name in names])
-        if not torch.equal(spoken, visemes[: len(spoken)]):
+        if not names or not torch.equal(spoken := torch.cat([tensors[f"{name}/visemes"] for name in names]), visemes):
             return None
         heard = encoders.hear(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
         tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, heard, strict=True)}

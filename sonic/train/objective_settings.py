@@ -86,7 +86,6 @@ class ConsistencyConfig(DistillConfig):
     teacher_steps: int = knob(40, "steps of the teacher on the whole way from noise")
     leap: int = knob(1, "teacher's steps before the student's own word is taken; teacher_steps = never taken")
     start_share: float = knob(0.5, "clips that begin where a step of the student begins")
-    truth: float = knob(0.0, "how much of the aim is the clip itself: 0 = where the teacher's path leads, 1 = the clip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +93,6 @@ class ConsistencyConfig(DistillConfig):
         require(steps >= self.sampler.sample_steps, f"objective.teacher_steps={steps}: the student takes {self.sampler.sample_steps}")
         require(1 <= leap <= steps, f"objective.leap={leap}: need 1 to teacher_steps={steps}")
         require(0 <= self.start_share <= 1, f"objective.start_share={self.start_share}: need a share between 0 and 1")
-        require(0 <= self.truth <= 1, f"objective.truth={self.truth}: need a share between 0 and 1")
 
 
 @dataclass

@@ -3,9 +3,6 @@
 With one sampling step this is consistency distillation (arXiv 2303.01469), with several its phases (arXiv 2405.18407); a `leap` of
 all steps never takes the student's own word and is plain trajectory distillation. A window's blocks share their noise level, so
 block-causal forwards of the window are the rollout's own, each sampling step with its own ring.
-
-A share of `truth` in the aim takes away as much of what the teacher makes up by chance: led by the clips alone, the student names
-the mean of what the sound leaves open.
 """
 
 from __future__ import annotations
@@ -45,11 +42,9 @@ class Consistency(Distillation):
         path = self.path.to(clean)
         end = (place // self.stride + 1) * self.stride
         sigma, last = path[place], path[end]
-        noise = torch.randn(clean.shape, generator=rng, device=rng.device)
-        x = interpolate(clean, noise, sigma)
+        x = interpolate(clean, torch.randn(clean.shape, generator=rng, device=rng.device), sigma)
         student = self.velocity(STUDENT, told, first_block)
         aim = self._aim(x, place, end, student=student, teacher=self.velocity(TEACHER, told, first_block))
-        aim = torch.lerp(aim, interpolate(clean, noise, last), self.config.truth)
         wanted = (aim - x) / spread(last - sigma, x)  # the velocity that would step there
         with self.cast.play(STUDENT):
             v = student(x, sigma)
