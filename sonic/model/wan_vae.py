@@ -69,8 +69,9 @@ class WanAutoencoder(nn.Module):
         memory, frames = self._memory("encoder", cache), frames.to(self.latents_mean.dtype)
         head, rest = frames[:, :, :first], frames[:, :, first:]
         chunks = [*head.split(1, dim=2)] * first + [*rest.split(FRAMES_PER_LATENT, dim=2)] * bool(rest.shape[2])
-        found = torch.cat([self.blocks.encoder(chunk, feat_cache=memory, feat_idx=[0]) for chunk in chunks], dim=2)
-        mean, _ = self.blocks.quant_conv(found).chunk(2, dim=1)
+        # the last convolution too sees one chunk at a time: what it rounds depends on the length, and differs between processors
+        found = [self.blocks.quant_conv(self.blocks.encoder(chunk, feat_cache=memory, feat_idx=[0])) for chunk in chunks]
+        mean, _ = torch.cat(found, dim=2).chunk(2, dim=1)
         return (mean - self._wide("latents_mean")) / self._wide("latents_std"), tuple(memory)
 
     def decode(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
@@ -79,11 +80,11 @@ class WanAutoencoder(nn.Module):
         The first latent of all makes one frame, every other one four.
         """
         memory = self._memory("decoder", cache)
-        plain = self.blocks.post_quant_conv(latents * self._wide("latents_std") + self._wide("latents_mean"))
         frames = []
-        for index, latent in enumerate(plain.split(1, dim=2)):
+        for index, latent in enumerate(latents.split(1, dim=2)):
             first = cache is None and index == 0
-            frames.append(self.blocks.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first))
+            plain = self.blocks.post_quant_conv(latent * self._wide("latents_std") + self._wide("latents_mean"))
+            frames.append(self.blocks.decoder(plain, feat_cache=memory, feat_idx=[0], first_chunk=first))
         return torch.cat(frames, dim=2).clamp(-1, 1), tuple(memory)
 
     def _memory(self, side: str, cache: Cache | None) -> list:
