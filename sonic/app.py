@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from sonic.allocator import keep_freed_memory
 from sonic.config import OtherRank, Ranks, closest_first, unknown_choice
 from sonic.runs import Run, start_logging
 
@@ -90,6 +91,7 @@ class Entry:
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
+    keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
     if _ranks().world > 1:
         # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart

@@ -8,7 +8,6 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
@@ -16,7 +15,9 @@ from sonic.counts import PACK_SCALES, Grid, memory_tokens, packed_tokens, weight
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.infer.settings import BenchConfig
 from sonic.metrics import peak_rss_gib
+from sonic.model.attention import sdpa
 from sonic.model.dit import AvatarDiT
+from sonic.model.linear import linear
 from sonic.types import Conditions
 
 # 8·192 noisy tokens, 192 of the reference, 288 of the past: 2016; 49.5 M weights
@@ -114,11 +115,11 @@ def floor(config: ModelConfig, latent_frames: int, grid: Grid, *, dtype: torch.d
         if isinstance(job, Product):
             rows = ones.setdefault((job.rows, job.inner), torch.rand(job.rows, job.inner, dtype=dtype))
             weight, bias = torch.rand(job.outer, job.inner, dtype=dtype), torch.rand(job.outer, dtype=dtype)  # each its own, as in a model
-            jobs.append(lambda rows=rows, weight=weight, bias=bias: F.linear(rows, weight, bias))
+            jobs.append(lambda rows=rows, weight=weight, bias=bias: linear(rows, weight, bias))
         else:
-            sides = [(job.batch, job.heads, length, job.dim // job.heads) for length in (job.queries, job.keys)]
+            sides = [(job.batch, length, job.heads, job.dim // job.heads) for length in (job.queries, job.keys)]
             queries, keys = (ones.setdefault(side, torch.rand(side, dtype=dtype)) for side in sides)
-            jobs.append(lambda queries=queries, keys=keys: F.scaled_dot_product_attention(queries, keys, keys))
+            jobs.append(lambda queries=queries, keys=keys: sdpa(queries, keys, keys))
 
     @torch.no_grad()
     def run() -> None:

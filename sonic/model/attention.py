@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic.model.cpu_attention import by_products, products_are_faster
 from sonic.model.embed import Rotation, rotate
+from sonic.model.pointwise import slow_here
 from sonic.types import pick
 
 log = logging.getLogger("sonic.model")
@@ -25,9 +27,11 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
     if not queries.numel():  # a rank that has no head of this attention
         return queries
-    training = queries.requires_grad and queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    slow, learning = slow_here(queries), any(rows.requires_grad for rows in (queries, keys, values))
+    if slow and not learning and products_are_faster():
+        return by_products(queries, keys, values)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    if training:  # backward through torch's CPU kernel takes longer in bfloat16 than through plain products
+    if slow and learning:  # backward through torch's CPU kernel takes longer in bfloat16 than through plain products
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
         return (scores.softmax(-1) @ values).transpose(1, 2)
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)

@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.model.blocks import MultiHead, modulate
+from sonic.model.linear import Linear, linear
 
 
 class AudioTokens(NamedTuple):
@@ -38,7 +39,7 @@ class CausalConv(nn.Conv1d):
         (kernel,), (stride,) = self.kernel_size, self.stride
         past = columns[:, :1].expand(-1, kernel - 1, -1)
         windows = torch.cat((past, columns), dim=1).unfold(1, kernel, stride)
-        return F.linear(windows.flatten(2), self.weight.flatten(1), self.bias)
+        return linear(windows.flatten(2), self.weight.flatten(1), self.bias)
 
 
 class AudioEncoder(nn.Module):
@@ -55,7 +56,7 @@ class AudioEncoder(nn.Module):
         self.pooled = CausalConv(audio_dim, quarter, 3)
         self.shrink = CausalConv(quarter, half, 3, stride=2)
         self.shrink_again = CausalConv(half, hidden_dim, 3, stride=2)
-        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.out = Linear(hidden_dim, hidden_dim)
         self.padding = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,10 +64,12 @@ class AudioEncoder(nn.Module):
         weights = F.silu(self.layer_weights.float())
         mixed = (features.to(weights) * weights).sum(dim=1) / weights.sum(dim=1)
         columns = rearrange(mixed, "b a f -> b f a").to(self.out.weight.dtype)
-        apart = rearrange(self.local(columns), "b f (tokens c) -> (b tokens) f c", tokens=self.num_tokens)
-        tokens = rearrange(self._shrink(apart), "(b tokens) t d -> b t tokens d", tokens=self.num_tokens)
+        branches = torch.cat((self.local(columns), self.pooled(columns)), dim=-1)
+        apart = rearrange(branches, "b f (branches c) -> (b branches) f c", branches=self.num_tokens + 1)
+        shrunk = rearrange(self._shrink(apart), "(b branches) t d -> b t branches d", branches=self.num_tokens + 1)
+        tokens, summary = shrunk[:, :, :-1], self.out(shrunk[:, :, -1])
         padding = self.padding.to(tokens.dtype).expand(*tokens.shape[:2], -1, -1)
-        return torch.cat((tokens, padding), dim=2), self.out(self._shrink(self.pooled(columns)))
+        return torch.cat((tokens, padding), dim=2), summary
 
     def clip(self, features: Tensor, motion_frames: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The same for a clip alone: its first column is repeated `motion_frames[0]` times in front and
@@ -92,7 +95,7 @@ class AudioInjector(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, eps: float):
         super().__init__()
-        self.modulation = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.modulation = Linear(hidden_dim, 2 * hidden_dim)
         self.attention = MultiHead(hidden_dim, num_heads, eps)
 
     def forward(self, grid: Tensor, audio: AudioTokens) -> Tensor:

@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import Alone, Attention, Exchange, KeysValues, Projected, Reach, sdpa
-from sonic.model.pointwise import RmsNorm, gelu
+from sonic.model.linear import Linear, linear_gelu
+from sonic.model.pointwise import RmsNorm
 
 ALONE = Alone()
 Recall = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
@@ -28,7 +29,7 @@ class MultiHead(nn.Module):
     def __init__(self, hidden_dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(hidden_dim, hidden_dim) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(hidden_dim, hidden_dim) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(hidden_dim, eps), RmsNorm(hidden_dim, eps)
         self.attention: Attention = sdpa  # `attend_by` chooses another
 
@@ -71,14 +72,6 @@ class SelfAttention(MultiHead):
         return self.join(exchange.tokens(reach.attend(self.attention, projected)))
 
 
-class GeluLinear(nn.Linear):
-    """A linear layer that can be asked for the GELU of its output as well."""
-
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        """[...,D] -> [...,D']"""
-        return _gelu_of_product(x, self.weight, self.bias) if gelu else super().forward(x)
-
-
 class Block(nn.Module):
     """Self-attention over what `reach` allows, text attention, MLP. The first and last are modulated by the noise level.
 
@@ -92,8 +85,8 @@ class Block(nn.Module):
         self.self_attention = SelfAttention(hidden_dim, num_heads, eps)
         self.text_norm = nn.LayerNorm(hidden_dim, eps)
         self.text_attention = MultiHead(hidden_dim, num_heads, eps)
-        self.mlp_in = GeluLinear(hidden_dim, ffn_dim)
-        self.mlp_out = nn.Linear(ffn_dim, hidden_dim)
+        self.mlp_in = Linear(hidden_dim, ffn_dim)
+        self.mlp_out = Linear(ffn_dim, hidden_dim)
 
     def forward(
         self,
@@ -127,7 +120,7 @@ class Head(nn.Module):
         super().__init__()
         self.patch, self.eps = tuple(patch), eps
         self.modulation = nn.Parameter(torch.randn(1, 2, hidden_dim) / hidden_dim**0.5)
-        self.project = nn.Linear(hidden_dim, patch[0] * patch[1] * patch[2] * channels)
+        self.project = Linear(hidden_dim, patch[0] * patch[1] * patch[2] * channels)
 
     def forward(self, tokens: Tensor, summary: Tensor, width: int) -> Tensor:
         """[B,T,S,D] tokens, [B,T,D] summary of the noise level, `width` patches in a row -> [B,C,T,H,W]"""
@@ -175,18 +168,3 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     if scale.numel() == scale.shape[-1]:  # one noise level for everything: the norm's kernel applies it
         return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
-
-
-def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
-    """GELU after a linear layer, in one call where the layer can.  [...,D] -> [...,D']"""
-    return layer(x, gelu=True) if isinstance(layer, GeluLinear) else gelu(layer(x))
-
-
-def _gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU in its tanh form after a product; float32 without gradients does both in one oneDNN call, which a CPU has done in half
-    the time."""
-    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-    usable = fused is not None and torch.backends.mkldnn.enabled and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if usable and weight.dtype == x.dtype == torch.float32:
-        return fused(x, weight, bias, "gelu", [], "tanh")
-    return gelu(F.linear(x, weight, bias))

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.counts import PACK_SCALES
-from sonic.model.pointwise import gelu
+from sonic.model.linear import Linear, linear, linear_gelu
 
-Rotation = tuple[Tensor, Tensor, Tensor]  # factors [N,1,d] of a channel itself, of the next one, of the one before
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2] of the pairs of channels
 Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
@@ -30,7 +30,7 @@ class PatchEmbed(nn.Conv3d):
         if any(size % step for size, step in zip(latents.shape[2:], (p, q, r), strict=True)):
             raise ValueError(f"latents of {list(latents.shape[2:])} (time, height, width) do not divide into patches of {[p, q, r]}")
         patches = rearrange(latents, "b c (t p) (h q) (w r) -> b t (h w) (c p q r)", p=p, q=q, r=r)
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class TextEmbed(nn.Module):
@@ -39,8 +39,8 @@ class TextEmbed(nn.Module):
     def __init__(self, text_dim: int, text_len: int, hidden_dim: int):
         super().__init__()
         self.text_len = text_len
-        self.expand = nn.Linear(text_dim, hidden_dim)
-        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.expand = Linear(text_dim, hidden_dim)
+        self.out = Linear(hidden_dim, hidden_dim)
 
     def forward(self, rows: Tensor) -> Tensor:
         """[B,L,text_dim] -> [B,text_len,D]"""
@@ -48,10 +48,10 @@ class TextEmbed(nn.Module):
         if missing < 0:
             raise ValueError(f"the prompt has {rows.shape[1]} rows; the model reads at most {self.text_len}: shorten it")
         padded = F.pad(rows.to(self.expand.weight.dtype), (0, 0, 0, missing))
-        return self.out(gelu(self.expand(padded)))
+        return self.out(linear_gelu(self.expand, padded))
 
 
-CACHED_ROWS = 256  # that a CPU widens at once: few enough to be still in its cache when they are multiplied
+WIDENED = 1 << 21  # weights that a CPU widens at once, 8 MiB: few enough to be still in its cache when they are multiplied
 
 
 class Float32Linear(nn.Linear):
@@ -59,10 +59,10 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
-        narrow = CACHED_ROWS if self.weight.device.type == "cpu" else self.in_features
+        narrow = max(1, WIDENED // self.in_features) if self.weight.device.type == "cpu" else self.out_features
         rows = self.out_features if self.weight.dtype == torch.float32 else narrow
         pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
-        return torch.cat([F.linear(x, weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
+        return torch.cat([linear(x, weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
 
 
 class TimeEmbed(nn.Module):
@@ -156,8 +156,7 @@ def rotation(places: Places, head_dim: int) -> Rotation:
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return tuple(_interleave(even, odd) for even, odd in ((cos, cos), (-sin, 0 * sin), (0 * sin, sin)))
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(heads: Tensor, turn: Rotation) -> Tensor:
@@ -166,24 +165,20 @@ def rotate(heads: Tensor, turn: Rotation) -> Tensor:
     (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin); the partner of a channel is one place ahead or behind in
     memory, so two shifted copies stand for it and nothing is gathered.
     """
-    this, ahead, behind = turn
+    cos, sin = turn
     if heads.device.type == "cpu" and not torch.is_grad_enabled():
-        return _rotate_at_once(heads, this, behind)
-    wide = heads.float()
+        return _rotate_at_once(heads, torch.complex(cos, sin))
+    none, wide = torch.zeros_like(sin), heads.float()
+    this, ahead, behind = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((cos, cos), (-sin, none), (none, sin)))
     flat, turned = wide.flatten(), wide * this
     turned.addcmul_(flat.roll(-1).view_as(wide), ahead).addcmul_(flat.roll(1).view_as(wide), behind)
     return turned.to(heads.dtype)
 
 
-def _rotate_at_once(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
     """The same in one pass, as torch's CPU kernel for complex products does it: a pair times cos + i·sin."""
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.complex(cos[..., ::2], sin[..., 1::2])
-    return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
-
-
-def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    return rearrange([even, odd], "two n 1 pairs -> n 1 (pairs two)")
+    return torch.view_as_real(pairs * turn).flatten(-2).to(heads.dtype)
 
 
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Places:

@@ -15,20 +15,23 @@ from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.types import Conditions
 
+SETTLED = 3.0  # seconds in which even a machine with other guests is left alone for as long as a narrow forward takes
+
 
 @torch.no_grad()
 def gemm_fraction(config: ModelConfig, dtype: torch.dtype, *, latent_frames: int = 12, side: int = 24, repeats: int = 8) -> float:
     """The rate of one `AvatarDiT.forward` on a clip, as a share of a plain matrix product's in the same dtype and run.
 
-    The clip is `side` latents high and wide. Best of `repeats` for both, taken in turns; the product is the faster of a
-    square one and one of the forward's own shape.
+    The clip is `side` latents high and wide. The best counts of both, taken in turns `repeats` times and on for SETTLED
+    seconds; the product is the faster of a square one and one of the forward's own shape.
     """
     grid = tuple(side // step for step in config.trunk.patch_size[1:])
     forward = _clip_forward(config, dtype, shape=(latent_frames, side, side))
     shapes = [(2048, 2048, 2048), (latent_frames * prod(grid), config.trunk.hidden_dim, config.trunk.ffn_dim)]
     products = [_product(*shape, dtype=dtype) for shape in shapes]
     forward_s, product_s = [], [[] for _ in products]
-    for _ in range(repeats):
+    begun = time.perf_counter()
+    while len(forward_s) < repeats or time.perf_counter() - begun < SETTLED:
         forward_s.append(_seconds(forward))
         for times, product in zip(product_s, products, strict=True):
             times.append(_seconds(product))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import SIZE, conditions, tiny_model
 from torch.testing import assert_close
 
 from sonic.model import attention
 from sonic.model.attention import ATTENTION, attention_for, sdpa
-from sonic.model.blocks import GeluLinear, attend_by, linear_gelu, modulate
+from sonic.model.blocks import attend_by, modulate
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -52,14 +51,6 @@ def test_every_attention_of_a_model_runs_by_the_one_that_is_chosen():
     with torch.no_grad():
         model(torch.randn(1, 4, 2, *SIZE), torch.full((1,), 500.0), told)
     assert len(seen) == 2 * 3 + 2  # self and text in three layers, audio in two
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_gelu_inside_the_product_equals_gelu_after_it(dtype, atol, rng):
-    layer, x = GeluLinear(12, 20).to(dtype), torch.randn(2, 3, 5, 12, dtype=dtype)
-    after = F.gelu(layer(x), approximate="tanh")
-    with torch.no_grad():
-        assert_close(linear_gelu(layer, x), after, atol=atol, rtol=atol)
 
 
 def test_one_level_for_all_is_modulated_like_the_same_level_per_frame(rng):

@@ -1,0 +1,48 @@
+"""Laws of attention by products: it is softmax attention, however it is cut into pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from sonic.model import attention, cpu_attention
+from sonic.model.cpu_attention import by_products
+
+
+def softmax_attention(*rows: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in rows)).transpose(1, 2)
+
+
+@pytest.fixture
+def rows(rng):
+    return [torch.randn(2, length, 6, 8) for length in (10, 7, 7)]
+
+
+@pytest.mark.parametrize("scores", [1, 7, 30, 70, 200, 1 << 22])
+def test_it_is_softmax_attention_however_few_scores_are_held(scores, rows, monkeypatch):
+    """One row at a time, some rows of a head, a head, some heads, all."""
+    monkeypatch.setattr(cpu_attention, "SCORES", scores)
+    assert_close(by_products(*rows), softmax_attention(*rows), atol=1e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_it_is_as_near_as_its_scores_are_rounded(rows):
+    narrow = [each.bfloat16() for each in rows]
+    found, exact = by_products(*narrow).float(), softmax_attention(*(each.float() for each in narrow))
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(("able", "chosen"), [({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False), ({}, False)])
+def test_processors_that_gain_by_it_take_it(able, chosen, rows, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(attention, "by_products", lambda *given: "by products")
+    cpu_attention.products_are_faster.cache_clear()
+    try:
+        narrow = [each.bfloat16() for each in rows]
+        assert (not torch.is_tensor(attention.sdpa(*narrow))) is chosen
+        assert torch.is_tensor(attention.sdpa(*rows)), "float32 stays with torch's kernel"
+        learning = [each.requires_grad_() for each in narrow]
+        assert attention.sdpa(*learning).requires_grad
+    finally:
+        cpu_attention.products_are_faster.cache_clear()
