@@ -15,7 +15,7 @@ from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.types import Conditions
 
-SETTLED = 3.0  # seconds in which even a machine with other guests is left alone for as long as a narrow forward takes
+SETTLED = 6.0  # seconds in which even a machine with other guests is left alone for as long as a narrow forward takes
 
 
 @torch.no_grad()
