@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.geometry import MOUTH_ANCHOR
 from sonic.pixels import to_signed
-from sonic.types import Crop, Mouth, Portrait
+from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
@@ -77,9 +78,10 @@ def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
 def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
     """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
     pixels = load_image(path)
-    face = find_face(pixels, face_box)
+    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same film, and
+    # so does what the log says of it, given as an override
+    face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
     found = locate_mouth(pixels, face, mouth)
-    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same film
     x, y, half_width = (round(value, 2) for value in (found.x, found.y, found.half_width))
     return Portrait(pixels, face, Mouth(x, y, half_width, round(found.angle, 4)))
 

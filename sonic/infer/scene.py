@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from sonic.infer.conditions import fit_portrait, painted_size, published_picture
 from sonic.infer.settings import InferConfig
 from sonic.model.wav2vec import clips_of, states_of
 from sonic.types import Portrait, Scene, Speech
+
+log = logging.getLogger("sonic.infer")
 
 LOST_FRAMES = 3  # that the published pipelines cut off the first clip, so that the video runs ahead of its sound
 WHITE = 127  # of a mask, above which it counts
@@ -52,6 +55,8 @@ def open_portrait(config: InferConfig) -> Scene:
             raise ValueError(f"{knob}={value}: model={config.model.name} moves one face and follows no video; use a published model")
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
+    places = (",".join(f"{value:.10g}" for value in astuple(place)) for place in (portrait.face, portrait.mouth))
+    log.info("face_box=[%s] face.mouth=[%s]", *places)
     return Scene(fit_portrait(portrait, config.video.size), speech, _length(config, speech), config.seed)
 
 

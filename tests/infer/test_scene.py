@@ -1,4 +1,4 @@
-"""Laws of what is filmed: several speakers with a mask each, and a video of poses."""
+"""Laws of what is filmed: where a face is seen, several speakers with a mask each, and a video of poses."""
 
 from __future__ import annotations
 
@@ -84,3 +84,16 @@ def test_a_video_of_poses_is_seen_at_the_rate_of_the_film(inputs):
     found = scene(inputs, f"motion.pose={inputs / 'pose.mp4'}")
     assert found.pose.shape == (25, *found.portrait.pixels.shape)
     assert found.pose[-1].mean() > 200
+
+
+def test_what_the_log_says_of_face_and_mouth_means_the_same_when_it_is_given(caplog):
+    """In the photograph's own pixels, though the film is half as large."""
+
+    def opened(*argv):
+        return open_scene(compose(Entry("infer", InferConfig), ["video.size=256x256", *argv])).portrait
+
+    with caplog.at_level("INFO", "sonic"):
+        found = opened()
+    box, mouth = caplog.messages[-1].split()
+    again, faced = opened(box, mouth), opened(box)
+    assert (again.face, again.mouth) == (found.face, found.mouth) == (faced.face, faced.mouth)
