@@ -22,6 +22,7 @@ from sonic.geometry import FRAMES_PER_LATENT
 LOG = logging.getLogger(__name__)
 ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
+UNFINISHED = "unfinished"  # in an index whose clips are being made again
 # tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
 TIME = {
     "latents": (1, 1),
@@ -37,6 +38,13 @@ def write_index(folder: Path, clips: list[dict], **facts: object) -> None:
     aside = folder / f".{INDEX}"
     aside.write_text(json.dumps({**facts, "clips": clips}))
     aside.rename(folder / INDEX)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Say in the index, where there is one, that clips it names are being made again; the index that is written then no longer does."""
+    if (folder / INDEX).is_file():
+        known = read_index(folder)
+        write_index(folder, known.pop("clips"), **known | {UNFINISHED: True})
 
 
 def read_index(folder: Path) -> dict:
@@ -62,12 +70,15 @@ class ClipDataset(Dataset):
     """Windows of clips. An item is asked for by (index, seed): the clip, and the randomness of its window.
 
     Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [N,A,4T], visemes [4T,5], head [4T,4], as far as
-    the clips have them. Only the window is read from disk.
+    the clips have them. Only the window is read from disk. Raises ValueError when there are no clips so long, or half of them
+    are of other encoders.
     """
 
     def __init__(self, folder: str | Path, window: int = 0) -> None:
         self.folder, self.window = Path(folder), window
         self.index = read_index(self.folder)
+        if self.index.get(UNFINISHED):
+            raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish launch/precompute.py")
         self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")

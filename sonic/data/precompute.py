@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, HashesOf, built, each_made, facts_of, made_with, outdated, warn_outdated, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
 from sonic.geometry import FPS, FRAMES_PER_LATENT
@@ -47,7 +47,7 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     numbers, hashes = range(-(-config.utterances // PER_SHARD)), hashes_of(config)
     missing = [n for n in numbers if _recordings_in(folder / _name(n)) != len(_recordings(config, n))]
     old = [n for n in numbers if n not in missing and outdated(folder / _name(n), hashes)]
-    warn_outdated(len(old), folder)
+    begin_again(len(old), folder)
     missing += old
     done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):

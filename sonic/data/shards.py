@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sonic.data.clips import mark_unfinished
 from sonic.data.settings import PrecomputeConfig
 from sonic.geometry import FPS
 
@@ -94,9 +95,10 @@ def outdated(path: Path, hashes: Mapping[str, str]) -> bool:
     return bool(facts["clips"]) and any(facts.get(name) and value and facts[name] != value for name, value in hashes.items())
 
 
-def warn_outdated(count: int, folder: Path) -> None:
-    """Say that shards are replaced."""
+def begin_again(count: int, folder: Path) -> None:
+    """Say that so many shards are replaced, to the person and to whoever reads the folder meanwhile."""
     if count:
+        mark_unfinished(folder)
         LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", count, folder)
 
 

@@ -23,7 +23,7 @@ from sonic.data import clips
 from sonic.data.footage import Take, aligned, find_videos, takes
 from sonic.data.motion import encode_motion
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, built, each_made, facts_of, made_with, outdated, warn_outdated, write_shard
+from sonic.data.shards import Build, Encoders, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
 from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.pixels import to_signed
 from sonic.types import pick
@@ -51,7 +51,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
     old = {name for name in shards if (folder / name).is_file() and outdated(folder / name, hashes)}
-    warn_outdated(len(old), folder)
+    begin_again(len(old), folder)
     missing = [(config, build, (path, name)) for name, path in shards.items() if name in old or not (folder / name).is_file()]
     done = each_made(_write_video, missing, config.workers)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):

@@ -139,6 +139,25 @@ def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplo
     assert json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "second"
 
 
+def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tmp_path, monkeypatch):
+    own = replace(config, folder=str(tmp_path), utterances=17, clips_per_utterance=1, workers=0)
+    precompute(own, build_first, heard_by("first"))
+    real = precompute_module.write_shard
+
+    def stopped(path, *given, **facts):
+        if path.name != "shard_00000.safetensors":
+            raise KeyboardInterrupt
+        real(path, *given, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "write_shard", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(own, build_second, heard_by("second"))
+    with pytest.raises(ValueError, match=r"two encoders.*finish launch/precompute\.py"):
+        ClipDataset(tmp_path)
+    assert precompute(own, build_second, heard_by("second")) == 17 == len(ClipDataset(tmp_path))
+
+
 def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplog):
     own = replace(config, folder=str(tmp_path), utterances=16, clips_per_utterance=1, workers=0)
     precompute(own, build_untrained)
