@@ -190,10 +190,21 @@ def test_a_browser_plays_its_films(report, tmp_path):
     page.write_text(report.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=5000", "--dump-dom"]
     options.append("--autoplay-policy=no-user-gesture-required")  # a script's click is no person's
-    done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    playing, stopped = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+
+    def looks() -> list[dict]:
+        done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        return json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+
+    def all_play(look: dict) -> bool:
+        return all(film["width"] == 64 and film["time"] > 0 and not film["paused"] for film in look["films"])
+
+    # the page's seconds are the browser's, not the machine's: where other work holds up the decoder they pass before a film begins
+    for _ in range(5):
+        playing, stopped = looks()
+        if all_play(playing):
+            break
     assert len(playing["films"]) == len(stopped["films"]) == 2 and playing["fits"]
-    assert all(film["width"] == 64 and film["time"] > 0 and not film["paused"] for film in playing["films"])
+    assert all_play(playing), playing
     assert all(film["paused"] for film in stopped["films"])
 
 
