@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import SIZE, conditions, film, tiny_model
 
 from sonic.app import Entry, compose
 from sonic.model.speech_encoder import LogMelEncoder
@@ -14,9 +15,10 @@ from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
 from sonic.parallel import few_layers
 from sonic.parallel.dry_run import track, untracked
-from sonic.parallel.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS
+from sonic.parallel.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS, memory_bytes, ring_bytes
 from sonic.parallel.planner import planned
 from sonic.parallel.settings import PlanConfig
+from sonic.parallel.workload import Workload
 
 PLAN = Entry("plan", PlanConfig)
 WIDE = (
@@ -108,3 +110,17 @@ def test_few_layers_tell_what_all_layers_take(items, monkeypatch):
     told = track(found.work, found.hardware, found.chosen)
     monkeypatch.setattr(few_layers, "MORE", 100)
     assert told == pytest.approx(track(found.work, found.hardware, found.chosen), rel=0.005)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_caches_of_a_film_are_as_large_as_predicted_to_the_byte(steps, scale):
+    model, caches = tiny_model(), []
+    make = model.new_cache
+    model.new_cache = lambda *told, **settings: caches.append(make(*told, **settings)) or caches[-1]
+    film(model, conditions(2), 1, sample_steps=steps, sample_guide_scale=scale)
+    buffers = [each for cache in caches for ring in cache.rings for each in (*ring.keys.values(), *ring.values.values())]
+    kept = [each for cache in caches for each in (*cache.ref_keys.values(), *(part for pair in cache.text.values() for part in pair))]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in (*buffers, *kept)}
+    work = Workload(model.config, 8 * SIZE[1], 8 * SIZE[0], steps=steps, guided=scale != 1, number=4)
+    assert sum(storages.values()) == model.config.trunk.num_layers * (ring_bytes(work) + memory_bytes(work))

@@ -41,16 +41,18 @@ def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
     assert on_ranks(max(COUNTS), films_on_every_number_of_ranks)[0] == []
 
 
-def caches_alive_at_the_start_of_each_film() -> list[int]:
-    """How many caches of films before the second rank still has when it makes the next one."""
+def caches_alive() -> list[int]:
+    """How many caches of films before the second rank still has when it makes the next one, and the first after each film."""
     model, line = tiny_model(), Line(range(2), torch.device("cpu"))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank() == 0:
         model.forwards = lambda *film: Stages(*film, line=line)
+        kept = []
         for scale in (2.0, 1.0, 1.0):  # the first film has two caches
             film(model, conditions(2), 1, sample_guide_scale=scale)
+            kept.append(len(line.film.caches))
         stop(line)
-        return []
+        return kept
     make, made, alive = model.cache_of, [], []
 
     def counted(*arguments, **settings):
@@ -65,7 +67,32 @@ def caches_alive_at_the_start_of_each_film() -> list[int]:
 
 
 def test_a_rank_forgets_a_film_before_it_makes_room_for_the_next():
-    assert on_ranks(2, caches_alive_at_the_start_of_each_film, timeout_s=240)[1] == [0, 1, 0, 0]
+    assert on_ranks(2, caches_alive, timeout_s=240) == [[0, 0, 0], [0, 1, 0, 0]]
+
+
+def half_precision() -> tuple[set[torch.dtype], bool]:
+    """Precisions of what the first rank collects of a model in bfloat16, and whether the film is that of one rank."""
+    alone, model, line = tiny_model().bfloat16(), tiny_model().bfloat16(), Line(range(2), torch.device("cpu"))
+    keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
+    if dist.get_rank():
+        serve(model, line, dtype=torch.bfloat16)
+        return set(), True
+    found = set()
+
+    class Collected(Stages):
+        def collect(self):
+            predictions = super().collect()
+            found.update(each.dtype for each in predictions)
+            return predictions
+
+    model.forwards = lambda *film: Collected(*film, line=line)
+    same = torch.equal(film(model, conditions(4), 2), film(alone, conditions(4), 2))
+    stop(line)
+    return found, same
+
+
+def test_a_pipeline_in_half_precision_answers_in_the_precision_of_the_latents():
+    assert on_ranks(2, half_precision, timeout_s=60)[0] == ({torch.float32}, True)
 
 
 @pytest.mark.parametrize("stages", COUNTS)

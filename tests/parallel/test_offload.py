@@ -62,6 +62,31 @@ def test_only_layers_that_wait_are_pinned(pieces, monkeypatch):
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
+def shuttle_of(**settings) -> module.Shuttle:
+    """The shuttle of a tiny model on a CPU, where all three layers wait unless it is said what is free."""
+    return module.Shuttle([module.Station(modules) for modules in module.layers_of(tiny_model())], CPU, OffloadConfig(**settings))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_layer_that_runs_has_its_weights_in_a_slot_in_every_pass(slots):
+    shuttle = shuttle_of(resident_gib=0, slots=slots)
+    for layer in 3 * [0, 1, 2]:
+        shuttle.arrive(layer)
+        slots_of = [(slot.data_ptr(), slot.data_ptr() + slot.nbytes) for slot in shuttle.slots]
+        places = [weight.data_ptr() for weight in shuttle.stations[layer].weights]
+        assert any(all(start <= place < stop for place in places) for start, stop in slots_of), layer
+        assert all(map(torch.equal, shuttle.stations[layer].weights, shuttle.stations[layer].home))
+
+
+def test_weights_that_stay_leave_room_for_the_slots(monkeypatch):
+    largest = max(station.bytes for station in shuttle_of().stations)
+    monkeypatch.setattr(module.Shuttle, "_free", lambda self: 2.5 * largest / 2**30)  # of three layers
+    for slots, stay in ((1, 1), (2, 0)):
+        shuttle = shuttle_of(slots=slots)
+        shuttle.settle()
+        assert (len(shuttle.resident), len(shuttle.slots)) == (stay, slots)
+
+
 def pinning(stations, device, config) -> module.Shuttle:
     """A shuttle that pins as on a GPU."""
     shuttle = SHUTTLE(stations, device, config)

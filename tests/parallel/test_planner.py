@@ -102,6 +102,15 @@ def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_film():
     assert wide.fits
 
 
+def test_host_memory_is_shared_by_all_ranks_of_a_machine():
+    asked = ("hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true", "hardware.usable_gib=1000")
+    each = chosen(*asked, "hardware.host_gib=1000")["host_gib_per_rank"]
+    short = plan(*asked, f"hardware.host_gib={2.5 * each}")
+    assert short.chosen.missing_gib(short.hardware) == pytest.approx(1.5 * each, rel=0.01)
+    assert "too much for" in as_json(short)["chosen"]["reason"]
+    assert plan(*asked, f"hardware.host_gib={4.1 * each}").fits
+
+
 def test_clips_of_the_teacher_fit_on_eight_large_cards():
     found = plan("hardware=8x80gb", "model=wan_s2v_14b", "+preset=quality", "video=1024x704")
     fitting = {each.name for each in found.plans if each.missing_gib(found.hardware) == 0}

@@ -143,6 +143,12 @@ def test_an_anchored_rollout_begins_with_the_truth_and_others_hear_of_it(batch):
     assert (anchored.clean[-1][:, :, 3:] - free.clean[-1][:, :, 3:]).abs().max() > 1e-4
 
 
+def test_a_block_that_is_the_truth_is_not_pulled_and_the_others_are(batch):
+    objective = away(away(made("dmd", steps=1, anchor_share=1.0)), "critic", seed=6)
+    first, second = (part.item() for part, _ in _backward_each(objective, batch))
+    assert first < 1e-8 < 1e-4 < second
+
+
 def test_each_block_of_a_replay_has_a_gradient_of_its_own(batch):
     objective = away(away(made("dmd", steps=1, anchor_share=0.0)), "critic", seed=6)
     parts = list(zip(*((part.detach(), figures) for part, figures in _backward_each(objective, batch)), strict=True))[0]

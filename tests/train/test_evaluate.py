@@ -11,9 +11,10 @@ from footage import read_frames
 
 from sonic.app import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
+from sonic.data import faces, puppet
 from sonic.infer.build import untrained_parts
 from sonic.parallel.settings import ParallelConfig
-from sonic.train.evaluate import GOALS, cases, evaluate
+from sonic.train.evaluate import GOALS, Case, cases, evaluate, scored
 from sonic.train.settings import EvalConfig, EvaluateConfig
 
 
@@ -48,6 +49,18 @@ def test_nothing_moving_does_not_score(found):
     assert abs(still["sync_correlation"]["mean"]) < 0.3
     assert still["offset_within_1_frame"]["mean"] == 0
     assert still["dynamics_ratio"]["mean"] < 0.05
+
+
+def test_a_mouth_held_open_in_silence_counts_as_motion():
+    person = faces.draw_identity(np.random.default_rng(0), 96, split="test", photographs=0)
+    held = torch.zeros(25, 5)
+    held[:, 0] = 1
+    speaking = held * (torch.arange(25) % 6 < 3).float().unsqueeze(1)
+    spoken, opened = (faces.animate(person, visemes)[0] for visemes in (speaking, held))
+    track = puppet.travel(person.mouth, speaking).numpy()
+    case = Case(person, np.ones(16_000, np.float32), track, track[::-1], spoken)
+    figures = scored(case, lambda case, samples: spoken if samples.any() else opened, 12).figures
+    assert figures["silent_motion_ratio"] == pytest.approx(2**0.5, rel=0.1)  # open all the time, not half of it
 
 
 def test_a_seed_means_the_same_people_and_another_seed_others():

@@ -6,6 +6,7 @@ import errno
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,35 @@ def test_only_the_roles_whose_turn_it_is_move(tmp_path):
         for role, module in run.objective.roles.items()
     }
     assert moved == {"student": True, "critic": False}
+
+
+def test_a_turn_of_the_critic_leaves_the_students_average_as_it_is(tmp_path):
+    run = make(tmp_path)
+    engine, roles, moved = run.engine, run.objective.roles, {}
+    engine.prepare(run.objective)
+    with torch.no_grad():
+        roles["student"][0].weight.add_(1.0)  # so that its average has somewhere to go
+    for role in ("critic", "student"):
+        before = {name: value.clone() for name, value in engine.weights().items()}
+        engine.backward(role, roles[role](torch.ones(2, 4)).square().mean())
+        engine.step(role, rate=0.01, step=0)
+        moved[role] = any(not torch.equal(value, before[name]) for name, value in engine.weights().items())
+    assert moved == {"critic": False, "student": True}
+
+
+def test_a_checkpoint_that_is_due_by_the_clock_is_written_once(tmp_path, monkeypatch):
+    run, saved, now = make(tmp_path, every=0), [], [0.0]
+    run.config.checkpoint = CheckpointConfig(every_minutes=1.0)
+    monkeypatch.setattr("sonic.train.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    step, save = run.engine.step, run.engine.save
+
+    def slow(role, **named):
+        now[0] += 10.0 * (role == "student")
+        return step(role, **named)
+
+    run.engine.step, run.engine.save = slow, lambda step, facts: saved.append(step) or save(step, facts)
+    train(run)
+    assert saved == [7, 12]  # after 70 seconds, and at the end
 
 
 def test_training_goes_down_and_says_so(tmp_path):

@@ -107,6 +107,12 @@ def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
     assert_close(encoder_input(columns, quiet, torch.Generator().manual_seed(0)), columns)
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (1.0, 0.0)])
+def test_audio_is_dropped_for_the_share_of_clips_that_is_asked_for(share, kept, batch):
+    told = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._told(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(told.audio, kept * batch["audio"])
+
+
 def test_cells_that_move_count_more_and_the_mean_stays_one():
     weights = cell_weights(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), gain=8.0)
     assert_close(weights.mean(), torch.tensor(1.0))
