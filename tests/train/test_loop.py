@@ -128,7 +128,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     newest = next((tmp_path / "run/checkpoints/step_00000008").glob("*.distcp"))
     newest.write_bytes(newest.read_bytes()[:-5] + b"xxxxx")
     train(make(tmp_path / "run"))
-    assert "damaged" in caplog.text
+    assert f"{newest.name} does not match its digest" in caplog.text
+    assert "damaged_step_00000008" in kept_in(tmp_path / "run")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
@@ -142,6 +143,12 @@ def test_a_checkpoint_of_an_older_form_is_left_aside(tmp_path, caplog):
 def test_only_the_newest_checkpoints_stay(tmp_path):
     train(make(tmp_path, steps=11, every=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]
+
+
+def test_what_a_run_that_died_left_half_written_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "checkpoints/.aside_00000003").mkdir(parents=True)
+    train(make(tmp_path, steps=1, every=1))
+    assert kept_in(tmp_path) == ["step_00000001"]
 
 
 def kept_in(folder):
@@ -305,6 +312,14 @@ def test_a_checkpoint_of_something_else_is_said_and_kept(tmp_path):
     with pytest.raises(ValueError, match="another model or objective.*use a new name="):
         train(make(tmp_path, steps=4, objective=other))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_path):
+    train(make(tmp_path, steps=2, every=2))
+    other = Line()
+    other.roles["reader"] = nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match=r"it lacks weights\.reader\.weight and 0 more.*use a new name="):
+        train(make(tmp_path, steps=4, objective=other))
 
 
 def test_without_wandb_a_run_trains_on_offline(tmp_path, monkeypatch, caplog):
