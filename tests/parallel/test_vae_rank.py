@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -93,15 +98,74 @@ def asked() -> list:
     twice = [far.decode(torch.full((1, 1, 2), value), cache)[0][0, 0].item() for value in (1.0, 2.0)]
     for _ in range(30):
         frames, cache = far.decode(torch.ones(1, 1, 1), cache)
+    unsent = bool(wire._sent)
     hang_up(wire)
-    return [found, twice, frames[1, 2].item(), frames.dtype]
+    return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
 def test_what_is_asked_arrives_as_it_lies_and_what_nobody_holds_is_forgotten():
-    (found, twice, last, dtype), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
+    (found, twice, last, dtype, asks), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
     assert all(theirs == ours for theirs, ours in found)
     assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing
     assert (last, dtype) == (31, torch.bfloat16)
     assert most == 2  # the last one and the next, not one for each of thirty blocks
     assert left == 0
-    assert not unsent
+    assert not asks and not unsent  # buffers of messages that have arrived
+
+
+class Wire:
+    """A line of two in one process. Who asks first is slow to hear."""
+
+    def __init__(self) -> None:
+        self.questions, self.answers, self.asked = Queue(), Queue(), threading.Event()
+
+    def pass_on(self, call, tensors) -> None:
+        self.questions.put((call, tensors))
+        slow = not self.asked.is_set()
+        self.asked.set()
+        time.sleep(0.2 * slow)
+
+    def answer(self, said, made) -> None:
+        self.answers.put((said, made))
+
+    def receive(self):
+        return self.questions.get()
+
+    def hear(self):
+        return self.answers.get()
+
+    def flush(self) -> None:
+        """Nothing is under way."""
+
+
+@contextmanager
+def answered(autoencoder: nn.Module) -> Iterator[FarAutoencoder]:
+    """A far autoencoder that a thread keeps."""
+    wire = Wire()
+    keeper = threading.Thread(target=serve_vae, args=(autoencoder, wire))
+    keeper.start()
+    try:
+        yield FarAutoencoder(wire)
+    finally:
+        hang_up(wire)
+        keeper.join()
+
+
+def test_two_threads_that_ask_at_once_have_each_their_own_answer():
+    with answered(Counting()) as far, ThreadPoolExecutor() as pool:
+        first = pool.submit(far.decode, torch.full((1, 1, 1), 3.0))
+        far.wire.asked.wait()
+        second = far.decode(torch.full((1, 1, 1), 5.0))
+        assert [first.result()[0][0, 0].item(), second[0][0, 0].item()] == [3.0, 5.0]
+
+
+def test_a_portrait_is_known_there_and_its_latents_are_here():
+    picture = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    autoencoder = WarpAutoencoder().eval().requires_grad_(False)
+    here = autoencoder.reference(picture)
+    with answered(autoencoder) as far:
+        there = far.reference(picture)
+        assert torch.equal(there.latents, here.latents)
+        latents = here.latents.expand(-1, -1, 2, -1, -1)
+        wanted, found = (each.decode(latents, known)[0] for each, known in ((autoencoder, here), (far, there)))
+        assert all(map(torch.equal, vars(found).values(), vars(wanted).values()))

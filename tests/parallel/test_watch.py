@@ -23,7 +23,7 @@ from tiny import spans_of
 from torch import nn
 
 from sonic.app import Entry, compose, run_command
-from sonic.config import Ranks, SamplerConfig
+from sonic.config import OtherRank, Ranks, SamplerConfig
 from sonic.data.video import VideoWriter
 from sonic.infer import rollout
 from sonic.infer.films import make_film, open_parts
@@ -37,7 +37,7 @@ from sonic.model.vae import WarpAutoencoder
 from sonic.model.warp import Canvas
 from sonic.model.weights import Stored
 from sonic.parallel import watch
-from sonic.parallel.watch import Watch
+from sonic.parallel.watch import Fault, Watch
 from sonic.signs import at_rest
 
 RANKS = 3
@@ -197,3 +197,48 @@ def test_a_hang_anywhere_in_the_making_of_a_film_is_found(monkeypatch, tmp_path)
         config = compose(Entry("infer", InferConfig), ["device=cpu", "sampler.sample_steps=1"])
         with open_parts(config, Ranks()) as opened:
             make_film(scene, opened.parts, config, output=tmp_path / "out.mp4", clock=Clock())
+
+
+def test_an_error_that_all_ranks_find_is_said_as_it_is_and_any_other_as_the_fault_of_who_failed_first():
+    store = dist.HashStore()
+    ours, theirs = (unwatched(store, rank, 1.0) for rank in range(2))
+    ours.store = theirs.store  # those of one job have one number
+    theirs._declare(Fault(1, "the weights fell over"))
+    for mistake in (ValueError("no such file"), OSError("the disk is full")):
+        ours.explain(mistake)
+    with pytest.raises(OtherRank, match="rank 1: the weights fell over"):
+        ours.explain(RuntimeError("lost"))
+    for each in (theirs, ours):
+        each.close()
+
+
+def test_a_rank_that_is_done_is_not_missed(monkeypatch):
+    ours = unwatched(dist.HashStore(), 0, 0.1)
+    for key, value in (("done/1", "1"), ("place/1", "elsewhere 1 never")):
+        ours.store.set(key, value)
+    monkeypatch.setattr(ours, "_where", lambda: ("", True))
+    ours._look()
+    time.sleep(0.3)
+    with at_rest():
+        assert ours._look() is None
+    ours.close()
+
+
+def test_the_first_rank_leaves_when_the_others_have():
+    ours = unwatched(dist.HashStore(), 0, 1.0)
+    leaves = threading.Thread(target=ours.close)
+    leaves.start()
+    leaves.join(0.3)
+    assert leaves.is_alive()
+    ours.store.set("done/1", "1")
+    leaves.join(watch.HOLD_S / 2)
+    assert not leaves.is_alive()
+
+
+@pytest.mark.parametrize(("host", "birth", "ended"), [("here", "born", True), ("elsewhere", "born", False), ("here", "later", False)])
+def test_only_the_process_that_was_meant_is_ended(host, birth, ended, monkeypatch):
+    found = []
+    monkeypatch.setattr(watch.os, "kill", lambda *told: found.append(told))
+    mine = watch._birth(os.getpid())
+    watch._end_frozen(socket.gethostname() if host == "here" else host, str(os.getpid()), mine if birth == "born" else f"{mine}0")
+    assert found == [(os.getpid(), signal.SIGKILL)] * ended
