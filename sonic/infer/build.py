@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +23,11 @@ from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.weights import load_weights
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.load import Lora
 from sonic.parallel.mesh import World
-from sonic.parallel.spread import Company, spread_model
-from sonic.parallel.vae_rank import FarAutoencoder
+from sonic.parallel.spread import build_parallel_model
+from sonic.parallel.vae_rank import RemoteAutoencoder
 from sonic.types import pick
 
 log = logging.getLogger("sonic.infer")
@@ -43,10 +44,11 @@ class Parts:
 
     config: ModelConfig
     model: AvatarDiT
-    autoencoder: nn.Module | FarAutoencoder
+    autoencoder: nn.Module | RemoteAutoencoder
     speech: nn.Module
     device: torch.device
     dtype: torch.dtype = torch.float32
+    context: DistributedContext = field(default_factory=DistributedContext)
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class ReadyParts:
 
     config: ModelConfig
     checkpoint: Ready
-    company: Company
+    context: DistributedContext
     dtype: torch.dtype
     attention: Attention = sdpa
 
     @property
     def device(self) -> torch.device:
         """Where this rank works."""
-        return self.company.world.device
+        return self.context.world.device
 
     def with_model(self, model: AvatarDiT) -> ReadyParts:
         """The same with a transformer that is there already."""
@@ -73,41 +75,41 @@ class ReadyParts:
     @cached_property
     def model(self) -> AvatarDiT:
         """The transformer, this rank's part of it, with the adapter of model.lora merged."""
-        model = spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
+        model = build_parallel_model(self.config, self.checkpoint.weights, self.context, lora=lora_of(self.config.lora), dtype=self.dtype)
         attend_by(model, self.attention)
         return model
 
     @cached_property
-    def autoencoder(self) -> WanAutoencoder | FarAutoencoder:
+    def autoencoder(self) -> WanAutoencoder | RemoteAutoencoder:
         """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
         stream, whose rings need the memory. Where another rank has it, what asks that one."""
-        if _far(self.company.world):
-            return FarAutoencoder(self.company.wire)
+        if _far(self.context.world):
+            return RemoteAutoencoder(self.context.vae_channel)
         return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
 
 
-def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Company | None = None) -> Parts | ReadyParts:
+def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Parts | ReadyParts:
     """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
 
-    In company the transformer is spread over the ranks as its plan says. Raises ValueError when weights are missing, damaged or
-    of another shape, or the machine has no such device.
+    The transformer is built under the plan of `context` (default: this device alone). Raises ValueError when weights are missing, damaged
+    or of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
-    company = company or Company(World("single", find_device(run.device)))
-    dtype, attention = pick(DTYPES, run.dtype, "run.dtype"), attention_for(run.attention, company.world.device)
+    context = context or DistributedContext(World("single", find_device(run.device)))
+    dtype, attention = pick(DTYPES, run.dtype, "run.dtype"), attention_for(run.attention, context.world.device)
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
-        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype, attention)
+        return ReadyParts(checkpoint.config(config), checkpoint, context, dtype, attention)
     files = weight_files(config)
-    autoencoder, speech = untrained_encoders(config, company.world.device)
+    autoencoder, speech = untrained_encoders(config, context.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
-    model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
     attend_by(model, attention)
-    if _far(company.world):
-        autoencoder = FarAutoencoder(company.wire)
-    return Parts(config, model, autoencoder, speech, company.world.device, dtype)
+    if _far(context.world):
+        autoencoder = RemoteAutoencoder(context.vae_channel)
+    return Parts(config, model, autoencoder, speech, context.world.device, dtype, context)
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:

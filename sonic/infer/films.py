@@ -20,12 +20,12 @@ from sonic.infer.build import Parts, ReadyParts, build_parts, find_device
 from sonic.infer.painted import read_ahead
 from sonic.infer.pipeline import generate
 from sonic.infer.planning import Forecast, forecast
-from sonic.infer.ranks import dismiss, follow
+from sonic.infer.ranks import shutdown, worker_loop
 from sonic.infer.report import Clock, Result, Watch
 from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import InferConfig, RequestConfig
+from sonic.parallel.distributed import context_of
 from sonic.parallel.mesh import World, open_world
-from sonic.parallel.spread import Company
 from sonic.parallel.vae_rank import serve_vae
 from sonic.types import Scene
 
@@ -63,15 +63,15 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
     found = forecast(config, ranks, device)
     parallel = replace(found.parallel, replicas=config.parallel.replicas)
     with open_world(parallel, parallel.name, ranks, device=device) as world:
-        company, folder = Company(world, parallel), world.said_by_first(folder)
-        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+        context, folder = context_of(world, parallel), world.said_by_first(folder)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, context=context)
         if world.keeps_vae:
-            serve_vae(parts.autoencoder, company.wire)
+            serve_vae(parts.autoencoder, context.vae_channel)
         elif not world.leads:
-            follow(parts.model, parts.dtype)
+            worker_loop(parts.model, context, parts.dtype)
         yield Opened(parts, world, found, folder)
         if world.leads:
-            dismiss(parts.model)
+            shutdown(context)
         found.measure(world)
 
 
@@ -133,7 +133,7 @@ def all_outcomes(mine: Sequence[Outcome], opened: Opened) -> list[Outcome]:
     """What became of the requests of all copies, in the order of the lines. Every rank must ask; no film is made after it."""
     found, world = [list(mine)], opened.world
     if world.leads:
-        dismiss(opened.parts.model)
+        shutdown(opened.parts.context)
     if world.mesh is not None:
         found = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, list(mine))

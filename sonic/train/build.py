@@ -73,7 +73,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
-    made = {"make": without_memory} if config.objective.name in CASTING else {}
+    made = {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in CASTING else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
     engine.lay_out(objective)
     for model in objective.pretrained:

@@ -32,8 +32,8 @@ from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts, find_device
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.mesh import ALONE, World
-from sonic.parallel.spread import Company
 from sonic.pixels import to_bytes, to_signed
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
@@ -135,8 +135,8 @@ def _parts(config: EvaluateConfig) -> Parts:
     plan = "single" if config.parallel.name == "auto" else config.parallel.name
     if plan not in ALONE:
         raise ValueError(f"parallel={plan}: figures are made on one device; use {' or '.join(ALONE)}")
-    company = Company(World(plan, find_device(config.run.device)), config.parallel)
-    return build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+    context = DistributedContext(World(plan, find_device(config.run.device)), config.parallel)
+    return build_parts(config.model, config.run, steps=config.sampler.sample_steps, context=context)
 
 
 def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:

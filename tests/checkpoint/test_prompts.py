@@ -25,10 +25,10 @@ MODELS = {
 def events(monkeypatch) -> list[str]:
     """What is loaded and read, in order."""
     seen: list[str] = []
-    make, spread, tokens = Ready._text_encoder, build.spread_model, ready_module.Tokenizer.__call__
+    make, spread, tokens = Ready._text_encoder, build.build_parallel_model, ready_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
     monkeypatch.setattr(Ready, "_text_encoder", noted("encoder", make))
-    monkeypatch.setattr(build, "spread_model", noted("transformer", spread))
+    monkeypatch.setattr(build, "build_parallel_model", noted("transformer", spread))
     monkeypatch.setattr(ready_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1])
     return seen
 

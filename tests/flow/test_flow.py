@@ -40,6 +40,20 @@ def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_sampler_queries_the_steps_that_its_entry_says(name, steps, rng):
+    sampler, queried = SAMPLERS[name], []
+    sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas_of("linear", steps, 3.0), rng)
+    query = next(sampling)
+    try:
+        while True:
+            queried.append(query.step)
+            query = sampling.send(torch.zeros_like(query.x))
+    except StopIteration:
+        assert queried == sampler.steps_queried(steps)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_errors_shrink_with_the_order_of_the_sampler(name, rng):
     noise = torch.randn(1, 4, 3, 4, 4, dtype=torch.float64)
     errors = []

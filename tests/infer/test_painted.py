@@ -13,7 +13,7 @@ from PIL import Image
 
 from sonic.app import Entry, compose
 from sonic.config import AudioConfig, ModelConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
-from sonic.infer.painted import Shot, paint_blocks, paint_clips
+from sonic.infer.painted import Shot, WanNetworks, paint_blocks, paint_clips
 from sonic.infer.scene import open_scene
 from sonic.infer.settings import InferConfig
 from sonic.model.dit import AvatarDiT
@@ -24,7 +24,7 @@ PAINTERS = {"blocks": paint_blocks, "clips": paint_clips}
 
 
 @pytest.fixture(scope="module")
-def painters() -> tuple[AvatarDiT, WanAutoencoder]:
+def painters() -> WanNetworks:
     """A transformer and a VAE none of whose weights is zero."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -38,7 +38,7 @@ def painters() -> tuple[AvatarDiT, WanAutoencoder]:
     with torch.no_grad():
         for weight in (*model.parameters(), *vae.parameters()):
             weight.add_(0.05 * torch.randn_like(weight))
-    return model, vae
+    return WanNetworks(model, vae)
 
 
 @pytest.mark.parametrize("kind", PAINTERS)
@@ -50,7 +50,7 @@ def test_sound_drives_the_frames_of_its_time_and_none_before(kind, painters):
     later = shot.audio.clone()
     later[..., 2 * CLIP :] = draw(1, 3, 16, CLIP)
     made = [
-        torch.cat(list(PAINTERS[kind](*painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
+        torch.cat(list(PAINTERS[kind](painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
         for each in (shot, replace(shot, audio=later))
     ]
     assert made[0].shape[2] == 3 * CLIP

@@ -11,7 +11,9 @@ from ranks import on_ranks
 from tiny import conditions, film, tiny_model
 
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
-from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, serve, stop
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.distributed import DistributedContext
+from sonic.parallel.pipeline import keep_range, layer_ranges, stage_loop, stop_stages
 
 COUNTS = range(1, 9)
 BLOCKS = 3
@@ -26,14 +28,14 @@ def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
     for count in COUNTS[1:]:
         if rank >= count:
             continue
-        model, line = tiny_model(), Line(range(count), torch.device("cpu"))
+        model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(count), torch.device("cpu")))
         keep_range(model, rank, layer_ranges(model.config, count))
         if rank:
-            serve(model, line, dtype=torch.float32)
+            stage_loop(model, context, dtype=torch.float32)
             continue
-        model.forwards = lambda *film, line=line: Stages(*film, line=line)
-        wrong += [(count, steps) for steps in COUNTS if not torch.equal(film(model, told, BLOCKS, sample_steps=steps), alone[steps])]
-        stop(line)
+        found = {steps: film(model, told, BLOCKS, context=context, sample_steps=steps) for steps in COUNTS}
+        wrong += [(count, steps) for steps in COUNTS if not torch.equal(found[steps], alone[steps])]
+        stop_stages(context.channel)
     return wrong
 
 
@@ -43,13 +45,12 @@ def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
 
 def caches_alive_at_the_start_of_each_film() -> list[int]:
     """How many caches of films before the second rank still has when it makes the next one."""
-    model, line = tiny_model(), Line(range(2), torch.device("cpu"))
+    model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank() == 0:
-        model.forwards = lambda *film: Stages(*film, line=line)
         for scale in (2.0, 1.0, 1.0):  # the first film has two caches
-            film(model, conditions(2), 1, sample_guide_scale=scale)
-        stop(line)
+            film(model, conditions(2), 1, context=context, sample_guide_scale=scale)
+        stop_stages(context.channel)
         return []
     make, made, alive = model.cache_of, [], []
 
@@ -60,7 +61,7 @@ def caches_alive_at_the_start_of_each_film() -> list[int]:
         return cache
 
     model.cache_of = counted
-    serve(model, line, dtype=torch.float32)
+    stage_loop(model, context, dtype=torch.float32)
     return alive
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from sonic.data.speech import SAMPLE_RATE, log_mel
 from sonic.model.vae import WarpAutoencoder
-from sonic.parallel.pipeline import Line
-from sonic.parallel.vae_rank import WAYS, FarAutoencoder, hang_up, serve_vae
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae, stop_vae
 
 CPU = torch.device("cpu")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)
@@ -78,12 +78,12 @@ class Counting(nn.Module):
 
 def asked() -> list:
     """What the first rank hears; the most that the other one had to remember."""
-    wire = Line([0, 1], CPU, WAYS)
+    channel = P2PChannel([0, 1], CPU, DIRECTIONS)
     if dist.get_rank():
         autoencoder = Counting()
-        serve_vae(autoencoder, wire)
-        return [autoencoder.most, len(autoencoder.alive), bool(wire._sent)]
-    far, found = FarAutoencoder(wire), []
+        serve_vae(autoencoder, channel)
+        return [autoencoder.most, len(autoencoder.alive), bool(channel._sent)]
+    far, found = RemoteAutoencoder(channel), []
     still = torch.randn(1, 8, 6, 3).permute(0, 3, 1, 2).unsqueeze(2)
     for picture in (still, still.expand(-1, -1, 5, -1, -1)):
         found.append((tuple(far.encode(picture)[0].tolist()), picture.stride()))
@@ -93,7 +93,7 @@ def asked() -> list:
     twice = [far.decode(torch.full((1, 1, 2), value), cache)[0][0, 0].item() for value in (1.0, 2.0)]
     for _ in range(30):
         frames, cache = far.decode(torch.ones(1, 1, 1), cache)
-    hang_up(wire)
+    stop_vae(channel)
     return [found, twice, frames[1, 2].item(), frames.dtype]
 
 
