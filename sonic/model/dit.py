@@ -94,10 +94,10 @@ class AvatarDiT(nn.Module):
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
         return replace(cache, token_device=device)
 
-    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int = 0) -> KVCache:
-        """An empty cache for the blocks that are here and so many heads (0 = all), over [batch, rows, columns] of patches."""
+    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
+        """An empty cache for the blocks that are here and so many heads (None = all; a rank may have 0), over [batch, rows, columns] of patches."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
-        held = Held(layers, heads or self.config.trunk.num_heads)
+        held = Held(layers, self.config.trunk.num_heads if heads is None else heads)
         return KVCache.allocate(self.config, shape, held, steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
