@@ -95,7 +95,7 @@ class AvatarDiT(nn.Module):
         return replace(cache, token_device=device)
 
     def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
-        """An empty cache for the blocks that are here and so many heads (None = all; a rank may have 0), over [batch, rows, columns] of patches."""
+        """An empty cache over [batch, rows, columns] of patches, for the blocks that are here and so many heads (None = all of them)."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
         held = Held(layers, self.config.trunk.num_heads if heads is None else heads)
         return KVCache.allocate(self.config, shape, held, steps=steps, motion=motion, like=like)
