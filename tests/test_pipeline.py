@@ -20,7 +20,7 @@ from sonic.app import run_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import face_crop
 from sonic.infer.conditions import encode, fit_portrait, head_pose
-from sonic.infer.decode import ahead, at_the_end, decoded, half_the_threads
+from sonic.infer.decode import ahead, at_the_end, close_seams, decoded, half_the_threads
 from sonic.infer.pipeline import film
 from sonic.infer.report import Clock, Watch
 from sonic.infer.scene import Settings
@@ -201,6 +201,26 @@ def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
+def test_seams_are_closed_between_blocks_as_within_them():
+    rng, shown = torch.Generator().manual_seed(0), []
+    film = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
+
+    def decode(latents, reference, cache):
+        first = cache or 0
+        return MotionLayers(*(track[:, first : first + 12] for track in film)), first + 12
+
+    def render(part):
+        shown.append(part)
+        return torch.zeros(part.flow.shape[1], 4, 4, 3, dtype=torch.uint8)
+
+    canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
+    blocks = [LatentBlock(torch.zeros(1, 16, 3, 4, 4), BlockSpan(n, 3 * n, 3)) for n in range(2)]
+    assert [chunk.start for chunk in decoded(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, clock=Clock())] == [0, 12]
+    whole = close_seams(MotionLayers(*film), None)
+    for name in ("flow", "opacity", "interior"):
+        assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
+
+
 def test_the_head_stays_still_unless_asked():
     assert head_pose(HeadConfig(), 24, grid=(4, 4), seed=0) is None
 
@@ -230,3 +250,4 @@ def test_a_portrait_fits_the_film_with_its_face(width, height, size, expected):
     share = expected[0] / (width // 2 * 2)
     assert found.mouth.x == pytest.approx(70 * share, rel=0.01)
     assert found.face.width == pytest.approx(60 * share, rel=0.01)
+    assert found.mouth.half_width == pytest.approx(12 * share, rel=0.01)

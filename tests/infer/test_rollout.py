@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from itertools import count, islice
 
 import pytest
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from sonic.config import SamplerConfig
 from sonic.flow.samplers import SAMPLERS
 from sonic.infer.rollout import Draws, rollout, sample_clip
+from sonic.model.forwards import Forwards, Item, one_by_one
 from sonic.types import BlockSpan
 
 
@@ -100,6 +102,46 @@ def test_a_whole_clip_is_made_from_the_same_settings(name):
     first, again = (sample_clip(model, told, 4, sampler=settings(name=name), generator=seeded()) for _ in range(2))
     assert first.shape == (1, 4, 4, *SIZE)
     assert torch.equal(first, again)
+
+
+class Queue:
+    """Forwards that are done one at a time and handed out late, as a pipeline of `room` stages hands them out."""
+
+    def __init__(self, room: int, forwards: Forwards) -> None:
+        self.room, self.forwards, self.most = room, forwards, 0
+        self.done: deque[torch.Tensor] = deque()
+
+    def accepts(self, item: Item) -> bool:
+        return len(self.done) < self.room
+
+    def submit(self, item: Item) -> None:
+        self.forwards.submit(item)
+        self.done.extend(self.forwards.collect())
+        self.most = max(self.most, len(self.done))
+
+    def collect(self) -> list[torch.Tensor]:
+        return [self.done.popleft()]
+
+    def close(self) -> None:
+        self.done.clear()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("room", [2, 3, 5])
+def test_forwards_that_are_queued_make_the_film_of_one_at_a_time(room, scale, name):
+    """Blocks follow each other through the rings in order, though several are begun."""
+    told, queues = conditions(8), []
+
+    def queued(*given) -> Queue:
+        queues.append(Queue(room, one_by_one(*given)))
+        return queues[-1]
+
+    model = tiny_model()
+    expected = latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale)
+    model.forwards = queued
+    assert torch.equal(latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale), expected)
+    assert queues[0].most > 1
 
 
 def test_a_block_of_the_wrong_length_is_refused():

@@ -57,3 +57,15 @@ def test_one_level_for_all_is_modulated_like_the_same_level_per_frame(rng):
     x, (shift, scale) = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 1, 1, 8)
     per_frame = modulate(x, shift.expand(2, 3, 1, 8), scale.expand(2, 3, 1, 8), eps=1e-6)
     assert_close(modulate(x, shift, scale, eps=1e-6), per_frame, atol=1e-5, rtol=1e-5)
+
+
+def test_under_autocast_the_tokens_stay_float32_with_and_without_gradients():
+    model, told, latents = tiny_model(), conditions(2), torch.randn(1, 4, 2, *SIZE)
+    dtypes, found = set(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, given, tokens: dtypes.add(tokens.dtype))
+    for learns in (True, False):
+        with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(latents, torch.tensor([500.0]), told).detach())
+    assert dtypes == {torch.float32}
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()  # bfloat16 rounds by 0.004
