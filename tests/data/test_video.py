@@ -159,7 +159,9 @@ class LastWriteFails:
         raise OSError(self.error, os.strerror(self.error))
 
 
-@pytest.mark.parametrize(("error", "kind", "sentence"), [(errno.ENOSPC, ValueError, "the disk is full"), (errno.EIO, OSError, "Input/output")])
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"), [(errno.ENOSPC, ValueError, "the disk is full"), (errno.EIO, OSError, "Input/output error")]
+)
 def test_an_index_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, error, kind, sentence):
     """The index is written when the container is closed, after the last frame."""
     opened = av.open

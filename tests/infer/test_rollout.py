@@ -110,11 +110,15 @@ class Queue:
     def __init__(self, room: int, forwards: Forwards) -> None:
         self.room, self.forwards, self.most = room, forwards, 0
         self.done: deque[torch.Tensor] = deque()
+        self.newest: dict[tuple[int, int], int] = {}
 
     def accepts(self, item: Item) -> bool:
         return len(self.done) < self.room
 
     def submit(self, item: Item) -> None:
+        ring, block = (item.told, item.ring), item.inputs.span.index
+        assert block >= self.newest.setdefault(ring, block), "a block asks a ring that a later one has asked"
+        self.newest[ring] = block
         self.forwards.submit(item)
         self.done.extend(self.forwards.collect())
         self.most = max(self.most, len(self.done))
