@@ -39,6 +39,7 @@ def broken(heads: int) -> list[str]:
     part = share.part(frames).clone().requires_grad_()
     gathered = share.whole(part, LAYOUT[0][1])
     (gathered * frames).sum().backward()
+    memory = apart(rows[0].flatten(2), LAYOUT)[1]
     laws = {
         "all tokens in the order of one rank, with this rank's heads": all(
             torch.equal(one, whole[:, :, some]) for one, whole in zip(found, rows, strict=False)
@@ -46,6 +47,7 @@ def broken(heads: int) -> list[str]:
         "the way back gives every rank its own tokens": torch.equal(back, given[0]),
         "gradients come back to the tokens that they are of": torch.allclose(given[0].grad, ours(rows[3])),
         "the tokens of all ranks are the whole frame": torch.equal(gathered, frames),
+        "fewer tokens than ranks are whole again as well": torch.equal(share.whole(share.part(memory), LAYOUT[1][1]), memory),
         "every rank's loss reaches the tokens of each": torch.allclose(part.grad, RANKS * share.part(frames)),
     }
     return [law for law, holds in laws.items() if not holds]
