@@ -21,7 +21,7 @@ from sonic.infer.painted import read_ahead
 from sonic.infer.pipeline import generate
 from sonic.infer.planning import Forecast, forecast
 from sonic.infer.ranks import dismiss, follow
-from sonic.infer.report import Clock, Result, Watch
+from sonic.infer.report import Clock, Result, Watch, sampling_of, sampling_words
 from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import InferConfig, RequestConfig
 from sonic.parallel.mesh import World, open_world
@@ -65,6 +65,7 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         company, folder = Company(world, parallel), world.said_by_first(folder)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+        log.info("%s", sampling_words(sampling_of(config.sampler)))
         if world.keeps_vae:
             serve_vae(parts.autoencoder, company.wire)
         elif not world.leads:
