@@ -239,7 +239,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
         key, equals, text = item.lstrip("+").partition("=")
         key = _full_name(key, known)
         if not equals or item.startswith("-"):
-            raise ValueError(f"{item} is not understood; write knob=value such as {next(iter(known))}=..., or --help for all of them")
+            word = key.strip("- ").partition(" ")[0]
+            name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
+            raise ValueError(f"{item} is not understood; write knob=value such as {name}=..., or --help for all of them")
         if key in chooseable:
             if text not in chooseable[key]:
                 raise ValueError(unknown_choice(text, chooseable[key], key))

@@ -177,7 +177,7 @@ def sampling_of(sampler: SamplerConfig) -> dict:
 
 def sampling_words(found: dict) -> str:
     """The same in a sentence for the log; of many timesteps the first and the last."""
-    asked = [f"{timestep:.5g}" for timestep in found["timesteps"]]
+    asked = [f"{round(timestep, 1):g}" for timestep in found["timesteps"]]
     shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
     way = "its table" if found["table"] else "computed"
     guided = "no guidance" if found["guide_scale"] == 1 else f"guidance {found['guide_scale']:g}"
