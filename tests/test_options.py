@@ -6,12 +6,14 @@ import json
 import runpy
 
 import pytest
+import torch
 from main_job import launcher
 from test_configs import ENTRIES, INFER, NEEDED, ROOT
 
 from sonic.app import SYNONYMS, compose, entry_knobs, help_text, options, run_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
 from sonic.flow.schedule import sigmas_of
+from sonic.infer.build import build_parts
 from sonic.infer.report import sampling_of, sampling_words
 from sonic.parallel.planner import planned
 from sonic.parallel.workload import workload
@@ -73,15 +75,34 @@ def test_too_few_steps_for_the_memory_are_offered_by_number():
         assert planned(compose(PLAN, [*tight, f"schedule={schedule}", *fewer.knobs])).fits
 
 
+def said_of(*argv: str) -> dict:
+    return sampling_of(compose(INFER, argv).sampler, "a file", torch.bfloat16)
+
+
 def test_a_run_says_which_noise_levels_it_visits():
-    found = sampling_of(compose(INFER, ["model=live_avatar_14b"]).sampler)
+    found = said_of("model=live_avatar_14b")
     assert (found["table"], found["timesteps"]) == (True, [1000, 857.692, 602.151, 8.929])
-    assert sampling_words(found) == "euler, 4 steps of schedule live_avatar (its table): timesteps 1000, 857.7, 602.2, 8.9; no guidance"
-    found = sampling_of(compose(INFER, ["model=live_avatar_14b", "sampler.sample_steps=2"]).sampler)
+    levels = "euler, 4 steps of schedule live_avatar (its table): timesteps 1000, 857.7, 602.2, 8.9"
+    assert sampling_words(found) == f"{levels}; no guidance; weights: a file in bfloat16"
+    found = said_of("model=live_avatar_14b", "sampler.sample_steps=2")
     assert (found["table"], found["sigmas"]) == (False, [1, 0.751121, 0])
-    found = sampling_of(compose(INFER, ["model=wan_s2v_14b"]).sampler)
+    found = said_of("model=wan_s2v_14b")
     assert found["timesteps"][:3] == [999, 991, 982]  # whole, as the solver rounds them down
-    assert "timesteps 999, 991, 982, ..., 71, 0; guidance 4.5" in sampling_words(found)
+    assert "timesteps 999, 991, 982, ..., 136, 71; guidance 4.5" in sampling_words(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "weights"),
+    [
+        (3, [], "preview_dit.safetensors + preview_3step.safetensors"),
+        (6, [], "preview_dit.safetensors without adapters (no bundled student has learnt 6 steps; there are those of: 1, 2, 3, 4)"),
+        (6, ["weights=student"], "preview_dit.safetensors + preview_4step.safetensors"),
+        (3, ["weights=teacher"], "preview_dit.safetensors"),
+    ],
+)
+def test_the_preview_says_whose_weights_take_so_many_steps(steps, more, weights):
+    config = compose(INFER, [f"sampler.sample_steps={steps}", "device=cpu", *more])
+    assert build_parts(config.model, config.run, steps=steps).weights == weights
 
 
 @pytest.mark.parametrize("model", options("model"))

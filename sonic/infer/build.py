@@ -105,15 +105,12 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Com
     attention = attention_for(run.attention, company.world.device)
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
-        ready = ReadyParts(checkpoint.config(config), checkpoint, company, dtype, attention)
-        log.info("weights: %s in %s", ready.weights, precision_of(run.dtype, config))
-        return ready
+        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype, attention)
     files, student = weight_files(config), student_of(config, steps)
     autoencoder, speech = untrained_encoders(config, company.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
-    weights = _named(files.dit, config.lora.path or student)
-    log.info("weights: %s in %s%s", weights, precision_of(run.dtype, config), _why_none(config, steps) if student is None else "")
+    weights = _named(files.dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
     model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student), dtype=dtype)
     attend_by(model, attention)
     if _far(company.world):
@@ -204,7 +201,7 @@ def _why_none(config: ModelConfig, steps: int) -> str:
     if config.weights or config.lora.path:
         return ""
     learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
-    return f", without adapters: no bundled student has learnt {steps} steps (there are: {learnt}); weights={STUDENT} takes one of fewer"
+    return f" without adapters (no bundled student has learnt {steps} steps; there are those of: {learnt})"
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -65,7 +65,6 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         company, folder = Company(world, parallel), world.said_by_first(folder)
         parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
-        log.info("%s", sampling_words(sampling_of(config.sampler)))
         if world.keeps_vae:
             serve_vae(parts.autoencoder, company.wire)
         elif not world.leads:
@@ -74,6 +73,11 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
         if world.leads:
             dismiss(parts.model)
         found.measure(world)
+
+
+def announce(opened: Opened, config: InferConfig) -> None:
+    """Log which noise levels and weights the films of this job are made with."""
+    log.info("%s", sampling_words(sampling_of(config.sampler, opened.parts.weights, opened.parts.dtype)))
 
 
 def checked_scene(config: InferConfig) -> Scene:

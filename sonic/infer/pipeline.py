@@ -56,7 +56,7 @@ def generate(scene: Scene, parts: Parts | ReadyParts, settings: Settings, *, out
         peak_vram_gib=round(_peak_vram(parts.device) / 2**30, 3),
         stages_s={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         versions=versions(),
-        sampling=sampling_of(settings.sampler) | {"weights": parts.weights, "dtype": str(parts.dtype).removeprefix("torch.")},
+        sampling=sampling_of(settings.sampler, parts.weights, parts.dtype),
     )
 
 

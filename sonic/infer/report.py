@@ -155,8 +155,8 @@ def draw_contact_sheet(watch: Watch, path: Path) -> None:
     sheet.save(path)
 
 
-def sampling_of(sampler: SamplerConfig) -> dict:
-    """Which solver runs over which noise levels, and at which timesteps it asks the model."""
+def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
+    """Which solver runs over which noise levels, at which timesteps it asks the model, and with which weights."""
     sigmas, asked = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift), []
 
     def no_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -172,6 +172,8 @@ def sampling_of(sampler: SamplerConfig) -> dict:
         "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()],
         "timesteps": asked,
         "guide_scale": sampler.sample_guide_scale,
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -181,7 +183,8 @@ def sampling_words(found: dict) -> str:
     shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
     way = "its table" if found["table"] else "computed"
     guided = "no guidance" if found["guide_scale"] == 1 else f"guidance {found['guide_scale']:g}"
-    return f"{found['solver']}, {found['steps']} steps of schedule {found['schedule']} ({way}): timesteps {', '.join(shown)}; {guided}"
+    levels = f"{found['steps']} steps of schedule {found['schedule']} ({way}): timesteps {', '.join(shown)}"
+    return f"{found['solver']}, {levels}; {guided}; weights: {found['weights']} in {found['dtype']}"
 
 
 def versions() -> dict[str, str]:
