@@ -28,7 +28,7 @@ from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Po
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
-    "stages_s", "versions", "plan",
+    "stages_s", "versions", "sampling", "plan",
 }  # fmt: skip
 QUICK = SamplerConfig(sample_steps=1)
 
@@ -78,12 +78,13 @@ def test_the_film_is_as_long_as_the_recording(seconds, command, tmp_path):
     assert abs(sound - seconds) < 0.05
 
 
-def test_clips_limit_the_film(command, tmp_path):
-    recording = write_wav(tmp_path / "speech.wav", babble(2.0))
-    assert command(f"audio={recording}", "video.num_clip=2", "video.infer_frames=12", "output=film.mp4") == 0
+@pytest.mark.parametrize(("infer_frames", "num_clip"), [(12, 2), (32, 1), (7, 3), (1, 30)])
+def test_clips_limit_the_film(infer_frames, num_clip, command, tmp_path):
+    recording, most = write_wav(tmp_path / "speech.wav", babble(2.0)), infer_frames * num_clip
+    assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=film.mp4") == 0
     frames, sound = seconds_of(tmp_path / "film.mp4")
-    assert frames == 24
-    assert abs(sound - 24 / 25) < 0.05
+    assert frames == most
+    assert abs(sound - most / 25) < 1024 / 16_000  # a packet of sound
 
 
 def test_a_run_keeps_its_papers(command, tmp_path, capsys):

@@ -14,7 +14,7 @@ from sonic.checkpoint import ready as ready_module
 from sonic.checkpoint.ready import Ready
 from sonic.infer import build
 
-SMALL = ("video.size=64x64", "run.threads=1", "video.num_clip=1", "parallel=single")
+SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32", "video.num_clip=1", "parallel=single")
 MODELS = {
     "live": ("model=live_avatar_14b", "video.infer_frames=12"),
     "wan": ("model=wan_s2v_14b", "sampler.sample_steps=1", "video.infer_frames=8"),
