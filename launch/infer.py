@@ -23,7 +23,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
     """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.infer.films import all_outcomes, checked_scene, make_film, make_films, open_parts, read_requests
+    from sonic.infer.films import all_outcomes, announce, checked_scene, make_film, make_films, open_parts, read_requests
     from sonic.infer.report import Clock, draw_contact_sheet
 
     clock = Clock(begun)
@@ -31,6 +31,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
         requests, folder = read_requests(config.requests), run.open()
         with open_parts(config, run.ranks, folder=folder) as opened:
             run.keep()  # finished films
+            announce(opened, config)
             outcomes = all_outcomes(make_films(requests, opened, config), opened)
         return report(outcomes, run, plan=opened.forecast.as_json())
     with ExitStack() as stack:
@@ -41,6 +42,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
             return None
         output = Path(config.output) if config.output else run.open() / "out.mp4"
         run.open()
+        announce(opened, config)
         result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
         run.keep()
     run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))

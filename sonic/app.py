@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.allocator import keep_freed_memory
-from sonic.config import OtherRank, Ranks, closest_first, unknown_choice
+from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
 from sonic.runs import Run, start_logging
 
 ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
@@ -45,6 +45,19 @@ SHORT = {
     **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
     "negative_prompt": "sampler.negative_prompt",
     "live_avatar": "lora.path",
+}
+SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
+    **dict.fromkeys(("steps", "num_steps", "inference_steps", "num_inference_steps", "sampling_steps"), ("max_steps", "sample_steps")),
+    **dict.fromkeys(("shift", "flow_shift"), ("sample_shift",)),
+    **dict.fromkeys(("solver", "sample_solver", "scheduler"), ("sampler.name", "schedule")),
+    **dict.fromkeys(("num_frames", "frame_num"), ("infer_frames",)),
+    **dict.fromkeys(("frame_rate", "frames_per_second"), ("fps",)),
+    **dict.fromkeys(("width", "height"), ("size",)),
+    **dict.fromkeys(("base_seed", "random_seed"), ("seed",)),
+    **dict.fromkeys(("ckpt_dir", "ckpt", "model_path"), ("weights",)),
+    **dict.fromkeys(("save_file", "out"), ("output",)),
+    **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
@@ -158,7 +171,7 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             raw = hydra_compose(entry.name, overrides=selections)
-        for key, text in values.items():
+        for key, text in _with_own_steps(values).items():
             _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
@@ -226,7 +239,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
         key, equals, text = item.lstrip("+").partition("=")
         key = _full_name(key, known)
         if not equals or item.startswith("-"):
-            raise ValueError(f"{item} is not understood; write knob=value such as {next(iter(known))}=..., or --help for all of them")
+            word = key.strip("- ").partition(" ")[0]
+            name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
+            raise ValueError(f"{item} is not understood; write knob=value such as {name}=..., or --help for all of them")
         if key in chooseable:
             if text not in chooseable[key]:
                 raise ValueError(unknown_choice(text, chooseable[key], key))
@@ -268,6 +283,12 @@ def _own_sampler(selection: str) -> dict[str, str]:
     return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
+def _with_own_steps(values: Mapping[str, str]) -> dict[str, str]:
+    """The values; a schedule that is one table, when it is typed, brings its number of steps, whatever a preset says."""
+    typed = [key.removesuffix("schedule") for key, text in values.items() if key.endswith("sampler.schedule") and text in FIXED_STEPS]
+    return {f"{sampler}sample_steps": "0" for sampler in typed} | dict(values)
+
+
 def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
     full = SHORT.get(key, key)
     return full if key not in known and full in known else key
@@ -281,13 +302,22 @@ def _unknown_key(entry: Entry, key: str) -> str:
         return f"{key} is a group of knobs; set one of: {', '.join(inside)}"
     head, dot, last = key.rpartition(".")
     beside = [name.removeprefix(f"{head}.") for name in known if dot and name.startswith(f"{head}.")]
+    meant = _meant(last, known)
     if beside:
-        return f"{key} is not a knob; {head} has: {', '.join(closest_first(last, beside))}"
+        inside = [name.removeprefix(f"{head}.") for name in meant if name.startswith(f"{head}.")]
+        return f"{key} is not a knob; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
     top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
-    choices = list(dict.fromkeys([*(name for name in close if name.rpartition(".")[2] == last), *closest_first(key, [*top, *close])]))
+    exact = [name for name in close if name.rpartition(".")[2] == last]
+    choices = list(dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])]))
     return f"{key} is not a knob; choose one of: {', '.join(choices)}"
+
+
+def _meant(word: str, known: Sequence[str]) -> list[str]:
+    """Options that other programs call so, or nearly so."""
+    close = difflib.get_close_matches(word, SYNONYMS, n=1, cutoff=0.8)
+    return [name for end in SYNONYMS.get(close[0] if close else "", ()) for name in known if f".{name}".endswith(f".{end}")]
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:

@@ -86,7 +86,9 @@ def test_a_preset_fits_every_model_or_says_why_not(preset, model):
 def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
     found = compose(INFER, ["model=live_avatar_14b", "+preset=standard", "schedule=live_avatar_3step"])
     assert found.sampler.sample_steps == 3
-    with pytest.raises(ValueError, match="a table of 3 steps"):
+    found = compose(INFER, ["model=live_avatar_14b", "+preset=fast_preview", "schedule=live_avatar_4step"])
+    assert found.sampler.sample_steps == 4
+    with pytest.raises(ValueError, match=r"a table of 3 steps.*sampler.schedule=live_avatar takes any number"):
         compose(INFER, ["schedule=live_avatar_3step", "sampler.sample_steps=4"])
 
 
@@ -96,7 +98,7 @@ def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
     entry = ENTRIES[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
-    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar_4step", 4, 1.0)}[model]
+    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar", 4, 1.0)}[model]
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 
 
@@ -202,7 +204,7 @@ def test_short_names_are_the_long_ones():
         ("face_box=5", "not a list of numbers such as [1,2,3]"),
         ("face.masks=left.png", "face.masks=left.png is not a list of words such as [a,b]"),
         ("face_box=[1,2,3]", "give [x,y,width,height]"),
-        ("video.infer_frames=50", "use 48 or 60"),
+        ("video.infer_frames=-1", "need 0 (the model's own) or more"),
         ("video.fps=30", "use 25"),
         ("video.size=7x", "write WIDTHxHEIGHT"),
         ("sampler.sample_steps=0", "need 1 to 1000"),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sonic.config import Ranks
+from sonic.config import Ranks, precision_of
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
 from sonic.infer.build import DTYPES, find_device
 from sonic.infer.decode import ahead
@@ -47,7 +47,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
     foretold = forecast(asked, ranks, device, trained=False)
     with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
-        dtype, context = DTYPES[config.run.dtype], context_of(world, foretold.parallel)
+        dtype, context = _dtype(config), context_of(world, foretold.parallel)
         model = build_parallel_model(config.model, None, context, lora=Lora({}, 0.0), dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:
@@ -66,7 +66,11 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
     """What decodes on this rank, if anything does."""
-    return WanAutoencoder().to(device, DTYPES[config.run.dtype]) if config.fit.vae else Undecoded()
+    return WanAutoencoder().to(device, _dtype(config)) if config.fit.vae else Undecoded()
+
+
+def _dtype(config: BenchConfig) -> torch.dtype:
+    return DTYPES[precision_of(config.run.dtype, config.model)]
 
 
 def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, context: DistributedContext) -> dict:

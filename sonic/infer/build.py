@@ -14,7 +14,7 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.ready import Ready
-from sonic.config import LoraConfig, ModelConfig, RunConfig
+from sonic.config import LoraConfig, ModelConfig, RunConfig, precision_of
 from sonic.model.attention import Attention, attention_for, sdpa
 from sonic.model.blocks import attend_by
 from sonic.model.dit import AvatarDiT
@@ -48,6 +48,7 @@ class Parts:
     speech: nn.Module
     device: torch.device
     dtype: torch.dtype = torch.float32
+    weights: str = ""  # what the transformer was loaded from, in words
     context: DistributedContext = field(default_factory=DistributedContext)
 
 
@@ -65,6 +66,11 @@ class ReadyParts:
     def device(self) -> torch.device:
         """Where this rank works."""
         return self.context.world.device
+
+    @property
+    def weights(self) -> str:
+        """What the transformer is loaded from, in words."""
+        return _named(self.checkpoint.weights, self.config.lora.path)
 
     def with_model(self, model: AvatarDiT) -> ReadyParts:
         """The same with a transformer that is there already."""
@@ -97,19 +103,21 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: Dis
     if run.threads:
         torch.set_num_threads(run.threads)
     context = context or DistributedContext(World("single", find_device(run.device)))
-    dtype, attention = pick(DTYPES, run.dtype, "run.dtype"), attention_for(run.attention, context.world.device)
+    dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
+    attention = attention_for(run.attention, context.world.device)
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
         return ReadyParts(checkpoint.config(config), checkpoint, context, dtype, attention)
-    files = weight_files(config)
+    files, student = weight_files(config), student_of(config, steps)
     autoencoder, speech = untrained_encoders(config, context.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
-    model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    weights = _named(files.dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
+    model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student), dtype=dtype)
     attend_by(model, attention)
     if _far(context.world):
         autoencoder = RemoteAutoencoder(context.vae_channel)
-    return Parts(config, model, autoencoder, speech, context.world.device, dtype, context)
+    return Parts(config, model, autoencoder, speech, context.world.device, dtype, weights, context)
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
@@ -167,8 +175,7 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
     """
     if config.weights not in ("", STUDENT) or config.lora.path:
         return None
-    start, end = f"{config.name}_", "step"
-    there = {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+    there = _students(config)
     if config.weights == "" or steps in there:
         return there.get(steps)
     if fewer := [number for number in there if number < steps]:
@@ -177,6 +184,26 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
         f"model.weights={STUDENT}: nobody bundled has learnt model={config.name} in sampler.sample_steps={steps}; "
         f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
     )
+
+
+def _students(config: ModelConfig) -> dict[int, Path]:
+    """Bundled adapters by the number of steps that they were distilled for."""
+    start, end = f"{config.name}_", "step"
+    return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+
+
+def _named(weights: Path, adapters: str | Path | None) -> str:
+    """Files or folders in words: bundled ones by their names alone."""
+    paths = [Path(path) for path in (weights, adapters) if path]
+    return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in paths)
+
+
+def _why_none(config: ModelConfig, steps: int) -> str:
+    """Why no student runs although nobody asked for other weights; empty where somebody did."""
+    if config.weights or config.lora.path:
+        return ""
+    learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
+    return f" without adapters (no bundled student has learnt {steps} steps; there are those of: {learnt})"
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:

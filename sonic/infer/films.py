@@ -21,7 +21,7 @@ from sonic.infer.painted import read_ahead
 from sonic.infer.pipeline import generate
 from sonic.infer.planning import Forecast, forecast
 from sonic.infer.ranks import shutdown, worker_loop
-from sonic.infer.report import Clock, Result, Watch
+from sonic.infer.report import Clock, Result, Watch, sampling_of, sampling_words
 from sonic.infer.scene import Settings, open_scene
 from sonic.infer.settings import InferConfig, RequestConfig
 from sonic.parallel.distributed import context_of
@@ -73,6 +73,11 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
         if world.leads:
             shutdown(context)
         found.measure(world)
+
+
+def announce(opened: Opened, config: InferConfig) -> None:
+    """Log which noise levels and weights the films of this job are made with."""
+    log.info("%s", sampling_words(sampling_of(config.sampler, opened.parts.weights, opened.parts.dtype)))
 
 
 def checked_scene(config: InferConfig) -> Scene:

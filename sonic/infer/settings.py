@@ -16,7 +16,7 @@ from sonic.config import (
     one_of,
     parse_size,
     require,
-    settle_video,
+    settled_video,
 )
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 
@@ -62,7 +62,7 @@ class InferConfig(RequestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)
 
 
 @dataclass
@@ -117,5 +117,5 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         one_of(self.target, ("preview", "dit_medium", "fit", "scaling"), "target")
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

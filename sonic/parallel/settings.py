@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settle_video
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settled_video
 from sonic.parallel.training_settings import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
@@ -112,4 +112,4 @@ class PlanConfig:
     decode: DecodeConfig = knob(DecodeConfig)
 
     def __post_init__(self) -> None:
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sonic import metrics
-from sonic.config import PHOTO_SIZE, parse_size, settle_video
+from sonic.config import PHOTO_SIZE, parse_size, settled_video
 from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.data.video import Coding, VideoWriter
@@ -124,7 +124,7 @@ def portrait_side(config: EvaluateConfig) -> int:
     for name in ("infer_frames", "num_clip", "compat"):
         if getattr(video, name):
             raise ValueError(f"video.{name}={getattr(video, name)} changes no figure; eval.clips and eval.seconds say how much is filmed")
-    settle_video(replace(video), model.rollout)  # says which rate it has
+    settled_video(video, model)  # says which rate it has
     if video.size == PHOTO_SIZE:
         return model.resolution
     width, height = parse_size(video.size)

@@ -27,13 +27,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def film(folder, name, motion, fps=25):
-    """A film of the photograph whose mouth brightens by motion[k] grey levels in frame k."""
+MOUTH = np.s_[72:90, 58:82]  # rows and columns
+
+
+def film(folder, name, motion, fps=25, where=MOUTH):
+    """A film of the photograph whose mouth (or another part) brightens by motion[k] grey levels in frame k."""
     photo = np.array(Image.open(folder / "face.png"))
     with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
         for strength in motion:
             frame = photo.astype(np.float32)
-            frame[72:90, 58:82] += strength
+            frame[where] += strength
             writer.write(frame.clip(0, 255).astype(np.uint8)[None])
     return JudgeConfig(
         film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), json=str(folder / "out.json"), face=FACE
@@ -69,6 +72,26 @@ def test_a_mouth_that_ignores_the_speech_scores_low(folder):
 def test_the_mouth_itself_does_not_count_as_damage_to_the_photograph(folder):
     still, moving = (judge(film(folder, name, level * np.ones(FRAMES)))["photo_psnr_db"] for name, level in (("a.mp4", 0), ("b.mp4", 60)))
     assert still > 38 and moving > 36
+
+
+def test_damage_counts_by_its_mean_square_over_all_frames(folder):
+    motion = np.where(np.arange(FRAMES) < FRAMES // 3, 20, 0)  # of the first third of the film
+    found = judge(film(folder, "damaged.mp4", motion, where=np.s_[:, :]))
+    assert found["photo_psnr_db"] == pytest.approx(10 * np.log10(255**2 / (20**2 / 3)), abs=0.3)
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(np.s_[34:52], True), (np.s_[93:111], False), (np.s_[119:127], True)])
+def test_the_chin_may_move_and_forehead_and_chest_may_not(folder, rows, counts):
+    """The chin of this face lies at row 90; a jaw that opens, and its shadow, reach below it."""
+    found = judge(film(folder, "part.mp4", np.full(FRAMES, 60), where=(rows, np.s_[58:82])))
+    assert (found["photo_psnr_db"] < 33) is counts
+
+
+def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames(folder):
+    """What happens in the short gaps between two words counts for neither."""
+    level, after = sound(folder), np.arange(FRAMES) > 47 + 5  # the last word ends in frame 47
+    motion = np.where(after, 20, np.where(level > np.median(level), 80, 50))
+    assert judge(film(folder, "rest.mp4", motion))["rest_ratio"] == pytest.approx(20 / 80, rel=0.03)
 
 
 def test_a_pause_is_far_from_every_sound():
