@@ -28,6 +28,7 @@ _MIX_S = 0.5  # the channels are mixed in blocks of this length
 _FADE = 80  # samples over which the mix changes from one block to the next
 _INAUDIBLE = 1e-8  # power of a channel that counts as silent, -80 dBFS
 _CANCELLED = 0.25  # of the power that the loudest channel alone would have in the mean
+_MIX_OPTIONS = {"lfe_mix_level": 1}  # FFmpeg guesses the places of channels without names: the one it calls bass may be the speaker
 _DAMAGED = 0.1  # share of packets that cannot be decoded or seconds that are missing, above which a file is refused
 _KEEP_CLOCK = {"matroska", "webm", "mov", "mp4", "mpegts", "mpeg", "asf", "ogg", "flv", "nut", "rm", "mxf", "wtv"}  # containers with stamps
 _STATE_LENGTH = {"wav", "w64", "flac", "aiff", "au", "caf", "mov", "mp4", "tta", "ape", "wv"}  # in their header, not as an estimate
@@ -174,7 +175,7 @@ def _with_pauses(stamped: Iterator[tuple[AudioFrame, float | None]], report: Clo
         gap = 0.0
         if lead is not None:
             if position is None:
-                report.start_s = position = lead
+                report.start_s, position = lead, _lowest(leads)
             jump = _jump(leads, past, position)
             if jump:
                 position += jump
@@ -197,8 +198,13 @@ def _jump(leads: list[float], past: Sequence[float], position: float) -> float:
     first_clock = list(takewhile(lambda lead: lead >= position - _RESTART_S, leads))
     if not past or not first_clock:
         return 0.0
-    gap, step = min(first_clock) - position, min(first_clock) - max(past)
+    gap, step = _lowest(first_clock) - position, min(first_clock) - max(past)
     return gap if min(gap, step) > SMALLEST_GAP_S else 0.0
+
+
+def _lowest(leads: list[float]) -> float:
+    """The lowest of some leads, freed from rounding and jitter: the median of those near it."""
+    return float(np.median([lead for lead in leads if lead <= min(leads) + SMALLEST_GAP_S]))
 
 
 def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: str) -> Iterator[np.ndarray]:
@@ -218,7 +224,8 @@ def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: st
         made += max(0, missing)
         if resampler is None:
             source, unnamed = kind, frame.layout.name.endswith("channels") and frame.layout.nb_channels > 2
-            resampler = AudioResampler(format="flt", layout=layout if layout and not unnamed else frame.layout, rate=rate)
+            target, options = (frame.layout, None) if unnamed or not layout else (layout, _MIX_OPTIONS if frame.layout.nb_channels > 2 else None)
+            resampler = AudioResampler(format="flt", layout=target, rate=rate, options=options)
         due += frame.samples / frame.sample_rate
         frame.pts = None  # the clock is kept here: a wrong one must not stop the resampler
         for piece in _resampled(resampler, frame, layout):
