@@ -24,6 +24,7 @@ SMALLEST_GAP_S = 0.01  # time stamps that are ahead by less have been rounded, o
 LONGEST_GAP_S = 600.0  # a longer jump is a fault of the clock, not a pause
 _RESTART_S = 0.1  # time stamps that fall back by more have begun anew
 _LOOKAHEAD = 16  # decoded frames that have to agree that the stamps jumped
+_MEAN = -1  # stands for all channels where they do not cancel out
 _MIX_S = 0.5  # the channels are mixed in blocks of this length
 _FADE = 80  # samples over which the mix changes from one block to the next
 _INAUDIBLE = 1e-8  # power of a channel that counts as silent, -80 dBFS
@@ -83,6 +84,14 @@ def sound_format(path: Path) -> tuple[int, int]:
         return frame.sample_rate, frame.layout.nb_channels
 
 
+def track_seconds(path: Path) -> float:
+    """How long the sound track of a video lasts for a player, by its time stamps. Raises NoSound when there is none."""
+    with open_media(path) as container:
+        stream = soundtrack(container, path)
+        ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+        return float((max(ends, default=0) - (stream.start_time or 0)) * stream.time_base)
+
+
 def decode_sound(
     path: Path, *, rate: int, layout: str = "", choose: Callable = only_sound, report: ClockReport | None = None
 ) -> Iterator[np.ndarray]:
@@ -116,33 +125,47 @@ def decode_sound(
 
 def mix_down(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     """One channel of many: their mean, or where they cancel out in it the loudest of them alone.  [channels, n] -> [n]"""
-    held, last = [], -2  # the channel that was taken for the block before: -1 the mean, -2 there was none
+    for block, last, chosen in _choices(pieces, rate):
+        mean = block.mean(axis=0, dtype=np.float32)
+        yield _faded(*(mean if channel == _MEAN else block[channel] for channel in (last, chosen)))
+
+
+def keep_audible(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """The channels as they are, but where they cancel out on a single loudspeaker the loudest of them on all.  [channels, n]"""
+    for block, last, chosen in _choices(pieces, rate):
+        yield _faded(*(block if channel == _MEAN else np.broadcast_to(block[channel], block.shape) for channel in (last, chosen)))
+
+
+def _choices(pieces: Iterator[np.ndarray], rate: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """The sound in blocks [channels, n], each with the channel that stands for all in the block before and in this one, or _MEAN."""
+    held, last = [], None
     for piece in chain(pieces, [None]):
         if held and (piece is None or piece.shape[0] != held[0].shape[0] or sum(part.shape[1] for part in held) >= _MIX_S * rate):
-            mono, last = _mixed(np.concatenate(held, axis=1), last)
-            yield mono
-            held = []
+            block = np.concatenate(held, axis=1)
+            chosen = _choice(block, _MEAN if last is None else last)
+            yield block, chosen if last is None or last >= len(block) else last, chosen
+            held, last = [], chosen
         if piece is not None:
             held.append(piece)
 
 
-def _mixed(block: np.ndarray, last: int) -> tuple[np.ndarray, int]:
-    """The mix of one block and the channel that was taken for it, -1 for the mean."""
-    mean = block.mean(axis=0, dtype=np.float32)
-    channels = len(block)
-    if channels == 1:
-        return mean, -1
-    power = np.square(block).mean(axis=1)
-    loudest, chosen = int(power.argmax()), -1
-    if power[loudest] > _INAUDIBLE and np.square(mean).mean() < _CANCELLED * power[loudest] / channels**2:
-        stay = 0 <= last < channels and power[last] > power[loudest] / 4
-        chosen = last if stay else loudest
-    mono = mean if chosen < 0 else block[chosen].copy()
-    if last >= -1 and last != chosen and last < channels:
-        before = mean if last < 0 else block[last]
-        fade = np.linspace(1, 0, _FADE, dtype=np.float32)[: len(mono)]
-        mono[:_FADE] += fade * (before[:_FADE] - mono[:_FADE])
-    return mono, chosen
+def _choice(block: np.ndarray, last: int) -> int:
+    """The loudest channel when the mean of all loses it, staying with the one before while it is about as loud; else _MEAN."""
+    if len(block) == 1:
+        return _MEAN
+    power, mean = np.square(block).mean(axis=1), block.mean(axis=0, dtype=np.float32)
+    loudest = int(power.argmax())
+    if power[loudest] <= _INAUDIBLE or np.square(mean).mean() >= _CANCELLED * power[loudest] / len(block) ** 2:
+        return _MEAN
+    return last if 0 <= last < len(block) and power[last] > power[loudest] / 4 else loudest
+
+
+def _faded(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """`now`, entered from `before` over its first samples.  [..., n]"""
+    if before is now:
+        return now
+    fade = np.linspace(1, 0, _FADE, dtype=np.float32)[: now.shape[-1]]
+    return np.concatenate([now[..., :_FADE] + fade * (before[..., :_FADE] - now[..., :_FADE]), now[..., _FADE:]], axis=-1)
 
 
 def _decoded(container, stream) -> Iterator[AudioFrame]:
@@ -224,7 +247,9 @@ def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: st
         made += max(0, missing)
         if resampler is None:
             source, unnamed = kind, frame.layout.name.endswith("channels") and frame.layout.nb_channels > 2
-            target, options = (frame.layout, None) if unnamed or not layout else (layout, _MIX_OPTIONS if frame.layout.nb_channels > 2 else None)
+            target, options = (
+                (frame.layout, None) if unnamed or not layout else (layout, _MIX_OPTIONS if frame.layout.nb_channels > 2 else None)
+            )
             resampler = AudioResampler(format="flt", layout=target, rate=rate, options=options)
         due += frame.samples / frame.sample_rate
         frame.pts = None  # the clock is kept here: a wrong one must not stop the resampler

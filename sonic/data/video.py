@@ -16,7 +16,7 @@ import numpy as np
 from av import AudioLayout
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from sonic.data.audio_decode import decode_sound, sound_format
+from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
 from sonic.signs import beat
@@ -231,7 +231,7 @@ def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:
     own, channels = sound_format(speech.path)
     rate = min(_AAC_RATES, key=lambda supported: abs(supported - own))
     layout = "mono" if channels == 1 else "stereo"
-    return decode_sound(speech.path, rate=rate, layout=layout), rate, layout
+    return keep_audible(decode_sound(speech.path, rate=rate, layout=layout), rate), rate, layout
 
 
 def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
