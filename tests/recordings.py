@@ -37,6 +37,8 @@ def encode(path: Path, channels: np.ndarray, codec: str, *, rate: int, layout: s
         packed = np.ascontiguousarray(channels.T).reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
         frame.sample_rate, frame.pts = rate, 0
+        if codec == "wmav2":
+            stream.bit_rate = 64_000
         size = stream.codec_context.frame_size or None
         resampler, position = av.AudioResampler(stream.codec_context.format, layout, rate, frame_size=size), 0
         for piece in [*resampler.resample(frame), *resampler.resample(None)]:
@@ -51,14 +53,14 @@ def restamp(source: Path, path: Path, seconds: Callable[[int], float | None]) ->
     """The packets of a file with seconds(k) added to the time stamps of the k-th; it is left out for None."""
     with av.open(str(source)) as given, av.open(str(path), "w") as made:
         stream = made.add_stream_from_template(given.streams.audio[0])
-        for count, packet in enumerate(given.demux(audio=0)):
-            late = seconds(count)
-            if packet.dts is None or late is None:
-                continue
-            packet.dts = packet.dts if late == 0 else round(count / 1000 / packet.time_base) - 10**6  # in order, whatever the stamps say
-            packet.pts += round(late / packet.time_base)
-            packet.dts = min(packet.dts, packet.pts)
-            packet.stream = stream
+        late = {count: seconds(count) for count in range(10_000)}
+        packets = [each for count, each in enumerate(given.demux(audio=0)) if each.dts is not None and late[count] is not None]
+        kept = [value for value in late.values() if value is not None]
+        for packet, value in zip(packets, kept, strict=False):
+            packet.pts += round(value / packet.time_base)
+        order = np.minimum.accumulate([packet.pts for packet in packets][::-1])[::-1]  # no dts may be later than a pts that follows
+        for packet, dts in zip(packets, order.tolist(), strict=True):
+            packet.dts, packet.stream = dts, stream
             made.mux(packet)
     return path
 

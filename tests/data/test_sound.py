@@ -50,7 +50,7 @@ KINDS = {  # suffix, codec, Hz, channels, options of the container, whether the 
     "wma": ("wma", "wmav2", 44_100, 2, {}, False),
     "mp3 in avi": ("avi", "libmp3lame", 44_100, 1, {}, False),
     "flv": ("flv", "aac", 44_100, 1, {}, False),
-    "amr": ("3gp", "libopencore_amrnb", 8000, 1, {}, True),
+    "amr": ("3gp", "libopencore_amrnb", 8000, 1, {}, False),
 }
 CLOCKS = {  # what happens to the time stamps of the packet k of 20 ms: seconds to add or None; silences as (second, length)
     "pause": (lambda k: 1.0 if k >= 50 else 0.0, [(1.0, 1.0)]),
@@ -64,6 +64,13 @@ CLOCKS = {  # what happens to the time stamps of the packet k of 20 ms: seconds 
     "a clock that begins anew": (lambda k: 2.0 - 0.02 * 50 if k >= 50 else 2.0, []),
     "a late start": (lambda k: 3.3, []),
 }
+MANY_CHANNELS = [
+    ("wav", "pcm_s16le", "8 channels"),
+    ("wav", "pcm_f32le", "12 channels"),
+    ("m4a", "aac", "7.1"),
+    ("mka", "flac", "7.1"),
+    ("wav", "pcm_s16le", "5.1"),
+]
 
 
 def channels_of(samples: np.ndarray, count: int) -> np.ndarray:
@@ -98,8 +105,9 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
     truth = np.concatenate([*truth, kept[first:]])
     assert speech.seconds == pytest.approx(len(truth) / RATE, abs=0.005)
     for found in (speech.samples, film):
-        late, correlation = offset_ms(found, truth)
-        assert abs(late) < 2 and correlation > 0.9
+        for part in (slice(0, round(0.7 * RATE)), slice(round(-0.7 * RATE) + len(truth), len(truth))):
+            late, correlation = offset_ms(found[part], truth[part])
+            assert abs(late) < 2 and correlation > 0.9
     sentences = [record.getMessage() for record in caplog.records]
     total = sum(length for _, length in silences)
     assert len(sentences) == (1 if silences else 0)
@@ -108,12 +116,11 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
 
 @pytest.mark.parametrize(("suffix", "codec"), [("m4a", "aac"), ("ts", "aac"), ("ogg", "libopus"), ("wma", "wmav2")])
 def test_every_container_with_a_clock_shows_its_pauses(tmp_path, suffix, codec):
-    source = encode(tmp_path / f"whole.{suffix}", voice(SECONDS, 48_000)[None], codec, rate=48_000)
-    speech, film = heard(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 20 else 0.0), tmp_path)
+    source = encode(tmp_path / f"whole.{suffix}", voice(3.0, 48_000)[None], codec, rate=48_000)
+    speech, film = heard(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 60 else 0.0), tmp_path)
     assert speech.seconds == pytest.approx(len(plain_decode(source)) / RATE + 1, abs=0.03)
-    silent = np.abs(film).reshape(-1, 16)[: len(film) // 16].max(axis=1) < 1e-3 if len(film) % 16 == 0 else None
     quiet = np.abs(film[: len(film) // 160 * 160]).reshape(-1, 160).max(axis=1) < 3e-3
-    assert quiet.sum() >= 95 and (silent is None or silent.any())
+    assert 95 <= quiet.sum() <= 105
     assert offset_ms(film, speech.samples)[1] > 0.9
 
 
@@ -154,8 +161,7 @@ def test_what_follows_the_last_frame_of_an_mp3_does_not_spoil_it(tmp_path):
     assert load_speech(path).seconds == pytest.approx(SECONDS, abs=0.06)
 
 
-@pytest.mark.parametrize(("suffix", "codec", "layout"), [("wav", "pcm_s16le", "8 channels"), ("wav", "pcm_f32le", "12 channels"),
-                                                         ("m4a", "aac", "7.1"), ("mka", "flac", "7.1"), ("wav", "pcm_s16le", "5.1")])  # fmt: skip
+@pytest.mark.parametrize(("suffix", "codec", "layout"), MANY_CHANNELS)
 @pytest.mark.parametrize("speaker", [2, -1])
 def test_a_speaker_on_any_of_many_channels_is_heard(tmp_path, suffix, codec, layout, speaker):
     channels = np.zeros((av.AudioLayout(layout).nb_channels, round(SECONDS * 16_000)), np.float32)
@@ -175,7 +181,7 @@ def test_channels_out_of_phase_are_heard_on_one_loudspeaker(tmp_path, first, sec
     speech, film = heard(encode(tmp_path / "a.wav", np.stack([samples, right]), "pcm_s16le", rate=RATE), tmp_path)
     for found in (speech.samples, film):
         assert offset_ms(found, samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.02))
-        assert np.abs(found).max() == pytest.approx(np.abs(samples).max(), rel=0.1)
+        assert np.abs(found).max() > 0.9 * np.abs(samples).max()
 
 
 @pytest.mark.parametrize("channels", [1, 2])
