@@ -219,10 +219,10 @@ def _jump(leads: list[float], past: Sequence[float], position: float) -> float:
     if max(leads) < position - _RESTART_S:
         return leads[0] - position
     first_clock = list(takewhile(lambda lead: lead >= position - _RESTART_S, leads))
-    if not past or not first_clock:
+    if not past or not first_clock or min(first_clock) - max(past) <= SMALLEST_GAP_S:
         return 0.0
-    gap, step = _lowest(first_clock) - position, min(first_clock) - max(past)
-    return gap if min(gap, step) > SMALLEST_GAP_S else 0.0
+    gap = _lowest(first_clock) - position
+    return gap if gap > SMALLEST_GAP_S else 0.0
 
 
 def _lowest(leads: list[float]) -> float:
