@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from sonic.app import Entry, launch  # noqa: E402
 from sonic.config import JudgeConfig  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
+log = logging.getLogger("sonic.judge")
 
-def score(config: JudgeConfig, run: Run) -> None:
-    """Measure, show the table, write the JSON."""
-    from sonic.infer.judge import judge  # numpy and the decoder: not before the command line is known to be right
 
-    judge(config)
+def score(config: JudgeConfig, run: Run) -> int:
+    """Measure, show the table, write the JSON; exit code 1 for a film whose sound track is not the recording."""
+    from sonic.infer.judge import judge, sound_fault  # numpy and the decoder: not before the command line is known to be right
+
+    fault = sound_fault(judge(config))
+    if fault:
+        log.error("film=%s: %s", config.film, fault)
+    return 1 if fault else 0
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ class RunConfig:
 
 @dataclass
 class JudgeConfig:
-    """A finished film, held against the photograph and the recording it was made from."""
+    """A finished film, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
     film: str = knob("", "the MP4 to judge")
     image: str = knob("astronaut", "the photograph it was made from")

@@ -49,7 +49,7 @@ DOORS = {  # third party -> the only places that may import it
     "transformers": {"sonic/model/text.py", "sonic/model/wav2vec.py"},
     "ftfy": {"sonic/model/text.py"},
     "librosa": {"sonic/data/speech.py"},
-    "av": {"sonic/data/video.py", "sonic/data/speech.py"},
+    "av": {f"sonic/data/{name}.py" for name in ("media", "audio_decode", "speech", "video")},
     "espeakng_loader": {"sonic/data/espeak.py"},
 }
 WITHOUT_TORCH = (
