@@ -50,6 +50,7 @@ DOORS = {  # third party -> the only places that may import it
     "ftfy": {"sonic/model/text.py"},
     "librosa": {"sonic/data/speech.py"},
     "av": {"sonic/data/video.py", "sonic/data/speech.py"},
+    "pillow_heif": {"sonic/data/portrait.py"},
     "espeakng_loader": {"sonic/data/espeak.py"},
 }
 WITHOUT_TORCH = (
