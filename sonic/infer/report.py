@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import sonic
+from sonic.files import written_aside
 from sonic.types import FrameChunk, Portrait, Scene
 
 STAGES = ("load", "encode", "denoise", "decode", "write")
@@ -146,7 +147,8 @@ def draw_contact_sheet(watch: Watch, path: Path) -> None:
     draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
     draw.text((GAP, below), "speech", SOUND, font)
     draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
-    sheet.save(path)
+    with written_aside(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def versions() -> dict[str, str]:
