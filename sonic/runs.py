@@ -38,7 +38,7 @@ class Run:
         self._root, self._config_yaml = root, config_yaml
         self._made: list[Path] = []
         self._aside: dict[Path, Path] = {}  # what it will be called -> where it is until then
-        self._inode = 0  # of its config.yaml
+        self._inode = 0  # of its config.yaml, once that is written
         self._handler: _LogFile | None = None
 
     @property
@@ -161,7 +161,8 @@ class Run:
     def _taken_over(self) -> bool:
         """Whether another run of the same name has put its own files into the folder, or is about to."""
         config = self.path / CONFIG
-        return any(self.path.glob(f".{CONFIG}.*{PARTIAL}")) or config.is_file() and config.stat().st_ino != self._inode
+        replaced = self._inode and config.is_file() and config.stat().st_ino != self._inode
+        return bool(replaced) or any(self.path.glob(f".{CONFIG}.*{PARTIAL}"))
 
     def _log_to(self, path: Path) -> None:
         self._handler = _LogFile(path)
