@@ -204,3 +204,16 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(comma
     assert command("output=film.mp4", "run.folder=runs", "name=r") == 2
     said = capsys.readouterr().err
     assert "run.folder=runs: the folder runs/r of the run cannot be written" in said and said.count("error:") == 1
+
+
+def test_a_folder_whose_first_file_cannot_be_written_goes_again(tmp_path, monkeypatch):
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = a_run(tmp_path / "runs", "r")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match="run.folder=.*No space left on device"):
+        run.open()
+    run.discard()
+    assert list(tmp_path.iterdir()) == []
