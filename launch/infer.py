@@ -37,16 +37,19 @@ def infer(config: InferConfig, run: Run) -> int | None:
     with ExitStack() as stack:
         with clock.stage("load"):
             scene = checked_scene(config) if run.main else None
+            if scene is not None:
+                run.open()  # before the work, should it not take anything
             opened = stack.enter_context(open_parts(config, run.ranks))
         if scene is None:
             return None
-        output = Path(config.output) if config.output else run.open() / "out.mp4"
-        run.open()
+        output = Path(config.output) if config.output else run.path / "out.mp4"
         announce(opened, config)
         result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
         run.keep()
-    run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
-    draw_contact_sheet(watch, run.path / "contact_sheet.png")
+    with run.sparing("result.json", f"the film {output}"):
+        run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
+    with run.sparing("the contact sheet", f"the film {output}"):
+        draw_contact_sheet(watch, run.path / "contact_sheet.png")
     log.info("%s\npapers in %s", result.summary(), run.path)
     return None
 
@@ -58,7 +61,8 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
     films = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
-    run.write_json("films.json", films)
+    with run.sparing("films.json", "every film that was made"):
+        run.write_json("films.json", films)
     log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), run.path)
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)

@@ -11,7 +11,6 @@ import difflib
 import logging
 import os
 import re
-import signal
 import sys
 import types
 import typing
@@ -29,8 +28,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.allocator import keep_freed_memory
+from sonic.caches import make_room_for_caches
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
 from sonic.runs import Run, start_logging
+from sonic.streams import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
 ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
 SHORT = {
@@ -103,7 +104,9 @@ class Entry:
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
+    end_as_with_ctrl_c()
+    outlast_readers()
+    make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
     if _ranks().world > 1:
@@ -123,13 +126,11 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     run = None
     try:
         if {"--help", "-h"} & set(argv):
-            sys.stdout.write(help_text(entry))
-            return 0
+            return _answer(help_text(entry))
         config = compose(entry, [item for item in argv if item != "--cfg"])
         resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
         if "--cfg" in argv:
-            sys.stdout.write(resolved)
-            return 0
+            return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
         run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, ranks=ranks)
@@ -151,6 +152,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     finally:
         if run:
             run.close()
+
+
+def _answer(text: str) -> int:
+    """Say what was asked for. Raises OSError where it cannot all be said."""
+    sys.stdout.write(text)
+    if failure := failure_of_stdout():
+        raise failure
+    return 0
 
 
 def _ranks() -> Ranks:

@@ -15,7 +15,7 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"types", "config", "geometry", "counts", "signs", "pixels"}
+GROUND = {"files", "types", "config", "geometry", "counts", "signs", "pixels"}
 BELOW_INFER = {"assets", "flow", "metrics", "model", "data", "parallel", *GROUND}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
@@ -25,17 +25,20 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "allocator": set(),
     "counts": {"config", "geometry"},
     "assets": set(),
-    "runs": {"config"},
+    "files": set(),
+    "streams": set(),
+    "caches": set(),
+    "runs": {"config", "files"},
     "types": {"geometry"},
     "flow": {"types"},
     "metrics": {"types", "config"},
     "model": {*GROUND, "data.speech"},
-    "data": {*GROUND, "metrics"},
+    "data": {*GROUND, "metrics", "caches"},
     "parallel": {"model", *GROUND},
     "checkpoint": {"model", *GROUND},
     "infer": {*BELOW_INFER, "checkpoint"},
     "train": {*BELOW_INFER, "checkpoint", "infer"},
-    "app": {"config", "runs", "allocator"},
+    "app": {"config", "runs", "allocator", "streams", "caches"},
     "launch": {"app", "runs", "checkpoint", "config", "infer", "train", "data", "parallel"},
 }
 DOORS = {  # third party -> the only places that may import it
@@ -50,6 +53,7 @@ DOORS = {  # third party -> the only places that may import it
     "ftfy": {"sonic/model/text.py"},
     "librosa": {"sonic/data/speech.py"},
     "av": {f"sonic/data/{name}.py" for name in ("media", "audio_decode", "speech", "video")},
+    "pillow_heif": {"sonic/data/portrait.py"},
     "espeakng_loader": {"sonic/data/espeak.py"},
 }
 WITHOUT_TORCH = (
@@ -58,6 +62,8 @@ WITHOUT_TORCH = (
     "sonic/runs.py",
     "sonic/app.py",
     "sonic/allocator.py",
+    "sonic/streams.py",
+    "sonic/caches.py",
     "sonic/train/settings.py",
     "sonic/data/settings.py",
     "sonic/counts.py",
@@ -215,7 +221,7 @@ def test_no_path_of_one_machine():
 
 def test_only_the_app_reads_the_environment():
     readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
-    told = ("sonic/app.py", "sonic/parallel/zero.py")  # the latter writes: DeepSpeed looks for its device nowhere else
+    told = ("sonic/app.py", "sonic/caches.py", "sonic/parallel/zero.py")  # the latter two write what packages read nowhere else
     assert [where for where in readers if not where.startswith(told)] == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sonic.checkpoint.tensor_files import Stored, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
+from sonic.files import save_tensors
 from sonic.model.text import TextEncoder, Tokenizer
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
@@ -135,16 +134,12 @@ class Ready:
         return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
 
 
-def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> bool:
-    """Write aside and rename; False for a checkpoint that cannot be written to, which is used without a cache."""
-    aside = file.with_suffix(f".{os.getpid()}.partial")  # other processes may keep the same
+def _keep(file: Path, tensors: dict[str, Tensor]) -> bool:
+    """Write a file; False for a checkpoint that cannot be written to, which is used without a cache."""
     try:
         file.parent.mkdir(exist_ok=True)
-        write(tensors, aside)
-        aside.rename(file)
+        save_tensors(tensors, file)
         return True
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         log.warning("%s cannot be kept and will be made anew next time (%s)", file, error)
         return False
-    finally:
-        aside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from sonic.data.settings import PrecomputeConfig
 from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
+from sonic.files import save_tensors
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.pixels import to_signed
 from sonic.types import MotionLayers, pick
@@ -56,7 +57,7 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     entries = [entry for facts in shards for entry in facts["clips"]]
     clips.write_index(folder, entries, mix=asdict(config.mix), **told, **made_with(shards, config))
     if config.kind == "talking":
-        save_file(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
     return len(entries)
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sonic.data.clips import mark_unfinished
 from sonic.data.settings import PrecomputeConfig
+from sonic.files import save_tensors
 from sonic.geometry import FPS
 
 LOG = logging.getLogger(__name__)
@@ -59,12 +59,7 @@ def built(config: PrecomputeConfig, build: Build) -> Encoders:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
     """A shard that appears whole or not at all, with what it says of itself."""
-    aside = path.with_name(f".{os.getpid()}_{path.name}")
-    try:
-        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_tensors(tensors, path, {name: json.dumps(value) for name, value in facts.items()})
 
 
 def facts_of(path: Path) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import math
 from array import array
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from av import AudioFrame
 
+from sonic.caches import make_room_for_caches
 from sonic.data.audio_decode import ClockReport, decode_sound, mix_down, soundtrack
 from sonic.data.audio_decode import NoSound as NoSound
 from sonic.data.media import open_media
@@ -115,7 +117,7 @@ def save_speech(path: str | Path, samples: np.ndarray) -> Path:
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """The same sound, float32 [n], at another sample rate in Hz."""
-    import librosa
+    librosa = _librosa()
 
     return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
 
@@ -144,7 +146,7 @@ def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
 
     Loudness is evened out over the recording; silence gives the floor value `SILENT_COLUMN`, also after the last sample.
     """
-    import librosa
+    librosa = _librosa()
 
     columns = COLUMNS_PER_FRAME * num_frames
     out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
@@ -171,7 +173,7 @@ SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
 @cache
 def _mel_bank() -> np.ndarray:
     """Triangular mel filters [40, 321], scaled so that a sine of full scale gives about 1."""
-    import librosa
+    librosa = _librosa()
 
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
     return (bank / (_WINDOW / 4) ** 2).astype(np.float32)
@@ -182,3 +184,11 @@ def _unheard_power() -> np.ndarray:
     """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
     white = 10 ** (_HEARING_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
     return 3 * white * _mel_bank().sum(axis=1)
+
+
+def _librosa() -> ModuleType:
+    """librosa, once what it compiles has a place to be kept."""
+    make_room_for_caches()
+    import librosa
+
+    return librosa

@@ -15,7 +15,6 @@ import torch
 from einops import rearrange
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from sonic.data.motion import encode_motion
 from sonic.data.settings import PrecomputeConfig
 from sonic.data.shards import Build, Encoders, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
 from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
+from sonic.files import save_tensors
 from sonic.pixels import to_signed
 from sonic.types import pick
 
@@ -68,7 +68,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     facts = {"kind": config.kind, "source": config.data.source, **made_with(told, config)}
     clips.write_index(folder, entries, **facts)
     if config.model.autoencoder == "warp":  # latents that are zero where nothing moves
-        save_file(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
+from sonic.files import save_tensors
 from sonic.infer.build import find_device, transformer_weights
 from sonic.parallel.watch import watched
 from sonic.signs import at_rest
@@ -141,12 +141,10 @@ def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """Write weights in half precision, with what the file says of itself; under a temporary name first."""
+    """Write weights in half precision, with what the file says of itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: _half(tensor) for name, tensor in weights.items()}
-    aside = path.with_name(f".{path.name}")
-    save_file(halves, aside, metadata=dict(facts or {}))
-    aside.rename(path)
+    save_tensors(halves, path, facts or {})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
