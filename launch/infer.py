@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.infer.settings import InferConfig  # noqa: E402
+from sonic.paths import shown  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("infer", InferConfig, max_ranks=4096)
+FILM, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
 log = logging.getLogger("sonic")
 
 
@@ -23,8 +25,9 @@ def infer(config: InferConfig, run: Run) -> int | None:
     """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.infer.films import all_outcomes, checked_scene, make_film, make_films, open_parts, read_requests
+    from sonic.infer.films import all_outcomes, checked_scene, make_film, make_films, open_parts
     from sonic.infer.report import Clock, draw_contact_sheet
+    from sonic.infer.requests import read_requests
 
     clock = Clock(begun)
     if config.requests:
@@ -35,17 +38,17 @@ def infer(config: InferConfig, run: Run) -> int | None:
         return report(outcomes, run, plan=opened.forecast.as_json())
     with ExitStack() as stack:
         with clock.stage("load"):
-            scene = checked_scene(config) if run.main else None
+            scene = checked_scene(config, *(run.path / name for name in (FILM, SHEET))) if run.main else None
             opened = stack.enter_context(open_parts(config, run.ranks))
         if scene is None:
             return None
-        output = Path(config.output) if config.output else run.open() / "out.mp4"
+        output = Path(config.output) if config.output else run.open() / FILM
         run.open()
         result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
         run.keep()
     run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
-    draw_contact_sheet(watch, run.path / "contact_sheet.png")
-    log.info("%s\npapers in %s", result.summary(), run.path)
+    draw_contact_sheet(watch, run.path / SHEET)
+    log.info("%s\npapers in %s", shown(result.summary()), shown(str(run.path)))
     return None
 
 
@@ -57,7 +60,7 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     bad = [outcome for outcome in outcomes if outcome.fault]
     films = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
     run.write_json("films.json", films)
-    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), run.path)
+    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)
     return 1 if bad and run.main else 0
