@@ -1,4 +1,7 @@
-"""Names of files: what a person typed becomes a path, two names of one file are recognised, every name can be shown. Standard library only."""
+"""Names of files: what a person typed becomes a path, two names of one file are recognised, any name can be shown.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

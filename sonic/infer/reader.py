@@ -20,7 +20,6 @@ from sonic.infer.settings import InferConfig
 from sonic.types import Scene
 from sonic.worker import Crashed, Worker
 
-
 log = logging.getLogger("sonic.infer")
 
 READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "face.masks": load_image, "motion.pose": timed_frames}

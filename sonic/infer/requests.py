@@ -131,7 +131,9 @@ def _found(names: str, option: str, config: InferConfig) -> str:
             found.append(str(folder / name))
             log.info("%s=%s is taken from %s, beside the file of requests", option, shown(name), shown(str(folder)))
         else:
-            raise ValueError(f"{option}={name} is neither in the working folder nor in {folder}, beside the file of requests; check the name")
+            raise ValueError(
+                f"{option}={name} is neither in the working folder nor in {folder}, beside the file of requests; check the name"
+            )
     return "+".join(found)
 
 
