@@ -252,9 +252,9 @@ def test_errors_in_the_middle_of_a_film_of_several_ranks_end_the_job(monkeypatch
     """The others wait in the middle of a forward, so that no further film can be begun."""
     config = compose(ENTRY, [f"weights={weights}", *FACE, *TINY])
     kinds = [
-        ({"make_film": KeyError("lost")}, "raised"),
-        ({"make_film": OSError("full")}, "told"),
-        ({"checked_scene": KeyError("x")}, "told"),
+        ("make_film", KeyError("lost"), "raised"),
+        ("make_film", OSError("full"), "told"),
+        ("checked_scene", KeyError("x"), "told"),
     ]
 
     def raising(error):
