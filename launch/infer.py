@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sonic.app import Entry, launch  # noqa: E402
 from sonic.infer.settings import InferConfig  # noqa: E402
+from sonic.paths import shown  # noqa: E402
 from sonic.runs import Run  # noqa: E402
 
 ENTRY = Entry("infer", InferConfig, max_ranks=4096)
+FILM, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
 log = logging.getLogger("sonic")
 
 
@@ -23,8 +25,9 @@ def infer(config: InferConfig, run: Run) -> int | None:
     """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.infer.films import all_outcomes, announce, checked_scene, make_film, make_films, open_parts, read_requests
+    from sonic.infer.films import all_outcomes, announce, checked_scene, make_film, make_films, open_parts
     from sonic.infer.report import Clock, draw_contact_sheet
+    from sonic.infer.requests import read_requests
 
     clock = Clock(begun)
     if config.requests:
@@ -36,21 +39,21 @@ def infer(config: InferConfig, run: Run) -> int | None:
         return report(outcomes, run, plan=opened.forecast.as_json())
     with ExitStack() as stack:
         with clock.stage("load"):
-            scene = checked_scene(config) if run.main else None
+            scene = checked_scene(config, *(run.path / name for name in (FILM, SHEET))) if run.main else None
             if scene is not None:
                 run.open()  # before the work, should it not take anything
             opened = stack.enter_context(open_parts(config, run.ranks))
         if scene is None:
             return None
-        output = Path(config.output) if config.output else run.path / "out.mp4"
+        output = Path(config.output) if config.output else run.path / FILM
         announce(opened, config)
         result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
         run.keep()
-    with run.sparing("result.json", f"the film {output}"):
+    with run.sparing("result.json", f"the film {shown(str(output))}"):
         run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
-    with run.sparing("the contact sheet", f"the film {output}"):
-        draw_contact_sheet(watch, run.path / "contact_sheet.png")
-    log.info("%s\npapers in %s", result.summary(), run.path)
+    with run.sparing("the contact sheet", f"the film {shown(str(output))}"):
+        draw_contact_sheet(watch, run.path / SHEET)
+    log.info("%s\npapers in %s", shown(result.summary()), shown(str(run.path)))
     return None
 
 
@@ -63,7 +66,7 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     films = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
     with run.sparing("films.json", "every film that was made"):
         run.write_json("films.json", films)
-    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), run.path)
+    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)
     return 1 if bad and run.main else 0

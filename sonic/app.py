@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import io
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from sonic.allocator import keep_freed_memory
 from sonic.caches import make_room_for_caches
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.paths import expanded, shown
 from sonic.runs import Run, start_logging
 from sonic.streams import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
@@ -60,6 +62,11 @@ SYNONYMS = {  # what other programs of the field call an option -> the last part
     **dict.fromkeys(("save_file", "out"), ("output",)),
     **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
 }
+FILES = {  # options that name files or folders, in which ~ is the home folder
+    *("image", "audio", "output", "requests", "film", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
+    *("checkpoint.resume", "eval.videos"),
+}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
 DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
@@ -73,6 +80,8 @@ log = logging.getLogger("sonic")
 class _Numbers(yaml.SafeLoader):
     """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
 
+    # names may hold bytes that are not UTF-8, which are these characters in Python
+    NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -123,6 +132,9 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     left behind."""
     ranks = _ranks()
     start_logging(main=ranks.rank == 0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     run = None
     try:
         if {"--help", "-h"} & set(argv):
@@ -133,7 +145,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, ranks=ranks)
+        run = Run(entry.place(config), resolved, command=[shown(word) for word in (sys.argv[0], *argv)], root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
@@ -332,7 +344,10 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
     try:
-        value = text.replace("${", r"\${") if kind is str else yaml.load(text, _Numbers)
+        value = text if kind is str else yaml.load(text, _Numbers)
+        if key in FILES and isinstance(value, str | list):
+            value = expanded(value) if kind is str else [expanded(str(each)) for each in value]
+        value = value.replace("${", r"\${") if kind is str else value
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
             OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -361,8 +376,8 @@ def _reworded(entry: Entry, error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def _given_up(run: Run | None, sentence: str, code: int) -> int:

@@ -15,13 +15,15 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"files", "types", "config", "geometry", "counts", "signs", "pixels"}
+GROUND = {"files", "types", "config", "geometry", "counts", "signs", "pixels", "paths"}
 BELOW_INFER = {"assets", "flow", "metrics", "model", "data", "parallel", *GROUND}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
     "geometry": set(),
     "signs": set(),
     "pixels": set(),
+    "paths": set(),
+    "worker": set(),
     "allocator": set(),
     "counts": {"config", "geometry"},
     "assets": set(),
@@ -33,13 +35,13 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "flow": {"types"},
     "metrics": {"types", "config"},
     "model": {*GROUND, "data.speech"},
-    "data": {*GROUND, "metrics", "caches"},
+    "data": {*GROUND, "metrics", "caches", "worker"},
     "parallel": {"model", *GROUND},
     "checkpoint": {"model", *GROUND},
-    "infer": {*BELOW_INFER, "checkpoint"},
+    "infer": {*BELOW_INFER, "checkpoint", "worker"},
     "train": {*BELOW_INFER, "checkpoint", "infer"},
-    "app": {"config", "runs", "allocator", "streams", "caches"},
-    "launch": {"app", "runs", "checkpoint", "config", "infer", "train", "data", "parallel"},
+    "app": {"config", "runs", "allocator", "streams", "caches", "paths"},
+    "launch": {"app", "runs", "checkpoint", "config", "infer", "train", "data", "parallel", "paths"},
 }
 DOORS = {  # third party -> the only places that may import it
     "hydra": {"sonic/app.py", "launch"},
@@ -64,6 +66,8 @@ WITHOUT_TORCH = (
     "sonic/allocator.py",
     "sonic/streams.py",
     "sonic/caches.py",
+    "sonic/paths.py",
+    "sonic/worker.py",
     "sonic/train/settings.py",
     "sonic/data/settings.py",
     "sonic/counts.py",

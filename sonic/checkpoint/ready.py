@@ -89,8 +89,8 @@ class Ready:
             file = self.folder / PROMPTS / f"{name}.safetensors"
             if file in self.unkept:
                 return self.unkept[file].to(device)
-            if file.is_file():
-                return load_file(file)["rows"].to(device)
+            if file.is_file() and (known := _kept(file)) is not None:
+                return known.to(device)
             if not loaded:
                 loaded.append((self._text_encoder(device), Tokenizer(self.folder / TOKENIZER)))
             encoder, tokens = loaded[0]
@@ -132,6 +132,15 @@ class Ready:
     def _hash(self) -> str:
         """What the text encoder was made from."""
         return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The rows in a file of the cache; None for a damaged one, which is made anew."""
+    try:
+        return load_file(file)["rows"]
+    except (SafetensorError, KeyError) as error:
+        log.warning("%s is damaged and is made anew (%s)", file, error)
+        return None
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -48,11 +49,17 @@ def mark_unfinished(folder: Path) -> None:
 
 
 def read_index(folder: Path) -> dict:
-    """The index of a folder of clips. Raises ValueError when there is none."""
+    """The index of a folder of clips. Raises ValueError when there is none, or it is damaged."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with launch/precompute.py or name another folder")
-    return json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["clips"], list):
+            raise TypeError("its clips are no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and repeat the launch/precompute.py command that made it") from error
+    return found
 
 
 def check_room(folder: Path, **facts: object) -> None:
@@ -143,20 +150,31 @@ class ClipDataset(Dataset):
     def statistics(self) -> dict[str, Tensor]:
         """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} where none were kept."""
         path = self.folder / STATISTICS
-        return load_file(path) if path.is_file() else {}
+        with _naming(path):
+            return load_file(path) if path.is_file() else {}
 
     def _read(self, clip: dict, key: str, *, start: int, length: int) -> Tensor:
-        if clip["shard"] not in self._open:
-            self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
-        tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
-        if key not in TIME:
-            return tensor[:].float()
-        axis, rate = TIME[key]
-        cut = slice(start * rate, (start + length) * rate)
-        return tensor[(slice(None),) * axis + (cut,)].float()
+        with _naming(self.folder / clip["shard"]):
+            if clip["shard"] not in self._open:
+                self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
+            tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
+            if key not in TIME:
+                return tensor[:].float()
+            axis, rate = TIME[key]
+            cut = slice(start * rate, (start + length) * rate)
+            return tensor[(slice(None),) * axis + (cut,)].float()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise ValueError with the name of a file that turns out to be damaged or gone while it is read."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or gone ({error}); repeat the launch/precompute.py command that made it") from error
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
 from sonic.files import save_tensors
@@ -138,7 +138,7 @@ def _heard_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> S
     None when there is none, when another autoencoder made its pictures, or when it was spoken otherwise, as by an earlier voices.py.
     """
     path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
-    facts = facts_of(path) if path.is_file() and config.kind == "talking" else {}
+    facts = facts_of(path) if whole(path) and config.kind == "talking" else {}
     if not ours or facts.get("autoencoder_hash") != ours:
         return None
     tensors, entries = load_file(path), facts["clips"]
@@ -159,7 +159,7 @@ def _recordings(config: PrecomputeConfig, number: int) -> range:
 
 def _recordings_in(shard: Path) -> int:
     """How many recordings a shard was made of; 0 when it is not there."""
-    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if shard.is_file() else 0
+    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if whole(shard) else 0
 
 
 def _name(number: int) -> str:

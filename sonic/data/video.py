@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
+from sonic.paths import check_name, write_target
 from sonic.signs import beat
 from sonic.types import Speech
 
@@ -42,16 +43,19 @@ class Coding:
 
 
 def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
-    """The path as a Path when a video of this size can be written there.
+    """Where a video of this size is written: the path, or what it leads to where it is a symbolic link, which stays a link.
 
-    Raises ValueError when it is no .mp4, its folder is missing or read-only, or the disk is too full.
+    Raises ValueError when it is no .mp4, something other than a video is there, its folder is missing or read-only, or the disk is
+    too full.
     """
     path = Path(path)
-    folder = path.resolve().parent
-    if path.is_dir():
+    check_name(path, "output")
+    if os.path.isdir(path):
         raise ValueError(f"output={path} is a folder; give a file in it, such as {path / 'video.mp4'}")
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"output={path} is not an MP4; give a name that ends in .mp4, such as {path.with_suffix('.mp4')}")
+    target = write_target(path, "output")
+    folder = Path(os.path.realpath(target.parent))
     if not folder.is_dir():
         raise ValueError(f"output={path}: the folder {folder} does not exist; make it first or choose another")
     if width < 2 or height < 2:
@@ -60,6 +64,9 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
+    longest = os.pathconf(folder, "PC_NAME_MAX") - len(f"..{os.getpid()}.partial")  # the name of the file while it is written
+    if len(os.fsencode(target.name)) > longest:
+        raise ValueError(f"output={path}: the name has {len(os.fsencode(target.name))} bytes, at most {longest} are possible; shorten it")
     needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -67,7 +74,7 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
             f"output={path}: {free / 2**20:.0f} MiB are free in {folder}, {needed / 2**20:.0f} MiB may be needed; "
             "free some space or choose another folder"
         )
-    return path
+    return target
 
 
 class VideoWriter:

@@ -48,7 +48,9 @@ class PlanChoiceConfig:
 class InferConfig(RequestConfig):
     """A portrait and a recording become a talking video."""
 
-    requests: str = knob("", "JSONL file with a film per line (image, audio, prompt, output, seed) instead of the one above")
+    requests: str = knob(
+        "", "JSONL file with a film per line (image, audio, prompt, output, seed); inputs are looked for here, then beside the file"
+    )
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)

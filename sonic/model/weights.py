@@ -133,6 +133,12 @@ def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Ite
         yield stored
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by the names they have there. Raises ValueError when it is missing or damaged."""
+    with _opened(_files(Path(path))[0]) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def _files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not found or not found[0].exists():

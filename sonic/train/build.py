@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.ready import Ready
@@ -155,9 +155,12 @@ def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
     """Whether a file has exactly these weights."""
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+    except SafetensorError:  # it is damaged and written again
+        return False
 
 
 def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
