@@ -25,10 +25,12 @@ def written(command: str, *, starter: str = "") -> str:
     return f"{starter or 'python'} -m sonic {command}" if by_module else f"sonic {command}"
 
 
-def process(command: str, *starter: str) -> list[str]:
-    """The words that run a command in a process of its own, which imports from where this one does, whatever folder it runs in.
-
-    `starter` goes between the interpreter and the command, such as -m torch.distributed.run.
-    """
+def interpreter() -> list[str]:
+    """The words that start Python in a process of its own, which imports from where this one does, whatever folder it runs in."""
     places = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
-    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={places}", sys.executable, *starter, "-m", "sonic", command]
+    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={places}", sys.executable]
+
+
+def process(command: str, *starter: str) -> list[str]:
+    """The words that run a command in a process of its own; `starter` such as -m torch.distributed.run goes before it."""
+    return [*interpreter(), *starter, "-m", "sonic", command]

@@ -9,7 +9,6 @@ from sonic.runs import Run
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
 from sonic.train.settings import TrainConfig
 
-
 ENTRY = Entry(
     "train",
     TrainConfig,

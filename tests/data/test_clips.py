@@ -59,7 +59,7 @@ def test_clips_shorter_than_the_window_are_left_out(folder):
 
 
 def test_a_folder_without_clips_says_how_to_make_them(tmp_path):
-    with pytest.raises(ValueError, match=r"launch/precompute\.py"):
+    with pytest.raises(ValueError, match=r"sonic precompute"):
         clips.ClipDataset(tmp_path)
 
 
