@@ -110,7 +110,8 @@ def test_a_sampler_that_is_chosen_is_the_one_that_runs():
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    for folder in ("conf", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/model/mine.yaml").write_text("defaults: [preview]\nname: mine\n")
     monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
     assert compose(INFER, ["model=mine"]).sampler == compose(INFER, []).sampler
@@ -233,7 +234,8 @@ def test_a_list_that_is_none_is_answered_with_one(name, typed, said):
 
 
 def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    for folder in ("conf", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
     monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="sampler.sample_step is not a knob; sampler has: sample_steps"):
