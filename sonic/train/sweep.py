@@ -175,7 +175,7 @@ def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import submitit
     except ImportError:
-        raise ValueError("engine=submitit needs the package submitit: pip install -e .[slurm]; engine=local needs nothing") from None
+        raise ValueError("engine=submitit needs the package submitit: pip install submitit; engine=local needs nothing") from None
     executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
     if executor is not None:
         executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
@@ -190,7 +190,7 @@ def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ValueError("engine=ray needs the package ray: pip install -e .[ray]; engine=local needs nothing") from None
+        raise ValueError("engine=ray needs the package ray: pip install ray; engine=local needs nothing") from None
     ray.init(ignore_reinit_error=True)
     remote = ray.remote(max_retries=0)(score)
     waiting, running = list(jobs), {}
