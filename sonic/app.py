@@ -12,12 +12,12 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import yaml
 from hydra import compose as hydra_compose
@@ -32,10 +32,11 @@ from sonic.allocator import keep_freed_memory
 from sonic.caches import make_room_for_caches
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
 from sonic.paths import expanded, shown
+from sonic.program import data_root, written
 from sonic.runs import Run, start_logging
 from sonic.streams import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
-ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
+ROOT = data_root()
 SHORT = {
     "name": "run.name",
     "device": "run.device",
@@ -100,7 +101,7 @@ class Entry:
 
     `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
     group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
-    (folder, name) of the run.
+    (folder, name) of the run; `example` is what may follow the command.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Entry:
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
     place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
+    example: str = ""
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
@@ -145,7 +147,8 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        run = Run(entry.place(config), resolved, command=[shown(word) for word in (sys.argv[0], *argv)], root=ROOT, ranks=ranks)
+        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        run = Run(entry.place(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
@@ -191,12 +194,18 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            raw = hydra_compose(entry.name, overrides=selections)
+            raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
         for key, text in _with_own_steps(values).items():
             _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
+
+
+def _recipes() -> str:
+    """Hydra's override that makes it look for choices in recipes/ too."""
+    place = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
+    return f"hydra.searchpath=['{place}']"
 
 
 def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
@@ -236,7 +245,8 @@ def help_text(entry: Entry) -> str:
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: python launch/{entry.name}.py [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        f"usage: {written(entry.name)} [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),

@@ -365,7 +365,7 @@ class JudgeConfig:
 
 @dataclass
 class ConvertConfig:
-    """Published checkpoints become ready ones, once: python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"""
+    """Published checkpoints become ready ones, once."""
 
     source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint or a transformer's .safetensors")
     output: str = knob("", "the folder to make")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from sonic import __version__
 from sonic.config import Ranks
 from sonic.files import PARTIAL, aside, written_aside
 
@@ -48,9 +49,11 @@ class Run:
 
     @property
     def commit(self) -> str:
-        """The git commit of the program, "+changes" when its files differ from it, "unknown" outside a clone."""
-        found = _git(self._root, "rev-parse", "HEAD")
-        return f"{found}+changes" if found and _git(self._root, "status", "--porcelain", "-uno") else found or "unknown"
+        """The git commit of the program, "+changes" when its files differ from it; outside a clone of its own the version."""
+        at_top, _, found = _git(self._root, "rev-parse", "--show-prefix", "HEAD").partition("\n")
+        if at_top or not found:  # an installed package, maybe below somebody else's repository
+            return f"version {__version__}"
+        return f"{found}+changes" if _git(self._root, "status", "--porcelain", "-uno") else found
 
     def open(self) -> Path:
         """Make the folder, write what is known before the job starts, and let the log flow into it.
@@ -227,4 +230,4 @@ def _git(root: Path, *arguments: str) -> str:
         found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return found.stdout.rstrip() if found.returncode == 0 else ""

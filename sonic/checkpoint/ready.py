@@ -21,6 +21,7 @@ from sonic.files import save_tensors
 from sonic.model.text import TextEncoder, Tokenizer
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
+from sonic.program import written
 
 log = logging.getLogger("sonic.checkpoint")
 
@@ -46,7 +47,7 @@ class Ready:
         except (OSError, ValueError):
             raise ValueError(
                 f"checkpoint={folder} is no ready checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
-                "python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
+                f"{written('convert')} source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
             ) from None
         if manifest.get("format") != FORMAT:
             raise ValueError(f"checkpoint={folder} was written by another version ({manifest.get('format')}); convert it again")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sonic.config import ModelConfig
 from sonic.data.speech import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.program import written
 
 LOG = logging.getLogger(__name__)
 ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
@@ -52,13 +53,14 @@ def read_index(folder: Path) -> dict:
     """The index of a folder of clips. Raises ValueError when there is none, or it is damaged."""
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with launch/precompute.py or name another folder")
+        raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with {written('precompute')} or name another folder")
     try:
         found = json.loads(path.read_text())
         if not isinstance(found["clips"], list):
             raise TypeError("its clips are no list")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and repeat the launch/precompute.py command that made it") from error
+        again = f"repeat the {written('precompute')} command that made it"
+        raise ValueError(f"{path} is damaged ({error}); delete it and {again}") from error
     return found
 
 
@@ -85,7 +87,7 @@ class ClipDataset(Dataset):
         self.folder, self.window = Path(folder), window
         self.index = read_index(self.folder)
         if self.index.get(UNFINISHED):
-            raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish launch/precompute.py")
+            raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish {written('precompute')}")
         self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
@@ -104,12 +106,12 @@ class ClipDataset(Dataset):
         if made_by != config.autoencoder:
             raise ValueError(
                 f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
-                f"{config.autoencoder}; make clips for this model with launch/precompute.py"
+                f"{config.autoencoder}; make clips for this model with {written('precompute')}"
             )
         if self.index.get("fps", rate) != rate:
             raise ValueError(
                 f"data.folder={self.folder} holds clips of {self.index['fps']} frames a second, model={config.name} makes films of {rate}; "
-                "make clips for this model with launch/precompute.py and another folder="
+                f"make clips for this model with {written('precompute')} and another folder="
             )
         self._check_encoders(config, hashes_of)
         clip = self.read(0, 0, keys=("latents", "audio"))
@@ -118,7 +120,7 @@ class ClipDataset(Dataset):
         if found != wanted:
             raise ValueError(
                 f"data.folder={self.folder} has (latent channels, audio layers, audio values) {found}, model={config.name} needs {wanted}; "
-                "make clips for this model with launch/precompute.py"
+                f"make clips for this model with {written('precompute')}"
             )
 
     def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
@@ -128,7 +130,7 @@ class ClipDataset(Dataset):
             if known and ours and known != ours:
                 raise ValueError(
                     f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "
-                    "clips again (the launch/precompute.py command that made them does it in place), or name the folder that fits"
+                    f"clips again (the {written('precompute')} command that made them does it in place), or name the folder that fits"
                 )
         silent = ", ".join(name for name in (*ENCODED, "fps") if not self.index.get(name))
         if silent:
@@ -174,7 +176,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or gone ({error}); repeat the launch/precompute.py command that made it") from error
+        raise ValueError(f"{path} is damaged or gone ({error}); repeat the {written('precompute')} command that made it") from error
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from sonic.data.clips import mark_unfinished
 from sonic.data.settings import PrecomputeConfig
 from sonic.files import save_tensors
 from sonic.geometry import FPS
+from sonic.program import written
 from sonic.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
@@ -72,11 +73,11 @@ def facts_of(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as shard:
             facts = {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
-        raise DamagedShard(f"{path} is damaged ({error}); delete it and repeat the launch/precompute.py command that made it") from error
+        raise DamagedShard(f"{path} is damaged ({error}); delete it and repeat the {written('precompute')} command that made it") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
     if not isinstance(facts.get("clips"), list):
-        raise DamagedShard(f"{path} is no shard of clips; delete it and repeat the launch/precompute.py command")
+        raise DamagedShard(f"{path} is no shard of clips; delete it and repeat the {written('precompute')} command")
     return facts
 
 

@@ -100,7 +100,7 @@ class TimedFilmConfig:
 
 @dataclass
 class BenchConfig:
-    """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
+    """The main job or one forward, timed; the word behind the command says which."""
 
     target: str = knob(
         "preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks"
