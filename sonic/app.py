@@ -8,16 +8,16 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import io
 import logging
 import os
 import re
-import signal
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import yaml
 from hydra import compose as hydra_compose
@@ -29,10 +29,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.allocator import keep_freed_memory
+from sonic.caches import make_room_for_caches
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.paths import expanded, shown
+from sonic.program import data_root, written
 from sonic.runs import Run, start_logging
+from sonic.streams import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
-ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
+ROOT = data_root()
 SHORT = {
     "name": "run.name",
     "device": "run.device",
@@ -59,6 +63,11 @@ SYNONYMS = {  # what other programs of the field call an option -> the last part
     **dict.fromkeys(("save_file", "out"), ("output",)),
     **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
 }
+FILES = {  # options that name files or folders, in which ~ is the home folder
+    *("image", "audio", "output", "requests", "film", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
+    *("checkpoint.resume", "eval.videos"),
+}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
 DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
@@ -72,6 +81,8 @@ log = logging.getLogger("sonic")
 class _Numbers(yaml.SafeLoader):
     """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
 
+    # names may hold bytes that are not UTF-8, which are these characters in Python
+    NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -90,7 +101,7 @@ class Entry:
 
     `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
     group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
-    (folder, name) of the run.
+    (folder, name) of the run; `example` is what may follow the command.
     """
 
     name: str
@@ -99,11 +110,14 @@ class Entry:
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
     place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
+    example: str = ""
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
+    end_as_with_ctrl_c()
+    outlast_readers()
+    make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
     if _ranks().world > 1:
@@ -120,19 +134,21 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     left behind."""
     ranks = _ranks()
     start_logging(main=ranks.rank == 0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     run = None
     try:
         if {"--help", "-h"} & set(argv):
-            sys.stdout.write(help_text(entry))
-            return 0
+            return _answer(help_text(entry))
         config = compose(entry, [item for item in argv if item != "--cfg"])
         resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
         if "--cfg" in argv:
-            sys.stdout.write(resolved)
-            return 0
+            return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, ranks=ranks)
+        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        run = Run(entry.place(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
@@ -153,6 +169,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             run.close()
 
 
+def _answer(text: str) -> int:
+    """Say what was asked for. Raises OSError where it cannot all be said."""
+    sys.stdout.write(text)
+    if failure := failure_of_stdout():
+        raise failure
+    return 0
+
+
 def _ranks() -> Ranks:
     """Which process this is among those that torchrun started."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
@@ -170,12 +194,18 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            raw = hydra_compose(entry.name, overrides=selections)
+            raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
         for key, text in _with_own_steps(values).items():
             _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
+
+
+def _recipes() -> str:
+    """Hydra's override that makes it look for choices in recipes/ too."""
+    place = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
+    return f"hydra.searchpath=['{place}']"
 
 
 def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
@@ -215,7 +245,8 @@ def help_text(entry: Entry) -> str:
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: python launch/{entry.name}.py [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        f"usage: {written(entry.name)} [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
@@ -323,7 +354,10 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
     try:
-        value = text.replace("${", r"\${") if kind is str else yaml.load(text, _Numbers)
+        value = text if kind is str else yaml.load(text, _Numbers)
+        if key in FILES and isinstance(value, str | list):
+            value = expanded(value) if kind is str else [expanded(str(each)) for each in value]
+        value = value.replace("${", r"\${") if kind is str else value
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
             OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -352,8 +386,8 @@ def _reworded(entry: Entry, error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def _given_up(run: Run | None, sentence: str, code: int) -> int:

@@ -350,7 +350,7 @@ class RunConfig:
 
 @dataclass
 class JudgeConfig:
-    """A finished film, held against the photograph and the recording it was made from."""
+    """A finished film, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
     film: str = knob("", "the MP4 to judge")
     image: str = knob("astronaut", "the photograph it was made from")
@@ -365,7 +365,7 @@ class JudgeConfig:
 
 @dataclass
 class ConvertConfig:
-    """Published checkpoints become ready ones, once: python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"""
+    """Published checkpoints become ready ones, once."""
 
     source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint or a transformer's .safetensors")
     output: str = knob("", "the folder to make")

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from main_job import FACE, TINY, babble, launcher, small_scene, tiny_parts, write_wav, write_weights
+from main_job import FACE, TINY, babble, small_scene, tiny_parts, write_wav, write_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sonic.app import run_command
+from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import face_crop
 from sonic.infer.conditions import encode, fit_portrait, head_pose
@@ -41,8 +42,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def command(tmp_path, monkeypatch, weights):
     monkeypatch.chdir(tmp_path)
-    launch = launcher()
-    return lambda *argv: run_command(launch.ENTRY, launch.infer, [*argv, f"weights={weights}", *FACE, *TINY])
+    return lambda *argv: run_command(infer_command.ENTRY, infer_command.infer, [*argv, f"weights={weights}", *FACE, *TINY])
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.ready import Ready
-from sonic.config import LoraConfig, ModelConfig, RunConfig, precision_of
+from sonic.config import LoraConfig, ModelConfig, RunConfig, one_of, precision_of
 from sonic.model.attention import Attention, attention_for, sdpa
 from sonic.model.blocks import attend_by
 from sonic.model.dit import AvatarDiT
@@ -28,12 +28,14 @@ from sonic.parallel.load import Lora
 from sonic.parallel.mesh import World
 from sonic.parallel.spread import build_parallel_model
 from sonic.parallel.vae_rank import RemoteAutoencoder
+from sonic.program import written
 from sonic.types import pick
 
 log = logging.getLogger("sonic.infer")
 
 AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
+IN_PACKAGE = "bundled:"  # before the name of a file among them
 STUDENT, TEACHER = "student", "teacher"  # what model.weights may say instead of a place: bundled weights with adapters or without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -168,6 +170,15 @@ def weight_files(config: ModelConfig) -> WeightFiles:
     return named
 
 
+def named_weights(name: str) -> Path:
+    """The file that init_from names: bundled:STEM is STEM.safetensors of those in the package, all else a path."""
+    if not name.startswith(IN_PACKAGE):
+        return Path(name)
+    there = {f"{IN_PACKAGE}{path.stem}": path for path in sorted(BUNDLED.glob("*.safetensors"))}
+    one_of(name, list(there), "init_from")
+    return there[name]
+
+
 def student_of(config: ModelConfig, steps: int) -> Path | None:
     """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
 
@@ -235,7 +246,7 @@ def _needed(config: ModelConfig) -> str:
     """The checkpoint of a model that has no bundled weights."""
     if not config.weights:
         raise ValueError(
-            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by launch/convert.py of the published "
-            "Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
+            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by {written('convert')} of the "
+            "published Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
         )
     return config.weights

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import sonic
 from sonic.config import SamplerConfig
+from sonic.files import written_aside
 from sonic.flow.samplers import SAMPLERS
 from sonic.flow.schedule import TIMESTEPS, is_table, sigmas_of
 from sonic.types import FrameChunk, Portrait, Scene
@@ -152,7 +153,8 @@ def draw_contact_sheet(watch: Watch, path: Path) -> None:
     draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
     draw.text((GAP, below), "speech", SOUND, font)
     draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
-    sheet.save(path)
+    with written_aside(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:

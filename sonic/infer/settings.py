@@ -48,7 +48,9 @@ class PlanChoiceConfig:
 class InferConfig(RequestConfig):
     """A portrait and a recording become a talking video."""
 
-    requests: str = knob("", "JSONL file with a film per line (image, audio, prompt, output, seed) instead of the one above")
+    requests: str = knob(
+        "", "JSONL file with a film per line (image, audio, prompt, output, seed); inputs are looked for here, then beside the file"
+    )
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
@@ -98,7 +100,7 @@ class TimedFilmConfig:
 
 @dataclass
 class BenchConfig:
-    """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
+    """The main job or one forward, timed; the word behind the command says which."""
 
     target: str = knob(
         "preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks"

@@ -98,7 +98,7 @@ class HardwareConfig:
 
 @dataclass
 class PlanConfig:
-    """What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb"""
+    """What fits on which hardware, how fast it can be, and why."""
 
     verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
     json: str = knob("", "where the plans go as JSON")

@@ -97,14 +97,12 @@ def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:
 
 
 def _deepspeed():
-    """The package; ValueError with the extra that brings it when it is missing."""
+    """The package; ValueError with what installs it when it is missing."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError as error:
-        raise ValueError(
-            "parallel=zero3 needs DeepSpeed: pip install -e .[deepspeed], or use parallel=fsdp, which needs nothing"
-        ) from error
+        raise ValueError("parallel=zero3 needs DeepSpeed: pip install deepspeed, or use parallel=fsdp, which needs nothing") from error
     send_plainly()
     return deepspeed
 

@@ -35,6 +35,7 @@ from sonic.infer.scene import Settings
 from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.mesh import ALONE, World
 from sonic.pixels import to_bytes, to_signed
+from sonic.program import written
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 
@@ -119,7 +120,7 @@ def portrait_side(config: EvaluateConfig) -> int:
     if not model.resolution:
         raise ValueError(
             f"model={model.name} paints whole pictures, and drawn people know the truth of a face crop only; leave model= out to score "
-            "the preview, or judge a film of any model with launch/judge.py"
+            f"the preview, or judge a film of any model with {written('judge')}"
         )
     for name in ("infer_frames", "num_clip", "compat"):
         if getattr(video, name):

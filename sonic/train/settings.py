@@ -140,7 +140,7 @@ class TrainConfig:
     name: str = "train"
     seed: int = 0
     export: str = ""  # where the averaged weights go, .safetensors
-    init_from: str = ""  # weights to start from; names that are absent there keep their own start
+    init_from: str = ""  # weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

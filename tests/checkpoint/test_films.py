@@ -16,18 +16,19 @@ import torch
 from command_ranks import infer_on
 from conversion import PROMPT, infer
 from footage import read_frames
-from main_job import ROOT, babble, write_wav
+from main_job import babble, write_wav
 from PIL import Image
 
 from sonic.data.video import VideoWriter
 from sonic.model.wan_vae import WanAutoencoder
+from sonic.program import process
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32")  # as exact as the tests
 SHORT = {  # a film of two blocks or clips
     "live": ("model=live_avatar_14b", "sampler=live_avatar_3step", "video.infer_frames=12", "video.num_clip=2"),
     "wan": ("model=wan_s2v_14b", "sampler=unipc", "sampler.sample_steps=2", "video.infer_frames=8", "video.num_clip=2"),
 }
-TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "launch/infer.py"))
+TWO_RANKS = process("infer", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(autouse=True)

@@ -207,7 +207,7 @@ def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tm
         patch.setattr(precompute_module, "write_shard", stopped)
         with pytest.raises(KeyboardInterrupt):
             precompute(own, build_second, heard_by("second"))
-    with pytest.raises(ValueError, match=r"two encoders.*finish launch/precompute\.py"):
+    with pytest.raises(ValueError, match=r"two encoders.*finish sonic precompute"):
         ClipDataset(tmp_path)
     assert precompute(own, build_second, heard_by("second")) == 17 == len(ClipDataset(tmp_path))
 
