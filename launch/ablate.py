@@ -1,44 +1,6 @@
 """A grid of runs scored and drawn: python launch/ablate.py +ablate=steps, or grid.sampler.sample_steps=[2,3,4]"""
 
-from __future__ import annotations
-
-import logging
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from sonic.app import Entry, launch  # noqa: E402
-from sonic.runs import Run  # noqa: E402
-from sonic.train.sweep_settings import AblateConfig  # noqa: E402
-
-ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
-GRID = "grid."
-log = logging.getLogger("sonic")
-
-
-def ablate(config: AblateConfig, run: Run) -> None:
-    """Score what is not scored yet, then draw the report."""
-    from sonic.train.log import log_cells
-    from sonic.train.sweep import sweep
-    from sonic.train.sweep_report import write_report
-
-    run.keep()  # finished cells
-    folder = run.open()
-    cells = sweep(config, folder)
-    report = write_report(cells, folder, title=f"{run.name}: {', '.join(config.grid)}")
-    log_cells(cells, folder, config.log, group=run.name)
-    log.info("%s", report.resolve())
-    if any(cell.failure for cell in cells):
-        raise ValueError(f"{sum(bool(cell.failure) for cell in cells)} of {len(cells)} cells failed; see {report}, and retry=true")
-
-
-def gathered(argv: list[str]) -> list[str]:
-    """grid.KNOB=[...] items as one grid={KNOB: [...]}."""
-    own = [item.removeprefix(GRID).partition("=") for item in argv if item.startswith(GRID)]
-    rest = [item for item in argv if not item.startswith(GRID)]
-    return [*rest, "grid={" + ", ".join(f"{name}: {values}" for name, _, values in own) + "}"] if own else rest
-
+from start import start
 
 if __name__ == "__main__":
-    launch(ENTRY, ablate, gathered(sys.argv[1:]))
+    start("ablate")

@@ -1,66 +1,6 @@
-"""What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb
+"""What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb"""
 
-task=distill and the other files of conf/task plan a training instead of a film.
-"""
-
-from __future__ import annotations
-
-import json
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from sonic.app import Entry, launch  # noqa: E402
-from sonic.parallel.planner import Planned, as_json, planned  # noqa: E402
-from sonic.parallel.settings import PlanConfig  # noqa: E402
-from sonic.parallel.training_plans import PlannedTraining, planned_training, training_json, untracked_training  # noqa: E402
-from sonic.runs import Run  # noqa: E402
-
-ENTRY = Entry("plan", PlanConfig)
-NOTHING_FITS = 3
-
-
-def plan(config: PlanConfig, run: Run) -> int:
-    """Plan, show the table, write the JSON; the exit code says whether anything fits."""
-    if config.hardware.name == "here":
-        from sonic.parallel.here import machine_here  # torch: not for hardware that a file describes
-
-        config = replace(config, hardware=machine_here(config.hardware))
-    found, answer = (training if config.task.objective else film)(config)
-    if config.json:
-        Path(config.json).write_text(json.dumps(answer, indent=2) + "\n")
-    return 0 if found.fits else NOTHING_FITS
-
-
-def film(config: PlanConfig) -> tuple[Planned, dict]:
-    """The plans of a film, shown, and as JSON."""
-    from sonic.parallel.plan_table import show  # rich: not before the command line is known to be right
-
-    found = planned(config)
-    tracked, why_not = None, ""
-    if config.verify:
-        from sonic.parallel.dry_run import track, untracked  # torch
-
-        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
-    show(found, tracked, untracked=why_not)
-    return found, as_json(found, tracked, untracked=why_not)
-
-
-def training(config: PlanConfig) -> tuple[PlannedTraining, dict]:
-    """The plans of a training, shown, and as JSON."""
-    from sonic.parallel.training_table import show_training  # rich
-
-    found = planned_training(config)
-    tracked, why_not = None, ""
-    if config.verify:
-        from sonic.train.dry_run import track_training  # torch
-
-        tracked, why_not = track_training(found.work, found.hardware, found.chosen), untracked_training(found.chosen)
-    show_training(found, tracked, untracked=why_not)
-    return found, training_json(found, tracked, untracked=why_not)
-
+from start import start
 
 if __name__ == "__main__":
-    launch(ENTRY, plan)
+    start("plan")

@@ -17,7 +17,7 @@ find_python() {
 
 set_up() {
     local extras="$1" venv="$root/.venv" stamp
-    stamp="$venv/.installed-$extras-$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt" | cksum | cut -d' ' -f1)"
+    stamp="$venv/.installed-$extras-$(cat "$root/setup.py" "$root/setup.cfg" "$root/pyproject.toml" "$root/launch/constraints.txt" | cksum | cut -d' ' -f1)"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # not there, or making it was broken off
         local python
         python="$(find_python)" || return 2

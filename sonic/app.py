@@ -8,16 +8,16 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import io
 import logging
 import os
 import re
-import signal
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import yaml
 from hydra import compose as hydra_compose
@@ -29,10 +29,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.allocator import keep_freed_memory
-from sonic.config import OtherRank, Ranks, closest_first, unknown_choice
+from sonic.caches import make_room_for_caches
+from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.paths import expanded, shown
+from sonic.program import data_root, written
 from sonic.runs import Run, start_logging
+from sonic.streams import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
-ROOT = Path(os.environ.setdefault("SONIC_ROOT", str(Path(__file__).resolve().parents[1])))
+ROOT = data_root()
 SHORT = {
     "name": "run.name",
     "device": "run.device",
@@ -45,6 +49,24 @@ SHORT = {
     **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
     "negative_prompt": "sampler.negative_prompt",
     "live_avatar": "lora.path",
+}
+SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
+    **dict.fromkeys(("steps", "num_steps", "inference_steps", "num_inference_steps", "sampling_steps"), ("max_steps", "sample_steps")),
+    **dict.fromkeys(("shift", "flow_shift"), ("sample_shift",)),
+    **dict.fromkeys(("solver", "sample_solver", "scheduler"), ("sampler.name", "schedule")),
+    **dict.fromkeys(("num_frames", "frame_num"), ("infer_frames",)),
+    **dict.fromkeys(("frame_rate", "frames_per_second"), ("fps",)),
+    **dict.fromkeys(("width", "height"), ("size",)),
+    **dict.fromkeys(("base_seed", "random_seed"), ("seed",)),
+    **dict.fromkeys(("ckpt_dir", "ckpt", "model_path"), ("weights",)),
+    **dict.fromkeys(("save_file", "out"), ("output",)),
+    **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
+}
+FILES = {  # options that name files or folders, in which ~ is the home folder
+    *("image", "audio", "output", "requests", "film", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
+    *("checkpoint.resume", "eval.videos"),
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
@@ -59,6 +81,8 @@ log = logging.getLogger("sonic")
 class _Numbers(yaml.SafeLoader):
     """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
 
+    # names may hold bytes that are not UTF-8, which are these characters in Python
+    NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -77,7 +101,7 @@ class Entry:
 
     `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
     group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
-    (folder, name) of the run.
+    (folder, name) of the run; `example` is what may follow the command.
     """
 
     name: str
@@ -86,11 +110,14 @@ class Entry:
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
     place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
+    example: str = ""
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
+    end_as_with_ctrl_c()
+    outlast_readers()
+    make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
     if _ranks().world > 1:
@@ -107,19 +134,21 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     left behind."""
     ranks = _ranks()
     start_logging(main=ranks.rank == 0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     run = None
     try:
         if {"--help", "-h"} & set(argv):
-            sys.stdout.write(help_text(entry))
-            return 0
+            return _answer(help_text(entry))
         config = compose(entry, [item for item in argv if item != "--cfg"])
         resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
         if "--cfg" in argv:
-            sys.stdout.write(resolved)
-            return 0
+            return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        run = Run(entry.place(config), resolved, command=[sys.argv[0], *argv], root=ROOT, ranks=ranks)
+        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        run = Run(entry.place(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
@@ -140,6 +169,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             run.close()
 
 
+def _answer(text: str) -> int:
+    """Say what was asked for. Raises OSError where it cannot all be said."""
+    sys.stdout.write(text)
+    if failure := failure_of_stdout():
+        raise failure
+    return 0
+
+
 def _ranks() -> Ranks:
     """Which process this is among those that torchrun started."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
@@ -157,12 +194,18 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            raw = hydra_compose(entry.name, overrides=selections)
-        for key, text in values.items():
+            raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
+        for key, text in _with_own_steps(values).items():
             _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
+
+
+def _recipes() -> str:
+    """Hydra's override that makes it look for choices in recipes/ too."""
+    place = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
+    return f"hydra.searchpath=['{place}']"
 
 
 def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
@@ -202,7 +245,8 @@ def help_text(entry: Entry) -> str:
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: python launch/{entry.name}.py [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        f"usage: {written(entry.name)} [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
@@ -226,7 +270,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
         key, equals, text = item.lstrip("+").partition("=")
         key = _full_name(key, known)
         if not equals or item.startswith("-"):
-            raise ValueError(f"{item} is not understood; write knob=value such as {next(iter(known))}=..., or --help for all of them")
+            word = key.strip("- ").partition(" ")[0]
+            name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
+            raise ValueError(f"{item} is not understood; write knob=value such as {name}=..., or --help for all of them")
         if key in chooseable:
             if text not in chooseable[key]:
                 raise ValueError(unknown_choice(text, chooseable[key], key))
@@ -268,6 +314,12 @@ def _own_sampler(selection: str) -> dict[str, str]:
     return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
+def _with_own_steps(values: Mapping[str, str]) -> dict[str, str]:
+    """The values; a schedule that is one table, when it is typed, brings its number of steps, whatever a preset says."""
+    typed = [key.removesuffix("schedule") for key, text in values.items() if key.endswith("sampler.schedule") and text in FIXED_STEPS]
+    return {f"{sampler}sample_steps": "0" for sampler in typed} | dict(values)
+
+
 def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
     full = SHORT.get(key, key)
     return full if key not in known and full in known else key
@@ -281,19 +333,31 @@ def _unknown_key(entry: Entry, key: str) -> str:
         return f"{key} is a group of knobs; set one of: {', '.join(inside)}"
     head, dot, last = key.rpartition(".")
     beside = [name.removeprefix(f"{head}.") for name in known if dot and name.startswith(f"{head}.")]
+    meant = _meant(last, known)
     if beside:
-        return f"{key} is not a knob; {head} has: {', '.join(closest_first(last, beside))}"
+        inside = [name.removeprefix(f"{head}.") for name in meant if name.startswith(f"{head}.")]
+        return f"{key} is not a knob; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
     top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
-    choices = list(dict.fromkeys([*(name for name in close if name.rpartition(".")[2] == last), *closest_first(key, [*top, *close])]))
+    exact = [name for name in close if name.rpartition(".")[2] == last]
+    choices = list(dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])]))
     return f"{key} is not a knob; choose one of: {', '.join(choices)}"
+
+
+def _meant(word: str, known: Sequence[str]) -> list[str]:
+    """Options that other programs call so, or nearly so."""
+    close = difflib.get_close_matches(word, SYNONYMS, n=1, cutoff=0.8)
+    return [name for end in SYNONYMS.get(close[0] if close else "", ()) for name in known if f".{name}".endswith(f".{end}")]
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
     """Give a knob the value that was typed; text stays exactly as it is."""
     try:
-        value = text.replace("${", r"\${") if kind is str else yaml.load(text, _Numbers)
+        value = text if kind is str else yaml.load(text, _Numbers)
+        if key in FILES and isinstance(value, str | list):
+            value = expanded(value) if kind is str else [expanded(str(each)) for each in value]
+        value = value.replace("${", r"\${") if kind is str else value
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
             OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -322,8 +386,8 @@ def _reworded(entry: Entry, error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def _given_up(run: Run | None, sentence: str, code: int) -> int:

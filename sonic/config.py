@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
-SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar_4step", "live_avatar_3step")
-FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are tables
+SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar", "live_avatar_4step", "live_avatar_3step")
+FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are one table each
+OWN_SHIFT = ("live_avatar", *FIXED_STEPS)  # schedules that have their shift in them
+SHIFT = 3.0  # that the published schedules are made with
+OWN = "auto"  # a precision: the model's own
+PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
 
 
@@ -134,6 +138,7 @@ class RolloutConfig:
     ref_distance: int = 16
     fps: int = 25
     clip_frames: int = knob(0, "video frames of a clip with full attention; 0 = block by block")
+    dtype: str = knob("float32", "precision of the transformer where run.dtype=auto: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         sizes = f"block_frames={self.block_frames} and window_blocks={self.window_blocks}"
@@ -141,6 +146,7 @@ class RolloutConfig:
         require(self.fps >= 1 and self.clip_frames >= 0, f"model.rollout: fps={self.fps} and clip_frames={self.clip_frames} are impossible")
         inside = 0 <= self.ref_distance <= self.ref_position
         require(inside, f"model.rollout.ref_distance={self.ref_distance} must lie between 0 and ref_position={self.ref_position}")
+        one_of(self.dtype, PRECISIONS, "model.rollout.dtype")
 
 
 @dataclass
@@ -200,10 +206,10 @@ class SamplerConfig:
     """How noise becomes latents."""
 
     name: str = knob("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = knob("linear", "where the noise levels lie: linear, unipc, twice_shifted, live_avatar_4step, live_avatar_3step")
-    sample_steps: int = knob(4, "sampling steps per block; more is slower and finer; 0 = as many as the schedule's table has")
-    sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1 = off and twice as fast")
-    sample_shift: float = knob(3.0, "above 1 spends more of the steps at high noise")
+    schedule: str = knob("linear", f"where the noise levels lie: {', '.join(SCHEDULE_NAMES)}")
+    sample_steps: int = knob(4, "sampling steps per block; more is slower and finer; 0 = as many as live_avatar_4step or _3step has")
+    sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1, or 0 as published commands have it, = off and twice as fast")
+    sample_shift: float = knob(SHIFT, "above 1 spends more of the steps at high noise; the live_avatar schedules have 3")
     negative_prompt: str = knob("", "what guidance leads away from, for the models that read text")
 
     def __post_init__(self) -> None:
@@ -212,12 +218,15 @@ class SamplerConfig:
         fixed = FIXED_STEPS.get(self.schedule, 0)
         agree = self.sample_steps in (0, fixed) or not fixed
         sentence = f"sampler.schedule={self.schedule} is a table of {fixed} steps, not of sampler.sample_steps={self.sample_steps}"
-        require(agree, f"{sentence}; leave sampler.sample_steps out, or choose another schedule such as twice_shifted")
+        require(agree, f"{sentence}; leave one of them out: sampler.schedule=live_avatar takes any number of steps")
         self.sample_steps = fixed or self.sample_steps
+        self.sample_guide_scale = self.sample_guide_scale or 1.0
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
         require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
         require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
+        movable = shift == SHIFT or self.schedule not in OWN_SHIFT
+        require(movable, f"sampler.sample_shift={shift} is not read by schedule={self.schedule}: use {SHIFT}, or schedule=twice_shifted")
 
 
 @dataclass
@@ -226,9 +235,9 @@ class VideoConfig:
 
     size: str = knob(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
     infer_frames: int = knob(
-        0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, where it says how long num_clip clips are"
+        0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, which only count num_clip in them"
     )
-    num_clip: int = knob(0, "clips to make at most; 0 = until the audio ends")
+    num_clip: int = knob(0, "clips of infer_frames to make at most; 0 = until the audio ends")
     fps: int = knob(0, "frames per second; 0 = the model's own, the only one it can make")
     compat: str = knob("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
 
@@ -240,24 +249,32 @@ class VideoConfig:
         require(self.num_clip >= 0, f"video.num_clip={self.num_clip}: need 0 (until the audio ends) or more")
 
 
-def settle_video(video: VideoConfig, rollout: RolloutConfig) -> None:
-    """Give the film the model's own clip length and frames per second, and the published ring where compat asks for it.
+def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, ModelConfig]:
+    """The video with the model's own clip length and frames per second, and the model with the published ring where compat asks for it.
 
-    Raises ValueError where what was asked for is impossible.
+    A clip with full attention is whole latent frames, a clip of the published rollout whole blocks; elsewhere any number of frames
+    limits the length. Raises ValueError where what was asked for is impossible.
     """
+    rollout = model.rollout
     require(
         video.fps in (0, rollout.fps),
         f"video.fps={video.fps} cannot be made: this model is trained at {rollout.fps} frames per second; use {rollout.fps}",
     )
-    step = 4 if rollout.clip_frames else 4 * rollout.block_frames
-    frames = video.infer_frames or rollout.clip_frames or 48 // step * step or step
+    block, whole = 4 * rollout.block_frames, bool(rollout.clip_frames)
+    step = 4 if whole else block if video.compat else 1
+    frames = video.infer_frames or rollout.clip_frames or 48 // block * block or block
     below = max(step, frames // step * step)
     near = f"use {below} or {below + step}" if frames > step else f"use {step} or more"
-    why = "a latent frame is 4 frames" if rollout.clip_frames else f"a block is {rollout.block_frames} latent frames of 4 frames"
+    why = "a latent frame is 4 frames" if whole else f"a block of the published rollout is {rollout.block_frames} latent frames of 4 frames"
     require(frames % step == 0, f"video.infer_frames={frames} is not a multiple of {step} ({why}); {near}")
-    video.fps, video.infer_frames = rollout.fps, frames
-    if video.compat and not rollout.clip_frames:
-        rollout.window_blocks = frames // step  # the published ring is one clip
+    if video.compat and not whole:
+        model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published ring is one clip
+    return replace(video, fps=rollout.fps, infer_frames=frames), model
+
+
+def precision_of(asked: str, model: ModelConfig) -> str:
+    """The precision that is asked for, or the model's own."""
+    return model.rollout.dtype if asked == OWN else asked
 
 
 @dataclass
@@ -318,14 +335,14 @@ class RunConfig:
     name: str = knob("", "name of the folder runs/<name>; empty = made from the time")
     folder: str = knob("runs", "where run folders are made")
     device: str = knob("auto", "auto, cpu or cuda; auto takes cuda when there is one")
-    dtype: str = knob("float32", "precision of the transformer: float32 or bfloat16")
+    dtype: str = knob(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 of the 14B")
     attention: str = knob("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
     threads: int = knob(0, "CPU threads; 0 leaves it to torch")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
-        one_of(self.dtype, ("float32", "bfloat16"), "run.dtype")
+        one_of(self.dtype, (OWN, *PRECISIONS), "run.dtype")
         one_of(self.attention, ("sdpa", "xformers"), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
@@ -333,7 +350,7 @@ class RunConfig:
 
 @dataclass
 class JudgeConfig:
-    """A finished film, held against the photograph and the recording it was made from."""
+    """A finished film, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
     film: str = knob("", "the MP4 to judge")
     image: str = knob("astronaut", "the photograph it was made from")
@@ -348,7 +365,7 @@ class JudgeConfig:
 
 @dataclass
 class ConvertConfig:
-    """Published checkpoints become ready ones, once: python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"""
+    """Published checkpoints become ready ones, once."""
 
     source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint or a transformer's .safetensors")
     output: str = knob("", "the folder to make")

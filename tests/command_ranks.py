@@ -1,4 +1,4 @@
-"""The command launch/infer.py on several ranks, each a process of its own without a launcher above it, which imports nothing anew."""
+"""The command infer on several ranks, each a process of its own without a launcher above it, which imports nothing anew."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from main_job import launcher
 from ranks import PRELOAD
 
 from sonic.app import run_command
+from sonic.commands import infer_command
 from sonic.parallel import watch
 
 TIMEOUT_S = 240.0
@@ -51,5 +51,4 @@ def _rank(place: tuple[int, int, int], argv: Sequence[str], said: Path, before: 
     torch.set_num_threads(1)
     watch.LOOK_S, watch.HOLD_S = 0.1, 1.0
     before(rank)
-    module = launcher()
-    sys.exit(run_command(module.ENTRY, module.infer, argv))
+    sys.exit(run_command(infer_command.ENTRY, infer_command.infer, argv))

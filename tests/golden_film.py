@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.infer.conditions import published_picture, signed
-from sonic.infer.painted import Shot, paint_blocks_upstream, paint_clips
+from sonic.infer.painted import Shot, WanNetworks, paint_blocks_upstream, paint_clips
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import clips_of, frame_places, pick_frames
 
@@ -66,7 +66,7 @@ def clips(case: Case) -> None:
     call, near = case.call, _near(case)
     sampler = SamplerConfig(call["sample_solver"], "unipc", call["sampling_steps"], call["guide_scale"], call["shift"])
     model, vae, shot = model_of(case), Noted(vae_of(case)), _shot(case, case.manifest["pipeline"]["fps"])
-    _film(case, paint_clips(model, vae, shot, sampler=sampler, upstream=True))
+    _film(case, paint_clips(WanNetworks(model, vae), shot, sampler=sampler, upstream=True))
     near(vae.encoded[0], case.outputs["ref_latents"])
     near(vae.encoded[1], case.outputs["motion_latents_clip1"])
     for index, lead in enumerate((1, vae.encoded[1].shape[2])):
@@ -82,7 +82,8 @@ def blocks(case: Case) -> None:
     vae, shot = Noted(vae_of(case)), _shot(case, case.manifest["pipeline"]["fps"])
     sampler = SamplerConfig(call["sample_solver"], "twice_shifted", call["sampling_steps"], 1.0)
     with half_precision_rotations():
-        _film(case, paint_blocks_upstream(model, vae, shot, sampler=sampler, ref_distances=cycle(case.manifest["relative_dist"])))
+        distances = cycle(case.manifest["relative_dist"])
+        _film(case, paint_blocks_upstream(WanNetworks(model, vae), shot, sampler=sampler, ref_distances=distances))
     near(vae.encoded[0][:, :, 1:], case.outputs["ref_latents"])
     near(vae.encoded[1][:, :, -19:], case.outputs["motion_latents_last19"])
     near(shot.audio, case.outputs["audio_input"])

@@ -1,10 +1,8 @@
-"""The command launch/infer.py in this process, with a model so small that a film takes no time."""
+"""The command infer in this process, with a model so small that a film takes no time."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import soundfile
@@ -29,14 +27,6 @@ TINY = (
     "device=cpu",
 )
 FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, so that nobody has to look for it
-
-
-def launcher() -> ModuleType:
-    """The file launch/infer.py as a module."""
-    spec = importlib.util.spec_from_file_location("launch_infer", ROOT / "launch/infer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_parts(seed: int = 0) -> Parts:

@@ -13,13 +13,14 @@ from torch import Tensor
 from sonic.app import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig
 from sonic.infer.build import weight_files
-from sonic.infer.ranks import clip_together, dismiss, follow, rollout_together
-from sonic.infer.rollout import Draws
+from sonic.infer.ranks import distributed_clip, distributed_rollout, shutdown, worker_loop
+from sonic.infer.rollout import NoiseSource, Sampling
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.distributed import DistributedContext, context_of
 from sonic.parallel.load import Lora
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.settings import ParallelConfig, PlanConfig
-from sonic.parallel.spread import Company, spread_model
+from sonic.parallel.spread import build_parallel_model
 from sonic.types import Conditions
 
 CPU = torch.device("cpu")
@@ -33,6 +34,13 @@ class Case(NamedTuple):
     weights: str
     told: Conditions
     blocks: int
+
+
+class Under(NamedTuple):
+    """A model and the context that it was built in."""
+
+    model: AvatarDiT
+    context: DistributedContext
 
 
 class Made(NamedTuple):
@@ -53,47 +61,50 @@ def case_of(plan: str, weights: str) -> Case:
     return Case(config, weights, conditions(blocks * config.rollout.block_frames), blocks)
 
 
-def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> AvatarDiT:
+def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> Under:
     """The transformer under a plan."""
     world = World("single", CPU) if parallel.name == "single" else make_world(parallel, parallel.name, CPU)
-    return spread_model(case.config, case.weights, Company(world, parallel), lora=Lora({}, 0.0), dtype=dtype)
+    context = context_of(world, parallel)
+    return Under(build_parallel_model(case.config, case.weights, context, lora=Lora({}, 0.0), dtype=dtype), context)
 
 
 def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:
     """A film and a clip under a plan, or the film alone where clips cannot be; maybe after two films given up
     halfway, one of which is closed at once and the other when it is nearly forgotten."""
     case = case_of(plan, weights)
-    model = model_under(case, parallel)
-    names, world = [name for name, _ in model.named_parameters()], model.company.world
+    under = model_under(case, parallel)
+    names, world = [name for name, _ in under.model.named_parameters()], under.context.world
     if not world.leads:
-        follow(model, torch.float32)
+        worker_loop(*under, torch.float32)
         return Made(None, None, names)
-    late = blocks_of(model, case)
+    late = blocks_of(under, case)
     if give_up:
         next(late)
-        with closing(blocks_of(model, case)) as early:
+        with closing(blocks_of(under, case)) as early:
             next(early)
-    film = torch.cat(list(blocks_of(model, case)), dim=2)
+    film = torch.cat(list(blocks_of(under, case)), dim=2)
     late.close()
-    clip = None if world.stages > 1 else clip_of(model, case)
-    dismiss(model)
+    clip = None if world.stages > 1 else clip_of(under, case)
+    shutdown(under.context)
     return Made(film, clip, names)
 
 
-def blocks_of(model: AvatarDiT, case: Case):
+def blocks_of(under: Under, case: Case):
     """Latents of one block after the other."""
     sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2, sample_guide_scale=2.0)
     spans = spans_of(case.blocks, case.config.rollout.block_frames)
-    draws = Draws(torch.Generator().manual_seed(0))
-    for block in rollout_together(model, case.told, spans, sampler=sampler, draws=draws):
+    source = NoiseSource(torch.Generator().manual_seed(0))
+    settings = {"sampling": Sampling(sampler, source), "context": under.context}
+    for block in distributed_rollout(under.model, case.told, spans, **settings):
         yield block.latents
 
 
-def clip_of(model: AvatarDiT, case: Case) -> Tensor:
+def clip_of(under: Under, case: Case) -> Tensor:
     """Latents of a clip with full attention."""
     sampler = SamplerConfig(name="unipc", schedule="unipc", sample_steps=2, sample_guide_scale=2.0)
     frames = case.blocks * case.config.rollout.block_frames
-    return clip_together(model, case.told, frames, sampler=sampler, generator=torch.Generator().manual_seed(0))
+    settings = {"sampling": Sampling(sampler, NoiseSource(torch.Generator().manual_seed(0))), "context": under.context}
+    return distributed_clip(under.model, case.told, frames, **settings)
 
 
 def made_under_all(plans: dict[str, ParallelConfig], weights: str, given_up: Sequence[str] = ()) -> dict[str, Made]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversion import convert_launcher
-from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from main_job import FACE, TINY, babble, write_wav, write_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
 
 from sonic.app import Entry, run_command
+from sonic.commands import convert_command, infer_command
 from sonic.config import JudgeConfig
 from sonic.data.video import VideoWriter
 
@@ -30,10 +30,9 @@ def sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "inputs").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    launch = launcher()
 
     def run(*argv: str) -> str:
-        code = run_command(launch.ENTRY, launch.infer, argv)
+        code = run_command(infer_command.ENTRY, infer_command.infer, argv)
         said = capsys.readouterr()
         lines = said.err.strip().splitlines()
         assert code == 2, said
@@ -129,8 +128,7 @@ def test_a_picture_without_a_face_names_the_override(sentence, inputs):
 def test_of_two_equal_faces_one_is_named(sentence, inputs, capsys, monkeypatch):
     face = data.astronaut()[:300, 60:360]
     Image.fromarray(np.hstack([face, face])).save(inputs / "twins.png")
-    launch = launcher()
-    run_command(launch.ENTRY, launch.infer, [f"image={inputs / 'twins.png'}", "weights=nowhere"])
+    run_command(infer_command.ENTRY, infer_command.infer, [f"image={inputs / 'twins.png'}", "weights=nowhere"])
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sonic: warning: ")]
     assert len(warned) == 1 and "face_box=[x,y,w,h]" in warned[0]
 
@@ -214,14 +212,13 @@ def test_a_moved_face_refuses_what_only_a_published_model_has(typed, sentence):
 
 @pytest.mark.parametrize("typed", ["model.lora.path=folder", "model.lora.alpha=3", "checkpoint=folder"])
 def test_a_conversion_refuses_what_it_does_not_read(typed, capsys):
-    module = convert_launcher()
     given = ["source=a", "output=b", "model=wan_s2v_14b", typed]
-    assert run_command(module.ENTRY, module.convert, given) == 2
+    assert run_command(convert_command.ENTRY, convert_command.convert, given) == 2
     assert "is not read by a conversion; write " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "typed", ["preset=fast_previw", "video.size=1x1", "video.size=abc", "sampler.sample_steps=0", "video.infer_frames=13"]
+    "typed", ["preset=fast_previw", "video.size=1x1", "video.size=abc", "sampler.sample_steps=0", "video.infer_frames=-1"]
 )
 def test_impossible_knobs(typed, sentence):
     assert typed.partition("=")[0] in sentence(typed)
@@ -240,6 +237,5 @@ def test_more_ranks_than_a_job_has_work_for(monkeypatch, capsys):
 def test_every_rank_says_its_own_error_and_who_it_is(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    launch = launcher()
-    assert run_command(launch.ENTRY, launch.infer, ["image=nowhere.jpg"]) == 2
+    assert run_command(infer_command.ENTRY, infer_command.infer, ["image=nowhere.jpg"]) == 2
     assert "rank 1" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from sonic.infer.build import DTYPES
 from sonic.infer.settings import BenchConfig, InferConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.settings import PlanConfig
+from sonic.program import interpreter
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
 from sonic.train.objectives import OBJECTIVES
 from sonic.train.settings import EvaluateConfig, TrainConfig
@@ -86,7 +86,9 @@ def test_a_preset_fits_every_model_or_says_why_not(preset, model):
 def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
     found = compose(INFER, ["model=live_avatar_14b", "+preset=standard", "schedule=live_avatar_3step"])
     assert found.sampler.sample_steps == 3
-    with pytest.raises(ValueError, match="a table of 3 steps"):
+    found = compose(INFER, ["model=live_avatar_14b", "+preset=fast_preview", "schedule=live_avatar_4step"])
+    assert found.sampler.sample_steps == 4
+    with pytest.raises(ValueError, match=r"a table of 3 steps.*sampler.schedule=live_avatar takes any number"):
         compose(INFER, ["schedule=live_avatar_3step", "sampler.sample_steps=4"])
 
 
@@ -96,7 +98,7 @@ def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
     entry = ENTRIES[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
-    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar_4step", 4, 1.0)}[model]
+    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar", 4, 1.0)}[model]
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 
 
@@ -110,7 +112,8 @@ def test_a_sampler_that_is_chosen_is_the_one_that_runs():
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    for folder in ("conf", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/model/mine.yaml").write_text("defaults: [preview]\nname: mine\n")
     monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
     assert compose(INFER, ["model=mine"]).sampler == compose(INFER, []).sampler
@@ -202,7 +205,7 @@ def test_short_names_are_the_long_ones():
         ("face_box=5", "not a list of numbers such as [1,2,3]"),
         ("face.masks=left.png", "face.masks=left.png is not a list of words such as [a,b]"),
         ("face_box=[1,2,3]", "give [x,y,width,height]"),
-        ("video.infer_frames=50", "use 48 or 60"),
+        ("video.infer_frames=-1", "need 0 (the model's own) or more"),
         ("video.fps=30", "use 25"),
         ("video.size=7x", "write WIDTHxHEIGHT"),
         ("sampler.sample_steps=0", "need 1 to 1000"),
@@ -233,7 +236,8 @@ def test_a_list_that_is_none_is_answered_with_one(name, typed, said):
 
 
 def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    for folder in ("conf", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
     monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="sampler.sample_step is not a knob; sampler has: sample_steps"):
@@ -253,10 +257,9 @@ def test_help_names_every_knob_and_choice(name):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
 def test_the_command_line_answers_at_once_and_without_torch(arguments):
-    run = f"runpy.run_path({str(ROOT / 'launch/infer.py')!r}, run_name='__main__')"
-    script = f"import runpy, sys\ntry:\n    {run}\nfinally:\n    assert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([*interpreter(), "-c", script, "infer", *arguments], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
     assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr

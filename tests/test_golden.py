@@ -164,10 +164,9 @@ def _per_frame(case: Case) -> Tensor:
     for turn, (timestep, index, scale) in enumerate(zip(call["t"], call["current_start_blocks"], call["x_scale"], strict=True)):
         span = BlockSpan(index, index * len(timestep), len(timestep))
         level = torch.tensor([timestep], dtype=torch.float32)
-        inputs = model.prepare_block(conditions, span)
-        place = _ref_position(case, turn, span)
+        inputs = model.prepare_block(conditions, span)._replace(ref_position=_ref_position(case, turn, span))
         latents = noise[:1, :, : len(timestep)] * scale
-        found.append(model.denoise_block(latents, level, inputs, cache=cache, ring=cache.rings[0], ref_position=place))
+        found.append(model.denoise_block(latents, level, inputs, cache=cache, ring=cache.rings[0]))
     return torch.cat(found)
 
 
@@ -197,9 +196,8 @@ def _stream(case: Case, *, actors: Actors | None = None, change: Callable[[Avata
         inputs = model.prepare_block(conditions, span, actors=actors)
         latents = noise[clip : clip + 1, :, within.start : within.stop]
         for step, ring in enumerate(cache.rings):
-            velocity = model.denoise_block(
-                latents, 1000 * sigmas[step : step + 1], inputs, cache=cache, ring=ring, ref_position=_ref_position(case, turn, span)
-            )
+            inputs = inputs._replace(ref_position=_ref_position(case, turn, span))
+            velocity = model.denoise_block(latents, 1000 * sigmas[step : step + 1], inputs, cache=cache, ring=ring)
             latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
             predictions.append(velocity[0])
             turn += 1

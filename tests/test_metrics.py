@@ -87,6 +87,15 @@ def test_psnr_counts_masked_pixels_only():
     assert metrics.psnr(found, truth) == pytest.approx(3.01, abs=0.01)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 8)])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_the_same_error_inside_a_mask_is_the_same_psnr_whatever_the_number_of_frames_and_pixels(shape, rows):
+    mask = torch.zeros(8, 8)
+    mask[:rows] = 1
+    error = 0.2
+    assert metrics.psnr(torch.full(shape, error) * mask, torch.zeros(shape), mask) == pytest.approx(10 * np.log10(4 / error**2), abs=1e-4)
+
+
 def test_ssim_of_equals_is_one():
     frames = torch.rand(2, 3, 16, 16) * 2 - 1
     assert metrics.ssim(frames, frames) == pytest.approx(1.0)

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from main_job import FACE, TINY, babble, launcher, small_scene, tiny_parts, write_wav, write_weights
+from main_job import FACE, TINY, babble, small_scene, tiny_parts, write_wav, write_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sonic.app import run_command
+from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.portrait import face_crop
 from sonic.infer.conditions import encode, fit_portrait, head_pose
-from sonic.infer.decode import ahead, at_the_end, decoded, half_the_threads
+from sonic.infer.decode import ahead, at_the_end, close_seams, decoded, half_the_threads
 from sonic.infer.pipeline import film
 from sonic.infer.report import Clock, Watch
 from sonic.infer.scene import Settings
@@ -28,7 +29,7 @@ from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Po
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
-    "stages_s", "versions", "plan",
+    "stages_s", "versions", "sampling", "plan",
 }  # fmt: skip
 QUICK = SamplerConfig(sample_steps=1)
 
@@ -41,8 +42,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def command(tmp_path, monkeypatch, weights):
     monkeypatch.chdir(tmp_path)
-    launch = launcher()
-    return lambda *argv: run_command(launch.ENTRY, launch.infer, [*argv, f"weights={weights}", *FACE, *TINY])
+    return lambda *argv: run_command(infer_command.ENTRY, infer_command.infer, [*argv, f"weights={weights}", *FACE, *TINY])
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,13 @@ def test_the_film_is_as_long_as_the_recording(seconds, command, tmp_path):
     assert abs(sound - seconds) < 0.05
 
 
-def test_clips_limit_the_film(command, tmp_path):
-    recording = write_wav(tmp_path / "speech.wav", babble(2.0))
-    assert command(f"audio={recording}", "video.num_clip=2", "video.infer_frames=12", "output=film.mp4") == 0
+@pytest.mark.parametrize(("infer_frames", "num_clip"), [(12, 2), (32, 1), (7, 3), (1, 30)])
+def test_clips_limit_the_film(infer_frames, num_clip, command, tmp_path):
+    recording, most = write_wav(tmp_path / "speech.wav", babble(2.0)), infer_frames * num_clip
+    assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=film.mp4") == 0
     frames, sound = seconds_of(tmp_path / "film.mp4")
-    assert frames == 24
-    assert abs(sound - 24 / 25) < 0.05
+    assert frames == most
+    assert abs(sound - most / 25) < 1024 / 16_000  # a packet of sound
 
 
 def test_a_run_keeps_its_papers(command, tmp_path, capsys):
@@ -201,6 +202,26 @@ def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
+def test_seams_are_closed_between_blocks_as_within_them():
+    rng, shown = torch.Generator().manual_seed(0), []
+    film = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
+
+    def decode(latents, reference, cache):
+        first = cache or 0
+        return MotionLayers(*(track[:, first : first + 12] for track in film)), first + 12
+
+    def render(part):
+        shown.append(part)
+        return torch.zeros(part.flow.shape[1], 4, 4, 3, dtype=torch.uint8)
+
+    canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
+    blocks = [LatentBlock(torch.zeros(1, 16, 3, 4, 4), BlockSpan(n, 3 * n, 3)) for n in range(2)]
+    assert [chunk.start for chunk in decoded(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, clock=Clock())] == [0, 12]
+    whole = close_seams(MotionLayers(*film), None)
+    for name in ("flow", "opacity", "interior"):
+        assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
+
+
 def test_the_head_stays_still_unless_asked():
     assert head_pose(HeadConfig(), 24, grid=(4, 4), seed=0) is None
 
@@ -230,3 +251,4 @@ def test_a_portrait_fits_the_film_with_its_face(width, height, size, expected):
     share = expected[0] / (width // 2 * 2)
     assert found.mouth.x == pytest.approx(70 * share, rel=0.01)
     assert found.face.width == pytest.approx(60 * share, rel=0.01)
+    assert found.mouth.half_width == pytest.approx(12 * share, rel=0.01)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
-from sonic.infer.rollout import Draws, rollout
+from sonic.infer.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.distributed import DistributedContext
 from sonic.types import BlockSpan, Conditions
 
 SIZE = (16, 16)  # latent rows and columns
@@ -61,8 +62,11 @@ def spans_of(number: int, block: int = BLOCK) -> list[BlockSpan]:
     return [BlockSpan(index, index * block, block) for index in range(number)]
 
 
-def film(model: AvatarDiT, told: Conditions, number: int, *, seed: int = 0, **changes) -> torch.Tensor:
+def film(
+    model: AvatarDiT, told: Conditions, number: int, *, seed: int = 0, context: DistributedContext | None = None, **changes
+) -> torch.Tensor:
     """Latents of a film of so many blocks, by one rank or by the first of several."""
     settings = SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
-    draws = Draws(torch.Generator().manual_seed(seed))
-    return torch.cat([block.latents for block in rollout(model, told, spans_of(number), sampler=settings, draws=draws)], dim=2)
+    source = NoiseSource(torch.Generator().manual_seed(seed))
+    blocks = rollout(model, told, spans_of(number), sampling=Sampling(settings, source), context=context)
+    return torch.cat([block.latents for block in blocks], dim=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sonic.checkpoint.tensor_files import Stored, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
+from sonic.files import save_tensors
 from sonic.model.text import TextEncoder, Tokenizer
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.wav2vec import Wav2VecEncoder
+from sonic.program import written
 
 log = logging.getLogger("sonic.checkpoint")
 
@@ -47,7 +47,7 @@ class Ready:
         except (OSError, ValueError):
             raise ValueError(
                 f"checkpoint={folder} is no ready checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
-                "python launch/convert.py source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
+                f"{written('convert')} source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
             ) from None
         if manifest.get("format") != FORMAT:
             raise ValueError(f"checkpoint={folder} was written by another version ({manifest.get('format')}); convert it again")
@@ -90,8 +90,8 @@ class Ready:
             file = self.folder / PROMPTS / f"{name}.safetensors"
             if file in self.unkept:
                 return self.unkept[file].to(device)
-            if file.is_file():
-                return load_file(file)["rows"].to(device)
+            if file.is_file() and (known := _kept(file)) is not None:
+                return known.to(device)
             if not loaded:
                 loaded.append((self._text_encoder(device), Tokenizer(self.folder / TOKENIZER)))
             encoder, tokens = loaded[0]
@@ -135,16 +135,21 @@ class Ready:
         return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
 
 
-def _keep(file: Path, tensors: dict[str, Tensor], write: Callable[..., None] = save_file) -> bool:
-    """Write aside and rename; False for a checkpoint that cannot be written to, which is used without a cache."""
-    aside = file.with_suffix(f".{os.getpid()}.partial")  # other processes may keep the same
+def _kept(file: Path) -> Tensor | None:
+    """The rows in a file of the cache; None for a damaged one, which is made anew."""
+    try:
+        return load_file(file)["rows"]
+    except (SafetensorError, KeyError) as error:
+        log.warning("%s is damaged and is made anew (%s)", file, error)
+        return None
+
+
+def _keep(file: Path, tensors: dict[str, Tensor]) -> bool:
+    """Write a file; False for a checkpoint that cannot be written to, which is used without a cache."""
     try:
         file.parent.mkdir(exist_ok=True)
-        write(tensors, aside)
-        aside.rename(file)
+        save_tensors(tensors, file)
         return True
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         log.warning("%s cannot be kept and will be made anew next time (%s)", file, error)
         return False
-    finally:
-        aside.unlink(missing_ok=True)

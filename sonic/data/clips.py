@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sonic.config import ModelConfig
 from sonic.data.speech import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.program import written
 
 LOG = logging.getLogger(__name__)
 ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
@@ -48,11 +50,18 @@ def mark_unfinished(folder: Path) -> None:
 
 
 def read_index(folder: Path) -> dict:
-    """The index of a folder of clips. Raises ValueError when there is none."""
+    """The index of a folder of clips. Raises ValueError when there is none, or it is damaged."""
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with launch/precompute.py or name another folder")
-    return json.loads(path.read_text())
+        raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with {written('precompute')} or name another folder")
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["clips"], list):
+            raise TypeError("its clips are no list")
+    except (ValueError, KeyError, TypeError) as error:
+        again = f"repeat the {written('precompute')} command that made it"
+        raise ValueError(f"{path} is damaged ({error}); delete it and {again}") from error
+    return found
 
 
 def check_room(folder: Path, **facts: object) -> None:
@@ -78,7 +87,7 @@ class ClipDataset(Dataset):
         self.folder, self.window = Path(folder), window
         self.index = read_index(self.folder)
         if self.index.get(UNFINISHED):
-            raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish launch/precompute.py")
+            raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish {written('precompute')}")
         self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
@@ -97,12 +106,12 @@ class ClipDataset(Dataset):
         if made_by != config.autoencoder:
             raise ValueError(
                 f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
-                f"{config.autoencoder}; make clips for this model with launch/precompute.py"
+                f"{config.autoencoder}; make clips for this model with {written('precompute')}"
             )
         if self.index.get("fps", rate) != rate:
             raise ValueError(
                 f"data.folder={self.folder} holds clips of {self.index['fps']} frames a second, model={config.name} makes films of {rate}; "
-                "make clips for this model with launch/precompute.py and another folder="
+                f"make clips for this model with {written('precompute')} and another folder="
             )
         self._check_encoders(config, hashes_of)
         clip = self.read(0, 0, keys=("latents", "audio"))
@@ -111,7 +120,7 @@ class ClipDataset(Dataset):
         if found != wanted:
             raise ValueError(
                 f"data.folder={self.folder} has (latent channels, audio layers, audio values) {found}, model={config.name} needs {wanted}; "
-                "make clips for this model with launch/precompute.py"
+                f"make clips for this model with {written('precompute')}"
             )
 
     def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
@@ -121,7 +130,7 @@ class ClipDataset(Dataset):
             if known and ours and known != ours:
                 raise ValueError(
                     f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "
-                    "clips again (the launch/precompute.py command that made them does it in place), or name the folder that fits"
+                    f"clips again (the {written('precompute')} command that made them does it in place), or name the folder that fits"
                 )
         silent = ", ".join(name for name in (*ENCODED, "fps") if not self.index.get(name))
         if silent:
@@ -143,20 +152,31 @@ class ClipDataset(Dataset):
     def statistics(self) -> dict[str, Tensor]:
         """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} where none were kept."""
         path = self.folder / STATISTICS
-        return load_file(path) if path.is_file() else {}
+        with _naming(path):
+            return load_file(path) if path.is_file() else {}
 
     def _read(self, clip: dict, key: str, *, start: int, length: int) -> Tensor:
-        if clip["shard"] not in self._open:
-            self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
-        tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
-        if key not in TIME:
-            return tensor[:].float()
-        axis, rate = TIME[key]
-        cut = slice(start * rate, (start + length) * rate)
-        return tensor[(slice(None),) * axis + (cut,)].float()
+        with _naming(self.folder / clip["shard"]):
+            if clip["shard"] not in self._open:
+                self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
+            tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
+            if key not in TIME:
+                return tensor[:].float()
+            axis, rate = TIME[key]
+            cut = slice(start * rate, (start + length) * rate)
+            return tensor[(slice(None),) * axis + (cut,)].float()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise ValueError with the name of a file that turns out to be damaged or gone while it is read."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or gone ({error}); repeat the {written('precompute')} command that made it") from error
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:

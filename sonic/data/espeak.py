@@ -89,7 +89,7 @@ def espeak(language: str, variant: str = "") -> Iterator[Engine]:
     try:
         import espeakng_loader
     except ImportError as error:
-        raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install -e .[voices]") from error
+        raise ValueError("speaking needs espeak-ng, which is not installed; run: pip install espeakng-loader") from error
     data = Path(espeakng_loader.get_data_path())
     with _with_variant(data, language, variant) if variant else nullcontext(data) as folder:
         library = ctypes.CDLL(espeakng_loader.get_library_path())

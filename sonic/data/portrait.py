@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from sonic.data.colors import MODE_OF, in_srgb
 from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.geometry import MOUTH_ANCHOR
@@ -43,13 +44,22 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
+HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
+UNREAD = {
+    "": "not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP",
+    "heic": "a HEIC picture, which cannot be read yet; pip install -e .[heic] for that, or save it as JPEG or PNG",
+    "jpeg_xl": "a JPEG XL picture, which cannot be read; save it as JPEG or PNG",
+}
+JPEG_XL = b"\xff\x0a", b"\0\0\0\x0cJXL "
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that a compressed chunk may hold: profiles of printers have several millions
+BROKEN_FILE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
 
 
 def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
-    """The picture in a file, upright and without transparency, as uint8 RGB [H,W,3].
+    """The picture in a file, upright and without transparency, as uint8 sRGB [H,W,3]; of several in a file, the first.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; the EXIF orientation is applied; transparent pixels show white.
+    Grey, palette, CMYK and 16-bit pictures are converted, and colours as their profile says; the EXIF orientation is applied;
+    transparent pixels show white.
     Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `knob` is who named it.
     """
     path, called = Path(path), f"{knob}={path}"
@@ -57,20 +67,24 @@ def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
         raise ValueError(f"{called} is a directory; name one picture file in it")
     if not path.exists():
         raise ValueError(f"{called} does not exist; check the spelling and the folder")
+    kind = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decompression bombs: our own limit is stricter; damaged metadata: the picture counts
         try:
+            kind = _kind(path)
+            if kind == "heic" and _reads_heic():
+                kind = ""
             image = Image.open(path)
         except PermissionError as error:
             raise ValueError(f"{called} cannot be read: permission denied") from error
         except Image.DecompressionBombError as error:
             raise ValueError(f"{called} is too large: at most {LARGEST_AREA / 2**20:.0f} megapixels; make it smaller") from error
         except BROKEN_FILE as error:
-            raise ValueError(f"{called} is not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP") from error
+            raise ValueError(f"{called} is {UNREAD[kind]}") from error
         with image:
             _check_size(called, *image.size)
             try:
-                return _upright(image, _flat(image))
+                return _upright(image, _flat(image, path, called))
             except BROKEN_FILE as error:
                 raise ValueError(f"{called} is damaged or cut off ({error}); export or copy it again") from error
 
@@ -159,14 +173,42 @@ def _check_size(called: str, width: int, height: int) -> None:
         raise ValueError(f"{called} has {width * height / 2**20:.0f} megapixels, too large: at most {limit:.0f}; make it smaller")
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB without transparency."""
+def _kind(path: Path) -> str:
+    """Which of the kinds of `UNREAD` a file is that Pillow alone does not read, "" for all others."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
+        return "heic"
+    return "jpeg_xl" if head.startswith(JPEG_XL) else ""
+
+
+def _reads_heic() -> bool:
+    """Let Pillow read HEIC; False where the extra for it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:
+    """The picture as 8-bit sRGB without transparency."""
+    image.load()
+    source, alpha = image, None
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), layer).convert("RGB")
-    return image.convert("RGB")
+        source = Image.fromarray(_eight_bit(np.asarray(image)))
+    elif image.has_transparency_data:
+        source = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = source.getchannel("A")
+        source = source.convert(source.mode[:-1])
+    elif image.mode not in MODE_OF.values():
+        source = image.convert("L" if image.mode == "1" else "RGB")
+    flat = in_srgb(source, image, path=path, called=called)
+    if alpha is None:
+        return flat
+    flat.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), flat).convert("RGB")
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sonic.data import clips, faces, voices
 from sonic.data.drawn import motion_targets
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
 from sonic.data.speech import log_mel
 from sonic.data.videos import precompute_videos
+from sonic.files import save_tensors
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.pixels import to_signed
 from sonic.types import MotionLayers, pick
@@ -56,7 +57,7 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     entries = [entry for facts in shards for entry in facts["clips"]]
     clips.write_index(folder, entries, mix=asdict(config.mix), **told, **made_with(shards, config))
     if config.kind == "talking":
-        save_file(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
     return len(entries)
 
@@ -137,7 +138,7 @@ def _heard_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> S
     None when there is none, when another autoencoder made its pictures, or when it was spoken otherwise, as by an earlier voices.py.
     """
     path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
-    facts = facts_of(path) if path.is_file() and config.kind == "talking" else {}
+    facts = facts_of(path) if whole(path) and config.kind == "talking" else {}
     if not ours or facts.get("autoencoder_hash") != ours:
         return None
     tensors, entries = load_file(path), facts["clips"]
@@ -158,7 +159,7 @@ def _recordings(config: PrecomputeConfig, number: int) -> range:
 
 def _recordings_in(shard: Path) -> int:
     """How many recordings a shard was made of; 0 when it is not there."""
-    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if shard.is_file() else 0
+    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if whole(shard) else 0
 
 
 def _name(number: int) -> str:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sonic.data.clips import mark_unfinished
 from sonic.data.settings import PrecomputeConfig
+from sonic.files import save_tensors
 from sonic.geometry import FPS
+from sonic.program import written
+from sonic.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
 MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # and what several are called
@@ -59,18 +60,38 @@ def built(config: PrecomputeConfig, build: Build) -> Encoders:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
     """A shard that appears whole or not at all, with what it says of itself."""
-    aside = path.with_name(f".{os.getpid()}_{path.name}")
-    try:
-        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_tensors(tensors, path, {name: json.dumps(value) for name, value in facts.items()})
+
+
+class DamagedShard(ValueError):
+    """A shard that is cut short, or is none."""
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What a shard says of itself."""
-    with safe_open(path, framework="pt") as shard:
-        return {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
+    """What a shard says of itself. Raises DamagedShard when it cannot, ValueError when the file cannot be opened."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            facts = {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
+    except (SafetensorError, ValueError) as error:
+        raise DamagedShard(f"{path} is damaged ({error}); delete it and repeat the {written('precompute')} command that made it") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
+    if not isinstance(facts.get("clips"), list):
+        raise DamagedShard(f"{path} is no shard of clips; delete it and repeat the {written('precompute')} command")
+    return facts
+
+
+def whole(path: Path) -> bool:
+    """Whether a shard is there. A damaged one is said and removed, so that it is made again."""
+    if not path.is_file():
+        return False
+    try:
+        facts_of(path)
+    except DamagedShard as error:
+        LOG.warning("%s; it is made again", str(error).partition("; ")[0])
+        path.unlink()
+        return False
+    return True
 
 
 def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
@@ -102,23 +123,35 @@ def begin_again(count: int, folder: Path) -> None:
         LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", count, folder)
 
 
-def each_made(make: Callable, jobs: Sequence[tuple], workers: int) -> Iterator[None]:
-    """Call make(*job) for every job, in so many processes of their own (0 = here), in whatever order they are done."""
+def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
+    """Call make(*job) for every job, in so many processes of their own (0 = here), in whatever order they are done.
+
+    A job whose process dies of it is given to crashed(*job, error=Crashed), here, and the other jobs go on; without `crashed` the error
+    is raised.
+    """
     if not workers or not jobs:
         yield from (make(*job) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = [pool.submit(make, *job) for job in jobs]
+    own, begun = threading.local(), []
+
+    def begin() -> None:
+        own.worker = Worker(partial(torch.set_num_threads, 1))
+        begun.append(own.worker)
+
+    def work(job: tuple) -> None:
+        try:
+            own.worker.call(make, *job)
+        except Crashed as error:
+            if crashed is None:
+                raise
+            crashed(*job, error=error)
+
+    with ThreadPoolExecutor(min(workers, len(jobs)), initializer=begin) as threads:
+        futures = [threads.submit(work, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """One thread a worker, and none outlives the process that it works for, however that one ends."""
-    torch.set_num_threads(1)
-    boss = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in begun:
+                worker.stop()

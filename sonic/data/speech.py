@@ -5,20 +5,24 @@ The only door to librosa. Everything runs as a stream or in chunks, so that memo
 
 from __future__ import annotations
 
+import logging
 import math
 from array import array
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import numpy as np
+from av import AudioFrame
 
+from sonic.caches import make_room_for_caches
+from sonic.data.audio_decode import ClockReport, decode_sound, mix_down, soundtrack
+from sonic.data.audio_decode import NoSound as NoSound
+from sonic.data.media import open_media
 from sonic.geometry import FPS
 from sonic.types import Speech
 
-if TYPE_CHECKING:
-    from av import AudioFrame
+LOG = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
 SHORTEST_S = 0.2
@@ -37,10 +41,6 @@ _FLOOR = 1e-7  # mel power that stands for silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
 
-class NoSound(ValueError):
-    """A video without an audio stream, or with one that holds nothing."""
-
-
 def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     """A recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
 
@@ -49,10 +49,9 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     """
     path = Path(path)
     _check_file(path)
-    store = array("f")
-    for frame in decode_audio(path, rate=SAMPLE_RATE):
-        channels = frame.to_ndarray()  # averaged here: the resampler's own downmix is 3 dB louder and clips
-        store.frombytes(channels.mean(axis=0, dtype=np.float32).tobytes())
+    store, report = array("f"), ClockReport()
+    for mono in mix_down(decode_sound(path, rate=SAMPLE_RATE, report=report), SAMPLE_RATE):
+        store.frombytes(mono.tobytes())
     samples = np.frombuffer(store, np.float32) if store else np.zeros(0, np.float32)
     seconds = len(samples) / SAMPLE_RATE
     if seconds == 0:
@@ -62,6 +61,8 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     if not allow_silence and frame_levels(samples).max() < SILENCE_DBFS:
         raise ValueError(f"audio={path} is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
     np.clip(samples, -1, 1, out=samples)
+    if sentence := report.sentence(f"audio={path}"):
+        LOG.warning(sentence)
     return Speech(samples, SAMPLE_RATE, path)
 
 
@@ -70,17 +71,17 @@ def load_soundtrack(path: str | Path) -> np.ndarray:
 
     Raises ValueError when the video has no sound, or it cannot be decoded.
     """
-    path = Path(path)
+    path, report = Path(path), ClockReport()
     try:
-        frames = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in decode_audio(path, rate=SAMPLE_RATE, choose=_soundtrack)]
+        pieces = list(mix_down(decode_sound(path, rate=SAMPLE_RATE, choose=soundtrack, report=report), SAMPLE_RATE))
     except NoSound:
         raise
     except ValueError as error:
         raise ValueError(f"video={path}: its sound cannot be decoded; give an undamaged video") from error
-    if not frames:
+    if not pieces:
         raise NoSound(f"video={path} holds no sound that can be decoded; give one whose sound can be heard")
-    late = round(_seconds_late(path) * SAMPLE_RATE)
-    samples = np.clip(np.concatenate(frames), -1, 1)
+    late = round((report.start_s or 0.0) * SAMPLE_RATE)
+    samples = np.clip(np.concatenate(pieces), -1, 1)
     return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
 
 
@@ -100,85 +101,14 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
 
 
-def decode_audio(
-    path: Path, *, sample_format: str = "fltp", layout: str = "", rate: int = 0, choose: Callable | None = None
-) -> Iterator[AudioFrame]:
-    """The sound of a recording as PyAV frames, as they leave the decoder; layout and rate (Hz) are the file's own unless given.
-
-    `choose(container, path)` gives the stream, by default the only one of a recording. Raises ValueError for a damaged file, a
-    video, a file without sound, and samples that are not finite.
-    """
-    import av
-
-    choose = choose or _only_sound
-
-    damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
-    heard = 0.0
-    try:
-        with av.open(str(path)) as container:
-            stream = choose(container, path)
-            resampler = av.AudioResampler(format=sample_format, layout=layout or stream.layout, rate=rate or stream.rate)
-            for frame in container.decode(stream):
-                heard += frame.samples / frame.sample_rate
-                if frame.format.name.startswith(("flt", "dbl")) and not np.isfinite(frame.to_ndarray()).all():
-                    raise ValueError(f"audio={path} holds samples that are not numbers (NaN or infinity); save it again as 16-bit wav")
-                frame.pts = None  # a gap or a wrong clock in the file must not stop the resampler
-                yield from resampler.resample(frame)
-            yield from resampler.resample(None)
-            promised = _promised_seconds(container, stream)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise ValueError(damaged.format(getattr(error, "strerror", None) or "unknown format")) from error
-    if heard < 0.9 * promised:
-        raise ValueError(damaged.format(f"only {heard:.1f} of {promised:.1f} s are readable"))
-
-
-def _promised_seconds(container, stream) -> float:
-    """Length that the file's header states; 0 where it is only an estimate."""
-    if container.format.name == "mp3" or stream.duration is None:
-        return 0.0
-    return float(stream.duration * stream.time_base)
-
-
-def _only_sound(container, path: Path):
-    """The audio stream of a file that is a recording; cover pictures are no video."""
-    from av.stream import Disposition
-
-    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if moving and not container.streams.audio and (moving[0].frames == 1 or "pipe" in container.format.name):
-        raise ValueError(f"audio={path} is a picture; give a recording (wav, mp3, flac, m4a or ogg)")
-    if moving:
-        raise ValueError(f"audio={path} is a video; extract its sound first, for example: ffmpeg -i {path.name} {path.stem}.wav")
-    if not container.streams.audio:
-        raise ValueError(f"audio={path} has no sound in it; give a recording (wav, mp3, flac, m4a or ogg)")
-    return container.streams.audio[0]
-
-
-def _soundtrack(container, path: Path):
-    """The first audio stream of a video."""
-    if not container.streams.audio:
-        raise NoSound(f"video={path} has no sound in it; give one with speech")
-    return container.streams.audio[0]
-
-
-def _seconds_late(path: Path) -> float:
-    """When the sound of a video begins, on the clock of its pictures."""
-    import av
-
-    with av.open(str(path)) as container:
-        stream = container.streams.audio[0]
-        return float((stream.start_time or 0) * stream.time_base)
-
-
 def save_speech(path: str | Path, samples: np.ndarray) -> Path:
     """Write 16 kHz mono samples as 16-bit FLAC."""
-    import av
-
     path = Path(path)
     whole = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
-    with av.open(str(path), "w", format="flac") as container:
+    with open_media(path, "w", format="flac") as container:
         stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
         for start in range(0, len(whole), 4096):
-            frame = av.AudioFrame.from_ndarray(whole[None, start : start + 4096], format="s16", layout="mono")
+            frame = AudioFrame.from_ndarray(whole[None, start : start + 4096], format="s16", layout="mono")
             frame.sample_rate, frame.pts = SAMPLE_RATE, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -187,7 +117,7 @@ def save_speech(path: str | Path, samples: np.ndarray) -> Path:
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """The same sound, float32 [n], at another sample rate in Hz."""
-    import librosa
+    librosa = _librosa()
 
     return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
 
@@ -216,7 +146,7 @@ def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
 
     Loudness is evened out over the recording; silence gives the floor value `SILENT_COLUMN`, also after the last sample.
     """
-    import librosa
+    librosa = _librosa()
 
     columns = COLUMNS_PER_FRAME * num_frames
     out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
@@ -243,7 +173,7 @@ SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
 @cache
 def _mel_bank() -> np.ndarray:
     """Triangular mel filters [40, 321], scaled so that a sine of full scale gives about 1."""
-    import librosa
+    librosa = _librosa()
 
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
     return (bank / (_WINDOW / 4) ** 2).astype(np.float32)
@@ -254,3 +184,11 @@ def _unheard_power() -> np.ndarray:
     """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
     white = 10 ** (_HEARING_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
     return 3 * white * _mel_bank().sum(axis=1)
+
+
+def _librosa() -> ModuleType:
+    """librosa, once what it compiles has a place to be kept."""
+    make_room_for_caches()
+    import librosa
+
+    return librosa

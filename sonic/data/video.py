@@ -8,14 +8,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av import AudioLayout
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from sonic.data.speech import decode_audio
+from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
+from sonic.data.media import open_media
 from sonic.geometry import FPS
+from sonic.paths import check_name, write_target
 from sonic.signs import beat
 from sonic.types import Speech
 
@@ -39,16 +43,19 @@ class Coding:
 
 
 def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
-    """The path as a Path when a video of this size can be written there.
+    """Where a video of this size is written: the path, or what it leads to where it is a symbolic link, which stays a link.
 
-    Raises ValueError when it is no .mp4, its folder is missing or read-only, or the disk is too full.
+    Raises ValueError when it is no .mp4, something other than a video is there, its folder is missing or read-only, or the disk is
+    too full.
     """
     path = Path(path)
-    folder = path.resolve().parent
-    if path.is_dir():
+    check_name(path, "output")
+    if os.path.isdir(path):
         raise ValueError(f"output={path} is a folder; give a file in it, such as {path / 'video.mp4'}")
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"output={path} is not an MP4; give a name that ends in .mp4, such as {path.with_suffix('.mp4')}")
+    target = write_target(path, "output")
+    folder = Path(os.path.realpath(target.parent))
     if not folder.is_dir():
         raise ValueError(f"output={path}: the folder {folder} does not exist; make it first or choose another")
     if width < 2 or height < 2:
@@ -57,6 +64,9 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
+    longest = os.pathconf(folder, "PC_NAME_MAX") - len(f"..{os.getpid()}.partial")  # the name of the file while it is written
+    if len(os.fsencode(target.name)) > longest:
+        raise ValueError(f"output={path}: the name has {len(os.fsencode(target.name))} bytes, at most {longest} are possible; shorten it")
     needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -64,7 +74,7 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
             f"output={path}: {free / 2**20:.0f} MiB are free in {folder}, {needed / 2**20:.0f} MiB may be needed; "
             "free some space or choose another folder"
         )
-    return path
+    return target
 
 
 class VideoWriter:
@@ -86,7 +96,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
         try:
-            self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+            self._container = open_media(self._partial, "w", format="mp4", options={"movflags": "+faststart"})
             self._video = _video_stream(self._container, self.width, self.height, coding=self.coding)
             self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
             self._reformatter = VideoReformatter()
@@ -177,65 +187,58 @@ def _to_yuv(reformatter: VideoReformatter, frame):
 
 
 class _Sound:
-    """The AAC track: exactly as much of the recording as the video shows so far, never the whole of it in memory."""
+    """The AAC track: exactly as much of the recording as the video shows so far, never the whole of it in memory; silence after its end."""
 
     def __init__(self, container, speech: Speech) -> None:
-        self.source = _recording(speech)
-        first = next(self.source)
-        self.fifo = av.AudioFifo()
-        self.rate, self.position, self.ended = first.sample_rate, 0, False
-        self.stream = container.add_stream("aac", rate=self.rate, layout=first.layout.name)
-        self.stream.bit_rate = min(160_000, 4 * self.rate * first.layout.nb_channels)
-        self._store(first)
+        self.source, self.rate, self.layout = _recording(speech)
+        channels = AudioLayout(self.layout).nb_channels
+        self.held, self.position, self.ended = np.zeros((channels, 0), np.float32), 0, False
+        self.stream = container.add_stream("aac", rate=self.rate, layout=self.layout)
+        self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
 
     def until(self, seconds: float) -> list:
-        """Packets of the whole AAC frames that end before `seconds`."""
+        """Packets of the whole AAC frames that end before `seconds`, as far as the recording goes."""
         packets = []
         while self.position + _AAC_SAMPLES <= seconds * self.rate and self._fill(_AAC_SAMPLES):
             packets += self._encode(_AAC_SAMPLES)
         return packets
 
     def finish(self, seconds: float) -> list:
-        """The remaining packets, up to `seconds`."""
-        packets = self.until(seconds)
-        rest = round(seconds * self.rate) - self.position
-        self._fill(rest)
-        rest = min(rest, self.fifo.samples)
-        if rest > 0:
-            packets += self._encode(rest)
+        """The remaining packets: the track ends at `seconds`."""
+        packets, last = self.until(seconds), round(seconds * self.rate)
+        while self.position < last:
+            count = min(_AAC_SAMPLES, last - self.position)
+            self._fill(count)
+            self.held = np.pad(self.held, ((0, 0), (0, max(0, count - self.held.shape[1]))))
+            packets += self._encode(count)
         return packets + self.stream.encode(None)
 
     def _encode(self, samples: int) -> list:
-        frame = self.fifo.read(samples, partial=True)
-        frame.pts = self.position
-        self.position += frame.samples
+        part, self.held = np.ascontiguousarray(self.held[:, :samples]), self.held[:, samples:]
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
+        frame.sample_rate, frame.pts, frame.time_base = self.rate, self.position, Fraction(1, self.rate)
+        self.position += samples
         return self.stream.encode(frame)
 
     def _fill(self, samples: int) -> bool:
-        while not self.ended and self.fifo.samples < samples:
-            frame = next(self.source, None)
-            if frame is None:
+        """Hold at least so many samples; False when the recording has no more of them."""
+        while not self.ended and self.held.shape[1] < samples:
+            piece = next(self.source, None)
+            if piece is None:
                 self.ended = True
             else:
-                self._store(frame)
-        return self.fifo.samples >= samples
-
-    def _store(self, frame) -> None:
-        frame.pts = None
-        self.fifo.write(frame)
+                self.held = np.concatenate([self.held, piece], axis=1)
+        return self.held.shape[1] >= samples
 
 
-def _recording(speech: Speech) -> Iterator[av.AudioFrame]:
-    """The original file where there is one (its own rate, stereo kept), else the samples."""
+def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:
+    """The original file where there is one (its own rate, stereo kept), else the samples; its rate in Hz and its layout."""
     if speech.path is None:
-        frame = av.AudioFrame.from_ndarray(speech.samples[None], format="fltp", layout="mono")
-        frame.sample_rate = speech.sample_rate
-        return iter([frame])
-    with av.open(str(speech.path)) as container:
-        own = container.streams.audio[0]
-        rate = min(_AAC_RATES, key=lambda supported: abs(supported - own.rate))
-        layout = "mono" if own.layout.nb_channels == 1 else "stereo"
-    return decode_audio(speech.path, sample_format="fltp", layout=layout, rate=rate)
+        return iter([speech.samples[None]]), speech.sample_rate, "mono"
+    own, channels = sound_format(speech.path)
+    rate = min(_AAC_RATES, key=lambda supported: abs(supported - own))
+    layout = "mono" if channels == 1 else "stereo"
+    return keep_audible(decode_sound(speech.path, rate=rate, layout=layout), rate), rate, layout
 
 
 def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
@@ -256,7 +259,7 @@ def timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
     if not path.is_file():
         raise ValueError(f"video={path} is no file; give the path of a video")
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             if not container.streams.video:
                 raise ValueError(f"video={path} holds no pictures; give the path of a video")
             for frame in container.decode(video=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -15,7 +16,6 @@ import torch
 from einops import rearrange
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,10 +23,13 @@ from sonic.data import clips
 from sonic.data.footage import Take, aligned, find_videos, takes
 from sonic.data.motion import encode_motion
 from sonic.data.settings import PrecomputeConfig
-from sonic.data.shards import Build, Encoders, begin_again, built, each_made, facts_of, made_with, outdated, write_shard
+from sonic.data.shards import Build, Encoders, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
 from sonic.data.speech import SAMPLE_RATE, NoSound, load_soundtrack
+from sonic.files import save_tensors
+from sonic.paths import shown
 from sonic.pixels import to_signed
 from sonic.types import pick
+from sonic.worker import Crashed
 
 LOG = logging.getLogger(__name__)
 REPORT = "report.jsonl"
@@ -37,7 +40,16 @@ class NoText(ValueError):
     """The text beside a video cannot be read."""
 
 
-REASONS = {NoSound: "no sound", NoText: "its text is not UTF-8"}  # of faults that are no damage
+REASONS = {  # of faults, the first that fits
+    NoSound: "no sound",
+    NoText: "its text is not UTF-8",
+    ValueError: "damaged",
+    OSError: "cannot be read",
+    MemoryError: "out of memory",
+    Crashed: "the decoder crashed",
+    Exception: "a fault of the program",
+}
+LASTING = (ValueError,)  # faults that the same file has again; after others it is tried again by the next command
 
 
 def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
@@ -50,10 +62,12 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     source, folder = Path(config.data.source), Path(config.folder)
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
-    old = {name for name in shards if (folder / name).is_file() and outdated(folder / name, hashes)}
+    there = {name for name in shards if whole(folder / name)}
+    old = {name for name in there if outdated(folder / name, hashes)}
     begin_again(len(old), folder)
-    missing = [(config, build, (path, name)) for name, path in shards.items() if name in old or not (folder / name).is_file()]
-    done = each_made(_write_video, missing, config.workers)
+    kept = {name for name in there - old if not facts_of(folder / name).get("again")}
+    missing = [(config, build, (path, name)) for name, path in shards.items() if name not in kept]
+    done = each_made(_write_video, missing, config.workers, crashed=_write_crashed)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
         pass
     told = [facts_of(folder / name) for name in shards]
@@ -68,7 +82,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     facts = {"kind": config.kind, "source": config.data.source, **made_with(told, config)}
     clips.write_index(folder, entries, **facts)
     if config.model.autoencoder == "warp":  # latents that are zero where nothing moves
-        save_file(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
 
@@ -124,7 +138,7 @@ def show(lines: list[dict]) -> None:
 def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) -> None:
     """Make the shard of one video: its clips, none where it gives none, and what was left out."""
     (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
-    video = str(path.relative_to(config.data.source))
+    video = _video(path, config)
     try:
         for take, clip in clips_of(path, config, encoders):
             report.append(_line(video, take, encoders.fps))
@@ -132,11 +146,35 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
                 known = f"{Path(name).stem}_{len(entries):04d}"
                 entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
-    except ValueError as error:
-        tensors, entries = {}, []  # what a damaged video gave before is not to be trusted either
-        reason = next((told for kind, told in REASONS.items() if isinstance(error, kind)), "damaged")
-        report = [{"video": video, "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": str(error)}]
+    except Exception as error:  # what a damaged video gave before is not to be trusted either
+        _write_fault(config, (path, name), error)
+        return
     write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
+
+
+def _write_crashed(config: PrecomputeConfig, build: Build, job: tuple[Path, str], *, error: Crashed) -> None:
+    """Make the shard of a video that crashed its worker."""
+    path, name = job
+    told = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
+    _write_fault(config, job, Crashed(told))
+
+
+def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Exception) -> None:
+    """Make the shard of a video that gives no clip because of a fault, and say what that was."""
+    path, name = job
+    reason = next(told for kind, told in REASONS.items() if isinstance(error, kind))
+    told = shown(" ".join(str(error).split())) or type(error).__name__
+    if reason == REASONS[Exception]:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {told} ({Path(where.filename).name}:{where.lineno})"
+        LOG.error("video=%s: a fault of the program, not of the video", path, exc_info=error)
+    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": told}
+    write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=not isinstance(error, LASTING))
+
+
+def _video(path: Path, config: PrecomputeConfig) -> str:
+    """What the report calls a video."""
+    return shown(str(path.relative_to(config.data.source)))
 
 
 def _line(video: str, take: Take, fps: int) -> dict:
@@ -156,7 +194,10 @@ def _reasons(lines: list[dict]) -> str:
 def _name(path: Path, config: PrecomputeConfig) -> str:
     """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
     seen, told = path.stat(), path.with_suffix(".txt")
-    said = told.read_text(encoding="utf-8", errors="backslashreplace").strip() if told.is_file() else ""
+    try:
+        said = told.read_text(encoding="utf-8", errors="backslashreplace").strip() if told.is_file() else ""
+    except OSError as error:  # which the video's own line will tell
+        said = str(error)
     words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, said]
     words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
     return f"video_{hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]}.safetensors"

@@ -1,15 +1,16 @@
-"""Ways of walking from noise to clean latents along a velocity field; they know tensors, not models.
+"""Samplers: from noise to clean latents along a velocity field; they know tensors, not models.
 
-Each is written as a walk: a generator that yields where it wants to know the velocity, is sent it, and returns the clean
-latents. So whoever has several films' blocks under way can answer them in any order; a `Sampler` is a walk with a velocity.
+Each is a coroutine that yields where it needs the velocity, is sent it, and returns the clean latents, so that a scheduler with several
+blocks in flight can answer them in any order. A new sampler is a coroutine and its entry in SAMPLERS.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from functools import wraps
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,44 +18,67 @@ from torch import Tensor
 from sonic.flow.schedule import TIMESTEPS
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B,T] in [0,1]) -> noise - clean
-Sampler = Callable[[Velocity, Tensor, Tensor, torch.Generator], Tensor]  # (velocity, noise, sigmas [n+1] 1→0, rng) -> clean
-Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (x, sigma), is sent the velocity there, returns clean
 
 
-def _sampler(walk: Callable[[Tensor, Tensor, torch.Generator], Walk]) -> Sampler:
-    """The sampler of a walk: every question is answered by `velocity` at once."""
+class Query(NamedTuple):
+    """Where a sampler needs the velocity: latents x [B,C,T,H,W], their noise level sigma [B], and the sampling step (0..n-1) whose noise
+    level that is."""
 
-    @wraps(walk)
-    def sample(velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
-        under_way, said = walk(noise, sigmas, rng), None
+    x: Tensor
+    sigma: Tensor
+    step: int
+
+
+SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent the velocity of each, returns the clean latents
+
+
+def every_step(steps: int) -> list[int]:
+    """One velocity for every sampling step."""
+    return list(range(steps))
+
+
+def both_ends(steps: int) -> list[int]:
+    """The velocity at both ends of every sampling step; at the end of the last one there is none."""
+    return [step for index in range(steps) for step in (index, index + 1) if step < steps]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A coroutine (noise, sigmas [n+1] from 1 to 0, rng), and the steps of the velocities that it asks for when there are n of them."""
+
+    coroutine: Callable[[Tensor, Tensor, torch.Generator], SamplerCoroutine]
+    steps_queried: Callable[[int], list[int]] = every_step
+
+    def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
+        """Sample with a velocity that is known at once."""
+        queries, answer = self.coroutine(noise, sigmas, rng), None
         while True:
             try:
-                said = velocity(*under_way.send(said))
+                query = queries.send(answer)
             except StopIteration as end:
                 return end.value
+            answer = velocity(query.x, query.sigma)
 
-    return sample
 
-
-def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
+def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """Straight steps of dx/dsigma = velocity, one evaluation each. Source: rectified flow, arXiv 2209.03003."""
     x = noise
-    for now, then in pairwise(sigmas.tolist()):
-        x = x + (then - now) * (yield x, _level(now, x))
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        x = x + (then - now) * (yield Query(x, _level(now, x), step))
     return x
 
 
-def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
+def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """Steps along the mean of the slopes at both ends, two evaluations each but for the last. Source: EDM, arXiv 2206.00364, alg. 1."""
     x = noise
-    for now, then in pairwise(sigmas.tolist()):
-        slope = yield x, _level(now, x)
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        slope = yield Query(x, _level(now, x), step)
         guess = x + (then - now) * slope
-        x = guess if then == 0 else x + (then - now) / 2 * (slope + (yield guess, _level(then, x)))
+        x = guess if then == 0 else x + (then - now) / 2 * (slope + (yield Query(guess, _level(then, x), step + 1)))
     return x
 
 
-def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
+def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """The predictor-corrector of order 2 that Wan is published with; it rounds noise levels down to whole timesteps of 1000.
 
     Source: UniPC, arXiv 2302.04867.
@@ -65,20 +89,20 @@ def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
     solver.set_timesteps(sigmas=sigmas[:-1].cpu().numpy(), device=noise.device)
     solver.set_begin_index(0)
     x = noise
-    for timestep in solver.timesteps:
+    for step, timestep in enumerate(solver.timesteps):
         level = _level(int(timestep) / solver.config.num_train_timesteps, x)
-        x = solver.step((yield x, level), timestep, x, return_dict=False)[0]
+        x = solver.step((yield Query(x, level, step)), timestep, x, return_dict=False)[0]
     return x
 
 
-def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
+def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """The multistep solver of order 2 on the clean latents, its last step of order 1; it asks at whole timesteps of 1000, as Wan does.
 
     Source: DPM-Solver++(2M), arXiv 2211.01095, alg. 2, with the midpoint's weight.
     """
     x, older, last_stride = noise, None, math.inf
-    for now, then in pairwise(sigmas.tolist()):
-        clean = x - now * (yield x, _level(int(TIMESTEPS * now) / TIMESTEPS, x))
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        clean = x - now * (yield Query(x, _level(int(TIMESTEPS * now) / TIMESTEPS, x), step))
         stride = _log_snr(then) - _log_snr(now)
         bend = stride / last_stride if math.isfinite(last_stride) and then > 0 else 0.0
         ahead = clean if older is None or bend == 0 else clean + bend / 2 * (clean - older)
@@ -87,8 +111,7 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Walk:
     return x
 
 
-WALKS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Walk]] = {"euler": euler, "heun": heun, "unipc": unipc, "dpmpp": dpmpp}
-SAMPLERS: dict[str, Sampler] = {name: _sampler(walk) for name, walk in WALKS.items()}
+SAMPLERS: dict[str, Sampler] = {"euler": Sampler(euler), "heun": Sampler(heun, both_ends), "unipc": Sampler(unipc), "dpmpp": Sampler(dpmpp)}
 
 
 def _log_snr(sigma: float) -> float:

@@ -13,6 +13,12 @@ Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 si
 
 HIGHEST_UNIPC_SIGMA = 0.9990000128746033  # 1 - 1/1000 as the published tables hold it
 TIMESTEPS = 1000  # noise levels that the published models count; a timestep is 1000·sigma
+LIVE_AVATAR_SHIFT = 3.0
+LIVE_AVATAR_TABLES = {  # sigmas by number of steps; the model was distilled for the four, the last of which moves by 0.009 only
+    3: [1.0, 0.8576923076923076, 0.6021505376344086, 0.0],
+    4: [1.0, 0.8576923076923076, 0.6021505376344086, 0.008928571428571334, 0.0],
+}
+TOUCH_UP_FROM = 4  # steps
 
 
 def shift_up(sigma: float, shift: float) -> float:
@@ -37,26 +43,45 @@ def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
     return [shift_up(1 - (1 - lowest) * index / intervals, shift) for index in range(steps)] + [0.0]
 
 
-def live_avatar_4step(steps: int = 4, shift: float = 3.0) -> list[float]:
-    """The few-step table that Live Avatar was distilled for; `shift` is in it already. Raises ValueError for other numbers of steps."""
-    return _table("live_avatar_4step", twice_shifted(4, 3.0), steps)
+def live_avatar(steps: int, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
+    """The noise levels of Live Avatar: its table where there is one for so many steps, else the rule; `shift` is in both already."""
+    return LIVE_AVATAR_TABLES.get(steps) or live_avatar_rule(steps)
 
 
-def live_avatar_3step(steps: int = 3, shift: float = 3.0) -> list[float]:
+def live_avatar_rule(steps: int) -> list[float]:
+    """What the tables of Live Avatar have in common, for any number of steps: the range twice shifted, and the touch-up at its end from
+    four steps on. With fewer, every step counts (1, .751, 0; the published program would take 1, .009, 0: `twice_shifted`)."""
+    if steps >= TOUCH_UP_FROM:
+        return twice_shifted(steps, LIVE_AVATAR_SHIFT)
+    return [*twice_shifted(steps + 1, LIVE_AVATAR_SHIFT)[:steps], 0.0]
+
+
+def live_avatar_4step(steps: int = 4, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
+    """Live Avatar's table of four steps. Raises ValueError for other numbers of steps."""
+    return _table("live_avatar_4step", 4, steps)
+
+
+def live_avatar_3step(steps: int = 3, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
     """The same table without the touch-up at its end. Raises ValueError for other numbers of steps."""
-    return _table("live_avatar_3step", [*twice_shifted(4, 3.0)[:3], 0.0], steps)
+    return _table("live_avatar_3step", 3, steps)
 
 
-def _table(name: str, sigmas: list[float], steps: int) -> list[float]:
-    if steps != len(sigmas) - 1:
-        raise ValueError(f"sampler.schedule={name} is a table of {len(sigmas) - 1} steps, not of sampler.sample_steps={steps}")
-    return sigmas
+def _table(name: str, own: int, steps: int) -> list[float]:
+    if steps != own:
+        raise ValueError(f"sampler.schedule={name} is a table of {own} steps, not of sampler.sample_steps={steps}")
+    return LIVE_AVATAR_TABLES[own]
+
+
+def is_table(name: str, steps: int) -> bool:
+    """Whether the levels of a schedule are a table that the model was published with, not computed for so many steps."""
+    return SCHEDULES.get(name) in (live_avatar, live_avatar_4step, live_avatar_3step) and steps in LIVE_AVATAR_TABLES
 
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": linear,
     "unipc": unipc,
     "twice_shifted": twice_shifted,
+    "live_avatar": live_avatar,
     "live_avatar_4step": live_avatar_4step,
     "live_avatar_3step": live_avatar_3step,
 }

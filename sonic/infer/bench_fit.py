@@ -9,21 +9,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sonic.config import Ranks
+from sonic.config import Ranks, precision_of
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
 from sonic.infer.build import DTYPES, find_device
 from sonic.infer.decode import ahead
-from sonic.infer.painted import Shot, Vae, paint_blocks, paint_clips
+from sonic.infer.painted import Shot, Vae, WanNetworks, paint_blocks, paint_clips
 from sonic.infer.planning import Forecast, forecast
-from sonic.infer.ranks import dismiss, follow
+from sonic.infer.ranks import shutdown, worker_loop
 from sonic.infer.settings import BenchConfig, InferConfig, PlanChoiceConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.wan_vae import WanAutoencoder
+from sonic.parallel.distributed import DistributedContext, context_of
 from sonic.parallel.load import Lora
 from sonic.parallel.mesh import open_world
 from sonic.parallel.speed import TERA
-from sonic.parallel.spread import Company, spread_model
-from sonic.parallel.vae_rank import FarAutoencoder, serve_vae
+from sonic.parallel.spread import build_parallel_model
+from sonic.parallel.vae_rank import RemoteAutoencoder, serve_vae
 from sonic.parallel.workload import Workload, workload
 from sonic.types import LatentBlock
 
@@ -46,17 +47,17 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
     foretold = forecast(asked, ranks, device, trained=False)
     with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
-        dtype, company = DTYPES[config.run.dtype], Company(world, foretold.parallel)
-        model = spread_model(config.model, None, company, lora=Lora({}, 0.0), dtype=dtype)
+        dtype, context = _dtype(config), context_of(world, foretold.parallel)
+        model = build_parallel_model(config.model, None, context, lora=Lora({}, 0.0), dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:
-            vae = FarAutoencoder(company.wire) if world.vae_rank else _vae(config, device)
-            figures = _figures(config, model, vae, foretold=foretold, device=device)
-            dismiss(model)
+            vae = RemoteAutoencoder(context.vae_channel) if world.vae_rank else _vae(config, device)
+            figures = _figures(config, model, vae, foretold=foretold, context=context)
+            shutdown(context)
         elif world.keeps_vae:
-            serve_vae(_vae(config, device), company.wire)
+            serve_vae(_vae(config, device), context.vae_channel)
         else:
-            follow(model, dtype)
+            worker_loop(model, context, dtype)
         foretold.measure(world)
         if not world.leads:
             return {}
@@ -65,14 +66,18 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
     """What decodes on this rank, if anything does."""
-    return WanAutoencoder().to(device, DTYPES[config.run.dtype]) if config.fit.vae else Undecoded()
+    return WanAutoencoder().to(device, _dtype(config)) if config.fit.vae else Undecoded()
 
 
-def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, device: torch.device) -> dict:
+def _dtype(config: BenchConfig) -> torch.dtype:
+    return DTYPES[precision_of(config.run.dtype, config.model)]
+
+
+def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, context: DistributedContext) -> dict:
     """Times of the hand-overs, as the first rank sees them."""
-    work = workload(foretold.config)
+    work, device = workload(foretold.config), context.world.device
     denoised: list[float] = []  # seconds of each hand-over
-    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, device=device)]
+    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, context=context)]
     seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
     step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
     rate, product = work.forward_flops / step / TERA, product_tflops(work, device)
@@ -89,9 +94,10 @@ def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, for
 
 
 def _hand_overs(
-    config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], device: torch.device
+    config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], context: DistributedContext
 ) -> Iterator[Tensor]:
     """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
+    device, networks = context.world.device, WanNetworks(model, vae, context)
     shot = _random_shot(work, config.fit.blocks + config.fit.warm_blocks, device=device)
 
     @contextmanager
@@ -111,9 +117,9 @@ def _hand_overs(
             begun = time.perf_counter()
 
     if work.clip_frames:
-        return paint_clips(model, vae, shot, sampler=config.sampler, stage=stage)
+        return paint_clips(networks, shot, sampler=config.sampler, stage=stage)
     online = lambda blocks: ahead(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
-    return paint_blocks(model, vae, shot, sampler=config.sampler, hand_over=online)
+    return paint_blocks(networks, shot, sampler=config.sampler, hand_over=online)
 
 
 class Undecoded(nn.Module):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from sonic.infer.settings import BenchConfig
+from sonic.program import process
 
-PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "bench.py"
 STREAM = (  # a transformer wide enough for its products to be most of the work, and a film long enough for a steady state
     "model=live_avatar_14b",
     "model.trunk.hidden_dim=512",
@@ -57,7 +56,7 @@ def _frames_per_second(ranks: int, *told: str) -> float:
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "fit.json"
-        command = ["env", "OMP_NUM_THREADS=1", sys.executable, *starter, str(PROGRAM), "fit", *STREAM, *told, f"json={found}"]
+        command = ["env", "OMP_NUM_THREADS=1", *process("bench", *starter), "fit", *STREAM, *told, f"json={found}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"bench fit on {ranks} ranks ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.ready import Ready
-from sonic.config import LoraConfig, ModelConfig, RunConfig
+from sonic.config import LoraConfig, ModelConfig, RunConfig, one_of, precision_of
 from sonic.model.attention import Attention, attention_for, sdpa
 from sonic.model.blocks import attend_by
 from sonic.model.dit import AvatarDiT
@@ -23,16 +23,19 @@ from sonic.model.speech_encoder import SPEECH_ENCODERS
 from sonic.model.vae import WarpAutoencoder
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.model.weights import load_weights
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.load import Lora
 from sonic.parallel.mesh import World
-from sonic.parallel.spread import Company, spread_model
-from sonic.parallel.vae_rank import FarAutoencoder
+from sonic.parallel.spread import build_parallel_model
+from sonic.parallel.vae_rank import RemoteAutoencoder
+from sonic.program import written
 from sonic.types import pick
 
 log = logging.getLogger("sonic.infer")
 
 AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
+IN_PACKAGE = "bundled:"  # before the name of a file among them
 STUDENT, TEACHER = "student", "teacher"  # what model.weights may say instead of a place: bundled weights with adapters or without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,10 +46,12 @@ class Parts:
 
     config: ModelConfig
     model: AvatarDiT
-    autoencoder: nn.Module | FarAutoencoder
+    autoencoder: nn.Module | RemoteAutoencoder
     speech: nn.Module
     device: torch.device
     dtype: torch.dtype = torch.float32
+    weights: str = ""  # what the transformer was loaded from, in words
+    context: DistributedContext = field(default_factory=DistributedContext)
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,19 @@ class ReadyParts:
 
     config: ModelConfig
     checkpoint: Ready
-    company: Company
+    context: DistributedContext
     dtype: torch.dtype
     attention: Attention = sdpa
 
     @property
     def device(self) -> torch.device:
         """Where this rank works."""
-        return self.company.world.device
+        return self.context.world.device
+
+    @property
+    def weights(self) -> str:
+        """What the transformer is loaded from, in words."""
+        return _named(self.checkpoint.weights, self.config.lora.path)
 
     def with_model(self, model: AvatarDiT) -> ReadyParts:
         """The same with a transformer that is there already."""
@@ -73,41 +83,43 @@ class ReadyParts:
     @cached_property
     def model(self) -> AvatarDiT:
         """The transformer, this rank's part of it, with the adapter of model.lora merged."""
-        model = spread_model(self.config, self.checkpoint.weights, self.company, lora=lora_of(self.config.lora), dtype=self.dtype)
+        model = build_parallel_model(self.config, self.checkpoint.weights, self.context, lora=lora_of(self.config.lora), dtype=self.dtype)
         attend_by(model, self.attention)
         return model
 
     @cached_property
-    def autoencoder(self) -> WanAutoencoder | FarAutoencoder:
+    def autoencoder(self) -> WanAutoencoder | RemoteAutoencoder:
         """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
         stream, whose rings need the memory. Where another rank has it, what asks that one."""
-        if _far(self.company.world):
-            return FarAutoencoder(self.company.wire)
+        if _far(self.context.world):
+            return RemoteAutoencoder(self.context.vae_channel)
         return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
 
 
-def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, company: Company | None = None) -> Parts | ReadyParts:
+def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Parts | ReadyParts:
     """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
 
-    In company the transformer is spread over the ranks as its plan says. Raises ValueError when weights are missing, damaged or
-    of another shape, or the machine has no such device.
+    The transformer is built under the plan of `context` (default: this device alone). Raises ValueError when weights are missing, damaged
+    or of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
-    company = company or Company(World("single", find_device(run.device)))
-    dtype, attention = pick(DTYPES, run.dtype, "run.dtype"), attention_for(run.attention, company.world.device)
+    context = context or DistributedContext(World("single", find_device(run.device)))
+    dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
+    attention = attention_for(run.attention, context.world.device)
     if config.autoencoder == "wan":
         checkpoint = Ready.open(Path(_needed(config)))
-        return ReadyParts(checkpoint.config(config), checkpoint, company, dtype, attention)
-    files = weight_files(config)
-    autoencoder, speech = untrained_encoders(config, company.world.device)
+        return ReadyParts(checkpoint.config(config), checkpoint, context, dtype, attention)
+    files, student = weight_files(config), student_of(config, steps)
+    autoencoder, speech = untrained_encoders(config, context.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
-    model = spread_model(config, files.dit, company, lora=lora_of(config.lora, student_of(config, steps)), dtype=dtype)
+    weights = _named(files.dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
+    model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student), dtype=dtype)
     attend_by(model, attention)
-    if _far(company.world):
-        autoencoder = FarAutoencoder(company.wire)
-    return Parts(config, model, autoencoder, speech, company.world.device, dtype)
+    if _far(context.world):
+        autoencoder = RemoteAutoencoder(context.vae_channel)
+    return Parts(config, model, autoencoder, speech, context.world.device, dtype, weights, context)
 
 
 def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
@@ -158,6 +170,15 @@ def weight_files(config: ModelConfig) -> WeightFiles:
     return named
 
 
+def named_weights(name: str) -> Path:
+    """The file that init_from names: bundled:STEM is STEM.safetensors of those in the package, all else a path."""
+    if not name.startswith(IN_PACKAGE):
+        return Path(name)
+    there = {f"{IN_PACKAGE}{path.stem}": path for path in sorted(BUNDLED.glob("*.safetensors"))}
+    one_of(name, list(there), "init_from")
+    return there[name]
+
+
 def student_of(config: ModelConfig, steps: int) -> Path | None:
     """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
 
@@ -165,8 +186,7 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
     """
     if config.weights not in ("", STUDENT) or config.lora.path:
         return None
-    start, end = f"{config.name}_", "step"
-    there = {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+    there = _students(config)
     if config.weights == "" or steps in there:
         return there.get(steps)
     if fewer := [number for number in there if number < steps]:
@@ -175,6 +195,26 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
         f"model.weights={STUDENT}: nobody bundled has learnt model={config.name} in sampler.sample_steps={steps}; "
         f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
     )
+
+
+def _students(config: ModelConfig) -> dict[int, Path]:
+    """Bundled adapters by the number of steps that they were distilled for."""
+    start, end = f"{config.name}_", "step"
+    return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+
+
+def _named(weights: Path, adapters: str | Path | None) -> str:
+    """Files or folders in words: bundled ones by their names alone."""
+    paths = [Path(path) for path in (weights, adapters) if path]
+    return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in paths)
+
+
+def _why_none(config: ModelConfig, steps: int) -> str:
+    """Why no student runs although nobody asked for other weights; empty where somebody did."""
+    if config.weights or config.lora.path:
+        return ""
+    learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
+    return f" without adapters (no bundled student has learnt {steps} steps; there are those of: {learnt})"
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -206,7 +246,7 @@ def _needed(config: ModelConfig) -> str:
     """The checkpoint of a model that has no bundled weights."""
     if not config.weights:
         raise ValueError(
-            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by launch/convert.py of the published "
-            "Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
+            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by {written('convert')} of the "
+            "published Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
         )
     return config.weights

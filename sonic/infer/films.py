@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import typing
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from sonic.config import Ranks
@@ -20,13 +18,16 @@ from sonic.infer.build import Parts, ReadyParts, build_parts, find_device
 from sonic.infer.painted import read_ahead
 from sonic.infer.pipeline import generate
 from sonic.infer.planning import Forecast, forecast
-from sonic.infer.ranks import dismiss, follow
-from sonic.infer.report import Clock, Result, Watch
-from sonic.infer.scene import Settings, open_scene
-from sonic.infer.settings import InferConfig, RequestConfig
+from sonic.infer.ranks import shutdown, worker_loop
+from sonic.infer.reader import SceneReader
+from sonic.infer.report import Clock, Result, Watch, sampling_of, sampling_words
+from sonic.infer.requests import Request, all_requests
+from sonic.infer.scene import Settings, open_scene, refuse_overwriting
+from sonic.infer.settings import InferConfig
+from sonic.parallel.distributed import context_of
 from sonic.parallel.mesh import World, open_world
-from sonic.parallel.spread import Company
 from sonic.parallel.vae_rank import serve_vae
+from sonic.paths import shown
 from sonic.types import Scene
 
 log = logging.getLogger("sonic.infer")
@@ -63,21 +64,28 @@ def open_parts(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> I
     found = forecast(config, ranks, device)
     parallel = replace(found.parallel, replicas=config.parallel.replicas)
     with open_world(parallel, parallel.name, ranks, device=device) as world:
-        company, folder = Company(world, parallel), world.said_by_first(folder)
-        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+        context, folder = context_of(world, parallel), world.said_by_first(folder)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps, context=context)
         if world.keeps_vae:
-            serve_vae(parts.autoencoder, company.wire)
+            serve_vae(parts.autoencoder, context.vae_channel)
         elif not world.leads:
-            follow(parts.model, parts.dtype)
+            worker_loop(parts.model, context, parts.dtype)
         yield Opened(parts, world, found, folder)
         if world.leads:
-            dismiss(parts.model)
+            shutdown(context)
         found.measure(world)
 
 
-def checked_scene(config: InferConfig) -> Scene:
-    """The scene of a request, once it is known that its film can be written."""
-    scene = open_scene(config)
+def announce(opened: Opened, config: InferConfig) -> None:
+    """Log which noise levels and weights the films of this job are made with."""
+    log.info("%s", sampling_words(sampling_of(config.sampler, opened.parts.weights, opened.parts.dtype)))
+
+
+def checked_scene(config: InferConfig, *written: Path, read: Callable[[InferConfig], Scene] = open_scene) -> Scene:
+    """The scene of a request, once it is known that its film can be written, and that neither it nor what else is `written` would
+    take the place of an input."""
+    refuse_overwriting(config, *([Path(config.output)] if config.output else []), *written)
+    scene = read(config)
     height, width = scene.portrait.pixels.shape[:2]
     if config.output:
         check_output(config.output, width, height, num_frames=scene.num_frames, fps=scene.fps)
@@ -95,71 +103,71 @@ def make_film(scene: Scene, parts: Parts | ReadyParts, config: InferConfig, *, o
 def make_films(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> list[Outcome]:
     """The films of this copy of the model, the bad requests (line number, text) among them left out; what became of them.
 
-    A film that is there already is not made again. Outputs without a name lie in the job's folder, numbered by line.
+    A film that is there already is not made again. Outputs without a name lie in the job's folder, numbered by line. Whatever goes
+    wrong with one line, the others are made, unless ranks that make films together may be out of step afterwards: an error in the
+    middle of a film, other than ValueError and OSError, is then raised.
     """
     mine: list[Outcome] = []
     parts, world = opened.parts, opened.world
     copies, place = world.size("dp_replicate"), world.place("dp_replicate")
-    share = requests[place::copies] if world.leads else ()
+    share = all_requests(requests, config, opened.output_of)[place::copies] if world.leads else ()
     if isinstance(parts, ReadyParts):
-        read_ahead(parts, _prompts(share, opened, config))
-    for line, text in share:
-        try:
-            wanted = _request(text, config, opened.output_of(line))
-            if Path(wanted.output).exists():
-                log.info("line %d: %s is there already", line, wanted.output)
-                continue
-            result, _ = make_film(checked_scene(wanted), parts, wanted, output=Path(wanted.output), clock=Clock())
-            mine.append(Outcome(line, result))
-            log.info("line %d: %s", line, result.summary())
-        except (ValueError, OSError) as error:
-            mine.append(Outcome(line, fault=" ".join(str(error).split())))
-            log.warning("line %d: %s", line, mine[-1].fault)
+        read_ahead(parts, _prompts(share))
+    with closing(SceneReader()) as reader:
+        for request in share:
+            filming = False
+            try:
+                if request.wanted is None:
+                    raise ValueError(request.fault)
+                if Path(request.wanted.output).is_file():
+                    log.info("line %d: %s is there already", request.line, shown(request.wanted.output))
+                    continue
+                scene = checked_scene(request.wanted, read=reader.open)
+                filming = True
+                result, _ = make_film(scene, parts, request.wanted, output=Path(request.wanted.output), clock=Clock())
+                mine.append(Outcome(request.line, result))
+                log.info("line %d: %s", request.line, shown(result.summary()))
+            except Exception as error:
+                if filming and not _alone(world) and not isinstance(error, ValueError | OSError):
+                    raise
+                mine.append(Outcome(request.line, fault=_fault(error, request.line)))
     return mine
 
 
-def _prompts(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> Iterator[str]:
+def _alone(world: World) -> bool:
+    """Whether this rank makes its films without others, so that nobody is out of step with it after an error."""
+    return world.film is None or world.film.size() == 1
+
+
+def _fault(error: Exception, line: int) -> str:
+    """What is wrong with a line, in one sentence, which is logged; a fault of the program is logged with its traceback."""
+    sentence = shown(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, ValueError | OSError):
+        log.warning("line %d: %s", line, sentence)
+        return sentence
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        log.warning("line %d: out of memory: %s", line, sentence)
+        return f"out of memory: {sentence}"
+    sentence = f"a fault of the program, not of the input ({type(error).__name__}: {sentence})"
+    log.critical("line %d: %s", line, sentence, exc_info=error)
+    return sentence
+
+
+def _prompts(requests: Sequence[Request]) -> Iterator[str]:
     """What the films that are still to be made are told; bad requests tell nothing."""
-    for line, text in requests:
-        with suppress(ValueError, OSError):
-            wanted = _request(text, config, opened.output_of(line))
-            if not Path(wanted.output).exists():
-                yield wanted.prompt
-                if wanted.sampler.sample_guide_scale != 1:
-                    yield wanted.sampler.negative_prompt
+    for _, wanted, _ in requests:
+        if wanted and not Path(wanted.output).is_file():
+            yield wanted.prompt
+            if wanted.sampler.sample_guide_scale != 1:
+                yield wanted.sampler.negative_prompt
 
 
 def all_outcomes(mine: Sequence[Outcome], opened: Opened) -> list[Outcome]:
     """What became of the requests of all copies, in the order of the lines. Every rank must ask; no film is made after it."""
     found, world = [list(mine)], opened.world
     if world.leads:
-        dismiss(opened.parts.model)
+        shutdown(opened.parts.context)
     if world.mesh is not None:
         found = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, list(mine))
     return sorted((outcome for some in found for outcome in some), key=lambda outcome: outcome.line)
-
-
-def read_requests(path: str) -> list[tuple[int, str]]:
-    """Lines of a file of requests that are not empty, each with its number."""
-    lines = [(number, line) for number, line in enumerate(Path(path).read_text().splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f'requests={path} holds no request; write one JSON object per line, such as {{"image": "me.jpg"}}')
-    return lines
-
-
-def _request(text: str, config: InferConfig, output: Path) -> InferConfig:
-    """The config of one line: what the line says, and for the rest what the command line says."""
-    kinds = typing.get_type_hints(RequestConfig)
-    known = [field.name for field in dataclasses.fields(RequestConfig)]
-    try:
-        told = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the line is not JSON ({error}); write an object with some of: {', '.join(known)}") from error
-    strange = [name for name in told if name not in known] if isinstance(told, dict) else [text[:40]]
-    if strange:
-        raise ValueError(f"{strange[0]} is not known in a request; use: {', '.join(known)}")
-    for name, value in told.items():
-        if type(value) is not kinds[name]:
-            raise ValueError(f"{name}={json.dumps(value)} is {type(value).__name__}; a request needs {kinds[name].__name__} there")
-    return dataclasses.replace(config, **{**told, "output": told.get("output") or str(output)})

@@ -12,9 +12,9 @@ from sonic.geometry import plan_blocks
 from sonic.infer.build import Parts
 from sonic.infer.conditions import encode
 from sonic.infer.decode import HANDOVERS, ahead, decoded, half_the_threads
-from sonic.infer.ranks import rollout_together
+from sonic.infer.ranks import distributed_rollout
 from sonic.infer.report import Clock
-from sonic.infer.rollout import Draws
+from sonic.infer.rollout import NoiseSource, Sampling
 from sonic.infer.scene import Settings
 from sonic.model.warp import Canvas
 from sonic.types import FrameChunk, Scene
@@ -28,7 +28,8 @@ def film_moved(scene: Scene, parts: Parts, settings: Settings, *, clock: Clock) 
         canvas = Canvas(torch.from_numpy(scene.portrait.pixels), crop)
     spans = plan_blocks(scene.num_frames, parts.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(scene.seed)
-    blocks = rollout_together(parts.model, conditions, spans, sampler=settings.sampler, draws=Draws(rng))
+    sampling = Sampling(settings.sampler, NoiseSource(rng))
+    blocks = distributed_rollout(parts.model, conditions, spans, sampling=sampling, context=parts.context)
     online = settings.decode.online
     stage = {"prepare": half_the_threads()} if online else {}
     latents = HANDOVERS[online](clock.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)

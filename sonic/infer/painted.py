@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,24 +20,33 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, plan_blocks
 from sonic.infer.build import ReadyParts
 from sonic.infer.conditions import signed
 from sonic.infer.decode import HANDOVERS
-from sonic.infer.ranks import clip_together, rollout_together
+from sonic.infer.ranks import distributed_clip, distributed_rollout
 from sonic.infer.report import Clock
-from sonic.infer.rollout import Draws
+from sonic.infer.rollout import NoiseSource, Sampling
 from sonic.infer.scene import LOST_FRAMES, Settings
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.model.wan_vae import WanAutoencoder
-from sonic.parallel.vae_rank import FarAutoencoder
+from sonic.parallel.distributed import DistributedContext
+from sonic.parallel.vae_rank import RemoteAutoencoder
 from sonic.pixels import to_bytes, to_signed
 from sonic.types import BlockSpan, Conditions, FrameChunk, LatentBlock, Scene
 
-Vae = WanAutoencoder | FarAutoencoder  # here, or asked where it is
+Vae = WanAutoencoder | RemoteAutoencoder  # here, or asked where it is
 Stage = Callable[[str], AbstractContextManager]  # counts the time inside as that of a stage
 
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
 POSE_CHUNK = 48  # frames of poses that are encoded at once
 WARM_LATENTS = 7  # of the still picture, decoded before the first block so that the decoder's memory is full
 STILL_REPEATS = 5  # the published rollout shows its picture five times over wherever one frame is meant
+
+
+class WanNetworks(NamedTuple):
+    """The transformer, the VAE (here or on another rank), and the context they run in."""
+
+    model: AvatarDiT
+    vae: Vae
+    context: DistributedContext = DistributedContext()
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,18 @@ class Shot:
 
 @torch.no_grad()
 def paint_clips(
-    model: AvatarDiT, vae: Vae, shot: Shot, *, sampler: SamplerConfig, upstream: bool = False, stage: Stage = nullcontext
+    networks: WanNetworks,
+    shot: Shot,
+    *,
+    sampler: SamplerConfig,
+    upstream: bool = False,
+    stage: Stage = nullcontext,
 ) -> Iterator[Tensor]:
     """Frames [1,3,F,H,W] in [-1,1], clip by clip with full attention; the last frames of each clip are the motion of the next.
 
     `upstream` seeds every clip anew and cuts the first frames off, as the published pipeline does. `stage` times.
     """
+    model, vae, context = networks
     ref, _ = vae.encode(shot.picture.unsqueeze(2))
     past = torch.zeros(1, 3, PAST_FRAMES, *shot.picture.shape[-2:], device=ref.device)
     motion, rng = None, torch.Generator().manual_seed(shot.seed)
@@ -86,7 +102,8 @@ def paint_clips(
             span = slice(index * shot.clip_frames, (index + 1) * shot.clip_frames)
             told = _told(shot, ref, motion, frames=span, vae=vae, dtype=_dtype(model))
             latent_frames = shot.clip_frames // FRAMES_PER_LATENT
-            latents = clip_together(model, told, latent_frames, sampler=sampler, generator=rng, unguided=_against(shot, told)).to(ref.dtype)
+            sampling = Sampling(sampler, NoiseSource(rng), _against(shot, told))
+            latents = distributed_clip(model, told, latent_frames, sampling=sampling, context=context).to(ref.dtype)
         with stage("decode"):
             seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
         frames = seen[:, :, -shot.clip_frames :]
@@ -101,8 +118,7 @@ def paint_clips(
 
 @torch.no_grad()
 def paint_blocks(
-    model: AvatarDiT,
-    vae: Vae,
+    networks: WanNetworks,
     shot: Shot,
     *,
     sampler: SamplerConfig,
@@ -113,6 +129,7 @@ def paint_blocks(
 
     Latents pass through `hand_over` on their way to the decoder, which may be on another thread.
     """
+    model, vae, context = networks
     still = shot.picture.unsqueeze(2)
     ref, _ = vae.encode(still)
     motion, _ = vae.encode(still.expand(-1, -1, PAST_FRAMES, -1, -1))
@@ -120,7 +137,8 @@ def paint_blocks(
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
     rng = torch.Generator().manual_seed(shot.seed)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    blocks = hand_over(rollout_together(model, told, spans, sampler=sampler, draws=Draws(rng), unguided=_against(shot, told)))
+    sampling = Sampling(sampler, NoiseSource(rng), _against(shot, told))
+    blocks = hand_over(distributed_rollout(model, told, spans, sampling=sampling, context=context))
     for block in blocks:
         with stage("decode"):
             frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
@@ -129,8 +147,7 @@ def paint_blocks(
 
 @torch.no_grad()
 def paint_blocks_upstream(
-    model: AvatarDiT,
-    vae: Vae,
+    networks: WanNetworks,
     shot: Shot,
     *,
     sampler: SamplerConfig,
@@ -140,6 +157,7 @@ def paint_blocks_upstream(
     """The same with the habits of the published single-GPU pipeline, clip by clip: its picture repeated five times, seeds per clip,
     a reference that wanders (`ref_distances`, one per forward; there unseeded, here from the seed), frames encoded again, and
     the first three of them lost."""
+    model, vae, context = networks
     still = shot.picture.unsqueeze(2)
     ref = vae.encode(still.expand(-1, -1, STILL_REPEATS, -1, -1))[0][:, :, 1:]
     past = still.expand(-1, -1, STILL_REPEATS * PAST_FRAMES, -1, -1)
@@ -147,10 +165,15 @@ def paint_blocks_upstream(
     told = _told(shot, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
     draws = random.Random(shot.seed)
     distances = iter(lambda: draws.randint(4, 30), None) if ref_distances is None else ref_distances
-    place = lambda span: ref_time_id(span.start, ref_position=model.config.rollout.ref_position, distance=next(distances))  # noqa: E731
+
+    def ref_positions(span: BlockSpan, forwards: int) -> list[int]:
+        position = model.config.rollout.ref_position
+        return [ref_time_id(span.start, ref_position=position, distance=next(distances)) for _ in range(forwards)]
+
     spans = plan_blocks(shot.num_frames, model.config.rollout.block_frames)
-    chosen = Draws(torch.Generator(), _clip_noise(told.ref, shot), place)
-    blocks = rollout_together(model, told, spans, sampler=sampler, draws=chosen, unguided=_against(shot, told))
+    source = NoiseSource(torch.Generator(), _clip_noise(told.ref, shot), ref_positions)
+    sampling = Sampling(sampler, source, _against(shot, told))
+    blocks = distributed_rollout(model, told, spans, sampling=sampling, context=context)
     per_clip = shot.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(shot.clips):
         with stage("denoise"):
@@ -171,17 +194,17 @@ def film_painted(scene: Scene, parts: ReadyParts, settings: Settings, *, clock: 
     with clock.stage("encode"):
         shot = _shot(scene, parts, settings)
     with clock.stage("load"):
-        model, vae = parts.model, parts.autoencoder
+        networks = WanNetworks(parts.model, parts.autoencoder, parts.context)
     made = {"sampler": settings.sampler, "stage": clock.stage}
     if parts.config.rollout.clip_frames:
-        frames = paint_clips(model, vae, shot, upstream=bool(settings.compat), **made)
+        frames = paint_clips(networks, shot, upstream=bool(settings.compat), **made)
     elif settings.compat:
-        frames = paint_blocks_upstream(model, vae, shot, **made)
+        frames = paint_blocks_upstream(networks, shot, **made)
     else:
         hand_over = lambda blocks: HANDOVERS[settings.decode.online](  # noqa: E731
             clock.each("denoise", blocks), settings.decode.queue, name="denoise"
         )
-        frames = paint_blocks(model, vae, shot, hand_over=hand_over, **made)
+        frames = paint_blocks(networks, shot, hand_over=hand_over, **made)
     start = 0
     with closing(frames):
         for some in frames:

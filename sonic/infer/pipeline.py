@@ -13,7 +13,7 @@ from sonic.data.video import Coding, VideoWriter
 from sonic.infer.build import Parts, ReadyParts
 from sonic.infer.moved import film_moved
 from sonic.infer.painted import film_painted
-from sonic.infer.report import Clock, Result, Watch, versions
+from sonic.infer.report import Clock, Result, Watch, sampling_of, versions
 from sonic.infer.scene import Settings
 from sonic.metrics import peak_rss_gib
 from sonic.types import FrameChunk, Scene
@@ -56,6 +56,7 @@ def generate(scene: Scene, parts: Parts | ReadyParts, settings: Settings, *, out
         peak_vram_gib=round(_peak_vram(parts.device) / 2**30, 3),
         stages_s={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         versions=versions(),
+        sampling=sampling_of(settings.sampler, parts.weights, parts.dtype),
     )
 
 

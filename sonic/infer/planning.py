@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from sonic.data.portrait import LARGEST_AREA as LARGEST_PICTURE
 from sonic.geometry import wan_size
 from sonic.infer.build import settled_model
 from sonic.infer.conditions import LARGEST_AREA
+from sonic.infer.requests import read_requests, request_of
 from sonic.infer.scene import PORTRAITS
 from sonic.infer.settings import InferConfig
 from sonic.metrics import peak_rss_gib
@@ -28,6 +28,7 @@ from sonic.parallel.mesh import World, degrees
 from sonic.parallel.planner import Planned, planned
 from sonic.parallel.plans import Plan
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.paths import check_input
 
 log = logging.getLogger("sonic.infer")
 
@@ -121,8 +122,8 @@ def _film_size(config: InferConfig) -> str:
     if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
     if config.requests:
-        lines = Path(config.requests).read_text().splitlines()
-        pictures = [size for name in {_portrait_of(line, config.image) for line in lines} if (size := _size_of_picture(name))]
+        wanted = {_portrait_of(line, config) for _, line in read_requests(config.requests)}
+        pictures = [size for name in wanted if (size := _size_of_picture(name))]
     else:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
         pictures = [(pixels.shape[1], pixels.shape[0])]
@@ -130,19 +131,18 @@ def _film_size(config: InferConfig) -> str:
     return "x".join(map(str, max(films, key=prod))) if films else PHOTO_SIZE
 
 
-def _portrait_of(line: str, usual: str) -> str:
+def _portrait_of(line: str, config: InferConfig) -> str:
     """The picture that a request names; none for a bad line, of which its own film will tell."""
     try:
-        told = json.loads(line)
-    except (ValueError, RecursionError):
+        return request_of(line, config, Path()).image
+    except (ValueError, OSError):
         return ""
-    named = told.get("image", usual) if isinstance(told, dict) else ""
-    return named if isinstance(named, str) else ""
 
 
 def _size_of_picture(name: str) -> tuple[int, int] | None:
     """(width, height) as they lie in a file, whose pixels are not read; None for what its own film will refuse."""
     try:
+        check_input(name, "image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(PORTRAITS.get(name, name)) as image:

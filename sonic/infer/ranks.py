@@ -1,4 +1,4 @@
-"""Several ranks, one film: the first rank does what a single one would do, the others walk along until they are dismissed."""
+"""A rollout by several ranks: the first rank does what a single one would do, the others repeat it until they are shut down."""
 
 from __future__ import annotations
 
@@ -12,133 +12,129 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.infer.rollout import Draws, rollout, sample_clip
+from sonic.infer.rollout import NoiseSource, Sampling, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.pipeline import serve, stop
+from sonic.parallel.distributed import DistributedContext
+from sonic.parallel.pipeline import stage_loop, stop_stages
 from sonic.parallel.plans import CLIPS_WAIT
-from sonic.parallel.spread import Company
-from sonic.parallel.vae_rank import hang_up, without_repeats
+from sonic.parallel.vae_rank import stop_vae, without_repeats
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
 CPU = torch.device("cpu")
-GO_ON, ENOUGH = True, False
+CONTINUE, STOP = True, False
 
 
-class Take(NamedTuple):
-    """What ranks must know to walk the same way: blocks over `spans`, or one clip of so many latent frames."""
+class RolloutRequest(NamedTuple):
+    """What the other ranks must know to make the same rollout: blocks over `spans`, or one clip of so many latent frames."""
 
-    told: tuple[Conditions, Conditions | None]
+    conditions: Conditions
     sampler: SamplerConfig
-    random: Tensor
+    unguided: Conditions | None
+    random_state: Tensor
     spans: Sequence[BlockSpan] = ()
     latent_frames: int = 0
 
 
-def rollout_together(
+def distributed_rollout(
     model: AvatarDiT,
     conditions: Conditions,
     spans: Iterable[BlockSpan],
     *,
-    sampler: SamplerConfig,
-    draws: Draws,
-    unguided: Conditions | None = None,
+    sampling: Sampling,
+    context: DistributedContext,
 ) -> Iterator[LatentBlock]:
-    """`rollout` by all ranks that share the model, as far as somebody wants it."""
-    if _alone(model):
-        yield from rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)
+    """`rollout` by all ranks that share the model; stops on all ranks when the consumer stops."""
+    if context.alone:
+        yield from rollout(model, conditions, spans, sampling=sampling, context=context)
         return
-    if draws.noise or draws.ref_position:
+    source = sampling.source
+    if source.noise or source.ref_positions:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
     spans = list(spans)
-    _tell(model, Take((conditions, unguided), sampler, draws.generator.get_state(), spans))
-    company, take = _company(model), _company(model).takes
-    with closing(rollout(model, conditions, spans, sampler=sampler, draws=draws, unguided=unguided)) as blocks:
-        while _tell(model, GO_ON) and (block := next(blocks, None)) is not None:
+    _broadcast(context, _request(conditions, sampling, spans=spans))
+    begun = context.rollouts
+    with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
+        while _broadcast(context, CONTINUE) and (block := next(blocks, None)) is not None:
             try:
                 yield block
-            except BaseException:  # nobody wants the rest; an error inside the rollout is not told, because nobody listens then
-                if company.takes == take:  # or this is closed so late that the others are told of the next take already
-                    _tell(model, ENOUGH)
+            except BaseException:  # the consumer stopped; after an error inside the rollout nobody listens, so nothing is sent
+                if context.rollouts == begun:  # else this is closed so late that the others are in the next rollout already
+                    _broadcast(context, STOP)
                 raise
 
 
-def clip_together(
+def distributed_clip(
     model: AvatarDiT,
     conditions: Conditions,
     latent_frames: int,
     *,
-    sampler: SamplerConfig,
-    generator: torch.Generator,
-    unguided: Conditions | None = None,
+    sampling: Sampling,
+    context: DistributedContext,
 ) -> Tensor:
     """`sample_clip` by all ranks that share the model."""
-    if _company(model).world.stages > 1:
+    if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
-    if not _alone(model):
-        _tell(model, Take((conditions, unguided), sampler, generator.get_state(), latent_frames=latent_frames))
-    return sample_clip(model, conditions, latent_frames, sampler=sampler, generator=generator, unguided=unguided)
+    if not context.alone:
+        _broadcast(context, _request(conditions, sampling, latent_frames=latent_frames))
+    return sample_clip(model, conditions, latent_frames, sampling=sampling, execution=context.execution)
 
 
-def follow(model: AvatarDiT, dtype: torch.dtype) -> None:
-    """What every rank but the leading one does until it is dismissed."""
-    company = _company(model)
-    if company.world.stage:
-        serve(model, company.line, dtype=dtype)
+def worker_loop(model: AvatarDiT, context: DistributedContext, dtype: torch.dtype) -> None:
+    """What every rank but the leading one does until it is shut down."""
+    if context.world.stage:
+        stage_loop(model, context, dtype=dtype)
         return
-    said = _tell(model)
-    while said is not None:
-        said = _walk_along(model, said) if isinstance(said, Take) else _tell(model)
-    _end_line(company)
+    message = _broadcast(context)
+    while message is not None:
+        message = _repeat(model, context, message) if isinstance(message, RolloutRequest) else _broadcast(context)
+    _stop_stages(context)
 
 
-def _walk_along(model: AvatarDiT, take: Take) -> Take | bool | None:
-    """A whole clip, or blocks for as long as the leading rank says so; what it says then."""
+def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutRequest) -> RolloutRequest | bool | None:
+    """A whole clip, or blocks for as long as the leading rank continues; returns the message after them."""
     rng = torch.Generator()
-    rng.set_state(take.random)
-    told, unguided = (each and _arrived(each, _company(model).world.device) for each in take.told)
-    if take.latent_frames:
-        sample_clip(model, told, take.latent_frames, sampler=take.sampler, generator=rng, unguided=unguided)
-        return _tell(model)
-    with closing(rollout(model, told, take.spans, sampler=take.sampler, draws=Draws(rng), unguided=unguided)) as blocks:
-        while (said := _tell(model)) is GO_ON and next(blocks, None) is not None:
+    rng.set_state(request.random_state)
+    conditions, unguided = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unguided))
+    sampling = Sampling(request.sampler, NoiseSource(rng), unguided)
+    if request.latent_frames:
+        sample_clip(model, conditions, request.latent_frames, sampling=sampling, execution=context.execution)
+        return _broadcast(context)
+    with closing(rollout(model, conditions, request.spans, sampling=sampling, context=context)) as blocks:
+        while (message := _broadcast(context)) is CONTINUE and next(blocks, None) is not None:
             pass
-    return said
+    return message
 
 
-def dismiss(model: AvatarDiT) -> None:
-    """The leading rank's last word; a second one is not said."""
-    company = _company(model)
-    if company.dismissed:
+def _request(conditions: Conditions, sampling: Sampling, **length: object) -> RolloutRequest:
+    """The request to repeat a rollout of that length."""
+    return RolloutRequest(conditions, sampling.sampler, sampling.unguided, sampling.source.generator.get_state(), **length)
+
+
+def shutdown(context: DistributedContext) -> None:
+    """End the loops of the other ranks; a second call does nothing."""
+    if context.closed:
         return
-    company.dismissed = True
-    if not _alone(model):
-        _tell(model)
-    _end_line(company)
-    if company.world.vae_rank:
-        hang_up(company.wire)
+    context.closed = True
+    if not context.alone:
+        _broadcast(context)
+    _stop_stages(context)
+    if context.world.vae_rank:
+        stop_vae(context.vae_channel)
 
 
-def _company(model: AvatarDiT) -> Company:
-    return model.company or Company()
+def _broadcast(context: DistributedContext, message: RolloutRequest | bool | None = None) -> RolloutRequest | bool | None:
+    """From the leading rank to those that repeat what it does: a rollout, whether to go on to the next block; None is the end."""
+    if isinstance(message, RolloutRequest):
+        context.rollouts += 1
+        message = message._replace(conditions=lean(message.conditions), unguided=message.unguided and lean(message.unguided))
+    messages = [message]
+    dist.broadcast_object_list(messages, group_src=0, group=context.world.cast, device=CPU)
+    return messages[0]
 
 
-def _alone(model: AvatarDiT) -> bool:
-    return _company(model).world.cast is None
-
-
-def _tell(model: AvatarDiT, said: Take | bool | None = None) -> Take | bool | None:
-    """From the leading rank to those that walk along: what to walk, whether to go on to the next block; None is the end."""
-    if isinstance(said, Take):
-        _company(model).takes += 1
-        said = said._replace(told=tuple(each and lean(each) for each in said.told))
-    words = [said]
-    dist.broadcast_object_list(words, group_src=0, group=_company(model).world.cast, device=CPU)
-    return words[0]
-
-
-def lean(told: Conditions) -> Conditions:
-    """The same in host memory, to be sent: each tensor without what it only looks past, which would go along."""
-    return replace(told, **{name: _lean(value) for name, value in vars(told).items() if value is not None})
+def lean(conditions: Conditions) -> Conditions:
+    """The same in host memory, to be sent: a view without the rest of its storage, which would be sent with it."""
+    return replace(conditions, **{name: _lean(value) for name, value in vars(conditions).items() if value is not None})
 
 
 def _lean(tensor: Tensor) -> Tensor:
@@ -148,11 +144,12 @@ def _lean(tensor: Tensor) -> Tensor:
     return once.to(CPU, copy=True).expand(tensor.shape)
 
 
-def _arrived(told: Conditions, device: torch.device) -> Conditions:
-    """What was sent, on the device of this rank; speech features, which may be gigabytes, stay outside until the model hears them."""
-    return replace(told, **{name: value.to(device) for name, value in vars(told).items() if value is not None and name != "audio"})
+def _to_device(conditions: Conditions, device: torch.device) -> Conditions:
+    """What was sent, on the device of this rank; speech features, which may be gigabytes, stay in host memory until they are encoded."""
+    tensors = {name: value.to(device) for name, value in vars(conditions).items() if value is not None and name != "audio"}
+    return replace(conditions, **tensors)
 
 
-def _end_line(company: Company) -> None:
-    if company.line is not None:
-        stop(company.line)
+def _stop_stages(context: DistributedContext) -> None:
+    if context.channel is not None:
+        stop_stages(context.channel)

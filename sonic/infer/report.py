@@ -11,13 +11,19 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import sonic
+from sonic.config import SamplerConfig
+from sonic.files import written_aside
+from sonic.flow.samplers import SAMPLERS
+from sonic.flow.schedule import TIMESTEPS, is_table, sigmas_of
 from sonic.types import FrameChunk, Portrait, Scene
 
 STAGES = ("load", "encode", "denoise", "decode", "write")
 PICTURES, PICTURE_WIDTH, GAP, STRIP = 12, 148, 4, 90
+SHOWN_TIMESTEPS = 8
 INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 70, 60)
 
 
@@ -38,6 +44,7 @@ class Result:
     peak_vram_gib: float
     stages_s: dict[str, float]
     versions: dict[str, str]
+    sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
     plan: dict = field(default_factory=dict)  # which one, and what it took against what was foretold
 
     def summary(self) -> str:
@@ -146,7 +153,40 @@ def draw_contact_sheet(watch: Watch, path: Path) -> None:
     draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
     draw.text((GAP, below), "speech", SOUND, font)
     draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
-    sheet.save(path)
+    with written_aside(path) as partial:
+        sheet.save(partial, "PNG")
+
+
+def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
+    """Which solver runs over which noise levels, at which timesteps it asks the model, and with which weights."""
+    sigmas, asked = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift), []
+
+    def no_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        asked.append(round(TIMESTEPS * sigma[0].item(), 3))
+        return torch.zeros_like(x)
+
+    SAMPLERS[sampler.name](no_velocity, torch.zeros(1, 1), sigmas, torch.Generator())
+    return {
+        "solver": sampler.name,
+        "schedule": sampler.schedule,
+        "table": is_table(sampler.schedule, sampler.sample_steps),
+        "steps": sampler.sample_steps,
+        "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()],
+        "timesteps": asked,
+        "guide_scale": sampler.sample_guide_scale,
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def sampling_words(found: dict) -> str:
+    """The same in a sentence for the log; of many timesteps the first and the last."""
+    asked = [f"{round(timestep, 1):g}" for timestep in found["timesteps"]]
+    shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
+    way = "its table" if found["table"] else "computed"
+    guided = "no guidance" if found["guide_scale"] == 1 else f"guidance {found['guide_scale']:g}"
+    levels = f"{found['steps']} steps of schedule {found['schedule']} ({way}): timesteps {', '.join(shown)}"
+    return f"{found['solver']}, {levels}; {guided}; weights: {found['weights']} in {found['dtype']}"
 
 
 def versions() -> dict[str, str]:

@@ -13,20 +13,32 @@ from torch import Tensor
 from sonic.config import SamplerConfig
 from sonic.flow.guidance import guidance
 from sonic.flow.path import velocity_from
-from sonic.flow.samplers import SAMPLERS, WALKS, Velocity, Walk
+from sonic.flow.samplers import SAMPLERS, Query, Velocity
 from sonic.flow.schedule import TIMESTEPS, sigmas_of
-from sonic.model.dit import AvatarDiT, BlockInputs
-from sonic.model.forwards import Item
+from sonic.infer.forwards import open_forwards
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.model.inputs import BlockInputs, ForwardRequest
+from sonic.parallel.spread import DistributedContext
 from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 
 
-class Draws(NamedTuple):
-    """What is free in a rollout and how it is settled: by a generator; or, for the noise of a block and for the time id of the
-    reference in each forward (default: the configured rule), by somebody else."""
+class NoiseSource(NamedTuple):
+    """Random inputs of a rollout: a generator; or overrides for the noise of a block and for the time ids of the reference, one for
+    each of so many forwards of the block (default: the configured rule)."""
 
     generator: torch.Generator
     noise: Callable[[BlockSpan], Tensor] | None = None
-    ref_position: Callable[[BlockSpan], int] | None = None
+    ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
+
+
+class Sampling(NamedTuple):
+    """How latents are sampled: sampler and schedule, random inputs, and what guidance leads away from (default: the same conditions
+    without audio)."""
+
+    sampler: SamplerConfig
+    source: NoiseSource
+    unguided: Conditions | None = None
 
 
 @torch.no_grad()
@@ -35,32 +47,32 @@ def rollout(
     conditions: Conditions,
     spans: Iterable[BlockSpan],
     *,
-    sampler: SamplerConfig,
-    draws: Draws,
-    unguided: Conditions | None = None,
+    sampling: Sampling,
+    context: DistributedContext | None = None,
 ) -> Iterator[LatentBlock]:
-    """Blocks of clean latents, each as soon as it is done; what is kept does not grow with their number.
+    """Yield blocks of clean latents, each as soon as it is done; memory does not grow with their number.
 
-    `unguided` is what guidance leads away from (default: the same without audio). As many forwards are under way as
-    `model.forwards` has room for: of the oldest blocks first, and of a new block once the one before it has left its ring.
+    As many forwards are in flight as the scheduler of `context` accepts (default: one, on this device): of the oldest blocks first, and
+    of a new block once the block before it has made its last forward at that sampling step.
     """
-    scale = sampler.sample_guide_scale
-    told = (conditions,) if scale == 1 else (unguided or conditions.drop("audio"), conditions)
-    route = _Route(model, told, sampler, draws=draws)
-    under_way: deque[_Block] = deque()  # one entry per item, in the order in which they were submitted
-    blocks: list[_Block] = []  # begun and not finished, oldest first
-    unseen = iter(spans)
-    with closing(model.forwards(model, told, len(route.sigmas) - 1)) as forwards:
+    scale = sampling.sampler.sample_guide_scale
+    both = (conditions,) if scale == 1 else (sampling.unguided or conditions.drop("audio"), conditions)
+    plan = _RolloutPlan(model, both, sampling)
+    in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
+    blocks: list[_BlockState] = []  # begun and not finished, oldest first
+    remaining = iter(spans)
+    forwards_of = open_forwards(context or DistributedContext())
+    with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
         while True:
-            while (ready := route.ready(blocks, unseen)) and all(forwards.accepts(item) for item in ready.asked):
-                for item in ready.ask():
-                    forwards.submit(item)
-                    under_way.append(ready)
-            if not under_way:
+            while (ready := plan.ready(blocks, remaining)) and all(forwards.accepts(request) for request in ready.requests):
+                for request in ready.take_requests():
+                    forwards.submit(request)
+                    in_flight.append(ready)
+            if not in_flight:
                 return
-            for said in forwards.collect():
-                block = under_way.popleft()
-                if (clean := block.told(said, scale)) is not None:
+            for prediction in forwards.collect():
+                block = in_flight.popleft()
+                if (clean := block.advance(prediction, scale)) is not None:
                     blocks.remove(block)
                     yield LatentBlock(clean, block.span)
 
@@ -71,101 +83,93 @@ def sample_clip(
     conditions: Conditions,
     latent_frames: int,
     *,
-    sampler: SamplerConfig,
-    generator: torch.Generator,
-    unguided: Conditions | None = None,
+    sampling: Sampling,
+    execution: Execution = LOCAL,
 ) -> Tensor:
     """One clip of clean latents [B,C,latent_frames,H,W] with full attention, as Wan2.2-S2V makes it."""
+    sampler, source, unguided = sampling
     sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
-    wrap = guidance(_clip_velocity(model, unguided or conditions.drop("audio")), sampler.sample_guide_scale)
-    noise = _noise(conditions.ref, latent_frames, generator)
-    return sample(wrap(_clip_velocity(model, conditions)), noise, sigmas, generator)
+    unguided_velocity = _clip_velocity(model, unguided or conditions.drop("audio"), execution)
+    guided = guidance(unguided_velocity, sampler.sample_guide_scale)(_clip_velocity(model, conditions, execution))
+    return sample(guided, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
 
 
-class _Route:
-    """What all blocks of a film have in common: the noise levels, and the rings that a walk visits one after the other.
+class _RolloutPlan:
+    """What all blocks of a rollout have in common: noise levels, and the sampling steps of the forwards of a block in their order.
 
-    Each noise level has its ring, so a block meets the others as they were at that level.
+    Each sampling step has its KV ring, so a block meets the others as they were at that noise level.
     """
 
-    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], sampler: SamplerConfig, *, draws: Draws) -> None:
-        self.model, self.told, self.draws = model, told, draws
+    def __init__(self, model: AvatarDiT, conditions: Sequence[Conditions], sampling: Sampling) -> None:
+        self.model, self.conditions, self.source, sampler = model, conditions, sampling.source, sampling.sampler
         self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
-        self.walk = pick(WALKS, sampler.name, "sampler.name")
+        self.sampler = pick(SAMPLERS, sampler.name, "sampler.name")
         self.to_velocity = velocity_from(model.config.prediction)
-        self.visits: list[int] = []
-        SAMPLERS[sampler.name](self._trace, torch.zeros(1, 1), self.sigmas, torch.Generator())
+        self.steps = self.sampler.steps_queried(len(self.sigmas) - 1)
 
-    def ready(self, blocks: list[_Block], unseen: Iterator[BlockSpan]) -> _Block | None:
-        """The oldest block with a question that may be asked now; a new one when the others allow it."""
-        for before, block in zip([None, *blocks], blocks, strict=False):
-            if block.asked and self._passed(before, block.evaluations):
+    def ready(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
+        """The oldest block with a request that may be submitted now; a new one when the others allow it."""
+        for previous, block in zip([None, *blocks], blocks, strict=False):
+            if block.requests and self._left_by(previous, block.queries):
                 return block
-        span = next(unseen, None) if self._passed(blocks[-1] if blocks else None, 0) else None
+        span = next(remaining, None) if self._left_by(blocks[-1] if blocks else None, 0) else None
         if span is None:
             return None
-        blocks.append(_Block(self, span))
+        blocks.append(_BlockState(self, span))
         return blocks[-1]
 
-    def ring(self, sigma: Tensor) -> int:
-        """The ring of a noise level."""
-        return int((self.sigmas[:-1] - sigma[0].item()).abs().argmin())
-
-    def _passed(self, before: _Block | None, evaluation: int) -> bool:
-        """Whether the block before has asked all it will ask of the ring of this evaluation."""
-        ring = self.visits[evaluation]
-        return before is None or ring not in self.visits[before.evaluations :]
-
-    def _trace(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.visits.append(self.ring(sigma))
-        return torch.zeros_like(x)
+    def _left_by(self, previous: _BlockState | None, query: int) -> bool:
+        """Whether the previous block has made its last forward at the sampling step of this query."""
+        return previous is None or self.steps[query] not in self.steps[previous.queries :]
 
 
-class _Block:
-    """A block between noise and clean latents: its walk, and the forwards that the walk waits for."""
+class _BlockState:
+    """A block between noise and clean latents: its sampler, and the forwards that the sampler waits for."""
 
-    def __init__(self, route: _Route, span: BlockSpan) -> None:
-        self.route, self.span, self.evaluations = route, span, 0
-        draws, ref = route.draws, route.told[0].ref
-        noise = draws.noise(span) if draws.noise else _noise(ref, span.latent_frames, draws.generator)
-        place = draws.ref_position or (lambda span: route.model.ref_position(span.start))
-        self.places = [place(span) for _ in route.visits for _ in route.told]
-        self.inputs: list[BlockInputs] = [route.model.prepare_block(each.at(span), span) for each in route.told]
-        self.walk: Walk = route.walk(noise, route.sigmas, draws.generator)
-        self.x, self.sigma = next(self.walk)
-        self.asked = self._items()
-        self.answers: list[Tensor] = []
+    def __init__(self, plan: _RolloutPlan, span: BlockSpan) -> None:
+        self.plan, self.span, self.queries = plan, span, 0
+        source, ref, count = plan.source, plan.conditions[0].ref, len(plan.steps) * len(plan.conditions)
+        noise = source.noise(span) if source.noise else _noise(ref, span.latent_frames, source.generator)
+        positions = source.ref_positions or (lambda span, count: [plan.model.ref_position(span.start)] * count)
+        self.ref_positions = positions(span, count)
+        self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
+        self.sampling = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
+        self.query: Query = next(self.sampling)
+        self.requests = self._requests()
+        self.velocities: list[Tensor] = []
 
-    def ask(self) -> list[Item]:
-        """The forwards of this evaluation, of what is unguided first."""
-        asked, self.asked = self.asked, []
-        self.evaluations += 1
-        return asked
+    def take_requests(self) -> list[ForwardRequest]:
+        """The forwards of this query, the unguided one first."""
+        requests, self.requests = self.requests, []
+        self.queries += 1
+        return requests
 
-    def told(self, said: Tensor, scale: float) -> Tensor | None:
-        """Walk on when all is said; the clean latents at the end of the walk, None before it."""
-        self.answers.append(self.route.to_velocity(said, self.x, self.sigma))
-        if len(self.answers) < len(self.inputs):
+    def advance(self, prediction: Tensor, scale: float) -> Tensor | None:
+        """Go on sampling when all forwards of the query are back; the clean latents at the end, None before it."""
+        x, sigma, _ = self.query
+        self.velocities.append(self.plan.to_velocity(prediction, x, sigma))
+        if len(self.velocities) < len(self.inputs):
             return None
-        (first, *_, last), self.answers = (self.answers[0], self.answers[-1]), []
+        (first, *_, last), self.velocities = (self.velocities[0], self.velocities[-1]), []
         velocity = guidance(lambda *_: first, scale)(lambda *_: last)
         try:
-            self.x, self.sigma = self.walk.send(velocity(self.x, self.sigma))
+            self.query = self.sampling.send(velocity(x, sigma))
         except StopIteration as end:
             return end.value
-        self.asked = self._items()
+        self.requests = self._requests()
         return None
 
-    def _items(self) -> list[Item]:
-        ring, timestep, count = self.route.ring(self.sigma), TIMESTEPS * self.sigma, len(self.inputs)
-        places = self.places[self.evaluations * count :]
-        return [Item(self.x, timestep, each, told, ring, places[told]) for told, each in enumerate(self.inputs)]
+    def _requests(self) -> list[ForwardRequest]:
+        x, sigma, step = self.query
+        positions = self.ref_positions[self.queries * len(self.inputs) :]
+        inputs = [each._replace(ref_position=positions[index]) for index, each in enumerate(self.inputs)]
+        return [ForwardRequest(x, TIMESTEPS * sigma, each, index, step) for index, each in enumerate(inputs)]
 
 
-def _clip_velocity(model: AvatarDiT, conditions: Conditions) -> Velocity:
+def _clip_velocity(model: AvatarDiT, conditions: Conditions, execution: Execution) -> Velocity:
     to_velocity = velocity_from(model.config.prediction)
-    return lambda x, sigma: to_velocity(model(x, TIMESTEPS * sigma, conditions), x, sigma)
+    return lambda x, sigma: to_velocity(model(x, TIMESTEPS * sigma, conditions, execution=execution), x, sigma)
 
 
 def _noise(like: Tensor, latent_frames: int, generator: torch.Generator) -> Tensor:

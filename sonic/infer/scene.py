@@ -19,6 +19,7 @@ from sonic.infer.build import BUNDLED
 from sonic.infer.conditions import fit_portrait, painted_size, published_picture, whole_picture
 from sonic.infer.settings import InferConfig
 from sonic.model.wav2vec import clips_of, states_of
+from sonic.paths import check_input, file_key
 from sonic.types import Portrait, Scene, Speech
 
 log = logging.getLogger("sonic.infer")
@@ -27,6 +28,7 @@ LOST_FRAMES = 3  # that the published pipelines cut off the first clip, so that 
 WHITE = 127  # of a mask, above which it counts
 PORTRAITS = {"astronaut": Path(skimage.__file__).parent / "data" / "astronaut.png"}
 RECORDINGS = {"sample": BUNDLED / "sample_speech.flac"}
+BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # by the option that may name one of them
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,25 @@ OPENERS = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
 
 def open_scene(config: InferConfig) -> Scene:
     """Read and check portrait and recording. Raises ValueError in one sentence for everything that is wrong with them."""
+    for option, name in inputs_of(config):
+        check_input(name, option)
     return OPENERS[config.model.autoencoder](config)
+
+
+def inputs_of(config: InferConfig) -> list[tuple[str, str]]:
+    """Every file that a film is made from, with the option that names it; what comes with the program is not among them."""
+    audio = config.audio.split("+") if config.face.masks else [config.audio]
+    named = [("image", config.image), *(("audio", name) for name in audio), *(("face.masks", name) for name in config.face.masks or ())]
+    named += [("motion.pose", config.motion.pose), ("requests", config.requests)]
+    return [(option, name) for option, name in named if name and name not in BUNDLED_INPUTS.get(option, ())]
+
+
+def refuse_overwriting(config: InferConfig, *written: Path) -> None:
+    """Raise ValueError when one of the files that will be written is an input, however the two are spelt."""
+    read = {file_key(name): f"{option}={name}" for option, name in reversed(inputs_of(config))}
+    for path in written:
+        if (named := read.get(file_key(path))) is not None:
+            raise ValueError(f"output={path} is the file {named} that the film is made from; choose another output")
 
 
 def _refuse_places(config: InferConfig) -> None:

@@ -16,7 +16,7 @@ from sonic.config import (
     one_of,
     parse_size,
     require,
-    settle_video,
+    settled_video,
 )
 from sonic.parallel.settings import HardwareConfig, ParallelConfig
 
@@ -48,7 +48,9 @@ class PlanChoiceConfig:
 class InferConfig(RequestConfig):
     """A portrait and a recording become a talking video."""
 
-    requests: str = knob("", "JSONL file with a film per line (image, audio, prompt, output, seed) instead of the one above")
+    requests: str = knob(
+        "", "JSONL file with a film per line (image, audio, prompt, output, seed); inputs are looked for here, then beside the file"
+    )
     run: RunConfig = knob(RunConfig)
     model: ModelConfig = knob(ModelConfig)
     sampler: SamplerConfig = knob(SamplerConfig)
@@ -62,7 +64,7 @@ class InferConfig(RequestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)
 
 
 @dataclass
@@ -98,7 +100,7 @@ class TimedFilmConfig:
 
 @dataclass
 class BenchConfig:
-    """The main job or one forward, timed; the word behind bench.py says which: python launch/bench.py preview json=out.json"""
+    """The main job or one forward, timed; the word behind the command says which."""
 
     target: str = knob(
         "preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks"
@@ -117,5 +119,5 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         one_of(self.target, ("preview", "dit_medium", "fit", "scaling"), "target")
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

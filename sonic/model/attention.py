@@ -58,7 +58,7 @@ def attention_for(name: str, device: torch.device) -> Attention:
         log.warning("run.attention=xformers has kernels for CUDA only; on %s torch's own attention is used (sdpa)", device.type)
         return sdpa
     if name == "xformers" and find_spec("xformers") is None:
-        raise ValueError("run.attention=xformers needs the package xformers: pip install -e .[gpu]; run.attention=sdpa needs nothing")
+        raise ValueError("run.attention=xformers needs the package xformers: pip install xformers; run.attention=sdpa needs nothing")
     return pick(ATTENTION, name, "run.attention")
 
 

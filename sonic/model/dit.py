@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -12,66 +11,24 @@ from torch import Tensor, nn
 
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.model.attention import BlockCausal, Exchange, Reach, WholeClip
+from sonic.model.attention import BlockCausal, Reach, WholeClip
 from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
-from sonic.model.blocks import ALONE, Block, Head, Layout, apart, together
+from sonic.model.blocks import Block, Head, apart, together
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
-from sonic.model.forwards import OpenForwards, one_by_one
+from sonic.model.execution import LOCAL, Execution, SequenceParallel
+from sonic.model.inputs import BlockInputs, TrunkInputs
 from sonic.model.kv_cache import FillMemory, Held, KVCache, KVRing, RingView, memory_places
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
-ENTRIES = ("depart_memory", "prepare_block", "depart_block", "travel", "arrive")  # ways into the model besides forward
-
-
-class BlockInputs(NamedTuple):
-    """What does not change between the sampling steps of a block: pose tokens and audio tokens."""
-
-    span: BlockSpan
-    pose: Tensor
-    audio: AudioTokens | None
-
-
-class Trip(NamedTuple):
-    """Tokens on their way through the layers, and what goes with them.
-
-    tokens [B,N,D], the parts in `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
-    """
-
-    tokens: Tensor
-    layout: Layout
-    modulations: tuple[Tensor, ...]
-    text: Tensor | None
-    audio: AudioTokens | None
-    exchange: Exchange = ALONE
-
-
-class Whole:
-    """The share of the tokens that this rank has of every frame when it is alone: all of them."""
-
-    def part(self, tokens: Tensor) -> Tensor:
-        """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
-        return tokens
-
-    def whole(self, tokens: Tensor, size: int) -> Tensor:
-        """Tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
-        return tokens
-
-    def heads(self, num_heads: int) -> int:
-        """How many heads this rank has in self-attention."""
-        return num_heads
-
-    def exchange(self, layout: Layout) -> Exchange:
-        """How tokens and heads change places for parts of this layout (all ranks' tokens)."""
-        return ALONE
+ROLLOUT_ENTRY_POINTS = ("embed_memory", "prepare_block", "embed_block", "run_blocks", "unembed")  # of a rollout
+TRAINING_ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # of a training, besides forward
 
 
 class AvatarDiT(nn.Module):
     """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it.
 
-    Where the layers are shared out among ranks, those of other ranks are None; `share` says which tokens are here
-    `forwards` who runs the forwards of a rollout, `cache_device` where caches lie if not beside the weights,
-    and `company` which ranks take part.
+    In a layer pipeline the blocks of other ranks are None. How a forward is executed is an argument (`execution`).
     """
 
     def __init__(self, config: ModelConfig):
@@ -91,12 +48,10 @@ class AvatarDiT(nn.Module):
         self.head = Head(dim, channels, tuple(patch), eps=trunk.eps)
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
-        self.share = Whole()
-        self.cache_device: torch.device | None = None
-        self.company: object | None = None
-        self.forwards: OpenForwards = one_by_one
 
-    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None, execution: Execution = LOCAL
+    ) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         grid = self._patches(latents, self._pose(conditions, latents.shape))
         places = self._grid_rotation(0, grid.shape[1], latents.shape)
@@ -104,9 +59,11 @@ class AvatarDiT(nn.Module):
         reach = WholeClip(tuple(torch.cat(factors) for factors in zip(places, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
         audio = self._hear(conditions, encode, actors=actors)
-        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio).to(latents.dtype)
+        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio, execution=execution).to(latents.dtype)
 
-    def forward_blocks(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0) -> Tensor:
+    def forward_blocks(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0, execution: Execution = LOCAL
+    ) -> Tensor:
         """All blocks of a rollout at once, for training: equal to `prefill` and `denoise_block` run block by block.
 
         latents [B,C,n·block,H,W], timestep [B] or [B,T], conditions of these n blocks -> [B,C,n·block,H,W]
@@ -126,33 +83,35 @@ class AvatarDiT(nn.Module):
             window=rollout.window_blocks,
         )
         audio = self._hear(conditions, lambda features: self._encode_blocks(features, count))
-        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio).to(latents.dtype)
+        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio, execution=execution).to(latents.dtype)
 
-    def new_cache(self, conditions: Conditions, *, steps: int) -> KVCache:
+    def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache that fits these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
         dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
-        like = torch.empty(0, dtype=dtype, device=self.cache_device or device)
-        cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like)
+        like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
+        heads = execution.sequence.heads(self.config.trunk.num_heads)
+        cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
         return replace(cache, token_device=device)
 
-    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor) -> KVCache:
-        """An empty cache for the layers and heads that are here, over [batch, rows, columns] of patches."""
-        held = Held([layer for layer, block in enumerate(self.blocks) if block is not None], self.share.heads(self.config.trunk.num_heads))
+    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
+        """An empty cache over [batch, rows, columns] of patches, for the blocks that are here and so many heads (None = all of them)."""
+        layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
+        held = Held(layers, self.config.trunk.num_heads if heads is None else heads)
         return KVCache.allocate(self.config, shape, held, steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
-    def prefill(self, conditions: Conditions, cache: KVCache) -> KVCache:
+    def prefill(self, conditions: Conditions, cache: KVCache, *, execution: Execution = LOCAL) -> KVCache:
         """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
-        trip = self.depart_memory(conditions)
-        self.travel([trip], [self.memory_reach(cache)])
+        inputs = self.embed_memory(conditions, execution.sequence)
+        execution.run_blocks(self, [inputs], [self.memory_reach(cache)])
         return cache
 
-    def depart_memory(self, conditions: Conditions) -> Trip:
-        """The memory's tokens before the first layer."""
+    def embed_memory(self, conditions: Conditions, sequence: SequenceParallel) -> TrunkInputs:
+        """The memory tokens as they enter the first block."""
         memory = self._memory(conditions)
         _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
-        return self._depart([memory], (modulation,), self.text_embed(conditions.text))
+        return _trunk_inputs([memory], (modulation,), self.text_embed(conditions.text), sequence=sequence)
 
     def memory_reach(self, cache: KVCache) -> Callable[[int], Reach]:
         """What the memory may attend to in each layer: itself; it is written into the cache."""
@@ -167,24 +126,34 @@ class AvatarDiT(nn.Module):
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
     def denoise_block(
-        self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, cache: KVCache, ring: KVRing, ref_position: int | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        inputs: BlockInputs,
+        *,
+        cache: KVCache,
+        ring: KVRing,
+        execution: Execution = LOCAL,
     ) -> Tensor:
         """Denoise one block; its keys and values go into `ring`.  [B,C,block,H,W], timestep [B] or [B,block] -> the same shape
 
-        `ref_position` is the reference's time id (default: the configured rule). Gradients reach this block alone.
+        Gradients reach this block alone.
         """
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
-        reach = self.block_reach(span, cache, ring, ref_position=ref_position)
-        trip, summary = self.depart_block(latents, timestep, inputs)
-        (trip,) = self.travel([trip], [reach])
-        return self.arrive(trip, summary, cache.grid).to(latents.dtype)
+        reach = self.block_reach(span, cache, ring, ref_position=inputs.ref_position)
+        trunk_inputs, summary = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
+        (outputs,) = execution.run_blocks(self, [trunk_inputs], [reach])
+        return self.unembed(outputs, summary, cache.grid, sequence=execution.sequence).to(latents.dtype)
 
-    def depart_block(self, latents: Tensor, timestep: Tensor, inputs: BlockInputs) -> tuple[Trip, Tensor]:
-        """A block's tokens before the first layer, and the summary of its noise level for `arrive`."""
+    def embed_block(
+        self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel
+    ) -> tuple[TrunkInputs, Tensor]:
+        """A block's tokens as they enter the first transformer block, and the time embedding that `unembed` needs."""
         summary, modulation = self.time_embed(_per_frame(timestep))
-        return self._depart([self._patches(latents, inputs.pose)], (modulation,), None, audio=inputs.audio), summary
+        tokens = [self._patches(latents, inputs.pose)]
+        return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
 
     def block_reach(self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None) -> Callable[[int], Reach]:
         """What a block may attend to in each layer; makes room for it in the ring."""
@@ -195,28 +164,28 @@ class AvatarDiT(nn.Module):
         places = rotation(grid_places(times, *cache.grid), self._head_dim)
         return lambda layer: RingView(cache, ring, layer, slot, places, position)
 
-    def travel(self, trips: Sequence[Trip], reaches: Sequence[Callable[[int], Reach]]) -> list[Trip]:
-        """Through all layers that are here, side by side: each layer is met once by all of them."""
-        trips = list(trips)
+    def run_blocks(self, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable[[int], Reach]]) -> list[TrunkInputs]:
+        """Run every sequence through a block before the next block, so that its weights are loaded once."""
+        outputs = list(inputs)
         for layer, block in enumerate(self.blocks):
             if block is not None:
-                trips = [self._visit(layer, trip, reach(layer)) for trip, reach in zip(trips, reaches, strict=True)]
-        return trips
+                outputs = [self._run_block(layer, each, reach(layer)) for each, reach in zip(outputs, reaches, strict=True)]
+        return outputs
 
-    def _visit(self, layer: int, trip: Trip, reach: Reach) -> Trip:
-        """Through one layer and the injector behind it."""
-        modulations, text, exchange = trip.modulations, trip.text, trip.exchange
-        tokens = self.blocks[layer](trip.tokens, modulations, text, layout=trip.layout, reach=reach, exchange=exchange)
+    def _run_block(self, layer: int, inputs: TrunkInputs, reach: Reach) -> TrunkInputs:
+        """One transformer block and the audio injector after it, if there is one."""
+        modulations, text, exchange = inputs.modulations, inputs.text, inputs.exchange
+        tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, reach=reach, exchange=exchange)
         inject = self.config.audio.inject_layers
-        if trip.audio is not None and layer in inject:
-            grid, *rest = apart(tokens, trip.layout)
-            tokens = together([self.audio_injectors[inject.index(layer)](grid, trip.audio), *rest])
-        return trip._replace(tokens=tokens)
+        if inputs.audio is not None and layer in inject:
+            grid, *rest = apart(tokens, inputs.layout)
+            tokens = together([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
+        return inputs._replace(tokens=tokens)
 
-    def arrive(self, trip: Trip, summary: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The first part of the tokens behind the last layer, as latents.  -> [B,C,T,H,W]"""
+    def unembed(self, outputs: TrunkInputs, summary: Tensor, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
+        """The first part of the tokens behind the last block, as latents.  -> [B,C,T,H,W]"""
         rows, columns = grid
-        tokens = self.share.whole(apart(trip.tokens, trip.layout)[0], rows * columns)
+        tokens = sequence.whole(apart(outputs.tokens, outputs.layout)[0], rows * columns)
         return self.head(tokens, summary, columns)
 
     def ref_position(self, start: int) -> int:
@@ -224,25 +193,17 @@ class AvatarDiT(nn.Module):
         rollout = self.config.rollout
         return ref_time_id(start, ref_position=rollout.ref_position, distance=rollout.ref_distance)
 
-    def _denoise(self, grid: Tensor, timestep: Tensor, conditions: Conditions, *, reach: Reach, audio: AudioTokens | None) -> Tensor:
+    def _denoise(
+        self, grid: Tensor, timestep: Tensor, conditions: Conditions, *, reach: Reach, audio: AudioTokens | None, execution: Execution
+    ) -> Tensor:
         """Grid and memory through the trunk together; memory always at noise level 0."""
         timestep = _per_frame(timestep)
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
-        trip = self._depart(parts, modulations, self.text_embed(conditions.text), audio=audio)
-        (trip,) = self.travel([trip], [lambda layer: reach])
-        return self.arrive(trip, summary[:, :-1], self._grid_size(conditions.ref.shape))
-
-    def _depart(
-        self, parts: list[Tensor], modulations: tuple[Tensor, ...], text: Tensor | None, *, audio: AudioTokens | None = None
-    ) -> Trip:
-        """Parts [B,T,S,D], each with its modulation: this rank's share of them, put together."""
-        exchange = self.share.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
-        mine = [self.share.part(part) for part in parts]
-        if audio is not None and audio.masks is not None:
-            audio = audio._replace(masks=self.share.part(audio.masks))
-        return Trip(together(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
+        inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
+        (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: reach])
+        return self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
 
     def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
         return self.patch_embed(latents) + pose
@@ -298,6 +259,22 @@ class AvatarDiT(nn.Module):
     @property
     def _head_dim(self) -> int:
         return self.config.trunk.hidden_dim // self.config.trunk.num_heads
+
+
+def _trunk_inputs(
+    parts: list[Tensor],
+    modulations: tuple[Tensor, ...],
+    text: Tensor | None,
+    *,
+    audio: AudioTokens | None = None,
+    sequence: SequenceParallel,
+) -> TrunkInputs:
+    """This rank's tokens of the parts [B,T,S,D], each with its modulation."""
+    exchange = sequence.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
+    mine = [sequence.part(part) for part in parts]
+    if audio is not None and audio.masks is not None:
+        audio = audio._replace(masks=sequence.part(audio.masks))
+    return TrunkInputs(together(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:

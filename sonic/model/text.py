@@ -106,7 +106,7 @@ def _mended(prompt: str) -> str:
     try:
         import ftfy
     except ImportError:
-        log.warning("a prompt beyond ASCII is read as it is typed; the published code mends it with ftfy first: pip install -e .[text]")
+        log.warning("a prompt beyond ASCII is read as it is typed; the published code mends it with ftfy first: pip install ftfy")
         return prompt
     return ftfy.fix_text(prompt)
 

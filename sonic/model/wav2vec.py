@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sonic.data.speech import SAMPLE_RATE
 from sonic.geometry import FPS
+from sonic.model.weights import read_tensors
 
 STATE_SAMPLES = 320  # samples from one hidden state to the next: 50 a second
 STATE_REACH = 400  # samples that the first one needs
@@ -49,7 +49,7 @@ class Wav2VecEncoder(nn.Module):
 
         Raises ValueError when a tensor is missing or has no place.
         """
-        self.take(load_file(path), str(path))
+        self.take(read_tensors(path), str(path))
 
     def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take weights by their published names. Raises ValueError unless all of them fit."""

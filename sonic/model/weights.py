@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sonic.files import save_tensors
 from sonic.signs import beat
 
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
@@ -75,7 +75,7 @@ def export(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the model's tensors as one safetensors file, in the precision they have."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, str(path), dict(metadata or {}))
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, path, metadata or {})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -131,6 +131,12 @@ def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Ite
                     "use the file that was made for this model"
                 )
         yield stored
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by the names they have there. Raises ValueError when it is missing or damaged."""
+    with _opened(_files(Path(path))[0]) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _files(path: Path) -> list[Path]:

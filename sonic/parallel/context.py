@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sonic.model.attention import Exchange, Projected
 from sonic.model.blocks import Layout
-from sonic.model.dit import AvatarDiT
 
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
 
@@ -31,8 +30,8 @@ class Group(NamedTuple):
         return [whole // self.size + (rank < whole % self.size) for rank in range(self.size)]
 
 
-class Spatial:
-    """This rank's share of every frame's tokens, and of the memory's."""
+class UlyssesSequence:
+    """This rank's share of every frame's tokens, and of the memory's (a `SequenceParallel`)."""
 
     def __init__(self, group: Group, num_heads: int) -> None:
         self.group, self.num_heads = group, num_heads
@@ -100,7 +99,6 @@ class Ulysses:
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
-def share_tokens(model: AvatarDiT, group: dist.ProcessGroup) -> None:
-    """Let the ranks of a group share the tokens of each frame. What comes out is whole on every rank."""
-    place = Group(group, dist.get_rank(group), dist.get_world_size(group))
-    model.share = Spatial(place, model.config.trunk.num_heads)
+def sequence_parallel(group: dist.ProcessGroup, num_heads: int) -> UlyssesSequence:
+    """The division of each frame's tokens among the ranks of a group. What comes out is whole on every rank."""
+    return UlyssesSequence(Group(group, dist.get_rank(group), dist.get_world_size(group)), num_heads)

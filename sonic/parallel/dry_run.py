@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
 from sonic.model.kv_cache import KVCache
 from sonic.model.wan_vae import WanAutoencoder
 from sonic.parallel.few_layers import of_all_layers
@@ -27,7 +28,7 @@ from sonic.parallel.mesh import World, make_world
 from sonic.parallel.plans import MESSAGES, Plan, degree
 from sonic.parallel.ranges import resident_layers
 from sonic.parallel.settings import HardwareConfig
-from sonic.parallel.shard import shard
+from sonic.parallel.shard import prefetch_in_order, shard
 from sonic.parallel.workload import Workload
 from sonic.types import Conditions
 
@@ -86,19 +87,19 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
 class Film(nn.Module):
     """One hand-over from the model's conditions on, or the same one some `times`: what a rank runs."""
 
-    def __init__(self, model: AvatarDiT, work: Workload, times: int = 1):
+    def __init__(self, model: AvatarDiT, work: Workload, times: int = 1, *, execution: Execution = LOCAL):
         super().__init__()
-        self.model, self.work, self.times = model, work, times
+        self.model, self.work, self.times, self.execution = model, work, times, execution
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, cache: KVCache | None) -> None:
         if cache is not None:
-            self.model.prefill(conditions, cache)
+            self.model.prefill(conditions, cache, execution=self.execution)
         for _ in range(self.times):
             if cache is None:
-                self.model(latents, timestep, conditions)
+                self.model(latents, timestep, conditions, execution=self.execution)
             else:
                 inputs = self.model.prepare_block(conditions, _span(self.work))
-                self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0])
+                self.model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0], execution=self.execution)
 
 
 def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
@@ -180,7 +181,6 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
     part, dtype = work.with_layers(few), DTYPES[work.number]
     with fake_world(plan, hardware.devices) as world:
         whole, model = AvatarDiT(work.model), AvatarDiT(part.model)
-        film = Film(model, part, times=2)
         latents, timestep, conditions = _inputs(part, like=model.head.modulation)
         caches = [_cache(whole, work, like=latents.to(dtype)) for _ in range(work.passes)]
         elsewhere = [parameter for layer in (*whole.blocks, *whole.audio_injectors) for parameter in layer.parameters()]
@@ -192,6 +192,7 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         held = [slices, latents.new_empty(rings + prompts, dtype=torch.uint8)]
         shard(model, world, plan.parallel)
         waiting = _bytes_of([slices, *_local_parts(model)]) if plan.parallel.cpu_offload else 0  # in host memory
+        film = Film(model, part, times=2, execution=prefetch_in_order(model, world, plan.parallel))
         fully_shard(film, mesh=world.film)  # holds nothing itself; the tracker wants a root of this kind
         tracker = FSDPMemTracker(film)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
@@ -245,12 +246,12 @@ def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Call
     """A function that sends the tokens of a block through the model's blocks; `layer_of` says whose rings a layer uses."""
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     inputs = model.prepare_block(conditions, _span(work))
-    trip, _ = model.depart_block(latents, timestep, inputs)
+    trunk_inputs, _ = model.embed_block(latents, timestep, inputs, sequence=LOCAL.sequence)
     heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
     for layer in cache.ref_keys:
         cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
     reach = model.block_reach(_span(work), cache, cache.rings[0])
-    return lambda: model.travel([trip], [lambda layer: reach(layer_of(layer))])
+    return lambda: model.run_blocks([trunk_inputs], [lambda layer: reach(layer_of(layer))])
 
 
 def _vae(work: Workload) -> Footprint:

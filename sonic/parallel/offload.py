@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sonic.geometry import GIB
 from sonic.model.dit import AvatarDiT
-from sonic.model.forwards import Forwards, SharedPass
+from sonic.model.execution import Execution
 from sonic.parallel.ranges import resident_layers
 from sonic.parallel.settings import OffloadConfig, ParallelConfig
 from sonic.signs import beat
-from sonic.types import Conditions
 
 PIECE = 2**29  # bytes of host memory that are pinned at a time
 ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
@@ -165,8 +163,8 @@ def place(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> None
                 module.to_empty(device=device if index in resident else "cpu")
 
 
-def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> None:
-    """Run a model whose layers lie in host memory, and all else on `device`."""
+def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> Execution:
+    """Fetch every layer's weights before it runs; layers lie in host memory, all else is on `device`. Says where KV caches lie."""
     settings = config.offload
     stations = [Station(modules) for modules in layers_of(model)]
     shuttle = Shuttle(stations, device, settings)
@@ -174,9 +172,7 @@ def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> N
         shuttle.settle()
     for layer, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, layer=layer: shuttle.arrive(layer))
-    if settings.kv == "host":
-        model.cache_device = torch.device("cpu")
-    model.forwards = partial(_open, width=settings.inflight)
+    return Execution(cache_device=torch.device("cpu") if settings.kv == "host" else None)
 
 
 def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:
@@ -188,11 +184,6 @@ def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:
 def resident_of(sizes: Sequence[int], gib: float) -> set[int]:
     """The layers of these sizes in bytes that stay on a device with so much room for them; none when that is not known yet (-1)."""
     return set(resident_layers(len(sizes), int(max(0.0, gib) * GIB // max(sizes))))
-
-
-def _open(model: AvatarDiT, told: Sequence[Conditions], steps: int, *, width: int) -> Forwards:
-    """Items share passes over the weights: one per sampling step unless `width` says how many."""
-    return SharedPass(model, told, [model.new_cache(each, steps=steps) for each in told], width=width or steps)
 
 
 def _room(tensor: Tensor) -> int:

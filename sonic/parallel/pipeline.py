@@ -8,8 +8,6 @@ weights never move, and the number of ranks has nothing to do with the number of
 from __future__ import annotations
 
 import math
-import pickle
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,32 +18,31 @@ from torch import Tensor
 from sonic.config import ModelConfig
 from sonic.geometry import BlockSpan
 from sonic.model.audio_tokens import AudioTokens
-from sonic.model.dit import AvatarDiT, Trip
-from sonic.model.forwards import Item
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import Execution
+from sonic.model.inputs import ForwardRequest, TrunkInputs
 from sonic.model.kv_cache import KVCache
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.ranges import best_ranges, ranges_of
 from sonic.types import Conditions
 
-HEADER_BYTES = 2048
-ONWARD, BACK = 0, 1  # the ways of a line
-ALIGN = 16  # bytes at which each tensor of a message begins
 FIRST = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text_embed", "audio_encoder")
-KEPT = 8  # messages beyond one per rank whose buffers are kept
 SPARE = 1  # forwards under way beyond one per rank, so that nobody waits for a message
 
 
-class Note(NamedTuple):
-    """What a message is about: the memory of a film, one forward, or the end of the work.
+class Message(NamedTuple):
+    """What is sent along the pipeline: the memory of a rollout, one forward, or the end of the work.
 
-    `shape` is [batch, rows, columns] of patches; `latents` the dtype that the answer goes back in.
+    `shape` is [batch, rows, columns] of patches; `latents` the dtype that the prediction is sent back in.
     """
 
     kind: str
-    told: int = 0
+    cond_index: int = 0
     steps: int = 0
-    ring: int = 0
-    ref_position: int = 0
+    step: int = 0
+    ref_position: int | None = None
     span: BlockSpan | None = None
     shape: tuple[int, int, int] = (0, 0, 0)
     motion: bool = False
@@ -86,200 +83,108 @@ def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
         model.head = None
 
 
-class Line:
-    """Ranks in a row, with a way back from the last to the first: those of a pipeline, or two that talk to each other.
+class PipelineForwards:
+    """The forwards of the first rank: its own blocks here, the others' along the channel. Results come in the order of the requests."""
 
-    A message is a header of fixed size, a small value that can be pickled, and one buffer of bytes. Sends do not wait; their
-    buffers are kept until they are done. The two directions, and those of another line that a rank is part of, must not wait for
-    each other: gloo tells `ways` apart by a tag, NCCL needs a group for each, which is the one of that number among `lanes`.
-    """
-
-    def __init__(
-        self,
-        ranks: Sequence[int],
-        device: torch.device,
-        ways: tuple[int, int] = (ONWARD, BACK),
-        *,
-        lanes: Sequence[dist.ProcessGroup] = (),
-    ) -> None:
-        self.ranks, self.device = list(ranks), device
-        self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
-        self.carrier = device if lanes else torch.device("cpu")
-        self._onward, self._back = ways
-        self._lanes = {way: lanes[way] if lanes else None for way in ways}
-        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self.film: Stages | None = None
-
-    def pass_on(self, note: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
-        """To the next rank."""
-        self._send(note, tensors, self.stage + 1, way=self._onward)
-
-    def receive(self) -> tuple[NamedTuple, list[Tensor | None]]:
-        """From the rank before."""
-        return self._receive(self.stage - 1, way=self._onward)
-
-    def answer(self, note: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
-        """From the last rank to the first."""
-        self._send(note, tensors, 0, way=self._back)
-
-    def hear(self) -> tuple[NamedTuple, list[Tensor | None]]:
-        """What the last rank answers."""
-        return self._receive(self.stages - 1, way=self._back)
-
-    def flush(self) -> None:
-        """Wait until everything that was sent has left."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
-
-    def _send(self, note: NamedTuple, tensors: Sequence[Tensor | None], stage: int, *, way: int) -> None:
-        specs = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        words = pickle.dumps((note, specs))
-        assert len(words) <= HEADER_BYTES, f"a header of {len(words)} bytes"
-        header[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-        payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
-        while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be under way, so the oldest have arrived
-            self._sent.popleft()[0].wait()
-        for part, group in ((header, None), (payload, self._lanes[way])):
-            if part.numel():
-                self._sent.append((dist.isend(part, self.ranks[stage], group=group, tag=way), part))
-
-    def _receive(self, stage: int, *, way: int) -> tuple[NamedTuple, list[Tensor | None]]:
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        dist.recv(header, self.ranks[stage], tag=way)
-        note, specs = pickle.loads(header.numpy().tobytes())
-        payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
-        if payload.numel():
-            dist.recv(payload, self.ranks[stage], group=self._lanes[way], tag=way)
-        return note, _unpacked(payload.to(self.device), specs)
-
-
-class Stages:
-    """The first rank's forwards: its own layers here, the others' along the line. Results come in the order of the items."""
-
-    def __init__(self, model: AvatarDiT, told: Sequence[Conditions], steps: int, *, line: Line) -> None:
-        self.model, self.line = model, line
+    def __init__(self, model: AvatarDiT, conditions: Sequence[Conditions], steps: int, *, context: DistributedContext) -> None:
+        self.model, self.channel, self.execution = model, context.channel, context.execution
         self.caches: list[KVCache] = []
-        self.under_way = 0
-        if line.film is not None:  # of which nobody wanted the end, but nobody said so
-            line.film.close()
-        line.film = self
-        for index, each in enumerate(told):
-            cache = model.new_cache(each, steps=steps)
-            (trip,) = model.travel([model.depart_memory(each)], [model.memory_reach(cache)])
+        self.in_flight = 0
+        if self.channel.forwards is not None:  # of a rollout that was given up without being closed
+            self.channel.forwards.close()
+        self.channel.forwards = self
+        for index, each in enumerate(conditions):
+            cache = model.new_cache(each, steps=steps, execution=self.execution)
+            inputs = model.embed_memory(each, self.execution.sequence)
+            (outputs,) = self.execution.run_blocks(model, [inputs], [model.memory_reach(cache)])
             shape = (each.ref.shape[0], *cache.grid)
-            note = Note("memory", index, steps, shape=shape, motion=each.motion is not None)
-            line.pass_on(note, _tensors(trip, None))
+            message = Message("memory", index, steps, shape=shape, motion=each.motion is not None)
+            self.channel.send_next(message, _tensors(outputs, None))
             self.caches.append(cache)
 
-    def accepts(self, item: Item) -> bool:
+    def accepts(self, request: ForwardRequest) -> bool:
         """One forward per rank and a spare one."""
-        return self.under_way < self.line.stages + SPARE
+        return self.in_flight < self.channel.stages + SPARE
 
     @torch.no_grad()
-    def submit(self, item: Item) -> None:
-        """Through the layers that are here, and on."""
-        cache, span = self.caches[item.told], item.inputs.span
-        reach = self.model.block_reach(span, cache, cache.rings[item.ring], ref_position=item.ref_position)
-        trip, summary = self.model.depart_block(item.latents, item.timestep, item.inputs)
-        (trip,) = self.model.travel([trip], [reach])
-        note = Note("block", item.told, ring=item.ring, ref_position=item.ref_position, span=span, latents=item.latents.dtype)
-        self.line.pass_on(note, _tensors(trip, summary))
-        self.under_way += 1
+    def submit(self, request: ForwardRequest) -> None:
+        """Run the blocks that are here and send the outputs on."""
+        cache, span, model = self.caches[request.cond_index], request.inputs.span, self.model
+        reach = model.block_reach(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
+        inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
+        (outputs,) = self.execution.run_blocks(model, [inputs], [reach])
+        place = {"step": request.step, "ref_position": request.inputs.ref_position, "span": span, "latents": request.latents.dtype}
+        self.channel.send_next(Message("block", request.cond_index, **place), _tensors(outputs, summary))
+        self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
-        """The oldest result."""
-        self.under_way -= 1
-        return self.line.hear()[1]
+        """The oldest prediction."""
+        self.in_flight -= 1
+        return self.channel.recv_last()[1]
 
     def close(self) -> None:
-        """Take in what is still on its way, so that the next film begins with an empty line, and let the rings go."""
-        while self.under_way:
+        """Receive what is still in flight, so that the next rollout begins with an empty channel, and free the rings."""
+        while self.in_flight:
             self.collect()
-        self.caches.clear()  # encoders of the next film come before its own rings
+        self.caches.clear()  # encoders of the next rollout come before its own rings
 
 
 @torch.no_grad()
-def serve(model: AvatarDiT, line: Line, *, dtype: torch.dtype) -> None:
-    """What every rank but the first does: take a message, go through the layers that are here, pass it on; until the end."""
+def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dtype) -> None:
+    """What every stage but the first does until the end: receive, run the blocks that are here, send on."""
+    channel, execution = context.channel, context.execution
     caches: dict[int, KVCache] = {}
-    like = torch.empty(0, dtype=dtype, device=line.device)
-    last = line.stage == line.stages - 1
+    like = torch.empty(0, dtype=dtype, device=channel.device)
+    heads = execution.sequence.heads(model.config.trunk.num_heads)
+    last = channel.stage == channel.stages - 1
     while True:
-        note, tensors = line.receive()
-        if note.kind == "stop":
+        message, tensors = channel.recv_previous()
+        if message.kind == "stop":
             if not last:
-                line.pass_on(note, ())
-            line.flush()
+                channel.send_next(message, ())
+            channel.flush()
             return
-        if note.kind == "memory":
-            cache = reach = None  # the film before goes before there is room for this one
-            if note.told == 0:
+        if message.kind == "memory":
+            cache = reach = None  # the rollout before is freed before there is room for this one
+            if message.cond_index == 0:
                 caches.clear()
-            cache = caches[note.told] = model.cache_of(note.shape, steps=note.steps, motion=note.motion, like=like)
+            cache = model.cache_of(message.shape, steps=message.steps, motion=message.motion, like=like, heads=heads)
+            caches[message.cond_index] = cache
             whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
         else:
-            cache = caches[note.told]
-            whole = (note.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
-            reach = model.block_reach(note.span, cache, cache.rings[note.ring], ref_position=note.ref_position)
-        trip, summary = _trip(tensors, model, whole)
-        (trip,) = model.travel([trip], [reach])
+            cache = caches[message.cond_index]
+            whole = (message.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
+            reach = model.block_reach(message.span, cache, cache.rings[message.step], ref_position=message.ref_position)
+        inputs, summary = _trunk_inputs(tensors, execution, whole)
+        (outputs,) = execution.run_blocks(model, [inputs], [reach])
         if not last:
-            line.pass_on(note, _tensors(trip, summary))
-        elif note.kind == "block":
-            line.answer(note, (model.arrive(trip, summary, cache.grid).to(note.latents),))
+            channel.send_next(message, _tensors(outputs, summary))
+        elif message.kind == "block":
+            prediction = model.unembed(outputs, summary, cache.grid, sequence=execution.sequence)
+            channel.send_first(message, (prediction.to(message.latents),))
 
 
-def stop(line: Line) -> None:
-    """The first rank's last word."""
-    line.pass_on(Note("stop"), ())
-    line.flush()
+def stop_stages(channel: P2PChannel) -> None:
+    """The first rank's last message."""
+    channel.send_next(Message("stop"), ())
+    channel.flush()
 
 
-def make_line(world: World) -> Line:
-    """The line that this rank is part of."""
-    return Line(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device, lanes=world.lanes)
+def pipeline_channel(world: World) -> P2PChannel:
+    """The channel along the stages that this rank is part of."""
+    return P2PChannel(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device, lanes=world.lanes)
 
 
-def _tensors(trip: Trip, summary: Tensor | None) -> list[Tensor | None]:
-    """A trip as a message."""
-    (modulation,) = trip.modulations
-    audio = (None, None, None) if trip.audio is None else tuple(trip.audio)
-    return [trip.tokens, modulation, trip.text, *audio, summary]
+def _tensors(inputs: TrunkInputs, summary: Tensor | None) -> list[Tensor | None]:
+    """The tensors of a message."""
+    (modulation,) = inputs.modulations
+    audio = (None, None, None) if inputs.audio is None else tuple(inputs.audio)
+    return [inputs.tokens, modulation, inputs.text, *audio, summary]
 
 
-def _trip(tensors: Sequence[Tensor | None], model: AvatarDiT, whole: tuple[int, int]) -> tuple[Trip, Tensor | None]:
-    """A message as a trip; `whole` counts frames and tokens in a frame over all ranks that share them."""
-    tokens, modulation, text, heard, audio_summary, masks, summary = tensors
+def _trunk_inputs(tensors: Sequence[Tensor | None], execution: Execution, whole: tuple[int, int]) -> tuple[TrunkInputs, Tensor | None]:
+    """The inputs that a message holds; `whole` counts frames and tokens in a frame over all ranks that share them."""
+    tokens, modulation, text, audio_tokens, audio_summary, masks, summary = tensors
     layout = ((whole[0], tokens.shape[1] // whole[0]),)
-    audio = None if heard is None else AudioTokens(heard, audio_summary, masks)
-    return Trip(tokens, layout, (modulation,), text, audio, model.share.exchange((whole,))), summary
-
-
-def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Bytes of tensors, each beginning at a multiple of ALIGN."""
-    packed = torch.empty(sum(_room(tensor.dtype, tensor.shape) for tensor in tensors), dtype=torch.uint8, device=device)
-    start = 0
-    for tensor in tensors:
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        packed[start : start + data.numel()].copy_(data)
-        start += _room(tensor.dtype, tensor.shape)
-    return packed
-
-
-def _unpacked(packed: Tensor, specs: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> list[Tensor | None]:
-    """The tensors again, as views."""
-    found, start = [], 0
-    for spec in specs:
-        if spec is None:
-            found.append(None)
-            continue
-        dtype, shape = spec
-        size = math.prod(shape) * dtype.itemsize
-        found.append(packed[start : start + size].view(dtype).view(shape))
-        start += _room(dtype, shape)
-    return found
-
-
-def _room(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+    audio = None if audio_tokens is None else AudioTokens(audio_tokens, audio_summary, masks)
+    return TrunkInputs(tokens, layout, (modulation,), text, audio, execution.sequence.exchange((whole,))), summary

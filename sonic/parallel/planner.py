@@ -233,17 +233,15 @@ def _knobs(parallel: ParallelConfig, asked: ParallelConfig) -> Iterator[str]:
 
 
 def _fewer_steps(config: PlanConfig) -> Changed:
-    """Each step has its ring; a schedule that is a table can only give way to a shorter table."""
-    steps, table = config.sampler.sample_steps, config.sampler.schedule in FIXED_STEPS
+    """Each step has its ring; a schedule that is one table gives way to the one that takes any number of steps."""
+    steps, named = config.sampler.sample_steps, config.sampler.schedule
+    schedule = "live_avatar" if named in FIXED_STEPS else named
     if workload(config).clip_frames:
         return
     for fewer in range(steps - 1, FEWEST_STEPS - 1, -1):
-        names = [name for name, count in FIXED_STEPS.items() if count == fewer]
-        if names or not table:
-            knob = f"sampler={names[0]}" if table else f"sampler.sample_steps={fewer}"
-            schedule = names[0] if table else config.sampler.schedule
-            sampler = replace(config.sampler, sample_steps=fewer, schedule=schedule)
-            yield f"{fewer} steps instead of {steps}", (knob,), replace(config, sampler=sampler)
+        sampler = replace(config.sampler, sample_steps=fewer, schedule=schedule)
+        other = () if schedule == named else (f"sampler.schedule={schedule}",)
+        yield f"{fewer} steps instead of {steps}", (*other, f"sampler.sample_steps={fewer}"), replace(config, sampler=sampler)
 
 
 def _shorter_windows(config: PlanConfig) -> Changed:

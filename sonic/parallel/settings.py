@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settle_video
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settled_video
 from sonic.parallel.training_settings import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
@@ -98,7 +98,7 @@ class HardwareConfig:
 
 @dataclass
 class PlanConfig:
-    """What fits on which hardware, how fast it can be, and why: python launch/plan.py model=live_avatar_14b hardware=4x24gb"""
+    """What fits on which hardware, how fast it can be, and why."""
 
     verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
     json: str = knob("", "where the plans go as JSON")
@@ -112,4 +112,4 @@ class PlanConfig:
     decode: DecodeConfig = knob(DecodeConfig)
 
     def __post_init__(self) -> None:
-        settle_video(self.video, self.model.rollout)
+        self.video, self.model = settled_video(self.video, self.model)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
-from sonic.model.dit import ENTRIES, AvatarDiT, Trip
+from sonic.model.dit import ROLLOUT_ENTRY_POINTS, AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.model.inputs import TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.units import WHOLE, all_units
@@ -30,10 +32,8 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
             fully_shard(module, **settings)
     whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
     fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
-    for name in ENTRIES:
+    for name in ROLLOUT_ENTRY_POINTS:
         register_fsdp_forward_method(model, name)
-    if config.prefetch:
-        _prefetch_in_order(model, config.prefetch)
 
 
 def _mesh(world: World) -> DeviceMesh:
@@ -43,37 +43,42 @@ def _mesh(world: World) -> DeviceMesh:
     return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.film])
 
 
-def _prefetch_in_order(model: AvatarDiT, depth: int) -> None:
-    """Gather the next `depth` units ahead, in the order in which a pass met them when it was first made.
+def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
+    """How a sharded model is executed: with the next `config.prefetch` units gathered ahead."""
+    return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
 
-    The memory's pass meets other units than a block's (no injectors, but the prompt's keys), so each kind has its order.
+
+class OrderedPrefetch:
+    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which a pass used them when it was first made.
+
+    The pass of the memory uses other units than that of a block (no injectors, but the prompt's keys), so each kind has its order.
     """
-    travel = model.travel
-    orders: dict[tuple[bool, bool], list[FSDPModule]] = {}
-    units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
-    last: list[tuple[bool, bool]] = []
 
-    @wraps(travel)
-    def ordered(trips: Sequence[Trip], reaches: Sequence[Callable]) -> list[Trip]:
-        kind = (trips[0].text is not None, trips[0].audio is not None)
-        if kind in orders:
-            if last != [kind]:
-                _set_prefetch(units, orders[kind], depth)
-                last[:] = [kind]
-            return travel(trips, reaches)
-        _set_prefetch(units, [], depth)
-        last.clear()
-        met: dict[FSDPModule, None] = {}
-        hooks = [unit.register_forward_pre_hook(lambda module, args: met.setdefault(module, None)) for unit in units]
+    def __init__(self, model: nn.Module, depth: int) -> None:
+        self.depth = depth
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+        self.orders: dict[tuple[bool, bool], list[FSDPModule]] = {}
+        self.last: tuple[bool, bool] | None = None
+
+    def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[TrunkInputs]:
+        """`model.run_blocks`, with prefetching."""
+        kind = (inputs[0].text is not None, inputs[0].audio is not None)
+        if kind in self.orders:
+            if self.last != kind:
+                _set_prefetch(self.units, self.orders[kind], self.depth)
+                self.last = kind
+            return model.run_blocks(inputs, reaches)
+        _set_prefetch(self.units, [], self.depth)
+        self.last = None
+        used: dict[FSDPModule, None] = {}
+        hooks = [unit.register_forward_pre_hook(lambda module, args: used.setdefault(module, None)) for unit in self.units]
         try:
-            done = travel(trips, reaches)
+            outputs = model.run_blocks(inputs, reaches)
         finally:
             for hook in hooks:
                 hook.remove()
-        orders[kind] = list(met)
-        return done
-
-    model.travel = ordered
+        self.orders[kind] = list(used)
+        return outputs
 
 
 def _set_prefetch(units: Sequence[FSDPModule], order: Sequence[FSDPModule], depth: int) -> None:

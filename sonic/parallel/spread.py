@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,19 +11,21 @@ import torch
 
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.context import share_tokens
+from sonic.model.execution import LOCAL, Execution, WholeSequence
+from sonic.parallel.context import sequence_parallel
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.load import Lora, fill, fill_randomly, without_memory
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import offload, place
-from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, make_line
+from sonic.parallel.pipeline import keep_range, layer_ranges, pipeline_channel
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.shard import shard
+from sonic.parallel.shard import prefetch_in_order, shard
 from sonic.parallel.units import WHOLE
-from sonic.parallel.vae_rank import make_wire
 from sonic.parallel.zero import cut_nothing, place_slices, start_engines
 from sonic.types import pick
 
 Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
+Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
 
 
 def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -32,11 +33,11 @@ def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 
 
 class Plan(NamedTuple):
-    """`cut` works on the model without memory, `place` gives its parameters memory, `start` works on the filled model."""
+    """`cut` works on the model without memory, `place` gives its parameters memory, `start` says how the filled model is executed."""
 
     cut: Step = nothing
     place: Step = lambda model, world, config: model.to_empty(device=world.device)
-    start: Step = nothing
+    start: Start = lambda model, world, config: LOCAL
 
 
 def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -51,7 +52,7 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
 
 PLANS: Mapping[str, Plan] = {
     "single": Plan(),
-    "fsdp": Plan(shard, _place_shards),
+    "fsdp": Plan(shard, _place_shards, prefetch_in_order),
     "offload": Plan(
         place=lambda model, world, config: place(model, world.device, config.offload),
         start=lambda model, world, config: offload(model, world.device, config),
@@ -62,29 +63,14 @@ PLANS: Mapping[str, Plan] = {
 }
 
 
-@dataclass
-class Company:
-    """The ranks that make films together, how, and the line that this one is part of in a pipeline; how many films were begun, and
-    whether there will be no more."""
+def build_parallel_model(
+    config: ModelConfig, weights: str | Path | None, context: DistributedContext, *, lora: Lora, dtype: torch.dtype
+) -> AvatarDiT:
+    """The transformer under the plan of `context`, with this rank's weights and no others; no process ever holds more than that.
 
-    world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
-    line: Line | None = None
-    takes: int = 0
-    dismissed: bool = False
-
-    @cached_property
-    def wire(self) -> Line:
-        """Between the first rank and the one that keeps the autoencoder; made when either needs it."""
-        return make_wire(self.world)
-
-
-def spread_model(config: ModelConfig, weights: str | Path | None, company: Company, *, lora: Lora, dtype: torch.dtype) -> AvatarDiT:
-    """The transformer under a plan, with this rank's weights and no others. Nobody ever holds more than that.
-
-    Without a file of weights they are random.
+    Settles how `context` runs forwards. Without a file of weights they are random.
     """
-    world, parallel = company.world, company.parallel
+    world, parallel = context.world, context.parallel
     plan = pick(PLANS, world.plan, "parallel.name")
     model, shapes = without_memory(config, dtype)
     plan.cut(model, world, parallel)
@@ -93,12 +79,8 @@ def spread_model(config: ModelConfig, weights: str | Path | None, company: Compa
         fill_randomly(model)
     else:
         fill(model, weights, shapes, lora=lora)
-    plan.start(model, world, parallel)
+    sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
+    context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
     if world.stages > 1 and not world.keeps_vae:
-        company.line = make_line(world)
-        if world.stage == 0:
-            model.forwards = partial(Stages, line=company.line)
-    if world.size("cp") > 1:
-        share_tokens(model, world.group("cp"))
-    model.company = company
+        context.channel = pipeline_channel(world)
     return model

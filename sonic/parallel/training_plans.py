@@ -14,6 +14,7 @@ from sonic.parallel.planner import EQUAL, Change, Changed, Planned, answer_json,
 from sonic.parallel.settings import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.parallel.training_memory import host_bytes, moments, sizes
 from sonic.parallel.training_work import Training, training
+from sonic.program import written
 
 SMALLEST_RANK = 8
 UPDATE_BYTES = 28  # that AdamW reads and writes for a number
@@ -49,7 +50,7 @@ class TrainingPlan:
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        """What to tell launch/train.py."""
+        """What to tell the command train."""
         found = ["speed.engine=fsdp"]
         found += [f"speed.context={self.parallel.context}"] * (self.parallel.context > 1)
         return (*found, *["speed.cpu_offload=true"] * self.parallel.cpu_offload)
@@ -270,4 +271,4 @@ def _notes(config: PlanConfig) -> Sequence[str]:
         said.append(
             "video.size=photo: a training has no photograph, so the usual 704x384 is planned; video.size=WIDTHxHEIGHT plans another"
         )
-    return [*said, "latents, text rows and speech features are made beforehand (launch/precompute.py), so that no encoder is here"]
+    return [*said, f"latents, text rows and speech features are made beforehand ({written('precompute')}), so that no encoder is here"]

@@ -11,6 +11,7 @@ from sonic.parallel.memory import GIB
 from sonic.parallel.plan_table import begin, end_in_need
 from sonic.parallel.training_memory import ITEMS
 from sonic.parallel.training_plans import PlannedTraining, TrainingPlan, training_reason
+from sonic.program import written
 
 
 def show_training(
@@ -26,7 +27,7 @@ def show_training(
     if untracked:
         console.print(f"not tracked: {untracked}")
     if found.fits:
-        console.print(f"launch/train.py with: {' '.join(found.chosen.knobs)}")
+        console.print(f"{written('train')} with: {' '.join(found.chosen.knobs)}")
         return
     peaks = [change.plan.peak_gib for change in found.changes]
     end_in_need(found, peaks, "plan, batch, adapters, length or size", console=console)

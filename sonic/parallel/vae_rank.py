@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sonic.model.vae import Reference
+from sonic.parallel.channel import BACKWARD, P2PChannel
 from sonic.parallel.mesh import World
-from sonic.parallel.pipeline import BACK, Line
 from sonic.types import MotionLayers
 
-WAYS = (BACK + 1, BACK + 2)  # of these messages, beside those of the line of layers
+DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # of these messages, beside those of the layer pipeline
 
 
 class Form(NamedTuple):
@@ -35,94 +35,94 @@ class Call(NamedTuple):
     the numbers of what nobody will ask for again."""
 
     method: str
-    told: tuple[Form | int | None, ...] = ()
+    arguments: tuple[Form | int | None, ...] = ()
     forgotten: tuple[int, ...] = ()
 
 
-class Said(NamedTuple):
-    """What is answered: forms of the tensors, the number of what was kept for later calls; or what was wrong with the question."""
+class Reply(NamedTuple):
+    """The reply to a call: forms of the tensors, the number of the value kept for later calls; or what was wrong with the arguments."""
 
     forms: tuple[Form, ...] = ()
-    kept: int = 0
+    handle: int = 0
     fault: str = ""
 
 
-class Kept:
+class RemoteHandle:
     """Something that stays with the autoencoder: what it remembers of a stream, or how it knows a portrait, whose `latents` are here."""
 
     def __init__(self, number: int, latents: Tensor | None = None) -> None:
         self.number, self.latents = number, latents
 
 
-class FarAutoencoder:
+class RemoteAutoencoder:
     """In the place of an autoencoder that another rank has: the same calls with the same results, one at a time."""
 
-    def __init__(self, wire: Line) -> None:
-        self.wire, self.turn = wire, Lock()
+    def __init__(self, channel: P2PChannel) -> None:
+        self.channel, self.turn = channel, Lock()
         self.forgotten: deque[int] = deque()  # of which the other rank does not know yet
 
-    def reference(self, picture: Tensor) -> Kept:
+    def reference(self, picture: Tensor) -> RemoteHandle:
         """How it knows a portrait."""
         (latents,), number = self._ask("reference", picture)
         return self._hold(number, latents)
 
-    def encode(self, frames: Tensor, cache: Kept | None = None) -> tuple[Tensor, Kept]:
+    def encode(self, frames: Tensor, cache: RemoteHandle | None = None) -> tuple[Tensor, RemoteHandle]:
         """Latents of frames, and the cache for the frames that follow. Raises what the autoencoder says of a wrong number of them."""
         (latents,), number = self._ask("encode", frames, cache)
         return latents, self._hold(number)
 
-    def decode(self, latents: Tensor, *known: Kept | None) -> tuple[Tensor | MotionLayers, Kept]:
+    def decode(self, latents: Tensor, *known: RemoteHandle | None) -> tuple[Tensor | MotionLayers, RemoteHandle]:
         """Frames or motion of latents, and the cache for the latents that follow; `known` is as the autoencoder wants it."""
         made, number = self._ask("decode", latents, *known)
         return made[0] if len(made) == 1 else MotionLayers(*made), self._hold(number)
 
-    def _hold(self, number: int, latents: Tensor | None = None) -> Kept:
-        kept = Kept(number, latents)
+    def _hold(self, number: int, latents: Tensor | None = None) -> RemoteHandle:
+        kept = RemoteHandle(number, latents)
         weakref.finalize(kept, self.forgotten.append, number).atexit = False
         return kept
 
-    def _ask(self, method: str, *arguments: Tensor | Kept | None) -> tuple[list[Tensor], int]:
+    def _ask(self, method: str, *arguments: Tensor | RemoteHandle | None) -> tuple[list[Tensor], int]:
         forms, tensors = _apart([each for each in arguments if isinstance(each, Tensor)])
         rest = iter(forms)
-        told = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
+        sent = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
         with self.turn:
             forgotten = tuple(self.forgotten.popleft() for _ in range(len(self.forgotten)))
-            self.wire.pass_on(Call(method, told, forgotten), tensors)
-            said, made = self.wire.hear()
-            self.wire.flush()  # there is an answer, so the question has arrived
-        if said.fault:
-            raise ValueError(said.fault)
-        return _restored(said.forms, made), said.kept
+            self.channel.send_next(Call(method, sent, forgotten), tensors)
+            reply, made = self.channel.recv_last()
+            self.channel.flush()  # there is an answer, so the question has arrived
+        if reply.fault:
+            raise ValueError(reply.fault)
+        return _restored(reply.forms, made), reply.handle
 
 
 @torch.no_grad()
-def serve_vae(autoencoder: nn.Module, wire: Line) -> None:
+def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
     """What the rank that keeps the autoencoder does until it is dismissed: answer."""
     kept: dict[int, Any] = {}
     number = 0
     while True:
-        call, tensors = wire.receive()
-        wire.flush()  # there is another question, so the last answer has arrived
+        call, tensors = channel.recv_previous()
+        channel.flush()  # there is another question, so the last answer has arrived
         if not call.method:
             return
         for each in call.forgotten:
             kept.pop(each, None)
         number += 1
-        said, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
-        wire.answer(said, made)
+        reply, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
+        channel.send_first(reply, made)
         del tensors, made
 
 
-def hang_up(wire: Line) -> None:
+def stop_vae(channel: P2PChannel) -> None:
     """The first rank's last word."""
-    wire.pass_on(Call(""), ())
-    wire.flush()
+    channel.send_next(Call(""), ())
+    channel.flush()
 
 
-def make_wire(world: World) -> Line:
+def make_vae_channel(world: World) -> P2PChannel:
     """Between the first rank of a film and the one that keeps the autoencoder."""
     ranks = dist.get_process_group_ranks(world.group("layers"))
-    return Line([ranks[0], ranks[-1]], world.device, WAYS, lanes=world.lanes)
+    return P2PChannel([ranks[0], ranks[-1]], world.device, DIRECTIONS, lanes=world.lanes)
 
 
 def without_repeats(tensor: Tensor) -> Tensor:
@@ -132,17 +132,17 @@ def without_repeats(tensor: Tensor) -> Tensor:
 
 def _answer(
     autoencoder: nn.Module, call: Call, tensors: Sequence[Tensor], *, kept: dict[int, Any], number: int
-) -> tuple[Said, list[Tensor]]:
+) -> tuple[Reply, list[Tensor]]:
     """What is said to a call. What later calls may need is kept under a number; a wrong question is no fault of this rank."""
-    sent = iter(_restored([each for each in call.told if isinstance(each, Form)], tensors))
-    arguments = [next(sent) if isinstance(each, Form) else each and kept[each] for each in call.told]
+    sent = iter(_restored([each for each in call.arguments if isinstance(each, Form)], tensors))
+    arguments = [next(sent) if isinstance(each, Form) else each and kept[each] for each in call.arguments]
     try:
         found = getattr(autoencoder, call.method)(*arguments)
     except ValueError as error:
-        return Said(fault=str(error)), []
+        return Reply(fault=str(error)), []
     made, kept[number] = (found.latents, found) if isinstance(found, Reference) else found
     forms, parts = _apart(list(vars(made).values()) if isinstance(made, MotionLayers) else [made])
-    return Said(forms, number), parts
+    return Reply(forms, number), parts
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[tuple[Form, ...], list[Tensor]]:

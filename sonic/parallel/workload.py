@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from sonic.config import PHOTO_SIZE, ModelConfig, parse_size
+from sonic.config import PHOTO_SIZE, ModelConfig, parse_size, precision_of
 from sonic.counts import Grid, block_multiply_adds, forward_multiply_adds, memory_tokens
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
 from sonic.parallel.settings import PlanConfig
@@ -121,7 +121,7 @@ def workload(config: PlanConfig) -> Workload:
         steps=config.sampler.sample_steps,
         guided=config.sampler.sample_guide_scale != 1,
         clip_frames=config.video.infer_frames if model.rollout.clip_frames else 0,
-        number=NUMBER_BYTES[config.run.dtype],
+        number=NUMBER_BYTES[precision_of(config.run.dtype, model)],
     )
 
 

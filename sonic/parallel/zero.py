@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sonic.model.dit import AvatarDiT, Trip
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import Execution
+from sonic.model.inputs import TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.units import ENDS
@@ -41,35 +43,35 @@ def place_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None
             module.to_empty(device=world.device, recurse=False)
 
 
-def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
     """Let DeepSpeed gather what runs: the layers ahead, in the order of the last pass; the ends one by one.
 
     They are apart because a pass through the layers is always the same, and what happens between passes is not.
     """
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
-    layers = Layers(model, model.travel)
+    layers = Layers(model)
     ends = nn.ModuleList(getattr(model, name) for name in ENDS if getattr(model, name) is not None)
     for part in (layers, ends):
         deepspeed.initialize(model=part, config=settings, dist_init_required=False)
     model.eval()
 
-    def travel(trips: Sequence[Trip], reaches: Sequence[Callable]) -> list[Trip]:
-        found = layers(trips=trips, reaches=reaches)
-        return [trip._replace(tokens=tokens) for trip, tokens in zip(trips, found, strict=True)]
+    def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[TrunkInputs]:
+        tokens = layers(inputs=inputs, reaches=reaches)
+        return [each._replace(tokens=found) for each, found in zip(inputs, tokens, strict=True)]
 
-    model.travel = travel
+    return Execution(run_blocks=run_blocks)
 
 
 class Layers(nn.Module):
-    """The way through all layers as a module of its own, which is what DeepSpeed looks at."""
+    """All blocks as a module of their own, which is what DeepSpeed hooks into."""
 
-    def __init__(self, model: AvatarDiT, travel: Callable[..., list[Trip]]) -> None:
+    def __init__(self, model: AvatarDiT) -> None:
         super().__init__()
-        self.blocks, self.audio_injectors, self.travel = model.blocks, model.audio_injectors, travel
+        self.blocks, self.audio_injectors, self.run = model.blocks, model.audio_injectors, model.run_blocks
 
-    def forward(self, trips: Sequence[Trip], reaches: Sequence[Callable]) -> list[Tensor]:
-        """The tokens of each trip at its end."""
-        return [trip.tokens for trip in self.travel(trips, reaches)]
+    def forward(self, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[Tensor]:
+        """The tokens of each sequence behind the last block."""
+        return [outputs.tokens for outputs in self.run(inputs, reaches)]
 
 
 def _shared(model: AvatarDiT) -> list[nn.Module]:
@@ -95,14 +97,12 @@ def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:
 
 
 def _deepspeed():
-    """The package; ValueError with the extra that brings it when it is missing."""
+    """The package; ValueError with what installs it when it is missing."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError as error:
-        raise ValueError(
-            "parallel=zero3 needs DeepSpeed: pip install -e .[deepspeed], or use parallel=fsdp, which needs nothing"
-        ) from error
+        raise ValueError("parallel=zero3 needs DeepSpeed: pip install deepspeed, or use parallel=fsdp, which needs nothing") from error
     send_plainly()
     return deepspeed
 

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.ready import Ready
 from sonic.data.clips import ClipDataset, batches, draws
-from sonic.infer.build import find_device, transformer_weights
+from sonic.files import save_tensors
+from sonic.infer.build import find_device, named_weights, transformer_weights
 from sonic.parallel.watch import watched
+from sonic.program import written
 from sonic.signs import at_rest
 from sonic.train.encoders import hashes_of
 from sonic.train.engine import Engine, LocalEngine
@@ -73,14 +74,14 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
-    made = {"make": without_memory} if config.objective.name in CASTING else {}
+    made = {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in CASTING else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
     engine.lay_out(objective)
     for model in objective.pretrained:
         fill(model, transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective.roles["student"], Path(config.init_from), objective.facts)
+        start_from(objective.roles["student"], named_weights(config.init_from), objective.facts)
     look = look_of(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,8 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """The engine that the config names; auto = local alone, fsdp among several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
     if name != "local" and world.writers is None:
-        raise ValueError(f"speed.engine={name} needs processes that torchrun starts: torchrun --nproc-per-node=N launch/train.py ...")
+        program = written("train", starter="torchrun --nproc-per-node=N")
+        raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
     if world.context > 1 and name != "fsdp":
         raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
@@ -141,12 +143,10 @@ def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """Write weights in half precision, with what the file says of itself; under a temporary name first."""
+    """Write weights in half precision, with what the file says of itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: _half(tensor) for name, tensor in weights.items()}
-    aside = path.with_name(f".{path.name}")
-    save_file(halves, aside, metadata=dict(facts or {}))
-    aside.rename(path)
+    save_tensors(halves, path, facts or {})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,9 +157,12 @@ def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
     """Whether a file has exactly these weights."""
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+    except SafetensorError:  # it is damaged and written again
+        return False
 
 
 def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
@@ -201,7 +204,7 @@ Objective: `{asdict(config.objective)}`
 
 def _began_from(weights: str) -> str:
     """The card of the weights that a training continued, one heading deeper; "" where there are none."""
-    if not weights or not (card := Path(weights).with_suffix(".md")).is_file():
+    if not weights or not (card := named_weights(weights).with_suffix(".md")).is_file():
         return ""
     return f"\nIt began from:\n\n#{card.read_text()}"
 

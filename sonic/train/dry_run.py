@@ -57,15 +57,16 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
+        sharers = dist.new_group(range(share)) if share > 1 else None
+        world = World(0, ranks, context=share, sharers=sharers)
         with mode:
             config = train_config(work)
-            objective = OBJECTIVES[config.objective.name](config)
+            objective = OBJECTIVES[config.objective.name](config, execution=world.execution(config.model.trunk.num_heads))
             batch = _batch(work)
         for module in (each for body in objective.bodies.values() for each in body.modules()):
             if isinstance(module, MultiHead):
                 module.attention = _fused
-        sharers = dist.new_group(range(share)) if share > 1 else None
-        engine = ShardedEngine(config, World(0, ranks, context=share, sharers=sharers), Path())
+        engine = ShardedEngine(config, world, Path())
         engine.prepare(objective)
         with mode:
             updates = {role: Update(module, config) for role, module in engine.roles.items()}
@@ -181,7 +182,7 @@ def _distil(step: Rehearsal) -> Iterator[str]:
     with engine.precision():
         start = objective._start(batch, rng)
         with objective.cast.play(STUDENT) as model, torch.no_grad():
-            rolled = roll(model, start, objective.sigmas)
+            rolled = roll(model, start, objective.sigmas, execution=objective.execution)
     yield "rollout"
     updates[CRITIC].fill()
     critic = objective._critic(start, rolled, step=0, batch=batch, rng=rng)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from sonic.checkpoint.ready import Ready
 from sonic.config import ModelConfig
@@ -15,7 +14,7 @@ from sonic.data.precompute import Encoders
 from sonic.data.settings import PrecomputeConfig
 from sonic.infer.build import AUTOENCODERS, find_device, transformer_weights, weight_files
 from sonic.model.speech_encoder import SPEECH_ENCODERS
-from sonic.model.weights import load_weights
+from sonic.model.weights import load_weights, read_tensors
 from sonic.types import pick
 
 AUTOENCODER, SPEECH = "autoencoder_hash", "speech_hash"  # what shards and their index call them
@@ -55,7 +54,7 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         return ""
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(path).items()):
+    for name, tensor in sorted(read_tensors(path).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

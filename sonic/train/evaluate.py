@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sonic import metrics
-from sonic.config import PHOTO_SIZE, parse_size, settle_video
+from sonic.config import PHOTO_SIZE, parse_size, settled_video
 from sonic.data import faces, puppet, voices
 from sonic.data.portrait import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.data.video import Coding, VideoWriter
@@ -32,9 +32,10 @@ from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.infer.build import Parts, build_parts, find_device
 from sonic.infer.pipeline import film
 from sonic.infer.scene import Settings
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.mesh import ALONE, World
-from sonic.parallel.spread import Company
 from sonic.pixels import to_bytes, to_signed
+from sonic.program import written
 from sonic.train.settings import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
 
@@ -119,12 +120,12 @@ def portrait_side(config: EvaluateConfig) -> int:
     if not model.resolution:
         raise ValueError(
             f"model={model.name} paints whole pictures, and drawn people know the truth of a face crop only; leave model= out to score "
-            "the preview, or judge a film of any model with launch/judge.py"
+            f"the preview, or judge a film of any model with {written('judge')}"
         )
     for name in ("infer_frames", "num_clip", "compat"):
         if getattr(video, name):
             raise ValueError(f"video.{name}={getattr(video, name)} changes no figure; eval.clips and eval.seconds say how much is filmed")
-    settle_video(replace(video), model.rollout)  # says which rate it has
+    settled_video(video, model)  # says which rate it has
     if video.size == PHOTO_SIZE:
         return model.resolution
     width, height = parse_size(video.size)
@@ -135,8 +136,8 @@ def _parts(config: EvaluateConfig) -> Parts:
     plan = "single" if config.parallel.name == "auto" else config.parallel.name
     if plan not in ALONE:
         raise ValueError(f"parallel={plan}: figures are made on one device; use {' or '.join(ALONE)}")
-    company = Company(World(plan, find_device(config.run.device)), config.parallel)
-    return build_parts(config.model, config.run, steps=config.sampler.sample_steps, company=company)
+    context = DistributedContext(World(plan, find_device(config.run.device)), config.parallel)
+    return build_parts(config.model, config.run, steps=config.sampler.sample_steps, context=context)
 
 
 def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:

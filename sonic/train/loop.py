@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sonic.files import save_tensors
 from sonic.metrics import peak_rss_gib
 from sonic.train.engine import Engine
 from sonic.train.guard import Guard
@@ -207,7 +207,7 @@ def _keep_worst(run: Run, batches: Sequence[Batch], losses: Sequence[float]) -> 
     sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
     batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
     tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
-    save_file(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
+    save_tensors(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
 
 
 def _descend(run: Run, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:

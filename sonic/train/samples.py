@@ -26,16 +26,16 @@ from sonic.infer.build import Parts, ReadyParts, transformer_weights, untrained_
 from sonic.infer.conditions import whole_picture
 from sonic.infer.pipeline import film
 from sonic.infer.scene import PORTRAITS, RECORDINGS, Settings
+from sonic.model.dit import TRAINING_ENTRY_POINTS
 from sonic.model.weights import load_weights
+from sonic.parallel.distributed import DistributedContext
 from sonic.parallel.mesh import World as Mesh
-from sonic.parallel.spread import Company
 from sonic.pixels import to_signed
 from sonic.train.engine import Engine, is_sharded
 from sonic.train.evaluate import Case, cases, filmed, scored, write_film
 from sonic.train.log import Look, Sample
 from sonic.train.objectives.cast import STUDENT
 from sonic.train.settings import EvalConfig, TrainConfig
-from sonic.train.sharded import WAYS_IN
 from sonic.types import Portrait, Scene, Speech, pick
 
 LOG = logging.getLogger(__name__)
@@ -58,7 +58,11 @@ class Student:
         """The student's transformer as it is now. Weights that are whole are float32, and so is the film; those in shards compute in
         the training's precision, all else in a film does not."""
         with torch.no_grad(), self.objective.cast.play(STUDENT) as model:
-            own = {name: vars(model).get(name) for name in ("forward", *WAYS_IN)} if is_sharded(next(model.parameters())) else {}
+            own = (
+                {name: vars(model).get(name) for name in ("forward", *TRAINING_ENTRY_POINTS)}
+                if is_sharded(next(model.parameters()))
+                else {}
+            )
             for name in own:
                 setattr(model, name, _precisely(getattr(model, name), self.engine.precision))
             try:
@@ -138,7 +142,7 @@ def painting_look(student: Student, sampler: SamplerConfig) -> Look:
     sound alone, and is as lively as that of nothing else."""
     config, device = student.config, student.engine.world.device
     checkpoint = Ready.open(transformer_weights(config.model).parent)
-    parts = ReadyParts(checkpoint.config(config.model), checkpoint, Company(Mesh("single", device)), torch.float32)
+    parts = ReadyParts(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=WATCHED)

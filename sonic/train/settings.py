@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require
+from sonic.config import (
+    OWN,
+    PRECISIONS,
+    DecodeConfig,
+    ModelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+    knob,
+    one_of,
+    precision_of,
+    require,
+)
 from sonic.parallel.settings import ParallelConfig
 from sonic.train.objective_settings import ObjectiveConfig
 
@@ -54,7 +66,7 @@ class SpeedConfig:
 
     device: str = "auto"
     threads: int = 0
-    precision: str = "float32"  # or bfloat16: autocast around the loss
+    precision: str = OWN  # float32, bfloat16 (autocast around the loss), or auto = the model's own
     channels_last: bool = False
     workers: int = 0  # processes that read or draw batches
     prefetch: int = 4  # batches each of them keeps ready
@@ -72,10 +84,7 @@ class SpeedConfig:
         require(self.prefetch >= 1, f"speed.prefetch={self.prefetch}: need at least 1")
         require(1 <= self.timeout_s <= 3600, f"speed.timeout_s={self.timeout_s} must lie between 1 and 3600")
         require(self.context >= 1, f"speed.context={self.context}: need at least 1")
-        require(
-            self.precision in ("float32", "bfloat16"),
-            f"speed.precision={self.precision} is unknown; choose one of: float32, bfloat16",
-        )
+        one_of(self.precision, (OWN, *PRECISIONS), "speed.precision")
 
 
 @dataclass
@@ -131,7 +140,7 @@ class TrainConfig:
     name: str = "train"
     seed: int = 0
     export: str = ""  # where the averaged weights go, .safetensors
-    init_from: str = ""  # weights to start from; names that are absent there keep their own start
+    init_from: str = ""  # weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -147,6 +156,7 @@ class TrainConfig:
             (steps > 0) != (minutes > 0),
             f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
         )
+        self.speed = replace(self.speed, precision=precision_of(self.speed.precision, self.model))
 
 
 @dataclass

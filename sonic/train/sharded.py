@@ -7,13 +7,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
-from sonic.model.dit import AvatarDiT
-from sonic.parallel.context import share_tokens
+from sonic.model.dit import TRAINING_ENTRY_POINTS, AvatarDiT
 from sonic.train.engine import LocalEngine, is_sharded, transformers
 from sonic.train.objectives import Objective
 
 ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
-WAYS_IN = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # besides forward
 
 
 class ShardedEngine(LocalEngine):
@@ -67,9 +65,7 @@ class ShardedEngine(LocalEngine):
             if unit is not None:
                 fully_shard(unit, **settings)
         fully_shard(model, **settings, reshard_after_forward=False)
-        if self.world.sharers:  # gradients of a share add up over those who share, and the sharing counts each of them: the mean is right
-            share_tokens(model, self.world.sharers)
-        for name in WAYS_IN:
+        for name in TRAINING_ENTRY_POINTS:
             register_fsdp_forward_method(model, name)
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from tqdm import tqdm
 
 from sonic import metrics
 from sonic.config import RunConfig
+from sonic.program import process
 from sonic.train.sweep_settings import AblateConfig
 
 LOG = logging.getLogger("sonic.train")
-PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
+PROGRAM = process("evaluate")
 DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # how a program ends that was told to; the first is sonic.app's own
@@ -117,7 +117,7 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
 def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
     """The processes of a cell, one for each seed."""
     where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
-    return [[sys.executable, str(PROGRAM), *_told(config, cell), *where(seed)] for seed in config.seeds]
+    return [[*PROGRAM, *_told(config, cell), *where(seed)] for seed in config.seeds]
 
 
 def asked(config: AblateConfig, cell: Cell) -> list[str]:
@@ -175,7 +175,7 @@ def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import submitit
     except ImportError:
-        raise ValueError("engine=submitit needs the package submitit: pip install -e .[slurm]; engine=local needs nothing") from None
+        raise ValueError("engine=submitit needs the package submitit: pip install submitit; engine=local needs nothing") from None
     executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
     if executor is not None:
         executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
@@ -190,7 +190,7 @@ def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ValueError("engine=ray needs the package ray: pip install -e .[ray]; engine=local needs nothing") from None
+        raise ValueError("engine=ray needs the package ray: pip install ray; engine=local needs nothing") from None
     ray.init(ignore_reinit_error=True)
     remote = ray.remote(max_retries=0)(score)
     waiting, running = list(jobs), {}

@@ -26,9 +26,9 @@ class CellsConfig:
 
 @dataclass
 class AblateConfig(CellsConfig):
-    """Scores every combination of a grid and draws a report: python launch/ablate.py +ablate=steps, or grid.KNOB=[...] of your own."""
+    """Scores every combination of a grid and draws a report: of a recipe such as +ablate=steps, or of grid.KNOB=[...]."""
 
-    grid: dict[str, Any] = knob(dict, "knobs of launch/evaluate.py and the values each takes; grid.sampler.sample_steps=[2,3,4]")
+    grid: dict[str, Any] = knob(dict, "knobs of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
     exclude: list[dict[str, Any]] = knob([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
     common: list[str] = knob(["+preset=fast_preview"], "what every cell is told besides")
     clips: int = knob(8, "clips of each seed")

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sonic.model.execution import LOCAL, Execution
+from sonic.parallel.context import sequence_parallel
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,6 +38,13 @@ class World:
     def reader(self) -> int:
         """Which of them this process works on."""
         return self.rank // self.context
+
+    def execution(self, num_heads: int) -> Execution:
+        """How transformers are executed: processes in a row share the tokens of a batch.
+
+        Gradients of a share add up over those who share, and the mean over all processes counts each of them: it is right.
+        """
+        return Execution(sequence_parallel(self.sharers, num_heads)) if self.sharers else LOCAL
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes, everywhere the same."""

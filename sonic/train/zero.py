@@ -269,7 +269,7 @@ def _check_installed(engine: str, device: torch.device) -> None:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
         from deepspeed.accelerator.real_accelerator import set_accelerator
     except ImportError:
-        raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install -e .[deepspeed]; fsdp needs nothing") from None
+        raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install deepspeed; fsdp needs nothing") from None
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)

@@ -16,18 +16,19 @@ import torch
 from command_ranks import infer_on
 from conversion import PROMPT, infer
 from footage import read_frames
-from main_job import ROOT, babble, write_wav
+from main_job import babble, write_wav
 from PIL import Image
 
 from sonic.data.video import VideoWriter
 from sonic.model.wan_vae import WanAutoencoder
+from sonic.program import process
 
-SMALL = ("video.size=64x64", "run.threads=1")
+SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32")  # as exact as the tests
 SHORT = {  # a film of two blocks or clips
     "live": ("model=live_avatar_14b", "sampler=live_avatar_3step", "video.infer_frames=12", "video.num_clip=2"),
     "wan": ("model=wan_s2v_14b", "sampler=unipc", "sampler.sample_steps=2", "video.infer_frames=8", "video.num_clip=2"),
 }
-TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "launch/infer.py"))
+TWO_RANKS = process("infer", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,26 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["fps"] == (25 if model == "live" else 16)
     assert (tmp_path / "runs/a/contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("model", SHORT)
+def test_any_number_of_steps_films_in_the_models_own_precision(ready, tmp_path, model, steps):
+    typed = [
+        f"sampler.sample_steps={steps}",
+        "sampler.sample_guide_scale=0",
+        "video.infer_frames=8",
+        "video.num_clip=1",
+        "video.size=64*64",
+    ]
+    given = [SHORT[model][0], f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", f"prompt={PROMPT}", "run.threads=1", *typed]
+    film(tmp_path, "a", *given)
+    assert len(frames_of(tmp_path, "a")) == 8
+    found, log = json.loads((tmp_path / "runs/a/result.json").read_text())["sampling"], (tmp_path / "runs/a/log.txt").read_text()
+    assert (found["schedule"], found["steps"], found["guide_scale"]) == ("unipc" if model == "wan" else "live_avatar", steps, 1.0)
+    assert (found["dtype"], found["weights"]) == ("bfloat16", str(ready / model / "dit"))
+    assert (len(found["sigmas"]), len(found["timesteps"])) == (steps + 1, steps)
+    assert f"{steps} steps of schedule {found['schedule']}" in log and "no guidance" in log
 
 
 @pytest.mark.parametrize(("model", "plan"), [("wan", "parallel=fsdp"), ("live", "parallel=auto")])

@@ -14,7 +14,7 @@ from sonic.checkpoint import ready as ready_module
 from sonic.checkpoint.ready import Ready
 from sonic.infer import build
 
-SMALL = ("video.size=64x64", "run.threads=1", "video.num_clip=1", "parallel=single")
+SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32", "video.num_clip=1", "parallel=single")
 MODELS = {
     "live": ("model=live_avatar_14b", "video.infer_frames=12"),
     "wan": ("model=wan_s2v_14b", "sampler.sample_steps=1", "video.infer_frames=8"),
@@ -25,10 +25,10 @@ MODELS = {
 def events(monkeypatch) -> list[str]:
     """What is loaded and read, in order."""
     seen: list[str] = []
-    make, spread, tokens = Ready._text_encoder, build.spread_model, ready_module.Tokenizer.__call__
+    make, spread, tokens = Ready._text_encoder, build.build_parallel_model, ready_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
     monkeypatch.setattr(Ready, "_text_encoder", noted("encoder", make))
-    monkeypatch.setattr(build, "spread_model", noted("transformer", spread))
+    monkeypatch.setattr(build, "build_parallel_model", noted("transformer", spread))
     monkeypatch.setattr(ready_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1])
     return seen
 
@@ -62,6 +62,15 @@ def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(
     films = json.loads((tmp_path / "runs/films/films.json").read_text())
     assert ["error" in films[line] for line in ("1", "2", "3", "4")] == [False, True, False, False]
     assert all(films[line]["plan"]["plan"] == "single" and films[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
+
+
+def test_rows_of_another_length_are_read_anew_and_kept_beside_the_others(tmp_path, monkeypatch):
+    checkpoint = Ready(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
+    monkeypatch.setattr(Ready, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
+    monkeypatch.setattr(ready_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
+    for _ in range(2):
+        assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
+    assert len(list((tmp_path / "prompts").iterdir())) == 2
 
 
 def test_a_film_that_is_there_is_not_made_again(ready, events, tmp_path):

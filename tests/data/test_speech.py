@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sonic.data import speech
-from sonic.data.speech import SILENT_COLUMN, load_speech, log_mel, save_speech
+from sonic.data.speech import SILENT_COLUMN, load_soundtrack, load_speech, log_mel, save_speech
 
 
 def tone(seconds: float, rate: int = 16_000, level: float = 0.3) -> np.ndarray:
@@ -140,6 +140,34 @@ def test_a_cover_picture_does_not_make_a_recording_a_video(tmp_path):
         picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
         container.mux([*cover.encode(picture), *cover.encode(None), *sound.encode(frame), *sound.encode(None)])
     assert load_speech(path).seconds == pytest.approx(0.5, abs=0.05)
+
+
+def write_film(path: Path, samples: np.ndarray, *, form: str, codec: str, late: float) -> Path:
+    """A second of black pictures from second 0, and a sound that begins `late` seconds after them (below 0: before them)."""
+    with av.open(str(path), "w", format=form, options={"avoid_negative_ts": "disabled"}) as container:
+        pictures = container.add_stream("libx264", rate=25)
+        pictures.width, pictures.height, pictures.pix_fmt = 16, 16, "yuv420p"
+        sound = container.add_stream(codec, rate=16_000, layout="mono")
+        for index in range(25):
+            picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            picture.pts = index
+            container.mux(pictures.encode(picture))
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16_000, round(16_000 * late)
+        pieces = [*av.AudioResampler(format=sound.codec_context.format, layout="mono", rate=16_000).resample(frame), None]
+        container.mux([*pictures.encode(None), *(packet for piece in pieces for packet in sound.encode(piece))])
+    return path
+
+
+@pytest.mark.parametrize(("form", "codec", "late"), [("mov", "pcm_s16le", 0.4), ("mp4", "aac", 0.4), ("mpegts", "mp3", -0.1)])
+def test_a_soundtrack_that_begins_late_or_early_is_on_the_clock_of_the_pictures(tmp_path, form, codec, late):
+    samples = np.zeros(16_000, np.float32)
+    samples[4800:4880] = 0.8 * np.sin(0.6 * np.arange(80))  # a click after 0.3 s of sound
+    found = load_soundtrack(write_film(tmp_path / "film", samples, form=form, codec=codec, late=late))
+    assert np.abs(found).argmax() / 16_000 == pytest.approx(0.3 + late, abs=0.04)
+    if codec == "pcm_s16le":  # which has no padding of its own
+        assert len(found) == 16_000 + 6_400 and not found[:6_400].any()
+        assert np.abs(found[6_400:] - samples).max() < 1e-4
 
 
 @pytest.mark.parametrize("level", [0.0, 10 ** (-70 / 20)])

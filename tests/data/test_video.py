@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import struct
 import wave
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from footage import read_frames
 
+from sonic.data import video
 from sonic.data.speech import load_speech
 from sonic.data.video import Coding, VideoWriter, check_output
 from sonic.types import Speech
@@ -139,6 +142,32 @@ def test_an_interrupted_video_keeps_the_older_one(tmp_path):
 def test_a_video_without_frames_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="no frame was written"), VideoWriter(tmp_path / "a.mp4", 16, 16, num_frames=2):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+class LastWriteFails:
+    """A container that writes its index and is then told by the disk that it did not arrive."""
+
+    def __init__(self, container, error: int) -> None:
+        self.container, self.error = container, error
+
+    def __getattr__(self, name: str):
+        return getattr(self.container, name)
+
+    def close(self) -> None:
+        self.container.close()
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"), [(errno.ENOSPC, ValueError, "the disk is full"), (errno.EIO, OSError, "Input/output error")]
+)
+def test_an_index_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, error, kind, sentence):
+    """The index is written when the container is closed, after the last frame."""
+    opened = av.open
+    monkeypatch.setattr(video.av, "open", lambda *given, **named: LastWriteFails(opened(*given, **named), error))
+    with pytest.raises(kind, match=sentence), VideoWriter(tmp_path / "a.mp4", 16, 16, num_frames=2) as writer:
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
     assert not list(tmp_path.iterdir())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from skimage import data
 
 from sonic.app import Entry, run_command
+from sonic.commands import precompute_command
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.data import clips
 from sonic.data.clips import ClipDataset
@@ -190,11 +190,8 @@ def test_other_clips_in_the_folder_are_left_alone(config, tmp_path):
 
 
 def command(*argv):
-    spec = importlib.util.spec_from_file_location("launch_precompute", ROOT / "launch/precompute.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     entry = Entry("precompute", PrecomputeConfig, collections=("precompute",), place=lambda config: (str(ROOT / "runs"), "none"))
-    return run_command(entry, module.make, [*argv, "workers=0"])
+    return run_command(entry, precompute_command.make, [*argv, "workers=0"])
 
 
 @pytest.mark.parametrize(

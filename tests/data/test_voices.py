@@ -151,7 +151,7 @@ def test_without_the_wheel_the_error_names_the_extra(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install -e .\[voices\]"):
+    with pytest.raises(ValueError, match=r"pip install espeakng-loader"):
         speak("hello", "en-us")
 
 

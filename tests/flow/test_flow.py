@@ -10,7 +10,7 @@ from sonic.config import FIXED_STEPS
 from sonic.flow.guidance import guidance
 from sonic.flow.path import PREDICTIONS, interpolate, velocity_from
 from sonic.flow.samplers import SAMPLERS
-from sonic.flow.schedule import SCHEDULES, sigmas_of
+from sonic.flow.schedule import LIVE_AVATAR_TABLES, SCHEDULES, live_avatar_rule, sigmas_of
 
 ORDER = {
     "euler": 1,
@@ -37,6 +37,20 @@ def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
     start = interpolate(clean, noise, sigmas[:1].float())
     found = SAMPLERS[name](lambda x, sigma: noise - clean, start, sigmas, rng)
     assert_close(found, clean, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_sampler_queries_the_steps_that_its_entry_says(name, steps, rng):
+    sampler, queried = SAMPLERS[name], []
+    sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas_of("linear", steps, 3.0), rng)
+    query = next(sampling)
+    try:
+        while True:
+            queried.append(query.step)
+            query = sampling.send(torch.zeros_like(query.x))
+    except StopIteration:
+        assert queried == sampler.steps_queried(steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -100,6 +114,19 @@ def test_the_twice_shifted_schedule_has_the_published_sigmas():
 def test_an_impossible_schedule_names_the_knob(steps, shift, words):
     with pytest.raises(ValueError, match=words):
         sigmas_of("linear", steps, shift)
+
+
+@pytest.mark.parametrize("steps", LIVE_AVATAR_TABLES)
+def test_the_rule_of_live_avatar_gives_its_tables(steps):
+    assert live_avatar_rule(steps) == LIVE_AVATAR_TABLES[steps]
+    assert sigmas_of("live_avatar", steps, 3.0).tolist() == sigmas_of(f"live_avatar_{steps}step", steps, 3.0).tolist()
+
+
+def test_few_steps_of_live_avatar_all_count_and_many_end_with_the_published_touch_up():
+    assert_close(sigmas_of("live_avatar", 2, 3.0).float(), torch.tensor([1, 0.751121, 0]), atol=1e-6, rtol=0)
+    assert sigmas_of("live_avatar", 1, 3.0).tolist() == [1, 0]
+    for steps in range(4, 9):
+        assert torch.equal(sigmas_of("live_avatar", steps, 3.0), sigmas_of("twice_shifted", steps, 3.0))
 
 
 def test_an_unknown_schedule_lists_the_choices():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from sonic.app import Entry, run_command
+from sonic.commands import bench_command
 from sonic.config import AudioConfig, TextConfig, TrunkConfig
 from sonic.counts import forward_multiply_adds, memory_tokens, weights
 from sonic.infer import bench_dit
@@ -39,12 +38,9 @@ def test_the_floor_is_all_arithmetic_of_a_forward_and_no_more():
 
 def test_figures_of_both_precisions_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_dit, "MEDIUM", SMALL)
-    spec = importlib.util.spec_from_file_location("launch_bench", Path(__file__).resolve().parents[2] / "launch/bench.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
     threads = torch.get_num_threads()
     argv = ["target=dit_medium", f"json={tmp_path / 'out.json'}", "repeats=1", "run.threads=1", f"run.folder={tmp_path}"]
-    assert run_command(Entry("bench", BenchConfig), launch.bench, argv) == 0
+    assert run_command(Entry("bench", BenchConfig), bench_command.bench, argv) == 0
     torch.set_num_threads(threads)
     figures = json.loads((tmp_path / "out.json").read_text())
     assert all(figures[name] > 0 for name in FIGURES)

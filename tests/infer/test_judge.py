@@ -1,15 +1,21 @@
 """Laws of judging a finished film."""
 
+import importlib.util
 import json
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
+from recordings import voice
 
+from sonic.app import Entry, run_command
 from sonic.config import FacePlaceConfig, JudgeConfig
 from sonic.data.speech import envelope, load_speech, save_speech
 from sonic.data.video import Coding, VideoWriter
-from sonic.infer.judge import judge, pauses
+from sonic.infer.judge import judge, pauses, sound_fault
+from sonic.types import Speech
 
 FACE = FacePlaceConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
 FRAMES = 75
@@ -27,13 +33,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def film(folder, name, motion, fps=25):
-    """A film of the photograph whose mouth brightens by motion[k] grey levels in frame k."""
+MOUTH = np.s_[72:90, 58:82]  # rows and columns
+
+
+def film(folder, name, motion, fps=25, where=MOUTH):
+    """A film of the photograph whose mouth (or another part) brightens by motion[k] grey levels in frame k."""
     photo = np.array(Image.open(folder / "face.png"))
     with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
         for strength in motion:
             frame = photo.astype(np.float32)
-            frame[72:90, 58:82] += strength
+            frame[where] += strength
             writer.write(frame.clip(0, 255).astype(np.uint8)[None])
     return JudgeConfig(
         film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), json=str(folder / "out.json"), face=FACE
@@ -71,6 +80,26 @@ def test_the_mouth_itself_does_not_count_as_damage_to_the_photograph(folder):
     assert still > 38 and moving > 36
 
 
+def test_damage_counts_by_its_mean_square_over_all_frames(folder):
+    motion = np.where(np.arange(FRAMES) < FRAMES // 3, 20, 0)  # of the first third of the film
+    found = judge(film(folder, "damaged.mp4", motion, where=np.s_[:, :]))
+    assert found["photo_psnr_db"] == pytest.approx(10 * np.log10(255**2 / (20**2 / 3)), abs=0.3)
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(np.s_[34:52], True), (np.s_[93:111], False), (np.s_[119:127], True)])
+def test_the_chin_may_move_and_forehead_and_chest_may_not(folder, rows, counts):
+    """The chin of this face lies at row 90; a jaw that opens, and its shadow, reach below it."""
+    found = judge(film(folder, "part.mp4", np.full(FRAMES, 60), where=(rows, np.s_[58:82])))
+    assert (found["photo_psnr_db"] < 33) is counts
+
+
+def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames(folder):
+    """What happens in the short gaps between two words counts for neither."""
+    level, after = sound(folder), np.arange(FRAMES) > 47 + 5  # the last word ends in frame 47
+    motion = np.where(after, 20, np.where(level > np.median(level), 80, 50))
+    assert judge(film(folder, "rest.mp4", motion))["rest_ratio"] == pytest.approx(20 / 80, rel=0.03)
+
+
 def test_a_pause_is_far_from_every_sound():
     level = np.ones(60)
     level[20:40] = 1e-6
@@ -82,3 +111,77 @@ def test_a_film_of_another_size_is_refused(folder):
     config.size = "100x80"
     with pytest.raises(ValueError, match="size"):
         judge(config)
+
+
+def voiced(folder, name, samples, frames=FRAMES):
+    """A film with a sound track of its own, as the judge is asked about it."""
+    with VideoWriter(folder / name, 160, 128, num_frames=frames, speech=None if samples is None else Speech(samples)) as writer:
+        writer.write(np.repeat(np.array(Image.open(folder / "face.png"))[None], frames, axis=0))
+    return JudgeConfig(film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), face=FACE)
+
+
+def spoken(folder):
+    """The recording of the folder, like speech."""
+    save_speech(folder / "speech.flac", voice(FRAMES / 25))
+    return load_speech(folder / "speech.flac").samples
+
+
+def cut_short(folder, name, keep):
+    """The film with the first packets of its sound track alone."""
+    short = folder / f"short_{name}"
+    with av.open(str(folder / name)) as given, av.open(str(short), "w") as made:
+        streams = {stream.index: made.add_stream_from_template(stream) for stream in given.streams}
+        for count, packet in enumerate(each for each in given.demux() if each.dts is not None):
+            sound = packet.stream.type == "audio"
+            packet.stream = streams[packet.stream.index]
+            if not sound or count < keep:
+                made.mux(packet)
+    return short
+
+
+FAULTS = {
+    "the recording": (lambda samples: samples, ""),
+    "quieter and upside down": (lambda samples: -0.2 * samples, ""),
+    "40 ms late": (lambda samples: np.pad(samples, (640, 0)), "sound_offset_ms is 40.0"),
+    "a second early": (lambda samples: samples[16_000:], "sound_offset_ms is -1000.0"),
+    "its second half 50 ms late": (lambda samples: np.concatenate([samples[:24_000], np.zeros(800, "f"), samples[24_000:]]), "correlation"),
+    "another sound": (lambda samples: samples[::-1].copy(), "sound_correlation is"),
+    "nothing": (lambda samples: np.zeros_like(samples), "sound_correlation is 0.00"),
+    "no track": (lambda samples: None, "no sound track: sound_length_ms is -3000.0"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_film_fails_unless_its_own_sound_is_the_recording_in_time(tmp_path, folder, case):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    change, sentence = FAULTS[case]
+    found = judge(voiced(tmp_path, "a.mp4", change(spoken(tmp_path))))
+    fault = sound_fault(found)
+    assert sentence in fault if sentence else fault == ""
+    if not sentence:
+        assert abs(found["sound_offset_ms"]) < 1 and abs(found["sound_length_ms"]) < 1 and found["sound_correlation"] > 0.95
+
+
+def test_a_sound_track_that_ends_early_is_told_by_its_length(tmp_path, folder):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    config = voiced(tmp_path, "a.mp4", spoken(tmp_path))
+    config.film = str(cut_short(tmp_path, "a.mp4", keep=80))
+    assert "sound_length_ms is -" in sound_fault(judge(config))
+
+
+@pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 1)])
+def test_the_command_says_in_one_sentence_that_the_sound_is_wrong(tmp_path, folder, monkeypatch, capsys, sound, code):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    samples = spoken(tmp_path)
+    voiced(tmp_path, "12:30.mp4", samples if sound else None)
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).resolve().parents[2] / "launch" / "judge.py"
+    spec = importlib.util.spec_from_file_location("judge_command", file)
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    argv = ["film=12:30.mp4", "image=face.png", "audio=speech.flac", "face.box=[40,30,60,60]", "face.mouth=[70,78,12]", "json=out.json"]
+    assert run_command(Entry("judge", JudgeConfig, collections=(), place=lambda config: ("runs", "judge")), command.score, argv) == code
+    said = capsys.readouterr()
+    assert "sound_length_ms" in said.out and "sound_correlation" in json.loads(Path("out.json").read_text())
+    sentences = [line for line in said.err.splitlines() if "error" in line]
+    assert len(sentences) == code and all("film=12:30.mp4: the film has no sound track" in line for line in sentences)

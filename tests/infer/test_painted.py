@@ -13,7 +13,8 @@ from PIL import Image
 
 from sonic.app import Entry, compose
 from sonic.config import AudioConfig, ModelConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
-from sonic.infer.painted import Shot, paint_blocks, paint_clips
+from sonic.infer import painted
+from sonic.infer.painted import Shot, WanNetworks, paint_blocks, paint_clips
 from sonic.infer.scene import open_scene
 from sonic.infer.settings import InferConfig
 from sonic.model.dit import AvatarDiT
@@ -24,7 +25,7 @@ PAINTERS = {"blocks": paint_blocks, "clips": paint_clips}
 
 
 @pytest.fixture(scope="module")
-def painters() -> tuple[AvatarDiT, WanAutoencoder]:
+def painters() -> WanNetworks:
     """A transformer and a VAE none of whose weights is zero."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -38,7 +39,7 @@ def painters() -> tuple[AvatarDiT, WanAutoencoder]:
     with torch.no_grad():
         for weight in (*model.parameters(), *vae.parameters()):
             weight.add_(0.05 * torch.randn_like(weight))
-    return model, vae
+    return WanNetworks(model, vae)
 
 
 @pytest.mark.parametrize("kind", PAINTERS)
@@ -50,13 +51,22 @@ def test_sound_drives_the_frames_of_its_time_and_none_before(kind, painters):
     later = shot.audio.clone()
     later[..., 2 * CLIP :] = draw(1, 3, 16, CLIP)
     made = [
-        torch.cat(list(PAINTERS[kind](*painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
+        torch.cat(list(PAINTERS[kind](painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
         for each in (shot, replace(shot, audio=later))
     ]
     assert made[0].shape[2] == 3 * CLIP
     changed = (made[0] - made[1]).abs().amax((0, 1, 3, 4))
     assert not changed[: 2 * CLIP].any()
     assert (changed[2 * CLIP :] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_latents_of_poses_do_not_depend_on_how_many_frames_are_encoded_at_once(painters, monkeypatch):
+    pose = np.random.default_rng(0).integers(0, 256, (painted.POSE_CHUNK + 8, 16, 16, 3), np.uint8)
+    found = painted._pose_latents(pose, painters.vae, device=torch.device("cpu"))
+    monkeypatch.setattr(painted, "POSE_CHUNK", len(pose))
+    whole = painted._pose_latents(pose, painters.vae, device=torch.device("cpu"))
+    assert found.shape == (1, 16, len(pose) // 4, 2, 2) and torch.equal(found, whole)
 
 
 @pytest.mark.parametrize(("compat", "darkest"), [("", 255), ("upstream", 0)])

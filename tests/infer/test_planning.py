@@ -17,7 +17,7 @@ from sonic.app import compose, run_command
 from sonic.config import Ranks
 from sonic.infer import planning
 from sonic.infer.planning import forecast
-from sonic.infer.ranks import clip_together
+from sonic.infer.ranks import distributed_clip
 from sonic.parallel.here import hardware_here, host_bytes
 from sonic.parallel.settings import HardwareConfig
 
@@ -66,9 +66,9 @@ def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded_in_the_words_
     asked = ["model=wan_s2v_14b", "+preset=standard", "hardware=8x24gb"]
     with pytest.raises(ValueError, match="a clip with full attention") as early:
         forecast(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
-    company = SimpleNamespace(world=SimpleNamespace(stages=ranks))
+    context = SimpleNamespace(world=SimpleNamespace(stages=ranks))
     with pytest.raises(ValueError, match="a clip with full attention") as late:
-        clip_together(SimpleNamespace(company=company), None, 3, sampler=None, generator=None)
+        distributed_clip(None, None, 3, sampling=None, context=context)
     assert str(early.value).partition(" runs ")[2] == str(late.value).partition(" runs ")[2] != ""
     assert forecast(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
 

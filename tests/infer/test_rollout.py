@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from itertools import count, islice
 
 import pytest
@@ -12,7 +13,9 @@ from torch.testing import assert_close
 
 from sonic.config import SamplerConfig
 from sonic.flow.samplers import SAMPLERS
-from sonic.infer.rollout import Draws, rollout, sample_clip
+from sonic.infer.forwards import Forwards, open_forwards
+from sonic.infer.rollout import NoiseSource, Sampling, rollout, sample_clip
+from sonic.model.inputs import ForwardRequest
 from sonic.types import BlockSpan
 
 
@@ -29,7 +32,7 @@ def settings(**changes) -> SamplerConfig:
 
 
 def latents_of(model, told, number: int, *, seed: int = 0, **changes) -> torch.Tensor:
-    blocks = rollout(model, told, spans(number), sampler=settings(**changes), draws=Draws(seeded(seed)))
+    blocks = rollout(model, told, spans(number), sampling=Sampling(settings(**changes), NoiseSource(seeded(seed))))
     return torch.cat([block.latents for block in blocks], dim=2)
 
 
@@ -72,7 +75,7 @@ def test_each_sampling_step_reads_the_keys_of_its_own_noise_level():
 def test_the_rollout_is_lazy_and_endless():
     model, told = tiny_model(), conditions(400 * BLOCK)
     endless = (BlockSpan(index, index * BLOCK, BLOCK) for index in count())
-    blocks = rollout(model, told, endless, sampler=settings(sample_steps=1), draws=Draws(seeded()))
+    blocks = rollout(model, told, endless, sampling=Sampling(settings(sample_steps=1), NoiseSource(seeded())))
     assert [block.span.index for block in islice(blocks, 3)] == [0, 1, 2]
 
 
@@ -84,7 +87,7 @@ def live_numbers() -> int:
 
 def test_the_memory_of_a_rollout_does_not_grow_with_the_number_of_blocks():
     model, told = tiny_model(), conditions(20 * BLOCK)
-    blocks = rollout(model, told, iter(spans(20)), sampler=settings(), draws=Draws(seeded()))
+    blocks = rollout(model, told, iter(spans(20)), sampling=Sampling(settings(), NoiseSource(seeded())))
     held = [live_numbers() for block in blocks if block.span.index in (4, 19)]
     assert held[1] <= held[0]
 
@@ -97,12 +100,55 @@ def test_guidance_towards_the_audio_moves_the_latents():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_whole_clip_is_made_from_the_same_settings(name):
     model, told = tiny_model(), conditions(4)
-    first, again = (sample_clip(model, told, 4, sampler=settings(name=name), generator=seeded()) for _ in range(2))
+    first, again = (sample_clip(model, told, 4, sampling=Sampling(settings(name=name), NoiseSource(seeded()))) for _ in range(2))
     assert first.shape == (1, 4, 4, *SIZE)
     assert torch.equal(first, again)
+
+
+class Queue:
+    """Forwards that are done one at a time and handed out late, as a pipeline of `room` stages hands them out."""
+
+    def __init__(self, room: int, forwards: Forwards) -> None:
+        self.room, self.forwards, self.most = room, forwards, 0
+        self.done: deque[torch.Tensor] = deque()
+        self.newest: dict[tuple[int, int], int] = {}
+
+    def accepts(self, item: ForwardRequest) -> bool:
+        return len(self.done) < self.room
+
+    def submit(self, item: ForwardRequest) -> None:
+        ring, block = (item.cond_index, item.step), item.inputs.span.index
+        assert block >= self.newest.setdefault(ring, block), "a block asks a ring that a later one has asked"
+        self.newest[ring] = block
+        self.forwards.submit(item)
+        self.done.extend(self.forwards.collect())
+        self.most = max(self.most, len(self.done))
+
+    def collect(self) -> list[torch.Tensor]:
+        return [self.done.popleft()]
+
+    def close(self) -> None:
+        self.done.clear()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("room", [2, 3, 5])
+def test_forwards_that_are_queued_make_the_film_of_one_at_a_time(room, scale, name, monkeypatch):
+    """Blocks follow each other through the rings in order, though several are begun."""
+    told, queues = conditions(8), []
+
+    def queued(context):
+        return lambda *given: queues.append(Queue(room, open_forwards(context)(*given))) or queues[-1]
+
+    model = tiny_model()
+    expected = latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale)
+    monkeypatch.setattr("sonic.infer.rollout.open_forwards", queued)
+    assert torch.equal(latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale), expected)
+    assert queues[0].most > 1
 
 
 def test_a_block_of_the_wrong_length_is_refused():
     model, told = tiny_model(), conditions(4)
     with pytest.raises(ValueError, match=f"blocks of {4 * BLOCK} video frames"):
-        next(rollout(model, told, [BlockSpan(0, 0, BLOCK - 1)], sampler=settings(), draws=Draws(seeded())))
+        next(rollout(model, told, [BlockSpan(0, 0, BLOCK - 1)], sampling=Sampling(settings(), NoiseSource(seeded()))))

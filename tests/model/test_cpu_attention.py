@@ -42,7 +42,17 @@ def test_processors_that_gain_by_it_take_it(able, chosen, rows, monkeypatch):
         narrow = [each.bfloat16() for each in rows]
         assert (not torch.is_tensor(attention.sdpa(*narrow))) is chosen
         assert torch.is_tensor(attention.sdpa(*rows)), "float32 stays with torch's kernel"
-        learning = [each.requires_grad_() for each in narrow]
-        assert attention.sdpa(*learning).requires_grad
+        for learning in range(3):  # the queries, the keys or the values alone
+            given = [each.clone().requires_grad_(index == learning) for index, each in enumerate(narrow)]
+            found = attention.sdpa(*given)
+            assert torch.is_tensor(found) and found.requires_grad
     finally:
         cpu_attention.products_are_faster.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "heads"), [(0, 6), (10, 0)])
+def test_a_rank_without_tokens_or_without_heads_attends_to_nothing(queries, heads, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "products_are_faster", lambda: True)
+    rows = [torch.randn(2, length, heads, 8).to(dtype) for length in (queries, 7, 7)]
+    assert attention.sdpa(*rows).shape == (2, queries, heads, 8)

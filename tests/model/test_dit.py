@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import BLOCK, SIZE, conditions, tiny_config, tiny_model
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sonic.model.dit import AvatarDiT
+from sonic.model.kv_cache import KVCache
 from sonic.types import BlockSpan, Conditions
 
 
@@ -109,6 +112,37 @@ def test_a_ring_that_runs_for_ever_stays_finite_and_keeps_its_size():
             found = model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0]), inputs, cache=cache, ring=ring)
             assert found.isfinite().all()
     assert [buffer.shape for buffer in ring.keys.values()] == sizes
+
+
+def test_the_rotations_kept_for_a_reference_that_moves_do_not_grow_with_the_blocks():
+    model, whole = tiny_model(), conditions(BLOCK)
+    cache = model.prefill(whole, model.new_cache(whole, steps=1))
+    kept = set()
+    with torch.no_grad():
+        for index in range(20):
+            inputs = model.prepare_block(whole, BlockSpan(index, index * BLOCK, BLOCK))
+            model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0]), inputs, cache=cache, ring=cache.rings[0])
+            kept.add(len(cache.turns))
+    assert model.ref_position(19 * BLOCK) > model.ref_position(10 * BLOCK) > model.ref_position(0)
+    assert max(kept) <= len(cache.rings) + 1
+
+
+def test_a_cache_filled_again_after_its_reference_has_moved_is_as_good_as_new():
+    model, first, second = tiny_model(), conditions(BLOCK), conditions(BLOCK)
+    second = replace(second, ref=torch.randn(1, 4, 1, *SIZE))
+    span, latents = BlockSpan(10, 10 * BLOCK, BLOCK), torch.randn(1, 4, BLOCK, *SIZE)
+
+    def denoised(told: Conditions, cache: KVCache) -> Tensor:
+        model.prefill(told, cache)
+        with torch.no_grad():
+            return model.denoise_block(latents, torch.tensor([500.0]), model.prepare_block(told, span), cache=cache, ring=cache.rings[0])
+
+    used = model.new_cache(first, steps=1)
+    before = denoised(first, used)  # block 10 moves the reference on
+    used.rings[0].rewind()
+    again = denoised(second, used)
+    assert_close(again, denoised(second, model.new_cache(second, steps=1)), atol=0, rtol=0)
+    assert not torch.equal(again, before)
 
 
 def test_a_rollout_far_from_the_start_equals_one_near_it():

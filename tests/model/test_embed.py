@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sonic.model.embed import FramePack, PatchEmbed, TextEmbed, grid_places, motion_places, ref_time_id, rotate, rotation
+from sonic.model.embed import FramePack, PatchEmbed, TextEmbed, TimeEmbed, grid_places, motion_places, ref_time_id, rotate, rotation
 
 HEAD_DIM = 24  # 12 pairs: 4 of time, 4 of rows, 4 of columns
 
@@ -104,3 +104,11 @@ def test_a_prompt_is_padded_with_zero_rows_before_it_is_projected():
 def test_a_prompt_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="5 rows; the model reads at most 4"):
         TextEmbed(5, 4, 10)(torch.randn(1, 5, 5))
+
+
+def test_the_noise_level_is_embedded_in_float32_whatever_the_weights_are_stored_in(rng):
+    narrow, wide, timestep = TimeEmbed(16, 24).bfloat16(), TimeEmbed(16, 24), torch.tensor([[0.0, 3.7, 999.5]])
+    wide.load_state_dict(narrow.state_dict())  # the same rounded weights
+    for found, expected in zip(narrow(timestep), wide(timestep), strict=True):
+        assert found.dtype == torch.float32
+        assert_close(found, expected, atol=1e-6, rtol=1e-6)

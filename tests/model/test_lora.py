@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from torch.testing import assert_close
 
-from sonic.model.lora import merge_lora, read_lora
+from sonic.model.lora import ALPHA as STORED_ALPHA
+from sonic.model.lora import USUAL_ALPHA, lora_alpha, merge_lora, read_lora
 
 RANK, ALPHA = 2, 6.0
 MODULE = "blocks.0.self_attn.q"
@@ -42,6 +43,24 @@ def test_every_spelling_of_a_key_is_merged(pattern, module, tmp_path):
     assert torch.equal(model.blocks[0].self_attention.to_k.weight, other)
 
 
+@torch.no_grad()
+def test_a_weight_in_bfloat16_is_rounded_once_after_it_is_merged(tmp_path):
+    model = tiny_model().bfloat16()
+    tensors = {name: tensor.bfloat16() for name, tensor in pair(model).items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    weight = model.blocks[0].self_attention.to_q.weight
+    down, up = (tensor.float() for tensor in tensors.values())
+    expected = (weight.float() + ALPHA / RANK * up @ down).bfloat16()
+    merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize(("stored", "alpha"), [({STORED_ALPHA: "12"}, 12.0), ({}, USUAL_ALPHA), (None, USUAL_ALPHA)])
+def test_the_strength_is_the_one_that_the_file_states_or_the_usual_one(stored, alpha, tmp_path):
+    save_file(pair(tiny_model()), tmp_path / "lora.safetensors", metadata=stored)
+    assert lora_alpha(tmp_path / "lora.safetensors") == alpha
+
+
 def test_a_lora_of_another_model_changes_nothing_and_names_what_is_lost(tmp_path):
     model = tiny_model()
     save_file({**pair(model), **pair(model, "blocks.77.self_attn.q")}, tmp_path / "lora.safetensors")
@@ -64,6 +83,13 @@ def test_a_lora_of_another_width_names_both_shapes(tmp_path):
 def test_a_tensor_without_its_half_is_named(left_over, tmp_path):
     save_file({**pair(tiny_model()), **left_over}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=next(iter(left_over)).rsplit(".lora", 1)[0]):
+        read_lora(tmp_path / "lora.safetensors")
+
+
+def test_halves_of_different_ranks_are_no_pair(tmp_path):
+    first, second = pair(tiny_model()).values()
+    save_file({f"{MODULE}.lora_A.weight": first, f"{MODULE}.lora_B.weight": second[:, :1].clone()}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"no whole pair of lora_A and lora_B for: {MODULE}"):
         read_lora(tmp_path / "lora.safetensors")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from sonic.app import Entry, compose, options, run_command
+from sonic.commands import plan_command
 from sonic.parallel.here import RATES, machine_here
 from sonic.parallel.settings import HardwareConfig, PlanConfig
 
@@ -97,7 +97,6 @@ def test_hardware_that_a_file_describes_is_not_looked_up(machine):
 
 def test_the_command_plans_for_all_that_is_there(machine, tmp_path):
     machine(8, H100)
-    launcher = runpy.run_path(str(ROOT / "launch/plan.py"))
     asked = ["model=live_avatar_14b", "hardware=here", f"json={tmp_path / 'plan.json'}"]
-    assert run_command(PLAN, launcher["plan"], asked) == 0
+    assert run_command(PLAN, plan_command.plan, asked) == 0
     assert len(json.loads((tmp_path / "plan.json").read_text())["chosen"]["peak_gib_per_rank"]) == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from ranks import on_ranks
 from tiny import conditions, film, tiny_model
 
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
-from sonic.parallel.pipeline import Line, Stages, keep_range, layer_ranges, serve, stop
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.distributed import DistributedContext
+from sonic.parallel.pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop, stop_stages
 
 COUNTS = range(1, 9)
 BLOCKS = 3
@@ -26,14 +29,14 @@ def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
     for count in COUNTS[1:]:
         if rank >= count:
             continue
-        model, line = tiny_model(), Line(range(count), torch.device("cpu"))
+        model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(count), torch.device("cpu")))
         keep_range(model, rank, layer_ranges(model.config, count))
         if rank:
-            serve(model, line, dtype=torch.float32)
+            stage_loop(model, context, dtype=torch.float32)
             continue
-        model.forwards = lambda *film, line=line: Stages(*film, line=line)
-        wrong += [(count, steps) for steps in COUNTS if not torch.equal(film(model, told, BLOCKS, sample_steps=steps), alone[steps])]
-        stop(line)
+        found = {steps: film(model, told, BLOCKS, context=context, sample_steps=steps) for steps in COUNTS}
+        wrong += [(count, steps) for steps in COUNTS if not torch.equal(found[steps], alone[steps])]
+        stop_stages(context.channel)
     return wrong
 
 
@@ -43,15 +46,14 @@ def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
 
 def caches_alive() -> list[int]:
     """How many caches of films before the second rank still has when it makes the next one, and the first after each film."""
-    model, line = tiny_model(), Line(range(2), torch.device("cpu"))
+    model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank() == 0:
-        model.forwards = lambda *film: Stages(*film, line=line)
         kept = []
         for scale in (2.0, 1.0, 1.0):  # the first film has two caches
-            film(model, conditions(2), 1, sample_guide_scale=scale)
-            kept.append(len(line.film.caches))
-        stop(line)
+            film(model, conditions(2), 1, context=context, sample_guide_scale=scale)
+            kept.append(len(context.channel.forwards.caches))
+        stop_stages(context.channel)
         return kept
     make, made, alive = model.cache_of, [], []
 
@@ -62,7 +64,7 @@ def caches_alive() -> list[int]:
         return cache
 
     model.cache_of = counted
-    serve(model, line, dtype=torch.float32)
+    stage_loop(model, context, dtype=torch.float32)
     return alive
 
 
@@ -72,22 +74,22 @@ def test_a_rank_forgets_a_film_before_it_makes_room_for_the_next():
 
 def half_precision() -> tuple[set[torch.dtype], bool]:
     """Precisions of what the first rank collects of a model in bfloat16, and whether the film is that of one rank."""
-    alone, model, line = tiny_model().bfloat16(), tiny_model().bfloat16(), Line(range(2), torch.device("cpu"))
+    alone, model = tiny_model().bfloat16(), tiny_model().bfloat16()
+    context = DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank():
-        serve(model, line, dtype=torch.bfloat16)
+        stage_loop(model, context, dtype=torch.bfloat16)
         return set(), True
-    found = set()
+    found, collect = set(), PipelineForwards.collect
 
-    class Collected(Stages):
-        def collect(self):
-            predictions = super().collect()
-            found.update(each.dtype for each in predictions)
-            return predictions
+    def collected(forwards: PipelineForwards) -> list[torch.Tensor]:
+        predictions = collect(forwards)
+        found.update(each.dtype for each in predictions)
+        return predictions
 
-    model.forwards = lambda *film: Collected(*film, line=line)
-    same = torch.equal(film(model, conditions(4), 2), film(alone, conditions(4), 2))
-    stop(line)
+    with patch.object(PipelineForwards, "collect", collected):
+        same = torch.equal(film(model, conditions(4), 2, context=context), film(alone, conditions(4), 2))
+    stop_stages(context.channel)
     return found, same
 
 

@@ -18,10 +18,11 @@ from tiny import tiny_config
 
 from sonic.config import ModelConfig
 from sonic.model.weights import to_official
+from sonic.parallel.distributed import context_of
 from sonic.parallel.load import Lora, without_memory
 from sonic.parallel.mesh import make_world
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.spread import PLANS, Company, spread_model
+from sonic.parallel.spread import PLANS, build_parallel_model
 
 RANKS, FILES, MIB = 4, 3, 2**20
 SAMPLE_S = 0.002
@@ -84,7 +85,7 @@ def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     PLANS[parallel.name] = plan._replace(place=place)
     try:
         with sampled() as seen:
-            model = spread_model(deep_config(), checkpoint, Company(world, parallel), lora=Lora({}, 0.0), dtype=torch.float32)
+            model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=Lora({}, 0.0), dtype=torch.float32)
             dist.barrier()
         assert next(model.parameters()).device == CPU  # the model is still there when memory is read
         return seen[-1] - before[0], max(seen) - before[0]

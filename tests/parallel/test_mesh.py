@@ -10,9 +10,9 @@ from ranks import on_ranks
 from sonic.config import Ranks
 from sonic.parallel import mesh
 from sonic.parallel.mesh import make_world, open_world
-from sonic.parallel.pipeline import Note, make_line
+from sonic.parallel.pipeline import Message, pipeline_channel
 from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.vae_rank import make_wire
+from sonic.parallel.vae_rank import make_vae_channel
 
 CPU = torch.device("cpu")
 
@@ -38,18 +38,18 @@ def said_each_way() -> list[float]:
     mesh.direct = lambda device: True
     world, rank = make_world(ParallelConfig("pipeline", vae_rank=True), "pipeline", CPU), dist.get_rank()
     groups = {group.group_name for group in world.lanes}
-    lines = [make(world) for make, ranks in ((make_line, (0, 1)), (make_wire, (0, 2))) if rank in ranks]
+    lines = [make(world) for make, ranks in ((pipeline_channel, (0, 1)), (make_vae_channel, (0, 2))) if rank in ranks]
     assert len(groups) == mesh.LANES
     assert {group.group_name for line in lines for group in line._lanes.values()} <= groups
     for number, line in enumerate(lines):  # all questions are under way before the first answer
         if rank == 0:
-            line.pass_on(Note("block"), [torch.full((3,), 1.0 + number)])
+            line.send_next(Message("block"), [torch.full((3,), 1.0 + number)])
     if rank:
-        _, (heard,) = lines[0].receive()
-        lines[0].answer(Note("block"), [10 * heard])
+        _, (heard,) = lines[0].recv_previous()
+        lines[0].send_first(Message("block"), [10 * heard])
         found = [heard[2].item()]
     else:
-        found = [line.hear()[1][0][2].item() for line in reversed(lines)]
+        found = [line.recv_last()[1][0][2].item() for line in reversed(lines)]
     for line in lines:
         line.flush()
     return found

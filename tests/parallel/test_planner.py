@@ -6,7 +6,6 @@ import itertools
 import json
 import resource
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sonic.parallel.planner import OPTIONAL, as_json, by_name, planned
 from sonic.parallel.plans import CLIPS_WAIT, PLANS
 from sonic.parallel.ranges import best_ranges
 from sonic.parallel.settings import ALONE, PLAN_NAMES, PlanConfig
+from sonic.program import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Entry("plan", PlanConfig)
@@ -235,11 +235,10 @@ def test_what_makes_no_sense_is_said_in_a_sentence(items, sentence):
 
 @pytest.mark.parametrize(("extra", "code"), [((), 0), (("parallel=single",), 3), (("parallel=sinlge",), 2)])
 def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, extra, code):
-    run = f"runpy.run_path({str(ROOT / 'launch/plan.py')!r}, run_name='__main__')"
-    script = f"import runpy, sys\ntry:\n    {run}\nfinally:\n    assert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     asked = ["+preset=standard", "model=live_avatar_14b", "hardware=4x24gb", f"json={tmp_path / 'plan.json'}", *extra]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", script, *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([*interpreter(), "-c", script, "plan", *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
     assert done.returncode == code, done.stderr

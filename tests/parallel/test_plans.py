@@ -8,7 +8,7 @@ from plan_case import SINGLE, case_of, clip_of, made_under_all, model_under, sam
 from ranks import on_ranks
 from tiny import tiny_model
 
-from sonic.infer.ranks import dismiss, follow
+from sonic.infer.ranks import shutdown, worker_loop
 from sonic.model.weights import save_weights
 from sonic.parallel.settings import ParallelConfig
 from sonic.parallel.spread import PLANS
@@ -54,13 +54,13 @@ def test_every_plan_makes_the_film_and_the_clip_of_one_rank(count, weights):
 def refused_clip(weights: str) -> str:
     """What the first rank of a pipeline says to a clip."""
     case = case_of("tiny", weights)
-    model = model_under(case, ParallelConfig("pipeline"))
-    if not model.company.world.leads:
-        follow(model, torch.float32)
+    under = model_under(case, ParallelConfig("pipeline"))
+    if not under.context.world.leads:
+        worker_loop(*under, torch.float32)
         return ""
     with pytest.raises(ValueError) as refused:
-        clip_of(model, case)
-    dismiss(model)
+        clip_of(under, case)
+    shutdown(under.context)
     return str(refused.value)
 
 

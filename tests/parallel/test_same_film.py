@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,23 @@ from command_ranks import infer_on
 from main_job import FACE
 
 from sonic.data.video import VideoWriter
+from sonic.program import process
 
-INFER = str(Path(__file__).resolve().parents[2] / "launch/infer.py")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
 APART = ("parallel=pipeline", "parallel.vae_rank=true")
-TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def film(folder: Path, plan: str, program: tuple[str, ...]) -> bytes:
+def film(folder: Path, plan: str, starter: tuple[str, ...] = ()) -> bytes:
     output = folder / f"{plan}.mp4"
-    told = (INFER, f"parallel={plan}", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *TOLD)
+    told = (f"parallel={plan}", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *TOLD)
     done = subprocess.run(
-        [*program, *told], capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*process("infer", *starter), *told],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     return output.read_bytes()
@@ -32,7 +36,7 @@ def film(folder: Path, plan: str, program: tuple[str, ...]) -> bytes:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> bytes:
-    return film(tmp_path_factory.mktemp("alone"), "single", (sys.executable,))
+    return film(tmp_path_factory.mktemp("alone"), "single")
 
 
 @pytest.mark.parametrize("plan", ["pipeline", "zero3"])
@@ -50,14 +54,14 @@ def test_two_ranks_without_a_launcher_make_the_film_of_one(plan, alone, tmp_path
 
 
 def test_offloading_makes_the_film_of_one_device(alone, tmp_path):
-    assert film(tmp_path, "offload", (sys.executable,)) == alone
+    assert film(tmp_path, "offload") == alone
 
 
 def test_a_bad_request_between_two_films_changes_neither(alone, tmp_path):
     lines = [{"output": str(tmp_path / "one.mp4")}, {"image": str(tmp_path / "nobody.jpg")}, {"output": str(tmp_path / "two.mp4")}]
     (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    told = (INFER, "parallel=pipeline", f"requests={tmp_path / 'films.jsonl'}", f"run.folder={tmp_path / 'runs'}", *TOLD)
-    done = subprocess.run([*TWO_RANKS, *told], capture_output=True, text=True, timeout=240, check=False)
+    told = ("parallel=pipeline", f"requests={tmp_path / 'films.jsonl'}", f"run.folder={tmp_path / 'runs'}", *TOLD)
+    done = subprocess.run([*process("infer", *TWO_RANKS), *told], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1, done.stderr
     assert "2 films made, 1 requests bad" in done.stdout
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes() == alone

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sonic.app import Entry, compose, options, run_command
+from sonic.commands import plan_command
 from sonic.counts import weights
 from sonic.model.adapters import Adapters
 from sonic.model.dit import AvatarDiT
@@ -23,13 +22,13 @@ from sonic.parallel.settings import PlanConfig
 from sonic.parallel.training_memory import ITEMS
 from sonic.parallel.training_plans import planned_training, training_json
 from sonic.parallel.training_work import learnt, parts, training
+from sonic.program import interpreter, process
 from sonic.train.dry_run import track_training
 from sonic.train.objective_settings import OBJECTIVE_CONFIGS
 from sonic.train.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = Entry("plan", PlanConfig)
-LAUNCHER = runpy.run_path(str(ROOT / "launch/plan.py"))
 TRAIN = Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS})
 BIG = ("model=live_avatar_14b", "video.size=384x256")
 WIDE = (  # a few blocks of the 14B's proportions
@@ -227,8 +226,7 @@ def test_what_makes_no_sense_is_said_in_a_sentence(items, sentence):
 
 @pytest.mark.parametrize(("size", "code"), [("384x256", 0), ("704x384", 3)])
 def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, size, code):
-    run = f"runpy.run_path({str(ROOT / 'launch/plan.py')!r}, run_name='__main__')"
-    script = f"import runpy, sys\ntry:\n    {run}\nfinally:\n    assert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     asked = [
         "task=distill",
         "model=live_avatar_14b",
@@ -238,7 +236,7 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
         f"json={tmp_path / 'plan.json'}",
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", script, *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([*interpreter(), "-c", script, "plan", *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
     assert done.returncode == code, done.stderr
@@ -259,7 +257,7 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
     ],
 )
 def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_program(tmp_path, asked, name, capsys):
-    assert run_command(PLAN, LAUNCHER["plan"], [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
+    assert run_command(PLAN, plan_command.plan, [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
     assert len(said) == 1
     assert f"{name} is predicted only" in said[0]
@@ -270,7 +268,7 @@ def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_prog
 
 def test_the_command_holds_its_prediction_against_the_program(tmp_path):
     asked = [*WIDE, "task=train", "hardware=8x80gb", "verify=true", f"json={tmp_path / 'plan.json'}"]
-    done = subprocess.run([sys.executable, ROOT / "launch/plan.py", *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([*process("plan"), *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tracked" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())["chosen"]

@@ -22,8 +22,8 @@ from torch import nn
 
 from sonic.data.speech import SAMPLE_RATE, log_mel
 from sonic.model.vae import WarpAutoencoder
-from sonic.parallel.pipeline import Line
-from sonic.parallel.vae_rank import WAYS, FarAutoencoder, hang_up, serve_vae
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae, stop_vae
 
 CPU = torch.device("cpu")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)
@@ -83,12 +83,12 @@ class Counting(nn.Module):
 
 def asked() -> list:
     """What the first rank hears; the most that the other one had to remember."""
-    wire = Line([0, 1], CPU, WAYS)
+    channel = P2PChannel([0, 1], CPU, DIRECTIONS)
     if dist.get_rank():
         autoencoder = Counting()
-        serve_vae(autoencoder, wire)
-        return [autoencoder.most, len(autoencoder.alive), bool(wire._sent)]
-    far, found = FarAutoencoder(wire), []
+        serve_vae(autoencoder, channel)
+        return [autoencoder.most, len(autoencoder.alive), bool(channel._sent)]
+    far, found = RemoteAutoencoder(channel), []
     still = torch.randn(1, 8, 6, 3).permute(0, 3, 1, 2).unsqueeze(2)
     for picture in (still, still.expand(-1, -1, 5, -1, -1)):
         found.append((tuple(far.encode(picture)[0].tolist()), picture.stride()))
@@ -98,8 +98,8 @@ def asked() -> list:
     twice = [far.decode(torch.full((1, 1, 2), value), cache)[0][0, 0].item() for value in (1.0, 2.0)]
     for _ in range(30):
         frames, cache = far.decode(torch.ones(1, 1, 1), cache)
-    unsent = bool(wire._sent)
-    hang_up(wire)
+    unsent = bool(channel._sent)
+    stop_vae(channel)
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
@@ -113,25 +113,25 @@ def test_what_is_asked_arrives_as_it_lies_and_what_nobody_holds_is_forgotten():
     assert not asks and not unsent  # buffers of messages that have arrived
 
 
-class Wire:
+class OneProcessChannel:
     """A line of two in one process. Who asks first is slow to hear."""
 
     def __init__(self) -> None:
         self.questions, self.answers, self.asked = Queue(), Queue(), threading.Event()
 
-    def pass_on(self, call, tensors) -> None:
+    def send_next(self, call, tensors) -> None:
         self.questions.put((call, tensors))
         slow = not self.asked.is_set()
         self.asked.set()
         time.sleep(0.2 * slow)
 
-    def answer(self, said, made) -> None:
+    def send_first(self, said, made) -> None:
         self.answers.put((said, made))
 
-    def receive(self):
+    def recv_previous(self):
         return self.questions.get()
 
-    def hear(self):
+    def recv_last(self):
         return self.answers.get(timeout=20)  # whoever keeps the autoencoder may have fallen over
 
     def flush(self) -> None:
@@ -139,22 +139,22 @@ class Wire:
 
 
 @contextmanager
-def answered(autoencoder: nn.Module) -> Iterator[FarAutoencoder]:
+def answered(autoencoder: nn.Module) -> Iterator[RemoteAutoencoder]:
     """A far autoencoder that a thread keeps."""
-    wire = Wire()
+    wire = OneProcessChannel()
     keeper = threading.Thread(target=serve_vae, args=(autoencoder, wire))
     keeper.start()
     try:
-        yield FarAutoencoder(wire)
+        yield RemoteAutoencoder(wire)
     finally:
-        hang_up(wire)
+        stop_vae(wire)
         keeper.join()
 
 
 def test_two_threads_that_ask_at_once_have_each_their_own_answer():
     with answered(Counting()) as far, ThreadPoolExecutor() as pool:
         first = pool.submit(far.decode, torch.full((1, 1, 1), 3.0))
-        far.wire.asked.wait()
+        far.channel.asked.wait()
         second = far.decode(torch.full((1, 1, 1), 5.0))
         assert [first.result()[0][0, 0].item(), second[0][0, 0].item()] == [3.0, 5.0]
 

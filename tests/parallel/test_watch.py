@@ -27,9 +27,9 @@ from sonic.config import OtherRank, Ranks, SamplerConfig
 from sonic.data.video import VideoWriter
 from sonic.infer import rollout
 from sonic.infer.films import make_film, open_parts
-from sonic.infer.ranks import rollout_together
+from sonic.infer.ranks import distributed_rollout
 from sonic.infer.report import Clock
-from sonic.infer.rollout import Draws, _Block
+from sonic.infer.rollout import NoiseSource, Sampling, _BlockState
 from sonic.infer.settings import InferConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.speech_encoder import LogMelEncoder
@@ -49,7 +49,7 @@ def broken() -> None:
     raise RuntimeError("the weights fell over")
 
 
-PLACES = {"moves": (AvatarDiT, "travel"), "loads": (Stored, "part")}  # what the victim is about
+PLACES = {"moves": (AvatarDiT, "run_blocks"), "loads": (Stored, "part")}  # what the victim is about
 WAYS = {  # what happens to a rank in the middle of a film, and what is said of it
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "gives no more signs of life"),
     "freezes": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "gives no more signs of life"),
@@ -65,8 +65,9 @@ def film(config: InferConfig, run) -> None:
         if world.leads:
             told = conditions_for(config.model, 4 * 3, SIZE)
             sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2)
-            draws = Draws(torch.Generator().manual_seed(0))
-            for _ in rollout_together(parts.model, told, spans_of(4, 3), sampler=sampler, draws=draws):
+            source = NoiseSource(torch.Generator().manual_seed(0))
+            settings = {"sampling": Sampling(sampler, source), "context": parts.context}
+            for _ in distributed_rollout(parts.model, told, spans_of(4, 3), **settings):
                 time.sleep(0.01)
 
 
@@ -189,7 +190,7 @@ def test_ranks_that_wait_or_rest_or_get_on_slowly_are_left_alone():
 
 def test_a_hang_anywhere_in_the_making_of_a_film_is_found(monkeypatch, tmp_path):
     stages = [
-        (Stored, "part"), (LogMelEncoder, "hear"), (WarpAutoencoder, "reference"), (rollout, "sigmas_of"), (_Block, "told"),
+        (Stored, "part"), (LogMelEncoder, "hear"), (WarpAutoencoder, "reference"), (rollout, "sigmas_of"), (_BlockState, "advance"),
         (WarpAutoencoder, "decode"), (Canvas, "render"), (VideoWriter, "write"), (VideoWriter, "_close"),
     ]  # fmt: skip
     scene = small_scene(12)

@@ -10,7 +10,7 @@ from plan_case import SINGLE, blocks_of, case_of, made_under_all, model_under, s
 from ranks import on_ranks
 from tiny import tiny_model
 
-from sonic.infer.ranks import dismiss, follow
+from sonic.infer.ranks import shutdown, worker_loop
 from sonic.model.weights import save_weights
 from sonic.parallel.mesh import World, degrees
 from sonic.parallel.settings import ParallelConfig
@@ -42,16 +42,16 @@ def test_zero3_makes_the_film_and_the_clip_of_one_rank(count, plans, weights):
 def halves(weights: str) -> tuple[bool, float]:
     """Whether a film in bfloat16 is that of one rank, and which share of the weights is whole when nobody uses them."""
     case = case_of("tiny", weights)
-    model, alone = (model_under(case, ParallelConfig(name), torch.bfloat16) for name in ("zero3", "single"))
+    under, alone = (model_under(case, ParallelConfig(name), torch.bfloat16) for name in ("zero3", "single"))
     same = True
-    if model.company.world.leads:
-        film, wanted = (torch.cat(list(blocks_of(each, case)), dim=2) for each in (model, alone))
-        dismiss(model)
-        same = torch.equal(film, wanted)
+    if under.context.world.leads:
+        found, wanted = (torch.cat(list(blocks_of(each, case)), dim=2) for each in (under, alone))
+        shutdown(under.context)
+        same = torch.equal(found, wanted)
     else:
-        follow(model, torch.bfloat16)
+        worker_loop(*under, torch.bfloat16)
     count = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
-    return same, count(model) / count(alone)
+    return same, count(under.model) / count(alone.model)
 
 
 def test_weights_in_half_precision_are_gathered_only_while_they_are_used(weights):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.flow.schedule import sigmas_of
 from sonic.geometry import BlockSpan
-from sonic.infer.rollout import Draws, rollout
+from sonic.infer.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import lora_alpha, merge_lora, read_lora
 from sonic.train.build import save_weights
@@ -125,9 +125,9 @@ def test_a_rollout_in_training_is_the_rollout_of_inference(prediction, batch):
     told, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
     block = objective.model_config.rollout.block_frames
     spans = [BlockSpan(index, index * block, block) for index in range(2)]
-    draws = Draws(seeded(), noise=lambda span: noise[:, :, span.start : span.stop])
+    source = NoiseSource(seeded(), noise=lambda span: noise[:, :, span.start : span.stop])
     with objective.cast.play("student") as model:
-        expected = torch.cat([b.latents for b in rollout(model, told, spans, sampler=objective.config.sampler, draws=draws)], dim=2)
+        expected = torch.cat([b.latents for b in rollout(model, told, spans, sampling=Sampling(objective.config.sampler, source))], dim=2)
         with torch.no_grad():
             found = roll(model, Start(told, noise, 0, None), objective.sigmas)
     last = found.before[-1] + (0 - objective.sigmas[-2].item()) * (found.before[-1] - found.clean[-1]) / objective.sigmas[-2].item()

@@ -9,17 +9,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from sonic.config import ModelConfig
 from sonic.data import precompute as precompute_module
 from sonic.data.clips import ClipDataset
-from sonic.data.precompute import MAKERS, Encoders, precompute
-from sonic.data.settings import PrecomputeConfig
+from sonic.data.precompute import MAKERS, Encoders, encode_person, precompute, recording, talking
+from sonic.data.settings import MixConfig, PrecomputeConfig
 from sonic.model.speech_encoder import LogMelEncoder
 from sonic.model.vae import WarpAutoencoder
+
+WARP = WarpAutoencoder().eval()
 
 
 def build_untrained(config: PrecomputeConfig) -> Encoders:
@@ -43,6 +47,56 @@ def test_clips_have_people_sound_and_movement(config):
     assert found["latents"].shape == (16, 3, 6, 6) and found["ref"].shape == (16, 1, 6, 6)
     assert found["audio"].shape == (1, 160, 12) and found["visemes"].shape == (12, 5) and found["head"].shape == (12, 4)
     assert data.statistics()["cell_std"].shape == (6, 6)
+
+
+SPOKEN = torch.rand(24, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def spoken(tmp_path, monkeypatch):
+    """Settings of two clips of 12 frames, whose recording is always the same and needs no synthesiser."""
+    said = SimpleNamespace(samples=np.sin(0.1 * np.arange(24 * 640)).astype(np.float32))
+    monkeypatch.setattr(precompute_module.voices, "say", lambda rng, split, seconds: said)
+    monkeypatch.setattr(precompute_module.voices, "viseme_track", lambda said, frames: SPOKEN.numpy())
+    monkeypatch.setattr(precompute_module.voices, "augment", lambda samples, rng: samples + 0.25)
+    return PrecomputeConfig(folder=str(tmp_path), latent_frames=3, clips_per_utterance=2, model=ModelConfig(resolution=48))
+
+
+def test_every_clip_of_a_recording_has_the_features_and_the_visemes_of_its_own_frames(spoken):
+    told = replace(spoken, mix=MixConfig(clean=1.0, silent=0.0))
+    encoders = Encoders(lambda samples, frames: torch.arange(float(frames)).view(1, 1, -1), WARP)
+    first, second = talking(told, encoders, np.random.default_rng(0))
+    assert torch.cat([clip["audio"].flatten() for clip in (first, second)]).tolist() == list(range(24))
+    assert torch.equal(torch.cat([clip["visemes"] for clip in (first, second)]), SPOKEN)
+    assert not torch.equal(first["ref"], second["ref"])  # each is said by a person of its own
+
+
+@pytest.mark.parametrize("moving", [0.0, 1.0])
+def test_the_head_moves_in_as_many_clips_as_are_asked_for(spoken, moving):
+    told = replace(spoken, mix=MixConfig(moving=moving))
+    encoders = Encoders(lambda samples, frames: torch.zeros(1, 1, frames), WARP)
+    assert [bool(clip["head"].any()) for clip in talking(told, encoders, np.random.default_rng(0))] == [bool(moving)] * 2
+
+
+@pytest.mark.parametrize(("clean", "silent"), [(1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_where_nobody_speaks_the_mouth_rests_and_only_unclean_sound_is_changed(spoken, clean, silent):
+    samples, visemes = recording(replace(spoken, mix=MixConfig(clean=clean, silent=silent)), np.random.default_rng(0))
+    plain = np.zeros(24 * 640, np.float32) if silent else precompute_module.voices.say(None, "", 0).samples
+    assert np.array_equal(samples, plain if clean else plain + 0.25)
+    assert torch.equal(visemes, torch.zeros(24, 5) if silent else SPOKEN)
+
+
+def test_a_head_that_moves_is_in_the_latents_from_where_it_moves_on():
+    """People are encoded a few frames at a time; each portion has its own visemes and its own way of the head."""
+    torch.manual_seed(0)
+    person = precompute_module.faces.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
+    visemes, still = torch.zeros(16, 5), torch.zeros(16, 4)
+    turned, open_late = still.clone(), visemes.clone()
+    turned[12:, 1], open_late[12:, 0] = 0.1, 1.0
+    made = [encode_person(WARP, person, visemes=v, head=h)[0] for v, h in ((visemes, still), (visemes, turned), (open_late, still))]
+    assert made[0].shape == (16, 4, 6, 6)
+    for changed in made[1:]:
+        assert ((changed - made[0]).abs().amax((0, 2, 3)) > 1e-4).tolist() == [False, False, False, True]
 
 
 def _children(parent):
@@ -153,7 +207,7 @@ def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tm
         patch.setattr(precompute_module, "write_shard", stopped)
         with pytest.raises(KeyboardInterrupt):
             precompute(own, build_second, heard_by("second"))
-    with pytest.raises(ValueError, match=r"two encoders.*finish launch/precompute\.py"):
+    with pytest.raises(ValueError, match=r"two encoders.*finish sonic precompute"):
         ClipDataset(tmp_path)
     assert precompute(own, build_second, heard_by("second")) == 17 == len(ClipDataset(tmp_path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from torch.testing import assert_close
 
 from sonic.app import run_command
 from sonic.checkpoint.ready import FORMAT
+from sonic.commands import train_command
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.data.clips import write_index
 from sonic.model import weights as weights_module
@@ -141,12 +141,9 @@ def precisions(folder, told):
 
 
 def exit_code(argv, folder=None):
-    """Of launch/train.py, started here or in a folder."""
+    """Of the command train, started here or in a folder."""
     os.chdir(folder or os.getcwd())
-    spec = importlib.util.spec_from_file_location("train_command", Path(__file__).parents[2] / "launch" / "train.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
-    return run_command(command.ENTRY, command.train, argv)
+    return run_command(train_command.ENTRY, train_command.train, argv)
 
 
 def test_batches_that_do_not_divide_end_every_rank_with_code_2_and_leave_nothing(ready, clips, tmp_path):
@@ -206,7 +203,7 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch):
     real = builtins.__import__
     gone = lambda name, *more: real(name, *more) if not name.startswith("deepspeed") else real("no_such_package")  # noqa: E731
     monkeypatch.setattr(builtins, "__import__", gone)
-    with pytest.raises(ValueError, match=r"speed.engine=zero3 needs the package deepspeed: pip install -e .\[deepspeed\]"):
+    with pytest.raises(ValueError, match=r"speed.engine=zero3 needs the package deepspeed: pip install deepspeed"):
         _check_installed("zero3", torch.device("cpu"))
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from test_log import parsed, read_back
 
 from sonic.app import Entry, compose
+from sonic.commands import ablate_command
 from sonic.data.video import VideoWriter
 from sonic.train import sweep as sweeps
 from sonic.train.log import log_cells
@@ -47,7 +49,8 @@ json.dump(found, open(told["json"], "w"))
 def scorer(tmp_path, monkeypatch):
     program = tmp_path / "scorer.py"
     program.write_text(SCORER.format(names=FIGURES, stop="pass"))
-    monkeypatch.setattr(sweeps, "PROGRAM", program)
+    monkeypatch.setattr(sweeps, "PROGRAM", [sys.executable, str(program)])
+    return program
 
 
 def config(*argv):
@@ -110,13 +113,13 @@ def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
 
 @pytest.mark.parametrize("stop", ["sys.exit(130)", "__import__('os').kill(__import__('os').getpid(), 2)"])
 def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_told_then(scorer, stop, tmp_path, caplog):
-    healthy = sweeps.PROGRAM.read_text()
-    sweeps.PROGRAM.write_text(SCORER.format(names=FIGURES, stop=stop))
+    healthy = scorer.read_text()
+    scorer.write_text(SCORER.format(names=FIGURES, stop=stop))
     grid = "grid={sampler.sample_steps: [5]}"
     (cell,) = sweep(config(grid), tmp_path)
     assert cell.figures is None and not cell.failure and "sample_steps=5 was stopped" in caplog.text
     assert [path.name for path in cell.folder.glob("seed_*")] == ["seed_1.json"]
-    sweeps.PROGRAM.write_text(healthy)
+    scorer.write_text(healthy)
     (cell,) = sweep(config(grid, "seeds=[2,3]"), tmp_path)
     assert cell.figures["sync_correlation"]["clips"] == pytest.approx([0.9] * 3 + [0.91] * 3)
 
@@ -286,12 +289,8 @@ def test_a_worker_of_ray_that_is_lost_is_its_cells_failure_and_no_end_of_the_swe
 
 
 def test_grid_items_of_the_command_line_are_gathered():
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location("launch_ablate", Path(__file__).resolve().parents[2] / "launch/ablate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = compose(ENTRY, module.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "films=1"]))
+    made = compose(
+        ENTRY, ablate_command.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "films=1"])
+    )
     assert made.grid == {"sampler.sample_steps": [2, 3], "video.size": ["64x64", "128x128"]}
     assert json.dumps(made.grid)

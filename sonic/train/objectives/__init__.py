@@ -51,7 +51,11 @@ def _from(module: str, name: str) -> Callable[..., Objective]:
     return build
 
 
-CASTING = ("flow_match", "consistency", "dmd")  # these also take make=, which makes the transformers that begin as the model's weights
+CASTING = (
+    "flow_match",
+    "consistency",
+    "dmd",
+)  # take make= (of transformers that begin as the model's weights) and execution= too
 
 # each is called as OBJECTIVES[name](config: TrainConfig, dataset) before the weights move to their device
 OBJECTIVES: dict[str, Callable[..., Objective]] = {

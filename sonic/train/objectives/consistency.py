@@ -17,6 +17,7 @@ from sonic.flow.path import interpolate, spread
 from sonic.flow.samplers import Velocity
 from sonic.flow.schedule import sigmas_of
 from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
 from sonic.train.objective_settings import ConsistencyConfig
 from sonic.train.objectives import Batch, Losses
 from sonic.train.objectives.cast import STUDENT, TEACHER, Make
@@ -30,8 +31,8 @@ class Consistency(Distillation):
 
     config: ConsistencyConfig
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
-        super().__init__(config, dataset, (STUDENT,), make=make)
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
+        super().__init__(config, dataset, (STUDENT,), make=make, execution=execution)
         self.path, self.stride = teacher_path(self.config.sampler, self.config.teacher_steps)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:

@@ -12,6 +12,7 @@ from sonic.flow.path import velocity_from
 from sonic.flow.samplers import Velocity
 from sonic.flow.schedule import TIMESTEPS, sigmas_of
 from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
 from sonic.train.objective_settings import DistillConfig
 from sonic.train.objectives import Objective
 from sonic.train.objectives.cast import TEACHER, Make, cast_of
@@ -23,9 +24,12 @@ from sonic.types import Conditions, pick
 class Distillation(Objective):
     """A student of few steps, the teacher it began as, and whoever else a way of learning needs."""
 
-    def __init__(self, config: TrainConfig, dataset: object, learners: Sequence[str], *, make: Make = AvatarDiT) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: object, learners: Sequence[str], *, make: Make = AvatarDiT, execution: Execution = LOCAL
+    ) -> None:
         assert isinstance(config.objective, DistillConfig)
         self.config, self.model_config, sampler = config.objective, config.model, config.objective.sampler
+        self.execution = execution
         if self.config.window.reach == "blocks":
             need_blocks(config, dataset)
         self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
@@ -60,8 +64,9 @@ class Distillation(Objective):
     def _plain(self, role: str, told: Conditions, first_block: int) -> Velocity:
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             with self.cast.play(role) as model:
-                said = self.see(model, x, TIMESTEPS * sigma, told=told, first_block=first_block).float()
-            return self.to_velocity(said, x, sigma)
+                place = {"first_block": first_block, "execution": self.execution}
+                prediction = self.see(model, x, TIMESTEPS * sigma, told=told, **place).float()
+            return self.to_velocity(prediction, x, sigma)
 
         return velocity
 

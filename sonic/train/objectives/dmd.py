@@ -17,7 +17,9 @@ from torch import Tensor
 from sonic.flow.path import interpolate, spread
 from sonic.flow.schedule import TIMESTEPS
 from sonic.geometry import BlockSpan
-from sonic.model.dit import AvatarDiT, BlockInputs
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.model.inputs import BlockInputs
 from sonic.model.kv_cache import KVCache
 from sonic.train.objective_settings import DmdConfig
 from sonic.train.objectives import Batch, Losses
@@ -49,9 +51,9 @@ class DistributionMatching(Distillation):
 
     config: DmdConfig
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
         need_blocks(config, dataset)  # whatever reach the teacher has, the student rolls out
-        super().__init__(config, dataset, (STUDENT, CRITIC), make=make)
+        super().__init__(config, dataset, (STUDENT, CRITIC), make=make, execution=execution)
         self.rates = {CRITIC: self.config.critic_rate}
 
     def turn(self, step: int) -> Sequence[str]:
@@ -63,7 +65,7 @@ class DistributionMatching(Distillation):
         start = self._start(batch, rng)
         step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng, device=rng.device))
         with self.cast.play(STUDENT) as model, torch.no_grad():
-            rolled = roll(model, start, self.sigmas)
+            rolled = roll(model, start, self.sigmas, execution=self.execution)
         learn = self._critic if role == CRITIC else self._student
         yield from learn(start, rolled, step=step, batch=batch, rng=rng)
 
@@ -98,10 +100,12 @@ class DistributionMatching(Distillation):
         if start.anchor is not None:
             pull[:, :, :block] = 0  # the truth needs no push, but its keys are read by the others
         with self.cast.play(STUDENT) as model:
-            cache = model.prefill(start.told, model.new_cache(start.told, steps=1))
+            cache = _cache(model, start, self.execution)
             for index, part in enumerate(_parts(made.shape[2], block)):
                 inputs = _inputs(model, start, index)
-                clean = _clean(model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step])
+                clean = _clean(
+                    model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step], execution=self.execution
+                )
                 aim = (clean - pull[:, :, part]).detach()
                 yield 0.5 * (clean - aim).square().sum() / made.numel(), figures
 
@@ -116,7 +120,7 @@ class DistributionMatching(Distillation):
         return pull if self.cells is None else pull * self.cells.to(pull)
 
 
-def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
+def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution = LOCAL) -> Rolled:
     """The rollout that inference makes with Euler steps, and what it passed through.
 
     A block at step i hears only what the blocks before it were at step i, so a film of known length is made step by step instead of
@@ -124,7 +128,7 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
     the noised truth is there.
     """
     parts = _parts(start.noise.shape[2], model.config.rollout.block_frames)
-    cache = model.prefill(start.told, model.new_cache(start.told, steps=1))
+    cache = _cache(model, start, execution)
     inputs = [_inputs(model, start, index) for index in range(len(parts))]
     rolled, film, given = Rolled([], []), start.noise, parts[0]
     for now, then in pairwise(sigmas):
@@ -132,7 +136,8 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
         if start.anchor is not None:
             noised = interpolate(start.anchor[:, :, given], start.noise[:, :, given], now.float().expand(film.shape[0]))
             film = torch.cat((noised, film[:, :, given.stop :]), dim=2)
-        seen = [_clean(model, film[:, :, part], each, cache=cache, sigma=now) for part, each in zip(parts, inputs, strict=True)]
+        level = {"cache": cache, "sigma": now, "execution": execution}
+        seen = [_clean(model, film[:, :, part], each, **level) for part, each in zip(parts, inputs, strict=True)]
         clean = torch.cat(seen, dim=2)
         if start.anchor is not None:
             clean[:, :, given] = start.anchor[:, :, given]
@@ -142,11 +147,16 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor) -> Rolled:
     return rolled
 
 
-def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, sigma: Tensor) -> Tensor:
+def _cache(model: AvatarDiT, start: Start, execution: Execution) -> KVCache:
+    """A cache with one ring that holds reference, motion and prompt."""
+    return model.prefill(start.told, model.new_cache(start.told, steps=1, execution=execution), execution=execution)
+
+
+def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, sigma: Tensor, execution: Execution) -> Tensor:
     """The clean latents that the model sees in a block at noise level `sigma`; the cache has one ring."""
     level = torch.full((x.shape[0],), float(sigma), device=x.device)
-    said = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0])
-    return said if model.config.prediction == "clean" else x - float(sigma) * said
+    found = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0], execution=execution)
+    return found if model.config.prediction == "clean" else x - float(sigma) * found
 
 
 def _inputs(model: AvatarDiT, start: Start, index: int) -> BlockInputs:

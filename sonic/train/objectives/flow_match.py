@@ -19,6 +19,7 @@ from sonic.flow.path import interpolate, spread
 from sonic.flow.schedule import TIMESTEPS
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
 from sonic.train.objective_settings import ErrorConfig, FlowMatchConfig, WindowConfig
 from sonic.train.objectives import Batch, Losses, Objective
 from sonic.train.objectives.cast import STUDENT, Make, cast_of
@@ -40,14 +41,14 @@ def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) 
 TARGETS = {"clean": clean_target, "velocity": velocity_target}
 
 
-def see_blocks(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int) -> Tensor:
+def see_blocks(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int, execution: Execution) -> Tensor:
     """Every block sees itself and those before it, as in a rollout that has come to `first_block`."""
-    return model.forward_blocks(noisy, timestep, told, first_block=first_block)
+    return model.forward_blocks(noisy, timestep, told, first_block=first_block, execution=execution)
 
 
-def see_clip(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int) -> Tensor:
+def see_clip(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int, execution: Execution) -> Tensor:
     """Every frame sees every frame."""
-    return model(noisy, timestep, told)
+    return model(noisy, timestep, told, execution=execution)
 
 
 REACHES: dict[str, Callable[..., Tensor]] = {"blocks": see_blocks, "clip": see_clip}
@@ -56,9 +57,9 @@ REACHES: dict[str, Callable[..., Tensor]] = {"blocks": see_blocks, "clip": see_c
 class FlowMatch(Objective):
     """One role: the DiT, with a viseme head beside it that is not exported."""
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT) -> None:
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
         assert isinstance(config.objective, FlowMatchConfig)
-        self.config, self.model_config = config.objective, config.model
+        self.config, self.model_config, self.execution = config.objective, config.model, execution
         if self.config.window.reach == "blocks":
             need_blocks(config, dataset)
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
@@ -95,7 +96,8 @@ class FlowMatch(Objective):
         told = replace(self._told(batch, rng), motion=motion)
         with self.cast.play(role) as model:
             noisy = interpolate(clean, noise, sigma)
-            found = self.see(model, noisy, TIMESTEPS * sigma, told=told, first_block=first_block).float()
+            place = {"first_block": first_block, "execution": self.execution}
+            found = self.see(model, noisy, TIMESTEPS * sigma, told=told, **place).float()
             target, weight = self.target(clean, noise, spread(sigma, clean), cap=config.error.weight_cap)
             loss, figures = clip_error(found, target, weight, cells=self.cells, config=config.error)
             figures["error_from_noise"] = _relative_error(found, target, spread(sigma, clean), cells=self.cells)

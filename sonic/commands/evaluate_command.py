@@ -1,0 +1,23 @@
+"""The command evaluate: a model scored on drawn people."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from sonic.app import Entry, launch
+from sonic.runs import Run
+from sonic.train.settings import EvaluateConfig
+
+ENTRY = Entry("evaluate", EvaluateConfig, example="+preset=fast_preview eval.clips=20 eval.seed=1 json=out.json")
+
+
+def score(config: EvaluateConfig, run: Run) -> None:
+    """Score, print the table, write the JSON."""
+    from sonic.train.evaluate import evaluate
+
+    evaluate(config)
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Leave the process with the exit code of the command."""
+    launch(ENTRY, score, argv)

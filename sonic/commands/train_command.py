@@ -1,0 +1,36 @@
+"""The command train: a training from a recipe."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from sonic.app import Entry, launch
+from sonic.runs import Run
+from sonic.train.objective_settings import OBJECTIVE_CONFIGS
+from sonic.train.settings import TrainConfig
+
+ENTRY = Entry(
+    "train",
+    TrainConfig,
+    collections=("train", "distill"),
+    variants={"objective": OBJECTIVE_CONFIGS},
+    place=lambda config: ("runs", config.name),
+    max_ranks=4096,
+    example="+distill=preview_2step",
+)
+
+
+def train(config: TrainConfig, run: Run) -> None:
+    """Train in runs/<name>; a run that was stopped continues there."""
+    from sonic.train.build import run_training
+
+    def opened() -> None:
+        run.keep()  # checkpoints
+        run.open()
+
+    run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Leave the process with the exit code of the command."""
+    launch(ENTRY, train, argv)

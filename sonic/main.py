@@ -1,0 +1,50 @@
+"""The commands of the program, and the way from a command's name to its module. What a command needs is imported when it is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from sonic import __doc__ as ABOUT
+from sonic import __version__
+from sonic.config import unknown_choice
+from sonic.program import written
+
+USER_ERROR = 2
+COMMANDS = {  # sonic/commands/NAME_command.py runs it
+    "infer": "make a talking video of a portrait and a recording",
+    "plan": "say what fits on which hardware, how fast it can be, and why",
+    "convert": "turn published checkpoints into ready ones, and back",
+    "train": "train or distill from a recipe",
+    "evaluate": "score a model on drawn people whose mouths are known exactly",
+    "judge": "judge a finished video against its portrait and its recording",
+    "ablate": "score a grid of runs and draw a report",
+    "precompute": "make training data once, so that training only reads",
+    "bench": "time this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command that the command line (or `argv`) names and leave the process with its exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ("",)
+    if name in ("--help", "-h"):
+        sys.stdout.write(overview())
+        sys.exit(0)
+    if name == "--version":
+        sys.stdout.write(f"sonic {__version__}\n")
+        sys.exit(0)
+    if name not in COMMANDS:
+        trouble = unknown_choice(name, list(COMMANDS), "command") if name else f"name a command: {', '.join(COMMANDS)}"
+        sys.stderr.write(f"sonic: error: {trouble}\n")
+        sys.exit(USER_ERROR)
+    import_module(f"sonic.commands.{name}_command").main(rest)
+
+
+def overview() -> str:
+    """What `sonic --help` says: every command with a line."""
+    lines = [f"  {name:<12} {line}" for name, line in COMMANDS.items()]
+    program = written("COMMAND")
+    usage = f"usage: {program} [choice=name ...] [knob=value ...]     {program} --help lists what one takes"
+    return "\n".join([(ABOUT or "").strip(), "", usage, "", "commands:", *lines, ""])

@@ -1,0 +1,41 @@
+"""The distributed context: which ranks there are, how the model runs on them, and how they exchange messages. It is an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sonic.model.execution import LOCAL, Execution
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.mesh import World
+from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.vae_rank import make_vae_channel
+
+
+@dataclass
+class DistributedContext:
+    """State of one rank of a distributed run; without arguments, of a process on its own.
+
+    `execution` is how forwards run here, `channel` connects the stages of a layer pipeline, `vae_channel` the first rank and the one that
+    has the autoencoder; `rollouts` counts those that were begun, `closed` says that there will be no more.
+    """
+
+    world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
+    execution: Execution = LOCAL
+    channel: P2PChannel | None = None
+    vae_channel: P2PChannel | None = None
+    rollouts: int = 0
+    closed: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other rank samples together with this one."""
+        return self.world.cast is None
+
+
+def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
+    """The context of this rank before a model is built on it."""
+    asks = world.vae_rank and (world.leads or world.keeps_vae)
+    return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)

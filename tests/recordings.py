@@ -1,0 +1,104 @@
+"""Recordings of every kind for tests, made with PyAV, and the sound of finished videos measured without the code that is tested."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from sonic.data.speech import load_speech
+from sonic.data.video import VideoWriter
+from sonic.geometry import frames_of_audio
+from sonic.types import Speech
+
+RATE = 16_000
+
+
+def voice(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
+    """Sound like speech, never twice the same: syllables of harmonics whose pitch wanders, float32 [n]."""
+    rng = np.random.default_rng(seed)
+    knots = np.arange(0, seconds + 0.2, 0.1)
+    time = np.arange(round(seconds * rate)) / rate
+    pitch = np.interp(time, knots, rng.uniform(90, 210, len(knots)))
+    loud = np.interp(time, knots, rng.uniform(0.1, 1, len(knots)))
+    phase = 2 * np.pi * np.cumsum(pitch) / rate
+    return (0.12 * loud * sum(np.sin(k * phase) / k for k in range(1, 12))).astype(np.float32)
+
+
+def encode(path: Path, channels: np.ndarray, codec: str, *, rate: int, layout: str = "", options: dict | None = None) -> Path:
+    """A file of samples [channels, n], its container chosen by the suffix."""
+    layout = layout or {1: "mono", 2: "stereo"}[len(channels)]
+    with av.open("file:" + os.path.abspath(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        packed = np.ascontiguousarray(channels.T).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        if codec == "wmav2":
+            stream.bit_rate = 64_000
+        size = stream.codec_context.frame_size or None
+        resampler, position = av.AudioResampler(stream.codec_context.format, layout, rate, frame_size=size), 0
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            piece.pts, piece.time_base = position, Fraction(1, rate)
+            position += piece.samples
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    return path
+
+
+def restamp(source: Path, path: Path, seconds: Callable[[int], float | None]) -> Path:
+    """The packets of a file with seconds(k) added to the time stamps of the k-th; it is left out for None."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as made:
+        stream = made.add_stream_from_template(given.streams.audio[0])
+        late = {count: seconds(count) for count in range(10_000)}
+        packets = [each for count, each in enumerate(given.demux(audio=0)) if each.dts is not None and late[count] is not None]
+        kept = [value for value in late.values() if value is not None]
+        for packet, value in zip(packets, kept, strict=False):
+            packet.pts += round(value / packet.time_base)
+        order = np.minimum.accumulate([packet.pts for packet in packets][::-1])[::-1]  # no dts may be later than a pts that follows
+        for packet, dts in zip(packets, order.tolist(), strict=True):
+            packet.dts, packet.stream = dts, stream
+            made.mux(packet)
+    return path
+
+
+def plain_decode(path: Path) -> np.ndarray:
+    """The first sound of a file as 16 kHz mono, frame after frame whatever the stamps say."""
+    found, resampler = [], av.AudioResampler("flt", "mono", RATE)
+    with av.open("file:" + os.path.abspath(path)) as container:
+        for frame in container.decode(audio=0):
+            frame.pts = None
+            found += resampler.resample(frame)
+    return np.concatenate([frame.to_ndarray()[0] for frame in [*found, *resampler.resample(None)]])
+
+
+def film_of(speech: Speech, path: Path, frames: int = 0) -> tuple[float, float]:
+    """Write a video of a recording; the lengths of its pictures and of its sound track in seconds, as players read them."""
+    frames = frames or frames_of_audio(len(speech.samples), speech.sample_rate, 25)
+    with VideoWriter(path, 16, 16, num_frames=frames, speech=speech) as writer:
+        for _ in range(frames):
+            writer.write(np.zeros((1, 16, 16, 3), np.uint8))
+    with av.open("file:" + os.path.abspath(path)) as container:
+        assert container.streams.audio[0].start_time == 0
+        return tuple(float(stream.duration * stream.time_base) for stream in (container.streams.video[0], container.streams.audio[0]))
+
+
+def offset_ms(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """By how much `found` comes later than `truth`, and the correlation of the two there."""
+    size = len(found) + len(truth)
+    products = np.fft.irfft(np.fft.rfft(found, size) * np.fft.rfft(truth, size).conj(), size)
+    best = int(products.argmax())
+    late = best if best < len(found) else best - size
+    return 1000 * late / RATE, float(products[best] / np.sqrt((found @ found) * (truth @ truth)))
+
+
+def heard(path: Path, folder: Path) -> tuple[Speech, np.ndarray]:
+    """What a recording is to the model, and what of it is heard in its finished video; its length is checked here."""
+    speech = load_speech(path)
+    pictures, sound = film_of(speech, folder / "film.mp4")
+    assert abs(pictures - speech.seconds) <= 0.04
+    assert abs(sound - pictures) <= 0.04
+    return speech, plain_decode(folder / "film.mp4")

@@ -1,0 +1,76 @@
+"""Every command: its help at once and without anything heavy, its launch file, and how it is written in what it says."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from main_job import ROOT
+
+from sonic.infer.build import BUNDLED, named_weights
+from sonic.main import COMMANDS
+from sonic.program import PACKAGE, interpreter, written
+
+HEAVY = ("torch", "numpy", "transformers", "diffusers", "av", "librosa", "wandb")
+HELP = f"""
+import sys
+from sonic.main import main
+try:
+    main()
+finally:
+    heavy = set(sys.modules) & set({HEAVY!r})
+    assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_comes_at_once_with_an_example_and_without_anything_heavy(name):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([*interpreter(), "-c", HELP, name, "--help"], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: sonic {name} [" in done.stdout and f"example: sonic {name} " in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of its own; 0.2 s where this was written
+
+
+def test_every_command_has_a_module_and_a_launch_file_and_there_are_no_others():
+    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {*COMMANDS, "start"}
+    assert {path.stem for path in (PACKAGE / "commands").glob("*_command.py")} == {f"{name}_command" for name in COMMANDS}
+    for name in COMMANDS:
+        assert import_module(f"sonic.commands.{name}_command").ENTRY.name == name
+        assert f'start("{name}")' in (ROOT / f"launch/{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("started", "starter", "expected"),
+    [
+        ("launch/infer.py", "", "python launch/train.py"),
+        ("clone of mine/launch/infer.py", "torchrun", "torchrun 'clone of mine/launch/train.py'"),
+        ("venv/bin/sonic", "", "sonic train"),
+        ("venv/bin/sonic", "torchrun", "torchrun -m sonic train"),
+        (str(PACKAGE / "__main__.py"), "", "python -m sonic train"),
+        ("site-packages/pytest/__main__.py", "", "sonic train"),
+        ("", "", "sonic train"),
+    ],
+)
+def test_a_command_is_written_as_this_process_was_started(started, starter, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert written("train", starter=starter) == expected
+
+
+def test_bundled_weights_are_named_without_a_place(tmp_path):
+    assert named_weights("bundled:preview_dit") == BUNDLED / "preview_dit.safetensors"
+    assert named_weights(str(tmp_path / "mine.safetensors")) == tmp_path / "mine.safetensors"
+    with pytest.raises(ValueError, match="init_from=bundled:preview_dti is unknown; choose one of: bundled:preview_dit, "):
+        named_weights("bundled:preview_dti")
+
+
+def test_no_recipe_writes_into_the_package_or_reads_from_a_place_in_it():
+    texts = {path: path.read_text() for place in ("conf", "recipes") for path in (ROOT / place).rglob("*.yaml")}
+    settings = {path: [line for line in text.splitlines() if not line.lstrip().startswith("#")] for path, text in texts.items()}
+    assert [path for path, lines in settings.items() if any(("sonic/" in line.partition(" #")[0]) for line in lines)] == []
+    exports = [line for lines in settings.values() for line in lines if line.startswith("export:")]
+    assert exports and all(line.startswith("export: runs/") for line in exports)

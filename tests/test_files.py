@@ -1,0 +1,83 @@
+"""Files that are written aside: whole or not there, with the umask's mode, and never two under one name."""
+
+from __future__ import annotations
+
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sonic.checkpoint.ready import _keep
+from sonic.data.shards import write_shard
+from sonic.files import aside, save_tensors, written_aside
+from sonic.model.weights import save_weights as save_model
+from sonic.train.build import save_weights
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3)}
+WRITERS = {
+    "shard": lambda path: write_shard(path, TENSORS, clips=[]),
+    "export": lambda path: save_weights(TENSORS, path),
+    "model": lambda path: save_model(nn.Linear(3, 2), path),
+    "prompt": lambda path: _keep(path, TENSORS),
+    "any": lambda path: save_tensors(TENSORS, path),
+}
+
+
+@pytest.fixture
+def for_oneself(monkeypatch):
+    """safetensors from 0.8.1 on: its files are for their owner alone."""
+    write = safetensors.torch.serialize_file
+
+    def serialize_file(tensors, path, *rest, **named):
+        write(tensors, path, *rest, **named)
+        os.chmod(path, 0o600)
+
+    monkeypatch.setattr(safetensors.torch, "serialize_file", serialize_file)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_tensors_are_for_whom_the_umask_says(writer, umask, tmp_path, for_oneself):
+    before = os.umask(umask)
+    try:
+        WRITERS[writer](tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o666 & ~umask
+    assert set(load_file(tmp_path / "a.safetensors")) >= {"weight"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_names_aside_are_short_and_never_the_same(tmp_path):
+    path = tmp_path / ("ä" * 125)
+    assert len({aside(path) for _ in range(1000)}) == 1000
+    with written_aside(path) as partial:
+        partial.write_text("text")
+    assert path.read_text() == "text"
+
+
+def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: save_tensors({"n": torch.full((1000,), n)}, tmp_path / "a.safetensors"), range(32)))
+    found = load_file(tmp_path / "a.safetensors")["n"]
+    assert (found == found[0]).all() and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
+def test_what_fails_leaves_the_file_as_it_was(fault, tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(type(fault)) as found, written_aside(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise fault
+    assert (tmp_path / "a").read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not isinstance(fault, OSError) or found.value.filename == str(tmp_path / "a")
+
+
+def test_tensors_that_cannot_be_written_name_their_file(tmp_path):
+    with pytest.raises(OSError, match="missing/a.safetensors"):
+        save_tensors(TENSORS, tmp_path / "missing/a.safetensors")

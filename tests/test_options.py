@@ -1,0 +1,221 @@
+"""What people of the field type first: steps, guidance, precision, sizes and lengths, under the names that they know."""
+
+from __future__ import annotations
+
+import json
+import runpy
+
+import pytest
+import torch
+from main_job import launcher
+from test_configs import ENTRIES, INFER, NEEDED, ROOT
+
+from sonic.app import SYNONYMS, compose, entry_knobs, help_text, options, run_command
+from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
+from sonic.flow.schedule import sigmas_of
+from sonic.infer.build import build_parts
+from sonic.infer.report import sampling_of, sampling_words
+from sonic.parallel.planner import planned
+from sonic.parallel.workload import workload
+
+PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
+SIZED = ("infer", "plan", "bench", "evaluate")
+OWN = {"preview": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16"}
+
+
+def levels(sampler):
+    return sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift).tolist()
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize(("command", "steps"), [*(("infer", steps) for steps in range(1, 9)), ("plan", 1), ("bench", 8), ("evaluate", 5)])
+def test_any_number_of_steps_goes_with_every_model(command, steps, model):
+    found = compose(ENTRIES[command], [f"model={model}", f"sampler.sample_steps={steps}"]).sampler
+    assert found.sample_steps == steps == len(levels(found)) - 1
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("preset", options("preset"))
+def test_any_number_of_steps_goes_with_every_preset(preset, model, steps):
+    given = [f"model={model}", f"+preset={preset}"]
+    try:
+        usual = compose(INFER, given).sampler
+    except ValueError:
+        return  # test_a_preset_fits_every_model_or_says_why_not
+    found = compose(INFER, [*given, f"sampler.sample_steps={steps}"]).sampler
+    assert (found.sample_steps, found.schedule, found.name) == (steps, usual.schedule, usual.name)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_every_name_of_a_table_is_the_same_levels(steps):
+    model = "model=live_avatar_14b"
+    ways = [f"sampler.sample_steps={steps}"], [f"sampler=live_avatar_{steps}step"], [f"schedule=live_avatar_{steps}step"]
+    by_number, *others = (levels(compose(INFER, [model, *way]).sampler) for way in ways)
+    assert by_number == others[0] == others[1] == levels(compose(INFER, ["sampler=live_avatar", ways[0][0]]).sampler)
+    recipe = compose(ENTRIES["train"], [f"distill=live_avatar_{steps}step"]).objective.sampler
+    assert levels(recipe) == by_number
+
+
+def test_what_a_sampler_sets_gives_way_to_what_is_typed():
+    found = compose(INFER, ["model=live_avatar_14b", "sampler=live_avatar_3step", "sampler.sample_steps=6"]).sampler
+    assert (found.schedule, found.sample_steps) == ("live_avatar", 6)
+
+
+def test_a_shift_that_nobody_reads_is_refused():
+    with pytest.raises(ValueError, match="sampler.sample_shift=5.0 is not read by schedule=live_avatar"):
+        compose(INFER, ["model=live_avatar_14b", "sampler.sample_shift=5"])
+
+
+def test_too_few_steps_for_the_memory_are_offered_by_number():
+    tight = ["hardware=1xh200", "parallel=single", "hardware.usable_gib=65", "model=live_avatar_14b", "video=704x384"]
+    for schedule in ("live_avatar", "live_avatar_4step"):
+        config = compose(PLAN, [*tight, f"schedule={schedule}"])
+        (fewer,) = (change for change in planned(config).changes if "steps" in change.sentence)
+        assert planned(compose(PLAN, [*tight, f"schedule={schedule}", *fewer.knobs])).fits
+
+
+def said_of(*argv: str) -> dict:
+    return sampling_of(compose(INFER, argv).sampler, "a file", torch.bfloat16)
+
+
+def test_a_run_says_which_noise_levels_it_visits():
+    found = said_of("model=live_avatar_14b")
+    assert (found["table"], found["timesteps"]) == (True, [1000, 857.692, 602.151, 8.929])
+    levels = "euler, 4 steps of schedule live_avatar (its table): timesteps 1000, 857.7, 602.2, 8.9"
+    assert sampling_words(found) == f"{levels}; no guidance; weights: a file in bfloat16"
+    found = said_of("model=live_avatar_14b", "sampler.sample_steps=2")
+    assert (found["table"], found["sigmas"]) == (False, [1, 0.751121, 0])
+    found = said_of("model=wan_s2v_14b")
+    assert found["timesteps"][:3] == [999, 991, 982]  # whole, as the solver rounds them down
+    assert "timesteps 999, 991, 982, ..., 136, 71; guidance 4.5" in sampling_words(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "weights"),
+    [
+        (3, [], "preview_dit.safetensors + preview_3step.safetensors"),
+        (6, [], "preview_dit.safetensors without adapters (no bundled student has learnt 6 steps; there are those of: 1, 2, 3, 4)"),
+        (6, ["weights=student"], "preview_dit.safetensors + preview_4step.safetensors"),
+        (3, ["weights=teacher"], "preview_dit.safetensors"),
+    ],
+)
+def test_the_preview_says_whose_weights_take_so_many_steps(steps, more, weights):
+    config = compose(INFER, [f"sampler.sample_steps={steps}", "device=cpu", *more])
+    assert build_parts(config.model, config.run, steps=steps).weights == weights
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_guidance_of_zero_is_off(model):
+    one, zero = (compose(INFER, [f"model={model}", f"sampler.sample_guide_scale={scale}"]) for scale in (1, 0))
+    assert zero == one
+    assert not workload(compose(PLAN, [f"model={model}", "sampler.sample_guide_scale=0"])).guided
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_has_its_own_precision_unless_told_otherwise(model):
+    for name in ("infer", "plan", "bench"):
+        config = compose(ENTRIES[name], [f"model={model}"])
+        assert precision_of(config.run.dtype, config.model) == OWN[model]
+    assert workload(compose(PLAN, [f"model={model}"])).number == {"float32": 4, "bfloat16": 2}[OWN[model]]
+    assert compose(ENTRIES["train"], [*NEEDED["train"], f"model={model}"]).speed.precision == OWN[model]
+    for asked in PRECISIONS:
+        config = compose(INFER, [f"model={model}", f"run.dtype={asked}"])
+        assert precision_of(config.run.dtype, config.model) == asked
+        typed = [*NEEDED["train"], f"model={model}", f"speed.precision={asked}"]
+        assert compose(ENTRIES["train"], typed).speed.precision == asked
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("preset", options("preset"))
+def test_presets_leave_the_precision_to_the_model(preset, model):
+    try:
+        config = compose(INFER, [f"model={model}", f"+preset={preset}"])
+    except ValueError:
+        return
+    assert precision_of(config.run.dtype, config.model) == OWN[model]
+
+
+def test_the_help_says_whose_precision_it_is():
+    line = next(line for line in help_text(INFER).splitlines() if "run.dtype=" in line)
+    assert "run.dtype=auto" in line and "the model's own" in line
+
+
+@pytest.mark.parametrize("command", SIZED)
+def test_a_size_with_a_star_is_the_size_with_a_cross(command, capsys):
+    shown = []
+    for size in ("384*256", "384x256"):
+        assert run_command(ENTRIES[command], lambda config, run: None, ["--cfg", f"video.size={size}"]) == 0
+        shown.append(capsys.readouterr().out.replace(size, "SIZE"))
+    assert shown[0] == shown[1]
+
+
+def test_a_plan_for_a_size_with_a_star_is_the_plan_for_the_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = runpy.run_path(str(ROOT / "launch/plan.py"))["plan"]
+    for name, size in (("star", "384*256"), ("cross", "384x256")):
+        argv = ["model=live_avatar_14b", "hardware=4x24gb", f"video.size={size}", f"json={name}.json"]
+        assert run_command(PLAN, plan, argv) == 0
+    star, cross = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("star", "cross"))
+    assert star == cross and star["fits"]
+
+
+@pytest.mark.parametrize("model", ["preview", "live_avatar_14b"])
+@pytest.mark.parametrize("frames", [1, 32])
+def test_any_number_of_frames_limits_a_video_that_is_made_block_by_block(model, frames):
+    for name in ("infer", "plan", "bench"):
+        video = compose(ENTRIES[name], [f"model={model}", f"video.infer_frames={frames}", "video.num_clip=50"]).video
+        assert (video.infer_frames, video.num_clip) == (frames, 50)
+
+
+@pytest.mark.parametrize(
+    ("typed", "way_out"),
+    [
+        (["model=live_avatar_14b", "compat=upstream", "video.infer_frames=32"], "multiple of 12 .*use 24 or 36"),
+        (["model=wan_s2v_14b", "video.infer_frames=30"], "multiple of 4 .*use 28 or 32"),
+    ],
+)
+def test_clips_of_whole_blocks_or_latent_frames_need_their_multiple(typed, way_out):
+    with pytest.raises(ValueError, match=way_out):
+        compose(INFER, typed)
+
+
+def test_what_is_settled_of_a_video_leaves_the_arguments_alone():
+    video, model = VideoConfig(infer_frames=24, compat="upstream"), ModelConfig()
+    found, settled = settled_video(video, model)
+    assert (video, model) == (VideoConfig(infer_frames=24, compat="upstream"), ModelConfig())
+    assert (found.fps, settled.rollout.window_blocks) == (25, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "sampler."])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("cfg_scale", "sample_guide_scale"),
+        ("guidance_scale", "sample_guide_scale"),
+        ("guidence_scale", "sample_guide_scale"),
+        ("cfg", "sample_guide_scale"),
+        ("steps", "sample_steps"),
+        ("num_inference_steps", "sample_steps"),
+        ("num_inference_step", "sample_steps"),
+    ],
+)
+def test_names_of_other_programs_are_answered_with_ours(prefix, typed, meant):
+    first = f"sampler has: {meant}" if prefix else f"choose one of: sampler.{meant}"
+    with pytest.raises(ValueError, match=f"{prefix}{typed} is not a knob; {first}"):
+        compose(INFER, [f"{prefix}{typed}=4"])
+
+
+@pytest.mark.parametrize("typed", ["--sample_steps", "--sample_steps=4", "--num_inference_steps"])
+def test_options_with_dashes_are_answered_with_ours(typed, capsys):
+    module = launcher()
+    assert run_command(module.ENTRY, module.infer, [typed]) == 2
+    assert f"{typed} is not understood; write knob=value such as sampler.sample_steps=" in capsys.readouterr().err
+
+
+def test_every_synonym_means_an_option_and_is_none_itself():
+    known = [name for entry in ENTRIES.values() for name in entry_knobs(entry)]
+    inferred = [name.rpartition(".")[2] for name in entry_knobs(INFER)]
+    for word, ends in SYNONYMS.items():
+        assert word not in inferred
+        assert all(any(f".{name}".endswith(f".{end}") for name in known) for end in ends), word

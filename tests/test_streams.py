@@ -1,0 +1,94 @@
+"""Streams that nobody reads, and signals that end a program: the work counts, or goes without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from places import ROOT, ran, script
+
+SAYS = """
+import os, sys
+from sonic.streams import outlast_readers
+outlast_readers()
+from sonic.runs import start_logging
+import logging
+start_logging(main=True)
+for _ in range(300):
+    logging.getLogger("sonic").info("a sentence that is longer than a word, again and again" * 10)
+print("and a table" * 10000)
+open("film", "w").write("whole")
+os.write(1, b"what a library says")
+"""
+ASKS = """
+from sonic.app import Entry, launch
+from sonic.infer.settings import InferConfig
+launch(Entry("infer", InferConfig), lambda config, run: None, {given})
+"""
+WORKS = """
+import pathlib, sys, time
+from sonic.app import Entry, launch
+from sonic.infer.settings import InferConfig
+def job(config, run):
+    run.open()
+    partial = pathlib.Path("partial")
+    partial.touch()
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(0.3)
+        partial.unlink()
+launch(Entry("infer", InferConfig), job, ["run.folder=runs", "name=r"])
+"""
+
+
+def shell(redirection: str, text: str, folder) -> subprocess.CompletedProcess:
+    return ran(["bash", "-c", f'set -o pipefail; "$@" {redirection}', "bash", *script(text)], folder=folder)
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", ">&-", ">/dev/full", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">&- 2>/dev/full"])
+def test_the_work_is_done_whoever_listens(redirection, tmp_path):
+    found = shell(redirection, SAYS, tmp_path)
+    assert found.returncode == 0 and "Traceback" not in found.stderr and "Error" not in found.stderr
+    assert (tmp_path / "film").read_text() == "whole"
+
+
+def test_an_answer_that_cannot_be_said_is_an_error_and_one_that_was_enough_is_none(tmp_path):
+    for given in (["--help"], ["--cfg"]):
+        lost, enough = (shell(where, ASKS.format(given=given), tmp_path) for where in (">/dev/full", "| head -1"))
+        assert (lost.returncode, lost.stderr) == (2, "sonic: error: stdout: No space left on device\n")
+        assert (enough.returncode, enough.stderr, len(enough.stdout.splitlines())) == (0, "", 1)
+
+
+def started(folder, **named) -> subprocess.Popen:
+    """A program whose work has begun."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(script(WORKS), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **named)
+    until = time.monotonic() + 60
+    while not (folder / "partial").exists() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    assert (folder / "partial").exists() and (folder / "runs/r").is_dir(), process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("signals", [["SIGHUP"], ["SIGTERM"], ["SIGINT"], ["SIGHUP", "SIGHUP", "SIGTERM"]])
+def test_what_ends_a_program_leaves_nothing(signals, tmp_path):
+    process = started(tmp_path)
+    for name in signals:
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.1)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "nothing was kept" in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_under_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
+    process = started(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None and (tmp_path / "partial").exists()
+    process.terminate()
+    assert process.wait(timeout=60) == 130
