@@ -29,7 +29,7 @@ LOOK_S = 0.5  # between two looks at the others
 HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
 NEVER = "never"  # began a process that this system does not show
 PACKAGE = str(Path(__file__).parents[1])
-MEETINGS = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/pipeline.py")  # files in which a rank waits for others
+MEETINGS = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/channel.py")  # files in which a rank waits for others
 THREADS = ("/threading.py", "/queue.py", "/concurrent/futures/")  # files in which a thread waits for another one of its process
 BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # what these call
 
