@@ -18,6 +18,7 @@ from pathlib import Path
 from sonic import __version__
 from sonic.config import Ranks
 from sonic.files import PARTIAL, aside, written_aside
+from sonic.paths import shown
 
 CONFIG, LOG, ATTEMPTS = "config.yaml", "log.txt", 10_000
 
@@ -169,7 +170,7 @@ class Run:
 
     def _log_to(self, path: Path) -> None:
         self._handler = _LogFile(path)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(self._handler)
 
 
@@ -204,6 +205,7 @@ def start_logging(*, main: bool) -> None:
     log.setLevel(logging.INFO if main else logging.CRITICAL)
     news, trouble = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     news.addFilter(lambda record: record.levelno < logging.WARNING)
+    news.setFormatter(_Shown())
     trouble.setLevel(logging.WARNING)
     trouble.setFormatter(_OneLine())
     for handler in (news, trouble):
@@ -218,7 +220,14 @@ def _tell(message: Warning | str, category: type[Warning], filename: str, *_) ->
     log.log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
-class _OneLine(logging.Formatter):
+class _Shown(logging.Formatter):
+    """The message as any terminal and file can hold it, whatever the names in it are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+class _OneLine(_Shown):
     """Level and sentence; the traceback of a fault below it."""
 
     def format(self, record: logging.LogRecord) -> str:

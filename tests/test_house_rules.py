@@ -30,7 +30,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "files": set(),
     "streams": set(),
     "caches": set(),
-    "runs": {"config", "files"},
+    "runs": {"config", "files", "paths"},
     "types": {"geometry"},
     "flow": {"types"},
     "metrics": {"types", "config"},

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from main_job import FACE, TINY, babble, write_wav, write_weights
 from places import script, with_mounts
 
 from sonic.app import Entry, run_command
+from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.infer.settings import InferConfig
 from sonic.runs import Run, start_logging
@@ -31,8 +32,9 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture
 def command(tmp_path, monkeypatch, weights):
     monkeypatch.chdir(tmp_path)
-    launch, recording = launcher(), write_wav(tmp_path / "speech.wav", babble(0.6))
-    return lambda *argv: run_command(launch.ENTRY, launch.infer, [f"audio={recording}", *argv, f"weights={weights}", *FACE, *TINY])
+    recording = write_wav(tmp_path / "speech.wav", babble(0.6))
+    given = [f"weights={weights}", *FACE, *TINY]
+    return lambda *argv: run_command(infer_command.ENTRY, infer_command.infer, [f"audio={recording}", *argv, *given])
 
 
 def a_run(folder: Path, name: str = "", config: str = "seed: 1\n") -> Run:
@@ -135,6 +137,18 @@ def test_a_log_goes_on_in_the_folder_that_is_kept(tmp_path):
     assert [line.split(": ")[1] for line in lines] == ["one before", "one after", "two before", "two after"]
 
 
+def test_a_log_takes_any_name(tmp_path, capsys):
+    run = a_run(tmp_path, "r")
+    start_logging(main=True)
+    run.open()
+    for level in (logging.INFO, logging.WARNING):
+        logging.getLogger("sonic.data").log(level, "audio=%s was read", os.fsdecode(b"caf\xe9.wav"))
+    run.close()
+    out, err = capsys.readouterr()
+    assert out == "audio=caf\\xe9.wav was read\n" and err == f"sonic: warning: {out}"
+    assert (run.path / "log.txt").read_text().count("audio=caf\\xe9.wav was read") == 2
+
+
 def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys):
     start_logging(main=True)
     run = a_run(tmp_path / "runs", "r")
@@ -177,11 +191,11 @@ def test_films_of_requests_count_though_their_run_folder_is_full(command, full, 
 
 FILM_ON_A_FULL_DISK = """
 import sys
-from main_job import FACE, TINY, launcher
+from main_job import FACE, TINY
 from sonic.app import run_command
-launch = launcher()
+from sonic.commands import infer_command
 given = [*sys.argv[1:], *FACE, *TINY, "name=r", "output=film.mp4"]
-sys.exit(run_command(launch.ENTRY, launch.infer, given))
+sys.exit(run_command(infer_command.ENTRY, infer_command.infer, given))
 """
 
 

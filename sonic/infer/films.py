@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -119,7 +120,7 @@ def make_films(requests: Sequence[tuple[int, str]], opened: Opened, config: Infe
             try:
                 if request.wanted is None:
                     raise ValueError(request.fault)
-                if Path(request.wanted.output).is_file():
+                if os.path.isfile(request.wanted.output):
                     log.info("line %d: %s is there already", request.line, shown(request.wanted.output))
                     continue
                 scene = checked_scene(request.wanted, read=reader.open)
@@ -156,7 +157,7 @@ def _fault(error: Exception, line: int) -> str:
 def _prompts(requests: Sequence[Request]) -> Iterator[str]:
     """What the films that are still to be made are told; bad requests tell nothing."""
     for _, wanted, _ in requests:
-        if wanted and not Path(wanted.output).is_file():
+        if wanted and not os.path.isfile(wanted.output):
             yield wanted.prompt
             if wanted.sampler.sample_guide_scale != 1:
                 yield wanted.sampler.negative_prompt

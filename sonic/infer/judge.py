@@ -23,6 +23,7 @@ from sonic.geometry import FPS
 from sonic.infer.conditions import fit_portrait
 from sonic.infer.report import mouth_window
 from sonic.infer.scene import PORTRAITS, RECORDINGS
+from sonic.paths import file_key
 from sonic.types import Portrait
 
 QUIET_DB = -38.0  # below the loud parts: nobody speaks
@@ -40,6 +41,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     the best lag; lag_frames (above zero: the mouth is late); rest_ratio, the mouth's motion in pauses against speech; and of the
     film's own sound track those of `sound_figures`. Raises ValueError when the film does not have the photograph's size.
     """
+    _refuse_overwriting(config)
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
@@ -62,6 +64,14 @@ def judge(config: JudgeConfig) -> dict[str, float]:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         Path(config.json).write_text(json.dumps({**found, "mouth_motion": motion.tolist()}, indent=1) + "\n")
     return found
+
+
+def _refuse_overwriting(config: JudgeConfig) -> None:
+    """Raise ValueError when the figures would take the place of what is judged, however the two are spelt."""
+    for option in ("film", "image", "audio"):
+        name = getattr(config, option)
+        if config.json and file_key(name) == file_key(config.json):
+            raise ValueError(f"json={config.json} is the file {option}={name} that is judged; choose another json")
 
 
 def sound_figures(film: Path, recording: Speech, times: np.ndarray) -> dict[str, float]:

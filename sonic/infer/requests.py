@@ -37,7 +37,10 @@ def read_requests(path: str) -> list[tuple[int, str]]:
     A byte that is not UTF-8 is left to the line it stands in. Raises ValueError when the file cannot be read or holds no line.
     """
     check_input(path, "requests")
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"requests={path} cannot be read ({error.strerror}); give a file with one JSON object per line") from error
     encoding = json.detect_encoding(data)
     try:
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")

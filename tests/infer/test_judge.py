@@ -1,6 +1,5 @@
 """Laws of judging a finished film."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from PIL import Image
 from recordings import voice
 
-from sonic.app import Entry, run_command
+from sonic.app import run_command
+from sonic.commands import judge_command
 from sonic.config import FacePlaceConfig, JudgeConfig
 from sonic.data.speech import envelope, load_speech, save_speech
 from sonic.data.video import Coding, VideoWriter
@@ -113,6 +113,17 @@ def test_a_film_of_another_size_is_refused(folder):
         judge(config)
 
 
+@pytest.mark.parametrize("option", ["film", "image", "audio"])
+def test_figures_do_not_take_the_place_of_what_is_judged(tmp_path, option):
+    for name in ("film", "image", "audio"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "again").hardlink_to(tmp_path / option)
+    named = {name: str(tmp_path / name) for name in ("film", "image", "audio")}
+    with pytest.raises(ValueError, match=f"^json=.* is the file {option}=.* that is judged; choose another json"):
+        judge(JudgeConfig(**named, json=str(tmp_path / "again")))
+    assert (tmp_path / option).read_text() == option
+
+
 def voiced(folder, name, samples, frames=FRAMES):
     """A film with a sound track of its own, as the judge is asked about it."""
     with VideoWriter(folder / name, 160, 128, num_frames=frames, speech=None if samples is None else Speech(samples)) as writer:
@@ -175,12 +186,8 @@ def test_the_command_says_in_one_sentence_that_the_sound_is_wrong(tmp_path, fold
     samples = spoken(tmp_path)
     voiced(tmp_path, "12:30.mp4", samples if sound else None)
     monkeypatch.chdir(tmp_path)
-    file = Path(__file__).resolve().parents[2] / "launch" / "judge.py"
-    spec = importlib.util.spec_from_file_location("judge_command", file)
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
     argv = ["film=12:30.mp4", "image=face.png", "audio=speech.flac", "face.box=[40,30,60,60]", "face.mouth=[70,78,12]", "json=out.json"]
-    assert run_command(Entry("judge", JudgeConfig, collections=(), place=lambda config: ("runs", "judge")), command.score, argv) == code
+    assert run_command(judge_command.ENTRY, judge_command.score, argv) == code
     said = capsys.readouterr()
     assert "sound_length_ms" in said.out and "sound_correlation" in json.loads(Path("out.json").read_text())
     sentences = [line for line in said.err.splitlines() if "error" in line]

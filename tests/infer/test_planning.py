@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from main_job import FACE, TINY, babble, write_wav, write_weights
 from PIL import Image
 
 from sonic.app import compose, run_command
+from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.infer import planning
 from sonic.infer.planning import forecast
@@ -27,12 +28,12 @@ CLIPS, STREAM = ("fsdp", "context"), ("pipeline", "fsdp", "context")  # plans th
 
 def config(*overrides: str):
     """The config of a command line."""
-    return compose(launcher().ENTRY, ["+preset=fast_preview", *overrides])
+    return compose(infer_command.ENTRY, ["+preset=fast_preview", *overrides])
 
 
 def infer(*overrides: str) -> int:
     """The exit code of a command."""
-    return run_command(launcher().ENTRY, launcher().infer, overrides)
+    return run_command(infer_command.ENTRY, infer_command.infer, overrides)
 
 
 @pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from main_job import FACE, TINY, babble, launcher, write_wav, write_weights
+from main_job import FACE, TINY, babble, write_wav, write_weights
 from PIL import Image
 from skimage import data
 
 from sonic.app import Entry, compose, run_command
+from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.infer import films, reader
 from sonic.infer.films import make_films, open_parts
@@ -117,6 +118,12 @@ def test_a_file_that_cannot_be_read_is_refused(content, said, tmp_path):
         read_requests(str(tmp_path / "films.jsonl"))
 
 
+@pytest.mark.parametrize(("name", "said"), [("absent.jsonl", "No such file or directory"), ("", "Is a directory")])
+def test_what_is_no_file_of_requests_is_refused_with_its_option(name, said, tmp_path):
+    with pytest.raises(ValueError, match=rf"^requests=.* cannot be read \({said}\); give a file"):
+        read_requests(str(tmp_path / name))
+
+
 def test_requests_from_a_pipe_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="requests=.* is a named pipe"):
@@ -193,11 +200,10 @@ def films_of(tmp_path, monkeypatch, weights):
     """Runs the command over lines of requests; gives its exit code and what it says of each line."""
     monkeypatch.chdir(tmp_path)
     write_wav(tmp_path / "voice.wav", babble(0.5))
-    launch = launcher()
 
     def run(*lines: dict) -> tuple[int, dict]:
         Path("films.jsonl").write_text("\n".join(json.dumps({"audio": "voice.wav", **line}) for line in lines))
-        code = run_command(launch.ENTRY, launch.infer, ["requests=films.jsonl", "name=r", f"weights={weights}", *FACE, *TINY])
+        code = run_command(infer_command.ENTRY, infer_command.infer, ["requests=films.jsonl", "name=r", f"weights={weights}", *FACE, *TINY])
         return code, json.loads(Path("runs/r/films.json").read_text())
 
     return run
@@ -246,6 +252,12 @@ def test_names_that_are_not_utf8_are_read_and_written(films_of):
     if "error" not in told["1"]:  # where FFmpeg can be given such a name
         assert Path(f"{name}.mp4").is_file()
     assert code == 1 and "caf\\xe92.png does not exist" in told["2"]["error"]
+
+
+def test_an_output_that_no_file_system_takes_is_refused_with_its_option(films_of):
+    code, told = films_of({"output": f"{'x' * 300}.mp4"}, {"output": "b.mp4"})
+    assert code == 1 and Path("b.mp4").is_file()
+    assert told["1"]["error"].startswith("output=xxx") and "cannot be written (File name too long)" in told["1"]["error"]
 
 
 def test_errors_in_the_middle_of_a_film_of_several_ranks_end_the_job(monkeypatch, weights, tmp_path):
