@@ -71,7 +71,7 @@ def watched(rank: int, ranks: int, *, patience_s: float, leave: Callable[[], Non
 class Watch:
     """A thread beside the work of this rank: it tells the others that this rank lives, and watches the next one.
 
-    All that a rank does is work and must give signs (sonic/signs.py), unless it waits for other ranks or is `at_rest`. All is said
+    All that a rank does is work and must give signs (sonic/signs.py), unless it waits for other ranks or is `at_rest`. It is said
     through a store of keys, which outlives the connections between ranks.
     """
 
