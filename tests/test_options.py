@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_configs import ENTRIES, INFER, NEEDED
 
-from sonic.app import SYNONYMS, compose, entry_knobs, help_text, options, run_command
+from sonic.cli import SYNONYMS, compose, entry_knobs, help_text, options, run_command
 from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
-from sonic.flow.schedule import sigmas_of
-from sonic.infer.build import build_parts
-from sonic.infer.report import sampling_of, sampling_words
-from sonic.parallel.planner import planned
-from sonic.parallel.workload import workload
+from sonic.inference.components import build_parts
+from sonic.inference.report import sampling_of, sampling_words
+from sonic.planner.search import planned
+from sonic.planner.workload import workload
+from sonic.sampling.schedules import sigmas_of
 
 PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")

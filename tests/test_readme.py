@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sonic.app import Entry, groups, knobs
-from sonic.infer.settings import InferConfig
+from sonic.cli import Entry, groups, knobs
+from sonic.inference.infer_config import InferConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
