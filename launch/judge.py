@@ -1,4 +1,4 @@
-"""Judge a finished film: python launch/judge.py film=out.mp4 image=me.jpg audio=me.wav json=out.json."""
+"""Judge a finished video: python launch/judge.py mp4=out.mp4 image=me.jpg audio=me.wav json=out.json."""
 
 from start import start
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Several nodes under Slurm: sbatch --nodes=2 launch/slurm.sh parallel=fsdp parallel.replicas=2 requests=films.jsonl
-# One torchrun per node with all its cores and memory, as many ranks as it has GPUs; all knobs are those of launch/infer.py.
+# Several nodes under Slurm: sbatch --nodes=2 launch/slurm.sh parallel=fsdp parallel.replicas=2 requests=requests.jsonl
+# One torchrun per node with all its cores and memory, as many ranks as it has GPUs; all options are those of launch/infer.py.
 #SBATCH --job-name=sonic
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

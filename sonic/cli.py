@@ -1,6 +1,6 @@
 """The glue between a command line and a job: hydra's groups, typed configs, one-sentence errors, ranks and the run folder.
 
-Nothing heavy is imported here, so that `--help` and every mistake in a knob answer at once.
+Nothing heavy is imported here, so that `--help` and every mistake in an option answer at once.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ SHORT = {
     "checkpoint": "model.weights",
     "schedule": "sampler.schedule",
     "compat": "video.compat",
-    **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
+    **{f"offload.{option}": f"parallel.offload.{option}" for option in ("resident_gib", "slots", "inflight", "store", "kv")},
     "negative_prompt": "sampler.negative_prompt",
     "live_avatar": "lora.path",
+    "film": "mp4",  # what judge called it in the first edition
 }
 SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
     **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
@@ -64,13 +65,13 @@ SYNONYMS = {  # what other programs of the field call an option -> the last part
     **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
 }
 FILES = {  # options that name files or folders, in which ~ is the home folder
-    *("image", "audio", "output", "requests", "film", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("image", "audio", "output", "requests", "video", "json", "source", "folder", "autoencoder", "export", "init_from"),
     *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
     *("checkpoint.resume", "eval.videos"),
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
-DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
+DEFAULT_MODEL, PUBLISHED_PRESET, VIDEO_TASK = "preview", "standard", "task=video"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
@@ -100,7 +101,7 @@ class Entry:
     """One command: the YAML and the schema it starts from, and what may be chosen by name.
 
     `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
-    group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
+    group whose members have options of their own (objective: {flow_match: FlowMatchConfig}); `location` tells a config's
     (folder, name) of the run; `example` is what may follow the command.
     """
 
@@ -108,7 +109,7 @@ class Entry:
     schema: type
     collections: tuple[str, ...] = ("preset",)
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
-    place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
+    location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
 
@@ -148,7 +149,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
         command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
-        run = Run(entry.place(config), resolved, command=command, root=ROOT, ranks=ranks)
+        run = Run(entry.location(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
@@ -196,7 +197,7 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
         for key, text in _with_own_steps(values).items():
-            _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
+            _assign(raw, key, text, kind=entry_options(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
@@ -204,75 +205,75 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
 
 def _recipes() -> str:
     """Hydra's override that makes it look for choices in recipes/ too."""
-    place = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
-    return f"hydra.searchpath=['{place}']"
+    location = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
+    return f"hydra.searchpath=['{location}']"
 
 
-def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
-    """Every knob under a schema by its full name, with its type and its field, in order."""
+def config_options(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every option under a schema by its full name, with its type and its field, in order."""
     found = {}
     kinds = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind = kinds[field.name]
-        inner = knobs(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else {prefix + field.name: (kind, field)}
+        inner = config_options(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else {prefix + field.name: (kind, field)}
         found |= inner
     return found
 
 
-def entry_knobs(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]:
-    """Every knob a command may set, those of all variants of a group included."""
-    found = knobs(entry.schema)
+def entry_options(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every option a command may set, those of all variants of a group included."""
+    found = config_options(entry.schema)
     for group, members in entry.variants.items():
         for schema in members.values():
-            found |= knobs(schema, f"{group}.")
+            found |= config_options(schema, f"{group}.")
     return found
 
 
-def options(group: str) -> list[str]:
+def group_choices(group: str) -> list[str]:
     """Names that a config group offers, from conf/ and recipes/: files, and folders with a file for every model."""
-    found = [path for place in ("conf", "recipes") for path in (ROOT / place / group).glob("*")]
+    found = [path for location in ("conf", "recipes") for path in (ROOT / location / group).glob("*")]
     return sorted({path.stem for path in found if path.suffix == ".yaml" or path.is_dir()})
 
 
 def groups(entry: Entry) -> dict[str, list[str]]:
     """What may be chosen by name: collections first, then the parts of the config that have a folder."""
     names = [*entry.collections, *(field.name for field in dataclasses.fields(entry.schema))]
-    return {name: found for name in names if (found := options(name))}
+    return {name: found for name in names if (found := group_choices(name))}
 
 
 def help_text(entry: Entry) -> str:
-    """What `--help` says: usage, choices, and every knob with its default."""
+    """What `--help` says: usage, choices, and every option with its default."""
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: {written(entry.name)} [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        f"usage: {written(entry.name)} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
         *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
         "",
-        "knobs (with their plain defaults; choices may set others):",
+        "options (with their plain defaults; choices may set others):",
     ]
-    for name, (_, field) in entry_knobs(entry).items():
+    for name, (_, field) in entry_options(entry).items():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         shown = f"{name}={'' if default is None else default}"
         lines.append(f"  {shown:<44} {field.metadata.get('help', '')}".rstrip())
-    short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_knobs(entry)]
+    short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_options(entry)]
     return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
 
 
 def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Choices for hydra, and knobs with their texts; the last one of a kind counts."""
+    """Choices for hydra, and options with their texts; the last one of a kind counts."""
     selections: dict[str, str] = {}
     values: dict[str, str] = {}
-    known, chooseable = entry_knobs(entry), groups(entry)
+    known, chooseable = entry_options(entry), groups(entry)
     for item in argv:
         key, equals, text = item.lstrip("+").partition("=")
         key = _full_name(key, known)
         if not equals or item.startswith("-"):
             word = key.strip("- ").partition(" ")[0]
             name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
-            raise ValueError(f"{item} is not understood; write knob=value such as {name}=..., or --help for all of them")
+            raise ValueError(f"{item} is not understood; write option=value such as {name}=..., or --help for all of them")
         if key in chooseable:
             if text not in chooseable[key]:
                 raise ValueError(unknown_choice(text, chooseable[key], key))
@@ -281,8 +282,8 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
-    films = selections.get("task", FILM) == FILM  # the steps of a training are its student's
-    if films and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+    makes_videos = selections.get("task", VIDEO_TASK) == VIDEO_TASK  # the steps of a training are its student's
+    if makes_videos and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
         selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
         if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
@@ -309,8 +310,8 @@ def _own_sampler(selection: str) -> dict[str, str]:
     file = ROOT / "conf/preset" / PUBLISHED_PRESET / f"{model}.yaml"
     if model == DEFAULT_MODEL or not file.is_file():
         return {}
-    told = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
-    chosen = [each["override /sampler"] for each in told if "override /sampler" in each]
+    defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    chosen = [each["override /sampler"] for each in defaults if "override /sampler" in each]
     return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
@@ -326,23 +327,23 @@ def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
 
 
 def _unknown_key(entry: Entry, key: str) -> str:
-    """The sentence for a knob that does not exist: what its group has, or what looks like it before what there is at the top."""
-    known = list(entry_knobs(entry))
+    """The sentence for an option that does not exist: what its group has, or what looks like it before what there is at the top."""
+    known = list(entry_options(entry))
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
-        return f"{key} is a group of knobs; set one of: {', '.join(inside)}"
+        return f"{key} is a group of options; set one of: {', '.join(inside)}"
     head, dot, last = key.rpartition(".")
     beside = [name.removeprefix(f"{head}.") for name in known if dot and name.startswith(f"{head}.")]
     meant = _meant(last, known)
     if beside:
         inside = [name.removeprefix(f"{head}.") for name in meant if name.startswith(f"{head}.")]
-        return f"{key} is not a knob; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
+        return f"{key} is not an option; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
     top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
     exact = [name for name in close if name.rpartition(".")[2] == last]
     choices = list(dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])]))
-    return f"{key} is not a knob; choose one of: {', '.join(choices)}"
+    return f"{key} is not an option; choose one of: {', '.join(choices)}"
 
 
 def _meant(word: str, known: Sequence[str]) -> list[str]:
@@ -352,16 +353,16 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
-    """Give a knob the value that was typed; text stays exactly as it is."""
+    """Give an option the value that was typed; text stays exactly as it is."""
     try:
         value = text if kind is str else yaml.load(text, _Numbers)
         if key in FILES and isinstance(value, str | list):
-            value = expanded(value) if kind is str else [expanded(str(each)) for each in value]
+            value = expanded(value) if isinstance(value, str) else [expanded(str(each)) for each in value]
         value = value.replace("${", r"\${") if kind is str else value
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
             OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
     except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ValueError(f"{key} is no knob of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
+        raise ValueError(f"{key} is no option of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{key}={text} is not {_kind_words(kind)}") from error
 
@@ -377,7 +378,7 @@ def _kind_words(kind: typing.Any) -> str:
 def _reworded(entry: Entry, error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about a YAML file, in one sentence with the choices."""
     found = re.search(r"full_key: (\S+)", str(error))
-    if found and found[1] not in entry_knobs(entry):
+    if found and found[1] not in entry_options(entry):
         return _unknown_key(entry, found[1])
     first = str(error).split("full_key:")[0]
     return " ".join(f"{found[1]}: {first}".split() if found else str(error).split())

@@ -1,6 +1,6 @@
-"""Every knob of the program, as plain dataclasses with their defaults and laws. Standard library only.
+"""Every option of the program, as plain dataclasses with their defaults and laws. Standard library only.
 
-The knobs of a training run are in training/train_config.py.
+The options of a training run are in training/train_config.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OtherRank(RuntimeError):
     """The fault of another rank, which has said more about it than this one can."""
 
 
-def knob(default, help: str = ""):
+def option(default, help: str = ""):
     """A field with a default and a line for `--help`; lists are copied."""
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata={"help": help})
@@ -48,9 +48,9 @@ def closest_first(name: str, choices: Sequence[str]) -> list[str]:
     return [*close, *(choice for choice in choices if choice not in close)]
 
 
-def unknown_choice(name: str, choices: Sequence[str], knob: str) -> str:
+def unknown_choice(name: str, choices: Sequence[str], option: str) -> str:
     """The sentence for a name that is not among the choices."""
-    return f"{knob}={name} is unknown; choose one of: {', '.join(closest_first(name, choices))}"
+    return f"{option}={name} is unknown; choose one of: {', '.join(closest_first(name, choices))}"
 
 
 def require(ok: bool, sentence: str) -> None:
@@ -59,22 +59,22 @@ def require(ok: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def one_of(name: str, choices: Sequence[str], knob: str) -> None:
+def one_of(name: str, choices: Sequence[str], option: str) -> None:
     """Raise ValueError with the choices unless `name` is one of them."""
-    require(name in choices, unknown_choice(name, choices, knob))
+    require(name in choices, unknown_choice(name, choices, option))
 
 
-def parse_size(size: str, knob: str = "video.size") -> tuple[int, int]:
+def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
     """(width, height) of "704x384"; `*` separates as well, as in the published commands."""
     parts = [part.strip() for part in str(size).lower().replace("*", "x").split("x")]
     sides = [int(part) for part in parts if part.isdigit()]
     require(
         len(parts) == len(sides) == 2,
-        f"{knob}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for the photograph's own",
+        f"{option}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for the photograph's own",
     )
     require(
         all(64 <= side <= 8192 for side in sides),
-        f"{knob}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual",
+        f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual",
     )
     return sides[0], sides[1]
 
@@ -87,7 +87,7 @@ class TrunkConfig:
     ffn_dim: int = 768
     num_heads: int = 3
     num_layers: int = 6
-    patch_size: list[int] = knob([1, 3, 3])
+    patch_size: list[int] = option([1, 3, 3])
     latent_channels: int = 16
     freq_dim: int = 256
     eps: float = 1e-6
@@ -106,7 +106,7 @@ class AudioConfig:
     audio_dim: int = 160
     num_audio_layers: int = 1
     num_audio_token: int = 4
-    inject_layers: list[int] = knob([0, 2, 4])
+    inject_layers: list[int] = option([0, 2, 4])
 
 
 @dataclass
@@ -122,14 +122,14 @@ class MotionConfig:
     """FramePack memory of the past: bucket sizes in latent frames, newest first (none = no such memory); motion_frames = [video,
     latent] frames."""
 
-    buckets: list[int] = knob([1, 2, 16])
+    buckets: list[int] = option([1, 2, 16])
     add_last_motion: int = 2
-    motion_frames: list[int] = knob([73, 19])
+    motion_frames: list[int] = option([73, 19])
 
 
 @dataclass
 class RolloutConfig:
-    """How a film is rolled out: block by block (latent frames in a block, blocks a ring remembers, where the reference sits), or in
+    """How a video is rolled out: block by block (latent frames in a block, blocks a ring remembers, where the reference sits), or in
     whole clips of `clip_frames` video frames; at `fps`."""
 
     block_frames: int = 3
@@ -137,8 +137,8 @@ class RolloutConfig:
     ref_position: int = 30
     ref_distance: int = 16
     fps: int = 25
-    clip_frames: int = knob(0, "video frames of a clip with full attention; 0 = block by block")
-    dtype: str = knob("float32", "precision of the transformer where run.dtype=auto: float32 or bfloat16")
+    clip_frames: int = option(0, "video frames of a clip with full attention; 0 = block by block")
+    dtype: str = option("float32", "precision of the transformer where run.dtype=auto: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         sizes = f"block_frames={self.block_frames} and window_blocks={self.window_blocks}"
@@ -153,8 +153,8 @@ class RolloutConfig:
 class LoraConfig:
     """A low-rank adapter that is added to the transformer's weights when they are loaded."""
 
-    path: str = knob("", "safetensors file in peft's format, or the downloaded LiveAvatar folder with one; empty = none")
-    alpha: float = knob(0.0, "strength that it was trained with; 0 = what the file says, 64 where it does not")
+    path: str = option("", "safetensors file in peft's format, or the downloaded LiveAvatar folder with one; empty = none")
+    alpha: float = option(0.0, "strength that it was trained with; 0 = what the file says, 64 where it does not")
 
     def __post_init__(self) -> None:
         require(self.alpha >= 0, f"model.lora.alpha={self.alpha}: need a positive number, or 0 for what the file says")
@@ -164,9 +164,9 @@ class LoraConfig:
 class AdapterConfig:
     """What of the transformer learns: its own weights, or low-rank adapters beside them."""
 
-    rank: int = knob(0, "size of the adapters; 0 = none, the weights themselves learn")
-    alpha: float = knob(16.0, "strength of the adapters: alpha / rank multiplies them")
-    targets: list[str] = knob([], "words in the names of what learns, such as mlp_in; none = everything (adapters: all linear layers)")
+    rank: int = option(0, "size of the adapters; 0 = none, the weights themselves learn")
+    alpha: float = option(16.0, "strength of the adapters: alpha / rank multiplies them")
+    targets: list[str] = option([], "words in the names of what learns, such as mlp_in; none = everything (adapters: all linear layers)")
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"learn.rank={self.rank}: need 0 (no adapters) or more")
@@ -177,20 +177,20 @@ class AdapterConfig:
 class ModelConfig:
     """One member of the S2V family."""
 
-    name: str = knob("preview", "one of the files in conf/model")
-    trunk: TrunkConfig = knob(TrunkConfig)
-    audio: AudioConfig = knob(AudioConfig)
-    text: TextConfig = knob(TextConfig)
-    motion: MotionConfig = knob(MotionConfig)
-    rollout: RolloutConfig = knob(RolloutConfig)
-    prediction: str = knob("velocity", "what the head's output means: velocity or clean")
-    autoencoder: str = knob("warp", "warp (moves the photograph) or wan (paints the picture)")
-    speech_encoder: str = knob("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
-    resolution: int = knob(192, "side of the face crop in pixels; 0 = the whole picture")
-    weights: str = knob(
+    name: str = option("preview", "one of the files in conf/model")
+    trunk: TrunkConfig = option(TrunkConfig)
+    audio: AudioConfig = option(AudioConfig)
+    text: TextConfig = option(TextConfig)
+    motion: MotionConfig = option(MotionConfig)
+    rollout: RolloutConfig = option(RolloutConfig)
+    prediction: str = option("velocity", "what the head's output means: velocity or clean")
+    autoencoder: str = option("warp", "warp (moves the photograph) or wan (generates the picture)")
+    speech_encoder: str = option("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
+    resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
+    weights: str = option(
         "", "folder of weights or checkpoint; student, teacher = the bundled ones with or without few steps learnt; empty = student"
     )
-    lora: LoraConfig = knob(LoraConfig)
+    lora: LoraConfig = option(LoraConfig)
 
     def __post_init__(self) -> None:
         one_of(self.prediction, ("velocity", "clean"), "model.prediction")
@@ -205,12 +205,12 @@ class ModelConfig:
 class SamplerConfig:
     """How noise becomes latents."""
 
-    name: str = knob("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = knob("linear", f"where the noise levels lie: {', '.join(SCHEDULE_NAMES)}")
-    sample_steps: int = knob(4, "sampling steps per block; more is slower and finer; 0 = as many as live_avatar_4step or _3step has")
-    sample_guide_scale: float = knob(1.0, "guidance towards the audio; 1, or 0 as published commands have it, = off and twice as fast")
-    sample_shift: float = knob(SHIFT, "above 1 spends more of the steps at high noise; the live_avatar schedules have 3")
-    negative_prompt: str = knob("", "what guidance leads away from, for the models that read text")
+    name: str = option("euler", "euler, heun, unipc or dpmpp")
+    schedule: str = option("linear", f"where the noise levels lie: {', '.join(SCHEDULE_NAMES)}")
+    sample_steps: int = option(4, "sampling steps per block; more is slower and finer; 0 = as many as live_avatar_4step or _3step has")
+    sample_guide_scale: float = option(1.0, "guidance towards the audio; 1, or 0 as published commands have it, = off and twice as fast")
+    sample_shift: float = option(SHIFT, "above 1 spends more of the steps at high noise; the live_avatar schedules have 3")
+    negative_prompt: str = option("", "what guidance leads away from, for the models that read text")
 
     def __post_init__(self) -> None:
         one_of(self.name, SAMPLER_NAMES, "sampler.name")
@@ -231,15 +231,15 @@ class SamplerConfig:
 
 @dataclass
 class VideoConfig:
-    """The film that comes out."""
+    """The video that comes out."""
 
-    size: str = knob(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
-    infer_frames: int = knob(
+    size: str = option(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
+    infer_frames: int = option(
         0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, which only count num_clip in them"
     )
-    num_clip: int = knob(0, "clips of infer_frames to make at most; 0 = until the audio ends")
-    fps: int = knob(0, "frames per second; 0 = the model's own, the only one it can make")
-    compat: str = knob("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
+    num_clip: int = option(0, "clips of infer_frames to make at most; 0 = until the audio ends")
+    fps: int = option(0, "frames per second; 0 = the model's own, the only one it can make")
+    compat: str = option("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
 
     def __post_init__(self) -> None:
         if self.size != PHOTO_SIZE:
@@ -281,19 +281,19 @@ def precision_of(asked: str, model: ModelConfig) -> str:
 class DecodeConfig:
     """When latents become pixels."""
 
-    online: bool = knob(True, "decode on a thread of its own while later blocks are still noise")
-    queue: int = knob(2, "blocks that may wait between denoising and decoding")
+    online: bool = option(True, "decode on a thread of its own while later blocks are still noise")
+    queue: int = option(2, "blocks that may wait between denoising and decoding")
 
     def __post_init__(self) -> None:
         require(1 <= self.queue <= 1024, f"decode.queue={self.queue}: need 1 to 1024 blocks")
 
 
 @dataclass
-class FacePlaceConfig:
+class FaceLocationConfig:
     """Where the face is in the photograph, when the finder should not decide."""
 
-    box: list[float] | None = knob(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
-    mouth: list[float] | None = knob(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
+    box: list[float] | None = option(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
+    mouth: list[float] | None = option(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
 
     def __post_init__(self) -> None:
         box, mouth = self.box, self.mouth
@@ -304,11 +304,11 @@ class FacePlaceConfig:
 
 
 @dataclass
-class FaceConfig(FacePlaceConfig):
-    """The same, and what of the photograph is filmed."""
+class FaceConfig(FaceLocationConfig):
+    """The same, and what of the photograph is generated."""
 
-    expand_ratio: float = knob(1.6, "side of the crop the model sees, in face sizes")
-    masks: list[str] | None = knob(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
+    expand_ratio: float = option(1.6, "side of the crop the model sees, in face sizes")
+    masks: list[str] | None = option(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,9 +319,9 @@ class FaceConfig(FacePlaceConfig):
 class HeadConfig:
     """What moves besides the mouth."""
 
-    head: str = knob("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
-    strength: float = knob(1.0, "size of the gentle motion")
-    pose: str = knob("", "a video of drawn poses that the published models follow; empty = none")
+    head: str = option("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
+    strength: float = option(1.0, "size of the gentle motion")
+    pose: str = option("", "a video of drawn poses that the published models follow; empty = none")
 
     def __post_init__(self) -> None:
         one_of(self.head, ("off", "gentle"), "motion.head")
@@ -332,12 +332,12 @@ class HeadConfig:
 class RunConfig:
     """The run itself: its name and the machine under it."""
 
-    name: str = knob("", "name of the folder runs/<name>; empty = made from the time")
-    folder: str = knob("runs", "where run folders are made")
-    device: str = knob("auto", "auto, cpu or cuda; auto takes cuda when there is one")
-    dtype: str = knob(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 of the 14B")
-    attention: str = knob("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
-    threads: int = knob(0, "CPU threads; 0 leaves it to torch")
+    name: str = option("", "name of the folder runs/<name>; empty = made from the time")
+    folder: str = option("runs", "where run folders are made")
+    device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
+    dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 of the 14B")
+    attention: str = option("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
@@ -350,28 +350,30 @@ class RunConfig:
 
 @dataclass
 class JudgeConfig:
-    """A finished film, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
+    """A finished video, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
-    film: str = knob("", "the MP4 to judge")
-    image: str = knob("astronaut", "the photograph it was made from")
-    audio: str = knob("sample", "the recording it was made from")
-    size: str = knob(PHOTO_SIZE, "video.size it was made with")
-    json: str = knob("", "where the figures go as JSON")
-    face: FacePlaceConfig = knob(FacePlaceConfig)
+    mp4: str = option("", "the MP4 to judge")
+    image: str = option("astronaut", "the photograph it was made from")
+    audio: str = option("sample", "the recording it was made from")
+    size: str = option(PHOTO_SIZE, "video.size it was made with")
+    json: str = option("", "where the figures go as JSON")
+    face: FaceLocationConfig = option(FaceLocationConfig)
 
     def __post_init__(self) -> None:
-        require(self.film != "", "film= is empty; name the MP4 to judge")
+        require(self.mp4 != "", "mp4= is empty; name the MP4 to judge")
 
 
 @dataclass
 class ConvertConfig:
     """Published checkpoints become ready ones, once."""
 
-    source: str = knob("", "the downloaded Wan2.2-S2V-14B folder; with to=official a ready checkpoint or a transformer's .safetensors")
-    output: str = knob("", "the folder to make")
-    to: str = knob("ready", "ready, or official = the transformer under its published names again")
-    lora: LoraConfig = knob(LoraConfig)
-    model: ModelConfig = knob(ModelConfig)
+    source: str = option(
+        "", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or a transformer's .safetensors"
+    )
+    output: str = option("", "the folder to make")
+    to: str = option("ready", "ready, or official = the transformer under its published names again")
+    lora: LoraConfig = option(LoraConfig)
+    model: ModelConfig = option(ModelConfig)
 
     def __post_init__(self) -> None:
         one_of(self.to, ("ready", "official"), "to")

@@ -46,5 +46,5 @@ def overview() -> str:
     """What `sonic --help` says: every command with a line."""
     lines = [f"  {name:<12} {line}" for name, line in COMMANDS.items()]
     program = written("COMMAND")
-    usage = f"usage: {program} [choice=name ...] [knob=value ...]     {program} --help lists what one takes"
+    usage = f"usage: {program} [choice=name ...] [option=value ...]     {program} --help lists what one takes"
     return "\n".join([(ABOUT or "").strip(), "", usage, "", "commands:", *lines, ""])

@@ -19,20 +19,20 @@ from sonic.geometry import BlockSpan as BlockSpan
 T = TypeVar("T")
 
 
-def pick(table: Mapping[str, T], name: str, knob: str) -> T:
+def pick(table: Mapping[str, T], name: str, option: str) -> T:
     """The entry of `table` called `name`; a ValueError that lists the choices, closest first, when there is none."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
     choices = close + sorted(set(table) - set(close))
-    raise ValueError(f"{knob}={name} is unknown; choose one of: {', '.join(choices)}")
+    raise ValueError(f"{option}={name} is unknown; choose one of: {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the model is told besides the noise.
+    """The conditions of the model besides the noise.
 
-    ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,N,A,F] speech features of N hidden layers,
+    ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,N,E,F] speech features of N hidden layers,
     one column per video frame; motion [B,C,Tm,H,W] latents of the past, None when motion tokens are dropped;
     pose [B,C,T,H,W], None for zeros. With several voices in one picture audio has B·voices, and masks [B·voices,1,h,w] say which
     patches each of them moves.
@@ -48,7 +48,7 @@ class Conditions:
     def __post_init__(self) -> None:
         _expect("ref", self.ref, "BCTHW")
         _expect("text", self.text, "BLD")
-        _expect("audio", self.audio, "BNAF")
+        _expect("audio", self.audio, "BNEF")
         _expect("motion", self.motion, "BCTHW")
         _expect("pose", self.pose, "BCTHW")
         if self.ref.shape[2] != 1:
@@ -147,7 +147,7 @@ class Mouth:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A photograph, uint8 [H,W,3], and where its face and mouth are; None for models that paint the whole picture."""
+    """A photograph, uint8 [H,W,3], and where its face and mouth are; None for models that generate the whole picture."""
 
     pixels: np.ndarray
     face: FaceBox | None = None
@@ -193,8 +193,8 @@ class Speech:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Who says what: the portrait at the size of the film, the recording, how many frames of it at `fps`, the seed, and for models
+class Inputs:
+    """Who says what: the portrait at the size of the video, the recording, how many frames of it at `fps`, the seed, and for models
     that read text what to show and what not.
 
     With several speakers `speech` is all of them together, `voices` each alone and `masks` [voices,H,W] where each is;
@@ -216,7 +216,7 @@ class Scene:
         if len(self.voices) != (0 if self.masks is None else len(self.masks)):
             raise ValueError(f"{len(self.voices)} voices need as many masks")
         if self.num_frames < 1:
-            raise ValueError(f"num_frames={self.num_frames}: a film has at least one frame")
+            raise ValueError(f"num_frames={self.num_frames}: a video has at least one frame")
 
 
 def _expect(name: str, value: Tensor | None, axes: str) -> None:

@@ -20,7 +20,7 @@ def convert(*argv: str) -> int:
 
 
 def infer(folder: Path, *argv: str) -> int:
-    """The exit code of a film; its papers lie in folder/runs."""
+    """The exit code of a video; its results lie in folder/runs."""
     return run_command(infer_command.ENTRY, infer_command.infer, ["device=cpu", f"run.folder={folder / 'runs'}", *argv])
 
 

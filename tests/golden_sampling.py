@@ -47,11 +47,11 @@ def training_schedule(case: Case) -> None:
 def trajectories(case: Case) -> None:
     for name in (name for name in case.inputs if name.endswith(".noise")):
         solver, schedule, steps, shift = _read(name)
-        told, visited, turn = case.inputs[name.replace("noise", "model_outputs")], [], count()
+        recorded, visited, turn = case.inputs[name.replace("noise", "model_outputs")], [], count()
 
-        def velocity(x, sigma, told=told, visited=visited, turn=turn):
+        def velocity(x, sigma, recorded=recorded, visited=visited, turn=turn):
             visited.append(x)
-            return told[next(turn)]
+            return recorded[next(turn)]
 
         last = SAMPLERS[solver](velocity, case.inputs[name], sigmas_of(schedule, steps, shift), torch.Generator())
         case.close(torch.stack([*visited[1:], last]), case.outputs[name.replace("noise", "trajectory")])
@@ -60,26 +60,26 @@ def trajectories(case: Case) -> None:
 def guided_clip(case: Case) -> None:
     """Guidance away from the negative prompt and zeroed audio, through a solver, on a whole clip."""
     call, inputs = case.call, case.inputs
-    model, told = model_of(case), {}
+    model, recorded = model_of(case), {}
     motion = None if call["drop_motion_frames"] else inputs["motion_latents"]
     for name, loudness in (("context", 1.0), ("context_null", 0.0)):
         text = inputs[name].unsqueeze(0) if name in inputs else inputs["context"].unsqueeze(0)
         audio = loudness * inputs["audio_input"]
-        told[name] = Conditions(ref=inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=inputs["cond_states"])
-    seen, said = [], []
+        recorded[name] = Conditions(ref=inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=inputs["cond_states"])
+    seen, predictions = [], []
     ask = lambda conditions: lambda x, sigma: model(x, 1000 * sigma, conditions)  # noqa: E731
-    guided = guidance(ask(told["context_null"]), call["guide_scale"])(ask(told["context"]))
+    guided = guidance(ask(recorded["context_null"]), call["guide_scale"])(ask(recorded["context"]))
 
     def velocity(x, sigma):
         seen.append(x)
-        said.append(guided(x, sigma))
-        return said[-1]
+        predictions.append(guided(x, sigma))
+        return predictions[-1]
 
     solver, schedule = SOLVERS[call["solver"]]
     sigmas = sigmas_of(schedule, call["steps"], call["shift"])
     last = SAMPLERS[solver](velocity, inputs["noise"], sigmas, torch.Generator())
     if "guided_pred_per_step" in case.outputs:
-        case.close(torch.cat(said), case.outputs["guided_pred_per_step"])
+        case.close(torch.cat(predictions), case.outputs["guided_pred_per_step"])
     case.close(torch.cat([*seen[1:], last]), case.outputs["latents_per_step"])
     case.close(sigmas.float(), case.outputs["sigmas"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from golden_case import Case
 
-from sonic.encoders.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_places, normalised, pick_frames, stretch
+from sonic.encoders.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_positions, normalised, pick_frames, stretch
 
 
 def wav2vec_features(case: Case) -> None:
@@ -24,7 +24,7 @@ def wav2vec_features(case: Case) -> None:
     fps, frames = int(fps.removeprefix("fps")), int(frames.removeprefix("bf"))
     count = frames * clips_of(spread.shape[1], frames, fps)
     assert clips_of(spread.shape[1], frames, fps) == case.manifest["num_repeat"]
-    case.close(encoder.hear(samples, count, fps).permute(2, 0, 1), expected)
+    case.close(encoder.encode_audio(samples, count, fps).permute(2, 0, 1), expected)
 
 
 def bucketing(case: Case) -> None:
@@ -37,13 +37,13 @@ def bucketing(case: Case) -> None:
             case.close(stretch(states, int(words[1].removeprefix("out")), length=None if length == "None" else int(length)), expected)
         elif words[0] == "sample_indices":
             rate, _, fps, count = map(int, words[1:])
-            assert np.array_equal(frame_places(count, fps, rate), expected.numpy()), name
+            assert np.array_equal(frame_positions(count, fps, rate), expected.numpy()), name
         elif words[0].startswith("bucket"):
             case.close(_bucket(name, spread, repeats[name]), expected.unsqueeze(1) if expected.ndim == 2 else expected)
         else:
             fps, frames = (int(word.lstrip("fpsb")) for word in words[1:])
             count = frames * clips_of(spread.shape[1], frames, fps)
-            case.close(pick_frames(spread, frame_places(count, fps)).permute(1, 2, 0)[None], expected)
+            case.close(pick_frames(spread, frame_positions(count, fps)).permute(1, 2, 0)[None], expected)
 
 
 def _bucket(name: str, spread: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -56,4 +56,4 @@ def _bucket(name: str, spread: torch.Tensor, repeats: int) -> torch.Tensor:
         return pick_frames(spread, stride * np.arange(frames * repeats), around=around, stride=stride)
     fps = int(pace.removeprefix("fps"))
     assert clips_of(spread.shape[1], frames, fps) == repeats, name
-    return pick_frames(spread, frame_places(frames * repeats, fps), around=around, stride=PICKED_PER_S // fps)
+    return pick_frames(spread, frame_positions(frames * repeats, fps), around=around, stride=PICKED_PER_S // fps)

@@ -11,19 +11,19 @@ from functools import wraps
 
 import torch.distributed as dist
 
-from sonic.parallel.watchdog import Watch
-from sonic.system.heartbeat import beat
+from sonic.parallel.watchdog import Watchdog
+from sonic.system.heartbeat import heartbeat
 
 PATIENCE_S = 0.4
 SENTENCE = rf"rank 0: hangs at hanging.py:\d+ hangs, called by \w+.py:\d+ \S+: nothing got on for {PATIENCE_S} s"
 
 
-def looking(watched: Watch, found: list) -> threading.Thread:
+def looking(watchdog: Watchdog, found: list) -> threading.Thread:
     """Looks of ours until somebody is at fault."""
 
     def look() -> None:
-        until = time.monotonic() + 20 * watched.patience_s
-        while (fault := watched._look()) is None and time.monotonic() < until:
+        until = time.monotonic() + 20 * watchdog.patience_s
+        while (fault := watchdog._look()) is None and time.monotonic() < until:
             time.sleep(0.02)
         found.append(str(fault))
 
@@ -32,20 +32,20 @@ def looking(watched: Watch, found: list) -> threading.Thread:
     return thread
 
 
-def unwatched(store: dist.Store, rank: int, patience_s: float) -> Watch:
+def unwatched(store: dist.Store, rank: int, patience_s: float) -> Watchdog:
     """One of two that watch each other, whose looks are ours."""
-    watched = Watch(store, rank, 2, patience_s=patience_s)
-    watched.ended.set()
-    watched.watching.join()
-    return watched
+    watchdog = Watchdog(store, rank, 2, patience_s=patience_s)
+    watchdog.ended.set()
+    watchdog.watching.join()
+    return watchdog
 
 
 @contextmanager
 def every_stage_hangs(stages: Sequence[tuple[object, str]], monkeypatch) -> Iterator[None]:
     """Every stage (an object and the name of its function) hangs once, until that is found and named in one sentence."""
-    store, said = dist.HashStore(), []
-    watched = unwatched(store, 0, PATIENCE_S)
-    watched.store.set("done/1", "1")
+    store, faults = dist.HashStore(), []
+    watchdog = unwatched(store, 0, PATIENCE_S)
+    watchdog.store.set("done/1", "1")
 
     def hanging(method):
         struck = []
@@ -54,11 +54,11 @@ def every_stage_hangs(stages: Sequence[tuple[object, str]], monkeypatch) -> Iter
         def hangs(*arguments, **named):
             if not struck:
                 struck.append(1)
-                beat()
-                looks = looking(watched, said)
+                heartbeat()
+                looks = looking(watchdog, faults)
                 while looks.is_alive():
                     time.sleep(0.01)
-                watched.store.delete_key("fault")
+                watchdog.store.delete_key("fault")
             return method(*arguments, **named)
 
         return hangs
@@ -66,6 +66,6 @@ def every_stage_hangs(stages: Sequence[tuple[object, str]], monkeypatch) -> Iter
     for owner, name in stages:
         monkeypatch.setattr(owner, name, hanging(getattr(owner, name)))
     yield
-    watched.close()
-    assert len(said) == len(stages), said
-    assert all(re.match(SENTENCE, each) for each in said), said
+    watchdog.close()
+    assert len(faults) == len(stages), faults
+    assert all(re.match(SENTENCE, each) for each in faults), faults

@@ -1,4 +1,4 @@
-"""The command infer in this process, with a model so small that a film takes no time."""
+"""The command infer in this process, with a model so small that a video takes no time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import Entry, compose
-from sonic.inference.components import Parts, untrained_parts
+from sonic.inference.components import Components, untrained_components
 from sonic.inference.infer_config import InferConfig
-from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
+from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -29,23 +29,23 @@ TINY = (
 FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, so that nobody has to look for it
 
 
-def tiny_parts(seed: int = 0) -> Parts:
+def tiny_components(seed: int = 0) -> Components:
     """Parts with random weights, none of them zero."""
     torch.manual_seed(seed)
-    parts = untrained_parts(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
-    for module in (parts.model, parts.autoencoder, parts.speech):
+    components = untrained_components(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
+    for module in (components.model, components.autoencoder, components.speech):
         for weight in module.parameters():
             weight.add_(torch.randn_like(weight) * 0.02)
-    return parts
+    return components
 
 
 def write_weights(folder: Path) -> Path:
     """A folder of weights for the tiny model."""
-    parts = tiny_parts()
+    components = tiny_components()
     folder.mkdir(parents=True)
-    save_weights(parts.model, folder / "preview_dit.safetensors")
-    save_weights(parts.autoencoder, folder / "preview_autoencoder.safetensors")
-    save_weights(parts.speech, folder / "preview_speech.safetensors")
+    save_weights(components.model, folder / "preview_dit.safetensors")
+    save_weights(components.autoencoder, folder / "preview_autoencoder.safetensors")
+    save_weights(components.speech, folder / "preview_speech.safetensors")
     return folder
 
 
@@ -62,8 +62,8 @@ def write_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
     return path
 
 
-def small_scene(num_frames: int = 30, seed: int = 0) -> Scene:
-    """A picture of noise with a face in the middle, and babble as long as the film."""
+def small_inputs(num_frames: int = 30, seed: int = 0) -> Inputs:
+    """A picture of noise with a face in the middle, and babble as long as the video."""
     pixels = np.random.default_rng(1).integers(0, 256, (128, 160, 3), np.uint8)
     portrait = Portrait(pixels, FaceBox(40, 24, 80, 80), Mouth(80, 88, 16))
-    return Scene(portrait, Speech(babble(num_frames / 25)), num_frames, seed)
+    return Inputs(portrait, Speech(babble(num_frames / 25)), num_frames, seed)

@@ -27,9 +27,9 @@ def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[
     context.set_forkserver_preload([*PRELOAD, "sonic.inference.batch", "librosa.filters"])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
-    told = [*argv, "device=cpu", "run.threads=1", f"run.folder={folder / 'runs'}"]
-    said = folder / "said"
-    processes = [context.Process(target=_rank, args=((rank, count, port), told, said, before)) for rank in range(count)]
+    arguments = [*argv, "device=cpu", "run.threads=1", f"run.folder={folder / 'runs'}"]
+    output = folder / "said"
+    processes = [context.Process(target=_rank, args=((rank, count, port), arguments, output, before)) for rank in range(count)]
     for process in processes:
         process.start()
     until = time.monotonic() + TIMEOUT_S
@@ -39,15 +39,15 @@ def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[
     for process in processes:
         process.kill()
         process.join()
-    assert not alive, f"ranks {alive} do not end: {said.read_text()}"
-    return [process.exitcode for process in processes], said.read_text()
+    assert not alive, f"ranks {alive} do not end: {output.read_text()}"
+    return [process.exitcode for process in processes], output.read_text()
 
 
-def _rank(place: tuple[int, int, int], argv: Sequence[str], said: Path, before: Callable[[int], object]) -> None:
-    rank, count, port = place
+def _rank(rank_of: tuple[int, int, int], argv: Sequence[str], output: Path, before: Callable[[int], object]) -> None:
+    rank, count, port = rank_of
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.stdout = sys.stderr = said.open("a", buffering=1)
+    sys.stdout = sys.stderr = output.open("a", buffering=1)
     torch.set_num_threads(1)
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0
     before(rank)

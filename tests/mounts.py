@@ -33,9 +33,9 @@ def with_mounts(mounts: list[list[str]], command: list[str], **named) -> subproc
 def ran(command: list[str], *, folder: Path, environment: dict[str, str] | None = None, **named) -> subprocess.CompletedProcess:
     """Run a command in a folder with this tree's sonic and the helpers of the tests."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    told = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
+    given = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **named}
-    return subprocess.run(command, cwd=folder, env=told, text=True, check=False, timeout=300, **out)
+    return subprocess.run(command, cwd=folder, env=given, text=True, check=False, timeout=300, **out)
 
 
 def script(text: str) -> list[str]:

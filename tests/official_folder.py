@@ -18,14 +18,14 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.lora import PUBLISHED as LORA_FILE
 from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
-WIDTH, TEXT, HEARD = 48, 24, 16
+WIDTH, TEXT, SPEECH_DIM = 48, 24, 16
 GIVEN = {
     "_class_name": "WanModel_S2V",
     "dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32, "in_dim": 16, "out_dim": 16,
-    "eps": 1e-6, "text_len": 12, "audio_dim": HEARD, "num_audio_token": 2, "audio_inject_layers": [0], "cond_dim": 16,
+    "eps": 1e-6, "text_len": 12, "audio_dim": SPEECH_DIM, "num_audio_token": 2, "audio_inject_layers": [0], "cond_dim": 16,
 }  # fmt: skip
 SPEECH = {
-    "hidden_size": HEARD, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_bias": True,
+    "hidden_size": SPEECH_DIM, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_bias": True,
     "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_dim": [8] * 7, "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2, "architectures": ["Wav2Vec2ForCTC"],
 }  # fmt: skip
@@ -45,7 +45,7 @@ def tiny_model(**trunk_sizes: int) -> ModelConfig:
     """What config.json says, as ours."""
     sizes = {"hidden_dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32}
     trunk = TrunkConfig(patch_size=[1, 2, 2], **{**sizes, **trunk_sizes})
-    return ModelConfig(trunk=trunk, audio=AudioConfig(HEARD, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
+    return ModelConfig(trunk=trunk, audio=AudioConfig(SPEECH_DIM, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
 
 
 def write_official(folder: Path, seed: int = 0) -> Path:
@@ -61,8 +61,10 @@ def write_official(folder: Path, seed: int = 0) -> Path:
     speech.mkdir()
     (speech / "config.json").write_text(json.dumps(SPEECH))
     (speech / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "sampling_rate": 16000}))
-    heard = {f"wav2vec2.{name}": _random(tensor) for name, tensor in Wav2VecEncoder(SPEECH_KEYS).encoder.state_dict().items()}
-    save_file({**heard, "lm_head.weight": torch.zeros(5, HEARD), "lm_head.bias": torch.zeros(5)}, speech / "model.safetensors")
+    speech_tensors = {f"wav2vec2.{name}": _random(tensor) for name, tensor in Wav2VecEncoder(SPEECH_KEYS).encoder.state_dict().items()}
+    save_file(
+        {**speech_tensors, "lm_head.weight": torch.zeros(5, SPEECH_DIM), "lm_head.bias": torch.zeros(5)}, speech / "model.safetensors"
+    )
     _tokenizer(folder / official.TOKENIZER)
     return folder
 
@@ -110,7 +112,7 @@ SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in official
 
 
 def _random(tensor: Tensor) -> Tensor:
-    """The tensor as it is before training, moved a little, so that nothing is zero and everything is felt in the film."""
+    """The tensor as it is before training, moved a little, so that nothing is zero and everything is felt in the video."""
     return tensor + 0.05 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor.clone()
 
 
@@ -166,5 +168,5 @@ def _tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))

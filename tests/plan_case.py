@@ -1,4 +1,4 @@
-"""A film and a clip under any plan on any number of ranks, and how they must compare with those of one rank."""
+"""A video and a clip under any plan on any number of ranks, and how they must compare with those of one rank."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SINGLE = {"tiny": ParallelConfig("single"), "preview": ParallelConfig("single")}
 
 
 class Case(NamedTuple):
-    """A model to make films with."""
+    """A model to make videos with."""
 
     config: ModelConfig
     weights: str
-    told: Conditions
+    conditions: Conditions
     blocks: int
 
 
@@ -46,7 +46,7 @@ class Under(NamedTuple):
 class Made(NamedTuple):
     """What a rank has in the end: latents, if it leads, and parameter names."""
 
-    film: Tensor | None
+    blocks: Tensor | None
     clip: Tensor | None
     names: list[str]
 
@@ -69,7 +69,7 @@ def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch
 
 
 def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:
-    """A film and a clip under a plan, or the film alone where clips cannot be; maybe after two films given up
+    """A video and a clip under a plan, or the video alone where clips cannot be; maybe after two videos given up
     halfway, one of which is closed at once and the other when it is nearly forgotten."""
     case = case_of(plan, weights)
     under = model_under(case, parallel)
@@ -82,11 +82,11 @@ def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bo
         next(late)
         with closing(blocks_of(under, case)) as early:
             next(early)
-    film = torch.cat(list(blocks_of(under, case)), dim=2)
+    blocks = torch.cat(list(blocks_of(under, case)), dim=2)
     late.close()
     clip = None if world.stages > 1 else clip_of(under, case)
     shutdown(under.context)
-    return Made(film, clip, names)
+    return Made(blocks, clip, names)
 
 
 def blocks_of(under: Under, case: Case):
@@ -95,7 +95,7 @@ def blocks_of(under: Under, case: Case):
     spans = spans_of(case.blocks, case.config.rollout.block_frames)
     source = NoiseSource(torch.Generator().manual_seed(0))
     settings = {"sampling": Sampling(sampler, source), "context": under.context}
-    for block in distributed_rollout(under.model, case.told, spans, **settings):
+    for block in distributed_rollout(under.model, case.conditions, spans, **settings):
         yield block.latents
 
 
@@ -104,7 +104,7 @@ def clip_of(under: Under, case: Case) -> Tensor:
     sampler = SamplerConfig(name="unipc", schedule="unipc", sample_steps=2, sample_guide_scale=2.0)
     frames = case.blocks * case.config.rollout.block_frames
     settings = {"sampling": Sampling(sampler, NoiseSource(torch.Generator().manual_seed(0))), "context": under.context}
-    return distributed_clip(under.model, case.told, frames, **settings)
+    return distributed_clip(under.model, case.conditions, frames, **settings)
 
 
 def made_under_all(plans: dict[str, ParallelConfig], weights: str, given_up: Sequence[str] = ()) -> dict[str, Made]:
@@ -113,7 +113,7 @@ def made_under_all(plans: dict[str, ParallelConfig], weights: str, given_up: Seq
 
 
 def same_as_single(plans: dict[str, ParallelConfig], ranks: list[dict[str, Made]]) -> None:
-    """Films and clips bit for bit, or as near as another order of sums comes where ranks share tokens; and every name."""
+    """Videos and clips bit for bit, or as near as another order of sums comes where ranks share tokens; and every name."""
     for plan, parallel in plans.items():
         first, single = ranks[0][plan], ranks[0]["preview" if plan.startswith("preview") else "tiny"]
         assert {name for rank in ranks for name in rank[plan].names} == set(single.names), plan

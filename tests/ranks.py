@@ -32,8 +32,8 @@ def on_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: f
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        place = lambda rank: (rank, count, store.port, folder, timeout_s)  # noqa: E731
-        processes = [context.Process(target=_rank, args=(place(rank), work, arguments)) for rank in range(count)]
+        arguments_of = lambda rank: (rank, count, store.port, folder, timeout_s)  # noqa: E731
+        processes = [context.Process(target=_rank, args=(arguments_of(rank), work, arguments)) for rank in range(count)]
         for process in processes:
             process.start()
         try:
@@ -61,8 +61,8 @@ def _no_error(folder: Path) -> None:
     assert not failed, f"rank {failed[0].stem}:\n{failed[0].read_text()}"
 
 
-def _rank(place: tuple[int, int, int, Path, float], work: Callable, arguments: tuple) -> None:
-    rank, count, port, folder, timeout_s = place
+def _rank(job: tuple[int, int, int, Path, float], work: Callable, arguments: tuple) -> None:
+    rank, count, port, folder, timeout_s = job
     torch.set_num_threads(1)
     with (folder / f"{rank}.stack").open("w") as stack:
         faulthandler.dump_traceback_later(timeout_s - 2, file=stack)

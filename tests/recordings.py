@@ -75,7 +75,7 @@ def plain_decode(path: Path) -> np.ndarray:
     return np.concatenate([frame.to_ndarray()[0] for frame in [*found, *resampler.resample(None)]])
 
 
-def film_of(speech: Speech, path: Path, frames: int = 0) -> tuple[float, float]:
+def video_of(speech: Speech, path: Path, frames: int = 0) -> tuple[float, float]:
     """Write a video of a recording; the lengths of its pictures and of its sound track in seconds, as players read them."""
     frames = frames or frames_of_audio(len(speech.samples), speech.sample_rate, 25)
     with VideoWriter(path, 16, 16, num_frames=frames, speech=speech) as writer:
@@ -95,10 +95,10 @@ def offset_ms(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return 1000 * late / RATE, float(products[best] / np.sqrt((found @ found) * (truth @ truth)))
 
 
-def heard(path: Path, folder: Path) -> tuple[Speech, np.ndarray]:
+def attn_out(path: Path, folder: Path) -> tuple[Speech, np.ndarray]:
     """What a recording is to the model, and what of it is heard in its finished video; its length is checked here."""
     speech = load_speech(path)
-    pictures, sound = film_of(speech, folder / "film.mp4")
+    pictures, sound = video_of(speech, folder / "video.mp4")
     assert abs(pictures - speech.seconds) <= 0.04
     assert abs(sound - pictures) <= 0.04
-    return speech, plain_decode(folder / "film.mp4")
+    return speech, plain_decode(folder / "video.mp4")

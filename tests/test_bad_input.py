@@ -33,10 +33,10 @@ def sentence(tmp_path, monkeypatch, capsys):
 
     def run(*argv: str) -> str:
         code = run_command(infer_command.ENTRY, infer_command.infer, argv)
-        said = capsys.readouterr()
-        lines = said.err.strip().splitlines()
-        assert code == 2, said
-        assert lines[-1].startswith("sonic: error: ") and "Traceback" not in said.err, said.err
+        output = capsys.readouterr()
+        lines = output.err.strip().splitlines()
+        assert code == 2, output
+        assert lines[-1].startswith("sonic: error: ") and "Traceback" not in output.err, output.err
         assert sum("error:" in line for line in lines) == 1
         assert list((tmp_path / "here").iterdir()) == [], "something was left behind"
         return lines[-1].removeprefix("sonic: error: ")
@@ -121,8 +121,8 @@ def test_a_bad_recording(case, sentence, inputs):
 
 def test_a_picture_without_a_face_names_the_override(sentence, inputs):
     Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (128, 1))).save(inputs / "sky.png")
-    said = sentence(f"image={inputs / 'sky.png'}")
-    assert "no face" in said and "face_box=[x,y,w,h]" in said
+    output = sentence(f"image={inputs / 'sky.png'}")
+    assert "no face" in output and "face_box=[x,y,w,h]" in output
 
 
 def test_of_two_equal_faces_one_is_named(sentence, inputs, capsys, monkeypatch):
@@ -171,8 +171,8 @@ def test_a_disk_that_fills_up_leaves_nothing(sentence, monkeypatch, weights, inp
 def test_truncated_weights(file, sentence, weights, inputs):
     shutil.copytree(weights, inputs / "weights")
     (inputs / "weights" / file).write_bytes((weights / file).read_bytes()[:-1000])
-    said = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
-    assert file in said and "cut short" in said
+    output = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
+    assert file in output and "cut short" in output
 
 
 @pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors", "preview_speech.safetensors"])
@@ -181,8 +181,8 @@ def test_weights_of_another_shape_name_the_tensor(file, sentence, weights, input
     tensors = load_file(weights / file)
     name = next(name for name, tensor in tensors.items() if tensor.ndim >= 2)
     save_file({**tensors, name: torch.zeros(7, 7)}, inputs / "weights" / file)
-    said = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
-    assert name in said and "[7, 7]" in said
+    output = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
+    assert name in output and "[7, 7]" in output
 
 
 def test_weights_that_are_not_there(sentence, inputs):
@@ -200,14 +200,14 @@ def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
     "typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=2", "motion.head=gentle", "motion.strength=0.5"]
 )
 def test_a_published_model_refuses_what_only_a_moved_face_has(model, typed, sentence):
-    said = sentence(f"model={model}", typed)
-    assert said.startswith(typed.partition("=")[0]) and "use model=preview" in said
+    output = sentence(f"model={model}", typed)
+    assert output.startswith(typed.partition("=")[0]) and "use model=preview" in output
 
 
 @pytest.mark.parametrize("typed", ["motion.pose=a.mp4", "face.masks=[a.png]", "video.compat=upstream"])
 def test_a_moved_face_refuses_what_only_a_published_model_has(typed, sentence):
-    said = sentence(typed)
-    assert said.startswith(typed.partition("=")[0]) and "use a published model" in said
+    output = sentence(typed)
+    assert output.startswith(typed.partition("=")[0]) and "use a published model" in output
 
 
 @pytest.mark.parametrize("typed", ["model.lora.path=folder", "model.lora.alpha=3", "checkpoint=folder"])
@@ -220,7 +220,7 @@ def test_a_conversion_refuses_what_it_does_not_read(typed, capsys):
 @pytest.mark.parametrize(
     "typed", ["preset=fast_previw", "video.size=1x1", "video.size=abc", "sampler.sample_steps=0", "video.infer_frames=-1"]
 )
-def test_impossible_knobs(typed, sentence):
+def test_impossible_options(typed, sentence):
     assert typed.partition("=")[0] in sentence(typed)
 
 
@@ -230,7 +230,7 @@ def test_a_face_box_outside_of_the_photo(sentence):
 
 def test_more_ranks_than_a_job_has_work_for(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_command(Entry("judge", JudgeConfig, collections=()), lambda config, run: None, ["film=a.mp4"]) == 2
+    assert run_command(Entry("judge", JudgeConfig, collections=()), lambda config, run: None, ["mp4=a.mp4"]) == 2
     assert "2 ranks" in capsys.readouterr().err
 
 

@@ -69,7 +69,7 @@ def test_bundled_weights_are_named_without_a_place(tmp_path):
 
 
 def test_no_recipe_writes_into_the_package_or_reads_from_a_place_in_it():
-    texts = {path: path.read_text() for place in ("conf", "recipes") for path in (ROOT / place).rglob("*.yaml")}
+    texts = {path: path.read_text() for position in ("conf", "recipes") for path in (ROOT / position).rglob("*.yaml")}
     settings = {path: [line for line in text.splitlines() if not line.lstrip().startswith("#")] for path, text in texts.items()}
     assert [path for path, lines in settings.items() if any(("sonic/" in line.partition(" #")[0]) for line in lines)] == []
     exports = [line for lines in settings.values() for line in lines if line.startswith("export:")]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sonic.cli
-from sonic import config as knobs_of
-from sonic.cli import Entry, compose, entry_knobs, groups, help_text, options
+from sonic import config as config_module
+from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text
 from sonic.config import ConvertConfig, JudgeConfig, parse_size
 from sonic.data.data_config import PrecomputeConfig
 from sonic.evaluation.sweep_config import AblateConfig
@@ -30,7 +30,7 @@ from sonic.training.train_config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)
-ENTRIES = {
+FORWARD_METHODS = {
     "infer": INFER,
     "bench": Entry("bench", BenchConfig),
     "evaluate": Entry("evaluate", EvaluateConfig),
@@ -43,17 +43,17 @@ ENTRIES = {
 }
 NEEDED = {
     "train": ["budget.max_steps=1"],
-    "judge": ["film=out.mp4"],
+    "judge": ["mp4=out.mp4"],
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
-}  # knobs without which a command has no meaning
-CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in options(group)]
+}  # options without which a command has no meaning
+CHOICES = [(name, group, option) for name, entry in FORWARD_METHODS.items() for group in groups(entry) for option in group_choices(group)]
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", FORWARD_METHODS)
 def test_every_command_composes_without_arguments(name):
-    assert isinstance(compose(ENTRIES[name], NEEDED.get(name, [])), ENTRIES[name].schema)
+    assert isinstance(compose(FORWARD_METHODS[name], NEEDED.get(name, [])), FORWARD_METHODS[name].schema)
 
 
 @pytest.mark.parametrize(("name", "group", "option"), CHOICES)
@@ -61,18 +61,18 @@ def test_every_choice_composes(name, group, option):
     if (ROOT / "conf" / group / option).is_dir():
         return  # test_a_preset_fits_every_model_or_says_why_not
     needed = [] if group in ("train", "distill", "precompute", "ablate") else NEEDED.get(name, [])
-    assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
+    assert isinstance(compose(FORWARD_METHODS[name], [f"{group}={option}", *needed]), FORWARD_METHODS[name].schema)
 
 
 def test_every_yaml_belongs_to_a_command():
-    files = {path.relative_to(ROOT / place) for place in ("conf", "recipes") for path in (ROOT / place).rglob("*.yaml")}
-    known = {Path(f"{name}.yaml") for name in ENTRIES} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
-    per_model = {Path("preset", preset, f"{model}.yaml") for preset in options("preset") for model in options("model")}
+    files = {path.relative_to(ROOT / folder) for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*.yaml")}
+    known = {Path(f"{name}.yaml") for name in FORWARD_METHODS} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
+    per_model = {Path("preset", preset, f"{model}.yaml") for preset in group_choices("preset") for model in group_choices("model")}
     assert files == {path for path in known if path.parent != Path("preset")} | per_model
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("preset", options("preset"))
+@pytest.mark.parametrize("model", group_choices("model"))
+@pytest.mark.parametrize("preset", group_choices("preset"))
 def test_a_preset_fits_every_model_or_says_why_not(preset, model):
     try:
         found = compose(INFER, [f"model={model}", f"+preset={preset}"])
@@ -93,9 +93,9 @@ def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
 
 
 @pytest.mark.parametrize("command", ["infer", "plan", "evaluate", "bench"])
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", group_choices("model"))
 def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
-    entry = ENTRIES[command]
+    entry = FORWARD_METHODS[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
     steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar", 4, 1.0)}[model]
@@ -108,7 +108,7 @@ def test_a_sampler_that_is_chosen_is_the_one_that_runs():
     assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
     assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
     assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
-    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
+    assert compose(FORWARD_METHODS["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
@@ -124,12 +124,12 @@ def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
 )
 def test_the_ring_of_the_published_habits_is_one_clip(preset, frames, blocks):
     given = ["model=live_avatar_14b", f"+preset={preset}", f"video.infer_frames={frames}"]
-    for entry in (INFER, ENTRIES["plan"]):
+    for entry in (INFER, FORWARD_METHODS["plan"]):
         assert compose(entry, [*given, "compat=upstream"]).model.rollout.window_blocks == blocks
         assert compose(entry, given).model.rollout.window_blocks == (4 if preset == "standard" else 2)
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", group_choices("model"))
 def test_every_model_builds_without_memory(name):
     config = compose(INFER, [f"model={name}"]).model
     with torch.device("meta"):
@@ -140,8 +140,8 @@ def test_every_model_builds_without_memory(name):
 
 
 def test_names_in_the_config_are_the_tables():
-    assert set(knobs_of.SAMPLER_NAMES) == set(SAMPLERS)
-    assert set(knobs_of.SCHEDULE_NAMES) == set(SCHEDULES)
+    assert set(config_module.SAMPLER_NAMES) == set(SAMPLERS)
+    assert set(config_module.SCHEDULE_NAMES) == set(SCHEDULES)
     for name in PREDICTIONS:
         compose(INFER, [f"model.prediction={name}"])
     for name in DTYPES:
@@ -211,8 +211,8 @@ def test_short_names_are_the_long_ones():
         ("sampler.sample_steps=0", "need 1 to 1000"),
         ("seed=-1", "must lie between"),
         ("run=me", "set one of: run.name"),
-        ("image", "write knob=value"),
-        ("--image me.jpg", "write knob=value"),
+        ("image", "write option=value"),
+        ("--image me.jpg", "write option=value"),
     ],
 )
 def test_a_mistake_is_answered_with_the_choices(typed, first):
@@ -223,16 +223,16 @@ def test_a_mistake_is_answered_with_the_choices(typed, first):
 
 
 @pytest.mark.parametrize(
-    ("name", "typed", "said"),
+    ("name", "typed", "expected"),
     [
         ("ablate", ["+ablate=steps", "seeds=3"], "seeds=3 is not a list of whole numbers such as [1,2,3]"),
         ("train", ["objective.learn.targets=mlp_in"], "objective.learn.targets=mlp_in is not a list of words such as [a,b]"),
     ],
 )
-def test_a_list_that_is_none_is_answered_with_one(name, typed, said):
+def test_a_list_that_is_none_is_answered_with_one(name, typed, expected):
     with pytest.raises(ValueError, match="such as") as caught:
-        compose(ENTRIES[name], [*NEEDED[name], *typed])
-    assert said in str(caught.value)
+        compose(FORWARD_METHODS[name], [*NEEDED[name], *typed])
+    assert expected in str(caught.value)
 
 
 def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):
@@ -240,19 +240,19 @@ def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeyp
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
     monkeypatch.setattr(sonic.cli, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="sampler.sample_step is not a knob; sampler has: sample_steps"):
+    with pytest.raises(ValueError, match="sampler.sample_step is not an option; sampler has: sample_steps"):
         compose(INFER, ["preset=mine"])
 
 
-def test_sizes_are_read_with_either_sign():
+def test_sizes_are_read_with_either_heartbeat():
     assert parse_size("704x384") == parse_size("704*384") == (704, 384)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_help_names_every_knob_and_choice(name):
-    text = help_text(ENTRIES[name])
-    assert all(f"  {knob}=" in text for knob in entry_knobs(ENTRIES[name]))
-    assert all(option in text for options in groups(ENTRIES[name]).values() for option in options)
+@pytest.mark.parametrize("name", FORWARD_METHODS)
+def test_help_names_every_option_and_choice(name):
+    text = help_text(FORWARD_METHODS[name])
+    assert all(f"  {option}=" in text for option in entry_options(FORWARD_METHODS[name]))
+    assert all(choice in text for choices in groups(FORWARD_METHODS[name]).values() for choice in choices)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
@@ -272,10 +272,10 @@ LARGE = [("distill", f"live_avatar_{steps}step") for steps in (4, 3, 2)] + [("tr
 @pytest.mark.parametrize(("group", "option"), LARGE)
 def test_every_recipe_for_large_cards_builds_without_memory(group, option):
     """Composed whole, built on meta: the base once, adapters or the chosen parts learn, and the world's batches divide by eight."""
-    config = compose(ENTRIES["train"], [f"{group}={option}"])
+    config = compose(FORWARD_METHODS["train"], [f"{group}={option}"])
     with torch.device("meta"):
         objective = OBJECTIVES[config.objective.name](config, None)
-    held = {id(weight): weight.numel() for body in objective.bodies.values() for weight in body.parameters()}
+    held = {id(weight): weight.numel() for network in objective.modules.values() for weight in network.parameters()}
     learning = sum(weight.numel() for weight in objective.roles["student"].parameters() if weight.requires_grad)
     roles = objective.roles.values() if config.objective.learn.rank else ()
     adapters = sum(weight.numel() for role in roles for weight in role.parameters())

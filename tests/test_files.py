@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sonic.checkpoint.converted import _keep
+from sonic.checkpoint.converted import _store
 from sonic.checkpoint.weights import save_weights as save_model
 from sonic.data.shards import write_shard
-from sonic.system.files import aside, save_tensors, written_aside
+from sonic.system.files import save_tensors, temporary, written_temporary
 from sonic.training.build import save_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -23,7 +23,7 @@ WRITERS = {
     "shard": lambda path: write_shard(path, TENSORS, clips=[]),
     "export": lambda path: save_weights(TENSORS, path),
     "model": lambda path: save_model(nn.Linear(3, 2), path),
-    "prompt": lambda path: _keep(path, TENSORS),
+    "prompt": lambda path: _store(path, TENSORS),
     "any": lambda path: save_tensors(TENSORS, path),
 }
 
@@ -53,10 +53,10 @@ def test_tensors_are_for_whom_the_umask_says(writer, umask, tmp_path, for_onesel
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_names_aside_are_short_and_never_the_same(tmp_path):
+def test_names_unread_are_short_and_never_the_same(tmp_path):
     path = tmp_path / ("ä" * 125)
-    assert len({aside(path) for _ in range(1000)}) == 1000
-    with written_aside(path) as partial:
+    assert len({temporary(path) for _ in range(1000)}) == 1000
+    with written_temporary(path) as partial:
         partial.write_text("text")
     assert path.read_text() == "text"
 
@@ -71,7 +71,7 @@ def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
 def test_what_fails_leaves_the_file_as_it_was(fault, tmp_path):
     (tmp_path / "a").write_text("before")
-    with pytest.raises(type(fault)) as found, written_aside(tmp_path / "a") as partial:
+    with pytest.raises(type(fault)) as found, written_temporary(tmp_path / "a") as partial:
         partial.write_text("half")
         raise fault
     assert (tmp_path / "a").read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["a"]

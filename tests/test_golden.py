@@ -69,7 +69,7 @@ def streaming(case: Case) -> None:
             raw = cache.ref_keys[layer]
             case.close(raw, expected[:, : raw.shape[1]])
             with half_precision_rotations():
-                turn = kv_cache.rotation(cache.memory_places(0, expected.device), cache.head_dim)
+                turn = kv_cache.rotation(cache.memory_positions(0, expected.device), cache.head_dim)
             turned = rotate(expected, turn)[:, raw.shape[1] :]
             case.close(cache.rings[0].keys[layer][:, cache.rings[0].memory][:, raw.shape[1] :], turned)
         if name.startswith("sink.cond_v"):
@@ -77,14 +77,14 @@ def streaming(case: Case) -> None:
         if name.startswith("kv_end"):
             ring = cache.rings[int(words[2].removeprefix("step"))]
             buffer = {"k": ring.keys, "v": ring.values}[words[1]][layer]
-            case.close(torch.cat([buffer[:, ring.slot(place)] for place in range(ring.window)], dim=1), expected)
+            case.close(torch.cat([buffer[:, ring.slot(ref_position)] for ref_position in range(ring.window)], dim=1), expected)
 
 
 def merged_lora(case: Case) -> None:
-    told = case.manifest["lora"]
-    adapters = read_lora(case.folder / told["file"])
+    lora = case.manifest["lora"]
+    adapters = read_lora(case.folder / lora["file"])
     assert len(adapters) == case.manifest["n_modules"]
-    merged = lambda model: merge_lora(model, adapters, told["alpha"])  # noqa: E731
+    merged = lambda model: merge_lora(model, adapters, lora["alpha"])  # noqa: E731
     model = model_of(case)
     merged(model)
     weights = export(model)

@@ -6,18 +6,18 @@ import json
 
 import pytest
 import torch
-from test_configs import ENTRIES, INFER, NEEDED
+from test_configs import FORWARD_METHODS, INFER, NEEDED
 
-from sonic.cli import SYNONYMS, compose, entry_knobs, help_text, options, run_command
+from sonic.cli import SYNONYMS, compose, entry_options, group_choices, help_text, run_command
 from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
-from sonic.inference.components import build_parts
+from sonic.inference.components import build_components
 from sonic.inference.report import sampling_of, sampling_words
-from sonic.planner.search import planned
+from sonic.planner.search import search_plans
 from sonic.planner.workload import workload
 from sonic.sampling.schedules import sigmas_of
 
-PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
+PLAN, BENCH = FORWARD_METHODS["plan"], FORWARD_METHODS["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")
 OWN = {"preview": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16"}
 
@@ -26,16 +26,16 @@ def levels(sampler):
     return sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift).tolist()
 
 
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", group_choices("model"))
 @pytest.mark.parametrize(("command", "steps"), [*(("infer", steps) for steps in range(1, 9)), ("plan", 1), ("bench", 8), ("evaluate", 5)])
 def test_any_number_of_steps_goes_with_every_model(command, steps, model):
-    found = compose(ENTRIES[command], [f"model={model}", f"sampler.sample_steps={steps}"]).sampler
+    found = compose(FORWARD_METHODS[command], [f"model={model}", f"sampler.sample_steps={steps}"]).sampler
     assert found.sample_steps == steps == len(levels(found)) - 1
 
 
 @pytest.mark.parametrize("steps", [2, 8])
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("preset", options("preset"))
+@pytest.mark.parametrize("model", group_choices("model"))
+@pytest.mark.parametrize("preset", group_choices("preset"))
 def test_any_number_of_steps_goes_with_every_preset(preset, model, steps):
     given = [f"model={model}", f"+preset={preset}"]
     try:
@@ -52,7 +52,7 @@ def test_every_name_of_a_table_is_the_same_levels(steps):
     ways = [f"sampler.sample_steps={steps}"], [f"sampler=live_avatar_{steps}step"], [f"schedule=live_avatar_{steps}step"]
     by_number, *others = (levels(compose(INFER, [model, *way]).sampler) for way in ways)
     assert by_number == others[0] == others[1] == levels(compose(INFER, ["sampler=live_avatar", ways[0][0]]).sampler)
-    recipe = compose(ENTRIES["train"], [f"distill=live_avatar_{steps}step"]).objective.sampler
+    recipe = compose(FORWARD_METHODS["train"], [f"distill=live_avatar_{steps}step"]).objective.sampler
     assert levels(recipe) == by_number
 
 
@@ -70,22 +70,22 @@ def test_too_few_steps_for_the_memory_are_offered_by_number():
     tight = ["hardware=1xh200", "parallel=single", "hardware.usable_gib=65", "model=live_avatar_14b", "video=704x384"]
     for schedule in ("live_avatar", "live_avatar_4step"):
         config = compose(PLAN, [*tight, f"schedule={schedule}"])
-        (fewer,) = (change for change in planned(config).changes if "steps" in change.sentence)
-        assert planned(compose(PLAN, [*tight, f"schedule={schedule}", *fewer.knobs])).fits
+        (fewer,) = (change for change in search_plans(config).changes if "steps" in change.sentence)
+        assert search_plans(compose(PLAN, [*tight, f"schedule={schedule}", *fewer.options])).fits
 
 
-def said_of(*argv: str) -> dict:
+def message_of(*argv: str) -> dict:
     return sampling_of(compose(INFER, argv).sampler, "a file", torch.bfloat16)
 
 
-def test_a_run_says_which_noise_levels_it_visits():
-    found = said_of("model=live_avatar_14b")
+def test_a_run_says_which_noise_levels_it_uses():
+    found = message_of("model=live_avatar_14b")
     assert (found["table"], found["timesteps"]) == (True, [1000, 857.692, 602.151, 8.929])
     levels = "euler, 4 steps of schedule live_avatar (its table): timesteps 1000, 857.7, 602.2, 8.9"
     assert sampling_words(found) == f"{levels}; no guidance; weights: a file in bfloat16"
-    found = said_of("model=live_avatar_14b", "sampler.sample_steps=2")
+    found = message_of("model=live_avatar_14b", "sampler.sample_steps=2")
     assert (found["table"], found["sigmas"]) == (False, [1, 0.751121, 0])
-    found = said_of("model=wan_s2v_14b")
+    found = message_of("model=wan_s2v_14b")
     assert found["timesteps"][:3] == [999, 991, 982]  # whole, as the solver rounds them down
     assert "timesteps 999, 991, 982, ..., 136, 71; guidance 4.5" in sampling_words(found)
 
@@ -101,32 +101,32 @@ def test_a_run_says_which_noise_levels_it_visits():
 )
 def test_the_preview_says_whose_weights_take_so_many_steps(steps, more, weights):
     config = compose(INFER, [f"sampler.sample_steps={steps}", "device=cpu", *more])
-    assert build_parts(config.model, config.run, steps=steps).weights == weights
+    assert build_components(config.model, config.run, steps=steps).weights == weights
 
 
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", group_choices("model"))
 def test_guidance_of_zero_is_off(model):
     one, zero = (compose(INFER, [f"model={model}", f"sampler.sample_guide_scale={scale}"]) for scale in (1, 0))
     assert zero == one
     assert not workload(compose(PLAN, [f"model={model}", "sampler.sample_guide_scale=0"])).guided
 
 
-@pytest.mark.parametrize("model", options("model"))
-def test_a_model_has_its_own_precision_unless_told_otherwise(model):
+@pytest.mark.parametrize("model", group_choices("model"))
+def test_a_model_has_its_own_precision_unless_reported_otherwise(model):
     for name in ("infer", "plan", "bench"):
-        config = compose(ENTRIES[name], [f"model={model}"])
+        config = compose(FORWARD_METHODS[name], [f"model={model}"])
         assert precision_of(config.run.dtype, config.model) == OWN[model]
-    assert workload(compose(PLAN, [f"model={model}"])).number == {"float32": 4, "bfloat16": 2}[OWN[model]]
-    assert compose(ENTRIES["train"], [*NEEDED["train"], f"model={model}"]).speed.precision == OWN[model]
+    assert workload(compose(PLAN, [f"model={model}"])).dtype_bytes == {"float32": 4, "bfloat16": 2}[OWN[model]]
+    assert compose(FORWARD_METHODS["train"], [*NEEDED["train"], f"model={model}"]).speed.precision == OWN[model]
     for asked in PRECISIONS:
         config = compose(INFER, [f"model={model}", f"run.dtype={asked}"])
         assert precision_of(config.run.dtype, config.model) == asked
         typed = [*NEEDED["train"], f"model={model}", f"speed.precision={asked}"]
-        assert compose(ENTRIES["train"], typed).speed.precision == asked
+        assert compose(FORWARD_METHODS["train"], typed).speed.precision == asked
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("preset", options("preset"))
+@pytest.mark.parametrize("model", group_choices("model"))
+@pytest.mark.parametrize("preset", group_choices("preset"))
 def test_presets_leave_the_precision_to_the_model(preset, model):
     try:
         config = compose(INFER, [f"model={model}", f"+preset={preset}"])
@@ -144,7 +144,7 @@ def test_the_help_says_whose_precision_it_is():
 def test_a_size_with_a_star_is_the_size_with_a_cross(command, capsys):
     shown = []
     for size in ("384*256", "384x256"):
-        assert run_command(ENTRIES[command], lambda config, run: None, ["--cfg", f"video.size={size}"]) == 0
+        assert run_command(FORWARD_METHODS[command], lambda config, run: None, ["--cfg", f"video.size={size}"]) == 0
         shown.append(capsys.readouterr().out.replace(size, "SIZE"))
     assert shown[0] == shown[1]
 
@@ -162,7 +162,7 @@ def test_a_plan_for_a_size_with_a_star_is_the_plan_for_the_size(tmp_path, monkey
 @pytest.mark.parametrize("frames", [1, 32])
 def test_any_number_of_frames_limits_a_video_that_is_made_block_by_block(model, frames):
     for name in ("infer", "plan", "bench"):
-        video = compose(ENTRIES[name], [f"model={model}", f"video.infer_frames={frames}", "video.num_clip=50"]).video
+        video = compose(FORWARD_METHODS[name], [f"model={model}", f"video.infer_frames={frames}", "video.num_clip=50"]).video
         assert (video.infer_frames, video.num_clip) == (frames, 50)
 
 
@@ -200,19 +200,19 @@ def test_what_is_settled_of_a_video_leaves_the_arguments_alone():
 )
 def test_names_of_other_programs_are_answered_with_ours(prefix, typed, meant):
     first = f"sampler has: {meant}" if prefix else f"choose one of: sampler.{meant}"
-    with pytest.raises(ValueError, match=f"{prefix}{typed} is not a knob; {first}"):
+    with pytest.raises(ValueError, match=f"{prefix}{typed} is not an option; {first}"):
         compose(INFER, [f"{prefix}{typed}=4"])
 
 
 @pytest.mark.parametrize("typed", ["--sample_steps", "--sample_steps=4", "--num_inference_steps"])
 def test_options_with_dashes_are_answered_with_ours(typed, capsys):
     assert run_command(infer_command.ENTRY, infer_command.infer, [typed]) == 2
-    assert f"{typed} is not understood; write knob=value such as sampler.sample_steps=" in capsys.readouterr().err
+    assert f"{typed} is not understood; write option=value such as sampler.sample_steps=" in capsys.readouterr().err
 
 
 def test_every_synonym_means_an_option_and_is_none_itself():
-    known = [name for entry in ENTRIES.values() for name in entry_knobs(entry)]
-    inferred = [name.rpartition(".")[2] for name in entry_knobs(INFER)]
+    known = [name for entry in FORWARD_METHODS.values() for name in entry_options(entry)]
+    inferred = [name.rpartition(".")[2] for name in entry_options(INFER)]
     for word, ends in SYNONYMS.items():
         assert word not in inferred
         assert all(any(f".{name}".endswith(f".{end}") for name in known) for end in ends), word

@@ -1,4 +1,4 @@
-"""The README tells of every file and every knob, with the defaults as they are."""
+"""The README tells of every file and every option, with the defaults as they are."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from sonic.cli import Entry, groups, knobs
+from sonic.cli import Entry, config_options, groups
 from sonic.inference.infer_config import InferConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = ("model.", "hardware.")  # told of where models and the planner are
-SHOWN = {name: field for name, (_, field) in knobs(InferConfig).items() if not name.startswith(ELSEWHERE) or name == "model.weights"}
+SHOWN = {
+    name: field for name, (_, field) in config_options(InferConfig).items() if not name.startswith(ELSEWHERE) or name == "model.weights"
+}
 
 
 def test_every_file_of_the_library_is_on_the_map():
     tree = README.partition("## The tree")[2].partition("\n## ")[0]
     names = {path.name for path in (ROOT / "sonic").rglob("*.py") if path.name != "__init__.py"}
     assert {name for name in names if name not in tree} == set()
-    assert set(re.findall(r"\w+\.py", tree)) <= names | {path.name for place in (ROOT, ROOT / "launch") for path in place.glob("*.py")}
+    assert set(re.findall(r"\w+\.py", tree)) <= names | {
+        path.name for position in (ROOT, ROOT / "launch") for path in position.glob("*.py")
+    }
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_every_knob_is_in_the_table_with_its_default(name):
+def test_every_option_is_in_the_table_with_its_default(name):
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     default = SHOWN[name].default
     assert row.split("|")[2].strip().strip("`") == ("" if default in (None, "") else str(default))

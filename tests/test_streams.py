@@ -20,7 +20,7 @@ start_logging(main=True)
 for _ in range(300):
     logging.getLogger("sonic").info("a sentence that is longer than a word, again and again" * 10)
 print("and a table" * 10000)
-open("film", "w").write("whole")
+open("video", "w").write("whole")
 os.write(1, b"what a library says")
 """
 ASKS = """
@@ -53,10 +53,10 @@ def shell(redirection: str, text: str, folder) -> subprocess.CompletedProcess:
 def test_the_work_is_done_whoever_listens(redirection, tmp_path):
     found = shell(redirection, SAYS, tmp_path)
     assert found.returncode == 0 and "Traceback" not in found.stderr and "Error" not in found.stderr
-    assert (tmp_path / "film").read_text() == "whole"
+    assert (tmp_path / "video").read_text() == "whole"
 
 
-def test_an_answer_that_cannot_be_said_is_an_error_and_one_that_was_enough_is_none(tmp_path):
+def test_an_answer_that_cannot_be_reported_is_an_error_and_one_that_was_enough_is_none(tmp_path):
     for given in (["--help"], ["--cfg"]):
         lost, enough = (shell(where, ASKS.format(given=given), tmp_path) for where in (">/dev/full", "| head -1"))
         assert (lost.returncode, lost.stderr) == (2, "sonic: error: stdout: No space left on device\n")
@@ -80,8 +80,8 @@ def test_what_ends_a_program_leaves_nothing(signals, tmp_path):
     for name in signals:
         process.send_signal(getattr(signal, name))
         time.sleep(0.1)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "nothing was kept" in said and "Traceback" not in said
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "nothing was kept" in message and "Traceback" not in message
     assert list(tmp_path.iterdir()) == []
 
 

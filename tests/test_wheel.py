@@ -55,7 +55,7 @@ def installed(wheel: Path, folder: Path) -> Path:
     python = folder / "bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=wheel.parent)
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
-    packages = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    packages = [position for position in sys.path if Path(position).name in ("site-packages", "dist-packages")]
     (own / "of_the_tests.pth").write_text("\n".join(packages) + "\n")  # whose own .pth files are not read
     return folder / "bin"
 
@@ -69,7 +69,7 @@ def test_the_wheel_carries_the_library_its_configs_its_recipes_and_its_assets(cl
     there = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     library = {path.relative_to(clone) for path in (clone / "sonic").rglob("*.py")}
     assets = {path.relative_to(clone) for path in (clone / "sonic/assets").iterdir()}
-    configs = {Path("sonic") / path.relative_to(clone) for place in ("conf", "recipes") for path in (clone / place).rglob("*.yaml")}
+    configs = {Path("sonic") / path.relative_to(clone) for position in ("conf", "recipes") for path in (clone / position).rglob("*.yaml")}
     assert there == {path.as_posix() for path in library | assets | configs}
     assert {"sonic/conf/preset/standard/preview.yaml", "sonic/recipes/distill/preview_2step.yaml"} <= there
 
@@ -79,8 +79,8 @@ def test_an_installed_wheel_makes_a_video_in_an_empty_folder(programs, tmp_path)
     assert Path(where).is_relative_to(programs.parent)
     shutil.copy(Path(skimage.__file__).parent / "data/astronaut.png", tmp_path / "me.png")
     write_wav(tmp_path / "me.wav", babble(0.9))
-    told = ("image=me.png", "audio=me.wav", "output=o.mp4", "device=cpu", "run.threads=1", "name=first", *FACE)
-    run(programs / "sonic", "infer", "+preset=fast_preview", *told, cwd=tmp_path)
+    given = ("image=me.png", "audio=me.wav", "output=o.mp4", "device=cpu", "run.threads=1", "name=first", *FACE)
+    run(programs / "sonic", "infer", "+preset=fast_preview", *given, cwd=tmp_path)
     assert len(list(read_frames(tmp_path / "o.mp4"))) >= 22
     assert (tmp_path / "runs/first/command.txt").read_text().startswith("sonic infer +preset=fast_preview image=me.png")
     assert (tmp_path / "runs/first/git_commit.txt").read_text() == f"version {sonic.__version__}\n"  # whatever repository is around it
@@ -99,10 +99,10 @@ def test_an_installed_wheel_has_every_recipe_and_starts_its_cells_from_itself(pr
 
 @pytest.mark.parametrize("program", [("sonic",), ("python", "-m", "sonic")])
 def test_the_program_lists_its_commands_with_a_line_each_and_says_how_it_was_started(program, programs, tmp_path):
-    said = run(programs / program[0], *program[1:], "--help", cwd=tmp_path).stdout
+    message = run(programs / program[0], *program[1:], "--help", cwd=tmp_path).stdout
     for name, line in COMMANDS.items():
-        assert f"  {name:<12} {line}\n" in said
-    assert f"usage: {' '.join(program)} COMMAND" in said
+        assert f"  {name:<12} {line}\n" in message
+    assert f"usage: {' '.join(program)} COMMAND" in message
     assert f"usage: {' '.join(program)} plan" in run(programs / program[0], *program[1:], "plan", "-h", cwd=tmp_path).stdout
     unknown = run(programs / program[0], *program[1:], "infr", cwd=tmp_path, code=2).stderr
     assert unknown.startswith("sonic: error: command=infr is unknown; choose one of: infer, ") and unknown.count("\n") == 1
@@ -115,8 +115,8 @@ def test_an_installed_clone_is_found_from_a_script_beside_it_and_by_its_launch_f
     programs = installed(next(tmp_path.glob("*.whl")), tmp_path / "venv")
     (clone.parent / "mine.py").write_text("import sonic\nprint(sonic.__file__)\n")
     assert run(programs / "python", "mine.py", cwd=clone.parent).stdout.strip() == str(clone / "sonic/__init__.py")
-    said = run(programs / "python", "launch/plan.py", "--help", cwd=clone).stdout
-    assert "usage: python launch/plan.py [" in said and "example: python launch/plan.py model=" in said
+    message = run(programs / "python", "launch/plan.py", "--help", cwd=clone).stdout
+    assert "usage: python launch/plan.py [" in message and "example: python launch/plan.py model=" in message
     assert "preset=fast_preview|" in run(programs / "sonic", "infer", "--help", cwd=tmp_path).stdout
 
 

@@ -62,11 +62,11 @@ def spans_of(number: int, block: int = BLOCK) -> list[BlockSpan]:
     return [BlockSpan(index, index * block, block) for index in range(number)]
 
 
-def film(
-    model: AvatarDiT, told: Conditions, number: int, *, seed: int = 0, context: DistributedContext | None = None, **changes
+def latents_of(
+    model: AvatarDiT, conditions_: Conditions, number: int, *, seed: int = 0, context: DistributedContext | None = None, **changes
 ) -> torch.Tensor:
-    """Latents of a film of so many blocks, by one rank or by the first of several."""
+    """Latents of a video of so many blocks, by one rank or by the first of several."""
     settings = SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
     source = NoiseSource(torch.Generator().manual_seed(seed))
-    blocks = rollout(model, told, spans_of(number), sampling=Sampling(settings, source), context=context)
+    blocks = rollout(model, conditions_, spans_of(number), sampling=Sampling(settings, source), context=context)
     return torch.cat([block.latents for block in blocks], dim=2)

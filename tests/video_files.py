@@ -44,8 +44,8 @@ def warp_crop(picture: Tensor, layers: MotionLayers) -> Tensor:
 
 def speech(seed: int, frames: int) -> tuple[np.ndarray, torch.Tensor]:
     """Synthesised speech at 16 kHz and its visemes [F,5]."""
-    said = voices.say(np.random.default_rng(seed), split="test", seconds=frames / FPS)
-    return said.samples.astype(np.float32), torch.from_numpy(voices.viseme_track(said, frames))
+    utterance = voices.say(np.random.default_rng(seed), split="test", seconds=frames / FPS)
+    return utterance.samples.astype(np.float32), torch.from_numpy(voices.viseme_track(utterance, frames))
 
 
 def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: puppet.MouthShape = MOUTH, seed: int = 0) -> np.ndarray:
@@ -58,8 +58,8 @@ def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: 
 
 def write(path: Path, pixels: np.ndarray, samples: np.ndarray | None, *, fps: int = FPS) -> Path:
     """An MP4 of them."""
-    told = None if samples is None else Speech(samples)
-    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=told, coding=Coding(fps=fps)) as writer:
+    speech_track = None if samples is None else Speech(samples)
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech_track, coding=Coding(fps=fps)) as writer:
         writer.write(pixels)
     return path
 

@@ -9,13 +9,13 @@ import time
 
 def records(file):
     """The records of a .wandb file: LevelDB's log format behind a header of 7 bytes, in blocks of 32 KiB."""
-    content, place, whole = file.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-        size, kind = struct.unpack("<HB", content[place + 4 : place + 7])
-        whole += content[place + 7 : place + 7 + size]
-        place += 7 + size
+    content, position, whole = file.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        whole += content[position + 7 : position + 7 + size]
+        position += 7 + size
         if kind in (1, 4):  # the whole of a record, or its end
             yield whole
             whole = b""

@@ -22,12 +22,12 @@ from sonic.bench.scaling import bench_scaling
 from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.data.image import resized
 from sonic.geometry import FPS
-from sonic.inference.components import Parts, build_parts
-from sonic.inference.generate import generate
+from sonic.inference.components import Components, build_components
+from sonic.inference.generate import write_video
 from sonic.inference.infer_config import BenchConfig, InferConfig
-from sonic.inference.inputs import Settings, open_scene
-from sonic.inference.report import Clock, Result, Watch, versions
-from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech, pick
+from sonic.inference.inputs import Settings, open_inputs
+from sonic.inference.report import FrameRecorder, Result, StageTimer, versions
+from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech, pick
 
 
 def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
@@ -52,12 +52,12 @@ def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 def bench_preview(config: BenchConfig, begun: float) -> dict:
     """Frames per second of the preview, its first frame, and the share of a plain matrix product that its arithmetic reaches."""
-    clock = Clock(begun)
-    with clock.stage("load"):
-        scene = _timed_scene(config)
-        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps)
-    results = [_film(scene, parts, config, clock=clock)]
-    results += [_film(scene, parts, config, clock=Clock()) for _ in range(config.repeats)]  # the first one warmed up
+    timer = StageTimer(begun)
+    with timer.stage("load"):
+        inputs = _timed_inputs(config)
+        components = build_components(config.model, config.run, steps=config.sampler.sample_steps)
+    results = [_timed_video(inputs, components, config, timer=timer)]
+    results += [_timed_video(inputs, components, config, timer=StageTimer()) for _ in range(config.repeats)]  # the first one warmed up
     best = max(results[1:], key=lambda result: result.frames_per_second)
     return {
         "frames_per_second": best.frames_per_second,
@@ -67,7 +67,8 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
         "first_frame_warm_s": best.first_frame_s,
         "stages_s": {name: seconds for name, seconds in best.stages_s.items() if name != "load"},
         "load_s": results[0].stages_s["load"],
-        "film": f"{config.film.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
+        "video": f"{config.timing.photo}, {inputs.num_frames} frames, {config.model.resolution} px crop, "
+        f"{config.sampler.sample_steps} steps",
     }
 
 
@@ -85,18 +86,20 @@ def show(figures: dict) -> None:
     Console().print(table)
 
 
-def _film(scene: Scene, parts: Parts, config: BenchConfig, *, clock: Clock) -> Result:
+def _timed_video(inputs: Inputs, components: Components, config: BenchConfig, *, timer: StageTimer) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(config.sampler, config.decode)
-        return generate(scene, parts, settings, output=Path(folder) / "out.mp4", clock=clock, watch=Watch(scene))
+        return write_video(inputs, components, settings, output=Path(folder) / "out.mp4", timer=timer, recorder=FrameRecorder(inputs))
 
 
-def _timed_scene(config: BenchConfig) -> Scene:
+def _timed_inputs(config: BenchConfig) -> Inputs:
     """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
-    found = open_scene(InferConfig())
-    samples = np.resize(found.speech.samples, round(config.film.seconds * found.speech.sample_rate))
-    portrait = _cover(found.portrait, *parse_size(config.film.photo, "film.photo"))
-    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.film.seconds * FPS))
+    found = open_inputs(InferConfig())
+    samples = np.resize(found.speech.samples, round(config.timing.seconds * found.speech.sample_rate))
+    portrait = _cover(found.portrait, *parse_size(config.timing.photo, "timing.photo"))
+    return replace(
+        found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.timing.seconds * FPS)
+    )
 
 
 def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
@@ -121,7 +124,7 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 def _wide(config: BenchConfig) -> ModelConfig:
     """The model as wide as gemm_dim, with heads of 128 as the published one has them, and two layers."""
-    dim = config.film.gemm_dim
+    dim = config.timing.gemm_dim
     trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=2)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 

@@ -29,7 +29,7 @@ MEDIUM = ModelConfig(
 )
 LATENT_FRAMES, LATENT_SIZE, PAST_LATENTS = 8, (24, 32), 19
 THREADS = 2
-ROUNDS = 3  # forwards for each film that other targets would make
+ROUNDS = 3  # forwards for each video that other targets would make
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Work = Callable[[], object]
 
@@ -47,7 +47,7 @@ class Product(NamedTuple):
         return prod(self)
 
 
-class Meeting(NamedTuple):
+class AttentionProduct(NamedTuple):
     """An attention of `queries` to `keys`, `dim` channels in `heads` heads, `batch` times."""
 
     batch: int
@@ -80,10 +80,10 @@ def bench_dit(config: BenchConfig, begun: float) -> dict:
         for name, job in jobs.items():
             spent[name].append(_milliseconds(job))
     fastest = {name: round(min(times), 1) for name, times in spent.items()}
-    share = {f"{name}_over_floor": round(fastest[f"{name}_ms"] / fastest[f"{name}_floor_ms"], 3) for name in DTYPES}
+    ratios = {f"{name}_over_floor": round(fastest[f"{name}_ms"] / fastest[f"{name}_floor_ms"], 3) for name in DTYPES}
     tokens = LATENT_FRAMES * prod(grid) + memory_tokens(MEDIUM, grid, motion=True)
     model = f"{weights(MEDIUM) / 1e6:.1f} M weights, {tokens} tokens, {len(spent['fp32_ms'])} rounds"
-    return {**fastest, **share, "peak_rss_gib": round(memory, 3), "model": model, "seconds": round(time.perf_counter() - begun, 1)}
+    return {**fastest, **ratios, "peak_rss_gib": round(memory, 3), "model": model, "seconds": round(time.perf_counter() - begun, 1)}
 
 
 def medium_forward(dtype: torch.dtype) -> Work:
@@ -97,14 +97,14 @@ def medium_forward(dtype: torch.dtype) -> Work:
         weight.add_(0.02 * draw(*weight.shape))
     channels, audio, text = MEDIUM.trunk.latent_channels, MEDIUM.audio, MEDIUM.text
     latents, timestep = draw(1, channels, LATENT_FRAMES, *LATENT_SIZE), torch.full((1,), 500.0)
-    told = Conditions(
+    conditions = Conditions(
         ref=draw(1, channels, 1, *LATENT_SIZE),
         motion=draw(1, channels, PAST_LATENTS, *LATENT_SIZE),
         pose=draw(*latents.shape),
         audio=draw(1, audio.num_audio_layers, audio.audio_dim, FRAMES_PER_LATENT * LATENT_FRAMES),
         text=draw(1, text.text_len, text.text_dim),
     )
-    return torch.no_grad()(lambda: model(latents, timestep, told))
+    return torch.no_grad()(lambda: model(latents, timestep, conditions))
 
 
 def floor(config: ModelConfig, latent_frames: int, grid: Grid, *, dtype: torch.dtype) -> Work:
@@ -129,36 +129,36 @@ def floor(config: ModelConfig, latent_frames: int, grid: Grid, *, dtype: torch.d
     return run
 
 
-def needed(config: ModelConfig, latent_frames: int, grid: Grid) -> Iterator[Product | Meeting]:
+def needed(config: ModelConfig, latent_frames: int, grid: Grid) -> Iterator[Product | AttentionProduct]:
     """Products and attentions of a forward on one clip with motion, pose, audio and text: what `counts.forward_multiply_adds` counts."""
     trunk, text, audio, dim = config.trunk, config.text, config.audio, config.trunk.hidden_dim
     frame, patch = prod(grid), trunk.latent_channels * prod(trunk.patch_size)
-    noisy = latent_frames * frame
-    tokens = noisy + memory_tokens(config, grid, motion=True)
-    yield from [Product(noisy, patch, dim)] * 2
+    query_tokens = latent_frames * frame
+    tokens = query_tokens + memory_tokens(config, grid, motion=True)
+    yield from [Product(query_tokens, patch, dim)] * 2
     yield Product(frame, patch, dim)
     for count, scale in zip(packed_tokens(config, grid), PACK_SCALES, strict=True):
         yield Product(count, patch * scale**3, dim)
     yield from (Product(2, trunk.freq_dim, dim), Product(2, dim, dim), Product(2, dim, 6 * dim))
     yield from (Product(text.text_len, text.text_dim, dim), Product(text.text_len, dim, dim))
-    yield from _hearing(config, latent_frames)
+    yield from _audio_products(config, latent_frames)
     for layer in range(trunk.num_layers):
         yield from [Product(tokens, dim, dim)] * 4
-        yield Meeting(1, tokens, tokens, dim, trunk.num_heads)
+        yield AttentionProduct(1, tokens, tokens, dim, trunk.num_heads)
         yield from [Product(tokens, dim, dim)] * 2
         yield from [Product(text.text_len, dim, dim)] * 2
-        yield Meeting(1, tokens, text.text_len, dim, trunk.num_heads)
+        yield AttentionProduct(1, tokens, text.text_len, dim, trunk.num_heads)
         yield from (Product(tokens, dim, trunk.ffn_dim), Product(tokens, trunk.ffn_dim, dim))
         if layer in audio.inject_layers:
-            heard = audio.num_audio_token + 1
-            yield from [Product(noisy, dim, dim)] * 2
-            yield from [Product(latent_frames * heard, dim, dim)] * 2
+            audio_tokens = audio.num_audio_token + 1
+            yield from [Product(query_tokens, dim, dim)] * 2
+            yield from [Product(latent_frames * audio_tokens, dim, dim)] * 2
             yield Product(latent_frames, dim, 2 * dim)
-            yield Meeting(latent_frames, frame, heard, dim, trunk.num_heads)
-    yield Product(noisy, dim, patch)
+            yield AttentionProduct(latent_frames, frame, audio_tokens, dim, trunk.num_heads)
+    yield Product(query_tokens, dim, patch)
 
 
-def _hearing(config: ModelConfig, latent_frames: int) -> Iterator[Product]:
+def _audio_products(config: ModelConfig, latent_frames: int) -> Iterator[Product]:
     """The audio encoder: its two branches, each shrunk twice."""
     dim, audio = config.trunk.hidden_dim, config.audio
     columns = [1 + FRAMES_PER_LATENT * latent_frames]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sonic.checkpoint.load import Lora
 from sonic.config import Ranks, precision_of
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
-from sonic.inference.choose_plan import Forecast, forecast
+from sonic.inference.choose_plan import Estimate, estimate
 from sonic.inference.components import DTYPES, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
-from sonic.inference.generate_wan import Shot, Vae, WanNetworks, paint_blocks, paint_clips
+from sonic.inference.generate_wan import EncodedInputs, Vae, WanNetworks, generate_blocks, generate_clips
 from sonic.inference.infer_config import BenchConfig, InferConfig, PlanChoiceConfig
-from sonic.inference.stream import ahead
+from sonic.inference.stream import prefetch
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext, context_of
 from sonic.parallel.mesh import open_world
@@ -45,23 +45,23 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
         torch.set_num_threads(config.run.threads)
     asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
-    foretold = forecast(asked, ranks, device, trained=False)
-    with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
-        dtype, context = _dtype(config), context_of(world, foretold.parallel)
+    estimated = estimate(asked, ranks, device, trained=False)
+    with open_world(estimated.parallel, estimated.parallel.name, ranks, device=device) as world:
+        dtype, context = _dtype(config), context_of(world, estimated.parallel)
         model = build_parallel_model(config.model, None, context, lora=Lora({}, 0.0), dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:
             vae = RemoteAutoencoder(context.vae_channel) if world.vae_rank else _vae(config, device)
-            figures = _figures(config, model, vae, foretold=foretold, context=context)
+            figures = _figures(config, model, vae, estimated=estimated, context=context)
             shutdown(context)
-        elif world.keeps_vae:
+        elif world.holds_vae:
             serve_vae(_vae(config, device), context.vae_channel)
         else:
             worker_loop(model, context, dtype)
-        foretold.measure(world)
+        estimated.measure(world)
         if not world.leads:
             return {}
-    return {**foretold.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
+    return {**estimated.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
 
 
 def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
@@ -73,9 +73,9 @@ def _dtype(config: BenchConfig) -> torch.dtype:
     return DTYPES[precision_of(config.run.dtype, config.model)]
 
 
-def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, context: DistributedContext) -> dict:
+def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, estimated: Estimate, context: DistributedContext) -> dict:
     """Times of the hand-overs, as the first rank sees them."""
-    work, device = workload(foretold.config), context.world.device
+    work, device = workload(estimated.config), context.world.device
     denoised: list[float] = []  # seconds of each hand-over
     ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, context=context)]
     seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
@@ -89,7 +89,7 @@ def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, for
         "tflops": float(f"{rate:.4g}"),
         "product_tflops": float(f"{product:.4g}"),
         "gemm_share": round(rate / product, 3),
-        "film": f"{work.width}x{work.height}, {work.steps} steps, {numbers}",
+        "video": f"{work.width}x{work.height}, {work.steps} steps, {numbers}",
     }
 
 
@@ -98,7 +98,7 @@ def _hand_overs(
 ) -> Iterator[Tensor]:
     """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
     device, networks = context.world.device, WanNetworks(model, vae, context)
-    shot = _random_shot(work, config.fit.blocks + config.fit.warm_blocks, device=device)
+    encoded = _random_inputs(work, config.fit.blocks + config.fit.warm_blocks, device=device)
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -117,9 +117,9 @@ def _hand_overs(
             begun = time.perf_counter()
 
     if work.clip_frames:
-        return paint_clips(networks, shot, sampler=config.sampler, stage=stage)
-    online = lambda blocks: ahead(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
-    return paint_blocks(networks, shot, sampler=config.sampler, hand_over=online)
+        return generate_clips(networks, encoded, sampler=config.sampler, stage=stage)
+    online = lambda blocks: prefetch(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
+    return generate_blocks(networks, encoded, sampler=config.sampler, hand_over=online)
 
 
 class Undecoded(nn.Module):
@@ -136,19 +136,19 @@ class Undecoded(nn.Module):
         return latents[:, :, :0], cache
 
 
-def _random_shot(work: Workload, hand_overs: int, *, device: torch.device) -> Shot:
+def _random_inputs(work: Workload, hand_overs: int, *, device: torch.device) -> EncodedInputs:
     """What a model of this size is told, out of a generator."""
     rng, model = torch.Generator().manual_seed(0), work.model
     drawn = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
     text = drawn(1, model.text.text_len, model.text.text_dim)
     audio = drawn(1, model.audio.num_audio_layers, model.audio.audio_dim, work.frames * hand_overs)
     picture = drawn(1, 3, work.height, work.width).tanh()
-    return Shot(picture, text, torch.zeros_like(text), audio, clip_frames=work.clip_frames or work.frames)
+    return EncodedInputs(picture, text, torch.zeros_like(text), audio, clip_frames=work.clip_frames or work.frames)
 
 
 def product_tflops(work: Workload, device: torch.device) -> float:
     """10^12 operations a second of the MLP's first product on the tokens of a hand-over."""
-    trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.number]
+    trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.dtype_bytes]
     left = torch.ones(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
     right = torch.ones(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
     best, until = float("inf"), time.perf_counter() + PRODUCT_S

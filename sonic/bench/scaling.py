@@ -10,7 +10,7 @@ from pathlib import Path
 from sonic.inference.infer_config import BenchConfig
 from sonic.system.program import process
 
-STREAM = (  # a transformer wide enough for its products to be most of the work, and a film long enough for a steady state
+STREAM = (  # a transformer wide enough for its products to be most of the work, and a video long enough for a steady state
     "model=live_avatar_14b",
     "model.trunk.hidden_dim=512",
     "model.trunk.ffn_dim=2048",
@@ -51,12 +51,12 @@ def bench_scaling(config: BenchConfig, begun: float) -> dict:
     }
 
 
-def _frames_per_second(ranks: int, *told: str) -> float:
+def _frames_per_second(ranks: int, *arguments: str) -> float:
     """Of one run of bench fit in processes of its own."""
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "fit.json"
-        command = ["env", "OMP_NUM_THREADS=1", *process("bench", *starter), "fit", *STREAM, *told, f"json={found}"]
+        command = ["env", "OMP_NUM_THREADS=1", *process("bench", *starter), "fit", *STREAM, *arguments, f"json={found}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"bench fit on {ranks} ranks ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")

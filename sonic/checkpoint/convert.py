@@ -1,4 +1,4 @@
-"""Official folders become a ready checkpoint, and a ready checkpoint official again; tensor by tensor, in little memory."""
+"""Official folders become a converted checkpoint, and a converted checkpoint official again; tensor by tensor, in little memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sonic.checkpoint import official
-from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Ready
+from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Checkpoint
 from sonic.checkpoint.official import Component
-from sonic.checkpoint.tensor_files import FLOATS, Stored, read, sha256, write
+from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, write
 from sonic.checkpoint.weights import to_ours
 from sonic.config import ConvertConfig, ModelConfig
 from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lora
@@ -60,7 +60,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
     _check_space(output, components)
     sources = sorted({tensor.file for part in components.values() for tensor in part.tensors.values()})
     lora = lora_file(config.lora.path) if config.lora.path else None
-    with _aside(output, _plan(config, [*sources, *filter(None, [lora])])) as partial:
+    with _partial_folder(output, _plan(config, [*sources, *filter(None, [lora])])) as partial:
         report = []
         for name, part in components.items():
             report += _write(partial / name, part, merge if name == "dit" else Merge())
@@ -81,7 +81,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
 
 
 def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
-    """A transformer as a published folder: its shards, their index, and config.json. It is a ready checkpoint's, or a student's in a
+    """A transformer as a published folder: its shards, their index, and config.json. It is a converted checkpoint's, or a student's in a
     file of its own; a student's adapter is merged.
 
     The other networks are never trained here, so another program takes them from the folders that were downloaded.
@@ -90,12 +90,12 @@ def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
     if source.is_file():
         dit = official.bare_transformer(source, base)
     else:
-        ready = Ready.open(source)
-        dit = Component(ready.tensors("dit"), official.official_config(ready.config(base)))
+        checkpoint = Checkpoint.open(source)
+        dit = Component(checkpoint.tensors("dit"), official.official_config(checkpoint.config(base)))
     merge = _merge(config, dit)
     _check_space(output, {"dit": dit})
     lora = [lora_file(config.lora.path)] if config.lora.path else []
-    with _aside(output, _plan(config, [*sorted({tensor.file for tensor in dit.tensors.values()}), *lora])) as partial:
+    with _partial_folder(output, _plan(config, [*sorted({tensor.file for tensor in dit.tensors.values()}), *lora])) as partial:
         _write(partial, dit, merge, stem=official.DIT_STEM)
     return output
 
@@ -133,7 +133,7 @@ def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> 
     return report
 
 
-def _changed(shard: Mapping[str, Stored], part: Component, merge: Merge) -> Iterator[tuple[str, Tensor]]:
+def _changed(shard: Mapping[str, StoredTensor], part: Component, merge: Merge) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard, merged and in the precision that they are written in, one at a time."""
     adapters = merge.read()
     for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
@@ -147,9 +147,9 @@ def _ours(name: str) -> str:
     return to_ours(name) or name
 
 
-def shards_of(part: Component) -> Iterator[dict[str, Stored]]:
+def shards_of(part: Component) -> Iterator[dict[str, StoredTensor]]:
     """Tensors in the order they lie in their files, in portions that fit a shard."""
-    shard: dict[str, Stored] = {}
+    shard: dict[str, StoredTensor] = {}
     size = 0
     for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[0])):
         if shard and size + part.nbytes(stored) > SHARD_BYTES:
@@ -166,7 +166,7 @@ def _plan(config: ConvertConfig, sources: Iterable[Path]) -> dict[str, Any]:
     return {"format": FORMAT, "to": config.to, "model": config.model.name, "alpha": config.lora.alpha, "sources": state}
 
 
-class _aside:  # noqa: N801 - used as a function
+class _partial_folder:  # noqa: N801 - used as a function
     """A folder beside the final one that takes its place when the block ends well, and is removed when not.
 
     What a killed process left there is kept when it was made to the same plan, and thrown away otherwise.
@@ -177,13 +177,13 @@ class _aside:  # noqa: N801 - used as a function
         self.plan = json.dumps(plan, indent=1) + "\n"
 
     def __enter__(self) -> Path:
-        told = self.partial / PLAN
-        if told.is_file() and told.read_text() == self.plan:
+        plan_file = self.partial / PLAN
+        if plan_file.is_file() and plan_file.read_text() == self.plan:
             log.info("%s is taken over from a conversion that was cut off", self.partial)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            told.write_text(self.plan)
+            plan_file.write_text(self.plan)
         return self.partial
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -207,8 +207,8 @@ def _beside(output: Path) -> Path:
 
 def _check_space(output: Path, components: Mapping[str, Component]) -> None:
     needed = sum(part.nbytes(tensor) for part in components.values() for tensor in part.tensors.values())
-    place = next(folder for folder in output.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in _beside(output).rglob("*") if file.is_file())
+    parent = next(folder for folder in output.resolve().parents if folder.exists())
+    free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in _beside(output).rglob("*") if file.is_file())
     if free < needed:
-        room = f"{free / 2**30:.1f} GiB are free in {place}, {needed / 2**30:.1f} GiB are needed"
+        room = f"{free / 2**30:.1f} GiB are free in {parent}, {needed / 2**30:.1f} GiB are needed"
         raise ValueError(f"output={output}: {room}; free some space or choose another folder")

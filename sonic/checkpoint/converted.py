@@ -1,4 +1,4 @@
-"""The ready checkpoint: each component in a folder of its own, a manifest, and what loads them."""
+"""The converted checkpoint: each component in a folder of its own, a manifest, and what loads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sonic.checkpoint.tensor_files import Stored, read, survey_sharded
+from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
 from sonic.encoders.wav2vec import Wav2VecEncoder
@@ -32,21 +32,21 @@ PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion
 
 
 @dataclass(frozen=True)
-class Ready:
-    """An opened ready checkpoint."""
+class Checkpoint:
+    """An opened converted checkpoint."""
 
     folder: Path
     manifest: dict[str, Any]
     unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # rows by the file that could not be written
 
     @classmethod
-    def open(cls, folder: Path) -> Ready:
-        """Raises ValueError when the folder is no ready checkpoint, with the way to make one."""
+    def open(cls, folder: Path) -> Checkpoint:
+        """Raises ValueError when the folder is no converted checkpoint, with the way to make one."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
         except (OSError, ValueError):
             raise ValueError(
-                f"checkpoint={folder} is no ready checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
+                f"checkpoint={folder} is no converted checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
                 f"{written('convert')} source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
             ) from None
         if manifest.get("format") != FORMAT:
@@ -61,7 +61,7 @@ class Ready:
             raise ValueError(f"checkpoint={self.folder} holds {made_for}; {way_out}")
         return replace(base, **{name: kind(**self.manifest["config"][name]) for name, kind in PARTS.items()})
 
-    def tensors(self, component: str) -> dict[str, Stored]:
+    def tensors(self, component: str) -> dict[str, StoredTensor]:
         """What a component's shards hold."""
         return survey_sharded(self.folder / component, STEM)
 
@@ -74,7 +74,7 @@ class Ready:
         """The Wan VAE. In bfloat16 its frames differ from float32's by 50 dB (0.8 of 255 levels, root mean square; random weights of the
         published size), latents that were rounded to bfloat16 once and decoded in float32 by 70 dB."""
         vae = WanAutoencoder(self._config("vae"))
-        vae.take(self._moved("vae", CPU))
+        vae.load_tensors(self._moved("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
     def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
@@ -97,7 +97,7 @@ class Ready:
             encoder, tokens = loaded[0]
             (found,) = encoder(*(each.to(device) for each in tokens([prompt], length)))
             rows = found[None].float().cpu()
-            if not _keep(file, {"rows": rows}):
+            if not _store(file, {"rows": rows}):
                 self.unkept[file] = rows
             return rows.to(device)
 
@@ -106,18 +106,18 @@ class Ready:
     def _text_encoder(self, device: torch.device) -> TextEncoder:
         with torch.device("meta"):
             encoder = TextEncoder(self._config("text_encoder"))
-        encoder.take(self._moved("text_encoder", device), str(self.folder))
+        encoder.load_tensors(self._moved("text_encoder", device), str(self.folder))
         return encoder.to(device)
 
-    def hear(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """Speech features [1,N,A,F] of a recording; the encoder is loaded, used and let go."""
-        return self.hear_each([samples], num_frames, fps=fps, device=device)
+    def encode_audio(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
+        """Speech features [1,N,E,F] of a recording; the encoder is loaded, used and let go."""
+        return self.encode_audio_batch([samples], num_frames, fps=fps, device=device)
 
-    def hear_each(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """The same of several recordings.  -> [voices,N,A,F]"""
+    def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
+        """The same of several recordings.  -> [voices,N,E,F]"""
         encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
-        encoder.take(self._moved("speech_encoder", device), str(self.folder))
-        return encoder.eval().hear_each(voices, num_frames, fps)
+        encoder.load_tensors(self._moved("speech_encoder", device), str(self.folder))
+        return encoder.eval().encode_audio_batch(voices, num_frames, fps)
 
     def _moved(self, component: str, device: torch.device) -> dict[str, Tensor]:
         """A component's tensors by name, read and moved one by one: each is a sign that the work gets on, however slow the disk is."""
@@ -144,7 +144,7 @@ def _kept(file: Path) -> Tensor | None:
         return None
 
 
-def _keep(file: Path, tensors: dict[str, Tensor]) -> bool:
+def _store(file: Path, tensors: dict[str, Tensor]) -> bool:
     """Write a file; False for a checkpoint that cannot be written to, which is used without a cache."""
     try:
         file.parent.mkdir(exist_ok=True)

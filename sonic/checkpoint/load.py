@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from sonic.checkpoint.weights import Stored, stored_weights
+from sonic.checkpoint.weights import LazyTensor, stored_weights
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import Adapter, check_lora
-from sonic.system.heartbeat import beat
+from sonic.system.heartbeat import heartbeat
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -48,12 +48,12 @@ def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> N
             if weight.is_meta:
                 weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
                 continue
-            local, place, within = _local(weight)
+            local, index, within = _local(weight)
             if not local.numel():
                 continue
-            part = stored[name].part(place)
+            part = stored[name].part(index)
             if name in lora.adapters:
-                part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[place]
+                part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[index]
             local.copy_(part.flatten()[within].view(local.shape))
 
 
@@ -64,7 +64,7 @@ def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
     for weight in model.parameters():
         if weight.is_meta:
             raise ValueError("offload.store=mmap needs weights in a file; use offload.store=pinned with random ones")
-        beat()
+        heartbeat()
         local, _, _ = _local(weight)
         rng.setdefault(local.device, torch.Generator(local.device).manual_seed(0))
         local.normal_(std=std, generator=rng[local.device])
@@ -76,7 +76,7 @@ def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _mapped(stored: Stored, weight: Tensor, path: str | Path, *, adapted: bool) -> Tensor:
+def _mapped(stored: LazyTensor, weight: Tensor, path: str | Path, *, adapted: bool) -> Tensor:
     value = stored.view()
     if value.dtype != weight.dtype or adapted:
         raise ValueError(
@@ -93,8 +93,8 @@ def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
     if not isinstance(weight, DTensor):
         return weight.data, tuple(slice(0, size) for size in weight.shape), slice(None)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return weight.to_local(), place, slice(None)
+    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return weight.to_local(), index, slice(None)
 
 
 def _local_of_deepspeed(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
@@ -104,5 +104,5 @@ def _local_of_deepspeed(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slic
     stop = min(start + length, weight.ds_numel)
     row = math.prod(rest)
     first, last = start // row, min(rows, -(-stop // row))
-    place = (slice(first, last), *(slice(0, size) for size in rest))
-    return weight.ds_tensor[: stop - start], place, slice(start - first * row, stop - first * row)
+    index = (slice(first, last), *(slice(0, size) for size in rest))
+    return weight.ds_tensor[: stop - start], index, slice(start - first * row, stop - first * row)

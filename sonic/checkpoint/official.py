@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sonic.checkpoint.tensor_files import WIDTHS, Stored, check, survey, survey_sharded
+from sonic.checkpoint.tensor_files import WIDTHS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
@@ -37,15 +37,15 @@ SPEECH_KEYS = (
 class Component:
     """One network of a checkpoint: its tensors by the names they keep, the config it is built from, and files that go along."""
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any] = field(default_factory=dict)
     halve: bool = False  # stored in bfloat16 whatever it came in
 
-    def dtype(self, stored: Stored) -> str:
+    def dtype(self, stored: StoredTensor) -> str:
         """The precision that a tensor is written in."""
         return "BF16" if self.halve else stored.dtype
 
-    def nbytes(self, stored: Stored) -> int:
+    def nbytes(self, stored: StoredTensor) -> int:
         """Bytes that it takes then."""
         return stored.numel * WIDTHS[self.dtype(stored)]
 
@@ -132,8 +132,8 @@ def speech_encoder(folder: Path) -> Component:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
     wanted.pop("masked_spec_embed", None)
-    heard = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
-    check(heard, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
+    encoder = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
+    check(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
     return Component(tensors, config)
 
 
@@ -158,7 +158,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return found
 
 
-def _model_config(given: Mapping[str, Any], tensors: Mapping[str, Stored], base: ModelConfig) -> ModelConfig:
+def _model_config(given: Mapping[str, Any], tensors: Mapping[str, StoredTensor], base: ModelConfig) -> ModelConfig:
     trunk = TrunkConfig(
         hidden_dim=given["dim"],
         ffn_dim=given["ffn_dim"],
@@ -189,7 +189,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
-def _shape(tensors: Mapping[str, Stored], name: str, path: Path) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(f"{path}: tensor {name} is missing; the file is for another model")
     return tensors[name].shape

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sonic.system.heartbeat import beat
+from sonic.system.heartbeat import heartbeat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
@@ -31,7 +31,7 @@ ZIP = b"PK"  # how a zip begins
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor that lies in a file: its name there, shape, and precision as safetensors spells it."""
 
     file: Path
@@ -50,7 +50,7 @@ class Stored:
         return self.numel * WIDTHS[self.dtype]
 
 
-def survey(path: Path) -> dict[str, Stored]:
+def survey(path: Path) -> dict[str, StoredTensor]:
     """What a .safetensors or .pth file holds. Raises ValueError when it is missing, cut short, or wants to run code."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; fetch it again")
@@ -58,14 +58,14 @@ def survey(path: Path) -> dict[str, Stored]:
         try:
             with safe_open(str(path), framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                return {name: Stored(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+                return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is cut short or not safetensors ({_first_lost(path) or error}); fetch it again") from error
     tensors = _pickled(path)
-    return {name: Stored(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
+    return {name: StoredTensor(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
 
 
-def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
+def survey_sharded(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """What the shards named by `stem`.safetensors.index.json hold, or the one file `stem`.safetensors.
 
     Raises ValueError when index and shards do not agree.
@@ -77,7 +77,7 @@ def survey_sharded(folder: Path, stem: str) -> dict[str, Stored]:
         named: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of shards ({error}); fetch it again") from error
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for shard in sorted(set(named.values())):
         if not (folder / shard).is_file():
             first = next(name for name, file in named.items() if file == shard)
@@ -98,14 +98,16 @@ def _first_lost(path: Path) -> str:
             return ""
         try:
             header = json.loads(file.read(length))
-            ends = {name: HEADER_STEP + length + told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"}
+            ends = {name: HEADER_STEP + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError):
             return ""
     lost = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
     return f"tensor {lost[0]} and {len(lost) - 1} more are not all there" if lost else ""
 
 
-def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str) -> None:
+def check(
+    found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
+) -> None:
     """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers of one precision.
 
     `called` gives the name that a file has for a wanted tensor.
@@ -132,7 +134,7 @@ def check(found: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], wh
             raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
 
 
-def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
+def read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
     """The tensors one after the other, mapped from their files. A file is opened for a few that stand together and closed again, so
     that memory is given back once nobody holds them."""
     for path, some in groupby(tensors, key=lambda tensor: tensor.file):
@@ -141,7 +143,7 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
                 try:
                     with safe_open(str(path), framework="pt") as file:
                         for stored in portion:
-                            beat()
+                            heartbeat()
                             yield stored, file.get_tensor(stored.name)
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
@@ -151,7 +153,7 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
                     yield stored, held.pop(stored.name)
 
 
-def portions(tensors: Iterable[Stored], limit: int) -> Iterator[list[Stored]]:
+def portions(tensors: Iterable[StoredTensor], limit: int) -> Iterator[list[StoredTensor]]:
     """The tensors in order, as many at a time as have that many bytes together; a larger one alone."""
     portion, size = [], 0
     for stored in tensors:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sonic.system.files import save_tensors
-from sonic.system.heartbeat import beat
+from sonic.system.heartbeat import heartbeat
 
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
@@ -90,7 +90,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             target.copy_(stored[name].view())
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that is still in its file."""
 
     file: Any
@@ -101,19 +101,19 @@ class Stored(NamedTuple):
         """Of the whole tensor."""
         return self.file.get_slice(self.name).get_shape()
 
-    def part(self, place: tuple[slice, ...]) -> Tensor:
+    def part(self, index: tuple[slice, ...]) -> Tensor:
         """A part of it, read now."""
-        beat()
-        return self.file.get_slice(self.name)[place]
+        heartbeat()
+        return self.file.get_slice(self.name)[index]
 
     def view(self) -> Tensor:
         """All of it as a map of the file, read when it is looked at."""
-        beat()
+        heartbeat()
         return self.file.get_tensor(self.name)
 
 
 @contextmanager
-def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, Stored]]:
+def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, LazyTensor]]:
     """The tensors of a safetensors file, or of all in a folder, by our names, still on disk.
 
     Raises ValueError unless there are exactly tensors of these shapes.
@@ -122,7 +122,7 @@ def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Ite
         stored = {}
         for file in _files(Path(path)):
             opened = stack.enter_context(_opened(file))
-            stored |= {name if name in shapes else to_ours(name) or name: Stored(opened, name) for name in opened.keys()}  # noqa: SIM118
+            stored |= {name if name in shapes else to_ours(name) or name: LazyTensor(opened, name) for name in opened.keys()}  # noqa: SIM118
         _check_names(shapes, {ours: each.name for ours, each in stored.items()}, path)
         for name, wanted in shapes.items():
             if list(wanted) != stored[name].shape:
@@ -174,8 +174,8 @@ def _translate(name: str, table: Mapping[str, str]) -> str | None:
         if path in table:
             return table[path] + leaf
         words = path.split(".")
-        for place, word in enumerate(words):
-            pattern = ".".join([*words[:place], "{i}", *words[place + 1 :]])
+        for index, word in enumerate(words):
+            pattern = ".".join([*words[:index], "{i}", *words[index + 1 :]])
             if word.isdigit() and pattern in table:
                 return table[pattern].replace("{i}", word) + leaf
     return None

@@ -10,7 +10,7 @@ from sonic.config import ConvertConfig
 from sonic.system.run_folder import Run
 
 EXAMPLE = "source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
-ENTRY = Entry("convert", ConvertConfig, collections=(), place=lambda config: ("runs", "convert"), example=EXAMPLE)
+ENTRY = Entry("convert", ConvertConfig, collections=(), location=lambda config: ("runs", "convert"), example=EXAMPLE)
 log = logging.getLogger("sonic")
 
 
@@ -25,8 +25,8 @@ def convert(config: ConvertConfig, run: Run) -> None:
 
 def spelled(argv: list[str]) -> list[str]:
     """`--to official`, as other converters have it, is to=official."""
-    place = argv.index("--to") if "--to" in argv[:-1] else None
-    return argv if place is None else [*argv[:place], f"to={argv[place + 1]}", *argv[place + 2 :]]
+    index = argv.index("--to") if "--to" in argv[:-1] else None
+    return argv if index is None else [*argv[:index], f"to={argv[index + 1]}", *argv[index + 2 :]]
 
 
 def main(argv: list[str]) -> NoReturn:

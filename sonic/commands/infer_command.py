@@ -15,56 +15,56 @@ from sonic.system.paths import shown
 from sonic.system.run_folder import Run
 
 ENTRY = Entry("infer", InferConfig, max_ranks=4096, example="+preset=fast_preview image=me.jpg audio=me.wav output=me.mp4")
-FILM, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
+VIDEO, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
 log = logging.getLogger("sonic")
 
 
 def infer(config: InferConfig, run: Run) -> int | None:
-    """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
+    """Check the inputs, load the parts, make the video or videos, leave their results in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.inference.batch import all_outcomes, announce, checked_scene, make_film, make_films, open_parts
-    from sonic.inference.report import Clock, draw_contact_sheet
+    from sonic.inference.batch import all_outcomes, announce, checked_inputs, make_video, make_videos, open_components
+    from sonic.inference.report import StageTimer, draw_contact_sheet
     from sonic.inference.requests import read_requests
 
-    clock = Clock(begun)
+    timer = StageTimer(begun)
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
-        with open_parts(config, run.ranks, folder=folder) as opened:
-            run.keep()  # finished films
+        with open_components(config, run.ranks, folder=folder) as opened:
+            run.keep()  # finished videos
             announce(opened, config)
-            outcomes = all_outcomes(make_films(requests, opened, config), opened)
-        return report(outcomes, run, plan=opened.forecast.as_json())
+            outcomes = all_outcomes(make_videos(requests, opened, config), opened)
+        return report(outcomes, run, plan=opened.estimate.as_json())
     with ExitStack() as stack:
-        with clock.stage("load"):
-            scene = checked_scene(config, *(run.path / name for name in (FILM, SHEET))) if run.main else None
-            if scene is not None:
+        with timer.stage("load"):
+            inputs = checked_inputs(config, *(run.path / name for name in (VIDEO, SHEET))) if run.main else None
+            if inputs is not None:
                 run.open()  # before the work, should it not take anything
-            opened = stack.enter_context(open_parts(config, run.ranks))
-        if scene is None:
+            opened = stack.enter_context(open_components(config, run.ranks))
+        if inputs is None:
             return None
-        output = Path(config.output) if config.output else run.path / FILM
+        output = Path(config.output) if config.output else run.path / VIDEO
         announce(opened, config)
-        result, watch = make_film(scene, opened.parts, config, output=output, clock=clock)
+        result, recorder = make_video(inputs, opened.components, config, output=output, timer=timer)
         run.keep()
-    with run.sparing("result.json", f"the film {shown(str(output))}"):
-        run.write_json("result.json", asdict(replace(result, plan=opened.forecast.as_json())))
-    with run.sparing("the contact sheet", f"the film {shown(str(output))}"):
-        draw_contact_sheet(watch, run.path / SHEET)
-    log.info("%s\npapers in %s", shown(result.summary()), shown(str(run.path)))
+    with run.sparing("result.json", f"the video {shown(str(output))}"):
+        run.write_json("result.json", asdict(replace(result, plan=opened.estimate.as_json())))
+    with run.sparing("the contact sheet", f"the video {shown(str(output))}"):
+        draw_contact_sheet(recorder, run.path / SHEET)
+    log.info("%s\nresults in %s", shown(result.summary()), shown(str(run.path)))
     return None
 
 
 def report(outcomes: list, run: Run, *, plan: dict) -> int:
-    """What became of all requests, as films.json; exit code 1 when some were bad. `plan` is that of the whole job.
+    """What became of all requests, as videos.json; exit code 1 when some were bad. `plan` is that of the whole job.
 
     Only the first rank's: a launcher ends all ranks as soon as one gives such a code, and the others may be faster than what it says.
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
-    films = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
-    with run.sparing("films.json", "every film that was made"):
-        run.write_json("films.json", films)
-    log.info("%d films made, %d requests bad; papers in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))
+    results = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
+    with run.sparing("videos.json", "every video that was made"):
+        run.write_json("videos.json", results)
+    log.info("%d videos made, %d requests bad; results in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)
     return 1 if bad and run.main else 0

@@ -13,20 +13,20 @@ ENTRY = Entry(
     "judge",
     JudgeConfig,
     collections=(),
-    place=lambda config: ("runs", "judge"),
-    example="film=out.mp4 image=me.jpg audio=me.wav json=out.json",
+    location=lambda config: ("runs", "judge"),
+    example="mp4=out.mp4 image=me.jpg audio=me.wav json=out.json",
 )
 
 log = logging.getLogger("sonic.judge")
 
 
 def score(config: JudgeConfig, run: Run) -> int:
-    """Measure, show the table, write the JSON; exit code 1 for a film whose sound track is not the recording."""
+    """Measure, show the table, write the JSON; exit code 1 for a video whose sound track is not the recording."""
     from sonic.evaluation.judge import judge, sound_fault  # numpy and the decoder: not before the command line is known to be right
 
     fault = sound_fault(judge(config))
     if fault:
-        log.error("film=%s: %s", config.film, fault)
+        log.error("mp4=%s: %s", config.mp4, fault)
     return 1 if fault else 0
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from sonic.cli import Entry, launch
 from sonic.parallel.parallel_config import PlanConfig
-from sonic.planner.search import Planned, as_json, planned
+from sonic.planner.search import PlanResult, as_json, search_plans
 from sonic.planner.training_plans import PlannedTraining, planned_training, training_json, untracked_training
 from sonic.system.run_folder import Run
 
@@ -23,17 +23,17 @@ def plan(config: PlanConfig, run: Run) -> int:
         from sonic.planner.hardware import machine_here  # torch: not for hardware that a file describes
 
         config = replace(config, hardware=machine_here(config.hardware))
-    found, answer = (training if config.task.objective else film)(config)
+    found, answer = (training if config.task.objective else video)(config)
     if config.json:
         Path(config.json).write_text(json.dumps(answer, indent=2) + "\n")
     return 0 if found.fits else NOTHING_FITS
 
 
-def film(config: PlanConfig) -> tuple[Planned, dict]:
-    """The plans of a film, shown, and as JSON."""
+def video(config: PlanConfig) -> tuple[PlanResult, dict]:
+    """The plans of a video, shown, and as JSON."""
     from sonic.planner.table import show  # rich: not before the command line is known to be right
 
-    found = planned(config)
+    found = search_plans(config)
     tracked, why_not = None, ""
     if config.verify:
         from sonic.planner.track import track, untracked  # torch

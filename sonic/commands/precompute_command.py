@@ -12,7 +12,7 @@ ENTRY = Entry(
     "precompute",
     PrecomputeConfig,
     collections=("precompute",),
-    place=lambda config: ("runs", "precompute"),
+    location=lambda config: ("runs", "precompute"),
     example="+precompute=preview_voices",
 )
 

@@ -14,7 +14,7 @@ ENTRY = Entry(
     TrainConfig,
     collections=("train", "distill"),
     variants={"objective": OBJECTIVE_CONFIGS},
-    place=lambda config: ("runs", config.name),
+    location=lambda config: ("runs", config.name),
     max_ranks=4096,
     example="+distill=preview_2step",
 )

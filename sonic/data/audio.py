@@ -36,7 +36,7 @@ _CHUNK_COLUMNS = 512
 
 _LOUDNESS_DBFS = -20.0  # level that the loud part of every recording is brought to
 _QUIETEST_DBFS = -50.0  # quieter recordings are not raised further: what they hold is noise
-_HEARING_DBFS = -65.0  # white noise of this level, before any gain, is not heard at all
+_AUDIBLE_DBFS = -65.0  # white noise of this level, before any gain, is not heard at all
 _FLOOR = 1e-7  # mel power that stands for silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
@@ -182,7 +182,7 @@ def _mel_bank() -> np.ndarray:
 @cache
 def _unheard_power() -> np.ndarray:
     """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
-    white = 10 ** (_HEARING_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
+    white = 10 ** (_AUDIBLE_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
     return 3 * white * _mel_bank().sum(axis=1)
 
 

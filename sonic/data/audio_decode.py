@@ -50,12 +50,12 @@ class ClockReport:
 
     def sentence(self, name: str) -> str:
         """What a user should know of it; empty when the stamps have no gaps."""
-        said = []
+        message = []
         if self.silence_s:
-            said.append(f"{self.silence_s:.2f} s are missing between its time stamps and became silence of that length")
+            message.append(f"{self.silence_s:.2f} s are missing between its time stamps and became silence of that length")
         if self.left_out_s:
-            said.append(f"its time stamps jump by {self.left_out_s:.0f} s, which is too long for a pause and was left out")
-        return f"{name}: {'; '.join(said)}" if said else ""
+            message.append(f"its time stamps jump by {self.left_out_s:.0f} s, which is too long for a pause and was left out")
+        return f"{name}: {'; '.join(message)}" if message else ""
 
 
 def only_sound(container, path: Path):
@@ -103,7 +103,7 @@ def decode_sound(
     """
     report = report or ClockReport()
     damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
-    heard = promised = 0.0
+    attn_out = promised = 0.0
     try:
         with open_media(path) as container:
             stream = choose(container, path)
@@ -115,12 +115,12 @@ def decode_sound(
             for piece in _converted(_with_pauses(stamped, report), rate, layout):
                 if not np.isfinite(piece).all():
                     raise ValueError(f"audio={path} holds samples that are not numbers (NaN or infinity); save it again as 16-bit wav")
-                heard += piece.shape[1] / rate
+                attn_out += piece.shape[1] / rate
                 yield piece
     except av.FFmpegError as error:
         raise ValueError(damaged.format(error.strerror or "unknown format")) from error
-    if heard < (1 - _DAMAGED) * promised:
-        raise ValueError(damaged.format(f"only {heard:.1f} of {promised:.1f} s are readable"))
+    if attn_out < (1 - _DAMAGED) * promised:
+        raise ValueError(damaged.format(f"only {attn_out:.1f} of {promised:.1f} s are readable"))
 
 
 def mix_down(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:

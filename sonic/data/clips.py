@@ -35,11 +35,11 @@ TIME = {
 }
 
 
-def write_index(folder: Path, clips: list[dict], **facts: object) -> None:
-    """Name every clip of `folder`, with what is true of all of them in `facts`."""
-    aside = folder / f".{INDEX}"
-    aside.write_text(json.dumps({**facts, "clips": clips}))
-    aside.rename(folder / INDEX)
+def write_index(folder: Path, clips: list[dict], **metadata: object) -> None:
+    """Name every clip of `folder`, with what is true of all of them in `metadata`."""
+    temporary = folder / f".{INDEX}"
+    temporary.write_text(json.dumps({**metadata, "clips": clips}))
+    temporary.rename(folder / INDEX)
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -64,12 +64,12 @@ def read_index(folder: Path) -> dict:
     return found
 
 
-def check_room(folder: Path, **facts: object) -> None:
+def check_room(folder: Path, **metadata: object) -> None:
     """Raise ValueError when the folder already holds clips of another kind; a fact that its index does not know fits any."""
     if not (folder / INDEX).is_file():
         return
     known = read_index(folder)
-    for name, value in facts.items():
+    for name, value in metadata.items():
         if known.get(name, value) != value:
             was = f"{name}={known[name]}" if known[name] else f"no {name}"
             raise ValueError(f"folder={folder} holds clips made with {was}, not {name}={value}; name another folder=")
@@ -78,7 +78,7 @@ def check_room(folder: Path, **facts: object) -> None:
 class ClipDataset(Dataset):
     """Windows of clips. An item is asked for by (index, seed): the clip, and the randomness of its window.
 
-    Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [N,A,4T], visemes [4T,5], head [4T,4], as far as
+    Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [N,E,4T], visemes [4T,5], head [4T,4], as far as
     the clips have them. Only the window is read from disk. Raises ValueError when there are no clips so long, or half of them
     are of other encoders.
     """
@@ -110,7 +110,7 @@ class ClipDataset(Dataset):
             )
         if self.index.get("fps", rate) != rate:
             raise ValueError(
-                f"data.folder={self.folder} holds clips of {self.index['fps']} frames a second, model={config.name} makes films of {rate}; "
+                f"data.folder={self.folder} holds clips of {self.index['fps']} frames a second, model={config.name} makes {rate}; "
                 f"make clips for this model with {written('precompute')} and another folder="
             )
         self._check_encoders(config, hashes_of)
@@ -193,7 +193,7 @@ def pose_latents(head: Tensor, height: int, width: int) -> Tensor:
     return repeat(packed, "... c t -> ... c t h w", h=height, w=width)
 
 
-def draws(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[tuple[int, int]]]:
+def sample_order(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[tuple[int, int]]]:
     """Batches of (index, seed) without end: every epoch is its own permutation, ranks take turns.
 
     `start` counts the batches that all ranks together have had; a multiple of `ranks`.
@@ -202,18 +202,18 @@ def draws(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, 
     order, epoch = np.empty(0, np.int64), -1
     while True:
         chosen = []
-        for place in range(position + rank * batch, position + (rank + 1) * batch):
-            if place // length != epoch:
-                epoch = place // length
+        for draw in range(position + rank * batch, position + (rank + 1) * batch):
+            if draw // length != epoch:
+                epoch = draw // length
                 order = np.random.default_rng((seed, epoch)).permutation(length)
-            words = np.random.SeedSequence((seed, 1, place)).generate_state(1, np.uint64)
-            chosen.append((int(order[place % length]), int(words[0] >> 1)))
+            words = np.random.SeedSequence((seed, 1, draw)).generate_state(1, np.uint64)
+            chosen.append((int(order[draw % length]), int(words[0] >> 1)))
         position += batch * ranks
         yield chosen
 
 
 def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: int = 0, prefetch: int = 4) -> Iterator[dict[str, Tensor]]:
-    """Batches of a dataset in an order without end (see `draws`), made by `workers` processes (0 = here).
+    """Batches of a dataset in an order without end (see `sample_order`), made by `workers` processes (0 = here).
 
     A dataset whose items are not tensors alone brings its own `collate`.
     """

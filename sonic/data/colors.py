@@ -71,12 +71,14 @@ def rgb_profile(colors: Sequence[float], curve: Sequence[float]) -> bytes:
     points = [b"XYZ \0\0\0\0" + _fixed(point) for point in (D50, *to_d50.T)]
     response = b"para\0\0\0\0" + struct.pack(">HH", 0 if len(curve) == 1 else 3, 0) + _fixed(curve)
     tags = dict(zip((b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"), [*points, *[response] * 3], strict=True))
-    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    table, network, start = b"", b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
-        table += name + struct.pack(">II", start + len(body), len(data))
-        body += data
-    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x04200000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + _fixed(D50) + bytes(48)
-    return head + struct.pack(">I", len(tags)) + table + body
+        table += name + struct.pack(">II", start + len(network), len(data))
+        network += data
+    head = (
+        struct.pack(">I4xI4s4s4s12x4s28x", start + len(network), 0x04200000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + _fixed(D50) + bytes(48)
+    )
+    return head + struct.pack(">I", len(tags)) + table + network
 
 
 def _fixed(numbers: Sequence[float]) -> bytes:

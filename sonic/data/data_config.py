@@ -1,19 +1,19 @@
-"""Knobs of making data sets (stdlib only)."""
+"""Options of making data sets (stdlib only)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import ModelConfig, knob, parse_size
+from sonic.config import ModelConfig, option, parse_size
 
 
 @dataclass
 class MixConfig:
     """Shares of the recordings and clips."""
 
-    clean: float = knob(0.25, "recordings that stay free of noise, echo and band limits")
-    silent: float = knob(0.05, "recordings in which nobody speaks")
-    moving: float = knob(0.3, "clips whose head moves")
+    clean: float = option(0.25, "recordings that stay free of noise, echo and band limits")
+    silent: float = option(0.05, "recordings in which nobody speaks")
+    moving: float = option(0.3, "clips whose head moves")
 
     def __post_init__(self) -> None:
         for name in ("clean", "silent", "moving"):
@@ -25,11 +25,11 @@ class MixConfig:
 class FootageConfig:
     """One's own videos, and what a clip of them has to be."""
 
-    source: str = knob("", "folder of videos of people who speak; empty = people are drawn")
-    size: str = knob("384x256", "what is cut out of the middle, for models that paint the whole picture")
-    least_level_db: float = knob(-45.0, "quieter clips count as silent, in dB below full scale")
-    least_sync: float = knob(0.2, "correlation of mouth and sound below which they do not belong together")
-    most_lag_s: float = knob(0.2, "seconds that mouth and sound may be apart")
+    source: str = option("", "folder of videos of people who speak; empty = people are drawn")
+    size: str = option("384x256", "what is cut out of the middle, for models that generate the whole picture")
+    least_level_db: float = option(-45.0, "quieter clips count as silent, in dB below full scale")
+    least_sync: float = option(0.2, "correlation of mouth and sound below which they do not belong together")
+    most_lag_s: float = option(0.2, "seconds that mouth and sound may be apart")
 
     def __post_init__(self) -> None:
         width, height = parse_size(self.size, "data.size")
@@ -45,18 +45,18 @@ class FootageConfig:
 class PrecomputeConfig:
     """Makes clips once, so that training only reads: of one's own videos (data.source), or of drawn people and synthesised speech."""
 
-    kind: str = knob("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
-    folder: str = knob("data/preview_clips", "where the shards and their index go; what is there is kept unless other encoders made it")
-    split: str = knob("train", "train or test: other people, voices and words")
+    kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
+    folder: str = option("data/preview_clips", "where the shards and their index go; what is there is kept unless other encoders made it")
+    split: str = option("train", "train or test: other people, voices and words")
     seed: int = 0
-    utterances: int = knob(1000, "recordings to make")
-    latent_frames: int = knob(18, "length of a clip; four video frames each")
-    clips_per_utterance: int = knob(4, "clips cut from a recording, each with a person of its own")
-    mix: MixConfig = knob(MixConfig)
-    data: FootageConfig = knob(FootageConfig)
-    workers: int = knob(2, "processes; 0 = in this one")
-    autoencoder: str = knob("", "weights of the autoencoder; empty = the bundled ones")
-    model: ModelConfig = knob(ModelConfig)
+    utterances: int = option(1000, "recordings to make")
+    latent_frames: int = option(18, "length of a clip; four video frames each")
+    clips_per_utterance: int = option(4, "clips cut from a recording, each with a person of its own")
+    mix: MixConfig = option(MixConfig)
+    data: FootageConfig = option(FootageConfig)
+    workers: int = option(2, "processes; 0 = in this one")
+    autoencoder: str = option("", "weights of the autoencoder; empty = the bundled ones")
+    model: ModelConfig = option(ModelConfig)
 
     def __post_init__(self) -> None:
         for name in ("utterances", "latent_frames", "clips_per_utterance"):

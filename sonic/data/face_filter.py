@@ -94,11 +94,11 @@ def blur(picture: Tensor, sigma: float) -> Tensor:
     """Gaussian blur with the border repeated.  [N,C,H,W]"""
     if sigma < 0.1:
         return picture
-    reach = math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2).to(picture)
+    radius = math.ceil(3 * sigma)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2).to(picture)
     taps = taps / taps.sum()
     count = picture.shape[1]
-    padded = F.pad(picture, (reach, reach, reach, reach), mode="replicate")
+    padded = F.pad(picture, (radius, radius, radius, radius), mode="replicate")
     columns = F.conv2d(padded, taps.reshape(1, 1, -1, 1).expand(count, 1, -1, 1), groups=count)
     return F.conv2d(columns, taps.reshape(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)
 
@@ -112,46 +112,53 @@ def load() -> FaceFilter:
 
 def align(grey: Tensor, guess: Guess) -> FacePose:
     """The most probable pose of the face near a guess: a coarse search, then a fine one.  grey [H,W] in [0,1]"""
-    turns = guess.roll + torch.arange(-24, 25, 6) * (math.pi / 180)
+    rotations = guess.roll + torch.arange(-24, 25, 6) * (math.pi / 180)
     sizes = guess.unit * torch.exp(torch.arange(-0.36, 0.37, 0.12))
-    coarse = [_respond(grey, guess, (guess.x, guess.y), unit=float(size), turns=turns, span=15) for size in sizes]
+    coarse = [_respond(grey, guess, (guess.x, guess.y), unit=float(size), rotations=rotations, span=15) for size in sizes]
     table = torch.cat(coarse)
     x, y, unit, angle = table[table[:, 5].argmax(), :4].tolist()
-    turns = angle + torch.arange(-4.5, 5, 1.5) * (math.pi / 180)
+    rotations = angle + torch.arange(-4.5, 5, 1.5) * (math.pi / 180)
     fine = []
     for size in (0.93, 0.965, 1.0, 1.035, 1.07):
         for right in (0.0, 0.5):
             for down in (0.0, 0.5):
                 middle = (x + right * unit, y + down * unit)
-                fine.append(_respond(grey, guess, middle, unit=size * unit, turns=turns, span=3))
+                fine.append(_respond(grey, guess, middle, unit=size * unit, rotations=rotations, span=3))
     table = torch.cat(fine)
     weight = torch.softmax(table[:, 5] / 0.03, dim=0)
     return FacePose(*(weight @ table[:, :5]).tolist())
 
 
-def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], *, unit: float, turns: Tensor, span: int) -> Tensor:
+def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], *, unit: float, rotations: Tensor, span: int) -> Tensor:
     """Responses on span x span places one template pixel apart, for several turns.  -> [n,6]: pose, response, log posterior"""
     known = load()
     wide, high = COLUMNS + span - 1, ROWS + span - 1
     whole = max(1, round(unit))
     small = F.avg_pool2d(grey[None, None], whole, ceil_mode=True, count_include_pad=False) if whole > 1 else grey[None, None]
     extent = torch.tensor([small.shape[-1] * whole, small.shape[-2] * whole])
-    cos, sin = torch.cos(turns) * unit, torch.sin(turns) * unit
+    cos, sin = torch.cos(rotations) * unit, torch.sin(rotations) * unit
     turn = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # row vectors: (x, y) @ turn
     y, x = torch.meshgrid(torch.arange(high) + 0.5 - high / 2, torch.arange(wide) + 0.5 - wide / 2, indexing="ij")
     points = torch.einsum("hwi,tij->thwj", torch.stack([x, y], -1), turn) + torch.tensor(middle)
     seen = channels(
-        F.grid_sample(small.expand(len(turns), -1, -1, -1), 2 * points / extent - 1, padding_mode="border", align_corners=False)
+        F.grid_sample(small.expand(len(rotations), -1, -1, -1), 2 * points / extent - 1, padding_mode="border", align_corners=False)
     )
     length = F.conv2d(seen**2, oval().expand(1, seen.shape[1], -1, -1)).sqrt() + 1e-3
     response = F.conv2d(seen, known.weights[None]) * LOUDNESS / length + known.offset  # [turns,1,span,span]
     step = torch.arange(span) + 0.5 - span / 2
     offset = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1)
-    place = torch.einsum("hwi,tij->thwj", offset, turn) + torch.tensor(middle)
-    angle = turns[:, None, None].expand(-1, span, span)
-    off = ((place - torch.tensor([guess.x, guess.y])) / guess.shift).square().sum(-1) + ((angle - guess.roll) / guess.angle) ** 2
+    centres = torch.einsum("hwi,tij->thwj", offset, turn) + torch.tensor(middle)
+    angle = rotations[:, None, None].expand(-1, span, span)
+    off = ((centres - torch.tensor([guess.x, guess.y])) / guess.shift).square().sum(-1) + ((angle - guess.roll) / guess.angle) ** 2
     off = off + (math.log(unit / guess.unit) / guess.log_unit) ** 2
-    rows = [place[..., 0], place[..., 1], torch.full_like(angle, unit), angle, response[:, 0], response[:, 0] - SHARE_OF_PRIOR / 2 * off]
+    rows = [
+        centres[..., 0],
+        centres[..., 1],
+        torch.full_like(angle, unit),
+        angle,
+        response[:, 0],
+        response[:, 0] - SHARE_OF_PRIOR / 2 * off,
+    ]
     return torch.stack(rows, dim=-1).flatten(0, 2)
 
 

@@ -47,7 +47,7 @@ UPRIGHT = {
 HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
 UNREAD = {
     "": "not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP",
-    "heic": "a HEIC picture, which cannot be read yet; pip install -e .[heic] for that, or save it as JPEG or PNG",
+    "heic": "a HEIC picture, which cannot be read yet; pip install pillow-heif for that, or save it as JPEG or PNG",
     "jpeg_xl": "a JPEG XL picture, which cannot be read; save it as JPEG or PNG",
 }
 JPEG_XL = b"\xff\x0a", b"\0\0\0\x0cJXL "
@@ -55,14 +55,14 @@ PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that a compressed chunk may ho
 BROKEN_FILE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
 
 
-def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
+def load_image(path: str | Path, option: str = "image") -> np.ndarray:
     """The picture in a file, upright and without transparency, as uint8 sRGB [H,W,3]; of several in a file, the first.
 
     Grey, palette, CMYK and 16-bit pictures are converted, and colours as their profile says; the EXIF orientation is applied;
     transparent pixels show white.
-    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `knob` is who named it.
+    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `option` is who named it.
     """
-    path, called = Path(path), f"{knob}={path}"
+    path, called = Path(path), f"{option}={path}"
     if path.is_dir():
         raise ValueError(f"{called} is a directory; name one picture file in it")
     if not path.exists():
@@ -92,7 +92,7 @@ def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
 def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
     """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
     pixels = load_image(path)
-    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same film, and
+    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
     # so does what the log says of it, given as an override
     face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
     found = locate_mouth(pixels, face, mouth)
@@ -111,7 +111,7 @@ def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 1
 
 def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
     """The crop of that side (photo px) in which this mouth lies at the canonical place, level."""
-    right, down = ((0.5 - place) * side for place in MOUTH_IN_CROP)
+    right, down = ((0.5 - share) * side for share in MOUTH_IN_CROP)
     sin, cos = math.sin(mouth.angle), math.cos(mouth.angle)
     return Crop(mouth.x + cos * right - sin * down, mouth.y + sin * right + cos * down, side, mouth.angle, resolution)
 
@@ -233,10 +233,10 @@ def _similarity(crop: Crop, like: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
     """The part of the photo that the crop can see, and the position of its top left corner."""
-    reach = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
+    radius = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
     spans = []
     for middle, length in ((crop.center_y, pixels.shape[0]), (crop.center_x, pixels.shape[1])):
-        start = min(max(0, math.floor(middle - reach)), length - 1)
-        spans.append((start, max(start + 1, min(length, math.ceil(middle + reach)))))
+        start = min(max(0, math.floor(middle - radius)), length - 1)
+        spans.append((start, max(start + 1, min(length, math.ceil(middle + radius)))))
     (top, bottom), (left, right) = spans
     return pixels[top:bottom, left:right], left, top

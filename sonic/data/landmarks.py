@@ -35,7 +35,7 @@ class Search:
 
     sides: tuple[int, ...]
     smallest: float
-    turns: tuple[float, ...] = (0.0,)
+    rotations: tuple[float, ...] = (0.0,)
 
 
 SEARCHES = (
@@ -134,8 +134,10 @@ def _choose(faces: Sequence[Candidate], wide: int, high: int) -> FaceBox:
     equals.sort(key=lambda face: face.pose.x)
     chosen = _box(equals[0].pose)
     if len(equals) > 1:
-        place = f"[{chosen.x:.0f},{chosen.y:.0f},{chosen.width:.0f},{chosen.height:.0f}]"
-        warnings.warn(f"{len(equals)} faces are equally good: the leftmost, {place}, was taken; face_box=[x,y,w,h] chooses", stacklevel=3)
+        box_text = f"[{chosen.x:.0f},{chosen.y:.0f},{chosen.width:.0f},{chosen.height:.0f}]"
+        warnings.warn(
+            f"{len(equals)} faces are equally good: the leftmost, {box_text}, was taken; face_box=[x,y,w,h] chooses", stacklevel=3
+        )
     return chosen
 
 
@@ -150,7 +152,9 @@ def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
     """Everything in which this search sees something of a face."""
     small, scale = _reduced(pixels, max(search.sides))
     picture = Image.fromarray(small)
-    groups = _agree(vote for turn in search.turns for side in search.sides for vote in _votes(picture, side, search.smallest, turn=turn))
+    groups = _agree(
+        vote for turn in search.rotations for side in search.sides for vote in _votes(picture, side, search.smallest, turn=turn)
+    )
     likely = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)[:6]
     grey = torch.from_numpy(small).float().mean(-1) / 255
     faces: list[Candidate] = []
@@ -219,8 +223,8 @@ def _reduced(pixels: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
 def _window(pixels: np.ndarray, face: FaceBox) -> tuple[Tensor, float, int, int]:
     """The surroundings of a face, at most 256 px a face: picture [h,w,3] in [0,1], its scale, and its top left corner in the photo."""
     high, wide = pixels.shape[:2]
-    x, y, reach = face.x + face.width / 2, face.y + face.height / 2, 1.1 * max(face.width, face.height)
-    left, top = max(0, math.floor(x - reach)), max(0, math.floor(y - reach))
-    region = pixels[top : min(high, math.ceil(y + reach)), left : min(wide, math.ceil(x + reach))]
+    x, y, radius = face.x + face.width / 2, face.y + face.height / 2, 1.1 * max(face.width, face.height)
+    left, top = max(0, math.floor(x - radius)), max(0, math.floor(y - radius))
+    region = pixels[top : min(high, math.ceil(y + radius)), left : min(wide, math.ceil(x + radius))]
     small, scale = _reduced(region, 512)
     return torch.from_numpy(np.ascontiguousarray(small)).float() / 255, scale, left, top

@@ -15,7 +15,7 @@ from sonic.types import MotionLayers
 
 STILL = 0.001  # displacements below this share of the picture are what a camera's noise gives
 HIDDEN = (0.04, 0.12)  # error of the warped picture, black to white = 1: below it is the picture in motion, above it something hidden
-BORDER = 0.08  # share of the crop over which motion fades to nothing, as the film shows it
+BORDER = 0.08  # share of the crop over which motion fades to nothing, as the video shows it
 PIVOT = 2.2  # the neck, about which a head turns, in mouth units below the mouth
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
@@ -79,8 +79,8 @@ def _warped(still: Tensor, flow: Tensor) -> Tensor:
     """The resting picture [1,3,h,w] in motion.  -> [F,3,h,w]"""
     side = flow.shape[-1]
     centres = (torch.arange(side) + 0.5) / side
-    place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
-    grid = rearrange(place + flow, "f c h w -> f h w c") * 2 - 1
+    points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
+    grid = rearrange(points + flow, "f c h w -> f h w c") * 2 - 1
     return F.grid_sample(still.expand(len(flow), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 

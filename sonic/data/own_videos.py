@@ -24,8 +24,8 @@ from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_signed
-from sonic.data.segments import Take, aligned, find_videos, takes
-from sonic.data.shards import Build, Encoders, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
+from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
+from sonic.data.shards import Build, Encoders, begin_again, built, each_made, made_with, outdated, read_metadata, whole, write_shard
 from sonic.system.files import save_tensors
 from sonic.system.paths import shown
 from sonic.system.worker import Crashed
@@ -33,7 +33,7 @@ from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
 REPORT = "report.jsonl"
-PASSAGE = 6  # takes that are held at once and whose sync is judged together
+GROUP = 6  # takes that are held at once and whose sync is judged together
 
 
 class NoText(ValueError):
@@ -65,64 +65,64 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     there = {name for name in shards if whole(folder / name)}
     old = {name for name in there if outdated(folder / name, hashes)}
     begin_again(len(old), folder)
-    kept = {name for name in there - old if not facts_of(folder / name).get("again")}
+    kept = {name for name in there - old if not read_metadata(folder / name).get("again")}
     missing = [(config, build, (path, name)) for name, path in shards.items() if name not in kept]
     done = each_made(_write_video, missing, config.workers, crashed=_write_crashed)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
         pass
-    told = [facts_of(folder / name) for name in shards]
-    lines = [line for facts in told for line in facts["report"]]
-    aside = folder / f".{REPORT}"
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    aside.rename(folder / REPORT)
+    shard_metadata = [read_metadata(folder / name) for name in shards]
+    lines = [line for metadata in shard_metadata for line in metadata["report"]]
+    temporary = folder / f".{REPORT}"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.rename(folder / REPORT)
     show(lines)
-    entries = [entry for facts in told for entry in facts["clips"]]
+    entries = [entry for metadata in shard_metadata for entry in metadata["clips"]]
     if not entries:
         raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
-    facts = {"kind": config.kind, "source": config.data.source, **made_with(told, config)}
-    clips.write_index(folder, entries, **facts)
+    metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
+    clips.write_index(folder, entries, **metadata)
     if config.model.autoencoder == "warp":  # latents that are zero where nothing moves
         save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
 
 
-def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterator[tuple[Take, dict[str, Tensor]]]:
+def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
     """Every take of a video, with the tensors of a clip where nothing speaks against it. Raises ValueError for a damaged video."""
     samples = load_soundtrack(path)
-    heard = prompt = None
-    stream = takes(path, samples, config, fps=encoders.fps)
-    while passage := list(islice(stream, PASSAGE)):
-        for take in aligned(passage, config, encoders.fps):
-            if take.fault:
-                yield take, {}
+    features = prompt = None
+    stream = read_segments(path, samples, config, fps=encoders.fps)
+    while group := list(islice(stream, GROUP)):
+        for segment in checked_sync(group, config, encoders.fps):
+            if segment.fault:
+                yield segment, {}
                 continue
-            if heard is None:
-                heard = encoders.hear(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
+            if features is None:
+                features = encoders.encode_audio(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
                 prompt = encoders.read(_prompt(path)) if encoders.read else None
-            clip = pick(ENCODINGS, config.model.autoencoder, "model.autoencoder")(encoders.autoencoder, take)
+            clip = pick(ENCODINGS, config.model.autoencoder, "model.autoencoder")(encoders.autoencoder, segment)
             clip = {name: value if name == "head" else value.half() for name, value in clip.items()}
-            audio = _columns(heard, take.first, take.frames)
-            yield take, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
+            audio = _columns(features, segment.first, segment.frames)
+            yield segment, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
 
 
 @torch.no_grad()
-def _moved(autoencoder: Any, take: Take) -> dict[str, Tensor]:
+def _encode_preview(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
     """How the face moves."""
-    frames = _channels_first(take.pixels)[1:]
-    return encode_motion(autoencoder, frames, frames[take.rest])
+    frames = _channels_first(segment.pixels)[1:]
+    return encode_motion(autoencoder, frames, frames[segment.rest])
 
 
 @torch.no_grad()
-def _painted(autoencoder: Any, take: Take) -> dict[str, Tensor]:
+def _encode_wan(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
     """The pictures themselves; the frame of the past makes the first latent, which is left out, so that every other has four."""
-    frames = rearrange(_channels_first(take.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
+    frames = rearrange(_channels_first(segment.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
     latents, _ = autoencoder.encode(frames)
-    ref, _ = autoencoder.encode(frames[:, :, 1 + take.rest : 2 + take.rest])
+    ref, _ = autoencoder.encode(frames[:, :, 1 + segment.rest : 2 + segment.rest])
     return {"latents": latents[0, :, 1:].float().cpu(), "ref": ref[0].float().cpu()}
 
 
-ENCODINGS: dict[str, Callable[[Any, Take], dict[str, Tensor]]] = {"warp": _moved, "wan": _painted}  # by model.autoencoder
+ENCODINGS: dict[str, Callable[[Any, Segment], dict[str, Tensor]]] = {"warp": _encode_preview, "wan": _encode_wan}  # by model.autoencoder
 
 
 def show(lines: list[dict]) -> None:
@@ -140,8 +140,8 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
     (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
     video = _video(path, config)
     try:
-        for take, clip in clips_of(path, config, encoders):
-            report.append(_line(video, take, encoders.fps))
+        for segment, clip in clips_of(path, config, encoders):
+            report.append(_line(video, segment, encoders.fps))
             if clip:
                 known = f"{Path(name).stem}_{len(entries):04d}"
                 entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
@@ -155,20 +155,20 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
 def _write_crashed(config: PrecomputeConfig, build: Build, job: tuple[Path, str], *, error: Crashed) -> None:
     """Make the shard of a video that crashed its worker."""
     path, name = job
-    told = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
-    _write_fault(config, job, Crashed(told))
+    text_file = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
+    _write_fault(config, job, Crashed(text_file))
 
 
 def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Exception) -> None:
     """Make the shard of a video that gives no clip because of a fault, and say what that was."""
     path, name = job
-    reason = next(told for kind, told in REASONS.items() if isinstance(error, kind))
-    told = shown(" ".join(str(error).split())) or type(error).__name__
+    reason = next(text_file for kind, text_file in REASONS.items() if isinstance(error, kind))
+    text_file = shown(" ".join(str(error).split())) or type(error).__name__
     if reason == REASONS[Exception]:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {told} ({Path(where.filename).name}:{where.lineno})"
+        text_file = f"{type(error).__name__}: {text_file} ({Path(where.filename).name}:{where.lineno})"
         LOG.error("video=%s: a fault of the program, not of the video", path, exc_info=error)
-    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "told": told}
+    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": text_file}
     write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=not isinstance(error, LASTING))
 
 
@@ -177,12 +177,12 @@ def _video(path: Path, config: PrecomputeConfig) -> str:
     return shown(str(path.relative_to(config.data.source)))
 
 
-def _line(video: str, take: Take, fps: int) -> dict:
+def _line(video: str, segment: Segment, fps: int) -> dict:
     """What the report says of a take."""
-    line = {"video": video, "start_s": round(take.first / fps, 2), "seconds": round(take.frames / fps, 2)}
-    line |= {"kept": not take.fault, "reason": take.fault}
-    if take.sync is not None:
-        line |= {"sync_correlation": round(take.sync, 3), "mouth_late_s": round(take.lag_s, 3)}
+    line = {"video": video, "start_s": round(segment.first / fps, 2), "seconds": round(segment.frames / fps, 2)}
+    line |= {"kept": not segment.fault, "reason": segment.fault}
+    if segment.sync is not None:
+        line |= {"sync_correlation": round(segment.sync, 3), "mouth_late_s": round(segment.lag_s, 3)}
     return line
 
 
@@ -193,28 +193,28 @@ def _reasons(lines: list[dict]) -> str:
 
 def _name(path: Path, config: PrecomputeConfig) -> str:
     """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
-    seen, told = path.stat(), path.with_suffix(".txt")
+    seen, text_file = path.stat(), path.with_suffix(".txt")
     try:
-        said = told.read_text(encoding="utf-8", errors="backslashreplace").strip() if told.is_file() else ""
+        text = text_file.read_text(encoding="utf-8", errors="backslashreplace").strip() if text_file.is_file() else ""
     except OSError as error:  # which the video's own line will tell
-        said = str(error)
-    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, said]
+        text = str(error)
+    words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, text]
     words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
     return f"video_{hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]}.safetensors"
 
 
 def _prompt(path: Path) -> str:
     """What the text beside the video says of it; nothing where there is none. Raises NoText when it is none."""
-    told = path.with_suffix(".txt")
+    text_file = path.with_suffix(".txt")
     try:
-        return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+        return text_file.read_text(encoding="utf-8").strip() if text_file.is_file() else ""
     except UnicodeDecodeError as error:
-        raise NoText(f"{told} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise NoText(f"{text_file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def _columns(heard: Tensor, first: int, frames: int) -> Tensor:
-    """The features of so many frames, nothing after the end of the sound.  [N,A,F] -> [N,A,frames]"""
-    found = heard[..., first : first + frames]
+def _columns(features: Tensor, first: int, frames: int) -> Tensor:
+    """The features of so many frames, nothing after the end of the sound.  [N,E,F] -> [N,E,frames]"""
+    found = features[..., first : first + frames]
     return torch.nn.functional.pad(found, (0, frames - found.shape[-1]))
 
 

@@ -20,7 +20,19 @@ from sonic.data.audio import log_mel
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.own_videos import precompute_videos
 from sonic.data.pixels import to_signed
-from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
+from sonic.data.shards import (
+    Build,
+    Encoders,
+    HashesOf,
+    begin_again,
+    built,
+    each_made,
+    made_with,
+    outdated,
+    read_metadata,
+    whole,
+    write_shard,
+)
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
@@ -43,8 +55,8 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     if config.data.source:
         clips.check_room(folder, kind=config.kind, source=config.data.source)
         return precompute_videos(config, build, hashes_of(config))
-    told = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
-    clips.check_room(folder, source="", mix=asdict(config.mix), **told)
+    settings = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
+    clips.check_room(folder, source="", mix=asdict(config.mix), **settings)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, hashes = range(-(-config.utterances // PER_SHARD)), hashes_of(config)
     missing = [n for n in numbers if _recordings_in(folder / _name(n)) != len(_recordings(config, n))]
@@ -54,9 +66,9 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
     for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
         pass
-    shards = [facts_of(folder / _name(n)) for n in numbers]
-    entries = [entry for facts in shards for entry in facts["clips"]]
-    clips.write_index(folder, entries, mix=asdict(config.mix), **told, **made_with(shards, config))
+    shards = [read_metadata(folder / _name(n)) for n in numbers]
+    entries = [entry for metadata in shards for entry in metadata["clips"]]
+    clips.write_index(folder, entries, mix=asdict(config.mix), **settings, **made_with(shards, config))
     if config.kind == "talking":
         save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
@@ -66,7 +78,7 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
 def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
     """Clips of one recording, each said by a person of its own: latents, ref, audio, visemes, head."""
     samples, spoken = recording(config, rng)
-    heard = encoders.hear(samples, len(spoken)).half()
+    features = encoders.encode_audio(samples, len(spoken)).half()
     length = FRAMES_PER_LATENT * config.latent_frames
     for start in range(0, config.clips_per_utterance * length, length):
         visemes = spoken[start : start + length]
@@ -75,7 +87,7 @@ def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generat
             head = draw_face.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
         person = draw_face.draw_identity(rng, config.model.resolution, split=config.split)
         latents, ref = encode_person(encoders.autoencoder, person, visemes=visemes, head=head)
-        audio = heard[:, :, start : start + length].contiguous()
+        audio = features[:, :, start : start + length].contiguous()
         yield {"latents": latents.half(), "ref": ref.half(), "audio": audio, "visemes": visemes.contiguous(), "head": head}
 
 
@@ -117,39 +129,39 @@ def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tens
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
     """Make shard `number`; it appears whole or not at all. Where only the speech encoder is another one, what is seen stays."""
     encoders = built(config, build)
-    tensors, entries = _heard_again(config, number, encoders) or _made(config, number, encoders)
+    tensors, entries = _encoded_again(config, number, encoders) or _made(config, number, encoders)
     write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
     tensors, entries = {}, []
-    for place in _recordings(config, number):
-        rng = np.random.default_rng((config.seed, place))
+    for recording_number in _recordings(config, number):
+        rng = np.random.default_rng((config.seed, recording_number))
         for clip in MAKERS[config.kind](config, encoders, rng):
-            name = f"{place:06d}_{len(entries):04d}"
+            name = f"{recording_number:06d}_{len(entries):04d}"
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
     return tensors, entries
 
 
-def _heard_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
+def _encoded_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
     """The shard that is there, with the features of this speech encoder.
 
     None when there is none, when another autoencoder made its pictures, or when it was spoken otherwise, as by an earlier voices.py.
     """
     path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
-    facts = facts_of(path) if whole(path) and config.kind == "talking" else {}
-    if not ours or facts.get("autoencoder_hash") != ours:
+    metadata = read_metadata(path) if whole(path) and config.kind == "talking" else {}
+    if not ours or metadata.get("autoencoder_hash") != ours:
         return None
-    tensors, entries = load_file(path), facts["clips"]
-    for place in _recordings(config, number):
-        samples, visemes = recording(config, np.random.default_rng((config.seed, place)))
-        names = [entry["name"] for entry in entries if entry["name"].startswith(f"{place:06d}_")]
+    tensors, entries = load_file(path), metadata["clips"]
+    for recording_number in _recordings(config, number):
+        samples, visemes = recording(config, np.random.default_rng((config.seed, recording_number)))
+        names = [entry["name"] for entry in entries if entry["name"].startswith(f"{recording_number:06d}_")]
         if not names or not torch.equal(spoken := torch.cat([tensors[f"{name}/visemes"] for name in names]), visemes):
             return None
-        heard = encoders.hear(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
-        tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, heard, strict=True)}
+        features = encoders.encode_audio(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
+        tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, features, strict=True)}
     return tensors, entries
 
 
@@ -160,7 +172,7 @@ def _recordings(config: PrecomputeConfig, number: int) -> range:
 
 def _recordings_in(shard: Path) -> int:
     """How many recordings a shard was made of; 0 when it is not there."""
-    return len({clip["name"].partition("_")[0] for clip in facts_of(shard)["clips"]}) if whole(shard) else 0
+    return len({clip["name"].partition("_")[0] for clip in read_metadata(shard)["clips"]}) if whole(shard) else 0
 
 
 def _name(number: int) -> str:

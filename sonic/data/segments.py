@@ -24,7 +24,7 @@ from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
 from sonic.types import Portrait, pick
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-WATCHED = 96  # side of the face crop in which the mouth is watched
+MOUTH_CROP = 96  # side of the face crop in which the mouth is watched
 SMOOTH, SLOW = 3, 25  # frames over which its track and the sound are smoothed, and those whose mean counts as a change of posture
 DARK = 0.05  # share of the mouth's pixels that its inside, when it can be seen, is darker than
 CUT = 25.0  # mean change of the face crop from one frame to the next, in grey levels, that only another scene makes
@@ -34,11 +34,11 @@ SPAN_S = 1.0  # lags that are tried either way
 
 
 @dataclass(frozen=True)
-class Take:
+class Segment:
     """Frames first .. first+F-1 of a video at the model's rate, if nothing speaks against them.
 
     pixels uint8 [1+F,h,w,3] as the model sees them, one frame of the past in front; `mouth` [F] how open it is and `level` [F] how
-    loud the sound, both about their means over a second; sync and lag_s as `aligned` found them.
+    loud the sound, both about their means over a second; sync and lag_s as `checked_sync` found them.
     """
 
     first: int
@@ -66,7 +66,7 @@ def find_videos(source: Path) -> list[Path]:
     return found
 
 
-def takes(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int) -> Iterator[Take]:
+def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int) -> Iterator[Segment]:
     """The video from its second frame on, take by take, each with the first fault that was found.
 
     Raises ValueError when it cannot be decoded.
@@ -75,23 +75,23 @@ def takes(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int
     for frame in frames_at(path, fps):
         held.append(frame)
         if len(held) == 1 + length:
-            yield _look(held, samples, first=first, config=config, fps=fps)
+            yield _inspect(held, samples, first=first, config=config, fps=fps)
             first, held = first + length, held[-1:]
     if len(held) > 1 or first == 1:
-        yield Take(first, max(0, len(held) - 1), f"shorter than a clip of {length / fps:.1f} s")
+        yield Segment(first, max(0, len(held) - 1), f"shorter than a clip of {length / fps:.1f} s")
 
 
-def aligned(passage: list[Take], config: PrecomputeConfig, fps: int) -> list[Take]:
+def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> list[Segment]:
     """Takes that follow each other, with the fault of mouth and sound that do not belong together or come apart in time.
 
     The lag is that of the mouth behind the sound. It is read from all of them at once, since a clip alone says little.
     """
-    good = [take for take in passage if not take.fault]
+    good = [segment for segment in group if not segment.fault]
     if not good:
-        return passage
-    mouth, level = (np.concatenate([getattr(take, name) for take in good]) for name in ("mouth", "level"))
-    reach, allowed = (min(round(seconds * fps), len(mouth) // 3) for seconds in (SPAN_S, config.data.most_lag_s))
-    (best, lag), (near, near_lag) = (metrics.best_lag(mouth, level, reach) for reach in (reach, allowed))
+        return group
+    mouth, level = (np.concatenate([getattr(segment, name) for segment in good]) for name in ("mouth", "level"))
+    max_lag, allowed = (min(round(seconds * fps), len(mouth) // 3) for seconds in (SPAN_S, config.data.most_lag_s))
+    (best, lag), (near, near_lag) = (metrics.best_lag(mouth, level, max_lag) for max_lag in (max_lag, allowed))
     fault, found = "", {"sync": near, "lag_s": near_lag / fps}
     clear = BETTER * max(1.0, ENOUGH_S * fps / len(mouth))
     if np.std(mouth) < MOVES:
@@ -100,31 +100,31 @@ def aligned(passage: list[Take], config: PrecomputeConfig, fps: int) -> list[Tak
         fault, found = "sound and mouth are apart in time", {"sync": best, "lag_s": lag / fps}
     elif near < config.data.least_sync:
         fault = "the mouth does not follow the sound"
-    return [take if take.fault else replace(take, fault=fault, **found) for take in passage]
+    return [segment if segment.fault else replace(segment, fault=fault, **found) for segment in group]
 
 
-def _look(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Take:
+def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Segment:
     """A take of these frames (the first is the past), with the first fault there is."""
     frames = len(held) - 1
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
-        return Take(first, frames, "silent")
+        return Segment(first, frames, "silent")
     middle = held[1 + frames // 2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of several faces the one is taken that the photograph's finder would take
             face = find_face(middle)
     except ValueError:
-        return Take(first, frames, "no face")
+        return Segment(first, frames, "no face")
     portrait = Portrait(middle, face, locate_mouth(middle, face))
-    watched = torch.stack([cut(frame, face_crop(portrait, resolution=WATCHED)) for frame in held])
-    if float((watched[1:] - watched[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
-        return Take(first, frames, "another scene begins")
+    mouth_frames = torch.stack([cut(frame, face_crop(portrait, resolution=MOUTH_CROP)) for frame in held])
+    if float((mouth_frames[1:] - mouth_frames[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
+        return Segment(first, frames, "another scene begins")
     pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(held, portrait, config)
     if pixels is None:
-        return Take(first, frames, f"the face does not fit into data.size={config.data.size}")
+        return Segment(first, frames, f"the face does not fit into data.size={config.data.size}")
     level = quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
-    return Take(first, frames, "", pixels, mouth_opening(watched[1:]), level)
+    return Segment(first, frames, "", pixels, mouth_opening(mouth_frames[1:]), level)
 
 
 def mouth_opening(frames: Tensor) -> np.ndarray:

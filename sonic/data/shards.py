@@ -32,12 +32,12 @@ MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders
 class Encoders:
     """What makes training data of sounds and frames; built anew in every worker.
 
-    hear(samples float32 16 kHz [n], F) -> features [N,A,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers), or
+    hear(samples float32 16 kHz [n], F) -> features [N,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers), or
     encode(frames), of the model that the data are for; read(prompt) -> rows [L,D], None where the model reads none; hashes: of the
     weights, by the names that shards have for them. Speech alone needs none of them.
     """
 
-    hear: Callable[[np.ndarray, int], Tensor] | None
+    encode_audio: Callable[[np.ndarray, int], Tensor] | None
     autoencoder: Any
     read: Callable[[str], Tensor] | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -58,27 +58,27 @@ def built(config: PrecomputeConfig, build: Build) -> Encoders:
     return _BUILT[wanted]
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
     """A shard that appears whole or not at all, with what it says of itself."""
-    save_tensors(tensors, path, {name: json.dumps(value) for name, value in facts.items()})
+    save_tensors(tensors, path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 class DamagedShard(ValueError):
     """A shard that is cut short, or is none."""
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What a shard says of itself. Raises DamagedShard when it cannot, ValueError when the file cannot be opened."""
     try:
         with safe_open(path, framework="pt") as shard:
-            facts = {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
+            metadata = {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
         raise DamagedShard(f"{path} is damaged ({error}); delete it and repeat the {written('precompute')} command that made it") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
-    if not isinstance(facts.get("clips"), list):
+    if not isinstance(metadata.get("clips"), list):
         raise DamagedShard(f"{path} is no shard of clips; delete it and repeat the {written('precompute')} command")
-    return facts
+    return metadata
 
 
 def whole(path: Path) -> bool:
@@ -86,7 +86,7 @@ def whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        facts_of(path)
+        read_metadata(path)
     except DamagedShard as error:
         LOG.warning("%s; it is made again", str(error).partition("; ")[0])
         path.unlink()
@@ -94,13 +94,13 @@ def whole(path: Path) -> bool:
     return True
 
 
-def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
+def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
     """What all these shards were made with, as far as they know. Raises ValueError when they were made with several of a kind."""
     found: dict[str, Any] = {"autoencoder": config.model.autoencoder}
-    shards = [facts for facts in told if facts["clips"]]
+    shards = [metadata for metadata in shard_metadata if metadata["clips"]]
     for name, what in MADE_WITH.items():
-        values = {facts[name] for facts in shards if facts.get(name)}
-        silent = sum(not facts.get(name) for facts in shards)
+        values = {metadata[name] for metadata in shards if metadata.get(name)}
+        silent = sum(not metadata.get(name) for metadata in shards)
         if len(values) > 1:
             raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}; name another folder=, or empty this one")
         if values and silent:
@@ -112,8 +112,8 @@ def made_with(told: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[
 
 def outdated(path: Path, hashes: Mapping[str, str]) -> bool:
     """Whether the clips of a shard were made by other encoders than these; one that does not know is taken for up to date."""
-    facts = facts_of(path)
-    return bool(facts["clips"]) and any(facts.get(name) and value and facts[name] != value for name, value in hashes.items())
+    metadata = read_metadata(path)
+    return bool(metadata["clips"]) and any(metadata.get(name) and value and metadata[name] != value for name, value in hashes.items())
 
 
 def begin_again(count: int, folder: Path) -> None:

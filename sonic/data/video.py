@@ -19,7 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
-from sonic.system.heartbeat import beat
+from sonic.system.heartbeat import heartbeat
 from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
 
@@ -108,7 +108,7 @@ class VideoWriter:
     def write(self, pixels: np.ndarray) -> None:
         """Append frames, uint8 [F,H,W,3]."""
         for picture in np.asarray(pixels):
-            beat()
+            heartbeat()
             if picture.shape[0] < self.height or picture.shape[1] < self.width:
                 raise ValueError(f"a frame of {picture.shape[1]}x{picture.shape[0]} does not fill a video of {self.width}x{self.height}")
             picture = np.ascontiguousarray(picture[: self.height, : self.width])
@@ -168,7 +168,7 @@ def _writing_failed(path: Path, error: OSError) -> Exception:
 def _video_stream(container, width: int, height: int, *, coding: Coding):
     stream = container.add_stream("libx264", rate=coding.fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    # x264's mbtree reads memory that nobody wrote where sides are no multiple of 16: one film in a hundred had other bytes
+    # x264's mbtree reads memory that nobody wrote where sides are no multiple of 16: one video in a hundred had other bytes
     stream.options = {"crf": str(coding.crf), "preset": coding.preset, "x264-params": "mbtree=0"}
     # BT.601 with its tag: players that read tags and players that assume 601 show the same colours
     context = stream.codec_context

@@ -42,7 +42,7 @@ class LogMelEncoder(nn.Module):
         return F.layer_norm(x, (self.FEATURES,))
 
     @torch.no_grad()
-    def hear(self, samples: np.ndarray, num_frames: int) -> Tensor:
+    def encode_audio(self, samples: np.ndarray, num_frames: int) -> Tensor:
         """Features of a whole recording, as if silence were around it.  float32 [n] at 16 kHz -> [1,160,F]"""
         columns = self.with_margin(torch.from_numpy(log_mel(samples, num_frames))[None]).to(self.stem.weight)
         pieces = []
@@ -69,8 +69,8 @@ class Window(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,C] -> [B,T,C']"""
-        reach = self.dilation * (self.kernel // 2)
-        padded = F.pad(x, (0, 0, reach, reach))
+        padding = self.dilation * (self.kernel // 2)
+        padded = F.pad(x, (0, 0, padding, padding))
         shifted = [padded[:, self.dilation * i : self.dilation * i + x.shape[1]] for i in range(self.kernel)]
         return super().forward(torch.cat(shifted, dim=-1))
 
@@ -95,9 +95,9 @@ def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
     columns [B,T,40], factor [B,1], or [B,40] where it differs along the mel axis -> [B,T,40]
     Source: vocal tract length perturbation, Jaitly and Hinton 2013.
     """
-    place = ((torch.arange(MELS, device=factor.device) + 0.5) * factor - 0.5).clamp(0, MELS - 1)
-    below = place.long().clamp(max=MELS - 2)
-    share = rearrange((place - below).to(columns.dtype), "b m -> b 1 m")
+    channel = ((torch.arange(MELS, device=factor.device) + 0.5) * factor - 0.5).clamp(0, MELS - 1)
+    below = channel.long().clamp(max=MELS - 2)
+    share = rearrange((channel - below).to(columns.dtype), "b m -> b 1 m")
     pick_row = lambda rows: columns.gather(2, rearrange(rows, "b m -> b 1 m").expand_as(columns))  # noqa: E731
     return torch.lerp(pick_row(below), pick_row(below + 1), share)
 

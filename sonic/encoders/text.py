@@ -48,9 +48,9 @@ class TextEncoder(nn.Module):
 
         Raises ValueError when the file cannot be read safely, or a tensor is missing or has no place.
         """
-        self.take(_read(Path(path)), str(path))
+        self.load_tensors(_read(Path(path)), str(path))
 
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take weights by their published names, in the precision they have. Raises ValueError unless all of them fit."""
         found = {to_transformers(name): tensor for name, tensor in tensors.items()}
         wanted = {name for name in self.encoder.state_dict() if name != TIED}

@@ -21,7 +21,7 @@ from sonic.data.audio import SAMPLE_RATE
 from sonic.geometry import FPS
 
 STATE_SAMPLES = 320  # samples from one hidden state to the next: 50 a second
-STATE_REACH = 400  # samples that the first one needs
+STATE_RECEPTIVE_FIELD = 400  # samples that the first one needs
 STATES_PER_S, PICKED_PER_S = 50, 30
 IN_MEMORY = 1 << 30  # bytes of features; more are kept on disk
 # wav2vec2-large-xlsr-53, as published beside Wan2.2-S2V
@@ -49,9 +49,9 @@ class Wav2VecEncoder(nn.Module):
 
         Raises ValueError when a tensor is missing or has no place.
         """
-        self.take(read_tensors(path), str(path))
+        self.load_tensors(read_tensors(path), str(path))
 
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take weights by their published names. Raises ValueError unless all of them fit."""
         found = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
         wanted = [name for name in self.encoder.state_dict() if name != "masked_spec_embed"]
@@ -60,35 +60,35 @@ class Wav2VecEncoder(nn.Module):
             raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another wav2vec2")
         self.encoder.load_state_dict(found, strict=False)
 
-    def hear(self, samples: np.ndarray, num_frames: int, fps: int = FPS) -> Tensor:
+    def encode_audio(self, samples: np.ndarray, num_frames: int, fps: int = FPS) -> Tensor:
         """Features of every video frame; zeros after the end of the recording.  float32 [n] at 16 kHz -> [layers+1,D,F]"""
-        return self.hear_each([samples], num_frames, fps)[0]
+        return self.encode_audio_batch([samples], num_frames, fps)[0]
 
     @torch.no_grad()
-    def hear_each(self, voices: Sequence[np.ndarray], num_frames: int, fps: int = FPS) -> Tensor:
+    def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, fps: int = FPS) -> Tensor:
         """The same of several recordings.  -> [voices,layers+1,D,F]"""
         config = self.encoder.config
-        heard = _room((len(voices), config.num_hidden_layers + 1, config.hidden_size, num_frames))
-        for samples, room in zip(voices, heard, strict=True):
-            self._hear(samples, room, fps)
-        return heard
+        features = _room((len(voices), config.num_hidden_layers + 1, config.hidden_size, num_frames))
+        for samples, room in zip(voices, features, strict=True):
+            self._encode_into(samples, room, fps)
+        return features
 
-    def _hear(self, samples: np.ndarray, heard: Tensor, fps: int) -> None:
+    def _encode_into(self, samples: np.ndarray, out: Tensor, fps: int) -> None:
         """Write the features of a recording into zeros [layers+1,D,F]."""
-        total = 1 + max(0, len(samples) - STATE_REACH) // STATE_SAMPLES
+        total = 1 + max(0, len(samples) - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
         kept = int(total / STATES_PER_S * PICKED_PER_S)
-        picked = frame_places(heard.shape[-1], fps)
-        places = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # the first and last state stay the first and last
+        picked = frame_positions(out.shape[-1], fps)
+        positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # the first and last state stay the first and last
         start, last = 0, None  # `start` counts the states before those at hand; the last of them stays beside
         for piece in self._pieces(samples):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
-            here = np.flatnonzero((places >= start) & ((places < stop) | (stop == total - 1)))
-            within = torch.from_numpy(places[here] - start).clamp(max=stop - start)
+            inside = np.flatnonzero((positions >= start) & ((positions < stop) | (stop == total - 1)))
+            within = torch.from_numpy(positions[inside] - start).clamp(max=stop - start)
             below = within.long()
             above = (below + 1).clamp(max=stop - start)
             found = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
-            heard[..., torch.from_numpy(here)] = found.mT.float().cpu()
+            out[..., torch.from_numpy(inside)] = found.mT.float().cpu()
             start, last = stop, states[:, -1:]
 
     @torch.no_grad()
@@ -100,9 +100,9 @@ class Wav2VecEncoder(nn.Module):
         """The same window by window."""
         wave = torch.from_numpy(normalised(samples))
         window, margin = (seconds * SAMPLE_RATE for seconds in (self.WINDOW_S, self.MARGIN_S))
-        for start in range(0, max(1, len(wave) - STATE_REACH + STATE_SAMPLES), window):
-            first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_REACH - STATE_SAMPLES)
-            if last - first < STATE_REACH:
+        for start in range(0, max(1, len(wave) - STATE_RECEPTIVE_FIELD + STATE_SAMPLES), window):
+            first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_RECEPTIVE_FIELD - STATE_SAMPLES)
+            if last - first < STATE_RECEPTIVE_FIELD:
                 break
             found = self._layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
             yield found[:, : window // STATE_SAMPLES]
@@ -131,8 +131,8 @@ def _take_space(file: IO[bytes], size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            place = Path(file.name).parent
-            need = f"{size / 2**30:.1f} GiB are needed in {place} for what is heard in a recording this long"
+            folder = Path(file.name).parent
+            need = f"{size / 2**30:.1f} GiB are needed in {folder} for what is heard in a recording this long"
             raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR") from error
         file.truncate(size)
     except AttributeError:  # macOS has no such call
@@ -157,27 +157,27 @@ def stretch(states: Tensor, rate: int = PICKED_PER_S, *, length: int | None = No
     return F.interpolate(states.mT, size=size, mode="linear", align_corners=True).mT
 
 
-def frame_places(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:
+def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:
     """Where each video frame's features are among those at `rate` a second: the nearest, a half goes to the even.  -> int64 [F]"""
     seconds = np.linspace(0, num_frames / fps, num_frames, endpoint=False)
     return np.round(seconds * rate).astype(np.int64)
 
 
-def pick_frames(states: Tensor, places: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
+def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
     """The features at those places, with `around` neighbours to both sides, `stride` apart, beside them; zeros after the end.
 
     [N,T,D] -> [F,N,(2·around+1)·D]
     """
     last = states.shape[1] - 1
-    near = torch.from_numpy(places)[:, None] + stride * torch.arange(-around, around + 1)
+    near = torch.from_numpy(positions)[:, None] + stride * torch.arange(-around, around + 1)
     found = states[:, near.clamp(0, last)]
-    inside = torch.from_numpy(places <= last).to(found)
+    inside = torch.from_numpy(positions <= last).to(found)
     return rearrange(found, "n f k d -> f n (k d)") * rearrange(inside, "f -> f 1 1")
 
 
 def states_of(samples: int) -> int:
     """Features at 30 a second that a recording of so many samples gives."""
-    states = 1 + max(0, samples - STATE_REACH) // STATE_SAMPLES
+    states = 1 + max(0, samples - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
     return int(states / STATES_PER_S * PICKED_PER_S)
 
 

@@ -1,5 +1,5 @@
-"""Holds a finished film against its photograph and its recording, pixels and sound alone: what is left of the person, whether
-the mouth follows the speech, and whether the sound track of the film is that recording.
+"""Holds a finished video against its photograph and its recording, pixels and sound alone: what is left of the person, whether
+the mouth follows the speech, and whether the sound track of the video is that recording.
 
 A person is judged by what a viewer sees and hears, so the figures come from the file, compression included.
 """
@@ -28,7 +28,7 @@ from sonic.types import Portrait
 
 QUIET_DB = -38.0  # below the loud parts: nobody speaks
 REST_FRAMES = 5  # a pause this long lets the mouth come to rest
-REACH = 12  # frames of lag that are tried either way
+MAX_LAG = 12  # frames of lag that are tried either way
 SOUND_REACH_S = 2.0  # offsets of the sound that are tried either way
 LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # of a sound track with its recording
 _BLOCK = 1 << 16  # samples of the recording that are correlated at a time
@@ -39,16 +39,16 @@ def judge(config: JudgeConfig) -> dict[str, float]:
 
     photo_psnr_db outside the lower half of the face; speech_correlation, the mouth's motion against the speech envelope at
     the best lag; lag_frames (above zero: the mouth is late); rest_ratio, the mouth's motion in pauses against speech; and of the
-    film's own sound track those of `sound_figures`. Raises ValueError when the film does not have the photograph's size.
+    video's own sound track those of `sound_figures`. Raises ValueError when the video does not have the photograph's size.
     """
     _refuse_overwriting(config)
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
-    motion, photo_psnr, times = watch(Path(config.film), portrait)
+    motion, photo_psnr, times = measure_video(Path(config.mp4), portrait)
     fps = frame_rate(times)
     level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
-    best, lag = metrics.best_lag(motion, level, reach=REACH)
+    best, lag = metrics.best_lag(motion, level, max_lag=MAX_LAG)
     rests, speaks = pauses(level), level > np.median(level)
     found = {
         "photo_psnr_db": photo_psnr,
@@ -57,7 +57,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
         "rest_ratio": float(motion[rests].mean() / motion[speaks].mean()) if rests.any() else 0.0,
         "frames": float(len(motion)),
         "frame_ms": 1000 / fps,
-        **sound_figures(Path(config.film), speech, times),
+        **sound_figures(Path(config.mp4), speech, times),
     }
     show(found)
     if config.json:
@@ -68,21 +68,21 @@ def judge(config: JudgeConfig) -> dict[str, float]:
 
 def _refuse_overwriting(config: JudgeConfig) -> None:
     """Raise ValueError when the figures would take the place of what is judged, however the two are spelt."""
-    for option in ("film", "image", "audio"):
+    for option in ("video", "image", "audio"):
         name = getattr(config, option)
         if config.json and file_key(name) == file_key(config.json):
             raise ValueError(f"json={config.json} is the file {option}={name} that is judged; choose another json")
 
 
-def sound_figures(film: Path, recording: Speech, times: np.ndarray) -> dict[str, float]:
-    """The film's own sound track against its pictures, which appear at `times` [F] in seconds, and against the recording.
+def sound_figures(video: Path, recording: Speech, times: np.ndarray) -> dict[str, float]:
+    """The video's own sound track against its pictures, which appear at `times` [F] in seconds, and against the recording.
 
     sound_length_ms, by how much the track is longer than the pictures; sound_offset_ms, by how much the recording is heard too
-    late in the film; sound_correlation of the two at that offset. Of a film without sound only the length, and no correlation.
+    late in the video; sound_correlation of the two at that offset. Of a video without sound only the length, and no correlation.
     """
     pictures = times[-1] - times[0] + 1 / frame_rate(times)
     try:
-        sound, seconds = load_soundtrack(film), track_seconds(film)
+        sound, seconds = load_soundtrack(video), track_seconds(video)
     except NoSound:
         return {"sound_length_ms": -1000 * pictures, "sound_correlation": 0.0}
     first = round(times[0] * recording.sample_rate)
@@ -113,14 +113,14 @@ def sound_offset(found: np.ndarray, truth: np.ndarray, reach: int) -> tuple[int,
 
 
 def sound_fault(found: dict[str, float]) -> str:
-    """What is wrong with the sound track of a judged film, by its figures; empty when it is the recording's and in time."""
+    """What is wrong with the sound track of a judged video, by its figures; empty when it is the recording's and in time."""
     if "sound_offset_ms" not in found:
-        return f"the film has no sound track: sound_length_ms is {found['sound_length_ms']:.1f}"
+        return f"the video has no sound track: sound_length_ms is {found['sound_length_ms']:.1f}"
     limits = {"sound_length_ms": found["frame_ms"], "sound_offset_ms": LARGEST_OFFSET_MS}
     wrong = [f"{name} is {found[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(found[name]) > most + 0.5]
     if found["sound_correlation"] < LEAST_CORRELATION:
         wrong.append(f"sound_correlation is {found['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
-    return f"the film's sound does not match: {', '.join(wrong)}" if wrong else ""
+    return f"the video's sound does not match: {', '.join(wrong)}" if wrong else ""
 
 
 def frame_rate(times: np.ndarray) -> int:
@@ -128,7 +128,7 @@ def frame_rate(times: np.ndarray) -> int:
     return max(1, round((len(times) - 1) / (times[-1] - times[0]))) if times[-1] > times[0] else FPS
 
 
-def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarray]:
+def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarray]:
     """Mean change of the mouth region from the photograph in each frame [F], in grey levels, the PSNR in dB outside the lower half
     of the face over all frames, and the second at which each frame appears [F]."""
     still = portrait.pixels.astype(np.int16)
@@ -137,13 +137,13 @@ def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarra
     for time, frame in timed_frames(video):
         if frame.shape != still.shape:
             found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
-            raise ValueError(f"film={video} is {found}, the photograph {given}; give image= and size= that it was made with")
+            raise ValueError(f"mp4={video} is {found}, the photograph {given}; give image= and size= that it was made with")
         change = frame.astype(np.int16) - still
         motion.append(np.abs(change[mouth]).mean())
         error += float(np.square(change[kept], dtype=np.float32).mean())
         times.append(time)
     if not times:
-        raise ValueError(f"film={video} holds no frames")
+        raise ValueError(f"mp4={video} holds no frames")
     return np.array(motion), float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), np.array(times)
 
 
@@ -163,7 +163,7 @@ def pauses(level: np.ndarray) -> np.ndarray:
 
 
 def show(found: dict[str, float]) -> None:
-    """The figures beside what a good film reaches."""
+    """The figures beside what a good video reaches."""
     goals = {"photo_psnr_db": "≥ 33", "speech_correlation": "≥ 0.5", "lag_frames": "-2 to 2", "rest_ratio": "≤ 0.2"}
     frame = found["frame_ms"]
     goals |= {"sound_length_ms": f"{-frame:.0f} to {frame:.0f}", "sound_offset_ms": f"{-LARGEST_OFFSET_MS:.0f} to {LARGEST_OFFSET_MS:.0f}"}

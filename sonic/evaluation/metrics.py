@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class MouthPlace:
+class MouthGeometry:
     """Where a closed or resting mouth lies in a frame: middle in px, half its width `unit` in px, roll in radians; `lower` is
     how far the inner edge of the lower lip hangs below the middle at rest, in units, `curve` how much of that it loses towards
     the corners."""
@@ -52,9 +52,9 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / size) if size > 1e-9 else 0.0
 
 
-def best_lag(found: np.ndarray, truth: np.ndarray, reach: int = 12) -> tuple[float, float]:
+def best_lag(found: np.ndarray, truth: np.ndarray, max_lag: int = 12) -> tuple[float, float]:
     """Highest correlation over shifts of ±reach frames, and that shift with a parabolic fraction (> 0: `found` comes late)."""
-    lags = np.arange(-reach, reach + 1)
+    lags = np.arange(-max_lag, max_lag + 1)
     values = []
     for lag in lags:
         late, early = found[max(0, lag) : len(found) + min(0, lag)], truth[max(0, -lag) : len(truth) - max(0, lag)]
@@ -68,7 +68,7 @@ def best_lag(found: np.ndarray, truth: np.ndarray, reach: int = 12) -> tuple[flo
     return values[best], float(lags[best] + fraction)
 
 
-def mouth_opening(frames: Tensor, rest: Tensor, place: MouthPlace) -> np.ndarray:
+def mouth_opening(frames: Tensor, rest: Tensor, geometry: MouthGeometry) -> np.ndarray:
     """How far the lower lip is from where it rests, in mouth units, read from the pixels alone.  -> [F]
 
     The strip from the lower lip's edge downwards is cut from the resting frame and looked for, column by column of the middle
@@ -79,25 +79,25 @@ def mouth_opening(frames: Tensor, rest: Tensor, place: MouthPlace) -> np.ndarray
     shifts = torch.arange(-0.6, 1.3, step)
     across = torch.linspace(-0.42, 0.42, 11)
     arch = (1 - (across / 0.97) ** 2) ** 0.7
-    edge = place.lower - place.curve * across**2
+    edge = geometry.lower - geometry.curve * across**2
     down = torch.linspace(0.04, 0.9, 29)
     x = across.expand(len(down), -1)
     y = down.unsqueeze(1) + edge
-    template = _sample(rest.unsqueeze(0), place, x=x, y=y)[0]
+    template = _sample(rest.unsqueeze(0), geometry, x=x, y=y)[0]
     moved = rearrange(shifts, "k -> k 1 1") * arch + y
     weight = torch.exp(-((across / 0.35) ** 2)) * torch.linspace(1.0, 0.5, len(down)).unsqueeze(1)
     costs = []
     for some in frames.split(32):
-        found = _sample(some, place, x=x.expand_as(moved), y=moved)  # [f,3,k,v,x]
+        found = _sample(some, geometry, x=x.expand_as(moved), y=moved)  # [f,3,k,v,x]
         costs.append(((found - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
     return _lowest(torch.cat(costs), shifts, step)
 
 
-def mouth_mask(place: MouthPlace, height: int, width: int) -> Tensor:
+def mouth_mask(geometry: MouthGeometry, height: int, width: int) -> Tensor:
     """0 where the mouth can be, 1 everywhere else.  -> [H,W]"""
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    cos, sin = np.cos(place.roll), np.sin(place.roll)
-    dx, dy = (xs - place.x) / place.unit, (ys - place.y) / place.unit
+    cos, sin = np.cos(geometry.roll), np.sin(geometry.roll)
+    dx, dy = (xs - geometry.x) / geometry.unit, (ys - geometry.y) / geometry.unit
     across, down = dx * cos + dy * sin, dy * cos - dx * sin
     return ((across.abs() > 1.35) | (down < -0.7) | (down > 1.6)).float()
 
@@ -128,9 +128,9 @@ def flicker(frames: Tensor) -> float:
 
 def interval(values: Sequence[float]) -> dict:
     """Mean, half width of its 95 % interval (normal, from the standard error) and the values themselves."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     clips = [float(v) for v in values]
-    return {"mean": float(np.mean(values)), "ci95": 1.96 * spread / max(1, len(values)) ** 0.5, "clips": clips}
+    return {"mean": float(np.mean(values)), "ci95": 1.96 * std / max(1, len(values)) ** 0.5, "clips": clips}
 
 
 def peak_rss_gib() -> float:
@@ -144,12 +144,12 @@ def _hwc(frames: Tensor) -> np.ndarray:
     return rearrange(frames, "f c h w -> f h w c").numpy()
 
 
-def _sample(frames: Tensor, place: MouthPlace, *, x: Tensor, y: Tensor) -> Tensor:
+def _sample(frames: Tensor, geometry: MouthGeometry, *, x: Tensor, y: Tensor) -> Tensor:
     """Colours of frames [F,3,H,W] at mouth coordinates x, y (any shape S, in units).  -> [F,3,*S]"""
     height, width = frames.shape[-2:]
-    cos, sin = float(np.cos(place.roll)), float(np.sin(place.roll))
-    px = place.x + place.unit * (x * cos - y * sin)
-    py = place.y + place.unit * (x * sin + y * cos)
+    cos, sin = float(np.cos(geometry.roll)), float(np.sin(geometry.roll))
+    px = geometry.x + geometry.unit * (x * cos - y * sin)
+    py = geometry.y + geometry.unit * (x * sin + y * cos)
     grid = torch.stack([px / width, py / height], -1) * 2 - 1
     flat = grid.reshape(1, 1, -1, 2).expand(frames.shape[0], -1, -1, -1)
     found = F.grid_sample(frames, flat, mode="bilinear", padding_mode="border", align_corners=False)

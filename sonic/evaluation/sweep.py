@@ -43,7 +43,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What people call it."""
-        return ", ".join(f"{knob.rpartition('.')[2]}={value}" for knob, value in self.choices.items())
+        return ", ".join(f"{option.rpartition('.')[2]}={value}" for option, value in self.choices.items())
 
     @property
     def figures(self) -> dict[str, Any] | None:
@@ -70,10 +70,10 @@ class Cell:
 
     def leave(self) -> Path:
         """Set aside what is there, in the place of what was set aside before. Gives where it is."""
-        aside = self.folder.with_name(f"{LEFT}{self.folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        self.folder.rename(aside)
-        return aside
+        temporary = self.folder.with_name(f"{LEFT}{self.folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.folder.rename(temporary)
+        return temporary
 
     def forget(self) -> None:
         """Remove what an earlier attempt left."""
@@ -82,8 +82,8 @@ class Cell:
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
     """All combinations of the grid that are not excluded, in its order."""
-    knobs = list(config.grid)
-    combinations = (dict(zip(knobs, values, strict=True)) for values in itertools.product(*config.grid.values()))
+    options = list(config.grid)
+    combinations = (dict(zip(options, values, strict=True)) for values in itertools.product(*config.grid.values()))
     wanted = (choices for choices in combinations if not any(choices.items() >= out.items() for out in config.exclude))
     return [Cell(choices, folder / "cells" / _slug(choices)) for choices in wanted]
 
@@ -117,18 +117,18 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
 def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
     """The processes of a cell, one for each seed."""
     where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
-    return [[*PROGRAM, *_told(config, cell), *where(seed)] for seed in config.seeds]
+    return [[*PROGRAM, *_arguments(config, cell), *where(seed)] for seed in config.seeds]
 
 
 def asked(config: AblateConfig, cell: Cell) -> list[str]:
     """What a cell's figures depend on."""
-    return [*_told(config, cell), f"seeds={_typed(config.seeds)}"]
+    return [*_arguments(config, cell), f"seeds={_typed(config.seeds)}"]
 
 
-def _told(config: AblateConfig, cell: Cell) -> list[str]:
+def _arguments(config: AblateConfig, cell: Cell) -> list[str]:
     """What every process of a cell is told."""
-    fixed = [f"{knob}={_typed(value)}" for knob, value in cell.choices.items()]
-    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.films={config.films}"]
+    fixed = [f"{option}={_typed(value)}" for option, value in cell.choices.items()]
+    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
     machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
     return [*config.common, *machine, *fixed, *scored]
 
@@ -155,9 +155,9 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
     partial.rename(folder / DONE)
 
 
-def fail(folder: Path, reason: str, said: str) -> None:
+def fail(folder: Path, reason: str, output: str) -> None:
     """Write down that a cell failed, and the end of what was said."""
-    (folder / FAILED).write_text("\n".join([reason, *said.strip().splitlines()[-TAIL:]]) + "\n")
+    (folder / FAILED).write_text("\n".join([reason, *output.strip().splitlines()[-TAIL:]]) + "\n")
 
 
 def lost(folder: Path, error: Exception) -> None:
@@ -224,7 +224,7 @@ def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _slug(choices: dict[str, Any]) -> str:
-    text = "__".join(f"{knob.rpartition('.')[2]}-{value}" for knob, value in choices.items())
+    text = "__".join(f"{option.rpartition('.')[2]}-{value}" for option, value in choices.items())
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 

@@ -1,11 +1,11 @@
-"""Knobs of ablation sweeps. Standard library only."""
+"""Options of ablation sweeps. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from sonic.config import RunConfig, knob, one_of, require
+from sonic.config import RunConfig, one_of, option, require
 from sonic.training.train_config import LogConfig
 
 
@@ -13,10 +13,10 @@ from sonic.training.train_config import LogConfig
 class CellsConfig:
     """What runs cells."""
 
-    jobs: int = knob(1, "cells at once")
-    engine: str = knob("local", "what runs the cells: local, submitit (Slurm) or ray")
-    minutes: int = knob(240, "minutes that Slurm gives a cell (engine=submitit)")
-    retry: bool = knob(False, "try failed cells again")
+    jobs: int = option(1, "cells at once")
+    engine: str = option("local", "what runs the cells: local, submitit (Slurm) or ray")
+    minutes: int = option(240, "minutes that Slurm gives a cell (engine=submitit)")
+    retry: bool = option(False, "try failed cells again")
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("local", "submitit", "ray"), "engine")
@@ -28,15 +28,15 @@ class CellsConfig:
 class AblateConfig(CellsConfig):
     """Scores every combination of a grid and draws a report: of a recipe such as +ablate=steps, or of grid.KNOB=[...]."""
 
-    grid: dict[str, Any] = knob(dict, "knobs of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
-    exclude: list[dict[str, Any]] = knob([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
-    common: list[str] = knob(["+preset=fast_preview"], "what every cell is told besides")
-    clips: int = knob(8, "clips of each seed")
-    seeds: list[int] = knob([1], "seeds; all their clips count together")
-    seconds: float = knob(8.0, "length of each clip")
-    films: int = knob(2, "clips of each seed that the report shows")
-    run: RunConfig = knob(RunConfig)
-    log: LogConfig = knob(LogConfig)
+    grid: dict[str, Any] = option(dict, "options of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
+    exclude: list[dict[str, Any]] = option([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
+    common: list[str] = option(["+preset=fast_preview"], "what every cell is told besides")
+    clips: int = option(8, "clips of each seed")
+    seeds: list[int] = option([1], "seeds; all their clips count together")
+    seconds: float = option(8.0, "length of each clip")
+    num_videos: int = option(2, "clips of each seed that the report shows")
+    run: RunConfig = option(RunConfig)
+    log: LogConfig = option(LogConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class AblateConfig(CellsConfig):
             require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
         for combination in self.exclude:
             known = bool(combination) and all(name in self.grid for name in combination)
-            require(known, f"exclude has {combination}, which does not name knobs of the grid ({', '.join(self.grid)})")
+            require(known, f"exclude has {combination}, which does not name options of the grid ({', '.join(self.grid)})")
         require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
         require(self.clips >= 1, f"clips={self.clips}: need at least 1")
-        require(0 <= self.films <= self.clips, f"films={self.films} must lie between 0 and clips={self.clips}")
+        require(0 <= self.num_videos <= self.clips, f"videos={self.num_videos} must lie between 0 and clips={self.clips}")

@@ -1,4 +1,4 @@
-"""A sweep as one page that needs nothing else: a table, plots, and the films side by side in time; and the table as CSV."""
+"""A sweep as one page that needs nothing else: a table, plots, and the videos side by side in time; and the table as CSV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLE = """
 :root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #8885}
 th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}.plots{display:flex;flex-wrap:wrap;gap:1rem}
-svg{max-width:100%;height:auto;background:#fff;border:1px solid #8885}.films{display:flex;gap:.6rem;overflow-x:auto;padding-bottom:.5rem}
+svg{max-width:100%;height:auto;background:#fff;border:1px solid #8885}.videos{display:flex;gap:.6rem;overflow-x:auto;padding-bottom:.5rem}
 figure{margin:0;flex:0 0 auto}video{width:11rem;height:11rem;background:#000}figcaption{font-size:.8rem;max-width:11rem}
 h1{overflow-wrap:anywhere}button{font:inherit;padding:.2rem .9rem}pre{overflow-x:auto;font-size:.8rem}
 """
@@ -41,10 +41,10 @@ def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
     parts = [f"<h1>{html.escape(title)}</h1><p>{len(done)} of {len(cells)} cells are finished.</p>", _table(done)]
     if done:
         parts.append(f'<h2>What it costs and keeps</h2><div class="plots">{"".join(_plots(done))}</div>')
-        parts.append(f"<h2>Films</h2><p>One row is one portrait and voice.</p>{_films([cell for cell, _ in done])}")
+        parts.append(f"<h2>Videos</h2><p>One row is one portrait and voice.</p>{_videos([cell for cell, _ in done])}")
     if failed:
-        told = "".join(f"<h3>{html.escape(cell.name)}</h3><pre>{html.escape(cell.failure)}</pre>" for cell in failed)
-        parts.append(f"<h2>Failed</h2>{told}")
+        failures = "".join(f"<h3>{html.escape(cell.name)}</h3><pre>{html.escape(cell.failure)}</pre>" for cell in failed)
+        parts.append(f"<h2>Failed</h2>{failures}")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     page = f"<!doctype html><html lang=en><head>{head}<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
     page += f"<body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
@@ -60,8 +60,8 @@ def _table(done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("cell", *names, "peak GiB"))
     rows = []
     for cell, figures in done:
-        told = (f"{figures[name]['mean']:.3f} ± {figures[name]['ci95']:.3f}" if name in figures else "" for name in names)
-        values = "".join(f"<td>{each}</td>" for each in told)
+        shown = (f"{figures[name]['mean']:.3f} ± {figures[name]['ci95']:.3f}" if name in figures else "" for name in names)
+        values = "".join(f"<td>{each}</td>" for each in shown)
         rows.append(f"<tr><td>{html.escape(cell.name)}</td>{values}<td>{figures['peak_rss_gib']:.2f}</td></tr>")
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -72,14 +72,14 @@ def _figures_of(done: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[str, ...]:
 
 
 def _write_csv(done: Sequence[tuple[Cell, dict[str, Any]]], path: Path) -> None:
-    knobs = list(dict.fromkeys(knob for cell, _ in done for knob in cell.choices))
+    options = list(dict.fromkeys(option for cell, _ in done for option in cell.choices))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         names = _figures_of(done)
-        writer.writerow([*knobs, *(f"{name}_{part}" for name in names for part in ("mean", "ci95")), "peak_rss_gib"])
+        writer.writerow([*options, *(f"{name}_{part}" for name in names for part in ("mean", "ci95")), "peak_rss_gib"])
         for cell, figures in done:
             values = [figures.get(name, {}).get(part, "") for name in names for part in ("mean", "ci95")]
-            writer.writerow([*(cell.choices.get(knob, "") for knob in knobs), *values, figures["peak_rss_gib"]])
+            writer.writerow([*(cell.choices.get(option, "") for option in options), *values, figures["peak_rss_gib"]])
 
 
 def _plots(done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
@@ -104,15 +104,15 @@ def _scatter(
 ) -> str:
     """Points with their names, and the line of those that nothing beats in both directions."""
     points = [(across(figures), up(figures), cell.name) for cell, figures in done]
-    place_x, place_y = _scale([x for x, _, _ in points], MARGIN, WIDTH - 16), _scale([y for _, y, _ in points], HEIGHT - MARGIN, 16)
+    pixel_x, pixel_y = _scale([x for x, _, _ in points], MARGIN, WIDTH - 16), _scale([y for _, y, _ in points], HEIGHT - MARGIN, 16)
     drawn = []
     if pareto:
         best = [(x, y) for x, y, _ in sorted(points) if all(y > other for one, other, _ in points if one < x)]
-        line = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in best)
+        line = " ".join(f"{pixel_x(x):.1f},{pixel_y(y):.1f}" for x, y in best)
         drawn.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')
-    heights = _spread([place_y(y) for _, y, _ in points])
+    heights = _spaced([pixel_y(y) for _, y, _ in points])
     for number, (x, y, name) in enumerate(points):
-        left, top, colour = place_x(x), place_y(y), COLOURS[number % len(COLOURS)]
+        left, top, colour = pixel_x(x), pixel_y(y), COLOURS[number % len(COLOURS)]
         side = ("end", -8) if left > WIDTH * 0.6 else ("start", 8)
         drawn.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="{MARK}" fill="{colour}"><title>{html.escape(name)}</title></circle>')
         drawn.append(
@@ -120,8 +120,8 @@ def _scatter(
             f'text-anchor="{side[0]}">{html.escape(name)}</text>'
         )
     ends = [(min(v), max(v)) for v in zip(*((x, y) for x, y, _ in points), strict=True)]
-    ticks = [f'<text x="{place_x(v):.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{v:.3g}</text>' for v in dict.fromkeys(ends[0])]
-    ticks += [f'<text x="{MARGIN - 6}" y="{place_y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>' for v in dict.fromkeys(ends[1])]
+    ticks = [f'<text x="{pixel_x(v):.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{v:.3g}</text>' for v in dict.fromkeys(ends[0])]
+    ticks += [f'<text x="{MARGIN - 6}" y="{pixel_y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>' for v in dict.fromkeys(ends[1])]
     axes = f'<path d="M{MARGIN} 8V{HEIGHT - MARGIN}H{WIDTH - 8}" fill="none" stroke="#333"/>'
     names = f'<text x="{WIDTH / 2}" y="{HEIGHT - 10}" text-anchor="middle">{labels[0]}</text>'
     names += f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{labels[1]}</text>'
@@ -129,14 +129,14 @@ def _scatter(
     return f'<svg {size} font-size="11" font-family="sans-serif" fill="#222">{axes}{"".join(ticks + drawn)}{names}</svg>'
 
 
-def _spread(heights: Sequence[float]) -> list[float]:
+def _spaced(heights: Sequence[float]) -> list[float]:
     """The same heights moved apart until a line of text fits between any two, around where they were."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = list(heights)
+    heights_out = list(heights)
     for before, after in zip(order, order[1:], strict=False):
-        placed[after] = max(placed[after], placed[before] + LINE)
-    over = max(0.0, max(placed) - (HEIGHT - MARGIN - LINE))
-    return [height - over for height in placed]
+        heights_out[after] = max(heights_out[after], heights_out[before] + LINE)
+    over = max(0.0, max(heights_out) - (HEIGHT - MARGIN - LINE))
+    return [height - over for height in heights_out]
 
 
 def _scale(values: Sequence[float], first: float, last: float) -> Callable[[float], float]:
@@ -146,16 +146,16 @@ def _scale(values: Sequence[float], first: float, last: float) -> Callable[[floa
     return lambda value: first + (value - low + air) / (high - low + 2 * air) * (last - first)
 
 
-def _films(cells: Sequence[Cell]) -> str:
-    """Rows of the same clip, each film with its cell's name; the films are inside the page."""
+def _videos(cells: Sequence[Cell]) -> str:
+    """Rows of the same clip, each video with its cell's name; the videos are inside the page."""
     kept = ((number, path) for number, cell in enumerate(cells) for path in cell.folder.glob("films_*/*.mp4"))
     found = sorted((f"{path.parent.name}/{path.stem}", number, path) for number, path in kept)
     rows = []
     for _, same in groupby(found, key=lambda item: item[0]):
-        films = "".join(
+        videos = "".join(
             f'<figure><video playsinline preload="auto" src="data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}">'
             f"</video><figcaption>{html.escape(cells[number].name)}</figcaption></figure>"
             for _, number, path in same
         )
-        rows.append(f'<section class="row"><button>play / pause</button><div class="films">{films}</div></section>')
+        rows.append(f'<section class="row"><button>play / pause</button><div class="videos">{videos}</div></section>')
     return "".join(rows)

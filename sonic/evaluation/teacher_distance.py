@@ -1,4 +1,4 @@
-"""How far the films of a sweep's cells are from their teacher's of most steps, begun from the same noise: what fewer steps cost,
+"""How far the videos of a sweep's cells are from their teacher's of most steps, begun from the same noise: what fewer steps cost,
 and what learning to take them bought."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Figures = dict[str, Any]
 def with_distances(cells: Sequence[tuple[Mapping[str, Any], Figures]]) -> list[Figures]:
     """The figures of cells (choices, figures) with `teacher_distance` {mean, ci95, clips} where the grid holds a teacher.
 
-    It is the root mean square difference between the mouth's opening in both films, as a share of how much the teacher's moves.
+    It is the root mean square difference between the mouth's opening in both videos, as a share of how much the teacher's moves.
     """
     found = []
     for choices, figures in cells:
@@ -31,7 +31,7 @@ def with_distances(cells: Sequence[tuple[Mapping[str, Any], Figures]]) -> list[F
 
 def _teacher_of(choices: Mapping[str, Any], cells: Sequence[tuple[Mapping[str, Any], Figures]]) -> Figures | None:
     """The cell of the teacher that differs in nothing but its steps, of which it takes most."""
-    alike = lambda other: all(other[knob] == choices[knob] for knob in choices if knob not in (STEPS, WEIGHTS))  # noqa: E731
+    alike = lambda other: all(other[option] == choices[option] for option in choices if option not in (STEPS, WEIGHTS))  # noqa: E731
     teachers = [(other[STEPS], figures) for other, figures in cells if other.get(WEIGHTS) == TEACHER and STEPS in other and alike(other)]
     return max(teachers, key=lambda pair: pair[0])[1] if teachers else None
 

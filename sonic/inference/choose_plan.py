@@ -1,4 +1,4 @@
-"""Which plan a job of films runs under: the planner is asked first, and what cannot fit is not started."""
+"""Which plan a job of videos runs under: the planner is asked first, and what cannot fit is not started."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanC
 from sonic.planner.hardware import hardware_here
 from sonic.planner.memory import GIB
 from sonic.planner.plans import Plan
-from sonic.planner.search import Planned, planned
+from sonic.planner.search import PlanResult, search_plans
 from sonic.system.paths import check_input
 
 log = logging.getLogger("sonic.inference")
 
 
 @dataclass
-class Forecast:
+class Estimate:
     """The plan that runs, and what it takes against what was foretold. On a CPU memory counts from when the plan was made."""
 
     plan: Plan
@@ -44,7 +44,7 @@ class Forecast:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The knobs that the plan runs with."""
+        """The options that the plan runs with."""
         return self.plan.parallel
 
     def measure(self, world: World) -> None:
@@ -68,15 +68,15 @@ class Forecast:
         }
 
 
-def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True) -> Forecast:
+def estimate(config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True) -> Estimate:
     """The planner's answer for a job: its choice for parallel=auto, or what was asked for. `trained`: a checkpoint says what runs.
 
     Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
-    asked_for = _plan_config(replace(config, model=model), hardware, ranks)
-    found = planned(asked_for, idle=False)
+    plan_config = _plan_config(replace(config, model=model), hardware, ranks)
+    found = search_plans(plan_config, idle=False)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -86,19 +86,19 @@ def forecast(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
     if asked.name not in ("auto", "pipeline"):
         plan = replace(plan, parallel=_with_residents(asked, plan, device))
-    return Forecast(plan, asked_for)
+    return Estimate(plan, plan_config)
 
 
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
     """What was asked for by name; how much of the weights stays on a GPU is the planner's figure, which leaves room for the rest of
-    the film. On a CPU nothing stays: a copy there gains nothing."""
+    the video. On a CPU nothing stays: a copy there gains nothing."""
     if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
         return asked
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
-    """The planner's view of a job: one film on the ranks that make it together, with their share of a machine's memory."""
+    """The planner's view of a job: one video on the ranks that make it together, with their share of a machine's memory."""
     parallel = config.parallel
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
@@ -112,13 +112,13 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     copies_here = max(1, sharing * ranks.local_world // ranks.world)
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
-    film = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
-    video = replace(config.video, size=_film_size(config))
-    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=film, sampler=config.sampler, video=video)
+    per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
+    video = replace(config.video, size=_video_size(config))
+    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=video)
 
 
-def _film_size(config: InferConfig) -> str:
-    """video.size, that of the photograph looked up; of several photographs, the size of the largest film."""
+def _video_size(config: InferConfig) -> str:
+    """video.size, that of the photograph looked up; of several photographs, the size of the largest video."""
     if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
     if config.requests:
@@ -127,12 +127,12 @@ def _film_size(config: InferConfig) -> str:
     else:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
         pictures = [(pixels.shape[1], pixels.shape[0])]
-    films = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
-    return "x".join(map(str, max(films, key=prod))) if films else PHOTO_SIZE
+    sizes = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
+    return "x".join(map(str, max(sizes, key=prod))) if sizes else PHOTO_SIZE
 
 
 def _portrait_of(line: str, config: InferConfig) -> str:
-    """The picture that a request names; none for a bad line, of which its own film will tell."""
+    """The picture that a request names; none for a bad line, of which its own video will tell."""
     try:
         return request_of(line, config, Path()).image
     except (ValueError, OSError):
@@ -140,7 +140,7 @@ def _portrait_of(line: str, config: InferConfig) -> str:
 
 
 def _size_of_picture(name: str) -> tuple[int, int] | None:
-    """(width, height) as they lie in a file, whose pixels are not read; None for what its own film will refuse."""
+    """(width, height) as they lie in a file, whose pixels are not read; None for what its own video will refuse."""
     try:
         check_input(name, "image")
         with warnings.catch_warnings():
@@ -151,11 +151,11 @@ def _size_of_picture(name: str) -> tuple[int, int] | None:
         return None
 
 
-def _refusal(found: Planned) -> str:
+def _refusal(found: PlanResult) -> str:
     """What is missing, and what would fit."""
     best, hardware = found.chosen, found.hardware
     lacks = (
         f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"
     )
-    would = "; ".join(f"{change.sentence} ({' '.join(change.knobs)})" for change in found.changes)
+    would = "; ".join(f"{change.sentence} ({' '.join(change.options)})" for change in found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"

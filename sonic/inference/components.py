@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sonic import assets
-from sonic.checkpoint.converted import Ready
+from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.load import Lora
 from sonic.checkpoint.weights import load_weights
 from sonic.config import LoraConfig, ModelConfig, RunConfig, one_of, precision_of
@@ -41,8 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the main job runs on; speech.hear turns (16 kHz samples, number of video frames) into features [N,A,F]."""
+class Components:
+    """What the main job runs on; speech.hear turns (16 kHz samples, number of video frames) into features [N,E,F]."""
 
     config: ModelConfig
     model: AvatarDiT
@@ -55,11 +55,11 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class ReadyParts:
-    """What a painted film runs on, out of a ready checkpoint: encoders come and go, transformer and VAE come when they are asked for."""
+class WanComponents:
+    """What a Wan video runs on, out of a converted checkpoint: encoders come and go, transformer and VAE come when they are asked for."""
 
     config: ModelConfig
-    checkpoint: Ready
+    checkpoint: Checkpoint
     context: DistributedContext
     dtype: torch.dtype
     attention: Attention = sdpa
@@ -74,7 +74,7 @@ class ReadyParts:
         """What the transformer is loaded from, in words."""
         return _named(self.checkpoint.weights, self.config.lora.path)
 
-    def with_model(self, model: AvatarDiT) -> ReadyParts:
+    def with_model(self, model: AvatarDiT) -> WanComponents:
         """The same with a transformer that is there already."""
         other = replace(self)
         vars(other).update(vars(self), model=model)  # where cached properties lie
@@ -91,12 +91,14 @@ class ReadyParts:
     def autoencoder(self) -> WanAutoencoder | RemoteAutoencoder:
         """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
         stream, whose rings need the memory. Where another rank has it, what asks that one."""
-        if _far(self.context.world):
+        if _has_remote_vae(self.context.world):
             return RemoteAutoencoder(self.context.vae_channel)
         return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
 
 
-def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Parts | ReadyParts:
+def build_components(
+    config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None
+) -> Components | WanComponents:
     """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
 
     The transformer is built under the plan of `context` (default: this device alone). Raises ValueError when weights are missing, damaged
@@ -108,8 +110,8 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: Dis
     dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
     attention = attention_for(run.attention, context.world.device)
     if config.autoencoder == "wan":
-        checkpoint = Ready.open(Path(_needed(config)))
-        return ReadyParts(checkpoint.config(config), checkpoint, context, dtype, attention)
+        checkpoint = Checkpoint.open(Path(_needed(config)))
+        return WanComponents(checkpoint.config(config), checkpoint, context, dtype, attention)
     files, student = weight_files(config), student_of(config, steps)
     autoencoder, speech = untrained_encoders(config, context.world.device)
     load_weights(autoencoder, files.autoencoder)
@@ -117,15 +119,15 @@ def build_parts(config: ModelConfig, run: RunConfig, *, steps: int, context: Dis
     weights = _named(files.dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
     model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student), dtype=dtype)
     attend_by(model, attention)
-    if _far(context.world):
+    if _has_remote_vae(context.world):
         autoencoder = RemoteAutoencoder(context.vae_channel)
-    return Parts(config, model, autoencoder, speech, context.world.device, dtype, weights, context)
+    return Components(config, model, autoencoder, speech, context.world.device, dtype, weights, context)
 
 
-def untrained_parts(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
+def untrained_components(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Components:
     """The same parts on one device, before any weights are loaded."""
     model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
-    return Parts(config, model, *untrained_encoders(config, device), device, dtype)
+    return Components(config, model, *untrained_encoders(config, device), device, dtype)
 
 
 def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
@@ -137,7 +139,7 @@ def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Mo
     return tuple(make().to(device).eval().requires_grad_(False) for make in makers)
 
 
-def _far(world: World) -> bool:
+def _has_remote_vae(world: World) -> bool:
     """Whether this rank asks another one that has the autoencoder."""
     return world.vae_rank and world.leads
 
@@ -192,7 +194,7 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
     if fewer := [number for number in there if number < steps]:
         return there[max(fewer)]
     raise ValueError(
-        f"model.weights={STUDENT}: nobody bundled has learnt model={config.name} in sampler.sample_steps={steps}; "
+        f"model.weights={STUDENT}: no bundled student of model={config.name} for sampler.sample_steps={steps}; "
         f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
     )
 
@@ -232,14 +234,14 @@ def transformer_weights(config: ModelConfig) -> Path:
     """The file or folder of the transformer alone. Raises ValueError when it is for another model, or there is none."""
     if config.autoencoder != "wan":
         return weight_files(config).dit
-    checkpoint = Ready.open(Path(_needed(config)))
+    checkpoint = Checkpoint.open(Path(_needed(config)))
     checkpoint.config(config)
     return checkpoint.folder / "dit"
 
 
 def settled_model(config: ModelConfig) -> ModelConfig:
-    """The config of the model that will run: a ready checkpoint brings its own. Raises ValueError where there is none."""
-    return Ready.open(Path(_needed(config))).config(config) if config.autoencoder == "wan" else config
+    """The config of the model that will run: a converted checkpoint brings its own. Raises ValueError where there is none."""
+    return Checkpoint.open(Path(_needed(config))).config(config) if config.autoencoder == "wan" else config
 
 
 def _needed(config: ModelConfig) -> str:

@@ -1,4 +1,4 @@
-"""What the model is told: latents of the portrait, features of the speech, and how the head is to move."""
+"""The conditions of the model: latents of the portrait, features of the speech, and how the head is to move."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sonic.data.clips import pose_latents
 from sonic.data.image import covering, cut, resized
 from sonic.data.pixels import to_signed
 from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
-from sonic.inference.components import Parts
+from sonic.inference.components import Components
 from sonic.synthetic.draw_face import head_motion
-from sonic.types import Conditions, Crop, FaceBox, Mouth, Portrait, Scene
+from sonic.types import Conditions, Crop, FaceBox, Inputs, Mouth, Portrait
 from sonic.vae.motion_vae import Reference
 
 LARGEST_AREA = 3840 * 2160
@@ -25,24 +25,24 @@ EVEN = 2  # H.264 with 4:2:0 colour needs even sides
 
 
 @torch.no_grad()
-def encode(scene: Scene, parts: Parts, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """What the model is told of a scene, and what the autoencoder knows of the portrait."""
-    config = parts.config
-    picture = rearrange(cut(scene.portrait.pixels, crop), "c h w -> 1 c h w").to(parts.device)
-    reference = parts.autoencoder.reference(picture)
-    frames = whole_blocks(scene.num_frames, config.rollout.block_frames)
-    heard = parts.speech.hear(scene.speech.samples, frames)
+def encode(inputs: Inputs, components: Components, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
+    """The conditions of the model for a video, and what the autoencoder knows of the portrait."""
+    config = components.config
+    picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
+    reference = components.autoencoder.reference(picture)
+    frames = whole_blocks(inputs.num_frames, config.rollout.block_frames)
+    features = components.speech.encode_audio(inputs.speech.samples, frames)
     conditions = Conditions(
         ref=reference.latents,
-        text=torch.zeros(1, config.text.text_len, config.text.text_dim, device=parts.device),
-        audio=rearrange(heard, "n a f -> 1 n a f").to(parts.device),
-        pose=head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=scene.seed),
+        text=torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device),
+        audio=rearrange(features, "n a f -> 1 n a f").to(components.device),
+        pose=head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed),
     )
-    return conditions.to(device=parts.device, dtype=parts.dtype), reference
+    return conditions.to(device=components.device, dtype=components.dtype), reference
 
 
 def fit_portrait(portrait: Portrait, size: str) -> Portrait:
-    """The portrait at the size of the film: reduced to the area of `size` when larger, odd sides cut by one pixel."""
+    """The portrait at the size of the video: reduced to the area of `size` when larger, odd sides cut by one pixel."""
     height, width = portrait.pixels.shape[:2]
     wide, high = (width, height) if size == PHOTO_SIZE else parse_size(size)
     area = min(LARGEST_AREA, width * height if size == PHOTO_SIZE else wide * high)
@@ -58,8 +58,8 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     )
 
 
-def painted_size(pixels: np.ndarray, size: str) -> int:
-    """Pixels that a painted film may have at most."""
+def generated_area(pixels: np.ndarray, size: str) -> int:
+    """Pixels that a Wan video may have at most."""
     if size == PHOTO_SIZE:
         return min(LARGEST_AREA, pixels.shape[0] * pixels.shape[1])
     width, height = parse_size(size)
@@ -67,7 +67,7 @@ def painted_size(pixels: np.ndarray, size: str) -> int:
 
 
 def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The picture at the size that painted films have: scaled until it covers that size, and cut to it around its middle.
+    """The picture at the size that Wan videos have: scaled until it covers that size, and cut to it around its middle.
 
     uint8 [H,W,3] -> uint8 [height,width,3]
     """
@@ -76,7 +76,7 @@ def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
 
 
 def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The same as the published pipelines fit it: its SHORTER side to the film's shorter side, black bars where that is too small."""
+    """The same as the published pipelines fit it: its SHORTER side to the video's shorter side, black bars where that is too small."""
     high, wide = pixels.shape[:2]
     width, height = wan_size(wide, high, max_area)
     short, target = min(high, wide), min(height, width)

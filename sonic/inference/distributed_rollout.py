@@ -29,7 +29,7 @@ class RolloutRequest(NamedTuple):
 
     conditions: Conditions
     sampler: SamplerConfig
-    unguided: Conditions | None
+    unconditional: Conditions | None
     random_state: Tensor
     spans: Sequence[BlockSpan] = ()
     latent_frames: int = 0
@@ -94,8 +94,8 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
     """A whole clip, or blocks for as long as the leading rank continues; returns the message after them."""
     rng = torch.Generator()
     rng.set_state(request.random_state)
-    conditions, unguided = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unguided))
-    sampling = Sampling(request.sampler, NoiseSource(rng), unguided)
+    conditions, unconditional = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unconditional))
+    sampling = Sampling(request.sampler, NoiseSource(rng), unconditional)
     if request.latent_frames:
         sample_clip(model, conditions, request.latent_frames, sampling=sampling, execution=context.execution)
         return _broadcast(context)
@@ -107,7 +107,7 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
 
 def _request(conditions: Conditions, sampling: Sampling, **length: object) -> RolloutRequest:
     """The request to repeat a rollout of that length."""
-    return RolloutRequest(conditions, sampling.sampler, sampling.unguided, sampling.source.generator.get_state(), **length)
+    return RolloutRequest(conditions, sampling.sampler, sampling.unconditional, sampling.source.generator.get_state(), **length)
 
 
 def shutdown(context: DistributedContext) -> None:
@@ -126,18 +126,20 @@ def _broadcast(context: DistributedContext, message: RolloutRequest | bool | Non
     """From the leading rank to those that repeat what it does: a rollout, whether to go on to the next block; None is the end."""
     if isinstance(message, RolloutRequest):
         context.rollouts += 1
-        message = message._replace(conditions=lean(message.conditions), unguided=message.unguided and lean(message.unguided))
+        message = message._replace(
+            conditions=compact(message.conditions), unconditional=message.unconditional and compact(message.unconditional)
+        )
     messages = [message]
-    dist.broadcast_object_list(messages, group_src=0, group=context.world.cast, device=CPU)
+    dist.broadcast_object_list(messages, group_src=0, group=context.world.rollout_group, device=CPU)
     return messages[0]
 
 
-def lean(conditions: Conditions) -> Conditions:
+def compact(conditions: Conditions) -> Conditions:
     """The same in host memory, to be sent: a view without the rest of its storage, which would be sent with it."""
-    return replace(conditions, **{name: _lean(value) for name, value in vars(conditions).items() if value is not None})
+    return replace(conditions, **{name: _compact(value) for name, value in vars(conditions).items() if value is not None})
 
 
-def _lean(tensor: Tensor) -> Tensor:
+def _compact(tensor: Tensor) -> Tensor:
     once = without_repeats(tensor)
     if once.device == CPU and once.untyped_storage().nbytes() <= once.nbytes:
         return tensor  # itself, so that what both conditions have in common goes once

@@ -63,9 +63,9 @@ class BatchedForwards:
         """The predictions of all that waited, after one pass."""
         requests, self.waiting = self.waiting, []
         model, execution = self.model, self.execution
-        reaches = [self._reach(request) for request in requests]
+        contexts = [self._block_context(request) for request in requests]
         embedded = [model.embed_block(each.latents, each.timestep, each.inputs, sequence=execution.sequence) for each in requests]
-        outputs = execution.run_blocks(model, [inputs for inputs, _ in embedded], reaches)
+        outputs = execution.run_blocks(model, [inputs for inputs, _ in embedded], contexts)
         predictions = [
             model.unembed(output, summary, self.caches[request.cond_index].grid, sequence=execution.sequence)
             for output, (_, summary), request in zip(outputs, embedded, requests, strict=True)
@@ -76,9 +76,9 @@ class BatchedForwards:
         """Nothing is in flight between passes."""
         self.waiting.clear()
 
-    def _reach(self, request: ForwardRequest) -> Callable:
+    def _block_context(self, request: ForwardRequest) -> Callable:
         cache, inputs = self.caches[request.cond_index], request.inputs
-        return self.model.block_reach(inputs.span, cache, cache.rings[request.step], ref_position=inputs.ref_position)
+        return self.model.block_context(inputs.span, cache, cache.rings[request.step], ref_position=inputs.ref_position)
 
 
 def open_forwards(context: DistributedContext) -> OpenForwards:

@@ -11,52 +11,56 @@ from tqdm import tqdm
 
 from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
-from sonic.inference.components import Parts, ReadyParts
-from sonic.inference.generate_preview import film_moved
-from sonic.inference.generate_wan import film_painted
+from sonic.inference.components import Components, WanComponents
+from sonic.inference.generate_preview import generate_preview
+from sonic.inference.generate_wan import generate_wan
 from sonic.inference.inputs import Settings
-from sonic.inference.report import Clock, Result, Watch, sampling_of, versions
-from sonic.types import FrameChunk, Scene
+from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, versions
+from sonic.types import FrameChunk, Inputs
 
-FILMS = {"warp": film_moved, "wan": film_painted}  # by model.autoencoder
+GENERATORS = {"warp": generate_preview, "wan": generate_wan}  # by model.autoencoder
 
 
-def film(scene: Scene, parts: Parts | ReadyParts, settings: Settings, *, clock: Clock | None = None) -> Iterator[FrameChunk]:
-    """The frames of a scene, in order, as they are finished. Frame k is driven by the sound at k/fps s.
+def generate(
+    inputs: Inputs, components: Components | WanComponents, settings: Settings, *, timer: StageTimer | None = None
+) -> Iterator[FrameChunk]:
+    """The frames of a video, in order, as they are finished. Frame k is driven by the sound at k/fps s.
 
     Denoising and decoding run on threads of their own (decode.online), which end when the iterator is closed.
     """
-    return FILMS[parts.config.autoencoder](scene, parts, settings, clock=clock or Clock())
+    return GENERATORS[components.config.autoencoder](inputs, components, settings, timer=timer or StageTimer())
 
 
-def generate(scene: Scene, parts: Parts | ReadyParts, settings: Settings, *, output: Path, clock: Clock, watch: Watch) -> Result:
-    """Film a scene into an MP4 that appears when it is complete; nothing is left of it after an error or Ctrl-C."""
-    height, width = scene.portrait.pixels.shape[:2]
-    begun, first_frame = clock.passed(), 0.0
-    writer = VideoWriter(output, width, height, num_frames=scene.num_frames, speech=scene.speech, coding=Coding(fps=scene.fps))
+def write_video(
+    inputs: Inputs, components: Components | WanComponents, settings: Settings, *, output: Path, timer: StageTimer, recorder: FrameRecorder
+) -> Result:
+    """Generate a video into an MP4 that appears when it is complete; nothing is left of it after an error or Ctrl-C."""
+    height, width = inputs.portrait.pixels.shape[:2]
+    begun, first_frame = timer.passed(), 0.0
+    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, coding=Coding(fps=inputs.fps))
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=scene.num_frames, unit=" frames", desc="film", dynamic_ncols=True, leave=False))
+        bar = stack.enter_context(tqdm(total=inputs.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
         stack.enter_context(writer)
-        for chunk in stack.enter_context(closing(film(scene, parts, settings, clock=clock))):
-            with clock.stage("write"):
+        for chunk in stack.enter_context(closing(generate(inputs, components, settings, timer=timer))):
+            with timer.stage("write"):
                 writer.write(chunk.pixels)
-            first_frame = first_frame or clock.passed()
-            watch.see(chunk)
+            first_frame = first_frame or timer.passed()
+            recorder.record(chunk)
             bar.update(len(chunk))
-        with clock.stage("write"):
+        with timer.stage("write"):
             stack.close()
     return Result(
         output=str(output.resolve()),
-        frames=scene.num_frames,
-        fps=scene.fps,
-        audio_seconds=round(scene.speech.seconds, 3),
-        frames_per_second=round(scene.num_frames / (clock.passed() - begun), 2),
+        frames=inputs.num_frames,
+        fps=inputs.fps,
+        audio_seconds=round(inputs.speech.seconds, 3),
+        frames_per_second=round(inputs.num_frames / (timer.passed() - begun), 2),
         first_frame_s=round(first_frame, 3),
         peak_rss_gib=round(peak_rss_gib(), 3),
-        peak_vram_gib=round(_peak_vram(parts.device) / 2**30, 3),
-        stages_s={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_vram_gib=round(_peak_vram(components.device) / 2**30, 3),
+        stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
-        sampling=sampling_of(settings.sampler, parts.weights, parts.dtype),
+        sampling=sampling_of(settings.sampler, components.weights, components.dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""Films whose photograph is moved: the model works on a crop of the face, and what it changes is put back at full resolution."""
+"""Videos whose photograph is moved: the model works on a crop of the face, and what it changes is put back at full resolution."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 
 from sonic.data.image import face_crop
 from sonic.geometry import plan_blocks
-from sonic.inference.components import Parts
+from sonic.inference.components import Components
 from sonic.inference.conditions import encode
 from sonic.inference.distributed_rollout import distributed_rollout
 from sonic.inference.inputs import Settings
-from sonic.inference.report import Clock
+from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling
-from sonic.inference.stream import HANDOVERS, ahead, decoded, half_the_threads
-from sonic.types import FrameChunk, Scene
+from sonic.inference.stream import HANDOVERS, decode_blocks, half_the_threads, prefetch
+from sonic.types import FrameChunk, Inputs
 from sonic.vae.warp import Canvas
 
 
-def film_moved(scene: Scene, parts: Parts, settings: Settings, *, clock: Clock) -> Iterator[FrameChunk]:
-    """The frames of a scene, each the untouched photograph but for what the model moves."""
-    with clock.stage("encode"):
-        crop = face_crop(scene.portrait, settings.expand_ratio, parts.config.resolution)
-        conditions, reference = encode(scene, parts, settings.motion, crop=crop)
-        canvas = Canvas(torch.from_numpy(scene.portrait.pixels), crop)
-    spans = plan_blocks(scene.num_frames, parts.config.rollout.block_frames)
-    rng = torch.Generator().manual_seed(scene.seed)
+def generate_preview(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
+    """The frames of a video, each the untouched photograph but for what the model moves."""
+    with timer.stage("encode"):
+        crop = face_crop(inputs.portrait, settings.expand_ratio, components.config.resolution)
+        conditions, reference = encode(inputs, components, settings.motion, crop=crop)
+        canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)
+    spans = plan_blocks(inputs.num_frames, components.config.rollout.block_frames)
+    rng = torch.Generator().manual_seed(inputs.seed)
     sampling = Sampling(settings.sampler, NoiseSource(rng))
-    blocks = distributed_rollout(parts.model, conditions, spans, sampling=sampling, context=parts.context)
+    blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
     online = settings.decode.online
     stage = {"prepare": half_the_threads()} if online else {}
-    latents = HANDOVERS[online](clock.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)
-    chunks = decoded(latents, scene.num_frames, autoencoder=parts.autoencoder, reference=reference, canvas=canvas, clock=clock)
+    latents = HANDOVERS[online](timer.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)
+    chunks = decode_blocks(latents, inputs.num_frames, autoencoder=components.autoencoder, reference=reference, canvas=canvas, timer=timer)
     if online:
-        chunks = ahead(chunks, 1, name="decode", **stage)
+        chunks = prefetch(chunks, 1, name="decode", **stage)
     with closing(latents), closing(chunks):
         yield from chunks

@@ -1,4 +1,4 @@
-"""Reads the scenes of requests in a process beside this one: a file that crashes a decoder costs its own film and no other."""
+"""Reads the scenes of requests in a process beside this one: a file that crashes a decoder costs its own video and no other."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sonic.data.audio import load_speech
 from sonic.data.image import load_image
 from sonic.data.video import timed_frames
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import inputs_of, open_scene
+from sonic.inference.inputs import inputs_of, open_inputs
 from sonic.system.worker import Crashed, Worker
-from sonic.types import Scene
+from sonic.types import Inputs
 
 log = logging.getLogger("sonic.inference")
 
@@ -28,7 +28,7 @@ READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "f
 class SceneRead(NamedTuple):
     """A scene, and what was said while it was read: log records, and warnings as (text, category, file, line)."""
 
-    scene: Scene
+    scene: Inputs
     records: list[logging.LogRecord]
     warned: list[tuple[str, type[Warning], str, int]]
 
@@ -39,16 +39,16 @@ class SceneReader:
     def __init__(self) -> None:
         self.worker = Worker(partial(_prepare, torch.get_num_threads()))
 
-    def open(self, config: InferConfig) -> Scene:
-        """The scene of a request. Raises what open_scene raises, and ValueError for a file that crashes its decoder."""
+    def open(self, config: InferConfig) -> Inputs:
+        """The inputs of a request. Raises what open_scene raises, and ValueError for a file that crashes its decoder."""
         try:
             scene, records, warned = self.worker.call(_read, config)
         except Crashed as crash:
             raise ValueError(self._blame(config, crash)) from crash
         for record in records:
             logging.getLogger(record.name).handle(record)
-        for told in warned:
-            warnings.warn_explicit(*told)
+        for given in warned:
+            warnings.warn_explicit(*given)
         return scene
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def _read(config: InferConfig) -> SceneRead:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            scene = open_scene(config)
+            scene = open_inputs(config)
     finally:
         log.removeHandler(collected)
     warned = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]

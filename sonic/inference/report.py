@@ -18,8 +18,8 @@ import sonic
 from sonic.config import SamplerConfig
 from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import TIMESTEPS, is_table, sigmas_of
-from sonic.system.files import written_aside
-from sonic.types import FrameChunk, Portrait, Scene
+from sonic.system.files import written_temporary
+from sonic.types import FrameChunk, Inputs, Portrait
 
 STAGES = ("load", "encode", "denoise", "decode", "write")
 PICTURES, PICTURE_WIDTH, GAP, STRIP = 12, 148, 4, 90
@@ -54,7 +54,7 @@ class Result:
         return f"{self.output}\n{self.frames} frames, {seconds:.2f} s of video at {self.frames_per_second:.1f} frames per second, {memory}"
 
 
-class Clock:
+class StageTimer:
     """Seconds spent in each stage; stages on threads of their own overlap, so the sum may exceed the time that passed."""
 
     def __init__(self, begun: float | None = None) -> None:
@@ -87,18 +87,18 @@ class Clock:
         return time.perf_counter() - self.start
 
 
-class Watch:
+class FrameRecorder:
     """Looks at the frames as they pass: keeps a few small ones, and how far the mouth is from the photograph's in each."""
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-        self.opening = np.zeros(scene.num_frames, np.float32)
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.opening = np.zeros(inputs.num_frames, np.float32)
         self.pictures: dict[int, Image.Image] = {}
-        self._wanted = {int((index + 0.5) * scene.num_frames / PICTURES) for index in range(PICTURES)}
-        self._mouth = mouth_window(scene.portrait)
-        self._still = scene.portrait.pixels[self._mouth].astype(np.int16)
+        self._wanted = {int((index + 0.5) * inputs.num_frames / PICTURES) for index in range(PICTURES)}
+        self._mouth = mouth_window(inputs.portrait)
+        self._still = inputs.portrait.pixels[self._mouth].astype(np.int16)
 
-    def see(self, chunk: FrameChunk) -> None:
+    def record(self, chunk: FrameChunk) -> None:
         """Take note of some frames."""
         for index, picture in enumerate(np.asarray(chunk.pixels), chunk.start):
             self.opening[index] = np.abs(picture[self._mouth].astype(np.int16) - self._still).mean()
@@ -107,7 +107,7 @@ class Watch:
 
     def _strip(self, picture: np.ndarray) -> Image.Image:
         """The frame above its face where that is known, as wide as a column of the sheet."""
-        face = self.scene.portrait.face
+        face = self.inputs.portrait.face
         if face is None:
             return _at_width(Image.fromarray(np.ascontiguousarray(picture)), PICTURE_WIDTH)
         left, top = max(0, int(face.x - face.width / 4)), max(0, int(face.y))
@@ -130,30 +130,30 @@ def mouth_window(portrait: Portrait) -> tuple[slice, slice]:
     return slice(top, max(top + 1, bottom)), slice(left, max(left + 1, right))
 
 
-def draw_contact_sheet(watch: Watch, path: Path) -> None:
+def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
     """Frames over time above the waveform and the curve of the mouth, as PNG."""
-    pictures = [watch.pictures[index] for index in sorted(watch.pictures)]
+    pictures = [recorder.pictures[index] for index in sorted(recorder.pictures)]
     tall = max(picture.height for picture in pictures)
     width = len(pictures) * (PICTURE_WIDTH + GAP) + GAP
     sheet = Image.new("RGB", (width, tall + 2 * STRIP + 5 * GAP + 20), PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for column, (index, picture) in enumerate(zip(sorted(watch.pictures), pictures, strict=True)):
+    for column, (index, picture) in enumerate(zip(sorted(recorder.pictures), pictures, strict=True)):
         left = GAP + column * (PICTURE_WIDTH + GAP)
         sheet.paste(picture, (left, GAP))
-        draw.text((left + PICTURE_WIDTH / 2, tall + 2 * GAP), f"{index / watch.scene.fps:.2f} s", INK, font, "ma")
+        draw.text((left + PICTURE_WIDTH / 2, tall + 2 * GAP), f"{index / recorder.inputs.fps:.2f} s", INK, font, "ma")
     below = tall + 3 * GAP + 16
     columns = width - 2 * GAP
-    loud = _envelope(watch.scene, columns) * STRIP / 2
+    loud = _envelope(recorder.inputs, columns) * STRIP / 2
     for column, height in enumerate(loud):
         draw.line([(GAP + column, below + STRIP / 2 - height), (GAP + column, below + STRIP / 2 + height)], SOUND)
-    times = np.linspace(0, len(watch.opening) - 1, columns)
-    open_ = np.interp(times, np.arange(len(watch.opening)), watch.opening) / max(1e-6, float(watch.opening.max()))
+    times = np.linspace(0, len(recorder.opening) - 1, columns)
+    open_ = np.interp(times, np.arange(len(recorder.opening)), recorder.opening) / max(1e-6, float(recorder.opening.max()))
     floor = below + 2 * STRIP + GAP
     draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
     draw.text((GAP, below), "speech", SOUND, font)
     draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
-    with written_aside(path) as partial:
+    with written_temporary(path) as partial:
         sheet.save(partial, "PNG")
 
 
@@ -200,10 +200,10 @@ def _at_width(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX if picture.width > width else Image.Resampling.BICUBIC)
 
 
-def _envelope(scene: Scene, columns: int) -> np.ndarray:
-    """Loudest sample of each column in 0..1, over the length of the film."""
-    speech = scene.speech
-    length = scene.num_frames * speech.sample_rate // scene.fps
+def _envelope(inputs: Inputs, columns: int) -> np.ndarray:
+    """Loudest sample of each column in 0..1, over the length of the video."""
+    speech = inputs.speech
+    length = inputs.num_frames * speech.sample_rate // inputs.fps
     edges = np.linspace(0, min(length, len(speech.samples)), columns + 1).astype(int)
     loud = np.array([np.abs(speech.samples[a : max(b, a + 1)]).max(initial=0) for a, b in zip(edges, edges[1:], strict=False)])
     return loud / max(1e-6, float(loud.max()))

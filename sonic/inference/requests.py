@@ -24,7 +24,7 @@ BEGINNING = 40  # characters of a line or name that an error repeats
 
 
 class Request(NamedTuple):
-    """A line of the file: the film it wants, or the sentence that says why it cannot be made."""
+    """A line of the file: the video it wants, or the sentence that says why it cannot be made."""
 
     line: int
     wanted: InferConfig | None = None
@@ -45,8 +45,8 @@ def read_requests(path: str) -> list[tuple[int, str]]:
     try:
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
     except UnicodeDecodeError as error:
-        told = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"requests={path} looks like {encoding.upper()} and is not ({told}); save it as UTF-8") from error
+        given = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"requests={path} looks like {encoding.upper()} and is not ({given}); save it as UTF-8") from error
     lines = [(number, line.strip("\ufeff")) for number, line in enumerate(LINE_END.split(text), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
@@ -55,7 +55,7 @@ def read_requests(path: str) -> list[tuple[int, str]]:
 
 
 def all_requests(lines: Sequence[tuple[int, str]], config: InferConfig, output_of: Callable[[int], Path]) -> list[Request]:
-    """Every line as a film that is wanted, with the output `output_of(line)` where it names none, or with its fault.
+    """Every line as a video that is wanted, with the output `output_of(line)` where it names none, or with its fault.
 
     An output that is an input of any line, or the output of a line before, is such a fault, however the two are spelt.
     """
@@ -76,13 +76,13 @@ def request_of(text: str, config: InferConfig, output: Path) -> InferConfig:
 
     A picture or recording is looked for in the working folder, then beside the file of requests.
     """
-    told = _parsed(text)
-    for name in sorted(BUNDLED_INPUTS.keys() & told.keys()):
-        told[name] = _found(expanded(told[name]), name, config)
-    if told.get("output"):
-        told["output"] = expanded(told["output"])
-        check_name(told["output"], "output")
-    return dataclasses.replace(config, **{**told, "output": told.get("output") or str(output)})
+    given = _parsed(text)
+    for name in sorted(BUNDLED_INPUTS.keys() & given.keys()):
+        given[name] = _found(expanded(given[name]), name, config)
+    if given.get("output"):
+        given["output"] = expanded(given["output"])
+        check_name(given["output"], "output")
+    return dataclasses.replace(config, **{**given, "output": given.get("output") or str(output)})
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -90,22 +90,22 @@ def _parsed(text: str) -> dict[str, Any]:
     kinds = typing.get_type_hints(RequestConfig)
     known = [field.name for field in dataclasses.fields(RequestConfig)]
     if wrong := NOT_TEXT.search(text):
-        told = f"character {wrong.start() + 1} is {shown(wrong[0])}"
-        raise ValueError(f"the line is not UTF-8 text ({told}); save the file of requests as UTF-8")
+        given = f"character {wrong.start() + 1} is {shown(wrong[0])}"
+        raise ValueError(f"the line is not UTF-8 text ({given}); save the file of requests as UTF-8")
     try:
-        told = json.loads(text, object_pairs_hook=_once)
+        given = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"the line is not JSON ({error}); write an object with some of: {', '.join(known)}") from error
     except RecursionError as error:
         raise ValueError(f"the line is nested too deeply; write an object with some of: {', '.join(known)}") from error
-    strange = [name for name in told if name not in known] if isinstance(told, dict) else [text]
+    strange = [name for name in given if name not in known] if isinstance(given, dict) else [text]
     if strange:
         raise ValueError(f"{_beginning(strange[0])} is not known in a request; use: {', '.join(known)}")
-    for name, value in told.items():
+    for name, value in given.items():
         if type(value) is not kinds[name]:
-            said = f"{name}={_beginning(json.dumps(value))} is {type(value).__name__}"
-            raise ValueError(f"{said}; a request needs {kinds[name].__name__} there")
-    return told
+            message = f"{name}={_beginning(json.dumps(value))} is {type(value).__name__}"
+            raise ValueError(f"{message}; a request needs {kinds[name].__name__} there")
+    return given
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _found(names: str, option: str, config: InferConfig) -> str:
 
 
 def _without_clash(request: Request, read: dict[Any, tuple[int, str, str]], written: dict[Any, int]) -> Request:
-    """The request, or its fault where its film would take the place of an input or of the film of a line before."""
+    """The request, or its fault where its video would take the place of an input or of the video of a line before."""
     output = request.wanted.output
     key = file_key(output)
     if key in read:
@@ -149,7 +149,7 @@ def _without_clash(request: Request, read: dict[Any, tuple[int, str, str]], writ
         return Request(request.line, fault=f"output={output} is the file {option}={name} that line {line} reads; choose another output")
     first = written.setdefault(key, request.line)
     if first != request.line:
-        return Request(request.line, fault=f"output={output} is the film of line {first} already; give each film a name of its own")
+        return Request(request.line, fault=f"output={output} is the video of line {first} already; give each video a name of its own")
     return request
 
 

@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
 
     sampler: SamplerConfig
     source: NoiseSource
-    unguided: Conditions | None = None
+    unconditional: Conditions | None = None
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def rollout(
     of a new block once the block before it has made its last forward at that sampling step.
     """
     scale = sampling.sampler.sample_guide_scale
-    both = (conditions,) if scale == 1 else (sampling.unguided or conditions.drop("audio"), conditions)
+    both = (conditions,) if scale == 1 else (sampling.unconditional or conditions.drop("audio"), conditions)
     plan = _RolloutPlan(model, both, sampling)
     in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
     blocks: list[_BlockState] = []  # begun and not finished, oldest first
@@ -64,10 +64,12 @@ def rollout(
     forwards_of = open_forwards(context or DistributedContext())
     with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
         while True:
-            while (ready := plan.ready(blocks, remaining)) and all(forwards.accepts(request) for request in ready.requests):
-                for request in ready.take_requests():
+            while (block_state := plan.next_block(blocks, remaining)) and all(
+                forwards.accepts(request) for request in block_state.requests
+            ):
+                for request in block_state.take_requests():
                     forwards.submit(request)
-                    in_flight.append(ready)
+                    in_flight.append(block_state)
             if not in_flight:
                 return
             for prediction in forwards.collect():
@@ -87,10 +89,10 @@ def sample_clip(
     execution: Execution = LOCAL,
 ) -> Tensor:
     """One clip of clean latents [B,C,latent_frames,H,W] with full attention, as Wan2.2-S2V makes it."""
-    sampler, source, unguided = sampling
+    sampler, source, unconditional = sampling
     sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
-    unguided_velocity = _clip_velocity(model, unguided or conditions.drop("audio"), execution)
+    unguided_velocity = _clip_velocity(model, unconditional or conditions.drop("audio"), execution)
     guided = guidance(unguided_velocity, sampler.sample_guide_scale)(_clip_velocity(model, conditions, execution))
     return sample(guided, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
 
@@ -108,7 +110,7 @@ class _RolloutPlan:
         self.to_velocity = velocity_from(model.config.prediction)
         self.steps = self.sampler.steps_queried(len(self.sigmas) - 1)
 
-    def ready(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
+    def next_block(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
         """The oldest block with a request that may be submitted now; a new one when the others allow it."""
         for previous, block in zip([None, *blocks], blocks, strict=False):
             if block.requests and self._left_by(previous, block.queries):

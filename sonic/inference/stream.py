@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.inference.report import Clock
+from sonic.inference.report import StageTimer
 from sonic.types import FrameChunk, LatentBlock, MotionLayers
 from sonic.vae.motion_vae import Reference
 from sonic.vae.warp import Canvas
@@ -33,14 +33,14 @@ class _Failure:
         self.error = error
 
 
-def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
     """The same items in the same order, made on a thread of their own while the caller works; at most `size` wait.
 
     What the thread raises is raised here. When the caller stops early (an error, Ctrl-C, `close`) the thread ends after the
     item it is making. `prepare` runs first on the thread.
     """
     waiting: queue.Queue = queue.Queue(size)
-    place = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a new thread begins on the first one
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a new thread begins on the first one
     unwanted = threading.Event()
 
     def hand_over(item: object) -> bool:
@@ -55,8 +55,8 @@ def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], Non
     def work() -> None:
         source = iter(items)
         try:
-            if place is not None:
-                torch.cuda.set_device(place)
+            if device is not None:
+                torch.cuda.set_device(device)
             prepare()
             if all(hand_over(item) for item in source):
                 hand_over(_END)
@@ -78,12 +78,12 @@ def ahead(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], Non
         thread.join()
 
 
-def at_the_end(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+def collect(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
     """The same items, handed on only when all of them are made."""
     yield from list(items)
 
 
-HANDOVERS = {True: ahead, False: at_the_end}  # by decode.online
+HANDOVERS = {True: prefetch, False: collect}  # by decode.online
 
 
 def half_the_threads() -> Callable[[], None]:
@@ -95,25 +95,25 @@ def half_the_threads() -> Callable[[], None]:
 
 
 @torch.no_grad()
-def decoded(
-    blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, clock: Clock
+def decode_blocks(
+    blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, timer: StageTimer
 ) -> Iterator[FrameChunk]:
     """Finished frames of the blocks as they come; what the last block makes beyond `num_frames` is left out."""
     cache, last, start = None, None, 0
     for block in blocks:
-        with clock.stage("decode"):
+        with timer.stage("decode"):
             found, cache = autoencoder.decode(block.latents, reference, cache)
             layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas is in host memory
-            layers = close_seams(layers, last)
+            layers = smooth_seams(layers, last)
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
-            with clock.stage("decode"):
+            with timer.stage("decode"):
                 pixels = canvas.render(part)
             yield FrameChunk(pixels, start)
             start += len(pixels)
 
 
-def close_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLayers:
+def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLayers:
     """The same motion with the first frame of every latent drawn a little towards the frame before it, since latents are made
     apart and their seams would be seen; `before` is what came last."""
 

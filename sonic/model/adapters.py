@@ -73,12 +73,12 @@ class Adapters:
             linear = model.get_submodule(name)
             for role in roles:
                 sets[role][name.replace(".", SLASH)] = LowRank(linear, config)
-            mine = {role: found[name.replace(".", SLASH)] for role, found in sets.items()}
-            setattr(model.get_submodule(parent), last, AdaptedLinear(linear, mine, self.switch))
+            own = {role: found[name.replace(".", SLASH)] for role, found in sets.items()}
+            setattr(model.get_submodule(parent), last, AdaptedLinear(linear, own, self.switch))
         self.roles: Mapping[str, nn.Module] = {role: nn.ModuleDict(found) for role, found in sets.items()}
 
     @contextmanager
-    def play(self, role: str | None) -> Iterator[None]:
+    def use_role(self, role: str | None) -> Iterator[None]:
         """Put the adapters of `role` in force for a while; None takes all of them off."""
         before, self.switch.role = self.switch.role, role
         try:

@@ -62,7 +62,7 @@ def attention_for(name: str, device: torch.device) -> Attention:
     return pick(ATTENTION, name, "run.attention")
 
 
-class Projected(NamedTuple):
+class QKV(NamedTuple):
     """Queries, keys and values of all tokens, each [B,N,heads,d], not rotated yet."""
 
     queries: Tensor
@@ -70,39 +70,39 @@ class Projected(NamedTuple):
     values: Tensor
 
 
-class Reach(Protocol):
+class AttentionContext(Protocol):
     """What the tokens of one layer may attend to; it also knows where they sit."""
 
-    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+    def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """What each token hears, [B,N,heads,d]."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """Keys and values of the prompt, projected now or remembered."""
 
 
-class Exchange(Protocol):
+class TokenExchange(Protocol):
     """Between projection and attention: tokens may be shared out among ranks there, and heads here."""
 
-    def heads(self, tokens: Projected) -> Projected:
+    def to_heads(self, tokens: QKV) -> QKV:
         """Some tokens with all heads become all tokens with some heads."""
 
-    def tokens(self, heard: Tensor) -> Tensor:
+    def tokens(self, attn_out: Tensor) -> Tensor:
         """The way back.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
 
 
-class Alone:
+class NoExchange:
     """One rank has all tokens and all heads."""
 
-    def heads(self, tokens: Projected) -> Projected:
+    def to_heads(self, tokens: QKV) -> QKV:
         """Nothing to exchange."""
         return tokens
 
-    def tokens(self, heard: Tensor) -> Tensor:
+    def tokens(self, attn_out: Tensor) -> Tensor:
         """Nothing to exchange."""
-        return heard
+        return attn_out
 
 
-class FreshText:
+class UncachedText:
     """Projects the prompt every time it is asked."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
@@ -111,18 +111,18 @@ class FreshText:
 
 
 @dataclass(frozen=True)
-class WholeClip(FreshText):
+class ClipContext(UncachedText):
     """Every token sees every token, grid and memory alike."""
 
-    places: Rotation
+    positions: Rotation
 
-    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+    def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One attention over all of them."""
-        return attention(rotate(tokens.queries, self.places), rotate(tokens.keys, self.places), tokens.values)
+        return attention(rotate(tokens.queries, self.positions), rotate(tokens.keys, self.positions), tokens.values)
 
 
 @dataclass(frozen=True)
-class BlockCausal(FreshText):
+class BlockCausalContext(UncachedText):
     """Training's view of a rollout: memory sees itself; block i sees memory and the last `window` blocks up to i.
 
     The grid's tokens come first, the memory's last. `memory_keys[i]` rotates the memory's keys as block i sees them,
@@ -134,18 +134,18 @@ class BlockCausal(FreshText):
     memory_keys: tuple[Rotation, ...]
     window: int
 
-    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+    def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One unmasked attention per block, so that the fast kernels stay usable."""
         size = self.grid[0].shape[0]
         (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = ((x[:, :size], x[:, size:]) for x in tokens)
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
         length = size // len(self.memory_keys)
-        seen = {id(place): rotate(memory_k, place) for place in self.memory_keys}
-        heard = []
-        for index, place in enumerate(self.memory_keys):
+        seen = {id(rotation): rotate(memory_k, rotation) for rotation in self.memory_keys}
+        attn_out = []
+        for index, rotation in enumerate(self.memory_keys):
             first, last = max(0, index + 1 - self.window) * length, (index + 1) * length
-            block_k = torch.cat((seen[id(place)], grid_k[:, first:last]), dim=1)
+            block_k = torch.cat((seen[id(rotation)], grid_k[:, first:last]), dim=1)
             block_v = torch.cat((memory_v, grid_v[:, first:last]), dim=1)
-            heard.append(attention(grid_q[:, last - length : last], block_k, block_v))
-        heard.append(attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v))
-        return torch.cat(heard, dim=1)
+            attn_out.append(attention(grid_q[:, last - length : last], block_k, block_v))
+        attn_out.append(attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v))
+        return torch.cat(attn_out, dim=1)

@@ -25,7 +25,7 @@ class AudioTokens(NamedTuple):
 
 
 class Actors(NamedTuple):
-    """Several voices in one picture: features [batch · actors,N,A,F] and masks [batch · actors,T,h,w] over the patches."""
+    """Several voices in one picture: features [batch · actors,N,E,F] and masks [batch · actors,T,h,w] over the patches."""
 
     audio: Tensor
     masks: Tensor
@@ -60,7 +60,7 @@ class AudioEncoder(nn.Module):
         self.padding = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,N,A,F] -> tokens [B,T,tokens+1,D] and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
+        """[B,N,E,F] -> tokens [B,T,tokens+1,D] and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
         weights = F.silu(self.layer_weights.float())
         mixed = (features.to(weights) * weights).sum(dim=1) / weights.sum(dim=1)
         columns = rearrange(mixed, "b a f -> b f a").to(self.out.weight.dtype)
@@ -104,8 +104,8 @@ class AudioInjector(nn.Module):
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
         shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)
         normed = modulate(tokens, shift, 1 + scale, eps=self.EPS)
-        heard = self.attention(rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d"))
-        residual = rearrange(heard, "(b t) s d -> b t s d", t=grid.shape[1])
+        attn_out = self.attention(rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d"))
+        residual = rearrange(attn_out, "(b t) s d -> b t s d", t=grid.shape[1])
         if audio.masks is not None:
             residual = rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)
         return grid + residual

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.model.attention import Alone, Attention, Exchange, KeysValues, Projected, Reach, sdpa
+from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues, NoExchange, TokenExchange, sdpa
 from sonic.model.linear import Linear, linear_gelu
 from sonic.model.pointwise import RmsNorm
 
-ALONE = Alone()
-Recall = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
+NO_EXCHANGE = NoExchange()
+ProvideKV = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
 Layout = tuple[tuple[int, int], ...]  # (frames, tokens in a frame) of the parts that lie one after the other in [B,N,D]
 
 
@@ -41,16 +41,16 @@ class MultiHead(nn.Module):
         """[B,N,D] -> two of [B,N,heads,d]"""
         return self._split(self.norm_k(self.to_k(tokens))), self._split(self.to_v(tokens))
 
-    def join(self, heard: Tensor) -> Tensor:
+    def merge_heads(self, attn_out: Tensor) -> Tensor:
         """[B,N,heads,d] -> [B,N,D]"""
-        return self.to_out(heard.flatten(2))
+        return self.to_out(attn_out.flatten(2))
 
-    def forward(self, tokens: Tensor, rows: Tensor | None, *, recall: Recall = project) -> Tensor:
+    def forward(self, tokens: Tensor, rows: Tensor | None, *, provide_kv: ProvideKV = project) -> Tensor:
         """Attend to rows of something else, without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]
 
-        `recall` gives the keys and values of the rows: by projecting them, or from what it remembers.
+        `provide_kv` gives the keys and values of the rows: by projecting them, or from what it remembers.
         """
-        return self.join(self.attention(self.queries(tokens), *recall(self.keys_values, rows)))
+        return self.merge_heads(self.attention(self.queries(tokens), *provide_kv(self.keys_values, rows)))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
@@ -64,16 +64,16 @@ def attend_by(model: nn.Module, attention: Attention) -> None:
 
 
 class SelfAttention(MultiHead):
-    """Tokens attend to what `reach` allows, themselves among it."""
+    """Tokens attend to what `context` allows, themselves among it."""
 
-    def forward(self, tokens: Tensor, *, reach: Reach, exchange: Exchange) -> Tensor:
+    def forward(self, tokens: Tensor, *, context: AttentionContext, exchange: TokenExchange) -> Tensor:
         """[B,N,D] -> [B,N,D]"""
-        projected = exchange.heads(Projected(self.queries(tokens), *self.keys_values(tokens)))
-        return self.join(exchange.tokens(reach.attend(self.attention, projected)))
+        projected = exchange.to_heads(QKV(self.queries(tokens), *self.keys_values(tokens)))
+        return self.merge_heads(exchange.tokens(context.attend(self.attention, projected)))
 
 
 class Block(nn.Module):
-    """Self-attention over what `reach` allows, text attention, MLP. The first and last are modulated by the noise level.
+    """Self-attention over what `context` allows, text attention, MLP. The first and last are modulated by the noise level.
 
     The grid of noisy tokens and the memory lie one after the other in one tensor, so that each product is done once.
     """
@@ -95,18 +95,18 @@ class Block(nn.Module):
         text: Tensor | None,
         *,
         layout: Layout,
-        reach: Reach,
-        exchange: Exchange = ALONE,
+        context: AttentionContext,
+        exchange: TokenExchange = NO_EXCHANGE,
     ) -> Tensor:
         """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens"""
         tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
-        heard = self.self_attention(normed, reach=reach, exchange=exchange)
-        tokens = gated(tokens, heard, [table[2] for table in tables], layout=layout)
-        tokens = added(tokens, self.text_attention(self.text_norm(tokens), text, recall=reach.text))
+        attn_out = self.self_attention(normed, context=context, exchange=exchange)
+        tokens = add_gated(tokens, attn_out, [table[2] for table in tables], layout=layout)
+        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens), text, provide_kv=context.text))
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
         changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
-        return gated(tokens, changed, [table[5] for table in tables], layout=layout)
+        return add_gated(tokens, changed, [table[5] for table in tables], layout=layout)
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """Six rows, shift, scale, gate twice, each [B,T,1,D], summed in float32."""
@@ -131,34 +131,34 @@ class Head(nn.Module):
         return rearrange(patches, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", w=width, p=p, q=q, r=r)
 
 
-def apart(tokens: Tensor, layout: Layout) -> list[Tensor]:
+def split_parts(tokens: Tensor, layout: Layout) -> list[Tensor]:
     """The parts of [B,N,D], each [B,T,S,D]; views."""
     parts = tokens.split([frames * size for frames, size in layout], dim=1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, layout, strict=True)]
 
 
-def together(parts: Sequence[Tensor]) -> Tensor:
-    """What `apart` cut, one after the other again; a single part is not copied.  [B,T,S,D] each -> [B,N,D]"""
+def join_parts(parts: Sequence[Tensor]) -> Tensor:
+    """What `split_parts` cut, one after the other again; a single part is not copied.  [B,T,S,D] each -> [B,N,D]"""
     flat = [part.flatten(1, 2) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Tensor], *joint: Tensor) -> Tensor:
     """`change(part of each joint tensor, the part's table)`, put together again.  [B,N,D] -> [B,N,D]"""
-    columns = [apart(tokens, layout) for tokens in joint]
-    return together([change(*row) for row in zip(*columns, tables, strict=True)])
+    columns = [split_parts(tokens, layout) for tokens in joint]
+    return join_parts([change(*row) for row in zip(*columns, tables, strict=True)])
 
 
-def gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
+def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
     """tokens + gate · change, each part with its gate [B,T,1,D]; without gradients in the place of `change`.  [B,N,D] -> [B,N,D]"""
     if torch.is_grad_enabled() or change.dtype != tokens.dtype:
         return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
-    for x, h, gate in zip(apart(tokens, layout), apart(change, layout), gates, strict=True):
+    for x, h, gate in zip(split_parts(tokens, layout), split_parts(change, layout), gates, strict=True):
         torch.addcmul(x, h, gate, out=h)
     return change
 
 
-def added(tokens: Tensor, change: Tensor) -> Tensor:
+def add_residual(tokens: Tensor, change: Tensor) -> Tensor:
     """tokens + change; without gradients in the place of `change`."""
     return tokens + change if torch.is_grad_enabled() or change.dtype != tokens.dtype else change.add_(tokens)
 

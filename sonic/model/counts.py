@@ -73,8 +73,8 @@ def forward_multiply_adds(config: ModelConfig, latent_frames: int, grid: Grid, *
     text, dim = config.text, config.trunk.hidden_dim
     layers = config.trunk.num_layers * (layer_multiply_adds(config, noisy + memory, keys=noisy + memory) + 2 * text.text_len * dim**2)
     embedding = text.text_len * dim * (text.text_dim + dim) + _time(config, levels=2) + _memory_embedding(config, grid, motion=motion)
-    heard = _audio(config, latent_frames) + injector_multiply_adds(config, latent_frames, grid) * len(config.audio.inject_layers)
-    return 3 * noisy * _embed(config) + embedding + layers + heard  # latents, pose, and back to latents
+    listening = _audio(config, latent_frames) + injector_multiply_adds(config, latent_frames, grid) * len(config.audio.inject_layers)
+    return 3 * noisy * _embed(config) + embedding + layers + listening  # latents, pose, and back to latents
 
 
 def block_multiply_adds(config: ModelConfig, grid: Grid, *, blocks: int, motion: bool = False) -> int:
@@ -96,9 +96,9 @@ def layer_multiply_adds(config: ModelConfig, tokens: int, *, keys: int) -> int:
 
 def injector_multiply_adds(config: ModelConfig, frames: int, grid: Grid) -> int:
     """One audio injector on `frames` latent frames."""
-    dim, heard = config.trunk.hidden_dim, config.audio.num_audio_token + 1
+    dim, audio_tokens = config.trunk.hidden_dim, config.audio.num_audio_token + 1
     noisy = frames * prod(grid)
-    return 2 * noisy * dim**2 + 2 * frames * heard * dim**2 + 2 * noisy * heard * dim + 2 * frames * dim**2
+    return 2 * noisy * dim**2 + 2 * frames * audio_tokens * dim**2 + 2 * noisy * audio_tokens * dim + 2 * frames * dim**2
 
 
 def _linear(inner: int, outer: int) -> int:

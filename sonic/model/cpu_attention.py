@@ -24,13 +24,13 @@ def by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """
     batch, number, heads, dim = queries.shape
     queries, keys, values = (rows.transpose(1, 2).flatten(0, 1) for rows in (queries, keys, values))  # [B·heads,N,d]
-    heard, length = torch.empty_like(queries), keys.shape[1]
+    attn_out, length = torch.empty_like(queries), keys.shape[1]
     alike, rows = max(1, SCORES // (number * length)), max(1, SCORES // length)
     room = queries.new_empty(min(alike, batch * heads) * min(rows, number) * length)
     for first in range(0, batch * heads, alike):
         some = slice(first, first + alike)
-        for query, out in zip(queries[some].split(rows, dim=1), heard[some].split(rows, dim=1), strict=True):
+        for query, out in zip(queries[some].split(rows, dim=1), attn_out[some].split(rows, dim=1), strict=True):
             scores = room[: query.shape[0] * query.shape[1] * length].view(*query.shape[:2], length)
             torch.baddbmm(scores, query, keys[some].mT, beta=0, alpha=dim**-0.5, out=scores)
             torch.bmm(torch.softmax(scores, dim=-1, out=scores), values[some], out=out)
-    return heard.unflatten(0, (batch, heads)).transpose(1, 2)
+    return attn_out.unflatten(0, (batch, heads)).transpose(1, 2)

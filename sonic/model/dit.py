@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.model.attention import BlockCausal, Reach, WholeClip
+from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
-from sonic.model.blocks import Block, Head, apart, together
-from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
+from sonic.model.blocks import Block, Head, join_parts, split_parts
+from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, Execution, SequenceParallel
-from sonic.model.kv_cache import FillMemory, Held, KVCache, KVRing, RingView, memory_places
+from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
 from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
@@ -54,12 +54,12 @@ class AvatarDiT(nn.Module):
     ) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         grid = self._patches(latents, self._pose(conditions, latents.shape))
-        places = self._grid_rotation(0, grid.shape[1], latents.shape)
+        positions = self._grid_rotation(0, grid.shape[1], latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
-        reach = WholeClip(tuple(torch.cat(factors) for factors in zip(places, memory, strict=True)))
+        context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
-        audio = self._hear(conditions, encode, actors=actors)
-        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio, execution=execution).to(latents.dtype)
+        audio = self._encode_audio(conditions, encode, actors=actors)
+        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
 
     def forward_blocks(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0, execution: Execution = LOCAL
@@ -75,36 +75,36 @@ class AvatarDiT(nn.Module):
         grid = self._patches(latents, self._pose(conditions, latents.shape))
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
-        turned = {position: self._memory_rotation(conditions, position) for position in positions}
-        reach = BlockCausal(
+        rotated = {position: self._memory_rotation(conditions, position) for position in positions}
+        context = BlockCausalContext(
             grid=self._grid_rotation(starts[0], grid.shape[1], latents.shape),
             memory=self._memory_rotation(conditions, rollout.ref_position),
-            memory_keys=tuple(turned[position] for position in positions),
+            memory_keys=tuple(rotated[position] for position in positions),
             window=rollout.window_blocks,
         )
-        audio = self._hear(conditions, lambda features: self._encode_blocks(features, count))
-        return self._denoise(grid, timestep, conditions, reach=reach, audio=audio, execution=execution).to(latents.dtype)
+        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, count))
+        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
 
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache that fits these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
         dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
         like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
-        heads = execution.sequence.heads(self.config.trunk.num_heads)
+        heads = execution.sequence.local_heads(self.config.trunk.num_heads)
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
         return replace(cache, token_device=device)
 
     def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
         """An empty cache over [batch, rows, columns] of patches, for the blocks that are here and so many heads (None = all of them)."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
-        held = Held(layers, self.config.trunk.num_heads if heads is None else heads)
-        return KVCache.allocate(self.config, shape, held, steps=steps, motion=motion, like=like)
+        shard = CacheShard(layers, self.config.trunk.num_heads if heads is None else heads)
+        return KVCache.allocate(self.config, shape, shard, steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, cache: KVCache, *, execution: Execution = LOCAL) -> KVCache:
         """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
         inputs = self.embed_memory(conditions, execution.sequence)
-        execution.run_blocks(self, [inputs], [self.memory_reach(cache)])
+        execution.run_blocks(self, [inputs], [self.memory_context(cache)])
         return cache
 
     def embed_memory(self, conditions: Conditions, sequence: SequenceParallel) -> TrunkInputs:
@@ -113,16 +113,16 @@ class AvatarDiT(nn.Module):
         _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
         return _trunk_inputs([memory], (modulation,), self.text_embed(conditions.text), sequence=sequence)
 
-    def memory_reach(self, cache: KVCache) -> Callable[[int], Reach]:
+    def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
         """What the memory may attend to in each layer: itself; it is written into the cache."""
         position = self.config.rollout.ref_position
-        places = rotation(cache.memory_places(position, cache.token_device), self._head_dim)
-        return lambda layer: FillMemory(cache, layer, places, position)
+        positions = rotation(cache.memory_positions(position, cache.token_device), self._head_dim)
+        return lambda layer: PrefillContext(cache, layer, positions, position)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
         """Encode once what every sampling step of a block uses; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
-        audio = self._hear(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
+        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
     def denoise_block(
@@ -142,9 +142,9 @@ class AvatarDiT(nn.Module):
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
-        reach = self.block_reach(span, cache, ring, ref_position=inputs.ref_position)
+        context = self.block_context(span, cache, ring, ref_position=inputs.ref_position)
         trunk_inputs, summary = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
-        (outputs,) = execution.run_blocks(self, [trunk_inputs], [reach])
+        (outputs,) = execution.run_blocks(self, [trunk_inputs], [context])
         return self.unembed(outputs, summary, cache.grid, sequence=execution.sequence).to(latents.dtype)
 
     def embed_block(
@@ -155,37 +155,39 @@ class AvatarDiT(nn.Module):
         tokens = [self._patches(latents, inputs.pose)]
         return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
 
-    def block_reach(self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None) -> Callable[[int], Reach]:
+    def block_context(
+        self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None
+    ) -> Callable[[int], AttentionContext]:
         """What a block may attend to in each layer; makes room for it in the ring."""
         position = self.ref_position(span.start) if ref_position is None else ref_position
         slot = ring.begin(span.index)
         frames = span.latent_frames // self.config.trunk.patch_size[0]
         times = torch.arange(span.start, span.start + frames, dtype=torch.float64, device=cache.token_device)
-        places = rotation(grid_places(times, *cache.grid), self._head_dim)
-        return lambda layer: RingView(cache, ring, layer, slot, places, position)
+        positions = rotation(grid_positions(times, *cache.grid), self._head_dim)
+        return lambda layer: CachedContext(cache, ring, layer, slot, positions, position)
 
-    def run_blocks(self, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable[[int], Reach]]) -> list[TrunkInputs]:
+    def run_blocks(self, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable[[int], AttentionContext]]) -> list[TrunkInputs]:
         """Run every sequence through a block before the next block, so that its weights are loaded once."""
         outputs = list(inputs)
         for layer, block in enumerate(self.blocks):
             if block is not None:
-                outputs = [self._run_block(layer, each, reach(layer)) for each, reach in zip(outputs, reaches, strict=True)]
+                outputs = [self._run_block(layer, each, context(layer)) for each, context in zip(outputs, contexts, strict=True)]
         return outputs
 
-    def _run_block(self, layer: int, inputs: TrunkInputs, reach: Reach) -> TrunkInputs:
+    def _run_block(self, layer: int, inputs: TrunkInputs, context: AttentionContext) -> TrunkInputs:
         """One transformer block and the audio injector after it, if there is one."""
         modulations, text, exchange = inputs.modulations, inputs.text, inputs.exchange
-        tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, reach=reach, exchange=exchange)
+        tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, context=context, exchange=exchange)
         inject = self.config.audio.inject_layers
         if inputs.audio is not None and layer in inject:
-            grid, *rest = apart(tokens, inputs.layout)
-            tokens = together([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
+            grid, *rest = split_parts(tokens, inputs.layout)
+            tokens = join_parts([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
         return inputs._replace(tokens=tokens)
 
     def unembed(self, outputs: TrunkInputs, summary: Tensor, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
         """The first part of the tokens behind the last block, as latents.  -> [B,C,T,H,W]"""
         rows, columns = grid
-        tokens = sequence.whole(apart(outputs.tokens, outputs.layout)[0], rows * columns)
+        tokens = sequence.gather(split_parts(outputs.tokens, outputs.layout)[0], rows * columns)
         return self.head(tokens, summary, columns)
 
     def ref_position(self, start: int) -> int:
@@ -194,7 +196,14 @@ class AvatarDiT(nn.Module):
         return ref_time_id(start, ref_position=rollout.ref_position, distance=rollout.ref_distance)
 
     def _denoise(
-        self, grid: Tensor, timestep: Tensor, conditions: Conditions, *, reach: Reach, audio: AudioTokens | None, execution: Execution
+        self,
+        grid: Tensor,
+        timestep: Tensor,
+        conditions: Conditions,
+        *,
+        context: AttentionContext,
+        audio: AudioTokens | None,
+        execution: Execution,
     ) -> Tensor:
         """Grid and memory through the trunk together; memory always at noise level 0."""
         timestep = _per_frame(timestep)
@@ -202,7 +211,7 @@ class AvatarDiT(nn.Module):
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
         inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
-        (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: reach])
+        (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
         return self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
 
     def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
@@ -226,7 +235,7 @@ class AvatarDiT(nn.Module):
         motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
         return torch.cat((ref, motion), dim=2)
 
-    def _hear(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
+    def _encode_audio(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
         if actors is None and conditions.masks is not None:
             actors = Actors(conditions.audio, conditions.masks)
         if actors is not None:
@@ -239,8 +248,8 @@ class AvatarDiT(nn.Module):
         frames = FRAMES_PER_LATENT * self.config.rollout.block_frames
         if features.shape[-1] != count * frames:
             raise ValueError(f"{features.shape[-1]} audio columns do not fit {count} blocks of {frames} video frames")
-        apart = rearrange(features, "b n a (k f) -> (b k) n a f", k=count)
-        tokens, summary = self.audio_encoder.clip(apart, self.config.motion.motion_frames)
+        blocks = rearrange(features, "b n a (k f) -> (b k) n a f", k=count)
+        tokens, summary = self.audio_encoder.clip(blocks, self.config.motion.motion_frames)
         return rearrange(tokens, "(b k) t a d -> b (k t) a d", k=count), rearrange(summary, "(b k) t d -> b (k t) d", k=count)
 
     def _grid_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -249,12 +258,12 @@ class AvatarDiT(nn.Module):
 
     def _grid_rotation(self, start: int, frames: int, shape: tuple[int, ...]) -> Rotation:
         times = torch.arange(start, start + frames, dtype=torch.float64, device=self.patch_embed.weight.device)
-        return rotation(grid_places(times, *self._grid_size(shape)), self._head_dim)
+        return rotation(grid_positions(times, *self._grid_size(shape)), self._head_dim)
 
     def _memory_rotation(self, conditions: Conditions, ref_position: int) -> Rotation:
         buckets = () if conditions.motion is None else tuple(self.config.motion.buckets)
-        places = memory_places(buckets, self._grid_size(conditions.ref.shape), ref_position, device=self.patch_embed.weight.device)
-        return rotation(places, self._head_dim)
+        positions = memory_positions(buckets, self._grid_size(conditions.ref.shape), ref_position, device=self.patch_embed.weight.device)
+        return rotation(positions, self._head_dim)
 
     @property
     def _head_dim(self) -> int:
@@ -271,10 +280,10 @@ def _trunk_inputs(
 ) -> TrunkInputs:
     """This rank's tokens of the parts [B,T,S,D], each with its modulation."""
     exchange = sequence.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
-    mine = [sequence.part(part) for part in parts]
+    mine = [sequence.split(part) for part in parts]
     if audio is not None and audio.masks is not None:
-        audio = audio._replace(masks=sequence.part(audio.masks))
-    return TrunkInputs(together(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
+        audio = audio._replace(masks=sequence.split(audio.masks))
+    return TrunkInputs(join_parts(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sonic.model.counts import PACK_SCALES
 from sonic.model.linear import Linear, linear, linear_gelu
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2] of the pairs of channels
-Places = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
+Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
 
@@ -123,13 +123,13 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def grid_places(times: Tensor, height: int, width: int) -> Places:
+def grid_positions(times: Tensor, height: int, width: int) -> Positions:
     """Ids of a full grid of patches at the given time ids."""
     rows, columns = (torch.arange(size, dtype=torch.float64, device=times.device) for size in (height, width))
     return _every_pair(times.double(), rows, columns)
 
 
-def motion_places(buckets: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Places:
+def motion_positions(buckets: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Positions:
     """Ids of the FramePack tokens: negative times counting back from the clip, coarser buckets spread over the grid."""
     parts, past = [], 0
     for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
@@ -145,14 +145,14 @@ def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> in
     return ref_position + max(0, start - (ref_position - distance))
 
 
-def rotation(places: Places, head_dim: int) -> Rotation:
+def rotation(positions: Positions, head_dim: int) -> Rotation:
     """The rotation of tokens by their positions, from float64 angles: no table, so no last position.
 
     A head's pairs of channels are shared out between time, rows and columns. Source: RoFormer, arXiv 2104.09864.
     """
     side = head_dim // 6
     angles = []
-    for ids, pairs in zip(places, (head_dim // 2 - 2 * side, side, side), strict=True):
+    for ids, pairs in zip(positions, (head_dim // 2 - 2 * side, side, side), strict=True):
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
@@ -183,7 +183,7 @@ def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
 
 
-def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Places:
+def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:
     time, row, column = torch.meshgrid(times, rows, columns, indexing="ij")
     return time.flatten(), row.flatten(), column.flatten()
 

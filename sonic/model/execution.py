@@ -12,52 +12,52 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sonic.model.attention import Exchange, Reach
-from sonic.model.blocks import ALONE, Layout
+from sonic.model.attention import AttentionContext, TokenExchange
+from sonic.model.blocks import NO_EXCHANGE, Layout
 from sonic.model.trunk_inputs import TrunkInputs
 
-RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int], Reach]]], list[TrunkInputs]]
+RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int], AttentionContext]]], list[TrunkInputs]]
 
 
 class SequenceParallel(Protocol):
     """How the tokens of every latent frame are divided among ranks, and exchanged for heads around self-attention."""
 
-    def part(self, tokens: Tensor) -> Tensor:
+    def split(self, tokens: Tensor) -> Tensor:
         """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
 
-    def whole(self, tokens: Tensor, size: int) -> Tensor:
+    def gather(self, tokens: Tensor, size: int) -> Tensor:
         """The tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
 
-    def heads(self, num_heads: int) -> int:
+    def local_heads(self, num_heads: int) -> int:
         """How many heads this rank has in self-attention."""
 
-    def exchange(self, layout: Layout) -> Exchange:
+    def exchange(self, layout: Layout) -> TokenExchange:
         """The exchange of tokens for heads, for parts of this layout (all ranks' tokens)."""
 
 
 class WholeSequence:
     """All tokens are on this rank."""
 
-    def part(self, tokens: Tensor) -> Tensor:
+    def split(self, tokens: Tensor) -> Tensor:
         """The tokens themselves."""
         return tokens
 
-    def whole(self, tokens: Tensor, size: int) -> Tensor:
+    def gather(self, tokens: Tensor, size: int) -> Tensor:
         """The tokens themselves."""
         return tokens
 
-    def heads(self, num_heads: int) -> int:
+    def local_heads(self, num_heads: int) -> int:
         """All heads."""
         return num_heads
 
-    def exchange(self, layout: Layout) -> Exchange:
+    def exchange(self, layout: Layout) -> TokenExchange:
         """Nothing is exchanged."""
-        return ALONE
+        return NO_EXCHANGE
 
 
-def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable[[int], Reach]]) -> list[TrunkInputs]:
+def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable[[int], AttentionContext]]) -> list[TrunkInputs]:
     """Run every sequence through a block before the next block, so that its weights are loaded once."""
-    return model.run_blocks(inputs, reaches)
+    return model.run_blocks(inputs, contexts)
 
 
 @dataclass(frozen=True)

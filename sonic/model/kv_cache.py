@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from sonic.config import ModelConfig
-from sonic.model.attention import Attention, KeysValues, Projected
-from sonic.model.embed import Places, Rotation, grid_places, motion_places, rotate, rotation
+from sonic.model.attention import QKV, Attention, KeysValues
+from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotation
 
 
 class Slot(NamedTuple):
     """Where a block lies in its ring, and what of the ring is filled with it."""
 
-    mine: slice
-    live: slice
+    own: slice
+    filled: slice
 
 
 @dataclass
@@ -28,7 +28,7 @@ class KVRing:
     `window` is the number of blocks it holds, in slots beside the memory: behind it, or where `memory` is not at the start,
     before it. Blocks are written in turn, from the memory outwards, so that what is filled is one piece; once the ring is full a
     new block replaces the oldest. Keys carry their absolute positions, so their order in the ring does not matter.
-    `placed` says for each layer where the reference stands in the memory's keys.
+    `ref_positions` says for each layer where the reference stands in the memory's keys.
     """
 
     keys: dict[int, Tensor]
@@ -36,7 +36,7 @@ class KVRing:
     memory: slice
     block_tokens: int
     window: int
-    placed: dict[int, int]
+    ref_positions: dict[int, int]
     origin: int | None = None
     newest: int | None = None
 
@@ -54,16 +54,16 @@ class KVRing:
         edge = self.slot(min(count, self.window - 1))
         return Slot(self.slot(count % self.window), slice(min(self.memory.start, edge.start), max(self.memory.stop, edge.stop)))
 
-    def slot(self, place: int) -> slice:
-        """The tokens of slot `place`."""
+    def slot(self, index: int) -> slice:
+        """The tokens of slot `index`."""
         if self.memory.start == 0:
-            first = self.memory.stop + place * self.block_tokens
+            first = self.memory.stop + index * self.block_tokens
         else:
-            first = self.memory.start - (place + 1) * self.block_tokens
+            first = self.memory.start - (index + 1) * self.block_tokens
         return slice(first, first + self.block_tokens)
 
 
-class Held(NamedTuple):
+class CacheShard(NamedTuple):
     """What of a model's cache is kept here: these layers, and this many heads of each."""
 
     layers: Sequence[int]
@@ -86,17 +86,19 @@ class KVCache:
     head_dim: int
     device: torch.device
     token_device: torch.device
-    turns: dict[int, Rotation] = field(default_factory=dict)  # of the reference, by its position: the latest
+    rotations: dict[int, Rotation] = field(default_factory=dict)  # of the reference, by its position: the latest
 
     @classmethod
-    def allocate(cls, config: ModelConfig, shape: tuple[int, int, int], held: Held, *, steps: int, motion: bool, like: Tensor) -> KVCache:
+    def allocate(
+        cls, config: ModelConfig, shape: tuple[int, int, int], shard: CacheShard, *, steps: int, motion: bool, like: Tensor
+    ) -> KVCache:
         """Empty buffers for `steps` sampling steps over [batch, rows, columns] of patches; dtype and device as `like`."""
         (batch, *grid), rollout = shape, config.rollout
         buckets = tuple(config.motion.buckets) if motion else ()
         size = grid[0] * grid[1]
-        memory_tokens = size + (len(motion_places(buckets, *grid)[0]) if motion else 0)
+        memory_tokens = size + (len(motion_positions(buckets, *grid)[0]) if motion else 0)
         head_dim = config.trunk.hidden_dim // config.trunk.num_heads
-        empty = lambda length: {layer: like.new_zeros(batch, length, held.heads, head_dim) for layer in held.layers}  # noqa: E731
+        empty = lambda length: {layer: like.new_zeros(batch, length, shard.heads, head_dim) for layer in shard.layers}  # noqa: E731
         rings: list[KVRing] = []
         for first in range(0, steps, 2):
             rings += _rings_around(
@@ -110,57 +112,57 @@ class KVCache:
         memory = self.rings[0].memory
         return memory.stop - memory.start
 
-    def memory_places(self, ref_position: float, device: torch.device) -> Places:
+    def memory_positions(self, ref_position: float, device: torch.device) -> Positions:
         """Ids of the memory tokens with the reference at the given time id."""
-        return memory_places(self.buckets, self.grid, ref_position, device=device)
+        return memory_positions(self.buckets, self.grid, ref_position, device=device)
 
-    def place_reference(self, ring: KVRing, layer: int, position: int) -> None:
+    def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for a reference at `position`, unless they are."""
-        if ring.placed.get(layer) != position:
+        if ring.ref_positions.get(layer) != position:
             raw = self.ref_keys[layer]
-            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._turn(position))
-            ring.placed[layer] = position
+            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._reference_rotation(position))
+            ring.ref_positions[layer] = position
 
-    def _turn(self, position: int) -> Rotation:
-        if position not in self.turns:
-            if len(self.turns) > len(self.rings):  # positions only grow
-                self.turns.clear()
-            self.turns[position] = rotation(memory_places((), self.grid, position, device=self.device), self.head_dim)
-        return self.turns[position]
+    def _reference_rotation(self, position: int) -> Rotation:
+        if position not in self.rotations:
+            if len(self.rotations) > len(self.rings):  # positions only grow
+                self.rotations.clear()
+            self.rotations[position] = rotation(memory_positions((), self.grid, position, device=self.device), self.head_dim)
+        return self.rotations[position]
 
 
 def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Callable[[int], dict[int, Tensor]]) -> list[KVRing]:
     """One ring, or two with their windows on both sides of one memory."""
     size = window * block
     keys, values = (empty(memory + count * size) for _ in range(2))
-    placed: dict[int, int] = {}
+    ref_positions: dict[int, int] = {}
 
     def ring(first: int, start: int) -> KVRing:
-        mine = [{layer: buffer[:, first : first + size + memory] for layer, buffer in each.items()} for each in (keys, values)]
-        return KVRing(*mine, slice(start, start + memory), block, window, placed)
+        views = [{layer: buffer[:, first : first + size + memory] for layer, buffer in each.items()} for each in (keys, values)]
+        return KVRing(*views, slice(start, start + memory), block, window, ref_positions)
 
     return [ring(0, 0)] if count == 1 else [ring(size, 0), ring(0, size)]
 
 
 @dataclass(frozen=True)
-class FillMemory:
+class PrefillContext:
     """Prefill's view of a layer: memory sees itself and is written down, with the reference at `position`."""
 
     cache: KVCache
     layer: int
-    places: Rotation
+    positions: Rotation
     position: int
 
-    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+    def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Attention among the memory tokens; the reference's keys are kept without rotation as well."""
         query, key, value = tokens
-        raw, turned = self.cache.ref_keys[self.layer], rotate(key, self.places)
+        raw, rotated = self.cache.ref_keys[self.layer], rotate(key, self.positions)
         raw.copy_(key[:, : raw.shape[1]])
         for ring in self.cache.rings[::2]:  # the others share their memory
-            ring.keys[self.layer][:, ring.memory] = turned
+            ring.keys[self.layer][:, ring.memory] = rotated
             ring.values[self.layer][:, ring.memory] = value
-            ring.placed[self.layer] = self.position
-        return attention(rotate(query, self.places), turned, value)
+            ring.ref_positions[self.layer] = self.position
+        return attention(rotate(query, self.positions), rotated, value)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
         """Keys and values of the prompt, kept for every later block."""
@@ -169,35 +171,37 @@ class FillMemory:
 
 
 @dataclass(frozen=True)
-class RingView:
+class CachedContext:
     """One block's view of a layer: itself, the blocks still in the ring, the memory. Gradients reach the block alone."""
 
     cache: KVCache
     ring: KVRing
     layer: int
     slot: Slot
-    places: Rotation
+    positions: Rotation
     ref_position: int
 
-    def attend(self, attention: Attention, tokens: Projected) -> Tensor:
+    def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Write the block's keys and values into its slot and attend to all that is filled."""
-        self.cache.place_reference(self.ring, self.layer, self.ref_position)
-        (mine, live), seen = self.slot, []
-        for buffer, new in ((self.ring.keys, rotate(tokens.keys, self.places)), (self.ring.values, tokens.values)):
-            held = buffer[self.layer]
-            held[:, mine] = new.detach()
-            parts = (held[:, live.start : mine.start], new.to(held.dtype), held[:, mine.stop : live.stop])
-            seen.append((torch.cat(parts, dim=1) if new.requires_grad else held[:, live]).to(new, non_blocking=True))
-        return attention(rotate(tokens.queries, self.places), *seen)
+        self.cache.rotate_reference(self.ring, self.layer, self.ref_position)
+        (own, filled), seen = self.slot, []
+        for buffer, new in ((self.ring.keys, rotate(tokens.keys, self.positions)), (self.ring.values, tokens.values)):
+            stored = buffer[self.layer]
+            stored[:, own] = new.detach()
+            parts = (stored[:, filled.start : own.start], new.to(stored.dtype), stored[:, own.stop : filled.stop])
+            seen.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new, non_blocking=True))
+        return attention(rotate(tokens.queries, self.positions), *seen)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """What prefill wrote down."""
         return self.cache.text[self.layer]
 
 
-def memory_places(buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, *, device: torch.device | None = None) -> Places:
+def memory_positions(
+    buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, *, device: torch.device | None = None
+) -> Positions:
     """Ids of the reference's tokens, then of the motion tokens (none without buckets)."""
-    ref = grid_places(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
+    ref = grid_positions(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
     if not buckets:
         return ref
-    return tuple(torch.cat(ids) for ids in zip(ref, motion_places(buckets, *grid, device=device), strict=True))
+    return tuple(torch.cat(ids) for ids in zip(ref, motion_positions(buckets, *grid, device=device), strict=True))

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sonic.model.attention import Exchange
+from sonic.model.attention import TokenExchange
 from sonic.model.audio_tokens import AudioTokens
-from sonic.model.blocks import ALONE, Layout
+from sonic.model.blocks import NO_EXCHANGE, Layout
 from sonic.types import BlockSpan
 
 
@@ -33,7 +33,7 @@ class TrunkInputs(NamedTuple):
     modulations: tuple[Tensor, ...]
     text: Tensor | None
     audio: AudioTokens | None
-    exchange: Exchange = ALONE
+    exchange: TokenExchange = NO_EXCHANGE
 
 
 class ForwardRequest(NamedTuple):

@@ -38,7 +38,7 @@ class P2PChannel:
         self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.carrier = device if lanes else torch.device("cpu")
         self._forward, self._backward = directions
-        self._lanes = {direction: lanes[direction] if lanes else None for direction in directions}
+        self._groups = {direction: lanes[direction] if lanes else None for direction in directions}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self.forwards: object | None = None  # those of the rollout that uses the channel now
 
@@ -72,7 +72,7 @@ class P2PChannel:
         payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
         while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be under way, so the oldest have arrived
             self._sent.popleft()[0].wait()
-        for part, group in ((header, None), (payload, self._lanes[direction])):
+        for part, group in ((header, None), (payload, self._groups[direction])):
             if part.numel():
                 self._sent.append((dist.isend(part, self.ranks[stage], group=group, tag=direction), part))
 
@@ -82,7 +82,7 @@ class P2PChannel:
         message, specs = pickle.loads(header.numpy().tobytes())
         payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
         if payload.numel():
-            dist.recv(payload, self.ranks[stage], group=self._lanes[direction], tag=direction)
+            dist.recv(payload, self.ranks[stage], group=self._groups[direction], tag=direction)
         return message, _unpacked(payload.to(self.device), specs)
 
 

@@ -32,10 +32,10 @@ class DistributedContext:
     @property
     def alone(self) -> bool:
         """Whether no other rank samples together with this one."""
-        return self.world.cast is None
+        return self.world.rollout_group is None
 
 
 def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
     """The context of this rank before a model is built on it."""
-    asks = world.vae_rank and (world.leads or world.keeps_vae)
+    asks = world.vae_rank and (world.leads or world.holds_vae)
     return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)

@@ -22,12 +22,12 @@ from sonic.parallel.shard_units import ENDS
 PREFETCH_NUMBERS = 50_000_000  # for each of parallel.prefetch; DeepSpeed's usual amount
 
 
-def cut_nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Weights are cut one by one when they get memory. Raises ValueError before that where DeepSpeed is missing."""
     _deepspeed()
 
 
-def place_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Give every weight memory for a moment and keep a slice of it; what lies outside blocks, injectors and ENDS stays whole."""
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # where DeepSpeed looks for its device
@@ -55,8 +55,8 @@ def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> Exe
         deepspeed.initialize(model=part, config=settings, dist_init_required=False)
     model.eval()
 
-    def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[TrunkInputs]:
-        tokens = layers(inputs=inputs, reaches=reaches)
+    def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[TrunkInputs]:
+        tokens = layers(inputs=inputs, contexts=contexts)
         return [each._replace(tokens=found) for each, found in zip(inputs, tokens, strict=True)]
 
     return Execution(run_blocks=run_blocks)
@@ -69,9 +69,9 @@ class Layers(nn.Module):
         super().__init__()
         self.blocks, self.audio_injectors, self.run = model.blocks, model.audio_injectors, model.run_blocks
 
-    def forward(self, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[Tensor]:
+    def forward(self, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[Tensor]:
         """The tokens of each sequence behind the last block."""
-        return [outputs.tokens for outputs in self.run(inputs, reaches)]
+        return [outputs.tokens for outputs in self.run(inputs, contexts)]
 
 
 def _shared(model: AvatarDiT) -> list[nn.Module]:
@@ -80,7 +80,7 @@ def _shared(model: AvatarDiT) -> list[nn.Module]:
 
 
 def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:
-    """DeepSpeed's own knobs. It would put another F.linear in the place of torch's, which is left as it is."""
+    """DeepSpeed's own options. It would put another F.linear in the place of torch's, which is left as it is."""
     offload = {"offload_param": {"device": "cpu", "pin_memory": world.device.type == "cuda"}} if config.cpu_offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -103,11 +103,11 @@ def _deepspeed():
         import deepspeed
     except ImportError as error:
         raise ValueError("parallel=zero3 needs DeepSpeed: pip install deepspeed, or use parallel=fsdp, which needs nothing") from error
-    send_plainly()
+    use_gloo()
     return deepspeed
 
 
-def send_plainly() -> None:
+def use_gloo() -> None:
     """Let ranks on CPUs send through gloo: DeepSpeed's own way through shared memory would be compiled first, for minutes."""
     import deepspeed
 

@@ -17,7 +17,7 @@ from sonic.parallel.shard_units import WHOLE, all_units
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Shard the model over the ranks that make a film together, before it has weights; copies of it are on other ranks.
+    """Shard the model over the ranks that make a video together, before it has weights; copies of it are on other ranks.
 
     Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
     embeddings and the head; WHOLE is on every rank. Names of parameters stay.
@@ -39,8 +39,8 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 def _mesh(world: World) -> DeviceMesh:
     """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
     if world.size("dp_replicate") == 1:
-        return world.film
-    return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.film])
+        return world.rollout_mesh
+    return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.rollout_mesh])
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
@@ -60,20 +60,20 @@ class OrderedPrefetch:
         self.orders: dict[tuple[bool, bool], list[FSDPModule]] = {}
         self.last: tuple[bool, bool] | None = None
 
-    def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[TrunkInputs]:
+    def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[TrunkInputs]:
         """`model.run_blocks`, with prefetching."""
         kind = (inputs[0].text is not None, inputs[0].audio is not None)
         if kind in self.orders:
             if self.last != kind:
                 _set_prefetch(self.units, self.orders[kind], self.depth)
                 self.last = kind
-            return model.run_blocks(inputs, reaches)
+            return model.run_blocks(inputs, contexts)
         _set_prefetch(self.units, [], self.depth)
         self.last = None
         used: dict[FSDPModule, None] = {}
         hooks = [unit.register_forward_pre_hook(lambda module, args: used.setdefault(module, None)) for unit in self.units]
         try:
-            outputs = model.run_blocks(inputs, reaches)
+            outputs = model.run_blocks(inputs, contexts)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -84,5 +84,5 @@ class OrderedPrefetch:
 def _set_prefetch(units: Sequence[FSDPModule], order: Sequence[FSDPModule], depth: int) -> None:
     for unit in units:
         unit.set_modules_to_forward_prefetch([])
-    for place, unit in enumerate(order):
-        unit.set_modules_to_forward_prefetch(list(order[place + 1 : place + 1 + depth]))
+    for position, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(list(order[position + 1 : position + 1 + depth]))

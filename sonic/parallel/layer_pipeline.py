@@ -70,12 +70,12 @@ def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None =
 def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
     """Leave in the model what one rank of the pipeline owns, nothing behind the last range; the rest becomes None and every name
     stays."""
-    mine = ranges[stage] if stage < len(ranges) else range(0)
+    own = ranges[stage] if stage < len(ranges) else range(0)
     for layer in range(len(model.blocks)):
-        if layer not in mine:
+        if layer not in own:
             model.blocks[layer] = None
     for index, layer in enumerate(model.config.audio.inject_layers):
-        if layer not in mine:
+        if layer not in own:
             model.audio_injectors[index] = None
     for name in FIRST if stage else ():
         setattr(model, name, None)
@@ -96,7 +96,7 @@ class PipelineForwards:
         for index, each in enumerate(conditions):
             cache = model.new_cache(each, steps=steps, execution=self.execution)
             inputs = model.embed_memory(each, self.execution.sequence)
-            (outputs,) = self.execution.run_blocks(model, [inputs], [model.memory_reach(cache)])
+            (outputs,) = self.execution.run_blocks(model, [inputs], [model.memory_context(cache)])
             shape = (each.ref.shape[0], *cache.grid)
             message = Message("memory", index, steps, shape=shape, motion=each.motion is not None)
             self.channel.send_next(message, _tensors(outputs, None))
@@ -110,11 +110,11 @@ class PipelineForwards:
     def submit(self, request: ForwardRequest) -> None:
         """Run the blocks that are here and send the outputs on."""
         cache, span, model = self.caches[request.cond_index], request.inputs.span, self.model
-        reach = model.block_reach(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
+        context = model.block_context(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
         inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
-        (outputs,) = self.execution.run_blocks(model, [inputs], [reach])
-        place = {"step": request.step, "ref_position": request.inputs.ref_position, "span": span, "latents": request.latents.dtype}
-        self.channel.send_next(Message("block", request.cond_index, **place), _tensors(outputs, summary))
+        (outputs,) = self.execution.run_blocks(model, [inputs], [context])
+        fields = {"step": request.step, "ref_position": request.inputs.ref_position, "span": span, "latents": request.latents.dtype}
+        self.channel.send_next(Message("block", request.cond_index, **fields), _tensors(outputs, summary))
         self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
@@ -135,7 +135,7 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
     channel, execution = context.channel, context.execution
     caches: dict[int, KVCache] = {}
     like = torch.empty(0, dtype=dtype, device=channel.device)
-    heads = execution.sequence.heads(model.config.trunk.num_heads)
+    heads = execution.sequence.local_heads(model.config.trunk.num_heads)
     last = channel.stage == channel.stages - 1
     while True:
         message, tensors = channel.recv_previous()
@@ -145,18 +145,18 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
             channel.flush()
             return
         if message.kind == "memory":
-            cache = reach = None  # the rollout before is freed before there is room for this one
+            cache = attention_context = None  # the rollout before is freed before there is room for this one
             if message.cond_index == 0:
                 caches.clear()
             cache = model.cache_of(message.shape, steps=message.steps, motion=message.motion, like=like, heads=heads)
             caches[message.cond_index] = cache
-            whole, reach = (1, cache.memory_tokens), model.memory_reach(cache)
+            grid, attention_context = (1, cache.memory_tokens), model.memory_context(cache)
         else:
             cache = caches[message.cond_index]
-            whole = (message.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
-            reach = model.block_reach(message.span, cache, cache.rings[message.step], ref_position=message.ref_position)
-        inputs, summary = _trunk_inputs(tensors, execution, whole)
-        (outputs,) = execution.run_blocks(model, [inputs], [reach])
+            grid = (message.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
+            attention_context = model.block_context(message.span, cache, cache.rings[message.step], ref_position=message.ref_position)
+        inputs, summary = _trunk_inputs(tensors, execution, grid)
+        (outputs,) = execution.run_blocks(model, [inputs], [attention_context])
         if not last:
             channel.send_next(message, _tensors(outputs, summary))
         elif message.kind == "block":
@@ -182,9 +182,9 @@ def _tensors(inputs: TrunkInputs, summary: Tensor | None) -> list[Tensor | None]
     return [inputs.tokens, modulation, inputs.text, *audio, summary]
 
 
-def _trunk_inputs(tensors: Sequence[Tensor | None], execution: Execution, whole: tuple[int, int]) -> tuple[TrunkInputs, Tensor | None]:
-    """The inputs that a message holds; `whole` counts frames and tokens in a frame over all ranks that share them."""
+def _trunk_inputs(tensors: Sequence[Tensor | None], execution: Execution, grid: tuple[int, int]) -> tuple[TrunkInputs, Tensor | None]:
+    """The inputs that a message holds; `grid` counts frames and tokens in a frame over all ranks that share them."""
     tokens, modulation, text, audio_tokens, audio_summary, masks, summary = tensors
-    layout = ((whole[0], tokens.shape[1] // whole[0]),)
+    layout = ((grid[0], tokens.shape[1] // grid[0]),)
     audio = None if audio_tokens is None else AudioTokens(audio_tokens, audio_summary, masks)
-    return TrunkInputs(tokens, layout, (modulation,), text, audio, execution.sequence.exchange((whole,))), summary
+    return TrunkInputs(tokens, layout, (modulation,), text, audio, execution.sequence.exchange((grid,))), summary

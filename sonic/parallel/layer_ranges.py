@@ -10,18 +10,18 @@ Cost = Callable[[int, range], float]  # (stage, its blocks) -> seconds, or inf w
 
 def best_ranges(num_layers: int, stages: int, cost: Cost) -> list[range]:
     """The ranges whose dearest stage is the cheapest; a stage may be empty. Everything is inf: an even split."""
-    reach: list[list[tuple[float, tuple[range, ...]]]] = [[(0.0 if end == 0 else inf, ()) for end in range(num_layers + 1)]]
+    table: list[list[tuple[float, tuple[range, ...]]]] = [[(0.0 if end == 0 else inf, ()) for end in range(num_layers + 1)]]
     for stage in range(stages):
         row = []
         for end in range(num_layers + 1):
             options = []
             for start in range(end + 1):
-                before, ranges = reach[-1][start]
+                before, ranges = table[-1][start]
                 if before < inf:
                     options.append((max(before, cost(stage, range(start, end))), (*ranges, range(start, end))))
             row.append(min(options, key=lambda option: option[0], default=(inf, ())))
-        reach.append(row)
-    value, found = reach[-1][num_layers]
+        table.append(row)
+    value, found = table[-1][num_layers]
     return list(found) if value < inf else even_ranges(num_layers, stages)
 
 

@@ -13,27 +13,27 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
-from sonic.parallel.parallel_config import ALONE, ParallelConfig
-from sonic.parallel.watchdog import watched
+from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, ParallelConfig
+from sonic.parallel.watchdog import watch_ranks
 
 T = TypeVar("T")
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
-LANES = 4  # ways of messages in a film: to and fro along the layers, and between the first rank and the autoencoder
-PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long film to encode
+LANES = 4  # ways of messages in a video: to and fro along the layers, and between the first rank and the autoencoder
+PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long video to encode
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `film` is layers and
-    cp as one axis: everybody who takes part in a film. With `vae_rank` the last along layers owns the autoencoder and no layer. `lanes`
+    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `rollout_mesh` is layers and
+    cp as one axis: everybody who takes part in a video. With `vae_rank` the last along layers owns the autoencoder and no layer. `lanes`
     are groups for the messages of each way, where they go from device to device."""
 
     plan: str
     device: torch.device
     mesh: DeviceMesh | None = None
-    film: DeviceMesh | None = None
+    rollout_mesh: DeviceMesh | None = None
     vae_rank: bool = False
     lanes: tuple[dist.ProcessGroup, ...] = ()
 
@@ -41,7 +41,7 @@ class World:
         """Ranks along an axis."""
         return 1 if self.mesh is None else self.mesh[axis].size()
 
-    def place(self, axis: str) -> int:
+    def coordinate(self, axis: str) -> int:
         """Where this rank is along an axis."""
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
 
@@ -49,12 +49,12 @@ class World:
         """The ranks that differ from this one along an axis only."""
         return self.mesh[axis].get_group()
 
-    def said_by_first(self, thing: T) -> T:
+    def from_first_rank(self, thing: T) -> T:
         """What the first of all ranks says; every rank must ask."""
-        told = [thing]
+        box = [thing]
         if self.mesh is not None:
-            dist.broadcast_object_list(told, src=0)
-        return told[0]
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     @property
     def stages(self) -> int:
@@ -64,25 +64,25 @@ class World:
     @property
     def stage(self) -> int:
         """Where this rank is in that row; behind its end when it keeps the autoencoder."""
-        return self.place("layers") if self.plan == "pipeline" else 0
+        return self.coordinate("layers") if self.plan == "pipeline" else 0
 
     @property
-    def keeps_vae(self) -> bool:
+    def holds_vae(self) -> bool:
         """Whether this rank has the autoencoder and nothing else."""
         return self.vae_rank and self.stage == self.stages
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the first of those that make one film together."""
-        return self.place("layers") == 0 and self.place("cp") == 0
+        """Whether this rank is the first of those that make one video together."""
+        return self.coordinate("layers") == 0 and self.coordinate("cp") == 0
 
     @property
-    def cast(self) -> dist.ProcessGroup | None:
+    def rollout_group(self) -> dist.ProcessGroup | None:
         """The ranks that walk from noise to latents together, this one among them; None when it is alone."""
         if self.mesh is None:
             return None
-        together = self.mesh["cp"] if self.plan == "pipeline" else self.film
-        return together.get_group() if together.size() > 1 else None
+        ranks = self.mesh["cp"] if self.plan == "pipeline" else self.rollout_mesh
+        return ranks.get_group() if ranks.size() > 1 else None
 
 
 def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, int]:
@@ -104,13 +104,13 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
             "choose degrees whose product does"
         )
     inner = world // taken
-    if plan in ALONE and inner * context > 1:
+    if plan in SINGLE_RANK_PLANS and inner * context > 1:
         raise ValueError(
-            f"parallel={plan} makes a film on one rank but {world} were started; start one, choose another plan, "
+            f"parallel={plan} makes a video on one rank but {world} were started; start one, choose another plan, "
             "or give parallel.replicas=-1 for requests side by side"
         )
     if config.vae_rank and inner < 2:
-        raise ValueError(f"parallel.vae_rank=true needs 2 ranks or more for a film and there is {inner}: start more, or leave it out")
+        raise ValueError(f"parallel.vae_rank=true needs 2 ranks or more for a video and there is {inner}: start more, or leave it out")
     return replicas, inner, context
 
 
@@ -129,15 +129,17 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, **own)
-    with watched(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
+    with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
         yield _be_patient(make_world(config, plan, device))
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the process group that is there."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
-    film = mesh["layers", "cp"]._flatten("film")
-    return World(plan, device, mesh, film, vae_rank=bool(config.vae_rank), lanes=_lanes() if plan == "pipeline" and direct(device) else ())
+    rollout_mesh = mesh["layers", "cp"]._flatten("rollout")
+    return World(
+        plan, device, mesh, rollout_mesh, vae_rank=bool(config.vae_rank), lanes=_lanes() if plan == "pipeline" and direct(device) else ()
+    )
 
 
 def direct(device: torch.device) -> bool:
@@ -153,6 +155,6 @@ def _lanes() -> tuple[dist.ProcessGroup, ...]:
 
 def _be_patient(world: World) -> World:
     """The same world, whose smaller groups are not content with torch's half an hour."""
-    for group in (*world.mesh.get_all_groups(), world.film.get_group()):
+    for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):
         dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
     return world

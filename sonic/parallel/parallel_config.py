@@ -1,17 +1,17 @@
-"""Knobs of running on more than one device, or on one that is too small. Standard library only."""
+"""Options of running on more than one device, or on one that is too small. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settled_video
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
 from sonic.planner.training_job import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
-ALONE = ("single", "offload")  # plans for one rank in each copy of the model
+SINGLE_RANK_PLANS = ("single", "offload")  # plans for one rank in each copy of the model
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
-KV_PLACES = ("device", "host")
+KV_DEVICES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
 
 
@@ -19,11 +19,11 @@ LINKS = ("nvlink", "pcie", "host", "none")
 class OffloadConfig:
     """Block weights that wait in host memory: what stays on the device, and how many copies are under way."""
 
-    resident_gib: float = knob(-1.0, "GiB of block weights that stay on the device; -1 = what fits")
-    slots: int = knob(2, "blocks whose weights are on the device for a while: one in use, the others on their way")
-    inflight: int = knob(0, "items (block of the film, step) that share each pass over the weights; 0 = one per sampling step")
-    store: str = knob("pinned", "where waiting weights lie: pinned (host memory) or mmap (the file itself)")
-    kv: str = knob("device", "where the KV rings lie: device or host")
+    resident_gib: float = option(-1.0, "GiB of block weights that stay on the device; -1 = what fits")
+    slots: int = option(2, "blocks whose weights are on the device for a while: one in use, the others on their way")
+    inflight: int = option(0, "items (block of the video, step) that share each pass over the weights; 0 = one per sampling step")
+    store: str = option("pinned", "where waiting weights lie: pinned (host memory) or mmap (the file itself)")
+    kv: str = option("device", "where the KV rings lie: device or host")
 
     def __post_init__(self) -> None:
         resident, slots, inflight = self.resident_gib, self.slots, self.inflight
@@ -31,24 +31,24 @@ class OffloadConfig:
         require(slots >= 1, f"offload.slots={slots}: need at least 1; 2 lets copying hide behind computing")
         require(inflight >= 0, f"offload.inflight={inflight}: need 1 or more, or 0 for one per sampling step")
         one_of(self.store, STORES, "offload.store")
-        one_of(self.kv, KV_PLACES, "offload.kv")
+        one_of(self.kv, KV_DEVICES, "offload.kv")
 
 
 @dataclass
 class ParallelConfig:
     """How the transformer is spread over ranks. Degrees of -1 take the ranks that the others leave."""
 
-    name: str = knob("auto", f"auto (the planner chooses), {', '.join(PLAN_NAMES)}")
-    context: int = knob(1, "ranks that share the tokens of each frame; combines with fsdp and pipeline")
-    replicas: int = knob(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
-    vae_rank: bool | None = knob(None, "the last rank of a pipeline has the VAE and no layers; empty = where that is faster")
-    layers: list[int] | None = knob(None, "blocks of each stage of a pipeline; empty = as even as they can be")
-    unshard_unit: str = knob("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
-    prefetch: int = knob(1, "units that fsdp gathers ahead of the one in use")
-    reshard: bool = knob(True, "fsdp gives a unit's gathered weights back after use")
-    cpu_offload: bool = knob(False, "fsdp and zero3 keep their shards in host memory")
-    timeout_s: float = knob(45.0, "seconds without a sign that a rank lives and gets on, after which it counts as lost")
-    offload: OffloadConfig = knob(OffloadConfig)
+    name: str = option("auto", f"auto (the planner chooses), {', '.join(PLAN_NAMES)}")
+    context: int = option(1, "ranks that share the tokens of each frame; combines with fsdp and pipeline")
+    replicas: int = option(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
+    vae_rank: bool | None = option(None, "the last rank of a pipeline has the VAE and no layers; empty = where that is faster")
+    layers: list[int] | None = option(None, "blocks of each stage of a pipeline; empty = as even as they can be")
+    unshard_unit: str = option("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
+    prefetch: int = option(1, "units that fsdp gathers ahead of the one in use")
+    reshard: bool = option(True, "fsdp gives a unit's gathered weights back after use")
+    cpu_offload: bool = option(False, "fsdp and zero3 keep their shards in host memory")
+    timeout_s: float = option(45.0, "seconds without a sign that a rank lives and gets on, after which it counts as lost")
+    offload: OffloadConfig = option(OffloadConfig)
 
     def __post_init__(self) -> None:
         one_of(self.name, ("auto", *PLAN_NAMES), "parallel.name")
@@ -72,18 +72,18 @@ class ParallelConfig:
 class HardwareConfig:
     """Equal devices in one machine. Rates are what a device moves in one direction, in units of 10^9 bytes a second."""
 
-    name: str = knob("cpu", "one of the files in conf/hardware")
-    devices: int = knob(1, "how many there are; 0 = all that hardware=here finds")
-    usable_gib: float = knob(12.0, "GiB of a device's memory that a process gets")
-    reserve_gib: float = knob(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
-    tflops: float = knob(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
-    efficiency: float = knob(0.6, "share of them that a transformer reaches")
-    memory_gbps: float = knob(50.0, "device memory")
-    link: str = knob("none", "between devices: nvlink, pcie (direct), host (through host memory) or none")
-    link_gbps: float = knob(10.0, "between two devices")
-    host_gbps: float = knob(20.0, "from host memory to a device")
-    host_gib: float = knob(14.0, "GiB of host memory that the job may use")
-    disk_gbps: float = knob(3.0, "from the disk to a device")
+    name: str = option("cpu", "one of the files in conf/hardware")
+    devices: int = option(1, "how many there are; 0 = all that hardware=here finds")
+    usable_gib: float = option(12.0, "GiB of a device's memory that a process gets")
+    reserve_gib: float = option(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
+    tflops: float = option(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
+    efficiency: float = option(0.6, "share of them that a transformer reaches")
+    memory_gbps: float = option(50.0, "device memory")
+    link: str = option("none", "between devices: nvlink, pcie (direct), host (through host memory) or none")
+    link_gbps: float = option(10.0, "between two devices")
+    host_gbps: float = option(20.0, "from host memory to a device")
+    host_gib: float = option(14.0, "GiB of host memory that the job may use")
+    disk_gbps: float = option(3.0, "from the disk to a device")
 
     def __post_init__(self) -> None:
         one_of(self.link, LINKS, "hardware.link")
@@ -100,16 +100,16 @@ class HardwareConfig:
 class PlanConfig:
     """What fits on which hardware, how fast it can be, and why."""
 
-    verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
-    json: str = knob("", "where the plans go as JSON")
-    run: RunConfig = knob(RunConfig)
-    model: ModelConfig = knob(ModelConfig)
-    hardware: HardwareConfig = knob(HardwareConfig)
-    parallel: ParallelConfig = knob(ParallelConfig)
-    task: TaskConfig = knob(TaskConfig)
-    sampler: SamplerConfig = knob(SamplerConfig)
-    video: VideoConfig = knob(VideoConfig)
-    decode: DecodeConfig = knob(DecodeConfig)
+    verify: bool = option(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
+    json: str = option("", "where the plans go as JSON")
+    run: RunConfig = option(RunConfig)
+    model: ModelConfig = option(ModelConfig)
+    hardware: HardwareConfig = option(HardwareConfig)
+    parallel: ParallelConfig = option(ParallelConfig)
+    task: TaskConfig = option(TaskConfig)
+    sampler: SamplerConfig = option(SamplerConfig)
+    video: VideoConfig = option(VideoConfig)
+    decode: DecodeConfig = option(DecodeConfig)
 
     def __post_init__(self) -> None:
         self.video, self.model = settled_video(self.video, self.model)

@@ -14,11 +14,11 @@ from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution, WholeSequence
 from sonic.parallel.context import DistributedContext
-from sonic.parallel.deepspeed_inference import cut_nothing, place_slices, start_engines
+from sonic.parallel.deepspeed_inference import allocate_slices, check_installed, start_engines
 from sonic.parallel.fsdp import prefetch_in_order, shard
 from sonic.parallel.layer_pipeline import keep_range, layer_ranges, pipeline_channel
 from sonic.parallel.mesh import World
-from sonic.parallel.offload import offload, place
+from sonic.parallel.offload import allocate, offload
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.shard_units import WHOLE
 from sonic.parallel.ulysses import sequence_parallel
@@ -33,14 +33,14 @@ def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 
 
 class Plan(NamedTuple):
-    """`cut` works on the model without memory, `place` gives its parameters memory, `start` says how the filled model is executed."""
+    """`cut` works on the model without memory, `allocate` gives its parameters memory, `start` says how the filled model is executed."""
 
     cut: Step = nothing
-    place: Step = lambda model, world, config: model.to_empty(device=world.device)
+    allocate: Step = lambda model, world, config: model.to_empty(device=world.device)
     start: Start = lambda model, world, config: LOCAL
 
 
-def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+def _allocate_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     model.to_empty(device="cpu" if config.cpu_offload else world.device)
     for name in WHOLE:
         getattr(model, name).to_empty(device=world.device)
@@ -52,14 +52,14 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
 
 PLANS: Mapping[str, Plan] = {
     "single": Plan(),
-    "fsdp": Plan(shard, _place_shards, prefetch_in_order),
+    "fsdp": Plan(shard, _allocate_shards, prefetch_in_order),
     "offload": Plan(
-        place=lambda model, world, config: place(model, world.device, config.offload),
+        allocate=lambda model, world, config: allocate(model, world.device, config.offload),
         start=lambda model, world, config: offload(model, world.device, config),
     ),
     "pipeline": Plan(_cut_to_range),
     "context": Plan(),
-    "zero3": Plan(cut_nothing, place_slices, start_engines),
+    "zero3": Plan(check_installed, allocate_slices, start_engines),
 }
 
 
@@ -74,13 +74,13 @@ def build_parallel_model(
     plan = pick(PLANS, world.plan, "parallel.name")
     model, shapes = without_memory(config, dtype)
     plan.cut(model, world, parallel)
-    plan.place(model, world, parallel)
+    plan.allocate(model, world, parallel)
     if weights is None:
         fill_randomly(model)
     else:
         fill(model, weights, shapes, lora=lora)
     sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
     context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
-    if world.stages > 1 and not world.keeps_vae:
+    if world.stages > 1 and not world.holds_vae:
         context.channel = pipeline_channel(world)
     return model

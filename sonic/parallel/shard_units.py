@@ -18,7 +18,7 @@ class Unit:
 
     modules: tuple[str, ...]
     numbers: int
-    moment: str
+    phase: str
 
 
 def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
@@ -32,7 +32,7 @@ def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
 def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
     """The projections of one attention at a time, one layer of the MLP at a time.
 
-    The prompt's keys are projected once per film, so they are a unit of their own that a block of the film does not gather.
+    The prompt's keys are projected once per video, so they are a unit of their own that a block of the video does not gather.
     """
     dim, parts = config.trunk.hidden_dim, block_weights(config)
     one = dim * dim + dim
@@ -52,7 +52,7 @@ def linear_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
     """One matrix at a time."""
     for unit in sublayer_units(config, layer):
         for module in unit.modules:
-            yield Unit((module,), unit.numbers // len(unit.modules), unit.moment)
+            yield Unit((module,), unit.numbers // len(unit.modules), unit.phase)
 
 
 UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {

@@ -12,7 +12,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic.model.attention import Exchange, Projected
+from sonic.model.attention import QKV, TokenExchange
 from sonic.model.blocks import Layout
 
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
@@ -25,9 +25,9 @@ class Group(NamedTuple):
     rank: int
     size: int
 
-    def shares(self, whole: int) -> list[int]:
-        """How many of `whole` things each rank has."""
-        return [whole // self.size + (rank < whole % self.size) for rank in range(self.size)]
+    def shares(self, total: int) -> list[int]:
+        """How many of `total` things each rank has."""
+        return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
 
 
 class UlyssesSequence:
@@ -36,11 +36,11 @@ class UlyssesSequence:
     def __init__(self, group: Group, num_heads: int) -> None:
         self.group, self.num_heads = group, num_heads
 
-    def part(self, tokens: Tensor) -> Tensor:
+    def split(self, tokens: Tensor) -> Tensor:
         """[B,T,S,D] -> [B,T,some,D]"""
         return tokens.split(self.group.shares(tokens.shape[2]), dim=2)[self.group.rank]
 
-    def whole(self, tokens: Tensor, size: int) -> Tensor:
+    def gather(self, tokens: Tensor, size: int) -> Tensor:
         """[B,T,some,D] -> [B,T,size,D]"""
         shares = self.group.shares(size)
         padded = F.pad(tokens, (0, 0, 0, shares[0] - tokens.shape[2])).contiguous()
@@ -48,11 +48,11 @@ class UlyssesSequence:
         parts = gathered.chunk(self.group.size, dim=2)
         return torch.cat([part[:, :, :share] for part, share in zip(parts, shares, strict=True)], dim=2)
 
-    def heads(self, num_heads: int) -> int:
+    def local_heads(self, num_heads: int) -> int:
         """Heads that this rank attends with."""
         return self.group.shares(num_heads)[self.group.rank]
 
-    def exchange(self, layout: Layout) -> Exchange:
+    def exchange(self, layout: Layout) -> TokenExchange:
         """Tokens for heads, for parts of this layout (all ranks' tokens)."""
         return Ulysses(self.group, layout, self.group.shares(self.num_heads))
 
@@ -65,7 +65,7 @@ class Ulysses:
         self.sizes = [[shares[rank] for shares in (group.shares(size) for _, size in layout)] for rank in range(group.size)]
         self.lengths = [sum(frames * size for (frames, _), size in zip(layout, sizes, strict=True)) for sizes in self.sizes]
 
-    def heads(self, tokens: Projected) -> Projected:
+    def to_heads(self, tokens: QKV) -> QKV:
         """[B,some,heads,d] -> [B,N,some heads,d], in the order in which one rank would have them."""
         ours = torch.stack(tokens)  # [3,B,some,heads,d]
         shapes = [(*ours.shape[:2], length, self.head_counts[self.group.rank], ours.shape[4]) for length in self.lengths]
@@ -77,18 +77,18 @@ class Ulysses:
             torch.cat([part.unflatten(2, (frames, -1) if part.shape[2] else (frames, 0)) for part in column], dim=3).flatten(2, 3)
             for column, (frames, _) in zip(zip(*parts, strict=True), self.layout, strict=True)
         ]
-        return Projected(*torch.cat(joined, dim=2))
+        return QKV(*torch.cat(joined, dim=2))
 
-    def tokens(self, heard: Tensor) -> Tensor:
+    def tokens(self, attn_out: Tensor) -> Tensor:
         """[B,N,some heads,d] -> [B,some,heads,d]"""
         columns = [
             part.unflatten(1, (frames, size)).split([sizes[index] for sizes in self.sizes], dim=2)
             for index, (part, (frames, size)) in enumerate(
-                zip(heard.split([frames * size for frames, size in self.layout], dim=1), self.layout, strict=True)
+                zip(attn_out.split([frames * size for frames, size in self.layout], dim=1), self.layout, strict=True)
             )
         ]
         sent = [torch.cat([piece.flatten(1, 2) for piece in row], dim=1) for row in zip(*columns, strict=True)]
-        shapes = [(heard.shape[0], self.lengths[self.group.rank], count, heard.shape[3]) for count in self.head_counts]
+        shapes = [(attn_out.shape[0], self.lengths[self.group.rank], count, attn_out.shape[3]) for count in self.head_counts]
         return torch.cat(self._swap(sent, shapes), dim=2)
 
     def _swap(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

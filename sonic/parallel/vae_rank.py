@@ -23,26 +23,26 @@ from sonic.vae.motion_vae import Reference
 DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # of these messages, beside those of the layer pipeline
 
 
-class Form(NamedTuple):
+class TensorLayout(NamedTuple):
     """How a tensor lies in memory: its axes from the slowest to the fastest, and its shape. Axes that only repeat are not sent."""
 
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
 
-class Call(NamedTuple):
+class Request(NamedTuple):
     """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
     the numbers of what nobody will ask for again."""
 
     method: str
-    arguments: tuple[Form | int | None, ...] = ()
-    forgotten: tuple[int, ...] = ()
+    arguments: tuple[TensorLayout | int | None, ...] = ()
+    released: tuple[int, ...] = ()
 
 
 class Reply(NamedTuple):
     """The reply to a call: forms of the tensors, the number of the value kept for later calls; or what was wrong with the arguments."""
 
-    forms: tuple[Form, ...] = ()
+    layouts: tuple[TensorLayout, ...] = ()
     handle: int = 0
     fault: str = ""
 
@@ -58,69 +58,69 @@ class RemoteAutoencoder:
     """In the place of an autoencoder that another rank has: the same calls with the same results, one at a time."""
 
     def __init__(self, channel: P2PChannel) -> None:
-        self.channel, self.turn = channel, Lock()
-        self.forgotten: deque[int] = deque()  # of which the other rank does not know yet
+        self.channel, self.lock = channel, Lock()
+        self.released: deque[int] = deque()  # of which the other rank does not know yet
 
     def reference(self, picture: Tensor) -> RemoteHandle:
         """How it knows a portrait."""
-        (latents,), number = self._ask("reference", picture)
-        return self._hold(number, latents)
+        (latents,), number = self._call("reference", picture)
+        return self._handle(number, latents)
 
     def encode(self, frames: Tensor, cache: RemoteHandle | None = None) -> tuple[Tensor, RemoteHandle]:
         """Latents of frames, and the cache for the frames that follow. Raises what the autoencoder says of a wrong number of them."""
-        (latents,), number = self._ask("encode", frames, cache)
-        return latents, self._hold(number)
+        (latents,), number = self._call("encode", frames, cache)
+        return latents, self._handle(number)
 
     def decode(self, latents: Tensor, *known: RemoteHandle | None) -> tuple[Tensor | MotionLayers, RemoteHandle]:
         """Frames or motion of latents, and the cache for the latents that follow; `known` is as the autoencoder wants it."""
-        made, number = self._ask("decode", latents, *known)
-        return made[0] if len(made) == 1 else MotionLayers(*made), self._hold(number)
+        made, number = self._call("decode", latents, *known)
+        return made[0] if len(made) == 1 else MotionLayers(*made), self._handle(number)
 
-    def _hold(self, number: int, latents: Tensor | None = None) -> RemoteHandle:
-        kept = RemoteHandle(number, latents)
-        weakref.finalize(kept, self.forgotten.append, number).atexit = False
-        return kept
+    def _handle(self, number: int, latents: Tensor | None = None) -> RemoteHandle:
+        handles = RemoteHandle(number, latents)
+        weakref.finalize(handles, self.released.append, number).atexit = False
+        return handles
 
-    def _ask(self, method: str, *arguments: Tensor | RemoteHandle | None) -> tuple[list[Tensor], int]:
-        forms, tensors = _apart([each for each in arguments if isinstance(each, Tensor)])
-        rest = iter(forms)
+    def _call(self, method: str, *arguments: Tensor | RemoteHandle | None) -> tuple[list[Tensor], int]:
+        layouts, tensors = _packed([each for each in arguments if isinstance(each, Tensor)])
+        rest = iter(layouts)
         sent = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
-        with self.turn:
-            forgotten = tuple(self.forgotten.popleft() for _ in range(len(self.forgotten)))
-            self.channel.send_next(Call(method, sent, forgotten), tensors)
+        with self.lock:
+            released = tuple(self.released.popleft() for _ in range(len(self.released)))
+            self.channel.send_next(Request(method, sent, released), tensors)
             reply, made = self.channel.recv_last()
             self.channel.flush()  # there is an answer, so the question has arrived
         if reply.fault:
             raise ValueError(reply.fault)
-        return _restored(reply.forms, made), reply.handle
+        return _restored(reply.layouts, made), reply.handle
 
 
 @torch.no_grad()
 def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
     """What the rank that keeps the autoencoder does until it is dismissed: answer."""
-    kept: dict[int, Any] = {}
+    handles: dict[int, Any] = {}
     number = 0
     while True:
         call, tensors = channel.recv_previous()
         channel.flush()  # there is another question, so the last answer has arrived
         if not call.method:
             return
-        for each in call.forgotten:
-            kept.pop(each, None)
+        for each in call.released:
+            handles.pop(each, None)
         number += 1
-        reply, made = _answer(autoencoder, call, tensors, kept=kept, number=number)
+        reply, made = _compute_reply(autoencoder, call, tensors, handles=handles, number=number)
         channel.send_first(reply, made)
         del tensors, made
 
 
 def stop_vae(channel: P2PChannel) -> None:
     """The first rank's last word."""
-    channel.send_next(Call(""), ())
+    channel.send_next(Request(""), ())
     channel.flush()
 
 
 def make_vae_channel(world: World) -> P2PChannel:
-    """Between the first rank of a film and the one that keeps the autoencoder."""
+    """Between the first rank of a video and the one that keeps the autoencoder."""
     ranks = dist.get_process_group_ranks(world.group("layers"))
     return P2PChannel([ranks[0], ranks[-1]], world.device, DIRECTIONS, lanes=world.lanes)
 
@@ -130,36 +130,36 @@ def without_repeats(tensor: Tensor) -> Tensor:
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
-def _answer(
-    autoencoder: nn.Module, call: Call, tensors: Sequence[Tensor], *, kept: dict[int, Any], number: int
+def _compute_reply(
+    autoencoder: nn.Module, call: Request, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
 ) -> tuple[Reply, list[Tensor]]:
     """What is said to a call. What later calls may need is kept under a number; a wrong question is no fault of this rank."""
-    sent = iter(_restored([each for each in call.arguments if isinstance(each, Form)], tensors))
-    arguments = [next(sent) if isinstance(each, Form) else each and kept[each] for each in call.arguments]
+    sent = iter(_restored([each for each in call.arguments if isinstance(each, TensorLayout)], tensors))
+    arguments = [next(sent) if isinstance(each, TensorLayout) else each and handles[each] for each in call.arguments]
     try:
         found = getattr(autoencoder, call.method)(*arguments)
     except ValueError as error:
         return Reply(fault=str(error)), []
-    made, kept[number] = (found.latents, found) if isinstance(found, Reference) else found
-    forms, parts = _apart(list(vars(made).values()) if isinstance(made, MotionLayers) else [made])
-    return Reply(forms, number), parts
+    made, handles[number] = (found.latents, found) if isinstance(found, Reference) else found
+    layouts, parts = _packed(list(vars(made).values()) if isinstance(made, MotionLayers) else [made])
+    return Reply(layouts, number), parts
 
 
-def _apart(tensors: Sequence[Tensor]) -> tuple[tuple[Form, ...], list[Tensor]]:
+def _packed(tensors: Sequence[Tensor]) -> tuple[tuple[TensorLayout, ...], list[Tensor]]:
     """Tensors as they travel: without what only repeats, their numbers in the order in which they lie.
 
     What is computed from them is then the same to the last bit: a convolution may round by how its input lies.
     """
-    forms, parts = [], []
+    layouts, parts = [], []
     for tensor in tensors:
         once = without_repeats(tensor)
         order = tuple(sorted(range(once.ndim), key=lambda axis: -once.stride(axis)))  # noqa: B023
-        forms.append(Form(order, tuple(tensor.shape)))
+        layouts.append(TensorLayout(order, tuple(tensor.shape)))
         parts.append(once.permute(order))
-    return tuple(forms), parts
+    return tuple(layouts), parts
 
 
-def _restored(forms: Sequence[Form], parts: Sequence[Tensor]) -> list[Tensor]:
+def _restored(layouts: Sequence[TensorLayout], parts: Sequence[Tensor]) -> list[Tensor]:
     """The tensors again."""
-    back = [sorted(range(len(form.order)), key=form.order.__getitem__) for form in forms]
-    return [part.permute(order).expand(form.shape) for form, order, part in zip(forms, back, parts, strict=True)]
+    back = [sorted(range(len(form.order)), key=form.order.__getitem__) for form in layouts]
+    return [part.permute(order).expand(form.shape) for form, order, part in zip(layouts, back, parts, strict=True)]

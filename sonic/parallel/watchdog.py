@@ -23,20 +23,20 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sonic.config import OtherRank
-from sonic.system.heartbeat import LAST, RESTING, beat
+from sonic.system.heartbeat import LAST_HEARTBEAT, PAUSED, heartbeat
 
 LOOK_S = 0.5  # between two looks at the others
 HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
 NEVER = "never"  # began a process that this system does not show
 PACKAGE = str(Path(__file__).parents[1])
-MEETINGS = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/channel.py")  # files in which a rank waits for others
+COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/channel.py")  # files in which a rank waits for others
 THREADS = ("/threading.py", "/queue.py", "/concurrent/futures/")  # files in which a thread waits for another one of its process
 BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # what these call
 
 WORKS, WAITS, IDLES = "works", "waits for ranks", "waits for threads"
 
 log = logging.getLogger("sonic")
-numbers = count()  # of the watches of this process, so that each has keys of its own
+counter = count()  # of the watches of this process, so that each has keys of its own
 
 
 class Fault(NamedTuple):
@@ -50,43 +50,43 @@ class Fault(NamedTuple):
 
 
 @contextmanager
-def watched(rank: int, ranks: int, *, patience_s: float, leave: Callable[[], None] = lambda: None) -> Iterator[None]:
+def watch_ranks(rank: int, ranks: int, *, patience_s: float, leave: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Watch over the ranks of the process group while they work; `leave` is done before the last word is said.
 
     Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
     """
-    watch = Watch(dist.distributed_c10d._get_default_store(), rank, ranks, patience_s=patience_s) if ranks > 1 else None
+    watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, ranks, patience_s=patience_s) if ranks > 1 else None
     try:
         yield
     except BaseException as error:
-        if watch:
-            watch.explain(error)
+        if watchdog:
+            watchdog.explain(error)
         raise
     finally:
         leave()
-        if watch:
-            watch.close()
+        if watchdog:
+            watchdog.close()
 
 
-class Watch:
+class Watchdog:
     """A thread beside the work of this rank: it tells the others that this rank lives, and watches the next one.
 
-    All that a rank does is work and must give signs (sonic/system/heartbeat.py), unless it waits for other ranks or is `at_rest`. Messages
-    go through a store of keys, which outlives the connections between ranks.
+    A rank that works must give heartbeats (sonic/system/heartbeat.py), unless it waits for other ranks or is inside `pause_watchdog`.
+    Messages go through a key-value store, which outlives the connections between ranks.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, *, patience_s: float) -> None:
         # a connection of its own: who waits on another one locks it
-        self.store = dist.PrefixStore(f"watch{next(numbers)}", store.clone())
+        self.store = dist.PrefixStore(f"watch{next(counter)}", store.clone())
         self.rank, self.ranks, self.patience_s, self.main = rank, ranks, patience_s, get_ident()
-        self.signs = 0
+        self.heartbeats = 0
         self.known: Fault | None = None
         self.seen: dict[int, tuple[bytes, float]] = {}  # the last sign of another rank, and when it was new
         self.ended = Event()
         self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
-        LAST.clear()
-        beat()
-        self.hook = register_module_forward_pre_hook(lambda module, args: beat())
+        LAST_HEARTBEAT.clear()
+        heartbeat()
+        self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
         self.watching = Thread(target=self._watch, name="watch", daemon=True)
         self.watching.start()
 
@@ -95,7 +95,7 @@ class Watch:
         try:
             fault = self._blame(error)
         except dist.DistNetworkError as lost:
-            fault = self.known or _keeper_gone(lost)
+            fault = self.known or _store_lost(lost)
             if fault != self.known:
                 log.critical("%s", fault)
         if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # which all ranks may find at once
@@ -121,7 +121,7 @@ class Watch:
             while self.rank == 0 and not self.store.check(everybody) and time.monotonic() < until:
                 time.sleep(LOOK_S / 5)
         except dist.DistNetworkError as lost:
-            log.debug("%s", _keeper_gone(lost))
+            log.debug("%s", _store_lost(lost))
 
     def _blame(self, error: BaseException) -> Fault:
         """Whose fault an error of this rank is.
@@ -129,10 +129,10 @@ class Watch:
         A lost connection waits for the error that explains it. If none comes, a rank that gives no more signs is to blame.
         """
         if _is_lost_connection(error):
-            before, until = self._signs(), time.monotonic() + HOLD_S
+            before, until = self._heartbeats(), time.monotonic() + HOLD_S
             while self.fault() is None and time.monotonic() < until:
                 time.sleep(LOOK_S / 2)
-            gone = [rank for rank, sign in self._signs().items() if sign == before.get(rank)]
+            gone = [rank for rank, heartbeat_seen in self._heartbeats().items() if heartbeat_seen == before.get(rank)]
             if gone:
                 return self._declare(_gone(gone[0]))
         what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped"
@@ -143,7 +143,7 @@ class Watch:
             try:
                 fault = self._look()
             except dist.DistNetworkError as lost:
-                fault = self.known or _keeper_gone(lost)
+                fault = self.known or _store_lost(lost)
             mine = fault and fault.rank == self.rank
             if fault and not self.ended.wait(HOLD_S if mine else 2 * HOLD_S):  # ranks that lose this one may still end in order
                 if mine or 0 in (self.rank, fault.rank):
@@ -152,12 +152,12 @@ class Watch:
 
     def _look(self) -> Fault | None:
         """Give a sign, and look at the others."""
-        self.signs += 1
-        self.store.set(f"sign/{self.rank}", str(self.signs))
-        stuck = not RESTING and time.monotonic() - max(LAST.values()) > self.patience_s
+        self.heartbeats += 1
+        self.store.set(f"sign/{self.rank}", str(self.heartbeats))
+        stuck = not PAUSED and time.monotonic() - max(LAST_HEARTBEAT.values()) > self.patience_s
         where, waits = self._where() if stuck else ("", False)
         self.store.set(f"waits/{self.rank}", where if waits else "")
-        return self.fault() or (self._stuck(where, waits=waits) if stuck else None) or self._neighbour()
+        return self.fault() or (self._stuck(where, waits=waits) if stuck else None) or self._check_next_rank()
 
     def _stuck(self, where: str, *, waits: bool) -> Fault | None:
         """A rank that waits for others is to blame only when all do."""
@@ -165,29 +165,29 @@ class Watch:
             sentence = f"hangs at {where}: nothing got on for {self.patience_s:g} s (timeout_s)"
             return self._declare(Fault(self.rank, sentence))
         keys = [f"waits/{rank}" for rank in range(self.ranks)]
-        places = self.store.multi_get(keys) if self.store.check(keys) else [b""]
-        if all(places):
-            each = "; ".join(f"rank {rank} at {place.decode()}" for rank, place in enumerate(places))
+        positions = self.store.multi_get(keys) if self.store.check(keys) else [b""]
+        if all(positions):
+            each = "; ".join(f"rank {rank} at {position.decode()}" for rank, position in enumerate(positions))
             return self._declare(Fault(self.rank, f"all ranks wait for each other: {each}"))
         return None
 
-    def _neighbour(self) -> Fault | None:
+    def _check_next_rank(self) -> Fault | None:
         """The next rank that is not done: lost when its signs stay the same for too long."""
         for rank in [*range(self.rank + 1, self.ranks), *range(self.rank)]:
             if self.store.check([f"done/{rank}"]):
                 continue
-            sign, now = self._sign(rank), time.monotonic()
-            if self.seen.get(rank, (None,))[0] != sign:
-                self.seen[rank] = sign, now
+            last, now = self._heartbeat(rank), time.monotonic()
+            if self.seen.get(rank, (None,))[0] != last:
+                self.seen[rank] = last, now
             return self._declare(_gone(rank)) if now - self.seen[rank][1] > self.patience_s else None
         return None
 
-    def _signs(self) -> dict[int, bytes]:
+    def _heartbeats(self) -> dict[int, bytes]:
         """The last sign of each other rank that is not done."""
         others = [rank for rank in range(self.ranks) if rank != self.rank]
-        return {rank: self._sign(rank) for rank in others if not self.store.check([f"done/{rank}"])}
+        return {rank: self._heartbeat(rank) for rank in others if not self.store.check([f"done/{rank}"])}
 
-    def _sign(self, rank: int) -> bytes:
+    def _heartbeat(self, rank: int) -> bytes:
         return self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
 
     def _declare(self, fault: Fault) -> Fault:
@@ -207,7 +207,7 @@ class Watch:
         """
         frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != get_ident()}
         found = {thread: _doing(frame) for thread, frame in frames.items()}
-        works = [thread for thread in sorted(LAST, key=LAST.get) if thread in found and found[thread][0] == WORKS]
+        works = [thread for thread in sorted(LAST_HEARTBEAT, key=LAST_HEARTBEAT.get) if thread in found and found[thread][0] == WORKS]
         waits = [thread for thread in found if found[thread][0] == WAITS]
         return found[[*works, *waits, self.main][0]][1], not works and bool(waits)
 
@@ -218,7 +218,7 @@ def _doing(frame: FrameType) -> tuple[str, str]:
     stack = [each for each in whole if not any(part in each.filename for part in BELOW)] or whole
     ours = [each for each in stack if each.filename.startswith(PACKAGE)][-1:]
     last = stack[-1]
-    if any(part in last.filename for part in MEETINGS):
+    if any(part in last.filename for part in COLLECTIVE_FILES):
         return WAITS, _named((ours or [last])[0])
     kind = IDLES if any(part in last.filename for part in THREADS) else WORKS
     return kind, ", called by ".join(dict.fromkeys(_named(each) for each in (last, *ours)))
@@ -238,7 +238,7 @@ def _is_lost_connection(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or _is_out_of_memory(error):
         return False
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not any(part in frame.filename for part in BELOW)]
-    return bool(frames) and any(part in frames[-1].filename for part in MEETINGS)
+    return bool(frames) and any(part in frames[-1].filename for part in COLLECTIVE_FILES)
 
 
 def _gone(rank: int) -> Fault:
@@ -258,5 +258,5 @@ def _birth(pid: int) -> str:
     return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else NEVER
 
 
-def _keeper_gone(lost: dist.DistNetworkError) -> Fault:
+def _store_lost(lost: dist.DistNetworkError) -> Fault:
     return Fault(0, f"is gone, and with it the store that brought the ranks together ({' '.join(str(lost).split())})")

@@ -13,7 +13,7 @@ Counts = Mapping[str, float]
 
 def with_few(model: ModelConfig, layers: int, injectors: int) -> ModelConfig:
     """The same model with fewer layers, an injector in every second one as far as they go."""
-    inject = [2 * place for place in range(injectors)]
+    inject = [2 * index for index in range(injectors)]
     return replace(model, trunk=replace(model.trunk, num_layers=layers), audio=replace(model.audio, inject_layers=inject))
 
 
@@ -24,6 +24,6 @@ def of_all_layers(model: ModelConfig, measured: Callable[[ModelConfig], Counts])
         return dict(measured(model))
     first = min(1, injectors)
     few, more = (measured(with_few(model, count, first)) for count in (FEW, MORE))
-    heard = measured(with_few(model, MORE, 2)) if injectors > 1 else more
+    two_injectors = measured(with_few(model, MORE, 2)) if injectors > 1 else more
     each = {name: (more[name] - few[name]) / (MORE - FEW) for name in few}
-    return {name: few[name] + (layers - FEW) * each[name] + (injectors - first) * (heard[name] - more[name]) for name in few}
+    return {name: few[name] + (layers - FEW) * each[name] + (injectors - first) * (two_injectors[name] - more[name]) for name in few}

@@ -12,8 +12,8 @@ from math import prod
 from typing import Generic, TypeVar
 
 from sonic.config import FIXED_STEPS, PHOTO_SIZE
-from sonic.parallel.parallel_config import ALONE, HardwareConfig, ParallelConfig, PlanConfig
-from sonic.planner.memory import ENCODE, FILM, GIB
+from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig, ParallelConfig, PlanConfig
+from sonic.planner.memory import ENCODE, GENERATE, GIB
 from sonic.planner.plans import PLANS, Plan, degree, pipeline_fault
 from sonic.planner.workload import ASSUMED_SIZE, Workload, workload
 
@@ -22,23 +22,23 @@ SIDE = 64  # published sizes are multiples of it
 FEWEST_STEPS, FEWEST_BLOCKS, SMALLEST_SIDE = 1, 1, 128
 EQUAL = 1.02
 
-W, P = TypeVar("W"), TypeVar("P")  # what is to be done, and a plan for it: of a film here, of a training in training_plans.py
+W, P = TypeVar("W"), TypeVar("P")  # what is to be done, and a plan for it: of a video here, of a training in training_plans.py
 
 
-Changed = Iterator[tuple[str, tuple[str, ...], PlanConfig]]  # a sentence, the knobs that say it, the config with it
+Changed = Iterator[tuple[str, tuple[str, ...], PlanConfig]]  # a sentence, the options that say it, the config with it
 
 
 @dataclass(frozen=True)
 class Change(Generic[P]):
-    """What would make the job fit: a sentence, the knobs that say it, and the plan that then fits."""
+    """What would make the job fit: a sentence, the options that say it, and the plan that then fits."""
 
     sentence: str
-    knobs: tuple[str, ...]
+    options: tuple[str, ...]
     plan: P
 
 
 @dataclass(frozen=True)
-class Planned(Generic[W, P]):
+class PlanResult(Generic[W, P]):
     """The answer: all plans, the best one first; when it does not fit, the changes that would help."""
 
     work: W
@@ -58,14 +58,14 @@ class Planned(Generic[W, P]):
         return self.chosen.missing_gib(self.hardware) == 0
 
 
-def planned(config: PlanConfig, *, idle: bool = True) -> Planned:
+def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
     """Plans for a job; with idle=False none of those that are taken `by_name` only, as for ranks that are there already.
 
     Raises ValueError when the plan asked for by name makes no sense on this hardware.
     """
     work, hardware = workload(config), config.hardware
     plans = ranked(work, hardware, list(candidates(config.parallel, work, hardware, idle=idle)))
-    found = Planned(work, hardware, plans, notes=tuple(_notes(config, work)))
+    found = PlanResult(work, hardware, plans, notes=tuple(_notes(config, work)))
     return found if found.fits else replace(found, changes=tuple(changes(config, idle=idle)))
 
 
@@ -73,14 +73,14 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
     """A plan for each of the settings: those that fit first, those before that need not be taken `by_name`, then the fastest, of equally
     fast ones the leanest on the device, those last that lean on host memory.
 
-    Times within EQUAL of the fastest count as equal, and so do all that are faster than the film is shown.
+    Times within EQUAL of the fastest count as equal, and so do all that are faster than the video is shown.
     """
     plans = [PLANS[parallel.name](work, hardware, parallel) for parallel in settings]
-    needed = [max(plan.seconds.total, work.shown) for plan in plans]
+    needed = [max(plan.seconds.total, work.display_s) for plan in plans]
     fitting = [time for plan, time in zip(plans, needed, strict=True) if not plan.missing_gib(hardware)]
     enough = EQUAL * min(fitting or needed)
     order = [
-        (plan.missing_gib(hardware), by_name(plan.parallel, hardware), max(time, enough), plan.leans_on_host, max(plan.peak_gib))
+        (plan.missing_gib(hardware), by_name(plan.parallel, hardware), max(time, enough), plan.uses_host_memory, max(plan.peak_gib))
         for plan, time in zip(plans, needed, strict=True)
     ]
     return tuple(plans[index] for index in sorted(range(len(plans)), key=order.__getitem__))
@@ -88,7 +88,7 @@ def ranked(work: Workload, hardware: HardwareConfig, settings: Sequence[Parallel
 
 def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
     """Whether devices would be idle under a plan, or it needs an optional package: a job that is started takes it when it is named."""
-    return parallel.name in OPTIONAL or (parallel.name in ALONE and hardware.devices > 1)
+    return parallel.name in OPTIONAL or (parallel.name in SINGLE_RANK_PLANS and hardware.devices > 1)
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
@@ -113,13 +113,13 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, 
 
 def _even(share: int, work: Workload) -> bool:
     """Whether so many ranks have equally much to do when they share tokens and heads."""
-    return not work.model.trunk.num_heads % share and not work.noisy // work.latent_frames % share
+    return not work.model.trunk.num_heads % share and not work.query_tokens // work.latent_frames % share
 
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
     """The sentence for a plan that makes no sense here; empty when it does."""
     name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
-    heads, rows = work.model.trunk.num_heads, work.noisy // work.latent_frames
+    heads, rows = work.model.trunk.num_heads, work.query_tokens // work.latent_frames
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"
     if name == "fsdp" and devices == 1 and not parallel.cpu_offload:
@@ -141,15 +141,15 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
 def changes(config: PlanConfig, *, idle: bool = True) -> Iterator[Change]:
     """The smallest change of each kind that makes the job fit, each found by planning it."""
     for kind in (partial(_other_plans, idle=idle), _fewer_steps, _shorter_windows, _shorter_clips, _smaller_sizes):
-        for sentence, knobs, changed in kind(config):
+        for sentence, options, changed in kind(config):
             work, hardware = workload(changed), changed.hardware
             best = ranked(work, hardware, list(candidates(changed.parallel, work, hardware, idle=idle)))[0]
             if best.missing_gib(hardware) == 0:
-                yield Change(sentence, knobs, best)
+                yield Change(sentence, options, best)
                 break
 
 
-def as_json(found: Planned, tracked: Sequence[float] | None = None, *, untracked: str = "") -> dict:
+def as_json(found: PlanResult, tracked: Sequence[float] | None = None, *, untracked: str = "") -> dict:
     """The answer for programs; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not
     known although it was asked for."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
@@ -158,7 +158,9 @@ def as_json(found: Planned, tracked: Sequence[float] | None = None, *, untracked
     return answer_json(found, plans, plan_json, untracked=untracked)
 
 
-def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict], *, untracked: str = "") -> dict:
+def answer_json(
+    found: PlanResult[W, P], plans: Sequence[dict], as_dict: Callable[[P, HardwareConfig], dict], *, untracked: str = ""
+) -> dict:
     """What all answers have in common; `plans` are those of `found`, the chosen one first."""
     if untracked:
         plans[0].update(tracked=None, tracked_reason=untracked)
@@ -168,7 +170,7 @@ def answer_json(found: Planned[W, P], plans: Sequence[dict], as_dict: Callable[[
         "fits": found.fits,
         "missing_gib": round(found.chosen.missing_gib(found.hardware), 3),
         "changes": [
-            {"change": change.sentence, "knobs": list(change.knobs), **as_dict(change.plan, found.hardware)} for change in found.changes
+            {"change": change.sentence, "options": list(change.options), **as_dict(change.plan, found.hardware)} for change in found.changes
         ],
         "notes": list(found.notes),
     }
@@ -197,7 +199,7 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
     """Why a plan fits or not, and what it is bound by."""
     device, host = max(plan.peak_gib), plan.host * len(plan.ranks) / GIB
     if device > hardware.usable_gib:
-        largest = max((name for name in (*FILM, *ENCODE) if name != "reserve"), key=lambda name: plan.fullest[name])
+        largest = max((name for name in (*GENERATE, *ENCODE) if name != "reserve"), key=lambda name: plan.fullest[name])
         lacks = f"{device - hardware.usable_gib:.1f} GiB too much for a device of {hardware.usable_gib:g}"
         return f"{lacks}; the largest part is {largest.replace('_', ' ')}, {plan.fullest[largest] / GIB:.1f} GiB"
     if host > hardware.host_gib:
@@ -215,21 +217,21 @@ def _other_plans(config: PlanConfig, *, idle: bool) -> Changed:
         changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, vae_rank=None))
         work, hardware = workload(changed), changed.hardware
         best = ranked(work, hardware, list(candidates(changed.parallel, work, hardware, idle=idle)))[0]
-        yield f"another plan: {best.name}", tuple(_knobs(best.parallel, config.parallel)), changed
+        yield f"another plan: {best.name}", tuple(_options(best.parallel, config.parallel)), changed
 
 
-def _knobs(parallel: ParallelConfig, asked: ParallelConfig) -> Iterator[str]:
+def _options(parallel: ParallelConfig, asked: ParallelConfig) -> Iterator[str]:
     """What to type for these settings instead of those asked for: the plan's name and what is not as usual."""
     yield f"parallel={parallel.name}"
     usual = ParallelConfig()
     if bool(parallel.vae_rank) != bool(asked.vae_rank):
         yield f"parallel.vae_rank={str(bool(parallel.vae_rank)).lower()}"
-    for knob in ("context", "cpu_offload"):
-        if getattr(parallel, knob) != getattr(usual, knob):
-            yield f"parallel.{knob}={str(getattr(parallel, knob)).lower()}"
-    for knob in ("kv", "store"):
-        if getattr(parallel.offload, knob) != getattr(usual.offload, knob):
-            yield f"offload.{knob}={getattr(parallel.offload, knob)}"
+    for option in ("context", "cpu_offload"):
+        if getattr(parallel, option) != getattr(usual, option):
+            yield f"parallel.{option}={str(getattr(parallel, option)).lower()}"
+    for option in ("kv", "store"):
+        if getattr(parallel.offload, option) != getattr(usual.offload, option):
+            yield f"offload.{option}={getattr(parallel.offload, option)}"
 
 
 def _fewer_steps(config: PlanConfig) -> Changed:

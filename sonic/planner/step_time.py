@@ -53,12 +53,12 @@ def compute_seconds(work: Workload, hardware: HardwareConfig) -> float:
 
 def layer_seconds(work: Workload, hardware: HardwareConfig) -> list[float]:
     """The same, layer by layer, without what lies outside the blocks."""
-    keys = work.memory + (work.window or work.noisy)
-    heard = injector_multiply_adds(work.model, work.latent_frames, work.grid)
+    keys = work.memory + (work.window or work.query_tokens)
+    injector = injector_multiply_adds(work.model, work.latent_frames, work.grid)
     plain = layer_multiply_adds(work.model, work.tokens, keys=keys)
     inject = set(work.model.audio.inject_layers)
     scale = 2 * forwards(work) / rate(hardware)
-    return [scale * (plain + heard * (layer in inject)) for layer in range(work.model.trunk.num_layers)]
+    return [scale * (plain + injector * (layer in inject)) for layer in range(work.model.trunk.num_layers)]
 
 
 def vae_seconds(work: Workload, hardware: HardwareConfig, frames: int | None = None) -> float:
@@ -88,7 +88,7 @@ def exchange_seconds(work: Workload, hardware: HardwareConfig, ranks: int) -> fl
     """Ulysses: queries, keys, values and what was heard change hands in every layer."""
     if ranks == 1:
         return 0.0
-    each = 4 * work.stream / ranks * (ranks - 1) / ranks
+    each = 4 * work.activation_bytes / ranks * (ranks - 1) / ranks
     return link_seconds(forwards(work) * work.model.trunk.num_layers * each, hardware)
 
 

@@ -9,16 +9,16 @@ from rich.table import Table
 
 from sonic.planner.memory import GIB, ITEMS
 from sonic.planner.plans import Plan
-from sonic.planner.search import Planned, reason
+from sonic.planner.search import PlanResult, reason
 from sonic.planner.training_plans import PlannedTraining
 
 
-def show(found: Planned, tracked: Sequence[float] | None = None, *, untracked: str = "", console: Console | None = None) -> None:
+def show(found: PlanResult, tracked: Sequence[float] | None = None, *, untracked: str = "", console: Console | None = None) -> None:
     """Print the answer; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not known
     although it was asked for."""
     work = found.work
-    film = f"{work.model.name}, {work.width}x{work.height}, {work.tokens} tokens, {work.steps} steps"
-    console = begin(found, film, console)
+    job = f"{work.model.name}, {work.width}x{work.height}, {work.tokens} tokens, {work.steps} steps"
+    console = begin(found, job, console)
     console.print(_plans(found))
     console.print(_items(found.chosen, tracked))
     if untracked:
@@ -28,7 +28,7 @@ def show(found: Planned, tracked: Sequence[float] | None = None, *, untracked: s
         end_in_need(found, peaks, "steps, size, length or plan", console=console)
 
 
-def begin(found: Planned | PlannedTraining, what: str, console: Console | None) -> Console:
+def begin(found: PlanResult | PlannedTraining, what: str, console: Console | None) -> Console:
     """Print what was planned, on which hardware, and the notes; where."""
     console, hardware = console or Console(width=None if Console().is_terminal else 150), found.hardware
     console.print(f"{what} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
@@ -37,17 +37,17 @@ def begin(found: Planned | PlannedTraining, what: str, console: Console | None) 
     return console
 
 
-def end_in_need(found: Planned | PlannedTraining, peaks: Sequence[float], tried: str, *, console: Console) -> None:
+def end_in_need(found: PlanResult | PlannedTraining, peaks: Sequence[float], tried: str, *, console: Console) -> None:
     """Print what is missing and the changes that would make it fit, each with its peak in GiB; `tried` = of what there are changes."""
     missing = found.chosen.missing_gib(found.hardware)
     console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {found.chosen.name}, lacks {missing:.2f} GiB")
     for change, peak in zip(found.changes, peaks, strict=True):
-        console.print(f"  would fit: {change.sentence} ({' '.join(change.knobs)}): {change.plan.name}, {peak:.2f} GiB")
+        console.print(f"  would fit: {change.sentence} ({' '.join(change.options)}): {change.plan.name}, {peak:.2f} GiB")
     if not found.changes:
         console.print(f"  no single change of {tried} makes it fit; it needs more memory")
 
 
-def _plans(found: Planned) -> Table:
+def _plans(found: PlanResult) -> Table:
     table = Table("plan", "fits", "GiB", "host GiB", "s/block", "frames/s", "first s", "why")
     for plan in found.plans:
         fits = plan.missing_gib(found.hardware) == 0

@@ -54,8 +54,8 @@ def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] |
     first = sum(encoder_bytes(work).values())
     found = []
     for rank, part in zip(plan.ranks, transformer, strict=True):
-        film = _together(work, part, vae) if rank["vae"] else part.peak
-        found.append((max(film, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
+        generation = _combined_peak(work, part, vae) if rank["vae"] else part.peak
+        found.append((max(generation, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
     return found
 
 
@@ -69,7 +69,7 @@ def untracked(hardware: HardwareConfig, plan: Plan) -> str:
 @contextmanager
 def fake(work: Workload) -> Iterator[None]:
     """Tensors without memory, made in the job's precision; no gradients."""
-    with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.number]):
+    with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
         yield
 
 
@@ -84,7 +84,7 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class Film(nn.Module):
+class HandOver(nn.Module):
     """One hand-over from the model's conditions on, or the same one some `times`: what a rank runs."""
 
     def __init__(self, model: AvatarDiT, work: Workload, times: int = 1, *, execution: Execution = LOCAL):
@@ -106,9 +106,9 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
     return [_of_all_layers(work, _whole)]
 
 
-def _of_all_layers(work: Workload, take: Callable[[Workload], Footprint]) -> Footprint:
+def _of_all_layers(work: Workload, measure: Callable[[Workload], Footprint]) -> Footprint:
     """What all layers take, from runs with few of them."""
-    return Footprint(**of_all_layers(work.model, lambda model: take(replace(work, model=model))._asdict()))
+    return Footprint(**of_all_layers(work.model, lambda model: measure(replace(work, model=model))._asdict()))
 
 
 def _whole(work: Workload) -> Footprint:
@@ -117,13 +117,13 @@ def _whole(work: Workload) -> Footprint:
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
     stays = [latents, timestep, *_tensors(conditions), *_held(*caches)]
-    film = Film(model, work)
-    return _tracked(model, stays, lambda: film(latents, timestep, conditions, cache=caches[0]))
+    hand_over = HandOver(model, work)
+    return _tracked(model, stays, lambda: hand_over(latents, timestep, conditions, cache=caches[0]))
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """The first stage as a whole model of its blocks; the others from the tokens on, runs that are alike only once."""
-    arriving = MESSAGES * work.stream * (len(plan.parallel.layers) > 1)
+    incoming = MESSAGES * work.activation_bytes * (len(plan.parallel.layers) > 1)
     parts = [work.with_layers(layers) for layers in plan.ranges]
     known: dict[tuple[int, int], Footprint] = {}
 
@@ -135,8 +135,8 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
 
     stages = [_of_all_layers(parts[0], _whole)]
     for layers, part in zip(plan.ranges[1:], parts[1:], strict=True):
-        stages.append(_of_all_layers(part, middle) if layers else Footprint(0, work.stream))
-    found = [Footprint(stage.stays + arriving, stage.peak + arriving) for stage in stages]
+        stages.append(_of_all_layers(part, middle) if layers else Footprint(0, work.activation_bytes))
+    found = [Footprint(stage.stays + incoming, stage.peak + incoming) for stage in stages]
     if plan.parallel.vae_rank:  # the last rank has no layers; its messages are frames, which the first one takes
         frames = frame_bytes(work)
         first, *others = found[:-1]
@@ -146,25 +146,25 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
     """Two layers at work, with all else that is on the device at the same time: weights, rings, and the items that wait."""
-    knobs, part = plan.parallel.offload, work.with_layers(range(2))
+    options, part = plan.parallel.offload, work.with_layers(range(2))
     model, whole = AvatarDiT(part.model), AvatarDiT(work.model)
     like, inject = model.head.modulation, work.model.audio.inject_layers
     modules = [
         [block] + ([whole.audio_injectors[inject.index(layer)]] if layer in inject else []) for layer, block in enumerate(whole.blocks)
     ]
     sizes = [sum(_bytes(module) for module in layer) for layer in modules]
-    number = int(knobs.resident_gib * GIB // max(sizes))
-    stay = sum(sizes[layer] for layer in resident_layers(len(sizes), number)) + knobs.slots * max(sizes) * (number < len(sizes))
+    number = int(options.resident_gib * GIB // max(sizes))
+    stay = sum(sizes[layer] for layer in resident_layers(len(sizes), number)) + options.slots * max(sizes) * (number < len(sizes))
     weights = like.new_empty(max(0, stay - _bytes(model.blocks) - _bytes(model.audio_injectors)), dtype=torch.uint8)
-    waiting = [like.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(knobs.inflight - 1)]
+    waiting = [like.new_empty(work.tokens, work.model.trunk.hidden_dim) for _ in range(options.inflight - 1)]
     if work.clip_frames:
         latents, timestep, conditions = _inputs(part, like=like)
         return [_tracked(model, [weights, *waiting], lambda: model(latents, timestep, conditions))]
-    if knobs.kv == "host":  # the rings of one layer for the item in work, and for the next
+    if options.kv == "host":  # the rings of one layer for the item in work, and for the next
         cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
     else:
         cache = _cache(whole, work, like=like)
-    run = _through(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.ref_keys) - 1))
+    run = _through_blocks(model, part, cache=cache, layer_of=lambda layer: min(layer, len(cache.ref_keys) - 1))
     return [_tracked(model, [weights, *waiting, *_held(cache)], run)]
 
 
@@ -178,7 +178,7 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
     Layers take their turns, so a few of them run beside the slices and rings that the others keep.
     """
     few = range(min(FEW_LAYERS, work.model.trunk.num_layers))
-    part, dtype = work.with_layers(few), DTYPES[work.number]
+    part, dtype = work.with_layers(few), DTYPES[work.dtype_bytes]
     with fake_world(plan, hardware.devices) as world:
         whole, model = AvatarDiT(work.model), AvatarDiT(part.model)
         latents, timestep, conditions = _inputs(part, like=model.head.modulation)
@@ -188,23 +188,23 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         slices = latents.new_empty(_slices(elsewhere, world) - _slices(here, world), dtype=dtype)
         cache = _cache(model, part, like=latents.to(dtype))
         rings = _bytes_of(_held(*caches)) - _bytes_of(_held(cache))
-        prompts = 2 * work.model.text.text_len * work.row * (work.passes * work.model.trunk.num_layers - len(few)) * bool(caches[0])
+        prompts = 2 * work.model.text.text_len * work.token_bytes * (work.passes * work.model.trunk.num_layers - len(few)) * bool(caches[0])
         held = [slices, latents.new_empty(rings + prompts, dtype=torch.uint8)]
         shard(model, world, plan.parallel)
         waiting = _bytes_of([slices, *_local_parts(model)]) if plan.parallel.cpu_offload else 0  # in host memory
-        film = Film(model, part, times=2, execution=prefetch_in_order(model, world, plan.parallel))
-        fully_shard(film, mesh=world.film)  # holds nothing itself; the tracker wants a root of this kind
-        tracker = FSDPMemTracker(film)
+        hand_over = HandOver(model, part, times=2, execution=prefetch_in_order(model, world, plan.parallel))
+        fully_shard(hand_over, mesh=world.rollout_mesh)  # holds nothing itself; the tracker wants a root of this kind
+        tracker = FSDPMemTracker(hand_over)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
             before = _total(tracker, "current")
-            film(latents, timestep, conditions, cache=cache)
+            hand_over(latents, timestep, conditions, cache=cache)
         return [Footprint(before - waiting, _total(tracker, "peak") - waiting)] * len(plan.ranks)
 
 
 def _slices(parameters: Sequence[nn.Parameter], world: World) -> int:
     """Numbers that one rank keeps of parameters that are cut along their first axis."""
-    ranks = world.film.size()
+    ranks = world.rollout_mesh.size()
     return sum(-(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0]) for parameter in parameters)
 
 
@@ -237,28 +237,28 @@ def _blocks(work: Workload) -> Footprint:
     """Blocks without the ends, from tokens to tokens."""
     model = AvatarDiT(work.model)
     cache = _cache(model, work, like=model.head.modulation)
-    run = _through(model, work, cache=cache, layer_of=lambda layer: layer)
+    run = _through_blocks(model, work, cache=cache, layer_of=lambda layer: layer)
     parts = nn.ModuleList([model.blocks, model.audio_injectors])
     return _tracked(parts, _held(cache), run)
 
 
-def _through(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Callable[[int], int]) -> Callable[[], object]:
+def _through_blocks(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Callable[[int], int]) -> Callable[[], object]:
     """A function that sends the tokens of a block through the model's blocks; `layer_of` says whose rings a layer uses."""
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     inputs = model.prepare_block(conditions, _span(work))
     trunk_inputs, _ = model.embed_block(latents, timestep, inputs, sequence=LOCAL.sequence)
     heads = (work.model.trunk.num_heads, work.model.trunk.hidden_dim // work.model.trunk.num_heads)
     for layer in cache.ref_keys:
-        cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.number]) for _ in range(2))
-    reach = model.block_reach(_span(work), cache, cache.rings[0])
-    return lambda: model.run_blocks([trunk_inputs], [lambda layer: reach(layer_of(layer))])
+        cache.text[layer] = tuple(latents.new_empty(1, work.model.text.text_len, *heads, dtype=DTYPES[work.dtype_bytes]) for _ in range(2))
+    context = model.block_context(_span(work), cache, cache.rings[0])
+    return lambda: model.run_blocks([trunk_inputs], [lambda layer: context(layer_of(layer))])
 
 
 def _vae(work: Workload) -> Footprint:
     """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front, in float32."""
     if work.model.autoencoder != "wan":
-        return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.number, vae_bytes(work))
-    with _made_in(torch.float32 if work.clip_frames else DTYPES[work.number]):
+        return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.dtype_bytes, vae_bytes(work))
+    with _made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
         model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
@@ -269,7 +269,7 @@ def _vae(work: Workload) -> Footprint:
     return _tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))
 
 
-def _together(work: Workload, transformer: Footprint, vae: Footprint) -> float:
+def _combined_peak(work: Workload, transformer: Footprint, vae: Footprint) -> float:
     """A stream is decoded while later blocks are denoised, a clip when its denoising is over."""
     if work.clip_frames:
         return max(transformer.peak + vae.stays, transformer.stays + vae.peak)
@@ -352,5 +352,5 @@ def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], objec
     return Footprint(before, _total(tracker, "peak"))
 
 
-def _total(tracker: MemTracker, moment: str) -> float:
-    return sum(device["Total"] for device in tracker.get_tracker_snapshot(moment).values())
+def _total(tracker: MemTracker, phase: str) -> float:
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot(phase).values())

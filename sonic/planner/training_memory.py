@@ -10,11 +10,11 @@ from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner.memory import GIB
 from sonic.planner.training_workload import Training, learnt, parts
 
-KEPT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # from step to step
-PASSING = ("gradients", "gathered", "reduced", "kv_ring", "layer_inputs", "activations")
+PERSISTENT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # from step to step
+TRANSIENT = ("gradients", "gathered", "reduced", "kv_ring", "layer_inputs", "activations")
 ABSENT = ("vae", "text_encoder", "speech_encoder")  # latents, rows of text and speech features are made before the training
-ITEMS = (*KEPT, *PASSING, *ABSENT, "reserve")
-MASTER, MOMENTS = 4, 8  # bytes of what learns, in float32, and of AdamW's two averages of its gradient
+ITEMS = (*PERSISTENT, *TRANSIENT, *ABSENT, "reserve")
+MASTER, ADAM_MOMENTS = 4, 8  # bytes of what learns, in float32, and of AdamW's two averages of its gradient
 
 # what is alive while a layer is made again and gone back through: tokens in the computing precision and in float32 (norms), of
 # these the denoised ones alone in float32, and hidden layers of the MLP
@@ -47,29 +47,29 @@ def sizes(work: Training, ranks: int) -> Sizes:
     adapters = work.learners if work.task.learn.rank else 0
     total, mine = sum(whole.values()), sum(learning.values())
     frozen = total - (0 if adapters else mine)
-    gathered = {unit: (size + adapters * learning.get(unit, 0)) * work.number for unit, size in whole.items()}
+    gathered = {unit: (size + adapters * learning.get(unit, 0)) * work.dtype_bytes for unit, size in whole.items()}
     root = gathered.pop("")
-    return Sizes(frozen * work.number / ranks, mine / ranks, root, tuple(_met(work, gathered)), learning, ranks)
+    return Sizes(frozen * work.dtype_bytes / ranks, mine / ranks, root, tuple(_met(work, gathered)), learning, ranks)
 
 
-def moments(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
+def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
     """Items of a rank in each moment of a step after the first; cpu_offload keeps what learns and what is frozen on the host."""
     ranks, share = hardware.devices, max(1, parallel.context)
     size = sizes(work, ranks)
     kept = {
         "frozen_weights": size.frozen,
         "learning_weights": MASTER * size.numbers(work.learners),
-        "optimizer_states": MOMENTS * size.numbers(work.learners),
+        "optimizer_states": ADAM_MOMENTS * size.numbers(work.learners),
         "average": MASTER * size.numbers(),
     }
     found = {}
-    for name, passing in MOMENTS_OF[work.task.objective](work, size, share):
+    for name, passing in PHASES_OF[work.task.objective](work, size, share):
         items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
         if parallel.cpu_offload:
             largest = max(unit for _, unit in size.units)
-            items |= dict.fromkeys((*KEPT, "gradients"), 0.0)
+            items |= dict.fromkeys((*PERSISTENT, "gradients"), 0.0)
             items["gathered"] += 2 * largest / ranks  # the shards of a unit and of the next one on their way
-            items |= dict.fromkeys(PASSING, 0.0) if name == "update" else {}
+            items |= dict.fromkeys(TRANSIENT, 0.0) if name == "update" else {}
         found[name] = items
     return found
 
@@ -77,7 +77,7 @@ def moments(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) 
 def host_bytes(work: Training, ranks: int) -> float:
     """What cpu_offload keeps on the host for a rank: weights, gradients, optimizer states, the average."""
     size = sizes(work, ranks)
-    return size.frozen + size.numbers(work.learners) * (MASTER + MOMENTS) + size.numbers() * (2 * MASTER)
+    return size.frozen + size.numbers(work.learners) * (MASTER + ADAM_MOMENTS) + size.numbers() * (2 * MASTER)
 
 
 def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -85,15 +85,15 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
     clip, block = _tokens(work, work.clip) / share, _tokens(work, work.block) / share
     ring = work.model.trunk.num_layers * _ring(work) / share
     gradients = MASTER * size.numbers()
-    forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
+    forward = _gathered(size, _live(work, FORWARD, block, query_share=1))
     yield "rollout", {"kv_ring": ring} | forward
-    noisy = work.noisy / work.clip
-    graph = _graph(work, clip, noisy=noisy)
+    query_share = work.query_tokens / work.clip
+    graph = _graph(work, clip, query_share=query_share)
     yield "critic", _backward(work, size, graph) | {"gradients": gradients, "layer_inputs": _remembered(work, clip, graph)}
-    yield "scores", {"gradients": gradients} | _gathered(size, _live(work, FORWARD, clip, noisy=noisy))
-    graph = _graph(work, block, noisy=1) + 2 * _tokens(work, work.ring) / share  # keys and values, old and new
+    yield "scores", {"gradients": gradients} | _gathered(size, _live(work, FORWARD, clip, query_share=query_share))
+    graph = _graph(work, block, query_share=1) + 2 * _tokens(work, work.ring) / share  # keys and values, old and new
     replay = {"gradients": gradients, "kv_ring": ring, "layer_inputs": _remembered(work, block, graph)}
-    forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
+    forward = _gathered(size, _live(work, FORWARD, block, query_share=1))
     yield "student", max((replay | each for each in (forward, _backward(work, size, graph))), key=_sum)
     yield "update", _update(size)
 
@@ -101,18 +101,18 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
 def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
     """A clip's gradient."""
     clip = _tokens(work, work.clip) / share
-    graph = _graph(work, clip, noisy=work.noisy / work.clip)
+    graph = _graph(work, clip, query_share=work.query_tokens / work.clip)
     rest = {"gradients": MASTER * size.numbers(), "layer_inputs": _remembered(work, clip, graph)}
-    forward = _gathered(size, _live(work, FORWARD, clip, noisy=1))
+    forward = _gathered(size, _live(work, FORWARD, clip, query_share=1))
     yield "gradient", max((rest | each for each in (forward, _backward(work, size, graph))), key=_sum)
     yield "update", _update(size)
 
 
-MOMENTS_OF = {"dmd": _distil, "flow_match": _match_flow}
+PHASES_OF = {"dmd": _distil, "flow_match": _match_flow}
 
 
 def _tokens(work: Training, count: float) -> float:
-    return count * work.row
+    return count * work.token_bytes
 
 
 def _ring(work: Training) -> float:
@@ -136,16 +136,16 @@ def _kind(work: Training) -> str:
     return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
 
 
-def _graph(work: Training, tokens: float, *, noisy: float) -> float:
-    """Bytes of a block's graph over `tokens` bytes of tokens, of which `noisy` are denoised."""
-    return _live(work, GRAPH[_kind(work)], tokens, noisy=noisy)
+def _graph(work: Training, tokens: float, *, query_share: float) -> float:
+    """Bytes of a block's graph over `tokens` bytes of tokens, of which `query_share` are denoised."""
+    return _live(work, GRAPH[_kind(work)], tokens, query_share=query_share)
 
 
-def _live(work: Training, copies: tuple[float, ...], tokens: float, *, noisy: float) -> float:
+def _live(work: Training, copies: tuple[float, ...], tokens: float, *, query_share: float) -> float:
     """Bytes of so many copies of `tokens` bytes of tokens."""
     same, wide, wide_noisy, hidden = copies
     trunk = work.model.trunk
-    return tokens * (same + 4 / work.number * (wide + noisy * wide_noisy) + hidden * trunk.ffn_dim / trunk.hidden_dim)
+    return tokens * (same + 4 / work.dtype_bytes * (wide + query_share * wide_noisy) + hidden * trunk.ffn_dim / trunk.hidden_dim)
 
 
 def _met(work: Training, gathered: Mapping[str, float]) -> Iterator[tuple[str, float]]:
@@ -176,9 +176,9 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     largest = max(numbers for _, numbers in size.units)
     learning = max(size.learnt.get(unit, 0) for unit, _ in size.units)
     own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _kind(work) == "weights" else 0
-    remembered = size.learnt.get("time_embed", 0) if work.number < MASTER and not work.task.learn.rank else 0
-    reduced = MASTER * learning * (1 + 1 / size.ranks) + work.number * own
-    return {"gathered": size.root + 2 * largest, "reduced": reduced, "activations": graph + work.number * remembered}
+    remembered = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.task.learn.rank else 0
+    reduced = MASTER * learning * (1 + 1 / size.ranks) + work.dtype_bytes * own
+    return {"gathered": size.root + 2 * largest, "reduced": reduced, "activations": graph + work.dtype_bytes * remembered}
 
 
 def _update(size: Sizes) -> dict[str, float]:

@@ -11,8 +11,8 @@ from sonic.model.counts import block_multiply_adds, forward_multiply_adds
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
-from sonic.planner.search import EQUAL, Change, Changed, Planned, answer_json, smaller_sizes
-from sonic.planner.training_memory import host_bytes, moments, sizes
+from sonic.planner.search import EQUAL, Change, Changed, PlanResult, answer_json, smaller_sizes
+from sonic.planner.training_memory import host_bytes, phases, sizes
 from sonic.planner.training_workload import Training, training
 from sonic.system.program import written
 
@@ -28,7 +28,7 @@ class TrainingPlan:
     name: str
     parallel: ParallelConfig
     ranks: int
-    moments: Mapping[str, Mapping[str, float]]
+    phases: Mapping[str, Mapping[str, float]]
     host: float
     seconds: s.Seconds
     frames: int
@@ -36,12 +36,12 @@ class TrainingPlan:
     @property
     def fullest(self) -> str:
         """The moment that needs most."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def items(self) -> Mapping[str, float]:
         """What it needs then."""
-        return self.moments[self.fullest]
+        return self.phases[self.fullest]
 
     @property
     def peak_gib(self) -> float:
@@ -49,7 +49,7 @@ class TrainingPlan:
         return sum(self.items.values()) / GIB
 
     @property
-    def knobs(self) -> tuple[str, ...]:
+    def options(self) -> tuple[str, ...]:
         """What to tell the command train."""
         found = ["speed.engine=fsdp"]
         found += [f"speed.context={self.parallel.context}"] * (self.parallel.context > 1)
@@ -60,12 +60,12 @@ class TrainingPlan:
         return max(0.0, self.peak_gib - hardware.usable_gib, self.host * self.ranks / GIB - hardware.host_gib)
 
 
-PlannedTraining = Planned[Training, TrainingPlan]
+PlannedTraining = PlanResult[Training, TrainingPlan]
 
 
 def planned_training(config: PlanConfig) -> PlannedTraining:
     """Plans for a training. Raises ValueError when what is asked for by name makes no sense on this hardware."""
-    found = Planned(training(config), config.hardware, _ranked(config), notes=tuple(_notes(config)))
+    found = PlanResult(training(config), config.hardware, _ranked(config), notes=tuple(_notes(config)))
     return found if found.fits else replace(found, changes=tuple(_changes(config)))
 
 
@@ -74,7 +74,7 @@ def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelCo
     name = f"fsdp{'+context' if parallel.context > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
     host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if parallel.cpu_offload else 0)
     seconds = _seconds(work, hardware, parallel, steps=steps)
-    return TrainingPlan(name, parallel, hardware.devices, moments(work, hardware, parallel), host, seconds, work.frames)
+    return TrainingPlan(name, parallel, hardware.devices, phases(work, hardware, parallel), host, seconds, work.frames)
 
 
 def untracked_training(plan: TrainingPlan) -> str:
@@ -83,12 +83,12 @@ def untracked_training(plan: TrainingPlan) -> str:
 
 
 def training_json(found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, untracked: str = "") -> dict:
-    """The answer for programs, in the words of a film's plans; a "block" is a step. `tracked` = GiB by moment on fake tensors,
+    """The answer for programs, in the words of a video's plans; a "block" is a step. `tracked` = GiB by moment on fake tensors,
     `untracked` = why these are not known although they were asked for."""
     plans = [_plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         plans[0]["tracked_gib_per_rank"] = [round(max(tracked.values()), 3)] * found.chosen.ranks
-        plans[0]["tracked_moments_gib"] = {moment: round(value, 3) for moment, value in tracked.items()}
+        plans[0]["tracked_phases_gib"] = {phase: round(value, 3) for phase, value in tracked.items()}
     return answer_json(found, plans, _plan_json, untracked=untracked)
 
 
@@ -114,14 +114,14 @@ def _plan_json(plan: TrainingPlan, hardware: HardwareConfig) -> dict:
         "fits": plan.missing_gib(hardware) == 0,
         "peak_gib_per_rank": [round(plan.peak_gib, 3)] * plan.ranks,
         "items_gib": {name: round(size / GIB, 3) for name, size in plan.items.items()},
-        "moments_gib": {moment: round(sum(items.values()) / GIB, 3) for moment, items in plan.moments.items()},
+        "phases_gib": {phase: round(sum(items.values()) / GIB, 3) for phase, items in plan.phases.items()},
         "host_gib_per_rank": round(plan.host / GIB, 2),
         "seconds_per_block": round(total, 4),
         "seconds_per_step": round(total, 4),
         "frames_per_second": round(plan.frames / total, 3),
         "first_frame_s": round(total, 3),
         "reason": training_reason(plan, hardware),
-        "knobs": list(plan.knobs),
+        "options": list(plan.options),
     }
 
 
@@ -180,7 +180,7 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig,
     if parallel.cpu_offload:  # shards come up and gradients go down the same bus; the optimizer runs on the host
         weights += s.host_seconds((passes * model + 4 * gradients * sum(size.learnt.values())) / ranks, hardware)
         stepping = updates * UPDATE_BYTES * sum(size.learnt.values()) / (HOST_MEMORY_GBPS * s.GIGA)
-    exchanged = 4 * forwards * work.clip * work.row * work.model.trunk.num_layers / share * (share - 1) / share
+    exchanged = 4 * forwards * work.clip * work.token_bytes * work.model.trunk.num_layers / share * (share - 1) / share
     operations = 2 * forwards * _forward(work) * work.task.batch_size / share
     compute, activations = operations / s.rate(hardware), s.link_seconds(exchanged, hardware)
     return s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
@@ -214,10 +214,10 @@ def _forward(work: Training) -> int:
 def _changes(config: PlanConfig) -> Iterator[Change[TrainingPlan]]:
     """The smallest change of each kind that makes it fit, each found by planning it."""
     for kind in (_other_plans, _smaller_batches, _recomputing, _smaller_adapters, _shorter_windows, _smaller_sizes):
-        for sentence, knobs, changed in kind(config):
+        for sentence, options, changed in kind(config):
             best = _ranked(changed)[0]
             if best.missing_gib(config.hardware) == 0:
-                yield Change(sentence, knobs, best)
+                yield Change(sentence, options, best)
                 break
 
 
@@ -266,9 +266,9 @@ def _notes(config: PlanConfig) -> Sequence[str]:
     """What the plan took for granted."""
     task = config.task
     learns = f"adapters of rank {task.learn.rank}" if task.learn.rank else "weights themselves"
-    said = [f"a 'block' below is a step of {task.accumulate} batches of {task.batch_size}; {learns} learn, in {task.precision}"]
+    notes = [f"a 'block' below is a step of {task.accumulate} batches of {task.batch_size}; {learns} learn, in {task.precision}"]
     if not config.model.resolution and config.video.size == PHOTO_SIZE:
-        said.append(
+        notes.append(
             "video.size=photo: a training has no photograph, so the usual 704x384 is planned; video.size=WIDTHxHEIGHT plans another"
         )
-    return [*said, f"latents, text rows and speech features are made beforehand ({written('precompute')}), so that no encoder is here"]
+    return [*notes, f"latents, text rows and speech features are made beforehand ({written('precompute')}), so that no encoder is here"]

@@ -23,11 +23,11 @@ def show_training(
     what = f"{work.task.name} ({work.task.objective}) of {work.model.name}, {work.width}x{work.height}, {work.clip} tokens in a clip"
     console = begin(found, what, console)
     console.print(_plans(found))
-    console.print(_moments(found.chosen, tracked))
+    console.print(_phases(found.chosen, tracked))
     if untracked:
         console.print(f"not tracked: {untracked}")
     if found.fits:
-        console.print(f"{written('train')} with: {' '.join(found.chosen.knobs)}")
+        console.print(f"{written('train')} with: {' '.join(found.chosen.options)}")
         return
     peaks = [change.plan.peak_gib for change in found.changes]
     end_in_need(found, peaks, "plan, batch, adapters, length or size", console=console)
@@ -44,17 +44,17 @@ def _plans(found: PlannedTraining) -> Table:
     return table
 
 
-def _moments(plan: TrainingPlan, tracked: Mapping[str, float] | None) -> Table:
+def _phases(plan: TrainingPlan, tracked: Mapping[str, float] | None) -> Table:
     """Every moment of a step, item by item."""
-    table = Table("GiB of a rank", *plan.moments, title=f"{plan.name}, moment by moment")
+    table = Table("GiB of a rank", *plan.phases, title=f"{plan.name}, moment by moment")
     for item in ITEMS:
-        found = [items[item] / GIB for items in plan.moments.values()]
+        found = [items[item] / GIB for items in plan.phases.values()]
         if any(found):
             table.add_row(item.replace("_", " "), *(f"{size:.2f}" for size in found))
-    predicted = {moment: sum(items.values()) / GIB for moment, items in plan.moments.items()}
+    predicted = {phase: sum(items.values()) / GIB for phase, items in plan.phases.items()}
     table.add_row("predicted", *(f"{value:.2f}" for value in predicted.values()), style="bold")
     if tracked is not None:
-        table.add_row("tracked", *(f"{tracked[moment]:.2f}" if moment in tracked else "" for moment in predicted), style="bold")
+        table.add_row("tracked", *(f"{tracked[phase]:.2f}" if phase in tracked else "" for phase in predicted), style="bold")
         peak = max(predicted.values()) / max(tracked.values()) - 1
-        table.add_row("predicted / tracked - 1", *(f"{peak:+.1%}" if moment == plan.fullest else "" for moment in predicted))
+        table.add_row("predicted / tracked - 1", *(f"{peak:+.1%}" if phase == plan.fullest else "" for phase in predicted))
     return table

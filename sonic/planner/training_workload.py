@@ -12,10 +12,10 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model.counts import PACK_SCALES, Grid, block_weights, end_weights, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.training_job import TaskConfig
-from sonic.planner.workload import NUMBER_BYTES, workload
+from sonic.planner.workload import DTYPE_BYTES, workload
 
 
-class Part(NamedTuple):
+class WeightGroup(NamedTuple):
     """Numbers of the transformer that bear a name, in the unit that is gathered with them; `linear` = (in, out) of a linear layer."""
 
     name: str
@@ -34,9 +34,9 @@ class Training:
     height: int
 
     @property
-    def number(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of a number in the precision that it computes in."""
-        return NUMBER_BYTES[self.task.precision]
+        return DTYPE_BYTES[self.task.precision]
 
     @property
     def grid(self) -> Grid:
@@ -60,14 +60,14 @@ class Training:
         return memory_tokens(self.model, self.grid, motion=bool(self.task.past))
 
     @property
-    def noisy(self) -> int:
+    def query_tokens(self) -> int:
         """Tokens that are denoised, of all samples that a rank works on at once."""
         return self.latent_frames * prod(self.grid)
 
     @property
     def clip(self) -> int:
         """Tokens of one sample that pass through the layers together when it is seen as a clip."""
-        return self.noisy + self.memory
+        return self.query_tokens + self.memory
 
     @property
     def block(self) -> int:
@@ -80,9 +80,9 @@ class Training:
         return self.memory + self.model.rollout.window_blocks * self.block
 
     @property
-    def row(self) -> int:
+    def token_bytes(self) -> int:
         """Bytes of a token, of all samples that a rank works on at once."""
-        return self.task.batch_size * self.model.trunk.hidden_dim * self.number
+        return self.task.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
     def frames(self) -> int:
@@ -97,8 +97,8 @@ class Training:
 
 def training(config: PlanConfig) -> Training:
     """The training of a planner's config. Raises ValueError for a size or a window that cannot be cut up."""
-    film, task = workload(config), config.task
-    found = Training(config.model, task, film.width, film.height)
+    video, task = workload(config), config.task
+    found = Training(config.model, task, video.width, video.height)
     block = config.model.rollout.block_frames
     if task.objective == "dmd" and found.latent_frames % block:
         below = max(block, found.latent_frames // block * block)
@@ -112,25 +112,25 @@ def training(config: PlanConfig) -> Training:
     return found
 
 
-def parts(config: ModelConfig) -> Iterator[Part]:
+def parts(config: ModelConfig) -> Iterator[WeightGroup]:
     """Everything the transformer consists of, by name, in the units that a training's sharding gathers."""
     dim, ffn = config.trunk.hidden_dim, config.trunk.ffn_dim
     ends, audio = end_weights(config), config.audio
     patch = config.trunk.latent_channels * prod(config.trunk.patch_size)
     for name in ("patch_embed", "pose_embed", "roles"):
-        yield Part(name, "", ends[name])
+        yield WeightGroup(name, "", ends[name])
     if config.motion.buckets:
         for name, scale in zip(("newest", "middle", "oldest"), PACK_SCALES, strict=True):
-            yield Part(f"frame_pack.{name}", "frame_pack", (patch * scale**3 + 1) * dim)
+            yield WeightGroup(f"frame_pack.{name}", "frame_pack", (patch * scale**3 + 1) * dim)
     for name, inner, outer in (("expand", config.trunk.freq_dim, dim), ("out", dim, dim), ("project", dim, 6 * dim)):
         yield _linear(f"time_embed.{name}", "time_embed", inner, outer=outer)
     for name, inner in (("expand", config.text.text_dim), ("out", dim)):
         yield _linear(f"text_embed.{name}", "text_embed", inner, outer=dim)
-    yield Part("audio_encoder", "", ends["audio_encoder"] - dim * dim - dim)
+    yield WeightGroup("audio_encoder", "", ends["audio_encoder"] - dim * dim - dim)
     yield _linear("audio_encoder.out", "", dim, outer=dim)
     for layer in range(config.trunk.num_layers):
         unit = f"blocks.{layer}"
-        yield Part(unit, unit, block_weights(config)["rest"])
+        yield WeightGroup(unit, unit, block_weights(config)["rest"])
         for attention in ("self_attention", "text_attention"):
             yield from _attention(f"{unit}.{attention}", unit, dim)
         yield _linear(f"{unit}.mlp_in", unit, dim, outer=ffn)
@@ -139,7 +139,7 @@ def parts(config: ModelConfig) -> Iterator[Part]:
         unit = f"audio_injectors.{index}"
         yield _linear(f"{unit}.modulation", unit, dim, outer=2 * dim)
         yield from _attention(f"{unit}.attention", unit, dim)
-    yield Part("head", "", 2 * dim)
+    yield WeightGroup("head", "", 2 * dim)
     yield _linear("head.project", "", dim, outer=patch)
 
 
@@ -157,11 +157,11 @@ def learnt(work: Training) -> dict[str, int]:
     return found
 
 
-def _linear(name: str, unit: str, inner: int, *, outer: int) -> Part:
-    return Part(name, unit, inner * outer + outer, (inner, outer))
+def _linear(name: str, unit: str, inner: int, *, outer: int) -> WeightGroup:
+    return WeightGroup(name, unit, inner * outer + outer, (inner, outer))
 
 
-def _attention(name: str, unit: str, dim: int) -> Iterator[Part]:
+def _attention(name: str, unit: str, dim: int) -> Iterator[WeightGroup]:
     for letter in ("q", "k", "v", "out"):
         yield _linear(f"{name}.to_{letter}", unit, dim, outer=dim)
-    yield Part(f"{name}.norms", unit, 2 * dim)
+    yield WeightGroup(f"{name}.norms", unit, 2 * dim)

@@ -11,12 +11,12 @@ from sonic.model.counts import Grid, block_multiply_adds, forward_multiply_adds,
 from sonic.parallel.parallel_config import PlanConfig
 
 ASSUMED_SIZE = "704x384"  # of a photograph nobody has seen yet
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One film: `width` and `height` as the model sees it, sampling steps, and how it is made (clip_frames 0 = as a stream)."""
+    """One video: `width` and `height` as the model sees it, sampling steps, and how it is made (clip_frames 0 = as a stream)."""
 
     model: ModelConfig
     width: int
@@ -24,7 +24,7 @@ class Workload:
     steps: int
     guided: bool = False
     clip_frames: int = 0
-    number: int = 2
+    dtype_bytes: int = 2
 
     @property
     def grid(self) -> Grid:
@@ -38,7 +38,7 @@ class Workload:
         return self.clip_frames or FRAMES_PER_LATENT * self.model.rollout.block_frames
 
     @property
-    def shown(self) -> float:
+    def display_s(self) -> float:
         """Seconds that these frames are shown for."""
         return self.frames / self.model.rollout.fps
 
@@ -58,19 +58,19 @@ class Workload:
         return memory_tokens(self.model, self.grid, motion=self.motion)
 
     @property
-    def noisy(self) -> int:
+    def query_tokens(self) -> int:
         """Tokens that are denoised at once."""
         return self.latent_frames * prod(self.grid)
 
     @property
     def tokens(self) -> int:
         """Tokens that pass through the blocks together."""
-        return self.noisy + (self.memory if self.clip_frames else 0)
+        return self.query_tokens + (self.memory if self.clip_frames else 0)
 
     @property
     def window(self) -> int:
-        """Tokens of the film that a ring remembers; none for clips."""
-        return 0 if self.clip_frames else self.model.rollout.window_blocks * self.noisy
+        """Tokens of the video that a ring remembers; none for clips."""
+        return 0 if self.clip_frames else self.model.rollout.window_blocks * self.query_tokens
 
     @property
     def passes(self) -> int:
@@ -78,14 +78,14 @@ class Workload:
         return 2 if self.guided else 1
 
     @property
-    def row(self) -> int:
+    def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.model.trunk.hidden_dim * self.number
+        return self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
-    def stream(self) -> int:
+    def activation_bytes(self) -> int:
         """Bytes of the tokens that pass through the blocks together."""
-        return self.tokens * self.row
+        return self.tokens * self.token_bytes
 
     @property
     def forward_flops(self) -> int:
@@ -121,12 +121,12 @@ def workload(config: PlanConfig) -> Workload:
         steps=config.sampler.sample_steps,
         guided=config.sampler.sample_guide_scale != 1,
         clip_frames=config.video.infer_frames if model.rollout.clip_frames else 0,
-        number=NUMBER_BYTES[precision_of(config.run.dtype, model)],
+        dtype_bytes=DTYPE_BYTES[precision_of(config.run.dtype, model)],
     )
 
 
 def _size(config: PlanConfig) -> tuple[int, int]:
-    """(width, height) as the model sees the film."""
+    """(width, height) as the model sees the video."""
     if config.model.resolution:
         return config.model.resolution, config.model.resolution
     width, height = parse_size(ASSUMED_SIZE if config.video.size == PHOTO_SIZE else config.video.size)

@@ -12,7 +12,7 @@ from sonic.types import pick
 ToVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (prediction, x, sigma) -> noise - clean
 
 
-def spread(sigma: Tensor, latents: Tensor) -> Tensor:
+def expand_like(sigma: Tensor, latents: Tensor) -> Tensor:
     """Noise levels [B] or [B,T] as something that multiplies latents [B,C,T,H,W]; any other shape stays as it is."""
     patterns = {1: "b -> b 1 1 1 1", 2: "b t -> b 1 t 1 1"}
     return rearrange(sigma, patterns[sigma.ndim]).to(latents) if sigma.ndim in patterns else sigma
@@ -20,7 +20,7 @@ def spread(sigma: Tensor, latents: Tensor) -> Tensor:
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x = (1 - sigma)·clean + sigma·noise. Source: rectified flow, arXiv 2209.03003."""
-    level = spread(sigma, clean)
+    level = expand_like(sigma, clean)
     return (1 - level) * clean + level * noise
 
 
@@ -31,7 +31,7 @@ def from_velocity(prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
 
 def from_clean(prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """The model says the clean latents: x - clean = sigma·(noise - clean). Needs sigma > 0."""
-    return (x - prediction) / spread(sigma, x)
+    return (x - prediction) / expand_like(sigma, x)
 
 
 PREDICTIONS: dict[str, ToVelocity] = {"velocity": from_velocity, "clean": from_clean}

@@ -43,9 +43,9 @@ def draw_identity(
     if split not in ("train", "test"):
         raise ValueError(f"split={split} is unknown; choose one of: train, test")
     rng = np.random.default_rng([rng.integers(2**31), ("train", "test").index(split)])
-    shape = _place_mouth(rng, resolution, jitter)
+    shape = _position_mouth(rng, resolution, jitter)
     painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution))
-    picture = _painted_photograph(painter) if rng.random() < photographs else _drawn_person(painter)
+    picture = _photograph_background(painter) if rng.random() < photographs else _drawn_person(painter)
     picture = _camera(rng, picture)
     return Identity((picture * 255).round().astype(np.uint8), painter.shape)
 
@@ -61,9 +61,9 @@ def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) ->
     """A gently moving head that blinks now and then, at 25 fps.  -> [F,4] roll, shift x, shift y, blink"""
     seconds = np.arange(frames) / 25
     track = np.zeros((frames, 4), np.float32)
-    for column, reach in enumerate((0.045, 0.02, 0.014)):
+    for column, amplitude in enumerate((0.045, 0.02, 0.014)):
         for _ in range(3):
-            track[:, column] += reach / 2 * rng.uniform(0.2, 1) * np.sin(2 * np.pi * (rng.uniform(0.08, 0.5) * seconds + rng.random()))
+            track[:, column] += amplitude / 2 * rng.uniform(0.2, 1) * np.sin(2 * np.pi * (rng.uniform(0.08, 0.5) * seconds + rng.random()))
     start = int(rng.integers(5, 80))
     while start < frames - 5:
         track[start : start + 5, 3] = (0.4, 1.0, 1.0, 0.6, 0.25)
@@ -72,7 +72,7 @@ def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) ->
     return torch.from_numpy(track)
 
 
-def _place_mouth(rng: np.random.Generator, resolution: int, jitter: float) -> puppet.MouthShape:
+def _position_mouth(rng: np.random.Generator, resolution: int, jitter: float) -> puppet.MouthShape:
     """The canonical place of the mouth, as far off as a face finder would be."""
     near = lambda sigma: float(np.clip(rng.normal(0, sigma), -2.2 * sigma, 2.2 * sigma)) * jitter  # noqa: E731
     unit = MOUTH_UNIT * resolution * float(np.exp(near(0.09)))
@@ -106,7 +106,7 @@ def _drawn_person(painter: Painter) -> np.ndarray:
     return painter.canvas
 
 
-def _painted_photograph(painter: Painter) -> np.ndarray:
+def _photograph_background(painter: Painter) -> np.ndarray:
     """Any photograph with lips painted on: the model must learn to warp what is there, whatever it is."""
     rng = painter.rng
     if rng.random() < 0.5:

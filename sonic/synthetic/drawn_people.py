@@ -51,9 +51,9 @@ def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, sp
         pose = draw_face.head_motion(rng, start + frames, float(rng.uniform(0.5, 1.5)))[start:]
     visemes = random_visemes(rng, frames)
     motion = motion_targets(identity.mouth, visemes, pose, resolution=resolution)
-    told = {"visemes": visemes, "head": torch.zeros(frames, 4) if pose is None else pose}
+    labels = {"visemes": visemes, "head": torch.zeros(frames, 4) if pose is None else pose}
     picture = to_signed(torch.from_numpy(identity.picture).permute(2, 0, 1))
-    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **told, **motion}
+    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **labels, **motion}
 
 
 def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | None, *, resolution: int) -> dict[str, Tensor]:

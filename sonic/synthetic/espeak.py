@@ -38,7 +38,7 @@ _PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
 _VOLUME, _VOLUME_VALUE = 2, 60  # at the default of 100 some voices clip
 
 
-class Engine:
+class EspeakEngine:
     """One loaded copy of the espeak-ng library, good for one text."""
 
     def __init__(self, library: ctypes.CDLL, data: str) -> None:
@@ -80,7 +80,7 @@ def _c_library() -> ctypes.CDLL:
 
 
 @contextmanager
-def espeak(language: str, variant: str = "") -> Iterator[Engine]:
+def espeak(language: str, variant: str = "") -> Iterator[EspeakEngine]:
     """A freshly loaded library (0.2 ms): espeak-ng keeps hidden state from text to text, which would break `same seed, same samples`.
 
     `variant` is the text of a voice variant file, as in espeak-ng's own voices/!v; it speaks under the name of DRAWN, and then only
@@ -94,7 +94,7 @@ def espeak(language: str, variant: str = "") -> Iterator[Engine]:
     with _with_variant(data, language, variant) if variant else nullcontext(data) as folder:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
-            yield Engine(library, str(folder))
+            yield EspeakEngine(library, str(folder))
         finally:
             library.espeak_Terminate()
             unload = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary

@@ -45,7 +45,7 @@ class MouthShape:
         return replace(self, x=share * self.x, y=share * self.y, unit=share * self.unit, eyes=eyes)
 
 
-def travel(shape: MouthShape, visemes: Tensor) -> Tensor:
+def lip_displacement(shape: MouthShape, visemes: Tensor) -> Tensor:
     """How far the lower lip moves from rest, in mouth units.  visemes [F,5] -> [F]
 
     Zero in silence; a picture that smiles keeps its smile there and closes its lips only for m, b, p.
@@ -77,8 +77,8 @@ def apply(picture: Tensor, motion: MotionLayers) -> Tensor:
     """The picture in motion.  [3,R,R] in [0,1] -> [F,3,R,R] in [0,1]"""
     resolution = picture.shape[-1]
     centres = (torch.arange(resolution) + 0.5) / resolution
-    place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
-    grid = (place + motion.flow).permute(0, 2, 3, 1) * 2 - 1
+    points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
+    grid = (points + motion.flow).permute(0, 2, 3, 1) * 2 - 1
     warped = F.grid_sample(picture.expand(grid.shape[0], -1, -1, -1), grid, padding_mode="border", align_corners=False)
     return torch.lerp(warped, motion.interior, motion.opacity)
 
@@ -121,7 +121,7 @@ def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tup
     cos, sin = torch.tensor(shape.roll).cos(), torch.tensor(shape.roll).sin()
     dx, dy = (px - shape.x) / shape.unit, (py - shape.y) / shape.unit
     x, y = dx * cos + dy * sin, dy * cos - dx * sin
-    delta, width, press = _column(travel(shape, visemes)), _column(visemes[:, 1]), _column(visemes[:, 2].clamp(0, 1))
+    delta, width, press = _column(lip_displacement(shape, visemes)), _column(visemes[:, 1]), _column(visemes[:, 2].clamp(0, 1))
     stretch = 1 + torch.where(width > 0, 0.16, 0.30) * width
     near = torch.exp(-((x / 1.9) ** 4) - (y / 1.7) ** 4)
     x = x / (1 + (stretch - 1) * near)

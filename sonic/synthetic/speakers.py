@@ -42,9 +42,9 @@ def draw_speaker(rng: np.random.Generator) -> str:
     lines.append(f"pitch {base} {round(base * rng.uniform(1.2, 2.0))}")
     loud = rng.uniform(0.55, 1.0)  # of the formants above the third, as a share of those of the default voice
     for formant in range(_FORMANTS):
-        place = throat + rng.normal(0, 0.07) + mouth * 0.5 ** max(0, formant - 1)
+        centre = throat + rng.normal(0, 0.07) + mouth * 0.5 ** max(0, formant - 1)
         height = rng.lognormal(0, 0.3) * (loud if formant > 3 else 1.0)
-        lines.append(f"formant {formant} {_percent(np.exp(place))} {_percent(height)} {_percent(rng.lognormal(0, 0.3))}")
+        lines.append(f"formant {formant} {_percent(np.exp(centre))} {_percent(height)} {_percent(rng.lognormal(0, 0.3))}")
     lines.append(f"consonants {_percent(rng.uniform(0.55, 1.35))} {_percent(rng.uniform(0.5, 1.2))}")
     lines.append(f"voicing {_percent(rng.uniform(0.4, 1.2))}")
     lines.append(f"roughness {rng.integers(0, 5)}")
@@ -62,8 +62,8 @@ def draw_speaker(rng: np.random.Generator) -> str:
 
 def _tone(rng: np.random.Generator) -> str:
     """Amplitudes 0..255 at rising frequencies in Hz: the colour of the whole voice."""
-    places = np.sort(rng.uniform(100, 3500, size=int(rng.integers(2, 5))))
-    return " ".join(f"{round(hz)} {rng.integers(60, 256)}" for hz in places)
+    centres = np.sort(rng.uniform(100, 3500, size=int(rng.integers(2, 5))))
+    return " ".join(f"{round(hz)} {rng.integers(60, 256)}" for hz in centres)
 
 
 def _percent(share: float) -> int:

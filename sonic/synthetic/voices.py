@@ -207,9 +207,9 @@ def _blend(values: np.ndarray, weights: np.ndarray, spread_s: float) -> np.ndarr
 
 def _smooth(values: np.ndarray, spread_s: float) -> np.ndarray:
     """Gaussian smoothing with compact support (2.5 widths), so that silence a little away from sound stays exactly zero."""
-    reach = int(2.5 * spread_s * _GRID_HZ)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (spread_s * _GRID_HZ)) ** 2)
-    return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid").astype(np.float32)
+    radius = int(2.5 * spread_s * _GRID_HZ)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / (spread_s * _GRID_HZ)) ** 2)
+    return np.convolve(np.pad(values, radius, mode="edge"), kernel / kernel.sum(), mode="valid").astype(np.float32)
 
 
 def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
@@ -220,8 +220,8 @@ def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
     power = np.roll(padded, hop // 2).reshape(count, hop) ** 2  # window i is centred on i / 200 s
     power = np.maximum(_smooth(power.mean(axis=1), 0.014), 0)
     decibels = 10 * np.log10(power + 1e-10)
-    heard = decibels[decibels > -60]
-    loud = np.percentile(heard, 95) if len(heard) else 0.0
+    audible = decibels[decibels > -60]
+    loud = np.percentile(audible, 95) if len(audible) else 0.0
     return np.clip(1 + (decibels - loud) / _QUIET_DB, 0, 1).astype(np.float32)
 
 

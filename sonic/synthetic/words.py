@@ -9,7 +9,7 @@ _TRAIN = {
         bridge bring brother brown bubble build bus but butter button by call camera candle cap car careful carry cat chair change cheap
         cheese child choose city clean climb clock cloud coat coffee cold come cook corner count cow cup dance dark daughter day deep
         deer dinner dish do dog door down dream dress drink drive drop dry each early earth easy eat egg eight empty evening ever every
-        eye face fall family far farm father feather feel feet few field fifty fill film find finger fire first fish five floor flower
+        eye face fall family far farm father feather feel feet few field fifty fill video find finger fire first fish five floor flower
         fly follow food foot for forest forget four free fresh friend from front fruit full funny game garden gate gentle gift girl give
         glass go gold good grandma grass great green grey ground grow guess had half hall hammer hand happy hard hat have he head hear
         heart heavy hello help her here hill him history hold home honey hope horse hot hour house how hundred hurry idea if important

@@ -29,7 +29,7 @@ def make_room_for_caches() -> None:
     numba compiles functions of librosa when that is imported, and gives up where it cannot keep them.
     """
     home = Path(os.path.expanduser("~"))
-    wanted = [name for name, place in HOME_CACHES.items() if not _serves(name, home / place)]
+    wanted = [name for name, position in HOME_CACHES.items() if not _serves(name, home / position)]
     numba = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     if not _takes_files(numba) and not _takes_files(_folder_of("librosa")):
         wanted.append("NUMBA_CACHE_DIR")
@@ -69,8 +69,8 @@ def _own_folder() -> Path | None:
     shared = top / f"sonic-caches-{os.getuid()}"
     try:
         shared.mkdir(mode=0o700, exist_ok=True)
-        told = shared.lstat()
-        if stat.S_ISDIR(told.st_mode) and told.st_uid == os.getuid() and not told.st_mode & 0o022 and _takes_files(shared):
+        given = shared.lstat()
+        if stat.S_ISDIR(given.st_mode) and given.st_uid == os.getuid() and not given.st_mode & 0o022 and _takes_files(shared):
             return shared  # code is kept in it: a folder that others may write to is not trusted
     except OSError:
         pass  # somebody else's, or nothing takes files: the next lines say

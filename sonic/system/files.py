@@ -16,19 +16,19 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
 
-def aside(path: Path) -> Path:
+def temporary(path: Path) -> Path:
     """A name in the same folder that no other process, thread or machine takes."""
     return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(6)}{PARTIAL}")
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def written_temporary(path: str | Path) -> Iterator[Path]:
     """A new, empty file to write what will be `path`: it takes that name when all went well and is gone otherwise.
 
     Raises OSError with that name where the system gives none, as on a full disk.
     """
     path = Path(path)
-    partial = aside(path)
+    partial = temporary(path)
     try:
         partial.touch(exist_ok=False)
         yield partial
@@ -45,7 +45,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
     from safetensors import SafetensorError  # torch: not for who only writes text
     from safetensors.torch import save_file
 
-    with written_aside(path) as partial:
+    with written_temporary(path) as partial:
         mode = partial.stat().st_mode
         try:
             save_file(dict(tensors), partial, None if metadata is None else dict(metadata))

@@ -1,6 +1,6 @@
-"""Signs that the work of this process gets on: work gives them wherever it is, and who watches the process reads them.
+"""Heartbeats of this process: the work gives them wherever it is, and the watchdog reads them.
 
-Modules of torch give a sign with every call while somebody watches (sonic/parallel/watchdog.py); what else may take long calls `beat`.
+While a watchdog runs (sonic/parallel/watchdog.py) every call of a torch module gives one; other work that may take long calls `heartbeat`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
-LAST: dict[int, float] = {}  # by thread: time.monotonic() of its last sign
-RESTING: set[int] = set()  # threads in at_rest
+LAST_HEARTBEAT: dict[int, float] = {}  # by thread: time.monotonic() of its last sign
+PAUSED: set[int] = set()  # threads in at_rest
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """This thread gets on."""
-    LAST[get_ident()] = time.monotonic()
+    LAST_HEARTBEAT[get_ident()] = time.monotonic()
 
 
 @contextmanager
-def at_rest() -> Iterator[None]:
+def pause_watchdog() -> Iterator[None]:
     """Inside, this thread waits for something that may take as long as it likes."""
-    RESTING.add(get_ident())
+    PAUSED.add(get_ident())
     try:
         yield
     finally:
-        RESTING.discard(get_ident())
-        beat()
+        PAUSED.discard(get_ident())
+        heartbeat()

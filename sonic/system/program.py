@@ -27,8 +27,8 @@ def written(command: str, *, starter: str = "") -> str:
 
 def interpreter() -> list[str]:
     """The words that start Python in a process of its own, which imports from where this one does, whatever folder it runs in."""
-    places = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
-    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={places}", sys.executable]
+    positions = os.pathsep.join(str(Path(position).absolute()) for position in sys.path)
+    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={positions}", sys.executable]
 
 
 def process(command: str, *starter: str) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sonic import __version__
 from sonic.config import Ranks
-from sonic.system.files import PARTIAL, aside, written_aside
+from sonic.system.files import PARTIAL, temporary, written_temporary
 from sonic.system.paths import shown
 
 CONFIG, LOG, ATTEMPTS = "config.yaml", "log.txt", 10_000
@@ -32,14 +32,14 @@ class Run:
     In a folder that was there before, what the run writes stays aside until it is to be kept: a run that fails changes nothing.
     """
 
-    def __init__(self, place: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, ranks: Ranks) -> None:
-        folder, self._named = Path(place[0]), place[1]
+    def __init__(self, location: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, ranks: Ranks) -> None:
+        folder, self._named = Path(location[0]), location[1]
         self.path = folder / (self._named or time.strftime("%Y%m%d-%H%M%S"))
         self.command = shlex.join(command)
         self.ranks, self.main, self.kept = ranks, ranks.rank == 0, False
         self._root, self._config_yaml = root, config_yaml
         self._made: list[Path] = []
-        self._aside: dict[Path, Path] = {}  # what it will be called -> where it is until then
+        self._partial_folder: dict[Path, Path] = {}  # what it will be called -> where it is until then
         self._inode = 0  # of its config.yaml, once that is written
         self._handler: _LogFile | None = None
 
@@ -72,24 +72,24 @@ class Run:
             self._inode = self._place(CONFIG, new=new).stat().st_ino
             self._log_to(self._place(LOG, new=new))
         except OSError as error:
-            said = f"run.folder={self.path.parent}: the folder {self.path} of the run cannot be written ({error.strerror})"
-            raise ValueError(f"{said}; free some space there or choose another with run.folder=") from error
+            message = f"run.folder={self.path.parent}: the folder {self.path} of the run cannot be written ({error.strerror})"
+            raise ValueError(f"{message}; free some space there or choose another with run.folder=") from error
         return self.path
 
     def keep(self) -> None:
         """What the run has finished is worth keeping from now on, whatever happens."""
         self.kept = True
-        if self._aside:
-            log_aside, handler = self._aside.pop(self.path / LOG), self._handler
+        if self._partial_folder:
+            log_temporary, handler = self._partial_folder.pop(self.path / LOG), self._handler
             with self.sparing(f"what goes with {self.name}", "what was made"):
                 self.close()
                 with (self.path / LOG).open("a") as whole:
-                    whole.write(log_aside.read_text())
-                for final, partial in self._aside.items():
+                    whole.write(log_temporary.read_text())
+                for final, partial in self._partial_folder.items():
                     partial.replace(final)
-            for partial in (log_aside, *self._aside.values()):
+            for partial in (log_temporary, *self._partial_folder.values()):
                 partial.unlink(missing_ok=True)
-            self._aside = {}
+            self._partial_folder = {}
             if handler:
                 self._log_to(self.path / LOG)
 
@@ -104,7 +104,7 @@ class Run:
     def write_json(self, name: str, value: dict) -> None:
         """A JSON file in the folder, on the main rank."""
         if self.main:
-            with written_aside(self.path / name) as partial:
+            with written_temporary(self.path / name) as partial:
                 partial.write_text(json.dumps(value, indent=2) + "\n")
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Run:
             self._handler.close()
             self._handler = None
         if not self.kept:
-            for partial in self._aside.values():
+            for partial in self._partial_folder.values():
                 partial.unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -160,7 +160,7 @@ class Run:
         final = self.path / name
         if new or self.kept:
             return final
-        return self._aside.setdefault(final, aside(final))
+        return self._partial_folder.setdefault(final, temporary(final))
 
     def _taken_over(self) -> bool:
         """Whether another run of the same name has put its own files into the folder, or is about to."""
@@ -211,10 +211,10 @@ def start_logging(*, main: bool) -> None:
     for handler in (news, trouble):
         log.addHandler(handler)
     warnings.filterwarnings("always", category=UserWarning)
-    warnings.showwarning = _tell
+    warnings.showwarning = _show_warning
 
 
-def _tell(message: Warning | str, category: type[Warning], filename: str, *_) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_) -> None:
     """Our own warnings are for the person, as one line; those of other packages are for whoever debugs."""
     ours = Path(filename).is_relative_to(Path(__file__).parents[1]) and issubclass(category, UserWarning)
     log.log(logging.WARNING if ours else logging.DEBUG, "%s", message)

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from sonic.checkpoint.converted import Ready
-from sonic.data.clips import ClipDataset, batches, draws
+from sonic.checkpoint.converted import Checkpoint
+from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.inference.components import find_device, named_weights, transformer_weights
-from sonic.parallel.watchdog import watched
+from sonic.parallel.watchdog import watch_ranks
 from sonic.system.files import save_tensors
-from sonic.system.heartbeat import at_rest
+from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
 from sonic.training.clip_encoders import hashes_of
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
@@ -26,9 +26,9 @@ from sonic.training.engine import Engine, LocalEngine
 from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.initial_weights import begin_adapters, fill, start_from, without_memory
 from sonic.training.log import RunLog
-from sonic.training.loop import Outcome, Run, train
-from sonic.training.objectives import CASTING, OBJECTIVES, Batch
-from sonic.training.samples import Student, look_of
+from sonic.training.loop import TrainingResult, TrainingRun, train
+from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch
+from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
 from sonic.training.world import World, join_world
 from sonic.types import pick
@@ -53,7 +53,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": Shard
 
 def run_training(
     config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", opened: Callable[[], object] = lambda: None
-) -> Outcome:
+) -> TrainingResult:
     """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked.
 
     `opened` is called when all parts are there and the folder is about to be used.
@@ -62,11 +62,11 @@ def run_training(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
-    with watched(world.rank, world.ranks, patience_s=config.speed.timeout_s):
+    with watch_ranks(world.rank, world.ranks, patience_s=config.speed.timeout_s):
         return _trained(config, world, folder, opened=opened, origin=(commit, command))
 
 
-def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> Outcome:
+def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> TrainingResult:
     """The training itself, by one process among those of the world."""
     check_shares(config, world)
     torch.manual_seed(config.seed)
@@ -74,34 +74,36 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
-    made = {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in CASTING else {}
+    made = (
+        {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in TAKES_MAKE else {}
+    )
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
-    engine.lay_out(objective)
+    engine.allocate(objective)
     for model in objective.pretrained:
         fill(model, transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective.roles["student"], named_weights(config.init_from), objective.facts)
-    look = look_of(Student(config, objective, engine, folder))
+        start_from(objective.roles["student"], named_weights(config.init_from), objective.metadata)
+    look = sample_maker(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
-    outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
+    outcome = train(TrainingRun(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
         path, size = Path(config.export), sum(t.numel() for t in weights.values())
         card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
-        with at_rest():  # as long as the disk needs
-            _export(path, weights, card, facts=objective.facts, trained=outcome.made > 0)
+        with pause_watchdog():  # as long as the disk needs
+            _export(path, weights, card, metadata=objective.metadata, trained=outcome.made > 0)
     return outcome
 
 
-def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, facts: Mapping[str, str], trained: bool) -> None:
+def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata: Mapping[str, str], trained: bool) -> None:
     """Write weights and their card, unless nothing was trained and both are there: the card then says how they came about."""
     if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
         LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
         return
-    save_weights(weights, path, facts)
+    save_weights(weights, path, metadata)
     path.with_suffix(".md").write_text(card)
 
 
@@ -109,7 +111,7 @@ def sized(config: TrainConfig) -> TrainConfig:
     """The config with the sizes of its checkpoint. Raises ValueError when that is of another model."""
     if config.model.autoencoder != "wan" or not config.model.weights:
         return config
-    return replace(config, model=Ready.open(Path(config.model.weights)).config(config.model))
+    return replace(config, model=Checkpoint.open(Path(config.model.weights)).config(config.model))
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
@@ -138,15 +140,15 @@ def check_shares(config: TrainConfig, world: World) -> None:
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """This process's batches, from where `start` batches of all processes together have been used."""
     speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
-    order = partial(draws, len(dataset), config.budget.batch_size, seed=config.seed, **share)
+    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
-def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
+def save_weights(weights: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write weights in half precision, with what the file says of itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: _half(tensor) for name, tensor in weights.items()}
-    save_tensors(halves, path, facts or {})
+    save_tensors(halves, path, metadata or {})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,7 @@ def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
 
 
 def describe(
-    config: TrainConfig, outcome: Outcome, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
+    config: TrainConfig, outcome: TrainingResult, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
 ) -> str:
     """The card beside exported weights. origin = (git commit, command), seed = that of the data, None where they have none."""
     commit, command = origin

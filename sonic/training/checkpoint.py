@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
-from sonic.system.heartbeat import at_rest, beat
+from sonic.system.heartbeat import heartbeat, pause_watchdog
 from sonic.training.world import World
 
 LOG = logging.getLogger(__name__)
-FACTS, ASIDE, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
+METADATA, TEMPORARY, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
 
 State = dict[str, Tensor]
 StateOf = Callable[[set[str]], State]  # names in a checkpoint -> tensors of ours to fill
@@ -34,17 +34,19 @@ class Checkpoints:
         self.folder, self.keep, self.world = folder, keep, world
         self._under_way: tuple[int, Future] | None = None
 
-    def save(self, step: int, state: State, facts: Mapping[str, object]) -> None:
+    def save(self, step: int, state: State, metadata: Mapping[str, object]) -> None:
         """Copy `state` and write it beside what comes next. A checkpoint that cannot be written is said; those before it stay."""
         self.settle()
-        aside = self.folder / f"{ASIDE}{step:08d}"
-        fault = _make_anew(aside) if self.world.main else None
+        temporary = self.folder / f"{TEMPORARY}{step:08d}"
+        fault = _make_anew(temporary) if self.world.main else None
         if self.world.agree(float(fault is not None)):
-            self._say_lost(step, fault)
+            self._report_lost(step, fault)
             return
-        written: Future = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.world.writers, no_dist=self.world.ranks == 1)
+        written: Future = dcp.async_save(
+            state, checkpoint_id=str(temporary), process_group=self.world.writers, no_dist=self.world.ranks == 1
+        )
         done: Future = Future()
-        written.add_done_callback(lambda found: self._publish(found, done, aside, record={"step": step, **facts}))
+        written.add_done_callback(lambda found: self._publish(found, done, temporary, record={"step": step, **metadata}))
         self._under_way = (step, done)
 
     def settle(self) -> None:
@@ -52,25 +54,25 @@ class Checkpoints:
         if self._under_way is None:
             return
         (step, done), self._under_way = self._under_way, None
-        with at_rest():  # as long as the disk needs
+        with pause_watchdog():  # as long as the disk needs
             error = done.exception()
         if error is not None:
-            self._say_lost(step, error)
+            self._report_lost(step, error)
         self.world.wait()
 
-    def _say_lost(self, step: int, error: BaseException | None) -> None:
+    def _report_lost(self, step: int, error: BaseException | None) -> None:
         LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
 
     def load(self, state_of: StateOf) -> dict:
         """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
-        name = self._main_says(self._newest_good)
+        name = self._from_main(self._newest_good)
         return self.read(self.folder / str(name), state_of) if name else {}
 
     def read(self, checkpoint: Path, state_of: StateOf) -> dict:
         """Fill our tensors from one checkpoint. Gives its facts. Raises ValueError when it is damaged or of something else."""
-        facts = self._main_says(lambda: _checked(checkpoint))
-        if isinstance(facts, str):
-            raise ValueError(facts)
+        metadata = self._from_main(lambda: _checked(checkpoint))
+        if isinstance(metadata, str):
+            raise ValueError(metadata)
         names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
         state = state_of(names)
         strange = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
@@ -80,7 +82,7 @@ class Checkpoints:
             dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
         except (CheckpointException, ValueError) as error:
             raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
-        return facts
+        return metadata
 
     def leave_behind(self, step: int) -> None:
         """Rename the checkpoints beyond `step`, where training goes on: they would pass for newer than those that come."""
@@ -92,33 +94,33 @@ class Checkpoints:
                 LOG.warning("training goes on from step %d; %d checkpoints beyond it are now %s/%s*", step, len(beyond), self.folder, LEFT)
         self.world.wait()
 
-    def _publish(self, written: Future, done: Future, aside: Path, *, record: dict) -> None:
+    def _publish(self, written: Future, done: Future, temporary: Path, *, record: dict) -> None:
         """On the main process: say what was written, and let it appear."""
         try:
             written.result()
             if self.world.main:
-                files = [path for path in sorted(aside.iterdir()) if path.is_file()]
-                (aside / FACTS).write_text(json.dumps({**record, "sha256": {path.name: _digest(path) for path in files}}, indent=1))
-                _flush(aside / FACTS)
+                files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
+                (temporary / METADATA).write_text(json.dumps({**record, "sha256": {path.name: _digest(path) for path in files}}, indent=1))
+                _flush(temporary / METADATA)
                 final = self.folder / f"step_{record['step']:08d}"
                 shutil.rmtree(final, ignore_errors=True)
-                aside.rename(final)
+                temporary.rename(final)
                 _flush(self.folder)
                 prune(self.folder, self.keep)
             done.set_result(None)
         except BaseException as error:  # handed over to `settle`
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             done.set_exception(error)
 
     def _newest_good(self) -> str:
         for checkpoint in newest_first(self.folder):
-            facts = _checked(checkpoint)
-            if not isinstance(facts, str):
+            metadata = _checked(checkpoint)
+            if not isinstance(metadata, str):
                 return checkpoint.name
-            self._set_aside(checkpoint, facts)
+            self._mark_damaged(checkpoint, metadata)
         return ""
 
-    def _set_aside(self, checkpoint: Path, reason: object) -> None:
+    def _mark_damaged(self, checkpoint: Path, reason: object) -> None:
         LOG.warning("%s; falling back to the one before", reason)
         self._rename(checkpoint, DAMAGED)
 
@@ -127,18 +129,18 @@ class Checkpoints:
         shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
         checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
 
-    def _main_says(self, ask: Callable[[], object]) -> object:
-        said = [ask() if self.world.main else None]
+    def _from_main(self, ask: Callable[[], object]) -> object:
+        box = [ask() if self.world.main else None]
         if self.world.ranks > 1:
-            dist.broadcast_object_list(said, src=0)
-        return said[0]
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
 
 class _Reading(dcp.DefaultLoadPlanner):
     """Gives a sign with every tensor."""
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        beat()
+        heartbeat()
         super().commit_tensor(read_item, tensor)
 
 
@@ -149,7 +151,7 @@ def newest_first(folder: Path) -> Iterator[Path]:
 
 def prune(folder: Path, keep: int) -> None:
     """Leave the `keep` newest checkpoints, and nothing half-written of runs that died."""
-    for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{ASIDE}*")]:
+    for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{TEMPORARY}*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -166,18 +168,18 @@ def _make_anew(folder: Path) -> OSError | None:
 def _checked(checkpoint: Path) -> dict | str:
     """The facts of a checkpoint whose files are as they were written; a sentence for one whose are not."""
     try:
-        facts = json.loads((checkpoint / FACTS).read_text())
-        wrong = [name for name, digest in facts["sha256"].items() if _digest(checkpoint / name) != digest]
+        metadata = json.loads((checkpoint / METADATA).read_text())
+        wrong = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
     except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # the last is what an older form gives
         return f"checkpoint {checkpoint} cannot be read ({error})"
-    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else facts
+    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else metadata
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         state = sha256()
         while chunk := file.read(1 << 20):
-            beat()
+            heartbeat()
             state.update(chunk)
     return state.hexdigest()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sonic.checkpoint.converted import Ready
+from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.weights import load_weights, read_tensors
 from sonic.config import ModelConfig
 from sonic.data.data_config import PrecomputeConfig
@@ -42,7 +42,7 @@ def clip_hashes(config: PrecomputeConfig) -> dict[str, str]:
     return {} if config.kind == "spoken" else hashes_of(config.model, config.autoencoder)
 
 
-def _published_hashes(checkpoint: Ready) -> dict[str, str]:
+def _published_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """From what its VAE and its wav2vec were made of."""
     sources = checkpoint.manifest["sources"]
     speech = next((digest for file, digest in sources.items() if file in SPEECH_FILES), "")
@@ -60,25 +60,27 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _moving(config: PrecomputeConfig) -> Encoders:
+def _preview_encoders(config: PrecomputeConfig) -> Encoders:
     """Those of a model that moves the photograph; it reads no prompts."""
     files = weight_files(config.model)
     speech = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
     autoencoder = pick(AUTOENCODERS, config.model.autoencoder, "model.autoencoder")()
     load_weights(speech, files.speech)
     load_weights(autoencoder, Path(config.autoencoder) if config.autoencoder else files.autoencoder)
-    return Encoders(speech.eval().hear, autoencoder.eval().requires_grad_(False), None, clip_hashes(config), config.model.rollout.fps)
+    return Encoders(
+        speech.eval().encode_audio, autoencoder.eval().requires_grad_(False), None, clip_hashes(config), config.model.rollout.fps
+    )
 
 
-def _painting(config: PrecomputeConfig) -> Encoders:
-    """Those of a published model, out of its ready checkpoint, on the machine's accelerator where there is one."""
+def _wan_encoders(config: PrecomputeConfig) -> Encoders:
+    """Those of a published model, out of its converted checkpoint, on the machine's accelerator where there is one."""
     checkpoint, device = _checkpoint(config.model), find_device("auto")
     if not config.data.source:
         raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")
     length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
     rows = checkpoint.reader(length, device)
     return Encoders(
-        hear=lambda samples, frames: checkpoint.hear(samples, frames, fps=fps, device=device)[0].cpu(),
+        encode_audio=lambda samples, frames: checkpoint.encode_audio(samples, frames, fps=fps, device=device)[0].cpu(),
         autoencoder=checkpoint.autoencoder(device, torch.float32),
         read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
         hashes=_published_hashes(checkpoint),
@@ -86,8 +88,8 @@ def _painting(config: PrecomputeConfig) -> Encoders:
     )
 
 
-BUILDERS = {"warp": _moving, "wan": _painting}  # by model.autoencoder
+BUILDERS = {"warp": _preview_encoders, "wan": _wan_encoders}  # by model.autoencoder
 
 
-def _checkpoint(model: ModelConfig) -> Ready:
-    return Ready.open(transformer_weights(model).parent)
+def _checkpoint(model: ModelConfig) -> Checkpoint:
+    return Checkpoint.open(transformer_weights(model).parent)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, zeros
 
 from sonic.model.adapters import AdaptedLinear
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.deepspeed_inference import send_plainly
+from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.training.checkpoint import State
 from sonic.training.deepspeed_masters import (
     MOMENTS,
@@ -50,9 +50,9 @@ class ZeroEngine(LocalEngine):
 
     def prepare(self, objective: Objective) -> None:
         """Give every role its engine, what else computes a place, and the student its running average."""
-        self.lay_out(objective)
+        self.allocate(objective)
         self.roles = dict(objective.roles)
-        others = {name: body for name, body in objective.bodies.items() if all(body is not role for role in self.roles.values())}
+        others = {name: network for name, network in objective.modules.items() if all(network is not role for role in self.roles.values())}
         for module in {**others, **self.roles}.values():
             if self.config.speed.recompute:
                 recompute_layers(module)
@@ -62,11 +62,11 @@ class ZeroEngine(LocalEngine):
             _halve_beside_slices(self.roles.values())
         accelerator = self._accelerator(stages)
         if self.stage == 3:
-            shared = {name: _prepared(accelerator, name, body) for name, body in others.items()}
+            shared = {name: _prepared(accelerator, name, network) for name, network in others.items()}
         else:
             shared = {}
-            for body in others.values():
-                self.place(body)
+            for network in others.values():
+                self.to_device(network)
         self.engines = {
             role: _prepared(accelerator, role, module, adamw(module.parameters(), self.optim)) for role, module in self.roles.items()
         }
@@ -77,9 +77,9 @@ class ZeroEngine(LocalEngine):
         self.ema = Ema(self.masters, self.optim.ema_decay)
         self.shards = DeviceMesh.from_group(self.world.writers, "cpu")
 
-    def place(self, module: nn.Module) -> None:
+    def to_device(self, module: nn.Module) -> None:
         """Whole, to the device, in the precision that it computes in."""
-        super().place(module)
+        super().to_device(module)
         if self.config.speed.precision == "bfloat16":
             module.to(torch.bfloat16)
 
@@ -118,11 +118,11 @@ class ZeroEngine(LocalEngine):
     def load(self) -> dict:
         """See LocalEngine.load; what was read is handed to DeepSpeed."""
         self.read: State = {}
-        facts = super().load()
+        metadata = super().load()
         if self.read:
             self._take(self.read)
         self.read = {}
-        return facts
+        return metadata
 
     def _accelerator(self, stages: dict[str, int]) -> Any:
         from accelerate import Accelerator
@@ -252,7 +252,7 @@ class Zero3Engine(ZeroEngine):
 
     stage = 3
 
-    def lay_out(self, objective: Objective) -> None:
+    def allocate(self, objective: Objective) -> None:
         """Give the weights of a transformer without memory theirs, module by module, and keep a slice of each; adapters stay whole."""
         for model in transformers(objective):
             if not any(weight.is_meta for weight in model.parameters()):
@@ -284,7 +284,7 @@ def _check_installed(engine: str, device: torch.device) -> None:
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
-        send_plainly()
+        use_gloo()
 
 
 def _transformers(module: nn.Module) -> list[AvatarDiT]:
@@ -313,11 +313,11 @@ def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.
 def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
     """Take the adapters off for a while; gives them."""
     adapted = [part for part in module.modules() if isinstance(part, AdaptedLinear)]
-    aside = [part._modules.pop("adapters") for part in adapted]
+    temporary = [part._modules.pop("adapters") for part in adapted]
     try:
-        yield nn.ModuleList(aside)
+        yield nn.ModuleList(temporary)
     finally:
-        for part, adapters in zip(adapted, aside, strict=True):
+        for part, adapters in zip(adapted, temporary, strict=True):
             part.adapters = adapters
 
 

@@ -35,11 +35,11 @@ def put_master(parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
         padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32)
         padded[: value.numel()] = value.flatten()
         part = padded[size * dist.get_rank() :][:size].to(parameter.device)
-        told = (parameter, part, key) if key else (parameter, part)
-        (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(*told)
+        arguments = (parameter, part, key) if key else (parameter, part)
+        (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(*arguments)
     else:
-        told = (parameter, value.to(parameter.device), *([key] if key else []))
-        (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(*told)
+        arguments = (parameter, value.to(parameter.device), *([key] if key else []))
+        (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(*arguments)
 
 
 @torch.no_grad()

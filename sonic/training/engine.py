@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from sonic.model.audio_tokens import AudioInjector
 from sonic.model.blocks import Block
 from sonic.model.dit import AvatarDiT
-from sonic.system.heartbeat import beat
+from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
 from sonic.training.ema import Ema
 from sonic.training.objectives import Objective
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     world: World
 
-    def lay_out(self, objective: Objective) -> None: ...
+    def allocate(self, objective: Objective) -> None: ...
 
     def prepare(self, objective: Objective) -> None: ...
 
@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]: ...
 
-    def save(self, step: int, facts: dict) -> None: ...
+    def save(self, step: int, metadata: dict) -> None: ...
 
     def load(self) -> dict: ...
 
@@ -62,10 +62,10 @@ class LocalEngine:
 
     @property
     def optim(self) -> OptimConfig:
-        """The optimizer's knobs."""
+        """The optimizer's options."""
         return self.config.optim
 
-    def lay_out(self, objective: Objective) -> None:
+    def allocate(self, objective: Objective) -> None:
         """Give transformers that were made without memory theirs, before their weights come."""
         for model in transformers(objective):
             if any(parameter.is_meta for parameter in model.parameters()):
@@ -74,8 +74,8 @@ class LocalEngine:
     def prepare(self, objective: Objective) -> None:
         """Bring everything that computes to the device; give each role its optimizer, the student its running average too."""
         self.roles: Mapping[str, nn.Module] = dict(objective.roles)
-        for module in {**objective.bodies, **self.roles}.values():
-            self.place(module)
+        for module in {**objective.modules, **self.roles}.values():
+            self.to_device(module)
             if self.config.speed.recompute:
                 recompute_layers(module)
         for module in self.roles.values():
@@ -83,7 +83,7 @@ class LocalEngine:
         self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
         self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
 
-    def place(self, module: nn.Module) -> None:
+    def to_device(self, module: nn.Module) -> None:
         """To the device, whole."""
         module.to(self.world.device)
         if self.config.speed.channels_last:
@@ -120,9 +120,9 @@ class LocalEngine:
                 found[name] = gathered.cpu()
         return found
 
-    def save(self, step: int, facts: dict) -> None:
+    def save(self, step: int, metadata: dict) -> None:
         """Keep the state as the checkpoint of `step`; it is written while training goes on."""
-        self.checkpoints.save(step, self._state(), facts)
+        self.checkpoints.save(step, self._state(), metadata)
 
     def settle(self) -> None:
         """Wait until no checkpoint is being written."""
@@ -134,9 +134,9 @@ class LocalEngine:
         resume = self.config.checkpoint.resume
         if resume == "auto":
             return self.checkpoints.load(self._to_fill)
-        facts = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
-        self.checkpoints.leave_behind(int(facts.get("step", 0)))
-        return facts
+        metadata = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
+        self.checkpoints.leave_behind(int(metadata.get("step", 0)))
+        return metadata
 
     def _state(self) -> State:
         """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
@@ -145,8 +145,8 @@ class LocalEngine:
             frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
             tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
             for name, parameter in module.named_parameters():
-                moments = self.optimizers[role].state.get(parameter, {})
-                tensors |= {f"moments.{role}.{name}.{key}": value for key, value in moments.items()}
+                adam_moments = self.optimizers[role].state.get(parameter, {})
+                tensors |= {f"moments.{role}.{name}.{key}": value for key, value in adam_moments.items()}
         return tensors
 
     def _to_fill(self, names: set[str]) -> State:
@@ -162,7 +162,7 @@ class LocalEngine:
 
 def transformers(objective: Objective) -> list[AvatarDiT]:
     """Every transformer that takes part, once."""
-    found = (module for body in {**objective.bodies, **objective.roles}.values() for module in body.modules())
+    found = (module for network in {**objective.modules, **objective.roles}.values() for module in network.modules())
     return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
 
 
@@ -197,5 +197,5 @@ def _again(forward: Callable, *given: object, **named: object) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
-    beat()
+    heartbeat()
     return tensor.full_tensor() if is_sharded(tensor) else tensor

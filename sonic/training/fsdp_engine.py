@@ -17,7 +17,7 @@ ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that
 class ShardedEngine(LocalEngine):
     """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
 
-    def lay_out(self, objective: Objective) -> None:
+    def allocate(self, objective: Objective) -> None:
         """Shard every transformer; one without memory gets that of this process's slices only."""
         self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
         for model in transformers(objective):
@@ -28,10 +28,10 @@ class ShardedEngine(LocalEngine):
 
     def prepare(self, objective: Objective) -> None:
         """Shard what is not yet, then go on as alone. Transformers that have weights already must have the same everywhere."""
-        self.lay_out(objective)
+        self.allocate(objective)
         super().prepare(objective)
 
-    def place(self, module: nn.Module) -> None:
+    def to_device(self, module: nn.Module) -> None:
         """What is in no shard goes to the device, whole."""
         for part in module.modules():
             for name, tensor in part.named_parameters(recurse=False):

@@ -20,10 +20,10 @@ class Guard:
         """What is wrong with a loss and the norm of its gradient; empty when nothing is."""
         if not math.isfinite(loss + norm):
             return "is not finite"
-        turns, usual = self._turns.get(role, 0), self._usual.get(role, 0.0)
-        if turns >= WARM and abs(loss) > FAR * usual:
+        rotations, usual = self._turns.get(role, 0), self._usual.get(role, 0.0)
+        if rotations >= WARM and abs(loss) > FAR * usual:
             return f"exploded from {usual:.4g}"
-        self._turns[role] = turns + 1
-        share = min(MEMORY, turns / (turns + 1))
+        self._turns[role] = rotations + 1
+        share = min(MEMORY, rotations / (rotations + 1))
         self._usual[role] = share * usual + (1 - share) * abs(loss)
         return ""

@@ -39,7 +39,7 @@ def fill(model: AvatarDiT, path: str | Path) -> None:
     with stored_weights(path, {name: shape_of(weight) for name, weight in wanted.items()}) as stored:
         for name, weight in wanted.items():
             part = part_of(weight)
-            part.take(stored[name].part(part.place))
+            part.copy_from(stored[name].part(part.index))
 
 
 @torch.no_grad()
@@ -50,27 +50,27 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
             bound = adapter.lora_A.in_features**-0.5
             drawn = torch.empty(adapter.lora_A.weight.shape).uniform_(-bound, bound, generator=rng)
             part = part_of(adapter.lora_A.weight)
-            part.take(drawn[part.place])
+            part.copy_from(drawn[part.index])
             part_of(adapter.lora_B.weight).local.zero_()
 
 
 @torch.no_grad()
-def start_from(module: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
+def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
     """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front; adapters as they
     are exported), in slices where the module is in shards.
 
-    `facts` are the objective's. Raises ValueError when the file cannot be read, nothing fits, or adapters were learnt at another alpha.
+    `metadata` are the objective's. Raises ValueError when the file cannot be read, nothing fits, or adapters were learnt at another alpha.
     """
     taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
     try:
         with safe_open(str(path), framework="pt") as file:
-            _check_alpha((file.metadata() or {}).get(ALPHA), facts.get(ALPHA), path)
+            _check_alpha((file.metadata() or {}).get(ALPHA), metadata.get(ALPHA), path)
             stored = set(file.keys())
             for name, value in state.items():
                 found = next((each for each in _called(name) if each in stored), None)
                 if found is not None and tuple(file.get_slice(found).get_shape()) == shape_of(value):
                     part = part_of(value)
-                    part.take(file.get_slice(found)[part.place] if part.place else file.get_tensor(found))
+                    part.copy_from(file.get_slice(found)[part.index] if part.index else file.get_tensor(found))
                     taken += 1
     except (OSError, SafetensorError) as error:
         raise ValueError(f"init_from={path} cannot be read: {error}") from error
@@ -79,23 +79,23 @@ def start_from(module: nn.Module, path: Path, facts: Mapping[str, str]) -> None:
     LOG.info("took %d of %d tensors from %s", taken, len(state), path)
 
 
-def _check_alpha(said: str | None, ours: str | None, path: Path) -> None:
+def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
     """The same adapters at another alpha are another model."""
-    if said is not None and ours is not None and float(said) != float(ours):
+    if saved is not None and ours is not None and float(saved) != float(ours):
         raise ValueError(
-            f"init_from={path} was learnt with alpha {said}, not with objective.learn.alpha={ours}; use objective.learn.alpha={said}"
+            f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; use objective.learn.alpha={saved}"
         )
 
 
-class Part(NamedTuple):
-    """What of a weight is here: `place` in the whole has it, and `within` says which of the numbers there, one after the other."""
+class WeightSlice(NamedTuple):
+    """What of a weight is here: `index` in the whole has it, and `within` says which of the numbers there, one after the other."""
 
     local: Tensor
-    place: tuple[slice, ...]
+    index: tuple[slice, ...]
     within: slice = slice(None)
 
-    def take(self, found: Tensor) -> None:
-        """Copy it out of what lies in `place`."""
+    def copy_from(self, found: Tensor) -> None:
+        """Copy it out of what lies in `index`."""
         self.local.copy_(found.flatten()[self.within].view(self.local.shape))
 
 
@@ -104,19 +104,19 @@ def shape_of(weight: Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
-def part_of(weight: Tensor) -> Part:
+def part_of(weight: Tensor) -> WeightSlice:
     """What of a weight is here: all, a slice along its first axis (FSDP), or a run of its numbers (DeepSpeed)."""
     if isinstance(weight, DTensor):
         shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-        return Part(weight.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
+        return WeightSlice(weight.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
     every = tuple(slice(0, size) for size in shape_of(weight))
     if not hasattr(weight, "ds_tensor"):
-        return Part(weight.data, every)
+        return WeightSlice(weight.data, every)
     run, row = weight.ds_tensor.numel(), weight.ds_numel // every[0].stop
     first = min(dist.get_rank() * run, weight.ds_numel)
     last = min(first + run, weight.ds_numel)
     rows = slice(first // row, -(-last // row))
-    return Part(weight.ds_tensor.data[: last - first], (rows, *every[1:]), slice(first - rows.start * row, last - rows.start * row))
+    return WeightSlice(weight.ds_tensor.data[: last - first], (rows, *every[1:]), slice(first - rows.start * row, last - rows.start * row))
 
 
 def _called(name: str) -> list[str]:

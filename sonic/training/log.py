@@ -27,13 +27,13 @@ SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a look at the student gave: figures by their names in the log, and the film, None where it could not be written."""
+    """What a look at the student gave: figures by their names in the log, and the video, None where it could not be written."""
 
     figures: dict[str, float]
     video: Path | None
 
 
-Look = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
+SampleMaker = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
 
 
 class RunLog:
@@ -51,9 +51,9 @@ class RunLog:
         path = self.folder / SCALARS
         kept = "".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
         if not path.exists() or path.read_text() != kept:
-            aside = path.with_name(f".{SCALARS}")
-            aside.write_text(kept)
-            aside.rename(path)  # a full disk must not cost the lines that are there
+            temporary = path.with_name(f".{SCALARS}")
+            temporary.write_text(kept)
+            temporary.rename(path)  # a full disk must not cost the lines that are there
         self._file = path.open("ab", buffering=0)
         if self.config.bar and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
@@ -62,7 +62,7 @@ class RunLog:
         return self
 
     def scalars(self, step: int, values: Mapping[str, float], video: Path | None = None) -> None:
-        """Keep `values` of `step`, and the sample film where there is one (in the run folder already)."""
+        """Keep `values` of `step`, and the sample video where there is one (in the run folder already)."""
         if self._file is None:
             return
         shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
@@ -115,7 +115,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _as_media(video: Path | None) -> dict[str, object]:
-    """A film as W&B shows it."""
+    """A video as W&B shows it."""
     import wandb
 
     return {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}

@@ -17,7 +17,7 @@ from sonic.evaluation.metrics import peak_rss_gib
 from sonic.system.files import save_tensors
 from sonic.training.engine import Engine
 from sonic.training.guard import Guard
-from sonic.training.log import Look, RunLog
+from sonic.training.log import RunLog, SampleMaker
 from sonic.training.objectives import Batch, Losses, Objective
 from sonic.training.optim import rate
 from sonic.training.train_config import TrainConfig
@@ -28,7 +28,7 @@ class Diverged(ValueError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """What a run used and reached, `made` of the steps by this process; `figures` are means over the last steps."""
 
     steps: int
@@ -62,7 +62,7 @@ class Meter:
         return means
 
 
-class Clock:
+class TrainingClock:
     """Seconds of this run, those before a restart included, and how much of the budget they and the steps make."""
 
     def __init__(self, config: TrainConfig, before: float) -> None:
@@ -93,10 +93,10 @@ def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What takes part in a run, and the folder it lives in.
 
-    `batches(start)` opens this process's stream where `start` batches of all processes together have been used; `look(step)` films
+    `batches(start)` opens this process's stream where `start` batches of all processes together have been used; `look(step)` videos
     the student.
     """
 
@@ -106,30 +106,30 @@ class Run:
     batches: Callable[[int], Iterator[Batch]]
     log: RunLog
     folder: Path
-    look: Look | None = None
+    look: SampleMaker | None = None
     guard: Guard = field(default_factory=Guard)
 
 
-def train(run: Run) -> Outcome:
+def train(run: TrainingRun) -> TrainingResult:
     """Train until the budget is used, from the newest checkpoint in the run folder when there is one.
 
     Raises Diverged when a loss or gradient is not finite, or a loss explodes.
     """
     config, objective, engine, log = run.config, run.objective, run.engine, run.log
     engine.prepare(objective)
-    facts = engine.load()
-    first = step = int(facts.get("step", 0))
-    clock = Clock(config, float(facts.get("seconds", 0.0)))
-    used = int(facts.get("batches", 0))
+    metadata = engine.load()
+    first = step = int(metadata.get("step", 0))
+    clock = TrainingClock(config, float(metadata.get("seconds", 0.0)))
+    used = int(metadata.get("batches", 0))
     stream = run.batches(used)
-    meter, figures, kept_at = Meter(facts.get("meter"), device=engine.world.device), dict(facts.get("figures", {})), time.monotonic()
+    meter, figures, kept_at = Meter(metadata.get("meter"), device=engine.world.device), dict(metadata.get("figures", {})), time.monotonic()
     with log.open(step, config.budget.max_steps or None):
         progress = engine.world.agree(clock.progress(step))
         while progress < 1:
             lr = rate(step, progress, config.optim)
             for number, role in enumerate(objective.turn(step)):
-                place = Turn(role, step, number)
-                meter.add(_turn(run, place, stream, lr=lr * objective.rates.get(role, 1.0)))
+                turn = Turn(role, step, number)
+                meter.add(_rotation(run, turn, stream, lr=lr * objective.rates.get(role, 1.0)))
                 used += config.budget.accumulate
             step += 1
             progress = engine.world.agree(clock.progress(step))
@@ -145,11 +145,11 @@ def train(run: Run) -> Outcome:
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
             if last or engine.world.agree(_due(config, step, kept_at)):
-                told = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": meter.state()}
-                engine.save(step, {"batches": used, **told})
+                totals = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": meter.state()}
+                engine.save(step, {"batches": used, **totals})
                 kept_at = time.monotonic()
     engine.settle()
-    return Outcome(step, step - first, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
+    return TrainingResult(step, step - first, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -170,7 +170,7 @@ class Turn(NamedTuple):
     number: int
 
 
-def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
+def _rotation(run: TrainingRun, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
     """Losses, gradients and one optimizer step; its figures, means over all processes.
 
     The batches of an update are numbered over all processes together, and a batch's randomness is a function of its number; so
@@ -180,10 +180,10 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     mine = config.budget.accumulate // world.readers
     figures: list[dict[str, Tensor]] = []
     seen: list[Batch] = []  # as they came, in host memory
-    for place in range(mine):
+    for index in range(mine):
         seen.append(next(stream))
         batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in seen[-1].items()}
-        part = turn.number * config.budget.accumulate + place * world.readers + world.reader
+        part = turn.number * config.budget.accumulate + index * world.readers + world.reader
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
     norm = run.engine.step(role, rate=lr, step=step)
@@ -202,7 +202,7 @@ def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[s
     return {**found, f"train/{role}_grad_norm": norm.detach()}
 
 
-def _keep_worst(run: Run, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+def _keep_worst(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
     """Write the batch whose own loss is not finite, else that of the largest loss, among those of this process."""
     sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
     batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
@@ -210,7 +210,7 @@ def _keep_worst(run: Run, batches: Sequence[Batch], losses: Sequence[float]) -> 
     save_tensors(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
 
 
-def _descend(run: Run, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
+def _descend(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
     """The gradient of every part of a loss, each taken before the next part is computed; the loss and its figures."""
     total, figures = 0.0, {}
     while True:

@@ -1,12 +1,12 @@
-"""Every knob of what is learnt, one config per objective (stdlib only)."""
+"""Every option of what is learnt, one config per objective (stdlib only)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import AdapterConfig, SamplerConfig, knob, one_of, require
+from sonic.config import AdapterConfig, SamplerConfig, one_of, option, require
 
-REACHES, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
+ATTENTION_SPANS, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
 
 
 @dataclass
@@ -20,14 +20,14 @@ class ObjectiveConfig:
 class WindowConfig:
     """How the transformer looks at a window of latents."""
 
-    reach: str = knob("blocks", "blocks = each sees itself and those before, as in a rollout; clip = full attention")
-    levels: str = knob("clip", "what has a noise level of its own: clip, block or frame")
-    max_first_block: int = knob(60, "the window begins at most so many blocks into the film")
-    past: int = knob(0, "latent frames at the window's front that are told as motion memory")
-    past_noise: float = knob(0.0, "most noise on them, as a sigma")
+    reach: str = option("blocks", "blocks = each sees itself and those before, as in a rollout; clip = full attention")
+    levels: str = option("clip", "what has a noise level of its own: clip, block or frame")
+    max_first_block: int = option(60, "the window begins at most so many blocks into the video")
+    past: int = option(0, "latent frames at the window's front that are told as motion memory")
+    past_noise: float = option(0.0, "most noise on them, as a sigma")
 
     def __post_init__(self) -> None:
-        one_of(self.reach, REACHES, "objective.window.reach")
+        one_of(self.reach, ATTENTION_SPANS, "objective.window.reach")
         one_of(self.levels, LEVELS, "objective.window.levels")
         require(self.max_first_block >= 0, f"objective.window.max_first_block={self.max_first_block}: need 0 or more")
         require(self.past >= 0, f"objective.window.past={self.past}: need 0 or more latent frames")
@@ -38,9 +38,9 @@ class WindowConfig:
 class ErrorConfig:
     """What an error on latents costs."""
 
-    weight_cap: float = knob(4.0, "ceiling of 1/sigma² in an error on the clean latents")
-    cell_gain: float = knob(8.0, "weight of the liveliest cell is 1 + cell_gain, of a dead one 1")
-    change_weight: float = knob(0.5, "weight of the error in the change from one latent frame to the next")
+    weight_cap: float = option(4.0, "ceiling of 1/sigma² in an error on the clean latents")
+    cell_gain: float = option(8.0, "weight of the liveliest cell is 1 + cell_gain, of a dead one 1")
+    change_weight: float = option(0.5, "weight of the error in the change from one latent frame to the next")
 
 
 @dataclass
@@ -48,13 +48,13 @@ class FlowMatchConfig(ObjectiveConfig):
     """Diffusion forcing of the DiT on latents."""
 
     name: str = "flow_match"
-    schedule_share: float = knob(0.5, "clips whose sigma comes from `schedule`; the others are uniform in (0, 1]")
-    schedule: list[float] = knob([1.0, 0.9, 0.75, 0.5], "sigmas that count more")
-    audio_dropout: float = knob(0.1, "clips that hear nothing, for guidance")
-    viseme_weight: float = knob(0.3, "weight of naming the visemes; 0 where clips have none")
-    window: WindowConfig = knob(WindowConfig)
-    error: ErrorConfig = knob(ErrorConfig)
-    learn: AdapterConfig = knob(AdapterConfig)
+    schedule_share: float = option(0.5, "clips whose sigma comes from `schedule`; the others are uniform in (0, 1]")
+    schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that count more")
+    audio_dropout: float = option(0.1, "clips that hear nothing, for guidance")
+    viseme_weight: float = option(0.3, "weight of naming the visemes; 0 where clips have none")
+    window: WindowConfig = option(WindowConfig)
+    error: ErrorConfig = option(ErrorConfig)
+    learn: AdapterConfig = option(AdapterConfig)
 
     def __post_init__(self) -> None:
         require(all(0 < s <= 1 for s in self.schedule), f"objective.schedule={self.schedule}: need sigmas in (0, 1]")
@@ -64,11 +64,11 @@ class FlowMatchConfig(ObjectiveConfig):
 class DistillConfig(ObjectiveConfig):
     """What all ways to fewer steps have in common. The teacher is the model with its weights as they are."""
 
-    sampler: SamplerConfig = knob(SamplerConfig)
-    teacher_guide_scale: float = knob(1.0, "guidance of the teacher towards the audio, which the student learns to do without")
-    window: WindowConfig = knob(WindowConfig)
-    error: ErrorConfig = knob(ErrorConfig)
-    learn: AdapterConfig = knob(AdapterConfig)
+    sampler: SamplerConfig = option(SamplerConfig)
+    teacher_guide_scale: float = option(1.0, "guidance of the teacher towards the audio, which the student learns to do without")
+    window: WindowConfig = option(WindowConfig)
+    error: ErrorConfig = option(ErrorConfig)
+    learn: AdapterConfig = option(AdapterConfig)
 
     def __post_init__(self) -> None:
         name, scale = self.sampler.name, self.sampler.sample_guide_scale
@@ -83,9 +83,9 @@ class ConsistencyConfig(DistillConfig):
     """From anywhere on the teacher's path, one step to the end of the student's step."""
 
     name: str = "consistency"
-    teacher_steps: int = knob(40, "steps of the teacher on the whole way from noise")
-    leap: int = knob(1, "teacher's steps before the student's own word is taken; teacher_steps = never taken")
-    start_share: float = knob(0.5, "clips that begin where a step of the student begins")
+    teacher_steps: int = option(40, "steps of the teacher on the whole way from noise")
+    leap: int = option(1, "teacher's steps before the student's own word is taken; teacher_steps = never taken")
+    start_share: float = option(0.5, "clips that begin where a step of the student begins")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,14 +97,14 @@ class ConsistencyConfig(DistillConfig):
 
 @dataclass
 class DmdConfig(DistillConfig):
-    """Films of the student are led from where a critic says they lie to where the teacher says films lie."""
+    """Videos of the student are led from where a critic says they lie to where the teacher says videos lie."""
 
     name: str = "dmd"
-    critic_turns: int = knob(5, "updates of the critic before each of the student")
-    critic_rate: float = knob(0.2, "learning rate of the critic as a share of optim.lr")
-    anchor_share: float = knob(0.3, "rollouts whose first block is the truth, against films that freeze")
-    lowest: float = knob(0.02, "least sigma at which teacher and critic are asked")
-    highest: float = knob(0.98, "greatest sigma at which they are asked")
+    critic_turns: int = option(5, "updates of the critic before each of the student")
+    critic_rate: float = option(0.2, "learning rate of the critic as a share of optim.lr")
+    anchor_share: float = option(0.3, "rollouts whose first block is the truth, against videos that freeze")
+    lowest: float = option(0.02, "least sigma at which teacher and critic are asked")
+    highest: float = option(0.98, "greatest sigma at which they are asked")
 
     def __post_init__(self) -> None:
         super().__post_init__()

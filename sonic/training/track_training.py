@@ -45,7 +45,7 @@ def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan)
     if plan.parallel.cpu_offload:
         return None
     found = of_all_layers(work.model, lambda model: track(replace(work, model=model), plan.ranks, plan.parallel.context))
-    return {moment: size / GIB + hardware.reserve_gib for moment, size in found.items()}
+    return {phase: size / GIB + hardware.reserve_gib for phase, size in found.items()}
 
 
 def track(work: Training, ranks: int, share: int) -> dict[str, int]:
@@ -63,7 +63,7 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
             config = train_config(work)
             objective = OBJECTIVES[config.objective.name](config, execution=world.execution(config.model.trunk.num_heads))
             batch = _batch(work)
-        for module in (each for body in objective.bodies.values() for each in body.modules()):
+        for module in (each for network in objective.modules.values() for each in network.modules()):
             if isinstance(module, MultiHead):
                 module.attention = _fused
         engine = ShardedEngine(config, world, Path())
@@ -72,10 +72,10 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
             updates = {role: Update(module, config) for role, module in engine.roles.items()}
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
-        ledger.track_external(*objective.bodies.values(), *engine.ema.averages.values(), *states, *batch.values())
+        ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
         with mode, _as_on_devices(), _no_collection(), ledger:
-            for moment in STEPS[config.objective.name](Rehearsal(objective, engine, batch, updates)):
-                found[moment] = max(found.get(moment, 0), ledger.lap())
+            for phase in STEPS[config.objective.name](TrackedRun(objective, engine, batch, updates)):
+                found[phase] = max(found.get(phase, 0), ledger.lap())
         return found
     finally:
         dist.destroy_process_group()
@@ -154,7 +154,7 @@ class Update:
         self.role.zero_grad()
 
 
-class Rehearsal(NamedTuple):
+class TrackedRun(NamedTuple):
     """What takes part in a step."""
 
     objective: Any
@@ -163,7 +163,7 @@ class Rehearsal(NamedTuple):
     updates: Mapping[str, Update]
 
 
-def _match_flow(step: Rehearsal) -> Iterator[str]:
+def _match_flow(step: TrackedRun) -> Iterator[str]:
     """A step of one role: a clip's graph, and the update."""
     step.updates[STUDENT].fill()
     losses = step.objective.losses(STUDENT, step.batch, torch.Generator())
@@ -174,14 +174,14 @@ def _match_flow(step: Rehearsal) -> Iterator[str]:
     yield "update"
 
 
-def _distil(step: Rehearsal) -> Iterator[str]:
+def _distil(step: TrackedRun) -> Iterator[str]:
     """A turn of the critic and one of the student, as DistributionMatching.losses takes them, from one rollout."""
     objective, engine, batch, updates = step
     rng, frames = torch.Generator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
     with engine.precision():
         start = objective._start(batch, rng)
-        with objective.cast.play(STUDENT) as model, torch.no_grad():
+        with objective.networks.use_role(STUDENT) as model, torch.no_grad():
             rolled = roll(model, start, objective.sigmas, execution=objective.execution)
     yield "rollout"
     updates[CRITIC].fill()
@@ -210,7 +210,7 @@ def _descend(engine: ShardedEngine, role: str, losses: Losses) -> None:
         engine.backward(role, loss)
 
 
-STEPS: dict[str, Callable[[Rehearsal], Iterator[str]]] = {"dmd": _distil, "flow_match": _match_flow}
+STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow_match": _match_flow}
 
 
 def _batch(work: Training) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Every knob of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
+"""Every option of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sonic.config import (
     RunConfig,
     SamplerConfig,
     VideoConfig,
-    knob,
     one_of,
+    option,
     precision_of,
     require,
 )
@@ -108,7 +108,7 @@ class LogConfig:
     wandb: str = "off"
     project: str = "sonic"
     bar: bool = True
-    samples_every: int = 0  # steps between sample films, the last step's besides; 0 = none
+    samples_every: int = 0  # steps between sample videos, the last step's besides; 0 = none
     sample_seconds: float = 3.0
     sample_steps: int = 8  # sampling steps of a student that has not learnt how many
 
@@ -163,12 +163,12 @@ class TrainConfig:
 class EvalConfig:
     """What is scored: people, voices and sentences of the test split, with a still head."""
 
-    clips: int = knob(20, "people, each with a recording of their own")
-    seed: int = knob(0, "other seeds are other people and sentences")
-    seconds: float = knob(8.0, "length of each recording, at least 2")
-    noisy: bool = knob(False, "dirt of real recordings on the speech")
-    videos: str = knob("", "folder for a contact sheet of every clip; empty = none")
-    films: int = knob(0, "of so many clips the films too, in the same folder")
+    clips: int = option(20, "people, each with a recording of their own")
+    seed: int = option(0, "other seeds are other people and sentences")
+    seconds: float = option(8.0, "length of each recording, at least 2")
+    noisy: bool = option(False, "dirt of real recordings on the speech")
+    videos: str = option("", "folder for a contact sheet of every clip; empty = none")
+    num_videos: int = option(0, "of so many clips the videos too, in the same folder")
 
     def __post_init__(self) -> None:
         require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
@@ -179,11 +179,11 @@ class EvalConfig:
 class EvaluateConfig:
     """Scores a model on drawn people whose mouths are known exactly: the model, the true video, and nothing moving."""
 
-    json: str = knob("", "where the figures go")
-    eval: EvalConfig = knob(EvalConfig)
-    run: RunConfig = knob(RunConfig)
-    model: ModelConfig = knob(ModelConfig)
-    sampler: SamplerConfig = knob(SamplerConfig)
-    video: VideoConfig = knob(VideoConfig)
-    decode: DecodeConfig = knob(DecodeConfig)
-    parallel: ParallelConfig = knob(ParallelConfig)
+    json: str = option("", "where the figures go")
+    eval: EvalConfig = option(EvalConfig)
+    run: RunConfig = option(RunConfig)
+    model: ModelConfig = option(ModelConfig)
+    sampler: SamplerConfig = option(SamplerConfig)
+    video: VideoConfig = option(VideoConfig)
+    decode: DecodeConfig = option(DecodeConfig)
+    parallel: ParallelConfig = option(ParallelConfig)

@@ -57,9 +57,9 @@ class World:
         """What the main process says."""
         if self.ranks == 1:
             return value
-        said = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(said, src=0)
-        return float(said)
+        value_tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(value_tensor, src=0)
+        return float(value_tensor)
 
     def wait(self) -> None:
         """Until all have come here."""

@@ -16,10 +16,10 @@ from sonic.geometry import FRAMES_PER_LATENT
 T = TypeVar("T")
 
 # where published files keep their tensors, and what a place may hold
-PLACES = ["conv1", "conv2"] + [
-    f"{side}.{place}"
+CONV_NAMES = ["conv1", "conv2"] + [
+    f"{side}.{conv}"
     for side, ladder in (("encoder", "downsamples"), ("decoder", "upsamples"))
-    for place in ("conv1", "head.0", "head.2", *(f"middle.{i}" for i in range(3)), *(f"{ladder}.{i}" for i in range(15)))
+    for conv in ("conv1", "head.0", "head.2", *(f"middle.{i}" for i in range(3)), *(f"{ladder}.{i}" for i in range(15)))
 ]
 PARTS = ["", *(f"residual.{i}." for i in (0, 2, 3, 6)), "shortcut.", "resample.1.", "time_conv.", "norm.", "to_qkv.", "proj."]
 Cache = tuple  # what each causal convolution saw last; opaque
@@ -46,12 +46,12 @@ class WanAutoencoder(nn.Module):
             raise ValueError(f"{path} does not exist; give the published Wan2.1_VAE.pth")
         try:
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            self.take(found)
+            self.load_tensors(found)
         except Exception as error:  # torch and diffusers name each kind of damage by another kind of error
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} is damaged or not a Wan VAE ({type(error).__name__}: {first}); fetch it again") from error
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take weights by their published names. Raises RuntimeError unless all of them fit."""
         self.blocks.load_state_dict(to_diffusers(tensors))
 
@@ -105,5 +105,5 @@ def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:
 def from_diffusers(name: str) -> str:
     """The published name of one of diffusers' tensors."""
     leaves = [f"{part}{leaf}" for part in PARTS for leaf in ("weight", "bias", "gamma")]
-    known = to_diffusers({f"{place}.{leaf}": f"{place}.{leaf}" for place in PLACES for leaf in leaves})
+    known = to_diffusers({f"{conv}.{leaf}": f"{conv}.{leaf}" for conv in CONV_NAMES for leaf in leaves})
     return known.get(name, name)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sonic.types import Crop, MotionLayers
 
 BORDER = 0.08  # share of the crop over which motion fades to nothing, so that no seam can show
-HUSH = 0.0006  # displacements below this share of the crop are noise: the photograph stays untouched
+NOISE_FLOOR = 0.0006  # displacements below this share of the crop are noise: the photograph stays untouched
 
 PIXELS_AT_ONCE = 2_000_000  # memory of one pass over a large photograph
 
@@ -36,7 +36,7 @@ def settle(layers: MotionLayers) -> MotionLayers:
     window = fade(*layers.flow.shape[-2:], layers.flow)
     flow = layers.flow * window
     length = torch.linalg.vector_norm(flow, dim=2, keepdim=True)
-    flow = flow * ((length - HUSH) / HUSH).clamp(0, 1)
+    flow = flow * ((length - NOISE_FLOOR) / NOISE_FLOOR).clamp(0, 1)
     return MotionLayers(flow, ((layers.opacity - 0.04) / 0.92).clamp(0, 1) * window, layers.interior.clamp(0, 1))
 
 
@@ -51,8 +51,8 @@ class Canvas:
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # crop axes -> photo axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
-        reach = crop.side * (abs(sin) + abs(cos)) / 2
-        rows, columns = _span(crop.center_y, reach, pixels.shape[0]), _span(crop.center_x, reach, pixels.shape[1])
+        radius = crop.side * (abs(sin) + abs(cos)) / 2
+        rows, columns = _span(crop.center_y, radius, pixels.shape[0]), _span(crop.center_x, radius, pixels.shape[1])
         self.top, self.left = rows.start, columns.start
         self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
 
@@ -61,7 +61,7 @@ class Canvas:
         layers = settle(layers)
         stacked = torch.cat([layers.flow, layers.opacity, layers.interior], 2)[0]
         frames = self.pixels.expand(stacked.shape[0], -1, -1, -1).clone()
-        box = self._moving(stacked)
+        box = self._preview_encoders(stacked)
         if box is None:
             return frames
         top, bottom, left, right = box
@@ -71,7 +71,7 @@ class Canvas:
             frames[part, top:bottom, left:right] = self._compose(stacked[part], box)
         return frames
 
-    def _moving(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
+    def _preview_encoders(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
         """Photo rows and columns that hold everything that moves, or None."""
         moved = (stacked[:, :3] != 0).any(0).any(0)
         if not moved.any():
@@ -92,13 +92,13 @@ class Canvas:
         """The moving part of some frames.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
         top, bottom, left, right = box
         ys, xs = torch.arange(top, bottom) + 0.5, torch.arange(left, right) + 0.5
-        place = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
-        inside = (place - self.centre) @ self.turn * (2 / self.crop.side)
+        points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+        inside = (points - self.centre) @ self.turn * (2 / self.crop.side)
         found = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
         flow, opacity, interior = found.split([2, 1, 3], dim=1)
         moved = rearrange(flow, "f c h w -> f h w c") @ self.turn.T * self.crop.side
         size = torch.tensor([self.source.shape[3], self.source.shape[2]])
-        grid = (place - torch.tensor([self.left, self.top]) + moved) / size * 2 - 1
+        grid = (points - torch.tensor([self.left, self.top]) + moved) / size * 2 - 1
         source = self.source.expand(stacked.shape[0], -1, -1, -1)
         warped = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
         edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # a large photograph wants a lip line as sharp as its own
@@ -107,7 +107,7 @@ class Canvas:
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
 
 
-def _span(middle: float, reach: float, size: int) -> slice:
-    """The rows (or columns) of a picture within `reach` of `middle`, at least one."""
-    start = min(max(0, math.floor(middle - reach)), size - 1)
-    return slice(start, max(start + 1, min(size, math.ceil(middle + reach))))
+def _span(middle: float, radius: float, size: int) -> slice:
+    """The rows (or columns) of a picture within `radius` of `middle`, at least one."""
+    start = min(max(0, math.floor(middle - radius)), size - 1)
+    return slice(start, max(start + 1, min(size, math.ceil(middle + radius))))

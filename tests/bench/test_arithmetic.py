@@ -24,18 +24,18 @@ def counted(run) -> int:
 
 @pytest.mark.parametrize("motion", [None, 3])
 def test_the_count_of_a_forward_is_what_torch_counts(motion):
-    model, told = tiny_model(), conditions(6, motion=motion)
-    found = counted(lambda: model(torch.randn(1, 4, 6, *SIZE), torch.tensor([500.0]), told))
+    model, given = tiny_model(), conditions(6, motion=motion)
+    found = counted(lambda: model(torch.randn(1, 4, 6, *SIZE), torch.tensor([500.0]), given))
     assert forward_multiply_adds(model.config, 6, GRID, motion=motion is not None) == found
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_count_of_a_block_is_what_torch_counts(blocks):
-    model, told = tiny_model(window_blocks=2).requires_grad_(False), conditions(BLOCK, motion=None)
-    cache = model.prefill(told, model.new_cache(told, steps=1))
+    model, given = tiny_model(window_blocks=2).requires_grad_(False), conditions(BLOCK, motion=None)
+    cache = model.prefill(given, model.new_cache(given, steps=1))
     latents, level = torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0])
     for index in range(blocks):
-        inputs = model.prepare_block(told, BlockSpan(index, index * BLOCK, BLOCK))
+        inputs = model.prepare_block(given, BlockSpan(index, index * BLOCK, BLOCK))
         found = counted(lambda inputs=inputs: model.denoise_block(latents, level, inputs, cache=cache, ring=cache.rings[0]))
     assert block_multiply_adds(model.config, GRID, blocks=blocks) == found
 

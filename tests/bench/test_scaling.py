@@ -7,12 +7,12 @@ from sonic.inference.infer_config import BenchConfig
 
 
 def test_the_best_of_each_counts_and_both_make_the_same_stream(monkeypatch):
-    speeds, told = iter([10.0, 18.0, 12.0, 15.0]), []
-    monkeypatch.setattr(scaling, "_frames_per_second", lambda ranks, *more: told.append((ranks, *more)) or next(speeds))
+    speeds, calls = iter([10.0, 18.0, 12.0, 15.0]), []
+    monkeypatch.setattr(scaling, "_frames_per_second", lambda ranks, *more: calls.append((ranks, *more)) or next(speeds))
     found = scaling.bench_scaling(BenchConfig(target="scaling", repeats=2), 0.0)
     assert found["ratio"] == 1.5
-    assert [each[0] for each in told] == [1, 2, 1, 2]
-    assert {each[-2:] for each in told} == {("fit.blocks=8", "fit.warm_blocks=2")}
+    assert [each[0] for each in calls] == [1, 2, 1, 2]
+    assert {each[-2:] for each in calls} == {("fit.blocks=8", "fit.warm_blocks=2")}
 
 
 def test_a_run_really_gives_a_rate(monkeypatch):

@@ -86,7 +86,7 @@ def test_a_student_in_a_file_goes_out_under_official_names_and_comes_back(downlo
     student = AvatarDiT(config).to(dtype)
     save_weights(student, tmp_path / "student.safetensors")
     groups = {group: getattr(config, group) for group in ("trunk", "audio", "text")}
-    sizes = [f"model.{group}.{name}={value}" for group, knobs in groups.items() for name, value in vars(knobs).items()]
+    sizes = [f"model.{group}.{name}={value}" for group, options in groups.items() for name, value in vars(options).items()]
     made = [f"source={tmp_path / 'student.safetensors'}", f"output={tmp_path / 'out'}", "model=wan_s2v_14b", "--to", "official"]
     assert convert(*made, *sizes) == 0
     written, expected = tensors_of(tmp_path / "out", official.DIT_STEM), export(student)

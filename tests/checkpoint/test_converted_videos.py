@@ -1,4 +1,4 @@
-"""Films with converted checkpoints, from the command line: both models, on one rank and on two, several speakers, a video of poses."""
+"""Videos with converted checkpoints, from the command line: both models, on one rank and on two, several speakers, a video of poses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sonic.system.program import process
 from sonic.vae.wan_vae import WanAutoencoder
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32")  # as exact as the tests
-SHORT = {  # a film of two blocks or clips
+SHORT = {  # a video of two blocks or clips
     "live": ("model=live_avatar_14b", "sampler=live_avatar_3step", "video.infer_frames=12", "video.num_clip=2"),
     "wan": ("model=wan_s2v_14b", "sampler=unipc", "sampler.sample_steps=2", "video.infer_frames=8", "video.num_clip=2"),
 }
@@ -33,26 +33,26 @@ TWO_RANKS = process("infer", "-m", "torch.distributed.run", "--standalone", "--n
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Films are made with one thread, as every rank has it."""
+    """Videos are made with one thread, as every rank has it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def told(ready: Path, model: str, *extra: str) -> list[str]:
+def arguments(ready: Path, model: str, *extra: str) -> list[str]:
     return [*SHORT[model], f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", f"prompt={PROMPT}", *SMALL, *extra]
 
 
-def film(folder: Path, name: str, *argv: str) -> bytes:
+def generate(folder: Path, name: str, *argv: str) -> bytes:
     assert infer(folder, *argv, f"output={folder / name}.mp4", f"name={name}") == 0
     return (folder / f"{name}.mp4").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def alone(ready, tmp_path_factory) -> dict[str, bytes]:
-    """Short films of one rank."""
+    """Short videos of one rank."""
     folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
-    made = {model: film(folder, model, *told(ready, model)) for model in SHORT}
+    made = {model: generate(folder, model, *arguments(ready, model)) for model in SHORT}
     torch.set_num_threads(threads)
     return made
 
@@ -70,8 +70,8 @@ def frames_of(folder: Path, name: str) -> np.ndarray:
         ("wan", ["compat=upstream", "video.infer_frames=16"], 29),
     ],
 )
-def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
-    film(tmp_path, "a", *told(ready, model, *extra))
+def test_a_converted_checkpoint_videos(ready, tmp_path, model, extra, frames):
+    generate(tmp_path, "a", *arguments(ready, model, *extra))
     assert len(frames_of(tmp_path, "a")) == frames
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert result["fps"] == (25 if model == "live" else 16)
@@ -80,7 +80,7 @@ def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("model", SHORT)
-def test_any_number_of_steps_films_in_the_models_own_precision(ready, tmp_path, model, steps):
+def test_any_number_of_steps_videos_in_the_models_own_precision(ready, tmp_path, model, steps):
     typed = [
         f"sampler.sample_steps={steps}",
         "sampler.sample_guide_scale=0",
@@ -89,7 +89,7 @@ def test_any_number_of_steps_films_in_the_models_own_precision(ready, tmp_path, 
         "video.size=64*64",
     ]
     given = [SHORT[model][0], f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", f"prompt={PROMPT}", "run.threads=1", *typed]
-    film(tmp_path, "a", *given)
+    generate(tmp_path, "a", *given)
     assert len(frames_of(tmp_path, "a")) == 8
     found, log = json.loads((tmp_path / "runs/a/result.json").read_text())["sampling"], (tmp_path / "runs/a/log.txt").read_text()
     assert (found["schedule"], found["steps"], found["guide_scale"]) == ("unipc" if model == "wan" else "live_avatar", steps, 1.0)
@@ -99,32 +99,32 @@ def test_any_number_of_steps_films_in_the_models_own_precision(ready, tmp_path, 
 
 
 @pytest.mark.parametrize(("model", "plan"), [("wan", "parallel=fsdp"), ("live", "parallel=auto")])
-def test_two_ranks_make_the_film_of_one(ready, alone, tmp_path, model, plan):
-    argv = told(ready, model)
-    places = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")
+def test_two_ranks_make_the_video_of_one(ready, alone, tmp_path, model, plan):
+    argv = arguments(ready, model)
+    paths = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TWO_RANKS, *argv, plan, *places], capture_output=True, text=True, timeout=280, check=False, env=environ)
+    done = subprocess.run([*TWO_RANKS, *argv, plan, *paths], capture_output=True, text=True, timeout=280, check=False, env=environ)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.mp4").read_bytes() == alone[model]
 
 
-def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_film_of_one(ready, alone, tmp_path):
+def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_video_of_one(ready, alone, tmp_path):
     apart = ("parallel=pipeline", "parallel.vae_rank=true", f"output={tmp_path / 'three.mp4'}")
-    codes, said = infer_on(3, [*told(ready, "live"), *apart], tmp_path, before=weigh)
-    assert codes == [0] * 3, said
+    codes, output = infer_on(3, [*arguments(ready, "live"), *apart], tmp_path, before=weigh)
+    assert codes == [0] * 3, output
     assert (tmp_path / "three.mp4").read_bytes() == alone["live"]
-    assert re.findall(r"VAE on (\d)", said) == ["2"]  # nobody else has its weights
+    assert re.findall(r"VAE on (\d)", output) == ["2"]  # nobody else has its weights
 
 
 def weigh(rank: int) -> None:
     """Say where a VAE is loaded."""
-    take = WanAutoencoder.take
-    WanAutoencoder.take = lambda *arguments: sys.stderr.write(f"VAE on {rank}\n") and take(*arguments)
+    load_tensors = WanAutoencoder.load_tensors
+    WanAutoencoder.load_tensors = lambda *arguments: sys.stderr.write(f"VAE on {rank}\n") and load_tensors(*arguments)
 
 
 def test_a_known_prompt_needs_no_text_encoder(ready, tmp_path):
     copy = shutil.copytree(ready / "live", tmp_path / "live")
-    made = [*told(ready, "live", "video.num_clip=1"), f"checkpoint={copy}", f"prompt={PROMPT} calm"]
+    made = [*arguments(ready, "live", "video.num_clip=1"), f"checkpoint={copy}", f"prompt={PROMPT} calm"]
     assert infer(tmp_path, *made, f"output={tmp_path / 'a.mp4'}") == 0
     shutil.rmtree(copy / "text_encoder")
     assert infer(tmp_path, *made, f"output={tmp_path / 'b.mp4'}") == 0
@@ -145,13 +145,13 @@ def pair(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("model", SHORT)
-def test_two_speakers_are_filmed_each_with_a_voice(ready, tmp_path, pair, model):
-    argv = [item for item in told(ready, model) if not item.startswith("audio=")]
-    film(tmp_path, "both", *argv, *pair)
+def test_two_speakers_are_generated_each_with_a_voice(ready, tmp_path, pair, model):
+    argv = [item for item in arguments(ready, model) if not item.startswith("audio=")]
+    generate(tmp_path, "both", *argv, *pair)
     audio, masks = (item.partition("=") for item in pair[1:])
     swapped = [f"{audio[0]}={'+'.join(reversed(audio[2].split('+')))}", f"{masks[0]}=[{','.join(reversed(masks[2][1:-1].split(',')))}]"]
-    film(tmp_path, "again", *argv, pair[0], *swapped)
-    film(tmp_path, "crossed", *argv, pair[0], swapped[0], pair[2])
+    generate(tmp_path, "again", *argv, pair[0], *swapped)
+    generate(tmp_path, "crossed", *argv, pair[0], swapped[0], pair[2])
     both, again, crossed = (frames_of(tmp_path, name).astype(int) for name in ("both", "again", "crossed"))
     assert len(both) == (20 if model == "live" else 13)  # as long as the longer recording
     print("DIFF", abs(both - again).mean(), abs(both - crossed).mean())
@@ -163,8 +163,8 @@ def test_two_speakers_are_filmed_each_with_a_voice(ready, tmp_path, pair, model)
 def test_a_video_of_poses_is_followed(ready, tmp_path, model):
     with VideoWriter(tmp_path / "pose.mp4", 64, 64, num_frames=25) as writer:
         writer.write(np.random.default_rng(0).integers(0, 256, (25, 64, 64, 3), np.uint8))
-    film(tmp_path, "free", *told(ready, model))
-    film(tmp_path, "posed", *told(ready, model, f"motion.pose={tmp_path / 'pose.mp4'}"))
+    generate(tmp_path, "free", *arguments(ready, model))
+    generate(tmp_path, "posed", *arguments(ready, model, f"motion.pose={tmp_path / 'pose.mp4'}"))
     free, posed = (frames_of(tmp_path, name).astype(int) for name in ("free", "posed"))
     assert free.shape == posed.shape
     assert abs(free - posed).mean() > 3
@@ -182,12 +182,12 @@ def test_a_video_of_poses_is_followed(ready, tmp_path, model):
         ("motion.pose={left}.wav", "left.wav"),
     ],
 )
-def test_what_is_wrong_with_speakers_and_poses_is_said(ready, tmp_path, pair, capfd, change, word):
+def test_what_is_wrong_with_speakers_and_poses_is_reported(ready, tmp_path, pair, capfd, change, word):
     Image.fromarray(np.zeros((160, 160), np.uint8)).save(tmp_path / "small.png")
-    places = {name: str(tmp_path / name) for name in ("left", "small", "nowhere")}
+    paths = {name: str(tmp_path / name) for name in ("left", "small", "nowhere")}
     before = sorted(tmp_path.iterdir())
-    assert infer(tmp_path, *told(ready, "live"), *pair, change.format(**places), f"output={tmp_path / 'a.mp4'}") == 2
-    said = capfd.readouterr().err
-    assert word.format(**places) in said and "Traceback" not in said
-    assert sum(line.startswith("sonic: error") for line in said.splitlines()) == 1
+    assert infer(tmp_path, *arguments(ready, "live"), *pair, change.format(**paths), f"output={tmp_path / 'a.mp4'}") == 2
+    output = capfd.readouterr().err
+    assert word.format(**paths) in output and "Traceback" not in output
+    assert sum(line.startswith("sonic: error") for line in output.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before

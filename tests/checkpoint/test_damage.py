@@ -90,13 +90,13 @@ def missing(name: str, *words: str) -> Damage:
     return damage
 
 
-def told(name: str, change: Callable[[dict], Any], *words: str) -> Damage:
+def edited(name: str, change: Callable[[dict], Any], *words: str) -> Damage:
     """Damage to what a JSON file says."""
 
     def damage(folder: Path) -> tuple[str, ...]:
-        said = json.loads((folder / name).read_text())
-        change(said)
-        (folder / name).write_text(json.dumps(said))
+        output = json.loads((folder / name).read_text())
+        change(output)
+        (folder / name).write_text(json.dumps(output))
         return words
 
     return damage
@@ -116,13 +116,15 @@ DAMAGE: dict[str, Damage] = {
     "shape off by one": changed(lambda held: held.update({TENSOR: torch.zeros(1, 6, 49)}), "[1, 6, 49]", "[1, 6, 48]"),
     "extra tensor": changed(lambda held: held.update({"blocks.0.surprise": torch.zeros(3)}), tensor="blocks.0.surprise"),
     "missing tensor": changed(lambda held: held.pop(TENSOR)),
-    "index of no file": told(INDEX, lambda said: said["weight_map"].update({TENSOR: "nowhere.safetensors"}), INDEX, "nowhere", TENSOR),
-    "index without tensors": told(INDEX, lambda said: said.pop("weight_map"), INDEX),
+    "index of no file": edited(
+        INDEX, lambda output: output["weight_map"].update({TENSOR: "nowhere.safetensors"}), INDEX, "nowhere", TENSOR
+    ),
+    "index without tensors": edited(INDEX, lambda output: output.pop("weight_map"), INDEX),
     "index cut off": cut(INDEX, 40),
     "config missing": missing("config.json"),
     "config cut off": cut("config.json", 40),
-    "config of another size": told("config.json", lambda said: said.update(ffn_dim=65), "blocks.0.ffn.0", "shape"),
-    "config of another network": told("config.json", lambda said: said.update(enable_adain=False), "config.json", "enable_adain"),
+    "config of another size": edited("config.json", lambda output: output.update(ffn_dim=65), "blocks.0.ffn.0", "shape"),
+    "config of another network": edited("config.json", lambda output: output.update(enable_adain=False), "config.json", "enable_adain"),
     "text tensor missing": changed_pickle(official.TEXT_FILE, without),
     "text tensor off by one": changed_pickle(official.TEXT_FILE, lambda held, name: {**held, name: held[name][:, 1:].clone()}),
     "text tensor too many": changed_pickle(official.TEXT_FILE, lambda held, name: {**held, "surprise": held[name]}, "surprise"),
@@ -148,28 +150,28 @@ def refused(tmp_path, capfd) -> Callable[..., str]:
     def run(*argv: str) -> str:
         before = sorted(tmp_path.iterdir())
         assert convert(*argv, f"output={tmp_path / 'out'}") == 2
-        said = capfd.readouterr().err
-        assert [line.startswith("sonic: error") for line in said.splitlines()].count(True) == 1
-        assert "Traceback" not in said
+        output = capfd.readouterr().err
+        assert [line.startswith("sonic: error") for line in output.splitlines()].count(True) == 1
+        assert "Traceback" not in output
         assert sorted(tmp_path.iterdir()) == before
-        return said
+        return output
 
     return run
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_told_in_one_sentence_and_nothing_is_left(downloads, tmp_path, refused, kind):
+def test_damage_is_reported_in_one_sentence_and_nothing_is_left(downloads, tmp_path, refused, kind):
     folder = shutil.copytree(downloads / "Wan2.2-S2V-14B", tmp_path / "source")
     words = DAMAGE[kind](folder)
-    said = refused(f"source={folder}", "model=wan_s2v_14b")
-    assert all(word in said for word in words), said
+    output = refused(f"source={folder}", "model=wan_s2v_14b")
+    assert all(word in output for word in words), output
 
 
 def test_networks_that_do_not_belong_together_are_refused(downloads, tmp_path, refused):
     folder = shutil.copytree(downloads / "Wan2.2-S2V-14B", tmp_path / "source")
     write_text_encoder(folder / official.TEXT_FILE, {**UMT5, "d_model": 32})
-    said = refused(f"source={folder}", "model=wan_s2v_14b")
-    assert official.TEXT_FILE in said and "width 32, the transformer reads 24" in said
+    output = refused(f"source={folder}", "model=wan_s2v_14b")
+    assert official.TEXT_FILE in output and "width 32, the transformer reads 24" in output
 
 
 @pytest.mark.parametrize("change", ["nothing fits", "half a pair", "cut off", "another rank", "another shape"])
@@ -189,19 +191,19 @@ def test_an_adapter_that_does_not_fit_is_refused(downloads, tmp_path, refused, c
     save_file(tensors, file)
     if change == "cut off":
         file.write_bytes(file.read_bytes()[:-100])
-    said = refused(f"source={downloads / 'Wan2.2-S2V-14B'}", f"live_avatar={folder}")
+    output = refused(f"source={downloads / 'Wan2.2-S2V-14B'}", f"live_avatar={folder}")
     names = {"nothing fits": "other.blocks", "cut off": LORA_FILE, "another shape": "blocks.0.mlp_in"}
-    assert names.get(change, module) in said
+    assert names.get(change, module) in output
 
 
 @pytest.mark.parametrize("component", ["dit", "text_encoder", "vae", "speech_encoder"])
-def test_a_damaged_ready_checkpoint_is_told_before_anything_is_written(ready, tmp_path, capfd, component):
+def test_a_damaged_ready_checkpoint_is_reported_before_anything_is_written(ready, tmp_path, capfd, component):
     folder = shutil.copytree(ready / "live", tmp_path / "live")
     shutil.rmtree(folder / "prompts", ignore_errors=True)
     file = min((folder / component).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     argv = ["model=live_avatar_14b", f"checkpoint={folder}", f"audio={ready / 'speech.wav'}", "video.size=64x64", "prompt=calm"]
     assert infer(tmp_path, *argv, f"output={tmp_path / 'a.mp4'}") == 2
-    said = capfd.readouterr().err
-    assert file.name in said and component in said and "Traceback" not in said
+    output = capfd.readouterr().err
+    assert file.name in output and component in output and "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["live"]

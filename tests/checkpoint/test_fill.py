@@ -76,9 +76,9 @@ def test_adapters_that_find_no_weight_are_refused(path, lora):
 
 def test_weights_that_stay_in_their_file_can_be_neither_adapted_nor_of_another_precision(path, lora):
     wrong = (torch.float32, lora, "needs torch.float32 with lora"), (torch.bfloat16, Lora({}, 0.0), "needs torch.bfloat16:")
-    for dtype, adapters, said in wrong:
+    for dtype, adapters, message in wrong:
         model, shapes = without_memory(tiny_config(), dtype)
-        with pytest.raises(ValueError, match=f"{said}.*use offload.store=pinned"):
+        with pytest.raises(ValueError, match=f"{message}.*use offload.store=pinned"):
             fill(model, path, shapes, lora=adapters)
 
 

@@ -68,7 +68,7 @@ def test_what_a_killed_conversion_leaves_does_not_look_complete(cut_off, tmp_pat
     _, left = cut_off
     assert len(times_of(left / "dit")) == 2 and len(list(left.rglob("*.part"))) == 1
     assert infer(tmp_path, "model=live_avatar_14b", f"checkpoint={left}", f"output={tmp_path / 'a.mp4'}") == 2
-    assert "no ready checkpoint" in capfd.readouterr().err
+    assert "no converted checkpoint" in capfd.readouterr().err
 
 
 def test_the_next_conversion_takes_over_the_shards_that_are_whole(cut_off, tmp_path):

@@ -77,12 +77,12 @@ def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     the same at the worst moment on the way."""
     world, plan, before = make_world(parallel, parallel.name, CPU), PLANS[parallel.name], []
 
-    def place(*arguments) -> None:
+    def allocate(*arguments) -> None:
         dist.barrier()
         before.append(private_memory())
-        plan.place(*arguments)
+        plan.allocate(*arguments)
 
-    PLANS[parallel.name] = plan._replace(place=place)
+    PLANS[parallel.name] = plan._replace(allocate=allocate)
     try:
         with sampled() as seen:
             model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=Lora({}, 0.0), dtype=torch.float32)
@@ -104,6 +104,6 @@ PARALLEL = {
 def test_all_ranks_together_take_the_memory_of_one_checkpoint(plan, checkpoint):
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     ends, peaks = zip(*on_ranks(RANKS, growth, PARALLEL[plan], checkpoint, timeout_s=240), strict=True)
-    said = f"{[end // MIB for end in ends]} MiB, at worst {[peak // MIB for peak in peaks]}, of {size // MIB}"
-    assert 0.95 * size < sum(ends), said  # or nothing was measured
-    assert sum(peaks) <= 1.05 * size, said
+    figures = f"{[end // MIB for end in ends]} MiB, at worst {[peak // MIB for peak in peaks]}, of {size // MIB}"
+    assert 0.95 * size < sum(ends), figures  # or nothing was measured
+    assert sum(peaks) <= 1.05 * size, figures

@@ -10,8 +10,8 @@ import pytest
 import torch
 from convert_command import infer
 
-from sonic.checkpoint import converted as ready_module
-from sonic.checkpoint.converted import Ready
+from sonic.checkpoint import converted as converted_module
+from sonic.checkpoint.converted import Checkpoint
 from sonic.inference import components
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32", "video.num_clip=1", "parallel=single")
@@ -25,11 +25,13 @@ MODELS = {
 def events(monkeypatch) -> list[str]:
     """What is loaded and read, in order."""
     seen: list[str] = []
-    make, spread, tokens = Ready._text_encoder, components.build_parallel_model, ready_module.Tokenizer.__call__
+    make, build, tokens = Checkpoint._text_encoder, components.build_parallel_model, converted_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
-    monkeypatch.setattr(Ready, "_text_encoder", noted("encoder", make))
-    monkeypatch.setattr(components, "build_parallel_model", noted("transformer", spread))
-    monkeypatch.setattr(ready_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1])
+    monkeypatch.setattr(Checkpoint, "_text_encoder", noted("encoder", make))
+    monkeypatch.setattr(components, "build_parallel_model", noted("transformer", build))
+    monkeypatch.setattr(
+        converted_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1]
+    )
     return seen
 
 
@@ -43,8 +45,8 @@ def argv(ready: Path, model: str, folder: Path) -> list[str]:
 
 
 def file_of(folder: Path, *lines: str) -> Path:
-    (folder / "films.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "films.jsonl"
+    (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "requests.jsonl"
 
 
 def request(folder: Path, name: str) -> str:
@@ -54,33 +56,33 @@ def request(folder: Path, name: str) -> str:
 @pytest.mark.parametrize("kept", [True, False])
 def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(kept, ready, events, tmp_path, monkeypatch):
     if not kept:  # a checkpoint on a disk that is read only
-        monkeypatch.setattr(ready_module, "_keep", lambda file, tensors: False)
+        monkeypatch.setattr(converted_module, "_keep", lambda file, tensors: False)
     given = argv(ready, "live", tmp_path)
     lines = [request(tmp_path, "calm"), "{", request(tmp_path, "bright"), request(tmp_path, "calm").replace("calm.mp4", "again.mp4")]
-    assert infer(tmp_path, *given, f"requests={file_of(tmp_path, *lines)}", "name=films") == 1
+    assert infer(tmp_path, *given, f"requests={file_of(tmp_path, *lines)}", "name=videos") == 1
     assert events == ["encoder", "calm", "bright", "transformer"]
-    films = json.loads((tmp_path / "runs/films/films.json").read_text())
-    assert ["error" in films[line] for line in ("1", "2", "3", "4")] == [False, True, False, False]
-    assert all(films[line]["plan"]["plan"] == "single" and films[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
+    results = json.loads((tmp_path / "runs/videos/videos.json").read_text())
+    assert ["error" in results[line] for line in ("1", "2", "3", "4")] == [False, True, False, False]
+    assert all(results[line]["plan"]["plan"] == "single" and results[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
 
 
 def test_rows_of_another_length_are_read_anew_and_kept_beside_the_others(tmp_path, monkeypatch):
-    checkpoint = Ready(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
-    monkeypatch.setattr(Ready, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
-    monkeypatch.setattr(ready_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
+    checkpoint = Checkpoint(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
+    monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
+    monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     for _ in range(2):
         assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
     assert len(list((tmp_path / "prompts").iterdir())) == 2
 
 
-def test_a_film_that_is_there_is_not_made_again(ready, events, tmp_path):
+def test_a_video_that_is_there_is_not_made_again(ready, events, tmp_path):
     given = [*argv(ready, "live", tmp_path), f"requests={file_of(tmp_path, request(tmp_path, 'calm'), request(tmp_path, 'bright'))}"]
     assert infer(tmp_path, *given, "name=first") == 0
     before = [(tmp_path / f"{name}.mp4").stat().st_mtime_ns for name in ("calm", "bright")]
     (tmp_path / "bright.mp4").unlink()
     events.clear()
     assert infer(tmp_path, *given, "name=second") == 0
-    assert [*json.loads((tmp_path / "runs/second/films.json").read_text())] == ["2"]
+    assert [*json.loads((tmp_path / "runs/second/videos.json").read_text())] == ["2"]
     assert (tmp_path / "calm.mp4").stat().st_mtime_ns == before[0] and (tmp_path / "bright.mp4").exists()
     assert events == ["transformer"]
 
@@ -88,13 +90,13 @@ def test_a_film_that_is_there_is_not_made_again(ready, events, tmp_path):
 @pytest.mark.parametrize(
     ("model", "extra", "read"), [("live", [], ["calm"]), ("wan", ["sampler.negative_prompt=bright"], ["calm", "bright"])]
 )
-def test_one_encoder_reads_what_a_film_needs(model, extra, read, ready, events, tmp_path):
+def test_one_encoder_reads_what_a_video_needs(model, extra, read, ready, events, tmp_path):
     """Live Avatar runs without guidance, so what to stay away from is never read."""
     assert infer(tmp_path, *argv(ready, model, tmp_path), *extra, "prompt=calm", f"output={tmp_path / 'a.mp4'}") == 0
     assert events == ["encoder", *read, "transformer"]
 
 
-def test_an_encoder_that_is_lost_is_the_fault_of_the_films_that_need_it(ready, tmp_path, capfd):
+def test_an_encoder_that_is_lost_is_the_fault_of_the_videos_that_need_it(ready, tmp_path, capfd):
     given = argv(ready, "live", tmp_path)
     known = [*given, "prompt=calm", f"output={tmp_path / 'known.mp4'}"]
     assert infer(tmp_path, *known) == 0
@@ -108,11 +110,11 @@ def test_an_encoder_that_is_lost_is_the_fault_of_the_films_that_need_it(ready, t
 
 @pytest.mark.parametrize("load", [lambda checkpoint: checkpoint._text_encoder(torch.device("cpu")),
                                   lambda checkpoint: checkpoint._moved("speech_encoder", torch.device("cpu"))])  # fmt: skip
-def test_an_encoder_gives_a_sign_with_every_tensor_that_is_moved(load, ready, monkeypatch):
-    moved, beats = [], []
+def test_an_encoder_gives_a_heartbeat_with_every_tensor_that_is_moved(load, ready, monkeypatch):
+    moved, heartbeats = [], []
     to = torch.Tensor.to
-    monkeypatch.setattr("sonic.checkpoint.tensor_files.beat", lambda: beats.append(len(moved)))
+    monkeypatch.setattr("sonic.checkpoint.tensor_files.heartbeat", lambda: heartbeats.append(len(moved)))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **named: (moved.append(self), to(self, *given, **named))[1])
-    load(Ready.open(ready / "live"))
-    assert len(beats) > 10
-    assert beats == list(range(len(beats)))  # a sign, a tensor, a sign, a tensor
+    load(Checkpoint.open(ready / "live"))
+    assert len(heartbeats) > 10
+    assert heartbeats == list(range(len(heartbeats)))  # a sign, a tensor, a sign, a tensor

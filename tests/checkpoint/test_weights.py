@@ -97,7 +97,7 @@ def test_a_file_of_another_model_names_the_tensor_and_leaves_the_model_alone(spo
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_said_to_be_cut_short(spoiled, share):
+def test_a_truncated_file_is_reported_to_be_cut_short(spoiled, share):
     path = spoiled(lambda tensors: None)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])

@@ -67,8 +67,8 @@ def test_any_sample_rate_and_channel_count_becomes_16_khz_mono(tmp_path, rate):
 def test_compressed_recordings_keep_length_and_timing(tmp_path, name, codec, rate):
     found = load_speech(encode(tmp_path / name, tone(1.5, rate), codec=codec, rate=rate)).samples
     assert abs(len(found) - 24_000) < 1200
-    true, heard = (audio.frame_levels(samples)[:70] for samples in (tone(1.5), found))
-    by_lag = [np.corrcoef(true[3:-3], np.roll(heard, -lag)[3:-3])[0, 1] for lag in range(-3, 4)]
+    true, levels = (audio.frame_levels(samples)[:70] for samples in (tone(1.5), found))
+    by_lag = [np.corrcoef(true[3:-3], np.roll(levels, -lag)[3:-3])[0, 1] for lag in range(-3, 4)]
     assert int(np.argmax(by_lag)) == 3
 
 
@@ -92,7 +92,7 @@ BAD = {
     "NaN": (lambda folder: write_float_wav(folder / "nan.wav", np.where(np.arange(8000) == 4000, np.nan, tone(0.5))), "NaN"),
     "infinity": (lambda folder: write_float_wav(folder / "inf.wav", np.where(np.arange(8000) == 4000, np.inf, tone(0.5))), "NaN"),
     "picture": (lambda folder: folder / "picture.png", "is a picture"),
-    "video": (lambda folder: folder / "film.mp4", "is a video"),
+    "video": (lambda folder: folder / "video.mp4", "is a video"),
 }
 
 
@@ -110,7 +110,7 @@ def bad_files(tmp_path) -> Path:
     whole[8_000:60_000] = junk[:1] * 52_000
     (tmp_path / "holes.flac").write_bytes(whole)
     imsave(tmp_path / "picture.png", np.zeros((8, 8, 3), np.uint8), check_contrast=False)
-    with VideoWriter(tmp_path / "film.mp4", 16, 16, num_frames=2) as writer:
+    with VideoWriter(tmp_path / "video.mp4", 16, 16, num_frames=2) as writer:
         writer.write(np.zeros((2, 16, 16, 3), np.uint8))
     return tmp_path
 
@@ -142,7 +142,7 @@ def test_a_cover_picture_does_not_make_a_recording_a_video(tmp_path):
     assert load_speech(path).seconds == pytest.approx(0.5, abs=0.05)
 
 
-def write_film(path: Path, samples: np.ndarray, *, form: str, codec: str, late: float) -> Path:
+def save_video(path: Path, samples: np.ndarray, *, form: str, codec: str, late: float) -> Path:
     """A second of black pictures from second 0, and a sound that begins `late` seconds after them (below 0: before them)."""
     with av.open(str(path), "w", format=form, options={"avoid_negative_ts": "disabled"}) as container:
         pictures = container.add_stream("libx264", rate=25)
@@ -163,7 +163,7 @@ def write_film(path: Path, samples: np.ndarray, *, form: str, codec: str, late: 
 def test_a_soundtrack_that_begins_late_or_early_is_on_the_clock_of_the_pictures(tmp_path, form, codec, late):
     samples = np.zeros(16_000, np.float32)
     samples[4800:4880] = 0.8 * np.sin(0.6 * np.arange(80))  # a click after 0.3 s of sound
-    found = load_soundtrack(write_film(tmp_path / "film", samples, form=form, codec=codec, late=late))
+    found = load_soundtrack(save_video(tmp_path / "video", samples, form=form, codec=codec, late=late))
     assert np.abs(found).argmax() / 16_000 == pytest.approx(0.3 + late, abs=0.04)
     if codec == "pcm_s16le":  # which has no padding of its own
         assert len(found) == 16_000 + 6_400 and not found[:6_400].any()
@@ -198,7 +198,7 @@ def test_features_do_not_depend_on_the_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("frame", [0, 7, 31])
-def test_a_click_is_heard_in_the_middle_of_its_own_frame(frame):
+def test_a_click_is_encoded_in_the_middle_of_its_own_frame(frame):
     samples = np.zeros(32_000, np.float32)
     samples[frame * 640 + 318 : frame * 640 + 322] = 0.9  # (k + 1/2) / 25 s
     energy = (log_mel(samples, 50) - SILENT_COLUMN).sum(axis=1)

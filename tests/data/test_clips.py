@@ -64,25 +64,25 @@ def test_a_folder_without_clips_says_how_to_make_them(tmp_path):
 
 
 def test_every_epoch_draws_each_clip_once_and_in_another_order():
-    drawn = [index for batch in islice(clips.draws(10, 5, seed=1), 4) for index, _ in batch]
+    drawn = [index for batch in islice(clips.sample_order(10, 5, seed=1), 4) for index, _ in batch]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
 
 
 def test_the_order_resumes_in_the_middle_of_an_epoch():
-    whole = list(islice(clips.draws(7, 3, seed=4), 12))
-    assert list(islice(clips.draws(7, 3, seed=4, start=5), 7)) == whole[5:]
+    whole = list(islice(clips.sample_order(7, 3, seed=4), 12))
+    assert list(islice(clips.sample_order(7, 3, seed=4, start=5), 7)) == whole[5:]
 
 
 def test_ranks_share_the_order_that_one_rank_would_see():
-    alone = list(islice(clips.draws(9, 4, seed=2), 6))
-    shared = [list(islice(clips.draws(9, 2, seed=2, rank=rank, ranks=2), 6)) for rank in (0, 1)]
+    alone = list(islice(clips.sample_order(9, 4, seed=2), 6))
+    shared = [list(islice(clips.sample_order(9, 2, seed=2, rank=rank, ranks=2), 6)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*shared, strict=True)] == alone
 
 
 def test_workers_make_the_same_batches_as_the_loop_itself(folder):
     data = clips.ClipDataset(folder, window=2)
-    order = partial(clips.draws, len(data), 3, seed=0, start=1)
+    order = partial(clips.sample_order, len(data), 3, seed=0, start=1)
     here, there = (list(islice(clips.batches(data, order, workers=workers), 3)) for workers in (0, 1))
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -100,7 +100,7 @@ def test_the_index_is_readable_json(folder):
     assert json.loads((folder / "index.json").read_text())["kind"] == "talking"
 
 
-def test_clips_of_another_autoencoder_or_size_are_said(tmp_path):
+def test_clips_of_another_autoencoder_or_size_are_reported(tmp_path):
     save_file({"a/latents": torch.zeros(16, 6, 4, 4), "a/audio": torch.zeros(1, 160, 24)}, tmp_path / "a.safetensors")
     entries = [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents", "audio"]}]
     clips.write_index(tmp_path, entries, autoencoder="warp")
@@ -117,25 +117,25 @@ def latents(tmp_path):
     return [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents", "audio"]}]
 
 
-def test_clips_at_another_rate_are_said(latents, tmp_path):
+def test_clips_at_another_rate_are_reported(latents, tmp_path):
     clips.write_index(tmp_path, latents, autoencoder="warp", fps=16)
-    with pytest.raises(ValueError, match=r"clips of 16 frames a second, model=preview makes films of 25; .*another folder="):
+    with pytest.raises(ValueError, match=r"clips of 16 frames a second, model=preview makes 25; .*another folder="):
         clips.ClipDataset(tmp_path).check(ModelConfig())
     clips.ClipDataset(tmp_path).check(ModelConfig(rollout=RolloutConfig(fps=16)))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("autoencoder_hash", "latents of another autoencoder"), ("speech_hash", "speech features of another encoder")]
+    ("name", "expected"), [("autoencoder_hash", "latents of another autoencoder"), ("speech_hash", "speech features of another encoder")]
 )
-def test_clips_of_other_weights_are_said(latents, name, told, tmp_path):
+def test_clips_of_other_weights_are_reported(latents, name, expected, tmp_path):
     own = {"autoencoder_hash": "aaaa", "speech_hash": "bbbb"}
     clips.write_index(tmp_path, latents, **{**own, name: "cccc"})
-    with pytest.raises(ValueError, match=rf"{told} \(weights cccc\) than model=preview has \(weights {own[name]}\).*sonic precompute"):
+    with pytest.raises(ValueError, match=rf"{expected} \(weights cccc\) than model=preview has \(weights {own[name]}\).*sonic precompute"):
         clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: own)
     clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {**own, name: ""})  # nobody knows
 
 
-def test_clips_that_do_not_say_what_made_them_are_taken_to_fit_and_that_is_told(latents, tmp_path, caplog):
+def test_clips_that_do_not_say_what_made_them_are_taken_to_fit_and_that_is_reported(latents, tmp_path, caplog):
     clips.write_index(tmp_path, latents, autoencoder_hash="aaaa")
     clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {"autoencoder_hash": "aaaa", "speech_hash": "bbbb"})
     assert "does not say what its clips were made with (speech_hash, fps)" in caplog.text
@@ -145,7 +145,7 @@ def test_workers_do_not_grow_over_two_thousand_batches(tmp_path):
     save_file({f"{n}/latents": torch.zeros(4, 6, 4, 4) for n in range(8)}, tmp_path / "a.safetensors")
     entries = [{"name": str(n), "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents"]} for n in range(8)]
     clips.write_index(tmp_path, entries)
-    stream = clips.batches(clips.ClipDataset(tmp_path, 3), partial(clips.draws, 8, 2, seed=0), workers=1)
+    stream = clips.batches(clips.ClipDataset(tmp_path, 3), partial(clips.sample_order, 8, 2, seed=0), workers=1)
     sizes = []
     for count, _ in zip(range(2300), stream, strict=False):
         if count in (300, 2299):

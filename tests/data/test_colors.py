@@ -204,7 +204,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_profile_is_said_in_one_sentence(case, numbers, tmp_path, caplog):
+def test_a_damaged_profile_is_reported_in_one_sentence(case, numbers, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         Image.fromarray(numbers).save(tmp_path / "a.png", **DAMAGED[case])
         assert np.array_equal(load_image(tmp_path / "a.png"), numbers)
@@ -215,7 +215,7 @@ def test_a_damaged_profile_is_said_in_one_sentence(case, numbers, tmp_path, capl
     "chunks",
     [{"iCCP": b"name\0\0not packed"}, {"cICP": bytes([9, 16, 0, 1])}, {"gAMA": bytes(4)}, {"gAMA": b"\0\0\xb1\x8f", "cHRM": bytes(32)}],
 )
-def test_damaged_chunks_are_said_in_one_sentence(chunks, numbers, tmp_path, caplog):
+def test_damaged_chunks_are_reported_in_one_sentence(chunks, numbers, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(load_image(with_chunks(tmp_path / "a.png", numbers, **chunks)), numbers)
     assert len(caplog.records) == 1 and "its colours are taken as sRGB" in caplog.text
@@ -236,8 +236,8 @@ def test_of_several_pictures_the_first_is_taken(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("told", ["icc", "nclx"])
-def test_heic_as_telephones_write_it(orientation, told, numbers, tmp_path):
+@pytest.mark.parametrize("given", ["icc", "nclx"])
+def test_heic_as_telephones_write_it(orientation, given, numbers, tmp_path):
     plugin = pytest.importorskip("pillow_heif", reason="HEIC is read with the extra heic, which is not installed")
     plugin.register_heif_opener()
     exif = Image.Exif()
@@ -245,7 +245,7 @@ def test_heic_as_telephones_write_it(orientation, told, numbers, tmp_path):
     picture = Image.fromarray(numbers)
     picture = picture if orientation == 1 else picture.transpose(Image.Transpose.ROTATE_90)
     codes = {"color_primaries": 12, "transfer_characteristic": 13, "save_nclx_profile": True}
-    colors = {"icc_profile": PROFILES["p3"]} if told == "icc" else codes
+    colors = {"icc_profile": PROFILES["p3"]} if given == "icc" else codes
     picture.save(tmp_path / "phone.heic", exif=exif.tobytes(), quality=100, chroma=444, **colors)
     assert difference(tmp_path / "phone.heic", shown(numbers, "p3")) < 6
 
@@ -253,8 +253,8 @@ def test_heic_as_telephones_write_it(orientation, told, numbers, tmp_path):
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf", "a HEIC picture, which cannot be read yet; pip install -e .[heic]"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "pip install -e .[heic]"),
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf", "a HEIC picture, which cannot be read yet; pip install pillow-heif"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "pip install pillow-heif"),
         (b"\xff\x0a\x00\x10", "a JPEG XL picture"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
     ],

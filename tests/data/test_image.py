@@ -169,7 +169,7 @@ def back(crop, xy):
     return (xy - origin) @ torch.linalg.inv(torch.stack([right - origin, down - origin]))
 
 
-def test_walking_from_crop_to_photo_and_back_changes_nothing():
+def test_mapping_from_crop_to_photo_and_back_changes_nothing():
     points = torch.rand(7, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 24
     assert_close(back(CROP, crop_to_photo(CROP, points)), points)
 
@@ -184,8 +184,8 @@ def test_the_mouth_lies_at_its_anchor_whatever_the_roll():
         mouth = Mouth(60.0, 80.0, 10.0, angle)
         portrait = Portrait(np.zeros((150, 150, 3), np.uint8), FaceBox(30, 30, 60, 60), mouth)
         crop = face_crop(portrait, 1.6, 96)
-        place = back(crop, torch.tensor([60.0, 80.0], dtype=torch.float64))
-        assert_close(place, 96 * torch.tensor(MOUTH_ANCHOR).double(), atol=1e-4, rtol=0)
+        point = back(crop, torch.tensor([60.0, 80.0], dtype=torch.float64))
+        assert_close(point, 96 * torch.tensor(MOUTH_ANCHOR).double(), atol=1e-4, rtol=0)
         assert crop.angle == angle and crop == crop_around(mouth, crop.side, 96)
 
 

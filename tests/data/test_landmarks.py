@@ -73,7 +73,7 @@ def test_the_size_of_the_photo_does_not_matter(factor, astronaut, face):
 
 
 @pytest.mark.parametrize("degrees", [-12, 12])
-def test_a_tilted_head_is_found_and_its_roll_told(degrees, astronaut, face):
+def test_a_tilted_head_is_found_and_its_roll_reported(degrees, astronaut, face):
     tilted = turned(astronaut, degrees)
     mouth = locate_mouth(tilted, find_face(tilted))
     assert math.dist(unturned((mouth.x, mouth.y), degrees), MOUTH) < 0.04 * face.width

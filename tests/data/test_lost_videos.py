@@ -20,7 +20,7 @@ from sonic.data.clips import ClipDataset
 from sonic.data.data_config import FootageConfig, PrecomputeConfig
 from sonic.data.own_videos import REPORT
 from sonic.data.precompute import precompute
-from sonic.data.shards import DamagedShard, each_made, facts_of, write_shard
+from sonic.data.shards import DamagedShard, each_made, read_metadata, write_shard
 from sonic.system.worker import Crashed
 from sonic.training.clip_encoders import _digest, build_encoders
 
@@ -31,12 +31,12 @@ LOAD, LATENTS = own_videos.load_soundtrack, 12
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     pytest.importorskip("espeakng_loader")
-    place = tmp_path_factory.mktemp("videos")
+    position = tmp_path_factory.mktemp("videos")
     samples, visemes = speech(1, FRAMES + FPS)
-    good = write(place / "a_good.mp4", talking(visemes[:FRAMES]), samples[: 16_000 * FRAMES // FPS])
+    good = write(position / "a_good.mp4", talking(visemes[:FRAMES]), samples[: 16_000 * FRAMES // FPS])
     for name in ("b_crash", "c_bug", "d_gone", "e_good"):
-        (place / f"{name}.mp4").write_bytes(good.read_bytes())
-    return place
+        (position / f"{name}.mp4").write_bytes(good.read_bytes())
+    return position
 
 
 def damaged(path):
@@ -60,7 +60,7 @@ def build_mended(config):
     return build_encoders(config)
 
 
-def told(folder: Path) -> dict[str, str]:
+def given(folder: Path) -> dict[str, str]:
     lines = [json.loads(line) for line in (folder / REPORT).read_text().splitlines()]
     return {line["video"]: line["reason"] for line in lines}
 
@@ -74,16 +74,16 @@ def test_a_video_that_ends_its_worker_costs_no_other_at_every_repetition(source,
     config = config_of(source, tmp_path / "clips")
     for _ in range(2):
         assert precompute(config, build_damaged) == 2
-        assert told(tmp_path / "clips") == {
+        assert given(tmp_path / "clips") == {
             "a_good.mp4": "",
             "b_crash.mp4": "the decoder crashed",
             "c_bug.mp4": "a fault of the program",
             "d_gone.mp4": "cannot be read",
             "e_good.mp4": "",
         }
-    said = {line["video"]: line.get("told", "") for line in map(json.loads, (tmp_path / "clips" / REPORT).read_text().splitlines())}
-    assert "b_crash.mp4: the decoder crashed on this file (SIGSEGV); convert it" in said["b_crash.mp4"]
-    assert said["c_bug.mp4"].startswith("KeyError: 'lost' (test_lost_videos.py:")
+    message = {line["video"]: line.get("details", "") for line in map(json.loads, (tmp_path / "clips" / REPORT).read_text().splitlines())}
+    assert "b_crash.mp4: the decoder crashed on this file (SIGSEGV); convert it" in message["b_crash.mp4"]
+    assert message["c_bug.mp4"].startswith("KeyError: 'lost' (test_lost_videos.py:")
     kept = [entry["shard"] for entry in clips.read_index(tmp_path / "clips")["clips"]]
     before = [(tmp_path / "clips" / name).stat().st_mtime_ns for name in kept]
     assert precompute(config, build_mended) == 5  # a mended program makes what an earlier one could not
@@ -97,12 +97,12 @@ def test_a_shard_that_is_cut_short_is_made_again(source, tmp_path, caplog):
     config = config_of(own, folder, workers=0)
     assert precompute(config, build_mended) == 1
     shard = folder / clips.read_index(folder)["clips"][0]["shard"]
-    shapes, entries = {name: tensor.shape for name, tensor in load_file(shard).items()}, facts_of(shard)["clips"]
+    shapes, entries = {name: tensor.shape for name, tensor in load_file(shard).items()}, read_metadata(shard)["clips"]
     os.truncate(shard, 1000)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged or gone .*repeat"):
         ClipDataset(folder)[0, 0]
     assert precompute(config, build_mended) == 1
-    assert {name: tensor.shape for name, tensor in load_file(shard).items()} == shapes and facts_of(shard)["clips"] == entries
+    assert {name: tensor.shape for name, tensor in load_file(shard).items()} == shapes and read_metadata(shard)["clips"] == entries
     assert ClipDataset(folder)[0, 0]["latents"].isfinite().all()
     assert f"{shard} is damaged" in caplog.text
 
@@ -112,20 +112,20 @@ def test_a_drawn_shard_that_is_cut_short_is_made_again(tmp_path, caplog):
     config = PrecomputeConfig(kind="spoken", folder=str(tmp_path), utterances=1, latent_frames=3, clips_per_utterance=1, workers=0)
     assert precompute(config, build_encoders) == 1
     shard = next(tmp_path.glob("shard_*"))
-    facts, size = facts_of(shard), shard.stat().st_size
+    metadata, size = read_metadata(shard), shard.stat().st_size
     for cut in (1000, 4, 0):
         os.truncate(shard, cut)
         caplog.clear()
         assert precompute(config, build_encoders) == 1
-        assert (facts_of(shard), shard.stat().st_size) == (facts, size) and f"{shard} is damaged" in caplog.text
+        assert (read_metadata(shard), shard.stat().st_size) == (metadata, size) and f"{shard} is damaged" in caplog.text
 
 
 def test_whatever_is_damaged_is_named(tmp_path):
     write_shard(tmp_path / "a.safetensors", {"x": torch.zeros(100)}, other=1)
     with pytest.raises(DamagedShard, match=r"a\.safetensors is no shard"):
-        facts_of(tmp_path / "a.safetensors")
+        read_metadata(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-10])
-    for read in (facts_of, _digest, read_tensors):
+    for read in (read_metadata, _digest, read_tensors):
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             read(tmp_path / "a.safetensors")
     for content in ("{", "[]", "{}", '{"clips": 3}'):
@@ -141,7 +141,7 @@ def end(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_job_that_ends_its_process_is_told_and_the_others_are_done(workers, tmp_path):
+def test_a_job_that_ends_its_process_is_reported_and_the_others_are_done(workers, tmp_path):
     lost = []
     jobs = [(tmp_path, number) for number in range(6)]
     assert len(list(each_made(end, jobs, workers, crashed=lambda folder, number, error: lost.append((number, str(error)))))) == 6

@@ -1,4 +1,4 @@
-"""Motion read out of the frames of an MP4 says what the film shows: decoded again it gives the frames, the head's way and rest."""
+"""Motion read out of the frames of an MP4 says what the video shows: decoded again it gives the frames, the head's way and rest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def autoencoder():
     return model.eval().requires_grad_(False)
 
 
-def filmed(folder, seed, *, sway=0.0):
+def written(folder, seed, *, sway=0.0):
     """A drawn person in an MP4: what the file shows and the picture at rest, in [-1,1], and the pose [F,4]."""
     rng = np.random.default_rng(seed)
     person = draw_face.draw_identity(rng, SIDE, split="test", photographs=0, jitter=0.5)
@@ -47,7 +47,7 @@ def filmed(folder, seed, *, sway=0.0):
 
 @pytest.mark.parametrize(("seed", "sway"), [(1, 0.0), (2, 0.0), (3, 1.0)])
 def test_what_is_encoded_decodes_to_the_frames(seed, sway, autoencoder, tmp_path):
-    frames, rest, _ = filmed(tmp_path, seed, sway=sway)
+    frames, rest, _ = written(tmp_path, seed, sway=sway)
     found = encode_motion(autoencoder, frames, rest)
     layers, _ = autoencoder.decode(found["latents"].unsqueeze(0), autoencoder.reference(rest.unsqueeze(0)))
     decoded = rearrange(warp_crop(rest.unsqueeze(0), layers)[0], "c f h w -> f c h w")
@@ -57,13 +57,13 @@ def test_what_is_encoded_decodes_to_the_frames(seed, sway, autoencoder, tmp_path
 
 
 def test_the_way_of_the_head_is_read(tmp_path):
-    frames, rest, pose = filmed(tmp_path, 3, sway=1.5)
+    frames, rest, pose = written(tmp_path, 3, sway=1.5)
     found = head_pose(estimate_motion(frames, rest).flow)
     assert (found - pose).abs().amax(0)[0] < 0.01 and (found - pose)[:, 1:3].abs().max() < 0.006
 
 
 def test_a_picture_that_does_not_move_has_no_motion(autoencoder, tmp_path):
-    _, rest, _ = filmed(tmp_path, 1)
+    _, rest, _ = written(tmp_path, 1)
     noise = 0.01 * torch.randn(4, *rest.shape, generator=torch.Generator().manual_seed(0))
     found = encode_motion(autoencoder, rest + noise, rest)
     assert found["latents"].abs().max() < 0.02

@@ -39,23 +39,23 @@ FRAMES = 2 * 48 + 1  # two clips of twelve latent frames, and the frame before t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
-    place = tmp_path_factory.mktemp("videos")
+    root = tmp_path_factory.mktemp("videos")
     samples, visemes = speech(1, FRAMES)
     pixels = talking(visemes)
-    (place / "inside").mkdir()
-    good = write(place / "inside" / "good.mp4", pixels, samples)
-    write(place / "late.mp4", pixels, delayed(samples, 0.5))
-    write(place / "dubbed.mp4", pixels, speech(2, FRAMES)[0])
-    write(place / "slide.mp4", np.repeat(astronaut()[None], FRAMES, 0), samples)
-    write(place / "silent.mp4", pixels, np.zeros_like(samples))
-    write(place / "mute.mp4", pixels, None)
-    write(place / "short.mp4", pixels[:20], samples[:12800])
-    write(place / "nobody.mp4", np.repeat(data.brick()[None, :160, :160, None], FRAMES // 2 + 1, 0).repeat(3, -1), samples)
+    (root / "inside").mkdir()
+    good = write(root / "inside" / "good.mp4", pixels, samples)
+    write(root / "late.mp4", pixels, delayed(samples, 0.5))
+    write(root / "dubbed.mp4", pixels, speech(2, FRAMES)[0])
+    write(root / "slide.mp4", np.repeat(astronaut()[None], FRAMES, 0), samples)
+    write(root / "silent.mp4", pixels, np.zeros_like(samples))
+    write(root / "mute.mp4", pixels, None)
+    write(root / "short.mp4", pixels[:20], samples[:12800])
+    write(root / "nobody.mp4", np.repeat(data.brick()[None, :160, :160, None], FRAMES // 2 + 1, 0).repeat(3, -1), samples)
     whole = good.read_bytes()
-    (place / "broken.mp4").write_bytes(whole[: len(whole) // 2])
-    (place / "inside" / "good.txt").write_text("a person speaks to the camera")
-    (place / "notes.txt").write_text("not a video")
-    return place
+    (root / "broken.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "inside" / "good.txt").write_text("a person speaks to the camera")
+    (root / "notes.txt").write_text("not a video")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_report_says_how_far_mouth_and_sound_are_apart(config):
     good, late = lines["inside/good.mp4"], lines["late.mp4"]
     assert good["sync_correlation"] > 0.5 and abs(good["mouth_late_s"]) < 0.1
     assert late["mouth_late_s"] == pytest.approx(-0.5, abs=0.1)
-    assert "cannot be decoded" in lines["broken.mp4"]["told"]
+    assert "cannot be decoded" in lines["broken.mp4"]["details"]
 
 
 def test_clips_hold_what_a_training_needs(config):
@@ -144,14 +144,14 @@ def test_clips_of_another_speech_encoder_are_refused_and_made_again(config, tmp_
     shutil.copytree(config.folder, tmp_path, dirs_exist_ok=True)
     for shard in tmp_path.glob("video_*"):
         with safe_open(shard, framework="pt") as file:
-            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        save_file(tensors, shard, metadata={**told, "speech_hash": json.dumps(older)})
+            tensors, expected = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors, shard, metadata={**expected, "speech_hash": json.dumps(older)})
     clips.write_index(tmp_path, **{**index, "speech_hash": older})
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("video_*")}
     with pytest.raises(ValueError, match=f"another encoder .*{older}.*{index['speech_hash']}.*in place"):
         run_training(training(own, viseme_weight=0.0), tmp_path / "run")
     assert precompute(own, build_encoders, clip_hashes) == 2
-    made = [name for name, moment in before.items() if (tmp_path / name).stat().st_mtime_ns != moment]
+    made = [name for name, modified in before.items() if (tmp_path / name).stat().st_mtime_ns != modified]
     assert made == [index["clips"][0]["shard"]]  # the others hold no clip
     assert clips.read_index(tmp_path) == index
     assert run_training(training(own, viseme_weight=0.0), tmp_path / "run").steps == 2
@@ -163,10 +163,10 @@ def test_a_text_that_is_not_utf8_costs_its_own_video_and_is_named(config, folder
     for name in ("good", "short"):
         (own / f"{name}.mp4").symlink_to(next(folder.rglob(f"{name}.mp4")))
         (own / f"{name}.txt").write_bytes("Grüße".encode("latin-1"))
-    told = replace(config, folder=str(tmp_path / "clips"), data=replace(config.data, source=str(own)))
+    expected = replace(config, folder=str(tmp_path / "clips"), data=replace(config.data, source=str(own)))
     with pytest.raises(ValueError, match=r"gave no clip: its text is not UTF-8 \(1\), shorter than a clip of 1.9 s \(1\)"):
-        precompute(told, build_with_reader)
-    assert f"{own / 'good.txt'} is not UTF-8 text" in report(told)[0]["told"]
+        precompute(expected, build_with_reader)
+    assert f"{own / 'good.txt'} is not UTF-8 text" in report(expected)[0]["details"]
 
 
 def build_with_reader(config):
@@ -190,12 +190,12 @@ def test_other_clips_in_the_folder_are_left_alone(config, tmp_path):
 
 
 def command(*argv):
-    entry = Entry("precompute", PrecomputeConfig, collections=("precompute",), place=lambda config: (str(ROOT / "runs"), "none"))
+    entry = Entry("precompute", PrecomputeConfig, collections=("precompute",), location=lambda config: (str(ROOT / "runs"), "none"))
     return run_command(entry, precompute_command.make, [*argv, "workers=0"])
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "expected"),
     [
         ({}, "holds no video"),
         ({"a.mp4": b""}, r"gave no clip: damaged \(1\).*report.jsonl"),
@@ -203,7 +203,7 @@ def command(*argv):
         (None, "is no folder"),
     ],
 )
-def test_a_folder_without_a_usable_video_is_said(files, told, tmp_path, capsys, caplog):
+def test_a_folder_without_a_usable_video_is_reported(files, expected, tmp_path, capsys, caplog):
     source = tmp_path / "mine"
     for name, content in (files or {}).items():
         source.mkdir(exist_ok=True)
@@ -211,8 +211,8 @@ def test_a_folder_without_a_usable_video_is_said(files, told, tmp_path, capsys, 
     if files == {}:
         source.mkdir()
     assert command(f"data.source={source}", f"folder={tmp_path / 'clips'}") == 2
-    said = capsys.readouterr().err + caplog.text
-    assert re.search(told, said) and "Traceback" not in said
+    output = capsys.readouterr().err + caplog.text
+    assert re.search(expected, output) and "Traceback" not in output
     assert not (tmp_path / "clips/index.json").exists()
 
 

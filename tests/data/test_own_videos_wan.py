@@ -13,7 +13,7 @@ from official_folder import write_official
 from video_files import read_frames, speech, talking, write
 
 from sonic.checkpoint.convert import DIRECTIONS
-from sonic.checkpoint.converted import Ready
+from sonic.checkpoint.converted import Checkpoint
 from sonic.cli import Entry, compose
 from sonic.config import ConvertConfig
 from sonic.data import clips
@@ -34,23 +34,23 @@ FRAMES = 49  # at 25 a second, of which 31 remain at 16
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
-    place = tmp_path_factory.mktemp("videos")
+    root = tmp_path_factory.mktemp("videos")
     samples, visemes = speech(1, FRAMES)
     pixels = talking(visemes)
-    write(place / "good.mp4", pixels, samples)
-    (place / "good.txt").write_text("a person speaks to the camera")
-    write(place / "high.mp4", pixels[:, :200], samples)
-    return place
+    write(root / "good.mp4", pixels, samples)
+    (root / "good.txt").write_text("a person speaks to the camera")
+    write(root / "high.mp4", pixels[:, :200], samples)
+    return root
 
 
 @pytest.fixture(scope="module")
 def config(folder, tmp_path_factory):
-    place = tmp_path_factory.mktemp("painted")
-    write_official(place / "official")
-    argv = ["model=wan_s2v_14b", f"source={place / 'official'}", f"output={place / 'ready'}"]
-    told = compose(Entry("convert", ConvertConfig, collections=()), argv)
-    DIRECTIONS[told.to](told, told.model)
-    argv = ["model=wan_s2v_14b", f"checkpoint={place / 'ready'}", f"data.source={folder}", f"folder={place / 'clips'}"]
+    root = tmp_path_factory.mktemp("painted")
+    write_official(root / "official")
+    argv = ["model=wan_s2v_14b", f"source={root / 'official'}", f"output={root / 'ready'}"]
+    expected = compose(Entry("convert", ConvertConfig, collections=()), argv)
+    DIRECTIONS[expected.to](expected, expected.model)
+    argv = ["model=wan_s2v_14b", f"checkpoint={root / 'ready'}", f"data.source={folder}", f"folder={root / 'clips'}"]
     made = compose(Entry("precompute", PrecomputeConfig), [*argv, "data.size=128x128", "latent_frames=7", "workers=0"])
     assert precompute(made, build_encoders) == 2
     return made
@@ -68,7 +68,7 @@ def test_they_begin_where_the_sound_does(config, folder):
     assert (line["video"], line["start_s"], line["seconds"]) == ("good.mp4", 0.06, 1.75)
     shown = [covering(frame, 128, 128) for frame in islice(frames_at(folder / "good.mp4", 16), 29)]
     pixels = rearrange(torch.stack([torch.from_numpy(frame) for frame in shown]), "f h w c -> 1 c f h w").float() / 127.5 - 1
-    vae = Ready.open(Path(config.model.weights)).autoencoder(torch.device("cpu"), torch.float32)
+    vae = Checkpoint.open(Path(config.model.weights)).autoencoder(torch.device("cpu"), torch.float32)
     wanted, _ = vae.encode(pixels)
     found = ClipDataset(config.folder, window=7)[0, 0]["latents"]
     torch.testing.assert_close(found, wanted[0, :, 1:], atol=0.01, rtol=0.01)
@@ -76,10 +76,10 @@ def test_they_begin_where_the_sound_does(config, folder):
 
 def test_a_prompt_is_that_of_its_video(config):
     data = ClipDataset(config.folder, window=7)
-    said, silent = (data[number, 0]["text"] for number in range(2))
-    assert said.shape == silent.shape and not torch.equal(said, silent)
-    rows = Ready.open(Path(config.model.weights)).rows("a person speaks to the camera", 12, torch.device("cpu"))[0]
-    torch.testing.assert_close(said[: len(rows)], rows, atol=1e-3, rtol=1e-3)
+    spoken, silent = (data[number, 0]["text"] for number in range(2))
+    assert spoken.shape == silent.shape and not torch.equal(spoken, silent)
+    rows = Checkpoint.open(Path(config.model.weights)).rows("a person speaks to the camera", 12, torch.device("cpu"))[0]
+    torch.testing.assert_close(spoken[: len(rows)], rows, atol=1e-3, rtol=1e-3)
 
 
 def training(config, *argv):
@@ -91,10 +91,10 @@ def training(config, *argv):
     )
 
 
-def test_the_audio_adapter_learns_from_them_and_is_filmed(config, tmp_path, monkeypatch):
+def test_the_audio_adapter_learns_from_them_and_is_generated(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sonic.training.samples.AREA", 192 * 192)
     made = training(config, "model.rollout.clip_frames=32", "log.samples_every=2", "log.sample_seconds=2", "log.sample_steps=1")
-    made.model = Ready.open(Path(made.model.weights)).config(made.model)
+    made.model = Checkpoint.open(Path(made.model.weights)).config(made.model)
     assert run_training(made, tmp_path / "run").steps == 2
     first, last = read_scalars(tmp_path / "run")
     assert first["train/student_loss"] > 0 and "video" not in first
@@ -105,28 +105,28 @@ def test_clips_of_one_rate_teach_no_model_of_another(config, tmp_path):
     """As those of wan_s2v_14b would be taken for Live Avatar's."""
     assert clips.read_index(Path(config.folder))["fps"] == 16
     made = training(config, "model.rollout.fps=25")
-    with pytest.raises(ValueError, match="clips of 16 frames a second, model=wan_s2v_14b makes films of 25"):
+    with pytest.raises(ValueError, match="clips of 16 frames a second, model=wan_s2v_14b makes 25"):
         run_training(made, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("file", "told"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
+    ("file", "expected"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
 )
-def test_clips_of_other_encoders_are_refused(config, file, told, tmp_path):
+def test_clips_of_other_encoders_are_refused(config, file, expected, tmp_path):
     manifest = Path(config.model.weights) / "manifest.json"
     kept = manifest.read_text()
-    said = json.loads(kept)
-    said["sources"] = {name: digest[::-1] if file in name else digest for name, digest in said["sources"].items()}
-    manifest.write_text(json.dumps(said))
+    spoken = json.loads(kept)
+    spoken["sources"] = {name: digest[::-1] if file in name else digest for name, digest in spoken["sources"].items()}
+    manifest.write_text(json.dumps(spoken))
     try:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=expected):
             run_training(training(config), tmp_path / "run")
     finally:
         manifest.write_text(kept)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_face_that_the_size_cuts_off_is_said(config, folder):
+def test_a_face_that_the_size_cuts_off_is_reported(config, folder):
     argv = ["model=wan_s2v_14b", f"checkpoint={config.model.weights}", f"data.source={folder}", f"folder={config.folder}_wide"]
     with pytest.raises(ValueError, match=r"the face does not fit into data.size=512x64 \(2\)"):
         precompute(

@@ -28,7 +28,7 @@ WARP = WarpAutoencoder().eval()
 
 def build_untrained(config: PrecomputeConfig) -> Encoders:
     torch.manual_seed(0)
-    return Encoders(LogMelEncoder().eval().hear, WarpAutoencoder().eval())
+    return Encoders(LogMelEncoder().eval().encode_audio, WarpAutoencoder().eval())
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,17 @@ SPOKEN = torch.rand(24, 5, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def spoken(tmp_path, monkeypatch):
     """Settings of two clips of 12 frames, whose recording is always the same and needs no synthesiser."""
-    said = SimpleNamespace(samples=np.sin(0.1 * np.arange(24 * 640)).astype(np.float32))
-    monkeypatch.setattr(precompute_module.voices, "say", lambda rng, split, seconds: said)
-    monkeypatch.setattr(precompute_module.voices, "viseme_track", lambda said, frames: SPOKEN.numpy())
+    message = SimpleNamespace(samples=np.sin(0.1 * np.arange(24 * 640)).astype(np.float32))
+    monkeypatch.setattr(precompute_module.voices, "say", lambda rng, split, seconds: message)
+    monkeypatch.setattr(precompute_module.voices, "viseme_track", lambda message, frames: SPOKEN.numpy())
     monkeypatch.setattr(precompute_module.voices, "augment", lambda samples, rng: samples + 0.25)
     return PrecomputeConfig(folder=str(tmp_path), latent_frames=3, clips_per_utterance=2, model=ModelConfig(resolution=48))
 
 
 def test_every_clip_of_a_recording_has_the_features_and_the_visemes_of_its_own_frames(spoken):
-    told = replace(spoken, mix=MixConfig(clean=1.0, silent=0.0))
+    settings = replace(spoken, mix=MixConfig(clean=1.0, silent=0.0))
     encoders = Encoders(lambda samples, frames: torch.arange(float(frames)).view(1, 1, -1), WARP)
-    first, second = talking(told, encoders, np.random.default_rng(0))
+    first, second = talking(settings, encoders, np.random.default_rng(0))
     assert torch.cat([clip["audio"].flatten() for clip in (first, second)]).tolist() == list(range(24))
     assert torch.equal(torch.cat([clip["visemes"] for clip in (first, second)]), SPOKEN)
     assert not torch.equal(first["ref"], second["ref"])  # each is said by a person of its own
@@ -73,9 +73,9 @@ def test_every_clip_of_a_recording_has_the_features_and_the_visemes_of_its_own_f
 
 @pytest.mark.parametrize("moving", [0.0, 1.0])
 def test_the_head_moves_in_as_many_clips_as_are_asked_for(spoken, moving):
-    told = replace(spoken, mix=MixConfig(moving=moving))
+    settings = replace(spoken, mix=MixConfig(moving=moving))
     encoders = Encoders(lambda samples, frames: torch.zeros(1, 1, frames), WARP)
-    assert [bool(clip["head"].any()) for clip in talking(told, encoders, np.random.default_rng(0))] == [bool(moving)] * 2
+    assert [bool(clip["head"].any()) for clip in talking(settings, encoders, np.random.default_rng(0))] == [bool(moving)] * 2
 
 
 @pytest.mark.parametrize(("clean", "silent"), [(1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
@@ -147,47 +147,47 @@ def test_a_stopped_run_makes_only_what_is_missing(config, tmp_path):
     assert len(ClipDataset(tmp_path, window=3)) == 18
 
 
-def heard_by(name):
+def encoded_by(name):
     return lambda config: {"autoencoder_hash": "same", "speech_hash": name}
 
 
 def build_first(config: PrecomputeConfig) -> Encoders:
-    return replace(build_untrained(config), hashes=heard_by("first")(config))
+    return replace(build_untrained(config), hashes=encoded_by("first")(config))
 
 
 def build_second(config: PrecomputeConfig) -> Encoders:
-    encoders = replace(build_untrained(config), hashes=heard_by("second")(config))
-    return replace(encoders, hear=lambda samples, frames: 1 + build_untrained(config).hear(samples, frames))
+    encoders = replace(build_untrained(config), hashes=encoded_by("second")(config))
+    return replace(encoders, encode_audio=lambda samples, frames: 1 + build_untrained(config).encode_audio(samples, frames))
 
 
-def test_another_speech_encoder_hears_clips_again_and_leaves_what_is_seen(config, tmp_path, monkeypatch):
+def test_another_speech_encoder_uses_clips_again_and_leaves_what_is_seen(config, tmp_path, monkeypatch):
     own = replace(config, folder=str(tmp_path / "heard"), utterances=2, workers=0)
     anew = replace(own, folder=str(tmp_path / "anew"))
-    precompute(own, build_first, heard_by("first"))
-    precompute(anew, build_second, heard_by("second"))
+    precompute(own, build_first, encoded_by("first"))
+    precompute(anew, build_second, encoded_by("second"))
     with monkeypatch.context() as patch:
         patch.setitem(MAKERS, "talking", None)  # nobody is drawn
-        assert precompute(own, build_second, heard_by("second")) == 4
+        assert precompute(own, build_second, encoded_by("second")) == 4
     for index in range(4):
         ours, expected = ClipDataset(own.folder)[index, 0], ClipDataset(anew.folder)[index, 0]
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
     real = precompute_module.recording
     monkeypatch.setattr(precompute_module, "recording", lambda config, rng: (real(config, rng)[0], 0.5 * real(config, rng)[1]))
-    precompute(own, build_first, heard_by("first"))  # other words: the clips are made from the beginning
+    precompute(own, build_first, encoded_by("first"))  # other words: the clips are made from the beginning
     assert ClipDataset(own.folder)[0, 0]["visemes"].abs().max() <= 0.5
 
 
 def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplog):
     own = replace(config, folder=str(tmp_path), utterances=1, workers=0)
-    assert precompute(own, build_first, heard_by("first")) == 2
+    assert precompute(own, build_first, encoded_by("first")) == 2
     index = json.loads((tmp_path / "index.json").read_text())
     assert (index["autoencoder_hash"], index["speech_hash"], index["fps"]) == ("same", "first", 25)
     shard = tmp_path / "shard_00000.safetensors"
     kept, first = shard.stat().st_mtime_ns, ClipDataset(tmp_path)[0, 0]["audio"]
     precompute(own, build_second)  # nobody says what it would be made with
-    precompute(own, build_first, heard_by("first"))
+    precompute(own, build_first, encoded_by("first"))
     assert shard.stat().st_mtime_ns == kept and "made again" not in caplog.text
-    assert precompute(own, build_second, heard_by("second")) == 2
+    assert precompute(own, build_second, encoded_by("second")) == 2
     assert "1 shards" in caplog.text and "they are made again" in caplog.text
     assert torch.allclose(ClipDataset(tmp_path)[0, 0]["audio"], first + 1, atol=0.01)
     assert json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "second"
@@ -195,31 +195,31 @@ def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplo
 
 def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tmp_path, monkeypatch):
     own = replace(config, folder=str(tmp_path), utterances=17, clips_per_utterance=1, workers=0)
-    precompute(own, build_first, heard_by("first"))
+    precompute(own, build_first, encoded_by("first"))
     real = precompute_module.write_shard
 
-    def stopped(path, *given, **facts):
+    def stopped(path, *given, **metadata):
         if path.name != "shard_00000.safetensors":
             raise KeyboardInterrupt
-        real(path, *given, **facts)
+        real(path, *given, **metadata)
 
     with monkeypatch.context() as patch:
         patch.setattr(precompute_module, "write_shard", stopped)
         with pytest.raises(KeyboardInterrupt):
-            precompute(own, build_second, heard_by("second"))
+            precompute(own, build_second, encoded_by("second"))
     with pytest.raises(ValueError, match=r"two encoders.*finish sonic precompute"):
         ClipDataset(tmp_path)
-    assert precompute(own, build_second, heard_by("second")) == 17 == len(ClipDataset(tmp_path))
+    assert precompute(own, build_second, encoded_by("second")) == 17 == len(ClipDataset(tmp_path))
 
 
 def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplog):
     own = replace(config, folder=str(tmp_path), utterances=16, clips_per_utterance=1, workers=0)
     precompute(own, build_untrained)
     kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
-    precompute(own, build_first, heard_by("first"))
+    precompute(own, build_first, encoded_by("first"))
     assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
     assert "speech_hash" not in json.loads((tmp_path / "index.json").read_text())
-    precompute(replace(own, utterances=17), build_first, heard_by("first"))
+    precompute(replace(own, utterances=17), build_first, encoded_by("first"))
     assert "1 older shards" in caplog.text and json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "first"
 
 
@@ -231,9 +231,9 @@ def test_clips_made_otherwise_are_not_taken_for_ones_own(config):
 
 
 def test_a_folder_that_grows_makes_its_last_shard_anew(tmp_path):
-    told = {"kind": "spoken", "folder": str(tmp_path / "voices"), "latent_frames": 6, "clips_per_utterance": 1, "workers": 0}
-    assert precompute(PrecomputeConfig(utterances=2, **told), build_untrained) == 2
-    assert precompute(PrecomputeConfig(utterances=5, **told), build_untrained) == 5
+    settings = {"kind": "spoken", "folder": str(tmp_path / "voices"), "latent_frames": 6, "clips_per_utterance": 1, "workers": 0}
+    assert precompute(PrecomputeConfig(utterances=2, **settings), build_untrained) == 2
+    assert precompute(PrecomputeConfig(utterances=5, **settings), build_untrained) == 5
 
 
 def test_an_unknown_kind_names_the_choices(config):

@@ -9,7 +9,7 @@ import shutil
 import av
 import numpy as np
 import pytest
-from recordings import RATE, encode, film_of, heard, offset_ms, plain_decode, restamp, voice
+from recordings import RATE, attn_out, encode, offset_ms, plain_decode, restamp, video_of, voice
 
 from sonic.data.audio import NoSound, load_soundtrack, load_speech
 from sonic.data.video import VideoWriter
@@ -81,10 +81,10 @@ def channels_of(samples: np.ndarray, count: int) -> np.ndarray:
 def test_the_sound_of_every_kind_is_as_long_as_the_video_and_in_time(tmp_path, kind):
     suffix, codec, rate, channels, options, says_delay = KINDS[kind]
     path = encode(tmp_path / f"a.{suffix}", channels_of(voice(SECONDS, rate), channels), codec, rate=rate, options=options)
-    speech, film = heard(path, tmp_path)
+    speech, video = attn_out(path, tmp_path)
     references = [plain_decode(path), speech.samples, *([voice(SECONDS)] if says_delay else [])]
     for reference in references:
-        late, correlation = offset_ms(film, reference)
+        late, correlation = offset_ms(video, reference)
         assert abs(late) < 10 and correlation > 0.9
     assert speech.seconds == pytest.approx(SECONDS, abs=0.15)
 
@@ -94,7 +94,7 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
     change, silences = CLOCKS[clock]
     source = encode(tmp_path / "whole.webm", voice(SECONDS, 48_000)[None], "libopus", rate=48_000)
     with caplog.at_level(logging.WARNING):
-        speech, film = heard(restamp(source, tmp_path / "a.mka", change), tmp_path)
+        speech, video = attn_out(restamp(source, tmp_path / "a.mka", change), tmp_path)
     kept, truth = plain_decode(source), []
     first = 0
     for second, length in silences:
@@ -104,7 +104,7 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
         first = cut + lost
     truth = np.concatenate([*truth, kept[first:]])
     assert speech.seconds == pytest.approx(len(truth) / RATE, abs=0.005)
-    for found in (speech.samples, film):
+    for found in (speech.samples, video):
         for part in (slice(0, round(0.7 * RATE)), slice(round(-0.7 * RATE) + len(truth), len(truth))):
             late, correlation = offset_ms(found[part], truth[part])
             assert abs(late) < 2 and correlation > 0.9
@@ -117,11 +117,11 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
 @pytest.mark.parametrize(("suffix", "codec"), [("m4a", "aac"), ("ts", "aac"), ("ogg", "libopus"), ("wma", "wmav2")])
 def test_every_container_with_a_clock_shows_its_pauses(tmp_path, suffix, codec):
     source = encode(tmp_path / f"whole.{suffix}", voice(3.0, 48_000)[None], codec, rate=48_000)
-    speech, film = heard(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 60 else 0.0), tmp_path)
+    speech, video = attn_out(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 60 else 0.0), tmp_path)
     assert speech.seconds == pytest.approx(len(plain_decode(source)) / RATE + 1, abs=0.03)
-    quiet = np.abs(film[: len(film) // 160 * 160]).reshape(-1, 160).max(axis=1) < 3e-3
+    quiet = np.abs(video[: len(video) // 160 * 160]).reshape(-1, 160).max(axis=1) < 3e-3
     assert 95 <= quiet.sum() <= 105
-    assert offset_ms(film, speech.samples)[1] > 0.9
+    assert offset_ms(video, speech.samples)[1] > 0.9
 
 
 def test_a_jump_of_hours_is_no_pause(tmp_path, caplog):
@@ -136,11 +136,11 @@ def test_a_recording_may_change_rate_and_channels_on_the_way(tmp_path):
     second = encode(tmp_path / "b.mp3", voice(1.0, 24_000, seed=1)[None], "libmp3lame", rate=24_000)
     both = tmp_path / "both.mp3"
     both.write_bytes(first.read_bytes() + second.read_bytes())
-    speech, film = heard(both, tmp_path)
+    speech, video = attn_out(both, tmp_path)
     assert speech.seconds == pytest.approx(2.05, abs=0.1)
-    assert offset_ms(film, speech.samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.05))
-    assert abs(offset_ms(film, 0.8 * voice(1.0))[0]) < 10
-    assert abs(offset_ms(film, voice(1.0, seed=1))[0] - 1000) < 80  # the second encoder's own delay is heard, too
+    assert offset_ms(video, speech.samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.05))
+    assert abs(offset_ms(video, 0.8 * voice(1.0))[0]) < 10
+    assert abs(offset_ms(video, voice(1.0, seed=1))[0] - 1000) < 80  # the second encoder's own delay is heard, too
 
 
 @pytest.mark.parametrize("frames", [1, 40, 10_000])
@@ -150,9 +150,9 @@ def test_a_wrong_number_of_frames_in_the_xing_header_does_not_matter(tmp_path, f
     header = max(data.find(b"Xing"), data.find(b"Info"))
     data[header + 8 : header + 12] = frames.to_bytes(4, "big")
     path.write_bytes(data)
-    speech, film = heard(path, tmp_path)
+    speech, video = attn_out(path, tmp_path)
     assert speech.seconds == pytest.approx(SECONDS, abs=0.06)
-    assert abs(offset_ms(film, speech.samples)[0]) < 1
+    assert abs(offset_ms(video, speech.samples)[0]) < 1
 
 
 def test_what_follows_the_last_frame_of_an_mp3_does_not_spoil_it(tmp_path):
@@ -163,23 +163,23 @@ def test_what_follows_the_last_frame_of_an_mp3_does_not_spoil_it(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "codec", "layout"), MANY_CHANNELS)
 @pytest.mark.parametrize("speaker", [2, -1])
-def test_a_speaker_on_any_of_many_channels_is_heard(tmp_path, suffix, codec, layout, speaker):
+def test_a_speaker_on_any_of_many_channels_is_encoded(tmp_path, suffix, codec, layout, speaker):
     channels = np.zeros((av.AudioLayout(layout).nb_channels, round(SECONDS * 16_000)), np.float32)
     channels[speaker] = 2 * voice(SECONDS)
-    speech, film = heard(encode(tmp_path / f"a.{suffix}", channels, codec, rate=16_000, layout=layout), tmp_path)
-    for found in (speech.samples, film):
+    speech, video = attn_out(encode(tmp_path / f"a.{suffix}", channels, codec, rate=16_000, layout=layout), tmp_path)
+    for found in (speech.samples, video):
         late, correlation = offset_ms(found, voice(SECONDS))
         assert abs(late) < 10 and correlation > 0.9
         assert np.abs(found).max() > 0.02
 
 
 @pytest.mark.parametrize(("first", "second"), [(-1.0, -1.0), (-0.9, -0.9), (1.0, -1.0)])
-def test_channels_out_of_phase_are_heard_on_one_loudspeaker(tmp_path, first, second):
+def test_channels_out_of_phase_are_encoded_on_one_loudspeaker(tmp_path, first, second):
     samples = voice(SECONDS)
     half = len(samples) // 2
     right = np.concatenate([first * samples[:half], second * samples[half:]])
-    speech, film = heard(encode(tmp_path / "a.wav", np.stack([samples, right]), "pcm_s16le", rate=RATE), tmp_path)
-    for found in (speech.samples, film):
+    speech, video = attn_out(encode(tmp_path / "a.wav", np.stack([samples, right]), "pcm_s16le", rate=RATE), tmp_path)
+    for found in (speech.samples, video):
         assert offset_ms(found, samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.02))
         assert np.abs(found).max() > 0.9 * np.abs(samples).max()
 
@@ -202,9 +202,9 @@ def test_ordinary_recordings_are_the_mean_of_the_resampled_channels_to_the_bit(t
 
 def test_a_video_longer_than_its_recording_is_silent_to_its_end(tmp_path):
     speech = load_speech(encode(tmp_path / "a.mp3", voice(1.0, 44_100)[None], "libmp3lame", rate=44_100))
-    pictures, sound = film_of(speech, tmp_path / "film.mp4", frames=60)
+    pictures, sound = video_of(speech, tmp_path / "video.mp4", frames=60)
     assert pictures == pytest.approx(2.4) and sound == pytest.approx(2.4, abs=0.001)
-    assert not plain_decode(tmp_path / "film.mp4")[round(1.1 * RATE) :].round(3).any()
+    assert not plain_decode(tmp_path / "video.mp4")[round(1.1 * RATE) :].round(3).any()
 
 
 @pytest.mark.parametrize("name", ["12:30", "a%03d", "http:x", os.fsdecode(b"caf\xe9"), "'quoted' and spaced"])
@@ -212,7 +212,7 @@ def test_any_name_will_do_for_recording_and_video(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     recording = f"{name}.mp3"
     shutil.copy(encode(tmp_path / "a.mp3", voice(1.0, 44_100)[None], "libmp3lame", rate=44_100), tmp_path / recording)
-    film_of(load_speech(recording), tmp_path / f"{name}.mp4")
+    video_of(load_speech(recording), tmp_path / f"{name}.mp4")
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp3", recording, f"{name}.mp4"}
     assert abs(offset_ms(load_soundtrack(tmp_path / f"{name}.mp4"), voice(1.0))[0]) < 10
 
@@ -226,7 +226,7 @@ def test_tags_in_any_encoding_do_not_stop_a_recording(tmp_path):
 
 def test_a_long_recording_is_never_held_as_a_whole(tmp_path):
     speech = load_speech(encode(tmp_path / "a.mp3", channels_of(voice(30.0, 44_100), 2), "libmp3lame", rate=44_100))
-    with VideoWriter(tmp_path / "film.mp4", 16, 16, num_frames=750, speech=speech) as writer:
+    with VideoWriter(tmp_path / "video.mp4", 16, 16, num_frames=750, speech=speech) as writer:
         most = 0
         for _ in range(750):
             writer.write(np.zeros((1, 16, 16, 3), np.uint8))

@@ -210,8 +210,8 @@ def test_a_video_that_a_telephone_has_turned_is_read_upright(tmp_path):
         writer.write(np.stack([picture] * 2))
     file = bytearray((tmp_path / "a.mp4").read_bytes())
     level, turned = ([1 << 16, 0, 0, 0, 1 << 16], [0, 1 << 16, 0, -1 << 16, 0])  # of the track's matrix: by 90 degrees clockwise
-    place = file.index(struct.pack(">5i", *level), file.index(b"tkhd"))
-    file[place : place + 20] = struct.pack(">5i", *turned)
+    offset = file.index(struct.pack(">5i", *level), file.index(b"tkhd"))
+    file[offset : offset + 20] = struct.pack(">5i", *turned)
     (tmp_path / "b.mp4").write_bytes(file)
     found = next(read_frames(tmp_path / "b.mp4"))
     assert found.shape == (64, 32, 3) and found[:32].mean() > 200 and found[32:].mean() < 50  # what was left is up now
@@ -232,9 +232,9 @@ def test_the_same_frames_are_the_same_file_whatever_memory_held_before(tmp_path)
     frames = [np.clip(still + 20 * np.sin(index / 3), 0, 255).astype(np.uint8) for index in range(10)]
     files = set()
     for count in range(60):
-        spoilt = np.full(1000 * (1 + count), count, np.uint8)  # what is freed here lies below the next film
+        spoilt = np.full(1000 * (1 + count), count, np.uint8)  # what is freed here lies below the next video
         del spoilt
-        with VideoWriter(tmp_path / "film.mp4", 82, 66, num_frames=10) as writer:
+        with VideoWriter(tmp_path / "video.mp4", 82, 66, num_frames=10) as writer:
             writer.write(np.stack(frames))
-        files.add((tmp_path / "film.mp4").read_bytes())
+        files.add((tmp_path / "video.mp4").read_bytes())
     assert len(files) == 1

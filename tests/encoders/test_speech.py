@@ -20,17 +20,17 @@ def noise(seconds):
 
 
 def test_every_video_frame_has_its_features(encoder):
-    assert encoder.hear(noise(1.0), 37).shape == (1, 160, 37)
+    assert encoder.encode_audio(noise(1.0), 37).shape == (1, 160, 37)
 
 
 def test_chunks_change_nothing(encoder, monkeypatch):
     samples = noise(4.0)
-    whole = encoder.hear(samples, 100)
+    whole = encoder.encode_audio(samples, 100)
     monkeypatch.setattr(LogMelEncoder, "CHUNK", 7)
-    assert_close(encoder.hear(samples, 100), whole, atol=2e-5, rtol=0)
+    assert_close(encoder.encode_audio(samples, 100), whole, atol=2e-5, rtol=0)
 
 
-def test_nothing_beyond_the_margin_is_heard(encoder):
+def test_nothing_beyond_the_margin_is_encoded(encoder):
     columns = torch.randn(1, 2 * 80, MELS)
     other = columns.clone()
     other[:, : 2 * (40 - LogMelEncoder.MARGIN)] = SILENT_COLUMN

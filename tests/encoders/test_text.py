@@ -51,9 +51,9 @@ def test_prompts_are_cleaned_as_published():
     assert cleaned("\u201ca person\u201d\uff0c talking") == '"a person", talking'
 
 
-def test_without_the_mender_a_prompt_is_read_as_typed_and_said_so(monkeypatch, caplog):
+def test_without_the_mender_a_prompt_is_read_as_typed_and_reported_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    monkeypatch.setattr("sonic.encoders.text.log", logging.getLogger("told"))
+    monkeypatch.setattr("sonic.encoders.text.log", logging.getLogger("details"))
     assert cleaned("a\uff0cb") == "a\uff0cb"
     assert "ftfy" in caplog.text
     caplog.clear()

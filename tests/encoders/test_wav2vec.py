@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from sonic.encoders.wav2vec import Wav2VecEncoder, frame_places, pick_frames, stretch
+from sonic.encoders.wav2vec import Wav2VecEncoder, frame_positions, pick_frames, stretch
 
 TINY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": [8] * 7, "conv_bias": True,
@@ -30,7 +30,7 @@ def speech(seconds):
 
 
 def test_every_frame_has_all_layers_and_frames_after_the_end_are_silent(encoder):
-    found = encoder.hear(speech(1.0), 40)
+    found = encoder.encode_audio(speech(1.0), 40)
     assert found.shape == (3, 16, 40)
     assert found[..., :20].abs().min(1).values.max() > 0 and not found[..., 26:].any()
 
@@ -41,13 +41,13 @@ def test_features_picked_window_by_window_are_those_of_all_states(encoder, secon
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
     monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", in_memory)
     sound = speech(seconds)
-    expected = pick_frames(stretch(encoder.states(sound)), frame_places(70, 25))
-    assert_close(encoder.hear(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
+    expected = pick_frames(stretch(encoder.states(sound)), frame_positions(70, 25))
+    assert_close(encoder.encode_audio(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
 
 
-def test_voices_are_heard_each_for_itself(encoder):
+def test_voices_are_encoded_each_for_itself(encoder):
     voices = [speech(1.0), -speech(0.5)]
-    assert_close(encoder.hear_each(voices, 30), torch.stack([encoder.hear(voice, 30) for voice in voices]))
+    assert_close(encoder.encode_audio_batch(voices, 30), torch.stack([encoder.encode_audio(voice, 30) for voice in voices]))
 
 
 def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(encoder, tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(enco
     monkeypatch.setattr("sonic.encoders.wav2vec.os.posix_fallocate", full, raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=rf"needed in {tmp_path} .* TMPDIR"):
-        encoder.hear(speech(1.0), 40)
+        encoder.encode_audio(speech(1.0), 40)
     assert not list(tmp_path.iterdir())
 
 
@@ -67,10 +67,10 @@ def test_a_disk_that_cannot_promise_room_is_used_without(encoder, reason, monkey
     def refuse(*_):
         raise OSError(reason, "not supported") if reason else AttributeError("macOS")
 
-    expected = encoder.hear(speech(1.0), 40)
+    expected = encoder.encode_audio(speech(1.0), 40)
     monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", 0)
     monkeypatch.setattr("sonic.encoders.wav2vec.os.posix_fallocate", refuse, raising=False)
-    assert_close(encoder.hear(speech(1.0), 40), expected)
+    assert_close(encoder.encode_audio(speech(1.0), 40), expected)
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 3.0])
@@ -84,7 +84,7 @@ def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
     assert_close(windows[0], whole[0], atol=1e-3, rtol=1e-3)
 
 
-def test_windows_hear_almost_what_the_whole_recording_says(encoder, monkeypatch):
+def test_windows_encode_almost_what_the_whole_recording_says(encoder, monkeypatch):
     whole = encoder.states(speech(40.0))
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 15)
     apart = (encoder.states(speech(40.0)) - whole).square().mean(-1).sqrt() / whole.square().mean(-1).sqrt()
@@ -100,7 +100,7 @@ def test_the_ends_stay_the_ends_at_another_rate():
 
 def test_a_frame_is_driven_by_the_sound_of_its_time():
     states = torch.arange(60.0).reshape(1, 60, 1)
-    found = pick_frames(states, frame_places(25, 25))
+    found = pick_frames(states, frame_positions(25, 25))
     assert_close(found.flatten() / 30, torch.arange(25) / 25, atol=0.5 / 30 + 1e-6, rtol=0)
 
 

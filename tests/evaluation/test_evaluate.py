@@ -12,7 +12,7 @@ from video_files import read_frames
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
 from sonic.evaluation.evaluate import GOALS, Case, cases, evaluate, scored
-from sonic.inference.components import untrained_parts
+from sonic.inference.components import untrained_components
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.synthetic import draw_face, puppet
 from sonic.training.train_config import EvalConfig, EvaluateConfig
@@ -24,7 +24,7 @@ def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("eval") / "out.json"
     model = ModelConfig(resolution=192)
     config = EvaluateConfig(json=str(path), eval=EvalConfig(clips=2, seconds=2.0), model=model, sampler=SamplerConfig(sample_steps=1))
-    evaluate(config, untrained_parts(model, device=torch.device("cpu")))
+    evaluate(config, untrained_components(model, device=torch.device("cpu")))
     return json.loads(path.read_text())
 
 
@@ -57,7 +57,7 @@ def test_a_mouth_held_open_in_silence_counts_as_motion():
     held[:, 0] = 1
     speaking = held * (torch.arange(25) % 6 < 3).float().unsqueeze(1)
     spoken, opened = (draw_face.animate(person, visemes)[0] for visemes in (speaking, held))
-    track = puppet.travel(person.mouth, speaking).numpy()
+    track = puppet.lip_displacement(person.mouth, speaking).numpy()
     case = Case(person, np.ones(16_000, np.float32), track, track[::-1], spoken)
     figures = scored(case, lambda case, samples: spoken if samples.any() else opened, 12).figures
     assert figures["silent_motion_ratio"] == pytest.approx(2**0.5, rel=0.1)  # open all the time, not half of it
@@ -72,26 +72,26 @@ def test_a_seed_means_the_same_people_and_another_seed_others():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "told"),
+    ("options", "expected"),
     [
         ({"model": ModelConfig(name="wan_s2v_14b", autoencoder="wan", resolution=0)}, "model=wan_s2v_14b paints whole.*sonic judge"),
         ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 changes no figure; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(knobs, told):
-    with pytest.raises(ValueError, match=told):
-        evaluate(EvaluateConfig(**knobs))
+def test_what_cannot_be_scored_is_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        evaluate(EvaluateConfig(**options))
 
 
-def test_the_size_of_the_film_is_that_of_the_drawn_portrait(tmp_path):
+def test_the_size_of_the_video_is_that_of_the_drawn_portrait(tmp_path):
     pytest.importorskip("espeakng_loader")
     model, made = ModelConfig(resolution=96), {}
-    parts = untrained_parts(model, device=torch.device("cpu"))
+    components = untrained_components(model, device=torch.device("cpu"))
     for size, side in (("photo", 96), ("192x64", 110)):
-        told = EvalConfig(clips=1, seconds=2.0, videos=str(tmp_path / size), films=1)
+        expected = EvalConfig(clips=1, seconds=2.0, videos=str(tmp_path / size), num_videos=1)
         sampler, video = SamplerConfig(sample_steps=1), VideoConfig(size=size)
-        made[size] = evaluate(EvaluateConfig(eval=told, model=model, sampler=sampler, video=video), parts)
+        made[size] = evaluate(EvaluateConfig(eval=expected, model=model, sampler=sampler, video=video), components)
         assert next(read_frames(tmp_path / size / "clip_000.mp4")).shape == (side, side, 3)
     assert made["photo"]["identity_psnr_db"]["mean"] != made["192x64"]["identity_psnr_db"]["mean"]
 

@@ -10,9 +10,9 @@ from sonic.evaluation import metrics
 from sonic.synthetic import draw_face, puppet, voices
 
 
-def place_of(person):
+def index_of(person):
     shape = person.mouth
-    return metrics.MouthPlace(shape.x, shape.y, shape.unit, shape.roll, lower=shape.curve + 0.65 * shape.gap, curve=shape.curve)
+    return metrics.MouthGeometry(shape.x, shape.y, shape.unit, shape.roll, lower=shape.curve + 0.65 * shape.gap, curve=shape.curve)
 
 
 def spoken(seed, frames=100):
@@ -22,7 +22,7 @@ def spoken(seed, frames=100):
     return person, torch.from_numpy(tracks[0]), tracks[1]
 
 
-def at_rest(person):
+def pause_watchdog(person):
     return torch.from_numpy(person.picture).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -30,29 +30,29 @@ def at_rest(person):
 def test_the_opening_is_read_from_true_frames(seed):
     person, visemes, _ = spoken(seed)
     frames, _ = draw_face.animate(person, visemes)
-    read = metrics.mouth_opening(frames, at_rest(person), place_of(person))
-    assert metrics.correlation(read, puppet.travel(person.mouth, visemes).numpy()) >= 0.98
+    read = metrics.mouth_opening(frames, pause_watchdog(person), index_of(person))
+    assert metrics.correlation(read, puppet.lip_displacement(person.mouth, visemes).numpy()) >= 0.98
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_soft_and_tinted_mouth_does_not_lead_the_reader_astray(seed):
     person, visemes, _ = spoken(seed)
     frames, _ = draw_face.animate(person, visemes)
-    changed = ((frames - at_rest(person)).abs().mean(1, keepdim=True) > 0.15).float()
+    changed = ((frames - pause_watchdog(person)).abs().mean(1, keepdim=True) > 0.15).float()
     soft = torch.nn.functional.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
     tinted = (soft + changed * torch.tensor([0.1, -0.05, -0.05]).view(3, 1, 1)).clamp(-1, 1)
-    read = metrics.mouth_opening(tinted, at_rest(person), place_of(person))
-    assert metrics.correlation(read, puppet.travel(person.mouth, visemes).numpy()) >= 0.95
+    read = metrics.mouth_opening(tinted, pause_watchdog(person), index_of(person))
+    assert metrics.correlation(read, puppet.lip_displacement(person.mouth, visemes).numpy()) >= 0.95
 
 
 def test_a_still_mouth_reads_zero():
     person, _, _ = spoken(3)
-    read = metrics.mouth_opening(at_rest(person).expand(5, -1, -1, -1), at_rest(person), place_of(person))
+    read = metrics.mouth_opening(pause_watchdog(person).expand(5, -1, -1, -1), pause_watchdog(person), index_of(person))
     assert np.abs(read).max() < 0.01
 
 
 def test_the_mask_leaves_out_the_mouth_and_keeps_the_rest():
-    mask = metrics.mouth_mask(metrics.MouthPlace(96, 106, 24), 192, 192)
+    mask = metrics.mouth_mask(metrics.MouthGeometry(96, 106, 24), 192, 192)
     assert mask[106, 96] == 0 and mask[130, 96] == 0
     assert mask[60, 96] == 1 and mask[106, 20] == 1
     assert 0.8 < mask.mean() < 0.97

@@ -54,10 +54,10 @@ def scorer(tmp_path, monkeypatch):
 
 
 def config(*argv):
-    return compose(ENTRY, ["clips=3", "films=0", "seeds=[1,2]", *argv])
+    return compose(ENTRY, ["clips=3", "num_videos=0", "seeds=[1,2]", *argv])
 
 
-def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
+def test_a_cell_is_reported_its_choices_and_every_seed(tmp_path):
     made = config(GRID)
     cell = cells_of(made, tmp_path)[1]
     first, second = commands(made, cell)
@@ -66,9 +66,9 @@ def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
     assert cell.name == "sample_steps=4, weights=teacher"
 
 
-def test_a_cell_is_told_of_the_machine_where_that_was_said(tmp_path):
-    told = commands(config(GRID, "run.threads=1", "run.dtype=bfloat16"), cells_of(config(GRID), tmp_path)[0])[0]
-    assert "run.threads=1" in told and "run.dtype=bfloat16" in told and not any(item.startswith("run.device") for item in told)
+def test_a_cell_is_reported_of_the_machine_where_that_was_reported(tmp_path):
+    given = commands(config(GRID, "run.threads=1", "run.dtype=bfloat16"), cells_of(config(GRID), tmp_path)[0])[0]
+    assert "run.threads=1" in given and "run.dtype=bfloat16" in given and not any(item.startswith("run.device") for item in given)
     assert not any(item.startswith("run.") for item in commands(config(GRID), cells_of(config(GRID), tmp_path)[0])[0])
 
 
@@ -99,7 +99,7 @@ def test_a_cell_that_is_asked_otherwise_is_scored_again(scorer, tmp_path, caplog
     assert len(json.loads((cells[0].folder.with_name(f"left_{cells[0].folder.name}") / "seed_1.json").read_text())["openings"]) == 3
 
 
-def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
+def test_failed_cells_are_reported_and_tried_again_when_asked(scorer, tmp_path):
     made = config("grid={sampler.sample_steps: [2, 3]}", "jobs=2")
     good, bad = sweep(made, tmp_path)
     assert good.figures and not bad.figures
@@ -112,7 +112,7 @@ def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["sys.exit(130)", "__import__('os').kill(__import__('os').getpid(), 2)"])
-def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_told_then(scorer, stop, tmp_path, caplog):
+def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_reported_then(scorer, stop, tmp_path, caplog):
     healthy = scorer.read_text()
     scorer.write_text(SCORER.format(names=FIGURES, stop=stop))
     grid = "grid={sampler.sample_steps: [5]}"
@@ -168,16 +168,16 @@ def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scor
     cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}"), tmp_path)
     page = write_report(cells, tmp_path, title="steps")
     rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
-    told = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
+    given = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
     reference = np.array([0.0, 0.25, 0.0, -1.0])
-    assert told["teacher", "4"] == told["student", "4"] == 0.0
-    assert told["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and told["student", "2"] < told["student", "1"]
+    assert given["teacher", "4"] == given["student", "4"] == 0.0
+    assert given["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and given["student", "2"] < given["student", "1"]
     assert Page(page.read_text()).tags.count("svg") == 4
 
 
 # clicks the button, looks, clicks again and looks again
 PROBE = """
-const look=()=>({fits:document.body.scrollWidth<=innerWidth,films:[...document.querySelectorAll('video')]
+const look=()=>({fits:document.body.scrollWidth<=innerWidth,videos:[...document.querySelectorAll('video')]
 .map(v=>({width:v.videoWidth,time:v.currentTime,paused:v.paused}))});
 const wait=ms=>new Promise(done=>setTimeout(done,ms));
 addEventListener('load',async()=>{const button=document.querySelector('.row button');await wait(1000);button.click();await wait(1000);
@@ -185,7 +185,7 @@ const playing=look();button.click();await wait(500);document.title=JSON.stringif
 """
 
 
-def test_a_browser_plays_its_films(report, tmp_path):
+def test_a_browser_plays_its_videos(report, tmp_path):
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no chromium on this machine; .ci/run installs it where it may")
@@ -198,17 +198,17 @@ def test_a_browser_plays_its_films(report, tmp_path):
         done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
         return json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
 
-    def all_play(look: dict) -> bool:
-        return all(film["width"] == 64 and film["time"] > 0 and not film["paused"] for film in look["films"])
+    def all_roles(look: dict) -> bool:
+        return all(video["width"] == 64 and video["time"] > 0 and not video["paused"] for video in look["videos"])
 
-    # the page's seconds are the browser's, not the machine's: where other work holds up the decoder they pass before a film begins
+    # the page's seconds are the browser's, not the machine's: where other work holds up the decoder they pass before a video begins
     for _ in range(5):
         playing, stopped = looks()
-        if all_play(playing):
+        if all_roles(playing):
             break
-    assert len(playing["films"]) == len(stopped["films"]) == 2 and playing["fits"]
-    assert all_play(playing), playing
-    assert all(film["paused"] for film in stopped["films"])
+    assert len(playing["videos"]) == len(stopped["videos"]) == 2 and playing["fits"]
+    assert all_roles(playing), playing
+    assert all(video["paused"] for video in stopped["videos"])
 
 
 def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
@@ -220,27 +220,27 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "given"),
     [
         ("grid={}", "grid is empty"),
         ("grid={seed: 3}", "not a list"),
         ("jobs=0", "at least 1"),
         ("minutes=0", "at least 1"),
         ("engine=slrm", "choose one of"),
-        ("exclude=[{steps: 4}]", "does not name knobs"),
+        ("exclude=[{steps: 4}]", "does not name options"),
     ],
 )
-def test_a_sweep_that_makes_no_sense_is_refused(typed, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_sweep_that_makes_no_sense_is_refused(typed, given):
+    with pytest.raises(ValueError, match=given):
         compose(ENTRY, [GRID, typed])
 
 
-@pytest.mark.parametrize(("engine", "package"), [("submitit", "slurm"), ("ray", "ray")])
+@pytest.mark.parametrize(("engine", "package"), [("submitit", "submitit"), ("ray", "ray")])
 def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_path):
     try:
         __import__(engine)
     except ImportError:
-        with pytest.raises(ValueError, match=rf"-e .\[{package}\]"):
+        with pytest.raises(ValueError, match=f"pip install {package}"):
             sweep(config(GRID, f"engine={engine}"), tmp_path)
     else:
         pytest.skip(f"{engine} is installed")
@@ -290,7 +290,7 @@ def test_a_worker_of_ray_that_is_lost_is_its_cells_failure_and_no_end_of_the_swe
 
 def test_grid_items_of_the_command_line_are_gathered():
     made = compose(
-        ENTRY, ablate_command.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "films=1"])
+        ENTRY, ablate_command.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "num_videos=1"])
     )
     assert made.grid == {"sampler.sample_steps": [2, 3], "video.size": ["64x64", "128x128"]}
     assert json.dumps(made.grid)

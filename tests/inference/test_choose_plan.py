@@ -17,7 +17,7 @@ from sonic.cli import compose, run_command
 from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.inference import choose_plan
-from sonic.inference.choose_plan import forecast
+from sonic.inference.choose_plan import estimate
 from sonic.inference.distributed_rollout import distributed_clip
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.hardware import hardware_here, host_bytes
@@ -38,7 +38,7 @@ def infer(*overrides: str) -> int:
 
 @pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])
 def test_auto_means_what_the_planner_chooses(ranks, plan):
-    found = forecast(config(), Ranks(0, ranks, 0, ranks), CPU)
+    found = estimate(config(), Ranks(0, ranks, 0, ranks), CPU)
     assert found.parallel.name == plan
     assert sum(found.parallel.layers or [6]) == 6
 
@@ -47,7 +47,7 @@ def test_auto_means_what_the_planner_chooses(ranks, plan):
 @pytest.mark.parametrize(("model", "plans"), [("preview", STREAM), ("wan_s2v_14b", CLIPS), ("live_avatar_14b", STREAM)])
 def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model, plans, ranks):
     tiny = [*TINY[:7], "hardware=cpu", "hardware.usable_gib=1000", "video.size=64x64", "model.audio.audio_dim=16", "model.text.text_dim=8"]
-    found = forecast(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
+    found = estimate(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
     assert found.parallel.name in plans
 
 
@@ -58,7 +58,7 @@ def without_weights(monkeypatch):
 
 
 def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
-    found = forecast(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
+    found = estimate(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
     assert found.parallel.name in CLIPS
 
 
@@ -66,12 +66,12 @@ def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
 def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded_in_the_words_of_those_who_make_them(without_weights, ranks):
     asked = ["model=wan_s2v_14b", "+preset=standard", "hardware=8x24gb"]
     with pytest.raises(ValueError, match="a clip with full attention") as early:
-        forecast(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
+        estimate(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
     context = SimpleNamespace(world=SimpleNamespace(stages=ranks))
     with pytest.raises(ValueError, match="a clip with full attention") as late:
         distributed_clip(None, None, 3, sampling=None, context=context)
     assert str(early.value).partition(" runs ")[2] == str(late.value).partition(" runs ")[2] != ""
-    assert forecast(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
+    assert estimate(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
 
 
 def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_in_it(without_weights, tmp_path):
@@ -83,40 +83,42 @@ def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_
     named = [json.dumps({"image": str(tmp_path / name)}) for name in ("tiny.png", "large.jpg", "broken.png", "nobody.png", "", "a\0b")]
     bad = ["", "{", "[1]", "[" * 100_000, '{"image": 3}', '{"image": null}']
 
-    def size(*told: str, lines: Sequence[str] = ()) -> str:
-        (tmp_path / "films.jsonl").write_text("\n".join(lines))
-        given = (f"requests={tmp_path / 'films.jsonl'}",) if lines else ()
-        return forecast(config(*asked, *told, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
+    def size(*overrides: str, lines: Sequence[str] = ()) -> str:
+        (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+        given = (f"requests={tmp_path / 'requests.jsonl'}",) if lines else ()
+        return estimate(config(*asked, *overrides, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
 
     assert size(lines=['{"seed": 1}', *bad]) == size()
     assert size(lines=['{"seed": 1}', *bad, *named]) == size(f"image={tmp_path / 'large.jpg'}") != size()
     assert size(lines=bad) == "photo"
     with pytest.raises(ValueError, match="GiB are missing"):
-        forecast(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
-    (tmp_path / "films.jsonl").write_text(named[1])
+        estimate(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
+    (tmp_path / "requests.jsonl").write_text(named[1])
     with pytest.raises(ValueError, match="GiB are missing"):
-        forecast(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'films.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
+        estimate(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
 def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(without_weights):
     asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
-        forecast(config(*asked), Ranks(0, 2, 0, 2), CPU)
+        estimate(config(*asked), Ranks(0, 2, 0, 2), CPU)
     for change in re.findall(r"\(([\w.]+=[^()]*)\)", str(refusal.value).partition("plan.force")[0]):
-        assert forecast(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
+        assert estimate(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
 
 
 def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_weights):
     small = ["hardware=4x24gb", "hardware.usable_gib=13", "model=live_avatar_14b", "video.size=704x384", "parallel=pipeline"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 4 x 13\.0 GiB; would fit: .*plan\.force=true"):
-        forecast(config(*small), Ranks(0, 4, 0, 4), CPU)
-    assert forecast(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
+        estimate(config(*small), Ranks(0, 4, 0, 4), CPU)
+    assert estimate(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
 
 
-@pytest.mark.parametrize(("told", "device", "resident"), [((), "cuda", 13.3), (("offload.resident_gib=3",), "cuda", 3), ((), "cpu", -1)])
-def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_for(told, device, resident, without_weights):
+@pytest.mark.parametrize(
+    ("overrides", "device", "resident"), [((), "cuda", 13.3), (("offload.resident_gib=3",), "cuda", 3), ((), "cpu", -1)]
+)
+def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_for(overrides, device, resident, without_weights):
     plan = ["hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "offload.kv=host", "plan.force=true"]
-    found = forecast(config(*plan, *told), Ranks(), torch.device(device))
+    found = estimate(config(*plan, *overrides), Ranks(), torch.device(device))
     assert found.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
     assert found.parallel.offload.kv == "host"
 
@@ -124,7 +126,7 @@ def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_
 @pytest.mark.parametrize(("local", "copies"), [(4, 4), (2, 2)])
 def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weights):
     plan = ["hardware=4x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "parallel.replicas=-1", "plan.force=true"]
-    found = forecast(config(*plan), Ranks(0, 4, 0, local), CPU)
+    found = estimate(config(*plan), Ranks(0, 4, 0, local), CPU)
     assert found.config.hardware.devices == 1
     assert found.config.hardware.host_gib == 224 / copies
 
@@ -139,14 +141,14 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
     ("plan", "asked"), [("fsdp", "context=2"), ("fsdp", "replicas=2"), ("zero3", "context=2"), ("single", "replicas=-1")]
 )
 def test_a_plan_by_name_runs_as_it_was_asked_for(plan, asked):
-    found = forecast(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
+    found = estimate(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
     assert found.parallel.name == plan
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(2, "replicas=2"), (1, "replicas=1")])
 def test_the_vae_cannot_have_the_only_rank(ranks, asked):
-    with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a film and there is 1"):
-        forecast(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
+    with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a video and there is 1"):
+        estimate(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
 
 
 def test_prediction_and_measurement_lie_side_by_side(tmp_path):

@@ -1,4 +1,4 @@
-"""The main job from end to end with a tiny model: lengths, papers, the same frames again, and nothing left when it is stopped."""
+"""The main job from end to end with a tiny model: lengths, results, the same frames again, and nothing left when it is stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from infer_command import FACE, TINY, babble, small_scene, tiny_parts, write_wav, write_weights
+from infer_command import FACE, TINY, babble, small_inputs, tiny_components, write_wav, write_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
@@ -21,10 +21,10 @@ from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.image import face_crop
 from sonic.inference.conditions import encode, fit_portrait, head_pose
-from sonic.inference.generate import film
+from sonic.inference.generate import generate
 from sonic.inference.inputs import Settings
-from sonic.inference.report import Clock, Watch
-from sonic.inference.stream import ahead, at_the_end, close_seams, decoded, half_the_threads
+from sonic.inference.report import FrameRecorder, StageTimer
+from sonic.inference.stream import collect, decode_blocks, half_the_threads, prefetch, smooth_seams
 from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
@@ -46,8 +46,8 @@ def command(tmp_path, monkeypatch, weights):
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return tiny_parts()
+def components():
+    return tiny_components()
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def frames_of(scene, parts, **settings) -> np.ndarray:
-    return np.concatenate([np.asarray(chunk.pixels) for chunk in film(scene, parts, Settings(sampler=QUICK, **settings))])
+def frames_of(inputs, components, **settings) -> np.ndarray:
+    return np.concatenate([np.asarray(chunk.pixels) for chunk in generate(inputs, components, Settings(sampler=QUICK, **settings))])
 
 
 def seconds_of(path) -> tuple[int, float]:
@@ -70,27 +70,27 @@ def seconds_of(path) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 1.3])
-def test_the_film_is_as_long_as_the_recording(seconds, command, tmp_path):
+def test_the_video_is_as_long_as_the_recording(seconds, command, tmp_path):
     recording = write_wav(tmp_path / "speech.wav", babble(seconds))
-    assert command(f"audio={recording}", "name=film") == 0
-    frames, sound = seconds_of(tmp_path / "runs/film/out.mp4")
+    assert command(f"audio={recording}", "name=video") == 0
+    frames, sound = seconds_of(tmp_path / "runs/video/out.mp4")
     assert abs(frames - 25 * seconds) <= 1
     assert abs(sound - seconds) < 0.05
 
 
 @pytest.mark.parametrize(("infer_frames", "num_clip"), [(12, 2), (32, 1), (7, 3), (1, 30)])
-def test_clips_limit_the_film(infer_frames, num_clip, command, tmp_path):
+def test_clips_limit_the_video(infer_frames, num_clip, command, tmp_path):
     recording, most = write_wav(tmp_path / "speech.wav", babble(2.0)), infer_frames * num_clip
-    assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=film.mp4") == 0
-    frames, sound = seconds_of(tmp_path / "film.mp4")
+    assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=video.mp4") == 0
+    frames, sound = seconds_of(tmp_path / "video.mp4")
     assert frames == most
     assert abs(sound - most / 25) < 1024 / 16_000  # a packet of sound
 
 
-def test_a_run_keeps_its_papers(command, tmp_path, capsys):
+def test_a_run_keeps_its_results(command, tmp_path, capsys):
     recording = write_wav(tmp_path / "speech.wav", babble(0.8))
-    assert command(f"audio={recording}", "name=film", "seed=5") == 0
-    folder = tmp_path / "runs/film"
+    assert command(f"audio={recording}", "name=video", "seed=5") == 0
+    folder = tmp_path / "runs/video"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "command.txt", "git_commit.txt", "log.txt", "result.json", "contact_sheet.png", "out.mp4"
     }  # fmt: skip
@@ -102,43 +102,43 @@ def test_a_run_keeps_its_papers(command, tmp_path, capsys):
     assert str(folder / "out.mp4") in capsys.readouterr().out
 
 
-def test_the_same_seed_gives_the_same_frames_and_another_one_others(parts):
-    first, again, other = (frames_of(small_scene(seed=seed), parts) for seed in (3, 3, 4))
+def test_the_same_seed_gives_the_same_frames_and_another_one_others(components):
+    first, again, other = (frames_of(small_inputs(seed=seed), components) for seed in (3, 3, 4))
     assert (first == again).all()
     assert (first != other).any()
 
 
 @pytest.mark.parametrize("queue", [1, 3])
-def test_decoding_online_gives_the_frames_of_decoding_at_the_end(queue, parts, one_thread):
-    online, late = (frames_of(small_scene(), parts, decode=DecodeConfig(online=online, queue=queue)) for online in (True, False))
+def test_decoding_online_gives_the_frames_of_decoding_at_the_end(queue, components, one_thread):
+    online, late = (frames_of(small_inputs(), components, decode=DecodeConfig(online=online, queue=queue)) for online in (True, False))
     assert (online == late).all()
 
 
-def test_only_the_face_moves(parts):
-    scene = small_scene()
-    frames = frames_of(scene, parts)
+def test_only_the_face_moves(components):
+    inputs = small_inputs()
+    frames = frames_of(inputs, components)
     assert frames.shape == (30, 128, 160, 3)
-    assert (frames[:, :, :10] == scene.portrait.pixels[:, :10]).all()
-    assert (frames != scene.portrait.pixels).any()
+    assert (frames[:, :, :10] == inputs.portrait.pixels[:, :10]).all()
+    assert (frames != inputs.portrait.pixels).any()
 
 
-def test_a_column_of_sound_belongs_to_the_frame_of_its_time(parts):
-    scene = small_scene(30)
-    conditions, _ = encode(scene, parts, HeadConfig(), crop=face_crop(scene.portrait, 1.6, parts.config.resolution))
+def test_a_column_of_sound_belongs_to_the_frame_of_its_time(components):
+    inputs = small_inputs(30)
+    conditions, _ = encode(inputs, components, HeadConfig(), crop=face_crop(inputs.portrait, 1.6, components.config.resolution))
     assert conditions.audio.shape[-1] == 36  # whole blocks of 12
-    assert_close(conditions.audio[0], parts.speech.hear(scene.speech.samples, 36))
+    assert_close(conditions.audio[0], components.speech.encode_audio(inputs.speech.samples, 36))
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("output", [[], ["output=film.mp4"]])
-def test_a_film_that_is_stopped_leaves_no_video_and_no_thread(stop, output, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("output", [[], ["output=video.mp4"]])
+def test_a_video_that_is_stopped_leaves_no_video_and_no_thread(stop, output, command, tmp_path, monkeypatch):
     seen = itertools.count()
 
-    def see(self, chunk):
+    def record(self, chunk):
         if next(seen) == 1:
             raise stop
 
-    monkeypatch.setattr(Watch, "see", see)
+    monkeypatch.setattr(FrameRecorder, "record", record)
     recording = write_wav(tmp_path / "speech.wav", babble(3.0))
     assert command(f"audio={recording}", *output) == (130 if stop is KeyboardInterrupt else 1)
     assert not list(tmp_path.rglob("*.mp4"))
@@ -151,7 +151,7 @@ def test_a_stage_ahead_hands_on_errors():
         yield 1
         raise ValueError("the second one")
 
-    items = ahead(broken(), 1, name="stage")
+    items = prefetch(broken(), 1, name="stage")
     assert next(items) == 1
     with pytest.raises(ValueError, match="the second one"):
         next(items)
@@ -159,15 +159,15 @@ def test_a_stage_ahead_hands_on_errors():
 
 def test_a_stage_ahead_keeps_the_order_and_stays_within_its_queue():
     made = itertools.count()
-    items = ahead((next(made) for _ in range(100)), 2, name="stage")
+    items = prefetch((next(made) for _ in range(100)), 2, name="stage")
     assert next(items) == 0
     threading.Event().wait(0.3)
     assert next(made) <= 1 + 2 + 1 + 1  # taken, waiting, in hand, and this question
     assert list(items)[-1] == 100
-    assert list(at_the_end(iter(range(5)))) == list(range(5))
+    assert list(collect(iter(range(5)))) == list(range(5))
 
 
-def test_stages_that_work_at_once_share_the_threads_evenly_in_every_film():
+def test_stages_that_work_at_once_share_the_threads_evenly_in_every_video():
     before, counts = torch.get_num_threads(), []
 
     def counted(items):
@@ -178,8 +178,8 @@ def test_stages_that_work_at_once_share_the_threads_evenly_in_every_film():
         torch.set_num_threads(8)
         for _ in range(2):
             prepare = half_the_threads()
-            inner = ahead(counted([1]), 1, name="denoise", prepare=prepare)
-            assert list(ahead(counted(inner), 1, name="decode", prepare=prepare)) == [1]
+            inner = prefetch(counted([1]), 1, name="denoise", prepare=prepare)
+            assert list(prefetch(counted(inner), 1, name="decode", prepare=prepare)) == [1]
         assert counts == [4, 4, 4, 4] and torch.get_num_threads() == 8
     finally:
         torch.set_num_threads(before)
@@ -198,17 +198,17 @@ def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
     canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
     with FakeTensorMode():  # which knows of devices that are not there
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
-        list(decoded(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, clock=Clock()))
+        list(decode_blocks(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, timer=StageTimer()))
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
 def test_seams_are_closed_between_blocks_as_within_them():
     rng, shown = torch.Generator().manual_seed(0), []
-    film = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
+    generate = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
 
     def decode(latents, reference, cache):
         first = cache or 0
-        return MotionLayers(*(track[:, first : first + 12] for track in film)), first + 12
+        return MotionLayers(*(track[:, first : first + 12] for track in generate)), first + 12
 
     def render(part):
         shown.append(part)
@@ -216,8 +216,11 @@ def test_seams_are_closed_between_blocks_as_within_them():
 
     canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
     blocks = [LatentBlock(torch.zeros(1, 16, 3, 4, 4), BlockSpan(n, 3 * n, 3)) for n in range(2)]
-    assert [chunk.start for chunk in decoded(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, clock=Clock())] == [0, 12]
-    whole = close_seams(MotionLayers(*film), None)
+    assert [chunk.start for chunk in decode_blocks(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, timer=StageTimer())] == [
+        0,
+        12,
+    ]
+    whole = smooth_seams(MotionLayers(*generate), None)
     for name in ("flow", "opacity", "interior"):
         assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
 
@@ -243,7 +246,7 @@ def test_gentle_motion_begins_at_rest_and_follows_the_seed():
         (4000, 3000, "photo", (3324, 2494)),
     ],
 )
-def test_a_portrait_fits_the_film_with_its_face(width, height, size, expected):
+def test_a_portrait_fits_the_video_with_its_face(width, height, size, expected):
     portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12))
     found = fit_portrait(portrait, size)
     assert found.pixels.shape == (expected[1], expected[0], 3)

@@ -1,4 +1,4 @@
-"""Laws of painted films that the published pipelines do not keep: a frame is driven by the sound of its time, and nothing is black."""
+"""Laws of Wan videos that the published pipelines do not keep: a frame is driven by the sound of its time, and nothing is black."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from sonic.cli import Entry, compose
 from sonic.config import AudioConfig, ModelConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
 from sonic.inference import generate_wan
-from sonic.inference.generate_wan import Shot, WanNetworks, paint_blocks, paint_clips
+from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks, generate_clips
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import open_scene
+from sonic.inference.inputs import open_inputs
 from sonic.model.dit import AvatarDiT
 from sonic.vae.wan_vae import WanAutoencoder
 
 CLIP = 12  # frames of a block and of a clip
-PAINTERS = {"blocks": paint_blocks, "clips": paint_clips}
+PAINTERS = {"blocks": generate_blocks, "clips": generate_clips}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,12 @@ def test_sound_drives_the_frames_of_its_time_and_none_before(kind, painters):
     rng = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
     text, audio = draw(1, 4, 24), draw(1, 3, 16, 3 * CLIP)
-    shot = Shot(picture=draw(1, 3, 64, 64).clamp(-1, 1), text=text, negative=text, audio=audio, clip_frames=CLIP)
-    later = shot.audio.clone()
+    encoded = EncodedInputs(picture=draw(1, 3, 64, 64).clamp(-1, 1), text=text, negative=text, audio=audio, clip_frames=CLIP)
+    later = encoded.audio.clone()
     later[..., 2 * CLIP :] = draw(1, 3, 16, CLIP)
     made = [
         torch.cat(list(PAINTERS[kind](painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
-        for each in (shot, replace(shot, audio=later))
+        for each in (encoded, replace(encoded, audio=later))
     ]
     assert made[0].shape[2] == 3 * CLIP
     changed = (made[0] - made[1]).abs().amax((0, 1, 3, 4))
@@ -74,5 +74,5 @@ def test_latents_of_poses_do_not_depend_on_how_many_frames_are_encoded_at_once(p
 def test_a_small_bright_picture_has_no_black_bars(compat, darkest, size, tmp_path):
     Image.fromarray(np.full((*size, 3), 255, np.uint8)).save(tmp_path / "bright.png")
     given = [f"image={tmp_path / 'bright.png'}", f"audio={write_wav(tmp_path / 'speech.wav', babble(0.5))}", "video.size=704x384"]
-    found = open_scene(compose(Entry("infer", InferConfig), ["model=live_avatar_14b", f"compat={compat}", *given]))
+    found = open_inputs(compose(Entry("infer", InferConfig), ["model=live_avatar_14b", f"compat={compat}", *given]))
     assert found.portrait.pixels.min() == darkest

@@ -25,7 +25,7 @@ def test_leaving_out_the_constant_past_changes_nothing(encoder):
 
 
 @pytest.mark.parametrize("frame", [1, 4, 7, 11])
-def test_a_latent_frame_hears_nothing_after_its_own_four_frames(encoder, frame):
+def test_a_latent_frame_uses_nothing_after_its_own_four_frames(encoder, frame):
     features = torch.randn(1, 3, 6, 12)
     louder = features.clone()
     louder[..., frame] += 1

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sonic.model import attention
 from sonic.model.attention import ATTENTION, attention_for, sdpa
-from sonic.model.blocks import added, attend_by, gated, modulate
+from sonic.model.blocks import add_gated, add_residual, attend_by, modulate
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -28,7 +28,7 @@ def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name
         assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_that_cannot_run_is_told_and_replaced_by_torchs(caplog):
+def test_attention_that_cannot_run_is_reported_and_replaced_by_torchs(caplog):
     assert attention_for("xformers", torch.device("cpu")) is sdpa
     assert "run.attention=xformers has kernels for CUDA only" in caplog.text
 
@@ -47,9 +47,9 @@ def test_every_attention_of_a_model_runs_by_the_one_that_is_chosen():
         return sdpa(*rows)
 
     attend_by(model, counting)
-    told = conditions(2)
+    cond = conditions(2)
     with torch.no_grad():
-        model(torch.randn(1, 4, 2, *SIZE), torch.full((1,), 500.0), told)
+        model(torch.randn(1, 4, 2, *SIZE), torch.full((1,), 500.0), cond)
     assert len(seen) == 2 * 3 + 2  # self and text in three layers, audio in two
 
 
@@ -64,17 +64,17 @@ def test_a_change_in_bfloat16_leaves_float32_tokens_in_float32(learns, rng):
     tokens, change, gate = torch.randn(1, 6, 8), torch.randn(1, 6, 8).bfloat16(), torch.randn(1, 2, 1, 8)
     by_hand = tokens + (gate * change.float().view(1, 2, 3, 8)).flatten(1, 2)
     with torch.set_grad_enabled(learns):
-        assert_close(added(tokens, change.clone()), tokens + change.float())
-        assert_close(gated(tokens, change.clone(), [gate], layout=((2, 3),)), by_hand)
+        assert_close(add_residual(tokens, change.clone()), tokens + change.float())
+        assert_close(add_gated(tokens, change.clone(), [gate], layout=((2, 3),)), by_hand)
 
 
 def test_under_autocast_the_tokens_stay_float32_with_and_without_gradients():
-    model, told, latents = tiny_model(), conditions(2), torch.randn(1, 4, 2, *SIZE)
+    model, cond, latents = tiny_model(), conditions(2), torch.randn(1, 4, 2, *SIZE)
     dtypes, found = set(), []
     for block in model.blocks:
         block.register_forward_hook(lambda block, given, tokens: dtypes.add(tokens.dtype))
     for learns in (True, False):
         with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
-            found.append(model(latents, torch.tensor([500.0]), told).detach())
+            found.append(model(latents, torch.tensor([500.0]), cond).detach())
     assert dtypes == {torch.float32}
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()  # bfloat16 rounds by 0.004

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sonic.cli import Entry, compose, options
+from sonic.cli import Entry, compose, group_choices
 from sonic.model import counts
 from sonic.model.dit import AvatarDiT
-from sonic.model.embed import motion_places
+from sonic.model.embed import motion_positions
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.parallel.shard_units import UNITS, WHOLE, all_units
 
@@ -25,7 +25,7 @@ def numbers(module):
     return sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", group_choices("model"))
 def test_every_part_of_a_model_is_counted(name):
     config, model = model_of(name)
     assert counts.weights(config) == numbers(model)
@@ -39,7 +39,7 @@ def test_every_part_of_a_model_is_counted(name):
 
 
 @pytest.mark.parametrize("unshard_unit", UNITS)
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", group_choices("model"))
 def test_units_name_modules_and_their_sizes(name, unshard_unit):
     config, model = model_of(name)
     seen = set()
@@ -69,11 +69,11 @@ def test_arithmetic_is_counted_as_a_second_count_had_it(name, motion):
     clip, block = MULTIPLY_ADDS[name, motion]
     motion = motion and bool(config.motion.buckets)
     grid = (24, 44)
-    past = len(motion_places(config.motion.buckets, *grid)[0]) if motion else 0
+    past = len(motion_positions(config.motion.buckets, *grid)[0]) if motion else 0
     assert counts.memory_tokens(config, grid, motion=motion) == grid[0] * grid[1] + past
     assert counts.forward_multiply_adds(config, 20, grid, motion=motion) == clip
     assert counts.block_multiply_adds(config, grid, blocks=4, motion=motion) == block
 
 
 def test_every_model_is_counted():
-    assert {name for name, _ in MULTIPLY_ADDS} == set(options("model"))
+    assert {name for name, _ in MULTIPLY_ADDS} == set(group_choices("model"))

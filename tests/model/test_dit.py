@@ -122,7 +122,7 @@ def test_the_rotations_kept_for_a_reference_that_moves_do_not_grow_with_the_bloc
         for index in range(20):
             inputs = model.prepare_block(whole, BlockSpan(index, index * BLOCK, BLOCK))
             model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0]), inputs, cache=cache, ring=cache.rings[0])
-            kept.add(len(cache.turns))
+            kept.add(len(cache.rotations))
     assert model.ref_position(19 * BLOCK) > model.ref_position(10 * BLOCK) > model.ref_position(0)
     assert max(kept) <= len(cache.rings) + 1
 
@@ -132,10 +132,10 @@ def test_a_cache_filled_again_after_its_reference_has_moved_is_as_good_as_new():
     second = replace(second, ref=torch.randn(1, 4, 1, *SIZE))
     span, latents = BlockSpan(10, 10 * BLOCK, BLOCK), torch.randn(1, 4, BLOCK, *SIZE)
 
-    def denoised(told: Conditions, cache: KVCache) -> Tensor:
-        model.prefill(told, cache)
+    def denoised(given: Conditions, cache: KVCache) -> Tensor:
+        model.prefill(given, cache)
         with torch.no_grad():
-            return model.denoise_block(latents, torch.tensor([500.0]), model.prepare_block(told, span), cache=cache, ring=cache.rings[0])
+            return model.denoise_block(latents, torch.tensor([500.0]), model.prepare_block(given, span), cache=cache, ring=cache.rings[0])
 
     used = model.new_cache(first, steps=1)
     before = denoised(first, used)  # block 10 moves the reference on

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sonic.model.embed import FramePack, PatchEmbed, TextEmbed, TimeEmbed, grid_places, motion_places, ref_time_id, rotate, rotation
+from sonic.model.embed import FramePack, PatchEmbed, TextEmbed, TimeEmbed, grid_positions, motion_positions, ref_time_id, rotate, rotation
 
 HEAD_DIM = 24  # 12 pairs: 4 of time, 4 of rows, 4 of columns
 
@@ -17,7 +17,7 @@ def turned_by_hand(heads: torch.Tensor, time: int, row: int, column: int) -> tor
     """Rotation of one token in Python's own floats."""
     side = HEAD_DIM // 6
     ids = [(time, HEAD_DIM // 2 - 2 * side), (row, side), (column, side)]
-    angles = [place * 10_000.0 ** (-pair / pairs) for place, pairs in ids for pair in range(pairs)]
+    angles = [position * 10_000.0 ** (-pair / pairs) for position, pairs in ids for pair in range(pairs)]
     found = []
     for (even, odd), angle in zip(heads.view(-1, 2).tolist(), angles, strict=True):
         found += [even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)]
@@ -30,31 +30,31 @@ def test_rotations_are_exact_however_far_the_block_is(time, learns):
     """Block 1 000 000 starts at latent frame 3 000 000; with and without gradients other kernels turn it."""
     heads = torch.randn(1, 6, 1, HEAD_DIM)
     with torch.set_grad_enabled(learns):
-        found = rotate(heads, rotation(grid_places(torch.tensor([time]), 2, 3), HEAD_DIM))
+        found = rotate(heads, rotation(grid_positions(torch.tensor([time]), 2, 3), HEAD_DIM))
     for token in range(6):
         assert_close(found[0, token, 0], turned_by_hand(heads[0, token, 0], time, token // 3, token % 3), atol=1e-6, rtol=1e-6)
 
 
 def test_a_rotation_of_narrow_numbers_is_rounded_once():
     heads = torch.randn(2, 6, 3, HEAD_DIM).bfloat16()
-    turn = rotation(grid_places(torch.tensor([11]), 2, 3), HEAD_DIM)
+    turn = rotation(grid_positions(torch.tensor([11]), 2, 3), HEAD_DIM)
     with torch.no_grad():
         assert_close(rotate(heads, turn), rotate(heads.float(), turn).bfloat16(), atol=0, rtol=0)
 
 
-def test_a_rotation_keeps_lengths_and_only_differences_of_places_matter():
+def test_a_rotation_keeps_lengths_and_only_differences_of_positions_matter():
     query, key = torch.randn(2, 1, 1, 1, HEAD_DIM)
 
     def score(first: int, second: int) -> torch.Tensor:
-        turns = [rotation(grid_places(torch.tensor([time]), 1, 1), HEAD_DIM) for time in (first, second)]
-        return (rotate(query, turns[0]) * rotate(key, turns[1])).sum()
+        rotations = [rotation(grid_positions(torch.tensor([time]), 1, 1), HEAD_DIM) for time in (first, second)]
+        return (rotate(query, rotations[0]) * rotate(key, rotations[1])).sum()
 
     assert_close(score(5, 2), score(3_000_005, 3_000_002), atol=1e-5, rtol=1e-5)
-    assert_close(rotate(query, rotation(grid_places(torch.tensor([7]), 1, 1), HEAD_DIM)).norm(), query.norm())
+    assert_close(rotate(query, rotation(grid_positions(torch.tensor([7]), 1, 1), HEAD_DIM)).norm(), query.norm())
 
 
-def test_motion_tokens_sit_before_the_clip_at_the_published_places():
-    time, row, column = motion_places([1, 2, 16], 8, 4)
+def test_motion_tokens_sit_before_the_clip_at_the_published_positions():
+    time, row, column = motion_positions([1, 2, 16], 8, 4)
     assert len(time) == 8 * 4 + 4 * 2 + 4 * 2 * 1
     assert time.unique().tolist() == [-19, -14, -9, -4, -3, -1]
     assert row[time == -3].unique().tolist() == [0, 2, 4, 7]

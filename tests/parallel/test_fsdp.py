@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import conditions, film, tiny_model
+from tiny import conditions, latents_of, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -35,9 +35,9 @@ def sharded(**settings) -> tuple[AvatarDiT, DistributedContext]:
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_weights_of_layers_are_given_back_after_a_film_unless_they_are_to_stay(reshard, alone):
+def test_weights_of_layers_are_given_back_after_a_video_unless_they_are_to_stay(reshard, alone):
     model, context = sharded(reshard=reshard, unshard_unit="block")
-    film(model, conditions(4), 2, context=context)
+    latents_of(model, conditions(4), 2, context=context)
     layers = [*model.blocks.parameters(), *model.audio_injectors.parameters()]
     assert {isinstance(weight, DTensor) for weight in layers} == {reshard}
 
@@ -62,7 +62,7 @@ def test_each_unit_gathers_those_that_run_after_it_in_a_pass_of_its_kind(depth, 
     layers = [*model.blocks, *model.audio_injectors]
     for layer in layers:
         layer.register_forward_pre_hook(lambda module, args: ran.append(module))
-    film(model, conditions(4), 2, context=context)
-    last = ran[-len(layers) :]  # the forward of a block of the film, which meets the injectors as well
+    latents_of(model, conditions(4), 2, context=context)
+    last = ran[-len(layers) :]  # the forward of a block of the video, which meets the injectors as well
     assert set(last) == set(layers)
-    assert [ahead[unit] for unit in last] == [last[place + 1 : place + 1 + depth] for place in range(len(last))]
+    assert [ahead[unit] for unit in last] == [last[position + 1 : position + 1 + depth] for position in range(len(last))]

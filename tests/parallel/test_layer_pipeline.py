@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from tiny import conditions, film, tiny_model
+from tiny import conditions, latents_of, tiny_model
 
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
 from sonic.parallel.channel import P2PChannel
@@ -20,11 +20,11 @@ COUNTS = range(1, 9)
 BLOCKS = 3
 
 
-def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
-    """(ranks, steps) whose film is not that of one rank, made by the first 1, 2, ... 8 ranks of the world."""
+def videos_on_every_number_of_ranks() -> list[tuple[int, int]]:
+    """(ranks, steps) whose video is not that of one rank, made by the first 1, 2, ... 8 ranks of the world."""
     torch.use_deterministic_algorithms(True)
-    rank, told = dist.get_rank(), conditions(2 * BLOCKS)
-    alone = {steps: film(tiny_model(), told, BLOCKS, sample_steps=steps) for steps in COUNTS} if rank == 0 else {}
+    rank, given = dist.get_rank(), conditions(2 * BLOCKS)
+    alone = {steps: latents_of(tiny_model(), given, BLOCKS, sample_steps=steps) for steps in COUNTS} if rank == 0 else {}
     wrong = []
     for count in COUNTS[1:]:
         if rank >= count:
@@ -34,24 +34,24 @@ def films_on_every_number_of_ranks() -> list[tuple[int, int]]:
         if rank:
             stage_loop(model, context, dtype=torch.float32)
             continue
-        found = {steps: film(model, told, BLOCKS, context=context, sample_steps=steps) for steps in COUNTS}
+        found = {steps: latents_of(model, given, BLOCKS, context=context, sample_steps=steps) for steps in COUNTS}
         wrong += [(count, steps) for steps in COUNTS if not torch.equal(found[steps], alone[steps])]
         stop_stages(context.channel)
     return wrong
 
 
 def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
-    assert on_ranks(max(COUNTS), films_on_every_number_of_ranks)[0] == []
+    assert on_ranks(max(COUNTS), videos_on_every_number_of_ranks)[0] == []
 
 
 def caches_alive() -> list[int]:
-    """How many caches of films before the second rank still has when it makes the next one, and the first after each film."""
+    """How many caches of videos before the second rank still has when it makes the next one, and the first after each video."""
     model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank() == 0:
         kept = []
-        for scale in (2.0, 1.0, 1.0):  # the first film has two caches
-            film(model, conditions(2), 1, context=context, sample_guide_scale=scale)
+        for scale in (2.0, 1.0, 1.0):  # the first video has two caches
+            latents_of(model, conditions(2), 1, context=context, sample_guide_scale=scale)
             kept.append(len(context.channel.forwards.caches))
         stop_stages(context.channel)
         return kept
@@ -68,12 +68,12 @@ def caches_alive() -> list[int]:
     return alive
 
 
-def test_a_rank_forgets_a_film_before_it_makes_room_for_the_next():
+def test_a_rank_forgets_a_video_before_it_makes_room_for_the_next():
     assert on_ranks(2, caches_alive, timeout_s=240) == [[0, 0, 0], [0, 1, 0, 0]]
 
 
 def half_precision() -> tuple[set[torch.dtype], bool]:
-    """Precisions of what the first rank collects of a model in bfloat16, and whether the film is that of one rank."""
+    """Precisions of what the first rank collects of a model in bfloat16, and whether the video is that of one rank."""
     alone, model = tiny_model().bfloat16(), tiny_model().bfloat16()
     context = DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
@@ -88,7 +88,7 @@ def half_precision() -> tuple[set[torch.dtype], bool]:
         return predictions
 
     with patch.object(PipelineForwards, "collect", collected):
-        same = torch.equal(film(model, conditions(4), 2, context=context), film(alone, conditions(4), 2))
+        same = torch.equal(latents_of(model, conditions(4), 2, context=context), latents_of(alone, conditions(4), 2))
     stop_stages(context.channel)
     return found, same
 

@@ -33,30 +33,30 @@ def test_a_cpu_has_no_current_device_to_choose(monkeypatch):
         pass
 
 
-def said_each_way() -> list[float]:
+def sent_each_way() -> list[float]:
     """What each of three ranks hears over groups such as those of CUDA ranks: two share the layers, the third has the autoencoder."""
     mesh.direct = lambda device: True
     world, rank = make_world(ParallelConfig("pipeline", vae_rank=True), "pipeline", CPU), dist.get_rank()
     groups = {group.group_name for group in world.lanes}
-    lines = [make(world) for make, ranks in ((pipeline_channel, (0, 1)), (make_vae_channel, (0, 2))) if rank in ranks]
+    channels = [make(world) for make, ranks in ((pipeline_channel, (0, 1)), (make_vae_channel, (0, 2))) if rank in ranks]
     assert len(groups) == mesh.LANES
-    assert {group.group_name for line in lines for group in line._lanes.values()} <= groups
-    for number, line in enumerate(lines):  # all questions are under way before the first answer
+    assert {group.group_name for channel in channels for group in channel._groups.values()} <= groups
+    for number, channel in enumerate(channels):  # all questions are under way before the first answer
         if rank == 0:
-            line.send_next(Message("block"), [torch.full((3,), 1.0 + number)])
+            channel.send_next(Message("block"), [torch.full((3,), 1.0 + number)])
     if rank:
-        _, (heard,) = lines[0].recv_previous()
-        lines[0].send_first(Message("block"), [10 * heard])
-        found = [heard[2].item()]
+        _, (received,) = channels[0].recv_previous()
+        channels[0].send_first(Message("block"), [10 * received])
+        found = [received[2].item()]
     else:
-        found = [line.recv_last()[1][0][2].item() for line in reversed(lines)]
-    for line in lines:
-        line.flush()
+        found = [channel.recv_last()[1][0][2].item() for channel in reversed(channels)]
+    for channel in channels:
+        channel.flush()
     return found
 
 
 def test_ranks_that_are_on_different_lines_meet_in_the_groups_of_all():
-    assert on_ranks(3, said_each_way, timeout_s=240) == [[20, 10], [1], [2]]
+    assert on_ranks(3, sent_each_way, timeout_s=240) == [[20, 10], [1], [2]]
 
 
 def test_ranks_without_a_gpu_make_no_groups_for_messages():

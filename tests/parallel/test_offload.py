@@ -8,7 +8,7 @@ from tiny import tiny_config, tiny_model
 
 from sonic.checkpoint.load import without_memory
 from sonic.parallel import offload as module
-from sonic.parallel.offload import PinnedMemory, offload, place
+from sonic.parallel.offload import PinnedMemory, allocate, offload
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pi
     monkeypatch.setattr(module, "PIECE", 2**14)
     tensors = [torch.randn(size, 3).to(dtype) for size in (700, 5, 900, 2000, 40) for dtype in (torch.float32, torch.bfloat16)]
     memory = PinnedMemory(sum(tensor.nbytes for tensor in tensors))
-    kept = [memory.keep(tensor) for tensor in tensors]
+    kept = [memory.copy_in(tensor) for tensor in tensors]
     assert all(there.dtype == tensor.dtype and torch.equal(there, tensor) for there, tensor in zip(kept, tensors, strict=True))
     assert all(there.data_ptr() != tensor.data_ptr() for there, tensor in zip(kept, tensors, strict=True))
     assert all(size & (size - 1) == 0 for size in pieces)
@@ -41,57 +41,59 @@ def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pi
 
 def test_layers_that_stay_are_never_in_host_memory():
     model, _ = without_memory(tiny_config(), torch.float32)
-    size = max(module.Station(modules).bytes for modules in module.layers_of(model))
-    place(model, CPU, OffloadConfig(resident_gib=size / 2**30, store="mmap"))  # what waits has no memory but the file
+    size = max(module.OffloadedLayer(modules).bytes for modules in module.layers_of(model))
+    allocate(model, CPU, OffloadConfig(resident_gib=size / 2**30, store="mmap"))  # what waits has no memory but the file
     nowhere = [[weight.is_meta for part in modules for weight in part.parameters()] for modules in module.layers_of(model)]
     assert [set(each) for each in nowhere] == [{False}, {True}, {True}]
     assert not any(weight.is_meta for name, weight in model.named_parameters() if not name.startswith(("blocks", "audio_injectors")))
 
 
 def test_only_layers_that_wait_are_pinned(pieces, monkeypatch):
-    model, shuttles = tiny_model(), []
+    model, prefetchers = tiny_model(), []
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    monkeypatch.setattr(module, "Shuttle", lambda *told: shuttles.append(pinning(*told)) or shuttles[0])
-    largest = max(sum(module._room(weight) for weight in part.parameters()) for part in model.blocks) * 2
+    monkeypatch.setattr(module, "LayerPrefetcher", lambda *given: prefetchers.append(pinning(*given)) or prefetchers[0])
+    largest = max(sum(module._aligned_bytes(weight) for weight in part.parameters()) for part in model.blocks) * 2
     offload(model, CPU, ParallelConfig("offload", offload=OffloadConfig(resident_gib=largest / 2**30)))
-    (shuttle,) = shuttles
-    waiting = [station for index, station in enumerate(shuttle.stations) if index not in shuttle.resident]
-    assert shuttle.resident
-    assert len(waiting) + len(shuttle.resident) == 3
-    assert sum(station.bytes for station in waiting) <= sum(pieces) < 2 * sum(station.bytes for station in waiting)
+    (prefetcher,) = prefetchers
+    waiting = [layer for index, layer in enumerate(prefetcher.layers) if index not in prefetcher.resident]
+    assert prefetcher.resident
+    assert len(waiting) + len(prefetcher.resident) == 3
+    assert sum(layer.bytes for layer in waiting) <= sum(pieces) < 2 * sum(layer.bytes for layer in waiting)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def shuttle_of(**settings) -> module.Shuttle:
+def prefetcher_of(**settings) -> module.LayerPrefetcher:
     """The shuttle of a tiny model on a CPU, where all three layers wait unless it is said what is free."""
-    return module.Shuttle([module.Station(modules) for modules in module.layers_of(tiny_model())], CPU, OffloadConfig(**settings))
+    return module.LayerPrefetcher(
+        [module.OffloadedLayer(modules) for modules in module.layers_of(tiny_model())], CPU, OffloadConfig(**settings)
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_layer_that_runs_has_its_weights_in_a_slot_in_every_pass(slots):
-    shuttle = shuttle_of(resident_gib=0, slots=slots)
+    prefetcher = prefetcher_of(resident_gib=0, slots=slots)
     for layer in 3 * [0, 1, 2]:
-        shuttle.arrive(layer)
-        slots_of = [(slot.data_ptr(), slot.data_ptr() + slot.nbytes) for slot in shuttle.slots]
-        places = [weight.data_ptr() for weight in shuttle.stations[layer].weights]
-        assert any(all(start <= place < stop for place in places) for start, stop in slots_of), layer
-        assert all(map(torch.equal, shuttle.stations[layer].weights, shuttle.stations[layer].home))
+        prefetcher.before_layer(layer)
+        slots_of = [(slot.data_ptr(), slot.data_ptr() + slot.nbytes) for slot in prefetcher.slots]
+        positions = [weight.data_ptr() for weight in prefetcher.layers[layer].weights]
+        assert any(all(start <= allocate < stop for allocate in positions) for start, stop in slots_of), layer
+        assert all(map(torch.equal, prefetcher.layers[layer].weights, prefetcher.layers[layer].home))
 
 
 def test_weights_that_stay_leave_room_for_the_slots(monkeypatch):
-    largest = max(station.bytes for station in shuttle_of().stations)
-    monkeypatch.setattr(module.Shuttle, "_free", lambda self: 2.5 * largest / 2**30)  # of three layers
+    largest = max(layer.bytes for layer in prefetcher_of().layers)
+    monkeypatch.setattr(module.LayerPrefetcher, "_free", lambda self: 2.5 * largest / 2**30)  # of three layers
     for slots, stay in ((1, 1), (2, 0)):
-        shuttle = shuttle_of(slots=slots)
-        shuttle.settle()
-        assert (len(shuttle.resident), len(shuttle.slots)) == (stay, slots)
+        prefetcher = prefetcher_of(slots=slots)
+        prefetcher.allocate()
+        assert (len(prefetcher.resident), len(prefetcher.slots)) == (stay, slots)
 
 
-def pinning(stations, device, config) -> module.Shuttle:
+def pinning(layers, device, config) -> module.LayerPrefetcher:
     """A shuttle that pins as on a GPU."""
-    shuttle = SHUTTLE(stations, device, config)
-    shuttle.pins = True
-    return shuttle
+    prefetcher = PREFETCHER(layers, device, config)
+    prefetcher.pins = True
+    return prefetcher
 
 
-SHUTTLE = module.Shuttle
+PREFETCHER = module.LayerPrefetcher

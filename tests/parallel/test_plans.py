@@ -1,4 +1,4 @@
-"""Laws that every plan obeys: the film of one rank, the clip of one rank, and the names of one rank."""
+"""Laws that every plan obeys: the video of one rank, the clip of one rank, and the names of one rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PREVIEW = {
     "preview offload": ParallelConfig("offload", replicas=-1),
     "preview context": ParallelConfig("context"),
 }
-GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after a film that nobody saw the end of
+GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after a video that nobody saw the end of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def weights(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_every_plan_makes_the_film_and_the_clip_of_one_rank(count, weights):
+def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
     plans = TINY | PREVIEW
     assert {plan.name for plan in plans.values()} == set(PLANS) - {"single", "zero3"}  # zero3 has a test of its own
     same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=240))
@@ -65,5 +65,5 @@ def refused_clip(weights: str) -> str:
 
 
 def test_a_pipeline_refuses_clips_with_the_plan_that_makes_them(weights):
-    said, _ = on_ranks(2, refused_clip, weights, timeout_s=60)
-    assert "use parallel=fsdp" in said
+    output, _ = on_ranks(2, refused_clip, weights, timeout_s=60)
+    assert "use parallel=fsdp" in output

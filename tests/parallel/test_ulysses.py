@@ -8,8 +8,8 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor
 
-from sonic.model.attention import Projected
-from sonic.model.blocks import apart, together
+from sonic.model.attention import QKV
+from sonic.model.blocks import join_parts, split_parts
 from sonic.parallel.ulysses import Group, UlyssesSequence
 
 RANKS = 3
@@ -27,20 +27,20 @@ def broken(heads: int) -> list[str]:
 
     def ours(whole: Tensor) -> Tensor:
         """This rank's tokens of all parts, with all heads."""
-        return together([share.part(part) for part in apart(whole.flatten(2), LAYOUT)]).unflatten(2, (heads, HEAD_DIM))
+        return join_parts([share.part(part) for part in split_parts(whole.flatten(2), LAYOUT)]).unflatten(2, (heads, HEAD_DIM))
 
     first = sum(heads // RANKS + (before < heads % RANKS) for before in range(rank))
-    some = slice(first, first + share.heads(heads))
+    some = slice(first, first + share.to_heads(heads))
     exchange = share.exchange(LAYOUT)
     given = [ours(whole).requires_grad_() for whole in rows[:3]]
-    found = exchange.heads(Projected(*given))
+    found = exchange.to_heads(QKV(*given))
     back = exchange.tokens(found.queries)
     (back * ours(rows[3])).sum().backward()
-    frames = apart(rows[0].flatten(2), LAYOUT)[0]
+    frames = split_parts(rows[0].flatten(2), LAYOUT)[0]
     part = share.part(frames).clone().requires_grad_()
     gathered = share.whole(part, LAYOUT[0][1])
     (gathered * frames).sum().backward()
-    memory = apart(rows[0].flatten(2), LAYOUT)[1]
+    memory = split_parts(rows[0].flatten(2), LAYOUT)[1]
     laws = {
         "all tokens in the order of one rank, with this rank's heads": all(
             torch.equal(one, whole[:, :, some]) for one, whole in zip(found, rows, strict=False)

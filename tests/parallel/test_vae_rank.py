@@ -1,4 +1,4 @@
-"""The autoencoder on a rank of its own: the film of one rank, and what stays there, is let go, or goes wrong there."""
+"""The autoencoder on a rank of its own: the video of one rank, and what stays there, is let go, or goes wrong there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae, st
 from sonic.vae.motion_vae import WarpAutoencoder
 
 CPU = torch.device("cpu")
-TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)
+ARGUMENTS = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)
 APART = ("parallel=pipeline", "parallel.vae_rank=true")
 
 
@@ -43,14 +43,14 @@ def broken(*arguments) -> None:
 
 
 @pytest.mark.parametrize(("way", "word"), [("fails", "a fault of the program"), ("hangs", "hangs at test_vae_rank.py")])
-def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_said_first(way, word, tmp_path):
-    codes, said = infer_on(
-        2, [*TOLD, *APART, "parallel.timeout_s=8", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
+def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_reported_first(way, word, tmp_path):
+    codes, output = infer_on(
+        2, [*ARGUMENTS, *APART, "parallel.timeout_s=8", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
     )
-    assert all(codes), said
-    first, *others = [line for line in said.splitlines() if "sonic:" in line]
-    assert "rank 1: " in first and word in first, said
-    assert all("rank 1" in line for line in others), said
+    assert all(codes), output
+    first, *others = [channel for channel in output.splitlines() if "sonic:" in channel]
+    assert "rank 1: " in first and word in first, output
+    assert all("rank 1" in channel for channel in others), output
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -103,7 +103,7 @@ def asked() -> list:
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
-def test_what_is_asked_arrives_as_it_lies_and_what_nobody_holds_is_forgotten():
+def test_what_is_asked_comes_as_it_lies_and_what_nobody_holds_is_forgotten():
     (found, twice, last, dtype, asks), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
     assert all(theirs == ours for theirs, ours in found)
     assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing
@@ -125,8 +125,8 @@ class OneProcessChannel:
         self.asked.set()
         time.sleep(0.2 * slow)
 
-    def send_first(self, said, made) -> None:
-        self.answers.put((said, made))
+    def send_first(self, output, made) -> None:
+        self.answers.put((output, made))
 
     def recv_previous(self):
         return self.questions.get()
@@ -141,13 +141,13 @@ class OneProcessChannel:
 @contextmanager
 def answered(autoencoder: nn.Module) -> Iterator[RemoteAutoencoder]:
     """A far autoencoder that a thread keeps."""
-    wire = OneProcessChannel()
-    keeper = threading.Thread(target=serve_vae, args=(autoencoder, wire))
+    vae_channel = OneProcessChannel()
+    keeper = threading.Thread(target=serve_vae, args=(autoencoder, vae_channel))
     keeper.start()
     try:
-        yield RemoteAutoencoder(wire)
+        yield RemoteAutoencoder(vae_channel)
     finally:
-        stop_vae(wire)
+        stop_vae(vae_channel)
         keeper.join()
 
 

@@ -16,27 +16,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from hanging import every_stage_hangs, looking, unwatched
-from infer_command import small_scene
+from infer_command import small_inputs
 from plan_case import conditions_for
 from ranks import PRELOAD, on_ranks
 from tiny import spans_of
 from torch import nn
 
-from sonic.checkpoint.weights import Stored
+from sonic.checkpoint.weights import LazyTensor
 from sonic.cli import Entry, compose, run_command
 from sonic.config import OtherRank, Ranks, SamplerConfig
 from sonic.data.video import VideoWriter
 from sonic.encoders.speech import LogMelEncoder
 from sonic.inference import rollout
-from sonic.inference.batch import make_film, open_parts
+from sonic.inference.batch import make_video, open_components
 from sonic.inference.distributed_rollout import distributed_rollout
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.report import Clock
+from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, _BlockState
 from sonic.model.dit import AvatarDiT
 from sonic.parallel import watchdog
-from sonic.parallel.watchdog import Fault, Watch
-from sonic.system.heartbeat import at_rest
+from sonic.parallel.watchdog import Fault, Watchdog
+from sonic.system.heartbeat import pause_watchdog
 from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -49,8 +49,8 @@ def broken() -> None:
     raise RuntimeError("the weights fell over")
 
 
-PLACES = {"moves": (AvatarDiT, "run_blocks"), "loads": (Stored, "part")}  # what the victim is about
-WAYS = {  # what happens to a rank in the middle of a film, and what is said of it
+STAGES = {"moves": (AvatarDiT, "run_blocks"), "loads": (LazyTensor, "part")}  # what the victim is about
+WAYS = {  # what happens to a rank in the middle of a video, and what is said of it
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "gives no more signs of life"),
     "freezes": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "gives no more signs of life"),
     "fails": (broken, "a fault of the program"),
@@ -59,40 +59,40 @@ WAYS = {  # what happens to a rank in the middle of a film, and what is said of 
 }
 
 
-def film(config: InferConfig, run) -> None:
-    """Latents of a film, by all ranks."""
-    with open_parts(config, run.ranks) as (parts, world, *_):
+def generate(config: InferConfig, run) -> None:
+    """Latents of a video, by all ranks."""
+    with open_components(config, run.ranks) as (components, world, *_):
         if world.leads:
-            told = conditions_for(config.model, 4 * 3, SIZE)
+            conditions = conditions_for(config.model, 4 * 3, SIZE)
             sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2)
             source = NoiseSource(torch.Generator().manual_seed(0))
-            settings = {"sampling": Sampling(sampler, source), "context": parts.context}
-            for _ in distributed_rollout(parts.model, told, spans_of(4, 3), **settings):
+            settings = {"sampling": Sampling(sampler, source), "context": components.context}
+            for _ in distributed_rollout(components.model, conditions, spans_of(4, 3), **settings):
                 time.sleep(0.01)
 
 
-def job(place: tuple[int, int, Path], plan: str, way: str, *, victim: int, busy: str) -> None:
+def job(arguments: tuple[int, int, Path], plan: str, way: str, *, victim: int, busy: str) -> None:
     """A process of a job that nobody supervises."""
-    rank, port, said = place
+    rank, port, output = arguments
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.stderr = said.open("a", buffering=1)
+    sys.stderr = output.open("a", buffering=1)
     torch.set_num_threads(1)
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 2.0
     if rank == victim:
-        owner, name = PLACES[busy]
+        owner, name = STAGES[busy]
         done, calls = getattr(owner, name), []
 
         def sabotaged(*arguments):
             calls.append(1)
             if len(calls) == 3:
-                (said.parent / "struck").touch()
+                (output.parent / "struck").touch()
                 WAYS[way][0]()
             return done(*arguments)
 
         setattr(owner, name, sabotaged)
-    argv = [f"parallel={plan}", f"parallel.timeout_s={PATIENCE_S}", "model=preview", "device=cpu", f"run.folder={said.parent / 'runs'}"]
-    sys.exit(run_command(Entry("infer", InferConfig, max_ranks=RANKS), film, argv))
+    argv = [f"parallel={plan}", f"parallel.timeout_s={PATIENCE_S}", "model=preview", "device=cpu", f"run.folder={output.parent / 'runs'}"]
+    sys.exit(run_command(Entry("infer", InferConfig, max_ranks=RANKS), generate, argv))
 
 
 def free_port() -> int:
@@ -104,7 +104,7 @@ def strike_of(marker: Path) -> float:
     """When the victim was struck."""
     until = time.monotonic() + START_S
     while not marker.exists():
-        assert time.monotonic() < until, "the film does not begin"
+        assert time.monotonic() < until, "the video does not begin"
         time.sleep(0.05)
     return marker.stat().st_mtime
 
@@ -120,9 +120,10 @@ def strike_of(marker: Path) -> float:
 def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    said, port = tmp_path / "stderr", free_port()
+    output, port = tmp_path / "stderr", free_port()
     processes = [
-        context.Process(target=job, args=((rank, port, said), plan, way), kwargs={"victim": victim, "busy": busy}) for rank in range(RANKS)
+        context.Process(target=job, args=((rank, port, output), plan, way), kwargs={"victim": victim, "busy": busy})
+        for rank in range(RANKS)
     ]
     for process in processes:
         process.start()
@@ -130,7 +131,7 @@ def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, bus
         struck = strike_of(tmp_path / "struck")
         for process in processes:
             process.join(max(0.0, struck + SOON_S - time.time()))
-        text = said.read_text()
+        text = output.read_text()
         assert not any(process.is_alive() for process in processes), text
     finally:
         for process in processes:
@@ -147,12 +148,12 @@ def miss_each_other(patience_s: float) -> str:
     """What is said of two ranks, each of which waits for a word of the other."""
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 0.0
     rank, found = dist.get_rank(), []
-    watched = unwatched(dist.distributed_c10d._get_default_store(), rank, patience_s)
-    looks = looking(watched, found)
+    watchdog_ = unwatched(dist.distributed_c10d._get_default_store(), rank, patience_s)
+    looks = looking(watchdog_, found)
     threading.Thread(target=speak_when, args=(looks, 1 - rank), daemon=True).start()
     dist.recv(torch.empty(1), 1 - rank)
     dist.barrier()
-    watched.close()
+    watchdog_.close()
     return found[0]
 
 
@@ -162,25 +163,25 @@ def speak_when(looks: threading.Thread, other: int) -> None:
 
 
 def test_ranks_that_wait_for_each_other_are_found():
-    said = on_ranks(2, miss_each_other, 0.5, timeout_s=30)
-    assert said[0] == said[1]
-    assert "all ranks wait for each other: rank 0 at" in said[0]
+    output = on_ranks(2, miss_each_other, 0.5, timeout_s=30)
+    assert output[0] == output[1]
+    assert "all ranks wait for each other: rank 0 at" in output[0]
 
 
 def rest_long(patience_s: float) -> bool:
     """Whether a rank that waits for longer than the patience is left alone, and one that gets on slowly or rests as well."""
     watchdog.LOOK_S = 0.1
-    watched = Watch(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), patience_s=patience_s)
+    watchdog_ = Watchdog(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), patience_s=patience_s)
     if dist.get_rank():
-        with at_rest():
+        with pause_watchdog():
             time.sleep(2 * patience_s)
         for _ in range(4):
             time.sleep(0.5 * patience_s)
             nn.Identity()(0)
     dist.barrier()
-    fault = watched.fault()
+    fault = watchdog_.fault()
     dist.barrier()
-    watched.close()
+    watchdog_.close()
     return fault is None
 
 
@@ -188,19 +189,20 @@ def test_ranks_that_wait_or_rest_or_get_on_slowly_are_left_alone():
     assert on_ranks(2, rest_long, 1.0, timeout_s=60) == [True, True]
 
 
-def test_a_hang_anywhere_in_the_making_of_a_film_is_found(monkeypatch, tmp_path):
+def test_a_hang_anywhere_in_the_making_of_a_video_is_found(monkeypatch, tmp_path):
     stages = [
-        (Stored, "part"), (LogMelEncoder, "hear"), (WarpAutoencoder, "reference"), (rollout, "sigmas_of"), (_BlockState, "advance"),
+        (LazyTensor, "part"), (LogMelEncoder, "encode_audio"), (WarpAutoencoder, "reference"), (rollout, "sigmas_of"),
+        (_BlockState, "advance"),
         (WarpAutoencoder, "decode"), (Canvas, "render"), (VideoWriter, "write"), (VideoWriter, "_close"),
     ]  # fmt: skip
-    scene = small_scene(12)
+    inputs = small_inputs(12)
     with every_stage_hangs(stages, monkeypatch):
         config = compose(Entry("infer", InferConfig), ["device=cpu", "sampler.sample_steps=1"])
-        with open_parts(config, Ranks()) as opened:
-            make_film(scene, opened.parts, config, output=tmp_path / "out.mp4", clock=Clock())
+        with open_components(config, Ranks()) as opened:
+            make_video(inputs, opened.components, config, output=tmp_path / "out.mp4", timer=StageTimer())
 
 
-def test_an_error_that_all_ranks_find_is_said_as_it_is_and_any_other_as_the_fault_of_who_failed_first():
+def test_an_error_that_all_ranks_find_is_reported_as_it_is_and_any_other_as_the_fault_of_who_failed_first():
     store = dist.HashStore()
     ours, theirs = (unwatched(store, rank, 1.0) for rank in range(2))
     ours.store = theirs.store  # those of one job have one number
@@ -220,7 +222,7 @@ def test_a_rank_that_is_done_is_not_missed(monkeypatch):
     monkeypatch.setattr(ours, "_where", lambda: ("", True))
     ours._look()
     time.sleep(0.3)
-    with at_rest():
+    with pause_watchdog():
         assert ours._look() is None
     ours.close()
 
@@ -239,7 +241,7 @@ def test_the_first_rank_leaves_when_the_others_have():
 @pytest.mark.parametrize(("host", "birth", "ended"), [("here", "born", True), ("elsewhere", "born", False), ("here", "later", False)])
 def test_only_the_process_that_was_meant_is_ended(host, birth, ended, monkeypatch):
     found = []
-    monkeypatch.setattr(watchdog.os, "kill", lambda *told: found.append(told))
+    monkeypatch.setattr(watchdog.os, "kill", lambda *conditions: found.append(conditions))
     mine = watchdog._birth(os.getpid())
     watchdog._end_frozen(socket.gethostname() if host == "here" else host, str(os.getpid()), mine if birth == "born" else f"{mine}0")
     assert found == [(os.getpid(), signal.SIGKILL)] * ended

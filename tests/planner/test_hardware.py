@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sonic.cli import Entry, compose, options, run_command
+from sonic.cli import Entry, compose, group_choices, run_command
 from sonic.commands import plan_command
 from sonic.parallel.parallel_config import HardwareConfig, PlanConfig
 from sonic.planner.hardware import RATES, machine_here
@@ -87,7 +87,7 @@ def test_the_longest_name_that_fits_counts(machine):
 
 def test_hardware_that_a_file_describes_is_not_looked_up(machine):
     machine(8, H100)
-    for name in set(options("hardware")) - {"here"}:
+    for name in set(group_choices("hardware")) - {"here"}:
         asked = compose(PLAN, [f"hardware={name}"]).hardware
         assert machine_here(asked) is asked
         assert asked.devices >= 1

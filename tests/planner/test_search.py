@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sonic.cli import Entry, compose, options
+from sonic.cli import Entry, compose, group_choices
 from sonic.parallel.layer_ranges import best_ranges
-from sonic.parallel.parallel_config import ALONE, PLAN_NAMES, PlanConfig
-from sonic.planner.memory import ENCODE, FILM, ITEMS, TEXT_NUMBERS
+from sonic.parallel.parallel_config import PLAN_NAMES, SINGLE_RANK_PLANS, PlanConfig
+from sonic.planner.memory import ENCODE, GENERATE, ITEMS, TEXT_NUMBERS
 from sonic.planner.plans import CLIPS_WAIT, PLANS
-from sonic.planner.search import OPTIONAL, as_json, by_name, planned
+from sonic.planner.search import OPTIONAL, as_json, by_name, search_plans
 from sonic.system.program import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "fi
 
 
 def plan(*items):
-    return planned(compose(PLAN, ["model=live_avatar_14b", "video=704x384", "run.dtype=bfloat16", *items]))
+    return search_plans(compose(PLAN, ["model=live_avatar_14b", "video=704x384", "run.dtype=bfloat16", *items]))
 
 
 def chosen(*items):
@@ -38,17 +38,17 @@ def test_plans_are_named_in_one_place():
     assert set(PLANS) == set(PLAN_NAMES)
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
+@pytest.mark.parametrize("model", group_choices("model"))
+@pytest.mark.parametrize("hardware", [name for name in group_choices("hardware") if name != "here"])
 def test_every_plan_adds_up(hardware, model):
     config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16"])
-    found = as_json(planned(config))
+    found = as_json(search_plans(config))
     assert found["chosen"] == found["plans"][0]
     for each in found["plans"]:
         items = each["items_gib"]
         assert set(each) >= FIELDS
         assert set(items) == set(ITEMS)
-        together = max(sum(items[name] for name in FILM), sum(items[name] for name in ENCODE))
+        together = max(sum(items[name] for name in GENERATE), sum(items[name] for name in ENCODE))
         assert max(each["peak_gib_per_rank"]) == pytest.approx(together, abs=0.01)
         assert each["fits"] <= (max(each["peak_gib_per_rank"]) <= config.hardware.usable_gib)
         assert each["frames_per_second"] > 0
@@ -63,14 +63,14 @@ def test_every_plan_is_shown_and_one_that_leaves_devices_idle_is_chosen_when_no_
     assert all(each.missing_gib(two.hardware) for each in two.plans if not by_name(each.parallel, two.hardware))
 
 
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", group_choices("model"))
 @pytest.mark.parametrize("hardware", ["2x24gb", "4x24gb", "8x24gb"])
 @pytest.mark.parametrize("gib", [8, 22])
 def test_what_several_devices_do_or_would_do_keeps_all_of_them_busy(hardware, model, gib):
     config = compose(PLAN, [f"hardware={hardware}", f"model={model}", "run.dtype=bfloat16", f"hardware.usable_gib={gib}"])
-    found = planned(config, idle=False)
+    found = search_plans(config, idle=False)
     for each in (*found.plans, *(change.plan for change in found.changes)):
-        assert each.parallel.name not in (*ALONE, *OPTIONAL)
+        assert each.parallel.name not in (*SINGLE_RANK_PLANS, *OPTIONAL)
         stages = len(each.ranges) - bool(each.parallel.vae_rank)
         assert not (found.work.clip_frames and stages > 1)
 
@@ -88,14 +88,14 @@ def test_four_small_cards_carry_the_14b_in_a_pipeline():
     assert max(found["peak_gib_per_rank"]) <= 21
 
 
-def test_a_small_film_of_the_14b_leaves_room_on_four_small_cards():
+def test_a_small_video_of_the_14b_leaves_room_on_four_small_cards():
     found = chosen("hardware=4x24gb", "+preset=fast_preview", "video=384x256")
     assert (found["plan"], found["fits"]) == ("pipeline", True)
     assert max(found["peak_gib_per_rank"]) <= 13
     assert found["frames_per_second"] >= 25
 
 
-def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_film():
+def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_video():
     narrow, wide = (plan("hardware=8x24gb", "+preset=fast_preview", "video=384x256", f"run.dtype={name}") for name in DTYPES)
     assert {each.chosen.ranks[0]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
     assert wide.chosen.ranks[1]["weights"] == 2 * narrow.chosen.ranks[1]["weights"]
@@ -141,8 +141,8 @@ def test_proposed_changes_help(asked):
     assert found.chosen.missing_gib(found.hardware) > 0
     assert found.changes
     for change in found.changes:
-        knobs = [item for item in asked if item.partition("=")[0] not in {knob.partition("=")[0] for knob in change.knobs}]
-        assert plan(*knobs, *change.knobs).fits, change.sentence
+        options = [item for item in asked if item.partition("=")[0] not in {option.partition("=")[0] for option in change.options}]
+        assert plan(*options, *change.options).fits, change.sentence
 
 
 def test_smaller_steps_sizes_and_windows_need_less():
@@ -158,7 +158,7 @@ def test_smaller_steps_sizes_and_windows_need_less():
 def test_stages_own_every_block_once(devices, steps):
     sampler = ("sampler=euler", f"sampler.sample_steps={steps}")
     config = compose(PLAN, ["model=live_avatar_14b", "video=704x384", "hardware=8x80gb", "parallel=pipeline", *sampler])
-    found = planned(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
+    found = search_plans(replace(config, hardware=replace(config.hardware, devices=devices))).chosen
     assert [layer for layers in found.ranges for layer in layers] == list(range(40))
     assert len(found.ranges) == devices == len(found.ranks)
 
@@ -227,7 +227,7 @@ def test_the_dearest_stage_is_as_cheap_as_it_can_be():
         (("hardware=4x24bg",), "choose one of: 4x24gb"),
     ],
 )
-def test_what_makes_no_sense_is_said_in_a_sentence(items, sentence):
+def test_what_makes_no_sense_is_reported_in_a_sentence(items, sentence):
     with pytest.raises(ValueError, match=r"\S") as caught:
         plan(*items)
     assert sentence in str(caught.value)

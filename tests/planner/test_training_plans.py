@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sonic.cli import Entry, compose, options, run_command
+from sonic.cli import Entry, compose, group_choices, run_command
 from sonic.commands import plan_command
 from sonic.model.adapters import Adapters
 from sonic.model.counts import weights
@@ -44,9 +44,9 @@ WIDE = (  # a few blocks of the 14B's proportions
     "hardware.reserve_gib=0",
 )
 SHORT = ("model.trunk.num_layers=2", "model.audio.inject_layers=[1]")
-MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank", "moments_gib"}
-FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason", "seconds_per_step", "knobs"}
-TRAININGS = [name for name in options("task") if name != "film"]
+MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank", "phases_gib"}
+FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason", "seconds_per_step", "options"}
+TRAININGS = [name for name in group_choices("task") if name != "video"]
 
 
 def plan(*items):
@@ -72,7 +72,7 @@ def test_what_is_predicted_is_what_a_step_takes(items):
     found = planned_training(compose(PLAN, [*WIDE, "parallel=fsdp", *items]))
     tracked = track_training(found.work, found.hardware, found.chosen)
     assert found.chosen.peak_gib == pytest.approx(max(tracked.values()), rel=0.05)
-    assert set(tracked) <= set(found.chosen.moments)
+    assert set(tracked) <= set(found.chosen.phases)
     assert not dist.is_initialized()
 
 
@@ -81,9 +81,9 @@ def test_few_layers_tell_what_all_layers_take(monkeypatch):
     found = planned_training(compose(PLAN, [*WIDE, *items]))
     monkeypatch.setattr(extrapolate, "FEW", 3)
     monkeypatch.setattr(extrapolate, "MORE", 4)
-    told = track_training(found.work, found.hardware, found.chosen)
+    tracked = track_training(found.work, found.hardware, found.chosen)
     monkeypatch.setattr(extrapolate, "MORE", 100)
-    assert told == pytest.approx(track_training(found.work, found.hardware, found.chosen), rel=0.01)
+    assert tracked == pytest.approx(track_training(found.work, found.hardware, found.chosen), rel=0.01)
 
 
 @pytest.mark.skipif("SONIC_SLOW" not in os.environ, reason="takes a minute or two; set SONIC_SLOW=1")
@@ -102,8 +102,8 @@ def test_the_14b_is_what_it_is_predicted_to_be(asked, most):
     assert tracked <= most
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "here"])
+@pytest.mark.parametrize("model", group_choices("model"))
+@pytest.mark.parametrize("hardware", [name for name in group_choices("hardware") if name != "here"])
 @pytest.mark.parametrize("task", TRAININGS)
 def test_every_training_adds_up(task, hardware, model):
     config = compose(PLAN, [f"task={task}", f"hardware={hardware}", f"model={model}", "task.past=0", "task.window=12"])
@@ -113,7 +113,7 @@ def test_every_training_adds_up(task, hardware, model):
         assert set(each) >= FIELDS
         assert set(each["items_gib"]) == set(ITEMS)
         assert max(each["peak_gib_per_rank"]) == pytest.approx(sum(each["items_gib"].values()), abs=0.01)
-        assert max(each["peak_gib_per_rank"]) == max(each["moments_gib"].values())
+        assert max(each["peak_gib_per_rank"]) == max(each["phases_gib"].values())
         assert each["fits"] <= (max(each["peak_gib_per_rank"]) <= config.hardware.usable_gib)
         assert min(each["seconds_per_step"], each["frames_per_second"]) > 0
 
@@ -136,7 +136,7 @@ def test_all_of_the_14b_learns_on_eight_large_cards():
 
 
 @pytest.mark.parametrize("task", TRAININGS)
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", group_choices("model"))
 def test_what_is_counted_is_what_the_model_has(model, task):
     config = compose(PLAN, [f"model={model}", f"task={task}", "task.past=0", "task.window=12"])
     work, learn = training(config), config.task.learn
@@ -152,14 +152,19 @@ def test_what_is_counted_is_what_the_model_has(model, task):
 
 @pytest.mark.parametrize(("task", "recipe"), [("distill", "distill=live_avatar_4step"), ("audio_adapter", "train=audio_adapter")])
 def test_a_task_is_its_recipe(task, recipe):
-    planned, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
+    search_plans, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
     goal, past = recipe.objective, recipe.objective.window.past
-    assert (planned.objective, planned.window, planned.past, planned.learn) == (goal.name, recipe.data.window, past, goal.learn)
-    assert (planned.batch_size, planned.accumulate) == (recipe.budget.batch_size, recipe.budget.accumulate)
-    assert (planned.precision, planned.recompute) == (recipe.speed.precision, recipe.speed.recompute)
+    assert (search_plans.objective, search_plans.window, search_plans.past, search_plans.learn) == (
+        goal.name,
+        recipe.data.window,
+        past,
+        goal.learn,
+    )
+    assert (search_plans.batch_size, search_plans.accumulate) == (recipe.budget.batch_size, recipe.budget.accumulate)
+    assert (search_plans.precision, search_plans.recompute) == (recipe.speed.precision, recipe.speed.recompute)
     assert goal.window.reach == "clip"
     if goal.name == "dmd":
-        assert (planned.critic_turns, planned.teacher_guide_scale) == (goal.critic_turns, goal.teacher_guide_scale)
+        assert (search_plans.critic_turns, search_plans.teacher_guide_scale) == (goal.critic_turns, goal.teacher_guide_scale)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +198,8 @@ def test_proposed_changes_help(asked):
     assert found.chosen.missing_gib(found.hardware) > 0
     assert found.changes
     for change in found.changes:
-        names = {knob.partition("=")[0] for knob in change.knobs}
-        assert plan(*(item for item in asked if item.partition("=")[0] not in names), *change.knobs).fits, change.sentence
+        names = {option.partition("=")[0] for option in change.options}
+        assert plan(*(item for item in asked if item.partition("=")[0] not in names), *change.options).fits, change.sentence
 
 
 def test_what_no_single_change_mends_is_not_made_up():
@@ -215,10 +220,10 @@ def test_what_no_single_change_mends_is_not_made_up():
         (("task=distill", "parallel=pipeline"), "use parallel=fsdp"),
         (("task=distill", "hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "3 ranks cannot share"),
         (("task=distill", "hardware=8x80gb", "parallel=fsdp", "task.accumulate=4"), "cannot be shared by 8 rows"),
-        (("task=film", "task.objective=dmd"), "goes with another"),
+        (("task=video", "task.objective=dmd"), "goes with another"),
     ],
 )
-def test_what_makes_no_sense_is_said_in_a_sentence(items, sentence):
+def test_what_makes_no_sense_is_reported_in_a_sentence(items, sentence):
     with pytest.raises(ValueError, match=r"\S") as caught:
         plan(*items)
     assert sentence in str(caught.value)
@@ -258,12 +263,12 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
 )
 def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_program(tmp_path, asked, name, capsys):
     assert run_command(PLAN, plan_command.plan, [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
-    assert len(said) == 1
-    assert f"{name} is predicted only" in said[0]
+    output = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
+    assert len(output) == 1
+    assert f"{name} is predicted only" in output[0]
     found = json.loads((tmp_path / "plan.json").read_text())["chosen"]
     assert found["tracked"] is None
-    assert said[0] == f"not tracked: {found['tracked_reason']}"
+    assert output[0] == f"not tracked: {found['tracked_reason']}"
 
 
 def test_the_command_holds_its_prediction_against_the_program(tmp_path):

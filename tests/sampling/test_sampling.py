@@ -93,7 +93,7 @@ def test_every_schedule_falls_from_high_noise_to_zero(name, steps, shift):
 
 
 @pytest.mark.parametrize("name", FIXED_STEPS)
-def test_a_table_is_walked_whole_or_not_at_all(name):
+def test_a_table_is_followed_whole_or_not_at_all(name):
     with pytest.raises(ValueError, match="is a table of"):
         sigmas_of(name, FIXED_STEPS[name] + 1, 3.0)
 
@@ -111,7 +111,7 @@ def test_the_twice_shifted_schedule_has_the_published_sigmas():
 @pytest.mark.parametrize(
     ("steps", "shift", "words"), [(0, 3.0, "sample_steps=0"), (4, 0.0, "sample_shift=0.0"), (-1, 1.0, "sample_steps=-1")]
 )
-def test_an_impossible_schedule_names_the_knob(steps, shift, words):
+def test_an_impossible_schedule_names_the_option(steps, shift, words):
     with pytest.raises(ValueError, match=words):
         sigmas_of("linear", steps, shift)
 

@@ -43,18 +43,18 @@ def test_silence_moves_nothing(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_lower_lip_travels_with_the_opening(seed):
+def test_the_lower_lip_moves_with_the_opening(seed):
     visemes = torch.zeros(5, 5)
     visemes[:, 0] = torch.linspace(0, 1, 5)
-    way = puppet.travel(person(seed).mouth, visemes)
+    way = puppet.lip_displacement(person(seed).mouth, visemes)
     assert way[0] == 0 and (way.diff() > 0).all()
 
 
 def test_a_smile_closes_for_a_bilabial_and_a_closed_mouth_stays_where_it_is():
     smiling = puppet.MouthShape(48, 52, 12, gap=0.4)
     closed = puppet.MouthShape(48, 52, 12)
-    assert puppet.travel(smiling, torch.tensor([CLOSED])) < -0.3
-    assert puppet.travel(closed, torch.tensor([CLOSED])) == 0
+    assert puppet.lip_displacement(smiling, torch.tensor([CLOSED])) < -0.3
+    assert puppet.lip_displacement(closed, torch.tensor([CLOSED])) == 0
 
 
 def test_an_open_mouth_shows_its_inside_where_the_mouth_is():

@@ -15,7 +15,7 @@ from sonic.synthetic.voices import VISEMES, WORDS, Utterance, augment, sample_sp
 pytest.importorskip("espeakng_loader", reason="speaking needs the extra [voices]")
 
 
-def test_the_same_seed_says_the_same_whatever_was_said_before():
+def test_the_same_seed_says_the_same_whatever_was_reported_before():
     first = say(np.random.default_rng(7), seconds=2.0)
     say(np.random.default_rng(8), split="test")
     again = say(np.random.default_rng(7), seconds=2.0)
@@ -123,8 +123,8 @@ def test_augmented_speech_keeps_its_length_range_and_timing():
     for _ in range(5):
         dirty = augment(samples, rng)
         assert dirty.shape == samples.shape and np.abs(dirty).max() <= 1
-        heard = np.log10((dirty.reshape(-1, 160) ** 2).mean(axis=1) / dirty.max() ** 2 + 1e-4)
-        by_lag = [np.corrcoef(levels[5:-5], np.roll(heard, -lag)[5:-5])[0, 1] for lag in range(-5, 6)]
+        loudness = np.log10((dirty.reshape(-1, 160) ** 2).mean(axis=1) / dirty.max() ** 2 + 1e-4)
+        by_lag = [np.corrcoef(levels[5:-5], np.roll(loudness, -lag)[5:-5])[0, 1] for lag in range(-5, 6)]
         assert abs(int(np.argmax(by_lag)) - 5) <= 1
 
 

@@ -1,4 +1,4 @@
-"""Laws of names of files: `~`, bytes that are not UTF-8, links, pipes, and where a film is written."""
+"""Laws of names of files: `~`, bytes that are not UTF-8, links, pipes, and where a video is written."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_a_tilde_is_the_home_folder_where_a_shell_has_it_so(typed, meant, monkey
     [
         (InferConfig, ["image", "audio", "output", "requests", "run.folder", "motion.pose", "model.weights", "weights", "model.lora.path"]),
         (PrecomputeConfig, ["folder", "data.source", "autoencoder"]),
-        (JudgeConfig, ["film", "image", "audio", "json"]),
+        (JudgeConfig, ["video", "image", "audio", "json"]),
         (PlanConfig, ["json"]),
     ],
 )
 def test_every_option_that_names_a_file_knows_the_home_folder(schema, options, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     name = {InferConfig: "infer", PrecomputeConfig: "precompute", JudgeConfig: "judge", PlanConfig: "plan"}[schema]
-    needed = ["film=a.mp4"] if schema is JudgeConfig else []
+    needed = ["mp4=a.mp4"] if schema is JudgeConfig else []
     for option in options:
         value = compose(Entry(name, schema), [*needed, f"{option}=~/x"])
         for part in {"weights": "model.weights"}.get(option, option).split("."):
@@ -114,7 +114,7 @@ def test_an_input_that_is_no_file_is_refused_before_it_is_opened(name, tmp_path,
         check_input(name, "image")
 
 
-def test_a_film_is_written_through_a_link_which_stays(tmp_path):
+def test_a_video_is_written_through_a_link_which_stays(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far/old.mp4").write_bytes(b"old")
     for link, target in (("a.mp4", "far/old.mp4"), ("b.mp4", "far/new.mp4")):
@@ -125,14 +125,14 @@ def test_a_film_is_written_through_a_link_which_stays(tmp_path):
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["new.mp4", "old.mp4"]
 
 
-def test_a_film_takes_the_place_of_one_name_of_a_file_with_two(tmp_path):
+def test_a_video_takes_the_place_of_one_name_of_a_file_with_two(tmp_path):
     (tmp_path / "kept").write_bytes(b"old")
     os.link(tmp_path / "kept", tmp_path / "a.mp4")
     written(tmp_path / "a.mp4")
     assert (tmp_path / "kept").read_bytes() == b"old"
 
 
-def test_what_cannot_become_a_film_is_refused_with_the_option(tmp_path, monkeypatch):
+def test_what_cannot_become_a_video_is_refused_with_the_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.mp4")
     os.symlink("/dev/null", "null.mp4")
@@ -148,7 +148,7 @@ def test_what_cannot_become_a_film_is_refused_with_the_option(tmp_path, monkeypa
     assert sorted(os.listdir()) == before
 
 
-def test_a_read_only_film_is_not_replaced(tmp_path, monkeypatch):
+def test_a_read_only_video_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").touch(0o444)
     monkeypatch.setattr("sonic.system.paths.os.access", lambda path, mode: False)  # which root never sees
     with pytest.raises(ValueError, match="there already and read-only"):

@@ -87,17 +87,17 @@ def succeeds(config, run) -> None:
 
 @pytest.mark.parametrize("bad", [stops, breaks])
 def test_a_run_that_fails_leaves_the_one_of_its_name_as_it_was(bad, tmp_path):
-    place = [f"run.folder={tmp_path / 'runs'}", "name=r"]
-    assert run_command(ENTRY, succeeds, [*place, "seed=1"]) == 0
+    position = [f"run.folder={tmp_path / 'runs'}", "name=r"]
+    assert run_command(ENTRY, succeeds, [*position, "seed=1"]) == 0
     before = contents(tmp_path / "runs/r")
-    assert run_command(ENTRY, bad, [*place, "seed=2"]) != 0
+    assert run_command(ENTRY, bad, [*position, "seed=2"]) != 0
     assert contents(tmp_path / "runs/r") == before
 
 
 def test_a_run_that_succeeds_replaces_the_one_of_its_name(tmp_path):
-    place = [f"run.folder={tmp_path / 'runs'}", "name=r"]
+    position = [f"run.folder={tmp_path / 'runs'}", "name=r"]
     for seed in (1, 2):
-        assert run_command(ENTRY, succeeds, [*place, f"seed={seed}"]) == 0
+        assert run_command(ENTRY, succeeds, [*position, f"seed={seed}"]) == 0
     found = contents(tmp_path / "runs/r")
     assert set(found) == {"config.yaml", "command.txt", "git_commit.txt", "log.txt", "result.json"}
     assert b"seed: 2" in found["config.yaml"] and json.loads(found["result.json"]) == {"seed": 2}
@@ -158,14 +158,14 @@ def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys):
     for _ in range(3):
         logging.getLogger("sonic").info("the work goes on")
     run.close()
-    said = capsys.readouterr()
-    assert said.out.count("the work goes on") == 3 and "Traceback" not in said.err
-    assert said.err.count(f"{tmp_path / 'runs/r/log.txt'} ends here: No space left on device") == 1
+    message = capsys.readouterr()
+    assert message.out.count("the work goes on") == 3 and "Traceback" not in message.err
+    assert message.err.count(f"{tmp_path / 'runs/r/log.txt'} ends here: No space left on device") == 1
 
 
 @pytest.fixture
 def full(monkeypatch):
-    """Nothing more can be written into run folders, but films can."""
+    """Nothing more can be written into run folders, but videos can."""
 
     def refuse(source, target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
@@ -173,28 +173,30 @@ def full(monkeypatch):
     monkeypatch.setattr("sonic.system.files.os", type("Full", (), {"replace": staticmethod(refuse)}))
 
 
-def test_a_film_counts_though_its_run_folder_is_full(command, full, tmp_path, capsys):
-    assert command("output=film.mp4", "run.folder=elsewhere", "name=r") == 0
-    said = capsys.readouterr().err
+def test_a_video_counts_though_its_run_folder_is_full(command, full, tmp_path, capsys):
+    assert command("output=video.mp4", "run.folder=elsewhere", "name=r") == 0
+    message = capsys.readouterr().err
     for what in ("result.json", "the contact sheet"):
-        assert f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the film film.mp4 is whole" in said
-    assert (tmp_path / "film.mp4").stat().st_size > 1000
+        assert (
+            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is whole" in message
+        )
+    assert (tmp_path / "video.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "elsewhere/r").iterdir()} == {"config.yaml", "command.txt", "git_commit.txt", "log.txt"}
 
 
-def test_films_of_requests_count_though_their_run_folder_is_full(command, full, tmp_path, capsys):
-    (tmp_path / "films.jsonl").write_text('{"output": "film.mp4"}\n')
-    assert command("requests=films.jsonl", "name=r") == 0
-    assert "films.json cannot be written" in capsys.readouterr().err
-    assert (tmp_path / "film.mp4").is_file()
+def test_videos_of_requests_count_though_their_run_folder_is_full(command, full, tmp_path, capsys):
+    (tmp_path / "requests.jsonl").write_text('{"output": "video.mp4"}\n')
+    assert command("requests=requests.jsonl", "name=r") == 0
+    assert "videos.json cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "video.mp4").is_file()
 
 
-FILM_ON_A_FULL_DISK = """
+VIDEO_ON_A_FULL_DISK = """
 import sys
 from infer_command import FACE, TINY
 from sonic.cli import run_command
 from sonic.commands import infer_command
-given = [*sys.argv[1:], *FACE, *TINY, "name=r", "output=film.mp4"]
+given = [*sys.argv[1:], *FACE, *TINY, "name=r", "output=video.mp4"]
 sys.exit(run_command(infer_command.ENTRY, infer_command.infer, given))
 """
 
@@ -205,19 +207,19 @@ def test_a_disk_that_is_really_full(kib, code, weights, tmp_path):
     recording = write_wav(tmp_path / "speech.wav", babble(0.6))
     disk = ["-t", "tmpfs", "-o", f"size={kib}k", "none", str(tmp_path / "disk")]
     given = [f"run.folder={tmp_path / 'disk'}", f"audio={recording}", f"weights={weights}"]
-    found = with_mounts([disk], [*script(FILM_ON_A_FULL_DISK), *given], folder=tmp_path)
+    found = with_mounts([disk], [*script(VIDEO_ON_A_FULL_DISK), *given], folder=tmp_path)
     assert found.returncode == code and "Traceback" not in found.stderr, found.stderr
     assert str(tmp_path / "disk/r") in found.stderr and "No space left on device" in found.stderr
-    assert (tmp_path / "film.mp4").exists() == (code == 0)
+    assert (tmp_path / "video.mp4").exists() == (code == 0)
     assert ("is whole" in found.stderr) == (code == 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sonic.inference.batch.build_parts", lambda *_, **__: pytest.fail("something was loaded"))
+    monkeypatch.setattr("sonic.inference.batch.build_components", lambda *_, **__: pytest.fail("something was loaded"))
     (tmp_path / "runs").touch()
-    assert command("output=film.mp4", "run.folder=runs", "name=r") == 2
-    said = capsys.readouterr().err
-    assert "run.folder=runs: the folder runs/r of the run cannot be written" in said and said.count("error:") == 1
+    assert command("output=video.mp4", "run.folder=runs", "name=r") == 2
+    message = capsys.readouterr().err
+    assert "run.folder=runs: the folder runs/r of the run cannot be written" in message and message.count("error:") == 1
 
 
 def test_a_folder_whose_first_file_cannot_be_written_goes_again(tmp_path, monkeypatch):

@@ -48,10 +48,10 @@ def test_errors_come_back_and_the_next_call_is_answered(worker):
     assert worker.call(abs, -3) == 3
 
 
-@pytest.mark.parametrize(("end", "told"), [((os._exit, 3), "exit code 3"), ((signal.raise_signal, signal.SIGSEGV), "SIGSEGV")])
-def test_a_crash_costs_its_own_call(worker, end, told):
+@pytest.mark.parametrize(("end", "given"), [((os._exit, 3), "exit code 3"), ((signal.raise_signal, signal.SIGSEGV), "SIGSEGV")])
+def test_a_crash_costs_its_own_call(worker, end, given):
     before = worker.call(os.getpid)
-    with pytest.raises(Crashed, match=told):
+    with pytest.raises(Crashed, match=given):
         worker.call(*end)
     assert worker.call(os.getpid) != before
 

@@ -57,7 +57,7 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
 
 def test_a_card_tells_what_the_training_began_from(config, tmp_path, monkeypatch):
     run_training(config, tmp_path / "first", commit="abc123", command="the first")
-    monkeypatch.setattr(build, "start_from", lambda *told: None)
+    monkeypatch.setattr(build, "start_from", lambda *expected: None)
     config.init_from = config.export
     run_training(config, tmp_path / "second", commit="abc456", command="the second")
     card = (tmp_path / "out" / "speech.md").read_text()
@@ -105,27 +105,27 @@ def test_a_name_that_is_not_in_a_table_lists_the_choices(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "told"),
+    ("options", "expected"),
     [
         ({"device": "gpu"}, "speed.device=gpu is unknown; choose one of: cpu, auto, cuda"),
         ({"threads": -1}, "speed.threads=-1: need 0"),
         ({"workers": -1}, "speed.workers=-1: need 0"),
     ],
 )
-def test_a_machine_that_cannot_be_is_refused(knobs, told):
-    with pytest.raises(ValueError, match=told):
-        SpeedConfig(**knobs)
+def test_a_machine_that_cannot_be_is_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        SpeedConfig(**options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_said(config, tmp_path):
+def test_a_device_that_is_not_there_is_reported(config, tmp_path):
     config.speed = SpeedConfig(device="cuda")
     with pytest.raises(ValueError, match="speed.device=cuda: this machine has no CUDA device.*use speed.device=cpu"):
         run_training(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_starting_weights_are_said(config, tmp_path):
+def test_missing_starting_weights_are_reported(config, tmp_path):
     config.init_from = str(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="init_from"):
         run_training(config, tmp_path / "run")
@@ -143,8 +143,8 @@ def test_a_hang_anywhere_in_a_training_is_found(config, tmp_path, monkeypatch):
 
 def hang_while_loading(config, folder):
     """The second of two processes that train hangs; what they say is in files, for the server that forks them has its own streams."""
-    with open(f"{folder}.said{dist.get_rank()}", "w") as said:
-        os.dup2(said.fileno(), sys.stderr.fileno())
+    with open(f"{folder}.said{dist.get_rank()}", "w") as output:
+        os.dup2(output.fileno(), sys.stderr.fileno())
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0
     if dist.get_rank():
         ClipDataset.__getitem__ = lambda *draw: time.sleep(1000)

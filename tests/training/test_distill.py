@@ -74,7 +74,7 @@ def test_only_the_role_moves_and_all_of_it(name, role, learn, batch):
     descend(objective, role, batch)
     touched = {own: {p for p, w in module.named_parameters() if w.grad is not None} for own, module in objective.roles.items()}
     assert all(bool(found) == (own == role) for own, found in touched.items())
-    frozen = [w for module in objective.bodies.values() for w in module.parameters() if not w.requires_grad]
+    frozen = [w for module in objective.modules.values() for w in module.parameters() if not w.requires_grad]
     assert frozen and all(weight.grad is None for weight in frozen)
 
 
@@ -90,11 +90,11 @@ def test_one_batch_is_overfitted(name, role, batch):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_student_follows_its_pull_to_a_film(batch, monkeypatch):
-    """With the pull towards one film in place of critic and teacher, replaying blocks overfits that film."""
+def test_a_student_follows_its_pull_to_a_video(batch, monkeypatch):
+    """With the pull towards one video in place of critic and teacher, replaying blocks overfits that video."""
     objective = away(made("dmd", steps=1, anchor_share=0.0))
     goal = torch.randn(1, 16, 1, 4, 4, generator=seeded(4)).expand_as(batch["latents"])
-    monkeypatch.setattr(objective, "_pull", lambda start, film, rng: film - goal)
+    monkeypatch.setattr(objective, "_pull", lambda start, latents, rng: latents - goal)
     optimizer = torch.optim.Adam(objective.roles["student"].parameters(), 3e-2)
     losses = []
     for _ in range(40):
@@ -106,12 +106,12 @@ def test_a_student_follows_its_pull_to_a_film(batch, monkeypatch):
 
 def test_the_pull_leads_from_what_the_critic_sees_to_what_the_teacher_sees(batch, monkeypatch):
     objective, seen = made("dmd"), {"critic": 1.0, "teacher": -1.0}
-    towards = lambda role, *told: lambda x, sigma: (x - seen[role]) / sigma.view(-1, 1, 1, 1, 1)  # noqa: E731
+    towards = lambda role, *given: lambda x, sigma: (x - seen[role]) / sigma.view(-1, 1, 1, 1, 1)  # noqa: E731
     monkeypatch.setattr(objective, "velocity", towards)
     start = Start(conditions_of(batch, objective.model_config), batch["latents"], 0, None)
-    film = torch.zeros_like(batch["latents"])
-    pull = objective._pull(start, film, seeded())
-    assert_close(pull, torch.full_like(film, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: film - pull, on the teacher's side
+    latents = torch.zeros_like(batch["latents"])
+    pull = objective._pull(start, latents, seeded())
+    assert_close(pull, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: video - pull, on the teacher's side
 
 
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone(batch):
@@ -122,23 +122,23 @@ def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone(batch):
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_a_rollout_in_training_is_the_rollout_of_inference(prediction, batch):
     objective = away(made("dmd", prediction=prediction))
-    told, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
+    given, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
     block = objective.model_config.rollout.block_frames
     spans = [BlockSpan(index, index * block, block) for index in range(2)]
     source = NoiseSource(seeded(), noise=lambda span: noise[:, :, span.start : span.stop])
-    with objective.cast.play("student") as model:
-        expected = torch.cat([b.latents for b in rollout(model, told, spans, sampling=Sampling(objective.config.sampler, source))], dim=2)
+    with objective.networks.use_role("student") as model:
+        expected = torch.cat([b.latents for b in rollout(model, given, spans, sampling=Sampling(objective.config.sampler, source))], dim=2)
         with torch.no_grad():
-            found = roll(model, Start(told, noise, 0, None), objective.sigmas)
+            found = roll(model, Start(given, noise, 0, None), objective.sigmas)
     last = found.before[-1] + (0 - objective.sigmas[-2].item()) * (found.before[-1] - found.clean[-1]) / objective.sigmas[-2].item()
     assert_close(last, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_an_anchored_rollout_begins_with_the_truth_and_others_hear_of_it(batch):
+def test_an_anchored_rollout_begins_with_the_truth_and_others_encode_of_it(batch):
     objective = away(made("dmd"))
-    told, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
-    with objective.cast.play("student") as model, torch.no_grad():
-        free, anchored = (roll(model, Start(told, noise, 0, truth), objective.sigmas) for truth in (None, batch["latents"]))
+    given, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
+    with objective.networks.use_role("student") as model, torch.no_grad():
+        free, anchored = (roll(model, Start(given, noise, 0, truth), objective.sigmas) for truth in (None, batch["latents"]))
     assert torch.equal(anchored.clean[-1][:, :, :3], batch["latents"][:, :, :3])
     assert (anchored.clean[-1][:, :, 3:] - free.clean[-1][:, :, 3:]).abs().max() > 1e-4
 
@@ -194,15 +194,15 @@ def test_with_equal_adapters_the_rest_of_the_way_is_the_students_own(batch):
 def test_exported_adapters_are_the_student_and_say_their_strength(batch, tmp_path):
     objective = away(made("consistency"))
     path = tmp_path / "student.safetensors"
-    save_weights(objective.export(objective.roles["student"].state_dict()), path, objective.facts)
+    save_weights(objective.export(objective.roles["student"].state_dict()), path, objective.metadata)
     assert lora_alpha(path) == LORA.alpha
     alone = AvatarDiT(objective.model_config)
-    alone.load_state_dict({n: w for n, w in objective.bodies["base"].state_dict().items() if "adapters" not in n})
+    alone.load_state_dict({n: w for n, w in objective.modules["base"].state_dict().items() if "adapters" not in n})
     merge_lora(alone, read_lora(path), lora_alpha(path))
-    told, noise = conditions_of(batch, objective.model_config), batch["latents"]
-    with objective.cast.play("student") as model, torch.no_grad():
-        expected = model.forward_blocks(noise, torch.full((2,), 700.0), told)
-        assert_close(alone.forward_blocks(noise, torch.full((2,), 700.0), told), expected, atol=2e-3, rtol=2e-3)
+    given, noise = conditions_of(batch, objective.model_config), batch["latents"]
+    with objective.networks.use_role("student") as model, torch.no_grad():
+        expected = model.forward_blocks(noise, torch.full((2,), 700.0), given)
+        assert_close(alone.forward_blocks(noise, torch.full((2,), 700.0), given), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_exported_adapters_load_into_peft(tmp_path):
@@ -227,7 +227,7 @@ def test_exported_adapters_load_into_peft(tmp_path):
     assert_close(layer(x), layer.base_layer(x) + 2.0 * x @ down.T @ up.T)
 
 
-def test_targets_that_name_nothing_are_said(tmp_path):
+def test_targets_that_name_nothing_are_reported(tmp_path):
     for learn in (AdapterConfig(rank=4, targets=["mouth"]), AdapterConfig(targets=["mouth"])):
         with pytest.raises(ValueError, match="mouth"):
             made("consistency", learn)
@@ -243,14 +243,14 @@ def test_guidance_leads_the_teacher_away_from_silence(batch):
     plain, guided = (made("consistency", leap=40, teacher_guide_scale=scale) for scale in (1.0, 3.0))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (plain, guided)]
     assert found[0] != found[1]
-    told, sigma = conditions_of(batch, guided.model_config), torch.tensor([0.7, 0.4])
+    given, sigma = conditions_of(batch, guided.model_config), torch.tensor([0.7, 0.4])
     with torch.no_grad():
-        silent, heard = (guided._plain("teacher", each, 0)(batch["latents"], sigma) for each in (told.drop("audio"), told))
-    assert not torch.equal(silent, heard)
-    assert_close(guided.velocity("teacher", told, 0)(batch["latents"], sigma), silent + 3.0 * (heard - silent))
+        silent, with_audio = (guided._plain("teacher", each, 0)(batch["latents"], sigma) for each in (given.drop("audio"), given))
+    assert not torch.equal(silent, with_audio)
+    assert_close(guided.velocity("teacher", given, 0)(batch["latents"], sigma), silent + 3.0 * (with_audio - silent))
 
 
-def test_a_student_walks_straight_and_says_so():
+def test_a_student_goes_straight_and_says_so():
     with pytest.raises(ValueError, match="use euler"):
         ConsistencyConfig(sampler=SamplerConfig(name="unipc"))
     with pytest.raises(ValueError, match="teacher_guide_scale"):
@@ -262,17 +262,17 @@ def test_a_student_goes_on_from_exported_adapters(tmp_path):
     learnt = first.roles["student"].state_dict()
     for weight in learnt.values():
         weight.copy_(torch.randn(weight.shape).half())
-    save_weights(first.export(learnt), tmp_path / "student.safetensors", first.facts)
-    start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
+    save_weights(first.export(learnt), tmp_path / "student.safetensors", first.metadata)
+    start_from(second.roles["student"], tmp_path / "student.safetensors", second.metadata)
     for name, weight in second.roles["student"].state_dict().items():
         assert_close(weight, learnt[name])
 
 
 def test_adapters_learnt_at_another_alpha_are_refused(tmp_path):
     first, second = made("consistency"), made("consistency", AdapterConfig(rank=4, alpha=16.0, targets=LORA.targets))
-    save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.facts)
+    save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.metadata)
     with pytest.raises(ValueError, match=r"alpha 8\.0, not with objective\.learn\.alpha=16\.0; use objective\.learn\.alpha=8\.0"):
-        start_from(second.roles["student"], tmp_path / "student.safetensors", second.facts)
+        start_from(second.roles["student"], tmp_path / "student.safetensors", second.metadata)
 
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):

@@ -110,7 +110,7 @@ def test_another_engine_or_number_of_ranks_continues_a_run(before, after, tmp_pa
 def held(folder, engine):
     """Numbers of the transformer that this process holds, and of all of it."""
     run = run_of(folder, "dmd", steps=1, engine=engine)
-    base = run.objective.cast.base
+    base = run.objective.networks.base
     own = [p for name, p in base.named_parameters() if "adapters" not in name]
     total = sum(p.numel() for p in own)
     run.engine.prepare(run.objective)

@@ -17,7 +17,7 @@ def halved(folder, name):
         for adapter in run.objective.roles["student"].values():
             adapter.lora_B.weight.zero_()
     train(run)
-    weights = [parameter for body in run.objective.bodies.values() for parameter in body.parameters()]
+    weights = [parameter for network in run.objective.modules.values() for parameter in network.parameters()]
     kinds = [{weight.dtype for weight in weights if weight.requires_grad == learns} for learns in (False, True)]
     student = run.engine.roles["student"].named_parameters()
     moved = {name: bool(weight.full_tensor().abs().max() > 0) for name, weight in student if name.endswith("lora_B.weight")}

@@ -1,4 +1,4 @@
-"""A training of a big model from its ready checkpoint: nobody holds it whole, and what does not fit together is said."""
+"""A training of a big model from its converted checkpoint: nobody holds it whole, and what does not fit together is said."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model_config():
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory) -> Path:
-    """A ready checkpoint of a model with the 14B's parts, without its size."""
+    """A converted checkpoint of a model with the 14B's parts, without its size."""
     folder, config = tmp_path_factory.mktemp("ready"), model_config()
     torch.manual_seed(3)
     model = AvatarDiT(config)
@@ -79,14 +79,14 @@ def config(goal, ready, clips, **speed):
     )  # fmt: skip
 
 
-def train_here(folder, told, export=""):
+def train_here(folder, settings, export=""):
     """Train, and count what was read of the file; runs on every rank."""
-    read, part = [], weights_module.Stored.part
-    weights_module.Stored.part = lambda stored, place: read.append(part(stored, place)) or read[-1]
+    read, part = [], weights_module.LazyTensor.part
+    weights_module.LazyTensor.part = lambda stored, index: read.append(part(stored, index)) or read[-1]
     try:
-        run_training(replace(told, export=export), Path(folder))
+        run_training(replace(settings, export=export), Path(folder))
     finally:
-        weights_module.Stored.part = part
+        weights_module.LazyTensor.part = part
     return sum(tensor.numel() for tensor in read)
 
 
@@ -116,8 +116,8 @@ def assert_same_weights(found, wanted):
 def test_deepspeed_starts_from_the_checkpoint_and_exports_what_one_process_does(goal, ready, clips, tmp_path):
     pytest.importorskip("deepspeed")
     train_here(tmp_path / "one", config(goal, ready, clips), str(tmp_path / "one.safetensors"))
-    told = config(goal, ready, clips, engine="zero3")
-    shares = on_ranks(2, launched, train_here, str(tmp_path / "two"), told, str(tmp_path / "two.safetensors"))
+    settings = config(goal, ready, clips, engine="zero3")
+    shares = on_ranks(2, launched, train_here, str(tmp_path / "two"), settings, str(tmp_path / "two.safetensors"))
     assert max(shares) < 0.6 * sum(shares)
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-7)
     assert_same_weights(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
@@ -128,16 +128,16 @@ def test_what_does_not_learn_is_kept_in_half_where_it_computes_in_half(ready, cl
         assert found == {"frozen": torch.bfloat16, "learning": torch.float32}
 
 
-def precisions(folder, told):
+def precisions(folder, settings):
     from sonic.training.build import engine_of
     from sonic.training.initial_weights import without_memory
     from sonic.training.objectives.dmd import DistributionMatching
     from sonic.training.world import join_world
 
-    objective = DistributionMatching(told, make=without_memory)
-    engine = engine_of(told, join_world(torch.device("cpu")), Path(folder))
-    engine.lay_out(objective)
-    return {("learning" if p.requires_grad else "frozen"): p.dtype for p in objective.cast.base.parameters()}
+    objective = DistributionMatching(settings, make=without_memory)
+    engine = engine_of(settings, join_world(torch.device("cpu")), Path(folder))
+    engine.allocate(objective)
+    return {("learning" if p.requires_grad else "frozen"): p.dtype for p in objective.networks.base.parameters()}
 
 
 def exit_code(argv, folder=None):
@@ -159,19 +159,19 @@ def sentence(tmp_path, monkeypatch, capsys):
 
     def run(*argv):
         assert exit_code(argv) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said and list(tmp_path.iterdir()) == [], said
-        return said.strip().splitlines()[-1]
+        output = capsys.readouterr().err
+        assert "Traceback" not in output and list(tmp_path.iterdir()) == [], output
+        return output.strip().splitlines()[-1]
 
     return run
 
 
-def test_a_recipe_for_another_model_than_the_checkpoint_is_said(sentence, ready, clips):
-    said = sentence("+distill=live_avatar_2step", f"checkpoint={ready}", f"data.folder={clips}", "speed.engine=local")
-    assert "holds wan_s2v_14b; use model=wan_s2v_14b" in said
+def test_a_recipe_for_another_model_than_the_checkpoint_is_reported(sentence, ready, clips):
+    output = sentence("+distill=live_avatar_2step", f"checkpoint={ready}", f"data.folder={clips}", "speed.engine=local")
+    assert "holds wan_s2v_14b; use model=wan_s2v_14b" in output
 
 
-def test_a_checkpoint_of_other_sizes_than_it_says_is_said(sentence, ready, clips, tmp_path_factory):
+def test_a_checkpoint_of_other_sizes_than_it_says_is_reported(sentence, ready, clips, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "dit").symlink_to(ready / "dit")
     manifest = json.loads((ready / "manifest.json").read_text())
@@ -182,16 +182,16 @@ def test_a_checkpoint_of_other_sizes_than_it_says_is_said(sentence, ready, clips
 
 
 @pytest.mark.parametrize("window", [5, 1])
-def test_windows_that_are_not_whole_blocks_are_said_before_anything_is_loaded(window, ready, clips, tmp_path, monkeypatch):
+def test_windows_that_are_not_whole_blocks_are_reported_before_anything_is_loaded(window, ready, clips, tmp_path, monkeypatch):
     monkeypatch.setattr("sonic.training.build.fill", lambda *loading: pytest.fail("weights were read"))
-    told = config("dmd", ready, clips)
-    block = told.model.rollout.block_frames
-    told.data.window = window
+    settings = config("dmd", ready, clips)
+    block = settings.model.rollout.block_frames
+    settings.data.window = window
     below = max(1, window // block) * block
     with pytest.raises(
         ValueError, match=f"data.window={window} .* not whole blocks of {block}; use data.window={below} or {below + block}"
     ):
-        run_training(told, tmp_path / "run")
+        run_training(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -208,14 +208,14 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence_of"),
+    ("settings", "sentence_of"),
     [
         ({"engine": "fsdp"}, "torchrun --nproc-per-node"),
         ({"engine": "zero2"}, "torchrun --nproc-per-node|pip install"),
         ({"context": 2}, "speed.context=2 processes to a batch do not divide the 1"),
     ],
 )
-def test_what_needs_more_processes_says_how_to_start_them(told, sentence_of, ready, clips, tmp_path):
+def test_what_needs_more_processes_says_how_to_start_them(settings, sentence_of, ready, clips, tmp_path):
     with pytest.raises(ValueError, match=sentence_of):
-        run_training(config("adapter", ready, clips, **told), tmp_path / "run")
+        run_training(config("adapter", ready, clips, **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

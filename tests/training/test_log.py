@@ -1,4 +1,4 @@
-"""Where figures and films of a run go: always the run folder, W&B when asked, and on without it when it is not there."""
+"""Where figures and videos of a run go: always the run folder, W&B when asked, and on without it when it is not there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sonic.training.log import RunLog, read_scalars
 from sonic.training.train_config import LogConfig
 
 
-def filmed(folder, step):
+def video_of_step(folder, step):
     path = folder / "samples" / f"step_{step:08d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, 32, 32, num_frames=3) as writer:
@@ -24,9 +24,9 @@ def filmed(folder, step):
 
 
 def logged(folder, wandb, steps=(1, 2)):
-    with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="told").open(steps[0] - 1, None) as log:
+    with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="details").open(steps[0] - 1, None) as log:
         for step in steps:
-            video = filmed(folder, step) if step == steps[-1] else None
+            video = video_of_step(folder, step) if step == steps[-1] else None
             log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
 
 
@@ -67,7 +67,7 @@ class Full:
 
 @pytest.mark.parametrize("room", [0, 20])
 def test_a_full_disk_costs_lines_and_not_the_run(room, tmp_path, caplog):
-    with RunLog(tmp_path, LogConfig(bar=False), name="told").open(0, None) as log:
+    with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0, None) as log:
         log.scalars(1, {"loss": 1.0})
         log._file = Full(log._file, room)
         log.scalars(2, {"loss": 2.0})

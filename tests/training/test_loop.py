@@ -19,7 +19,7 @@ from sonic.training.build import stream_of
 from sonic.training.checkpoint import Checkpoints
 from sonic.training.engine import LocalEngine
 from sonic.training.log import RunLog, read_scalars
-from sonic.training.loop import Diverged, Run, train
+from sonic.training.loop import Diverged, TrainingRun, train
 from sonic.training.objectives import Objective
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, LogConfig, OptimConfig, TrainConfig
 from sonic.training.world import World
@@ -36,7 +36,7 @@ class Numbers(Dataset):
         return {"x": x, "y": 3 * x - 1}
 
 
-class Line(Objective):
+class LineObjective(Objective):
     """Student learns the line; a second role learns from every second step only."""
 
     def __init__(self, poison_at=None, poison=float("nan")):
@@ -67,7 +67,7 @@ def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="aut
     )
     world = World()
     stream, log = stream_of(config, Numbers(), world), RunLog(folder, config.log, name="line")
-    return Run(config, objective or Line(), LocalEngine(config, world, folder), stream, log, folder)
+    return TrainingRun(config, objective or LineObjective(), LocalEngine(config, world, folder), stream, log, folder)
 
 
 class Killed(Exception):
@@ -133,7 +133,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_an_older_form_is_left_aside(tmp_path, caplog):
+def test_a_checkpoint_of_an_older_form_is_left_unread(tmp_path, caplog):
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "step_00000003/facts.json").write_text('{"step": 3, "sha256": "of one file"}')
     assert Checkpoints(tmp_path, keep=2, world=World()).load(lambda names: {}) == {}
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_costs_checkpoints_and_not_the_run(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("call", "poison"), [(1, float("nan")), (2, float("nan")), (61, 1e5), (62, 1e5)])
 def test_the_batch_that_is_kept_is_the_one_that_is_wrong(call, poison, tmp_path):
-    run = make(tmp_path, steps=40, accumulate=2, objective=Line(poison_at=call, poison=poison))
+    run = make(tmp_path, steps=40, accumulate=2, objective=LineObjective(poison_at=call, poison=poison))
     with pytest.raises(Diverged):
         train(run)
     wrong = next(islice(run.batches(0), call - 1, None))
@@ -217,7 +217,7 @@ def test_the_batch_that_is_kept_is_the_one_that_is_wrong(call, poison, tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(Diverged, match="optim.lr"):
-        train(make(tmp_path, objective=Line(poison_at=9)))
+        train(make(tmp_path, objective=LineObjective(poison_at=9)))
     again = make(tmp_path)
     again.engine.prepare(again.objective)
     assert again.engine.load()["step"] == 4
@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_a_loss_that_explodes_stops_before_it_is_kept(tmp_path):
     with pytest.raises(Diverged, match="exploded from"):
-        train(make(tmp_path, steps=40, every=5, objective=Line(poison_at=50, poison=1e5)))
+        train(make(tmp_path, steps=40, every=5, objective=LineObjective(poison_at=50, poison=1e5)))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000025", "step_00000030"]
     assert (tmp_path / "diverged_batch.safetensors").exists()
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_is_due_by_the_clock_is_written_once(tmp_path, monkeyp
         now[0] += 10.0 * (role == "student")
         return step(role, **named)
 
-    run.engine.step, run.engine.save = slow, lambda step, facts: saved.append(step) or save(step, facts)
+    run.engine.step, run.engine.save = slow, lambda step, metadata: saved.append(step) or save(step, metadata)
     train(run)
     assert saved == [7, 12]  # after 70 seconds, and at the end
 
@@ -305,9 +305,9 @@ def test_a_budget_is_steps_or_minutes_and_says_so(values):
         TrainConfig(budget=BudgetConfig(**values))
 
 
-def test_a_checkpoint_of_something_else_is_said_and_kept(tmp_path):
+def test_a_checkpoint_of_something_else_is_reported_and_kept(tmp_path):
     train(make(tmp_path, steps=2, every=2))
-    other = Line()
+    other = LineObjective()
     other.roles["student"] = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="another model or objective.*use a new name="):
         train(make(tmp_path, steps=4, objective=other))
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_something_else_is_said_and_kept(tmp_path):
 
 def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_path):
     train(make(tmp_path, steps=2, every=2))
-    other = Line()
+    other = LineObjective()
     other.roles["reader"] = nn.Linear(2, 2, bias=False)
     with pytest.raises(ValueError, match=r"it lacks weights\.reader\.weight and 0 more.*use a new name="):
         train(make(tmp_path, steps=4, objective=other))

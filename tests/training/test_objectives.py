@@ -32,10 +32,10 @@ def batch():
     rng = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
     latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
-    heard = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
+    sound = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
     moved = {"flow": draw(2, 24, 2, 16, 16) / 20, "opacity": draw(2, 24, 1, 16, 16).sigmoid(), "interior": draw(2, 24, 3, 16, 16).sigmoid()}
     seen = {"picture": draw(2, 3, 32, 32).clamp(-1, 1), "focus": draw(2, 16, 16).sigmoid(), **moved}
-    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **heard, **seen}
+    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **sound, **seen}
 
 
 FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0)
@@ -91,7 +91,7 @@ def test_training_can_start_from_weights(tmp_path):
 
     trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
     save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
-    start_from(objective.student, tmp_path / "dit.safetensors", objective.facts)
+    start_from(objective.student, tmp_path / "dit.safetensors", objective.metadata)
     found = objective.student["model"].state_dict()
     for name, value in trained.student["model"].state_dict().items():
         assert_close(found[name], value.half().float())
@@ -109,8 +109,8 @@ def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (1.0, 0.0)])
 def test_audio_is_dropped_for_the_share_of_clips_that_is_asked_for(share, kept, batch):
-    told = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._told(batch, torch.Generator().manual_seed(0))
-    assert torch.equal(told.audio, kept * batch["audio"])
+    given = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._conditions(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(given.audio, kept * batch["audio"])
 
 
 def test_cells_that_move_count_more_and_the_mean_stays_one():

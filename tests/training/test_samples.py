@@ -1,4 +1,4 @@
-"""Films of the student while it trains: kept, scored, and without a trace in what is learnt."""
+"""Videos of the student while it trains: kept, scored, and without a trace in what is learnt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(clips, objective, *, samples_every=2, **model):
     )  # fmt: skip
 
 
-def test_the_student_is_filmed_and_scored_without_a_trace(clips, tmp_path):
+def test_the_student_is_generated_and_scored_without_a_trace(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     for name, every in (("seen", 2), ("unseen", 0)):
         made = config(clips, FlowMatchConfig(), samples_every=every)
@@ -52,14 +52,14 @@ def test_the_student_is_filmed_and_scored_without_a_trace(clips, tmp_path):
     seen, unseen = read_scalars(tmp_path / "seen"), read_scalars(tmp_path / "unseen")
     assert [line["train/student_loss"] for line in seen] == [line["train/student_loss"] for line in unseen]
     for line in seen:
-        filmed = line["step"] in (2, 3)  # 3 is the last
-        assert filmed == ("video" in line) == ("eval/sync_correlation" in line) == ("eval/dynamics_ratio" in line)
-        if filmed:
+        has_video = line["step"] in (2, 3)  # 3 is the last
+        assert has_video == ("video" in line) == ("eval/sync_correlation" in line) == ("eval/dynamics_ratio" in line)
+        if has_video:
             assert sum(1 for _ in read_frames(tmp_path / "seen" / line["video"])) == 50
         assert line["perf/peak_gib"] > 0.1 and line["perf/seconds_per_step"] > 0
 
 
-def test_a_film_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tmp_path, monkeypatch, caplog):
+def test_a_video_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tmp_path, monkeypatch, caplog):
     pytest.importorskip("espeakng_loader")
     monkeypatch.setattr("sonic.data.video.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     made = config(clips, FlowMatchConfig())
@@ -67,10 +67,10 @@ def test_a_film_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tmp
     run_training(made, tmp_path / "run")
     (line,) = read_scalars(tmp_path / "run")
     assert "video" not in line and "eval/sync_correlation" in line
-    assert "sample film of step 1 could not be written" in caplog.text
+    assert "sample video of step 1 could not be written" in caplog.text
 
 
-def test_a_student_of_few_steps_is_filmed_in_its_own(clips, tmp_path):
+def test_a_student_of_few_steps_is_generated_in_its_own(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     objective = ConsistencyConfig(learn=AdapterConfig(rank=2))
     made = config(clips, objective, samples_every=4)
@@ -89,22 +89,22 @@ def trained(folder, clips):
     run_training(made, folder)
 
 
-def test_processes_that_share_a_student_film_it_together(clips, tmp_path):
+def test_processes_that_share_a_student_video_it_together(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     on_ranks(2, trained, tmp_path / "run", clips)
     (_, last) = read_scalars(tmp_path / "run")
     assert (tmp_path / "run" / last["video"]).is_file() and -1 <= last["eval/sync_correlation"] <= 1
 
 
-def test_what_makes_no_films_says_so(tmp_path):
+def test_what_makes_no_videos_says_so(tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     save_file({"a/mel": torch.randn(48, 40), "a/visemes": torch.rand(24, 5)}, folder / "a.safetensors")
     write_index(folder, [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["mel", "visemes"]}])
-    with pytest.raises(ValueError, match="objective=viseme makes no films"):
+    with pytest.raises(ValueError, match="objective=viseme makes no videos"):
         run_training(config(folder, VisemeConfig()), tmp_path / "run")
 
 
-def test_films_come_with_figures():
+def test_videos_come_with_figures():
     with pytest.raises(ValueError, match="log.samples_every=30 must be a multiple of log.every_steps=20"):
         LogConfig(samples_every=30)

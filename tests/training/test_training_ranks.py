@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.training.build import engine_of, stream_of
 from sonic.training.log import RunLog, read_scalars
-from sonic.training.loop import Run, train
+from sonic.training.loop import TrainingRun, train
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
 from sonic.training.objectives.dmd import DistributionMatching
 from sonic.training.objectives.flow_match import FlowMatch
@@ -48,9 +48,9 @@ class Windows(Dataset):
     def __getitem__(self, draw):
         rng = torch.Generator().manual_seed(draw[1] % 2**31)
         some = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-        told = {"audio": some(1, 160, 24), "visemes": some(24, 5).abs(), "head": torch.zeros(24, 4)}
+        given = {"audio": some(1, 160, 24), "visemes": some(24, 5).abs(), "head": torch.zeros(24, 4)}
         text = {"text": some(2, 8)} if self.size == 8 else {}
-        return {"latents": some(16, 6, self.size, self.size), "ref": some(16, 1, self.size, self.size), **told, **text}
+        return {"latents": some(16, 6, self.size, self.size), "ref": some(16, 1, self.size, self.size), **given, **text}
 
 
 def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
@@ -66,13 +66,13 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
     torch.manual_seed(0)
     objective = cls(config)
     with torch.no_grad():
-        for body in objective.bodies.values():
-            for parameter in body.parameters():
+        for network in objective.modules.values():
+            for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     world = join_world(torch.device("cpu"), context=config.speed.context)
     folder = Path(folder)
     log = RunLog(folder, config.log, name=name, main=world.main)
-    return Run(
+    return TrainingRun(
         config, objective, engine_of(config, world, folder), stream_of(config, Windows(8 if name == "clip" else 4), world), log, folder
     )
 
@@ -137,8 +137,8 @@ def test_shards_on_any_number_of_ranks_train_as_one_process(name, ranks, tmp_pat
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
 def test_another_number_of_ranks_continues_a_run(before, after, tmp_path):
     for ranks, work, more in ((before, stopped, (3,)), (after, continued, ())):
-        told = (str(tmp_path / "run"), "flow_match", 6, *more)
-        on_ranks(ranks, work, *told) if ranks > 1 else work(*told)
+        given = (str(tmp_path / "run"), "flow_match", 6, *more)
+        on_ranks(ranks, work, *given) if ranks > 1 else work(*given)
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 2
     assert_close(curve(tmp_path / "run"), alone("flow_match", 6), rtol=1e-5, atol=1e-7)
 
@@ -149,7 +149,7 @@ def test_layers_computed_again_give_the_same_gradients(tmp_path):
         assert_close(again[name], value)
 
 
-def test_batches_that_cannot_be_shared_are_said(tmp_path):
+def test_batches_that_cannot_be_shared_are_reported(tmp_path):
     with pytest.raises(AssertionError, match="use budget.accumulate=2 or 4"):
         on_ranks(2, shared, 3)
 
@@ -164,8 +164,8 @@ def test_a_run_that_is_killed_continues_bit_for_bit(tmp_path):
     """kill -9 while it trains and writes; started again until it is through; the same curve as never killed."""
     train_it = "t.train(t.run_of(sys.argv[1], 'flow_match', steps=30, every=2))"
     script = f"import sys; sys.path[:0] = sys.argv[3:]; import test_training_ranks as t; {train_it}"
-    places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "-", *places]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "-", *paths]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment)
     until = time.monotonic() + 300

@@ -55,7 +55,7 @@ def test_streaming_decode_equals_one_shot_whatever_the_chunks(autoencoder, portr
         assert_close(streamed, getattr(whole, name), atol=1e-6, rtol=0)
 
 
-def test_a_latent_reaches_its_own_frames_and_the_next_latents_only(autoencoder, portrait):
+def test_a_latent_affects_its_own_frames_and_the_next_latents_only(autoencoder, portrait):
     reference = autoencoder.reference(portrait)
     latents = torch.zeros(1, 16, 4, 6, 6)
     changed = latents.clone()

@@ -16,20 +16,20 @@ Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
 class Objective(Protocol):
     """Roles to train and their losses.
 
-    `roles` names the modules that have an optimizer ("student" is averaged and exported), `bodies` the modules that they are
+    `roles` names the modules that have an optimizer ("student" is averaged and exported), `modules` the modules that they are
     parts of or that compute beside them, `pretrained` the transformers that begin as the model's weights. `turn` says which
     roles learn at a step. `losses` gives the scalar to descend in one or several parts, with figures to log, all randomness
     from `rng`; the gradient of a part is taken before the next is asked for, so that one graph at a time is held. `export`
-    picks from the averaged weights of the student what goes into the file, and `facts` what the file says of itself.
+    picks from the averaged weights of the student what goes into the file, and `metadata` what the file says of itself.
     """
 
     roles: Mapping[str, nn.Module]
     pretrained: Sequence[nn.Module] = ()
-    facts: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}
     rates: Mapping[str, float] = {}  # learning rates of roles as shares of optim.lr, where not 1
 
     @property
-    def bodies(self) -> Mapping[str, nn.Module]:
+    def modules(self) -> Mapping[str, nn.Module]:
         """The roles themselves, where nothing computes beside them."""
         return self.roles
 
@@ -51,7 +51,7 @@ def _from(module: str, name: str) -> Callable[..., Objective]:
     return build
 
 
-CASTING = (
+TAKES_MAKE = (
     "flow_match",
     "consistency",
     "dmd",

@@ -15,12 +15,12 @@ from torch import Tensor
 from sonic.config import FIXED_STEPS, SamplerConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
-from sonic.sampling.path import interpolate, spread
+from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.samplers import Velocity
 from sonic.sampling.schedules import sigmas_of
 from sonic.training.objective_config import ConsistencyConfig
 from sonic.training.objectives import Batch, Losses
-from sonic.training.objectives.distill import Distillation, liveliness
+from sonic.training.objectives.distill import Distillation, motion_ratio
 from sonic.training.objectives.flow_match import clip_error, conditions_of
 from sonic.training.objectives.networks import STUDENT, TEACHER, Make
 from sonic.training.train_config import TrainConfig
@@ -38,36 +38,36 @@ class Consistency(Distillation):
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Weighted error of where the student steps to, in what its head names.  batch: see FlowMatch.losses"""
         clean = batch["latents"]
-        told, first_block = conditions_of(batch, self.model_config), self.first_block(rng)
-        place = self._places(clean.shape[0], rng)
+        conditions, first_block = conditions_of(batch, self.model_config), self.first_block(rng)
+        point = self._path_points(clean.shape[0], rng)
         path = self.path.to(clean)
-        end = (place // self.stride + 1) * self.stride
-        sigma, last = path[place], path[end]
+        end = (point // self.stride + 1) * self.stride
+        sigma, last = path[point], path[end]
         x = interpolate(clean, torch.randn(clean.shape, generator=rng, device=rng.device), sigma)
-        student = self.velocity(STUDENT, told, first_block)
-        aim = self._aim(x, place, end, student=student, teacher=self.velocity(TEACHER, told, first_block))
-        wanted = (aim - x) / spread(last - sigma, x)  # the velocity that would step there
-        with self.cast.play(STUDENT):
+        student = self.velocity(STUDENT, conditions, first_block)
+        aim = self._aim(x, point, end, student=student, teacher=self.velocity(TEACHER, conditions, first_block))
+        wanted = (aim - x) / expand_like(last - sigma, x)  # the velocity that would step there
+        with self.networks.use_role(STUDENT):
             v = student(x, sigma)
-            here = spread(sigma, x)
+            here = expand_like(sigma, x)
             found, _ = self.target(x - here * v, x + (1 - here) * v, here, cap=self.config.error.weight_cap)
             target, weight = self.target(x - here * wanted, x + (1 - here) * wanted, here, cap=self.config.error.weight_cap)
             loss, figures = clip_error(found, target, weight, cells=self.cells, config=self.config.error)
-            yield loss, {**figures, "liveliness": liveliness(x - here * v, clean)}
+            yield loss, {**figures, "liveliness": motion_ratio(x - here * v, clean)}
 
     @torch.no_grad()
-    def _aim(self, x: Tensor, place: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
+    def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
         """Where the path from x leads at the end of its step: the teacher goes `leap` steps, the student the rest."""
         path = self.path.to(x)
         for _ in range(min(self.config.leap, self.stride)):
-            then = torch.minimum(place + 1, end)
-            x = x + spread(path[then] - path[place], x) * teacher(x, path[place].clamp(min=1e-3))
-            place = then
+            then = torch.minimum(point + 1, end)
+            x = x + expand_like(path[then] - path[point], x) * teacher(x, path[point].clamp(min=1e-3))
+            point = then
         if self.config.leap >= self.stride:
             return x
-        return x + spread(path[end] - path[place], x) * student(x, path[place].clamp(min=1e-3))
+        return x + expand_like(path[end] - path[point], x) * student(x, path[point].clamp(min=1e-3))
 
-    def _places(self, count: int, rng: torch.Generator) -> Tensor:
+    def _path_points(self, count: int, rng: torch.Generator) -> Tensor:
         """A point of the teacher's path per clip, the start of a sampling step or anywhere.  -> [B]"""
         draw = {"generator": rng, "device": rng.device}
         anywhere = torch.randint(len(self.path) - 1, (count,), **draw)

@@ -18,12 +18,12 @@ from sonic.data.clips import ClipDataset, pose_latents
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
-from sonic.sampling.path import interpolate, spread
+from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import ErrorConfig, FlowMatchConfig, WindowConfig
 from sonic.training.objectives import Batch, Losses, Objective
-from sonic.training.objectives.networks import STUDENT, Make, cast_of
-from sonic.training.objectives.viseme import VisemeHead, hear_blocks, viseme_loss
+from sonic.training.objectives.networks import STUDENT, Make, build_networks
+from sonic.training.objectives.viseme import VisemeHead, encode_audio_blocks, viseme_loss
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, pick
 
@@ -41,17 +41,21 @@ def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) 
 TARGETS = {"clean": clean_target, "velocity": velocity_target}
 
 
-def see_blocks(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int, execution: Execution) -> Tensor:
+def forward_window_blocks(
+    model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, conditions: Conditions, first_block: int, execution: Execution
+) -> Tensor:
     """Every block sees itself and those before it, as in a rollout that has come to `first_block`."""
-    return model.forward_blocks(noisy, timestep, told, first_block=first_block, execution=execution)
+    return model.forward_blocks(noisy, timestep, conditions, first_block=first_block, execution=execution)
 
 
-def see_clip(model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, told: Conditions, first_block: int, execution: Execution) -> Tensor:
+def forward_window_clip(
+    model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, conditions: Conditions, first_block: int, execution: Execution
+) -> Tensor:
     """Every frame sees every frame."""
-    return model(noisy, timestep, told, execution=execution)
+    return model(noisy, timestep, conditions, execution=execution)
 
 
-REACHES: dict[str, Callable[..., Tensor]] = {"blocks": see_blocks, "clip": see_clip}
+WINDOW_FORWARDS: dict[str, Callable[..., Tensor]] = {"blocks": forward_window_blocks, "clip": forward_window_clip}
 
 
 class FlowMatch(Objective):
@@ -63,28 +67,28 @@ class FlowMatch(Objective):
         if self.config.window.reach == "blocks":
             need_blocks(config, dataset)
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
-        self.see = pick(REACHES, self.config.window.reach, "objective.window.reach")
+        self.run_window = pick(WINDOW_FORWARDS, self.config.window.reach, "objective.window.reach")
         from_weights = bool(self.config.learn.rank or self.config.learn.targets)
-        self.cast = cast_of(config.model, self.config.learn, (STUDENT,), make=make if from_weights else AvatarDiT)
-        parts = {"model": self.cast.roles[STUDENT]}
+        self.networks = build_networks(config.model, self.config.learn, (STUDENT,), make=make if from_weights else AvatarDiT)
+        parts = {"model": self.networks.roles[STUDENT]}
         if self.config.viseme_weight:
             need_visemes(dataset)
             parts["viseme_head"] = VisemeHead(config.model)
         self.student = nn.ModuleDict(parts)
         self.roles: Mapping[str, nn.Module] = {STUDENT: self.student}
-        self.facts = self.cast.facts
-        self.pretrained = tuple(self.cast.bodies.values()) if from_weights else ()
+        self.metadata = self.networks.metadata
+        self.pretrained = tuple(self.networks.modules.values()) if from_weights else ()
         self.cells = cells_of(dataset, self.config.error)
 
     @property
-    def bodies(self) -> Mapping[str, nn.Module]:
+    def modules(self) -> Mapping[str, nn.Module]:
         """The transformer, and what is trained beside it."""
-        return {**self.cast.bodies, STUDENT: self.student}
+        return {**self.networks.modules, STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Weighted error of the prediction and of its change between latent frames, plus that of the visemes.
 
-        batch: latents [B,C,T,h,w] (T whole blocks), ref [B,C,1,h,w], audio [B,N,A,4T]; visemes [B,4T,5], head [B,4T,4] and
+        batch: latents [B,C,T,h,w] (T whole blocks), ref [B,C,1,h,w], audio [B,N,E,4T]; visemes [B,4T,5], head [B,4T,4] and
         text [B,L,D] where clips have them
         """
         config, window = self.config, self.config.window
@@ -93,23 +97,23 @@ class FlowMatch(Objective):
         sigma = self._sigmas(clean, rng)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
         first_block = int(torch.randint(window.max_first_block + 1, (), generator=rng, device=rng.device))
-        told = replace(self._told(batch, rng), motion=motion)
-        with self.cast.play(role) as model:
+        conditions = replace(self._dropout_conditions(batch, rng), motion=motion)
+        with self.networks.use_role(role) as model:
             noisy = interpolate(clean, noise, sigma)
-            place = {"first_block": first_block, "execution": self.execution}
-            found = self.see(model, noisy, TIMESTEPS * sigma, told=told, **place).float()
-            target, weight = self.target(clean, noise, spread(sigma, clean), cap=config.error.weight_cap)
+            position = {"first_block": first_block, "execution": self.execution}
+            found = self.run_window(model, noisy, TIMESTEPS * sigma, conditions=conditions, **position).float()
+            target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=config.error.weight_cap)
             loss, figures = clip_error(found, target, weight, cells=self.cells, config=config.error)
-            figures["error_from_noise"] = _relative_error(found, target, spread(sigma, clean), cells=self.cells)
+            figures["error_from_noise"] = _relative_error(found, target, expand_like(sigma, clean), cells=self.cells)
             if config.viseme_weight:
-                heard = hear_blocks(model.audio_encoder, batch["audio"], self.model_config)
-                named, more = viseme_loss(self.student["viseme_head"](*heard), batch["visemes"])
+                encoded = encode_audio_blocks(model.audio_encoder, batch["audio"], self.model_config)
+                named, more = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])
                 loss, figures = loss + config.viseme_weight * named, {**figures, **more}
             yield loss, figures
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The DiT alone."""
-        return self.cast.export({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
+        return self.networks.export({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
 
     def _sigmas(self, clean: Tensor, rng: torch.Generator) -> Tensor:
         """Noise levels from the inference schedule, or uniform in (0, 1].  -> [B], or [B,T] where they differ within a clip"""
@@ -125,11 +129,11 @@ class FlowMatch(Objective):
             return rearrange(sigmas, "b 1 -> b")
         return repeat(sigmas, "b k -> b (k f)", f=-(-frames // columns))[:, :frames]
 
-    def _told(self, batch: Batch, rng: torch.Generator) -> Conditions:
+    def _dropout_conditions(self, batch: Batch, rng: torch.Generator) -> Conditions:
         """What the rollout will give, the audio sometimes dropped for guidance."""
-        told = conditions_of(batch, self.model_config)
-        kept = torch.rand(told.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
-        return replace(told, audio=told.audio * kept)
+        conditions = conditions_of(batch, self.model_config)
+        kept = torch.rand(conditions.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
+        return replace(conditions, audio=conditions.audio * kept)
 
 
 def need_blocks(config: TrainConfig, dataset: object) -> None:
@@ -139,9 +143,9 @@ def need_blocks(config: TrainConfig, dataset: object) -> None:
     block, past = config.model.rollout.block_frames, config.objective.window.past
     for length in sorted({config.data.window or clip["latent_frames"] for clip in dataset.clips}):
         if (length - past) % block or length <= past:
-            below, told = max(1, (length - past) // block) * block + past, f" after {past} of past" if past else ""
+            below, suffix = max(1, (length - past) // block) * block + past, f" after {past} of past" if past else ""
             raise ValueError(
-                f"data.window={config.data.window} makes windows of {length} latent frames, which are not whole blocks of {block}{told}; "
+                f"data.window={config.data.window} makes windows of {length} latent frames, which are not whole blocks of {block}{suffix}; "
                 f"use data.window={below} or {below + block}"
             )
 
@@ -174,13 +178,13 @@ def past_of(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[B
 
 def cells_of(dataset: object, config: ErrorConfig) -> Tensor | None:
     """Loss weights of the latent cells from the data's statistics; None without any."""
-    spread_of = getattr(dataset, "statistics", dict)().get("cell_std")
-    return None if spread_of is None else cell_weights(spread_of, config.cell_gain)
+    std = getattr(dataset, "statistics", dict)().get("cell_std")
+    return None if std is None else cell_weights(std, config.cell_gain)
 
 
-def cell_weights(spread: Tensor, gain: float) -> Tensor:
+def cell_weights(std: Tensor, gain: float) -> Tensor:
     """Loss weight of each latent cell from how much it moves: 1 + gain · std / max std, with mean 1.  [h,w] -> [h,w]"""
-    weights = 1 + gain * spread / spread.max().clamp(min=1e-6)
+    weights = 1 + gain * std / std.max().clamp(min=1e-6)
     return weights / weights.mean()
 
 

@@ -17,14 +17,14 @@ STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
 Make = Callable[[ModelConfig], AvatarDiT]  # a transformer, or one without memory whose weights come later
 
 
-class Cast(Protocol):
+class Networks(Protocol):
     """Modules that learn by role, modules that compute, and the transformer that plays a role for a while."""
 
     roles: Mapping[str, nn.Module]
-    bodies: Mapping[str, nn.Module]
-    facts: Mapping[str, str]
+    modules: Mapping[str, nn.Module]
+    metadata: Mapping[str, str]
 
-    def play(self, role: str): ...
+    def use_role(self, role: str): ...
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
@@ -35,13 +35,13 @@ class SharedBase:
     def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
         self.base = make(config)
         self.adapters = Adapters(self.base, [role for role in roles if role != TEACHER], learn)
-        self.roles, self.bodies = self.adapters.roles, {"base": self.base}
-        self.facts = {ALPHA: str(learn.alpha)}
+        self.roles, self.modules = self.adapters.roles, {"base": self.base}
+        self.metadata = {ALPHA: str(learn.alpha)}
 
     @contextmanager
-    def play(self, role: str) -> Iterator[AvatarDiT]:
+    def use_role(self, role: str) -> Iterator[AvatarDiT]:
         """The base with the role's adapters in force, the gradients taken meanwhile included."""
-        with self.adapters.play(None if role == TEACHER else role):
+        with self.adapters.use_role(None if role == TEACHER else role):
             yield self.base
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,26 +53,26 @@ class OwnModels:
     """A transformer for every role; the teacher's stays as it is."""
 
     def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
-        self.bodies = {role: make(config) for role in roles}
-        self.roles = {role: model for role, model in self.bodies.items() if role != TEACHER}
-        self.facts: Mapping[str, str] = {}
-        for role, model in self.bodies.items():
+        self.modules = {role: make(config) for role in roles}
+        self.roles = {role: model for role, model in self.modules.items() if role != TEACHER}
+        self.metadata: Mapping[str, str] = {}
+        for role, model in self.modules.items():
             for name, parameter in model.named_parameters():
                 learns = not learn.targets or any(word in name.split(".") for word in learn.targets)
                 parameter.requires_grad_(role != TEACHER and learns)
-        if not any(p.requires_grad for p in self.bodies[STUDENT].parameters()):
+        if not any(p.requires_grad for p in self.modules[STUDENT].parameters()):
             raise ValueError(f"objective.learn.targets={learn.targets} names nothing of this model; use such as audio_injectors")
 
     @contextmanager
-    def play(self, role: str) -> Iterator[AvatarDiT]:
+    def use_role(self, role: str) -> Iterator[AvatarDiT]:
         """The role's own transformer."""
-        yield self.bodies[role]
+        yield self.modules[role]
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole transformer."""
         return dict(weights)
 
 
-def cast_of(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Cast:
+def build_networks(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Networks:
     """The cast of these roles, as `learn` says it learns."""
     return (SharedBase if learn.rank else OwnModels)(config, learn, roles, make=make)

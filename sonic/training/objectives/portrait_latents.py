@@ -21,19 +21,19 @@ POSE = 4
 WIDTH = 96
 
 
-class Foretell(nn.Module):
+class MotionPredictor(nn.Module):
     """Motion latents from a portrait's latents and what is said; a small stand-in for the DiT. Used in training only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        told = FRAMES_PER_LATENT * (VISEMES + POSE)
-        self.join = nn.Conv2d(channels + told, WIDTH, 3, padding=1)
+        inner = FRAMES_PER_LATENT * (VISEMES + POSE)
+        self.join = nn.Conv2d(channels + inner, WIDTH, 3, padding=1)
         self.layers = nn.Sequential(Residual(WIDTH), Residual(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, channels, 3, padding=1))
 
-    def forward(self, latents: Tensor, told: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, visemes_and_pose: Tensor) -> Tensor:
         """latents [N,C,h,w], told [N,4·9] -> [N,C,h,w]"""
         height, width = latents.shape[-2:]
-        return self.layers(self.join(torch.cat([latents, repeat(told, "n k -> n k h w", h=height, w=width)], 1)))
+        return self.layers(self.join(torch.cat([latents, repeat(visemes_and_pose, "n k -> n k h w", h=height, w=width)], 1)))
 
 
 class PortraitLatents(Objective):
@@ -44,7 +44,7 @@ class PortraitLatents(Objective):
         self.config = config.objective
         autoencoder = WarpAutoencoder().requires_grad_(False)
         autoencoder.portrait.requires_grad_(True)
-        self.student = nn.ModuleDict({"autoencoder": autoencoder, "foretell": Foretell(autoencoder.latent_scale.numel())})
+        self.student = nn.ModuleDict({"autoencoder": autoencoder, "foretell": MotionPredictor(autoencoder.latent_scale.numel())})
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
@@ -52,10 +52,11 @@ class PortraitLatents(Objective):
         autoencoder = self.student["autoencoder"]
         with torch.no_grad():
             moved = autoencoder.encode(MotionLayers(batch["flow"], batch["opacity"], batch["interior"]))
-        told = torch.cat([batch["visemes"], batch["head"]], dim=-1)
+        visemes_and_pose = torch.cat([batch["visemes"], batch["head"]], dim=-1)
         portrait = autoencoder.portrait(batch["picture"])
         found = self.student["foretell"](
-            repeat(portrait, "b c h w -> (b t) c h w", t=moved.shape[2]), rearrange(told, "b (t f) k -> (b t) (f k)", f=FRAMES_PER_LATENT)
+            repeat(portrait, "b c h w -> (b t) c h w", t=moved.shape[2]),
+            rearrange(visemes_and_pose, "b (t f) k -> (b t) (f k)", f=FRAMES_PER_LATENT),
         )
         target = rearrange(moved, "b c t h w -> (b t) c h w")
         focus = 1 + self.config.focus * F.interpolate(batch["focus"].unsqueeze(1), moved.shape[-2:], mode="area")

@@ -32,12 +32,12 @@ class VisemeHead(nn.Linear):
 
     def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
         """tokens [B,T,A+1,D] (the last one is padding), summary [B,T,D] -> [B,4T,5]"""
-        heard = torch.cat((rearrange(tokens[:, :, :-1], "b t a d -> b t (a d)"), summary), dim=-1)
-        return rearrange(super().forward(heard), "b t (f v) -> b (t f) v", f=FRAMES_PER_LATENT)
+        features = torch.cat((rearrange(tokens[:, :, :-1], "b t a d -> b t (a d)"), summary), dim=-1)
+        return rearrange(super().forward(features), "b t (f v) -> b (t f) v", f=FRAMES_PER_LATENT)
 
 
-def hear_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Audio tokens as the rollout makes them, every block alone.  audio [B,N,A,4T] -> tokens [B,T,A+1,D], summary [B,T,D]"""
+def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Audio tokens as the rollout makes them, every block alone.  audio [B,N,E,4T] -> tokens [B,T,A+1,D], summary [B,T,D]"""
     frames = FRAMES_PER_LATENT * config.rollout.block_frames
     apart = rearrange(audio, "b n a (k f) -> (b k) n a f", f=frames)
     tokens, summary = encoder.clip(apart, tuple(config.motion.motion_frames))
@@ -67,8 +67,8 @@ class VisemePretraining(Objective):
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Error of the visemes read from noised sound.  batch: mel [B,8T,40], visemes [B,4T,5]"""
         encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
-        heard = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
-        yield viseme_loss(self.student["viseme_head"](heard), batch["visemes"])
+        features = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
+        yield viseme_loss(self.student["viseme_head"](features), batch["visemes"])
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The speech encoder alone."""
