@@ -95,7 +95,8 @@ def _section(command: str, about: str, known: set[Row]) -> str:
 
 def _choices(command: str) -> str:
     plus = entry(command).collections
-    lines = [f"| `{'+' * (group in plus)}{group}` | {', '.join(f'`{name}`' for name in names)} |" for group, names in choices(command).items()]
+    named = {f"{'+' * (group in plus)}{group}": names for group, names in choices(command).items()}
+    lines = [f"| `{group}` | {', '.join(f'`{name}`' for name in names)} |" for group, names in named.items()]
     return "\n".join(["| choice | names |", "|---|---|", *lines]) if lines else ""
 
 
@@ -159,8 +160,8 @@ def on_disk() -> Iterator[str]:
     for folder, suffixes in (("launch", (".py", ".sh", ".txt", ".jpg")), ("docs", (".py", ".md"))):
         yield from (f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.suffix in suffixes)
     for folder in FOLDERS:
-        inside = (path for path in (ROOT / folder).iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
-        yield from (f"{folder}/{path.name}/" for path in inside if any(each.is_file() and each.suffix != ".pyc" for each in path.rglob("*")))
+        files = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
+        yield from {f"{folder}/{path.parts[0]}/" for path in files if len(path.parts) > 1 and not path.parts[0].startswith((".", "_"))}
 
 
 def _folder(path: str) -> str:
