@@ -78,19 +78,28 @@ def options_page() -> str:
 
 def _section(command: str, about: str, known: set[Row]) -> str:
     """One command: its choices, the options that no command before it has, and where the others are."""
-    found = rows(entry(command).schema)
-    new = [row for row in found if row not in known]
-    shared = dict.fromkeys(f"{name.partition('.')[0]}.*" if "." in name else name for name, *rest in found if (name, *rest) in known)
-    known.update(new)
-    parts = [f"## {command}", f"`sonic {command}`: {about}.", _choices(command), _table(new)]
-    if shared:
-        parts.append(f"As above: {', '.join(f'`{name}`' for name in shared)}.")
+    parts = [f"## {command}", f"`sonic {command}`: {about}.", _choices(command), *_options(rows(entry(command).schema), known)]
     if short := short_names(command):
         parts.append("Short names: " + ", ".join(f"`{one}` for `{full}`" for one, full in short.items()) + ".")
     for group, members in entry(command).variants.items():
         for name, schema in members.items():
-            parts += [f"### {command} {group}={name}", _first_line(schema), _table(rows(schema, f"{group}."))]
+            parts += [f"### {command} {group}={name}", _first_line(schema), *_options(rows(schema, f"{group}."), known)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _options(found: list[Row], known: set[Row]) -> list[str]:
+    """A table of the options that are not known yet, and the names of the others, whole groups as one."""
+    new = [row for row in found if row not in known]
+    shared = dict.fromkeys(_group(name, {each[0] for each in new}) for name, *rest in found if (name, *rest) in known)
+    known.update(new)
+    return [_table(new), f"As above: {', '.join(f'`{name}`' for name in shared)}." if shared else ""]
+
+
+def _group(name: str, new: set[str]) -> str:
+    """The largest group of an option in which nothing is new, or its own name."""
+    parts = name.split(".")
+    groups = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((f"{group}.*" for group in groups if not any(other.startswith(f"{group}.") for other in new)), name)
 
 
 def _choices(command: str) -> str:
@@ -119,8 +128,8 @@ def _first_line(schema: type) -> str:
 
 
 def architecture_page(text: str) -> str:
-    """docs/architecture.md with the tree as it is on disk. A file that is in the tree already keeps its place and description; a new
-    one comes last in its folder, with the first sentence of its docstring."""
+    """docs/architecture.md with the tree as it is on disk. A file that is in the tree already keeps its position and description; a
+    new one comes last in its folder, with the first sentence of its docstring."""
     return TREE.sub(lambda match: tree(described(match[0])), text)
 
 
@@ -136,14 +145,15 @@ def described(block: str) -> dict[str, str]:
 
 
 def tree(known: Mapping[str, str]) -> str:
-    """The lines of the tree."""
+    """The lines of the tree. A file that was moved keeps its description."""
     wanted = set(on_disk())
+    moved = {path.rpartition("/")[2]: words for path, words in known.items() if path not in wanted and path[-1] != "/"}
     order = [path for path in known if path in wanted]
     for path in sorted(wanted - set(order)):
         folder = _folder(path)
         beside = [index for index, other in enumerate(order) if folder and other.startswith(folder)]
         order.insert(beside[-1] + 1 if beside else len(order), path)
-    return "".join(_line(path, known.get(path) or _sentence(path)) for path in order)
+    return "".join(_line(path, known.get(path) or moved.get(path.rpartition("/")[2]) or _sentence(path)) for path in order)
 
 
 def on_disk() -> Iterator[str]:
@@ -182,8 +192,8 @@ def _sentence(path: str) -> str:
     file = ROOT / path / "__init__.py" if path.endswith("/") else ROOT / path
     if file.suffix != ".py" or not file.is_file():
         return ""
-    said = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=[a-z0-9)`])[.:;] ", said)[0].rstrip(".")
+    docstring = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=[a-z0-9)`])[.:;] ", docstring)[0].rstrip(".")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_a_wrong_command_line_would_be_noticed():
     with pytest.raises(ValueError, match="sampler.sample_step is not"):
         composed(*command_of("torchrun --nproc-per-node 4 launch/infer.py sampler.sample_step=2  # two steps"))
     with pytest.raises(AssertionError, match="is no command"):
-        command_of("python launch/films.py")
+        command_of("python launch/movies.py")
 
 
 def test_the_readme_is_short():
@@ -131,7 +131,7 @@ def test_links_and_files_exist(page):
         if anchor and anchor not in anchors((page.parent / file if file else page).read_text()):
             missing.append(target)
     words = [word for span in SPAN.findall(CODE.sub("", text)) for word in FILE.findall(span) if not word.startswith(MADE)]
-    missing += [word for word in words if "NAME" not in word and not any((ROOT / place / word).exists() for place in ("", "sonic"))]
+    missing += [word for word in words if "NAME" not in word and not any((ROOT / top / word).exists() for top in ("", "sonic"))]
     assert missing == []
 
 

@@ -18,7 +18,7 @@ class TaskConfig:
     name: str = knob(FILM, "one of the files in conf/task: film = make films, the others are trainings")
     objective: str = knob("", "of a training: dmd or flow_match")
     window: int = knob(12, "latent frames of a sample")
-    past: int = knob(0, "how many of them are told as motion memory")
+    past: int = knob(0, "how many of them are given as motion memory")
     batch_size: int = knob(1, "samples that a rank works on at once")
     accumulate: int = knob(16, "batches of a step, all ranks together")
     precision: str = knob("bfloat16", "in which it computes: float32 or bfloat16")

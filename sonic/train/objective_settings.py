@@ -23,7 +23,7 @@ class WindowConfig:
     reach: str = knob("blocks", "blocks = each sees itself and those before, as in a rollout; clip = full attention")
     levels: str = knob("clip", "what has a noise level of its own: clip, block or frame")
     max_first_block: int = knob(60, "the window begins at most so many blocks into the film")
-    past: int = knob(0, "latent frames at the window's front that are told as motion memory")
+    past: int = knob(0, "latent frames at the window's front that are given as motion memory")
     past_noise: float = knob(0.0, "most noise on them, as a sigma")
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class FlowMatchConfig(ObjectiveConfig):
     name: str = knob("flow_match", "one of the files in conf/objective")
     schedule_share: float = knob(0.5, "clips whose sigma comes from `schedule`; the others are uniform in (0, 1]")
     schedule: list[float] = knob([1.0, 0.9, 0.75, 0.5], "sigmas that count more")
-    audio_dropout: float = knob(0.1, "clips that hear nothing, for guidance")
+    audio_dropout: float = knob(0.1, "clips without audio, for guidance")
     viseme_weight: float = knob(0.3, "weight of naming the visemes; 0 where clips have none")
     window: WindowConfig = knob(WindowConfig)
     error: ErrorConfig = knob(ErrorConfig)
