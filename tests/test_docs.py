@@ -28,6 +28,7 @@ CODE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?:[\w.-]+/)+[\w-]+\.(?:py|yaml|md|sh)")
+FOLDER = re.compile(r"(?:sonic|conf|recipes|launch|tests|docs)/(?:[\w.-]+/)*")
 MADE = ("runs/",)  # files that a run makes
 
 
@@ -132,7 +133,16 @@ def test_links_and_files_exist(page):
             missing.append(target)
     words = [word for span in SPAN.findall(CODE.sub("", text)) for word in FILE.findall(span) if not word.startswith(MADE)]
     missing += [word for word in words if "NAME" not in word and not any((ROOT / top / word).exists() for top in ("", "sonic"))]
-    assert missing == []
+    folders = [span for span in SPAN.findall(CODE.sub("", text)) if FOLDER.fullmatch(span)]
+    assert [*missing, *(folder for folder in folders if not (ROOT / folder).is_dir())] == []
+
+
+def test_the_words_of_the_glossary_are_those_of_the_code():
+    words = (ROOT / "docs/architecture.md").read_text().partition("\n## Words\n")[2].partition("\n## ")[0]
+    cells = [row.split("|")[1] for row in words.splitlines() if row.startswith("| `")]
+    named = {word for cell in cells for word in SPAN.findall(cell)}
+    code = {word for path in (ROOT / "sonic").rglob("*.py") for word in re.findall(r"\w+", path.read_text())}
+    assert len(named) > 40 and named <= code
 
 
 def anchors(text: str) -> set[str]:
