@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """As setuptools builds, and every YAML of conf/ and recipes/ below sonic/, where sonic.program.data_root looks first."""
+    """As setuptools builds, and every YAML of conf/ and recipes/ below sonic/, where sonic.system.program.data_root looks first."""
 
     def run(self) -> None:
         super().run()

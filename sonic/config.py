@@ -1,6 +1,6 @@
 """Every knob of the program, as plain dataclasses with their defaults and laws. Standard library only.
 
-The knobs of a training run are in train/settings.py.
+The knobs of a training run are in training/train_config.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import NoReturn
 from sonic import __doc__ as ABOUT
 from sonic import __version__
 from sonic.config import unknown_choice
-from sonic.program import written
+from sonic.system.program import written
 
 USER_ERROR = 2
 COMMANDS = {  # sonic/commands/NAME_command.py runs it

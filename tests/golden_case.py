@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from sonic.checkpoint.weights import load_weights
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.model import dit, kv_cache
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import rotation
-from sonic.model.weights import load_weights
 from sonic.types import Conditions
 
 

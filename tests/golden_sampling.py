@@ -8,10 +8,10 @@ import torch
 from golden_case import Case, model_of
 from torch.testing import assert_close
 
-from sonic.flow.guidance import guidance
-from sonic.flow.samplers import SAMPLERS
-from sonic.flow.schedule import SCHEDULES, sigmas_of
 from sonic.geometry import wan_size
+from sonic.sampling.guidance import guidance
+from sonic.sampling.samplers import SAMPLERS
+from sonic.sampling.schedules import SCHEDULES, sigmas_of
 from sonic.types import Conditions
 
 # their name of a solver -> ours, and the table that it walks

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from golden_case import Case
 
-from sonic.model.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_places, normalised, pick_frames, stretch
+from sonic.encoders.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_places, normalised, pick_frames, stretch
 
 
 def wav2vec_features(case: Case) -> None:

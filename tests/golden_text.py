@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from golden_case import Case
 
-from sonic.model.text import TextEncoder
+from sonic.encoders.text import TextEncoder
 
 
 def prompts(case: Case) -> None:

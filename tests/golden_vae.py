@@ -6,7 +6,7 @@ import torch
 from golden_case import Case
 from torch.testing import assert_close
 
-from sonic.model.wan_vae import WanAutoencoder
+from sonic.vae.wan_vae import WanAutoencoder
 
 
 def vae_of(case: Case) -> WanAutoencoder:

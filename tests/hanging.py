@@ -11,8 +11,8 @@ from functools import wraps
 
 import torch.distributed as dist
 
-from sonic.parallel.watch import Watch
-from sonic.signs import beat
+from sonic.parallel.watchdog import Watch
+from sonic.system.heartbeat import beat
 
 PATIENCE_S = 0.4
 SENTENCE = rf"rank 0: hangs at hanging.py:\d+ hangs, called by \w+.py:\d+ \S+: nothing got on for {PATIENCE_S} s"

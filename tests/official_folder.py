@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sonic.checkpoint import official
+from sonic.checkpoint.weights import export
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
+from sonic.encoders.text import NAMES, TIED, TextEncoder
+from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import PUBLISHED as LORA_FILE
-from sonic.model.text import NAMES, TIED, TextEncoder
-from sonic.model.wan_vae import WanAutoencoder, to_diffusers
-from sonic.model.wav2vec import Wav2VecEncoder
-from sonic.model.weights import export
+from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
 WIDTH, TEXT, HEARD = 48, 24, 16
 GIVEN = {

@@ -10,17 +10,17 @@ import torch
 from tiny import conditions, conditions_for, spans_of, tiny_config
 from torch import Tensor
 
-from sonic.app import Entry, compose
+from sonic.checkpoint.load import Lora
+from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig
-from sonic.infer.build import weight_files
-from sonic.infer.ranks import distributed_clip, distributed_rollout, shutdown, worker_loop
-from sonic.infer.rollout import NoiseSource, Sampling
+from sonic.inference.components import weight_files
+from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout, shutdown, worker_loop
+from sonic.inference.rollout import NoiseSource, Sampling
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.distributed import DistributedContext, context_of
-from sonic.parallel.load import Lora
+from sonic.parallel.context import DistributedContext, context_of
 from sonic.parallel.mesh import World, make_world
-from sonic.parallel.settings import ParallelConfig, PlanConfig
-from sonic.parallel.spread import build_parallel_model
+from sonic.parallel.parallel_config import ParallelConfig, PlanConfig
+from sonic.parallel.parallelize import build_parallel_model
 from sonic.types import Conditions
 
 CPU = torch.device("cpu")

@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 300.0  # of the whole run; a rank that hangs must not stop the suite
-PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "sonic.infer.ranks", "sonic.infer.build", "sonic.train.build"]
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "sonic.inference.distributed_rollout",
+    "sonic.inference.components",
+    "sonic.training.build",
+]
 
 
 def on_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:

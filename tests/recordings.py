@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from sonic.data.speech import load_speech
+from sonic.data.audio import load_speech
 from sonic.data.video import VideoWriter
 from sonic.geometry import frames_of_audio
 from sonic.types import Speech

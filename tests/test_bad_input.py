@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from main_job import FACE, TINY, babble, write_wav, write_weights
+from infer_command import FACE, TINY, babble, write_wav, write_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
 
-from sonic.app import Entry, run_command
+from sonic.cli import Entry, run_command
 from sonic.commands import convert_command, infer_command
 from sonic.config import JudgeConfig
 from sonic.data.video import VideoWriter

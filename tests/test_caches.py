@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from places import script, with_mounts
+from mounts import script, with_mounts
 
-from sonic import caches
+from sonic.system import caches
 
 RESAMPLES = """
 import os
 import numpy as np
-from sonic.data.speech import log_mel, resample
+from sonic.data.audio import log_mel, resample
 print(resample(np.ones(1000, np.float32), 8000, 16000).shape, log_mel(np.ones(16000, np.float32), 25).shape)
 print(os.environ.get("NUMBA_CACHE_DIR"))
 """

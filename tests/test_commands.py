@@ -8,11 +8,11 @@ import sys
 from importlib import import_module
 
 import pytest
-from main_job import ROOT
+from infer_command import ROOT
 
-from sonic.infer.build import BUNDLED, named_weights
+from sonic.inference.components import BUNDLED, named_weights
 from sonic.main import COMMANDS
-from sonic.program import PACKAGE, interpreter, written
+from sonic.system.program import PACKAGE, interpreter, written
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "av", "librosa", "wandb")
 HELP = f"""

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import sonic.app
+import sonic.cli
 from sonic import config as knobs_of
-from sonic.app import Entry, compose, entry_knobs, groups, help_text, options
+from sonic.cli import Entry, compose, entry_knobs, groups, help_text, options
 from sonic.config import ConvertConfig, JudgeConfig, parse_size
-from sonic.data.settings import PrecomputeConfig
-from sonic.flow.path import PREDICTIONS
-from sonic.flow.samplers import SAMPLERS
-from sonic.flow.schedule import SCHEDULES
-from sonic.infer.build import DTYPES
-from sonic.infer.settings import BenchConfig, InferConfig
+from sonic.data.data_config import PrecomputeConfig
+from sonic.evaluation.sweep_config import AblateConfig
+from sonic.inference.components import DTYPES
+from sonic.inference.infer_config import BenchConfig, InferConfig
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.settings import PlanConfig
-from sonic.program import interpreter
-from sonic.train.objective_settings import OBJECTIVE_CONFIGS
-from sonic.train.objectives import OBJECTIVES
-from sonic.train.settings import EvaluateConfig, TrainConfig
-from sonic.train.sweep_settings import AblateConfig
+from sonic.parallel.parallel_config import PlanConfig
+from sonic.sampling.path import PREDICTIONS
+from sonic.sampling.samplers import SAMPLERS
+from sonic.sampling.schedules import SCHEDULES
+from sonic.system.program import interpreter
+from sonic.training.objective_config import OBJECTIVE_CONFIGS
+from sonic.training.objectives import OBJECTIVES
+from sonic.training.train_config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)
@@ -115,7 +115,7 @@ def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/model/mine.yaml").write_text("defaults: [preview]\nname: mine\n")
-    monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
+    monkeypatch.setattr(sonic.cli, "ROOT", tmp_path)
     assert compose(INFER, ["model=mine"]).sampler == compose(INFER, []).sampler
 
 
@@ -239,7 +239,7 @@ def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeyp
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
-    monkeypatch.setattr(sonic.app, "ROOT", tmp_path)
+    monkeypatch.setattr(sonic.cli, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="sampler.sample_step is not a knob; sampler has: sample_steps"):
         compose(INFER, ["preset=mine"])
 

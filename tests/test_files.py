@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sonic.checkpoint.ready import _keep
+from sonic.checkpoint.converted import _keep
+from sonic.checkpoint.weights import save_weights as save_model
 from sonic.data.shards import write_shard
-from sonic.files import aside, save_tensors, written_aside
-from sonic.model.weights import save_weights as save_model
-from sonic.train.build import save_weights
+from sonic.system.files import aside, save_tensors, written_aside
+from sonic.training.build import save_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3)}
 WRITERS = {

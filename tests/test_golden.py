@@ -6,24 +6,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import golden_film
 import golden_sampling
 import golden_speech
 import golden_text
 import golden_vae
+import golden_video
 import pytest
 import torch
 from golden_case import Case, conditions_of, half_precision_rotations, model_of
 from torch import Tensor
 from torch.testing import assert_close
 
-from sonic.flow.schedule import SCHEDULES
+from sonic.checkpoint.weights import export
 from sonic.model import kv_cache
 from sonic.model.audio_tokens import Actors
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotate
 from sonic.model.lora import merge_lora, read_lora
-from sonic.model.weights import export
+from sonic.sampling.schedules import SCHEDULES
 from sonic.types import BlockSpan, Conditions
 
 FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
@@ -130,8 +130,8 @@ HANDLERS = {
     "case11_schedules": golden_sampling.schedules,
     "case11_liveavatar_flow_match_omni": golden_sampling.training_schedule,
     "case11_step_trajectories": golden_sampling.trajectories,
-    "case12": golden_film.clips,
-    "case13": golden_film.blocks,
+    "case12": golden_video.clips,
+    "case13": golden_video.blocks,
     "case14": golden_sampling.sizes,
 }
 

@@ -15,71 +15,77 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"files", "types", "config", "geometry", "counts", "signs", "pixels", "paths", "program"}
-BELOW_INFER = {"assets", "flow", "metrics", "model", "data", "parallel", *GROUND}
+GROUND = {"types", "config", "geometry", "system"}
+BELOW_INFERENCE = {"assets", "sampling", "model", "encoders", "vae", "checkpoint", "data", "parallel", "planner", "evaluation.metrics"}
+JOBS = {"inference", "training", "evaluation", "bench"}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": set(),
     "geometry": set(),
-    "signs": set(),
-    "pixels": set(),
-    "paths": set(),
-    "worker": set(),
-    "allocator": set(),
-    "counts": {"config", "geometry"},
+    "system": {"config"},
     "assets": set(),
-    "files": set(),
-    "streams": set(),
-    "caches": set(),
-    "runs": {"config", "files"},
     "types": {"geometry"},
-    "flow": {"types"},
-    "metrics": {"types", "config"},
-    "model": {*GROUND, "data.speech"},
-    "data": {*GROUND, "metrics", "caches", "worker"},
-    "parallel": {"model", *GROUND},
-    "checkpoint": {"model", *GROUND},
-    "infer": {*BELOW_INFER, "checkpoint", "worker"},
-    "train": {*BELOW_INFER, "checkpoint", "infer"},
-    "program": set(),
-    "app": {"config", "runs", "allocator", "streams", "caches", "paths", "program"},
-    "commands": {"app", "runs", "checkpoint", "config", "infer", "train", "data", "parallel", "paths"},
-    "main": {"commands", "config", "program"},
+    "sampling": {"types"},
+    "model": {*GROUND, "checkpoint.weights"},
+    "encoders": {*GROUND, "model.pointwise", "data.audio", "checkpoint.weights"},
+    "vae": GROUND,
+    "checkpoint": {*GROUND, "model", "encoders", "vae"},
+    "synthetic": {*GROUND, "data.audio", "data.pixels"},
+    "data": {*GROUND, "synthetic", "evaluation.metrics"},
+    "parallel": {*GROUND, "model", "vae", "checkpoint.load", "planner.training_job"},
+    "planner": {*GROUND, "model", "vae", "parallel"},
+    "inference": {*GROUND, *BELOW_INFERENCE, "synthetic.draw_face"},
+    "evaluation": {*GROUND, *BELOW_INFERENCE, "inference", "synthetic", "training.train_config"},
+    "training": {*GROUND, *BELOW_INFERENCE, "inference", "synthetic", "evaluation"},
+    "bench": {*GROUND, *BELOW_INFERENCE, "inference"},
+    "cli": {"config", "system"},
+    "commands": {*GROUND, "cli", "checkpoint", "data", "planner", "parallel", *JOBS},
+    "main": {"commands", "config", "system"},
     "__main__": {"main"},
     "launch": {"main"},
 }
 DOORS = {  # third party -> the only places that may import it
-    "hydra": {"sonic/app.py"},
-    "omegaconf": {"sonic/app.py"},
-    "wandb": {"sonic/train/log.py"},
-    "deepspeed": {"sonic/parallel/zero.py", "sonic/train/zero.py", "sonic/train/zero_masters.py"},
-    "accelerate": {"sonic/parallel/zero.py", "sonic/train/zero.py"},
+    "hydra": {"sonic/cli.py"},
+    "omegaconf": {"sonic/cli.py"},
+    "wandb": {"sonic/training/log.py"},
+    "deepspeed": {"sonic/parallel/deepspeed_inference.py", "sonic/training/deepspeed_engine.py", "sonic/training/deepspeed_masters.py"},
+    "accelerate": {"sonic/parallel/deepspeed_inference.py", "sonic/training/deepspeed_engine.py"},
     "xformers": {"sonic/model/attention.py"},
-    "diffusers": {"sonic/model/wan_vae.py", "sonic/model/weights.py", "sonic/flow/samplers.py"},
-    "transformers": {"sonic/model/text.py", "sonic/model/wav2vec.py"},
-    "ftfy": {"sonic/model/text.py"},
-    "librosa": {"sonic/data/speech.py"},
-    "av": {f"sonic/data/{name}.py" for name in ("media", "audio_decode", "speech", "video")},
-    "pillow_heif": {"sonic/data/portrait.py"},
-    "espeakng_loader": {"sonic/data/espeak.py"},
+    "diffusers": {"sonic/sampling/samplers.py", "sonic/vae/wan_vae.py", "sonic/checkpoint/weights.py"},
+    "transformers": {"sonic/encoders/text.py", "sonic/encoders/wav2vec.py"},
+    "ftfy": {"sonic/encoders/text.py"},
+    "librosa": {"sonic/data/audio.py"},
+    "av": {"sonic/data/audio_decode.py", "sonic/data/media.py", "sonic/data/audio.py", "sonic/data/video.py"},
+    "pillow_heif": {"sonic/data/image.py"},
+    "espeakng_loader": {"sonic/synthetic/espeak.py"},
 }
 WITHOUT_TORCH = (
     "sonic/config.py",
     "sonic/geometry.py",
-    "sonic/runs.py",
-    "sonic/app.py",
+    "sonic/system/run_folder.py",
+    "sonic/cli.py",
     "sonic/main.py",
-    "sonic/program.py",
-    "sonic/allocator.py",
-    "sonic/streams.py",
-    "sonic/caches.py",
-    "sonic/paths.py",
-    "sonic/worker.py",
-    "sonic/train/settings.py",
-    "sonic/data/settings.py",
-    "sonic/counts.py",
-    "sonic/parallel/few_layers.py",
-    *(f"sonic/parallel/{name}.py" for name in ("settings", "units", "workload", "memory", "speed", "ranges", "plans", "planner")),
-    *(f"sonic/parallel/training_{name}.py" for name in ("settings", "work", "memory", "plans")),
+    "sonic/system/program.py",
+    "sonic/system/allocator.py",
+    "sonic/system/stdio.py",
+    "sonic/system/caches.py",
+    "sonic/system/paths.py",
+    "sonic/system/worker.py",
+    "sonic/training/train_config.py",
+    "sonic/data/data_config.py",
+    "sonic/model/counts.py",
+    "sonic/planner/extrapolate.py",
+    "sonic/parallel/parallel_config.py",
+    "sonic/parallel/shard_units.py",
+    "sonic/planner/workload.py",
+    "sonic/planner/memory.py",
+    "sonic/planner/step_time.py",
+    "sonic/parallel/layer_ranges.py",
+    "sonic/planner/plans.py",
+    "sonic/planner/search.py",
+    "sonic/planner/training_job.py",
+    "sonic/planner/training_workload.py",
+    "sonic/planner/training_memory.py",
+    "sonic/planner/training_plans.py",
 )
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 16, 60, 12, 6, 3
 LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
@@ -152,7 +158,7 @@ def test_third_parties_have_one_door():
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_at_once_imports_nothing_heavy(name):
-    glue = {"hydra", "omegaconf", "yaml"} if name == "sonic/app.py" else set()
+    glue = {"hydra", "omegaconf", "yaml"} if name == "sonic/cli.py" else set()
     light = {*sys.stdlib_module_names, "sonic", *glue}
     heavy = [f"{found}:{line}" for found, line in imports(ROOT / name) if found.partition(".")[0] not in light]
     assert not heavy
@@ -196,7 +202,7 @@ def test_signatures_are_short_and_name_what_comes_after_the_third():
     for where, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
         positional = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args] if argument.arg not in ("self", "cls")]
         total = len(positional) + len(node.args.kwonlyargs)
-        limit = POSITIONAL + 1 if where.startswith("sonic/flow/samplers.py") else POSITIONAL  # velocity, noise, sigmas, rng
+        limit = POSITIONAL + 1 if where.startswith("sonic/sampling/samplers.py") else POSITIONAL  # velocity, noise, sigmas, rng
         if total > ARGUMENTS or len(positional) > limit:
             wrong.append(f"{where} {node.name}: {len(positional)} positional, {total} in all")
     assert not wrong, "\n".join(wrong)
@@ -231,7 +237,11 @@ def test_no_path_of_one_machine():
 
 def test_only_the_app_reads_the_environment():
     readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
-    told = ("sonic/app.py", "sonic/caches.py", "sonic/parallel/zero.py")  # the latter two write what packages read nowhere else
+    told = (
+        "sonic/cli.py",
+        "sonic/system/caches.py",
+        "sonic/parallel/deepspeed_inference.py",
+    )  # the latter two write what packages read nowhere else
     assert [where for where in readers if not where.startswith(told)] == []
 
 
@@ -258,3 +268,8 @@ def test_public_functions_of_the_library_say_what_they_give():
             if public and not ast.get_docstring(node):
                 silent.append(f"{name_of(path)}:{node.lineno} {node.name}")
     assert not silent, "\n".join(silent)
+
+
+def test_no_two_files_share_a_name():
+    names = [path.name for path in LIBRARY if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import runpy
 
 import pytest
 import torch
-from main_job import launcher
-from test_configs import ENTRIES, INFER, NEEDED, ROOT
+from test_configs import ENTRIES, INFER, NEEDED
 
-from sonic.app import SYNONYMS, compose, entry_knobs, help_text, options, run_command
+from sonic.cli import SYNONYMS, compose, entry_knobs, help_text, options, run_command
+from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
-from sonic.flow.schedule import sigmas_of
-from sonic.infer.build import build_parts
-from sonic.infer.report import sampling_of, sampling_words
-from sonic.parallel.planner import planned
-from sonic.parallel.workload import workload
+from sonic.inference.components import build_parts
+from sonic.inference.report import sampling_of, sampling_words
+from sonic.planner.search import planned
+from sonic.planner.workload import workload
+from sonic.sampling.schedules import sigmas_of
 
 PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")
@@ -152,10 +151,9 @@ def test_a_size_with_a_star_is_the_size_with_a_cross(command, capsys):
 
 def test_a_plan_for_a_size_with_a_star_is_the_plan_for_the_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = runpy.run_path(str(ROOT / "launch/plan.py"))["plan"]
     for name, size in (("star", "384*256"), ("cross", "384x256")):
         argv = ["model=live_avatar_14b", "hardware=4x24gb", f"video.size={size}", f"json={name}.json"]
-        assert run_command(PLAN, plan, argv) == 0
+        assert run_command(PLAN, plan_command.plan, argv) == 0
     star, cross = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("star", "cross"))
     assert star == cross and star["fits"]
 
@@ -208,8 +206,7 @@ def test_names_of_other_programs_are_answered_with_ours(prefix, typed, meant):
 
 @pytest.mark.parametrize("typed", ["--sample_steps", "--sample_steps=4", "--num_inference_steps"])
 def test_options_with_dashes_are_answered_with_ours(typed, capsys):
-    module = launcher()
-    assert run_command(module.ENTRY, module.infer, [typed]) == 2
+    assert run_command(infer_command.ENTRY, infer_command.infer, [typed]) == 2
     assert f"{typed} is not understood; write knob=value such as sampler.sample_steps=" in capsys.readouterr().err
 
 

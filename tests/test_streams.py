@@ -8,13 +8,13 @@ import subprocess
 import time
 
 import pytest
-from places import ROOT, ran, script
+from mounts import ROOT, ran, script
 
 SAYS = """
 import os, sys
-from sonic.streams import outlast_readers
+from sonic.system.stdio import outlast_readers
 outlast_readers()
-from sonic.runs import start_logging
+from sonic.system.run_folder import start_logging
 import logging
 start_logging(main=True)
 for _ in range(300):
@@ -24,14 +24,14 @@ open("film", "w").write("whole")
 os.write(1, b"what a library says")
 """
 ASKS = """
-from sonic.app import Entry, launch
-from sonic.infer.settings import InferConfig
+from sonic.cli import Entry, launch
+from sonic.inference.infer_config import InferConfig
 launch(Entry("infer", InferConfig), lambda config, run: None, {given})
 """
 WORKS = """
 import pathlib, sys, time
-from sonic.app import Entry, launch
-from sonic.infer.settings import InferConfig
+from sonic.cli import Entry, launch
+from sonic.inference.infer_config import InferConfig
 def job(config, run):
     run.open()
     partial = pathlib.Path("partial")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import skimage
-from footage import read_frames
-from main_job import FACE, ROOT, babble, write_wav
+from infer_command import FACE, ROOT, babble, write_wav
+from video_files import read_frames
 
 import sonic
 from sonic.main import COMMANDS
@@ -90,7 +90,7 @@ def test_an_installed_wheel_makes_a_video_in_an_empty_folder(programs, tmp_path)
 def test_an_installed_wheel_has_every_recipe_and_starts_its_cells_from_itself(programs, tmp_path):
     (tmp_path / "sonic").mkdir()
     (tmp_path / "sonic/__init__.py").write_text("raise RuntimeError('another package of that name')\n")
-    script = "from sonic.program import process; import subprocess, sys; sys.exit(subprocess.call([*process('evaluate'), '--cfg']))"
+    script = "from sonic.system.program import process; import subprocess, sys; sys.exit(subprocess.call([*process('evaluate'), '--cfg']))"
     assert "clips: 20" in run(programs / "python", "-P", "-c", script, cwd=tmp_path).stdout
     found = run(programs / "sonic", "train", "+distill=preview_2step", "--cfg", cwd=tmp_path).stdout
     assert "export: runs/preview_2step/preview_2step.safetensors" in found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
-from sonic.infer.rollout import NoiseSource, Sampling, rollout
+from sonic.inference.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.distributed import DistributedContext
+from sonic.parallel.context import DistributedContext
 from sonic.types import BlockSpan, Conditions
 
 SIZE = (16, 16)  # latent rows and columns

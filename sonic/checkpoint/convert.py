@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sonic.checkpoint import official
+from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Ready
 from sonic.checkpoint.official import Component
-from sonic.checkpoint.ready import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Ready
 from sonic.checkpoint.tensor_files import FLOATS, Stored, read, sha256, write
+from sonic.checkpoint.weights import to_ours
 from sonic.config import ConvertConfig, ModelConfig
 from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lora
-from sonic.model.weights import to_ours
 
 log = logging.getLogger("sonic.checkpoint")
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from sonic.checkpoint.tensor_files import WIDTHS, Stored, check, survey, survey_sharded
+from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
+from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
+from sonic.encoders.wav2vec import Wav2VecEncoder, to_transformers_speech
 from sonic.model.dit import AvatarDiT
-from sonic.model.text import TIED, TextEncoder, to_published, to_transformers
-from sonic.model.wan_vae import WanAutoencoder, from_diffusers, to_diffusers
-from sonic.model.wav2vec import Wav2VecEncoder, to_transformers_speech
-from sonic.model.weights import export, to_official
+from sonic.vae.wan_vae import WanAutoencoder, from_diffusers, to_diffusers
 
 DIT_STEM = "diffusion_pytorch_model"
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sonic.signs import beat
+from sonic.system.heartbeat import beat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.runs import Run
-from sonic.train.sweep_settings import AblateConfig
+from sonic.cli import Entry, launch
+from sonic.evaluation.sweep_config import AblateConfig
+from sonic.system.run_folder import Run
 
 ENTRY = Entry("ablate", AblateConfig, collections=("ablate",), example="grid.sampler.sample_steps=[2,4] name=mine")
 GRID = "grid."
@@ -16,9 +16,9 @@ log = logging.getLogger("sonic")
 
 def ablate(config: AblateConfig, run: Run) -> None:
     """Score what is not scored yet, then draw the report."""
-    from sonic.train.log import log_cells
-    from sonic.train.sweep import sweep
-    from sonic.train.sweep_report import write_report
+    from sonic.evaluation.sweep import sweep
+    from sonic.evaluation.sweep_report import write_report
+    from sonic.training.log import log_cells
 
     run.keep()  # finished cells
     folder = run.open()

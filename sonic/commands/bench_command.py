@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.infer.settings import BenchConfig
-from sonic.runs import Run
+from sonic.cli import Entry, launch
+from sonic.inference.infer_config import BenchConfig
+from sonic.system.run_folder import Run
 
 ENTRY = Entry("bench", BenchConfig, max_ranks=4096, example="preview json=out.json")
 
@@ -16,7 +16,7 @@ ENTRY = Entry("bench", BenchConfig, max_ranks=4096, example="preview json=out.js
 def bench(config: BenchConfig, run: Run) -> None:
     """Measure, show the table, write the JSON."""
     begun = time.perf_counter()
-    from sonic.infer.bench import bench as measure  # torch and the models: not before the command line is known to be right
+    from sonic.bench.benchmark import bench as measure  # torch and the models: not before the command line is known to be right
 
     measure(config, begun, ranks=run.ranks)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import NoReturn
 
-from sonic.app import Entry, launch
+from sonic.cli import Entry, launch
 from sonic.config import ConvertConfig
-from sonic.runs import Run
+from sonic.system.run_folder import Run
 
 EXAMPLE = "source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
 ENTRY = Entry("convert", ConvertConfig, collections=(), place=lambda config: ("runs", "convert"), example=EXAMPLE)

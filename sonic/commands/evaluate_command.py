@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.runs import Run
-from sonic.train.settings import EvaluateConfig
+from sonic.cli import Entry, launch
+from sonic.system.run_folder import Run
+from sonic.training.train_config import EvaluateConfig
 
 ENTRY = Entry("evaluate", EvaluateConfig, example="+preset=fast_preview eval.clips=20 eval.seed=1 json=out.json")
 
 
 def score(config: EvaluateConfig, run: Run) -> None:
     """Score, print the table, write the JSON."""
-    from sonic.train.evaluate import evaluate
+    from sonic.evaluation.evaluate import evaluate
 
     evaluate(config)
 

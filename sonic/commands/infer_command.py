@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.infer.settings import InferConfig
-from sonic.paths import shown
-from sonic.runs import Run
+from sonic.cli import Entry, launch
+from sonic.inference.infer_config import InferConfig
+from sonic.system.paths import shown
+from sonic.system.run_folder import Run
 
 ENTRY = Entry("infer", InferConfig, max_ranks=4096, example="+preset=fast_preview image=me.jpg audio=me.wav output=me.mp4")
 FILM, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
@@ -23,9 +23,9 @@ def infer(config: InferConfig, run: Run) -> int | None:
     """Check the inputs, load the parts, make the video or videos, leave their papers in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.infer.films import all_outcomes, announce, checked_scene, make_film, make_films, open_parts
-    from sonic.infer.report import Clock, draw_contact_sheet
-    from sonic.infer.requests import read_requests
+    from sonic.inference.batch import all_outcomes, announce, checked_scene, make_film, make_films, open_parts
+    from sonic.inference.report import Clock, draw_contact_sheet
+    from sonic.inference.requests import read_requests
 
     clock = Clock(begun)
     if config.requests:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import NoReturn
 
-from sonic.app import Entry, launch
+from sonic.cli import Entry, launch
 from sonic.config import JudgeConfig
-from sonic.runs import Run
+from sonic.system.run_folder import Run
 
 ENTRY = Entry(
     "judge",
@@ -22,7 +22,7 @@ log = logging.getLogger("sonic.judge")
 
 def score(config: JudgeConfig, run: Run) -> int:
     """Measure, show the table, write the JSON; exit code 1 for a film whose sound track is not the recording."""
-    from sonic.infer.judge import judge, sound_fault  # numpy and the decoder: not before the command line is known to be right
+    from sonic.evaluation.judge import judge, sound_fault  # numpy and the decoder: not before the command line is known to be right
 
     fault = sound_fault(judge(config))
     if fault:

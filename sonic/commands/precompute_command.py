@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.data.settings import PrecomputeConfig
-from sonic.runs import Run
+from sonic.cli import Entry, launch
+from sonic.data.data_config import PrecomputeConfig
+from sonic.system.run_folder import Run
 
 ENTRY = Entry(
     "precompute",
@@ -20,7 +20,7 @@ ENTRY = Entry(
 def make(config: PrecomputeConfig, run: Run) -> None:
     """Make what is missing of the data set."""
     from sonic.data.precompute import precompute
-    from sonic.train.encoders import build_encoders, clip_hashes
+    from sonic.training.clip_encoders import build_encoders, clip_hashes
 
     run.keep()  # finished shards
     precompute(config, build_encoders, clip_hashes)

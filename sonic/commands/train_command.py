@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from sonic.app import Entry, launch
-from sonic.runs import Run
-from sonic.train.objective_settings import OBJECTIVE_CONFIGS
-from sonic.train.settings import TrainConfig
+from sonic.cli import Entry, launch
+from sonic.system.run_folder import Run
+from sonic.training.objective_config import OBJECTIVE_CONFIGS
+from sonic.training.train_config import TrainConfig
 
 ENTRY = Entry(
     "train",
@@ -22,7 +22,7 @@ ENTRY = Entry(
 
 def train(config: TrainConfig, run: Run) -> None:
     """Train in runs/<name>; a run that was stopped continues there."""
-    from sonic.train.build import run_training
+    from sonic.training.build import run_training
 
     def opened() -> None:
         run.keep()  # checkpoints

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sonic.config import ModelConfig
-from sonic.data.speech import COLUMNS_PER_FRAME
+from sonic.data.audio import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
-from sonic.program import written
+from sonic.system.program import written
 
 LOG = logging.getLogger(__name__)
 ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}

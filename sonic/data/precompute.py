@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sonic.data import clips, faces, voices
-from sonic.data.drawn import motion_targets
-from sonic.data.settings import PrecomputeConfig
+from sonic.data import clips
+from sonic.data.audio import log_mel
+from sonic.data.data_config import PrecomputeConfig
+from sonic.data.own_videos import precompute_videos
+from sonic.data.pixels import to_signed
 from sonic.data.shards import Build, Encoders, HashesOf, begin_again, built, each_made, facts_of, made_with, outdated, whole, write_shard
-from sonic.data.speech import log_mel
-from sonic.data.videos import precompute_videos
-from sonic.files import save_tensors
 from sonic.geometry import FPS, FRAMES_PER_LATENT
-from sonic.pixels import to_signed
+from sonic.synthetic import draw_face, voices
+from sonic.synthetic.drawn_people import motion_targets
+from sonic.system.files import save_tensors
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generat
         visemes = spoken[start : start + length]
         head = torch.zeros(length, 4)
         if rng.random() < config.mix.moving:
-            head = faces.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
-        person = faces.draw_identity(rng, config.model.resolution, split=config.split)
+            head = draw_face.head_motion(rng, length, float(rng.uniform(0.5, 1.5)))
+        person = draw_face.draw_identity(rng, config.model.resolution, split=config.split)
         latents, ref = encode_person(encoders.autoencoder, person, visemes=visemes, head=head)
         audio = heard[:, :, start : start + length].contiguous()
         yield {"latents": latents.half(), "ref": ref.half(), "audio": audio, "visemes": visemes.contiguous(), "head": head}
@@ -101,7 +102,7 @@ MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
 
 
 @torch.no_grad()
-def encode_person(autoencoder: Any, person: faces.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Latents [C,T,h,w] of a person speaking, and those of the person at rest [C,1,h,w]."""
     picture = to_signed(rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w"))
     reference = autoencoder.reference(picture)

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sonic.data.clips import mark_unfinished
-from sonic.data.settings import PrecomputeConfig
-from sonic.files import save_tensors
+from sonic.data.data_config import PrecomputeConfig
 from sonic.geometry import FPS
-from sonic.program import written
-from sonic.worker import Crashed, Worker
+from sonic.system.files import save_tensors
+from sonic.system.program import written
+from sonic.system.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
 MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # and what several are called

@@ -19,8 +19,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
-from sonic.paths import check_name, write_target
-from sonic.signs import beat
+from sonic.system.heartbeat import beat
+from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)

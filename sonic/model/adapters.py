@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from sonic.checkpoint.weights import to_official
 from sonic.config import AdapterConfig
 from sonic.model.lora import DOWN, PREFIX, UP
-from sonic.model.weights import to_official
 
 ADAPTERS = "adapters"  # the word in the names of their tensors on the model
 SLASH = "/"  # stands for the dot, which names of modules in a ModuleDict may not hold

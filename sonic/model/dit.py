@@ -16,8 +16,8 @@ from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioT
 from sonic.model.blocks import Block, Head, apart, together
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_places, ref_time_id, rotation
 from sonic.model.execution import LOCAL, Execution, SequenceParallel
-from sonic.model.inputs import BlockInputs, TrunkInputs
 from sonic.model.kv_cache import FillMemory, Held, KVCache, KVRing, RingView, memory_places
+from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding

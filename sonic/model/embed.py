@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.counts import PACK_SCALES
+from sonic.model.counts import PACK_SCALES
 from sonic.model.linear import Linear, linear, linear_gelu
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2] of the pairs of channels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sonic.model.attention import Exchange, Reach
 from sonic.model.blocks import ALONE, Layout
-from sonic.model.inputs import TrunkInputs
+from sonic.model.trunk_inputs import TrunkInputs
 
 RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int], Reach]]], list[TrunkInputs]]
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sonic.model.weights import to_ours
+from sonic.checkpoint.weights import to_ours
 
 PREFIX, DOWN, UP = "base_model.model.", "lora_A", "lora_B"
 PUBLISHED = "liveavatar.safetensors"

@@ -1,104 +1,41 @@
-"""Ulysses: ranks share the tokens of every frame, and change tokens for heads and back around self-attention."""
+"""The distributed context: which ranks there are, how the model runs on them, and how they exchange messages. It is an argument."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
-import torch.nn.functional as F
-from torch import Tensor
 
-from sonic.model.attention import Exchange, Projected
-from sonic.model.blocks import Layout
-
-_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
+from sonic.model.execution import LOCAL, Execution
+from sonic.parallel.channel import P2PChannel
+from sonic.parallel.mesh import World
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.vae_rank import make_vae_channel
 
 
-class Group(NamedTuple):
-    """The ranks that share tokens, and this one's place among them. Neither tokens nor heads need to come out even."""
+@dataclass
+class DistributedContext:
+    """State of one rank of a distributed run; without arguments, of a process on its own.
 
-    group: dist.ProcessGroup
-    rank: int
-    size: int
+    `execution` is how forwards run here, `channel` connects the stages of a layer pipeline, `vae_channel` the first rank and the one that
+    has the autoencoder; `rollouts` counts those that were begun, `closed` says that there will be no more.
+    """
 
-    def shares(self, whole: int) -> list[int]:
-        """How many of `whole` things each rank has."""
-        return [whole // self.size + (rank < whole % self.size) for rank in range(self.size)]
+    world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
+    execution: Execution = LOCAL
+    channel: P2PChannel | None = None
+    vae_channel: P2PChannel | None = None
+    rollouts: int = 0
+    closed: bool = False
 
-
-class UlyssesSequence:
-    """This rank's share of every frame's tokens, and of the memory's (a `SequenceParallel`)."""
-
-    def __init__(self, group: Group, num_heads: int) -> None:
-        self.group, self.num_heads = group, num_heads
-
-    def part(self, tokens: Tensor) -> Tensor:
-        """[B,T,S,D] -> [B,T,some,D]"""
-        return tokens.split(self.group.shares(tokens.shape[2]), dim=2)[self.group.rank]
-
-    def whole(self, tokens: Tensor, size: int) -> Tensor:
-        """[B,T,some,D] -> [B,T,size,D]"""
-        shares = self.group.shares(size)
-        padded = F.pad(tokens, (0, 0, 0, shares[0] - tokens.shape[2])).contiguous()
-        gathered = _all_gather(padded, gather_dim=2, group=self.group.group)
-        parts = gathered.chunk(self.group.size, dim=2)
-        return torch.cat([part[:, :, :share] for part, share in zip(parts, shares, strict=True)], dim=2)
-
-    def heads(self, num_heads: int) -> int:
-        """Heads that this rank attends with."""
-        return self.group.shares(num_heads)[self.group.rank]
-
-    def exchange(self, layout: Layout) -> Exchange:
-        """Tokens for heads, for parts of this layout (all ranks' tokens)."""
-        return Ulysses(self.group, layout, self.group.shares(self.num_heads))
+    @property
+    def alone(self) -> bool:
+        """Whether no other rank samples together with this one."""
+        return self.world.cast is None
 
 
-class Ulysses:
-    """One all-to-all before attention and one after it. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
-
-    def __init__(self, group: Group, layout: Layout, heads: Sequence[int]) -> None:
-        self.group, self.layout, self.head_counts = group, layout, list(heads)
-        self.sizes = [[shares[rank] for shares in (group.shares(size) for _, size in layout)] for rank in range(group.size)]
-        self.lengths = [sum(frames * size for (frames, _), size in zip(layout, sizes, strict=True)) for sizes in self.sizes]
-
-    def heads(self, tokens: Projected) -> Projected:
-        """[B,some,heads,d] -> [B,N,some heads,d], in the order in which one rank would have them."""
-        ours = torch.stack(tokens)  # [3,B,some,heads,d]
-        shapes = [(*ours.shape[:2], length, self.head_counts[self.group.rank], ours.shape[4]) for length in self.lengths]
-        parts = [
-            received.split([frames * size for (frames, _), size in zip(self.layout, sizes, strict=True)], dim=2)
-            for received, sizes in zip(self._swap(ours.split(self.head_counts, dim=3), shapes), self.sizes, strict=True)
-        ]
-        joined = [
-            torch.cat([part.unflatten(2, (frames, -1) if part.shape[2] else (frames, 0)) for part in column], dim=3).flatten(2, 3)
-            for column, (frames, _) in zip(zip(*parts, strict=True), self.layout, strict=True)
-        ]
-        return Projected(*torch.cat(joined, dim=2))
-
-    def tokens(self, heard: Tensor) -> Tensor:
-        """[B,N,some heads,d] -> [B,some,heads,d]"""
-        columns = [
-            part.unflatten(1, (frames, size)).split([sizes[index] for sizes in self.sizes], dim=2)
-            for index, (part, (frames, size)) in enumerate(
-                zip(heard.split([frames * size for frames, size in self.layout], dim=1), self.layout, strict=True)
-            )
-        ]
-        sent = [torch.cat([piece.flatten(1, 2) for piece in row], dim=1) for row in zip(*columns, strict=True)]
-        shapes = [(heard.shape[0], self.lengths[self.group.rank], count, heard.shape[3]) for count in self.head_counts]
-        return torch.cat(self._swap(sent, shapes), dim=2)
-
-    def _swap(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Give each rank its tensor and get one of the given shape from each."""
-        flat = torch.cat([part.flatten() for part in sent])
-        sizes = [math.prod(shape) for shape in shapes]
-        received = funcol.all_to_all_single_autograd(flat, sizes, [part.numel() for part in sent], self.group.group)
-        return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
-
-
-def sequence_parallel(group: dist.ProcessGroup, num_heads: int) -> UlyssesSequence:
-    """The division of each frame's tokens among the ranks of a group. What comes out is whole on every rank."""
-    return UlyssesSequence(Group(group, dist.get_rank(group), dist.get_world_size(group)), num_heads)
+def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
+    """The context of this rank before a model is built on it."""
+    asks = world.vae_rank and (world.leads or world.keeps_vae)
+    return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)

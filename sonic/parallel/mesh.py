@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
-from sonic.parallel.settings import ALONE, ParallelConfig
-from sonic.parallel.watch import watched
+from sonic.parallel.parallel_config import ALONE, ParallelConfig
+from sonic.parallel.watchdog import watched
 
 T = TypeVar("T")
 

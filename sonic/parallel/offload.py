@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from sonic.geometry import GIB
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import Execution
-from sonic.parallel.ranges import resident_layers
-from sonic.parallel.settings import OffloadConfig, ParallelConfig
-from sonic.signs import beat
+from sonic.parallel.layer_ranges import resident_layers
+from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
+from sonic.system.heartbeat import beat
 
 PIECE = 2**29  # bytes of host memory that are pinned at a time
 ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is

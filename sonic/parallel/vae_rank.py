@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sonic.model.vae import Reference
 from sonic.parallel.channel import BACKWARD, P2PChannel
 from sonic.parallel.mesh import World
 from sonic.types import MotionLayers
+from sonic.vae.motion_vae import Reference
 
 DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # of these messages, beside those of the layer pipeline
 

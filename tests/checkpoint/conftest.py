@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conversion import convert
-from main_job import babble, write_wav
+from convert_command import convert
+from infer_command import babble, write_wav
 from official_folder import write_lora, write_official
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion import convert, infer, tensors_of
+from convert_command import convert, infer, tensors_of
 from official_folder import GIVEN, tiny_model
 from safetensors.torch import load_file
 
 from sonic.checkpoint import official
+from sonic.checkpoint.weights import export, save_weights
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import PUBLISHED as LORA_FILE
-from sonic.model.weights import export, save_weights
 
 
 def test_a_ready_checkpoint_says_what_it_was_made_from(ready):

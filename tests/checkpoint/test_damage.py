@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion import convert, infer
+from convert_command import convert, infer
 from official_folder import UMT5, write_text_encoder
 from safetensors.torch import load_file, save_file
 

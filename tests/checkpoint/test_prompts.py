@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion import infer
+from convert_command import infer
 
-from sonic.checkpoint import ready as ready_module
-from sonic.checkpoint.ready import Ready
-from sonic.infer import build
+from sonic.checkpoint import converted as ready_module
+from sonic.checkpoint.converted import Ready
+from sonic.inference import components
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32", "video.num_clip=1", "parallel=single")
 MODELS = {
@@ -25,10 +25,10 @@ MODELS = {
 def events(monkeypatch) -> list[str]:
     """What is loaded and read, in order."""
     seen: list[str] = []
-    make, spread, tokens = Ready._text_encoder, build.build_parallel_model, ready_module.Tokenizer.__call__
+    make, spread, tokens = Ready._text_encoder, components.build_parallel_model, ready_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
     monkeypatch.setattr(Ready, "_text_encoder", noted("encoder", make))
-    monkeypatch.setattr(build, "build_parallel_model", noted("transformer", spread))
+    monkeypatch.setattr(components, "build_parallel_model", noted("transformer", spread))
     monkeypatch.setattr(ready_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1])
     return seen
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from sonic.data.colors import ADOBE, D65, PRIMARIES, SRGB, SRGB_CURVE, rgb_profile
-from sonic.data.portrait import load_image
+from sonic.data.image import load_image
 
 ORIENTATION, EXIF_FOLDER, COLOR_SPACE, INTEROP = 0x0112, 0x8769, 0xA001, 0xA005
 PROPHOTO = (0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001, 0.3457, 0.3585)

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from footage import FPS, speech, talking, write
 from safetensors.torch import load_file
+from video_files import FPS, speech, talking, write
 
+from sonic.checkpoint.weights import read_tensors
 from sonic.config import ModelConfig
-from sonic.data import clips, videos
+from sonic.data import clips, own_videos
 from sonic.data.clips import ClipDataset
+from sonic.data.data_config import FootageConfig, PrecomputeConfig
+from sonic.data.own_videos import REPORT
 from sonic.data.precompute import precompute
-from sonic.data.settings import FootageConfig, PrecomputeConfig
 from sonic.data.shards import DamagedShard, each_made, facts_of, write_shard
-from sonic.data.videos import REPORT
-from sonic.model.weights import read_tensors
-from sonic.train.encoders import _digest, build_encoders
-from sonic.worker import Crashed
+from sonic.system.worker import Crashed
+from sonic.training.clip_encoders import _digest, build_encoders
 
 FRAMES = 49  # a clip of twelve latent frames, and the frame before it
-LOAD, LATENTS = videos.load_soundtrack, 12
+LOAD, LATENTS = own_videos.load_soundtrack, 12
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def damaged(path):
 
 
 def build_damaged(config):
-    videos.load_soundtrack = damaged
+    own_videos.load_soundtrack = damaged
     return build_encoders(config)
 
 
 def build_mended(config):
-    videos.load_soundtrack = LOAD
+    own_videos.load_soundtrack = LOAD
     return build_encoders(config)
 
 

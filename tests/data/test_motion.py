@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from footage import read_frames, warp_crop, write
+from video_files import read_frames, warp_crop, write
 
-from sonic import metrics
+from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
-from sonic.data import faces
-from sonic.data.drawn import random_visemes
 from sonic.data.motion import encode_motion, estimate_motion, head_pose
-from sonic.infer.build import weight_files
-from sonic.model.vae import WarpAutoencoder
-from sonic.model.weights import load_weights
+from sonic.evaluation import metrics
+from sonic.inference.components import weight_files
+from sonic.synthetic import draw_face
+from sonic.synthetic.drawn_people import random_visemes
+from sonic.vae.motion_vae import WarpAutoencoder
 
 SIDE, FRAMES = 192, 8
 
@@ -32,13 +32,13 @@ def autoencoder():
 def filmed(folder, seed, *, sway=0.0):
     """A drawn person in an MP4: what the file shows and the picture at rest, in [-1,1], and the pose [F,4]."""
     rng = np.random.default_rng(seed)
-    person = faces.draw_identity(rng, SIDE, split="test", photographs=0, jitter=0.5)
+    person = draw_face.draw_identity(rng, SIDE, split="test", photographs=0, jitter=0.5)
     visemes = random_visemes(rng, FRAMES + 1)
     visemes[0] = 0
-    pose = faces.head_motion(rng, FRAMES + 1, sway) if sway else torch.zeros(FRAMES + 1, 4)
+    pose = draw_face.head_motion(rng, FRAMES + 1, sway) if sway else torch.zeros(FRAMES + 1, 4)
     pose = pose - pose[:1]
     pose[:, 3] = 0
-    frames, _ = faces.animate(person, visemes, pose if sway else None)
+    frames, _ = draw_face.animate(person, visemes, pose if sway else None)
     pixels = rearrange(((frames + 1) * 127.5).round().byte(), "f c h w -> f h w c").numpy()
     shown = np.stack(list(islice(read_frames(write(folder / f"{seed}.mp4", pixels, None)), FRAMES + 1)))
     shown = rearrange(torch.from_numpy(shown), "f h w c -> f c h w").float() / 127.5 - 1

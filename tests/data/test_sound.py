@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from recordings import RATE, encode, film_of, heard, offset_ms, plain_decode, restamp, voice
 
-from sonic.data.speech import NoSound, load_soundtrack, load_speech
+from sonic.data.audio import NoSound, load_soundtrack, load_speech
 from sonic.data.video import VideoWriter
 
 SECONDS = 2.0

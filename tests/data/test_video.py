@@ -12,10 +12,10 @@ from collections import namedtuple
 import av
 import numpy as np
 import pytest
-from footage import read_frames
+from video_files import read_frames
 
 from sonic.data import video
-from sonic.data.speech import load_speech
+from sonic.data.audio import load_speech
 from sonic.data.video import Coding, VideoWriter, check_output
 from sonic.types import Speech
 

@@ -13,8 +13,8 @@ from tiny import conditions, film, tiny_model
 
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
 from sonic.parallel.channel import P2PChannel
-from sonic.parallel.distributed import DistributedContext
-from sonic.parallel.pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop, stop_stages
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.layer_pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop, stop_stages
 
 COUNTS = range(1, 9)
 BLOCKS = 3

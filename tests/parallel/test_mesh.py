@@ -9,9 +9,9 @@ from ranks import on_ranks
 
 from sonic.config import Ranks
 from sonic.parallel import mesh
+from sonic.parallel.layer_pipeline import Message, pipeline_channel
 from sonic.parallel.mesh import make_world, open_world
-from sonic.parallel.pipeline import Message, pipeline_channel
-from sonic.parallel.settings import ParallelConfig
+from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.vae_rank import make_vae_channel
 
 CPU = torch.device("cpu")

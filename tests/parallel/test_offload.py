@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
+from sonic.checkpoint.load import without_memory
 from sonic.parallel import offload as module
-from sonic.parallel.load import without_memory
 from sonic.parallel.offload import PinnedMemory, offload, place
-from sonic.parallel.settings import OffloadConfig, ParallelConfig
+from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ from plan_case import SINGLE, case_of, clip_of, made_under_all, model_under, sam
 from ranks import on_ranks
 from tiny import tiny_model
 
-from sonic.infer.ranks import shutdown, worker_loop
-from sonic.model.weights import save_weights
-from sonic.parallel.settings import ParallelConfig
-from sonic.parallel.spread import PLANS
+from sonic.checkpoint.weights import save_weights
+from sonic.inference.distributed_rollout import shutdown, worker_loop
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.parallelize import PLANS
 
 TINY = {  # every part of the 14B model, a few numbers wide
     "fsdp block": ParallelConfig("fsdp", unshard_unit="block", prefetch=0),

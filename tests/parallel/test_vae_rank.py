@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from command_ranks import infer_on
-from main_job import FACE
+from infer_command import FACE
+from infer_command_ranks import infer_on
 from ranks import on_ranks
 from torch import nn
 
-from sonic.data.speech import SAMPLE_RATE, log_mel
-from sonic.model.vae import WarpAutoencoder
+from sonic.data.audio import SAMPLE_RATE, log_mel
 from sonic.parallel.channel import P2PChannel
 from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae, stop_vae
+from sonic.vae.motion_vae import WarpAutoencoder
 
 CPU = torch.device("cpu")
 TOLD = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", *FACE)

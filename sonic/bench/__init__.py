@@ -1,0 +1,1 @@
+"""Times the main job and its parts on this machine."""

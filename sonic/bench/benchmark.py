@@ -1,0 +1,137 @@
+"""Times this machine at the main job: frames per second, the first frame, memory, and how well the arithmetic is used."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sonic.bench.arithmetic import gemm_fraction
+from sonic.bench.dit_forward import bench_dit
+from sonic.bench.plan_check import bench_fit
+from sonic.bench.scaling import bench_scaling
+from sonic.config import ModelConfig, Ranks, parse_size
+from sonic.data.image import resized
+from sonic.geometry import FPS
+from sonic.inference.components import Parts, build_parts
+from sonic.inference.generate import generate
+from sonic.inference.infer_config import BenchConfig, InferConfig
+from sonic.inference.inputs import Settings, open_scene
+from sonic.inference.report import Clock, Result, Watch, versions
+from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech, pick
+
+
+def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
+    """Figures of what the config names, shown as a table and written as JSON by the first rank.
+
+    `begun` is time.perf_counter() when the job began.
+    """
+    if config.target == "fit":
+        found = bench_fit(config, begun, ranks=ranks)
+    elif ranks.world == 1:
+        found = pick(BENCHES, config.target, "target")(config, begun)
+    else:
+        raise ValueError(f"bench {config.target} times one process; {ranks.world} ranks are for bench fit")
+    if ranks.rank:
+        return {}
+    figures = {**found, "machine": _machine(), "versions": versions()}
+    show(figures)
+    if config.json:
+        Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def bench_preview(config: BenchConfig, begun: float) -> dict:
+    """Frames per second of the preview, its first frame, and the share of a plain matrix product that its arithmetic reaches."""
+    clock = Clock(begun)
+    with clock.stage("load"):
+        scene = _timed_scene(config)
+        parts = build_parts(config.model, config.run, steps=config.sampler.sample_steps)
+    results = [_film(scene, parts, config, clock=clock)]
+    results += [_film(scene, parts, config, clock=Clock()) for _ in range(config.repeats)]  # the first one warmed up
+    best = max(results[1:], key=lambda result: result.frames_per_second)
+    return {
+        "frames_per_second": best.frames_per_second,
+        "first_frame_s": results[0].first_frame_s,
+        "peak_rss_gib": best.peak_rss_gib,
+        **{f"gemm_fraction_{name}": round(gemm_fraction(_wide(config), dtype), 3) for name, dtype in _DTYPES.items()},
+        "first_frame_warm_s": best.first_frame_s,
+        "stages_s": {name: seconds for name, seconds in best.stages_s.items() if name != "load"},
+        "load_s": results[0].stages_s["load"],
+        "film": f"{config.film.photo}, {scene.num_frames} frames, {config.model.resolution} px crop, {config.sampler.sample_steps} steps",
+    }
+
+
+BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def show(figures: dict) -> None:
+    """The figures as a table."""
+    table = Table("figure", "value", title=figures["machine"])
+    for name, value in figures.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in rows:
+            table.add_row(f"{name} {part}".strip(), str(number))
+    Console().print(table)
+
+
+def _film(scene: Scene, parts: Parts, config: BenchConfig, *, clock: Clock) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(config.sampler, config.decode)
+        return generate(scene, parts, settings, output=Path(folder) / "out.mp4", clock=clock, watch=Watch(scene))
+
+
+def _timed_scene(config: BenchConfig) -> Scene:
+    """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
+    found = open_scene(InferConfig())
+    samples = np.resize(found.speech.samples, round(config.film.seconds * found.speech.sample_rate))
+    portrait = _cover(found.portrait, *parse_size(config.film.photo, "film.photo"))
+    return replace(found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.film.seconds * FPS))
+
+
+def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
+    """The portrait scaled until it covers width x height, and cut to it around the face."""
+    high, wide = portrait.pixels.shape[:2]
+    scale = max(width / wide, height / high)
+    large = resized(portrait.pixels, math.ceil(high * scale), math.ceil(wide * scale))
+    face, mouth = portrait.face, portrait.mouth
+    left, top = (
+        int(np.clip(scale * middle - length / 2, 0, whole - length))
+        for middle, length, whole in (
+            (face.x + face.width / 2, width, large.shape[1]),
+            (face.y + face.height / 2, height, large.shape[0]),
+        )
+    )
+    return Portrait(
+        np.ascontiguousarray(large[top : top + height, left : left + width]),
+        FaceBox(scale * face.x - left, scale * face.y - top, scale * face.width, scale * face.height),
+        Mouth(scale * mouth.x - left, scale * mouth.y - top, scale * mouth.half_width, mouth.angle),
+    )
+
+
+def _wide(config: BenchConfig) -> ModelConfig:
+    """The model as wide as gemm_dim, with heads of 128 as the published one has them, and two layers."""
+    dim = config.film.gemm_dim
+    trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=2)
+    return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
+
+
+def _machine() -> str:
+    """Processor, threads and system."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {platform.system()}, {time.strftime('%Y-%m-%d')}"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,177 @@
+"""Runs a published model with random weights under a plan, and holds memory and time against what the planner foretold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sonic.checkpoint.load import Lora
+from sonic.config import Ranks, precision_of
+from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
+from sonic.inference.choose_plan import Forecast, forecast
+from sonic.inference.components import DTYPES, find_device
+from sonic.inference.distributed_rollout import shutdown, worker_loop
+from sonic.inference.generate_wan import Shot, Vae, WanNetworks, paint_blocks, paint_clips
+from sonic.inference.infer_config import BenchConfig, InferConfig, PlanChoiceConfig
+from sonic.inference.stream import ahead
+from sonic.model.dit import AvatarDiT
+from sonic.parallel.context import DistributedContext, context_of
+from sonic.parallel.mesh import open_world
+from sonic.parallel.parallelize import build_parallel_model
+from sonic.parallel.vae_rank import RemoteAutoencoder, serve_vae
+from sonic.planner.step_time import TERA
+from sonic.planner.workload import Workload, workload
+from sonic.types import LatentBlock
+from sonic.vae.wan_vae import WanAutoencoder
+
+PRODUCT_S = 0.5  # for which the plain matrix product is repeated
+
+
+def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
+    """Prediction and measurement of `config.fit.blocks` hand-overs after `config.fit.warm_blocks`; {} on ranks that do not lead.
+
+    `seconds_per_step` is one forward of a block. TFLOP/s are those of all ranks, of denoising alone; the share is of what a plain
+    matrix product of the model's own shape reaches on the first rank in the same run.
+    """
+    if config.model.autoencoder != "wan":
+        raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
+    device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
+    _cap(config.fit.cap_gib, device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
+                        parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
+    foretold = forecast(asked, ranks, device, trained=False)
+    with open_world(foretold.parallel, foretold.parallel.name, ranks, device=device) as world:
+        dtype, context = _dtype(config), context_of(world, foretold.parallel)
+        model = build_parallel_model(config.model, None, context, lora=Lora({}, 0.0), dtype=dtype)
+        loaded = time.perf_counter() - begun
+        if world.leads:
+            vae = RemoteAutoencoder(context.vae_channel) if world.vae_rank else _vae(config, device)
+            figures = _figures(config, model, vae, foretold=foretold, context=context)
+            shutdown(context)
+        elif world.keeps_vae:
+            serve_vae(_vae(config, device), context.vae_channel)
+        else:
+            worker_loop(model, context, dtype)
+        foretold.measure(world)
+        if not world.leads:
+            return {}
+    return {**foretold.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
+
+
+def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
+    """What decodes on this rank, if anything does."""
+    return WanAutoencoder().to(device, _dtype(config)) if config.fit.vae else Undecoded()
+
+
+def _dtype(config: BenchConfig) -> torch.dtype:
+    return DTYPES[precision_of(config.run.dtype, config.model)]
+
+
+def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, foretold: Forecast, context: DistributedContext) -> dict:
+    """Times of the hand-overs, as the first rank sees them."""
+    work, device = workload(foretold.config), context.world.device
+    denoised: list[float] = []  # seconds of each hand-over
+    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, context=context)]
+    seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
+    step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
+    rate, product = work.forward_flops / step / TERA, product_tflops(work, device)
+    numbers = f"{config.fit.warm_blocks} + {config.fit.blocks} times {work.frames} frames"
+    return {
+        "seconds_per_block": round(seconds, 4),
+        "seconds_per_step": round(step, 5),
+        "frames_per_second": round(work.frames / seconds, 3),
+        "tflops": float(f"{rate:.4g}"),
+        "product_tflops": float(f"{product:.4g}"),
+        "gemm_share": round(rate / product, 3),
+        "film": f"{work.width}x{work.height}, {work.steps} steps, {numbers}",
+    }
+
+
+def _hand_overs(
+    config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], context: DistributedContext
+) -> Iterator[Tensor]:
+    """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
+    device, networks = context.world.device, WanNetworks(model, vae, context)
+    shot = _random_shot(work, config.fit.blocks + config.fit.warm_blocks, device=device)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        _settle(device)
+        if name == "denoise":
+            denoised.append(time.perf_counter() - begun)
+
+    def timed(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
+        begun = time.perf_counter()
+        for block in blocks:
+            _settle(device)
+            denoised.append(time.perf_counter() - begun)
+            yield block
+            begun = time.perf_counter()
+
+    if work.clip_frames:
+        return paint_clips(networks, shot, sampler=config.sampler, stage=stage)
+    online = lambda blocks: ahead(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
+    return paint_blocks(networks, shot, sampler=config.sampler, hand_over=online)
+
+
+class Undecoded(nn.Module):
+    """In the place of a VAE where the transformer is timed alone: latents of zeros, and no frames."""
+
+    def encode(self, frames: Tensor, cache: object = None) -> tuple[Tensor, object]:
+        """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
+        batch, _, count, height, width = frames.shape
+        rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        return frames.new_zeros(batch, 16, latent_frames(count), rows, columns), cache
+
+    def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
+        """Nothing."""
+        return latents[:, :, :0], cache
+
+
+def _random_shot(work: Workload, hand_overs: int, *, device: torch.device) -> Shot:
+    """What a model of this size is told, out of a generator."""
+    rng, model = torch.Generator().manual_seed(0), work.model
+    drawn = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
+    text = drawn(1, model.text.text_len, model.text.text_dim)
+    audio = drawn(1, model.audio.num_audio_layers, model.audio.audio_dim, work.frames * hand_overs)
+    picture = drawn(1, 3, work.height, work.width).tanh()
+    return Shot(picture, text, torch.zeros_like(text), audio, clip_frames=work.clip_frames or work.frames)
+
+
+def product_tflops(work: Workload, device: torch.device) -> float:
+    """10^12 operations a second of the MLP's first product on the tokens of a hand-over."""
+    trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.number]
+    left = torch.ones(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
+    right = torch.ones(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
+    best, until = float("inf"), time.perf_counter() + PRODUCT_S
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        left @ right
+        _settle(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * work.tokens * trunk.hidden_dim * trunk.ffn_dim / best / TERA
+
+
+def _cap(gib: float, device: torch.device) -> None:
+    """Let this process take no more than so much of its GPU, which it may share with other ranks."""
+    if gib and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until the device has done all it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,398 @@
+"""The glue between a command line and a job: hydra's groups, typed configs, one-sentence errors, ranks and the run folder.
+
+Nothing heavy is imported here, so that `--help` and every mistake in a knob answer at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import io
+import logging
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.system.allocator import keep_freed_memory
+from sonic.system.caches import make_room_for_caches
+from sonic.system.paths import expanded, shown
+from sonic.system.program import data_root, written
+from sonic.system.run_folder import Run, start_logging
+from sonic.system.stdio import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
+
+ROOT = data_root()
+SHORT = {
+    "name": "run.name",
+    "device": "run.device",
+    "face_box": "face.box",
+    "expand_ratio": "face.expand_ratio",
+    "weights": "model.weights",
+    "checkpoint": "model.weights",
+    "schedule": "sampler.schedule",
+    "compat": "video.compat",
+    **{f"offload.{knob}": f"parallel.offload.{knob}" for knob in ("resident_gib", "slots", "inflight", "store", "kv")},
+    "negative_prompt": "sampler.negative_prompt",
+    "live_avatar": "lora.path",
+}
+SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
+    **dict.fromkeys(("steps", "num_steps", "inference_steps", "num_inference_steps", "sampling_steps"), ("max_steps", "sample_steps")),
+    **dict.fromkeys(("shift", "flow_shift"), ("sample_shift",)),
+    **dict.fromkeys(("solver", "sample_solver", "scheduler"), ("sampler.name", "schedule")),
+    **dict.fromkeys(("num_frames", "frame_num"), ("infer_frames",)),
+    **dict.fromkeys(("frame_rate", "frames_per_second"), ("fps",)),
+    **dict.fromkeys(("width", "height"), ("size",)),
+    **dict.fromkeys(("base_seed", "random_seed"), ("seed",)),
+    **dict.fromkeys(("ckpt_dir", "ckpt", "model_path"), ("weights",)),
+    **dict.fromkeys(("save_file", "out"), ("output",)),
+    **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
+}
+FILES = {  # options that name files or folders, in which ~ is the home folder
+    *("image", "audio", "output", "requests", "film", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
+    *("checkpoint.resume", "eval.videos"),
+}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
+DEFAULT_MODEL, PUBLISHED_PRESET, FILM = "preview", "standard", "task=film"
+USER_ERROR, STOPPED, FAULT = 2, 130, 1
+
+Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
+
+log = logging.getLogger("sonic")
+
+
+class _Numbers(yaml.SafeLoader):
+    """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
+
+    # names may hold bytes that are not UTF-8, which are these characters in Python
+    NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Numbers.add_implicit_resolver("!int", re.compile(r"[-+]?[0-9]+$"), [*"-+0123456789"])
+_Numbers.add_implicit_resolver("!float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"), [*"-+.0123456789"])
+_Numbers.add_constructor("!int", lambda loader, node: int(node.value))
+_Numbers.add_constructor("!float", lambda loader, node: float(node.value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One command: the YAML and the schema it starts from, and what may be chosen by name.
+
+    `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
+    group whose members have knobs of their own (objective: {flow_match: FlowMatchConfig}); `place` tells a config's
+    (folder, name) of the run; `example` is what may follow the command.
+    """
+
+    name: str
+    schema: type
+    collections: tuple[str, ...] = ("preset",)
+    variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
+    place: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
+    max_ranks: int = 1
+    example: str = ""
+
+
+def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
+    end_as_with_ctrl_c()
+    outlast_readers()
+    make_room_for_caches()
+    keep_freed_memory()
+    code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
+    if _ranks().world > 1:
+        # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
+    """The exit code of a command: 0 or what the job says, or 2 with one sentence on stderr for what the user can mend and nothing
+    left behind."""
+    ranks = _ranks()
+    start_logging(main=ranks.rank == 0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
+    run = None
+    try:
+        if {"--help", "-h"} & set(argv):
+            return _answer(help_text(entry))
+        config = compose(entry, [item for item in argv if item != "--cfg"])
+        resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
+        if "--cfg" in argv:
+            return _answer(resolved)
+        if ranks.world > entry.max_ranks:
+            raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
+        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        run = Run(entry.place(config), resolved, command=command, root=ROOT, ranks=ranks)
+        return job(config, run) or 0
+    except (ValueError, OSError) as error:
+        if ranks.rank and run:  # the first rank may know nothing of it
+            log.critical("rank %d: %s", ranks.rank, _sentence(error))
+        return _given_up(run, _sentence(error), USER_ERROR)
+    except OtherRank as error:
+        return _given_up(run, str(error), FAULT)
+    except MemoryError as error:
+        log.critical("rank %d: %s", ranks.rank, _sentence(error))
+        return FAULT
+    except KeyboardInterrupt:
+        return _given_up(run, f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
+    except Exception:
+        log.critical("rank %d: a fault of the program, not of the input", ranks.rank, exc_info=True)
+        return FAULT
+    finally:
+        if run:
+            run.close()
+
+
+def _answer(text: str) -> int:
+    """Say what was asked for. Raises OSError where it cannot all be said."""
+    sys.stdout.write(text)
+    if failure := failure_of_stdout():
+        raise failure
+    return 0
+
+
+def _ranks() -> Ranks:
+    """Which process this is among those that torchrun started."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
+
+
+def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
+    """The typed config of a command line. Raises ValueError in one sentence, with the choices, for every mistake in it."""
+    selections, values = _split(entry, argv)
+    store = ConfigStore.instance()
+    store.store(name=f"{entry.name}_schema", node=entry.schema)
+    for group, members in entry.variants.items():
+        for name, schema in members.items():
+            store.store(group=group, name=f"{name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
+        for key, text in _with_own_steps(values).items():
+            _assign(raw, key, text, kind=entry_knobs(entry)[key][0])
+        return OmegaConf.to_object(raw)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_reworded(entry, error)) from error
+
+
+def _recipes() -> str:
+    """Hydra's override that makes it look for choices in recipes/ too."""
+    place = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
+    return f"hydra.searchpath=['{place}']"
+
+
+def knobs(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every knob under a schema by its full name, with its type and its field, in order."""
+    found = {}
+    kinds = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = kinds[field.name]
+        inner = knobs(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else {prefix + field.name: (kind, field)}
+        found |= inner
+    return found
+
+
+def entry_knobs(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]:
+    """Every knob a command may set, those of all variants of a group included."""
+    found = knobs(entry.schema)
+    for group, members in entry.variants.items():
+        for schema in members.values():
+            found |= knobs(schema, f"{group}.")
+    return found
+
+
+def options(group: str) -> list[str]:
+    """Names that a config group offers, from conf/ and recipes/: files, and folders with a file for every model."""
+    found = [path for place in ("conf", "recipes") for path in (ROOT / place / group).glob("*")]
+    return sorted({path.stem for path in found if path.suffix == ".yaml" or path.is_dir()})
+
+
+def groups(entry: Entry) -> dict[str, list[str]]:
+    """What may be chosen by name: collections first, then the parts of the config that have a folder."""
+    names = [*entry.collections, *(field.name for field in dataclasses.fields(entry.schema))]
+    return {name: found for name in names if (found := options(name))}
+
+
+def help_text(entry: Entry) -> str:
+    """What `--help` says: usage, choices, and every knob with its default."""
+    lines = [
+        (entry.schema.__doc__ or "").strip(),
+        "",
+        f"usage: {written(entry.name)} [choice=name ...] [knob=value ...]     --cfg shows the config and stops",
+        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
+        "",
+        "choices:",
+        *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
+        "",
+        "knobs (with their plain defaults; choices may set others):",
+    ]
+    for name, (_, field) in entry_knobs(entry).items():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shown = f"{name}={'' if default is None else default}"
+        lines.append(f"  {shown:<44} {field.metadata.get('help', '')}".rstrip())
+    short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_knobs(entry)]
+    return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
+
+
+def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Choices for hydra, and knobs with their texts; the last one of a kind counts."""
+    selections: dict[str, str] = {}
+    values: dict[str, str] = {}
+    known, chooseable = entry_knobs(entry), groups(entry)
+    for item in argv:
+        key, equals, text = item.lstrip("+").partition("=")
+        key = _full_name(key, known)
+        if not equals or item.startswith("-"):
+            word = key.strip("- ").partition(" ")[0]
+            name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
+            raise ValueError(f"{item} is not understood; write knob=value such as {name}=..., or --help for all of them")
+        if key in chooseable:
+            if text not in chooseable[key]:
+                raise ValueError(unknown_choice(text, chooseable[key], key))
+            selections[key] = f"{'+' if key in entry.collections else ''}{key}={text}"
+        elif key in known:
+            values[key] = text
+        else:
+            raise ValueError(_unknown_key(entry, key))
+    films = selections.get("task", FILM) == FILM  # the steps of a training are its student's
+    if films and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+        selections |= _own_sampler(selections.get("model", ""))
+    for key in entry.collections:
+        if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
+            selections[key] += "/" + _for_model(key, name, selections.get("model", ""))
+    return list(selections.values()), values
+
+
+def _for_model(key: str, name: str, selection: str) -> str:
+    """The model that a choice with a file for each model is made for. Raises ValueError with its reason where that refuses."""
+    model = selection.partition("=")[2] or DEFAULT_MODEL
+    refused = (yaml.safe_load((ROOT / "conf" / key / name / f"{model}.yaml").read_text()) or {}).get("refused")
+    if refused:
+        raise ValueError(f"{key}={name} does not go with model={model}: {refused}")
+    return model
+
+
+def _own_sampler(selection: str) -> dict[str, str]:
+    """The choice of the sampler that a model is published with, as its standard preset names it; none for the default model and for
+    one without presets.
+
+    The plain default has four steps and no guidance: what other models make of that looks like a fault of theirs.
+    """
+    model = selection.partition("=")[2] or DEFAULT_MODEL
+    file = ROOT / "conf/preset" / PUBLISHED_PRESET / f"{model}.yaml"
+    if model == DEFAULT_MODEL or not file.is_file():
+        return {}
+    told = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    chosen = [each["override /sampler"] for each in told if "override /sampler" in each]
+    return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
+
+
+def _with_own_steps(values: Mapping[str, str]) -> dict[str, str]:
+    """The values; a schedule that is one table, when it is typed, brings its number of steps, whatever a preset says."""
+    typed = [key.removesuffix("schedule") for key, text in values.items() if key.endswith("sampler.schedule") and text in FIXED_STEPS]
+    return {f"{sampler}sample_steps": "0" for sampler in typed} | dict(values)
+
+
+def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
+    full = SHORT.get(key, key)
+    return full if key not in known and full in known else key
+
+
+def _unknown_key(entry: Entry, key: str) -> str:
+    """The sentence for a knob that does not exist: what its group has, or what looks like it before what there is at the top."""
+    known = list(entry_knobs(entry))
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"{key} is a group of knobs; set one of: {', '.join(inside)}"
+    head, dot, last = key.rpartition(".")
+    beside = [name.removeprefix(f"{head}.") for name in known if dot and name.startswith(f"{head}.")]
+    meant = _meant(last, known)
+    if beside:
+        inside = [name.removeprefix(f"{head}.") for name in meant if name.startswith(f"{head}.")]
+        return f"{key} is not a knob; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
+    top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
+    exact = [name for name in close if name.rpartition(".")[2] == last]
+    choices = list(dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])]))
+    return f"{key} is not a knob; choose one of: {', '.join(choices)}"
+
+
+def _meant(word: str, known: Sequence[str]) -> list[str]:
+    """Options that other programs call so, or nearly so."""
+    close = difflib.get_close_matches(word, SYNONYMS, n=1, cutoff=0.8)
+    return [name for end in SYNONYMS.get(close[0] if close else "", ()) for name in known if f".{name}".endswith(f".{end}")]
+
+
+def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
+    """Give a knob the value that was typed; text stays exactly as it is."""
+    try:
+        value = text if kind is str else yaml.load(text, _Numbers)
+        if key in FILES and isinstance(value, str | list):
+            value = expanded(value) if kind is str else [expanded(str(each)) for each in value]
+        value = value.replace("${", r"\${") if kind is str else value
+        with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
+            OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ValueError(f"{key} is no knob of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{key}={text} is not {_kind_words(kind)}") from error
+
+
+def _kind_words(kind: typing.Any) -> str:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    if typing.get_origin(kind) is list:
+        return LISTS.get(typing.get_args(kind)[0], "a list")
+    return KINDS.get(kind, "of the right kind")
+
+
+def _reworded(entry: Entry, error: Exception) -> str:
+    """Hydra's and OmegaConf's complaints about a YAML file, in one sentence with the choices."""
+    found = re.search(r"full_key: (\S+)", str(error))
+    if found and found[1] not in entry_knobs(entry):
+        return _unknown_key(entry, found[1])
+    first = str(error).split("full_key:")[0]
+    return " ".join(f"{found[1]}: {first}".split() if found else str(error).split())
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def _given_up(run: Run | None, sentence: str, code: int) -> int:
+    log.debug("where it happened", exc_info=True)
+    if run:
+        run.discard()
+    log.error(sentence, exc_info="SONIC_DEBUG" in os.environ)
+    return code

@@ -1,0 +1,194 @@
+"""Recordings: reading any audio file as 16 kHz mono speech, and the log-mel columns that the speech encoder hears.
+
+The only door to librosa. Everything runs as a stream or in chunks, so that memory does not grow with anything but the samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from array import array
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from av import AudioFrame
+
+from sonic.data.audio_decode import ClockReport, decode_sound, mix_down, soundtrack
+from sonic.data.audio_decode import NoSound as NoSound
+from sonic.data.media import open_media
+from sonic.geometry import FPS
+from sonic.system.caches import make_room_for_caches
+from sonic.types import Speech
+
+LOG = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16_000
+SHORTEST_S = 0.2
+SILENCE_DBFS = -80.0  # a recording whose loudest 20 ms stay below this holds nothing to speak
+
+COLUMNS_PER_FRAME = 2
+MELS = 40
+_HOP = SAMPLE_RATE // (FPS * COLUMNS_PER_FRAME)  # 320 samples, 20 ms
+_WINDOW = 640  # 40 ms
+_CHUNK_COLUMNS = 512
+
+_LOUDNESS_DBFS = -20.0  # level that the loud part of every recording is brought to
+_QUIETEST_DBFS = -50.0  # quieter recordings are not raised further: what they hold is noise
+_HEARING_DBFS = -65.0  # white noise of this level, before any gain, is not heard at all
+_FLOOR = 1e-7  # mel power that stands for silence
+_MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
+
+
+def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
+    """A recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
+
+    Raises ValueError for a file that is missing, a folder, empty, damaged, a video, without sound, shorter than 0.2 s,
+    not finite, or (unless `allow_silence`) silent throughout.
+    """
+    path = Path(path)
+    _check_file(path)
+    store, report = array("f"), ClockReport()
+    for mono in mix_down(decode_sound(path, rate=SAMPLE_RATE, report=report), SAMPLE_RATE):
+        store.frombytes(mono.tobytes())
+    samples = np.frombuffer(store, np.float32) if store else np.zeros(0, np.float32)
+    seconds = len(samples) / SAMPLE_RATE
+    if seconds == 0:
+        raise ValueError(f"audio={path} holds no sound that can be decoded; give an undamaged recording with speech in it")
+    if seconds < SHORTEST_S:
+        raise ValueError(f"audio={path} lasts {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+    if not allow_silence and frame_levels(samples).max() < SILENCE_DBFS:
+        raise ValueError(f"audio={path} is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    np.clip(samples, -1, 1, out=samples)
+    if sentence := report.sentence(f"audio={path}"):
+        LOG.warning(sentence)
+    return Speech(samples, SAMPLE_RATE, path)
+
+
+def load_soundtrack(path: str | Path) -> np.ndarray:
+    """The sound of a video as 16 kHz mono samples, float32 [n]; sample 0 is at second 0 of the pictures.
+
+    Raises ValueError when the video has no sound, or it cannot be decoded.
+    """
+    path, report = Path(path), ClockReport()
+    try:
+        pieces = list(mix_down(decode_sound(path, rate=SAMPLE_RATE, choose=soundtrack, report=report), SAMPLE_RATE))
+    except NoSound:
+        raise
+    except ValueError as error:
+        raise ValueError(f"video={path}: its sound cannot be decoded; give an undamaged video") from error
+    if not pieces:
+        raise NoSound(f"video={path} holds no sound that can be decoded; give one whose sound can be heard")
+    late = round((report.start_s or 0.0) * SAMPLE_RATE)
+    samples = np.clip(np.concatenate(pieces), -1, 1)
+    return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
+
+
+def envelope(samples: np.ndarray, sample_rate: int, frames: int, *, fps: int = FPS) -> np.ndarray:
+    """Loudness of the speech during each video frame, as root mean square.  -> [frames]"""
+    edges = np.arange(frames + 1) * sample_rate // fps
+    parts = (samples[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    return np.array([np.sqrt(np.mean(np.square(part))) if len(part) else 0.0 for part in parts])
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"audio={path} is a folder; give one recording, such as {path / 'speech.wav'}")
+    if not path.exists():
+        raise ValueError(f"audio={path} does not exist; give the path of a recording (wav, mp3, flac, m4a or ogg)")
+    if path.stat().st_size == 0:
+        raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
+
+
+def save_speech(path: str | Path, samples: np.ndarray) -> Path:
+    """Write 16 kHz mono samples as 16-bit FLAC."""
+    path = Path(path)
+    whole = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    with open_media(path, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
+        for start in range(0, len(whole), 4096):
+            frame = AudioFrame.from_ndarray(whole[None, start : start + 4096], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = SAMPLE_RATE, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """The same sound, float32 [n], at another sample rate in Hz."""
+    librosa = _librosa()
+
+    return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
+
+
+def frame_levels(samples: np.ndarray) -> np.ndarray:
+    """Level of every 20 ms in dBFS (mean square; a full square wave is 0)."""
+    whole = np.pad(samples, (0, -len(samples) % _HOP)).reshape(-1, _HOP)
+    power = np.einsum("nt,nt->n", whole, whole, dtype=np.float32) / _HOP
+    return 10 * np.log10(power + 1e-12)
+
+
+def loudness_gain(samples: np.ndarray) -> float:
+    """Factor that brings the loud part of a recording to -20 dBFS; a recording of mere noise or silence is not raised to speech.
+
+    The loud part is the 90th percentile of the frames within 30 dB of the loudest, so that pauses do not count.
+    """
+    levels = frame_levels(samples)
+    if not len(levels):
+        return 1.0
+    loud = np.percentile(levels[levels >= levels.max() - 30], 90)
+    return 10 ** ((_LOUDNESS_DBFS - max(float(loud), _QUIETEST_DBFS)) / 20)
+
+
+def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
+    """Log-mel columns float32 [2·F, 40] of 16 kHz speech, two for every video frame, centred at 1/4 and 3/4 of its 40 ms.
+
+    Loudness is evened out over the recording; silence gives the floor value `SILENT_COLUMN`, also after the last sample.
+    """
+    librosa = _librosa()
+
+    columns = COLUMNS_PER_FRAME * num_frames
+    out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
+    gain = loudness_gain(samples)
+    bank = _mel_bank()
+    unheard = _unheard_power()
+    lead = (_WINDOW - _HOP) // 2  # the window of column j is centred on sample (j + 1/2) · hop
+    for first in range(0, columns, _CHUNK_COLUMNS):
+        count = min(_CHUNK_COLUMNS, columns - first)
+        begin, end = first * _HOP - lead, (first + count - 1) * _HOP - lead + _WINDOW
+        piece = samples[max(0, begin) : max(0, end)]
+        if not len(piece):
+            break
+        piece = np.pad(piece, (max(0, -begin), end - max(0, begin) - len(piece)))
+        spectrum = librosa.stft(piece, n_fft=_WINDOW, hop_length=_HOP, center=False)
+        power = np.maximum(bank @ np.square(np.abs(spectrum)) - unheard[:, None], 0) * gain**2
+        out[first : first + count] = (np.log10(power.T + _FLOOR) - _MEAN) / _SPREAD
+    return out
+
+
+SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
+
+
+@cache
+def _mel_bank() -> np.ndarray:
+    """Triangular mel filters [40, 321], scaled so that a sine of full scale gives about 1."""
+    librosa = _librosa()
+
+    bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
+    return (bank / (_WINDOW / 4) ** 2).astype(np.float32)
+
+
+@cache
+def _unheard_power() -> np.ndarray:
+    """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
+    white = 10 ** (_HEARING_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
+    return 3 * white * _mel_bank().sum(axis=1)
+
+
+def _librosa() -> ModuleType:
+    """librosa, once what it compiles has a place to be kept."""
+    make_room_for_caches()
+    import librosa
+
+    return librosa

@@ -1,0 +1,242 @@
+"""A photograph from a file: read upright and flat, its face found, and the square the model works on cut out and addressed.
+
+Coordinates are continuous everywhere: pixel k of a row covers [k, k+1), so its centre is k + 0.5.  Where the mouth is inside
+the face is decided in landmarks.py.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from sonic.data.colors import MODE_OF, in_srgb
+from sonic.data.face_filter import blur
+from sonic.data.landmarks import find_face, locate_mouth
+from sonic.data.pixels import to_signed
+from sonic.geometry import MOUTH_ANCHOR
+from sonic.types import Crop, FaceBox, Mouth, Portrait
+
+SMALLEST_SIDE = 128
+LARGEST_AREA = 50 * 1024 * 1024
+PAPER = (255, 255, 255)  # what shows through transparent pixels: cut-out portraits are made to be seen on white
+MOUTH_IN_CROP = MOUTH_ANCHOR
+MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
+UNREAD = {
+    "": "not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP",
+    "heic": "a HEIC picture, which cannot be read yet; pip install -e .[heic] for that, or save it as JPEG or PNG",
+    "jpeg_xl": "a JPEG XL picture, which cannot be read; save it as JPEG or PNG",
+}
+JPEG_XL = b"\xff\x0a", b"\0\0\0\x0cJXL "
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that a compressed chunk may hold: profiles of printers have several millions
+BROKEN_FILE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
+
+
+def load_image(path: str | Path, knob: str = "image") -> np.ndarray:
+    """The picture in a file, upright and without transparency, as uint8 sRGB [H,W,3]; of several in a file, the first.
+
+    Grey, palette, CMYK and 16-bit pictures are converted, and colours as their profile says; the EXIF orientation is applied;
+    transparent pixels show white.
+    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `knob` is who named it.
+    """
+    path, called = Path(path), f"{knob}={path}"
+    if path.is_dir():
+        raise ValueError(f"{called} is a directory; name one picture file in it")
+    if not path.exists():
+        raise ValueError(f"{called} does not exist; check the spelling and the folder")
+    kind = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decompression bombs: our own limit is stricter; damaged metadata: the picture counts
+        try:
+            kind = _kind(path)
+            if kind == "heic" and _reads_heic():
+                kind = ""
+            image = Image.open(path)
+        except PermissionError as error:
+            raise ValueError(f"{called} cannot be read: permission denied") from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{called} is too large: at most {LARGEST_AREA / 2**20:.0f} megapixels; make it smaller") from error
+        except BROKEN_FILE as error:
+            raise ValueError(f"{called} is {UNREAD[kind]}") from error
+        with image:
+            _check_size(called, *image.size)
+            try:
+                return _upright(image, _flat(image, path, called))
+            except BROKEN_FILE as error:
+                raise ValueError(f"{called} is damaged or cut off ({error}); export or copy it again") from error
+
+
+def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
+    """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
+    pixels = load_image(path)
+    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same film, and
+    # so does what the log says of it, given as an override
+    face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
+    found = locate_mouth(pixels, face, mouth)
+    x, y, half_width = (round(value, 2) for value in (found.x, found.y, found.half_width))
+    return Portrait(pixels, face, Mouth(x, y, half_width, round(found.angle, 4)))
+
+
+def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:
+    """The square around the face, turned with it, in which the mouth always lies at the same place and is about as wide."""
+    if not 1.0 <= expand_ratio <= 4.0:
+        raise ValueError(f"expand_ratio={expand_ratio} does not hold a face; choose from 1.0 (tight) to 4.0 (wide)")
+    face, mouth = portrait.face, portrait.mouth
+    size = math.sqrt((face.width + face.height) / 2 * mouth.half_width / MOUTH_IN_FACE)
+    return crop_around(mouth, expand_ratio * size, resolution)
+
+
+def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
+    """The crop of that side (photo px) in which this mouth lies at the canonical place, level."""
+    right, down = ((0.5 - place) * side for place in MOUTH_IN_CROP)
+    sin, cos = math.sin(mouth.angle), math.cos(mouth.angle)
+    return Crop(mouth.x + cos * right - sin * down, mouth.y + sin * right + cos * down, side, mouth.angle, resolution)
+
+
+def crop_to_photo(crop: Crop, uv: Tensor) -> Tensor:
+    """Photo px of points in crop px.  uv [...,2] (u right, v down) -> [...,2]"""
+    turn, center, scale = _similarity(crop, uv)
+    return (uv - crop.resolution / 2) @ (turn.T * scale) + center
+
+
+def pixel_centers(height: int, width: int) -> Tensor:
+    """Centres of the pixels of a picture.  -> [height,width,2] (x, y)"""
+    rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x, y], dim=-1)
+
+
+def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
+    """What the crop shows, antialiased, the photo's border repeated outside of it.  uint8 [H,W,3] -> [3,R,R] in [-1,1]"""
+    region, left, top = _region(torch.as_tensor(pixels), crop)
+    picture = to_signed(rearrange(region, "h w c -> 1 c h w"))
+    shrink = crop.side / crop.resolution  # photo px per crop px
+    whole = max(1, int(shrink / 2))  # a mean over whole pixels first, so that the blur below stays small
+    if whole > 1:
+        high, wide = (whole * math.ceil(n / whole) for n in picture.shape[-2:])
+        picture = F.pad(picture, (0, wide - picture.shape[-1], 0, high - picture.shape[-2]), mode="replicate")
+        picture = F.avg_pool2d(picture, whole)
+    picture = blur(picture, 0.5 * math.sqrt(max(0.0, (shrink / whole) ** 2 - 1)))
+    points = crop_to_photo(crop, pixel_centers(crop.resolution, crop.resolution).double())
+    points = (points - torch.tensor([left, top])) / whole
+    size = torch.tensor([picture.shape[-1], picture.shape[-2]])
+    grid = (2 * points / size - 1).float()
+    mode = "bicubic" if shrink < 1 else "bilinear"
+    found = F.grid_sample(picture, grid[None], mode=mode, padding_mode="border", align_corners=False)
+    return rearrange(found, "1 c h w -> c h w").clamp(-1, 1)
+
+
+def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture scaled until it covers that size, and cut to it around its middle.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    high, wide = pixels.shape[:2]
+    scale = max(width / wide, height / high)
+    large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
+    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
+    return np.ascontiguousarray(large[top : top + height, left : left + width])
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture in another size, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
+    small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
+
+
+def _check_size(called: str, width: int, height: int) -> None:
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"{called} is {width}x{height} px, too small: at least {SMALLEST_SIDE} px a side; use a larger picture")
+    if width * height > LARGEST_AREA:
+        limit = LARGEST_AREA / 2**20
+        raise ValueError(f"{called} has {width * height / 2**20:.0f} megapixels, too large: at most {limit:.0f}; make it smaller")
+
+
+def _kind(path: Path) -> str:
+    """Which of the kinds of `UNREAD` a file is that Pillow alone does not read, "" for all others."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
+        return "heic"
+    return "jpeg_xl" if head.startswith(JPEG_XL) else ""
+
+
+def _reads_heic() -> bool:
+    """Let Pillow read HEIC; False where the extra for it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:
+    """The picture as 8-bit sRGB without transparency."""
+    image.load()
+    source, alpha = image, None
+    if image.mode.startswith(("I", "F")):
+        source = Image.fromarray(_eight_bit(np.asarray(image)))
+    elif image.has_transparency_data:
+        source = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = source.getchannel("A")
+        source = source.convert(source.mode[:-1])
+    elif image.mode not in MODE_OF.values():
+        source = image.convert("L" if image.mode == "1" else "RGB")
+    flat = in_srgb(source, image, path=path, called=called)
+    if alpha is None:
+        return flat
+    flat.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), flat).convert("RGB")
+
+
+def _eight_bit(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bits, or of a float picture in 0..1, 0..255 or 0..65535, as uint8."""
+    values = np.nan_to_num(values.astype(np.float32))
+    peak = float(values.max())
+    white = 1.0 if peak <= 1 else 255.0 if peak <= 255 else 65535.0
+    return np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)
+
+
+def _upright(original: Image.Image, picture: Image.Image) -> np.ndarray:
+    turn = UPRIGHT.get(original.getexif().get(ORIENTATION_TAG))
+    return np.array(picture if turn is None else picture.transpose(turn))
+
+
+def _similarity(crop: Crop, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Rotation [2,2], centre [2] and photo px per crop px."""
+    sin, cos = math.sin(crop.angle), math.cos(crop.angle)
+    turn = like.new_tensor([[cos, -sin], [sin, cos]])
+    return turn, like.new_tensor([crop.center_x, crop.center_y]), crop.side / crop.resolution
+
+
+def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
+    """The part of the photo that the crop can see, and the position of its top left corner."""
+    reach = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
+    spans = []
+    for middle, length in ((crop.center_y, pixels.shape[0]), (crop.center_x, pixels.shape[1])):
+        start = min(max(0, math.floor(middle - reach)), length - 1)
+        spans.append((start, max(start + 1, min(length, math.ceil(middle + reach)))))
+    (top, bottom), (left, right) = spans
+    return pixels[top:bottom, left:right], left, top

@@ -1,0 +1,1 @@
+"""Figures of quality: metrics of a video, evaluation of a model, sweeps over options, and their reports."""

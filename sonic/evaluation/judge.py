@@ -1,0 +1,174 @@
+"""Holds a finished film against its photograph and its recording, pixels and sound alone: what is left of the person, whether
+the mouth follows the speech, and whether the sound track of the film is that recording.
+
+A person is judged by what a viewer sees and hears, so the figures come from the file, compression included.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sonic.config import JudgeConfig
+from sonic.data.audio import envelope, load_soundtrack, load_speech
+from sonic.data.audio_decode import NoSound, track_seconds
+from sonic.data.image import load_portrait
+from sonic.data.video import timed_frames
+from sonic.evaluation import metrics
+from sonic.geometry import FPS
+from sonic.inference.conditions import fit_portrait
+from sonic.inference.inputs import PORTRAITS, RECORDINGS
+from sonic.inference.report import mouth_window
+from sonic.system.paths import file_key
+from sonic.types import Portrait
+
+QUIET_DB = -38.0  # below the loud parts: nobody speaks
+REST_FRAMES = 5  # a pause this long lets the mouth come to rest
+REACH = 12  # frames of lag that are tried either way
+SOUND_REACH_S = 2.0  # offsets of the sound that are tried either way
+LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # of a sound track with its recording
+_BLOCK = 1 << 16  # samples of the recording that are correlated at a time
+
+
+def judge(config: JudgeConfig) -> dict[str, float]:
+    """Judge as configured, show the table, write the JSON.
+
+    photo_psnr_db outside the lower half of the face; speech_correlation, the mouth's motion against the speech envelope at
+    the best lag; lag_frames (above zero: the mouth is late); rest_ratio, the mouth's motion in pauses against speech; and of the
+    film's own sound track those of `sound_figures`. Raises ValueError when the film does not have the photograph's size.
+    """
+    _refuse_overwriting(config)
+    portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
+    portrait = fit_portrait(portrait, config.size)
+    speech = load_speech(RECORDINGS.get(config.audio, config.audio))
+    motion, photo_psnr, times = watch(Path(config.film), portrait)
+    fps = frame_rate(times)
+    level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
+    best, lag = metrics.best_lag(motion, level, reach=REACH)
+    rests, speaks = pauses(level), level > np.median(level)
+    found = {
+        "photo_psnr_db": photo_psnr,
+        "speech_correlation": best,
+        "lag_frames": lag,
+        "rest_ratio": float(motion[rests].mean() / motion[speaks].mean()) if rests.any() else 0.0,
+        "frames": float(len(motion)),
+        "frame_ms": 1000 / fps,
+        **sound_figures(Path(config.film), speech, times),
+    }
+    show(found)
+    if config.json:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.json).write_text(json.dumps({**found, "mouth_motion": motion.tolist()}, indent=1) + "\n")
+    return found
+
+
+def _refuse_overwriting(config: JudgeConfig) -> None:
+    """Raise ValueError when the figures would take the place of what is judged, however the two are spelt."""
+    for option in ("film", "image", "audio"):
+        name = getattr(config, option)
+        if config.json and file_key(name) == file_key(config.json):
+            raise ValueError(f"json={config.json} is the file {option}={name} that is judged; choose another json")
+
+
+def sound_figures(film: Path, recording: Speech, times: np.ndarray) -> dict[str, float]:
+    """The film's own sound track against its pictures, which appear at `times` [F] in seconds, and against the recording.
+
+    sound_length_ms, by how much the track is longer than the pictures; sound_offset_ms, by how much the recording is heard too
+    late in the film; sound_correlation of the two at that offset. Of a film without sound only the length, and no correlation.
+    """
+    pictures = times[-1] - times[0] + 1 / frame_rate(times)
+    try:
+        sound, seconds = load_soundtrack(film), track_seconds(film)
+    except NoSound:
+        return {"sound_length_ms": -1000 * pictures, "sound_correlation": 0.0}
+    first = round(times[0] * recording.sample_rate)
+    offset, correlation = sound_offset(sound[first:], recording.samples, round(SOUND_REACH_S * recording.sample_rate))
+    return {
+        "sound_length_ms": 1000 * (seconds - pictures),
+        "sound_offset_ms": 1000 * offset / recording.sample_rate,
+        "sound_correlation": correlation,
+    }
+
+
+def sound_offset(found: np.ndarray, truth: np.ndarray, reach: int) -> tuple[int, float]:
+    """By how many samples, at most `reach`, the sound `found` comes later than `truth`, and the correlation of the two there.
+
+    The cross-correlation is summed over blocks, so that it takes no more memory for an hour than for a second.
+    """
+    truth = truth[: len(found)]
+    found = np.pad(found[: len(truth) + reach], (reach, reach + max(0, len(truth) - len(found))))
+    size = 1 << (_BLOCK + 2 * reach - 1).bit_length()
+    spectrum = np.zeros(size // 2 + 1, np.complex128)
+    for start in range(0, len(truth), _BLOCK):
+        later = np.fft.rfft(found[start : start + _BLOCK + 2 * reach], size)
+        spectrum += later * np.fft.rfft(truth[start : start + _BLOCK], size).conj()
+    products = np.fft.irfft(spectrum, size)[: 2 * reach + 1]
+    best = int(np.abs(products).argmax())
+    power = float(np.square(found, dtype=np.float64).sum() * np.square(truth, dtype=np.float64).sum())
+    return best - reach, float(abs(products[best]) / np.sqrt(power)) if power else 0.0
+
+
+def sound_fault(found: dict[str, float]) -> str:
+    """What is wrong with the sound track of a judged film, by its figures; empty when it is the recording's and in time."""
+    if "sound_offset_ms" not in found:
+        return f"the film has no sound track: sound_length_ms is {found['sound_length_ms']:.1f}"
+    limits = {"sound_length_ms": found["frame_ms"], "sound_offset_ms": LARGEST_OFFSET_MS}
+    wrong = [f"{name} is {found[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(found[name]) > most + 0.5]
+    if found["sound_correlation"] < LEAST_CORRELATION:
+        wrong.append(f"sound_correlation is {found['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
+    return f"the film's sound does not match: {', '.join(wrong)}" if wrong else ""
+
+
+def frame_rate(times: np.ndarray) -> int:
+    """Frames per second of pictures that appear at these seconds [F]."""
+    return max(1, round((len(times) - 1) / (times[-1] - times[0]))) if times[-1] > times[0] else FPS
+
+
+def watch(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarray]:
+    """Mean change of the mouth region from the photograph in each frame [F], in grey levels, the PSNR in dB outside the lower half
+    of the face over all frames, and the second at which each frame appears [F]."""
+    still = portrait.pixels.astype(np.int16)
+    mouth, kept = mouth_window(portrait), outside_lower_face(portrait)
+    motion, error, times = [], 0.0, []
+    for time, frame in timed_frames(video):
+        if frame.shape != still.shape:
+            found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
+            raise ValueError(f"film={video} is {found}, the photograph {given}; give image= and size= that it was made with")
+        change = frame.astype(np.int16) - still
+        motion.append(np.abs(change[mouth]).mean())
+        error += float(np.square(change[kept], dtype=np.float32).mean())
+        times.append(time)
+    if not times:
+        raise ValueError(f"film={video} holds no frames")
+    return np.array(motion), float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), np.array(times)
+
+
+def outside_lower_face(portrait: Portrait) -> np.ndarray:
+    """True where speech has no business: everything but the face from its middle down to below the chin.  -> bool [H,W]"""
+    face, (height, width) = portrait.face, portrait.pixels.shape[:2]
+    rows, columns = np.ogrid[:height, :width]
+    lower = (rows > face.y + face.height / 2) & (rows < face.y + 1.45 * face.height)
+    return ~(lower & (columns > face.x - 0.1 * face.width) & (columns < face.x + 1.1 * face.width))
+
+
+def pauses(level: np.ndarray) -> np.ndarray:
+    """True in the quiet frames that are at least REST_FRAMES after the last sound and before the next.  -> bool [F]"""
+    loud = level > np.percentile(level, 95) * 10 ** (QUIET_DB / 20)
+    near = np.convolve(loud, np.ones(2 * REST_FRAMES + 1), mode="same") > 0
+    return ~near
+
+
+def show(found: dict[str, float]) -> None:
+    """The figures beside what a good film reaches."""
+    goals = {"photo_psnr_db": "≥ 33", "speech_correlation": "≥ 0.5", "lag_frames": "-2 to 2", "rest_ratio": "≤ 0.2"}
+    frame = found["frame_ms"]
+    goals |= {"sound_length_ms": f"{-frame:.0f} to {frame:.0f}", "sound_offset_ms": f"{-LARGEST_OFFSET_MS:.0f} to {LARGEST_OFFSET_MS:.0f}"}
+    goals["sound_correlation"] = f"≥ {LEAST_CORRELATION}"
+    table = Table("figure", "found", "good")
+    for name, value in found.items():
+        table.add_row(name, f"{value:.3f}", goals.get(name, ""))
+    Console(width=80).print(table)

@@ -1,0 +1,51 @@
+"""Knobs of ablation sweeps. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sonic.config import RunConfig, knob, one_of, require
+from sonic.training.train_config import LogConfig
+
+
+@dataclass
+class CellsConfig:
+    """What runs cells."""
+
+    jobs: int = knob(1, "cells at once")
+    engine: str = knob("local", "what runs the cells: local, submitit (Slurm) or ray")
+    minutes: int = knob(240, "minutes that Slurm gives a cell (engine=submitit)")
+    retry: bool = knob(False, "try failed cells again")
+
+    def __post_init__(self) -> None:
+        one_of(self.engine, ("local", "submitit", "ray"), "engine")
+        for name in ("jobs", "minutes"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
+
+
+@dataclass
+class AblateConfig(CellsConfig):
+    """Scores every combination of a grid and draws a report: of a recipe such as +ablate=steps, or of grid.KNOB=[...]."""
+
+    grid: dict[str, Any] = knob(dict, "knobs of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
+    exclude: list[dict[str, Any]] = knob([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
+    common: list[str] = knob(["+preset=fast_preview"], "further options of every cell")
+    clips: int = knob(8, "clips of each seed")
+    seeds: list[int] = knob([1], "seeds; all their clips count together")
+    seconds: float = knob(8.0, "length of each clip")
+    films: int = knob(2, "clips of each seed that the report shows")
+    run: RunConfig = knob(RunConfig)
+    log: LogConfig = knob(LogConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.KNOB=[value,value]")
+        for name, values in self.grid.items():
+            require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
+        for combination in self.exclude:
+            known = bool(combination) and all(name in self.grid for name in combination)
+            require(known, f"exclude has {combination}, which does not name knobs of the grid ({', '.join(self.grid)})")
+        require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
+        require(self.clips >= 1, f"clips={self.clips}: need at least 1")
+        require(0 <= self.films <= self.clips, f"films={self.films} must lie between 0 and clips={self.clips}")

@@ -1,0 +1,123 @@
+"""Knobs of making films and of timing it. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import (
+    DecodeConfig,
+    FaceConfig,
+    HeadConfig,
+    ModelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+    knob,
+    one_of,
+    parse_size,
+    require,
+    settled_video,
+)
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+
+
+@dataclass
+class RequestConfig:
+    """One film; a line of a file of requests holds these."""
+
+    image: str = knob("astronaut", "the portrait, a picture file; astronaut = the photograph that comes with scikit-image")
+    audio: str = knob("sample", "the recording, an audio file; sample = the bundled one")
+    prompt: str = knob("", "text for the models that read it; the preview does not")
+    output: str = knob("", "the MP4 to write; empty = out.mp4 in the run folder")
+    seed: int = knob(0, "the same seed gives the same frames; every number means itself")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie between 0 and 2^63 - 1")
+        for name in ("image", "audio"):
+            require(getattr(self, name) != "", f"{name}= is empty; name a file")
+
+
+@dataclass
+class PlanChoiceConfig:
+    """What is done with the planner's answer."""
+
+    force: bool = knob(False, "start even what the planner says cannot fit")
+
+
+@dataclass
+class InferConfig(RequestConfig):
+    """A portrait and a recording become a talking video."""
+
+    requests: str = knob(
+        "", "JSONL file with a film per line (image, audio, prompt, output, seed); inputs are looked for here, then beside the file"
+    )
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    face: FaceConfig = knob(FaceConfig)
+    motion: HeadConfig = knob(HeadConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+    plan: PlanChoiceConfig = knob(PlanChoiceConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.video, self.model = settled_video(self.video, self.model)
+
+
+@dataclass
+class FitConfig:
+    """A published model with random weights under a plan."""
+
+    blocks: int = knob(8, "hand-overs (blocks or clips) that are timed")
+    warm_blocks: int = knob(2, "hand-overs before these")
+    vae: bool = knob(True, "decode what is denoised; without it the transformer is timed alone")
+    force: bool = knob(False, "start even what the planner says cannot fit")
+    cap_gib: float = knob(0.0, "GiB of a GPU that each process may take, when several share one; 0 = all")
+
+    def __post_init__(self) -> None:
+        enough = self.blocks >= 1 and self.warm_blocks >= 1
+        require(enough, f"fit.blocks={self.blocks} and fit.warm_blocks={self.warm_blocks} must be 1 or more")
+        require(self.cap_gib >= 0, f"fit.cap_gib={self.cap_gib} must be 0 or more")
+
+
+@dataclass
+class TimedFilmConfig:
+    """The film that bench preview makes, and the transformer whose arithmetic it looks at."""
+
+    photo: str = knob("720x400", "the bundled portrait is scaled and cut to this before timing")
+    seconds: float = knob(8.0, "length of the film")
+    gemm_dim: int = knob(4096, "hidden_dim of the transformer that is held against a plain matrix product; the published one has 5120")
+
+    def __post_init__(self) -> None:
+        parse_size(self.photo, "film.photo")
+        require(0.5 <= self.seconds <= 3600, f"film.seconds={self.seconds} must lie between 0.5 and 3600")
+        wide = self.gemm_dim >= 128 and self.gemm_dim % 128 == 0
+        require(wide, f"film.gemm_dim={self.gemm_dim} must be a multiple of 128; use 512 or more")
+
+
+@dataclass
+class BenchConfig:
+    """The main job or one forward, timed; the word behind the command says which."""
+
+    target: str = knob(
+        "preview", "preview = a film; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks"
+    )
+    json: str = knob("", "where the figures go as JSON")
+    film: TimedFilmConfig = knob(TimedFilmConfig)
+    repeats: int = knob(3, "the best of so many films counts, or of three times as many forwards")
+    fit: FitConfig = knob(FitConfig)
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.target, ("preview", "dit_medium", "fit", "scaling"), "target")
+        self.video, self.model = settled_video(self.video, self.model)
+        require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

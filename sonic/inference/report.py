@@ -1,0 +1,209 @@
+"""What a person gets besides the video: times of the stages, the result as JSON, a summary, and a contact sheet."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import sonic
+from sonic.config import SamplerConfig
+from sonic.sampling.samplers import SAMPLERS
+from sonic.sampling.schedules import TIMESTEPS, is_table, sigmas_of
+from sonic.system.files import written_aside
+from sonic.types import FrameChunk, Portrait, Scene
+
+STAGES = ("load", "encode", "denoise", "decode", "write")
+PICTURES, PICTURE_WIDTH, GAP, STRIP = 12, 148, 4, 90
+SHOWN_TIMESTEPS = 8
+INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 70, 60)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out, as result.json keeps it.
+
+    frames_per_second counts from the loaded inputs to the finished file, first_frame_s from the command on, imports included.
+    """
+
+    output: str
+    frames: int
+    fps: int
+    audio_seconds: float
+    frames_per_second: float
+    first_frame_s: float
+    peak_rss_gib: float
+    peak_vram_gib: float
+    stages_s: dict[str, float]
+    versions: dict[str, str]
+    sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
+    plan: dict = field(default_factory=dict)  # which one, and what it took against what was foretold
+
+    def summary(self) -> str:
+        """The end of a run in two lines."""
+        memory = f"{self.peak_rss_gib:.2f} GiB memory" + (f", {self.peak_vram_gib:.2f} GiB on the GPU" if self.peak_vram_gib else "")
+        seconds = self.frames / self.fps
+        return f"{self.output}\n{self.frames} frames, {seconds:.2f} s of video at {self.frames_per_second:.1f} frames per second, {memory}"
+
+
+class Clock:
+    """Seconds spent in each stage; stages on threads of their own overlap, so the sum may exceed the time that passed."""
+
+    def __init__(self, begun: float | None = None) -> None:
+        """`begun` is time.perf_counter() when the job began, should that be earlier than now; until now it was loading."""
+        now = time.perf_counter()
+        self.start = now if begun is None else begun
+        self.seconds = dict.fromkeys(STAGES, 0.0) | {"load": now - self.start}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def each(self, name: str, items: Iterable) -> Iterator:
+        """The same items, the time to make them counted."""
+        source = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+    def passed(self) -> float:
+        """Seconds since the job began."""
+        return time.perf_counter() - self.start
+
+
+class Watch:
+    """Looks at the frames as they pass: keeps a few small ones, and how far the mouth is from the photograph's in each."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.opening = np.zeros(scene.num_frames, np.float32)
+        self.pictures: dict[int, Image.Image] = {}
+        self._wanted = {int((index + 0.5) * scene.num_frames / PICTURES) for index in range(PICTURES)}
+        self._mouth = mouth_window(scene.portrait)
+        self._still = scene.portrait.pixels[self._mouth].astype(np.int16)
+
+    def see(self, chunk: FrameChunk) -> None:
+        """Take note of some frames."""
+        for index, picture in enumerate(np.asarray(chunk.pixels), chunk.start):
+            self.opening[index] = np.abs(picture[self._mouth].astype(np.int16) - self._still).mean()
+            if index in self._wanted:
+                self.pictures[index] = self._strip(picture)
+
+    def _strip(self, picture: np.ndarray) -> Image.Image:
+        """The frame above its face where that is known, as wide as a column of the sheet."""
+        face = self.scene.portrait.face
+        if face is None:
+            return _at_width(Image.fromarray(np.ascontiguousarray(picture)), PICTURE_WIDTH)
+        left, top = max(0, int(face.x - face.width / 4)), max(0, int(face.y))
+        near = picture[top : int(face.y + 1.3 * face.height), left : int(face.x + 1.25 * face.width)]
+        views = [_at_width(Image.fromarray(np.ascontiguousarray(view)), PICTURE_WIDTH) for view in (picture, near)]
+        strip = Image.new("RGB", (PICTURE_WIDTH, sum(view.height for view in views) + GAP), PAPER)
+        strip.paste(views[0], (0, 0))
+        strip.paste(views[1], (0, views[0].height + GAP))
+        return strip
+
+
+def mouth_window(portrait: Portrait) -> tuple[slice, slice]:
+    """Rows and columns of the photograph in which the mouth moves; all of them when nobody knows where it is."""
+    if portrait.mouth is None:
+        return slice(None), slice(None)
+    mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
+    top, bottom = int(mouth.y - 0.7 * mouth.half_width), int(mouth.y + 1.3 * mouth.half_width) + 1
+    left, right = int(mouth.x - 1.2 * mouth.half_width), int(mouth.x + 1.2 * mouth.half_width) + 1
+    top, left = min(max(0, top), height - 1), min(max(0, left), width - 1)
+    return slice(top, max(top + 1, bottom)), slice(left, max(left + 1, right))
+
+
+def draw_contact_sheet(watch: Watch, path: Path) -> None:
+    """Frames over time above the waveform and the curve of the mouth, as PNG."""
+    pictures = [watch.pictures[index] for index in sorted(watch.pictures)]
+    tall = max(picture.height for picture in pictures)
+    width = len(pictures) * (PICTURE_WIDTH + GAP) + GAP
+    sheet = Image.new("RGB", (width, tall + 2 * STRIP + 5 * GAP + 20), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for column, (index, picture) in enumerate(zip(sorted(watch.pictures), pictures, strict=True)):
+        left = GAP + column * (PICTURE_WIDTH + GAP)
+        sheet.paste(picture, (left, GAP))
+        draw.text((left + PICTURE_WIDTH / 2, tall + 2 * GAP), f"{index / watch.scene.fps:.2f} s", INK, font, "ma")
+    below = tall + 3 * GAP + 16
+    columns = width - 2 * GAP
+    loud = _envelope(watch.scene, columns) * STRIP / 2
+    for column, height in enumerate(loud):
+        draw.line([(GAP + column, below + STRIP / 2 - height), (GAP + column, below + STRIP / 2 + height)], SOUND)
+    times = np.linspace(0, len(watch.opening) - 1, columns)
+    open_ = np.interp(times, np.arange(len(watch.opening)), watch.opening) / max(1e-6, float(watch.opening.max()))
+    floor = below + 2 * STRIP + GAP
+    draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
+    draw.text((GAP, below), "speech", SOUND, font)
+    draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
+    with written_aside(path) as partial:
+        sheet.save(partial, "PNG")
+
+
+def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
+    """Which solver runs over which noise levels, at which timesteps it asks the model, and with which weights."""
+    sigmas, asked = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift), []
+
+    def no_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        asked.append(round(TIMESTEPS * sigma[0].item(), 3))
+        return torch.zeros_like(x)
+
+    SAMPLERS[sampler.name](no_velocity, torch.zeros(1, 1), sigmas, torch.Generator())
+    return {
+        "solver": sampler.name,
+        "schedule": sampler.schedule,
+        "table": is_table(sampler.schedule, sampler.sample_steps),
+        "steps": sampler.sample_steps,
+        "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()],
+        "timesteps": asked,
+        "guide_scale": sampler.sample_guide_scale,
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def sampling_words(found: dict) -> str:
+    """The same in a sentence for the log; of many timesteps the first and the last."""
+    asked = [f"{round(timestep, 1):g}" for timestep in found["timesteps"]]
+    shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
+    way = "its table" if found["table"] else "computed"
+    guided = "no guidance" if found["guide_scale"] == 1 else f"guidance {found['guide_scale']:g}"
+    levels = f"{found['steps']} steps of schedule {found['schedule']} ({way}): timesteps {', '.join(shown)}"
+    return f"{found['solver']}, {levels}; {guided}; weights: {found['weights']} in {found['dtype']}"
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on besides the inputs."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "av", "librosa", "scikit-image")}
+    return {"sonic": sonic.__version__, "python": platform.python_version(), **packages}
+
+
+def _at_width(picture: Image.Image, width: int) -> Image.Image:
+    size = (width, max(1, round(picture.height * width / picture.width)))
+    return picture.resize(size, Image.Resampling.BOX if picture.width > width else Image.Resampling.BICUBIC)
+
+
+def _envelope(scene: Scene, columns: int) -> np.ndarray:
+    """Loudest sample of each column in 0..1, over the length of the film."""
+    speech = scene.speech
+    length = scene.num_frames * speech.sample_rate // scene.fps
+    edges = np.linspace(0, min(length, len(speech.samples)), columns + 1).astype(int)
+    loud = np.array([np.abs(speech.samples[a : max(b, a + 1)]).max(initial=0) for a, b in zip(edges, edges[1:], strict=False)])
+    return loud / max(1e-6, float(loud.max()))

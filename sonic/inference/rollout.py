@@ -1,0 +1,178 @@
+"""From noise to clean latents: block by block for as long as somebody asks, or a whole clip at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sonic.config import SamplerConfig
+from sonic.inference.forwards import open_forwards
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.model.trunk_inputs import BlockInputs, ForwardRequest
+from sonic.parallel.parallelize import DistributedContext
+from sonic.sampling.guidance import guidance
+from sonic.sampling.path import velocity_from
+from sonic.sampling.samplers import SAMPLERS, Query, Velocity
+from sonic.sampling.schedules import TIMESTEPS, sigmas_of
+from sonic.types import BlockSpan, Conditions, LatentBlock, pick
+
+
+class NoiseSource(NamedTuple):
+    """Random inputs of a rollout: a generator; or overrides for the noise of a block and for the time ids of the reference, one for
+    each of so many forwards of the block (default: the configured rule)."""
+
+    generator: torch.Generator
+    noise: Callable[[BlockSpan], Tensor] | None = None
+    ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
+
+
+class Sampling(NamedTuple):
+    """How latents are sampled: sampler and schedule, random inputs, and what guidance leads away from (default: the same conditions
+    without audio)."""
+
+    sampler: SamplerConfig
+    source: NoiseSource
+    unguided: Conditions | None = None
+
+
+@torch.no_grad()
+def rollout(
+    model: AvatarDiT,
+    conditions: Conditions,
+    spans: Iterable[BlockSpan],
+    *,
+    sampling: Sampling,
+    context: DistributedContext | None = None,
+) -> Iterator[LatentBlock]:
+    """Yield blocks of clean latents, each as soon as it is done; memory does not grow with their number.
+
+    As many forwards are in flight as the scheduler of `context` accepts (default: one, on this device): of the oldest blocks first, and
+    of a new block once the block before it has made its last forward at that sampling step.
+    """
+    scale = sampling.sampler.sample_guide_scale
+    both = (conditions,) if scale == 1 else (sampling.unguided or conditions.drop("audio"), conditions)
+    plan = _RolloutPlan(model, both, sampling)
+    in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
+    blocks: list[_BlockState] = []  # begun and not finished, oldest first
+    remaining = iter(spans)
+    forwards_of = open_forwards(context or DistributedContext())
+    with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
+        while True:
+            while (ready := plan.ready(blocks, remaining)) and all(forwards.accepts(request) for request in ready.requests):
+                for request in ready.take_requests():
+                    forwards.submit(request)
+                    in_flight.append(ready)
+            if not in_flight:
+                return
+            for prediction in forwards.collect():
+                block = in_flight.popleft()
+                if (clean := block.advance(prediction, scale)) is not None:
+                    blocks.remove(block)
+                    yield LatentBlock(clean, block.span)
+
+
+@torch.no_grad()
+def sample_clip(
+    model: AvatarDiT,
+    conditions: Conditions,
+    latent_frames: int,
+    *,
+    sampling: Sampling,
+    execution: Execution = LOCAL,
+) -> Tensor:
+    """One clip of clean latents [B,C,latent_frames,H,W] with full attention, as Wan2.2-S2V makes it."""
+    sampler, source, unguided = sampling
+    sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
+    sample = pick(SAMPLERS, sampler.name, "sampler.name")
+    unguided_velocity = _clip_velocity(model, unguided or conditions.drop("audio"), execution)
+    guided = guidance(unguided_velocity, sampler.sample_guide_scale)(_clip_velocity(model, conditions, execution))
+    return sample(guided, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
+
+
+class _RolloutPlan:
+    """What all blocks of a rollout have in common: noise levels, and the sampling steps of the forwards of a block in their order.
+
+    Each sampling step has its KV ring, so a block meets the others as they were at that noise level.
+    """
+
+    def __init__(self, model: AvatarDiT, conditions: Sequence[Conditions], sampling: Sampling) -> None:
+        self.model, self.conditions, self.source, sampler = model, conditions, sampling.source, sampling.sampler
+        self.sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
+        self.sampler = pick(SAMPLERS, sampler.name, "sampler.name")
+        self.to_velocity = velocity_from(model.config.prediction)
+        self.steps = self.sampler.steps_queried(len(self.sigmas) - 1)
+
+    def ready(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
+        """The oldest block with a request that may be submitted now; a new one when the others allow it."""
+        for previous, block in zip([None, *blocks], blocks, strict=False):
+            if block.requests and self._left_by(previous, block.queries):
+                return block
+        span = next(remaining, None) if self._left_by(blocks[-1] if blocks else None, 0) else None
+        if span is None:
+            return None
+        blocks.append(_BlockState(self, span))
+        return blocks[-1]
+
+    def _left_by(self, previous: _BlockState | None, query: int) -> bool:
+        """Whether the previous block has made its last forward at the sampling step of this query."""
+        return previous is None or self.steps[query] not in self.steps[previous.queries :]
+
+
+class _BlockState:
+    """A block between noise and clean latents: its sampler, and the forwards that the sampler waits for."""
+
+    def __init__(self, plan: _RolloutPlan, span: BlockSpan) -> None:
+        self.plan, self.span, self.queries = plan, span, 0
+        source, ref, count = plan.source, plan.conditions[0].ref, len(plan.steps) * len(plan.conditions)
+        noise = source.noise(span) if source.noise else _noise(ref, span.latent_frames, source.generator)
+        positions = source.ref_positions or (lambda span, count: [plan.model.ref_position(span.start)] * count)
+        self.ref_positions = positions(span, count)
+        self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
+        self.sampling = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
+        self.query: Query = next(self.sampling)
+        self.requests = self._requests()
+        self.velocities: list[Tensor] = []
+
+    def take_requests(self) -> list[ForwardRequest]:
+        """The forwards of this query, the unguided one first."""
+        requests, self.requests = self.requests, []
+        self.queries += 1
+        return requests
+
+    def advance(self, prediction: Tensor, scale: float) -> Tensor | None:
+        """Go on sampling when all forwards of the query are back; the clean latents at the end, None before it."""
+        x, sigma, _ = self.query
+        self.velocities.append(self.plan.to_velocity(prediction, x, sigma))
+        if len(self.velocities) < len(self.inputs):
+            return None
+        (first, *_, last), self.velocities = (self.velocities[0], self.velocities[-1]), []
+        velocity = guidance(lambda *_: first, scale)(lambda *_: last)
+        try:
+            self.query = self.sampling.send(velocity(x, sigma))
+        except StopIteration as end:
+            return end.value
+        self.requests = self._requests()
+        return None
+
+    def _requests(self) -> list[ForwardRequest]:
+        x, sigma, step = self.query
+        positions = self.ref_positions[self.queries * len(self.inputs) :]
+        inputs = [each._replace(ref_position=positions[index]) for index, each in enumerate(self.inputs)]
+        return [ForwardRequest(x, TIMESTEPS * sigma, each, index, step) for index, each in enumerate(inputs)]
+
+
+def _clip_velocity(model: AvatarDiT, conditions: Conditions, execution: Execution) -> Velocity:
+    to_velocity = velocity_from(model.config.prediction)
+    return lambda x, sigma: to_velocity(model(x, TIMESTEPS * sigma, conditions, execution=execution), x, sigma)
+
+
+def _noise(like: Tensor, latent_frames: int, generator: torch.Generator) -> Tensor:
+    """Float32 noise drawn on the generator's device, so that a seed means the same everywhere."""
+    batch, channels, _, height, width = like.shape
+    return torch.randn(batch, channels, latent_frames, height, width, generator=generator, device=generator.device).to(like.device)

@@ -1,0 +1,88 @@
+"""Sharded weights (FSDP2): every rank keeps a slice of every unit, and units are gathered one after the other as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+from sonic.model.dit import ROLLOUT_ENTRY_POINTS, AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.model.trunk_inputs import TrunkInputs
+from sonic.parallel.mesh import World
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.shard_units import WHOLE, all_units
+
+
+def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """Shard the model over the ranks that make a film together, before it has weights; copies of it are on other ranks.
+
+    Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
+    embeddings and the head; WHOLE is on every rank. Names of parameters stay.
+    """
+    mesh = _mesh(world)
+    policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
+    settings = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": policy}
+    for unit in all_units(model.config, config.unshard_unit):
+        fully_shard([model.get_submodule(name) for name in unit.modules], **settings)
+    for module in [*model.blocks, *model.audio_injectors]:
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, **settings)
+    whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
+    fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
+    for name in ROLLOUT_ENTRY_POINTS:
+        register_fsdp_forward_method(model, name)
+
+
+def _mesh(world: World) -> DeviceMesh:
+    """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
+    if world.size("dp_replicate") == 1:
+        return world.film
+    return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.film])
+
+
+def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
+    """How a sharded model is executed: with the next `config.prefetch` units gathered ahead."""
+    return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
+
+
+class OrderedPrefetch:
+    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which a pass used them when it was first made.
+
+    The pass of the memory uses other units than that of a block (no injectors, but the prompt's keys), so each kind has its order.
+    """
+
+    def __init__(self, model: nn.Module, depth: int) -> None:
+        self.depth = depth
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+        self.orders: dict[tuple[bool, bool], list[FSDPModule]] = {}
+        self.last: tuple[bool, bool] | None = None
+
+    def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], reaches: Sequence[Callable]) -> list[TrunkInputs]:
+        """`model.run_blocks`, with prefetching."""
+        kind = (inputs[0].text is not None, inputs[0].audio is not None)
+        if kind in self.orders:
+            if self.last != kind:
+                _set_prefetch(self.units, self.orders[kind], self.depth)
+                self.last = kind
+            return model.run_blocks(inputs, reaches)
+        _set_prefetch(self.units, [], self.depth)
+        self.last = None
+        used: dict[FSDPModule, None] = {}
+        hooks = [unit.register_forward_pre_hook(lambda module, args: used.setdefault(module, None)) for unit in self.units]
+        try:
+            outputs = model.run_blocks(inputs, reaches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.orders[kind] = list(used)
+        return outputs
+
+
+def _set_prefetch(units: Sequence[FSDPModule], order: Sequence[FSDPModule], depth: int) -> None:
+    for unit in units:
+        unit.set_modules_to_forward_prefetch([])
+    for place, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(list(order[place + 1 : place + 1 + depth]))

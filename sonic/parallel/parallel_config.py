@@ -1,0 +1,115 @@
+"""Knobs of running on more than one device, or on one that is too small. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, knob, one_of, require, settled_video
+from sonic.planner.training_job import TaskConfig
+
+PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
+ALONE = ("single", "offload")  # plans for one rank in each copy of the model
+UNSHARD_UNITS = ("block", "sublayer", "linear")
+STORES = ("pinned", "mmap")
+KV_PLACES = ("device", "host")
+LINKS = ("nvlink", "pcie", "host", "none")
+
+
+@dataclass
+class OffloadConfig:
+    """Block weights that wait in host memory: what stays on the device, and how many copies are under way."""
+
+    resident_gib: float = knob(-1.0, "GiB of block weights that stay on the device; -1 = what fits")
+    slots: int = knob(2, "blocks whose weights are on the device for a while: one in use, the others on their way")
+    inflight: int = knob(0, "items (block of the film, step) that share each pass over the weights; 0 = one per sampling step")
+    store: str = knob("pinned", "where waiting weights lie: pinned (host memory) or mmap (the file itself)")
+    kv: str = knob("device", "where the KV rings lie: device or host")
+
+    def __post_init__(self) -> None:
+        resident, slots, inflight = self.resident_gib, self.slots, self.inflight
+        require(resident == -1 or resident >= 0, f"offload.resident_gib={resident}: need 0 or more, or -1 for what fits")
+        require(slots >= 1, f"offload.slots={slots}: need at least 1; 2 lets copying hide behind computing")
+        require(inflight >= 0, f"offload.inflight={inflight}: need 1 or more, or 0 for one per sampling step")
+        one_of(self.store, STORES, "offload.store")
+        one_of(self.kv, KV_PLACES, "offload.kv")
+
+
+@dataclass
+class ParallelConfig:
+    """How the transformer is spread over ranks. Degrees of -1 take the ranks that the others leave."""
+
+    name: str = knob("auto", f"auto (the planner chooses), {', '.join(PLAN_NAMES)}")
+    context: int = knob(1, "ranks that share the tokens of each frame; combines with fsdp and pipeline")
+    replicas: int = knob(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
+    vae_rank: bool | None = knob(None, "the last rank of a pipeline has the VAE and no layers; empty = where that is faster")
+    layers: list[int] | None = knob(None, "blocks of each stage of a pipeline; empty = as even as they can be")
+    unshard_unit: str = knob("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
+    prefetch: int = knob(1, "units that fsdp gathers ahead of the one in use")
+    reshard: bool = knob(True, "fsdp gives a unit's gathered weights back after use")
+    cpu_offload: bool = knob(False, "fsdp and zero3 keep their shards in host memory")
+    timeout_s: float = knob(45.0, "seconds without a sign that a rank lives and gets on, after which it counts as lost")
+    offload: OffloadConfig = knob(OffloadConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.name, ("auto", *PLAN_NAMES), "parallel.name")
+        one_of(self.unshard_unit, UNSHARD_UNITS, "parallel.unshard_unit")
+        for degree in ("context", "replicas"):
+            value = getattr(self, degree)
+            require(value == -1 or value >= 1, f"parallel.{degree}={value}: need 1 or more, or -1 for the ranks that are left")
+        require(self.context != -1 or self.replicas != -1, "parallel.context=-1 and parallel.replicas=-1: only one can take what is left")
+        apart = bool(self.vae_rank)
+        require(
+            not apart or self.name in ("auto", "pipeline"),
+            f"parallel.vae_rank=true goes with parallel=pipeline; under parallel={self.name} leave it out",
+        )
+        require(not apart or self.context == 1, "parallel.vae_rank=true needs a rank that shares no tokens: leave parallel.context at 1")
+        require(all(size >= 0 for size in self.layers or []), f"parallel.layers={self.layers}: a stage has 0 blocks or more")
+        require(0 <= self.prefetch <= 16, f"parallel.prefetch={self.prefetch} must lie between 0 and 16; 1 is usual")
+        require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")
+
+
+@dataclass
+class HardwareConfig:
+    """Equal devices in one machine. Rates are what a device moves in one direction, in units of 10^9 bytes a second."""
+
+    name: str = knob("cpu", "one of the files in conf/hardware")
+    devices: int = knob(1, "how many there are; 0 = all that hardware=here finds")
+    usable_gib: float = knob(12.0, "GiB of a device's memory that a process gets")
+    reserve_gib: float = knob(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
+    tflops: float = knob(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
+    efficiency: float = knob(0.6, "share of them that a transformer reaches")
+    memory_gbps: float = knob(50.0, "device memory")
+    link: str = knob("none", "between devices: nvlink, pcie (direct), host (through host memory) or none")
+    link_gbps: float = knob(10.0, "between two devices")
+    host_gbps: float = knob(20.0, "from host memory to a device")
+    host_gib: float = knob(14.0, "GiB of host memory that the job may use")
+    disk_gbps: float = knob(3.0, "from the disk to a device")
+
+    def __post_init__(self) -> None:
+        one_of(self.link, LINKS, "hardware.link")
+        fewest = 0 if self.name == "here" else 1
+        require(fewest <= self.devices <= 4096, f"hardware.devices={self.devices}: need 1 to 4096")
+        for name in ("usable_gib", "tflops", "memory_gbps", "link_gbps", "host_gbps", "host_gib", "disk_gbps"):
+            require(getattr(self, name) > 0, f"hardware.{name}={getattr(self, name)}: need more than 0")
+        fine = 0 <= self.reserve_gib < self.usable_gib
+        require(fine, f"hardware.reserve_gib={self.reserve_gib} must lie between 0 and usable_gib={self.usable_gib}")
+        require(0 < self.efficiency <= 1, f"hardware.efficiency={self.efficiency} must lie between 0 and 1")
+
+
+@dataclass
+class PlanConfig:
+    """What fits on which hardware, how fast it can be, and why."""
+
+    verify: bool = knob(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
+    json: str = knob("", "where the plans go as JSON")
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    hardware: HardwareConfig = knob(HardwareConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)
+    task: TaskConfig = knob(TaskConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+
+    def __post_init__(self) -> None:
+        self.video, self.model = settled_video(self.video, self.model)

@@ -1,0 +1,86 @@
+"""The plans by name: what each does to a model before its weights are there, where weights live, and what it does afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sonic.checkpoint.load import Lora, fill, fill_randomly, without_memory
+from sonic.config import ModelConfig
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution, WholeSequence
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.deepspeed_inference import cut_nothing, place_slices, start_engines
+from sonic.parallel.fsdp import prefetch_in_order, shard
+from sonic.parallel.layer_pipeline import keep_range, layer_ranges, pipeline_channel
+from sonic.parallel.mesh import World
+from sonic.parallel.offload import offload, place
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.shard_units import WHOLE
+from sonic.parallel.ulysses import sequence_parallel
+from sonic.types import pick
+
+Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
+Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
+
+
+def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """The plan has nothing to do here."""
+
+
+class Plan(NamedTuple):
+    """`cut` works on the model without memory, `place` gives its parameters memory, `start` says how the filled model is executed."""
+
+    cut: Step = nothing
+    place: Step = lambda model, world, config: model.to_empty(device=world.device)
+    start: Start = lambda model, world, config: LOCAL
+
+
+def _place_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    model.to_empty(device="cpu" if config.cpu_offload else world.device)
+    for name in WHOLE:
+        getattr(model, name).to_empty(device=world.device)
+
+
+def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    keep_range(model, world.stage, layer_ranges(model.config, world.stages, config.layers))
+
+
+PLANS: Mapping[str, Plan] = {
+    "single": Plan(),
+    "fsdp": Plan(shard, _place_shards, prefetch_in_order),
+    "offload": Plan(
+        place=lambda model, world, config: place(model, world.device, config.offload),
+        start=lambda model, world, config: offload(model, world.device, config),
+    ),
+    "pipeline": Plan(_cut_to_range),
+    "context": Plan(),
+    "zero3": Plan(cut_nothing, place_slices, start_engines),
+}
+
+
+def build_parallel_model(
+    config: ModelConfig, weights: str | Path | None, context: DistributedContext, *, lora: Lora, dtype: torch.dtype
+) -> AvatarDiT:
+    """The transformer under the plan of `context`, with this rank's weights and no others; no process ever holds more than that.
+
+    Settles how `context` runs forwards. Without a file of weights they are random.
+    """
+    world, parallel = context.world, context.parallel
+    plan = pick(PLANS, world.plan, "parallel.name")
+    model, shapes = without_memory(config, dtype)
+    plan.cut(model, world, parallel)
+    plan.place(model, world, parallel)
+    if weights is None:
+        fill_randomly(model)
+    else:
+        fill(model, weights, shapes, lora=lora)
+    sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
+    context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
+    if world.stages > 1 and not world.keeps_vae:
+        context.channel = pipeline_channel(world)
+    return model

@@ -1,0 +1,77 @@
+"""What sharding gathers at a time: modules that run together, by name, in the order in which a forward meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from sonic.config import ModelConfig
+from sonic.model.counts import block_weights, end_weights, injector_weights
+
+WHOLE = ("time_embed",)  # on every rank: gathering its wide projection would take more room, twice, than keeping it
+ENDS = ("frame_pack", "text_embed", "audio_encoder")  # before the blocks; what else lies outside them is small
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules that are gathered and given back together, how many numbers they hold, and during what they are used."""
+
+    modules: tuple[str, ...]
+    numbers: int
+    moment: str
+
+
+def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
+    """A whole block at a time, a whole injector at a time."""
+    yield Unit((f"blocks.{layer}",), sum(block_weights(config).values()), "mlp")
+    if layer in config.audio.inject_layers:
+        index = config.audio.inject_layers.index(layer)
+        yield Unit((f"audio_injectors.{index}",), sum(injector_weights(config).values()), "injector")
+
+
+def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
+    """The projections of one attention at a time, one layer of the MLP at a time.
+
+    The prompt's keys are projected once per film, so they are a unit of their own that a block of the film does not gather.
+    """
+    dim, parts = config.trunk.hidden_dim, block_weights(config)
+    one = dim * dim + dim
+    name = f"blocks.{layer}"
+    yield Unit(_projections(f"{name}.self_attention", "qkv", "out"), 4 * one, "attention")
+    yield Unit(_projections(f"{name}.text_attention", "q", "out"), 2 * one, "text")
+    yield Unit(_projections(f"{name}.text_attention", "kv"), 2 * one, "prompt")
+    yield Unit((f"{name}.mlp_in",), parts["mlp_in"], "mlp")
+    yield Unit((f"{name}.mlp_out",), parts["mlp_out"], "mlp")
+    if layer in config.audio.inject_layers:
+        name = f"audio_injectors.{config.audio.inject_layers.index(layer)}"
+        yield Unit((f"{name}.modulation",), injector_weights(config)["modulation"], "injector")
+        yield Unit(_projections(f"{name}.attention", "qkv", "out"), 4 * one, "injector")
+
+
+def linear_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
+    """One matrix at a time."""
+    for unit in sublayer_units(config, layer):
+        for module in unit.modules:
+            yield Unit((module,), unit.numbers // len(unit.modules), unit.moment)
+
+
+UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {
+    "block": block_units,
+    "sublayer": sublayer_units,
+    "linear": linear_units,
+}
+
+
+def all_units(config: ModelConfig, unshard_unit: str) -> list[Unit]:
+    """The units of a whole transformer; what no unit names stays with its block or the root, and is little."""
+    ends = end_weights(config)
+    found = [Unit((name,), ends[name], "ends") for name in ENDS if ends[name]]
+    for layer in range(config.trunk.num_layers):
+        found += UNITS[unshard_unit](config, layer)
+    return found
+
+
+def _projections(attention: str, *names: str) -> tuple[str, ...]:
+    """Full names of the projections: "qkv" stands for three of them."""
+    letters = [letter for name in names for letter in ([name] if name == "out" else name)]
+    return tuple(f"{attention}.to_{letter}" for letter in letters)

@@ -1,0 +1,84 @@
+"""The hardware that a job runs on, looked up instead of described: what `hardware=here` stands for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sonic.geometry import GIB
+from sonic.parallel.parallel_config import HardwareConfig
+
+HERE = "here"  # hardware.name until the machine has been looked at
+USABLE = 0.94  # of a GPU's memory that a process gets
+PROCESS_GIB = 0.6  # of a rank without an accelerator by itself: Python and torch
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+RATES = {  # 10^12 operations a second in bfloat16 and 10^9 bytes a second, by a part of the device's name; the longest counts
+    "B200": (2250, 8000),
+    "H200": (989, 4800),
+    "H100": (989, 3350),
+    "A100": (312, 2000),
+    "L40S": (362, 864),
+    "L40": (181, 864),
+    "6000 Ada": (362, 960),
+    "4090": (165, 1008),
+    "5090": (209, 1792),
+    "A6000": (155, 768),
+    "3090": (71, 936),
+}
+UNKNOWN_RATE = (100, 800)
+NVLINKED = ("B200", "H200", "H100", "A100")
+
+
+def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, local_ranks: int) -> HardwareConfig:
+    """The devices of `ranks` processes, `local_ranks` of them on this machine; hardware that was asked for by name stays as it is.
+
+    Everything follows from what does not change while jobs come and go, so that all ranks find the same.
+    """
+    if asked.name != HERE:
+        return replace(asked, devices=ranks)
+    host = host_bytes() / GIB
+    if device.type != "cuda":
+        usable = max(0.2, host / local_ranks - PROCESS_GIB)
+        link = "host" if ranks > 1 else "none"
+        return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.1, link=link, host_gib=host + 3 * local_ranks)
+    found = torch.cuda.get_device_properties(device)
+    name = max((part for part in RATES if part in found.name), key=len, default="")
+    tflops, memory_gbps = RATES.get(name, UNKNOWN_RATE)
+    sharing = -(-local_ranks // torch.cuda.device_count())
+    link, link_gbps = _link(name) if ranks > 1 else ("none", 10.0)
+    rates = {"tflops": tflops / sharing, "memory_gbps": memory_gbps / sharing, "link": link, "link_gbps": link_gbps}
+    usable = USABLE * found.total_memory / GIB / sharing
+    return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
+
+
+def _filled(asked: HardwareConfig, devices: int, **found: float | str) -> HardwareConfig:
+    """What was found, but for the figures that were given by hand."""
+    usual = HardwareConfig()
+    return replace(asked, devices=devices, **{name: each for name, each in found.items() if getattr(asked, name) == getattr(usual, name)})
+
+
+def machine_here(asked: HardwareConfig) -> HardwareConfig:
+    """The machine that this process runs on, with as many of its devices as were asked for, 0 = all; hardware by name stays as it is."""
+    if asked.name != HERE:
+        return asked
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = asked.devices or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    return hardware_here(asked, device, ranks=devices, local_ranks=devices)
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _link(name: str) -> tuple[str, float]:
+    """How two devices talk, and how fast."""
+    direct = torch.cuda.device_count() > 1 and torch.cuda.can_device_access_peer(0, 1)
+    if direct and name in NVLINKED:
+        return "nvlink", 350.0
+    return ("pcie", 20.0) if direct else ("host", 8.0)

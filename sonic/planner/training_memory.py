@@ -1,0 +1,190 @@
+"""How many bytes a rank needs in each moment of a training step, item by item, under FSDP2. Counted as this code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.planner.memory import GIB
+from sonic.planner.training_workload import Training, learnt, parts
+
+KEPT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # from step to step
+PASSING = ("gradients", "gathered", "reduced", "kv_ring", "layer_inputs", "activations")
+ABSENT = ("vae", "text_encoder", "speech_encoder")  # latents, rows of text and speech features are made before the training
+ITEMS = (*KEPT, *PASSING, *ABSENT, "reserve")
+MASTER, MOMENTS = 4, 8  # bytes of what learns, in float32, and of AdamW's two averages of its gradient
+
+# what is alive while a layer is made again and gone back through: tokens in the computing precision and in float32 (norms), of
+# these the denoised ones alone in float32, and hidden layers of the MLP
+GRAPH = {"adapters": (17, 5, 2, 2), "weights": (15, 7, 2, 3), "elsewhere": (10, 5, 2, 2)}
+LEFT = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}  # of a graph, by a layer; copies, by an injector
+FORWARD = (4, 1, 0.5, 3)  # the same in a forward that remembers nothing
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one rank's share. `units` are gathered one after the other, the root stays; numbers of learning weights by unit."""
+
+    frozen: float
+    learning: float
+    root: float
+    units: tuple[tuple[str, float], ...]
+    learnt: Mapping[str, int]
+    ranks: int
+
+    def numbers(self, roles: int = 1) -> float:
+        """Numbers that so many roles learn, on this rank."""
+        return roles * self.learning
+
+
+def sizes(work: Training, ranks: int) -> Sizes:
+    """What the transformer's weights take."""
+    learning, whole = learnt(work), {}
+    for part in parts(work.model):
+        whole[part.unit] = whole.get(part.unit, 0) + part.numbers
+    adapters = work.learners if work.task.learn.rank else 0
+    total, mine = sum(whole.values()), sum(learning.values())
+    frozen = total - (0 if adapters else mine)
+    gathered = {unit: (size + adapters * learning.get(unit, 0)) * work.number for unit, size in whole.items()}
+    root = gathered.pop("")
+    return Sizes(frozen * work.number / ranks, mine / ranks, root, tuple(_met(work, gathered)), learning, ranks)
+
+
+def moments(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
+    """Items of a rank in each moment of a step after the first; cpu_offload keeps what learns and what is frozen on the host."""
+    ranks, share = hardware.devices, max(1, parallel.context)
+    size = sizes(work, ranks)
+    kept = {
+        "frozen_weights": size.frozen,
+        "learning_weights": MASTER * size.numbers(work.learners),
+        "optimizer_states": MOMENTS * size.numbers(work.learners),
+        "average": MASTER * size.numbers(),
+    }
+    found = {}
+    for name, passing in MOMENTS_OF[work.task.objective](work, size, share):
+        items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
+        if parallel.cpu_offload:
+            largest = max(unit for _, unit in size.units)
+            items |= dict.fromkeys((*KEPT, "gradients"), 0.0)
+            items["gathered"] += 2 * largest / ranks  # the shards of a unit and of the next one on their way
+            items |= dict.fromkeys(PASSING, 0.0) if name == "update" else {}
+        found[name] = items
+    return found
+
+
+def host_bytes(work: Training, ranks: int) -> float:
+    """What cpu_offload keeps on the host for a rank: weights, gradients, optimizer states, the average."""
+    size = sizes(work, ranks)
+    return size.frozen + size.numbers(work.learners) * (MASTER + MOMENTS) + size.numbers() * (2 * MASTER)
+
+
+def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """The student's rollout over one ring; the critic on a clip; teacher and critic on it, then the student block by block."""
+    clip, block = _tokens(work, work.clip) / share, _tokens(work, work.block) / share
+    ring = work.model.trunk.num_layers * _ring(work) / share
+    gradients = MASTER * size.numbers()
+    forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
+    yield "rollout", {"kv_ring": ring} | forward
+    noisy = work.noisy / work.clip
+    graph = _graph(work, clip, noisy=noisy)
+    yield "critic", _backward(work, size, graph) | {"gradients": gradients, "layer_inputs": _remembered(work, clip, graph)}
+    yield "scores", {"gradients": gradients} | _gathered(size, _live(work, FORWARD, clip, noisy=noisy))
+    graph = _graph(work, block, noisy=1) + 2 * _tokens(work, work.ring) / share  # keys and values, old and new
+    replay = {"gradients": gradients, "kv_ring": ring, "layer_inputs": _remembered(work, block, graph)}
+    forward = _gathered(size, _live(work, FORWARD, block, noisy=1))
+    yield "student", max((replay | each for each in (forward, _backward(work, size, graph))), key=_sum)
+    yield "update", _update(size)
+
+
+def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """A clip's gradient."""
+    clip = _tokens(work, work.clip) / share
+    graph = _graph(work, clip, noisy=work.noisy / work.clip)
+    rest = {"gradients": MASTER * size.numbers(), "layer_inputs": _remembered(work, clip, graph)}
+    forward = _gathered(size, _live(work, FORWARD, clip, noisy=1))
+    yield "gradient", max((rest | each for each in (forward, _backward(work, size, graph))), key=_sum)
+    yield "update", _update(size)
+
+
+MOMENTS_OF = {"dmd": _distil, "flow_match": _match_flow}
+
+
+def _tokens(work: Training, count: float) -> float:
+    return count * work.row
+
+
+def _ring(work: Training) -> float:
+    """One layer's keys and values in a ring, the reference's keys once more unrotated, the prompt's."""
+    return _tokens(work, 2 * work.ring + prod(work.grid) + 2 * work.model.text.text_len)
+
+
+def _remembered(work: Training, tokens: float, graph: float) -> float:
+    """What layers leave for a gradient: their inputs (of blocks and of injectors), or most of their graphs."""
+    layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
+    if work.task.recompute:
+        return (layers + injectors) * tokens
+    share, copies = LEFT[_kind(work)]
+    return (layers - 1) * share * graph + injectors * copies * tokens
+
+
+def _kind(work: Training) -> str:
+    """What a block's graph remembers depends on what learns in it."""
+    if work.task.learn.rank:
+        return "adapters"
+    return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
+
+
+def _graph(work: Training, tokens: float, *, noisy: float) -> float:
+    """Bytes of a block's graph over `tokens` bytes of tokens, of which `noisy` are denoised."""
+    return _live(work, GRAPH[_kind(work)], tokens, noisy=noisy)
+
+
+def _live(work: Training, copies: tuple[float, ...], tokens: float, *, noisy: float) -> float:
+    """Bytes of so many copies of `tokens` bytes of tokens."""
+    same, wide, wide_noisy, hidden = copies
+    trunk = work.model.trunk
+    return tokens * (same + 4 / work.number * (wide + noisy * wide_noisy) + hidden * trunk.ffn_dim / trunk.hidden_dim)
+
+
+def _met(work: Training, gathered: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Units in the order in which a clip meets them."""
+    inject = work.model.audio.inject_layers
+    for end in ("time_embed", "frame_pack", "text_embed"):
+        if end in gathered and (end != "frame_pack" or work.task.past):
+            yield end, gathered[end]
+    for layer in range(work.model.trunk.num_layers):
+        yield f"blocks.{layer}", gathered[f"blocks.{layer}"]
+        if layer in inject:
+            yield f"audio_injectors.{inject.index(layer)}", gathered[f"audio_injectors.{inject.index(layer)}"]
+
+
+def _gathered(size: Sizes, activations: float) -> dict[str, float]:
+    """A forward: while a unit is unpacked, what came for it and for the one before lie there as well; afterwards its own alone."""
+    units = [numbers for _, numbers in size.units]
+    largest = max(units)
+    unpacking = max([before + 2 * now for before, now in zip(units, units[1:], strict=False)] + [2 * largest])
+    if unpacking >= 2 * largest + activations:
+        return {"gathered": size.root + unpacking, "activations": 0.0}
+    return {"gathered": size.root + 2 * largest, "activations": activations}
+
+
+def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
+    """A gradient: the unit in use and the next one ahead; the gradients of the unit before, whole and as this rank's share in
+    float32, and the first of this one's own; what the noise level's projection, which runs in float32, remembers of its weights."""
+    largest = max(numbers for _, numbers in size.units)
+    learning = max(size.learnt.get(unit, 0) for unit, _ in size.units)
+    own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _kind(work) == "weights" else 0
+    remembered = size.learnt.get("time_embed", 0) if work.number < MASTER and not work.task.learn.rank else 0
+    reduced = MASTER * learning * (1 + 1 / size.ranks) + work.number * own
+    return {"gathered": size.root + 2 * largest, "reduced": reduced, "activations": graph + work.number * remembered}
+
+
+def _update(size: Sizes) -> dict[str, float]:
+    """The optimizer's root of all second moments at once."""
+    return {"gradients": MASTER * size.numbers(), "activations": MASTER * size.numbers()}
+
+
+def _sum(items: Mapping[str, float]) -> float:
+    return sum(items.values())

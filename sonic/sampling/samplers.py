@@ -1,0 +1,126 @@
+"""Samplers: from noise to clean latents along a velocity field; they know tensors, not models.
+
+Each is a coroutine that yields where it needs the velocity, is sent it, and returns the clean latents, so that a scheduler with several
+blocks in flight can answer them in any order. A new sampler is a coroutine and its entry in SAMPLERS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sonic.sampling.schedules import TIMESTEPS
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B,T] in [0,1]) -> noise - clean
+
+
+class Query(NamedTuple):
+    """Where a sampler needs the velocity: latents x [B,C,T,H,W], their noise level sigma [B], and the sampling step (0..n-1) whose noise
+    level that is."""
+
+    x: Tensor
+    sigma: Tensor
+    step: int
+
+
+SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent the velocity of each, returns the clean latents
+
+
+def every_step(steps: int) -> list[int]:
+    """One velocity for every sampling step."""
+    return list(range(steps))
+
+
+def both_ends(steps: int) -> list[int]:
+    """The velocity at both ends of every sampling step; at the end of the last one there is none."""
+    return [step for index in range(steps) for step in (index, index + 1) if step < steps]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A coroutine (noise, sigmas [n+1] from 1 to 0, rng), and the steps of the velocities that it asks for when there are n of them."""
+
+    coroutine: Callable[[Tensor, Tensor, torch.Generator], SamplerCoroutine]
+    steps_queried: Callable[[int], list[int]] = every_step
+
+    def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
+        """Sample with a velocity that is known at once."""
+        queries, answer = self.coroutine(noise, sigmas, rng), None
+        while True:
+            try:
+                query = queries.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = velocity(query.x, query.sigma)
+
+
+def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
+    """Straight steps of dx/dsigma = velocity, one evaluation each. Source: rectified flow, arXiv 2209.03003."""
+    x = noise
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        x = x + (then - now) * (yield Query(x, _level(now, x), step))
+    return x
+
+
+def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
+    """Steps along the mean of the slopes at both ends, two evaluations each but for the last. Source: EDM, arXiv 2206.00364, alg. 1."""
+    x = noise
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        slope = yield Query(x, _level(now, x), step)
+        guess = x + (then - now) * slope
+        x = guess if then == 0 else x + (then - now) / 2 * (slope + (yield Query(guess, _level(then, x), step + 1)))
+    return x
+
+
+def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
+    """The predictor-corrector of order 2 that Wan is published with; it rounds noise levels down to whole timesteps of 1000.
+
+    Source: UniPC, arXiv 2302.04867.
+    """
+    from diffusers import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.set_timesteps(sigmas=sigmas[:-1].cpu().numpy(), device=noise.device)
+    solver.set_begin_index(0)
+    x = noise
+    for step, timestep in enumerate(solver.timesteps):
+        level = _level(int(timestep) / solver.config.num_train_timesteps, x)
+        x = solver.step((yield Query(x, level, step)), timestep, x, return_dict=False)[0]
+    return x
+
+
+def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
+    """The multistep solver of order 2 on the clean latents, its last step of order 1; it asks at whole timesteps of 1000, as Wan does.
+
+    Source: DPM-Solver++(2M), arXiv 2211.01095, alg. 2, with the midpoint's weight.
+    """
+    x, older, last_stride = noise, None, math.inf
+    for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
+        clean = x - now * (yield Query(x, _level(int(TIMESTEPS * now) / TIMESTEPS, x), step))
+        stride = _log_snr(then) - _log_snr(now)
+        bend = stride / last_stride if math.isfinite(last_stride) and then > 0 else 0.0
+        ahead = clean if older is None or bend == 0 else clean + bend / 2 * (clean - older)
+        x = then / now * x - (1 - then) * math.expm1(-stride) * ahead
+        older, last_stride = clean, stride
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": Sampler(euler), "heun": Sampler(heun, both_ends), "unipc": Sampler(unipc), "dpmpp": Sampler(dpmpp)}
+
+
+def _log_snr(sigma: float) -> float:
+    """log((1 - sigma) / sigma), from -inf at pure noise to inf at clean latents."""
+    if sigma in (0.0, 1.0):
+        return math.inf if sigma == 0 else -math.inf
+    return math.log((1 - sigma) / sigma)
+
+
+def _level(sigma: float, x: Tensor) -> Tensor:
+    """One noise level for the whole batch.  -> [B]"""
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)

@@ -1,0 +1,217 @@
+"""Puts a training run together: configs to dataset, objective, engine and log; and what remains of it: weights and a card."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from sonic.checkpoint.converted import Ready
+from sonic.data.clips import ClipDataset, batches, draws
+from sonic.inference.components import find_device, named_weights, transformer_weights
+from sonic.parallel.watchdog import watched
+from sonic.system.files import save_tensors
+from sonic.system.heartbeat import at_rest
+from sonic.system.program import written
+from sonic.training.clip_encoders import hashes_of
+from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
+from sonic.training.engine import Engine, LocalEngine
+from sonic.training.fsdp_engine import ShardedEngine
+from sonic.training.initial_weights import begin_adapters, fill, start_from, without_memory
+from sonic.training.log import RunLog
+from sonic.training.loop import Outcome, Run, train
+from sonic.training.objectives import CASTING, OBJECTIVES, Batch
+from sonic.training.samples import Student, look_of
+from sonic.training.train_config import DataConfig, TrainConfig
+from sonic.training.world import World, join_world
+from sonic.types import pick
+
+LOG = logging.getLogger(__name__)
+
+
+def _drawn(config: DataConfig) -> Dataset:
+    from sonic.synthetic.drawn_people import DrawnFaces  # needs what the other sources do not
+
+    return DrawnFaces(config.folder, window=config.window, resolution=config.resolution, split=config.split)
+
+
+DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
+    "clips": lambda config: ClipDataset(config.folder, config.window),
+    "drawn": _drawn,
+}
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
+
+
+def run_training(
+    config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", opened: Callable[[], object] = lambda: None
+) -> Outcome:
+    """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked.
+
+    `opened` is called when all parts are there and the folder is about to be used.
+    """
+    config = sized(config)
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    world = join_world(_device(config.speed.device), context=config.speed.context)
+    with watched(world.rank, world.ranks, patience_s=config.speed.timeout_s):
+        return _trained(config, world, folder, opened=opened, origin=(commit, command))
+
+
+def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> Outcome:
+    """The training itself, by one process among those of the world."""
+    check_shares(config, world)
+    torch.manual_seed(config.seed)
+    dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
+    if isinstance(dataset, ClipDataset):
+        dataset.check(config.model, hashes_of)
+    engine = engine_of(config, world, folder)
+    made = {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in CASTING else {}
+    objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
+    engine.lay_out(objective)
+    for model in objective.pretrained:
+        fill(model, transformer_weights(config.model))
+    begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
+    if config.init_from:
+        start_from(objective.roles["student"], named_weights(config.init_from), objective.facts)
+    look = look_of(Student(config, objective, engine, folder))
+    opened()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, config.log, name=config.name, main=world.main)
+    outcome = train(Run(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
+    weights = objective.export(engine.weights()) if config.export else {}
+    if config.export and world.main:
+        path, size = Path(config.export), sum(t.numel() for t in weights.values())
+        card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
+        with at_rest():  # as long as the disk needs
+            _export(path, weights, card, facts=objective.facts, trained=outcome.made > 0)
+    return outcome
+
+
+def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, facts: Mapping[str, str], trained: bool) -> None:
+    """Write weights and their card, unless nothing was trained and both are there: the card then says how they came about."""
+    if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
+        LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
+        return
+    save_weights(weights, path, facts)
+    path.with_suffix(".md").write_text(card)
+
+
+def sized(config: TrainConfig) -> TrainConfig:
+    """The config with the sizes of its checkpoint. Raises ValueError when that is of another model."""
+    if config.model.autoencoder != "wan" or not config.model.weights:
+        return config
+    return replace(config, model=Ready.open(Path(config.model.weights)).config(config.model))
+
+
+def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
+    """The engine that the config names; auto = local alone, fsdp among several."""
+    name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if name != "local" and world.writers is None:
+        program = written("train", starter="torchrun --nproc-per-node=N")
+        raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
+    if world.context > 1 and name != "fsdp":
+        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
+    return pick(ENGINES, name, "speed.engine")(config, world, folder)
+
+
+def check_shares(config: TrainConfig, world: World) -> None:
+    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    accumulate, ranks, size = config.budget.accumulate, world.readers, config.budget.batch_size
+    if accumulate % ranks:
+        processes = "processes" if world.context == 1 else f"rows of {world.context} processes"
+        below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
+        raise ValueError(
+            f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} {processes}; "
+            f"use budget.accumulate={f'{below} or {above}' if below else above}"
+        )
+
+
+def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
+    """This process's batches, from where `start` batches of all processes together have been used."""
+    speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
+    order = partial(draws, len(dataset), config.budget.batch_size, seed=config.seed, **share)
+    return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
+    """Write weights in half precision, with what the file says of itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    halves = {name: _half(tensor) for name, tensor in weights.items()}
+    save_tensors(halves, path, facts or {})
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+
+
+def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a file has exactly these weights."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
+    except SafetensorError:  # it is damaged and written again
+        return False
+
+
+def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
+    """What the data were drawn from: clips on disk have a seed of their own, none when they are of videos."""
+    return dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed
+
+
+def describe(
+    config: TrainConfig, outcome: Outcome, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
+) -> str:
+    """The card beside exported weights. origin = (git commit, command), seed = that of the data, None where they have none."""
+    commit, command = origin
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    figures = "\n".join(f"| {name} | {value:.5g} |" for name, value in sorted(outcome.figures.items()))
+    return f"""# {config.name}
+
+| | |
+|---|---|
+| command | `{command}` |
+| git commit | {commit} |
+| data | {config.data.source}{"" if seed is None else f", seed {seed}"} |
+| training seed | {config.seed} |
+| objective | {config.objective.name} |
+| steps | {outcome.steps} of {config.budget.batch_size * config.budget.accumulate} samples |
+| hours | {outcome.seconds / 3600:.2f} |
+| machine | {machine}, torch {torch.__version__} |
+| parameters | {parameters:,} |
+
+Means over the last steps:
+
+| figure | value |
+|---|---|
+{figures}
+
+Objective: `{asdict(config.objective)}`
+{_began_from(config.init_from)}"""
+
+
+def _began_from(weights: str) -> str:
+    """The card of the weights that a training continued, one heading deeper; "" where there are none."""
+    if not weights or not (card := named_weights(weights).with_suffix(".md")).is_file():
+        return ""
+    return f"\nIt began from:\n\n#{card.read_text()}"
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError when this machine has none."""
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("run.device", "speed.device")) from error

@@ -1,0 +1,190 @@
+"""Checkpoints on disk: sharded tensors by torch DCP beside the training, facts as JSON, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from hashlib import sha256
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
+
+from sonic.system.heartbeat import at_rest, beat
+from sonic.training.world import World
+
+LOG = logging.getLogger(__name__)
+FACTS, ASIDE, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
+
+State = dict[str, Tensor]
+StateOf = Callable[[set[str]], State]  # names in a checkpoint -> tensors of ours to fill
+
+
+class Checkpoints:
+    """The checkpoints of one run. A crash at any moment leaves whole ones only; damaged ones are said and passed over."""
+
+    def __init__(self, folder: Path, *, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self._under_way: tuple[int, Future] | None = None
+
+    def save(self, step: int, state: State, facts: Mapping[str, object]) -> None:
+        """Copy `state` and write it beside what comes next. A checkpoint that cannot be written is said; those before it stay."""
+        self.settle()
+        aside = self.folder / f"{ASIDE}{step:08d}"
+        fault = _make_anew(aside) if self.world.main else None
+        if self.world.agree(float(fault is not None)):
+            self._say_lost(step, fault)
+            return
+        written: Future = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.world.writers, no_dist=self.world.ranks == 1)
+        done: Future = Future()
+        written.add_done_callback(lambda found: self._publish(found, done, aside, record={"step": step, **facts}))
+        self._under_way = (step, done)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written."""
+        if self._under_way is None:
+            return
+        (step, done), self._under_way = self._under_way, None
+        with at_rest():  # as long as the disk needs
+            error = done.exception()
+        if error is not None:
+            self._say_lost(step, error)
+        self.world.wait()
+
+    def _say_lost(self, step: int, error: BaseException | None) -> None:
+        LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
+
+    def load(self, state_of: StateOf) -> dict:
+        """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
+        name = self._main_says(self._newest_good)
+        return self.read(self.folder / str(name), state_of) if name else {}
+
+    def read(self, checkpoint: Path, state_of: StateOf) -> dict:
+        """Fill our tensors from one checkpoint. Gives its facts. Raises ValueError when it is damaged or of something else."""
+        facts = self._main_says(lambda: _checked(checkpoint))
+        if isinstance(facts, str):
+            raise ValueError(facts)
+        names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
+        state = state_of(names)
+        strange = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
+        if lost := sorted(set(state) - names):
+            raise ValueError(strange.format(f"it lacks {lost[0]} and {len(lost) - 1} more"))
+        try:
+            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
+        except (CheckpointException, ValueError) as error:
+            raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
+        return facts
+
+    def leave_behind(self, step: int) -> None:
+        """Rename the checkpoints beyond `step`, where training goes on: they would pass for newer than those that come."""
+        if self.world.main:
+            beyond = [path for path in newest_first(self.folder) if int(path.name.removeprefix("step_")) > step]
+            for checkpoint in beyond:
+                self._rename(checkpoint, LEFT)
+            if beyond:
+                LOG.warning("training goes on from step %d; %d checkpoints beyond it are now %s/%s*", step, len(beyond), self.folder, LEFT)
+        self.world.wait()
+
+    def _publish(self, written: Future, done: Future, aside: Path, *, record: dict) -> None:
+        """On the main process: say what was written, and let it appear."""
+        try:
+            written.result()
+            if self.world.main:
+                files = [path for path in sorted(aside.iterdir()) if path.is_file()]
+                (aside / FACTS).write_text(json.dumps({**record, "sha256": {path.name: _digest(path) for path in files}}, indent=1))
+                _flush(aside / FACTS)
+                final = self.folder / f"step_{record['step']:08d}"
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+                _flush(self.folder)
+                prune(self.folder, self.keep)
+            done.set_result(None)
+        except BaseException as error:  # handed over to `settle`
+            shutil.rmtree(aside, ignore_errors=True)
+            done.set_exception(error)
+
+    def _newest_good(self) -> str:
+        for checkpoint in newest_first(self.folder):
+            facts = _checked(checkpoint)
+            if not isinstance(facts, str):
+                return checkpoint.name
+            self._set_aside(checkpoint, facts)
+        return ""
+
+    def _set_aside(self, checkpoint: Path, reason: object) -> None:
+        LOG.warning("%s; falling back to the one before", reason)
+        self._rename(checkpoint, DAMAGED)
+
+    def _rename(self, checkpoint: Path, start: str) -> None:
+        """Out of the sight of `newest_first`, in the place of what was called so before."""
+        shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
+        checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
+
+    def _main_says(self, ask: Callable[[], object]) -> object:
+        said = [ask() if self.world.main else None]
+        if self.world.ranks > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+
+class _Reading(dcp.DefaultLoadPlanner):
+    """Gives a sign with every tensor."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        beat()
+        super().commit_tensor(read_item, tensor)
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """Finished checkpoints of a folder."""
+    return iter(sorted(folder.glob("step_*"), reverse=True))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Leave the `keep` newest checkpoints, and nothing half-written of runs that died."""
+    for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{ASIDE}*")]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_anew(folder: Path) -> OSError | None:
+    """Make an empty folder, or say why not."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _checked(checkpoint: Path) -> dict | str:
+    """The facts of a checkpoint whose files are as they were written; a sentence for one whose are not."""
+    try:
+        facts = json.loads((checkpoint / FACTS).read_text())
+        wrong = [name for name, digest in facts["sha256"].items() if _digest(checkpoint / name) != digest]
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # the last is what an older form gives
+        return f"checkpoint {checkpoint} cannot be read ({error})"
+    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else facts
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        state = sha256()
+        while chunk := file.read(1 << 20):
+            beat()
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

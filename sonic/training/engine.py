@@ -1,0 +1,201 @@
+"""Engines carry an objective's roles: where parameters live, how gradients become steps, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from sonic.model.audio_tokens import AudioInjector
+from sonic.model.blocks import Block
+from sonic.model.dit import AvatarDiT
+from sonic.system.heartbeat import beat
+from sonic.training.checkpoint import Checkpoints, State
+from sonic.training.ema import Ema
+from sonic.training.objectives import Objective
+from sonic.training.optim import adamw
+from sonic.training.train_config import OptimConfig, TrainConfig
+from sonic.training.world import World
+
+EXPORTED = "student"
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine."""
+
+    world: World
+
+    def lay_out(self, objective: Objective) -> None: ...
+
+    def prepare(self, objective: Objective) -> None: ...
+
+    def precision(self) -> AbstractContextManager: ...
+
+    def backward(self, role: str, loss: Tensor) -> None: ...
+
+    def step(self, role: str, *, rate: float, step: int) -> Tensor: ...
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+    def save(self, step: int, facts: dict) -> None: ...
+
+    def load(self) -> dict: ...
+
+    def settle(self) -> None: ...
+
+
+class LocalEngine:
+    """One process, one device, parameters whole and in float32."""
+
+    def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
+        self.config, self.world = config, world
+        if world.ranks > 1 and type(self) is LocalEngine:
+            raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, world=world)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimizer's knobs."""
+        return self.config.optim
+
+    def lay_out(self, objective: Objective) -> None:
+        """Give transformers that were made without memory theirs, before their weights come."""
+        for model in transformers(objective):
+            if any(parameter.is_meta for parameter in model.parameters()):
+                model.to_empty(device="cpu")
+
+    def prepare(self, objective: Objective) -> None:
+        """Bring everything that computes to the device; give each role its optimizer, the student its running average too."""
+        self.roles: Mapping[str, nn.Module] = dict(objective.roles)
+        for module in {**objective.bodies, **self.roles}.values():
+            self.place(module)
+            if self.config.speed.recompute:
+                recompute_layers(module)
+        for module in self.roles.values():
+            module.train()
+        self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
+        self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
+
+    def place(self, module: nn.Module) -> None:
+        """To the device, whole."""
+        module.to(self.world.device)
+        if self.config.speed.channels_last:
+            module.to(memory_format=torch.channels_last)
+
+    def precision(self) -> AbstractContextManager:
+        """Around a loss: autocast where half precision is asked for."""
+        half = self.config.speed.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16) if half else nullcontext()
+
+    def backward(self, role: str, loss: Tensor) -> None:
+        """Add the gradient of `loss`; gradients wait for `step`."""
+        loss.backward()
+
+    def step(self, role: str, *, rate: float, step: int) -> Tensor:
+        """Use up the gradients of `role` at learning rate `rate`. Gives their norm; a step that is not finite is not taken."""
+        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.optim.clip_norm)
+        if torch.isfinite(norm):
+            for group in self.optimizers[role].param_groups:
+                group["lr"] = rate
+            self.optimizers[role].step()
+            if role == EXPORTED:
+                self.ema.update(self.roles[EXPORTED], step)
+        for module in self.roles.values():
+            module.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """Averaged weights of the student, whole, by its own names, in the main process's host memory; nothing on the others."""
+        found = {}
+        for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
+            gathered = whole(tensor)  # one at a time: all of them together may not fit
+            if self.world.main:
+                found[name] = gathered.cpu()
+        return found
+
+    def save(self, step: int, facts: dict) -> None:
+        """Keep the state as the checkpoint of `step`; it is written while training goes on."""
+        self.checkpoints.save(step, self._state(), facts)
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is being written."""
+        self.checkpoints.settle()
+
+    def load(self) -> dict:
+        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one, which leaves those beyond it
+        behind; {} = a fresh start."""
+        resume = self.config.checkpoint.resume
+        if resume == "auto":
+            return self.checkpoints.load(self._to_fill)
+        facts = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
+        self.checkpoints.leave_behind(int(facts.get("step", 0)))
+        return facts
+
+    def _state(self) -> State:
+        """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
+        tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
+        for role, module in self.roles.items():
+            frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+            tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
+            for name, parameter in module.named_parameters():
+                moments = self.optimizers[role].state.get(parameter, {})
+                tensors |= {f"moments.{role}.{name}.{key}": value for key, value in moments.items()}
+        return tensors
+
+    def _to_fill(self, names: set[str]) -> State:
+        """The same with room for the optimizers' memory that a checkpoint has."""
+        for role, module in self.roles.items():
+            for name, parameter in module.named_parameters():
+                start, memory = f"moments.{role}.{name}.", self.optimizers[role].state
+                for key in sorted(found.removeprefix(start) for found in names if found.startswith(start)):
+                    empty = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
+                    memory[parameter].setdefault(key, empty)
+        return self._state()
+
+
+def transformers(objective: Objective) -> list[AvatarDiT]:
+    """Every transformer that takes part, once."""
+    found = (module for body in {**objective.bodies, **objective.roles}.values() for module in body.modules())
+    return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def clip(gradients: list[Tensor], most: float) -> Tensor:
+    """Shrink gradients, in shards or whole, until their norm together is at most `most`. Gives the norm they had."""
+    kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
+    norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may lie in host memory, and what is whole does not
+    shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
+    for kind in kinds:
+        torch._foreach_mul_(kind, shrink)
+    return norm
+
+
+def recompute_layers(module: nn.Module) -> None:
+    """Let blocks and injectors be computed again for the gradient instead of being remembered; names of parameters stay."""
+    for layer in module.modules():
+        if isinstance(layer, Block | AudioInjector) and "forward" not in vars(layer):
+            layer.forward = partial(_again, layer.forward)
+
+
+def _again(forward: Callable, *given: object, **named: object) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*given, **named)
+    return torch_checkpoint(forward, *given, use_reentrant=False, **named)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
+    beat()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

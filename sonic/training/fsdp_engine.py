@@ -1,0 +1,76 @@
+"""Training on several devices with torch FSDP2: transformers in shards, the little else whole on each; both as one engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+from sonic.model.dit import TRAINING_ENTRY_POINTS, AvatarDiT
+from sonic.training.engine import LocalEngine, is_sharded, transformers
+from sonic.training.objectives import Objective
+
+ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
+
+
+class ShardedEngine(LocalEngine):
+    """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
+
+    def lay_out(self, objective: Objective) -> None:
+        """Shard every transformer; one without memory gets that of this process's slices only."""
+        self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
+        for model in transformers(objective):
+            if not is_sharded(next(model.parameters())):
+                self._shard(model)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                model.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device)
+
+    def prepare(self, objective: Objective) -> None:
+        """Shard what is not yet, then go on as alone. Transformers that have weights already must have the same everywhere."""
+        self.lay_out(objective)
+        super().prepare(objective)
+
+    def place(self, module: nn.Module) -> None:
+        """What is in no shard goes to the device, whole."""
+        for part in module.modules():
+            for name, tensor in part.named_parameters(recurse=False):
+                if not is_sharded(tensor):
+                    part._parameters[name] = nn.Parameter(tensor.detach().to(self.world.device), tensor.requires_grad)
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(self.world.device)
+
+    def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
+        """As alone, once the gradients of what is whole on each process are means as well; so are buffers that follow the data."""
+        for parameter in self.roles[role].parameters():
+            if parameter.grad is not None and not is_sharded(parameter.grad):
+                self.world.mean(parameter.grad)
+        norm = super().step(role, rate=rate, step=step)
+        for buffer in self.roles[role].buffers():
+            if buffer.is_floating_point() and not is_sharded(buffer):
+                self.world.mean(buffer)
+        return norm
+
+    def _shard(self, model: AvatarDiT) -> None:
+        """Cut a transformer, its adapters included; names of parameters stay."""
+        speed = self.config.speed
+        half = speed.precision == "bfloat16"
+        if half:
+            halve_frozen(model)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if speed.cpu_offload else OffloadPolicy()
+        settings = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
+        units = [getattr(model, name) for name in ENDS] + [*model.blocks, *model.audio_injectors]
+        for unit in units:
+            if unit is not None:
+                fully_shard(unit, **settings)
+        fully_shard(model, **settings, reshard_after_forward=False)
+        for name in TRAINING_ENTRY_POINTS:
+            register_fsdp_forward_method(model, name)
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Hold what does not learn in bfloat16, in which it computes; in float32 it would take twice the memory for nothing."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)

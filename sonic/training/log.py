@@ -1,0 +1,160 @@
+"""Figures of a run: JSONL in the run folder, a progress bar, and W&B when asked (its only door)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from sonic.evaluation.sweep import Cell
+from sonic.training.train_config import LogConfig
+
+PATIENCE_S = 30  # for W&B to answer before a run goes on without it
+LOG = logging.getLogger(__name__)
+SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a look at the student gave: figures by their names in the log, and the film, None where it could not be written."""
+
+    figures: dict[str, float]
+    video: Path | None
+
+
+Look = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
+
+
+class RunLog:
+    """Where figures go. Ranks other than the main one build it with `main=False`, and it then does nothing."""
+
+    def __init__(self, folder: Path, config: LogConfig, *, name: str, main: bool = True) -> None:
+        self.folder, self.config, self.name, self.main = folder, config, name, main
+        self._file = self._bar = self._wandb = None
+
+    def open(self, step: int, total: int | None) -> RunLog:
+        """Start at `step` of `total` (None = by time). Lines of a run that died after its last checkpoint are dropped."""
+        if not self.main:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / SCALARS
+        kept = "".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
+        if not path.exists() or path.read_text() != kept:
+            aside = path.with_name(f".{SCALARS}")
+            aside.write_text(kept)
+            aside.rename(path)  # a full disk must not cost the lines that are there
+        self._file = path.open("ab", buffering=0)
+        if self.config.bar and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
+        if self.config.wandb != "off":
+            self._wandb = _open_wandb(self.folder, self.config, self.name)
+        return self
+
+    def scalars(self, step: int, values: Mapping[str, float], video: Path | None = None) -> None:
+        """Keep `values` of `step`, and the sample film where there is one (in the run folder already)."""
+        if self._file is None:
+            return
+        shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
+        self._append(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({**values, **_as_media(video)}, step=step)
+        if self._bar is None:
+            LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
+
+    def _append(self, line: str) -> None:
+        """A line that is there whole or not at all: a full disk costs lines, not the run."""
+        end, wanted = self._file.tell(), line.encode()
+        try:
+            if self._file.write(wanted) < len(wanted):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            LOG.warning("a line of %s could not be written (%s); training goes on", self.folder / SCALARS, error)
+            with suppress(OSError):
+                self._file.truncate(end)
+
+    def tick(self, step: int, loss: float, *, samples_per_second: float, seconds_left: float) -> None:
+        """Move the progress bar to `step`."""
+        if self._bar is not None:
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {samples_per_second:.1f} samples/s, {left} left", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for part in (self._bar, self._file):
+            if part is not None:
+                part.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
+        self._file = self._bar = self._wandb = None
+
+
+def read_scalars(folder: Path) -> list[dict]:
+    """Every line a run kept, oldest first."""
+    return [json.loads(line) for line in _lines(folder / SCALARS)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of the file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _as_media(video: Path | None) -> dict[str, object]:
+    """A film as W&B shows it."""
+    import wandb
+
+    return {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
+
+
+def _need_wandb(asked: str):
+    """The package. Raises ValueError with the way to get it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"log.wandb={asked} needs W&B, which is not installed; run: pip install wandb, or use log.wandb=off") from error
+    return wandb
+
+
+def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
+    """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
+    wandb = _need_wandb(config.wandb)
+    known = folder / "wandb_id.txt"
+    run_id = known.read_text().strip() if known.exists() else uuid.uuid4().hex[:8]
+    known.write_text(run_id)
+    keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
+    keywords["settings"] = wandb.Settings(init_timeout=PATIENCE_S)
+    try:
+        return wandb.init(mode=config.wandb, **keywords)
+    except wandb.errors.Error as error:
+        LOG.warning("W&B cannot be used (%s); logging offline under %s", str(error).splitlines()[0], folder)
+        wandb.teardown()  # its service holds the name of the run that did not come about
+        return wandb.init(mode="offline", **keywords)
+
+
+def log_cells(cells: Sequence[Cell], folder: Path, config: LogConfig, *, group: str) -> None:
+    """The figures of a sweep's finished cells as runs of one W&B group; nothing with log.wandb=off."""
+    if config.wandb == "off":
+        return
+    for cell in cells:
+        if cell.figures is None:
+            continue
+        run = _open_wandb(cell.folder, config, cell.name, group=group)
+        run.config.update(cell.choices, allow_val_change=True)
+        flat = {f"eval/{name}": value["mean"] if isinstance(value, dict) else value for name, value in cell.figures.items()}
+        run.log(flat)
+        run.finish()

@@ -1,0 +1,223 @@
+"""The training loop: turns, losses, steps, figures, checkpoints. What is learnt and where it runs are arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonic.evaluation.metrics import peak_rss_gib
+from sonic.system.files import save_tensors
+from sonic.training.engine import Engine
+from sonic.training.guard import Guard
+from sonic.training.log import Look, RunLog
+from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.optim import rate
+from sonic.training.train_config import TrainConfig
+
+
+class Diverged(ValueError):
+    """The loss or its gradient stopped being a finite number, or exploded. The last good checkpoint and the batch are kept."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run used and reached, `made` of the steps by this process; `figures` are means over the last steps."""
+
+    steps: int
+    made: int
+    seconds: float
+    samples: int
+    figures: dict[str, float]
+
+
+class Meter:
+    """Sums of figures between two log lines; they stay tensors until read. `kept` is what another had in its state."""
+
+    def __init__(self, kept: Mapping[str, tuple[float, int]] | None = None, *, device: torch.device) -> None:
+        self._sums = {name: torch.tensor(total, dtype=torch.float32, device=device) for name, (total, _) in (kept or {}).items()}
+        self._counts = {name: count for name, (_, count) in (kept or {}).items()}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Sums and counts, exactly, so that a restart says what an unbroken run would."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Clock:
+    """Seconds of this run, those before a restart included, and how much of the budget they and the steps make."""
+
+    def __init__(self, config: TrainConfig, before: float) -> None:
+        self.budget, self.before, self.start = config.budget, before, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def progress(self, step: int) -> float:
+        """Share of the budget used before `step`; 1.0 = done."""
+        if self.budget.max_steps:
+            return min(1.0, step / self.budget.max_steps)
+        return min(1.0, self.seconds() / (60 * self.budget.max_minutes))
+
+    def left(self, step: int, first: int) -> float:
+        """Seconds to the end of the budget at the speed so far (`first` = step this process started at)."""
+        if self.budget.max_minutes:
+            return max(0.0, 60 * self.budget.max_minutes - self.seconds())
+        return (self.budget.max_steps - step) * (time.monotonic() - self.start) / max(1, step - first)
+
+
+def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.Generator:
+    """The randomness of one loss: a function of the run's seed and the step alone, so that a restart needs no state."""
+    words = np.random.SeedSequence((seed, step, part)).generate_state(2, np.uint32)
+    number = int(words[0]) << 31 | int(words[1]) >> 1
+    torch.manual_seed(number ^ 1)  # what draws without a generator, such as dropout
+    return torch.Generator(device).manual_seed(number)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What takes part in a run, and the folder it lives in.
+
+    `batches(start)` opens this process's stream where `start` batches of all processes together have been used; `look(step)` films
+    the student.
+    """
+
+    config: TrainConfig
+    objective: Objective
+    engine: Engine
+    batches: Callable[[int], Iterator[Batch]]
+    log: RunLog
+    folder: Path
+    look: Look | None = None
+    guard: Guard = field(default_factory=Guard)
+
+
+def train(run: Run) -> Outcome:
+    """Train until the budget is used, from the newest checkpoint in the run folder when there is one.
+
+    Raises Diverged when a loss or gradient is not finite, or a loss explodes.
+    """
+    config, objective, engine, log = run.config, run.objective, run.engine, run.log
+    engine.prepare(objective)
+    facts = engine.load()
+    first = step = int(facts.get("step", 0))
+    clock = Clock(config, float(facts.get("seconds", 0.0)))
+    used = int(facts.get("batches", 0))
+    stream = run.batches(used)
+    meter, figures, kept_at = Meter(facts.get("meter"), device=engine.world.device), dict(facts.get("figures", {})), time.monotonic()
+    with log.open(step, config.budget.max_steps or None):
+        progress = engine.world.agree(clock.progress(step))
+        while progress < 1:
+            lr = rate(step, progress, config.optim)
+            for number, role in enumerate(objective.turn(step)):
+                place = Turn(role, step, number)
+                meter.add(_turn(run, place, stream, lr=lr * objective.rates.get(role, 1.0)))
+                used += config.budget.accumulate
+            step += 1
+            progress = engine.world.agree(clock.progress(step))
+            last = progress >= 1
+            if last or step % config.log.every_steps == 0:
+                figures = meter.read()
+                pace = (step - first) / (time.monotonic() - clock.start)
+                samples = pace * config.budget.batch_size * config.budget.accumulate
+                figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
+                figures |= {"perf/peak_gib": peak_gib(engine.world.device), "train/lr": lr}
+                seen = run.look(step) if run.look and (last or step % config.log.samples_every == 0) else None
+                log.scalars(step, {**figures, **(seen.figures if seen else {})}, seen and seen.video)
+                loss = figures.get("train/student_loss", float("nan"))
+                log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
+            if last or engine.world.agree(_due(config, step, kept_at)):
+                told = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": meter.state()}
+                engine.save(step, {"batches": used, **told})
+                kept_at = time.monotonic()
+    engine.settle()
+    return Outcome(step, step - first, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory so far, of the device where it has its own, else of this process."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_rss_gib()
+
+
+def _due(config: TrainConfig, step: int, kept_at: float) -> bool:
+    by_steps = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+    return bool(by_steps) or time.monotonic() - kept_at > 60 * config.checkpoint.every_minutes
+
+
+class Turn(NamedTuple):
+    """One update: of which role, in which step, and which one within the step."""
+
+    role: str
+    step: int
+    number: int
+
+
+def _turn(run: Run, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
+    """Losses, gradients and one optimizer step; its figures, means over all processes.
+
+    The batches of an update are numbered over all processes together, and a batch's randomness is a function of its number; so
+    the number of processes changes nothing but the order of sums. Processes that share a batch's tokens have its figures alike.
+    """
+    (role, step, _), config, world = turn, run.config, run.engine.world
+    mine = config.budget.accumulate // world.readers
+    figures: list[dict[str, Tensor]] = []
+    seen: list[Batch] = []  # as they came, in host memory
+    for place in range(mine):
+        seen.append(next(stream))
+        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in seen[-1].items()}
+        part = turn.number * config.budget.accumulate + place * world.readers + world.reader
+        rng = step_rng(config.seed, step, part=part, device=world.device)
+        figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
+    norm = run.engine.step(role, rate=lr, step=step)
+    names = list(figures[0])
+    means = world.mean(torch.stack([torch.stack([each[name].float() for name in names]) for each in figures]).mean(0))
+    found = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+    total = found[f"train/{role}_loss"]
+    why = run.guard.fault(role, float(total), float(norm))
+    if why:
+        _keep_worst(run, seen, [float(each[f"{role}_loss"]) for each in figures])
+        run.engine.settle()
+        raise Diverged(
+            f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} {why}; the last good checkpoint "
+            f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
+        )
+    return {**found, f"train/{role}_grad_norm": norm.detach()}
+
+
+def _keep_worst(run: Run, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+    """Write the batch whose own loss is not finite, else that of the largest loss, among those of this process."""
+    sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
+    batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
+    tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
+    save_tensors(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
+
+
+def _descend(run: Run, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
+    """The gradient of every part of a loss, each taken before the next part is computed; the loss and its figures."""
+    total, figures = 0.0, {}
+    while True:
+        with run.engine.precision():
+            part = next(losses, None)
+        if part is None:
+            return {f"{role}_loss": total, **figures}
+        loss, found = part
+        run.engine.backward(role, loss * share)
+        total, figures = total + loss.detach(), {name: value.detach() for name, value in found.items()}

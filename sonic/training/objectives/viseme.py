@@ -1,0 +1,87 @@
+"""Name the mouth shapes from the sound: the speech encoder's training, and the helping loss beside the DiT's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sonic.config import ModelConfig
+from sonic.encoders.speech import SPEECH_ENCODERS, vary_throat
+from sonic.geometry import FRAMES_PER_LATENT
+from sonic.model.audio_tokens import AudioEncoder
+from sonic.training.objective_config import VisemeConfig
+from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.train_config import TrainConfig
+from sonic.types import pick
+
+VISEMES = 5
+# what an error in each number costs: the opening is what people see first
+COST = (2.0, 1.0, 1.0, 0.5, 0.5)
+
+
+class VisemeHead(nn.Linear):
+    """Reads the visemes of the four video frames of a latent frame from its audio tokens. Used in training only."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        tokens = config.audio.num_audio_token + 1  # and the summary
+        super().__init__(tokens * config.trunk.hidden_dim, FRAMES_PER_LATENT * VISEMES)
+
+    def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
+        """tokens [B,T,A+1,D] (the last one is padding), summary [B,T,D] -> [B,4T,5]"""
+        heard = torch.cat((rearrange(tokens[:, :, :-1], "b t a d -> b t (a d)"), summary), dim=-1)
+        return rearrange(super().forward(heard), "b t (f v) -> b (t f) v", f=FRAMES_PER_LATENT)
+
+
+def hear_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Audio tokens as the rollout makes them, every block alone.  audio [B,N,A,4T] -> tokens [B,T,A+1,D], summary [B,T,D]"""
+    frames = FRAMES_PER_LATENT * config.rollout.block_frames
+    apart = rearrange(audio, "b n a (k f) -> (b k) n a f", f=frames)
+    tokens, summary = encoder.clip(apart, tuple(config.motion.motion_frames))
+    batch = audio.shape[0]
+    return rearrange(tokens, "(b k) t a d -> b (k t) a d", b=batch), rearrange(summary, "(b k) t d -> b (k t) d", b=batch)
+
+
+def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error by COST, and how much of the opening's variance is left unexplained.  both [B,F,5]"""
+    cost = torch.tensor(COST, device=found.device)
+    loss = (cost * (found.float() - visemes).square()).mean()
+    opening = visemes[..., 0]
+    unexplained = F.mse_loss(found.detach()[..., 0].float(), opening) / opening.var().clamp(min=1e-6)
+    return loss, {"viseme_error": loss.detach(), "opening_unexplained": unexplained}
+
+
+class VisemePretraining(Objective):
+    """The speech encoder, with a viseme head beside it that is not exported."""
+
+    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
+        assert isinstance(config.objective, VisemeConfig)
+        self.config = config.objective
+        encoder = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
+        self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
+        self.roles: Mapping[str, nn.Module] = {"student": self.student}
+
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
+        """Error of the visemes read from noised sound.  batch: mel [B,8T,40], visemes [B,4T,5]"""
+        encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
+        heard = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
+        yield viseme_loss(self.student["viseme_head"](heard), batch["visemes"])
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The speech encoder alone."""
+        start = "speech_encoder."
+        return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
+
+
+def encoder_input(columns: Tensor, config: VisemeConfig, rng: torch.Generator) -> Tensor:
+    """Log-mel columns [B,T,40] as other speakers and microphones would give them: another throat, another colour, some noise."""
+    count, _, mels = columns.shape
+    draw = {"generator": rng, "device": rng.device}
+    if config.throat or config.bend:
+        whole, low = (2 * torch.rand(count, 1, **draw) - 1 for _ in range(2))
+        columns = vary_throat(columns, torch.exp(config.throat * whole + config.bend * low * torch.linspace(1, 0, mels, device=rng.device)))
+    tilt = torch.randn(count, 1, 1, **draw) * torch.linspace(-1, 1, mels, device=rng.device)
+    return columns + config.tilt * tilt + config.audio_noise * torch.randn(columns.shape, **draw)

@@ -1,0 +1,170 @@
+"""Sample films while training: what the student makes so far, kept as a video and scored, without a trace in what is learnt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sonic.checkpoint.converted import Ready
+from sonic.checkpoint.weights import load_weights
+from sonic.config import DecodeConfig, SamplerConfig
+from sonic.data.audio import envelope, load_speech
+from sonic.data.image import cut, face_crop, load_image
+from sonic.data.landmarks import find_face, locate_mouth
+from sonic.data.pixels import to_signed
+from sonic.data.segments import WATCHED, mouth_opening, quick
+from sonic.evaluation import metrics
+from sonic.evaluation.evaluate import Case, cases, filmed, scored, write_film
+from sonic.geometry import FPS
+from sonic.inference.components import Parts, ReadyParts, transformer_weights, untrained_encoders, weight_files
+from sonic.inference.conditions import whole_picture
+from sonic.inference.generate import film
+from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
+from sonic.model.dit import TRAINING_ENTRY_POINTS
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World as Mesh
+from sonic.training.engine import Engine, is_sharded
+from sonic.training.log import Look, Sample
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.train_config import EvalConfig, TrainConfig
+from sonic.types import Portrait, Scene, Speech, pick
+
+LOG = logging.getLogger(__name__)
+FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
+AREA = 384 * 256  # of the pictures that a published model paints meanwhile, in pixels
+REACH = 5  # frames of lag that are tried either way
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who is looked at, and where films of them go."""
+
+    config: TrainConfig
+    objective: Any
+    engine: Engine
+    folder: Path
+
+    @contextmanager
+    def play(self):
+        """The student's transformer as it is now. Weights that are whole are float32, and so is the film; those in shards compute in
+        the training's precision, all else in a film does not."""
+        with torch.no_grad(), self.objective.cast.play(STUDENT) as model:
+            own = (
+                {name: vars(model).get(name) for name in ("forward", *TRAINING_ENTRY_POINTS)}
+                if is_sharded(next(model.parameters()))
+                else {}
+            )
+            for name in own:
+                setattr(model, name, _precisely(getattr(model, name), self.engine.precision))
+            try:
+                yield model
+            finally:
+                for name, method in own.items():
+                    delattr(model, name) if method is None else setattr(model, name, method)
+
+    def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
+        """Write the film of a step, on the main process; None where the disk has no room for it.  frames [F,3,H,W] in [-1,1]"""
+        path = self.folder / "samples" / f"step_{step:08d}.mp4"
+        if not self.engine.world.main:
+            return None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_film(path, frames, speech, fps=fps)
+        except (OSError, ValueError) as error:
+            LOG.warning("the sample film of step %d could not be written (%s); training goes on", step, error)
+            return None
+        return path
+
+
+def _precisely(call: Callable[..., Any], precision: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
+    """The same call in that precision, its result in float32."""
+
+    def called(*given: object, **named: object) -> Any:
+        with precision():
+            found = call(*given, **named)
+        return found.float() if isinstance(found, Tensor) else found
+
+    return called
+
+
+def look_of(student: Student) -> Look | None:
+    """How to look at the student; None when nobody wants to (log.samples_every=0).
+
+    Raises ValueError when what is learnt makes no films, or nobody can speak for them.
+    """
+    config = student.config
+    if not config.log.samples_every:
+        return None
+    if not hasattr(student.objective, "cast"):
+        raise ValueError(f"log.samples_every={config.log.samples_every}: objective={config.objective.name} makes no films; use 0")
+    sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
+    return pick(LOOKS, config.model.autoencoder, "model.autoencoder")(student, sampler)
+
+
+def moving_look(student: Student, sampler: SamplerConfig) -> Look:
+    """A drawn person of the test split says a sentence; the mouth's true way is known."""
+    config, device = student.config, student.engine.world.device
+    files = weight_files(config.model)
+    autoencoder, speech = untrained_encoders(config.model, device)
+    load_weights(autoencoder, files.autoencoder)
+    load_weights(speech, files.speech)
+    told = EvalConfig(clips=1, seed=config.seed, seconds=config.log.sample_seconds)
+    case = next(cases(told, config.model.resolution))
+    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False))
+
+    def look(step: int) -> Sample:
+        made: list[Tensor] = []
+        with student.play() as model:
+            parts = Parts(config.model, model, autoencoder, speech, device)
+
+            def make(case: Case, samples: np.ndarray) -> Tensor:
+                made.append(filmed(case, samples, parts, settings=settings, seed=config.seed).cpu())
+                return made[-1]
+
+            found = scored(case, make, 4 * config.model.rollout.block_frames).figures
+        video = student.keep(step, made[0], Speech(case.samples.astype(np.float32)))
+        return Sample({f"eval/{name}": found[name] for name in FIGURES}, video)
+
+    return look
+
+
+def painting_look(student: Student, sampler: SamplerConfig) -> Look:
+    """The bundled portrait says the beginning of the bundled recording; nobody knows the truth, so the mouth is held against the
+    sound alone, and is as lively as that of nothing else."""
+    config, device = student.config, student.engine.world.device
+    checkpoint = Ready.open(transformer_weights(config.model).parent)
+    parts = ReadyParts(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
+    pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
+    face = find_face(pixels)
+    crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=WATCHED)
+    fps = config.model.rollout.fps
+    heard = load_speech(RECORDINGS["sample"])
+    speech = Speech(heard.samples[: round(config.log.sample_seconds * heard.sample_rate)])
+    scene = Scene(Portrait(pixels), speech, round(config.log.sample_seconds * fps), config.seed, fps)
+    clip = config.model.rollout.clip_frames or Settings.clip_frames
+    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False), clip_frames=clip)
+
+    def look(step: int) -> Sample:
+        with student.play() as model:
+            now = parts.with_model(model)
+            with closing(film(scene, now, settings)) as chunks:
+                painted = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
+        mouth = mouth_opening(torch.stack([cut(frame, crop) for frame in painted]))
+        level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
+        figures = {"eval/sync_correlation": metrics.best_lag(mouth, level, REACH)[0], "eval/mouth_motion": float(np.std(mouth))}
+        frames = to_signed(rearrange(painted, "f h w c -> f c h w"))
+        return Sample(figures, student.keep(step, frames, speech, fps=fps))
+
+    return look
+
+
+LOOKS: dict[str, Callable[[Student, SamplerConfig], Look]] = {"warp": moving_look, "wan": painting_look}  # by model.autoencoder

@@ -1,0 +1,189 @@
+"""Every knob of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from sonic.config import (
+    OWN,
+    PRECISIONS,
+    DecodeConfig,
+    ModelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+    knob,
+    one_of,
+    precision_of,
+    require,
+)
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.training.objective_config import ObjectiveConfig
+
+ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used.
+
+    A step uses `accumulate` batches of `batch_size` samples, all processes together.
+    """
+
+    max_steps: int = knob(0, "optimizer steps; 0 = max_minutes counts")
+    max_minutes: float = knob(0.0, "minutes of training; 0 = max_steps counts")
+    batch_size: int = knob(8, "samples in a batch")
+    accumulate: int = knob(1, "batches to a step, shared by all processes: a multiple of their number")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
+        require(self.accumulate >= 1, f"budget.accumulate={self.accumulate}: need at least 1")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up, a flat part, and a cosine fall that starts at `decay_from` of the budget."""
+
+    lr: float = knob(1e-3, "learning rate after the warm-up")
+    final_lr: float = knob(0.02, "share of lr at the end of the budget")
+    warmup_steps: int = knob(100, "steps in which the rate rises linearly from 0")
+    decay_from: float = knob(0.3, "fraction of the budget from which the rate falls along a cosine")
+    beta1: float = knob(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = knob(0.95, "AdamW's decay of the mean squared gradient")
+    weight_decay: float = knob(0.01, "AdamW's decoupled weight decay")
+    clip_norm: float = knob(1.0, "largest norm of the gradient of a role; larger ones are scaled down")
+    ema_decay: float = knob(0.999, "decay of the running average that is exported, per step")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
+        require(0 <= self.decay_from < 1, f"optim.decay_from={self.decay_from}: need a fraction in [0, 1)")
+        require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}: need a value in [0, 1)")
+
+
+@dataclass
+class SpeedConfig:
+    """Where and how fast. `threads=0` leaves torch's own choice."""
+
+    device: str = knob("auto", "auto, cpu or cuda; auto takes cuda when there is one")
+    threads: int = knob(0, "CPU threads; 0 leaves it to torch")
+    precision: str = knob(OWN, "float32, bfloat16 (autocast around the loss), or auto = the model's own")
+    channels_last: bool = knob(False, "convolutions in channels-last memory format")
+    workers: int = knob(0, "processes that read or draw batches; 0 = the training's own")
+    prefetch: int = knob(4, "batches that each of them keeps ready")
+    engine: str = knob("auto", "auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)")
+    recompute: bool = knob(False, "blocks are computed again for the gradient instead of kept")
+    cpu_offload: bool = knob(False, "shards are kept in host memory")
+    context: int = knob(1, "processes that share the tokens of each batch (fsdp)")
+    timeout_s: float = knob(45.0, "seconds without progress of a process, after which it counts as lost and all end")
+
+    def __post_init__(self) -> None:
+        one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "speed.device")
+        require(0 <= self.threads <= 4096, f"speed.threads={self.threads}: need 0 (torch's own choice) to 4096")
+        require(self.workers >= 0, f"speed.workers={self.workers}: need 0 (the training's own process) or more")
+        require(self.prefetch >= 1, f"speed.prefetch={self.prefetch}: need at least 1")
+        require(1 <= self.timeout_s <= 3600, f"speed.timeout_s={self.timeout_s} must lie between 1 and 3600")
+        require(self.context >= 1, f"speed.context={self.context}: need at least 1")
+        one_of(self.precision, (OWN, *PRECISIONS), "speed.precision")
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
+
+    every_minutes: float = knob(5.0, "minutes between checkpoints")
+    every_steps: int = knob(0, "steps between checkpoints; 0 = by minutes only")
+    keep: int = knob(2, "newest checkpoints that are kept")
+    resume: str = knob("auto", "auto (newest good one), never, or the path of a checkpoint; newer ones are then renamed")
+
+    def __post_init__(self) -> None:
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
+
+
+@dataclass
+class LogConfig:
+    """Where the figures go: always JSONL in the run folder, to W&B when asked (key from the environment)."""
+
+    every_steps: int = knob(20, "steps between lines of figures")
+    wandb: str = knob("off", "off, offline or online; the key comes from the environment")
+    project: str = knob("sonic", "W&B project")
+    bar: bool = knob(True, "show a progress bar")
+    samples_every: int = knob(0, "steps between sample videos, the last step besides; 0 = none")
+    sample_seconds: float = knob(3.0, "length of a sample video")
+    sample_steps: int = knob(8, "sampling steps of a student that was not trained for a number of them")
+
+    def __post_init__(self) -> None:
+        every = self.every_steps
+        fits = self.samples_every >= 0 and self.samples_every % max(1, every) == 0
+        require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
+        require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
+        require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
+        require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
+        require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
+
+
+@dataclass
+class DataConfig:
+    """What a batch is cut from. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
+
+    source: str = knob("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
+    folder: str = knob("", "folder of the clips")
+    window: int = knob(9, "latent frames of a sample; 0 = whole clips")
+    split: str = knob("train", "train or test: other people, for drawn ones")
+    resolution: int = knob(192, "side of the face crop of drawn people in pixels")
+
+
+@dataclass
+class TrainConfig:
+    """One training run, whole. It lives in the folder runs/`name`."""
+
+    name: str = knob("train", "name of the folder runs/<name>")
+    seed: int = knob(0, "of data order, noise and new weights")
+    export: str = knob("", "where the averaged weights go, .safetensors; empty = nowhere")
+    init_from: str = knob("", "weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        steps, minutes = self.budget.max_steps, self.budget.max_minutes
+        require(
+            (steps > 0) != (minutes > 0),
+            f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
+        )
+        self.speed = replace(self.speed, precision=precision_of(self.speed.precision, self.model))
+
+
+@dataclass
+class EvalConfig:
+    """What is scored: people, voices and sentences of the test split, with a still head."""
+
+    clips: int = knob(20, "people, each with a recording of their own")
+    seed: int = knob(0, "other seeds are other people and sentences")
+    seconds: float = knob(8.0, "length of each recording, at least 2")
+    noisy: bool = knob(False, "dirt of real recordings on the speech")
+    videos: str = knob("", "folder for a contact sheet of every clip; empty = none")
+    films: int = knob(0, "of so many clips the films too, in the same folder")
+
+    def __post_init__(self) -> None:
+        require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
+        require(self.seconds >= 2, f"eval.seconds={self.seconds}: a correlation needs at least 2 seconds")
+
+
+@dataclass
+class EvaluateConfig:
+    """Scores a model on drawn people whose mouths are known exactly: the model, the true video, and nothing moving."""
+
+    json: str = knob("", "where the figures go")
+    eval: EvalConfig = knob(EvalConfig)
+    run: RunConfig = knob(RunConfig)
+    model: ModelConfig = knob(ModelConfig)
+    sampler: SamplerConfig = knob(SamplerConfig)
+    video: VideoConfig = knob(VideoConfig)
+    decode: DecodeConfig = knob(DecodeConfig)
+    parallel: ParallelConfig = knob(ParallelConfig)

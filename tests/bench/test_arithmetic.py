@@ -1,0 +1,46 @@
+"""Laws of the counted arithmetic: it is what torch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import BLOCK, SIZE, conditions, tiny_config, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sonic.bench.arithmetic import gemm_fraction
+from sonic.model.counts import block_multiply_adds, forward_multiply_adds
+from sonic.types import BlockSpan
+
+GRID = (SIZE[0] // 4, SIZE[1] // 4)
+
+
+def counted(run) -> int:
+    """Multiply-adds by torch's own counter, on kernels that it knows."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        run()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("motion", [None, 3])
+def test_the_count_of_a_forward_is_what_torch_counts(motion):
+    model, told = tiny_model(), conditions(6, motion=motion)
+    found = counted(lambda: model(torch.randn(1, 4, 6, *SIZE), torch.tensor([500.0]), told))
+    assert forward_multiply_adds(model.config, 6, GRID, motion=motion is not None) == found
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_count_of_a_block_is_what_torch_counts(blocks):
+    model, told = tiny_model(window_blocks=2).requires_grad_(False), conditions(BLOCK, motion=None)
+    cache = model.prefill(told, model.new_cache(told, steps=1))
+    latents, level = torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([500.0])
+    for index in range(blocks):
+        inputs = model.prepare_block(told, BlockSpan(index, index * BLOCK, BLOCK))
+        found = counted(lambda inputs=inputs: model.denoise_block(latents, level, inputs, cache=cache, ring=cache.rings[0]))
+    assert block_multiply_adds(model.config, GRID, blocks=blocks) == found
+
+
+def test_the_measured_share_of_a_matrix_product_is_a_share():
+    config = tiny_config()
+    config.trunk.patch_size = [1, 3, 3]
+    assert 0 < gemm_fraction(config, torch.float32, repeats=2) < 1

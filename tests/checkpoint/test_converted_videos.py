@@ -1,0 +1,193 @@
+"""Films with converted checkpoints, from the command line: both models, on one rank and on two, several speakers, a video of poses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from convert_command import PROMPT, infer
+from infer_command import babble, write_wav
+from infer_command_ranks import infer_on
+from PIL import Image
+from video_files import read_frames
+
+from sonic.data.video import VideoWriter
+from sonic.system.program import process
+from sonic.vae.wan_vae import WanAutoencoder
+
+SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32")  # as exact as the tests
+SHORT = {  # a film of two blocks or clips
+    "live": ("model=live_avatar_14b", "sampler=live_avatar_3step", "video.infer_frames=12", "video.num_clip=2"),
+    "wan": ("model=wan_s2v_14b", "sampler=unipc", "sampler.sample_steps=2", "video.infer_frames=8", "video.num_clip=2"),
+}
+TWO_RANKS = process("infer", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Films are made with one thread, as every rank has it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def told(ready: Path, model: str, *extra: str) -> list[str]:
+    return [*SHORT[model], f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", f"prompt={PROMPT}", *SMALL, *extra]
+
+
+def film(folder: Path, name: str, *argv: str) -> bytes:
+    assert infer(folder, *argv, f"output={folder / name}.mp4", f"name={name}") == 0
+    return (folder / f"{name}.mp4").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def alone(ready, tmp_path_factory) -> dict[str, bytes]:
+    """Short films of one rank."""
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    made = {model: film(folder, model, *told(ready, model)) for model in SHORT}
+    torch.set_num_threads(threads)
+    return made
+
+
+def frames_of(folder: Path, name: str) -> np.ndarray:
+    return np.stack(list(read_frames(folder / f"{name}.mp4")))
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "frames"),
+    [
+        ("live", ["video.num_clip=0"], 38),  # all of the recording
+        ("live", ["compat=upstream"], 21),
+        ("wan", ["video.num_clip=0", "video.infer_frames=16"], 24),
+        ("wan", ["compat=upstream", "video.infer_frames=16"], 29),
+    ],
+)
+def test_a_converted_checkpoint_films(ready, tmp_path, model, extra, frames):
+    film(tmp_path, "a", *told(ready, model, *extra))
+    assert len(frames_of(tmp_path, "a")) == frames
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    assert result["fps"] == (25 if model == "live" else 16)
+    assert (tmp_path / "runs/a/contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("model", SHORT)
+def test_any_number_of_steps_films_in_the_models_own_precision(ready, tmp_path, model, steps):
+    typed = [
+        f"sampler.sample_steps={steps}",
+        "sampler.sample_guide_scale=0",
+        "video.infer_frames=8",
+        "video.num_clip=1",
+        "video.size=64*64",
+    ]
+    given = [SHORT[model][0], f"checkpoint={ready / model}", f"audio={ready / 'speech.wav'}", f"prompt={PROMPT}", "run.threads=1", *typed]
+    film(tmp_path, "a", *given)
+    assert len(frames_of(tmp_path, "a")) == 8
+    found, log = json.loads((tmp_path / "runs/a/result.json").read_text())["sampling"], (tmp_path / "runs/a/log.txt").read_text()
+    assert (found["schedule"], found["steps"], found["guide_scale"]) == ("unipc" if model == "wan" else "live_avatar", steps, 1.0)
+    assert (found["dtype"], found["weights"]) == ("bfloat16", str(ready / model / "dit"))
+    assert (len(found["sigmas"]), len(found["timesteps"])) == (steps + 1, steps)
+    assert f"{steps} steps of schedule {found['schedule']}" in log and "no guidance" in log
+
+
+@pytest.mark.parametrize(("model", "plan"), [("wan", "parallel=fsdp"), ("live", "parallel=auto")])
+def test_two_ranks_make_the_film_of_one(ready, alone, tmp_path, model, plan):
+    argv = told(ready, model)
+    places = (f"output={tmp_path / 'two.mp4'}", f"run.folder={tmp_path / 'runs'}", "name=two", "device=cpu")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TWO_RANKS, *argv, plan, *places], capture_output=True, text=True, timeout=280, check=False, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.mp4").read_bytes() == alone[model]
+
+
+def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_film_of_one(ready, alone, tmp_path):
+    apart = ("parallel=pipeline", "parallel.vae_rank=true", f"output={tmp_path / 'three.mp4'}")
+    codes, said = infer_on(3, [*told(ready, "live"), *apart], tmp_path, before=weigh)
+    assert codes == [0] * 3, said
+    assert (tmp_path / "three.mp4").read_bytes() == alone["live"]
+    assert re.findall(r"VAE on (\d)", said) == ["2"]  # nobody else has its weights
+
+
+def weigh(rank: int) -> None:
+    """Say where a VAE is loaded."""
+    take = WanAutoencoder.take
+    WanAutoencoder.take = lambda *arguments: sys.stderr.write(f"VAE on {rank}\n") and take(*arguments)
+
+
+def test_a_known_prompt_needs_no_text_encoder(ready, tmp_path):
+    copy = shutil.copytree(ready / "live", tmp_path / "live")
+    made = [*told(ready, "live", "video.num_clip=1"), f"checkpoint={copy}", f"prompt={PROMPT} calm"]
+    assert infer(tmp_path, *made, f"output={tmp_path / 'a.mp4'}") == 0
+    shutil.rmtree(copy / "text_encoder")
+    assert infer(tmp_path, *made, f"output={tmp_path / 'b.mp4'}") == 0
+    assert infer(tmp_path, *made, "prompt=another", f"output={tmp_path / 'c.mp4'}") == 2
+
+
+@pytest.fixture
+def pair(tmp_path) -> list[str]:
+    """A portrait of two, with a mask and a recording for each: the left one speaks first, the right one longer."""
+    for index, (name, seconds) in enumerate((("left", 0.5), ("right", 0.8))):
+        write_wav(tmp_path / f"{name}.wav", babble(seconds, seed=index))
+        half = np.zeros((192, 192), np.uint8)
+        half[:, 96 * index : 96 * (index + 1)] = 255
+        Image.fromarray(half).save(tmp_path / f"{name}.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)).save(tmp_path / "both.png")
+    voices, masks = (ending.join(str(tmp_path / name) for name in ("left", "right")) for ending in (".wav+", ".png,"))
+    return [f"image={tmp_path / 'both.png'}", f"audio={voices}.wav", f"face.masks=[{masks}.png]"]
+
+
+@pytest.mark.parametrize("model", SHORT)
+def test_two_speakers_are_filmed_each_with_a_voice(ready, tmp_path, pair, model):
+    argv = [item for item in told(ready, model) if not item.startswith("audio=")]
+    film(tmp_path, "both", *argv, *pair)
+    audio, masks = (item.partition("=") for item in pair[1:])
+    swapped = [f"{audio[0]}={'+'.join(reversed(audio[2].split('+')))}", f"{masks[0]}=[{','.join(reversed(masks[2][1:-1].split(',')))}]"]
+    film(tmp_path, "again", *argv, pair[0], *swapped)
+    film(tmp_path, "crossed", *argv, pair[0], swapped[0], pair[2])
+    both, again, crossed = (frames_of(tmp_path, name).astype(int) for name in ("both", "again", "crossed"))
+    assert len(both) == (20 if model == "live" else 13)  # as long as the longer recording
+    print("DIFF", abs(both - again).mean(), abs(both - crossed).mean())
+    assert abs(both - again).mean() < 1  # the order in which they are named means nothing
+    assert abs(both - crossed).mean() > 3
+
+
+@pytest.mark.parametrize("model", SHORT)
+def test_a_video_of_poses_is_followed(ready, tmp_path, model):
+    with VideoWriter(tmp_path / "pose.mp4", 64, 64, num_frames=25) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 256, (25, 64, 64, 3), np.uint8))
+    film(tmp_path, "free", *told(ready, model))
+    film(tmp_path, "posed", *told(ready, model, f"motion.pose={tmp_path / 'pose.mp4'}"))
+    free, posed = (frames_of(tmp_path, name).astype(int) for name in ("free", "posed"))
+    assert free.shape == posed.shape
+    assert abs(free - posed).mean() > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("audio={left}.wav", "2 pictures for 1 recordings"),
+        ("face.masks=[{left}.png]", "1 pictures for 2 recordings"),
+        ("face.masks=[{left}.png,{nowhere}.png]", "face.masks={nowhere}.png does not exist"),
+        ("face.masks=[{left}.png,{small}.png]", "160x160 pixels, the portrait 192x192"),
+        ("audio={left}.wav+{nowhere}.wav", "nowhere.wav"),
+        ("motion.pose={nowhere}.mp4", "nowhere.mp4"),
+        ("motion.pose={left}.wav", "left.wav"),
+    ],
+)
+def test_what_is_wrong_with_speakers_and_poses_is_said(ready, tmp_path, pair, capfd, change, word):
+    Image.fromarray(np.zeros((160, 160), np.uint8)).save(tmp_path / "small.png")
+    places = {name: str(tmp_path / name) for name in ("left", "small", "nowhere")}
+    before = sorted(tmp_path.iterdir())
+    assert infer(tmp_path, *told(ready, "live"), *pair, change.format(**places), f"output={tmp_path / 'a.mp4'}") == 2
+    said = capfd.readouterr().err
+    assert word.format(**places) in said and "Traceback" not in said
+    assert sum(line.startswith("sonic: error") for line in said.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before

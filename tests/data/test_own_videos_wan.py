@@ -1,0 +1,134 @@
+"""One's own videos for a published model, made small: the VAE's latents of whole pictures, prompts, and a training on them."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from official_folder import write_official
+from video_files import read_frames, speech, talking, write
+
+from sonic.checkpoint.convert import DIRECTIONS
+from sonic.checkpoint.converted import Ready
+from sonic.cli import Entry, compose
+from sonic.config import ConvertConfig
+from sonic.data import clips
+from sonic.data.clips import ClipDataset
+from sonic.data.data_config import PrecomputeConfig
+from sonic.data.image import covering
+from sonic.data.precompute import precompute
+from sonic.data.video import frames_at
+from sonic.training.build import run_training
+from sonic.training.clip_encoders import build_encoders
+from sonic.training.log import read_scalars
+from sonic.training.objective_config import OBJECTIVE_CONFIGS
+from sonic.training.train_config import TrainConfig
+
+FRAMES = 49  # at 25 a second, of which 31 remain at 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("espeakng_loader")
+    place = tmp_path_factory.mktemp("videos")
+    samples, visemes = speech(1, FRAMES)
+    pixels = talking(visemes)
+    write(place / "good.mp4", pixels, samples)
+    (place / "good.txt").write_text("a person speaks to the camera")
+    write(place / "high.mp4", pixels[:, :200], samples)
+    return place
+
+
+@pytest.fixture(scope="module")
+def config(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("painted")
+    write_official(place / "official")
+    argv = ["model=wan_s2v_14b", f"source={place / 'official'}", f"output={place / 'ready'}"]
+    told = compose(Entry("convert", ConvertConfig, collections=()), argv)
+    DIRECTIONS[told.to](told, told.model)
+    argv = ["model=wan_s2v_14b", f"checkpoint={place / 'ready'}", f"data.source={folder}", f"folder={place / 'clips'}"]
+    made = compose(Entry("precompute", PrecomputeConfig), [*argv, "data.size=128x128", "latent_frames=7", "workers=0"])
+    assert precompute(made, build_encoders) == 2
+    return made
+
+
+def test_latents_are_those_of_the_pictures(config):
+    found = ClipDataset(config.folder, window=7)[0, 0]
+    assert found["latents"].shape == (16, 7, 16, 16) and found["ref"].shape == (16, 1, 16, 16)
+    assert found["audio"].shape[-1] == 28 and found["text"].shape == (12, 24)
+
+
+def test_they_begin_where_the_sound_does(config, folder):
+    """The first frame is the past; the next 28 are what the latents show, in order."""
+    line = json.loads((Path(config.folder) / "report.jsonl").read_text().splitlines()[0])
+    assert (line["video"], line["start_s"], line["seconds"]) == ("good.mp4", 0.06, 1.75)
+    shown = [covering(frame, 128, 128) for frame in islice(frames_at(folder / "good.mp4", 16), 29)]
+    pixels = rearrange(torch.stack([torch.from_numpy(frame) for frame in shown]), "f h w c -> 1 c f h w").float() / 127.5 - 1
+    vae = Ready.open(Path(config.model.weights)).autoencoder(torch.device("cpu"), torch.float32)
+    wanted, _ = vae.encode(pixels)
+    found = ClipDataset(config.folder, window=7)[0, 0]["latents"]
+    torch.testing.assert_close(found, wanted[0, :, 1:], atol=0.01, rtol=0.01)
+
+
+def test_a_prompt_is_that_of_its_video(config):
+    data = ClipDataset(config.folder, window=7)
+    said, silent = (data[number, 0]["text"] for number in range(2))
+    assert said.shape == silent.shape and not torch.equal(said, silent)
+    rows = Ready.open(Path(config.model.weights)).rows("a person speaks to the camera", 12, torch.device("cpu"))[0]
+    torch.testing.assert_close(said[: len(rows)], rows, atol=1e-3, rtol=1e-3)
+
+
+def training(config, *argv):
+    entry = Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS})
+    own = ["budget.max_steps=2", "budget.accumulate=1", "log.every_steps=1", "log.bar=false", "speed.engine=local", "speed.workers=0"]
+    sizes = ["data.window=7", "objective.window.past=3", "export=", "speed.precision=float32"]
+    return compose(
+        entry, ["+train=audio_adapter", f"checkpoint={config.model.weights}", f"data.folder={config.folder}", *own, *sizes, *argv]
+    )
+
+
+def test_the_audio_adapter_learns_from_them_and_is_filmed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sonic.training.samples.AREA", 192 * 192)
+    made = training(config, "model.rollout.clip_frames=32", "log.samples_every=2", "log.sample_seconds=2", "log.sample_steps=1")
+    made.model = Ready.open(Path(made.model.weights)).config(made.model)
+    assert run_training(made, tmp_path / "run").steps == 2
+    first, last = read_scalars(tmp_path / "run")
+    assert first["train/student_loss"] > 0 and "video" not in first
+    assert sum(1 for _ in read_frames(tmp_path / "run" / last["video"])) == 32 and "eval/sync_correlation" in last
+
+
+def test_clips_of_one_rate_teach_no_model_of_another(config, tmp_path):
+    """As those of wan_s2v_14b would be taken for Live Avatar's."""
+    assert clips.read_index(Path(config.folder))["fps"] == 16
+    made = training(config, "model.rollout.fps=25")
+    with pytest.raises(ValueError, match="clips of 16 frames a second, model=wan_s2v_14b makes films of 25"):
+        run_training(made, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "told"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
+)
+def test_clips_of_other_encoders_are_refused(config, file, told, tmp_path):
+    manifest = Path(config.model.weights) / "manifest.json"
+    kept = manifest.read_text()
+    said = json.loads(kept)
+    said["sources"] = {name: digest[::-1] if file in name else digest for name, digest in said["sources"].items()}
+    manifest.write_text(json.dumps(said))
+    try:
+        with pytest.raises(ValueError, match=told):
+            run_training(training(config), tmp_path / "run")
+    finally:
+        manifest.write_text(kept)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_face_that_the_size_cuts_off_is_said(config, folder):
+    argv = ["model=wan_s2v_14b", f"checkpoint={config.model.weights}", f"data.source={folder}", f"folder={config.folder}_wide"]
+    with pytest.raises(ValueError, match=r"the face does not fit into data.size=512x64 \(2\)"):
+        precompute(
+            compose(Entry("precompute", PrecomputeConfig), [*argv, "data.size=512x64", "latent_frames=7", "workers=0"]), build_encoders
+        )

@@ -1,0 +1,241 @@
+"""Data sets made by worker processes: the same whoever makes them, and continued when stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sonic.config import ModelConfig
+from sonic.data import precompute as precompute_module
+from sonic.data.clips import ClipDataset
+from sonic.data.data_config import MixConfig, PrecomputeConfig
+from sonic.data.precompute import MAKERS, Encoders, encode_person, precompute, recording, talking
+from sonic.encoders.speech import LogMelEncoder
+from sonic.vae.motion_vae import WarpAutoencoder
+
+WARP = WarpAutoencoder().eval()
+
+
+def build_untrained(config: PrecomputeConfig) -> Encoders:
+    torch.manual_seed(0)
+    return Encoders(LogMelEncoder().eval().hear, WarpAutoencoder().eval())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    pytest.importorskip("espeakng_loader")
+    return PrecomputeConfig(
+        folder=str(tmp_path_factory.mktemp("clips")), utterances=2, latent_frames=3, clips_per_utterance=2, workers=1,
+        model=ModelConfig(resolution=48),
+    )  # fmt: skip
+
+
+def test_clips_have_people_sound_and_movement(config):
+    assert precompute(config, build_untrained) == 4
+    data = ClipDataset(config.folder, window=3)
+    found = data[0, 0]
+    assert found["latents"].shape == (16, 3, 6, 6) and found["ref"].shape == (16, 1, 6, 6)
+    assert found["audio"].shape == (1, 160, 12) and found["visemes"].shape == (12, 5) and found["head"].shape == (12, 4)
+    assert data.statistics()["cell_std"].shape == (6, 6)
+
+
+SPOKEN = torch.rand(24, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def spoken(tmp_path, monkeypatch):
+    """Settings of two clips of 12 frames, whose recording is always the same and needs no synthesiser."""
+    said = SimpleNamespace(samples=np.sin(0.1 * np.arange(24 * 640)).astype(np.float32))
+    monkeypatch.setattr(precompute_module.voices, "say", lambda rng, split, seconds: said)
+    monkeypatch.setattr(precompute_module.voices, "viseme_track", lambda said, frames: SPOKEN.numpy())
+    monkeypatch.setattr(precompute_module.voices, "augment", lambda samples, rng: samples + 0.25)
+    return PrecomputeConfig(folder=str(tmp_path), latent_frames=3, clips_per_utterance=2, model=ModelConfig(resolution=48))
+
+
+def test_every_clip_of_a_recording_has_the_features_and_the_visemes_of_its_own_frames(spoken):
+    told = replace(spoken, mix=MixConfig(clean=1.0, silent=0.0))
+    encoders = Encoders(lambda samples, frames: torch.arange(float(frames)).view(1, 1, -1), WARP)
+    first, second = talking(told, encoders, np.random.default_rng(0))
+    assert torch.cat([clip["audio"].flatten() for clip in (first, second)]).tolist() == list(range(24))
+    assert torch.equal(torch.cat([clip["visemes"] for clip in (first, second)]), SPOKEN)
+    assert not torch.equal(first["ref"], second["ref"])  # each is said by a person of its own
+
+
+@pytest.mark.parametrize("moving", [0.0, 1.0])
+def test_the_head_moves_in_as_many_clips_as_are_asked_for(spoken, moving):
+    told = replace(spoken, mix=MixConfig(moving=moving))
+    encoders = Encoders(lambda samples, frames: torch.zeros(1, 1, frames), WARP)
+    assert [bool(clip["head"].any()) for clip in talking(told, encoders, np.random.default_rng(0))] == [bool(moving)] * 2
+
+
+@pytest.mark.parametrize(("clean", "silent"), [(1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
+def test_where_nobody_speaks_the_mouth_rests_and_only_unclean_sound_is_changed(spoken, clean, silent):
+    samples, visemes = recording(replace(spoken, mix=MixConfig(clean=clean, silent=silent)), np.random.default_rng(0))
+    plain = np.zeros(24 * 640, np.float32) if silent else precompute_module.voices.say(None, "", 0).samples
+    assert np.array_equal(samples, plain if clean else plain + 0.25)
+    assert torch.equal(visemes, torch.zeros(24, 5) if silent else SPOKEN)
+
+
+def test_a_head_that_moves_is_in_the_latents_from_where_it_moves_on():
+    """People are encoded a few frames at a time; each portion has its own visemes and its own way of the head."""
+    torch.manual_seed(0)
+    person = precompute_module.faces.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
+    visemes, still = torch.zeros(16, 5), torch.zeros(16, 4)
+    turned, open_late = still.clone(), visemes.clone()
+    turned[12:, 1], open_late[12:, 0] = 0.1, 1.0
+    made = [encode_person(WARP, person, visemes=v, head=h)[0] for v, h in ((visemes, still), (visemes, turned), (open_late, still))]
+    assert made[0].shape == (16, 4, 6, 6)
+    for changed in made[1:]:
+        assert ((changed - made[0]).abs().amax((0, 2, 3)) > 1e-4).tolist() == [False, False, False, True]
+
+
+def _children(parent):
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.append(folder.name)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see the workers")
+def test_no_worker_outlives_the_process_it_works_for(tmp_path):
+    script = f"""
+from sonic.data.precompute import precompute
+from sonic.data.data_config import PrecomputeConfig
+from sonic.training.clip_encoders import build_encoders
+
+if __name__ == "__main__":
+    config = PrecomputeConfig(
+        folder={str(tmp_path)!r}, kind="spoken", utterances=10**4, latent_frames=3, clips_per_utterance=1, workers=1
+    )
+    precompute(config, build_encoders)
+"""
+    (tmp_path / "make.py").write_text(script)
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    boss = subprocess.Popen([sys.executable, str(tmp_path / "make.py")], stderr=subprocess.DEVNULL, env=paths)
+    while not (workers := _children(boss.pid)) or not list(tmp_path.glob("shard_*")):
+        time.sleep(0.2)
+    boss.kill()
+    boss.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_stopped_run_makes_only_what_is_missing(config, tmp_path):
+    more = replace(config, folder=str(tmp_path), utterances=18, kind="spoken", latent_frames=3, clips_per_utterance=1, workers=0)
+    precompute(more, build_untrained)
+    (tmp_path / "shard_00001.safetensors").unlink()
+    (tmp_path / "index.json").unlink()
+    kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
+    assert precompute(more, build_untrained) == 18
+    assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
+    assert len(ClipDataset(tmp_path, window=3)) == 18
+
+
+def heard_by(name):
+    return lambda config: {"autoencoder_hash": "same", "speech_hash": name}
+
+
+def build_first(config: PrecomputeConfig) -> Encoders:
+    return replace(build_untrained(config), hashes=heard_by("first")(config))
+
+
+def build_second(config: PrecomputeConfig) -> Encoders:
+    encoders = replace(build_untrained(config), hashes=heard_by("second")(config))
+    return replace(encoders, hear=lambda samples, frames: 1 + build_untrained(config).hear(samples, frames))
+
+
+def test_another_speech_encoder_hears_clips_again_and_leaves_what_is_seen(config, tmp_path, monkeypatch):
+    own = replace(config, folder=str(tmp_path / "heard"), utterances=2, workers=0)
+    anew = replace(own, folder=str(tmp_path / "anew"))
+    precompute(own, build_first, heard_by("first"))
+    precompute(anew, build_second, heard_by("second"))
+    with monkeypatch.context() as patch:
+        patch.setitem(MAKERS, "talking", None)  # nobody is drawn
+        assert precompute(own, build_second, heard_by("second")) == 4
+    for index in range(4):
+        ours, expected = ClipDataset(own.folder)[index, 0], ClipDataset(anew.folder)[index, 0]
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    real = precompute_module.recording
+    monkeypatch.setattr(precompute_module, "recording", lambda config, rng: (real(config, rng)[0], 0.5 * real(config, rng)[1]))
+    precompute(own, build_first, heard_by("first"))  # other words: the clips are made from the beginning
+    assert ClipDataset(own.folder)[0, 0]["visemes"].abs().max() <= 0.5
+
+
+def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplog):
+    own = replace(config, folder=str(tmp_path), utterances=1, workers=0)
+    assert precompute(own, build_first, heard_by("first")) == 2
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert (index["autoencoder_hash"], index["speech_hash"], index["fps"]) == ("same", "first", 25)
+    shard = tmp_path / "shard_00000.safetensors"
+    kept, first = shard.stat().st_mtime_ns, ClipDataset(tmp_path)[0, 0]["audio"]
+    precompute(own, build_second)  # nobody says what it would be made with
+    precompute(own, build_first, heard_by("first"))
+    assert shard.stat().st_mtime_ns == kept and "made again" not in caplog.text
+    assert precompute(own, build_second, heard_by("second")) == 2
+    assert "1 shards" in caplog.text and "they are made again" in caplog.text
+    assert torch.allclose(ClipDataset(tmp_path)[0, 0]["audio"], first + 1, atol=0.01)
+    assert json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "second"
+
+
+def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tmp_path, monkeypatch):
+    own = replace(config, folder=str(tmp_path), utterances=17, clips_per_utterance=1, workers=0)
+    precompute(own, build_first, heard_by("first"))
+    real = precompute_module.write_shard
+
+    def stopped(path, *given, **facts):
+        if path.name != "shard_00000.safetensors":
+            raise KeyboardInterrupt
+        real(path, *given, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "write_shard", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(own, build_second, heard_by("second"))
+    with pytest.raises(ValueError, match=r"two encoders.*finish sonic precompute"):
+        ClipDataset(tmp_path)
+    assert precompute(own, build_second, heard_by("second")) == 17 == len(ClipDataset(tmp_path))
+
+
+def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplog):
+    own = replace(config, folder=str(tmp_path), utterances=16, clips_per_utterance=1, workers=0)
+    precompute(own, build_untrained)
+    kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
+    precompute(own, build_first, heard_by("first"))
+    assert (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns == kept
+    assert "speech_hash" not in json.loads((tmp_path / "index.json").read_text())
+    precompute(replace(own, utterances=17), build_first, heard_by("first"))
+    assert "1 older shards" in caplog.text and json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "first"
+
+
+def test_clips_made_otherwise_are_not_taken_for_ones_own(config):
+    precompute(config, build_untrained)
+    for other in ({"split": "test"}, {"seed": 9}, {"latent_frames": config.latent_frames * 2}):
+        with pytest.raises(ValueError, match=f"not {next(iter(other))}="):
+            precompute(replace(config, **other), build_untrained)
+
+
+def test_a_folder_that_grows_makes_its_last_shard_anew(tmp_path):
+    told = {"kind": "spoken", "folder": str(tmp_path / "voices"), "latent_frames": 6, "clips_per_utterance": 1, "workers": 0}
+    assert precompute(PrecomputeConfig(utterances=2, **told), build_untrained) == 2
+    assert precompute(PrecomputeConfig(utterances=5, **told), build_untrained) == 5
+
+
+def test_an_unknown_kind_names_the_choices(config):
+    with pytest.raises(ValueError, match="talking"):
+        precompute(replace(config, kind="singing"), build_untrained)

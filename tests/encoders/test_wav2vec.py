@@ -1,0 +1,114 @@
+"""Laws of the published models' speech features, on a tiny encoder."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from sonic.encoders.wav2vec import Wav2VecEncoder, frame_places, pick_frames, stretch
+
+TINY = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": [8] * 7, "conv_bias": True,
+    "feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return Wav2VecEncoder(TINY)
+
+
+def speech(seconds):
+    time = np.arange(round(16_000 * seconds)) / 16_000
+    return (np.sin(2 * np.pi * (200 + 40 * time) * time) * np.sin(2 * np.pi * 1.7 * time)).astype(np.float32)
+
+
+def test_every_frame_has_all_layers_and_frames_after_the_end_are_silent(encoder):
+    found = encoder.hear(speech(1.0), 40)
+    assert found.shape == (3, 16, 40)
+    assert found[..., :20].abs().min(1).values.max() > 0 and not found[..., 26:].any()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5])
+@pytest.mark.parametrize("in_memory", [1 << 30, 0])
+def test_features_picked_window_by_window_are_those_of_all_states(encoder, seconds, in_memory, monkeypatch):
+    monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
+    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", in_memory)
+    sound = speech(seconds)
+    expected = pick_frames(stretch(encoder.states(sound)), frame_places(70, 25))
+    assert_close(encoder.hear(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_voices_are_heard_each_for_itself(encoder):
+    voices = [speech(1.0), -speech(0.5)]
+    assert_close(encoder.hear_each(voices, 30), torch.stack([encoder.hear(voice, 30) for voice in voices]))
+
+
+def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(encoder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.encoders.wav2vec.os.posix_fallocate", full, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"needed in {tmp_path} .* TMPDIR"):
+        encoder.hear(speech(1.0), 40)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, None])
+def test_a_disk_that_cannot_promise_room_is_used_without(encoder, reason, monkeypatch):
+    def refuse(*_):
+        raise OSError(reason, "not supported") if reason else AttributeError("macOS")
+
+    expected = encoder.hear(speech(1.0), 40)
+    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.encoders.wav2vec.os.posix_fallocate", refuse, raising=False)
+    assert_close(encoder.hear(speech(1.0), 40), expected)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 3.0])
+def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
+    whole = encoder.states(speech(seconds))
+    monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
+    monkeypatch.setattr(Wav2VecEncoder, "MARGIN_S", 1)
+    windows = encoder.states(speech(seconds))
+    assert windows.shape == whole.shape
+    # attention reaches over the whole recording, so only what enters the layers is the same away from the cuts
+    assert_close(windows[0], whole[0], atol=1e-3, rtol=1e-3)
+
+
+def test_windows_hear_almost_what_the_whole_recording_says(encoder, monkeypatch):
+    whole = encoder.states(speech(40.0))
+    monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 15)
+    apart = (encoder.states(speech(40.0)) - whole).square().mean(-1).sqrt() / whole.square().mean(-1).sqrt()
+    assert apart.mean() < 0.01 and apart.amax() < 0.1
+
+
+def test_the_ends_stay_the_ends_at_another_rate():
+    states = torch.randn(2, 50, 3)
+    found = stretch(states)
+    assert found.shape == (2, 30, 3)
+    assert_close(found[:, [0, -1]], states[:, [0, -1]])
+
+
+def test_a_frame_is_driven_by_the_sound_of_its_time():
+    states = torch.arange(60.0).reshape(1, 60, 1)
+    found = pick_frames(states, frame_places(25, 25))
+    assert_close(found.flatten() / 30, torch.arange(25) / 25, atol=0.5 / 30 + 1e-6, rtol=0)
+
+
+def test_weights_of_another_encoder_are_named(encoder, tmp_path):
+    weights = {f"wav2vec2.{name}": tensor.clone() for name, tensor in encoder.encoder.state_dict().items()}
+    save_file(weights | {"lm_head.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    encoder.load(tmp_path / "a.safetensors")
+    lost = next(name for name in weights if "layers.1" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=lost.removeprefix("wav2vec2.")):
+        encoder.load(tmp_path / "b.safetensors")

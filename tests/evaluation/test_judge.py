@@ -1,0 +1,194 @@
+"""Laws of judging a finished film."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from recordings import voice
+
+from sonic.cli import run_command
+from sonic.commands import judge_command
+from sonic.config import FacePlaceConfig, JudgeConfig
+from sonic.data.audio import envelope, load_speech, save_speech
+from sonic.data.video import Coding, VideoWriter
+from sonic.evaluation.judge import judge, pauses, sound_fault
+from sonic.types import Speech
+
+FACE = FacePlaceConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
+FRAMES = 75
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A photograph, a recording that swells and falls and pauses, and nothing else."""
+    folder = tmp_path_factory.mktemp("judge")
+    smooth = np.linspace(60, 180, 160)[None, :, None] + np.linspace(0, 40, 128)[:, None, None] + np.zeros(3)
+    Image.fromarray(smooth.astype(np.uint8)).save(folder / "face.png")
+    seconds = np.arange(FRAMES * 640) / 16000
+    swell = np.clip(np.sin(2 * np.pi * 1.3 * seconds), 0, 1) * (seconds < 2.0)
+    save_speech(folder / "speech.flac", (0.5 * swell * np.random.default_rng(0).standard_normal(len(seconds)) / 3).astype(np.float32))
+    return folder
+
+
+MOUTH = np.s_[72:90, 58:82]  # rows and columns
+
+
+def film(folder, name, motion, fps=25, where=MOUTH):
+    """A film of the photograph whose mouth (or another part) brightens by motion[k] grey levels in frame k."""
+    photo = np.array(Image.open(folder / "face.png"))
+    with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
+        for strength in motion:
+            frame = photo.astype(np.float32)
+            frame[where] += strength
+            writer.write(frame.clip(0, 255).astype(np.uint8)[None])
+    return JudgeConfig(
+        film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), json=str(folder / "out.json"), face=FACE
+    )
+
+
+def sound(folder, frames=FRAMES, fps=25):
+    return envelope(load_speech(folder / "speech.flac").samples, 16000, frames, fps=fps)
+
+
+@pytest.mark.parametrize("late", [0, 4])
+def test_the_lag_of_the_mouth_is_found(folder, late):
+    motion = np.roll(200 * sound(folder), late)
+    found = judge(film(folder, f"late{late}.mp4", motion))
+    assert found["speech_correlation"] > 0.9
+    assert abs(found["lag_frames"] - late) < 0.6
+    assert json.loads((folder / "out.json").read_text())["lag_frames"] == found["lag_frames"]
+
+
+def test_a_film_of_another_rate_is_held_against_the_sound_of_its_own_frames(folder):
+    found = judge(film(folder, "slow.mp4", 200 * sound(folder, 48, 16), fps=16))
+    assert found["speech_correlation"] > 0.9
+    assert abs(found["lag_frames"]) < 0.6
+
+
+def test_a_mouth_that_ignores_the_speech_scores_low(folder):
+    motion = 40 * np.random.default_rng(1).random(FRAMES)
+    found = judge(film(folder, "noise.mp4", motion))
+    assert found["speech_correlation"] < 0.5
+    assert found["rest_ratio"] > 0.5
+
+
+def test_the_mouth_itself_does_not_count_as_damage_to_the_photograph(folder):
+    still, moving = (judge(film(folder, name, level * np.ones(FRAMES)))["photo_psnr_db"] for name, level in (("a.mp4", 0), ("b.mp4", 60)))
+    assert still > 38 and moving > 36
+
+
+def test_damage_counts_by_its_mean_square_over_all_frames(folder):
+    motion = np.where(np.arange(FRAMES) < FRAMES // 3, 20, 0)  # of the first third of the film
+    found = judge(film(folder, "damaged.mp4", motion, where=np.s_[:, :]))
+    assert found["photo_psnr_db"] == pytest.approx(10 * np.log10(255**2 / (20**2 / 3)), abs=0.3)
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(np.s_[34:52], True), (np.s_[93:111], False), (np.s_[119:127], True)])
+def test_the_chin_may_move_and_forehead_and_chest_may_not(folder, rows, counts):
+    """The chin of this face lies at row 90; a jaw that opens, and its shadow, reach below it."""
+    found = judge(film(folder, "part.mp4", np.full(FRAMES, 60), where=(rows, np.s_[58:82])))
+    assert (found["photo_psnr_db"] < 33) is counts
+
+
+def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames(folder):
+    """What happens in the short gaps between two words counts for neither."""
+    level, after = sound(folder), np.arange(FRAMES) > 47 + 5  # the last word ends in frame 47
+    motion = np.where(after, 20, np.where(level > np.median(level), 80, 50))
+    assert judge(film(folder, "rest.mp4", motion))["rest_ratio"] == pytest.approx(20 / 80, rel=0.03)
+
+
+def test_a_pause_is_far_from_every_sound():
+    level = np.ones(60)
+    level[20:40] = 1e-6
+    assert pauses(level).nonzero()[0].tolist() == list(range(25, 35))
+
+
+def test_a_film_of_another_size_is_refused(folder):
+    config = film(folder, "c.mp4", np.zeros(FRAMES))
+    config.size = "100x80"
+    with pytest.raises(ValueError, match="size"):
+        judge(config)
+
+
+@pytest.mark.parametrize("option", ["film", "image", "audio"])
+def test_figures_do_not_take_the_place_of_what_is_judged(tmp_path, option):
+    for name in ("film", "image", "audio"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "again").hardlink_to(tmp_path / option)
+    named = {name: str(tmp_path / name) for name in ("film", "image", "audio")}
+    with pytest.raises(ValueError, match=f"^json=.* is the file {option}=.* that is judged; choose another json"):
+        judge(JudgeConfig(**named, json=str(tmp_path / "again")))
+    assert (tmp_path / option).read_text() == option
+
+
+def voiced(folder, name, samples, frames=FRAMES):
+    """A film with a sound track of its own, as the judge is asked about it."""
+    with VideoWriter(folder / name, 160, 128, num_frames=frames, speech=None if samples is None else Speech(samples)) as writer:
+        writer.write(np.repeat(np.array(Image.open(folder / "face.png"))[None], frames, axis=0))
+    return JudgeConfig(film=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), face=FACE)
+
+
+def spoken(folder):
+    """The recording of the folder, like speech."""
+    save_speech(folder / "speech.flac", voice(FRAMES / 25))
+    return load_speech(folder / "speech.flac").samples
+
+
+def cut_short(folder, name, keep):
+    """The film with the first packets of its sound track alone."""
+    short = folder / f"short_{name}"
+    with av.open(str(folder / name)) as given, av.open(str(short), "w") as made:
+        streams = {stream.index: made.add_stream_from_template(stream) for stream in given.streams}
+        for count, packet in enumerate(each for each in given.demux() if each.dts is not None):
+            sound = packet.stream.type == "audio"
+            packet.stream = streams[packet.stream.index]
+            if not sound or count < keep:
+                made.mux(packet)
+    return short
+
+
+FAULTS = {
+    "the recording": (lambda samples: samples, ""),
+    "quieter and upside down": (lambda samples: -0.2 * samples, ""),
+    "40 ms late": (lambda samples: np.pad(samples, (640, 0)), "sound_offset_ms is 40.0"),
+    "a second early": (lambda samples: samples[16_000:], "sound_offset_ms is -1000.0"),
+    "its second half 50 ms late": (lambda samples: np.concatenate([samples[:24_000], np.zeros(800, "f"), samples[24_000:]]), "correlation"),
+    "another sound": (lambda samples: samples[::-1].copy(), "sound_correlation is"),
+    "nothing": (lambda samples: np.zeros_like(samples), "sound_correlation is 0.00"),
+    "no track": (lambda samples: None, "no sound track: sound_length_ms is -3000.0"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_film_fails_unless_its_own_sound_is_the_recording_in_time(tmp_path, folder, case):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    change, sentence = FAULTS[case]
+    found = judge(voiced(tmp_path, "a.mp4", change(spoken(tmp_path))))
+    fault = sound_fault(found)
+    assert sentence in fault if sentence else fault == ""
+    if not sentence:
+        assert abs(found["sound_offset_ms"]) < 1 and abs(found["sound_length_ms"]) < 1 and found["sound_correlation"] > 0.95
+
+
+def test_a_sound_track_that_ends_early_is_told_by_its_length(tmp_path, folder):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    config = voiced(tmp_path, "a.mp4", spoken(tmp_path))
+    config.film = str(cut_short(tmp_path, "a.mp4", keep=80))
+    assert "sound_length_ms is -" in sound_fault(judge(config))
+
+
+@pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 1)])
+def test_the_command_says_in_one_sentence_that_the_sound_is_wrong(tmp_path, folder, monkeypatch, capsys, sound, code):
+    Image.open(folder / "face.png").save(tmp_path / "face.png")
+    samples = spoken(tmp_path)
+    voiced(tmp_path, "12:30.mp4", samples if sound else None)
+    monkeypatch.chdir(tmp_path)
+    argv = ["film=12:30.mp4", "image=face.png", "audio=speech.flac", "face.box=[40,30,60,60]", "face.mouth=[70,78,12]", "json=out.json"]
+    assert run_command(judge_command.ENTRY, judge_command.score, argv) == code
+    said = capsys.readouterr()
+    assert "sound_length_ms" in said.out and "sound_correlation" in json.loads(Path("out.json").read_text())
+    sentences = [line for line in said.err.splitlines() if "error" in line]
+    assert len(sentences) == code and all("film=12:30.mp4: the film has no sound track" in line for line in sentences)

@@ -1,0 +1,296 @@
+"""Sweeps: every cell once, failures told and tried again when asked, and a report that stands alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from wandb_files import parsed, read_back
+
+from sonic.cli import Entry, compose
+from sonic.commands import ablate_command
+from sonic.data.video import VideoWriter
+from sonic.evaluation import sweep as sweeps
+from sonic.evaluation.sweep import FIGURES, cells_of, commands, sweep
+from sonic.evaluation.sweep_config import AblateConfig
+from sonic.evaluation.sweep_report import write_report
+from sonic.training.log import log_cells
+from sonic.training.train_config import LogConfig
+
+ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
+GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"
+# a program that scores as fast as a test wants it to: figures that follow from its arguments, failure for three steps, and for five
+# what a test puts there
+SCORER = """
+import json, sys
+told = dict(item.split("=", 1) for item in sys.argv[1:] if "=" in item)
+steps = int(told["sampler.sample_steps"])
+if steps == 3:
+    sys.exit("three steps are not to be had")
+if steps == 5 and told["eval.seed"] == "2":
+    {stop}
+clips = [0.9 - 0.1 / steps + 0.01 * int(told["eval.seed"])] * int(told["eval.clips"])
+names = {names}
+tracks = [[0.0, 1.0 / steps, 0.0, -1.0]] * len(clips)
+found = {{"peak_rss_gib": 0.5 + steps / 10, "openings": tracks, **{{name: {{"clips": clips}} for name in names}}}}
+json.dump(found, open(told["json"], "w"))
+"""
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    program = tmp_path / "scorer.py"
+    program.write_text(SCORER.format(names=FIGURES, stop="pass"))
+    monkeypatch.setattr(sweeps, "PROGRAM", [sys.executable, str(program)])
+    return program
+
+
+def config(*argv):
+    return compose(ENTRY, ["clips=3", "films=0", "seeds=[1,2]", *argv])
+
+
+def test_a_cell_is_told_its_choices_and_every_seed(tmp_path):
+    made = config(GRID)
+    cell = cells_of(made, tmp_path)[1]
+    first, second = commands(made, cell)
+    assert {"sampler.sample_steps=4", "weights=teacher", "eval.clips=3", "eval.seed=1", "+preset=fast_preview"} <= set(first)
+    assert "eval.seed=2" in second
+    assert cell.name == "sample_steps=4, weights=teacher"
+
+
+def test_a_cell_is_told_of_the_machine_where_that_was_said(tmp_path):
+    told = commands(config(GRID, "run.threads=1", "run.dtype=bfloat16"), cells_of(config(GRID), tmp_path)[0])[0]
+    assert "run.threads=1" in told and "run.dtype=bfloat16" in told and not any(item.startswith("run.device") for item in told)
+    assert not any(item.startswith("run.") for item in commands(config(GRID), cells_of(config(GRID), tmp_path)[0])[0])
+
+
+def test_combinations_can_be_left_out(tmp_path):
+    made = config(
+        "grid={weights: [student, teacher], sampler.sample_steps: [2, 40]}", "exclude=[{weights: student, sampler.sample_steps: 40}]"
+    )
+    assert [cell.name for cell in cells_of(made, tmp_path)] == [
+        "weights=student, sample_steps=2", "weights=teacher, sample_steps=2", "weights=teacher, sample_steps=40",
+    ]  # fmt: skip
+
+
+def test_finished_cells_are_not_done_again(scorer, tmp_path):
+    made = config(GRID)
+    cells = sweep(made, tmp_path)
+    assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [6, 6]
+    times = [(cell.folder / "figures.json").stat().st_mtime_ns for cell in cells]
+    assert times == [(cell.folder / "figures.json").stat().st_mtime_ns for cell in sweep(made, tmp_path)]
+
+
+def test_a_cell_that_is_asked_otherwise_is_scored_again(scorer, tmp_path, caplog):
+    cells = sweep(config(GRID), tmp_path)
+    (cells[1].folder / "told.json").unlink()  # as cells were before that was written down
+    with caplog.at_level("INFO", logger="sonic.training"):
+        cells = sweep(config(GRID, "clips=4"), tmp_path)
+    assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
+    assert "sample_steps=2, weights=teacher was asked otherwise before" in caplog.text and caplog.text.count("otherwise") == 1
+    assert len(json.loads((cells[0].folder.with_name(f"left_{cells[0].folder.name}") / "seed_1.json").read_text())["openings"]) == 3
+
+
+def test_failed_cells_are_told_and_tried_again_when_asked(scorer, tmp_path):
+    made = config("grid={sampler.sample_steps: [2, 3]}", "jobs=2")
+    good, bad = sweep(made, tmp_path)
+    assert good.figures and not bad.figures
+    assert "three steps are not to be had" in bad.failure
+    before = (bad.folder / "log.txt").stat().st_mtime_ns
+    sweep(made, tmp_path)
+    assert (bad.folder / "log.txt").stat().st_mtime_ns == before
+    sweep(config("grid={sampler.sample_steps: [2, 3]}", "retry=true"), tmp_path)
+    assert (bad.folder / "log.txt").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("stop", ["sys.exit(130)", "__import__('os').kill(__import__('os').getpid(), 2)"])
+def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_told_then(scorer, stop, tmp_path, caplog):
+    healthy = scorer.read_text()
+    scorer.write_text(SCORER.format(names=FIGURES, stop=stop))
+    grid = "grid={sampler.sample_steps: [5]}"
+    (cell,) = sweep(config(grid), tmp_path)
+    assert cell.figures is None and not cell.failure and "sample_steps=5 was stopped" in caplog.text
+    assert [path.name for path in cell.folder.glob("seed_*")] == ["seed_1.json"]
+    scorer.write_text(healthy)
+    (cell,) = sweep(config(grid, "seeds=[2,3]"), tmp_path)
+    assert cell.figures["sync_correlation"]["clips"] == pytest.approx([0.9] * 3 + [0.91] * 3)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture
+def report(scorer, tmp_path):
+    made = config("grid={sampler.sample_steps: [2, 3, 4]}")
+    cells = sweep(made, tmp_path)
+    for cell in cells:
+        if cell.figures:
+            (cell.folder / "films_1").mkdir()
+            with VideoWriter(cell.folder / "films_1/clip_000.mp4", 64, 64, num_frames=100) as writer:
+                writer.write(np.full((100, 64, 64, 3), 90, np.uint8))
+    return write_report(cells, tmp_path, title="steps")
+
+
+def test_the_report_stands_alone(report):
+    page = Page(report.read_text())
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("video") == 2
+    assert page.tags.count("tr") == 3
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "three steps are not to be had" in report.read_text()
+    assert "viewport" in report.read_text()
+
+
+def test_the_table_is_there_for_programs(report):
+    rows = list(csv.DictReader((report.parent / "report.csv").open()))
+    assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
+    assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
+    assert "teacher_distance_mean" not in rows[0]  # nobody here is a teacher
+
+
+def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scorer, tmp_path):
+    cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}"), tmp_path)
+    page = write_report(cells, tmp_path, title="steps")
+    rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
+    told = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
+    reference = np.array([0.0, 0.25, 0.0, -1.0])
+    assert told["teacher", "4"] == told["student", "4"] == 0.0
+    assert told["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and told["student", "2"] < told["student", "1"]
+    assert Page(page.read_text()).tags.count("svg") == 4
+
+
+# clicks the button, looks, clicks again and looks again
+PROBE = """
+const look=()=>({fits:document.body.scrollWidth<=innerWidth,films:[...document.querySelectorAll('video')]
+.map(v=>({width:v.videoWidth,time:v.currentTime,paused:v.paused}))});
+const wait=ms=>new Promise(done=>setTimeout(done,ms));
+addEventListener('load',async()=>{const button=document.querySelector('.row button');await wait(1000);button.click();await wait(1000);
+const playing=look();button.click();await wait(500);document.title=JSON.stringify([playing,look()]);});
+"""
+
+
+def test_a_browser_plays_its_films(report, tmp_path):
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine; .ci/run installs it where it may")
+    page = tmp_path / "probe.html"
+    page.write_text(report.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=5000", "--dump-dom"]
+    options.append("--autoplay-policy=no-user-gesture-required")  # a script's click is no person's
+
+    def looks() -> list[dict]:
+        done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        return json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+
+    def all_play(look: dict) -> bool:
+        return all(film["width"] == 64 and film["time"] > 0 and not film["paused"] for film in look["films"])
+
+    # the page's seconds are the browser's, not the machine's: where other work holds up the decoder they pass before a film begins
+    for _ in range(5):
+        playing, stopped = looks()
+        if all_play(playing):
+            break
+    assert len(playing["films"]) == len(stopped["films"]) == 2 and playing["fits"]
+    assert all_play(playing), playing
+    assert all(film["paused"] for film in stopped["films"])
+
+
+def test_the_cells_are_one_group_in_wandb(scorer, tmp_path):
+    cells = sweep(config(GRID), tmp_path)
+    log_cells(cells, tmp_path, LogConfig(wandb="offline"), group="mine")
+    for cell in cells:
+        read_back(cell.folder, last=0)
+        assert {record.run.run_group for record in parsed(cell.folder) if record.WhichOneof("record_type") == "run"} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("grid={}", "grid is empty"),
+        ("grid={seed: 3}", "not a list"),
+        ("jobs=0", "at least 1"),
+        ("minutes=0", "at least 1"),
+        ("engine=slrm", "choose one of"),
+        ("exclude=[{steps: 4}]", "does not name knobs"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(typed, told):
+    with pytest.raises(ValueError, match=told):
+        compose(ENTRY, [GRID, typed])
+
+
+@pytest.mark.parametrize(("engine", "package"), [("submitit", "slurm"), ("ray", "ray")])
+def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_path):
+    try:
+        __import__(engine)
+    except ImportError:
+        with pytest.raises(ValueError, match=rf"-e .\[{package}\]"):
+            sweep(config(GRID, f"engine={engine}"), tmp_path)
+    else:
+        pytest.skip(f"{engine} is installed")
+
+
+def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    limits, real = [], sweeps.score
+
+    class Here(submitit.AutoExecutor):
+        def __init__(self, folder):
+            super().__init__(folder, cluster="debug")
+
+        def update_parameters(self, **parameters):
+            limits.append(parameters["timeout_min"])
+            super().update_parameters(**parameters)
+
+    def killed(folder, processes):
+        if "sample_steps-2" in folder.name:
+            raise submitit.core.utils.UncompletedJobError("Job 7\nCANCELLED DUE TO TIME LIMIT")
+        real(folder, processes)
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Here)
+    monkeypatch.setattr(sweeps, "score", killed)
+    bad, good = sweep(config(GRID, "engine=submitit"), tmp_path)
+    assert limits == [240] and good.figures and not bad.figures
+    assert bad.failure == "its job ended with UncompletedJobError\nJob 7\nCANCELLED DUE TO TIME LIMIT\n"
+
+
+def test_a_worker_of_ray_that_is_lost_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    real = sweeps.score
+
+    def killed(folder, processes):
+        if "sample_steps-2" in folder.name:
+            os._exit(1)
+        real(folder, processes)
+
+    monkeypatch.setattr(sweeps, "score", killed)
+    try:
+        bad, good = sweep(config(GRID, "engine=ray"), tmp_path)
+    finally:
+        ray.shutdown()
+    assert good.figures and not bad.figures
+    assert bad.failure.startswith("its job ended with WorkerCrashedError")
+
+
+def test_grid_items_of_the_command_line_are_gathered():
+    made = compose(
+        ENTRY, ablate_command.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "films=1"])
+    )
+    assert made.grid == {"sampler.sample_steps": [2, 3], "video.size": ["64x64", "128x128"]}
+    assert json.dumps(made.grid)

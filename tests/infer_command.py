@@ -1,0 +1,69 @@
+"""The command infer in this process, with a model so small that a film takes no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from sonic.checkpoint.weights import save_weights
+from sonic.cli import Entry, compose
+from sonic.inference.components import Parts, untrained_parts
+from sonic.inference.infer_config import InferConfig
+from sonic.types import FaceBox, Mouth, Portrait, Scene, Speech
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "model.trunk.hidden_dim=48",
+    "model.trunk.ffn_dim=64",
+    "model.trunk.num_heads=2",
+    "model.trunk.num_layers=2",
+    "model.trunk.freq_dim=32",
+    "model.audio.inject_layers=[0]",
+    "model.resolution=96",
+    "sampler.sample_steps=1",
+    "device=cpu",
+)
+FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, so that nobody has to look for it
+
+
+def tiny_parts(seed: int = 0) -> Parts:
+    """Parts with random weights, none of them zero."""
+    torch.manual_seed(seed)
+    parts = untrained_parts(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
+    for module in (parts.model, parts.autoencoder, parts.speech):
+        for weight in module.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+    return parts
+
+
+def write_weights(folder: Path) -> Path:
+    """A folder of weights for the tiny model."""
+    parts = tiny_parts()
+    folder.mkdir(parents=True)
+    save_weights(parts.model, folder / "preview_dit.safetensors")
+    save_weights(parts.autoencoder, folder / "preview_autoencoder.safetensors")
+    save_weights(parts.speech, folder / "preview_speech.safetensors")
+    return folder
+
+
+def babble(seconds: float, seed: int = 0) -> np.ndarray:
+    """Something loud and changing at 16 kHz."""
+    time = np.arange(round(16_000 * seconds)) / 16_000
+    noise = np.random.default_rng(seed).normal(size=len(time))
+    return (0.1 * noise * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
+    """A recording on disk, as float samples."""
+    soundfile.write(path, samples, rate, subtype="FLOAT")
+    return path
+
+
+def small_scene(num_frames: int = 30, seed: int = 0) -> Scene:
+    """A picture of noise with a face in the middle, and babble as long as the film."""
+    pixels = np.random.default_rng(1).integers(0, 256, (128, 160, 3), np.uint8)
+    portrait = Portrait(pixels, FaceBox(40, 24, 80, 80), Mouth(80, 88, 16))
+    return Scene(portrait, Speech(babble(num_frames / 25)), num_frames, seed)

@@ -1,0 +1,54 @@
+"""The command infer on several ranks, each a process of its own without a launcher above it, which imports nothing anew."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from ranks import PRELOAD
+
+from sonic.cli import run_command
+from sonic.commands import infer_command
+from sonic.parallel import watchdog
+
+TIMEOUT_S = 240.0
+
+
+def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[[int], object] = int) -> tuple[list[int], str]:
+    """(exit codes of the ranks, what they said); `before(rank)` is called on each of them first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "sonic.inference.batch", "librosa.filters"])
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    told = [*argv, "device=cpu", "run.threads=1", f"run.folder={folder / 'runs'}"]
+    said = folder / "said"
+    processes = [context.Process(target=_rank, args=((rank, count, port), told, said, before)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + TIMEOUT_S
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not alive, f"ranks {alive} do not end: {said.read_text()}"
+    return [process.exitcode for process in processes], said.read_text()
+
+
+def _rank(place: tuple[int, int, int], argv: Sequence[str], said: Path, before: Callable[[int], object]) -> None:
+    rank, count, port = place
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = said.open("a", buffering=1)
+    torch.set_num_threads(1)
+    watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0
+    before(rank)
+    sys.exit(run_command(infer_command.ENTRY, infer_command.infer, argv))

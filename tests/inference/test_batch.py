@@ -1,0 +1,311 @@
+"""A file of requests: how its text is read, which lines are refused, and what one line may cost another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from infer_command import FACE, TINY, babble, write_wav, write_weights
+from PIL import Image
+from skimage import data
+
+from sonic.cli import Entry, compose, run_command
+from sonic.commands import infer_command
+from sonic.config import Ranks
+from sonic.inference import batch, input_reader
+from sonic.inference.batch import make_films, open_parts
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.input_reader import SceneReader
+from sonic.inference.inputs import open_scene
+from sonic.inference.requests import all_requests, read_requests, request_of
+
+ENTRY = Entry("infer", InferConfig)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"seed": "7"}', 'seed="7" is str; a request needs int'),
+        ('{"seed": 1.5}', "seed=1.5 is float"),
+        ('{"seed": true}', "seed=true is bool"),
+        ('{"image": null}', "image=null is NoneType; a request needs str"),
+        ('{"audio": 5}', "audio=5 is int"),
+        ('{"picture": "a.jpg"}', "picture is not known"),
+        ("[1]", "is not known"),
+        ("7", "is not known"),
+        ("{", "not JSON"),
+        ('{"seed": 1},', "not JSON"),
+        ('{"seed": 1,}', "not JSON"),
+        ('{"seed": 1}\0', "not JSON"),
+        ('{"seed": 1, "seed": 2}', "seed is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"seed": ' + "9" * 5000 + "}", "limit"),
+        ('{"image": "a\\u0000.png"}', r"image='a\x00.png' holds a character"),
+        ('{"output": "\\ud800.mp4"}', r"output='\ud800.mp4' holds a character"),
+        ('{"image": "caf\udce9.png"}', "not UTF-8"),
+    ],
+)
+def test_a_line_that_is_no_request_is_refused_in_one_sentence(text, said):
+    with pytest.raises(ValueError) as found:
+        request_of(text, compose(ENTRY, []), Path("a.mp4"))
+    assert said in str(found.value)
+
+
+def test_a_very_long_line_is_not_repeated():
+    for text in ("[" + "1," * 10**6 + "1]", json.dumps({"x" * 10**6: 1}), json.dumps({"seed": "x" * 10**6})):
+        with pytest.raises(ValueError) as found:
+            request_of(text, compose(ENTRY, []), Path("a.mp4"))
+        assert len(str(found.value)) < 300
+
+
+def test_a_request_without_an_output_has_a_name_of_its_own():
+    for text in ('{"seed": 3}', '{"seed": 3, "output": ""}'):
+        wanted = request_of(text, compose(ENTRY, []), Path("runs/0003.mp4"))
+        assert (wanted.seed, wanted.output) == (3, "runs/0003.mp4")
+
+
+def test_requests_have_the_numbers_of_their_lines(tmp_path):
+    (tmp_path / "films.jsonl").write_text('{"seed": 1}\n\n{"seed": 2}\n')
+    assert read_requests(str(tmp_path / "films.jsonl")) == [(1, '{"seed": 1}'), (3, '{"seed": 2}')]
+
+
+LINES = ['{"prompt": "é\u2028 \x85"}', "", '{"seed": 2}']
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_of_any_editor_gives_the_same_lines(encoding, end, tmp_path):
+    (tmp_path / "films.jsonl").write_bytes(end.join(LINES).encode(encoding))
+    assert read_requests(str(tmp_path / "films.jsonl")) == [(1, LINES[0]), (3, LINES[2])]
+
+
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
+def test_a_mark_of_either_order_is_read(mark, tmp_path):
+    encoding = "utf-16-le" if mark == b"\xff\xfe" else "utf-16-be"
+    (tmp_path / "films.jsonl").write_bytes(mark + "\n".join(LINES).encode(encoding))
+    assert read_requests(str(tmp_path / "films.jsonl")) == [(1, LINES[0]), (3, LINES[2])]
+
+
+def test_files_with_marks_that_were_joined_are_read(tmp_path):
+    (tmp_path / "films.jsonl").write_bytes(b'\xef\xbb\xbf{"seed": 1}\n\xef\xbb\xbf{"seed": 2}\n')
+    assert [text for _, text in read_requests(str(tmp_path / "films.jsonl"))] == ['{"seed": 1}', '{"seed": 2}']
+
+
+def found_in(folder: Path, *lines: bytes | dict) -> list:
+    file = folder / "films.jsonl"
+    file.write_bytes(b"\n".join(each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines))
+    config = compose(ENTRY, [f"requests={file}"])
+    return all_requests(read_requests(config.requests), config, lambda line: folder / f"{line:04d}.mp4")
+
+
+def test_a_line_in_another_encoding_costs_itself_alone(tmp_path):
+    found = found_in(tmp_path, {"seed": 1}, '{"prompt": "café"}'.encode("latin-1"), {"seed": 3})
+    assert [bool(each.wanted) for each in found] == [True, False, True]
+    assert "not UTF-8 text (character 16 is \\xe9)" in found[1].fault
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "holds no request"), (b"\n \n", "holds no request"), (b"\xff\xfe{\0}", "looks like UTF-16 and is not")]
+)
+def test_a_file_that_cannot_be_read_is_refused(content, said, tmp_path):
+    (tmp_path / "films.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"requests=.*{said}"):
+        read_requests(str(tmp_path / "films.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "said"), [("absent.jsonl", "No such file or directory"), ("", "Is a directory")])
+def test_what_is_no_file_of_requests_is_refused_with_its_option(name, said, tmp_path):
+    with pytest.raises(ValueError, match=rf"^requests=.* cannot be read \({said}\); give a file"):
+        read_requests(str(tmp_path / name))
+
+
+def test_requests_from_a_pipe_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="requests=.* is a named pipe"):
+        read_requests(str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("again", ["a.mp4", "./a.mp4", "inside/../a.mp4", "soft/a.mp4"])
+def test_the_second_film_of_a_name_is_refused_however_it_is_spelt(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "soft").symlink_to(".")
+    for make in (Path("a.mp4").touch, Path("b.mp4").touch):  # before the first film is there, and after
+        found = found_in(tmp_path, {"output": "a.mp4"}, {"output": again}, {"output": "b.mp4"})
+        assert [each.fault for each in found] == ["", f"output={again} is the film of line 1 already; give each film a name of its own", ""]
+        make()
+
+
+@pytest.mark.parametrize("output", ["voice.mp4", "./voice.mp4", "hard.mp4", "soft.mp4"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_film_that_is_an_input_of_any_line_is_refused(output, order, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voice.mp4").touch()
+    os.link("voice.mp4", "hard.mp4")
+    os.symlink("voice.mp4", "soft.mp4")
+    found = found_in(tmp_path, *[{"output": output}, {"audio": "voice.mp4", "output": "b.mp4"}][::order])[::order]
+    assert found[0].fault.startswith(f"output={output} is the file audio=voice.mp4 that line") and not found[1].fault
+
+
+def test_the_file_of_requests_itself_is_no_output(tmp_path):
+    (tmp_path / "films.mp4").symlink_to("films.jsonl")
+    assert "is the file requests=" in found_in(tmp_path, {"output": str(tmp_path / "films.mp4")})[0].fault
+
+
+def test_inputs_are_looked_for_here_and_then_beside_the_file(tmp_path, monkeypatch, caplog):
+    (here := tmp_path / "here").mkdir()
+    (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(here)
+    for file in (here / "both.png", there / "both.png", there / "there.wav"):
+        file.touch()
+    with caplog.at_level("INFO", "sonic"):
+        found = found_in(there, {"image": "both.png", "audio": "there.wav", "output": "a.mp4"}, {"image": "none.png"})
+    assert (found[0].wanted.image, found[0].wanted.audio) == ("both.png", str(there / "there.wav"))
+    assert found[0].wanted.output == "a.mp4"  # films go where they are asked for
+    assert f"audio=there.wav is taken from {there}" in caplog.text
+    assert f"image=none.png is neither in the working folder nor in {there}" in found[1].fault
+
+
+def test_a_line_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wanted = request_of('{"image": "~/a.png", "audio": "~/b.wav", "output": "~/c.mp4"}', compose(ENTRY, []), Path())
+    assert [wanted.image, wanted.audio, wanted.output] == [f"{tmp_path}/{name}" for name in ("a.png", "b.wav", "c.mp4")]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_is_finished_stays_when_a_job_is_stopped(keeps, tmp_path, capsys):
+    def job(config, run) -> None:
+        (run.open() / "0001.mp4").touch()
+        if keeps:
+            run.keep()
+        raise KeyboardInterrupt
+
+    assert run_command(ENTRY, job, [f"run.folder={tmp_path / 'runs'}", "name=films"]) == 130
+    assert (tmp_path / "runs/films/0001.mp4").exists() == keeps
+    assert ("what was finished stays" if keeps else "nothing was kept") in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("parts") / "weights")
+
+
+@pytest.fixture
+def films_of(tmp_path, monkeypatch, weights):
+    """Runs the command over lines of requests; gives its exit code and what it says of each line."""
+    monkeypatch.chdir(tmp_path)
+    write_wav(tmp_path / "voice.wav", babble(0.5))
+
+    def run(*lines: dict) -> tuple[int, dict]:
+        Path("films.jsonl").write_text("\n".join(json.dumps({"audio": "voice.wav", **line}) for line in lines))
+        code = run_command(infer_command.ENTRY, infer_command.infer, ["requests=films.jsonl", "name=r", f"weights={weights}", *FACE, *TINY])
+        return code, json.loads(Path("runs/r/films.json").read_text())
+
+    return run
+
+
+def crashing(threads: int) -> None:
+    """In the process that reads: recordings called crash end it."""
+    torch.set_num_threads(threads)
+    load = input_reader.READERS["audio"]
+
+    def crash(path):
+        if "crash" in str(path):
+            signal.raise_signal(signal.SIGSEGV)
+        return load(path)
+
+    input_reader.READERS = {**input_reader.READERS, "audio": crash}
+    input_reader.open_scene.__globals__["load_speech"] = crash
+
+
+def test_a_recording_that_crashes_its_decoder_costs_its_own_film(films_of, monkeypatch):
+    monkeypatch.setattr(input_reader, "_prepare", crashing)
+    write_wav(Path("crash.wav"), babble(0.5))
+    code, told = films_of({"output": "a.mp4"}, {"audio": "crash.wav", "output": "b.mp4"}, {"output": "c.mp4"})
+    assert code == 1 and [*told] == ["1", "2", "3"]
+    assert told["2"]["error"].startswith("audio=crash.wav: the decoder crashed on this file (SIGSEGV); convert it")
+    assert Path("a.mp4").read_bytes() == Path("c.mp4").read_bytes() and not Path("b.mp4").exists()
+
+
+def test_a_fault_of_the_program_in_one_line_costs_its_own_film(films_of, monkeypatch, capsys):
+    make = batch.make_film
+
+    def broken(scene, parts, config, **named):
+        return {}["lost"] if config.seed == 2 else make(scene, parts, config, **named)
+
+    monkeypatch.setattr(batch, "make_film", broken)
+    code, told = films_of(*({"seed": seed, "output": f"{seed}.mp4"} for seed in (1, 2, 3)))
+    assert code == 1 and Path("1.mp4").exists() and Path("3.mp4").exists()
+    assert told["2"]["error"] == "a fault of the program, not of the input (KeyError: 'lost')"
+    assert 'return {}["lost"]' in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_read_and_written(films_of):
+    name = os.fsdecode(b"caf\xe9")
+    Image.fromarray(data.astronaut()).save(f"{name}.png")
+    code, told = films_of({"image": f"{name}.png", "output": f"{name}.mp4"}, {"image": f"{name}2.png", "output": "b.mp4"})
+    if "error" not in told["1"]:  # where FFmpeg can be given such a name
+        assert Path(f"{name}.mp4").is_file()
+    assert code == 1 and "caf\\xe92.png does not exist" in told["2"]["error"]
+
+
+def test_an_output_that_no_file_system_takes_is_refused_with_its_option(films_of):
+    code, told = films_of({"output": f"{'x' * 300}.mp4"}, {"output": "b.mp4"})
+    assert code == 1 and Path("b.mp4").is_file()
+    assert told["1"]["error"].startswith("output=xxx") and "cannot be written (File name too long)" in told["1"]["error"]
+
+
+def test_errors_in_the_middle_of_a_film_of_several_ranks_end_the_job(monkeypatch, weights, tmp_path):
+    """The others wait in the middle of a forward, so that no further film can be begun."""
+    config = compose(ENTRY, [f"weights={weights}", *FACE, *TINY])
+    kinds = [
+        ("make_film", KeyError("lost"), "raised"),
+        ("make_film", OSError("full"), "told"),
+        ("checked_scene", KeyError("x"), "told"),
+    ]
+
+    def raising(error):
+        def broken(*_, **__):
+            raise error
+
+        return broken
+
+    with open_parts(config, Ranks(), folder=tmp_path) as opened:
+        for name, error, ends in kinds:
+            with monkeypatch.context() as patch:
+                patch.setattr(batch, "_alone", lambda world: False)
+                patch.setattr(batch, "checked_scene", lambda *_, **__: None)
+                patch.setattr(batch, name, raising(error))
+                if ends == "raised":
+                    with pytest.raises(KeyError):
+                        make_films([(1, "{}")], opened, config)
+                else:
+                    assert make_films([(1, "{}")], opened, config)[0].fault
+
+
+def test_a_scene_that_is_read_elsewhere_is_the_same_and_so_is_what_is_said(tmp_path, caplog):
+    face = data.astronaut()[:300, 60:360]
+    pair = torch.cat([torch.from_numpy(face.copy())] * 2, 1).numpy()
+    Image.fromarray(pair).save(tmp_path / "twins.png")
+    write_wav(tmp_path / "voice.wav", babble(0.5))
+    config = compose(ENTRY, [f"image={tmp_path / 'twins.png'}", f"audio={tmp_path / 'voice.wav'}"])
+    said = []
+    other = SceneReader()
+    try:
+        for opens in (open_scene, other.open):
+            caplog.clear()
+            with caplog.at_level("INFO", "sonic"), warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                scene = opens(config)
+            said.append((caplog.messages[:], [str(each.message) for each in warned], scene))
+    finally:
+        other.close()
+    here, there = said
+    assert here[:2] == there[:2] and here[0] and here[1]
+    assert (here[2].portrait.pixels == there[2].portrait.pixels).all() and (here[2].speech.samples == there[2].speech.samples).all()
+    assert (here[2].portrait.face, here[2].portrait.mouth) == (there[2].portrait.face, there[2].portrait.mouth)

@@ -1,0 +1,170 @@
+"""The planner speaks before a job starts: it chooses, it refuses, and it is held against what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from infer_command import FACE, TINY, babble, write_wav, write_weights
+from PIL import Image
+
+from sonic.cli import compose, run_command
+from sonic.commands import infer_command
+from sonic.config import Ranks
+from sonic.inference import choose_plan
+from sonic.inference.choose_plan import forecast
+from sonic.inference.distributed_rollout import distributed_clip
+from sonic.parallel.parallel_config import HardwareConfig
+from sonic.planner.hardware import hardware_here, host_bytes
+
+CPU = torch.device("cpu")
+CLIPS, STREAM = ("fsdp", "context"), ("pipeline", "fsdp", "context")  # plans that several ranks work in
+
+
+def config(*overrides: str):
+    """The config of a command line."""
+    return compose(infer_command.ENTRY, ["+preset=fast_preview", *overrides])
+
+
+def infer(*overrides: str) -> int:
+    """The exit code of a command."""
+    return run_command(infer_command.ENTRY, infer_command.infer, overrides)
+
+
+@pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])
+def test_auto_means_what_the_planner_chooses(ranks, plan):
+    found = forecast(config(), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.parallel.name == plan
+    assert sum(found.parallel.layers or [6]) == 6
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("model", "plans"), [("preview", STREAM), ("wan_s2v_14b", CLIPS), ("live_avatar_14b", STREAM)])
+def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model, plans, ranks):
+    tiny = [*TINY[:7], "hardware=cpu", "hardware.usable_gib=1000", "video.size=64x64", "model.audio.audio_dim=16", "model.text.text_dim=8"]
+    found = forecast(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.parallel.name in plans
+
+
+@pytest.fixture
+def without_weights(monkeypatch):
+    """Published models are planned as configured, though nobody has their weights."""
+    monkeypatch.setattr(choose_plan, "settled_model", lambda model: model)
+
+
+def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
+    found = forecast(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
+    assert found.parallel.name in CLIPS
+
+
+@pytest.mark.parametrize("ranks", [4, 7])
+def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded_in_the_words_of_those_who_make_them(without_weights, ranks):
+    asked = ["model=wan_s2v_14b", "+preset=standard", "hardware=8x24gb"]
+    with pytest.raises(ValueError, match="a clip with full attention") as early:
+        forecast(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
+    context = SimpleNamespace(world=SimpleNamespace(stages=ranks))
+    with pytest.raises(ValueError, match="a clip with full attention") as late:
+        distributed_clip(None, None, 3, sampling=None, context=context)
+    assert str(early.value).partition(" runs ")[2] == str(late.value).partition(" runs ")[2] != ""
+    assert forecast(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
+
+
+def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_in_it(without_weights, tmp_path):
+    sizes = {"small.png": (512, 300), "large.jpg": (1000, 1400), "tiny.png": (64, 2000)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    asked = ["model=live_avatar_14b", "+preset=standard", "hardware=8x24gb", "video.size=photo", f"image={tmp_path / 'small.png'}"]
+    named = [json.dumps({"image": str(tmp_path / name)}) for name in ("tiny.png", "large.jpg", "broken.png", "nobody.png", "", "a\0b")]
+    bad = ["", "{", "[1]", "[" * 100_000, '{"image": 3}', '{"image": null}']
+
+    def size(*told: str, lines: Sequence[str] = ()) -> str:
+        (tmp_path / "films.jsonl").write_text("\n".join(lines))
+        given = (f"requests={tmp_path / 'films.jsonl'}",) if lines else ()
+        return forecast(config(*asked, *told, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
+
+    assert size(lines=['{"seed": 1}', *bad]) == size()
+    assert size(lines=['{"seed": 1}', *bad, *named]) == size(f"image={tmp_path / 'large.jpg'}") != size()
+    assert size(lines=bad) == "photo"
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
+    (tmp_path / "films.jsonl").write_text(named[1])
+    with pytest.raises(ValueError, match="GiB are missing"):
+        forecast(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'films.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
+
+
+def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(without_weights):
+    asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
+    with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
+        forecast(config(*asked), Ranks(0, 2, 0, 2), CPU)
+    for change in re.findall(r"\(([\w.]+=[^()]*)\)", str(refusal.value).partition("plan.force")[0]):
+        assert forecast(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
+
+
+def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_weights):
+    small = ["hardware=4x24gb", "hardware.usable_gib=13", "model=live_avatar_14b", "video.size=704x384", "parallel=pipeline"]
+    with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 4 x 13\.0 GiB; would fit: .*plan\.force=true"):
+        forecast(config(*small), Ranks(0, 4, 0, 4), CPU)
+    assert forecast(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
+
+
+@pytest.mark.parametrize(("told", "device", "resident"), [((), "cuda", 13.3), (("offload.resident_gib=3",), "cuda", 3), ((), "cpu", -1)])
+def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_for(told, device, resident, without_weights):
+    plan = ["hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "offload.kv=host", "plan.force=true"]
+    found = forecast(config(*plan, *told), Ranks(), torch.device(device))
+    assert found.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
+    assert found.parallel.offload.kv == "host"
+
+
+@pytest.mark.parametrize(("local", "copies"), [(4, 4), (2, 2)])
+def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weights):
+    plan = ["hardware=4x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "parallel.replicas=-1", "plan.force=true"]
+    found = forecast(config(*plan), Ranks(0, 4, 0, local), CPU)
+    assert found.config.hardware.devices == 1
+    assert found.config.hardware.host_gib == 224 / copies
+
+
+def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
+    assert infer("hardware=cpu", "hardware.usable_gib=0.55", f"run.folder={tmp_path / 'runs'}", *FACE) == 2
+    assert "GiB are missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("plan", "asked"), [("fsdp", "context=2"), ("fsdp", "replicas=2"), ("zero3", "context=2"), ("single", "replicas=-1")]
+)
+def test_a_plan_by_name_runs_as_it_was_asked_for(plan, asked):
+    found = forecast(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
+    assert found.parallel.name == plan
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(2, "replicas=2"), (1, "replicas=1")])
+def test_the_vae_cannot_have_the_only_rank(ranks, asked):
+    with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a film and there is 1"):
+        forecast(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
+
+
+def test_prediction_and_measurement_lie_side_by_side(tmp_path):
+    recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
+    assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0
+    plan = json.loads((tmp_path / "here" / "result.json").read_text())["plan"]
+    assert plan["plan"] == "single"
+    assert len(plan["predicted_gib_per_rank"]) == len(plan["measured_gib_per_rank"]) == 1
+    assert 0 <= plan["measured_gib_per_rank"][0] < 2
+
+
+def test_this_machine_is_looked_up_and_one_that_is_named_stays():
+    here = HardwareConfig(name="here")
+    alone, two = (hardware_here(here, CPU, ranks=count, local_ranks=count) for count in (1, 2))
+    assert two.devices == 2
+    assert 2 * two.usable_gib < host_bytes() / 2**30
+    assert alone.usable_gib > two.usable_gib
+    named = HardwareConfig(name="4x24gb", usable_gib=22.2, devices=4)
+    given = hardware_here(replace(here, usable_gib=3.5), CPU, ranks=1, local_ranks=1)
+    assert given == replace(alone, usable_gib=3.5)
+    assert hardware_here(named, CPU, ranks=2, local_ranks=2) == replace(named, devices=2)

@@ -1,0 +1,36 @@
+"""What the leading rank tells those that walk along."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import torch
+from tiny import SIZE, conditions
+
+from sonic.inference.distributed_rollout import lean
+from sonic.types import Conditions
+
+FRAMES = 8  # video frames of a clip
+
+
+def test_a_clip_is_sent_without_the_rest_of_the_film_and_silence_as_one_number():
+    film = replace(conditions(2), audio=torch.randn(1, 2, 6, 1000 * FRAMES))
+    clip = replace(film, audio=film.audio[..., FRAMES : 2 * FRAMES])
+    sent = pickle.dumps((lean(clip), lean(clip.drop("audio"))))
+    told, silent = pickle.loads(sent)
+    fits = sum(value.nbytes for name, value in vars(clip).items() if value is not None)
+    assert len(sent) < fits + 8000  # and all that both have in common once
+    assert len(pickle.dumps(clip)) > film.audio.nbytes
+    assert torch.equal(told.audio, clip.audio)
+    assert silent.audio.shape == clip.audio.shape
+    assert silent.audio.untyped_storage().nbytes() == 4
+    for name in ("ref", "text", "motion", "pose"):
+        assert torch.equal(getattr(told, name), getattr(film, name))
+
+
+def test_a_view_that_repeats_part_of_a_larger_tensor_is_sent_as_that_part():
+    row = torch.randn(50, 1, 4, 1, *SIZE)[3]
+    told = lean(Conditions(ref=row.expand(2, -1, -1, -1, -1), text=torch.zeros(2, 3, 5)))
+    assert told.ref.untyped_storage().nbytes() == row.nbytes
+    assert torch.equal(told.ref, row.expand(2, -1, -1, -1, -1))

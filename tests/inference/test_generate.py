@@ -1,0 +1,254 @@
+"""The main job from end to end with a tiny model: lengths, papers, the same frames again, and nothing left when it is stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from infer_command import FACE, TINY, babble, small_scene, tiny_parts, write_wav, write_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from sonic.cli import run_command
+from sonic.commands import infer_command
+from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
+from sonic.data.image import face_crop
+from sonic.inference.conditions import encode, fit_portrait, head_pose
+from sonic.inference.generate import film
+from sonic.inference.inputs import Settings
+from sonic.inference.report import Clock, Watch
+from sonic.inference.stream import ahead, at_the_end, close_seams, decoded, half_the_threads
+from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
+
+KEYS = {
+    "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
+    "stages_s", "versions", "sampling", "plan",
+}  # fmt: skip
+QUICK = SamplerConfig(sample_steps=1)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("parts") / "weights")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: run_command(infer_command.ENTRY, infer_command.infer, [*argv, f"weights={weights}", *FACE, *TINY])
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts()
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def frames_of(scene, parts, **settings) -> np.ndarray:
+    return np.concatenate([np.asarray(chunk.pixels) for chunk in film(scene, parts, Settings(sampler=QUICK, **settings))])
+
+
+def seconds_of(path) -> tuple[int, float]:
+    with av.open(str(path)) as container:
+        sound = sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0)), sound
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 1.3])
+def test_the_film_is_as_long_as_the_recording(seconds, command, tmp_path):
+    recording = write_wav(tmp_path / "speech.wav", babble(seconds))
+    assert command(f"audio={recording}", "name=film") == 0
+    frames, sound = seconds_of(tmp_path / "runs/film/out.mp4")
+    assert abs(frames - 25 * seconds) <= 1
+    assert abs(sound - seconds) < 0.05
+
+
+@pytest.mark.parametrize(("infer_frames", "num_clip"), [(12, 2), (32, 1), (7, 3), (1, 30)])
+def test_clips_limit_the_film(infer_frames, num_clip, command, tmp_path):
+    recording, most = write_wav(tmp_path / "speech.wav", babble(2.0)), infer_frames * num_clip
+    assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=film.mp4") == 0
+    frames, sound = seconds_of(tmp_path / "film.mp4")
+    assert frames == most
+    assert abs(sound - most / 25) < 1024 / 16_000  # a packet of sound
+
+
+def test_a_run_keeps_its_papers(command, tmp_path, capsys):
+    recording = write_wav(tmp_path / "speech.wav", babble(0.8))
+    assert command(f"audio={recording}", "name=film", "seed=5") == 0
+    folder = tmp_path / "runs/film"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "command.txt", "git_commit.txt", "log.txt", "result.json", "contact_sheet.png", "out.mp4"
+    }  # fmt: skip
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result) == KEYS
+    assert set(result["stages_s"]) == {"load", "encode", "denoise", "decode", "write"}
+    assert (result["frames"], result["fps"], result["output"]) == (20, 25, str(folder / "out.mp4"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 5
+    assert str(folder / "out.mp4") in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_frames_and_another_one_others(parts):
+    first, again, other = (frames_of(small_scene(seed=seed), parts) for seed in (3, 3, 4))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("queue", [1, 3])
+def test_decoding_online_gives_the_frames_of_decoding_at_the_end(queue, parts, one_thread):
+    online, late = (frames_of(small_scene(), parts, decode=DecodeConfig(online=online, queue=queue)) for online in (True, False))
+    assert (online == late).all()
+
+
+def test_only_the_face_moves(parts):
+    scene = small_scene()
+    frames = frames_of(scene, parts)
+    assert frames.shape == (30, 128, 160, 3)
+    assert (frames[:, :, :10] == scene.portrait.pixels[:, :10]).all()
+    assert (frames != scene.portrait.pixels).any()
+
+
+def test_a_column_of_sound_belongs_to_the_frame_of_its_time(parts):
+    scene = small_scene(30)
+    conditions, _ = encode(scene, parts, HeadConfig(), crop=face_crop(scene.portrait, 1.6, parts.config.resolution))
+    assert conditions.audio.shape[-1] == 36  # whole blocks of 12
+    assert_close(conditions.audio[0], parts.speech.hear(scene.speech.samples, 36))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("output", [[], ["output=film.mp4"]])
+def test_a_film_that_is_stopped_leaves_no_video_and_no_thread(stop, output, command, tmp_path, monkeypatch):
+    seen = itertools.count()
+
+    def see(self, chunk):
+        if next(seen) == 1:
+            raise stop
+
+    monkeypatch.setattr(Watch, "see", see)
+    recording = write_wav(tmp_path / "speech.wav", babble(3.0))
+    assert command(f"audio={recording}", *output) == (130 if stop is KeyboardInterrupt else 1)
+    assert not list(tmp_path.rglob("*.mp4"))
+    assert not (stop is KeyboardInterrupt and (tmp_path / "runs").exists())
+    assert not [thread for thread in threading.enumerate() if thread.name in ("denoise", "decode")]
+
+
+def test_a_stage_ahead_hands_on_errors():
+    def broken():
+        yield 1
+        raise ValueError("the second one")
+
+    items = ahead(broken(), 1, name="stage")
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="the second one"):
+        next(items)
+
+
+def test_a_stage_ahead_keeps_the_order_and_stays_within_its_queue():
+    made = itertools.count()
+    items = ahead((next(made) for _ in range(100)), 2, name="stage")
+    assert next(items) == 0
+    threading.Event().wait(0.3)
+    assert next(made) <= 1 + 2 + 1 + 1  # taken, waiting, in hand, and this question
+    assert list(items)[-1] == 100
+    assert list(at_the_end(iter(range(5)))) == list(range(5))
+
+
+def test_stages_that_work_at_once_share_the_threads_evenly_in_every_film():
+    before, counts = torch.get_num_threads(), []
+
+    def counted(items):
+        counts.append(torch.get_num_threads())
+        yield from items
+
+    try:
+        torch.set_num_threads(8)
+        for _ in range(2):
+            prepare = half_the_threads()
+            inner = ahead(counted([1]), 1, name="denoise", prepare=prepare)
+            assert list(ahead(counted(inner), 1, name="decode", prepare=prepare)) == [1]
+        assert counts == [4, 4, 4, 4] and torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
+    shown = []
+
+    def decode(latents, reference, cache):
+        return MotionLayers(*(torch.empty(1, 12, channels, 8, 8, device="cuda") for channels in (2, 1, 3))), None
+
+    def render(part):
+        shown.append(part)
+        return torch.zeros(part.flow.shape[1], 8, 8, 3, dtype=torch.uint8)
+
+    canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
+    with FakeTensorMode():  # which knows of devices that are not there
+        blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
+        list(decoded(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, clock=Clock()))
+    assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
+
+
+def test_seams_are_closed_between_blocks_as_within_them():
+    rng, shown = torch.Generator().manual_seed(0), []
+    film = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
+
+    def decode(latents, reference, cache):
+        first = cache or 0
+        return MotionLayers(*(track[:, first : first + 12] for track in film)), first + 12
+
+    def render(part):
+        shown.append(part)
+        return torch.zeros(part.flow.shape[1], 4, 4, 3, dtype=torch.uint8)
+
+    canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
+    blocks = [LatentBlock(torch.zeros(1, 16, 3, 4, 4), BlockSpan(n, 3 * n, 3)) for n in range(2)]
+    assert [chunk.start for chunk in decoded(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, clock=Clock())] == [0, 12]
+    whole = close_seams(MotionLayers(*film), None)
+    for name in ("flow", "opacity", "interior"):
+        assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
+
+
+def test_the_head_stays_still_unless_asked():
+    assert head_pose(HeadConfig(), 24, grid=(4, 4), seed=0) is None
+
+
+def test_gentle_motion_begins_at_rest_and_follows_the_seed():
+    one, same, other = (head_pose(HeadConfig(head="gentle"), 240, grid=(2, 3), seed=seed) for seed in (1, 1, 2))
+    assert one.shape == (1, 16, 60, 2, 3)
+    assert (one == same).all() and (one != other).any()
+    assert (one[:, [0, 4, 8], 0] == 0).all()  # roll and shifts of the very first frame
+    assert one[:, 12:].max() == 1  # a blink closes the eyes
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "expected"),
+    [
+        (161, 131, "photo", (160, 130)),
+        (160, 130, "704x384", (160, 130)),
+        (400, 720, "704x384", (386, 696)),
+        (4000, 3000, "photo", (3324, 2494)),
+    ],
+)
+def test_a_portrait_fits_the_film_with_its_face(width, height, size, expected):
+    portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12))
+    found = fit_portrait(portrait, size)
+    assert found.pixels.shape == (expected[1], expected[0], 3)
+    assert found.pixels.min() == found.pixels.max() == 7
+    share = expected[0] / (width // 2 * 2)
+    assert found.mouth.x == pytest.approx(70 * share, rel=0.01)
+    assert found.face.width == pytest.approx(60 * share, rel=0.01)
+    assert found.mouth.half_width == pytest.approx(12 * share, rel=0.01)

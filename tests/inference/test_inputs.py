@@ -1,0 +1,99 @@
+"""Laws of what is filmed: where a face is seen, several speakers with a mask each, and a video of poses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from infer_command import babble, write_wav
+from PIL import Image
+from tiny import conditions, tiny_model
+from torch.testing import assert_close
+
+from sonic.cli import Entry, compose
+from sonic.data.video import VideoWriter, frames_at
+from sonic.inference.generate_wan import _over_patches
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import open_scene
+from sonic.model.audio_tokens import Actors
+
+HALVES = ("left", "right")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    for index, (name, seconds) in enumerate(zip(HALVES, (0.5, 1.0), strict=True)):
+        write_wav(tmp_path / f"{name}.wav", babble(seconds, seed=index))
+        half = np.zeros((192, 256), np.uint8)
+        half[:, 128 * index : 128 * (index + 1)] = 255
+        Image.fromarray(half).save(tmp_path / f"{name}.png")
+    Image.fromarray(np.full((192, 256, 3), 99, np.uint8)).save(tmp_path / "portrait.png")
+    return tmp_path
+
+
+def scene(inputs, *argv):
+    given = ["model=live_avatar_14b", f"image={inputs / 'portrait.png'}", f"audio={inputs / 'left.wav'}+{inputs / 'right.wav'}"]
+    return open_scene(
+        compose(Entry("infer", InferConfig), [*given, f"face.masks=[{','.join(str(inputs / f'{n}.png') for n in HALVES)}]", *argv])
+    )
+
+
+def test_every_speaker_has_a_voice_and_a_place(inputs):
+    found = scene(inputs)
+    assert [len(voice.samples) for voice in found.voices] == [8_000, 16_000]
+    assert found.num_frames == 25 and len(found.speech.samples) == 16_000
+    assert_close(found.speech.samples[:8_000], np.clip(sum(voice.samples[:8_000] for voice in found.voices), -1, 1))
+    patches = _over_patches(found.masks, 16)
+    assert patches.shape == (2, 1, 12, 16)
+    assert patches[0, 0, :, :8].all() and not patches[0, 0, :, 8:].any()
+    assert_close(patches.sum(0), torch.ones(1, 12, 16))
+
+
+def test_masks_that_do_not_fit_are_refused(inputs):
+    with pytest.raises(ValueError, match="2 pictures for 1 recordings"):
+        scene(inputs, f"audio={inputs / 'left.wav'}")
+    Image.fromarray(np.zeros((192, 200), np.uint8)).save(inputs / "left.png")
+    with pytest.raises(ValueError, match="200x192 pixels, the portrait 256x192"):
+        scene(inputs)
+
+
+def test_a_model_that_moves_one_face_refuses_masks_and_poses():
+    for argv in ("face.masks=[a.png]", "motion.pose=pose.mp4"):
+        with pytest.raises(ValueError, match="moves one face"):
+            open_scene(compose(Entry("infer", InferConfig), [argv]))
+
+
+def test_masks_of_a_scene_are_actors_of_the_model():
+    model, frames = tiny_model(), 2
+    told = conditions(frames)
+    voices, masks = torch.randn(2, *told.audio.shape[1:]), torch.zeros(2, 1, 4, 4)
+    masks[0, :, :, :2], masks[1, :, :, 2:] = 1, 1
+    latents, time = torch.randn(1, 4, frames, 16, 16), torch.tensor([500.0])
+    expected = model(latents, time, told, actors=Actors(voices, masks.expand(-1, frames, -1, -1)))
+    assert_close(model(latents, time, replace(told, audio=voices, masks=masks)), expected)
+
+
+def test_a_video_of_poses_is_seen_at_the_rate_of_the_film(inputs):
+    with VideoWriter(inputs / "pose.mp4", 64, 64, num_frames=25) as writer:
+        writer.write(np.stack([np.full((64, 64, 3), 9 * index, np.uint8) for index in range(25)]))
+    seen = [round(float(frame.mean()) / 9) for frame in frames_at(inputs / "pose.mp4", 16)]
+    assert len(seen) == 16 and seen == sorted(seen)
+    assert all(abs(index / 25 - (k + 0.5) / 16) <= 0.06 for k, index in enumerate(seen))
+    found = scene(inputs, f"motion.pose={inputs / 'pose.mp4'}")
+    assert found.pose.shape == (25, *found.portrait.pixels.shape)
+    assert found.pose[-1].mean() > 200
+
+
+def test_what_the_log_says_of_face_and_mouth_means_the_same_when_it_is_given(caplog):
+    """In the photograph's own pixels, though the film is half as large."""
+
+    def opened(*argv):
+        return open_scene(compose(Entry("infer", InferConfig), ["video.size=256x256", *argv])).portrait
+
+    with caplog.at_level("INFO", "sonic"):
+        found = opened()
+    box, mouth = caplog.messages[-1].split()
+    again, faced = opened(box, mouth), opened(box)
+    assert (again.face, again.mouth) == (found.face, found.mouth) == (faced.face, faced.mouth)

@@ -1,0 +1,154 @@
+"""Laws of the rollout: it is the model run in order, it repeats itself, and it does not grow."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from itertools import count, islice
+
+import pytest
+import torch
+from tiny import BLOCK, SIZE, conditions, tiny_model
+from torch.testing import assert_close
+
+from sonic.config import SamplerConfig
+from sonic.inference.forwards import Forwards, open_forwards
+from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
+from sonic.model.trunk_inputs import ForwardRequest
+from sonic.sampling.samplers import SAMPLERS
+from sonic.types import BlockSpan
+
+
+def spans(number: int) -> list[BlockSpan]:
+    return [BlockSpan(index, index * BLOCK, BLOCK) for index in range(number)]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def settings(**changes) -> SamplerConfig:
+    return SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
+
+
+def latents_of(model, told, number: int, *, seed: int = 0, **changes) -> torch.Tensor:
+    blocks = rollout(model, told, spans(number), sampling=Sampling(settings(**changes), NoiseSource(seeded(seed))))
+    return torch.cat([block.latents for block in blocks], dim=2)
+
+
+def test_one_step_of_the_rollout_is_the_parallel_form_on_the_same_noise():
+    model, told = tiny_model(), conditions(6)
+    rng = seeded()
+    noise = torch.cat([torch.randn(1, 4, BLOCK, *SIZE, generator=rng) for _ in range(3)], dim=2)
+    with torch.no_grad():
+        expected = noise - model.forward_blocks(noise, torch.tensor([1000.0]), told)
+    assert_close(latents_of(model, told, 3, sample_steps=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_same_seed_gives_the_same_latents_and_another_seed_others(name, scale):
+    model, told = tiny_model(), conditions(4)
+    first, again, other = (latents_of(model, told, 2, seed=seed, name=name, sample_guide_scale=scale) for seed in (0, 0, 1))
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_what_comes_later_does_not_change_what_was_made():
+    model, told = tiny_model(), conditions(6)
+    assert torch.equal(latents_of(model, told, 3)[:, :, : 2 * BLOCK], latents_of(model, told, 2))
+
+
+def test_each_sampling_step_reads_the_keys_of_its_own_noise_level():
+    """With two steps, changing what the first step of block 0 sees must reach block 1 through ring 0."""
+    model, told = tiny_model(), conditions(4)
+    cache = model.prefill(told, model.new_cache(told, steps=2))
+    with torch.no_grad():
+        inputs = model.prepare_block(told.at(spans(1)[0]), spans(1)[0])
+        for level, ring in zip((1000.0, 700.0), cache.rings, strict=True):
+            model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([level]), inputs, cache=cache, ring=ring)
+    first, second = (ring.keys[1][:, ring.slot(0)] for ring in cache.rings)
+    assert (first - second).abs().max() > 1e-2
+
+
+def test_the_rollout_is_lazy_and_endless():
+    model, told = tiny_model(), conditions(400 * BLOCK)
+    endless = (BlockSpan(index, index * BLOCK, BLOCK) for index in count())
+    blocks = rollout(model, told, endless, sampling=Sampling(settings(sample_steps=1), NoiseSource(seeded())))
+    assert [block.span.index for block in islice(blocks, 3)] == [0, 1, 2]
+
+
+def live_numbers() -> int:
+    """Numbers held by all tensors of this process."""
+    gc.collect()
+    return sum(value.numel() for value in gc.get_objects() if type(value) is torch.Tensor)
+
+
+def test_the_memory_of_a_rollout_does_not_grow_with_the_number_of_blocks():
+    model, told = tiny_model(), conditions(20 * BLOCK)
+    blocks = rollout(model, told, iter(spans(20)), sampling=Sampling(settings(), NoiseSource(seeded())))
+    held = [live_numbers() for block in blocks if block.span.index in (4, 19)]
+    assert held[1] <= held[0]
+
+
+def test_guidance_towards_the_audio_moves_the_latents():
+    model, told = tiny_model(), conditions(4)
+    assert (latents_of(model, told, 2) - latents_of(model, told, 2, sample_guide_scale=3.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_whole_clip_is_made_from_the_same_settings(name):
+    model, told = tiny_model(), conditions(4)
+    first, again = (sample_clip(model, told, 4, sampling=Sampling(settings(name=name), NoiseSource(seeded()))) for _ in range(2))
+    assert first.shape == (1, 4, 4, *SIZE)
+    assert torch.equal(first, again)
+
+
+class Queue:
+    """Forwards that are done one at a time and handed out late, as a pipeline of `room` stages hands them out."""
+
+    def __init__(self, room: int, forwards: Forwards) -> None:
+        self.room, self.forwards, self.most = room, forwards, 0
+        self.done: deque[torch.Tensor] = deque()
+        self.newest: dict[tuple[int, int], int] = {}
+
+    def accepts(self, item: ForwardRequest) -> bool:
+        return len(self.done) < self.room
+
+    def submit(self, item: ForwardRequest) -> None:
+        ring, block = (item.cond_index, item.step), item.inputs.span.index
+        assert block >= self.newest.setdefault(ring, block), "a block asks a ring that a later one has asked"
+        self.newest[ring] = block
+        self.forwards.submit(item)
+        self.done.extend(self.forwards.collect())
+        self.most = max(self.most, len(self.done))
+
+    def collect(self) -> list[torch.Tensor]:
+        return [self.done.popleft()]
+
+    def close(self) -> None:
+        self.done.clear()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("room", [2, 3, 5])
+def test_forwards_that_are_queued_make_the_film_of_one_at_a_time(room, scale, name, monkeypatch):
+    """Blocks follow each other through the rings in order, though several are begun."""
+    told, queues = conditions(8), []
+
+    def queued(context):
+        return lambda *given: queues.append(Queue(room, open_forwards(context)(*given))) or queues[-1]
+
+    model = tiny_model()
+    expected = latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale)
+    monkeypatch.setattr("sonic.inference.rollout.open_forwards", queued)
+    assert torch.equal(latents_of(model, told, 4, sample_steps=3, name=name, sample_guide_scale=scale), expected)
+    assert queues[0].most > 1
+
+
+def test_a_block_of_the_wrong_length_is_refused():
+    model, told = tiny_model(), conditions(4)
+    with pytest.raises(ValueError, match=f"blocks of {4 * BLOCK} video frames"):
+        next(rollout(model, told, [BlockSpan(0, 0, BLOCK - 1)], sampling=Sampling(settings(), NoiseSource(seeded()))))

@@ -1,0 +1,83 @@
+"""Which of several plans is the best, and which are worth a try, on plans and shares that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+from sonic.cli import Entry, compose
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.planner import search
+from sonic.planner.plans import degree
+from sonic.planner.search import _fewer_steps, candidates, planned, ranked, reason
+from sonic.planner.step_time import Seconds
+from sonic.planner.workload import workload
+
+PLAN = Entry("plan", PlanConfig)
+WIDE = ("model=live_avatar_14b", "run.dtype=bfloat16")
+
+
+@dataclass
+class Made:
+    """A plan of which only the figures are known."""
+
+    time: float
+    peak: float
+    leans_on_host: bool = False
+    missing: float = 0.0
+    parallel: ParallelConfig | None = None
+
+    @property
+    def seconds(self):
+        return SimpleNamespace(total=self.time)
+
+    @property
+    def peak_gib(self):
+        return [self.peak]
+
+    def missing_gib(self, hardware):
+        return self.missing
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (Made(2.0, 9), Made(2.5, 3)),  # the faster
+        (Made(2.03, 3), Made(2.0, 9)),  # the leaner of two that are as good as equally fast
+        (Made(0.9, 3), Made(0.1, 9)),  # the leaner of two that are faster than the film is shown
+        (Made(2.0, 9), Made(2.0, 3, leans_on_host=True)),  # the one that leans on nothing
+        (Made(9.0, 9), Made(1.0, 3, missing=0.1)),  # the one that fits
+        (Made(2.4, 9), Made(2.5, 3)),  # what does not fit says nothing of what is fast
+    ],
+)
+def test_the_better_of_two_plans_comes_first_whatever_their_order(better, worse, monkeypatch):
+    work, hardware = SimpleNamespace(shown=1.0), HardwareConfig(devices=1)
+    for names in (("single", "fsdp"), ("fsdp", "single")):
+        plans = dict(zip(names, (better, worse), strict=True))
+        makers = {name: lambda work, hardware, parallel, made=made: replace(made, parallel=parallel) for name, made in plans.items()}
+        monkeypatch.setattr(search, "PLANS", makers)
+        first, _ = ranked(work, hardware, [ParallelConfig(name) for name in ("single", "fsdp")])
+        assert first.parallel.name == names[0]
+
+
+def test_ranks_that_share_tokens_have_equally_much_to_do_where_nobody_asked_otherwise():
+    config = compose(PLAN, [*WIDE, "hardware=8x24gb"])
+    work = replace(workload(config), width=16 * 13, height=16 * 10)
+    tokens, heads = work.noisy // work.latent_frames, work.model.trunk.num_heads
+    assert tokens % 8 and not heads % 8
+    shares = {degree(parallel, config.hardware) for parallel in candidates(config.parallel, work, config.hardware)}
+    assert 2 in shares and not any(tokens % share or heads % share for share in shares)
+
+
+@pytest.mark.parametrize(("compute", "bound"), [(3.0, "copying"), (5.0, "arithmetic")])
+def test_a_plan_is_bound_by_arithmetic_where_that_takes_longer_than_all_copies_together(compute, bound):
+    found = planned(compose(PLAN, [*WIDE, "hardware=8x80gb", "video=704x384"]))
+    seconds = Seconds(compute=compute, weights=2.0, activations=2.0, vae=0.0, first=0.0)
+    assert f"bound by {bound}" in reason(replace(found.chosen, seconds=seconds), found.hardware)
+
+
+def test_a_schedule_that_is_a_table_gives_way_to_a_table_of_so_many_steps():
+    proposed = list(_fewer_steps(compose(PLAN, [*WIDE, "hardware=8x24gb", "sampler=live_avatar_4step"])))
+    assert [(sentence, knobs) for sentence, knobs, _ in proposed] == [("3 steps instead of 4", ("sampler=live_avatar_3step",))]

@@ -1,0 +1,126 @@
+"""The prediction against the program on fake tensors, for models small enough to be built in a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import SIZE, conditions, film, tiny_model
+
+from sonic.cli import Entry, compose
+from sonic.encoders.speech import LogMelEncoder
+from sonic.encoders.text import XXL, TextEncoder
+from sonic.encoders.wav2vec import Wav2VecEncoder
+from sonic.parallel.parallel_config import PlanConfig
+from sonic.planner import extrapolate
+from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS, memory_bytes, ring_bytes
+from sonic.planner.search import planned
+from sonic.planner.track import track, untracked
+from sonic.planner.workload import Workload
+from sonic.vae.motion_vae import WarpAutoencoder
+from sonic.vae.wan_vae import WanAutoencoder
+
+PLAN = Entry("plan", PlanConfig)
+WIDE = (
+    "model=live_avatar_14b",
+    "video=704x384",
+    "run.dtype=bfloat16",  # four blocks of the 14B's proportions, without its autoencoder
+    "model.trunk.hidden_dim=2048",
+    "model.trunk.ffn_dim=5632",
+    "model.trunk.num_heads=16",
+    "model.trunk.num_layers=4",
+    "model.audio.inject_layers=[0,2]",
+    "model.autoencoder=warp",
+    "hardware.reserve_gib=0",
+    "model.text.text_dim=512",
+    "model.speech_encoder=logmel",
+)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ("hardware=1xh200", "parallel=single"),
+        ("hardware=1xh200", "parallel=single", "run.dtype=float32"),
+        ("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=24"),
+        ("hardware=2x24gb", "parallel=pipeline"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.layers=[2,1,1,0]"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"),
+        ("hardware=2x24gb", "parallel=pipeline", "model.rollout.clip_frames=24"),
+        ("hardware=1x24gb", "parallel=offload", "offload.kv=host", "offload.resident_gib=0"),
+        ("hardware=1x24gb", "parallel=offload", "offload.resident_gib=0.25"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=0"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=1", "parallel.unshard_unit=block"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=2", "parallel.unshard_unit=linear"),
+    ],
+)
+def test_what_is_predicted_is_what_it_takes(items):
+    found = planned(compose(PLAN, [*WIDE, *items]))
+    tracked = track(found.work, found.hardware, found.chosen)
+    assert found.chosen.peak_gib == pytest.approx(tracked, rel=0.05)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("items", "error"),
+    [
+        (("hardware=2x24gb", "parallel=pipeline", "parallel.vae_rank=true"), 0.01),  # the second rank has the decoder and nothing else
+        (("hardware=1xh200", "parallel=single", "model.rollout.clip_frames=12"), 0.05),
+    ],
+)
+def test_what_the_published_autoencoder_is_predicted_to_take_is_what_it_takes(items, error):
+    small = ("model.autoencoder=wan", "video.size=256x256", "model.trunk.num_layers=2", "model.audio.inject_layers=[0]")
+    found = planned(compose(PLAN, [*WIDE, *small, *items]))
+    assert found.chosen.ranks[-1]["vae"] > 0.6 * 2**30 * found.chosen.peak_gib[-1]
+    assert found.chosen.peak_gib == pytest.approx(track(found.work, found.hardware, found.chosen), rel=error)
+
+
+def test_encoders_and_autoencoders_are_as_large_as_they_are_said_to_be():
+    sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
+    with torch.device("meta"):
+        assert sizes({"wan": WanAutoencoder, "warp": WarpAutoencoder}) == VAE_NUMBERS
+        assert sizes({"wav2vec2": Wav2VecEncoder, "logmel": LogMelEncoder}) == SPEECH_NUMBERS
+        assert sizes({XXL["d_model"]: TextEncoder}) == TEXT_NUMBERS
+
+
+@pytest.mark.parametrize("asked", [("parallel=zero3",), ("parallel=context",), ("parallel=fsdp", "parallel.context=2")])
+def test_what_cannot_be_tracked_is_not_made_up(asked):
+    found = planned(compose(PLAN, [*WIDE, "hardware=4x24gb", *asked]))
+    assert track(found.work, found.hardware, found.chosen) is None
+    assert "predicted only" in untracked(found.hardware, found.chosen)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        (
+            "hardware=1xh200",
+            "parallel=single",
+            "model.trunk.num_layers=8",
+            "model.audio.inject_layers=[0,3,6]",
+            "model.rollout.clip_frames=24",
+        ),
+        ("hardware=2x24gb", "parallel=pipeline", "model.trunk.num_layers=15", "model.audio.inject_layers=[0,4,8,9,11]"),
+    ],
+)
+def test_few_layers_tell_what_all_layers_take(items, monkeypatch):
+    found = planned(compose(PLAN, [*WIDE, *items]))
+    told = track(found.work, found.hardware, found.chosen)
+    monkeypatch.setattr(extrapolate, "MORE", 100)
+    assert told == pytest.approx(track(found.work, found.hardware, found.chosen), rel=0.005)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_caches_of_a_film_are_as_large_as_predicted_to_the_byte(steps, scale):
+    model, caches = tiny_model(), []
+    make = model.new_cache
+    model.new_cache = lambda *told, **settings: caches.append(make(*told, **settings)) or caches[-1]
+    film(model, conditions(2), 1, sample_steps=steps, sample_guide_scale=scale)
+    buffers = [each for cache in caches for ring in cache.rings for each in (*ring.keys.values(), *ring.values.values())]
+    kept = [each for cache in caches for each in (*cache.ref_keys.values(), *(part for pair in cache.text.values() for part in pair))]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in (*buffers, *kept)}
+    work = Workload(model.config, 8 * SIZE[1], 8 * SIZE[0], steps=steps, guided=scale != 1, number=4)
+    assert sum(storages.values()) == model.config.trunk.num_layers * (ring_bytes(work) + memory_bytes(work))

@@ -1,0 +1,158 @@
+"""A run from its config to its weights, card and log, as launch/train.py starts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from hanging import every_stage_hangs
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from wandb_files import read_back
+
+from sonic.data.clips import ClipDataset, write_index
+from sonic.parallel import watchdog
+from sonic.training import build
+from sonic.training.build import run_training
+from sonic.training.checkpoint import Checkpoints, newest_first
+from sonic.training.engine import LocalEngine
+from sonic.training.log import RunLog, read_scalars
+from sonic.training.objective_config import VisemeConfig
+from sonic.training.objectives.viseme import VisemePretraining
+from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    tensors, entries = {}, []
+    for number in range(3):
+        tensors[f"c{number}/mel"] = torch.randn(48, 40, generator=rng)
+        tensors[f"c{number}/visemes"] = torch.rand(24, 5, generator=rng)
+        entries.append({"name": f"c{number}", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["mel", "visemes"]})
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    save_file(tensors, folder / "a.safetensors")
+    write_index(folder, entries, seed=7)
+    return TrainConfig(
+        name="tiny", export=str(tmp_path / "out" / "speech.safetensors"), objective=VisemeConfig(),
+        data=DataConfig(folder=str(folder), window=6), budget=BudgetConfig(max_steps=4, batch_size=2),
+        log=LogConfig(every_steps=1, bar=False),
+    )  # fmt: skip
+
+
+def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
+    run_training(config, tmp_path / "run", commit="abc123", command="python launch/train.py +train=tiny")
+    weights = load_file(config.export)
+    assert all(t.dtype == torch.float16 for t in weights.values())
+    card = (tmp_path / "out" / "speech.md").read_text()
+    for word in ("python launch/train.py +train=tiny", "abc123", "clips, seed 7 |", "training seed | 0", "steps | 4", "train/viseme_error"):
+        assert word in card
+    assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_card_tells_what_the_training_began_from(config, tmp_path, monkeypatch):
+    run_training(config, tmp_path / "first", commit="abc123", command="the first")
+    monkeypatch.setattr(build, "start_from", lambda *told: None)
+    config.init_from = config.export
+    run_training(config, tmp_path / "second", commit="abc456", command="the second")
+    card = (tmp_path / "out" / "speech.md").read_text()
+    own, before = card.split("It began from:")
+    assert "the second" in own and "abc456" in own and "the first" in before and "## tiny" in before
+
+
+def test_a_finished_training_leaves_its_weights_and_card_alone(config, tmp_path, caplog):
+    run_training(config, tmp_path / "run", commit="abc123", command="python launch/train.py +train=tiny")
+    files = [tmp_path / "out" / name for name in ("speech.safetensors", "speech.md")]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    with caplog.at_level("INFO", logger="sonic.training"):
+        run_training(config, tmp_path / "run", commit="other", command="again")
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    assert "made no step" in caplog.text
+    save_file({"other": torch.zeros(2)}, files[0])  # not what was trained
+    run_training(config, tmp_path / "run", commit="other", command="again")
+    assert files[0].read_bytes() == before[0][0] and "train/viseme_error" in files[1].read_text()
+
+
+def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):
+    run_training(config, tmp_path / "run")
+    config.budget = BudgetConfig(max_steps=6, batch_size=2)
+    assert run_training(config, tmp_path / "run").steps == 6
+    assert next(newest_first(tmp_path / "run" / "checkpoints")).name == "step_00000006"
+    assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_offline_wandb_keeps_the_same_run_after_a_restart(config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config.log = LogConfig(every_steps=1, bar=False, wandb="offline")
+    run_training(config, tmp_path / "run")
+    first = (tmp_path / "run" / "wandb_id.txt").read_text()
+    config.budget = BudgetConfig(max_steps=5, batch_size=2)
+    run_training(config, tmp_path / "run")
+    steps, ids = read_back(tmp_path / "run", last=5)
+    assert ids == {first} and sorted(steps) == [1, 2, 3, 4, 5]
+
+
+def test_a_name_that_is_not_in_a_table_lists_the_choices(config, tmp_path):
+    config.data.source = "tape"
+    with pytest.raises(ValueError, match="data.source=tape is unknown; choose one of: clips"):
+        run_training(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"device": "gpu"}, "speed.device=gpu is unknown; choose one of: cpu, auto, cuda"),
+        ({"threads": -1}, "speed.threads=-1: need 0"),
+        ({"workers": -1}, "speed.workers=-1: need 0"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(knobs, told):
+    with pytest.raises(ValueError, match=told):
+        SpeedConfig(**knobs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_said(config, tmp_path):
+    config.speed = SpeedConfig(device="cuda")
+    with pytest.raises(ValueError, match="speed.device=cuda: this machine has no CUDA device.*use speed.device=cpu"):
+        run_training(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_starting_weights_are_said(config, tmp_path):
+    config.init_from = str(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="init_from"):
+        run_training(config, tmp_path / "run")
+
+
+def test_a_hang_anywhere_in_a_training_is_found(config, tmp_path, monkeypatch):
+    config.checkpoint = CheckpointConfig(every_steps=2)
+    stages = [
+        (ClipDataset, "__getitem__"), (VisemePretraining, "losses"), (LocalEngine, "backward"), (LocalEngine, "step"), (RunLog, "scalars"),
+        (Checkpoints, "save"),
+    ]  # fmt: skip
+    with every_stage_hangs(stages, monkeypatch):
+        assert run_training(config, tmp_path / "run").steps == 4
+
+
+def hang_while_loading(config, folder):
+    """The second of two processes that train hangs; what they say is in files, for the server that forks them has its own streams."""
+    with open(f"{folder}.said{dist.get_rank()}", "w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0
+    if dist.get_rank():
+        ClipDataset.__getitem__ = lambda *draw: time.sleep(1000)
+    run_training(config, folder)
+
+
+def test_a_process_that_hangs_ends_the_training_of_all(config, tmp_path):
+    config.budget, config.speed = BudgetConfig(max_steps=4, batch_size=2, accumulate=2), SpeedConfig(device="cpu", timeout_s=2.0)
+    with pytest.raises(AssertionError):  # no rank comes back, each in its own way
+        on_ranks(2, hang_while_loading, config, tmp_path / "run", timeout_s=50)
+    assert "rank 1: hangs at test_build.py" in "".join(path.read_text() for path in tmp_path.glob("run.said*"))

@@ -1,0 +1,72 @@
+"""Where a step of a student begins, where it should end and what missing that costs, with velocities that can be followed by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_distill import batch as batch
+from test_distill import made, seeded
+from torch.testing import assert_close
+
+from sonic.config import SamplerConfig
+from sonic.training.objectives.consistency import teacher_path
+from sonic.training.objectives.distill import liveliness
+
+
+def column(values: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B,1,1,1,1]"""
+    return values.view(-1, 1, 1, 1, 1)
+
+
+def test_a_window_lies_at_every_block_up_to_the_last_that_is_asked_for():
+    objective, rng = made("consistency"), seeded()
+    assert {objective.first_block(rng) for _ in range(200)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", ["consistency", "dmd"])
+def test_exported_weights_say_how_many_steps_the_student_takes(name):
+    assert made(name, steps=3).facts["sample_steps"] == "3"
+
+
+def test_liveliness_is_what_is_made_as_a_share_of_the_truth(batch):
+    truth = batch["latents"]
+    assert_close(liveliness(0.5 * truth + 3.0, truth), torch.tensor(0.5))
+    assert liveliness(torch.ones_like(truth), truth) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_clips_begin_where_the_student_steps_as_often_as_is_asked_for(share):
+    objective = made("consistency", steps=2, teacher_steps=8, start_share=share)
+    places = objective._places(4000, seeded())
+    assert objective.stride == 4 and set(places.tolist()) <= set(range(8))
+    found = (places % objective.stride == 0).float().mean().item()
+    assert found == pytest.approx(share + (1 - share) / 4, abs=0.05)
+
+
+def test_the_teacher_goes_its_leap_and_the_student_the_rest_from_the_level_where_it_stopped():
+    objective = made("consistency", steps=2, teacher_steps=8, leap=2)
+    path, x = objective.path, torch.zeros(3, 16, 6, 4, 4)
+    place, end = torch.tensor([0, 3, 5]), torch.tensor([4, 4, 8])  # from 3 the teacher has one step to go
+    stop = torch.tensor([2, 4, 7])
+    one = torch.ones_like(x)
+    aim = objective._aim(x, place, end, student=lambda x, sigma: one * column(sigma), teacher=lambda x, sigma: 2 * one)
+    expected = 2 * (path[stop] - path[place]) + (path[end] - path[stop]) * path[stop]
+    assert_close(aim, one * column(expected).float())
+
+
+def test_missing_by_one_in_velocity_costs_one_at_every_level_above_the_cap(batch, monkeypatch):
+    objective = made("consistency", steps=1, teacher_steps=10, leap=10)
+    objective.path = torch.linspace(1, 0, 11)
+    speed = {"student": 1.0, "teacher": 0.0}
+    monkeypatch.setattr(objective, "velocity", lambda role, *told: lambda x, sigma: torch.full_like(x, speed[role]))
+    for place, cost in ((0, 1.0), (3, 1.0), (5, 1.0), (8, 4 * 0.2**2)):
+        monkeypatch.setattr(objective, "_places", lambda count, rng, place=place: torch.full((count,), place))
+        loss, _ = next(objective.losses("student", batch, seeded()))
+        assert loss.item() == pytest.approx(cost, rel=1e-4), place
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(1, 40), (3, 40), (4, 40), (4, 10), (4, 4)])
+def test_the_teacher_takes_the_steps_that_are_asked_for_as_nearly_as_the_students_divide_them(steps, asked):
+    path, stride = teacher_path(SamplerConfig(schedule="linear", sample_steps=steps), asked)
+    assert len(path) - 1 == steps * stride
+    assert abs(steps * stride - asked) <= steps / 2

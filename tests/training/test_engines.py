@@ -1,0 +1,124 @@
+"""Every engine trains as one process does, whatever it puts where, and goes on where another one ended."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_training_ranks import continued, curve, run_of, stopped, trained
+from torch.testing import assert_close
+
+from sonic.training.log import read_scalars
+
+ENGINES = ["fsdp", "zero2", "zero3"]
+
+
+def figures(folder):
+    """The losses of the student and the norms of its gradient, step by step."""
+    return torch.tensor([[line["train/student_loss"], line["train/student_grad_norm"]] for line in read_scalars(folder)]).T
+
+
+@cache
+def alone(name, steps, **speed):
+    """Figures and weights of one process."""
+    with TemporaryDirectory() as folder:
+        weights = trained(folder, name, steps, speed)
+        return figures(Path(folder)), weights
+
+
+def launched(work, *arguments):
+    """What torchrun would have started: the same work with the environment that it sets."""
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
+    return work(*arguments)
+
+
+def needs(engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+
+
+@pytest.mark.parametrize(("ranks", "context"), [(2, 2), (4, 2)])
+def test_shards_with_shared_tokens_train_as_one_process(ranks, context, tmp_path):
+    accumulate = ranks // context
+    weights = on_ranks(ranks, trained, str(tmp_path), "clip", 20, {"context": context, "accumulate": accumulate})[0]
+    assert_same(tmp_path, weights, "clip", 20, accumulate=accumulate)
+
+
+def test_rollouts_with_shared_tokens_train_as_one_process(tmp_path):
+    weights = on_ranks(2, trained, str(tmp_path), "dmd", 2, {"context": 2})[0]
+    assert_same(tmp_path, weights, "dmd", 2)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("zero2", 2), ("zero3", 2), ("zero3", 4)])
+def test_deepspeed_trains_as_one_process(engine, ranks, tmp_path):
+    needs(engine)
+    weights = on_ranks(ranks, launched, trained, str(tmp_path), "clip", 20, {"engine": engine, "accumulate": ranks})[0]
+    assert_same(tmp_path, weights, "clip", 20, accumulate=ranks)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_rolls_out_and_learns_two_roles_as_one_process(engine, tmp_path):
+    needs(engine)
+    weights = on_ranks(2, launched, trained, str(tmp_path), "dmd", 2, {"engine": engine})[0]
+    assert_same(tmp_path, weights, "dmd", 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_in_host_memory_and_layers_computed_again_change_nothing(engine, tmp_path):
+    needs(engine)
+    weights = on_ranks(2, launched, trained, str(tmp_path), "clip", 3, {"engine": engine, "cpu_offload": True, "recompute": True})[0]
+    assert_same(tmp_path, weights, "clip", 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_half_precision_learns_alike(engine, tmp_path):
+    needs(engine)
+    on_ranks(2, launched, trained, str(tmp_path), "clip", 3, {"engine": engine, "precision": "bfloat16"})
+    exact, half = alone("clip", 3)[0], figures(tmp_path)
+    assert not torch.equal(half, exact)
+    assert_close(half, exact, rtol=0.03, atol=0)
+
+
+def assert_same(folder, weights, *run, **speed):
+    """Losses and gradients step by step, and the averaged weights in the end, are those of one process."""
+    (losses, norms), (expected, wanted) = figures(folder), alone(*run, **speed)
+    assert_close(losses, expected[0], rtol=1e-5, atol=1e-7)
+    assert_close(norms, expected[1], rtol=1e-4, atol=1e-7)
+    assert weights.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if not key.endswith("layer_weights"):  # of one layer only, so that its gradient is rounding
+            assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 4)), (("fsdp", 2), ("zero3", 2))],
+)
+def test_another_engine_or_number_of_ranks_continues_a_run(before, after, tmp_path):
+    pytest.importorskip("deepspeed")
+    for (engine, ranks), work, more in ((before, stopped, (2,)), (after, continued, ())):
+        on_ranks(ranks, launched, work, str(tmp_path), "clip", 3, *more, {"engine": engine})
+    assert_close(curve(tmp_path), alone("clip", 3)[0][0], rtol=1e-5, atol=1e-7)
+
+
+def held(folder, engine):
+    """Numbers of the transformer that this process holds, and of all of it."""
+    run = run_of(folder, "dmd", steps=1, engine=engine)
+    base = run.objective.cast.base
+    own = [p for name, p in base.named_parameters() if "adapters" not in name]
+    total = sum(p.numel() for p in own)
+    run.engine.prepare(run.objective)
+    return sum(getattr(p, "ds_tensor", p).numel() for p in own), total
+
+
+def test_zero3_shards_the_shared_base_and_zero2_does_not(tmp_path):
+    pytest.importorskip("deepspeed")
+    for engine, share in (("zero2", 1.0), ("zero3", 0.5)):
+        for here, total in on_ranks(2, launched, held, str(tmp_path), engine):
+            assert here == pytest.approx(share * total, rel=0.01)

@@ -1,0 +1,32 @@
+"""What does not learn is held in half precision, and the rest goes on learning in float32."""
+
+from __future__ import annotations
+
+import torch
+from ranks import on_ranks
+from test_training_ranks import run_of
+
+from sonic.training.log import read_scalars
+from sonic.training.loop import train
+
+
+def halved(folder, name):
+    """Two steps of a training in bfloat16: precisions of what is frozen and of what learns; runs on every rank."""
+    run = run_of(folder, name, steps=2, precision="bfloat16", recompute=True)
+    with torch.no_grad():  # decay leaves zeros where they are, so that only a gradient moves them
+        for adapter in run.objective.roles["student"].values():
+            adapter.lora_B.weight.zero_()
+    train(run)
+    weights = [parameter for body in run.objective.bodies.values() for parameter in body.parameters()]
+    kinds = [{weight.dtype for weight in weights if weight.requires_grad == learns} for learns in (False, True)]
+    student = run.engine.roles["student"].named_parameters()
+    moved = {name: bool(weight.full_tensor().abs().max() > 0) for name, weight in student if name.endswith("lora_B.weight")}
+    return kinds, moved
+
+
+def test_what_is_frozen_is_held_in_half_precision_on_ranks(tmp_path):
+    for kinds, moved in on_ranks(2, halved, str(tmp_path / "run"), "dmd"):
+        assert kinds == [{torch.bfloat16}, {torch.float32}]
+        assert moved and all(moved.values())
+    losses = [row["train/student_loss"] for row in read_scalars(tmp_path / "run") if "train/student_loss" in row]
+    assert len(losses) == 2 and all(0 < loss < float("inf") for loss in losses)

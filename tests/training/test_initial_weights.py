@@ -1,0 +1,221 @@
+"""A training of a big model from its ready checkpoint: nobody holds it whole, and what does not fit together is said."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from test_engines import launched
+from test_objectives import config_of
+from torch.testing import assert_close
+
+from sonic.checkpoint import weights as weights_module
+from sonic.checkpoint.converted import FORMAT
+from sonic.checkpoint.weights import save_weights
+from sonic.cli import run_command
+from sonic.commands import train_command
+from sonic.config import AdapterConfig, SamplerConfig
+from sonic.data.clips import write_index
+from sonic.model.dit import AvatarDiT
+from sonic.training.build import run_training
+from sonic.training.log import read_scalars
+from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
+from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig
+
+LORA = AdapterConfig(rank=4, alpha=8.0, targets=["self_attention", "audio_injectors", "mlp_in"])
+EARS = AdapterConfig(targets=["audio_encoder", "audio_injectors"])
+SAMPLER = SamplerConfig(sample_steps=2)
+WHOLE = WindowConfig(reach="clip", max_first_block=0)
+GOALS = {
+    "dmd": DmdConfig(sampler=SAMPLER, learn=LORA, critic_turns=1, window=WindowConfig(), teacher_guide_scale=2.0),
+    "adapter": FlowMatchConfig(window=WHOLE, viseme_weight=0.0, learn=EARS),
+}
+
+
+def model_config():
+    return replace(config_of(FlowMatchConfig(), "velocity").model, name="wan_s2v_14b", autoencoder="wan", resolution=0)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """A ready checkpoint of a model with the 14B's parts, without its size."""
+    folder, config = tmp_path_factory.mktemp("ready"), model_config()
+    torch.manual_seed(3)
+    model = AvatarDiT(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    (folder / "dit").mkdir()
+    save_weights(model, folder / "dit" / "model.safetensors")
+    sizes = {part: asdict(getattr(config, part)) for part in ("trunk", "audio", "text", "motion")}
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "model": config.name, "config": sizes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder, rng, tensors, entries = tmp_path_factory.mktemp("clips"), torch.Generator().manual_seed(0), {}, []
+    for name in ("a", "b", "c"):
+        made = {"latents": (16, 6, 8, 8), "ref": (16, 1, 8, 8), "audio": (1, 160, 24), "text": (2, 8)}
+        tensors |= {f"{name}/{key}": torch.randn(shape, generator=rng) for key, shape in made.items()}
+        entries.append({"name": name, "shard": "a.safetensors", "latent_frames": 6, "tensors": list(made)})
+    save_file(tensors, folder / "a.safetensors")
+    write_index(folder, entries, autoencoder="wan")
+    return folder
+
+
+def config(goal, ready, clips, **speed):
+    base = config_of(GOALS[goal])
+    return replace(
+        base, model=replace(model_config(), weights=str(ready)), data=DataConfig(folder=str(clips), window=6),
+        budget=BudgetConfig(max_steps=3, batch_size=1, accumulate=2), log=LogConfig(every_steps=1, bar=False),
+        speed=SpeedConfig(**speed), checkpoint=CheckpointConfig(every_steps=2),
+    )  # fmt: skip
+
+
+def train_here(folder, told, export=""):
+    """Train, and count what was read of the file; runs on every rank."""
+    read, part = [], weights_module.Stored.part
+    weights_module.Stored.part = lambda stored, place: read.append(part(stored, place)) or read[-1]
+    try:
+        run_training(replace(told, export=export), Path(folder))
+    finally:
+        weights_module.Stored.part = part
+    return sum(tensor.numel() for tensor in read)
+
+
+def losses(folder):
+    return torch.tensor([line["train/student_loss"] for line in read_scalars(folder)])
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_each_rank_reads_and_holds_its_slices_and_trains_as_one_process(goal, ready, clips, tmp_path):
+    whole = train_here(tmp_path / "one", config(goal, ready, clips), str(tmp_path / "one.safetensors"))
+    shares = on_ranks(2, train_here, str(tmp_path / "two"), config(goal, ready, clips, engine="fsdp"), str(tmp_path / "two.safetensors"))
+    assert whole == sum(tensor.numel() for tensor in load_file(ready / "dit" / "model.safetensors").values())
+    assert sum(shares) == whole and max(shares) < 0.6 * whole
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+    assert_same_weights(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
+
+
+def assert_same_weights(found, wanted):
+    found, wanted = load_file(found), load_file(wanted)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if not name.endswith("layer_weights"):  # of one layer only, so that its gradient is rounding
+            assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_deepspeed_starts_from_the_checkpoint_and_exports_what_one_process_does(goal, ready, clips, tmp_path):
+    pytest.importorskip("deepspeed")
+    train_here(tmp_path / "one", config(goal, ready, clips), str(tmp_path / "one.safetensors"))
+    told = config(goal, ready, clips, engine="zero3")
+    shares = on_ranks(2, launched, train_here, str(tmp_path / "two"), told, str(tmp_path / "two.safetensors"))
+    assert max(shares) < 0.6 * sum(shares)
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+    assert_same_weights(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
+
+
+def test_what_does_not_learn_is_kept_in_half_where_it_computes_in_half(ready, clips, tmp_path):
+    for found in on_ranks(2, precisions, str(tmp_path), config("dmd", ready, clips, engine="fsdp", precision="bfloat16")):
+        assert found == {"frozen": torch.bfloat16, "learning": torch.float32}
+
+
+def precisions(folder, told):
+    from sonic.training.build import engine_of
+    from sonic.training.initial_weights import without_memory
+    from sonic.training.objectives.dmd import DistributionMatching
+    from sonic.training.world import join_world
+
+    objective = DistributionMatching(told, make=without_memory)
+    engine = engine_of(told, join_world(torch.device("cpu")), Path(folder))
+    engine.lay_out(objective)
+    return {("learning" if p.requires_grad else "frozen"): p.dtype for p in objective.cast.base.parameters()}
+
+
+def exit_code(argv, folder=None):
+    """Of the command train, started here or in a folder."""
+    os.chdir(folder or os.getcwd())
+    return run_command(train_command.ENTRY, train_command.train, argv)
+
+
+def test_batches_that_do_not_divide_end_every_rank_with_code_2_and_leave_nothing(ready, clips, tmp_path):
+    argv = ["+train=audio_adapter", f"checkpoint={ready}", f"data.folder={clips}", "data.window=6", "budget.accumulate=3"]
+    assert on_ranks(2, launched, exit_code, argv, str(tmp_path)) == [2, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def sentence(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder and gives what it said, after checking how it ended."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        assert exit_code(argv) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and list(tmp_path.iterdir()) == [], said
+        return said.strip().splitlines()[-1]
+
+    return run
+
+
+def test_a_recipe_for_another_model_than_the_checkpoint_is_said(sentence, ready, clips):
+    said = sentence("+distill=live_avatar_2step", f"checkpoint={ready}", f"data.folder={clips}", "speed.engine=local")
+    assert "holds wan_s2v_14b; use model=wan_s2v_14b" in said
+
+
+def test_a_checkpoint_of_other_sizes_than_it_says_is_said(sentence, ready, clips, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "dit").symlink_to(ready / "dit")
+    manifest = json.loads((ready / "manifest.json").read_text())
+    manifest["config"]["trunk"]["ffn_dim"] = 32
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    recipe = ["+train=audio_adapter", f"data.folder={clips}", "data.window=6", "objective.window.past=2", "speed.engine=local"]
+    assert "has shape [64, 32], the model needs [32, 32]" in sentence(*recipe, f"checkpoint={other}")
+
+
+@pytest.mark.parametrize("window", [5, 1])
+def test_windows_that_are_not_whole_blocks_are_said_before_anything_is_loaded(window, ready, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("sonic.training.build.fill", lambda *loading: pytest.fail("weights were read"))
+    told = config("dmd", ready, clips)
+    block = told.model.rollout.block_frames
+    told.data.window = window
+    below = max(1, window // block) * block
+    with pytest.raises(
+        ValueError, match=f"data.window={window} .* not whole blocks of {block}; use data.window={below} or {below + block}"
+    ):
+        run_training(told, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_without_its_package_names_the_extra(monkeypatch):
+    import builtins
+
+    from sonic.training.deepspeed_engine import _check_installed
+
+    real = builtins.__import__
+    gone = lambda name, *more: real(name, *more) if not name.startswith("deepspeed") else real("no_such_package")  # noqa: E731
+    monkeypatch.setattr(builtins, "__import__", gone)
+    with pytest.raises(ValueError, match=r"speed.engine=zero3 needs the package deepspeed: pip install deepspeed"):
+        _check_installed("zero3", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence_of"),
+    [
+        ({"engine": "fsdp"}, "torchrun --nproc-per-node"),
+        ({"engine": "zero2"}, "torchrun --nproc-per-node|pip install"),
+        ({"context": 2}, "speed.context=2 processes to a batch do not divide the 1"),
+    ],
+)
+def test_what_needs_more_processes_says_how_to_start_them(told, sentence_of, ready, clips, tmp_path):
+    with pytest.raises(ValueError, match=sentence_of):
+        run_training(config("adapter", ready, clips, **told), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,112 @@
+"""Where figures and films of a run go: always the run folder, W&B when asked, and on without it when it is not there."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import numpy as np
+import pytest
+from wandb_files import read_back
+
+from sonic.data.video import VideoWriter
+from sonic.training.guard import WARM, Guard
+from sonic.training.log import RunLog, read_scalars
+from sonic.training.train_config import LogConfig
+
+
+def filmed(folder, step):
+    path = folder / "samples" / f"step_{step:08d}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, 32, 32, num_frames=3) as writer:
+        writer.write(np.full((3, 32, 32, 3), 40 * step, np.uint8))
+    return path
+
+
+def logged(folder, wandb, steps=(1, 2)):
+    with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="told").open(steps[0] - 1, None) as log:
+        for step in steps:
+            video = filmed(folder, step) if step == steps[-1] else None
+            log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
+
+
+def test_what_wandb_keeps_offline_can_be_read_back(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged(tmp_path, "offline")
+    logged(tmp_path, "offline", steps=(3, 4))
+    steps, ids = read_back(tmp_path, last=4)
+    assert [steps[step]["train/student_loss"] for step in (1, 2, 3, 4)] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert steps[4]["eval/sync_correlation"] == 2.0
+    assert steps[2]["eval/sample/_type"] == steps[4]["eval/sample/_type"] == "video-file"
+    assert ids == {(tmp_path / "wandb_id.txt").read_text()}
+
+
+def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
+    logged(tmp_path, "off")
+    assert not (tmp_path / "wandb").exists()
+    first, last = read_scalars(tmp_path)
+    assert "video" not in first and (tmp_path / last["video"]).is_file() and last["eval/sync_correlation"] == 1.0
+
+
+class Full:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        some, self.room = content[: self.room], max(0, self.room - len(content))
+        return self.file.write(some)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_full_disk_costs_lines_and_not_the_run(room, tmp_path, caplog):
+    with RunLog(tmp_path, LogConfig(bar=False), name="told").open(0, None) as log:
+        log.scalars(1, {"loss": 1.0})
+        log._file = Full(log._file, room)
+        log.scalars(2, {"loss": 2.0})
+        log._file = log._file.file
+        log.scalars(3, {"loss": 3.0})
+    assert [line["step"] for line in read_scalars(tmp_path)] == [1, 3]
+    assert "scalars.jsonl could not be written" in caplog.text and "training goes on" in caplog.text
+
+
+def test_a_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"log\.wandb=online needs W&B.*pip install wandb.*log\.wandb=off"):
+        logged(tmp_path, "online")
+    logged(tmp_path, "off")
+
+
+def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sonic.training.log.PATIENCE_S", 3)
+    logged(tmp_path, "online")
+    assert "logging offline" in caplog.text
+    assert read_back(tmp_path, last=2)[0][2]["train/student_loss"] == 0.5
+    assert len(read_scalars(tmp_path)) == 2
+
+
+def test_a_loss_that_explodes_is_a_fault_and_one_that_jumps_is_not():
+    guard = Guard()
+    for turn in range(2 * WARM):
+        assert not guard.fault("student", 1.0 + 0.5 * (turn % 3), 1.0)
+        assert not guard.fault("critic", 1e3, 1.0)
+    assert not guard.fault("student", 20.0, 1.0)
+    assert "exploded from" in guard.fault("student", 1e3, 1.0)
+    assert "not finite" in guard.fault("student", 1.0, float("inf"))
+
+
+def test_a_beginning_that_falls_or_rises_is_no_explosion():
+    guard = Guard()
+    assert not any(guard.fault("student", 1e4 * 0.5**turn, 1.0) for turn in range(12))
+    guard = Guard()
+    assert not any(guard.fault("student", 1e-6 * 3.0**turn, 1.0) for turn in range(WARM + 20))

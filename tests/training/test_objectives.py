@@ -1,0 +1,127 @@
+"""Laws that every objective obeys, on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
+from sonic.training.objective_config import FlowMatchConfig, PortraitConfig, VisemeConfig
+from sonic.training.objectives.flow_match import FlowMatch, cell_weights
+from sonic.training.objectives.portrait_latents import PortraitLatents
+from sonic.training.objectives.viseme import VisemePretraining, encoder_input
+from sonic.training.train_config import BudgetConfig, OptimConfig, TrainConfig
+from sonic.vae.motion_vae import WarpAutoencoder
+
+
+def config_of(objective, prediction="clean"):
+    model = ModelConfig(
+        trunk=TrunkConfig(hidden_dim=32, ffn_dim=64, num_heads=2, num_layers=2, patch_size=[1, 2, 2], latent_channels=16, freq_dim=32),
+        audio=AudioConfig(audio_dim=160, num_audio_layers=1, num_audio_token=2, inject_layers=[0, 1]),
+        text=TextConfig(text_dim=8, text_len=2),
+        motion=MotionConfig(),
+        rollout=RolloutConfig(block_frames=3, window_blocks=2),
+        prediction=prediction,
+    )
+    return TrainConfig(model=model, objective=objective, budget=BudgetConfig(max_steps=1), optim=OptimConfig())
+
+
+@pytest.fixture
+def batch():
+    rng = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
+    latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
+    heard = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
+    moved = {"flow": draw(2, 24, 2, 16, 16) / 20, "opacity": draw(2, 24, 1, 16, 16).sigmoid(), "interior": draw(2, 24, 3, 16, 16).sigmoid()}
+    seen = {"picture": draw(2, 3, 32, 32).clamp(-1, 1), "focus": draw(2, 16, 16).sigmoid(), **moved}
+    return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **heard, **seen}
+
+
+FROM_NOISE = FlowMatchConfig(schedule=[1.0], schedule_share=1.0, audio_dropout=0.0)
+CASES = {
+    "flow_match clean": lambda: FlowMatch(config_of(FROM_NOISE)),
+    "flow_match velocity": lambda: FlowMatch(config_of(FROM_NOISE, "velocity")),
+    "viseme": lambda: VisemePretraining(config_of(VisemeConfig())),
+    "portrait": lambda: PortraitLatents(config_of(PortraitConfig())),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_objective_overfits_one_batch(name, batch):
+    torch.manual_seed(0)
+    objective = CASES[name]()
+    optimizer = torch.optim.Adam(objective.roles["student"].parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = sum(part for part, _ in objective.losses("student", batch, torch.Generator().manual_seed(1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_is_a_function_of_its_generator(name, batch):
+    torch.manual_seed(0)
+    objective = CASES[name]()
+    one, two = (next(objective.losses("student", batch, torch.Generator().manual_seed(7)))[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_learning_portraits_leaves_the_autoencoder_as_it_is(batch):
+    objective = CASES["portrait"]()
+    next(objective.losses("student", batch, torch.Generator().manual_seed(0)))[0].backward()
+    moved = {name for name, p in objective.student["autoencoder"].named_parameters() if p.grad is not None}
+    assert moved and all(name.startswith("portrait.") for name in moved)
+    exported = objective.export(objective.student.state_dict())
+    assert exported.keys() == WarpAutoencoder().state_dict().keys()
+
+
+def test_what_is_exported_is_the_dit_alone(batch):
+    objective = CASES["flow_match clean"]()
+    exported = objective.export(objective.roles["student"].state_dict())
+    assert exported.keys() == objective.roles["student"]["model"].state_dict().keys()
+
+
+def test_training_can_start_from_weights(tmp_path):
+    from sonic.training.build import save_weights
+    from sonic.training.initial_weights import start_from
+
+    trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
+    save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
+    start_from(objective.student, tmp_path / "dit.safetensors", objective.facts)
+    found = objective.student["model"].state_dict()
+    for name, value in trained.student["model"].state_dict().items():
+        assert_close(found[name], value.half().float())
+    with pytest.raises(ValueError, match="no tensor that fits"):
+        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors", {})
+
+
+def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
+    columns = torch.randn(2, 10, 40)
+    found = encoder_input(columns, VisemeConfig(), torch.Generator().manual_seed(0))
+    assert found.shape == columns.shape and (found - columns).std() > 0.1
+    quiet = VisemeConfig(audio_noise=0, tilt=0, throat=0, bend=0)
+    assert_close(encoder_input(columns, quiet, torch.Generator().manual_seed(0)), columns)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (1.0, 0.0)])
+def test_audio_is_dropped_for_the_share_of_clips_that_is_asked_for(share, kept, batch):
+    told = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._told(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(told.audio, kept * batch["audio"])
+
+
+def test_cells_that_move_count_more_and_the_mean_stays_one():
+    weights = cell_weights(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), gain=8.0)
+    assert_close(weights.mean(), torch.tensor(1.0))
+    assert_close(weights[0, 1] / weights[0, 0], torch.tensor(9.0))
+
+
+def test_sigmas_come_from_the_schedule_or_from_everywhere():
+    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5)))
+    sigmas = objective._sigmas(torch.empty(2000, 1, 6, 1, 1), torch.Generator().manual_seed(0))
+    share = ((sigmas == 1.0) | (sigmas == 0.5)).float().mean()
+    assert 0.45 < share < 0.55
+    assert sigmas.min() > 0 and sigmas.max() == 1

@@ -1,0 +1,57 @@
+"""Laws of laying motion over a photograph."""
+
+import torch
+from torch.testing import assert_close
+
+from sonic.types import Crop, MotionLayers
+from sonic.vae.warp import Canvas, fade, settle
+
+
+def layers(flow=(0.0, 0.0), opacity=0.0, frames=2, size=32):
+    field = torch.tensor(flow).reshape(1, 1, 2, 1, 1).expand(1, frames, 2, size, size)
+    return MotionLayers(field, torch.full((1, frames, 1, size, size), opacity), torch.full((1, frames, 3, size, size), 0.25))
+
+
+def photograph(height=60, width=80):
+    return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_nothing_moves_leaves_the_photograph_untouched():
+    photo = photograph()
+    frames = Canvas(photo, Crop(40.0, 30.0, 40.0, 0.1, 64)).render(layers())
+    assert frames.dtype == torch.uint8 and (frames == photo).all()
+
+
+def test_nothing_outside_the_crop_changes():
+    photo = photograph()
+    frames = Canvas(photo, Crop(40.0, 30.0, 30.0, 0.0, 64)).render(layers(flow=(0.1, 0.05), opacity=0.5))
+    outside = torch.ones(60, 80, dtype=torch.bool)
+    outside[15:45, 25:55] = False
+    assert (frames[:, outside] == photo[outside]).all()
+    assert (frames != photo).any()
+
+
+def test_a_shift_in_the_crop_is_a_shift_in_the_photograph():
+    photo = photograph(120, 120)
+    moved = Canvas(photo, Crop(60.0, 60.0, 100.0, 0.0, 64)).render(layers(flow=(0.05, -0.02)))[0]
+    middle = slice(50, 70)
+    assert_close(moved[middle, middle], photo[48:68, 55:75])  # source = output + (5, -2) px
+
+
+def test_the_shift_turns_with_the_crop():
+    photo = photograph(120, 120)
+    quarter = Crop(60.0, 60.0, 100.0, torch.pi / 2, 64)  # the crop's x axis points down in the photograph
+    moved = Canvas(photo, quarter).render(layers(flow=(0.05, 0.0)))[0]
+    difference = (moved[50:70, 50:70].int() - photo[55:75, 50:70].int()).abs()
+    assert difference.max() <= 1
+
+
+def test_a_crop_that_leaves_the_photograph_is_rendered():
+    frames = Canvas(photograph(), Crop(5.0, 5.0, 60.0, 0.3, 64)).render(layers(flow=(0.05, 0.0), opacity=0.4))
+    assert frames.shape == (2, 60, 80, 3)
+
+
+def test_motion_fades_to_nothing_at_the_border():
+    window = fade(32, 32, torch.zeros(1))
+    assert window[0].max() < 0.1 and window[16, 16] == 1
+    assert settle(layers(flow=(0.1, 0.0))).flow[..., 0, :].abs().max() < 0.01
