@@ -30,7 +30,7 @@ class AblateConfig(CellsConfig):
 
     grid: dict[str, Any] = option(dict, "options of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
     exclude: list[dict[str, Any]] = option([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
-    common: list[str] = option(["+preset=fast_preview"], "what every cell is told besides")
+    common: list[str] = option(["+preset=fast_preview"], "further options of every cell")
     clips: int = option(8, "clips of each seed")
     seeds: list[int] = option([1], "seeds; all their clips count together")
     seconds: float = option(8.0, "length of each clip")

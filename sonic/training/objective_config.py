@@ -13,7 +13,7 @@ ATTENTION_SPANS, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
 class ObjectiveConfig:
     """What every objective has: its row in OBJECTIVES."""
 
-    name: str = ""
+    name: str = option("", "one of the files in conf/objective")
 
 
 @dataclass
@@ -23,7 +23,7 @@ class WindowConfig:
     reach: str = option("blocks", "blocks = each sees itself and those before, as in a rollout; clip = full attention")
     levels: str = option("clip", "what has a noise level of its own: clip, block or frame")
     max_first_block: int = option(60, "the window begins at most so many blocks into the video")
-    past: int = option(0, "latent frames at the window's front that are told as motion memory")
+    past: int = option(0, "latent frames at the window's front that are given as motion memory")
     past_noise: float = option(0.0, "most noise on them, as a sigma")
 
     def __post_init__(self) -> None:
@@ -47,10 +47,10 @@ class ErrorConfig:
 class FlowMatchConfig(ObjectiveConfig):
     """Diffusion forcing of the DiT on latents."""
 
-    name: str = "flow_match"
+    name: str = option("flow_match", "one of the files in conf/objective")
     schedule_share: float = option(0.5, "clips whose sigma comes from `schedule`; the others are uniform in (0, 1]")
     schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that count more")
-    audio_dropout: float = option(0.1, "clips that hear nothing, for guidance")
+    audio_dropout: float = option(0.1, "clips without audio, for guidance")
     viseme_weight: float = option(0.3, "weight of naming the visemes; 0 where clips have none")
     window: WindowConfig = option(WindowConfig)
     error: ErrorConfig = option(ErrorConfig)
@@ -82,7 +82,7 @@ class DistillConfig(ObjectiveConfig):
 class ConsistencyConfig(DistillConfig):
     """From anywhere on the teacher's path, one step to the end of the student's step."""
 
-    name: str = "consistency"
+    name: str = option("consistency", "one of the files in conf/objective")
     teacher_steps: int = option(40, "steps of the teacher on the whole way from noise")
     leap: int = option(1, "teacher's steps before the student's own word is taken; teacher_steps = never taken")
     start_share: float = option(0.5, "clips that begin where a step of the student begins")
@@ -99,7 +99,7 @@ class ConsistencyConfig(DistillConfig):
 class DmdConfig(DistillConfig):
     """Videos of the student are led from where a critic says they lie to where the teacher says videos lie."""
 
-    name: str = "dmd"
+    name: str = option("dmd", "one of the files in conf/objective")
     critic_turns: int = option(5, "updates of the critic before each of the student")
     critic_rate: float = option(0.2, "learning rate of the critic as a share of optim.lr")
     anchor_share: float = option(0.3, "rollouts whose first block is the truth, against videos that freeze")
@@ -119,28 +119,28 @@ class DmdConfig(DistillConfig):
 class VisemeConfig(ObjectiveConfig):
     """Training of the speech encoder: name the mouth shapes from the sound."""
 
-    name: str = "viseme"
-    audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
-    tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
-    throat: float = 0.25  # largest change of the vocal tract length, in log
-    bend: float = 0.4  # the same of the lowest formants alone, as mouths of other shapes have them
+    name: str = option("viseme", "one of the files in conf/objective")
+    audio_noise: float = option(0.1, "noise on the log-mel columns, in their standard deviations")
+    tilt: float = option(0.2, "spectral tilt, in the same unit at both ends of the mel axis")
+    throat: float = option(0.25, "largest change of the vocal tract length, in log")
+    bend: float = option(0.4, "the same of the lowest formants alone, as mouths of other shapes have them")
 
 
 @dataclass
 class AutoencodeConfig(ObjectiveConfig):
     """The preview's motion autoencoder, on drawn people."""
 
-    name: str = "autoencode"
-    latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("autoencode", "one of the files in conf/objective")
+    latent_noise: float = option(0.4, "most noise on a latent, in the latents' own size")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 @dataclass
 class PortraitConfig(ObjectiveConfig):
     """Latents of a portrait that tell what its mouth will do."""
 
-    name: str = "portrait"
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("portrait", "one of the files in conf/objective")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 OBJECTIVE_CONFIGS = {
