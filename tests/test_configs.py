@@ -244,7 +244,7 @@ def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeyp
         compose(INFER, ["preset=mine"])
 
 
-def test_sizes_are_read_with_either_heartbeat():
+def test_sizes_are_read_with_either_sign_between():
     assert parse_size("704x384") == parse_size("704*384") == (704, 384)
 
 

@@ -54,7 +54,7 @@ WAYS = {  # what happens to a rank in the middle of a video, and what is said of
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "gives no more signs of life"),
     "freezes": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "gives no more signs of life"),
     "fails": (broken, "a fault of the program"),
-    "hangs": (lambda: time.sleep(1000), "hangs at test_watch.py"),
+    "hangs": (lambda: time.sleep(1000), "hangs at test_watchdog.py"),
     "runs out of memory": (lambda: torch.empty(2**50), "out of memory"),
 }
 
