@@ -56,7 +56,7 @@ def request(folder: Path, name: str) -> str:
 @pytest.mark.parametrize("kept", [True, False])
 def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(kept, ready, events, tmp_path, monkeypatch):
     if not kept:  # a checkpoint on a disk that is read only
-        monkeypatch.setattr(converted_module, "_keep", lambda file, tensors: False)
+        monkeypatch.setattr(converted_module, "_store", lambda file, tensors: False)
     given = argv(ready, "live", tmp_path)
     lines = [request(tmp_path, "calm"), "{", request(tmp_path, "bright"), request(tmp_path, "calm").replace("calm.mp4", "again.mp4")]
     assert infer(tmp_path, *given, f"requests={file_of(tmp_path, *lines)}", "name=videos") == 1
