@@ -21,8 +21,8 @@ from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
-ROLLOUT_ENTRY_POINTS = ("embed_memory", "prepare_block", "embed_block", "run_blocks", "unembed")  # of a rollout
-TRAINING_ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # of a training, besides forward
+ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # what is called besides forward
+STAGES = ("embed_memory", "embed_block", "run_blocks", "unembed")  # of these, which a rollout calls one by one
 
 
 class AvatarDiT(nn.Module):
