@@ -1,4 +1,4 @@
-"""Weights for a model that was built without memory and then cut up: each rank reads its own slices and nothing else."""
+"""Loading of weights into a model that was built on the meta device and sharded: each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Lora(NamedTuple):
-    """Adapters by the name of the weight they change, and the strength that they were trained with."""
+    """Adapters by the names of the weights that they change, and the alpha that they were trained with."""
 
     adapters: Mapping[str, Adapter]
     alpha: float
 
 
 def without_memory(config: ModelConfig, dtype: torch.dtype) -> tuple[AvatarDiT, Shapes]:
-    """The model on the meta device, and the shapes of all its weights before anything is cut off."""
+    """The model on the meta device, and the shapes of all its weights before it is sharded."""
     with torch.device("meta"):
         model = AvatarDiT(config).to(dtype).eval().requires_grad_(False)
     return model, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -40,7 +40,7 @@ def without_memory(config: ModelConfig, dtype: torch.dtype) -> tuple[AvatarDiT, 
 def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> None:
     """Read this rank's part of every weight from a safetensors file, and add its part of the adapters.
 
-    What is still on the meta device becomes a map of the file: its pages are read when they are needed.
+    Weights that are still on the meta device become memory maps of the file, whose pages are read when they are used.
     """
     check_lora(shapes, lora.adapters)
     with stored_weights(path, shapes) as stored:
@@ -59,7 +59,10 @@ def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> N
 
 @torch.no_grad()
 def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
-    """Random numbers in the place of weights, where only memory and time matter; each rank draws its own."""
+    """Fill the weights with random numbers, for measurements of memory and time; every rank uses the same seed for its own slices.
+
+    Raises ValueError when weights are still on the meta device.
+    """
     rng: dict[torch.device, torch.Generator] = {}
     for weight in model.parameters():
         if weight.is_meta:
@@ -71,7 +74,7 @@ def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
 
 
 def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a value in the place of a parameter."""
+    """Replace a parameter of the model by `value`."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
@@ -87,7 +90,7 @@ def _mapped(stored: LazyTensor, weight: Tensor, path: str | Path, *, adapted: bo
 
 
 def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
-    """What of a weight is here, which rows and columns of the whole it lies in, and which numbers of these it is."""
+    """This rank's part of a weight, the slice of the whole weight that contains it, and its range in that slice when flattened."""
     if hasattr(weight, "ds_tensor"):
         return _local_of_deepspeed(weight)
     if not isinstance(weight, DTensor):
@@ -98,7 +101,7 @@ def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
 
 
 def _local_of_deepspeed(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
-    """DeepSpeed cuts the numbers of a weight into runs of one length, wherever a row may end; the last run is padded."""
+    """`_local` of a weight that DeepSpeed sharded: it cuts the flattened weight into runs of equal length, the last one padded."""
     length, (rows, *rest) = weight.ds_tensor.numel(), weight.ds_shape
     start = min(dist.get_rank() * length, weight.ds_numel)
     stop = min(start + length, weight.ds_numel)
