@@ -23,7 +23,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Lora(NamedTuple):
-    """Adapters by the name of the weight they change, and the strength that they were trained with."""
+    """Adapters by the names of the weights that they change, and the alpha that they were trained with."""
 
     adapters: Mapping[str, Adapter]
     alpha: float
@@ -69,7 +69,10 @@ def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lo
 
 @torch.no_grad()
 def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
-    """Random numbers in the place of weights, where only memory and time matter; each rank draws its own."""
+    """Fill the weights with random numbers, for measurements of memory and time; every rank uses the same seed for its own slices.
+
+    Raises ValueError when weights are still on the meta device.
+    """
     rng: dict[torch.device, torch.Generator] = {}
     for weight in model.parameters():
         if weight.is_meta:
@@ -81,7 +84,7 @@ def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
 
 
 def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a value in the place of a parameter."""
+    """Replace a parameter of the model by `value`."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
