@@ -46,7 +46,7 @@ class PrecomputeConfig:
     """Makes a data set of clips for training: of your own videos (data.source), or of drawn people and synthesised speech."""
 
     kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
-    folder: str = option("data/preview_clips", "folder for the shards and their index; existing shards are kept unless other encoders made them")
+    folder: str = option("data/preview_clips", "folder for shards and index; existing shards are kept unless other encoders made them")
     split: str = option("train", "train or test; the two share no people, voices or words")
     seed: int = 0
     utterances: int = option(1000, "recordings to make")
