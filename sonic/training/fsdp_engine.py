@@ -1,4 +1,4 @@
-"""Training on several devices with torch FSDP2: transformers in shards, the little else whole on each; both as one engine."""
+"""Training on several devices with torch FSDP2: transformers are sharded, other (small) modules are replicated."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that
 
 
 class ShardedEngine(LocalEngine):
-    """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
+    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
-        """Shard every transformer; one without memory gets that of this process's slices only."""
+        """Shard every transformer; of one on the meta device only this process's slices are allocated."""
         self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
         for model in transformers(objective):
             if not is_sharded(next(model.parameters())):
@@ -27,12 +27,12 @@ class ShardedEngine(LocalEngine):
                 model.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device)
 
     def prepare(self, objective: Objective) -> None:
-        """Shard what is not yet, then go on as alone. Transformers that have weights already must have the same everywhere."""
+        """Shard transformers that are not sharded yet, then as LocalEngine. Weights loaded before must be equal on all processes."""
         self.allocate(objective)
         super().prepare(objective)
 
     def to_device(self, module: nn.Module) -> None:
-        """What is in no shard goes to the device, whole."""
+        """Move what is not sharded to the device."""
         for part in module.modules():
             for name, tensor in part.named_parameters(recurse=False):
                 if not is_sharded(tensor):
@@ -41,7 +41,7 @@ class ShardedEngine(LocalEngine):
                 part._buffers[name] = buffer.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
-        """As alone, once the gradients of what is whole on each process are means as well; so are buffers that follow the data."""
+        """As LocalEngine, after averaging the gradients and buffers of replicated modules over all processes."""
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)
@@ -52,7 +52,7 @@ class ShardedEngine(LocalEngine):
         return norm
 
     def _shard(self, model: AvatarDiT) -> None:
-        """Cut a transformer, its adapters included; names of parameters stay."""
+        """Shard a transformer with its adapters. Parameter names do not change."""
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         if half:
@@ -70,7 +70,7 @@ class ShardedEngine(LocalEngine):
 
 
 def halve_frozen(model: nn.Module) -> None:
-    """Hold what does not learn in bfloat16, in which it computes; in float32 it would take twice the memory for nothing."""
+    """Convert frozen parameters to bfloat16, the precision they compute in, which halves their memory."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What a training starts from: transformers without memory, each process's slices of their weights, adapters drawn from the seed."""
+"""Initial weights of a training: transformers on the meta device, loading of each process's slices, and random adapters."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ LOG = logging.getLogger(__name__)
 
 
 def without_memory(config: ModelConfig) -> AvatarDiT:
-    """A transformer whose weights come later, when it is known which of them are here."""
+    """A transformer on the meta device; its weights are loaded later, once it is sharded."""
     with torch.device("meta"):
         return AvatarDiT(config)
 
 
 @torch.no_grad()
 def fill(model: AvatarDiT, path: str | Path) -> None:
-    """Read this process's part of every weight, and nothing else; adapters are in no file.
+    """Read this process's slice of every weight from a file; adapters are skipped.
 
-    Raises ValueError in one sentence when the file is of another model.
+    Raises ValueError when the file is of another model.
     """
     wanted = {name: weight for name, weight in model.named_parameters() if ADAPTERS not in name.split(".")}
     with stored_weights(path, {name: shape_of(weight) for name, weight in wanted.items()}) as stored:
@@ -44,7 +44,7 @@ def fill(model: AvatarDiT, path: str | Path) -> None:
 
 @torch.no_grad()
 def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
-    """Adapters that change nothing yet, drawn alike on any number of processes."""
+    """Initialise adapters to have no effect, with the same random values on any number of processes."""
     for role in roles:
         for adapter in (module for module in role.modules() if isinstance(module, LowRank)):
             bound = adapter.lora_A.in_features**-0.5
@@ -56,10 +56,10 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front; adapters as they
-    are exported), in slices where the module is in shards.
+    """Load every tensor of `path` whose name and shape fit (with or without a submodule's name in front; adapters as exported);
+    of sharded parameters, this process's slice.
 
-    `metadata` are the objective's. Raises ValueError when the file cannot be read, nothing fits, or adapters were learnt at another alpha.
+    `metadata` is the objective's. Raises ValueError when the file cannot be read, nothing fits, or its adapters have another alpha.
     """
     taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
     try:
@@ -80,7 +80,7 @@ def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> No
 
 
 def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
-    """The same adapters at another alpha are another model."""
+    """Raise ValueError when the file's adapters were trained with another alpha."""
     if saved is not None and ours is not None and float(saved) != float(ours):
         raise ValueError(
             f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; use objective.learn.alpha={saved}"
@@ -88,24 +88,24 @@ def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
 
 
 class WeightSlice(NamedTuple):
-    """What of a weight is here: `index` in the whole has it, and `within` says which of the numbers there, one after the other."""
+    """This process's slice of a weight: `index` into the full tensor, and `within`, a range of the flattened values there."""
 
     local: Tensor
     index: tuple[slice, ...]
     within: slice = slice(None)
 
     def copy_from(self, found: Tensor) -> None:
-        """Copy it out of what lies in `index`."""
+        """Copy the slice from the full tensor's values at `index`."""
         self.local.copy_(found.flatten()[self.within].view(self.local.shape))
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """Of all of a weight, whoever has it."""
+    """Shape of the full weight, sharded or not."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def part_of(weight: Tensor) -> WeightSlice:
-    """What of a weight is here: all, a slice along its first axis (FSDP), or a run of its numbers (DeepSpeed)."""
+    """This process's slice of a weight: all of it, a slice along its first axis (FSDP), or a range of its flat values (DeepSpeed)."""
     if isinstance(weight, DTensor):
         shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
         return WeightSlice(weight.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
@@ -120,7 +120,7 @@ def part_of(weight: Tensor) -> WeightSlice:
 
 
 def _called(name: str) -> list[str]:
-    """What a file may call a tensor."""
+    """Names that a tensor may have in a file."""
     parts = name.split(".")
     names = [".".join(parts[n:]) for n in range(len(parts))]
     if parts[-2:-1] not in ([DOWN], [UP]):
