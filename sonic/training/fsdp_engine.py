@@ -1,4 +1,4 @@
-"""Training on several devices with torch FSDP2: transformers in shards, the little else whole on each; both as one engine."""
+"""Training on several devices with torch FSDP2: transformers are sharded, other (small) modules are replicated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sonic.training.objectives import Objective
 
 
 class ShardedEngine(LocalEngine):
-    """Each process keeps a slice of every unit (block, audio injector, end) and gathers a unit while it is used."""
+    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
         """Shard every transformer; one without memory gets that of this process's slices only."""
@@ -32,12 +32,12 @@ class ShardedEngine(LocalEngine):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
 
     def prepare(self, objective: Objective) -> None:
-        """Shard what is not yet, then go on as alone. Transformers that have weights already must have the same everywhere."""
+        """Shard transformers that are not sharded yet, then as LocalEngine. Weights loaded before must be equal on all processes."""
         self.allocate(objective)
         super().prepare(objective)
 
     def to_device(self, module: nn.Module) -> None:
-        """What is in no shard goes to the device, whole."""
+        """Move what is not sharded to the device."""
         for part in module.modules():
             for name, tensor in part.named_parameters(recurse=False):
                 if not is_sharded(tensor):
@@ -46,7 +46,7 @@ class ShardedEngine(LocalEngine):
                 part._buffers[name] = buffer.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
-        """As alone, once the gradients of what is whole on each process are means as well; so are buffers that follow the data."""
+        """As LocalEngine, after averaging the gradients and buffers of replicated modules over all processes."""
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)
@@ -58,7 +58,7 @@ class ShardedEngine(LocalEngine):
 
 
 def halve_frozen(model: nn.Module) -> None:
-    """Hold what does not learn in bfloat16, in which it computes; in float32 it would take twice the memory for nothing."""
+    """Convert frozen parameters to bfloat16, the precision they compute in, which halves their memory."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 @torch.no_grad()
 def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
-    """Adapters that change nothing yet, drawn alike on any number of processes."""
+    """Initialise adapters to have no effect, with the same random values on any number of processes."""
     for role in roles:
         for adapter in (module for module in role.modules() if isinstance(module, LowRank)):
             bound = adapter.lora_A.in_features**-0.5
@@ -31,10 +31,10 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Take over every tensor of `path` whose name and shape fit (with or without the name of a part in front; adapters as they
-    are exported), in slices where the module is in shards.
+    """Load every tensor of `path` whose name and shape fit (with or without a submodule's name in front; adapters as exported);
+    of sharded parameters, this process's slice.
 
-    `metadata` are the objective's. Raises ValueError when the file cannot be read, nothing fits, or adapters were learnt at another alpha.
+    `metadata` is the objective's. Raises ValueError when the file cannot be read, nothing fits, or its adapters have another alpha.
     """
     taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
     try:
@@ -55,7 +55,7 @@ def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> No
 
 
 def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
-    """The same adapters at another alpha are another model."""
+    """Raise ValueError when the file's adapters were trained with another alpha."""
     if saved is not None and ours is not None and float(saved) != float(ours):
         raise ValueError(
             f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; use objective.learn.alpha={saved}"
@@ -63,7 +63,7 @@ def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
 
 
 def _called(name: str) -> list[str]:
-    """What a file may call a tensor."""
+    """Names that a tensor may have in a file."""
     parts = name.split(".")
     names = [".".join(parts[n:]) for n in range(len(parts))]
     if parts[-2:-1] not in ([DOWN], [UP]):

@@ -1,4 +1,4 @@
-"""Sample videos while training: what the student makes so far, kept as a video and scored, without a trace in what is learnt."""
+"""Sample videos during training: the present student generates a video, which is saved and scored; training is not affected."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MAX_LAG = 5  # frames of lag that are tried either way
 
 @dataclass(frozen=True)
 class Student:
-    """Who is looked at, and where videos of them go."""
+    """The student of a training, and the run folder for its sample videos."""
 
     config: TrainConfig
     objective: Any
@@ -60,7 +60,7 @@ class Student:
             yield model
 
     def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
-        """Write the video of a step, on the main process; None where the disk has no room for it.  frames [F,3,H,W] in [-1,1]"""
+        """Write the video of a step; None on other processes than the main one and when writing fails.  frames [F,3,H,W] in [-1,1]"""
         path = self.folder / "samples" / f"step_{step:08d}.mp4"
         if not self.engine.world.main:
             return None
@@ -74,9 +74,9 @@ class Student:
 
 
 def sample_maker(student: Student) -> SampleMaker | None:
-    """How to look at the student; None when nobody wants to (log.samples_every=0).
+    """The function that makes sample videos of the student; None when log.samples_every=0.
 
-    Raises ValueError when what is learnt makes no videos, or nobody can speak for them.
+    Raises ValueError when the objective trains no model that generates videos.
     """
     config = student.config
     if not config.log.samples_every:
@@ -88,7 +88,7 @@ def sample_maker(student: Student) -> SampleMaker | None:
 
 
 def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """A drawn person of the test split says a sentence; the mouth's true way is known."""
+    """Samples of the preview: a drawn person of the test split speaks a sentence, scored against the known motion of the mouth."""
     config, device = student.config, student.engine.world.device
     files = weight_files(config.model)
     autoencoder, speech = untrained_encoders(config.model, device)
@@ -115,8 +115,8 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
 
 
 def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """The bundled portrait says the beginning of the bundled recording; nobody knows the truth, so the mouth is held against the
-    sound alone, and is as lively as that of nothing else."""
+    """Samples of a published model: the bundled portrait speaks the start of the bundled recording. Without a true video, the metrics
+    are the mouth's correlation with the sound and its amount of motion."""
     config, device = student.config, student.engine.world.device
     checkpoint = Checkpoint.open(transformer_weights(config.model).parent)
     components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)

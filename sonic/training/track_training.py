@@ -1,4 +1,4 @@
-"""A turn of a training on fake tensors and fake ranks, tracked: the planner's prediction against engine and objective themselves."""
+"""Measures the memory of a training step by running the real engine and objective on fake tensors and fake ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAST_NOISE = 0.3
 
 
 def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan) -> dict[str, float] | None:
-    """GiB of every rank by moment; None for a plan that keeps shards on the host, which is the device where ranks are fake."""
+    """Peak GiB of each rank by phase; None for plans with CPU offload, since fake ranks run on the CPU."""
     if plan.parallel.cpu_offload:
         return None
     found = of_all_layers(work.model, lambda model: track(replace(work, model=model), plan.ranks, plan.parallel.context))
@@ -49,10 +49,10 @@ def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan)
 
 
 def track(work: Training, ranks: int, share: int) -> dict[str, int]:
-    """The most bytes that a rank holds in each moment of a step after the first, `share` ranks to a batch, as a CUDA device computes.
+    """Peak bytes of a rank in each phase of a training step after the first, as on a CUDA device; `share` ranks share a batch.
 
-    Parts of the step that repeat earlier ones are left out: further sampling steps, which go over the same ring; the gradient of
-    blocks between the first and the last; the averages' update, which is in place.
+    Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
+    the first and the last; the in-place update of the averages.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -82,7 +82,7 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
 
 
 def train_config(work: Training) -> TrainConfig:
-    """The recipe of a training, as far as memory goes."""
+    """The options of a training that affect its memory."""
     task = work.task
     window = WindowConfig(reach="clip", past=task.past, past_noise=PAST_NOISE if task.past else 0.0, max_first_block=0)
     if task.objective == "dmd":
@@ -100,11 +100,11 @@ def train_config(work: Training) -> TrainConfig:
 
 
 class Ledger(MemTracker):
-    """Bytes of all that is alive. Modules are entered by several doors, so nothing is asked of them; a number that the program
-    wants of a tensor without numbers is made up, so that it runs as it is."""
+    """Counts the bytes of all live tensors. Not per module, since models have several entry points; `.item()` of a fake tensor returns
+    a made-up number so that the program runs unchanged."""
 
     def _pre_fw_hook(self, *_: Any) -> None:
-        """Nothing is kept by module."""
+        """Does nothing: memory is not counted per module."""
 
     _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
@@ -119,7 +119,7 @@ class Ledger(MemTracker):
         return super().__torch_dispatch__(func, types, args, named or {})
 
     def lap(self) -> int:
-        """The most since the last call."""
+        """Peak bytes since the last call."""
         peak = sum(each["Total"] for each in self.get_tracker_snapshot("peak").values())
         self._peak_mem_snap = self.get_tracker_snapshot()
         self._peak_mem = {device: each["Total"] for device, each in self._peak_mem_snap.items()}
@@ -127,8 +127,8 @@ class Ledger(MemTracker):
 
 
 class Update:
-    """A role's optimizer on this rank's shards as plain tensors: what the engine's does, without DTensor's accounts, which take
-    half a minute for a thousand tensors. Its memory is that of a step after the first."""
+    """A role's optimizer on this rank's shards as plain tensors: the same as the engine's without the overhead of DTensor (half a
+    minute per thousand tensors). Its moments are allocated, as after the first step."""
 
     def __init__(self, role: nn.Module, config: TrainConfig) -> None:
         self.role = role
@@ -141,12 +141,12 @@ class Update:
         self.optimizer.zero_grad()
 
     def fill(self) -> None:
-        """Gradients as an earlier batch of the same step leaves them."""
+        """Allocate gradients, as an earlier batch of the same step leaves them."""
         for parameter in self.learning:
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self) -> None:
-        """Use up the gradients."""
+        """Take the optimizer step and free the gradients."""
         for parameter, shard in zip(self.learning, self.shards, strict=True):
             shard.grad = None if parameter.grad is None else _shard(parameter.grad).detach()
         self.optimizer.step()
@@ -155,7 +155,7 @@ class Update:
 
 
 class TrackedRun(NamedTuple):
-    """What takes part in a step."""
+    """The parts of a tracked training step."""
 
     objective: Any
     engine: ShardedEngine
@@ -164,7 +164,7 @@ class TrackedRun(NamedTuple):
 
 
 def _match_flow(step: TrackedRun) -> Iterator[str]:
-    """A step of one role: a clip's graph, and the update."""
+    """A flow-matching step: forward and backward of a clip, and the update."""
     step.updates[STUDENT].fill()
     losses = step.objective.losses(STUDENT, step.batch, torch.Generator())
     _descend(step.engine, STUDENT, losses)
@@ -175,7 +175,7 @@ def _match_flow(step: TrackedRun) -> Iterator[str]:
 
 
 def _distil(step: TrackedRun) -> Iterator[str]:
-    """A turn of the critic and one of the student, as DistributionMatching.losses takes them, from one rollout."""
+    """A DMD step: one update of the critic and one of the student, as in DistributionMatching.losses, from one rollout."""
     objective, engine, batch, updates = step
     rng, frames = torch.Generator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
@@ -203,7 +203,7 @@ def _distil(step: TrackedRun) -> Iterator[str]:
 
 
 def _descend(engine: ShardedEngine, role: str, losses: Losses) -> None:
-    """The gradient of the next part of a loss, where there is one; the losses stay, because they say whose adapters are in force."""
+    """Backpropagate the next part of a loss, if there is one. `losses` stays open, because it holds the role's adapters active."""
     with engine.precision():
         loss, _ = next(losses)
     if loss.requires_grad:
@@ -214,7 +214,7 @@ STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow
 
 
 def _batch(work: Training) -> dict[str, Tensor]:
-    """What a rank works on at once."""
+    """The batch of one rank."""
     task, model = work.task, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
     empty = lambda *shape: torch.empty(task.batch_size, *shape)  # noqa: E731
@@ -227,7 +227,7 @@ def _batch(work: Training) -> dict[str, Tensor]:
 
 
 def _fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention as devices have it; the CPU's own form for gradients in half precision lays all scores out."""
+    """Fused attention, as on CUDA devices; the CPU kernel for half-precision gradients would store all attention scores."""
     return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (queries, keys, values))).transpose(1, 2)
 
 
@@ -237,7 +237,7 @@ def _shard(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A million small objects are not searched for cycles again and again."""
+    """Context without garbage collection, which would scan a million small objects repeatedly."""
     gc.disable()
     try:
         yield
@@ -247,7 +247,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _as_on_devices() -> Iterator[None]:
-    """Autocast as on CUDA: norms compute in float32 there, and in the given precision on a CPU, whose own forms keep less."""
+    """Context in which autocast behaves as on CUDA: norms compute in float32, which keeps more memory than the CPU's half precision."""
 
     def wide(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def widened(*args: Any, **named: Any) -> Tensor:

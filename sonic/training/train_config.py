@@ -1,4 +1,4 @@
-"""Every option of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
+"""Options of training and evaluation runs (stdlib only, so that `--help` needs no torch). Objectives have configs of their own."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
 
 @dataclass
 class BudgetConfig:
-    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used.
+    """How long to train: exactly one of `max_steps` and `max_minutes`. The learning rate follows the used share of the budget.
 
-    A step uses `accumulate` batches of `batch_size` samples, all processes together.
+    A step uses `accumulate` batches of `batch_size` samples, over all processes together.
     """
 
     max_steps: int = option(0, "optimizer steps; 0 = max_minutes counts")
@@ -42,7 +42,7 @@ class BudgetConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up, a flat part, and a cosine fall that starts at `decay_from` of the budget."""
+    """AdamW; learning rate with linear warm-up, a constant part, and cosine decay from `decay_from` of the budget."""
 
     lr: float = option(1e-3, "learning rate after the warm-up")
     final_lr: float = option(0.02, "share of lr at the end of the budget")
@@ -62,7 +62,7 @@ class OptimConfig:
 
 @dataclass
 class SpeedConfig:
-    """Where and how fast. `threads=0` leaves torch's own choice."""
+    """Device, precision, data loading and parallelism. `threads=0` leaves the number to torch."""
 
     device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
     threads: int = option(0, "CPU threads; 0 leaves it to torch")
@@ -89,7 +89,7 @@ class SpeedConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
+    """How often the state is saved. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
 
     every_minutes: float = option(5.0, "minutes between checkpoints")
     every_steps: int = option(0, "steps between checkpoints; 0 = by minutes only")
@@ -102,7 +102,7 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """Where the figures go: always JSONL in the run folder, to W&B when asked (key from the environment)."""
+    """Where metrics are logged: always JSONL in the run folder, optionally W&B (key from the environment)."""
 
     every_steps: int = option(20, "steps between lines of figures")
     wandb: str = option("off", "off, offline or online; the key comes from the environment")
@@ -124,7 +124,7 @@ class LogConfig:
 
 @dataclass
 class DataConfig:
-    """What a batch is cut from. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
+    """The training data. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
 
     source: str = option("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
     folder: str = option("", "folder of the clips")
@@ -135,7 +135,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run, whole. It lives in the folder runs/`name`."""
+    """All options of one training run, whose folder is runs/`name`."""
 
     name: str = option("train", "name of the folder runs/<name>")
     seed: int = option(0, "of data order, noise and new weights")
@@ -161,14 +161,14 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """What is scored: people, voices and sentences of the test split, with a still head."""
+    """The evaluation set: people, voices and sentences of the test split, without head motion."""
 
-    clips: int = option(20, "people, each with a recording of their own")
-    seed: int = option(0, "other seeds are other people and sentences")
+    clips: int = option(20, "drawn people, each with its own recording")
+    seed: int = option(0, "seed of the people and sentences")
     seconds: float = option(8.0, "length of each recording, at least 2")
-    noisy: bool = option(False, "dirt of real recordings on the speech")
+    noisy: bool = option(False, "add noise, echo and band limits of real recordings to the speech")
     videos: str = option("", "folder for a contact sheet of every clip; empty = none")
-    num_videos: int = option(0, "of so many clips the videos too, in the same folder")
+    num_videos: int = option(0, "clips whose videos are saved too, in the same folder")
 
     def __post_init__(self) -> None:
         require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
@@ -177,9 +177,9 @@ class EvalConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Scores a model on drawn people whose mouths are known exactly: the model, the true video, and nothing moving."""
+    """Scores a model on drawn people with exactly known mouths, beside the true video and a still one."""
 
-    json: str = option("", "where the figures go")
+    json: str = option("", "JSON file for the figures")
     eval: EvalConfig = option(EvalConfig)
     run: RunConfig = option(RunConfig)
     model: ModelConfig = option(ModelConfig)
