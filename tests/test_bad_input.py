@@ -125,14 +125,6 @@ def test_a_picture_without_a_face_names_the_override(sentence, inputs):
     assert "no face" in output and "face_box=[x,y,w,h]" in output
 
 
-def test_of_two_equal_faces_one_is_named(sentence, inputs, capsys, monkeypatch):
-    face = data.astronaut()[:300, 60:360]
-    Image.fromarray(np.hstack([face, face])).save(inputs / "twins.png")
-    run_command(infer_command.ENTRY, infer_command.infer, [f"image={inputs / 'twins.png'}", "weights=nowhere"])
-    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sonic: warning: ")]
-    assert len(warned) == 1 and "face_box=[x,y,w,h]" in warned[0]
-
-
 @pytest.mark.parametrize(("output", "word"), [("missing/out.mp4", "does not exist"), (".", "is a folder"), ("out.avi", ".mp4")])
 def test_a_bad_output(output, word, sentence):
     assert word in sentence(f"output={output}", *FACE)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain, repeat
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import BLOCK, SIZE, conditions, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sonic.bench import arithmetic
 from sonic.bench.arithmetic import gemm_fraction
 from sonic.model.counts import block_multiply_adds, forward_multiply_adds
 from sonic.types import BlockSpan
@@ -40,7 +44,10 @@ def test_the_count_of_a_block_is_what_torch_counts(blocks):
     assert block_multiply_adds(model.config, GRID, blocks=blocks) == found
 
 
-def test_the_measured_share_of_a_matrix_product_is_a_share():
+def test_the_share_of_a_matrix_product_is_that_of_the_best_rates(monkeypatch):
+    """By a clock in which all work takes a second, and the first forward five."""
     config = tiny_config()
-    config.trunk.patch_size = [1, 3, 3]
-    assert 0 < gemm_fraction(config, torch.float32, repeats=2) < 1
+    clock = accumulate(chain([0, 1, 5], repeat(1)))
+    monkeypatch.setattr(arithmetic, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    share = gemm_fraction(config, torch.float32, latent_frames=3, side=SIZE[0], repeats=2)
+    assert share == pytest.approx(forward_multiply_adds(config, 3, GRID) / 2048**3)

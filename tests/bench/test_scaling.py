@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 from sonic.bench import scaling
+from sonic.cli import compose
+from sonic.commands.bench_command import ENTRY, spelled
 from sonic.inference.infer_config import BenchConfig
+from sonic.parallel.parallel_config import ParallelConfig
 
 
-def test_the_best_of_each_counts_and_both_make_the_same_stream(monkeypatch):
-    speeds, calls = iter([10.0, 18.0, 12.0, 15.0]), []
-    monkeypatch.setattr(scaling, "_frames_per_second", lambda ranks, *more: calls.append((ranks, *more)) or next(speeds))
+def test_one_rank_and_two_make_the_same_stream_and_the_best_of_each_counts(monkeypatch):
+    """The commands are composed as the program would, and give a rate at once."""
+    rates, made = iter([10.0, 18.0, 12.0, 15.0]), []
+
+    def run(command: list[str], **_) -> SimpleNamespace:
+        config = compose(ENTRY, spelled(command[command.index("fit") :]))
+        ranks = next((int(each.partition("=")[2]) for each in command if each.startswith("--nproc-per-node=")), 1)
+        made.append((ranks, config))
+        Path(config.json).write_text(json.dumps({"frames_per_second": next(rates)}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
     found = scaling.bench_scaling(BenchConfig(target="scaling", repeats=2), 0.0)
-    assert found["ratio"] == 1.5
-    assert [each[0] for each in calls] == [1, 2, 1, 2]
-    assert {each[-2:] for each in calls} == {("fit.blocks=8", "fit.warm_blocks=2")}
+    assert (found["ratio"], found["frames_per_second_1_rank"], found["frames_per_second_2_ranks"]) == (1.5, 12.0, 18.0)
+    assert [(ranks, config.parallel.name) for ranks, config in made] == [(1, "single"), (2, "pipeline")] * 2
+    single, pipeline = (replace(config, json="", parallel=ParallelConfig()) for _, config in made[:2])
+    assert single == pipeline
+    assert single.run.threads == 1 and sum(made[1][1].parallel.layers) == single.model.trunk.num_layers
 
 
 def test_a_run_really_gives_a_rate(monkeypatch):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sonic.cli import Entry, run_command
 from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.inference.infer_config import InferConfig
+from sonic.system import run_folder
 from sonic.system.run_folder import Run, start_logging
 
 ENTRY = Entry("infer", InferConfig)
@@ -135,6 +137,18 @@ def test_a_log_goes_on_in_the_folder_that_is_kept(tmp_path):
         run.close()
     lines = (tmp_path / "runs/r/log.txt").read_text().splitlines()
     assert [line.split(": ")[1] for line in lines] == ["one before", "one after", "two before", "two after"]
+
+
+def test_a_warning_of_ours_is_one_line_for_the_person_and_that_of_a_package_is_not_shown(tmp_path, capsys):
+    run = a_run(tmp_path, "r")
+    with warnings.catch_warnings():
+        start_logging(main=True)
+        run.open()
+        warnings.warn_explicit("2 faces", UserWarning, run_folder.__file__, 1)
+        warnings.warn_explicit("old habits", DeprecationWarning, run_folder.__file__, 1)
+        warnings.warn_explicit("not ours", UserWarning, warnings.__file__, 1)
+    run.close()
+    assert capsys.readouterr() == ("", "sonic: warning: 2 faces\n")
 
 
 def test_a_log_takes_any_name(tmp_path, capsys):

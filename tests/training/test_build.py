@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hanging import every_file_hangs
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from wandb_files import read_back
+from wandb_recorder import record_wandb
 
 from sonic.data.clips import ClipDataset, write_index
 from sonic.parallel import watchdog
@@ -85,16 +85,14 @@ def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_offline_wandb_keeps_the_same_run_after_a_restart(config, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_keeps_the_same_run_after_a_restart(config, tmp_path, monkeypatch):
+    runs = record_wandb(monkeypatch)
     config.log = LogConfig(every_steps=1, bar=False, wandb="offline")
     run_training(config, tmp_path / "run")
-    first = (tmp_path / "run" / "wandb_id.txt").read_text()
     config.budget = BudgetConfig(max_steps=5, batch_size=2)
     run_training(config, tmp_path / "run")
-    steps, ids = read_back(tmp_path / "run", last=5)
-    assert ids == {first} and sorted(steps) == [1, 2, 3, 4, 5]
+    assert runs[0].keywords["id"] == runs[1].keywords["id"]
+    assert [[step for step, _ in run.logged] for run in runs] == [[1, 2, 3, 4], [5]]
 
 
 def test_a_name_that_is_not_in_a_table_lists_the_choices(config, tmp_path):

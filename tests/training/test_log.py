@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from wandb_files import read_back
+from wandb_recorder import record_wandb
 
 from sonic.data.video import VideoWriter
 from sonic.training.guard import WARM, Guard
@@ -30,16 +30,26 @@ def logged(folder, wandb, steps=(1, 2)):
             log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
 
 
-def test_what_wandb_keeps_offline_can_be_read_back(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_restart(tmp_path, monkeypatch):
+    runs = record_wandb(monkeypatch)
     logged(tmp_path, "offline")
-    logged(tmp_path, "offline", steps=(3, 4))
-    steps, ids = read_back(tmp_path, last=4)
-    assert [steps[step]["train/student_loss"] for step in (1, 2, 3, 4)] == [1, 1 / 2, 1 / 3, 1 / 4]
-    assert steps[4]["eval/sync_correlation"] == 2.0
-    assert steps[2]["eval/sample/_type"] == steps[4]["eval/sample/_type"] == "video-file"
-    assert ids == {(tmp_path / "wandb_id.txt").read_text()}
+    logged(tmp_path, "online", steps=(3, 4))
+    known = (tmp_path / "wandb_id.txt").read_text()
+    assert [run.keywords["mode"] for run in runs] == ["offline", "online"]
+    for run in runs:
+        named = {"id": known, "resume": "allow", "dir": str(tmp_path), "name": "details", "project": LogConfig().project}
+        assert named.items() <= run.keywords.items() and run.exit_code == 0
+    figures = [{"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step} for step in (1, 2, 3, 4)]
+    for step in (2, 4):
+        figures[step - 1]["eval/sample"] = ("video", str(tmp_path / f"samples/step_{step:08d}.mp4"), "mp4")
+    assert [each for run in runs for each in run.logged] == [*enumerate(figures, 1)]
+
+
+def test_wandb_is_told_that_a_run_ended_with_an_error(tmp_path, monkeypatch):
+    runs = record_wandb(monkeypatch)
+    with pytest.raises(KeyError), RunLog(tmp_path, LogConfig(wandb="offline", bar=False), name="details").open(0, None):
+        raise KeyError
+    assert runs[0].exit_code == 1
 
 
 def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
@@ -88,10 +98,10 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     pytest.importorskip("wandb")
     for name, value in {"WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sonic.training.log.PATIENCE_S", 3)
+    monkeypatch.setattr("sonic.training.log.PATIENCE_S", 1)
     logged(tmp_path, "online")
     assert "logging offline" in caplog.text
-    assert read_back(tmp_path, last=2)[0][2]["train/student_loss"] == 0.5
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(read_scalars(tmp_path)) == 2
 
 

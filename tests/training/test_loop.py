@@ -320,21 +320,3 @@ def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_pat
     other.roles["reader"] = nn.Linear(2, 2, bias=False)
     with pytest.raises(ValueError, match=r"it lacks weights\.reader\.weight and 0 more.*use a new name="):
         train(make(tmp_path, steps=4, objective=other))
-
-
-def test_without_wandb_a_run_trains_on_offline(tmp_path, monkeypatch, caplog):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    real = wandb.init
-
-    def unreachable(mode, **keywords):
-        if mode == "online":
-            raise wandb.errors.CommError("no network")
-        return real(mode=mode, **keywords)
-
-    monkeypatch.setattr(wandb, "init", unreachable)
-    run = make(tmp_path, steps=2)
-    run.log.config = LogConfig(every_steps=1, bar=False, wandb="online")
-    assert train(run).steps == 2
-    assert "logging offline" in caplog.text
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
