@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2): every rank keeps a slice of every unit, and units are gathered one after the other as they are used."""
+"""Sharded weights (FSDP2): every rank stores a slice of every unit, and each unit is gathered when it is used."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sonic.parallel.shard_units import WHOLE, all_units
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Shard the model over the ranks that make a video together, before it has weights; copies of it are on other ranks.
+    """Shard the model over the ranks that make a video together, before its weights are loaded; `dp_replicate` ranks hold copies.
 
-    Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
-    embeddings and the head; WHOLE is on every rank. Names of parameters stay.
+    Every projection belongs to a unit; the few other weights of a block are gathered with the block; the root module holds the patch
+    embeddings and the head; the modules of WHOLE are not sharded. Names of parameters do not change.
     """
     mesh = _mesh(world)
     policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
@@ -37,21 +37,21 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 
 
 def _mesh(world: World) -> DeviceMesh:
-    """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
+    """The mesh of FSDP: shards along layers and cp, copies along dp_replicate; one axis, or two for HSDP."""
     if world.size("dp_replicate") == 1:
         return world.rollout_mesh
     return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.rollout_mesh])
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
-    """How a sharded model is executed: with the next `config.prefetch` units gathered ahead."""
+    """The execution of a sharded model, which gathers the next `config.prefetch` units ahead of use."""
     return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
 
 
 class OrderedPrefetch:
-    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which a pass used them when it was first made.
+    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which the first pass of this kind used them.
 
-    The pass of the memory uses other units than that of a block (no injectors, but the prompt's keys), so each kind has its order.
+    Prefill uses other units than a block (no injectors, but the prompt's keys), so each kind of pass has its own order.
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
@@ -61,7 +61,7 @@ class OrderedPrefetch:
         self.last: tuple[bool, bool] | None = None
 
     def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[TrunkInputs]:
-        """`model.run_blocks`, with prefetching."""
+        """`model.run_blocks` with prefetching."""
         kind = (inputs[0].text is not None, inputs[0].audio is not None)
         if kind in self.orders:
             if self.last != kind:

@@ -1,4 +1,4 @@
-"""What sharding gathers at a time: modules that run together, by name, in the order in which a forward meets them."""
+"""The units that sharding gathers at a time: names of modules that run together, in the order in which a forward uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENDS = ("frame_pack", "text_embed", "audio_encoder")  # before the blocks; what 
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are gathered and given back together, how many numbers they hold, and during what they are used."""
+    """Modules whose weights are gathered and freed together, the number of these weights, and the phase that uses them."""
 
     modules: tuple[str, ...]
     numbers: int
@@ -22,7 +22,7 @@ class Unit:
 
 
 def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """A whole block at a time, a whole injector at a time."""
+    """Units of a whole block and a whole injector."""
     yield Unit((f"blocks.{layer}",), sum(block_weights(config).values()), "mlp")
     if layer in config.audio.inject_layers:
         index = config.audio.inject_layers.index(layer)
@@ -30,9 +30,9 @@ def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
 
 
 def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """The projections of one attention at a time, one layer of the MLP at a time.
+    """Units of the projections of one attention and of one linear layer of the MLP.
 
-    The prompt's keys are projected once per video, so they are a unit of their own that a block of the video does not gather.
+    The prompt's keys and values are projected once per video, so these projections are a separate unit, which blocks do not gather.
     """
     dim, parts = config.trunk.hidden_dim, block_weights(config)
     one = dim * dim + dim
@@ -49,7 +49,7 @@ def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
 
 
 def linear_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """One matrix at a time."""
+    """Units of one matrix."""
     for unit in sublayer_units(config, layer):
         for module in unit.modules:
             yield Unit((module,), unit.numbers // len(unit.modules), unit.phase)
@@ -63,7 +63,7 @@ UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {
 
 
 def all_units(config: ModelConfig, unshard_unit: str) -> list[Unit]:
-    """The units of a whole transformer; what no unit names stays with its block or the root, and is little."""
+    """The units of a whole transformer; the few weights outside all units belong to their block or to the root module."""
     ends = end_weights(config)
     found = [Unit((name,), ends[name], "ends") for name in ENDS if ends[name]]
     for layer in range(config.trunk.num_layers):
@@ -72,6 +72,6 @@ def all_units(config: ModelConfig, unshard_unit: str) -> list[Unit]:
 
 
 def _projections(attention: str, *names: str) -> tuple[str, ...]:
-    """Full names of the projections: "qkv" stands for three of them."""
+    """Full names of an attention's projections; "qkv" stands for q, k and v."""
     letters = [letter for name in names for letter in ([name] if name == "out" else name)]
     return tuple(f"{attention}.to_{letter}" for letter in letters)
