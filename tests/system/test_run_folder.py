@@ -178,7 +178,8 @@ def test_a_video_counts_though_its_run_folder_is_full(command, full, tmp_path, c
     message = capsys.readouterr().err
     for what in ("result.json", "the contact sheet"):
         assert (
-            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is complete" in message
+            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is complete"
+            in message
         )
     assert (tmp_path / "video.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "elsewhere/r").iterdir()} == {"config.yaml", "command.txt", "git_commit.txt", "log.txt"}
