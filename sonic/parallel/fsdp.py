@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2): every rank keeps a slice of every unit, and units are gathered one after the other as they are used."""
+"""Sharded weights (FSDP2): every rank stores a slice of every unit, and each unit is gathered when it is used."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 
 
 def _mesh(world: World) -> DeviceMesh:
-    """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
+    """The mesh of FSDP: shards along layers and cp, copies along dp_replicate; one axis, or two for HSDP."""
     if world.size("dp_replicate") == 1:
         return world.rollout_mesh
     return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.rollout_mesh])
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
-    """How a sharded model is executed: with the next `config.prefetch` units gathered ahead."""
+    """The execution of a sharded model, which gathers the next `config.prefetch` units ahead of use."""
     return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
 
 
 class OrderedPrefetch:
-    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which a pass used them when it was first made.
+    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which the first pass of this kind used them.
 
-    The pass of the memory uses other units than that of a block (no injectors, but the prompt's keys), so each kind has its order.
+    Prefill uses other units than a block (no injectors, but the prompt's keys), so each kind of pass has its own order.
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
@@ -87,7 +87,7 @@ class OrderedPrefetch:
         self.last: tuple[bool, bool] | None = None
 
     def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[TrunkInputs]:
-        """`model.run_blocks`, with prefetching."""
+        """`model.run_blocks` with prefetching."""
         kind = (inputs[0].text is not None, inputs[0].audio is not None)
         if kind in self.orders:
             if self.last != kind:

@@ -1,4 +1,4 @@
-"""The plans by name: what each does to a model before its weights are there, where weights live, and what it does afterwards."""
+"""The plans by name: how each shards the model before it has weights, allocates the weights, and executes the loaded model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
 
 
 def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """The plan has nothing to do here."""
+    """The `cut` of a plan that does not shard the model."""
 
 
 class Plan(NamedTuple):
-    """`cut` works on the model without memory, `allocate` gives its parameters memory, `start` says how the filled model is executed."""
+    """The steps of a plan: `cut` shards the model on the meta device, `allocate` allocates its parameters, `start` gives the execution
+    of the loaded model."""
 
     cut: Step = nothing
     allocate: Step = lambda model, world, config: model.to_empty(device=world.device)
@@ -66,9 +67,9 @@ PLANS: Mapping[str, Plan] = {
 def build_parallel_model(
     config: ModelConfig, weights: str | Path | None, context: DistributedContext, *, lora: Lora, dtype: torch.dtype
 ) -> AvatarDiT:
-    """The transformer under the plan of `context`, with this rank's weights and no others; no process ever holds more than that.
+    """The transformer under the plan of `context`, with only this rank's weights; no process ever holds more than its own.
 
-    Settles how `context` runs forwards. Without a file of weights they are random.
+    Sets the execution and the channel of `context`. Without a file of weights they are random.
     """
     world, parallel = context.world, context.parallel
     plan = pick(PLANS, world.plan, "parallel.name")

@@ -192,7 +192,8 @@ def test_a_video_counts_though_its_run_folder_is_full(command, full, tmp_path, c
     message = capsys.readouterr().err
     for what in ("result.json", "the contact sheet"):
         assert (
-            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is whole" in message
+            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is complete"
+            in message
         )
     assert (tmp_path / "video.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "elsewhere/r").iterdir()} == {"config.yaml", "command.txt", "git_commit.txt", "log.txt"}
@@ -225,7 +226,7 @@ def test_a_disk_that_is_really_full(kib, code, weights, tmp_path):
     assert found.returncode == code and "Traceback" not in found.stderr, found.stderr
     assert str(tmp_path / "disk/r") in found.stderr and "No space left on device" in found.stderr
     assert (tmp_path / "video.mp4").exists() == (code == 0)
-    assert ("is whole" in found.stderr) == (code == 0)
+    assert ("is complete" in found.stderr) == (code == 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command, tmp_path, monkeypatch, capsys):
