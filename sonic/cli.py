@@ -65,7 +65,7 @@ SYNONYMS = {  # what other programs of the field call an option -> the last part
     **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
 }
 FILES = {  # options that name files or folders, in which ~ is the home folder
-    *("image", "audio", "output", "requests", "video", "json", "source", "folder", "autoencoder", "export", "init_from"),
+    *("image", "audio", "output", "requests", "mp4", "json", "source", "folder", "autoencoder", "export", "init_from"),
     *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
     *("checkpoint.resume", "eval.videos"),
 }

@@ -83,14 +83,14 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
 class TrunkConfig:
     """The transformer itself; `patch_size` counts latents along (time, height, width)."""
 
-    hidden_dim: int = 192
-    ffn_dim: int = 768
-    num_heads: int = 3
-    num_layers: int = 6
-    patch_size: list[int] = option([1, 3, 3])
-    latent_channels: int = 16
-    freq_dim: int = 256
-    eps: float = 1e-6
+    hidden_dim: int = option(192, "width of a token")
+    ffn_dim: int = option(768, "width inside the MLP")
+    num_heads: int = option(3, "attention heads")
+    num_layers: int = option(6, "transformer blocks")
+    patch_size: list[int] = option([1, 3, 3], "latents in a token along time, height and width")
+    latent_channels: int = option(16, "channels of a latent")
+    freq_dim: int = option(256, "width of the sinusoidal embedding of the timestep")
+    eps: float = option(1e-6, "epsilon of the norms")
 
     def __post_init__(self) -> None:
         whole = self.num_heads >= 1 and self.hidden_dim % self.num_heads == 0
@@ -103,18 +103,18 @@ class TrunkConfig:
 class AudioConfig:
     """Speech features as they arrive ([num_audio_layers, audio_dim] per video frame) and where they are injected."""
 
-    audio_dim: int = 160
-    num_audio_layers: int = 1
-    num_audio_token: int = 4
-    inject_layers: list[int] = option([0, 2, 4])
+    audio_dim: int = option(160, "width of a speech feature")
+    num_audio_layers: int = option(1, "hidden layers of the speech encoder that are given")
+    num_audio_token: int = option(4, "audio tokens per latent frame")
+    inject_layers: list[int] = option([0, 2, 4], "blocks behind which audio is injected")
 
 
 @dataclass
 class TextConfig:
     """Rows of the prompt's embedding; shorter prompts are padded with zero rows to `text_len`."""
 
-    text_dim: int = 32
-    text_len: int = 4
+    text_dim: int = option(32, "width of a row of the prompt's embedding")
+    text_len: int = option(4, "rows; shorter prompts are padded with zero rows")
 
 
 @dataclass
@@ -122,9 +122,9 @@ class MotionConfig:
     """FramePack memory of the past: bucket sizes in latent frames, newest first (none = no such memory); motion_frames = [video,
     latent] frames."""
 
-    buckets: list[int] = option([1, 2, 16])
-    add_last_motion: int = 2
-    motion_frames: list[int] = option([73, 19])
+    buckets: list[int] = option([1, 2, 16], "FramePack memory of the past: latent frames per bucket, newest first; empty = no such memory")
+    add_last_motion: int = option(2, "how many of the newest buckets are given: 2 = all, 1 = without the newest, 0 = the oldest alone")
+    motion_frames: list[int] = option([73, 19], "video and latent frames of the past that come before a clip")
 
 
 @dataclass
@@ -132,11 +132,11 @@ class RolloutConfig:
     """How a video is rolled out: block by block (latent frames in a block, blocks a ring remembers, where the reference sits), or in
     whole clips of `clip_frames` video frames; at `fps`."""
 
-    block_frames: int = 3
-    window_blocks: int = 3
-    ref_position: int = 30
-    ref_distance: int = 16
-    fps: int = 25
+    block_frames: int = option(3, "latent frames in a block")
+    window_blocks: int = option(3, "blocks that a KV ring holds")
+    ref_position: int = option(30, "time position of the reference in the first blocks")
+    ref_distance: int = option(16, "least distance in time between a block and the reference")
+    fps: int = option(25, "video frames per second that the model was trained at")
     clip_frames: int = option(0, "video frames of a clip with full attention; 0 = block by block")
     dtype: str = option("float32", "precision of the transformer where run.dtype=auto: float32 or bfloat16")
 

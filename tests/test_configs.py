@@ -30,7 +30,7 @@ from sonic.training.train_config import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)
-FORWARD_METHODS = {
+ENTRIES = {
     "infer": INFER,
     "bench": Entry("bench", BenchConfig),
     "evaluate": Entry("evaluate", EvaluateConfig),
@@ -47,26 +47,32 @@ NEEDED = {
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
 }  # options without which a command has no meaning
-CHOICES = [(name, group, option) for name, entry in FORWARD_METHODS.items() for group in groups(entry) for option in group_choices(group)]
+CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in group_choices(group)]
+PRESETS = {
+    (group, option) for _, group, option in CHOICES if (ROOT / "conf" / group / option).is_dir()
+}  # a folder with a file for each model
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 
 
-@pytest.mark.parametrize("name", FORWARD_METHODS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_command_composes_without_arguments(name):
-    assert isinstance(compose(FORWARD_METHODS[name], NEEDED.get(name, [])), FORWARD_METHODS[name].schema)
+    assert isinstance(compose(ENTRIES[name], NEEDED.get(name, [])), ENTRIES[name].schema)
 
 
-@pytest.mark.parametrize(("name", "group", "option"), CHOICES)
+@pytest.mark.parametrize(("name", "group", "option"), [each for each in CHOICES if each[1:] not in PRESETS])
 def test_every_choice_composes(name, group, option):
-    if (ROOT / "conf" / group / option).is_dir():
-        return  # test_a_preset_fits_every_model_or_says_why_not
     needed = [] if group in ("train", "distill", "precompute", "ablate") else NEEDED.get(name, [])
-    assert isinstance(compose(FORWARD_METHODS[name], [f"{group}={option}", *needed]), FORWARD_METHODS[name].schema)
+    assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
+
+
+def test_a_choice_that_is_a_folder_is_a_preset():
+    """Which test_a_preset_fits_every_model_or_says_why_not composes."""
+    assert {group for group, _ in PRESETS} == {"preset"}
 
 
 def test_every_yaml_belongs_to_a_command():
     files = {path.relative_to(ROOT / folder) for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*.yaml")}
-    known = {Path(f"{name}.yaml") for name in FORWARD_METHODS} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
+    known = {Path(f"{name}.yaml") for name in ENTRIES} | {Path(group, f"{option}.yaml") for _, group, option in CHOICES}
     per_model = {Path("preset", preset, f"{model}.yaml") for preset in group_choices("preset") for model in group_choices("model")}
     assert files == {path for path in known if path.parent != Path("preset")} | per_model
 
@@ -95,7 +101,7 @@ def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
 @pytest.mark.parametrize("command", ["infer", "plan", "evaluate", "bench"])
 @pytest.mark.parametrize("model", group_choices("model"))
 def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
-    entry = FORWARD_METHODS[command]
+    entry = ENTRIES[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
     steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar", 4, 1.0)}[model]
@@ -108,7 +114,7 @@ def test_a_sampler_that_is_chosen_is_the_one_that_runs():
     assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
     assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
     assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
-    assert compose(FORWARD_METHODS["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
+    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
@@ -124,7 +130,7 @@ def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
 )
 def test_the_ring_of_the_published_habits_is_one_clip(preset, frames, blocks):
     given = ["model=live_avatar_14b", f"+preset={preset}", f"video.infer_frames={frames}"]
-    for entry in (INFER, FORWARD_METHODS["plan"]):
+    for entry in (INFER, ENTRIES["plan"]):
         assert compose(entry, [*given, "compat=upstream"]).model.rollout.window_blocks == blocks
         assert compose(entry, given).model.rollout.window_blocks == (4 if preset == "standard" else 2)
 
@@ -231,7 +237,7 @@ def test_a_mistake_is_answered_with_the_choices(typed, first):
 )
 def test_a_list_that_is_none_is_answered_with_one(name, typed, expected):
     with pytest.raises(ValueError, match="such as") as caught:
-        compose(FORWARD_METHODS[name], [*NEEDED[name], *typed])
+        compose(ENTRIES[name], [*NEEDED[name], *typed])
     assert expected in str(caught.value)
 
 
@@ -244,15 +250,21 @@ def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeyp
         compose(INFER, ["preset=mine"])
 
 
-def test_sizes_are_read_with_either_heartbeat():
+def test_every_short_name_and_every_name_of_files_is_an_option_of_a_command():
+    known = {option for entry in ENTRIES.values() for option in entry_options(entry)}
+    assert known >= sonic.cli.FILES
+    assert known >= {*sonic.cli.SHORT.values()}
+
+
+def test_sizes_are_read_with_either_sign_between():
     assert parse_size("704x384") == parse_size("704*384") == (704, 384)
 
 
-@pytest.mark.parametrize("name", FORWARD_METHODS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_help_names_every_option_and_choice(name):
-    text = help_text(FORWARD_METHODS[name])
-    assert all(f"  {option}=" in text for option in entry_options(FORWARD_METHODS[name]))
-    assert all(choice in text for choices in groups(FORWARD_METHODS[name]).values() for choice in choices)
+    text = help_text(ENTRIES[name])
+    assert all(f"  {option}=" in text for option in entry_options(ENTRIES[name]))
+    assert all(choice in text for choices in groups(ENTRIES[name]).values() for choice in choices)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
@@ -272,7 +284,7 @@ LARGE = [("distill", f"live_avatar_{steps}step") for steps in (4, 3, 2)] + [("tr
 @pytest.mark.parametrize(("group", "option"), LARGE)
 def test_every_recipe_for_large_cards_builds_without_memory(group, option):
     """Composed whole, built on meta: the base once, adapters or the chosen parts learn, and the world's batches divide by eight."""
-    config = compose(FORWARD_METHODS["train"], [f"{group}={option}"])
+    config = compose(ENTRIES["train"], [f"{group}={option}"])
     with torch.device("meta"):
         objective = OBJECTIVES[config.objective.name](config, None)
     held = {id(weight): weight.numel() for network in objective.modules.values() for weight in network.parameters()}

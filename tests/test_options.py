@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_configs import FORWARD_METHODS, INFER, NEEDED
+from test_configs import ENTRIES, INFER, NEEDED
 
 from sonic.cli import SYNONYMS, compose, entry_options, group_choices, help_text, run_command
 from sonic.commands import infer_command, plan_command
@@ -17,7 +17,7 @@ from sonic.planner.search import search_plans
 from sonic.planner.workload import workload
 from sonic.sampling.schedules import sigmas_of
 
-PLAN, BENCH = FORWARD_METHODS["plan"], FORWARD_METHODS["bench"]
+PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")
 OWN = {"preview": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16"}
 
@@ -29,7 +29,7 @@ def levels(sampler):
 @pytest.mark.parametrize("model", group_choices("model"))
 @pytest.mark.parametrize(("command", "steps"), [*(("infer", steps) for steps in range(1, 9)), ("plan", 1), ("bench", 8), ("evaluate", 5)])
 def test_any_number_of_steps_goes_with_every_model(command, steps, model):
-    found = compose(FORWARD_METHODS[command], [f"model={model}", f"sampler.sample_steps={steps}"]).sampler
+    found = compose(ENTRIES[command], [f"model={model}", f"sampler.sample_steps={steps}"]).sampler
     assert found.sample_steps == steps == len(levels(found)) - 1
 
 
@@ -52,7 +52,7 @@ def test_every_name_of_a_table_is_the_same_levels(steps):
     ways = [f"sampler.sample_steps={steps}"], [f"sampler=live_avatar_{steps}step"], [f"schedule=live_avatar_{steps}step"]
     by_number, *others = (levels(compose(INFER, [model, *way]).sampler) for way in ways)
     assert by_number == others[0] == others[1] == levels(compose(INFER, ["sampler=live_avatar", ways[0][0]]).sampler)
-    recipe = compose(FORWARD_METHODS["train"], [f"distill=live_avatar_{steps}step"]).objective.sampler
+    recipe = compose(ENTRIES["train"], [f"distill=live_avatar_{steps}step"]).objective.sampler
     assert levels(recipe) == by_number
 
 
@@ -114,15 +114,15 @@ def test_guidance_of_zero_is_off(model):
 @pytest.mark.parametrize("model", group_choices("model"))
 def test_a_model_has_its_own_precision_unless_reported_otherwise(model):
     for name in ("infer", "plan", "bench"):
-        config = compose(FORWARD_METHODS[name], [f"model={model}"])
+        config = compose(ENTRIES[name], [f"model={model}"])
         assert precision_of(config.run.dtype, config.model) == OWN[model]
     assert workload(compose(PLAN, [f"model={model}"])).dtype_bytes == {"float32": 4, "bfloat16": 2}[OWN[model]]
-    assert compose(FORWARD_METHODS["train"], [*NEEDED["train"], f"model={model}"]).speed.precision == OWN[model]
+    assert compose(ENTRIES["train"], [*NEEDED["train"], f"model={model}"]).speed.precision == OWN[model]
     for asked in PRECISIONS:
         config = compose(INFER, [f"model={model}", f"run.dtype={asked}"])
         assert precision_of(config.run.dtype, config.model) == asked
         typed = [*NEEDED["train"], f"model={model}", f"speed.precision={asked}"]
-        assert compose(FORWARD_METHODS["train"], typed).speed.precision == asked
+        assert compose(ENTRIES["train"], typed).speed.precision == asked
 
 
 @pytest.mark.parametrize("model", group_choices("model"))
@@ -144,7 +144,7 @@ def test_the_help_says_whose_precision_it_is():
 def test_a_size_with_a_star_is_the_size_with_a_cross(command, capsys):
     shown = []
     for size in ("384*256", "384x256"):
-        assert run_command(FORWARD_METHODS[command], lambda config, run: None, ["--cfg", f"video.size={size}"]) == 0
+        assert run_command(ENTRIES[command], lambda config, run: None, ["--cfg", f"video.size={size}"]) == 0
         shown.append(capsys.readouterr().out.replace(size, "SIZE"))
     assert shown[0] == shown[1]
 
@@ -162,7 +162,7 @@ def test_a_plan_for_a_size_with_a_star_is_the_plan_for_the_size(tmp_path, monkey
 @pytest.mark.parametrize("frames", [1, 32])
 def test_any_number_of_frames_limits_a_video_that_is_made_block_by_block(model, frames):
     for name in ("infer", "plan", "bench"):
-        video = compose(FORWARD_METHODS[name], [f"model={model}", f"video.infer_frames={frames}", "video.num_clip=50"]).video
+        video = compose(ENTRIES[name], [f"model={model}", f"video.infer_frames={frames}", "video.num_clip=50"]).video
         assert (video.infer_frames, video.num_clip) == (frames, 50)
 
 
@@ -211,7 +211,7 @@ def test_options_with_dashes_are_answered_with_ours(typed, capsys):
 
 
 def test_every_synonym_means_an_option_and_is_none_itself():
-    known = [name for entry in FORWARD_METHODS.values() for name in entry_options(entry)]
+    known = [name for entry in ENTRIES.values() for name in entry_options(entry)]
     inferred = [name.rpartition(".")[2] for name in entry_options(INFER)]
     for word, ends in SYNONYMS.items():
         assert word not in inferred

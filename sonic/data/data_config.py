@@ -48,7 +48,7 @@ class PrecomputeConfig:
     kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
     folder: str = option("data/preview_clips", "folder for shards and index; existing shards are kept unless other encoders made them")
     split: str = option("train", "train or test; the two share no people, voices or words")
-    seed: int = 0
+    seed: int = option(0, "other seeds are other people, voices and sentences")
     utterances: int = option(1000, "recordings to make")
     latent_frames: int = option(18, "length of a clip; four video frames each")
     clips_per_utterance: int = option(4, "clips cut from a recording, each with a different person")

@@ -68,7 +68,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
 
 def _refuse_overwriting(config: JudgeConfig) -> None:
     """Raise ValueError when the JSON would overwrite one of the judged files, by whatever path."""
-    for option in ("video", "image", "audio"):
+    for option in ("mp4", "image", "audio"):
         name = getattr(config, option)
         if config.json and file_key(name) == file_key(config.json):
             raise ValueError(f"json={config.json} is the file {option}={name} that is judged; choose another json")

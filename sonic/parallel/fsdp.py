@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
-from sonic.model.dit import ROLLOUT_ENTRY_POINTS, AvatarDiT
+from sonic.model.dit import ENTRY_POINTS, STAGES, AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.trunk_inputs import TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.shard_units import WHOLE, all_units
+from sonic.parallel.shard_units import WHOLE, Unit, all_units
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over which ranks a transformer is sharded, and what FSDP does with it besides. `reshard` gives a unit's gathered weights back
+    after use, `cpu_offload` keeps shards in host memory, `precision` is what they are gathered in."""
+
+    mesh: DeviceMesh
+    reshard: bool = True
+    cpu_offload: bool = False
+    precision: MixedPrecisionPolicy = MixedPrecisionPolicy()  # noqa: RUF009
+
+    def apply(self, model: AvatarDiT, units: Sequence[Unit], entry_points: Sequence[str], *, whole: Sequence[str] = ()) -> None:
+        """Shard these units in place, then what else a block or injector has, then the rest with the root; `whole` stays on every rank.
+
+        `entry_points` are the methods besides forward by which callers come in. Names of parameters stay.
+        """
+        pin = self.mesh.device_type != "cpu"
+        policy = CPUOffloadPolicy(pin_memory=pin) if self.cpu_offload else OffloadPolicy()
+        settings = {"mesh": self.mesh, "mp_policy": self.precision, "offload_policy": policy}
+        for unit in units:
+            fully_shard([model.get_submodule(name) for name in unit.modules], reshard_after_forward=self.reshard, **settings)
+        for module in [*model.blocks, *model.audio_injectors]:
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, reshard_after_forward=self.reshard, **settings)
+        kept = {weight for name in whole for weight in getattr(model, name).parameters()}
+        fully_shard(model, reshard_after_forward=False, ignored_params=kept, **settings)
+        for name in entry_points:
+            register_fsdp_forward_method(model, name)
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Shard the model over the ranks that make a video together, before it has weights; copies of it are on other ranks.
+    """Shard a model for rollouts over the ranks that make a video together, before it has weights; copies of it are on other ranks.
 
-    Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
-    embeddings and the head; WHOLE is on every rank. Names of parameters stay.
+    Every projection is part of a unit; the root keeps the patch embeddings and the head.
     """
-    mesh = _mesh(world)
-    policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
-    settings = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": policy}
-    for unit in all_units(model.config, config.unshard_unit):
-        fully_shard([model.get_submodule(name) for name in unit.modules], **settings)
-    for module in [*model.blocks, *model.audio_injectors]:
-        if not isinstance(module, FSDPModule):
-            fully_shard(module, **settings)
-    whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
-    fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
-    for name in ROLLOUT_ENTRY_POINTS:
-        register_fsdp_forward_method(model, name)
+    sharding = Sharding(_mesh(world), reshard=config.reshard, cpu_offload=config.cpu_offload)
+    sharding.apply(model, all_units(model.config, config.unshard_unit), (*ENTRY_POINTS, *STAGES), whole=WHOLE)
 
 
 def _mesh(world: World) -> DeviceMesh:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from sonic.checkpoint.load import Lora, fill, fill_randomly, without_memory
+from sonic.checkpoint.load import Lora, fill, fill_randomly, shapes_of, without_memory
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution, WholeSequence
@@ -72,13 +72,14 @@ def build_parallel_model(
     """
     world, parallel = context.world, context.parallel
     plan = pick(PLANS, world.plan, "parallel.name")
-    model, shapes = without_memory(config, dtype)
+    model = without_memory(config).to(dtype).eval().requires_grad_(False)
+    shapes = shapes_of(model)
     plan.cut(model, world, parallel)
     plan.allocate(model, world, parallel)
     if weights is None:
         fill_randomly(model)
     else:
-        fill(model, weights, shapes, lora=lora)
+        fill(model, weights, shapes=shapes, lora=lora)
     sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
     context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
     if world.stages > 1 and not world.holds_vae:

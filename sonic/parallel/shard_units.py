@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sonic.config import ModelConfig
 from sonic.model.counts import block_weights, end_weights, injector_weights
 
-WHOLE = ("time_embed",)  # on every rank: gathering its wide projection would take more room, twice, than keeping it
-ENDS = ("frame_pack", "text_embed", "audio_encoder")  # before the blocks; what else lies outside them is small
+# Units of a rollout and of a training outside the blocks, in the order in which a forward meets them. A rollout keeps WHOLE on every
+# rank: gathering its wide projection would take more room, twice, than keeping it. A training shards it, because its gradient and the
+# optimizer's averages are as large again; the audio encoder, which learns in recipes of its own, stays with the root there.
+WHOLE = ("time_embed",)
+ENDS = ("frame_pack", "text_embed", "audio_encoder")
+TRAINING_ENDS = ("time_embed", "frame_pack", "text_embed")
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,10 @@ UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {
 }
 
 
-def all_units(config: ModelConfig, unshard_unit: str) -> list[Unit]:
+def all_units(config: ModelConfig, unshard_unit: str = "block", *, ends: Sequence[str] = ENDS) -> list[Unit]:
     """The units of a whole transformer; what no unit names stays with its block or the root, and is little."""
-    ends = end_weights(config)
-    found = [Unit((name,), ends[name], "ends") for name in ENDS if ends[name]]
+    numbers = end_weights(config)
+    found = [Unit((name,), numbers[name], "ends") for name in ends if numbers[name]]
     for layer in range(config.trunk.num_layers):
         found += UNITS[unshard_unit](config, layer)
     return found

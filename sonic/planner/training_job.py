@@ -18,7 +18,7 @@ class TaskConfig:
     name: str = option(VIDEO, "one of the files in conf/task: video = make videos, the others are trainings")
     objective: str = option("", "of a training: dmd or flow_match")
     window: int = option(12, "latent frames of a sample")
-    past: int = option(0, "how many of them are told as motion memory")
+    past: int = option(0, "how many of them are given as motion memory")
     batch_size: int = option(1, "samples that a rank works on at once")
     accumulate: int = option(16, "batches of a step, all ranks together")
     precision: str = option("bfloat16", "in which it computes: float32 or bfloat16")

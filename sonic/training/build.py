@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.converted import Checkpoint
+from sonic.checkpoint.load import fill, without_memory
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.inference.components import find_device, named_weights, transformer_weights
 from sonic.parallel.watchdog import watch_ranks
@@ -24,7 +25,7 @@ from sonic.training.clip_encoders import hashes_of
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
 from sonic.training.engine import Engine, LocalEngine
 from sonic.training.fsdp_engine import ShardedEngine
-from sonic.training.initial_weights import begin_adapters, fill, start_from, without_memory
+from sonic.training.initial_weights import begin_adapters, start_from
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch

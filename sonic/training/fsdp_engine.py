@@ -5,26 +5,31 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from sonic.model.dit import TRAINING_ENTRY_POINTS, AvatarDiT
+from sonic.model.dit import ENTRY_POINTS
+from sonic.parallel.fsdp import Sharding
+from sonic.parallel.shard_units import TRAINING_ENDS, all_units
 from sonic.training.engine import LocalEngine, is_sharded, transformers
 from sonic.training.objectives import Objective
-
-ENDS = ("frame_pack", "time_embed", "text_embed")  # units of their own, so that the root keeps little
 
 
 class ShardedEngine(LocalEngine):
     """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
-        """Shard every transformer; of one on the meta device only this process's slices are allocated."""
-        self.mesh = init_device_mesh(self.world.device.type, (self.world.ranks,))
+        """Shard every transformer; one without memory gets that of this process's slices only."""
+        mesh, speed = init_device_mesh(self.world.device.type, (self.world.ranks,)), self.config.speed
+        half = speed.precision == "bfloat16"
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
+        sharding = Sharding(mesh, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective):
             if not is_sharded(next(model.parameters())):
-                self._shard(model)
+                if half:
+                    halve_frozen(model)
+                sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):
-                model.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device)
+                model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
 
     def prepare(self, objective: Objective) -> None:
         """Shard transformers that are not sharded yet, then as LocalEngine. Weights loaded before must be equal on all processes."""
@@ -50,23 +55,6 @@ class ShardedEngine(LocalEngine):
             if buffer.is_floating_point() and not is_sharded(buffer):
                 self.world.mean(buffer)
         return norm
-
-    def _shard(self, model: AvatarDiT) -> None:
-        """Shard a transformer with its adapters. Parameter names do not change."""
-        speed = self.config.speed
-        half = speed.precision == "bfloat16"
-        if half:
-            halve_frozen(model)
-        policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False)
-        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if speed.cpu_offload else OffloadPolicy()
-        settings = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
-        units = [getattr(model, name) for name in ENDS] + [*model.blocks, *model.audio_injectors]
-        for unit in units:
-            if unit is not None:
-                fully_shard(unit, **settings)
-        fully_shard(model, **settings, reshard_after_forward=False)
-        for name in TRAINING_ENTRY_POINTS:
-            register_fsdp_forward_method(model, name)
 
 
 def halve_frozen(model: nn.Module) -> None:

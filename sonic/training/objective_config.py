@@ -13,7 +13,7 @@ ATTENTION_SPANS, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
 class ObjectiveConfig:
     """Base of all objectives' options; `name` is the row in OBJECTIVES."""
 
-    name: str = ""
+    name: str = option("", "one of the files in conf/objective")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class ErrorConfig:
 class FlowMatchConfig(ObjectiveConfig):
     """Trains the DiT by diffusion forcing on latents."""
 
-    name: str = "flow_match"
+    name: str = option("flow_match", "one of the files in conf/objective")
     schedule_share: float = option(0.5, "share of clips whose sigma is one of `schedule`; others are uniform in (0, 1]")
     schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that are drawn more often")
     audio_dropout: float = option(0.1, "share of clips trained without audio, for classifier-free guidance")
@@ -82,7 +82,7 @@ class DistillConfig(ObjectiveConfig):
 class ConsistencyConfig(DistillConfig):
     """Trains the student to go, in one step, from any point of the teacher's path to the end of its sampling step."""
 
-    name: str = "consistency"
+    name: str = option("consistency", "one of the files in conf/objective")
     teacher_steps: int = option(40, "sampling steps of the teacher from noise to clean latents")
     leap: int = option(1, "teacher steps to the target, the student does the rest; teacher_steps = teacher only")
     start_share: float = option(0.5, "share of clips that start at the beginning of a student's step")
@@ -99,7 +99,7 @@ class ConsistencyConfig(DistillConfig):
 class DmdConfig(DistillConfig):
     """Trains the student so that its videos, as a critic models them, match the distribution of the teacher's."""
 
-    name: str = "dmd"
+    name: str = option("dmd", "one of the files in conf/objective")
     critic_turns: int = option(5, "updates of the critic before each update of the student")
     critic_rate: float = option(0.2, "learning rate of the critic as a share of optim.lr")
     anchor_share: float = option(0.3, "share of rollouts that start with a true block, which keeps videos from freezing")
@@ -119,28 +119,28 @@ class DmdConfig(DistillConfig):
 class VisemeConfig(ObjectiveConfig):
     """Trains the speech encoder to predict visemes from log-mel columns."""
 
-    name: str = "viseme"
-    audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
-    tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
-    throat: float = 0.25  # largest change of the vocal tract length, in log
-    bend: float = 0.4  # the same of the lowest formants alone, as mouths of other shapes have them
+    name: str = option("viseme", "one of the files in conf/objective")
+    audio_noise: float = option(0.1, "noise on the log-mel columns, in their standard deviations")
+    tilt: float = option(0.2, "spectral tilt, in the same unit at both ends of the mel axis")
+    throat: float = option(0.25, "largest change of the vocal tract length, in log")
+    bend: float = option(0.4, "the same of the lowest formants alone, as mouths of other shapes have them")
 
 
 @dataclass
 class AutoencodeConfig(ObjectiveConfig):
     """Trains the preview's motion autoencoder on drawn people."""
 
-    name: str = "autoencode"
-    latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("autoencode", "one of the files in conf/objective")
+    latent_noise: float = option(0.4, "most noise on a latent, in the latents' own size")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 @dataclass
 class PortraitConfig(ObjectiveConfig):
     """Trains the portrait encoder: latents from which the motion latents of given visemes can be predicted."""
 
-    name: str = "portrait"
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("portrait", "one of the files in conf/objective")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 OBJECTIVE_CONFIGS = {

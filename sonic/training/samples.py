@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from sonic.inference.components import Components, WanComponents, transformer_we
 from sonic.inference.conditions import whole_picture
 from sonic.inference.generate import generate
 from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
-from sonic.model.dit import TRAINING_ENTRY_POINTS
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World as Mesh
-from sonic.training.engine import Engine, is_sharded
+from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.train_config import EvalConfig, TrainConfig
@@ -55,21 +54,10 @@ class Student:
 
     @contextmanager
     def use_role(self):
-        """Context that gives the student's present transformer. Unsharded weights compute in float32; sharded ones in the training's
-        precision, with float32 outputs."""
+        """The student's transformer as it is now. Weights that are whole are float32, and so is the video; those in shards are gathered in
+        the training's precision, in which the transformer then computes, and nothing else does."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
-            own = (
-                {name: vars(model).get(name) for name in ("forward", *TRAINING_ENTRY_POINTS)}
-                if is_sharded(next(model.parameters()))
-                else {}
-            )
-            for name in own:
-                setattr(model, name, _precisely(getattr(model, name), self.engine.precision))
-            try:
-                yield model
-            finally:
-                for name, method in own.items():
-                    delattr(model, name) if method is None else setattr(model, name, method)
+            yield model
 
     def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
         """Write the video of a step; None on other processes than the main one and when writing fails.  frames [F,3,H,W] in [-1,1]"""
@@ -83,17 +71,6 @@ class Student:
             LOG.warning("the sample video of step %d could not be written (%s); training goes on", step, error)
             return None
         return path
-
-
-def _precisely(call: Callable[..., Any], precision: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
-    """Wrap a call so that it runs in that precision and returns float32."""
-
-    def called(*given: object, **named: object) -> Any:
-        with precision():
-            found = call(*given, **named)
-        return found.float() if isinstance(found, Tensor) else found
-
-    return called
 
 
 def sample_maker(student: Student) -> SampleMaker | None:

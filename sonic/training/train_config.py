@@ -30,10 +30,10 @@ class BudgetConfig:
     A step uses `accumulate` batches of `batch_size` samples, over all processes together.
     """
 
-    max_steps: int = 0
-    max_minutes: float = 0.0
-    batch_size: int = 8
-    accumulate: int = 1  # batches to a step; a multiple of the number of processes, which share them
+    max_steps: int = option(0, "optimizer steps; 0 = max_minutes counts")
+    max_minutes: float = option(0.0, "minutes of training; 0 = max_steps counts")
+    batch_size: int = option(8, "samples in a batch")
+    accumulate: int = option(1, "batches to a step, shared by all processes: a multiple of their number")
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
@@ -44,15 +44,15 @@ class BudgetConfig:
 class OptimConfig:
     """AdamW; learning rate with linear warm-up, a constant part, and cosine decay from `decay_from` of the budget."""
 
-    lr: float = 1e-3
-    final_lr: float = 0.02  # share of lr at the end of the budget
-    warmup_steps: int = 100
-    decay_from: float = 0.3  # fraction of the budget
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    lr: float = option(1e-3, "learning rate after the warm-up")
+    final_lr: float = option(0.02, "share of lr at the end of the budget")
+    warmup_steps: int = option(100, "steps in which the rate rises linearly from 0")
+    decay_from: float = option(0.3, "fraction of the budget from which the rate falls along a cosine")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient")
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay")
+    clip_norm: float = option(1.0, "largest norm of the gradient of a role; larger ones are scaled down")
+    ema_decay: float = option(0.999, "decay of the running average that is exported, per step")
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
@@ -64,17 +64,17 @@ class OptimConfig:
 class SpeedConfig:
     """Device, precision, data loading and parallelism. `threads=0` leaves the number to torch."""
 
-    device: str = "auto"
-    threads: int = 0
-    precision: str = OWN  # float32, bfloat16 (autocast around the loss), or auto = the model's own
-    channels_last: bool = False
-    workers: int = 0  # processes that read or draw batches
-    prefetch: int = 4  # batches each of them keeps ready
-    engine: str = "auto"  # auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
-    recompute: bool = False  # layers are computed again for the gradient instead of remembered
-    cpu_offload: bool = False  # shards lie in host memory
-    context: int = 1  # processes that share the tokens of each batch (fsdp)
-    timeout_s: float = 45.0  # without a sign that a process gets on, after which it is lost and all end
+    device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch")
+    precision: str = option(OWN, "float32, bfloat16 (autocast around the loss), or auto = the model's own")
+    channels_last: bool = option(False, "convolutions in channels-last memory format")
+    workers: int = option(0, "processes that read or draw batches; 0 = the training's own")
+    prefetch: int = option(4, "batches that each of them keeps ready")
+    engine: str = option("auto", "auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)")
+    recompute: bool = option(False, "blocks are computed again for the gradient instead of kept")
+    cpu_offload: bool = option(False, "shards are kept in host memory")
+    context: int = option(1, "processes that share the tokens of each batch (fsdp)")
+    timeout_s: float = option(45.0, "seconds without progress of a process, after which it counts as lost and all end")
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
@@ -91,10 +91,10 @@ class SpeedConfig:
 class CheckpointConfig:
     """How often the state is saved. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
 
-    every_minutes: float = 5.0
-    every_steps: int = 0  # 0 = by minutes only
-    keep: int = 2
-    resume: str = "auto"
+    every_minutes: float = option(5.0, "minutes between checkpoints")
+    every_steps: int = option(0, "steps between checkpoints; 0 = by minutes only")
+    keep: int = option(2, "newest checkpoints that are kept")
+    resume: str = option("auto", "auto (newest good one), never, or the path of a checkpoint; newer ones are then renamed")
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
@@ -104,13 +104,13 @@ class CheckpointConfig:
 class LogConfig:
     """Where metrics are logged: always JSONL in the run folder, optionally W&B (key from the environment)."""
 
-    every_steps: int = 20
-    wandb: str = "off"
-    project: str = "sonic"
-    bar: bool = True
-    samples_every: int = 0  # steps between sample videos, the last step's besides; 0 = none
-    sample_seconds: float = 3.0
-    sample_steps: int = 8  # sampling steps of a student that has not learnt how many
+    every_steps: int = option(20, "steps between lines of figures")
+    wandb: str = option("off", "off, offline or online; the key comes from the environment")
+    project: str = option("sonic", "W&B project")
+    bar: bool = option(True, "show a progress bar")
+    samples_every: int = option(0, "steps between sample videos, the last step besides; 0 = none")
+    sample_seconds: float = option(3.0, "length of a sample video")
+    sample_steps: int = option(8, "sampling steps of a student that was not trained for a number of them")
 
     def __post_init__(self) -> None:
         every = self.every_steps
@@ -126,21 +126,21 @@ class LogConfig:
 class DataConfig:
     """The training data. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
 
-    source: str = "clips"
-    folder: str = ""
-    window: int = 9
-    split: str = "train"
-    resolution: int = 192
+    source: str = option("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
+    folder: str = option("", "folder of the clips")
+    window: int = option(9, "latent frames of a sample; 0 = whole clips")
+    split: str = option("train", "train or test: other people, for drawn ones")
+    resolution: int = option(192, "side of the face crop of drawn people in pixels")
 
 
 @dataclass
 class TrainConfig:
     """All options of one training run, whose folder is runs/`name`."""
 
-    name: str = "train"
-    seed: int = 0
-    export: str = ""  # where the averaged weights go, .safetensors
-    init_from: str = ""  # weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start
+    name: str = option("train", "name of the folder runs/<name>")
+    seed: int = option(0, "of data order, noise and new weights")
+    export: str = option("", "where the averaged weights go, .safetensors; empty = nowhere")
+    init_from: str = option("", "weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -89,7 +89,7 @@ def test_where_nobody_speaks_the_mouth_rests_and_only_unclean_sound_is_changed(s
 def test_a_head_that_moves_is_in_the_latents_from_where_it_moves_on():
     """People are encoded a few frames at a time; each portion has its own visemes and its own way of the head."""
     torch.manual_seed(0)
-    person = precompute_module.faces.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
+    person = precompute_module.draw_face.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
     visemes, still = torch.zeros(16, 5), torch.zeros(16, 4)
     turned, open_late = still.clone(), visemes.clone()
     turned[12:, 1], open_late[12:, 0] = 0.1, 1.0

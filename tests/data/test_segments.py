@@ -40,7 +40,7 @@ def test_takes_follow_each_other_and_each_has_the_frame_before_it(config, monkey
         seen.append([int(frame[0, 0, 0]) for frame in held])
         return Segment(first, len(held) - 1)
 
-    monkeypatch.setattr(segments, "_look", looked)
+    monkeypatch.setattr(segments, "_inspect", looked)
     found = [
         (segment.first, segment.frames, segment.fault) for segment in read_segments("video.mp4", np.zeros(0, np.float32), config, fps=FPS)
     ]
@@ -118,8 +118,8 @@ def one_video(config, monkeypatch):
         Segment(first, LENGTH, pixels=torch.stack([torch.full((8, 8, 3), first - 1 + n, dtype=torch.uint8) for n in range(LENGTH + 1)]),
              mouth=np.where(np.arange(LENGTH) == 4, -1.0, 0.0)) for first in (1, 1 + LENGTH)
     ]  # fmt: skip
-    monkeypatch.setattr(own_videos, "takes", lambda path, samples, config, fps: iter(made))
-    monkeypatch.setattr(own_videos, "aligned", lambda passage, config, fps: passage)
+    monkeypatch.setattr(own_videos, "read_segments", lambda path, samples, config, fps: iter(made))
+    monkeypatch.setattr(own_videos, "checked_sync", lambda group, config, fps: group)
     monkeypatch.setitem(ENCODINGS, "warp", lambda autoencoder, segment: {"latents": torch.zeros(1, 3)})
     return config.data.source
 

@@ -115,12 +115,12 @@ def test_a_video_of_another_size_is_refused(folder):
         judge(config)
 
 
-@pytest.mark.parametrize("option", ["video", "image", "audio"])
+@pytest.mark.parametrize("option", ["mp4", "image", "audio"])
 def test_figures_do_not_take_the_place_of_what_is_judged(tmp_path, option):
-    for name in ("video", "image", "audio"):
+    for name in ("mp4", "image", "audio"):
         (tmp_path / name).write_text(name)
     (tmp_path / "again").hardlink_to(tmp_path / option)
-    named = {name: str(tmp_path / name) for name in ("video", "image", "audio")}
+    named = {name: str(tmp_path / name) for name in ("mp4", "image", "audio")}
     with pytest.raises(ValueError, match=f"^json=.* is the file {option}=.* that is judged; choose another json"):
         judge(JudgeConfig(**named, json=str(tmp_path / "again")))
     assert (tmp_path / option).read_text() == option
@@ -178,7 +178,7 @@ def test_a_video_fails_unless_its_own_sound_is_the_recording_in_time(tmp_path, f
 def test_a_sound_track_that_ends_early_is_reported_by_its_length(tmp_path, folder):
     Image.open(folder / "face.png").save(tmp_path / "face.png")
     config = voiced(tmp_path, "a.mp4", spoken(tmp_path))
-    config.write_and_configure = str(cut_short(tmp_path, "a.mp4", keep=80))
+    config.mp4 = str(cut_short(tmp_path, "a.mp4", keep=80))
     assert "sound_length_ms is -" in sound_fault(judge(config))
 
 

@@ -40,7 +40,7 @@ def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pi
 
 
 def test_layers_that_stay_are_never_in_host_memory():
-    model, _ = without_memory(tiny_config(), torch.float32)
+    model = without_memory(tiny_config()).requires_grad_(False)
     size = max(module.OffloadedLayer(modules).bytes for modules in module.layers_of(model))
     allocate(model, CPU, OffloadConfig(resident_gib=size / 2**30, store="mmap"))  # what waits has no memory but the file
     nowhere = [[weight.is_meta for part in modules for weight in part.parameters()] for modules in module.layers_of(model)]

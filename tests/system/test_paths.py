@@ -52,7 +52,7 @@ def test_a_tilde_is_the_home_folder_where_a_shell_has_it_so(typed, meant, monkey
     [
         (InferConfig, ["image", "audio", "output", "requests", "run.folder", "motion.pose", "model.weights", "weights", "model.lora.path"]),
         (PrecomputeConfig, ["folder", "data.source", "autoencoder"]),
-        (JudgeConfig, ["video", "image", "audio", "json"]),
+        (JudgeConfig, ["mp4", "image", "audio", "json"]),
         (PlanConfig, ["json"]),
     ],
 )

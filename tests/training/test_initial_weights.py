@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from sonic.checkpoint import weights as weights_module
 from sonic.checkpoint.converted import FORMAT
+from sonic.checkpoint.load import without_memory
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import run_command
 from sonic.commands import train_command
@@ -130,7 +131,6 @@ def test_what_does_not_learn_is_kept_in_half_where_it_computes_in_half(ready, cl
 
 def precisions(folder, settings):
     from sonic.training.build import engine_of
-    from sonic.training.initial_weights import without_memory
     from sonic.training.objectives.dmd import DistributionMatching
     from sonic.training.world import join_world
 
