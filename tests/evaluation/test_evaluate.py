@@ -75,7 +75,7 @@ def test_a_seed_means_the_same_people_and_another_seed_others():
     ("options", "expected"),
     [
         ({"model": ModelConfig(name="wan_s2v_14b", autoencoder="wan", resolution=0)}, "model=wan_s2v_14b generates whole.*sonic judge"),
-        ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 changes no figure; eval.clips"),
+        ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 has no effect here; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_cell_that_is_asked_otherwise_is_scored_again(scorer, tmp_path, caplog
     with caplog.at_level("INFO", logger="sonic.training"):
         cells = sweep(config(GRID, "clips=4"), tmp_path)
     assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
-    assert "sample_steps=2, weights=teacher was asked otherwise before" in caplog.text and caplog.text.count("otherwise") == 1
+    assert "sample_steps=2, weights=teacher was scored with other options" in caplog.text and caplog.text.count("with other options") == 1
     assert len(json.loads((cells[0].folder.with_name(f"left_{cells[0].folder.name}") / "seed_1.json").read_text())["openings"]) == 3
 
 
