@@ -92,7 +92,7 @@ def test_a_command_line_composes(page, line):
         composed(*found)
 
 
-def test_a_wrong_command_line_would_be_noticed():
+def test_the_check_rejects_wrong_command_lines():
     with pytest.raises(ValueError, match="sampler.sample_step is not"):
         composed(*command_of("torchrun --nproc-per-node 4 launch/infer.py sampler.sample_step=2  # two steps"))
     with pytest.raises(AssertionError, match="is no command"):

@@ -36,21 +36,21 @@ def sharded(**settings) -> tuple[AvatarDiT, DistributedContext]:
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_weights_of_layers_are_given_back_after_a_video_unless_they_are_to_stay(reshard, alone):
+def test_gathered_weights_are_freed_after_a_video_unless_resharding_is_off(reshard, alone):
     model, context = sharded(reshard=reshard, unshard_unit="block")
     latents_of(model, conditions(4), 2, context=context)
     layers = [*model.blocks.parameters(), *model.audio_injectors.parameters()]
     assert {isinstance(weight, DTensor) for weight in layers} == {reshard}
 
 
-def test_what_no_unit_gathers_is_whole_on_every_rank(alone):
+def test_weights_outside_all_units_are_replicated_on_every_rank(alone):
     model, _ = sharded()
     whole = {name.partition(".")[0] for name, weight in model.named_parameters() if not isinstance(weight, DTensor)}
     assert whole == set(WHOLE)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_each_unit_gathers_those_that_run_after_it_in_a_pass_of_its_kind(depth, alone, monkeypatch):
+def test_each_unit_prefetches_the_units_that_run_after_it(depth, alone, monkeypatch):
     ahead, ran = {}, []
     set_ahead = FSDPModule.set_modules_to_forward_prefetch
 

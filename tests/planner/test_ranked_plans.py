@@ -62,7 +62,7 @@ def test_the_better_of_two_plans_comes_first_whatever_their_order(better, worse,
         assert first.parallel.name == names[0]
 
 
-def test_ranks_that_share_tokens_have_equally_much_to_do_where_nobody_asked_otherwise():
+def test_ranks_that_share_tokens_have_equal_work_by_default():
     config = compose(PLAN, [*WIDE, "hardware=8x24gb"])
     work = replace(workload(config), width=16 * 13, height=16 * 10)
     tokens, heads = work.query_tokens // work.latent_frames, work.model.trunk.num_heads
@@ -78,7 +78,7 @@ def test_a_plan_is_bound_by_arithmetic_where_that_takes_longer_than_all_copies_t
     assert f"bound by {bound}" in reason(replace(found.chosen, seconds=seconds), found.hardware)
 
 
-def test_fewer_steps_are_proposed_one_by_one_in_the_words_that_ask_for_them():
+def test_fewer_steps_are_proposed_one_by_one_as_options():
     proposed = list(_fewer_steps(compose(PLAN, [*WIDE, "hardware=8x24gb", "sampler=live_avatar_4step"])))
     expected = [(f"{steps} steps instead of 4", (f"sampler.sample_steps={steps}",)) for steps in (3, 2, 1)]
     assert [(sentence, options) for sentence, options, _ in proposed] == expected

@@ -68,7 +68,7 @@ def peak(*items):
         ("task=audio_adapter", "hardware=4x80gb"),
     ],
 )
-def test_what_is_predicted_is_what_a_step_takes(items):
+def test_the_estimate_of_a_training_step_equals_the_tracked_memory(items):
     found = planned_training(compose(PLAN, [*WIDE, "parallel=fsdp", *items]))
     tracked = track_training(found.work, found.hardware, found.chosen)
     assert found.chosen.peak_gib == pytest.approx(max(tracked.values()), rel=0.05)
@@ -76,7 +76,7 @@ def test_what_is_predicted_is_what_a_step_takes(items):
     assert not dist.is_initialized()
 
 
-def test_few_layers_tell_what_all_layers_take(monkeypatch):
+def test_the_memory_of_all_layers_is_extrapolated_from_few(monkeypatch):
     items = ("task=train", "hardware=4x24gb", "parallel=fsdp", "model.trunk.num_layers=6", "model.audio.inject_layers=[0,3,4]")
     found = planned_training(compose(PLAN, [*WIDE, *items]))
     monkeypatch.setattr(extrapolate, "FEW", 3)
@@ -95,7 +95,7 @@ def test_few_layers_tell_what_all_layers_take(monkeypatch):
         (("task=train", "hardware=8x80gb"), 78),
     ],
 )
-def test_the_14b_is_what_it_is_predicted_to_be(asked, most):
+def test_the_14b_takes_the_estimated_memory(asked, most):
     found = plan(*asked)
     tracked = max(track_training(found.work, found.hardware, found.chosen).values())
     assert found.chosen.peak_gib == pytest.approx(tracked, rel=0.05)
@@ -137,7 +137,7 @@ def test_all_of_the_14b_learns_on_eight_large_cards():
 
 @pytest.mark.parametrize("task", TRAININGS)
 @pytest.mark.parametrize("model", group_choices("model"))
-def test_what_is_counted_is_what_the_model_has(model, task):
+def test_the_counted_parameters_are_those_of_the_model(model, task):
     config = compose(PLAN, [f"model={model}", f"task={task}", "task.past=0", "task.window=12"])
     work, learn = training(config), config.task.learn
     with torch.device("meta"):
@@ -151,7 +151,7 @@ def test_what_is_counted_is_what_the_model_has(model, task):
 
 
 @pytest.mark.parametrize(("task", "recipe"), [("distill", "distill=live_avatar_4step"), ("audio_adapter", "train=audio_adapter")])
-def test_a_task_is_its_recipe(task, recipe):
+def test_a_planned_task_has_the_options_of_its_recipe(task, recipe):
     search_plans, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
     goal, past = recipe.objective, recipe.objective.window.past
     assert (search_plans.objective, search_plans.window, search_plans.past, search_plans.learn) == (
@@ -179,7 +179,7 @@ def test_a_task_is_its_recipe(task, recipe):
         ("train", "task.learn.targets=[audio_injectors]"),
     ],
 )
-def test_less_needs_less(task, smaller):
+def test_smaller_trainings_need_less_memory(task, smaller):
     assert peak(f"task={task}", smaller) < peak(f"task={task}") < peak(f"task={task}", "task.recompute=false")
 
 
@@ -202,7 +202,7 @@ def test_proposed_changes_help(asked):
         assert plan(*(item for item in asked if item.partition("=")[0] not in names), *change.options).fits, change.sentence
 
 
-def test_what_no_single_change_mends_is_not_made_up():
+def test_no_change_is_proposed_when_no_single_one_helps():
     found = plan("task=train", "hardware=4x24gb")
     assert not found.fits
     assert not found.changes
@@ -223,14 +223,14 @@ def test_what_no_single_change_mends_is_not_made_up():
         (("task=video", "task.objective=dmd"), "goes with another"),
     ],
 )
-def test_what_makes_no_sense_is_reported_in_a_sentence(items, sentence):
+def test_impossible_options_are_refused_in_one_sentence(items, sentence):
     with pytest.raises(ValueError, match=r"\S") as caught:
         plan(*items)
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(("size", "code"), [("384x256", 0), ("704x384", 3)])
-def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, size, code):
+def test_the_command_answers_fast_and_its_exit_code_says_whether_it_fits(tmp_path, size, code):
     script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     asked = [
         "task=distill",
@@ -261,7 +261,7 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
         (("task=train", "hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"), "fsdp+cpu_offload"),
     ],
 )
-def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_program(tmp_path, asked, name, capsys):
+def test_the_command_reports_when_its_estimate_cannot_be_tracked(tmp_path, asked, name, capsys):
     assert run_command(PLAN, plan_command.plan, [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
     output = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
     assert len(output) == 1
@@ -271,7 +271,7 @@ def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_prog
     assert output[0] == f"not tracked: {found['tracked_reason']}"
 
 
-def test_the_command_holds_its_prediction_against_the_program(tmp_path):
+def test_the_command_compares_its_estimate_with_the_tracked_memory(tmp_path):
     asked = [*WIDE, "task=train", "hardware=8x80gb", "verify=true", f"json={tmp_path / 'plan.json'}"]
     done = subprocess.run([*process("plan"), *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
