@@ -71,7 +71,7 @@ FILES = {  # options that name files or folders, in which ~ is the home folder
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
-DEFAULT_MODEL, PUBLISHED_PRESET, VIDEO_TASK = "preview", "standard", "task=video"
+DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
@@ -112,6 +112,12 @@ class Entry:
     location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
+    command: str = ""  # that it is a second form of, where it is one
+
+    @property
+    def written(self) -> str:
+        """The command as a person writes it."""
+        return written(self.command or self.name)
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
@@ -147,7 +153,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        command = [shown(word) for word in (*shlex.split(entry.written), *argv)]
         run = Run(entry.location(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
@@ -245,8 +251,8 @@ def help_text(entry: Entry) -> str:
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: {written(entry.name)} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
-        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
+        f"usage: {entry.written} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
+        *([f"example: {entry.written} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
@@ -281,8 +287,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
-    makes_videos = selections.get("task", VIDEO_TASK) == VIDEO_TASK  # the steps of a training are its student's
-    if makes_videos and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+    if "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
         selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
         if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():

@@ -13,6 +13,7 @@ import torch
 import sonic.cli
 from sonic import config as config_module
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text
+from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import ConvertConfig, JudgeConfig, parse_size
 from sonic.data.data_config import PrecomputeConfig
 from sonic.evaluation.sweep_config import AblateConfig
@@ -40,9 +41,10 @@ ENTRIES = {
     "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
     "plan": Entry("plan", PlanConfig),
+    "plan_training": TRAINING_ENTRY,
 }
 NEEDED = {
-    "train": ["budget.max_steps=1"],
+    **dict.fromkeys(("train", "plan_training"), ["budget.max_steps=1"]),
     "judge": ["mp4=out.mp4"],
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
@@ -114,7 +116,6 @@ def test_a_chosen_sampler_replaces_the_default():
     assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
     assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
     assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
-    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "checkpoint": {*GROUND, "model", "encoders", "vae"},
     "synthetic": {*GROUND, "data.audio", "data.pixels"},
     "data": {*GROUND, "synthetic", "evaluation.metrics"},
-    "parallel": {*GROUND, "model", "vae", "checkpoint.load", "planner.training_job"},
+    "parallel": {*GROUND, "model", "vae", "checkpoint.load"},
     "planner": {*GROUND, "model", "vae", "parallel"},
     "inference": {*GROUND, *BELOW_INFERENCE, "synthetic.draw_face"},
     "evaluation": {*GROUND, *BELOW_INFERENCE, "inference", "synthetic", "training.train_config"},
@@ -84,10 +84,10 @@ WITHOUT_TORCH = (
     "sonic/parallel/layer_ranges.py",
     "sonic/planner/plans.py",
     "sonic/planner/search.py",
-    "sonic/planner/training_job.py",
-    "sonic/planner/training_workload.py",
+    "sonic/planner/video_candidates.py",
     "sonic/planner/training_memory.py",
     "sonic/planner/training_plans.py",
+    "sonic/training/plan_training.py",
 )
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 16, 60, 12, 6, 3
 OUT_WORDS = {  # private words of the first edition: docs/architecture.md says what stands for them

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
-from sonic.planner.training_job import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 SINGLE_RANK_PLANS = ("single", "offload")  # plans for one rank in each copy of the model
@@ -98,7 +97,7 @@ class HardwareConfig:
 
 @dataclass
 class PlanConfig:
-    """List the plans that fit on the given hardware, with their estimated memory and speed and the reasons for them."""
+    """What fits on which hardware, how fast it can be, and why: of a video, or with +train=NAME or +distill=NAME of a recipe's training."""
 
     verify: bool = option(False, "run the chosen plan on fake tensors and ranks, and compare its memory with the estimate")
     json: str = option("", "JSON file to write the plans to")
@@ -106,7 +105,6 @@ class PlanConfig:
     model: ModelConfig = option(ModelConfig)
     hardware: HardwareConfig = option(HardwareConfig)
     parallel: ParallelConfig = option(ParallelConfig)
-    task: TaskConfig = option(TaskConfig)
     sampler: SamplerConfig = option(SamplerConfig)
     video: VideoConfig = option(VideoConfig)
     decode: DecodeConfig = option(DecodeConfig)

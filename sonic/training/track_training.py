@@ -14,42 +14,44 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import pointwise
 from sonic.model.blocks import MultiHead
-from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
-from sonic.planner.training_plans import TrainingPlan
-from sonic.planner.training_workload import Training
+from sonic.planner.plans import Plan
+from sonic.planner.workload import Training
 from sonic.training.fsdp_engine import ShardedEngine
-from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
+from sonic.training.objective_config import DmdConfig, FlowMatchConfig
 from sonic.training.objectives import OBJECTIVES, Batch, Losses
 from sonic.training.objectives.dmd import roll
 from sonic.training.objectives.networks import CRITIC, STUDENT
 from sonic.training.optim import adamw
-from sonic.training.train_config import BudgetConfig, DataConfig, SpeedConfig, TrainConfig
+from sonic.training.plan_training import PlanTrainingConfig, training
+from sonic.training.train_config import TrainConfig
 from sonic.training.world import World
 
-ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}  # to who asks for a number; others: 0
-PAST_NOISE = 0.3
 
-
-def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan) -> dict[str, float] | None:
-    """Peak GiB of each rank by phase; None for plans with CPU offload, since fake ranks run on the CPU."""
-    if plan.parallel.cpu_offload:
+def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, float]] | None:
+    """GiB of every rank by phase; None for a plan that cannot be tracked."""
+    if untracked_training(plan):
         return None
-    found = of_all_layers(work.model, lambda model: track(replace(work, model=model), plan.ranks, plan.parallel.context))
-    return {phase: size / GIB + hardware.reserve_gib for phase, size in found.items()}
+    ranks, reserve = len(plan.ranks), config.hardware.reserve_gib
+    found = of_all_layers(config.model, lambda model: track(replace(config, model=model), ranks, plan.parallel.context))
+    return [{phase: size / GIB + reserve for phase, size in found.items()}] * ranks
 
 
-def track(work: Training, ranks: int, share: int) -> dict[str, int]:
-    """Peak bytes of a rank in each phase of a training step after the first, as on a CUDA device; `share` ranks share a batch.
+def untracked_training(plan: Plan) -> str:
+    """The sentence for a plan that cannot be tracked on fake tensors; empty for others."""
+    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
+
+
+def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
+    """The most bytes that a rank holds in each phase of a step after the first, `share` ranks to a batch, as a CUDA device computes.
 
     Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
     the first and the last; the in-place update of the averages.
@@ -60,70 +62,35 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
         sharers = dist.new_group(range(share)) if share > 1 else None
         world = World(0, ranks, context=share, sharers=sharers)
         with mode:
-            config = train_config(work)
-            objective = OBJECTIVES[config.objective.name](config, execution=world.execution(config.model.trunk.num_heads))
-            batch = _batch(work)
+            tracked = tracked_config(config)
+            objective = OBJECTIVES[tracked.objective.name](tracked, execution=world.execution(tracked.model.trunk.num_heads))
+            batch = _batch(training(config))
         for module in (each for network in objective.modules.values() for each in network.modules()):
             if isinstance(module, MultiHead):
                 module.attention = _fused
-        engine = ShardedEngine(config, world, Path())
+        engine = ShardedEngine(tracked, world, Path())
         engine.prepare(objective)
         with mode:
-            updates = {role: Update(module, config) for role, module in engine.roles.items()}
+            updates = {role: Update(module, tracked) for role, module in engine.roles.items()}
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
         with mode, _as_on_devices(), _no_collection(), ledger:
-            for phase in STEPS[config.objective.name](TrackedRun(objective, engine, batch, updates)):
+            for phase in STEPS[tracked.objective.name](TrackedRun(objective, engine, batch, updates)):
                 found[phase] = max(found.get(phase, 0), ledger.lap())
         return found
     finally:
         dist.destroy_process_group()
 
 
-def train_config(work: Training) -> TrainConfig:
-    """The options of a training that affect its memory."""
-    task = work.task
-    window = WindowConfig(reach="clip", past=task.past, past_noise=PAST_NOISE if task.past else 0.0, max_first_block=0)
-    if task.objective == "dmd":
-        sampler = SamplerConfig(sample_steps=1)
-        objective = DmdConfig(sampler=sampler, teacher_guide_scale=task.teacher_guide_scale, window=window, learn=task.learn)
-    else:
-        objective = FlowMatchConfig(viseme_weight=0.0, window=window, learn=task.learn)
-    return TrainConfig(
-        model=work.model,
-        objective=objective,
-        data=DataConfig(window=task.window),
-        budget=BudgetConfig(max_steps=1, batch_size=task.batch_size, accumulate=task.accumulate),
-        speed=SpeedConfig(precision=task.precision, engine="fsdp", recompute=task.recompute),
-    )
-
-
-class Ledger(MemTracker):
-    """Counts the bytes of all live tensors. Not per module, since models have several entry points; `.item()` of a fake tensor returns
-    a made-up number so that the program runs unchanged."""
-
-    def _pre_fw_hook(self, *_: Any) -> None:
-        """Does nothing: memory is not counted per module."""
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
-
-    def __torch_dispatch__(self, func: Any, types: tuple, *given: Any) -> Any:
-        args, named = given
-        if func is torch.ops.prim.device.default:  # the most frequent question by far
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return ANSWERS.get(args[0].dtype, 0)
-        if func.is_view and DTensor not in types:  # nothing is new
-            return func(*args, **(named or {}))
-        return super().__torch_dispatch__(func, types, args, named or {})
-
-    def lap(self) -> int:
-        """Peak bytes since the last call."""
-        peak = sum(each["Total"] for each in self.get_tracker_snapshot("peak").values())
-        self._peak_mem_snap = self.get_tracker_snapshot()
-        self._peak_mem = {device: each["Total"] for device, each in self._peak_mem_snap.items()}
-        return peak
+def tracked_config(config: PlanTrainingConfig) -> TrainConfig:
+    """The recipe as it is tracked: sharded over the ranks, in one sampling step, and without a head for visemes, which is small."""
+    goal = config.objective
+    if isinstance(goal, DmdConfig):
+        goal = replace(goal, sampler=replace(goal.sampler, schedule="linear", sample_steps=1))
+    elif isinstance(goal, FlowMatchConfig):
+        goal = replace(goal, viseme_weight=0.0)
+    return replace(config, objective=goal, speed=replace(config.speed, engine="fsdp"))
 
 
 class Update:
@@ -214,14 +181,14 @@ STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow
 
 
 def _batch(work: Training) -> dict[str, Tensor]:
-    """The batch of one rank."""
-    task, model = work.task, work.model
+    """What a rank works on at once."""
+    job, model = work.job, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
-    empty = lambda *shape: torch.empty(task.batch_size, *shape)  # noqa: E731
+    empty = lambda *shape: torch.empty(job.batch_size, *shape)  # noqa: E731
     return {
-        "latents": empty(channels, task.window, *size),
+        "latents": empty(channels, job.window, *size),
         "ref": empty(channels, 1, *size),
-        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * task.window),
+        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * job.window),
         "text": empty(model.text.text_len, model.text.text_dim),
     }
 

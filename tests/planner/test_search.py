@@ -16,7 +16,8 @@ from sonic.parallel.layer_ranges import best_ranges
 from sonic.parallel.parallel_config import PLAN_NAMES, SINGLE_RANK_PLANS, PlanConfig
 from sonic.planner.memory import ENCODE, GENERATE, ITEMS, TEXT_NUMBERS
 from sonic.planner.plans import CLIPS_WAIT, PLANS
-from sonic.planner.search import OPTIONAL, as_json, by_name, search_plans
+from sonic.planner.search import as_json, search_plans
+from sonic.planner.video_candidates import OPTIONAL, by_name
 from sonic.system.program import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,8 +98,8 @@ def test_a_small_video_of_the_14b_leaves_room_on_four_small_cards():
 
 def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_video():
     narrow, wide = (plan("hardware=8x24gb", "+preset=fast_preview", "video=384x256", f"run.dtype={name}") for name in DTYPES)
-    assert {each.chosen.ranks[0]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
-    assert wide.chosen.ranks[1]["weights"] == 2 * narrow.chosen.ranks[1]["weights"]
+    assert {each.chosen.ranks[0]["encode"]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
+    assert wide.chosen.ranks[1]["generate"]["weights"] == 2 * narrow.chosen.ranks[1]["generate"]["weights"]
     assert wide.fits
 
 
