@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
 from sonic.system.paths import expanded, shown
@@ -37,38 +38,6 @@ from sonic.system.run_folder import Run, start_logging
 from sonic.system.stdio import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
 ROOT = data_root()
-SHORT = {
-    "name": "run.name",
-    "device": "run.device",
-    "face_box": "face.box",
-    "expand_ratio": "face.expand_ratio",
-    "weights": "model.weights",
-    "checkpoint": "model.weights",
-    "schedule": "sampler.schedule",
-    "compat": "video.compat",
-    **{f"offload.{option}": f"parallel.offload.{option}" for option in ("resident_gib", "slots", "inflight", "store", "kv")},
-    "negative_prompt": "sampler.negative_prompt",
-    "live_avatar": "lora.path",
-    "film": "mp4",  # what judge called it in the first edition
-}
-SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
-    **dict.fromkeys(("steps", "num_steps", "inference_steps", "num_inference_steps", "sampling_steps"), ("max_steps", "sample_steps")),
-    **dict.fromkeys(("shift", "flow_shift"), ("sample_shift",)),
-    **dict.fromkeys(("solver", "sample_solver", "scheduler"), ("sampler.name", "schedule")),
-    **dict.fromkeys(("num_frames", "frame_num"), ("infer_frames",)),
-    **dict.fromkeys(("frame_rate", "frames_per_second"), ("fps",)),
-    **dict.fromkeys(("width", "height"), ("size",)),
-    **dict.fromkeys(("base_seed", "random_seed"), ("seed",)),
-    **dict.fromkeys(("ckpt_dir", "ckpt", "model_path"), ("weights",)),
-    **dict.fromkeys(("save_file", "out"), ("output",)),
-    **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
-}
-FILES = {  # options that name files or folders, in which ~ is the home folder
-    *("image", "audio", "output", "requests", "mp4", "json", "source", "folder", "autoencoder", "export", "init_from"),
-    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
-    *("checkpoint.resume", "eval.videos"),
-}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
 DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
