@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.weights import load_weights
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
@@ -25,13 +24,11 @@ from sonic.data.segments import MOUTH_CROP, mouth_opening, quick
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
 from sonic.geometry import FPS
-from sonic.inference.components import Components, WanComponents, transformer_weights, untrained_encoders, weight_files
+from sonic.inference.components import checkpoint_components, preview_components, untrained_encoders, weight_files
 from sonic.inference.conditions import whole_picture
 from sonic.inference.generate import generate
 from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
 from sonic.model.dit import TRAINING_ENTRY_POINTS
-from sonic.parallel.context import DistributedContext
-from sonic.parallel.mesh import World as Mesh
 from sonic.training.engine import Engine, is_sharded
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
@@ -124,7 +121,7 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     def make_sample(step: int) -> Sample:
         made: list[Tensor] = []
         with student.use_role() as model:
-            components = Components(config.model, model, autoencoder, speech, device)
+            components = preview_components(config.model, model, autoencoder, speech=speech, device=device)
 
             def make(case: Case, samples: np.ndarray) -> Tensor:
                 made.append(generated_frames(case, samples, components, settings=settings, seed=config.seed).cpu())
@@ -141,8 +138,7 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     """The bundled portrait says the beginning of the bundled recording; nobody knows the truth, so the mouth is held against the
     sound alone, and is as lively as that of nothing else."""
     config, device = student.config, student.engine.world.device
-    checkpoint = Checkpoint.open(transformer_weights(config.model).parent)
-    components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
+    components = checkpoint_components(config.model, device)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)
