@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sonic.data.audio import SAMPLE_RATE, SHORTEST_S
+from sonic.data.audio import SAMPLE_RATE, SHORTEST_S, SILENCE_DBFS, frame_levels, resample
 from sonic.geometry import FPS, frames_of_audio
+from sonic.types import Speech
 
 HELD_S = 60  # of the sound before the last sample that was asked for; loudness is measured over it
 FULL_SCALE = {"int16": 1 << 15, "int32": 1 << 31}  # of samples that are whole numbers
@@ -111,3 +112,17 @@ def _at_16_khz(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
         yield mono if resampler is None else np.clip(resampler.resample_chunk(mono), -1, 1)
     if resampler is not None:
         yield np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)
+
+
+def speech_in_memory(samples: Any, rate: Any) -> tuple[Speech, Speech]:
+    """A recording that is in memory, at 16 kHz for the model and at its own rate for the video.
+
+    Raises ValueError for what load_speech refuses of a file.
+    """
+    own = Speech(mono_samples(samples), checked_rate(rate))
+    if own.seconds < SHORTEST_S:
+        raise ValueError(f"audio lasts {own.seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+    speech = own if own.sample_rate == SAMPLE_RATE else Speech(np.clip(resample(own.samples, own.sample_rate, SAMPLE_RATE), -1, 1))
+    if frame_levels(speech.samples).max() < SILENCE_DBFS:
+        raise ValueError(f"audio is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    return speech, own

@@ -47,7 +47,7 @@ class Opened(NamedTuple):
 
     components: Components
     world: World
-    estimate: Estimate
+    estimate: Estimate | None  # None for parts that were there already
     folder: Path
 
     def output_of(self, line: int) -> Path:

@@ -68,6 +68,7 @@ class InMemory(NamedTuple):
 
     picture: np.ndarray | None = None
     speech: Speech | None = None
+    original: Speech | None = None  # the same at its own sample rate, for the video
     sound: LiveAudio | None = None
 
     def picture_of(self, config: InferConfig) -> np.ndarray:
