@@ -96,7 +96,7 @@ def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.
     make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
-    if _ranks().world > 1:
+    if ranks_here().world > 1:
         # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -107,7 +107,7 @@ def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.
 
 def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
-    ranks = _ranks()
+    ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -152,7 +152,7 @@ def _answer(text: str) -> int:
     return 0
 
 
-def _ranks() -> Ranks:
+def ranks_here() -> Ranks:
     """The rank of this process among those that torchrun started; a single one without torchrun."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
     return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))

@@ -47,4 +47,4 @@ def overview() -> str:
     lines = [f"  {name:<12} {line}" for name, line in COMMANDS.items()]
     program = written("COMMAND")
     usage = f"usage: {program} [choice=name ...] [option=value ...]     {program} --help lists the options of a command"
-    return "\n".join([(ABOUT or "").strip(), "", usage, "", "commands:", *lines, ""])
+    return "\n".join([(ABOUT or "").strip().splitlines()[0], "", usage, "", "commands:", *lines, ""])

@@ -85,7 +85,7 @@ class Conditions:
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in pairs if value is not None]
+        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from sonic.bench.scaling import bench_scaling
 from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.data.image import resized
 from sonic.geometry import FPS
-from sonic.inference.components import Components, build_components
-from sonic.inference.generate import write_video
 from sonic.inference.infer_config import BenchConfig, InferConfig
-from sonic.inference.inputs import Settings, open_inputs
-from sonic.inference.report import FrameRecorder, Result, StageTimer, versions
+from sonic.inference.inputs import open_inputs
+from sonic.inference.report import Result, StageTimer, versions
+from sonic.pipeline import AvatarPipeline
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech, pick
 
 
@@ -55,9 +54,11 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     timer = StageTimer(begun)
     with timer.stage("load"):
         inputs = _timed_inputs(config)
-        components = build_components(config.model, config.run, steps=config.sampler.sample_steps)
-    results = [_timed_video(inputs, components, config, timer=timer)]
-    results += [_timed_video(inputs, components, config, timer=StageTimer()) for _ in range(config.repeats)]  # the first is the warm-up
+        pipe = AvatarPipeline(
+            InferConfig(**{name: getattr(config, name) for name in ("run", "model", "sampler", "decode", "parallel", "hardware")})
+        )
+    results = [_timed_video(pipe, inputs, timer=timer)]
+    results += [_timed_video(pipe, inputs, timer=StageTimer()) for _ in range(config.repeats)]  # the first one warmed up
     best = max(results[1:], key=lambda result: result.frames_per_second)
     return {
         "frames_per_second": best.frames_per_second,
@@ -86,10 +87,9 @@ def show(figures: dict) -> None:
     Console().print(table)
 
 
-def _timed_video(inputs: Inputs, components: Components, config: BenchConfig, *, timer: StageTimer) -> Result:
+def _timed_video(pipe: AvatarPipeline, inputs: Inputs, *, timer: StageTimer) -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(config.sampler, config.decode)
-        return write_video(inputs, components, settings, output=Path(folder) / "out.mp4", timer=timer, recorder=FrameRecorder(inputs))
+        return pipe.write(inputs, Path(folder) / "out.mp4", timer=timer)[0]
 
 
 def _timed_inputs(config: BenchConfig) -> Inputs:

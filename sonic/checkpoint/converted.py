@@ -117,9 +117,13 @@ class Checkpoint:
 
     def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
         """Speech features of several recordings; the speech encoder is loaded for this call only.  -> [voices,K,E,F]"""
+        return self.speech_encoder(device).encode_audio_batch(voices, num_frames, fps)
+
+    def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
+        """The speech encoder with its weights."""
         encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
         encoder.load_tensors(self._moved("speech_encoder", device), str(self.folder))
-        return encoder.eval().encode_audio_batch(voices, num_frames, fps)
+        return encoder.eval()
 
     def _moved(self, component: str, device: torch.device) -> dict[str, Tensor]:
         """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""

@@ -141,7 +141,7 @@ def loudness_gain(samples: np.ndarray) -> float:
     return 10 ** ((_LOUDNESS_DBFS - max(float(loud), _QUIETEST_DBFS)) / 20)
 
 
-def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
+def log_mel(samples: np.ndarray, num_frames: int, *, gain: float | None = None) -> np.ndarray:
     """Log-mel columns float32 [2·F, 40] of 16 kHz speech: two per video frame, centred at 1/4 and 3/4 of its 40 ms.
 
     The recording is scaled to a common loudness; silence gives `SILENT_COLUMN`, as do frames after the last sample.
@@ -150,7 +150,7 @@ def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
 
     columns = COLUMNS_PER_FRAME * num_frames
     out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
-    gain = loudness_gain(samples)
+    gain = loudness_gain(samples) if gain is None else gain  # of a part of a recording that of the whole is given
     bank = _mel_bank()
     unheard = _unheard_power()
     lead = (_WINDOW - _HOP) // 2  # the window of column j is centred on sample (j + 1/2) · hop

@@ -90,11 +90,31 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
                 raise ValueError(f"{called} is damaged or cut off ({error}); export or copy it again") from error
 
 
+def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
+    """A picture that is in memory as load_image gives it: a PIL picture, or uint8 [H,W,3] in sRGB, which stays as it is.
+
+    Raises ValueError for anything else, and for a size that load_image refuses.
+    """
+    if isinstance(image, Image.Image):
+        _check_size("image", *image.size)
+        own = image.copy()  # without the name of its file, which may be gone
+        return _upright(own, _flat(own, Path(), "image"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image is {given}; give a path, a PIL picture, or an array uint8 [height,width,3]")
+    _check_size("image", image.shape[1], image.shape[0])
+    return np.ascontiguousarray(image)
+
+
 def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """Load a photograph and find its face and mouth, unless given: [x, y, w, h] and [x, y, half_width(, angle)] in px."""
-    pixels = load_image(path)
-    # Rounded because the last digits depend on how arrays are aligned in memory: so the same photograph always gives the same
-    # video, and the values that the log prints give it again as overrides.
+    """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
+    return portrait_of(load_image(path), face_box, mouth)
+
+
+def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
+    """The same of a photograph that is in memory, uint8 [H,W,3]."""
+    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
+    # so does what the log says of it, given as an override
     face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
     located = locate_mouth(pixels, face, mouth)
     x, y, half_width = (round(value, 2) for value in (located.x, located.y, located.half_width))

@@ -16,6 +16,7 @@ import numpy as np
 from av import AudioLayout
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from sonic.data.audio import resample
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
@@ -233,10 +234,10 @@ class _Sound:
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:
     """Pieces of the original file (own rate, stereo kept) if there is one, else the samples; their rate in Hz and channel layout."""
-    if speech.path is None:
-        return iter([speech.samples[None]]), speech.sample_rate, "mono"
-    own, channels = sound_format(speech.path)
+    own, channels = (speech.sample_rate, 1) if speech.path is None else sound_format(speech.path)
     rate = min(_AAC_RATES, key=lambda supported: abs(supported - own))
+    if speech.path is None:
+        return iter([(speech.samples if rate == own else resample(speech.samples, own, rate))[None]]), rate, "mono"
     layout = "mono" if channels == 1 else "stereo"
     return keep_audible(decode_sound(speech.path, rate=rate, layout=layout), rate), rate, layout
 

@@ -108,10 +108,11 @@ class Wav2VecEncoder(nn.Module):
             first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_RECEPTIVE_FIELD - STATE_SAMPLES)
             if last - first < STATE_RECEPTIVE_FIELD:
                 break
-            states = self._layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
+            states = self.layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
             yield states[:, : window // STATE_SAMPLES]
 
-    def _layers(self, wave: Tensor) -> Tensor:
+    def layers(self, wave: Tensor) -> Tensor:
+        """All hidden states of normalised samples that are encoded at once.  [n] -> [layers+1,T,D]"""
         weight = next(self.encoder.parameters())
         out = self.encoder(wave.to(weight)[None], output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # transformers 5 lists the last one before its norm

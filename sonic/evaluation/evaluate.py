@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,9 @@ from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation import metrics
 from sonic.geometry import FPS, FRAMES_PER_LATENT
-from sonic.inference.components import Components, build_components, find_device
-from sonic.inference.generate import generate
-from sonic.inference.inputs import Settings
-from sonic.parallel.context import DistributedContext
-from sonic.parallel.mesh import SINGLE_RANK_PLANS, World
+from sonic.inference.infer_config import InferConfig
+from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
+from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet, voices
 from sonic.system.program import written
 from sonic.training.train_config import EvalConfig, EvaluateConfig
@@ -73,21 +71,20 @@ class Case:
 FrameGenerator = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,R] in [-1,1]
 
 
-def evaluate(config: EvaluateConfig, components: Components | None = None) -> dict[str, dict]:
+def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict[str, dict]:
     """Evaluate by `config`, print the table and write the JSON. Returns {metric: {mean, ci95, clips}}."""
     side = portrait_side(config)
-    components = components or _parts(config)
-    settings = Settings(sampler=config.sampler, decode=config.decode)
+    pipe = pipe or _pipeline(config)
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
     openings: list[list[float]] = []
     start = time.perf_counter()
     for number, case in enumerate(cases(config.eval, side)):
         generators = {
-            "model": lambda case, samples, seed=number: generated_frames(case, samples, components, settings=settings, seed=seed),
+            "model": lambda case, samples, seed=number: generated_frames(case, samples, pipe, seed=seed),
             "true video": lambda case, samples: case.truth if samples.any() else case.rest.expand_as(case.truth),
             "nothing moves": lambda case, samples: case.rest.expand_as(case.truth),
         }
-        block = FRAMES_PER_LATENT * components.config.rollout.block_frames
+        block = FRAMES_PER_LATENT * pipe.config.model.rollout.block_frames
         for name, make in generators.items():
             clip = scored(case, make, block)
             rows[name].append(clip.figures)
@@ -134,12 +131,19 @@ def portrait_side(config: EvaluateConfig) -> int:
     return round(math.sqrt(width * height) / 2) * 2
 
 
-def _parts(config: EvaluateConfig) -> Components:
+def _pipeline(config: EvaluateConfig) -> AvatarPipeline:
     plan = "single" if config.parallel.name == "auto" else config.parallel.name
     if plan not in SINGLE_RANK_PLANS:
         raise ValueError(f"parallel={plan}: figures are made on one device; use {' or '.join(SINGLE_RANK_PLANS)}")
-    context = DistributedContext(World(plan, find_device(config.run.device)), config.parallel)
-    return build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
+    asked = InferConfig(
+        run=config.run,
+        model=config.model,
+        sampler=config.sampler,
+        decode=config.decode,
+        parallel=replace(config.parallel, name=plan),
+        hardware=HardwareConfig("here"),
+    )
+    return AvatarPipeline(asked)
 
 
 def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
@@ -156,14 +160,14 @@ def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
         yield Case(person, samples, track, control, truth)
 
 
-def generated_frames(case: Case, samples: np.ndarray, components: Components, *, settings: Settings, seed: int) -> Tensor:
+def generated_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, seed: int) -> Tensor:
     """Generate a video of a drawn portrait, whose whole picture is the face crop.  -> [F,3,R,R] in [-1,1]"""
     side = float(case.person.picture.shape[0])
-    size = side / settings.expand_ratio
+    size = side / pipe.config.face.expand_ratio
     face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
     mouth = Mouth(MOUTH_IN_CROP[0] * side, MOUTH_IN_CROP[1] * side, MOUTH_IN_FACE * size)
     inputs = Inputs(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)
-    with closing(generate(inputs, components, settings)) as chunks:
+    with closing(pipe.generate(inputs)) as chunks:
         pixels = torch.cat([torch.as_tensor(chunk.pixels) for chunk in chunks])
     return to_signed(rearrange(pixels, "f h w c -> f c h w"))
 

@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.weights import load_weights
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
@@ -25,12 +24,11 @@ from sonic.data.segments import MOUTH_CROP, mouth_opening, quick
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
 from sonic.geometry import FPS
-from sonic.inference.components import Components, WanComponents, transformer_weights, untrained_encoders, weight_files
+from sonic.inference.components import checkpoint_components, preview_components, untrained_encoders, weight_files
 from sonic.inference.conditions import whole_picture
-from sonic.inference.generate import generate
-from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
-from sonic.parallel.context import DistributedContext
-from sonic.parallel.mesh import World as Mesh
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import PORTRAITS, RECORDINGS
+from sonic.pipeline import AvatarPipeline
 from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
@@ -96,15 +94,15 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     load_weights(speech, files.speech)
     eval_config = EvalConfig(clips=1, seed=config.seed, seconds=config.log.sample_seconds)
     case = next(cases(eval_config, config.model.resolution))
-    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False))
+    asked = InferConfig(model=config.model, sampler=sampler, decode=DecodeConfig(online=False))
 
     def make_sample(step: int) -> Sample:
         made: list[Tensor] = []
         with student.use_role() as model:
-            components = Components(config.model, model, autoencoder, speech, device)
+            pipe = AvatarPipeline(asked, preview_components(config.model, model, autoencoder, speech=speech, device=device))
 
             def make(case: Case, samples: np.ndarray) -> Tensor:
-                made.append(generated_frames(case, samples, components, settings=settings, seed=config.seed).cpu())
+                made.append(generated_frames(case, samples, pipe, seed=config.seed).cpu())
                 return made[-1]
 
             found = scored(case, make, 4 * config.model.rollout.block_frames).figures
@@ -118,8 +116,7 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     """Samples of a published model: the bundled portrait speaks the start of the bundled recording. Without a true video, the metrics
     are the mouth's correlation with the sound and its amount of motion."""
     config, device = student.config, student.engine.world.device
-    checkpoint = Checkpoint.open(transformer_weights(config.model).parent)
-    components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
+    components = checkpoint_components(config.model, device)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)
@@ -127,13 +124,12 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     recording = load_speech(RECORDINGS["sample"])
     speech = Speech(recording.samples[: round(config.log.sample_seconds * recording.sample_rate)])
     inputs = Inputs(Portrait(pixels), speech, round(config.log.sample_seconds * fps), config.seed, fps)
-    clip = config.model.rollout.clip_frames or Settings.clip_frames
-    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False), clip_frames=clip)
+    asked = InferConfig(model=components.config, sampler=sampler, decode=DecodeConfig(online=False))
 
     def make_sample(step: int) -> Sample:
         with student.use_role() as model:
-            now = components.with_model(model)
-            with closing(generate(inputs, now, settings)) as chunks:
+            pipe = AvatarPipeline(asked, components.with_model(model))
+            with closing(pipe.generate(inputs)) as chunks:
                 frames_out = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
         mouth = mouth_opening(torch.stack([cut(frame, crop) for frame in frames_out]))
         level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
