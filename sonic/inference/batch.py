@@ -139,7 +139,7 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
 
 def _is_single(world: World) -> bool:
     """Whether this rank makes its videos without others, so that nobody is out of step with it after an error."""
-    return world.video is None or world.video.size() == 1
+    return world.rollout_mesh is None or world.rollout_mesh.size() == 1
 
 
 def _fault(error: Exception, line: int) -> str:
