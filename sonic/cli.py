@@ -1,6 +1,6 @@
-"""The glue between a command line and a job: hydra's groups, typed configs, one-sentence errors, ranks and the run folder.
+"""From a command line to a job: hydra's config groups, typed configs, errors in one sentence, ranks and the run folder.
 
-Nothing heavy is imported here, so that `--help` and every mistake in an option answer at once.
+Nothing that takes long to import is imported here, so that `--help` and errors in options are printed at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
 from sonic.system.paths import expanded, shown
@@ -37,41 +38,9 @@ from sonic.system.run_folder import Run, start_logging
 from sonic.system.stdio import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
 ROOT = data_root()
-SHORT = {
-    "name": "run.name",
-    "device": "run.device",
-    "face_box": "face.box",
-    "expand_ratio": "face.expand_ratio",
-    "weights": "model.weights",
-    "checkpoint": "model.weights",
-    "schedule": "sampler.schedule",
-    "compat": "video.compat",
-    **{f"offload.{option}": f"parallel.offload.{option}" for option in ("resident_gib", "slots", "inflight", "store", "kv")},
-    "negative_prompt": "sampler.negative_prompt",
-    "live_avatar": "lora.path",
-    "film": "mp4",  # what judge called it in the first edition
-}
-SYNONYMS = {  # what other programs of the field call an option -> the last part of its name here, likeliest first
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale", "guide_scale"), ("sample_guide_scale", "teacher_guide_scale")),
-    **dict.fromkeys(("steps", "num_steps", "inference_steps", "num_inference_steps", "sampling_steps"), ("max_steps", "sample_steps")),
-    **dict.fromkeys(("shift", "flow_shift"), ("sample_shift",)),
-    **dict.fromkeys(("solver", "sample_solver", "scheduler"), ("sampler.name", "schedule")),
-    **dict.fromkeys(("num_frames", "frame_num"), ("infer_frames",)),
-    **dict.fromkeys(("frame_rate", "frames_per_second"), ("fps",)),
-    **dict.fromkeys(("width", "height"), ("size",)),
-    **dict.fromkeys(("base_seed", "random_seed"), ("seed",)),
-    **dict.fromkeys(("ckpt_dir", "ckpt", "model_path"), ("weights",)),
-    **dict.fromkeys(("save_file", "out"), ("output",)),
-    **dict.fromkeys(("lora_path", "load_lora"), ("lora.path",)),
-}
-FILES = {  # options that name files or folders, in which ~ is the home folder
-    *("image", "audio", "output", "requests", "mp4", "json", "source", "folder", "autoencoder", "export", "init_from"),
-    *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
-    *("checkpoint.resume", "eval.videos"),
-}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
-DEFAULT_MODEL, PUBLISHED_PRESET, VIDEO_TASK = "preview", "standard", "task=video"
+DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
@@ -80,7 +49,7 @@ log = logging.getLogger("sonic")
 
 
 class _Numbers(yaml.SafeLoader):
-    """YAML in which every number means itself: in YAML 1.1, 010 is 8, 1:30 is 90 and 1e-4 is text."""
+    """A YAML loader with plain decimal numbers; in YAML 1.1, 010 would be 8, 1:30 would be 90 and 1e-4 a text."""
 
     # names may hold bytes that are not UTF-8, which are these characters in Python
     NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
@@ -98,11 +67,11 @@ _Numbers.add_constructor("!float", lambda loader, node: float(node.value))
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One command: the YAML and the schema it starts from, and what may be chosen by name.
+    """A command: its YAML file `name` in conf/, its schema, and its config groups.
 
-    `collections` are folders whose files are laid over the whole config (preset=NAME); `variants` gives the schemas of a
-    group whose members have options of their own (objective: {flow_match: FlowMatchConfig}); `location` tells a config's
-    (folder, name) of the run; `example` is what may follow the command.
+    `collections` are groups whose files override the whole config (preset=NAME); `variants` has the schemas of groups whose members
+    have different options (objective: {flow_match: FlowMatchConfig}); `location` gives the (folder, name) of a config's run; `example`
+    is an example of the command's arguments.
     """
 
     name: str
@@ -112,16 +81,22 @@ class Entry:
     location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
+    command: str = ""  # that it is a second form of, where it is one
+
+    @property
+    def written(self) -> str:
+        """The command as a person writes it."""
+        return written(self.command or self.name)
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
-    """Run `job(config, run)` as the command line (or `argv`) asks and leave the process with its exit code."""
+    """Run `job(config, run)` with the config of the command line, or of `argv`, and end the process with its exit code."""
     end_as_with_ctrl_c()
     outlast_readers()
     make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
-    if _ranks().world > 1:
+    if ranks_here().world > 1:
         # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -131,9 +106,8 @@ def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.
 
 
 def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
-    """The exit code of a command: 0 or what the job says, or 2 with one sentence on stderr for what the user can mend and nothing
-    left behind."""
-    ranks = _ranks()
+    """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
+    ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -148,7 +122,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        command = [shown(word) for word in (*shlex.split(written(entry.name)), *argv)]
+        command = [shown(word) for word in (*shlex.split(entry.written), *argv)]
         run = Run(entry.location(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
@@ -171,21 +145,21 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
 
 
 def _answer(text: str) -> int:
-    """Say what was asked for. Raises OSError where it cannot all be said."""
+    """Print the text on stdout and give exit code 0. Raises OSError when it cannot be written completely."""
     sys.stdout.write(text)
     if failure := failure_of_stdout():
         raise failure
     return 0
 
 
-def _ranks() -> Ranks:
-    """Which process this is among those that torchrun started."""
+def ranks_here() -> Ranks:
+    """The rank of this process among those that torchrun started; a single one without torchrun."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
     return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
 
 
 def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
-    """The typed config of a command line. Raises ValueError in one sentence, with the choices, for every mistake in it."""
+    """The typed config of a command line. Raises ValueError with one sentence and the choices for every error in it."""
     selections, values = _split(entry, argv)
     store = ConfigStore.instance()
     store.store(name=f"{entry.name}_schema", node=entry.schema)
@@ -204,13 +178,13 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
 
 
 def _recipes() -> str:
-    """Hydra's override that makes it look for choices in recipes/ too."""
+    """The override that makes hydra search recipes/ too."""
     location = f"file://{ROOT / 'recipes'}".replace("\\", "\\\\").replace("'", r"\'")
     return f"hydra.searchpath=['{location}']"
 
 
 def config_options(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any, dataclasses.Field]]:
-    """Every option under a schema by its full name, with its type and its field, in order."""
+    """All options of a schema in order: full name -> (type, field)."""
     found = {}
     kinds = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
@@ -221,7 +195,7 @@ def config_options(schema: type, prefix: str = "") -> dict[str, tuple[typing.Any
 
 
 def entry_options(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field]]:
-    """Every option a command may set, those of all variants of a group included."""
+    """All options of a command, including those of all variants of a group."""
     found = config_options(entry.schema)
     for group, members in entry.variants.items():
         for schema in members.values():
@@ -230,24 +204,24 @@ def entry_options(entry: Entry) -> dict[str, tuple[typing.Any, dataclasses.Field
 
 
 def group_choices(group: str) -> list[str]:
-    """Names that a config group offers, from conf/ and recipes/: files, and folders with a file for every model."""
+    """The choices of a config group in conf/ and recipes/: YAML files, and folders with a file for each model."""
     found = [path for location in ("conf", "recipes") for path in (ROOT / location / group).glob("*")]
     return sorted({path.stem for path in found if path.suffix == ".yaml" or path.is_dir()})
 
 
 def groups(entry: Entry) -> dict[str, list[str]]:
-    """What may be chosen by name: collections first, then the parts of the config that have a folder."""
+    """The config groups of a command with their choices: collections first, then the fields of the schema that have a folder."""
     names = [*entry.collections, *(field.name for field in dataclasses.fields(entry.schema))]
     return {name: found for name in names if (found := group_choices(name))}
 
 
 def help_text(entry: Entry) -> str:
-    """What `--help` says: usage, choices, and every option with its default."""
+    """The text of `--help`: usage, choices, and every option with its default."""
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: {written(entry.name)} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
-        *([f"example: {written(entry.name)} {entry.example}"] if entry.example else []),
+        f"usage: {entry.written} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
+        *([f"example: {entry.written} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
@@ -263,7 +237,7 @@ def help_text(entry: Entry) -> str:
 
 
 def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Choices for hydra, and options with their texts; the last one of a kind counts."""
+    """The choices of config groups as hydra's overrides, and the options with their texts; of repeated ones the last counts."""
     selections: dict[str, str] = {}
     values: dict[str, str] = {}
     known, chooseable = entry_options(entry), groups(entry)
@@ -282,8 +256,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
-    makes_videos = selections.get("task", VIDEO_TASK) == VIDEO_TASK  # the steps of a training are its student's
-    if makes_videos and "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
+    if "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
         selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
         if key in selections and (ROOT / "conf" / key / (name := selections[key].partition("=")[2])).is_dir():
@@ -292,7 +265,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
 
 
 def _for_model(key: str, name: str, selection: str) -> str:
-    """The model that a choice with a file for each model is made for. Raises ValueError with its reason where that refuses."""
+    """The model whose file a choice with one file per model uses. Raises ValueError with that file's reason when it refuses the model."""
     model = selection.partition("=")[2] or DEFAULT_MODEL
     refused = (yaml.safe_load((ROOT / "conf" / key / name / f"{model}.yaml").read_text()) or {}).get("refused")
     if refused:
@@ -301,10 +274,10 @@ def _for_model(key: str, name: str, selection: str) -> str:
 
 
 def _own_sampler(selection: str) -> dict[str, str]:
-    """The choice of the sampler that a model is published with, as its standard preset names it; none for the default model and for
-    one without presets.
+    """The choice of the sampler that a model is published with, from its standard preset; empty for the default model and for models
+    without presets.
 
-    The plain default has four steps and no guidance: what other models make of that looks like a fault of theirs.
+    The default sampler has four steps and no guidance, which gives bad videos with other models.
     """
     model = selection.partition("=")[2] or DEFAULT_MODEL
     file = ROOT / "conf/preset" / PUBLISHED_PRESET / f"{model}.yaml"
@@ -316,7 +289,7 @@ def _own_sampler(selection: str) -> dict[str, str]:
 
 
 def _with_own_steps(values: Mapping[str, str]) -> dict[str, str]:
-    """The values; a schedule that is one table, when it is typed, brings its number of steps, whatever a preset says."""
+    """The values; a schedule on the command line that is a table for one number of steps sets that number, whatever a preset says."""
     typed = [key.removesuffix("schedule") for key, text in values.items() if key.endswith("sampler.schedule") and text in FIXED_STEPS]
     return {f"{sampler}sample_steps": "0" for sampler in typed} | dict(values)
 
@@ -327,7 +300,7 @@ def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
 
 
 def _unknown_key(entry: Entry, key: str) -> str:
-    """The sentence for an option that does not exist: what its group has, or what looks like it before what there is at the top."""
+    """The error message for an unknown option: the options of its group, or else similar options, then those at the top level."""
     known = list(entry_options(entry))
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
@@ -347,13 +320,13 @@ def _unknown_key(entry: Entry, key: str) -> str:
 
 
 def _meant(word: str, known: Sequence[str]) -> list[str]:
-    """Options that other programs call so, or nearly so."""
+    """Options for which other programs use this word, or nearly this word."""
     close = difflib.get_close_matches(word, SYNONYMS, n=1, cutoff=0.8)
     return [name for end in SYNONYMS.get(close[0] if close else "", ()) for name in known if f".{name}".endswith(f".{end}")]
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
-    """Give an option the value that was typed; text stays exactly as it is."""
+    """Set an option to the value on the command line; the value of a text option is not parsed."""
     try:
         value = text if kind is str else yaml.load(text, _Numbers)
         if key in FILES and isinstance(value, str | list):
@@ -376,7 +349,7 @@ def _kind_words(kind: typing.Any) -> str:
 
 
 def _reworded(entry: Entry, error: Exception) -> str:
-    """Hydra's and OmegaConf's complaints about a YAML file, in one sentence with the choices."""
+    """An error of hydra or OmegaConf about a YAML file, as one sentence with the choices."""
     found = re.search(r"full_key: (\S+)", str(error))
     if found and found[1] not in entry_options(entry):
         return _unknown_key(entry, found[1])
@@ -385,7 +358,7 @@ def _reworded(entry: Entry, error: Exception) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, on one line."""
+    """The message of an error, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return shown(" ".join(str(error).split())) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Every option of the program, as plain dataclasses with their defaults and laws. Standard library only.
+"""Options that several commands share, as dataclasses with their defaults and checks. Standard library only.
 
-The options of a training run are in training/train_config.py.
+The options of a training run are in training/train_config.py, those of running on several devices in parallel/parallel_config.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
 SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar", "live_avatar_4step", "live_avatar_3step")
-FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are one table each
-OWN_SHIFT = ("live_avatar", *FIXED_STEPS)  # schedules that have their shift in them
-SHIFT = 3.0  # that the published schedules are made with
-OWN = "auto"  # a precision: the model's own
+FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are a table for one number of steps
+OWN_SHIFT = ("live_avatar", *FIXED_STEPS)  # schedules that contain their shift and do not read sampler.sample_shift
+SHIFT = 3.0  # the shift of the published schedules
+OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
 
 
 class Ranks(NamedTuple):
-    """Which process this is, of how many, in all and on its machine."""
+    """The rank of this process and the number of processes, of all machines and of this one."""
 
     rank: int = 0
     world: int = 1
@@ -30,11 +30,11 @@ class Ranks(NamedTuple):
 
 
 class OtherRank(RuntimeError):
-    """The fault of another rank, which has said more about it than this one can."""
+    """This rank ended because another one failed; that rank has logged the details."""
 
 
 def option(default, help: str = ""):
-    """A field with a default and a line for `--help`; lists are copied."""
+    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`."""
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     if isinstance(default, type):
@@ -43,18 +43,18 @@ def option(default, help: str = ""):
 
 
 def closest_first(name: str, choices: Sequence[str]) -> list[str]:
-    """All choices, those that look like `name` in front."""
+    """All choices, those that resemble `name` first."""
     close = difflib.get_close_matches(str(name), choices, n=max(1, len(choices)), cutoff=0.5)
     return [*close, *(choice for choice in choices if choice not in close)]
 
 
 def unknown_choice(name: str, choices: Sequence[str], option: str) -> str:
-    """The sentence for a name that is not among the choices."""
+    """The error message for a name that is not among the choices."""
     return f"{option}={name} is unknown; choose one of: {', '.join(closest_first(name, choices))}"
 
 
 def require(ok: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless the law holds."""
+    """Raise ValueError(sentence) unless `ok`."""
     if not ok:
         raise ValueError(sentence)
 
@@ -65,7 +65,10 @@ def one_of(name: str, choices: Sequence[str], option: str) -> None:
 
 
 def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
-    """(width, height) of "704x384"; `*` separates as well, as in the published commands."""
+    """(width, height) of a size such as "704x384"; `*` is accepted for `x`, as in the published commands.
+
+    Raises ValueError when it is not a size, or a side is not between 64 and 8192 pixels.
+    """
     parts = [part.strip() for part in str(size).lower().replace("*", "x").split("x")]
     sides = [int(part) for part in parts if part.isdigit()]
     require(
@@ -81,16 +84,16 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
 
 @dataclass
 class TrunkConfig:
-    """The transformer itself; `patch_size` counts latents along (time, height, width)."""
+    """The transformer; `patch_size` counts latents along (time, height, width)."""
 
-    hidden_dim: int = 192
-    ffn_dim: int = 768
-    num_heads: int = 3
-    num_layers: int = 6
-    patch_size: list[int] = option([1, 3, 3])
-    latent_channels: int = 16
-    freq_dim: int = 256
-    eps: float = 1e-6
+    hidden_dim: int = option(192, "width of a token")
+    ffn_dim: int = option(768, "width inside the MLP")
+    num_heads: int = option(3, "attention heads")
+    num_layers: int = option(6, "transformer blocks")
+    patch_size: list[int] = option([1, 3, 3], "latents in a token along time, height and width")
+    latent_channels: int = option(16, "channels of a latent")
+    freq_dim: int = option(256, "width of the sinusoidal embedding of the timestep")
+    eps: float = option(1e-6, "epsilon of the norms")
 
     def __post_init__(self) -> None:
         whole = self.num_heads >= 1 and self.hidden_dim % self.num_heads == 0
@@ -101,44 +104,47 @@ class TrunkConfig:
 
 @dataclass
 class AudioConfig:
-    """Speech features as they arrive ([num_audio_layers, audio_dim] per video frame) and where they are injected."""
+    """The speech features ([num_audio_layers, audio_dim] per video frame), and the blocks after which they are injected."""
 
-    audio_dim: int = 160
-    num_audio_layers: int = 1
-    num_audio_token: int = 4
-    inject_layers: list[int] = option([0, 2, 4])
+    audio_dim: int = option(160, "width of a speech feature")
+    num_audio_layers: int = option(1, "hidden layers of the speech encoder that are given")
+    num_audio_token: int = option(4, "audio tokens per latent frame")
+    inject_layers: list[int] = option([0, 2, 4], "blocks behind which audio is injected")
 
 
 @dataclass
 class TextConfig:
-    """Rows of the prompt's embedding; shorter prompts are padded with zero rows to `text_len`."""
+    """The prompt's embedding: rows of width `text_dim`, padded with zero rows to `text_len`."""
 
-    text_dim: int = 32
-    text_len: int = 4
+    text_dim: int = option(32, "width of a row of the prompt's embedding")
+    text_len: int = option(4, "rows; shorter prompts are padded with zero rows")
 
 
 @dataclass
 class MotionConfig:
-    """FramePack memory of the past: bucket sizes in latent frames, newest first (none = no such memory); motion_frames = [video,
-    latent] frames."""
+    """The motion memory (FramePack): bucket sizes in latent frames, newest first (empty = no motion memory); motion_frames = [video
+    frames, latent frames] that precede a clip."""
 
-    buckets: list[int] = option([1, 2, 16])
-    add_last_motion: int = 2
-    motion_frames: list[int] = option([73, 19])
+    buckets: list[int] = option([1, 2, 16], "FramePack memory of the past: latent frames per bucket, newest first; empty = no such memory")
+    add_last_motion: int = option(2, "how many of the newest buckets are given: 2 = all, 1 = without the newest, 0 = the oldest alone")
+    motion_frames: list[int] = option([73, 19], "video and latent frames of the past that come before a clip")
 
 
 @dataclass
 class RolloutConfig:
-    """How a video is rolled out: block by block (latent frames in a block, blocks a ring remembers, where the reference sits), or in
-    whole clips of `clip_frames` video frames; at `fps`."""
+    """How a model generates a video, at `fps`: block by block, or in whole clips of `clip_frames` video frames.
 
-    block_frames: int = 3
-    window_blocks: int = 3
-    ref_position: int = 30
-    ref_distance: int = 16
-    fps: int = 25
+    A block has `block_frames` latent frames, and the KV cache holds `window_blocks` of them. The time id of the reference is
+    `ref_position`, later `ref_distance` ahead of the block.
+    """
+
+    block_frames: int = option(3, "latent frames in a block")
+    window_blocks: int = option(3, "blocks that a KV ring holds")
+    ref_position: int = option(30, "time position of the reference in the first blocks")
+    ref_distance: int = option(16, "least distance in time between a block and the reference")
+    fps: int = option(25, "video frames per second that the model was trained at")
     clip_frames: int = option(0, "video frames of a clip with full attention; 0 = block by block")
-    dtype: str = option("float32", "precision of the transformer where run.dtype=auto: float32 or bfloat16")
+    dtype: str = option("float32", "precision of the transformer when run.dtype=auto: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         sizes = f"block_frames={self.block_frames} and window_blocks={self.window_blocks}"
@@ -154,19 +160,19 @@ class LoraConfig:
     """A low-rank adapter that is added to the transformer's weights when they are loaded."""
 
     path: str = option("", "safetensors file in peft's format, or the downloaded LiveAvatar folder with one; empty = none")
-    alpha: float = option(0.0, "strength that it was trained with; 0 = what the file says, 64 where it does not")
+    alpha: float = option(0.0, "alpha that the adapter was trained with; 0 = that in the file's metadata, or 64 without one")
 
     def __post_init__(self) -> None:
-        require(self.alpha >= 0, f"model.lora.alpha={self.alpha}: need a positive number, or 0 for what the file says")
+        require(self.alpha >= 0, f"model.lora.alpha={self.alpha}: need a positive number, or 0 for that in the file's metadata")
 
 
 @dataclass
 class AdapterConfig:
-    """What of the transformer learns: its own weights, or low-rank adapters beside them."""
+    """What is trained of the transformer: its own weights, or low-rank adapters."""
 
-    rank: int = option(0, "size of the adapters; 0 = none, the weights themselves learn")
-    alpha: float = option(16.0, "strength of the adapters: alpha / rank multiplies them")
-    targets: list[str] = option([], "words in the names of what learns, such as mlp_in; none = everything (adapters: all linear layers)")
+    rank: int = option(0, "rank of the adapters; 0 = no adapters, the weights themselves are trained")
+    alpha: float = option(16.0, "strength of the adapters: their output is multiplied by alpha / rank")
+    targets: list[str] = option([], "parts of the names of trained modules, such as mlp_in; empty = all (adapters: all linear layers)")
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"learn.rank={self.rank}: need 0 (no adapters) or more")
@@ -175,7 +181,7 @@ class AdapterConfig:
 
 @dataclass
 class ModelConfig:
-    """One member of the S2V family."""
+    """A model of the S2V family."""
 
     name: str = option("preview", "one of the files in conf/model")
     trunk: TrunkConfig = option(TrunkConfig)
@@ -183,12 +189,12 @@ class ModelConfig:
     text: TextConfig = option(TextConfig)
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
-    prediction: str = option("velocity", "what the head's output means: velocity or clean")
-    autoencoder: str = option("warp", "warp (moves the photograph) or wan (generates the picture)")
+    prediction: str = option("velocity", "quantity that the transformer predicts: velocity or clean (latents)")
+    autoencoder: str = option("warp", "warp (moves the photograph) or wan (generates the whole picture)")
     speech_encoder: str = option("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
-        "", "folder of weights or checkpoint; student, teacher = the bundled ones with or without few steps learnt; empty = student"
+        "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
     )
     lora: LoraConfig = option(LoraConfig)
 
@@ -203,14 +209,14 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
-    """How noise becomes latents."""
+    """How latents are sampled from noise."""
 
     name: str = option("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = option("linear", f"where the noise levels lie: {', '.join(SCHEDULE_NAMES)}")
-    sample_steps: int = option(4, "sampling steps per block; more is slower and finer; 0 = as many as live_avatar_4step or _3step has")
-    sample_guide_scale: float = option(1.0, "guidance towards the audio; 1, or 0 as published commands have it, = off and twice as fast")
-    sample_shift: float = option(SHIFT, "above 1 spends more of the steps at high noise; the live_avatar schedules have 3")
-    negative_prompt: str = option("", "what guidance leads away from, for the models that read text")
+    schedule: str = option("linear", f"schedule of the noise levels: {', '.join(SCHEDULE_NAMES)}")
+    sample_steps: int = option(4, "sampling steps per block; more are slower and better; 0 = those of live_avatar_4step or _3step")
+    sample_guide_scale: float = option(1.0, "guidance towards the audio; 1 = off, twice as fast; so is 0, as in published commands")
+    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the live_avatar schedules contain 3")
+    negative_prompt: str = option("", "what guidance leads away from, for models that read text")
 
     def __post_init__(self) -> None:
         one_of(self.name, SAMPLER_NAMES, "sampler.name")
@@ -231,15 +237,15 @@ class SamplerConfig:
 
 @dataclass
 class VideoConfig:
-    """The video that comes out."""
+    """The generated video."""
 
-    size: str = option(PHOTO_SIZE, "photo = as the photograph (at most 3840x2160 in area), or WIDTHxHEIGHT to fit within")
+    size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
     infer_frames: int = option(
-        0, "frames in a clip; 0 = the model's own: 80 of wan_s2v_14b, 48 of the others, which only count num_clip in them"
+        0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for other models, only as the unit of num_clip"
     )
-    num_clip: int = option(0, "clips of infer_frames to make at most; 0 = until the audio ends")
-    fps: int = option(0, "frames per second; 0 = the model's own, the only one it can make")
-    compat: str = option("", "upstream = with the habits of the published pipelines, faults included, to compare with them")
+    num_clip: int = option(0, "clips of infer_frames frames to make at most; 0 = until the audio ends")
+    fps: int = option(0, "frames per second; only the model's own rate is possible; 0 = that rate")
+    compat: str = option("", "upstream = reproduce the published pipelines with their faults, to compare with them; empty = off")
 
     def __post_init__(self) -> None:
         if self.size != PHOTO_SIZE:
@@ -250,10 +256,10 @@ class VideoConfig:
 
 
 def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, ModelConfig]:
-    """The video with the model's own clip length and frames per second, and the model with the published ring where compat asks for it.
+    """The video options with the model's own values in place of 0, and the model with the published window when `compat` is set.
 
-    A clip with full attention is whole latent frames, a clip of the published rollout whole blocks; elsewhere any number of frames
-    limits the length. Raises ValueError where what was asked for is impossible.
+    A clip with full attention must be a whole number of latent frames, a clip of the published rollout a whole number of blocks;
+    otherwise infer_frames only limits the length. Raises ValueError for other lengths, or a frame rate that is not the model's.
     """
     rollout = model.rollout
     require(
@@ -268,20 +274,20 @@ def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, 
     why = "a latent frame is 4 frames" if whole else f"a block of the published rollout is {rollout.block_frames} latent frames of 4 frames"
     require(frames % step == 0, f"video.infer_frames={frames} is not a multiple of {step} ({why}); {near}")
     if video.compat and not whole:
-        model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published ring is one clip
+        model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published KV cache holds one clip
     return replace(video, fps=rollout.fps, infer_frames=frames), model
 
 
 def precision_of(asked: str, model: ModelConfig) -> str:
-    """The precision that is asked for, or the model's own."""
+    """The requested precision, or the model's own for "auto"."""
     return model.rollout.dtype if asked == OWN else asked
 
 
 @dataclass
 class DecodeConfig:
-    """When latents become pixels."""
+    """When latents are decoded to pixels."""
 
-    online: bool = option(True, "decode on a thread of its own while later blocks are still noise")
+    online: bool = option(True, "decode on another thread while later blocks are denoised")
     queue: int = option(2, "blocks that may wait between denoising and decoding")
 
     def __post_init__(self) -> None:
@@ -290,10 +296,10 @@ class DecodeConfig:
 
 @dataclass
 class FaceLocationConfig:
-    """Where the face is in the photograph, when the finder should not decide."""
+    """The position of the face in the photograph, instead of detecting it."""
 
-    box: list[float] | None = option(None, "the face as [x,y,width,height] in photo pixels, instead of looking for it")
-    mouth: list[float] | None = option(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle], instead of looking for it")
+    box: list[float] | None = option(None, "the face as [x,y,width,height] in photo pixels; empty = it is detected")
+    mouth: list[float] | None = option(None, "the mouth as [x,y,half_width] or [x,y,half_width,angle]; empty = it is detected")
 
     def __post_init__(self) -> None:
         box, mouth = self.box, self.mouth
@@ -305,9 +311,9 @@ class FaceLocationConfig:
 
 @dataclass
 class FaceConfig(FaceLocationConfig):
-    """The same, and what of the photograph is generated."""
+    """The position of the face, the size of the crop around it, and the areas of several speakers."""
 
-    expand_ratio: float = option(1.6, "side of the crop the model sees, in face sizes")
+    expand_ratio: float = option(1.6, "side of the crop that the model works on, in face sizes")
     masks: list[str] | None = option(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
 
     def __post_init__(self) -> None:
@@ -317,11 +323,11 @@ class FaceConfig(FaceLocationConfig):
 
 @dataclass
 class HeadConfig:
-    """What moves besides the mouth."""
+    """Motion of the head and eyes."""
 
     head: str = option("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
-    strength: float = option(1.0, "size of the gentle motion")
-    pose: str = option("", "a video of drawn poses that the published models follow; empty = none")
+    strength: float = option(1.0, "amplitude of the gentle motion; 1 = usual")
+    pose: str = option("", "a video of drawn poses, which the published models follow; empty = none")
 
     def __post_init__(self) -> None:
         one_of(self.head, ("off", "gentle"), "motion.head")
@@ -330,14 +336,14 @@ class HeadConfig:
 
 @dataclass
 class RunConfig:
-    """The run itself: its name and the machine under it."""
+    """The name and folder of the run, and how it uses the machine."""
 
-    name: str = option("", "name of the folder runs/<name>; empty = made from the time")
-    folder: str = option("runs", "where run folders are made")
-    device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
-    dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 of the 14B")
+    name: str = option("", "name of the folder runs/<name>; empty = the current time")
+    folder: str = option("runs", "folder in which run folders are made")
+    device: str = option("auto", "auto, cpu or cuda; auto = cuda when there is one")
+    dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 for the 14B models")
     attention: str = option("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch")
+    threads: int = option(0, "CPU threads; 0 = torch's default")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
@@ -350,13 +356,13 @@ class RunConfig:
 
 @dataclass
 class JudgeConfig:
-    """A finished video, held against the photograph and the recording it was made from; exit code 1 when its sound does not match."""
+    """Compare a finished video with the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
     mp4: str = option("", "the MP4 to judge")
     image: str = option("astronaut", "the photograph it was made from")
     audio: str = option("sample", "the recording it was made from")
     size: str = option(PHOTO_SIZE, "video.size it was made with")
-    json: str = option("", "where the figures go as JSON")
+    json: str = option("", "JSON file to write the results to")
     face: FaceLocationConfig = option(FaceLocationConfig)
 
     def __post_init__(self) -> None:
@@ -365,13 +371,13 @@ class JudgeConfig:
 
 @dataclass
 class ConvertConfig:
-    """Published checkpoints become ready ones, once."""
+    """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
 
     source: str = option(
         "", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or a transformer's .safetensors"
     )
     output: str = option("", "the folder to make")
-    to: str = option("ready", "ready, or official = the transformer under its published names again")
+    to: str = option("ready", "ready = the form that this program loads, or official = the transformer under its published names")
     lora: LoraConfig = option(LoraConfig)
     model: ModelConfig = option(ModelConfig)
 

@@ -1,4 +1,4 @@
-"""Whole-number arithmetic of time and size: frames and latent frames, blocks, tokens, and sizes that fit. No tensors."""
+"""Integer arithmetic of time and size: video frames, latent frames, blocks, and the sizes of pictures. No tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 FPS = 25
 GIB = 2**30
-MOUTH_ANCHOR = (0.5, 0.55)  # where the middle of the mouth lies in the canonical face crop, as shares of its side
-MOUTH_UNIT = 0.125  # half the mouth's width there: 0.20 of the face box over an expand_ratio of 1.6
+MOUTH_ANCHOR = (0.5, 0.55)  # x, y of the middle of the mouth in the canonical face crop, as shares of its side
+MOUTH_UNIT = 0.125  # half the mouth's width in that crop: 0.20 of the face box over an expand_ratio of 1.6
 
 
 @dataclass(frozen=True)
 class BlockSpan:
-    """Where one block of the rollout lies in time; `start` counts latent frames from the beginning of the video."""
+    """The time span of one block of a rollout; `start` counts latent frames from the beginning of the video."""
 
     index: int
     start: int
@@ -44,7 +44,7 @@ class BlockSpan:
 
 
 def frames_of_audio(num_samples: int, sample_rate: int, fps: int = FPS) -> int:
-    """Video frames that cover a recording: the nearest whole number, at least one."""
+    """Number of video frames of a recording, rounded to the nearest whole number, at least one."""
     return max(1, round(num_samples * fps / sample_rate))
 
 
@@ -61,22 +61,22 @@ def latent_frames(num_frames: int, stride: int = FRAMES_PER_LATENT) -> int:
 
 
 def blocks_for_frames(num_frames: int, block_frames: int = 3) -> int:
-    """Blocks of `block_frames` latent frames that cover `num_frames` video frames; the last one may reach beyond."""
+    """Number of blocks of `block_frames` latent frames that cover `num_frames` video frames; the last block may be longer than needed."""
     if num_frames < 1 or block_frames < 1:
         raise ValueError(f"num_frames={num_frames} in blocks of {block_frames} latent frames: both must be at least 1")
     return math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames))
 
 
 def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[BlockSpan]:
-    """The blocks that make `num_frames` video frames, in order; without end when it is None."""
+    """The blocks of a video of `num_frames` frames, in order; an endless iterator when it is None."""
     indices = itertools.count() if num_frames is None else range(blocks_for_frames(num_frames, block_frames))
     return (BlockSpan(index, index * block_frames, block_frames) for index in indices)
 
 
 def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tuple[int, int]:
-    """The largest (width, height) of about the same aspect within `max_area`, never enlarged, sides a multiple.
+    """The largest (width, height) of about the same aspect ratio within `max_area` pixels; sides are multiples of `multiple`.
 
-    Sides are rounded down, and never below one multiple.
+    Pictures are never enlarged; sides are rounded down, but not below one multiple.
     """
     scale = min(1.0, math.sqrt(max_area / (width * height)))
     fitted = (max(multiple, int(side * scale) // multiple * multiple) for side in (width, height))
@@ -84,10 +84,10 @@ def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tu
 
 
 def wan_size(width: int, height: int, max_area: int, *, multiple: int = 64) -> tuple[int, int]:
-    """The (width, height) that the published pipeline generates for a picture: sides rounded up to `multiple` after the largest of
-    a hundred scales at which they stay within `max_area`; small pictures are not enlarged.
+    """The (width, height) that the published pipeline generates for a picture: sides rounded up to `multiple` at the largest of a
+    hundred scales at which their product stays within `max_area`; small pictures are not enlarged.
 
-    Source: the size search of Wan2.2-S2V, whose range of scales is kept because it decides which of two sizes is met first.
+    Source: the size search of Wan2.2-S2V, with the same range of scales, because the range decides between two possible sizes.
     """
     area, slack = width * height, (multiple - 1) * (width + height)
     lowest, highest = 0.1, 1.0

@@ -1,4 +1,4 @@
-"""The commands of the program, and the way from a command's name to its module. What a command needs is imported when it is named."""
+"""The commands of the program by name; a command's module is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sonic.system.program import written
 USER_ERROR = 2
 COMMANDS = {  # sonic/commands/NAME_command.py runs it
     "infer": "make a talking video of a portrait and a recording",
-    "plan": "say what fits on which hardware, how fast it can be, and why",
-    "convert": "turn published checkpoints into ready ones, and back",
-    "train": "train or distill from a recipe",
-    "evaluate": "score a model on drawn people whose mouths are known exactly",
+    "plan": "list the plans that fit on given hardware, with their estimated memory and speed",
+    "convert": "convert published checkpoints to the form that this program loads, and back",
+    "train": "train or distill a model from a recipe",
+    "evaluate": "score a model on drawn faces whose mouth shapes are known exactly",
     "judge": "judge a finished video against its portrait and its recording",
-    "ablate": "score a grid of runs and draw a report",
-    "precompute": "make training data once, so that training only reads",
-    "bench": "time this machine",
+    "ablate": "score a grid of runs and write a report",
+    "precompute": "encode training data once, so that training only reads it",
+    "bench": "measure the speed of this machine",
 }
 
 
@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.write(f"sonic {__version__}\n")
         sys.exit(0)
     if name not in COMMANDS:
-        trouble = unknown_choice(name, list(COMMANDS), "command") if name else f"name a command: {', '.join(COMMANDS)}"
-        sys.stderr.write(f"sonic: error: {trouble}\n")
+        message = unknown_choice(name, list(COMMANDS), "command") if name else f"name a command: {', '.join(COMMANDS)}"
+        sys.stderr.write(f"sonic: error: {message}\n")
         sys.exit(USER_ERROR)
     import_module(f"sonic.commands.{name}_command").main(rest)
 
 
 def overview() -> str:
-    """What `sonic --help` says: every command with a line."""
+    """The text of `sonic --help`: every command with a line about it."""
     lines = [f"  {name:<12} {line}" for name, line in COMMANDS.items()]
     program = written("COMMAND")
-    usage = f"usage: {program} [choice=name ...] [option=value ...]     {program} --help lists what one takes"
-    return "\n".join([(ABOUT or "").strip(), "", usage, "", "commands:", *lines, ""])
+    usage = f"usage: {program} [choice=name ...] [option=value ...]     {program} --help lists the options of a command"
+    return "\n".join([(ABOUT or "").strip().splitlines()[0], "", usage, "", "commands:", *lines, ""])

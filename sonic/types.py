@@ -1,4 +1,7 @@
-"""The values the stages hand to each other: frozen, checked at birth; and `pick`, the one way to choose by name."""
+"""The values that the stages of the program pass to each other, frozen and checked when created; and `pick`, for choices by name.
+
+Shapes: H and W are rows and columns of latents or pixels, rows and columns alone those of patches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ T = TypeVar("T")
 
 
 def pick(table: Mapping[str, T], name: str, option: str) -> T:
-    """The entry of `table` called `name`; a ValueError that lists the choices, closest first, when there is none."""
+    """The entry of `table` called `name`. Raises ValueError with the choices, closest first, when there is none."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
@@ -30,12 +33,11 @@ def pick(table: Mapping[str, T], name: str, option: str) -> T:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of the model besides the noise.
+    """The inputs of the model besides noisy latents and timestep.
 
-    ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,N,E,F] speech features of N hidden layers,
-    one column per video frame; motion [B,C,Tm,H,W] latents of the past, None when motion tokens are dropped;
-    pose [B,C,T,H,W], None for zeros. With several voices in one picture audio has B·voices, and masks [B·voices,1,h,w] say which
-    patches each of them moves.
+    ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,K,E,F] speech features of K hidden layers, of width E, one
+    column per video frame; motion [B,C,Tm,H,W] past latents, None without motion tokens; pose [B,C,T,H,W], None for zeros.
+    With several voices in one picture audio is [B·voices,K,E,F], and masks [B·voices,1,rows,columns] weight the patches of each voice.
     """
 
     ref: Tensor
@@ -48,7 +50,7 @@ class Conditions:
     def __post_init__(self) -> None:
         _expect("ref", self.ref, "BCTHW")
         _expect("text", self.text, "BLD")
-        _expect("audio", self.audio, "BNEF")
+        _expect("audio", self.audio, "BKEF")
         _expect("motion", self.motion, "BCTHW")
         _expect("pose", self.pose, "BCTHW")
         if self.ref.shape[2] != 1:
@@ -71,19 +73,19 @@ class Conditions:
         )
 
     def drop(self, name: str) -> Conditions:
-        """The same with one condition off: audio, text and pose become zeros, motion disappears."""
+        """The conditions without one of them: audio, text or pose become zeros, motion becomes None."""
         pick({"audio": 0, "text": 0, "pose": 0, "motion": 0}, name, "condition")
         value = getattr(self, name)
-        nothing = name == "motion" or value is None
-        return replace(self, **{name: None if nothing else value.new_zeros(1).expand(value.shape)})
+        becomes_none = name == "motion" or value is None
+        return replace(self, **{name: None if becomes_none else value.new_zeros(1).expand(value.shape)})
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
-        """The same values on another device or in another precision."""
+        """The conditions on another device or in another dtype."""
         return replace(self, **{name: value.to(device=device, dtype=dtype) for name, value in self._tensors()})
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in pairs if value is not None]
+        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Mouth:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A photograph, uint8 [H,W,3], and where its face and mouth are; None for models that generate the whole picture."""
+    """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture."""
 
     pixels: np.ndarray
     face: FaceBox | None = None
@@ -159,7 +161,7 @@ class Portrait:
 
 @dataclass(frozen=True)
 class Crop:
-    """The square the model works on: crop pixels (u, v) in [0, resolution) map to the photo by a similarity."""
+    """The square of a photograph that the model works on, `resolution` pixels wide: centre, side and angle (radians) in the photograph."""
 
     center_x: float
     center_y: float
@@ -174,7 +176,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Speech:
-    """A recording as float32 mono samples [n] in [-1, 1]; `path` is the original file, kept for the muxer."""
+    """A recording as float32 mono samples [samples] in [-1, 1]; `path` is the original file, which the muxer needs."""
 
     samples: np.ndarray
     sample_rate: int = 16_000
@@ -188,16 +190,16 @@ class Speech:
 
     @property
     def seconds(self) -> float:
-        """Length of the recording."""
+        """Length of the recording in seconds."""
         return len(self.samples) / self.sample_rate
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Who says what: the portrait at the size of the video, the recording, how many frames of it at `fps`, the seed, and for models
-    that read text what to show and what not.
+    """The inputs of one video: the portrait at the size of the video, the recording, the number of frames at `fps`, the seed, and the
+    prompts for models that read text.
 
-    With several speakers `speech` is all of them together, `voices` each alone and `masks` [voices,H,W] where each is;
+    With several speakers `speech` is their mix, `voices` the separate recordings, and `masks` [voices,H,W] the area of each speaker;
     `pose` uint8 [F,H,W,3] is a video of poses to follow.
     """
 
@@ -233,10 +235,10 @@ def _expect_picture(name: str, value: Tensor | np.ndarray, *, ndim: int) -> None
 
 @dataclass(frozen=True)
 class MotionLayers:
-    """What moves in a picture, frame by frame.
+    """The motion of a picture in each frame.
 
-    flow [...,F,2,h,w] (x, y; source minus output, in picture widths); opacity [...,F,1,h,w] and interior [...,F,3,h,w], the
-    inside of the mouth that is laid over the moved picture, both in [0,1].
+    flow [...,F,2,h,w] (x, y; source minus output position, in widths of the picture); interior [...,F,3,h,w], the inside of the mouth
+    that is blended over the displaced picture with opacity [...,F,1,h,w], both in [0,1].
     """
 
     flow: Tensor

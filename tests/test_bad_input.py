@@ -108,13 +108,13 @@ BAD_RECORDINGS = {
 
 
 @pytest.mark.parametrize("case", BAD_PORTRAITS)
-def test_a_bad_portrait(case, sentence, inputs):
+def test_a_bad_portrait_is_refused_in_one_sentence(case, sentence, inputs):
     make, word = BAD_PORTRAITS[case]
     assert word in sentence(f"image={make(inputs)}", *FACE)
 
 
 @pytest.mark.parametrize("case", BAD_RECORDINGS)
-def test_a_bad_recording(case, sentence, inputs):
+def test_a_bad_recording_is_refused_in_one_sentence(case, sentence, inputs):
     make, word = BAD_RECORDINGS[case]
     assert word in sentence(f"audio={make(inputs)}", *FACE)
 
@@ -126,11 +126,11 @@ def test_a_picture_without_a_face_names_the_override(sentence, inputs):
 
 
 @pytest.mark.parametrize(("output", "word"), [("missing/out.mp4", "does not exist"), (".", "is a folder"), ("out.avi", ".mp4")])
-def test_a_bad_output(output, word, sentence):
+def test_a_bad_output_is_refused_in_one_sentence(output, word, sentence):
     assert word in sentence(f"output={output}", *FACE)
 
 
-def test_a_read_only_output_folder(sentence, monkeypatch):
+def test_a_read_only_output_folder_is_refused(sentence, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
@@ -138,7 +138,7 @@ def test_a_read_only_output_folder(sentence, monkeypatch):
     assert "cannot be written" in sentence("output=out.mp4", *FACE)
 
 
-def test_a_run_folder_that_cannot_be_made(sentence, inputs, weights):
+def test_a_run_folder_that_cannot_be_made_is_refused(sentence, inputs, weights):
     (inputs / "runs").touch()
     assert str(inputs / "runs") in sentence(f"run.folder={inputs / 'runs'}", f"weights={weights}", *FACE, *TINY)
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_noticed_before_the_work(sentence, monkeypatch, weights):
         assert "free" in sentence(*output, f"weights={weights}", *FACE, *TINY)
 
 
-def test_a_disk_that_fills_up_leaves_nothing(sentence, monkeypatch, weights, inputs):
+def test_a_disk_that_fills_up_leaves_no_partial_video(sentence, monkeypatch, weights, inputs):
     def full(self, pixels):
         raise OSError(28, "No space left on device")
 
@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_leaves_nothing(sentence, monkeypatch, weights, inp
 
 
 @pytest.mark.parametrize("file", ["preview_dit.safetensors", "preview_autoencoder.safetensors", "preview_speech.safetensors"])
-def test_truncated_weights(file, sentence, weights, inputs):
+def test_truncated_weights_are_refused(file, sentence, weights, inputs):
     shutil.copytree(weights, inputs / "weights")
     (inputs / "weights" / file).write_bytes((weights / file).read_bytes()[:-1000])
     output = sentence(f"weights={inputs / 'weights'}", *FACE, *TINY)
@@ -177,7 +177,7 @@ def test_weights_of_another_shape_name_the_tensor(file, sentence, weights, input
     assert name in output and "[7, 7]" in output
 
 
-def test_weights_that_are_not_there(sentence, inputs):
+def test_missing_weights_are_named(sentence, inputs):
     assert "does not exist" in sentence(f"weights={inputs / 'nowhere'}", *FACE, *TINY)
     assert "preview_autoencoder.safetensors" in sentence(f"weights={inputs}", *FACE, *TINY)
 
@@ -191,19 +191,19 @@ def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
 @pytest.mark.parametrize(
     "typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=2", "motion.head=gentle", "motion.strength=0.5"]
 )
-def test_a_published_model_refuses_what_only_a_moved_face_has(model, typed, sentence):
+def test_a_published_model_refuses_options_of_the_preview(model, typed, sentence):
     output = sentence(f"model={model}", typed)
     assert output.startswith(typed.partition("=")[0]) and "use model=preview" in output
 
 
 @pytest.mark.parametrize("typed", ["motion.pose=a.mp4", "face.masks=[a.png]", "video.compat=upstream"])
-def test_a_moved_face_refuses_what_only_a_published_model_has(typed, sentence):
+def test_the_preview_refuses_options_of_published_models(typed, sentence):
     output = sentence(typed)
     assert output.startswith(typed.partition("=")[0]) and "use a published model" in output
 
 
 @pytest.mark.parametrize("typed", ["model.lora.path=folder", "model.lora.alpha=3", "checkpoint=folder"])
-def test_a_conversion_refuses_what_it_does_not_read(typed, capsys):
+def test_a_conversion_refuses_options_that_it_does_not_use(typed, capsys):
     given = ["source=a", "output=b", "model=wan_s2v_14b", typed]
     assert run_command(convert_command.ENTRY, convert_command.convert, given) == 2
     assert "is not read by a conversion; write " in capsys.readouterr().err
@@ -212,21 +212,21 @@ def test_a_conversion_refuses_what_it_does_not_read(typed, capsys):
 @pytest.mark.parametrize(
     "typed", ["preset=fast_previw", "video.size=1x1", "video.size=abc", "sampler.sample_steps=0", "video.infer_frames=-1"]
 )
-def test_impossible_options(typed, sentence):
+def test_impossible_options_are_refused(typed, sentence):
     assert typed.partition("=")[0] in sentence(typed)
 
 
-def test_a_face_box_outside_of_the_photo(sentence):
+def test_a_face_box_outside_the_photo_is_refused(sentence):
     assert "face_box" in sentence("face_box=[900,900,50,50]")
 
 
-def test_more_ranks_than_a_job_has_work_for(monkeypatch, capsys):
+def test_more_ranks_than_a_job_can_use_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_command(Entry("judge", JudgeConfig, collections=()), lambda config, run: None, ["mp4=a.mp4"]) == 2
     assert "2 ranks" in capsys.readouterr().err
 
 
-def test_every_rank_says_its_own_error_and_who_it_is(monkeypatch, capsys):
+def test_every_rank_reports_its_own_error_with_its_number(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run_command(infer_command.ENTRY, infer_command.infer, ["image=nowhere.jpg"]) == 2

@@ -43,7 +43,7 @@ def test_sound_is_read_on_a_read_only_image_without_a_home(tmp_path):
     assert found.stdout.splitlines()[0] == "(2000,) (50, 40)"
 
 
-def test_caches_have_one_folder_of_this_user(nowhere):
+def test_caches_go_to_one_temporary_folder_of_this_user(nowhere):
     caches.make_room_for_caches.__wrapped__()
     folder = nowhere / f"sonic-caches-{os.getuid()}"
     assert {os.environ[name] for name in (*caches.HOME_CACHES, "NUMBA_CACHE_DIR")} == {
@@ -64,13 +64,13 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(nowhere):
     assert caches._own_folder() not in (shared, None)
 
 
-def test_what_the_environment_says_stays(nowhere, monkeypatch):
+def test_cache_folders_set_in_the_environment_are_kept(nowhere, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere")
     caches.make_room_for_caches.__wrapped__()
     assert os.environ["NUMBA_CACHE_DIR"] == "elsewhere"
 
 
-def test_a_home_that_takes_files_is_left_to_the_packages(nowhere, tmp_path, monkeypatch):
+def test_with_a_writable_home_packages_keep_their_own_cache_folders(nowhere, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     before = dict(os.environ)
     caches.make_room_for_caches.__wrapped__()

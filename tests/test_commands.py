@@ -27,7 +27,7 @@ finally:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_comes_at_once_with_an_example_and_without_anything_heavy(name):
+def test_help_is_fast_has_an_example_and_imports_nothing_heavy(name):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*interpreter(), "-c", HELP, name, "--help"], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -61,14 +61,14 @@ def test_a_command_is_written_as_this_process_was_started(started, starter, expe
     assert written("train", starter=starter) == expected
 
 
-def test_bundled_weights_are_named_without_a_place(tmp_path):
+def test_bundled_weights_are_named_without_a_path(tmp_path):
     assert named_weights("bundled:preview_dit") == BUNDLED / "preview_dit.safetensors"
     assert named_weights(str(tmp_path / "mine.safetensors")) == tmp_path / "mine.safetensors"
     with pytest.raises(ValueError, match="init_from=bundled:preview_dti is unknown; choose one of: bundled:preview_dit, "):
         named_weights("bundled:preview_dti")
 
 
-def test_no_recipe_writes_into_the_package_or_reads_from_a_place_in_it():
+def test_no_recipe_writes_into_the_package_or_reads_a_path_in_it():
     texts = {path: path.read_text() for position in ("conf", "recipes") for path in (ROOT / position).rglob("*.yaml")}
     settings = {path: [line for line in text.splitlines() if not line.lstrip().startswith("#")] for path, text in texts.items()}
     assert [path for path, lines in settings.items() if any(("sonic/" in line.partition(" #")[0]) for line in lines)] == []

@@ -12,7 +12,9 @@ import torch
 
 import sonic.cli
 from sonic import config as config_module
+from sonic import option_names
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text
+from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import ConvertConfig, JudgeConfig, parse_size
 from sonic.data.data_config import PrecomputeConfig
 from sonic.evaluation.sweep_config import AblateConfig
@@ -40,9 +42,10 @@ ENTRIES = {
     "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),
     "precompute": Entry("precompute", PrecomputeConfig, collections=("precompute",)),
     "plan": Entry("plan", PlanConfig),
+    "plan_training": TRAINING_ENTRY,
 }
 NEEDED = {
-    "train": ["budget.max_steps=1"],
+    **dict.fromkeys(("train", "plan_training"), ["budget.max_steps=1"]),
     "judge": ["mp4=out.mp4"],
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
@@ -100,7 +103,7 @@ def test_a_schedule_that_is_a_table_has_its_own_number_of_steps():
 
 @pytest.mark.parametrize("command", ["infer", "plan", "evaluate", "bench"])
 @pytest.mark.parametrize("model", group_choices("model"))
-def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
+def test_each_model_has_a_default_sampler(command, model):
     entry = ENTRIES[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
@@ -108,13 +111,12 @@ def test_a_model_has_its_own_sampler_where_none_is_chosen(command, model):
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 
 
-def test_a_sampler_that_is_chosen_is_the_one_that_runs():
+def test_a_chosen_sampler_replaces_the_default():
     found = compose(INFER, ["model=wan_s2v_14b", "sampler=euler", "sampler.sample_steps=8"]).sampler
     assert (found.name, found.sample_steps, found.sample_guide_scale) == ("euler", 8, 1.0)
     assert compose(INFER, ["model=wan_s2v_14b", "+preset=fast_preview"]).sampler.sample_steps == 20
     assert compose(INFER, ["model=wan_s2v_14b", "sampler.sample_steps=8"]).sampler.name == "unipc"
     assert compose(INFER, ["model=live_avatar_14b", "schedule=live_avatar_3step"]).sampler.sample_steps == 3
-    assert compose(ENTRIES["plan"], ["model=wan_s2v_14b", "task=distill"]).sampler.sample_steps == 4  # of the student
 
 
 def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
@@ -128,7 +130,7 @@ def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("preset", "frames", "blocks"), [("standard", 48, 4), ("low_memory", 48, 4), ("standard", 96, 8), ("standard", 24, 2)]
 )
-def test_the_ring_of_the_published_habits_is_one_clip(preset, frames, blocks):
+def test_with_compat_upstream_the_attention_window_is_one_clip(preset, frames, blocks):
     given = ["model=live_avatar_14b", f"+preset={preset}", f"video.infer_frames={frames}"]
     for entry in (INFER, ENTRIES["plan"]):
         assert compose(entry, [*given, "compat=upstream"]).model.rollout.window_blocks == blocks
@@ -136,7 +138,7 @@ def test_the_ring_of_the_published_habits_is_one_clip(preset, frames, blocks):
 
 
 @pytest.mark.parametrize("name", group_choices("model"))
-def test_every_model_builds_without_memory(name):
+def test_every_model_builds_on_the_meta_device(name):
     config = compose(INFER, [f"model={name}"]).model
     with torch.device("meta"):
         model = AvatarDiT(config)
@@ -145,7 +147,7 @@ def test_every_model_builds_without_memory(name):
         assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name]
 
 
-def test_names_in_the_config_are_the_tables():
+def test_names_in_the_config_schema_match_the_tables():
     assert set(config_module.SAMPLER_NAMES) == set(SAMPLERS)
     assert set(config_module.SCHEDULE_NAMES) == set(SCHEDULES)
     for name in PREDICTIONS:
@@ -170,17 +172,17 @@ def test_text_stays_exactly_as_typed(text):
 
 
 @pytest.mark.parametrize(("typed", "value"), [("010", 10), ("7", 7), ("-0", 0), ("+5", 5)])
-def test_every_seed_means_itself(typed, value):
+def test_every_seed_is_kept_as_typed(typed, value):
     assert compose(INFER, [f"seed={typed}"]).seed == value
 
 
 @pytest.mark.parametrize(("typed", "value"), [("012", 12.0), ("1e-2", 0.01), ("1.5", 1.5), (".5", 0.5), ("2.", 2.0), ("3E1", 30.0)])
-def test_every_number_means_itself(typed, value):
+def test_every_number_is_kept_as_typed(typed, value):
     assert compose(INFER, [f"sampler.sample_shift={typed}", f"face_box=[010,{typed},1e1,09]"]).face.box == [10, value, 10, 9]
     assert compose(INFER, [f"sampler.sample_shift={typed}"]).sampler.sample_shift == value
 
 
-def test_short_names_are_the_long_ones():
+def test_short_names_set_the_full_options():
     found = compose(INFER, ["name=me", "face_box=[1,2,30,40]", "weights=folder", "device=cpu"])
     assert (found.run.name, found.face.box, found.model.weights, found.run.device) == ("me", [1, 2, 30, 40], "folder", "cpu")
 
@@ -221,7 +223,7 @@ def test_short_names_are_the_long_ones():
         ("--image me.jpg", "write option=value"),
     ],
 )
-def test_a_mistake_is_answered_with_the_choices(typed, first):
+def test_a_mistake_on_the_command_line_lists_the_choices(typed, first):
     with pytest.raises(ValueError, match=r"\S") as caught:
         compose(INFER, [typed])
     assert first in str(caught.value)
@@ -235,13 +237,13 @@ def test_a_mistake_is_answered_with_the_choices(typed, first):
         ("train", ["objective.learn.targets=mlp_in"], "objective.learn.targets=mlp_in is not a list of words such as [a,b]"),
     ],
 )
-def test_a_list_that_is_none_is_answered_with_one(name, typed, expected):
+def test_a_value_that_should_be_a_list_is_answered_with_an_example_list(name, typed, expected):
     with pytest.raises(ValueError, match="such as") as caught:
         compose(ENTRIES[name], [*NEEDED[name], *typed])
     assert expected in str(caught.value)
 
 
-def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeypatch):
+def test_a_mistyped_key_in_a_yaml_lists_the_choices(tmp_path, monkeypatch):
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
@@ -252,11 +254,11 @@ def test_a_mistyped_key_in_a_yaml_is_answered_with_the_choices(tmp_path, monkeyp
 
 def test_every_short_name_and_every_name_of_files_is_an_option_of_a_command():
     known = {option for entry in ENTRIES.values() for option in entry_options(entry)}
-    assert known >= sonic.cli.FILES
-    assert known >= {*sonic.cli.SHORT.values()}
+    assert known >= option_names.FILES
+    assert known >= {*option_names.SHORT.values()}
 
 
-def test_sizes_are_read_with_either_sign_between():
+def test_sizes_are_read_with_a_cross_or_a_star():
     assert parse_size("704x384") == parse_size("704*384") == (704, 384)
 
 
@@ -268,7 +270,7 @@ def test_help_names_every_option_and_choice(name):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
-def test_the_command_line_answers_at_once_and_without_torch(arguments):
+def test_the_command_line_answers_fast_and_without_torch(arguments):
     script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*interpreter(), "-c", script, "infer", *arguments], capture_output=True, text=True, check=False)
@@ -282,7 +284,7 @@ LARGE = [("distill", f"live_avatar_{steps}step") for steps in (4, 3, 2)] + [("tr
 
 
 @pytest.mark.parametrize(("group", "option"), LARGE)
-def test_every_recipe_for_large_cards_builds_without_memory(group, option):
+def test_every_recipe_for_large_cards_builds_on_the_meta_device(group, option):
     """Composed whole, built on meta: the base once, adapters or the chosen parts learn, and the world's batches divide by eight."""
     config = compose(ENTRIES["train"], [f"{group}={option}"])
     with torch.device("meta"):

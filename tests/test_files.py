@@ -42,7 +42,7 @@ def for_oneself(monkeypatch):
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_tensors_are_for_whom_the_umask_says(writer, umask, tmp_path, for_oneself):
+def test_tensor_files_get_the_mode_of_the_umask(writer, umask, tmp_path, for_oneself):
     before = os.umask(umask)
     try:
         WRITERS[writer](tmp_path / "a.safetensors")
@@ -53,7 +53,7 @@ def test_tensors_are_for_whom_the_umask_says(writer, umask, tmp_path, for_onesel
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_names_unread_are_short_and_never_the_same(tmp_path):
+def test_temporary_names_are_short_and_unique(tmp_path):
     path = tmp_path / ("ä" * 125)
     assert len({temporary(path) for _ in range(1000)}) == 1000
     with written_temporary(path) as partial:
@@ -69,7 +69,7 @@ def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
-def test_what_fails_leaves_the_file_as_it_was(fault, tmp_path):
+def test_a_failed_write_leaves_the_file_as_it_was(fault, tmp_path):
     (tmp_path / "a").write_text("before")
     with pytest.raises(type(fault)) as found, written_temporary(tmp_path / "a") as partial:
         partial.write_text("half")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_configs import ENTRIES, INFER, NEEDED
 
-from sonic.cli import SYNONYMS, compose, entry_options, group_choices, help_text, run_command
+from sonic.cli import compose, entry_options, group_choices, help_text, run_command
 from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
 from sonic.inference.components import build_components
 from sonic.inference.report import sampling_of, sampling_words
+from sonic.option_names import SYNONYMS
 from sonic.planner.search import search_plans
 from sonic.planner.workload import workload
 from sonic.sampling.schedules import sigmas_of
@@ -47,7 +48,7 @@ def test_any_number_of_steps_goes_with_every_preset(preset, model, steps):
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_every_name_of_a_table_is_the_same_levels(steps):
+def test_every_way_to_choose_a_table_gives_the_same_noise_levels(steps):
     model = "model=live_avatar_14b"
     ways = [f"sampler.sample_steps={steps}"], [f"sampler=live_avatar_{steps}step"], [f"schedule=live_avatar_{steps}step"]
     by_number, *others = (levels(compose(INFER, [model, *way]).sampler) for way in ways)
@@ -56,17 +57,17 @@ def test_every_name_of_a_table_is_the_same_levels(steps):
     assert levels(recipe) == by_number
 
 
-def test_what_a_sampler_sets_gives_way_to_what_is_typed():
+def test_typed_options_override_those_of_a_sampler():
     found = compose(INFER, ["model=live_avatar_14b", "sampler=live_avatar_3step", "sampler.sample_steps=6"]).sampler
     assert (found.schedule, found.sample_steps) == ("live_avatar", 6)
 
 
-def test_a_shift_that_nobody_reads_is_refused():
+def test_a_shift_without_effect_is_refused():
     with pytest.raises(ValueError, match="sampler.sample_shift=5.0 is not read by schedule=live_avatar"):
         compose(INFER, ["model=live_avatar_14b", "sampler.sample_shift=5"])
 
 
-def test_too_few_steps_for_the_memory_are_offered_by_number():
+def test_the_planner_proposes_fewer_steps_that_fit_for_every_schedule():
     tight = ["hardware=1xh200", "parallel=single", "hardware.usable_gib=65", "model=live_avatar_14b", "video=704x384"]
     for schedule in ("live_avatar", "live_avatar_4step"):
         config = compose(PLAN, [*tight, f"schedule={schedule}"])
@@ -99,7 +100,7 @@ def test_a_run_says_which_noise_levels_it_uses():
         (3, ["weights=teacher"], "preview_dit.safetensors"),
     ],
 )
-def test_the_preview_says_whose_weights_take_so_many_steps(steps, more, weights):
+def test_the_preview_uses_the_weights_made_for_the_number_of_steps(steps, more, weights):
     config = compose(INFER, [f"sampler.sample_steps={steps}", "device=cpu", *more])
     assert build_components(config.model, config.run, steps=steps).weights == weights
 
@@ -112,7 +113,7 @@ def test_guidance_of_zero_is_off(model):
 
 
 @pytest.mark.parametrize("model", group_choices("model"))
-def test_a_model_has_its_own_precision_unless_reported_otherwise(model):
+def test_each_model_has_a_default_precision(model):
     for name in ("infer", "plan", "bench"):
         config = compose(ENTRIES[name], [f"model={model}"])
         assert precision_of(config.run.dtype, config.model) == OWN[model]
@@ -135,7 +136,7 @@ def test_presets_leave_the_precision_to_the_model(preset, model):
     assert precision_of(config.run.dtype, config.model) == OWN[model]
 
 
-def test_the_help_says_whose_precision_it_is():
+def test_the_help_says_that_the_default_precision_is_the_models():
     line = next(line for line in help_text(INFER).splitlines() if "run.dtype=" in line)
     assert "run.dtype=auto" in line and "the model's own" in line
 
@@ -178,7 +179,7 @@ def test_clips_of_whole_blocks_or_latent_frames_need_their_multiple(typed, way_o
         compose(INFER, typed)
 
 
-def test_what_is_settled_of_a_video_leaves_the_arguments_alone():
+def test_resolving_video_options_does_not_change_the_arguments():
     video, model = VideoConfig(infer_frames=24, compat="upstream"), ModelConfig()
     found, settled = settled_video(video, model)
     assert (video, model) == (VideoConfig(infer_frames=24, compat="upstream"), ModelConfig())
@@ -198,7 +199,7 @@ def test_what_is_settled_of_a_video_leaves_the_arguments_alone():
         ("num_inference_step", "sample_steps"),
     ],
 )
-def test_names_of_other_programs_are_answered_with_ours(prefix, typed, meant):
+def test_option_names_of_other_programs_are_answered_with_ours(prefix, typed, meant):
     first = f"sampler has: {meant}" if prefix else f"choose one of: sampler.{meant}"
     with pytest.raises(ValueError, match=f"{prefix}{typed} is not an option; {first}"):
         compose(INFER, [f"{prefix}{typed}=4"])

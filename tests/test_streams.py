@@ -50,13 +50,13 @@ def shell(redirection: str, text: str, folder) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("redirection", ["| head -1", ">&-", ">/dev/full", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">&- 2>/dev/full"])
-def test_the_work_is_done_whoever_listens(redirection, tmp_path):
+def test_the_work_is_done_even_when_output_streams_are_closed(redirection, tmp_path):
     found = shell(redirection, SAYS, tmp_path)
     assert found.returncode == 0 and "Traceback" not in found.stderr and "Error" not in found.stderr
     assert (tmp_path / "video").read_text() == "whole"
 
 
-def test_an_answer_that_cannot_be_reported_is_an_error_and_one_that_was_enough_is_none(tmp_path):
+def test_help_that_cannot_be_written_is_an_error_but_a_reader_that_stops_early_is_not(tmp_path):
     for given in (["--help"], ["--cfg"]):
         lost, enough = (shell(where, ASKS.format(given=given), tmp_path) for where in (">/dev/full", "| head -1"))
         assert (lost.returncode, lost.stderr) == (2, "sonic: error: stdout: No space left on device\n")
@@ -75,7 +75,7 @@ def started(folder, **named) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("signals", [["SIGHUP"], ["SIGTERM"], ["SIGINT"], ["SIGHUP", "SIGHUP", "SIGTERM"]])
-def test_what_ends_a_program_leaves_nothing(signals, tmp_path):
+def test_a_signal_that_ends_a_program_leaves_no_files(signals, tmp_path):
     process = started(tmp_path)
     for name in signals:
         process.send_signal(getattr(signal, name))

@@ -1,1 +1,1 @@
-"""Times the main job and its parts on this machine."""
+"""Benchmarks of inference and its parts on this machine."""

@@ -1,4 +1,4 @@
-"""How fast this machine does the arithmetic of a forward, beside a plain matrix product."""
+"""Arithmetic throughput of a forward pass on this machine, relative to a plain matrix product."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sonic.model.counts import forward_multiply_adds
 from sonic.model.dit import AvatarDiT
 from sonic.types import Conditions
 
-SETTLED = 6.0  # seconds in which even a machine with other guests is left alone for as long as a narrow forward takes
+SETTLED = 6.0  # seconds of measuring, long enough for some undisturbed forward passes on a shared machine
 
 
 @torch.no_grad()
 def gemm_fraction(config: ModelConfig, dtype: torch.dtype, *, latent_frames: int = 12, side: int = 24, repeats: int = 8) -> float:
-    """The rate of one `AvatarDiT.forward` on a clip, as a share of a plain matrix product's in the same dtype and run.
+    """Throughput of `AvatarDiT.forward` on a clip, as a share of that of a plain matrix product in the same dtype and run.
 
-    The clip is `side` latents high and wide. The best counts of both, taken in turns `repeats` times and on for SETTLED
-    seconds; the product is the faster of a square one and one of the forward's own shape.
+    The clip is `side` latents high and wide. Both are timed in turns, at least `repeats` times and for SETTLED seconds, and the best
+    time of each counts; the product is the faster of a square one and one of the model's MLP shape.
     """
     grid = tuple(side // step for step in config.trunk.patch_size[1:])
     forward = _clip_forward(config, dtype, shape=(latent_frames, side, side))
@@ -40,7 +40,7 @@ def gemm_fraction(config: ModelConfig, dtype: torch.dtype, *, latent_frames: int
 
 
 def _clip_forward(config: ModelConfig, dtype: torch.dtype, *, shape: tuple[int, int, int]) -> Callable[[], Tensor]:
-    """A forward of a model of random weights on a clip of zeros."""
+    """A forward pass of a model with random weights on a clip of zeros."""
     model = AvatarDiT(config).to(dtype).eval()
     latents = torch.zeros(1, config.trunk.latent_channels, *shape, dtype=dtype)
     audio = torch.zeros(1, config.audio.num_audio_layers, config.audio.audio_dim, FRAMES_PER_LATENT * shape[0])

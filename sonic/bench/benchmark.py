@@ -1,4 +1,4 @@
-"""Times this machine at the main job: frames per second, the first frame, memory, and how well the arithmetic is used."""
+"""The benchmarks of the command bench: frames per second, time to the first frame, memory, and use of the arithmetic."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ from sonic.bench.scaling import bench_scaling
 from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.data.image import resized
 from sonic.geometry import FPS
-from sonic.inference.components import Components, build_components
-from sonic.inference.generate import write_video
 from sonic.inference.infer_config import BenchConfig, InferConfig
-from sonic.inference.inputs import Settings, open_inputs
-from sonic.inference.report import FrameRecorder, Result, StageTimer, versions
+from sonic.inference.inputs import open_inputs
+from sonic.inference.report import Result, StageTimer, versions
+from sonic.pipeline import AvatarPipeline
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech, pick
 
 
 def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
-    """Figures of what the config names, shown as a table and written as JSON by the first rank.
+    """Run the benchmark `config.target`; the first rank prints the figures as a table and writes the JSON.
 
-    `begun` is time.perf_counter() when the job began.
+    `begun` is the time.perf_counter() at the start of the process. Returns the figures, {} on other ranks.
     """
     if config.target == "fit":
-        found = bench_fit(config, begun, ranks=ranks)
+        measured = bench_fit(config, begun, ranks=ranks)
     elif ranks.world == 1:
-        found = pick(BENCHES, config.target, "target")(config, begun)
+        measured = pick(BENCHES, config.target, "target")(config, begun)
     else:
         raise ValueError(f"bench {config.target} times one process; {ranks.world} ranks are for bench fit")
     if ranks.rank:
         return {}
-    figures = {**found, "machine": _machine(), "versions": versions()}
+    figures = {**measured, "machine": _machine(), "versions": versions()}
     show(figures)
     if config.json:
         Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
@@ -51,13 +50,15 @@ def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 
 def bench_preview(config: BenchConfig, begun: float) -> dict:
-    """Frames per second of the preview, its first frame, and the share of a plain matrix product that its arithmetic reaches."""
+    """Frames per second of the preview, time to its first frame, and the throughput of its arithmetic relative to a matrix product."""
     timer = StageTimer(begun)
     with timer.stage("load"):
         inputs = _timed_inputs(config)
-        components = build_components(config.model, config.run, steps=config.sampler.sample_steps)
-    results = [_timed_video(inputs, components, config, timer=timer)]
-    results += [_timed_video(inputs, components, config, timer=StageTimer()) for _ in range(config.repeats)]  # the first one warmed up
+        pipe = AvatarPipeline(
+            InferConfig(**{name: getattr(config, name) for name in ("run", "model", "sampler", "decode", "parallel", "hardware")})
+        )
+    results = [_timed_video(pipe, inputs, timer=timer)]
+    results += [_timed_video(pipe, inputs, timer=StageTimer()) for _ in range(config.repeats)]  # the first one warmed up
     best = max(results[1:], key=lambda result: result.frames_per_second)
     return {
         "frames_per_second": best.frames_per_second,
@@ -77,7 +78,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def show(figures: dict) -> None:
-    """The figures as a table."""
+    """Print the figures as a table."""
     table = Table("figure", "value", title=figures["machine"])
     for name, value in figures.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
@@ -86,24 +87,23 @@ def show(figures: dict) -> None:
     Console().print(table)
 
 
-def _timed_video(inputs: Inputs, components: Components, config: BenchConfig, *, timer: StageTimer) -> Result:
+def _timed_video(pipe: AvatarPipeline, inputs: Inputs, *, timer: StageTimer) -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(config.sampler, config.decode)
-        return write_video(inputs, components, settings, output=Path(folder) / "out.mp4", timer=timer, recorder=FrameRecorder(inputs))
+        return pipe.write(inputs, Path(folder) / "out.mp4", timer=timer)[0]
 
 
 def _timed_inputs(config: BenchConfig) -> Inputs:
-    """The portrait cut to the size asked for, with its mouth in it, and the bundled speech over and over."""
-    found = open_inputs(InferConfig())
-    samples = np.resize(found.speech.samples, round(config.timing.seconds * found.speech.sample_rate))
-    portrait = _cover(found.portrait, *parse_size(config.timing.photo, "timing.photo"))
+    """The bundled portrait cropped to timing.photo with the face in it, and the bundled speech repeated to timing.seconds."""
+    inputs = open_inputs(InferConfig())
+    samples = np.resize(inputs.speech.samples, round(config.timing.seconds * inputs.speech.sample_rate))
+    portrait = _cover(inputs.portrait, *parse_size(config.timing.photo, "timing.photo"))
     return replace(
-        found, portrait=portrait, speech=Speech(samples, found.speech.sample_rate), num_frames=round(config.timing.seconds * FPS)
+        inputs, portrait=portrait, speech=Speech(samples, inputs.speech.sample_rate), num_frames=round(config.timing.seconds * FPS)
     )
 
 
 def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
-    """The portrait scaled until it covers width x height, and cut to it around the face."""
+    """Scale the portrait to cover width x height and crop it around the face."""
     high, wide = portrait.pixels.shape[:2]
     scale = max(width / wide, height / high)
     large = resized(portrait.pixels, math.ceil(high * scale), math.ceil(wide * scale))
@@ -123,14 +123,14 @@ def _cover(portrait: Portrait, width: int, height: int) -> Portrait:
 
 
 def _wide(config: BenchConfig) -> ModelConfig:
-    """The model as wide as gemm_dim, with heads of 128 as the published one has them, and two layers."""
+    """The model with hidden_dim = timing.gemm_dim, heads of 128 as in published models, and two layers."""
     dim = config.timing.gemm_dim
     trunk = replace(config.model.trunk, hidden_dim=dim, ffn_dim=4 * dim, num_heads=dim // 128, num_layers=2)
     return replace(config.model, trunk=trunk, audio=replace(config.model.audio, inject_layers=[0]))
 
 
 def _machine() -> str:
-    """Processor, threads and system."""
+    """Description of processor, threads, system and date."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, {platform.system()}, {time.strftime('%Y-%m-%d')}"

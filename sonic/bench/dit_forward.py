@@ -1,4 +1,4 @@
-"""Times one forward of a middling model on a whole clip, beside the matrix products and attentions that it cannot do without."""
+"""Times one forward pass of a medium model on a whole clip, beside the matrix products and attentions that it consists of."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEDIUM = ModelConfig(
 )
 LATENT_FRAMES, LATENT_SIZE, PAST_LATENTS = 8, (24, 32), 19
 THREADS = 2
-ROUNDS = 3  # forwards for each video that other targets would make
+ROUNDS = 3  # forward passes per repeat
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Work = Callable[[], object]
 
@@ -43,12 +43,12 @@ class Product(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of it."""
+        """Number of multiply-adds."""
         return prod(self)
 
 
 class AttentionProduct(NamedTuple):
-    """An attention of `queries` to `keys`, `dim` channels in `heads` heads, `batch` times."""
+    """Attention of `queries` to `keys`: `dim` channels in `heads` heads, `batch` times."""
 
     batch: int
     queries: int
@@ -58,21 +58,22 @@ class AttentionProduct(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of both its products."""
+        """Number of multiply-adds of both products."""
         return 2 * self.batch * self.queries * self.keys * self.dim
 
 
 def bench_dit(config: BenchConfig, begun: float) -> dict:
-    """Milliseconds of a forward in both precisions on 2 threads, of what it cannot do without, and the process's peak memory.
+    """Milliseconds of a forward pass and of its floor (its bare matrix products and attentions) in both precisions on 2 threads, and
+    the process's peak memory.
 
-    The fastest of all rounds counts; forward and floor take turns in each.
+    Forward and floor are timed in turns; the fastest round of each counts.
     """
     torch.set_num_threads(config.run.threads or THREADS)
     grid = tuple(side // step for side, step in zip(LATENT_SIZE, MEDIUM.trunk.patch_size[1:], strict=True))
     forwards = {name: medium_forward(dtype) for name, dtype in DTYPES.items()}
     for forward in forwards.values():
         forward()
-    memory = peak_rss_gib()  # before the floor's own matrices are there
+    memory = peak_rss_gib()  # before the floor allocates its matrices
     floors = {name: floor(MEDIUM, LATENT_FRAMES, grid, dtype=dtype) for name, dtype in DTYPES.items()}
     jobs = {f"{name}{kind}_ms": made[name] for kind, made in (("", forwards), ("_floor", floors)) for name in DTYPES}
     spent: dict[str, list[float]] = {name: [] for name in jobs}
@@ -87,7 +88,7 @@ def bench_dit(config: BenchConfig, begun: float) -> dict:
 
 
 def medium_forward(dtype: torch.dtype) -> Work:
-    """A forward with motion, pose, audio and text; weights and inputs are random."""
+    """A forward pass with motion, pose, audio and text; weights and inputs are random."""
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float32).to(dtype)  # noqa: E731
     with torch.random.fork_rng(devices=[]):
@@ -108,13 +109,13 @@ def medium_forward(dtype: torch.dtype) -> Work:
 
 
 def floor(config: ModelConfig, latent_frames: int, grid: Grid, *, dtype: torch.dtype) -> Work:
-    """All products and attentions of such a forward, one after the other, and nothing else."""
+    """A function that runs all matrix products and attentions of such a forward pass, and nothing else."""
     ones: dict[tuple[int, ...], Tensor] = {}
     jobs: list[Work] = []
     for job in needed(config, latent_frames, grid):
         if isinstance(job, Product):
             rows = ones.setdefault((job.rows, job.inner), torch.rand(job.rows, job.inner, dtype=dtype))
-            weight, bias = torch.rand(job.outer, job.inner, dtype=dtype), torch.rand(job.outer, dtype=dtype)  # each its own, as in a model
+            weight, bias = torch.rand(job.outer, job.inner, dtype=dtype), torch.rand(job.outer, dtype=dtype)  # one each, as in a model
             jobs.append(lambda rows=rows, weight=weight, bias=bias: linear(rows, weight, bias))
         else:
             sides = [(job.batch, length, job.heads, job.dim // job.heads) for length in (job.queries, job.keys)]
@@ -130,7 +131,8 @@ def floor(config: ModelConfig, latent_frames: int, grid: Grid, *, dtype: torch.d
 
 
 def needed(config: ModelConfig, latent_frames: int, grid: Grid) -> Iterator[Product | AttentionProduct]:
-    """Products and attentions of a forward on one clip with motion, pose, audio and text: what `counts.forward_multiply_adds` counts."""
+    """Products and attentions of a forward pass on a clip with motion, pose, audio and text, as counted by
+    `counts.forward_multiply_adds`."""
     trunk, text, audio, dim = config.trunk, config.text, config.audio, config.trunk.hidden_dim
     frame, patch = prod(grid), trunk.latent_channels * prod(trunk.patch_size)
     query_tokens = latent_frames * frame
@@ -159,7 +161,7 @@ def needed(config: ModelConfig, latent_frames: int, grid: Grid) -> Iterator[Prod
 
 
 def _audio_products(config: ModelConfig, latent_frames: int) -> Iterator[Product]:
-    """The audio encoder: its two branches, each shrunk twice."""
+    """Products of the audio encoder: two branches, each downsampled twice."""
     dim, audio = config.trunk.hidden_dim, config.audio
     columns = [1 + FRAMES_PER_LATENT * latent_frames]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Runs a published model with random weights under a plan, and holds memory and time against what the planner foretold."""
+"""Runs a published model with random weights under a plan, and compares memory and time with the planner's estimate."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from sonic.planner.workload import Workload, workload
 from sonic.types import LatentBlock
 from sonic.vae.wan_vae import WanAutoencoder
 
-PRODUCT_S = 0.5  # for which the plain matrix product is repeated
+PRODUCT_S = 0.5  # seconds for which the plain matrix product is repeated
 
 
 def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
-    """Prediction and measurement of `config.fit.blocks` hand-overs after `config.fit.warm_blocks`; {} on ranks that do not lead.
+    """Estimate and measurement of `config.fit.blocks` blocks or clips after `config.fit.warm_blocks`; {} on all ranks but the first.
 
-    `seconds_per_step` is one forward of a block. TFLOP/s are those of all ranks, of denoising alone; the share is of what a plain
-    matrix product of the model's own shape reaches on the first rank in the same run.
+    `seconds_per_step` is one forward pass of a block. TFLOP/s are the sum over all ranks, of denoising alone; the share is relative
+    to a plain matrix product of the model's MLP shape on the first rank in the same run.
     """
     if config.model.autoencoder != "wan":
         raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
@@ -65,7 +65,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 
 def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
-    """What decodes on this rank, if anything does."""
+    """The VAE that decodes on this rank, or the placeholder."""
     return WanAutoencoder().to(device, _dtype(config)) if config.fit.vae else Undecoded()
 
 
@@ -74,9 +74,9 @@ def _dtype(config: BenchConfig) -> torch.dtype:
 
 
 def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, estimated: Estimate, context: DistributedContext) -> dict:
-    """Times of the hand-overs, as the first rank sees them."""
+    """Times of the blocks or clips, as measured on the first rank."""
     work, device = workload(estimated.config), context.world.device
-    denoised: list[float] = []  # seconds of each hand-over
+    denoised: list[float] = []  # seconds of each block or clip
     ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, context=context)]
     seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
     step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
@@ -96,7 +96,7 @@ def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, est
 def _hand_overs(
     config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], context: DistributedContext
 ) -> Iterator[Tensor]:
-    """Frames of all hand-overs as the main job makes them, out of noise; `denoised` takes the seconds of each."""
+    """Generate all blocks or clips from random inputs as inference does; yields frames and appends the seconds of each to `denoised`."""
     device, networks = context.world.device, WanNetworks(model, vae, context)
     encoded = _random_inputs(work, config.fit.blocks + config.fit.warm_blocks, device=device)
 
@@ -123,7 +123,7 @@ def _hand_overs(
 
 
 class Undecoded(nn.Module):
-    """In the place of a VAE where the transformer is timed alone: latents of zeros, and no frames."""
+    """Placeholder for the VAE when the transformer is timed alone: encodes to zeros and decodes to no frames."""
 
     def encode(self, frames: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
@@ -132,12 +132,12 @@ class Undecoded(nn.Module):
         return frames.new_zeros(batch, 16, latent_frames(count), rows, columns), cache
 
     def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
-        """Nothing."""
+        """Zero frames."""
         return latents[:, :, :0], cache
 
 
 def _random_inputs(work: Workload, hand_overs: int, *, device: torch.device) -> EncodedInputs:
-    """What a model of this size is told, out of a generator."""
+    """Random inputs for a model of this size."""
     rng, model = torch.Generator().manual_seed(0), work.model
     drawn = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
     text = drawn(1, model.text.text_len, model.text.text_dim)
@@ -147,7 +147,7 @@ def _random_inputs(work: Workload, hand_overs: int, *, device: torch.device) -> 
 
 
 def product_tflops(work: Workload, device: torch.device) -> float:
-    """10^12 operations a second of the MLP's first product on the tokens of a hand-over."""
+    """TFLOP/s of the MLP's first matrix product on the tokens of a block or clip."""
     trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.dtype_bytes]
     left = torch.ones(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
     right = torch.ones(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
@@ -161,14 +161,14 @@ def product_tflops(work: Workload, device: torch.device) -> float:
 
 
 def _cap(gib: float, device: torch.device) -> None:
-    """Let this process take no more than so much of its GPU, which it may share with other ranks."""
+    """Limit this process to `gib` of its GPU's memory, which it may share with other ranks."""
     if gib and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
 
 
 def _settle(device: torch.device) -> None:
-    """Wait until the device has done all it was told."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""How much faster two ranks are than one: the same stream on one thread, and on two ranks of one thread each, one after the other."""
+"""Speed-up of two ranks over one: the same video on one rank, then on two ranks, with one thread per rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from sonic.inference.infer_config import BenchConfig
 from sonic.system.program import process
 
-STREAM = (  # a transformer wide enough for its products to be most of the work, and a video long enough for a steady state
+STREAM = (  # a transformer wide enough for matrix products to dominate, and a video long enough for a steady state
     "model=live_avatar_14b",
     "model.trunk.hidden_dim=512",
     "model.trunk.ffn_dim=2048",
@@ -26,13 +26,13 @@ STREAM = (  # a transformer wide enough for its products to be most of the work,
     "device=cpu",
     "run.threads=1",
     "fit.vae=false",
-    "fit.force=true",  # the planner counts encoders that are not built here
+    "fit.force=true",  # the planner's estimate includes encoders that are not built here
 )
 RANKS = 2
 
 
 def bench_scaling(config: BenchConfig, begun: float) -> dict:
-    """Frames per second of `fit.blocks` blocks under single on one rank and under pipeline on two, and their ratio.
+    """Frames per second of `fit.blocks` blocks with parallel=single on one rank and parallel=pipeline on two, and their ratio.
 
     Both are measured `repeats` times in turns; the best of each counts. Raises RuntimeError when a run fails.
     """
@@ -52,7 +52,7 @@ def bench_scaling(config: BenchConfig, begun: float) -> dict:
 
 
 def _frames_per_second(ranks: int, *arguments: str) -> float:
-    """Of one run of bench fit in processes of its own."""
+    """Frames per second of one run of bench fit in new processes."""
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "fit.json"

@@ -1,1 +1,1 @@
-"""Published checkpoints as they are downloaded, and the ready form that they are converted into once."""
+"""Published checkpoints, the converted form that the program loads, and reading and writing of weights."""

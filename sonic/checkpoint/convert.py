@@ -1,4 +1,4 @@
-"""Official folders become a converted checkpoint, and a converted checkpoint official again; tensor by tensor, in little memory."""
+"""Conversion of the published folders to a converted checkpoint, and of its transformer back; one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lo
 
 log = logging.getLogger("sonic.checkpoint")
 
-SHARD_BYTES = 1 << 30  # of one file, which is what a conversion that was cut off need not write again
-PLAN = "plan.json"  # in a folder that is not complete yet: what it is made from
+SHARD_BYTES = 1 << 30  # size of a shard; a conversion that is interrupted and run again reuses whole shards
+PLAN = "plan.json"  # in an incomplete folder: the inputs of the conversion that writes it
 
 
 @dataclass(frozen=True)
 class Merge:
-    """An adapter in its file, read anew for every shard so that it takes no memory between them."""
+    """An adapter to merge, which is read from its file for every shard so that it takes no memory between them."""
 
     path: str = ""
     alpha: float = 1.0
     weights: frozenset[str] = frozenset()
 
     def read(self) -> dict[str, Adapter]:
-        """By our name of the weight that is changed."""
+        """The adapters by our names of the weights that they change."""
         return read_lora(self.path) if self.path else {}
 
 
 def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
-    """Convert the downloaded folders as configured; the result appears under its name when it is complete.
+    """Convert the downloaded folders and give the path of the result, which has its name only when it is complete.
 
-    Tensors are read, changed and written one at a time. A process that was killed leaves output.partial, whose shards the same
-    conversion takes over. Raises ValueError, before anything is written, for whatever is missing, damaged or does not fit.
+    Tensors are read, changed and written one at a time. A process that is killed leaves output.partial, whose shards the same
+    conversion reuses. Raises ValueError, before anything is written, when a file is missing, damaged or for another model.
     """
     folder, output = Path(config.source), _free(config.output)
     dit, model = official.transformer(folder, base)
@@ -81,10 +81,10 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
 
 
 def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
-    """A transformer as a published folder: its shards, their index, and config.json. It is a converted checkpoint's, or a student's in a
-    file of its own; a student's adapter is merged.
+    """Write a transformer as a published folder: shards, their index, and config.json. It comes from a converted checkpoint or from a
+    trained student's file, and the configured adapter is merged.
 
-    The other networks are never trained here, so another program takes them from the folders that were downloaded.
+    The other networks are never trained, so other programs load them from the downloaded folders.
     """
     source, output = Path(config.source), _free(config.output)
     if source.is_file():
@@ -104,7 +104,7 @@ DIRECTIONS = {"ready": to_ready, "official": to_official}
 
 
 def _merge(config: ConvertConfig, dit: Component) -> Merge:
-    """The adapter of the config, all of it in use."""
+    """The configured adapter. Raises ValueError when it does not fit the transformer."""
     if not config.lora.path:
         return Merge()
     adapters = read_lora(config.lora.path)
@@ -113,7 +113,7 @@ def _merge(config: ConvertConfig, dit: Component) -> Merge:
 
 
 def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> list[dict[str, Any]]:
-    """Shards that are not there yet, index and config of one component; a line of the report for every tensor."""
+    """Write the shards that do not exist yet, the index and the config of a component. Gives the report's entry of every tensor."""
     folder.mkdir(exist_ok=True)
     shards = list(shards_of(part))
     names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
@@ -134,7 +134,7 @@ def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> 
 
 
 def _changed(shard: Mapping[str, StoredTensor], part: Component, merge: Merge) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a shard, merged and in the precision that they are written in, one at a time."""
+    """The tensors of a shard one at a time, with the adapter merged, in the precision in which they are written."""
     adapters = merge.read()
     for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
         if adapter := adapters.get(_ours(name)):
@@ -148,7 +148,7 @@ def _ours(name: str) -> str:
 
 
 def shards_of(part: Component) -> Iterator[dict[str, StoredTensor]]:
-    """Tensors in the order they lie in their files, in portions that fit a shard."""
+    """The tensors of each shard: sorted by file and name, up to SHARD_BYTES together."""
     shard: dict[str, StoredTensor] = {}
     size = 0
     for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[0])):
@@ -161,15 +161,15 @@ def shards_of(part: Component) -> Iterator[dict[str, StoredTensor]]:
 
 
 def _plan(config: ConvertConfig, sources: Iterable[Path]) -> dict[str, Any]:
-    """What a conversion depends on: the same plan gives the same shards."""
+    """All that the shards of a conversion depend on: the same plan gives the same shards."""
     state = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sources}
     return {"format": FORMAT, "to": config.to, "model": config.model.name, "alpha": config.lora.alpha, "sources": state}
 
 
 class _partial_folder:  # noqa: N801 - used as a function
-    """A folder beside the final one that takes its place when the block ends well, and is removed when not.
+    """A folder beside the final one: it is renamed to it when the `with` block succeeds, and removed when it fails.
 
-    What a killed process left there is kept when it was made to the same plan, and thrown away otherwise.
+    What a killed process left there is reused when its plan was the same, and deleted otherwise.
     """
 
     def __init__(self, output: Path, plan: Mapping[str, Any]) -> None:
@@ -179,7 +179,7 @@ class _partial_folder:  # noqa: N801 - used as a function
     def __enter__(self) -> Path:
         plan_file = self.partial / PLAN
         if plan_file.is_file() and plan_file.read_text() == self.plan:
-            log.info("%s is taken over from a conversion that was cut off", self.partial)
+            log.info("%s of an interrupted conversion is reused", self.partial)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
@@ -210,5 +210,5 @@ def _check_space(output: Path, components: Mapping[str, Component]) -> None:
     parent = next(folder for folder in output.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in _beside(output).rglob("*") if file.is_file())
     if free < needed:
-        room = f"{free / 2**30:.1f} GiB are free in {parent}, {needed / 2**30:.1f} GiB are needed"
-        raise ValueError(f"output={output}: {room}; free some space or choose another folder")
+        space = f"{free / 2**30:.1f} GiB are free in {parent}, {needed / 2**30:.1f} GiB are needed"
+        raise ValueError(f"output={output}: {space}; free some space or choose another folder")

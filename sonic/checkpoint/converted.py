@@ -1,4 +1,4 @@
-"""The converted checkpoint: each component in a folder of its own, a manifest, and what loads them."""
+"""The converted checkpoint: a folder for each network, a manifest, and the methods that load and run the networks."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Checkpoint:
 
     folder: Path
     manifest: dict[str, Any]
-    unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # rows by the file that could not be written
+    unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # text rows whose cache file cannot be written
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Raises ValueError when the folder is no converted checkpoint, with the way to make one."""
+        """The converted checkpoint in a folder. Raises ValueError with the command that makes one when the folder is none."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
         except (OSError, ValueError):
@@ -55,7 +55,7 @@ class Checkpoint:
         return cls(folder, manifest)
 
     def config(self, base: ModelConfig) -> ModelConfig:
-        """`base`, with the sizes of the checkpoint. Raises ValueError when it is for another model."""
+        """The model config `base` with the sizes of the checkpoint. Raises ValueError when the checkpoint is of another model."""
         made_for = self.manifest["model"]
         if made_for != base.name:
             way_out = f"use model={made_for}, or convert the folders again for {base.name}"
@@ -63,7 +63,7 @@ class Checkpoint:
         return replace(base, **{name: kind(**self.manifest["config"][name]) for name, kind in PARTS.items()})
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
-        """What a component's shards hold."""
+        """The tensors in a component's shards, by name, not read yet."""
         return survey_sharded(self.folder / component, STEM)
 
     @property
@@ -72,18 +72,19 @@ class Checkpoint:
         return self.folder / "dit"
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> WanAutoencoder:
-        """The Wan VAE. In bfloat16 its frames differ from float32's by 50 dB (0.8 of 255 levels, root mean square; random weights of the
-        published size), latents that were rounded to bfloat16 once and decoded in float32 by 70 dB."""
+        """The Wan VAE, loaded. Against float32, its frames in bfloat16 have a PSNR of 50 dB (0.8 of 255 levels, root mean square; random
+        weights of the published size); latents rounded to bfloat16 once and decoded in float32 have 70 dB."""
         vae = WanAutoencoder(self._config("vae"))
         vae.load_tensors(self._moved("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
     def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
-        """Text rows [1,L,D] of a prompt, from the cache when it is known; else the encoder is loaded, used and let go."""
+        """Text rows [1,L,text_dim] of a prompt, from the cache or else from the text encoder, which is loaded for this call only."""
         return self.reader(length, device)(prompt)
 
     def reader(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
-        """The same for prompt after prompt: the encoder is loaded for the first that is not known, and let go with the reader."""
+        """A function that gives the text rows of a prompt; it loads the text encoder at the first prompt that is not in the cache, and
+        holds it as long as the function exists."""
         loaded: list[tuple[TextEncoder, Tokenizer]] = []
 
         def read_rows(prompt: str) -> Tensor:
@@ -91,13 +92,13 @@ class Checkpoint:
             file = self.folder / PROMPTS / f"{name}.safetensors"
             if file in self.unkept:
                 return self.unkept[file].to(device)
-            if file.is_file() and (known := _kept(file)) is not None:
-                return known.to(device)
+            if file.is_file() and (cached := _cached(file)) is not None:
+                return cached.to(device)
             if not loaded:
                 loaded.append((self._text_encoder(device), Tokenizer(self.folder / TOKENIZER)))
             encoder, tokens = loaded[0]
-            (found,) = encoder(*(each.to(device) for each in tokens([prompt], length)))
-            rows = found[None].float().cpu()
+            (encoded,) = encoder(*(tensor.to(device) for tensor in tokens([prompt], length)))
+            rows = encoded[None].float().cpu()
             if not _store(file, {"rows": rows}):
                 self.unkept[file] = rows
             return rows.to(device)
@@ -111,46 +112,50 @@ class Checkpoint:
         return encoder.to(device)
 
     def encode_audio(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """Speech features [1,N,E,F] of a recording; the encoder is loaded, used and let go."""
+        """Speech features [1,K,E,F] of a recording; the speech encoder is loaded for this call only."""
         return self.encode_audio_batch([samples], num_frames, fps=fps, device=device)
 
     def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """The same of several recordings.  -> [voices,N,E,F]"""
+        """Speech features of several recordings; the speech encoder is loaded for this call only.  -> [voices,K,E,F]"""
+        return self.speech_encoder(device).encode_audio_batch(voices, num_frames, fps)
+
+    def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
+        """The speech encoder with its weights."""
         encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
         encoder.load_tensors(self._moved("speech_encoder", device), str(self.folder))
-        return encoder.eval().encode_audio_batch(voices, num_frames, fps)
+        return encoder.eval()
 
     def _moved(self, component: str, device: torch.device) -> dict[str, Tensor]:
-        """A component's tensors by name, read and moved one by one: each is a sign that the work gets on, however slow the disk is."""
+        """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""
         return {stored.name: tensor.to(device) for stored, tensor in read(self.tensors(component).values())}
 
     def _config(self, component: str) -> dict[str, Any]:
         return json.loads((self.folder / component / "config.json").read_text())
 
     def autoencoder_hash(self) -> str:
-        """What the VAE was made from, in 16 digits."""
+        """The first 16 digits of the hash of the file that the VAE was converted from."""
         return next(digest for file, digest in self.manifest["sources"].items() if "VAE" in file)[:16]
 
     def _hash(self) -> str:
-        """What the text encoder was made from."""
+        """The hash of the file that the text encoder was converted from."""
         return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
 
 
-def _kept(file: Path) -> Tensor | None:
-    """The rows in a file of the cache; None for a damaged one, which is made anew."""
+def _cached(file: Path) -> Tensor | None:
+    """The text rows in a file of the cache; None, with a warning, when it is damaged."""
     try:
         return load_file(file)["rows"]
     except (SafetensorError, KeyError) as error:
-        log.warning("%s is damaged and is made anew (%s)", file, error)
+        log.warning("%s is damaged and is written again (%s)", file, error)
         return None
 
 
 def _store(file: Path, tensors: dict[str, Tensor]) -> bool:
-    """Write a file; False for a checkpoint that cannot be written to, which is used without a cache."""
+    """Write a file of the cache; False, with a warning, when the folder cannot be written to."""
     try:
         file.parent.mkdir(exist_ok=True)
         save_tensors(tensors, file)
         return True
     except OSError as error:
-        log.warning("%s cannot be kept and will be made anew next time (%s)", file, error)
+        log.warning("%s cannot be written, so it will be computed again next time (%s)", file, error)
         return False

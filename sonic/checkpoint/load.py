@@ -1,8 +1,7 @@
-"""Weights for a model that was built without memory and then cut up: each rank reads its own slices and nothing else."""
+"""The one loader of transformers: built without memory, cut up, then filled; each rank reads its own slices and nothing else."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from sonic.checkpoint.weights import LazyTensor, stored_weights
 from sonic.config import ModelConfig
+from sonic.model.adapters import ADAPTERS
 from sonic.model.dit import AvatarDiT
 from sonic.model.lora import Adapter, check_lora
 from sonic.system.heartbeat import heartbeat
@@ -23,55 +23,68 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Lora(NamedTuple):
-    """Adapters by the name of the weight they change, and the strength that they were trained with."""
+    """Adapters by the names of the weights that they change, and the alpha that they were trained with."""
 
     adapters: Mapping[str, Adapter]
     alpha: float
 
 
-def without_memory(config: ModelConfig, dtype: torch.dtype) -> tuple[AvatarDiT, Shapes]:
-    """The model on the meta device, and the shapes of all its weights before anything is cut off."""
+NO_LORA = Lora({}, 0.0)
+
+
+def without_memory(config: ModelConfig) -> AvatarDiT:
+    """The model on the meta device: its weights come later, when it is known which of them are here."""
     with torch.device("meta"):
-        model = AvatarDiT(config).to(dtype).eval().requires_grad_(False)
-    return model, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return AvatarDiT(config)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shapes of all weights that a file holds, whole; adapters that learn are in no file."""
+    return {name: shape_of(weight) for name, weight in model.named_parameters() if ADAPTERS not in name.split(".")}
 
 
 @torch.no_grad()
-def fill(model: nn.Module, path: str | Path, shapes: Shapes, *, lora: Lora) -> None:
-    """Read this rank's part of every weight from a safetensors file, and add its part of the adapters.
+def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lora: Lora = NO_LORA) -> None:
+    """Read this rank's part of every weight from a safetensors file, and add its part of `lora`.
 
-    What is still on the meta device becomes a map of the file: its pages are read when they are needed.
+    `shapes` are those of the whole model, where blocks of it are on other ranks. What is still on the meta device becomes a map of the
+    file: its pages are read when they are needed. Raises ValueError in one sentence when the file is of another model.
     """
+    shapes = shapes or shapes_of(model)
     check_lora(shapes, lora.adapters)
     with stored_weights(path, shapes) as stored:
         for name, weight in model.named_parameters():
+            if name not in shapes:
+                continue
             if weight.is_meta:
                 weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
                 continue
-            local, index, within = _local(weight)
-            if not local.numel():
-                continue
-            part = stored[name].part(index)
-            if name in lora.adapters:
-                part = part.to(local.dtype).float() + lora.adapters[name].delta(lora.alpha)[index]
-            local.copy_(part.flatten()[within].view(local.shape))
+            here = slice_of(weight)
+            if here.local.numel():
+                found = stored[name].part(here.index)
+                if name in lora.adapters:
+                    found = found.to(here.local.dtype).float() + lora.adapters[name].delta(lora.alpha)[here.index]
+                here.copy_from(found)
 
 
 @torch.no_grad()
 def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
-    """Random numbers in the place of weights, where only memory and time matter; each rank draws its own."""
+    """Fill the weights with random numbers, for measurements of memory and time; every rank uses the same seed for its own slices.
+
+    Raises ValueError when weights are still on the meta device.
+    """
     rng: dict[torch.device, torch.Generator] = {}
     for weight in model.parameters():
         if weight.is_meta:
             raise ValueError("offload.store=mmap needs weights in a file; use offload.store=pinned with random ones")
         heartbeat()
-        local, _, _ = _local(weight)
+        local = slice_of(weight).local
         rng.setdefault(local.device, torch.Generator(local.device).manual_seed(0))
         local.normal_(std=std, generator=rng[local.device])
 
 
 def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a value in the place of a parameter."""
+    """Replace a parameter of the model by `value`."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
@@ -86,23 +99,37 @@ def _mapped(stored: LazyTensor, weight: Tensor, path: str | Path, *, adapted: bo
     return value
 
 
-def _local(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
-    """What of a weight is here, which rows and columns of the whole it lies in, and which numbers of these it is."""
-    if hasattr(weight, "ds_tensor"):
-        return _local_of_deepspeed(weight)
-    if not isinstance(weight, DTensor):
-        return weight.data, tuple(slice(0, size) for size in weight.shape), slice(None)
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return weight.to_local(), index, slice(None)
+class WeightSlice(NamedTuple):
+    """What of a weight is on this rank: `index` in the whole holds it, `within` says which of the numbers there, one after the other."""
+
+    local: Tensor
+    index: tuple[slice, ...]
+    within: slice = slice(None)
+
+    def copy_from(self, found: Tensor) -> None:
+        """Copy it out of what lies in `index`."""
+        self.local.copy_(found.flatten()[self.within].view(self.local.shape))
 
 
-def _local_of_deepspeed(weight: Tensor) -> tuple[Tensor, tuple[slice, ...], slice]:
-    """DeepSpeed cuts the numbers of a weight into runs of one length, wherever a row may end; the last run is padded."""
-    length, (rows, *rest) = weight.ds_tensor.numel(), weight.ds_shape
+def shape_of(weight: Tensor) -> tuple[int, ...]:
+    """Of all of a weight, whatever of it is here."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def slice_of(weight: Tensor) -> WeightSlice:
+    """What of a weight is here: all, a slice along its first axis (FSDP), or a run of its numbers (DeepSpeed).
+
+    DeepSpeed cuts the numbers of a weight into runs of one length, wherever a row may end; the last run is padded.
+    """
+    if isinstance(weight, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        return WeightSlice(weight.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
+    every = tuple(slice(0, size) for size in shape_of(weight))
+    if not hasattr(weight, "ds_tensor"):
+        return WeightSlice(weight.data, every)
+    length, row = weight.ds_tensor.numel(), weight.ds_numel // every[0].stop
     start = min(dist.get_rank() * length, weight.ds_numel)
     stop = min(start + length, weight.ds_numel)
-    row = math.prod(rest)
-    first, last = start // row, min(rows, -(-stop // row))
-    index = (slice(first, last), *(slice(0, size) for size in rest))
-    return weight.ds_tensor[: stop - start], index, slice(start - first * row, stop - first * row)
+    rows = slice(start // row, -(-stop // row))
+    run = slice(start - rows.start * row, stop - rows.start * row)
+    return WeightSlice(weight.ds_tensor.data[: stop - start], (rows, *every[1:]), run)

@@ -1,4 +1,4 @@
-"""The two published folders as they are downloaded: what is in them, and what has to be."""
+"""The published folders as they are downloaded: their networks, config files and tensor names, and checks that all is there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIT_STEM = "diffusion_pytorch_model"
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 TOKENIZER, SPEECH = "google/umt5-xxl", "wav2vec2-large-xlsr-53-english"
 VAE_LATENTS = 16
-# settings of the published transformer that only ever have one value: another one would be another network
+# settings of the published transformer with the only value that is supported: another value is another network
 FIXED = {
     "model_type": "s2v", "enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_motioner": False,
     "enable_tsm": False, "trainable_token_pos_emb": False, "enable_framepack": True, "framepack_drop_mode": "padd",
@@ -35,27 +35,30 @@ SPEECH_KEYS = (
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint: its tensors by the names they keep, the config it is built from, and files that go along."""
+    """One network of a checkpoint: its tensors by their names in the converted files, and the config that it is built from."""
 
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any] = field(default_factory=dict)
-    halve: bool = False  # stored in bfloat16 whatever it came in
+    halve: bool = False  # write it in bfloat16, whatever its precision is now
 
     def dtype(self, stored: StoredTensor) -> str:
-        """The precision that a tensor is written in."""
+        """The precision in which a tensor is written."""
         return "BF16" if self.halve else stored.dtype
 
     def nbytes(self, stored: StoredTensor) -> int:
-        """Bytes that it takes then."""
+        """Bytes of a tensor in the precision in which it is written."""
         return stored.numel * WIDTHS[self.dtype(stored)]
 
 
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
-    """The DiT of a folder and the config that fits it; `base` tells how it is run."""
+    """The DiT of a folder and its model config: sizes from the folder, everything else from `base`.
+
+    Raises ValueError when a tensor is missing or the network is not the published one.
+    """
     given = _json(folder / "config.json")
     tensors = survey_sharded(folder, DIT_STEM)
-    telling = ("patch_embedding.weight", "text_embedding.0.weight", "casual_audio_encoder.weights")
-    lacking = [name for name in telling if name not in tensors]
+    sizing = ("patch_embedding.weight", "text_embedding.0.weight", "casual_audio_encoder.weights")
+    lacking = [name for name in sizing if name not in tensors]
     if lacking:
         raise ValueError(f"{folder}: tensor {lacking[0]} of the transformer is missing; the folder is not a Wan2.2-S2V checkpoint")
     for name, value in FIXED.items():
@@ -70,14 +73,14 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
 
 
 def bare_transformer(file: Path, config: ModelConfig) -> Component:
-    """The DiT in a file of its own, under our names or official ones, in the sizes of the config."""
+    """The DiT in a single file, under our names or official ones. Raises ValueError when it has other sizes than the config."""
     tensors = {to_official(name) or name: tensor for name, tensor in survey(file).items()}
     check(tensors, _shapes(config), "transformer")
     return Component(tensors, official_config(config))
 
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
-    """The published config.json of a transformer."""
+    """The content of the published config.json for a transformer of this config."""
     trunk, audio = config.trunk, config.audio
     return {
         "_class_name": "WanModel_S2V", "dim": trunk.hidden_dim, "ffn_dim": trunk.ffn_dim, "num_heads": trunk.num_heads,
@@ -89,7 +92,7 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def text_encoder(folder: Path) -> Component:
-    """The umT5 encoder; its sizes are read off its tensors."""
+    """The umT5 encoder, with its sizes read from the shapes of its tensors."""
     tensors = survey(folder / TEXT_FILE)
     shape = lambda name: _shape(tensors, name, folder / TEXT_FILE)  # noqa: E731
     vocab_size, width = shape("token_embedding.weight")
@@ -113,7 +116,7 @@ def text_encoder(folder: Path) -> Component:
 
 
 def autoencoder(folder: Path) -> Component:
-    """The Wan VAE, kept in the precision it comes in."""
+    """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
     with torch.device("meta"):
@@ -123,7 +126,7 @@ def autoencoder(folder: Path) -> Component:
 
 
 def speech_encoder(folder: Path) -> Component:
-    """wav2vec2 without its output layer."""
+    """The wav2vec2 encoder without its output layer."""
     given = _json(folder / SPEECH / "config.json")
     config = {name: given[name] for name in SPEECH_KEYS if name in given}
     file = folder / SPEECH / "model.safetensors"
@@ -138,24 +141,24 @@ def speech_encoder(folder: Path) -> Component:
 
 
 def check_together(folder: Path, model: ModelConfig, components: Mapping[str, Component]) -> None:
-    """Raise ValueError when the transformer cannot read what the encoders beside it give."""
+    """Raise ValueError when the widths of the encoders' features are not those that the transformer reads."""
     text, speech, audio = components["text_encoder"].config, components["speech_encoder"].config, model.audio
     width, layers = speech.get("hidden_size", audio.audio_dim), speech.get("num_hidden_layers", audio.num_audio_layers - 1)
-    for what, file, given, read in (
+    for what, file, given, wanted in (
         ("text rows of width", TEXT_FILE, text["d_model"], model.text.text_dim),
         ("speech features of width", SPEECH, width, audio.audio_dim),
-        ("speech states numbering", SPEECH, layers + 1, audio.num_audio_layers),
+        ("hidden layers of speech features:", SPEECH, layers + 1, audio.num_audio_layers),
     ):
-        if given != read:
-            raise ValueError(f"{folder / file} gives {what} {given}, the transformer reads {read}; fetch the folder of one model again")
+        if given != wanted:
+            raise ValueError(f"{folder / file} gives {what} {given}, the transformer reads {wanted}; fetch the folder of one model again")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of the tokenizer."""
-    found = sorted(path for path in (folder / TOKENIZER).glob("*") if path.is_file() and not path.name.startswith("."))
-    if not any(path.name == "tokenizer.json" for path in found):
+    """The files of the tokenizer. Raises ValueError when tokenizer.json is missing."""
+    files = sorted(path for path in (folder / TOKENIZER).glob("*") if path.is_file() and not path.name.startswith("."))
+    if not any(path.name == "tokenizer.json" for path in files):
         raise ValueError(f"{folder / TOKENIZER / 'tokenizer.json'} does not exist; fetch the tokenizer again")
-    return found
+    return files
 
 
 def _model_config(given: Mapping[str, Any], tensors: Mapping[str, StoredTensor], base: ModelConfig) -> ModelConfig:

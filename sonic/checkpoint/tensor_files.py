@@ -1,4 +1,4 @@
-"""Tensors in files, surveyed before any is read: shapes and precisions from headers, contents one at a time."""
+"""Files of tensors: their shapes and precisions from headers, their contents one tensor at a time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HASH_CHUNK = 16 << 20
-MAPPED_BYTES = 64 << 20  # of a file that are read before it is closed: what was mapped stays in memory until then
-HEADER_STEP = 8  # bytes that a header's length is a multiple of
-ZIP = b"PK"  # how a zip begins
+MAPPED_BYTES = 64 << 20  # of a file that are read before it is closed and opened again: mapped pages stay in memory until then
+HEADER_STEP = 8  # a header's length is a multiple of this many bytes, and is itself stored in as many
+ZIP = b"PK"  # the first bytes of a zip file
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file: its name there, shape, and precision as safetensors spells it."""
+    """A tensor in a file, not read yet: its name there, its shape, and its dtype in safetensors' spelling."""
 
     file: Path
     name: str
@@ -41,17 +41,17 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Size in bytes."""
         return self.numel * WIDTHS[self.dtype]
 
 
 def survey(path: Path) -> dict[str, StoredTensor]:
-    """What a .safetensors or .pth file holds. Raises ValueError when it is missing, cut short, or wants to run code."""
+    """The tensors of a .safetensors or .pth file, by name. Raises ValueError when it is missing, cut short, or contains code."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; fetch it again")
     if path.suffix == ".safetensors":
@@ -60,13 +60,13 @@ def survey(path: Path) -> dict[str, StoredTensor]:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is cut short or not safetensors ({_first_lost(path) or error}); fetch it again") from error
+            raise ValueError(f"{path} is cut short or not safetensors ({_first_missing(path) or error}); fetch it again") from error
     tensors = _pickled(path)
     return {name: StoredTensor(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
 
 
 def survey_sharded(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """What the shards named by `stem`.safetensors.index.json hold, or the one file `stem`.safetensors.
+    """The tensors of the shards in `stem`.safetensors.index.json, or of the single file `stem`.safetensors, by name.
 
     Raises ValueError when index and shards do not agree.
     """
@@ -74,23 +74,23 @@ def survey_sharded(folder: Path, stem: str) -> dict[str, StoredTensor]:
     if not index.is_file():
         return survey(folder / f"{stem}.safetensors")
     try:
-        named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of shards ({error}); fetch it again") from error
-    found: dict[str, StoredTensor] = {}
-    for shard in sorted(set(named.values())):
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():
-            first = next(name for name, file in named.items() if file == shard)
+            first = next(name for name, file in shard_of.items() if file == shard)
             raise ValueError(f"{index} names {shard} for tensor {first}, but {folder / shard} does not exist; fetch it again")
-        found |= survey(folder / shard)
-    wrong = sorted(name for name in named if name not in found or found[name].file.name != named[name])
+        tensors |= survey(folder / shard)
+    wrong = sorted(name for name in shard_of if name not in tensors or tensors[name].file.name != shard_of[name])
     if wrong:
-        raise ValueError(f"{index} promises tensor {wrong[0]} in {named[wrong[0]]}, which does not hold it; fetch both again")
-    return found
+        raise ValueError(f"{index} lists tensor {wrong[0]} in {shard_of[wrong[0]]}, which does not hold it; fetch both again")
+    return tensors
 
 
-def _first_lost(path: Path) -> str:
-    """The first tensor that a file cut short does not hold to its end; empty when that is not what is wrong with it."""
+def _first_missing(path: Path) -> str:
+    """The first tensor that is incomplete in a file cut short; empty when the file is damaged in another way."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(HEADER_STEP), "little")
@@ -101,16 +101,16 @@ def _first_lost(path: Path) -> str:
             ends = {name: HEADER_STEP + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError):
             return ""
-    lost = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
-    return f"tensor {lost[0]} and {len(lost) - 1} more are not all there" if lost else ""
+    incomplete = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    return f"tensor {incomplete[0]} and {len(incomplete) - 1} more are not all there" if incomplete else ""
 
 
 def check(
     found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
 ) -> None:
-    """Raise ValueError unless exactly the wanted tensors are there, in their shapes, as floating point numbers of one precision.
+    """Raise ValueError unless `found` has exactly the wanted tensors, in their shapes, all in the same floating point dtype.
 
-    `called` gives the name that a file has for a wanted tensor.
+    `what` names the network and `called` converts a wanted name to the file's, both for the error.
     """
     usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0] if found else ""
     files = sorted({tensor.file for tensor in found.values()})
@@ -135,10 +135,12 @@ def check(
 
 
 def read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """The tensors one after the other, mapped from their files. A file is opened for a few that stand together and closed again, so
-    that memory is given back once nobody holds them."""
-    for path, some in groupby(tensors, key=lambda tensor: tensor.file):
-        for portion in portions(some, MAPPED_BYTES):
+    """The tensors one after the other, mapped from their files.
+
+    A file is opened for a few consecutive tensors and closed again, so that their memory is freed when the caller drops them.
+    """
+    for path, of_file in groupby(tensors, key=lambda tensor: tensor.file):
+        for portion in portions(of_file, MAPPED_BYTES):
             if path.suffix == ".safetensors":
                 try:
                     with safe_open(str(path), framework="pt") as file:
@@ -148,13 +150,13 @@ def read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
             else:
-                held = _pickled(path)
+                mapped = _pickled(path)
                 for stored in portion:
-                    yield stored, held.pop(stored.name)
+                    yield stored, mapped.pop(stored.name)
 
 
 def portions(tensors: Iterable[StoredTensor], limit: int) -> Iterator[list[StoredTensor]]:
-    """The tensors in order, as many at a time as have that many bytes together; a larger one alone."""
+    """Lists of consecutive tensors of at most `limit` bytes together; a larger tensor is a list by itself."""
     portion, size = [], 0
     for stored in tensors:
         if portion and size + stored.nbytes > limit:
@@ -167,8 +169,10 @@ def portions(tensors: Iterable[StoredTensor], limit: int) -> Iterator[list[Store
 
 
 def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A safetensors file of tensors that are made one at a time, `parts` being their dtypes and shapes in that order; it has its name
-    only when it is whole."""
+    """Write a safetensors file from tensors that are computed one at a time; `parts` gives the dtype and shape of each, in their order.
+
+    The file has its name only when it is complete.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in parts.items():
@@ -179,8 +183,8 @@ def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors:
     partial = path.with_name(f"{path.name}.part")
     with partial.open("wb") as out:
         out.write(len(text).to_bytes(HEADER_STEP, "little") + text)
-        for name, (made, tensor) in zip(parts, tensors, strict=True):
-            assert (made, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)) == (name, *parts[name])
+        for name, (tensor_name, tensor) in zip(parts, tensors, strict=True):
+            assert (tensor_name, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)) == (name, *parts[name])
             out.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         out.flush()
         os.fsync(out.fileno())
@@ -188,7 +192,7 @@ def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK):
@@ -197,20 +201,20 @@ def sha256(path: Path) -> str:
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pth file, mapped and not read; nothing in it is run."""
-    whole = is_zipfile(path)  # files of before torch 1.6 are none, and cannot be mapped
+    """The tensors of a .pth file, memory-mapped; no code in it is run."""
+    is_zip = is_zipfile(path)  # files written before torch 1.6 are not, and cannot be mapped
     try:
-        if not whole and _begins(path, ZIP):
+        if not is_zip and _begins(path, ZIP):
             raise EOFError("its end is missing")
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
-        raise ValueError(f"{path} holds something else than tensors, and nothing of it was run; fetch the original") from error
+        raise ValueError(f"{path} holds something other than tensors, and no code in it was run; fetch the original") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is cut short or not a file of tensors ({str(error).splitlines()[0]}); fetch it again") from error
-    strange = [str(name) for name, value in held.items() if not isinstance(value, Tensor)] if isinstance(held, dict) else ["everything"]
-    if strange:
-        raise ValueError(f"{path}: {strange[0]} is not a tensor; fetch the original file")
-    return held
+    wrong = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)] if isinstance(loaded, dict) else ["its content"]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is not a tensor; fetch the original file")
+    return loaded
 
 
 def _begins(path: Path, start: bytes) -> bool:

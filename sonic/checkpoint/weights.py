@@ -1,6 +1,6 @@
-"""Weights on disk: the map between our names and the official ones, and checked reading and writing of safetensors.
+"""Weights of the transformer on disk: the map between our names and the official ones, and safetensors files that are checked when read.
 
-Files hold official names wherever a name has one, so a file written here loads in the published code and the other way round.
+Files contain the official name of every tensor that has one, so the published code loads files written here, and the reverse.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _multi_head(ours: str, official: str) -> dict[str, str]:
     return {f"{ours}.{our}": f"{official}.{theirs}" for our, theirs in _MULTI_HEAD.items()}
 
 
-# Module (or bare parameter) paths; {i} counts blocks or injectors. Weight and bias keep their names.
+# Paths of modules or parameters; {i} is the number of a block or injector. The last part of a name, weight or bias, is the same in both.
 OFFICIAL = {
     "patch_embed": "patch_embedding",
     "pose_embed": "cond_encoder",
@@ -59,17 +59,17 @@ OURS = {official: ours for ours, official in OFFICIAL.items()}
 
 
 def to_official(name: str) -> str | None:
-    """The official name of one of our tensors, None when it has none."""
+    """The official name of a tensor with our name; None when it has none."""
     return _translate(name, OFFICIAL)
 
 
 def to_ours(name: str) -> str | None:
-    """Our name of an official tensor, None when it is unknown."""
+    """Our name of a tensor with an official name; None when the name is unknown."""
     return _translate(name, OURS)
 
 
 def export(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names a file holds: official where there is one, ours elsewhere."""
+    """The model's tensors under the names that files contain: official where there is one, ours elsewhere."""
     return {to_official(name) or name: tensor for name, tensor in model.state_dict().items()}
 
 
@@ -79,10 +79,10 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill the model from a safetensors file, or from all of a folder, with official or our own names; precision and device stay
-    the model's, and tensors are read one at a time.
+    """Load the model's weights from a safetensors file, or from all in a folder, with official names or ours.
 
-    Raises ValueError in one sentence when a file is cut short, or a tensor is missing, one too many, or of another shape.
+    Precision and device stay the model's; tensors are read one at a time.
+    Raises ValueError when a file is cut short, or a tensor is missing, unknown, or of another shape.
     """
     wanted = model.state_dict()
     with stored_weights(path, {name: tensor.shape for name, tensor in wanted.items()}) as stored, torch.no_grad():
@@ -91,39 +91,39 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is still in its file."""
+    """A tensor of an open file, not read yet."""
 
     file: Any
     name: str
 
     @property
     def shape(self) -> list[int]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.file.get_slice(self.name).get_shape()
 
     def part(self, index: tuple[slice, ...]) -> Tensor:
-        """A part of it, read now."""
+        """A slice of the tensor, read from the file."""
         heartbeat()
         return self.file.get_slice(self.name)[index]
 
     def view(self) -> Tensor:
-        """All of it as a map of the file, read when it is looked at."""
+        """The whole tensor as a memory map of the file, whose pages are read when they are used."""
         heartbeat()
         return self.file.get_tensor(self.name)
 
 
 @contextmanager
 def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, LazyTensor]]:
-    """The tensors of a safetensors file, or of all in a folder, by our names, still on disk.
+    """The tensors of a safetensors file, or of all in a folder, by our names, not read yet; the files are open inside the `with` block.
 
-    Raises ValueError unless there are exactly tensors of these shapes.
+    Raises ValueError unless the tensors are exactly those of `shapes`.
     """
     with ExitStack() as stack:
         stored = {}
         for file in _files(Path(path)):
             opened = stack.enter_context(_opened(file))
             stored |= {name if name in shapes else to_ours(name) or name: LazyTensor(opened, name) for name in opened.keys()}  # noqa: SIM118
-        _check_names(shapes, {ours: each.name for ours, each in stored.items()}, path)
+        _check_names(shapes, {ours: tensor.name for ours, tensor in stored.items()}, path)
         for name, wanted in shapes.items():
             if list(wanted) != stored[name].shape:
                 raise ValueError(
@@ -134,16 +134,16 @@ def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Ite
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by the names they have there. Raises ValueError when it is missing or damaged."""
+    """All tensors of a safetensors file, by their names in it. Raises ValueError when the file is missing or damaged."""
     with _opened(_files(Path(path))[0]) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _files(path: Path) -> list[Path]:
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not found or not found[0].exists():
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
         raise ValueError(f"weights {path} do not exist; give the path of a safetensors file")
-    return found
+    return files
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def _translate(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """A name whole, and cut before its last word."""
+    """The name as (path, rest): whole with an empty rest, and cut before its last part."""
     yield name, ""
     path, _, leaf = name.rpartition(".")
     yield path, f".{leaf}"

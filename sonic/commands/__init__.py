@@ -1,1 +1,1 @@
-"""One module for each command of the program: what it may be told, and the job that it starts."""
+"""One module for each command of the program: its options, and the function that it runs."""

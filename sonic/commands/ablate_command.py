@@ -1,4 +1,4 @@
-"""The command ablate: a grid of runs scored and drawn."""
+"""The command ablate: score a grid of options and write a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("sonic")
 
 
 def ablate(config: AblateConfig, run: Run) -> None:
-    """Score what is not scored yet, then draw the report."""
+    """Score the cells that are not finished, then write the report."""
     from sonic.evaluation.sweep import sweep
     from sonic.evaluation.sweep_report import write_report
     from sonic.training.log import log_cells
@@ -31,12 +31,12 @@ def ablate(config: AblateConfig, run: Run) -> None:
 
 
 def gathered(argv: list[str]) -> list[str]:
-    """grid.KNOB=[...] items as one grid={KNOB: [...]}."""
+    """Join all arguments grid.OPTION=[...] to one grid={OPTION: [...]}."""
     own = [item.removeprefix(GRID).partition("=") for item in argv if item.startswith(GRID)]
     rest = [item for item in argv if not item.startswith(GRID)]
     return [*rest, "grid={" + ", ".join(f"{name}: {values}" for name, _, values in own) + "}"] if own else rest
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, ablate, gathered(argv))

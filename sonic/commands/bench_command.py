@@ -1,4 +1,4 @@
-"""The command bench: this machine timed."""
+"""The command bench: benchmarks of this machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ENTRY = Entry("bench", BenchConfig, max_ranks=4096, example="preview json=out.js
 def bench(config: BenchConfig, run: Run) -> None:
     """Measure, show the table, write the JSON."""
     begun = time.perf_counter()
-    from sonic.bench.benchmark import bench as measure  # torch and the models: not before the command line is known to be right
+    from sonic.bench.benchmark import bench as measure  # imports torch, so only after the command line is checked
 
     measure(config, begun, ranks=run.ranks)
 
 
 def spelled(argv: Sequence[str]) -> list[str]:
-    """A bare word is the target: preview is target=preview. Every target starts from the preset fast_preview."""
+    """Expand a bare word to the target (preview to target=preview) and put the preset fast_preview before all options."""
     return ["preset=fast_preview", *(item if "=" in item or item.startswith("-") else f"target={item}" for item in argv)]
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, bench, spelled(argv))

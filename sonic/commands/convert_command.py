@@ -1,4 +1,4 @@
-"""The command convert: published checkpoints become ready ones, once, and ready ones published again."""
+"""The command convert: from published checkpoints to this program's format, and back."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ log = logging.getLogger("sonic")
 
 
 def convert(config: ConvertConfig, run: Run) -> None:
-    """Check everything, then write the folder aside and give it its name."""
+    """Check all inputs, write the converted checkpoint to a temporary folder, and rename it."""
     from sonic.checkpoint.convert import DIRECTIONS
 
-    run.keep()  # the next conversion takes over what this one has written
+    run.keep()  # the next conversion reuses the finished files
     made = DIRECTIONS[config.to](config, config.model)
     log.info("%s", made.resolve())
 
 
 def spelled(argv: list[str]) -> list[str]:
-    """`--to official`, as other converters have it, is to=official."""
+    """Accept `--to official`, as of other converters, for to=official."""
     index = argv.index("--to") if "--to" in argv[:-1] else None
     return argv if index is None else [*argv[:index], f"to={argv[index + 1]}", *argv[index + 2 :]]
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, convert, spelled(argv))

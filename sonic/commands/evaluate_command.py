@@ -1,4 +1,4 @@
-"""The command evaluate: a model scored on drawn people."""
+"""The command evaluate: score a model on drawn people."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def score(config: EvaluateConfig, run: Run) -> None:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, score, argv)

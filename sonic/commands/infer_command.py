@@ -23,32 +23,33 @@ def infer(config: InferConfig, run: Run) -> int | None:
     """Check the inputs, load the parts, make the video or videos, leave their results in the run folder."""
     begun = time.perf_counter()
     # torch and the models: not before the command line is known to be right
-    from sonic.inference.batch import all_outcomes, announce, checked_inputs, make_video, make_videos, open_components
+    from sonic.inference.batch import checked_inputs
     from sonic.inference.report import StageTimer, draw_contact_sheet
     from sonic.inference.requests import read_requests
+    from sonic.pipeline import AvatarPipeline
 
     timer = StageTimer(begun)
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
-        with open_components(config, run.ranks, folder=folder) as opened:
+        with AvatarPipeline(config, ranks=run.ranks, folder=folder) as pipe:
             run.keep()  # finished videos
-            announce(opened, config)
-            outcomes = all_outcomes(make_videos(requests, opened, config), opened)
-        return report(outcomes, run, plan=opened.estimate.as_json())
+            pipe.announce()
+            outcomes = pipe.make_videos(requests)
+        return report(outcomes, run, plan=pipe.plan_report())
     with ExitStack() as stack:
         with timer.stage("load"):
             inputs = checked_inputs(config, *(run.path / name for name in (VIDEO, SHEET))) if run.main else None
             if inputs is not None:
                 run.open()  # before the work, should it not take anything
-            opened = stack.enter_context(open_components(config, run.ranks))
+            pipe = stack.enter_context(AvatarPipeline(config, ranks=run.ranks))
         if inputs is None:
             return None
         output = Path(config.output) if config.output else run.path / VIDEO
-        announce(opened, config)
-        result, recorder = make_video(inputs, opened.components, config, output=output, timer=timer)
+        pipe.announce()
+        result, recorder = pipe.write(inputs, output, timer=timer)
         run.keep()
     with run.sparing("result.json", f"the video {shown(str(output))}"):
-        run.write_json("result.json", asdict(replace(result, plan=opened.estimate.as_json())))
+        run.write_json("result.json", asdict(replace(result, plan=pipe.plan_report())))
     with run.sparing("the contact sheet", f"the video {shown(str(output))}"):
         draw_contact_sheet(recorder, run.path / SHEET)
     log.info("%s\nresults in %s", shown(result.summary()), shown(str(run.path)))

@@ -1,4 +1,4 @@
-"""The command judge: a finished video against its portrait and its recording."""
+"""The command judge: compare a finished video with its portrait and its recording."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger("sonic.judge")
 
 
 def score(config: JudgeConfig, run: Run) -> int:
-    """Measure, show the table, write the JSON; exit code 1 for a video whose sound track is not the recording."""
-    from sonic.evaluation.judge import judge, sound_fault  # numpy and the decoder: not before the command line is known to be right
+    """Measure, print the table, write the JSON; exit code 1 for a video whose sound track is not the recording."""
+    from sonic.evaluation.judge import judge, sound_fault  # slow imports, so only after the command line is checked
 
     fault = sound_fault(judge(config))
     if fault:
@@ -31,5 +31,5 @@ def score(config: JudgeConfig, run: Run) -> int:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, score, argv)

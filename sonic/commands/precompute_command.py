@@ -1,4 +1,4 @@
-"""The command precompute: training data made once."""
+"""The command precompute: make a data set for training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY = Entry(
 
 
 def make(config: PrecomputeConfig, run: Run) -> None:
-    """Make what is missing of the data set."""
+    """Make the missing shards of the data set, its index and its statistics."""
     from sonic.data.precompute import precompute
     from sonic.training.clip_encoders import build_encoders, clip_hashes
 
@@ -27,5 +27,5 @@ def make(config: PrecomputeConfig, run: Run) -> None:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, make, argv)

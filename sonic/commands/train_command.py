@@ -1,4 +1,4 @@
-"""The command train: a training from a recipe."""
+"""The command train: run a training recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENTRY = Entry(
 
 
 def train(config: TrainConfig, run: Run) -> None:
-    """Train in runs/<name>; a run that was stopped continues there."""
+    """Train in runs/<name>; a run that was stopped continues from its last checkpoint."""
     from sonic.training.build import run_training
 
     def opened() -> None:
@@ -32,5 +32,5 @@ def train(config: TrainConfig, run: Run) -> None:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, train, argv)

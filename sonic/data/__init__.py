@@ -1,1 +1,1 @@
-"""What enters and leaves the program: portraits, speech, video files and drawn training data."""
+"""Input and output of media (pictures, recordings, videos), and the data sets of clips that training reads."""

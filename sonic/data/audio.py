@@ -1,6 +1,6 @@
-"""Recordings: reading any audio file as 16 kHz mono speech, and the log-mel columns that the speech encoder hears.
+"""Recordings: any audio file as 16 kHz mono speech, and the log-mel columns that the preview's speech encoder reads.
 
-The only door to librosa. Everything runs as a stream or in chunks, so that memory does not grow with anything but the samples.
+The only module that imports librosa. Files are processed as streams or in chunks: only the samples themselves are held whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
 SHORTEST_S = 0.2
-SILENCE_DBFS = -80.0  # a recording whose loudest 20 ms stay below this holds nothing to speak
+SILENCE_DBFS = -80.0  # a recording whose loudest 20 ms are below this is refused as silent
 
 COLUMNS_PER_FRAME = 2
 MELS = 40
@@ -34,18 +34,18 @@ _HOP = SAMPLE_RATE // (FPS * COLUMNS_PER_FRAME)  # 320 samples, 20 ms
 _WINDOW = 640  # 40 ms
 _CHUNK_COLUMNS = 512
 
-_LOUDNESS_DBFS = -20.0  # level that the loud part of every recording is brought to
-_QUIETEST_DBFS = -50.0  # quieter recordings are not raised further: what they hold is noise
-_AUDIBLE_DBFS = -65.0  # white noise of this level, before any gain, is not heard at all
-_FLOOR = 1e-7  # mel power that stands for silence
+_LOUDNESS_DBFS = -20.0  # level to which the loud part of every recording is scaled
+_QUIETEST_DBFS = -50.0  # quieter recordings are amplified no more than this one, since they hold noise only
+_AUDIBLE_DBFS = -65.0  # white noise up to this level, before any gain, counts as silence
+_FLOOR = 1e-7  # mel power of silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
 
 def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
-    """A recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
+    """Load a recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
 
-    Raises ValueError for a file that is missing, a folder, empty, damaged, a video, without sound, shorter than 0.2 s,
-    not finite, or (unless `allow_silence`) silent throughout.
+    Raises ValueError when the path is missing or a folder, when the file is empty, damaged, a video, without sound or shorter
+    than 0.2 s, when samples are not finite, or (unless `allow_silence`) when all of it is silent.
     """
     path = Path(path)
     _check_file(path)
@@ -67,9 +67,9 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
 
 
 def load_soundtrack(path: str | Path) -> np.ndarray:
-    """The sound of a video as 16 kHz mono samples, float32 [n]; sample 0 is at second 0 of the pictures.
+    """Load the sound of a video as 16 kHz mono samples, float32 [n]; sample 0 is at second 0 of the pictures.
 
-    Raises ValueError when the video has no sound, or it cannot be decoded.
+    Raises NoSound when the video has no sound, ValueError when it cannot be decoded.
     """
     path, report = Path(path), ClockReport()
     try:
@@ -86,7 +86,7 @@ def load_soundtrack(path: str | Path) -> np.ndarray:
 
 
 def envelope(samples: np.ndarray, sample_rate: int, frames: int, *, fps: int = FPS) -> np.ndarray:
-    """Loudness of the speech during each video frame, as root mean square.  -> [frames]"""
+    """Root mean square of the samples during each video frame.  -> [frames]"""
     edges = np.arange(frames + 1) * sample_rate // fps
     parts = (samples[a:b] for a, b in zip(edges, edges[1:], strict=False))
     return np.array([np.sqrt(np.mean(np.square(part))) if len(part) else 0.0 for part in parts])
@@ -116,21 +116,21 @@ def save_speech(path: str | Path, samples: np.ndarray) -> Path:
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """The same sound, float32 [n], at another sample rate in Hz."""
+    """Resample float32 [n] to another sample rate in Hz."""
     librosa = _librosa()
 
     return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
 
 
 def frame_levels(samples: np.ndarray) -> np.ndarray:
-    """Level of every 20 ms in dBFS (mean square; a full square wave is 0)."""
+    """Level of every 20 ms in dBFS (mean square; a full-scale square wave is 0)."""
     whole = np.pad(samples, (0, -len(samples) % _HOP)).reshape(-1, _HOP)
     power = np.einsum("nt,nt->n", whole, whole, dtype=np.float32) / _HOP
     return 10 * np.log10(power + 1e-12)
 
 
 def loudness_gain(samples: np.ndarray) -> float:
-    """Factor that brings the loud part of a recording to -20 dBFS; a recording of mere noise or silence is not raised to speech.
+    """Factor that scales the loud part of a recording to -20 dBFS; noise or silence is not amplified to the level of speech.
 
     The loud part is the 90th percentile of the frames within 30 dB of the loudest, so that pauses do not count.
     """
@@ -141,16 +141,16 @@ def loudness_gain(samples: np.ndarray) -> float:
     return 10 ** ((_LOUDNESS_DBFS - max(float(loud), _QUIETEST_DBFS)) / 20)
 
 
-def log_mel(samples: np.ndarray, num_frames: int) -> np.ndarray:
-    """Log-mel columns float32 [2·F, 40] of 16 kHz speech, two for every video frame, centred at 1/4 and 3/4 of its 40 ms.
+def log_mel(samples: np.ndarray, num_frames: int, *, gain: float | None = None) -> np.ndarray:
+    """Log-mel columns float32 [2·F, 40] of 16 kHz speech: two per video frame, centred at 1/4 and 3/4 of its 40 ms.
 
-    Loudness is evened out over the recording; silence gives the floor value `SILENT_COLUMN`, also after the last sample.
+    The recording is scaled to a common loudness; silence gives `SILENT_COLUMN`, as do frames after the last sample.
     """
     librosa = _librosa()
 
     columns = COLUMNS_PER_FRAME * num_frames
     out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
-    gain = loudness_gain(samples)
+    gain = loudness_gain(samples) if gain is None else gain  # of a part of a recording that of the whole is given
     bank = _mel_bank()
     unheard = _unheard_power()
     lead = (_WINDOW - _HOP) // 2  # the window of column j is centred on sample (j + 1/2) · hop
@@ -172,7 +172,7 @@ SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
 
 @cache
 def _mel_bank() -> np.ndarray:
-    """Triangular mel filters [40, 321], scaled so that a sine of full scale gives about 1."""
+    """Triangular mel filters [40, 321], scaled so that a full-scale sine gives about 1."""
     librosa = _librosa()
 
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
@@ -181,13 +181,13 @@ def _mel_bank() -> np.ndarray:
 
 @cache
 def _unheard_power() -> np.ndarray:
-    """Mel power [40] below which nothing is heard: white noise at the hearing level, tripled because single columns scatter."""
+    """Mel power [40] below which a column counts as silence: white noise of _AUDIBLE_DBFS, tripled because single columns scatter."""
     white = 10 ** (_AUDIBLE_DBFS / 10) * np.sum(np.hanning(_WINDOW) ** 2)  # expected |STFT|² of one bin
     return 3 * white * _mel_bank().sum(axis=1)
 
 
 def _librosa() -> ModuleType:
-    """librosa, once what it compiles has a place to be kept."""
+    """Import librosa after giving its compiled functions a cache folder."""
     make_room_for_caches()
     import librosa
 

@@ -1,7 +1,7 @@
-"""Sound of recordings and videos as float samples on the clock of the file: a pause in the time stamps becomes silence of its length,
-and sample rate and channels may change on the way.
+"""Decoding of audio files and sound tracks to float samples: gaps between time stamps become silence, and sample rate and channel
+layout may change within a file.
 
-The speech that the model hears and the sound track of the video both come from here, so that they agree on the time of every sample.
+Both the input of the speech encoder and the sound track of the video are decoded here, so they agree on the time of every sample.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from einops import rearrange, repeat
 
 from sonic.data.media import open_media
 
-SMALLEST_GAP_S = 0.01  # time stamps that are ahead by less have been rounded, or jitter
-LONGEST_GAP_S = 600.0  # a longer jump is a fault of the clock, not a pause
-_RESTART_S = 0.1  # time stamps that fall back by more have begun anew
-_LOOKAHEAD = 16  # decoded frames that have to agree that the stamps jumped
-_MEAN = -1  # stands for all channels where they do not cancel out
+SMALLEST_GAP_S = 0.01  # a smaller gap between time stamps is rounding or jitter
+LONGEST_GAP_S = 600.0  # a longer gap is a wrong time stamp, not a pause
+_RESTART_S = 0.1  # time stamps that jump back by more have restarted
+_LOOKAHEAD = 16  # decoded frames that must agree on a jump of the time stamps
+_MEAN = -1  # channel index that means: the mean of all channels
 _MIX_S = 0.5  # the channels are mixed in blocks of this length
 _FADE = 80  # samples over which the mix changes from one block to the next
 _INAUDIBLE = 1e-8  # power of a channel that counts as silent, -80 dBFS
-_CANCELLED = 0.25  # of the power that the loudest channel alone would have in the mean
-_MIX_OPTIONS = {"lfe_mix_level": 1}  # FFmpeg guesses the places of channels without names: the one it calls bass may be the speaker
-_DAMAGED = 0.1  # share of packets that cannot be decoded or seconds that are missing, above which a file is refused
-_KEEP_CLOCK = {"matroska", "webm", "mov", "mp4", "mpegts", "mpeg", "asf", "ogg", "flv", "nut", "rm", "mxf", "wtv"}  # containers with stamps
-_STATE_LENGTH = {"wav", "w64", "flac", "aiff", "au", "caf", "mov", "mp4", "tta", "ape", "wv"}  # in their header, not as an estimate
+_CANCELLED = 0.25  # the channels cancel out when their mean has less than this share of the power the loudest alone would give
+_MIX_OPTIONS = {"lfe_mix_level": 1}  # FFmpeg guesses the layout of unnamed channels: the one it takes for bass may carry the speech
+_DAMAGED = 0.1  # a file is refused when a larger share of its packets cannot be decoded, or of its seconds is missing
+_KEEP_CLOCK = {"matroska", "webm", "mov", "mp4", "mpegts", "mpeg", "asf", "ogg", "flv", "nut", "rm", "mxf", "wtv"}  # have time stamps
+_STATE_LENGTH = {"wav", "w64", "flac", "aiff", "au", "caf", "mov", "mp4", "tta", "ape", "wv"}  # length in the header, not estimated
 
 
 class NoSound(ValueError):
-    """A video without an audio stream, or with one that holds nothing."""
+    """Raised for a video without an audio stream, or with an empty one."""
 
 
 @dataclass
 class ClockReport:
-    """What the time stamps of a file said while it was decoded, in seconds: of its first sample (None before it came), of all pauses
-    that became silence, and of jumps too long for a pause, which were left out."""
+    """Findings about a file's time stamps, filled in while it is decoded: time of the first sample (None before it is decoded),
+    total length of the gaps filled with silence, and total length of the jumps that were ignored as too long; all in seconds."""
 
     start_s: float | None = None
     silence_s: float = 0.0
     left_out_s: float = 0.0
 
     def sentence(self, name: str) -> str:
-        """What a user should know of it; empty when the stamps have no gaps."""
+        """One sentence for the user about gaps in the time stamps; empty when there are none."""
         message = []
         if self.silence_s:
             message.append(f"{self.silence_s:.2f} s are missing between its time stamps and became silence of that length")
@@ -59,7 +59,7 @@ class ClockReport:
 
 
 def only_sound(container, path: Path):
-    """The audio stream of a file that is a recording; cover pictures are no video. Raises ValueError when there is none."""
+    """The audio stream of a recording. Raises ValueError for a picture, a video (a cover picture is allowed) or a file without sound."""
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if moving and not container.streams.audio and (moving[0].frames == 1 or "pipe" in container.format.name):
         raise ValueError(f"audio={path} is a picture; give a recording (wav, mp3, flac, m4a or ogg)")
@@ -78,14 +78,14 @@ def soundtrack(container, path: Path):
 
 
 def sound_format(path: Path) -> tuple[int, int]:
-    """Sample rate in Hz and channels of the first sound in a recording, as they leave the decoder."""
+    """Sample rate in Hz and number of channels of the first decoded audio frame of a recording."""
     with open_media(path) as container:
         frame = next(_decoded(container, only_sound(container, path)))
         return frame.sample_rate, frame.layout.nb_channels
 
 
 def track_seconds(path: Path) -> float:
-    """How long the sound track of a video lasts for a player, by its time stamps. Raises NoSound when there is none."""
+    """Duration in seconds of a video's sound track by its time stamps, as a player has it. Raises NoSound when there is none."""
     with open_media(path) as container:
         stream = soundtrack(container, path)
         ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
@@ -95,15 +95,15 @@ def track_seconds(path: Path) -> float:
 def decode_sound(
     path: Path, *, rate: int, layout: str = "", choose: Callable = only_sound, report: ClockReport | None = None
 ) -> Iterator[np.ndarray]:
-    """The sound of a file, float32 [channels, n] piece by piece, at `rate` Hz; the channels are the file's own unless `layout` names
-    mono or stereo.
+    """Decode the sound of a file in pieces, float32 [channels, n] at `rate` Hz; the file's own channels unless `layout` is "mono" or
+    "stereo".
 
-    `choose(container, path)` gives the stream, `report` takes what the time stamps say. Raises ValueError for a damaged file, samples
-    that are not finite, and whatever `choose` refuses.
+    `choose(container, path)` selects the stream; `report` receives the findings about the time stamps. Raises ValueError for a damaged
+    file, samples that are not finite, and whatever `choose` refuses.
     """
     report = report or ClockReport()
     damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"
-    attn_out = promised = 0.0
+    decoded = promised = 0.0
     try:
         with open_media(path) as container:
             stream = choose(container, path)
@@ -115,29 +115,29 @@ def decode_sound(
             for piece in _converted(_with_pauses(stamped, report), rate, layout):
                 if not np.isfinite(piece).all():
                     raise ValueError(f"audio={path} holds samples that are not numbers (NaN or infinity); save it again as 16-bit wav")
-                attn_out += piece.shape[1] / rate
+                decoded += piece.shape[1] / rate
                 yield piece
     except av.FFmpegError as error:
         raise ValueError(damaged.format(error.strerror or "unknown format")) from error
-    if attn_out < (1 - _DAMAGED) * promised:
-        raise ValueError(damaged.format(f"only {attn_out:.1f} of {promised:.1f} s are readable"))
+    if decoded < (1 - _DAMAGED) * promised:
+        raise ValueError(damaged.format(f"only {decoded:.1f} of {promised:.1f} s are readable"))
 
 
 def mix_down(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """One channel of many: their mean, or where they cancel out in it the loudest of them alone.  [channels, n] -> [n]"""
+    """Mix the channels to one: their mean, or the loudest alone where they cancel out in the mean.  [channels, n] -> [n]"""
     for block, last, chosen in _choices(pieces, rate):
         mean = block.mean(axis=0, dtype=np.float32)
         yield _faded(*(mean if channel == _MEAN else block[channel] for channel in (last, chosen)))
 
 
 def keep_audible(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """The channels as they are, but where they cancel out on a single loudspeaker the loudest of them on all.  [channels, n]"""
+    """Keep the channels, but where they would cancel out on a single loudspeaker put the loudest on all of them.  [channels, n]"""
     for block, last, chosen in _choices(pieces, rate):
         yield _faded(*(block if channel == _MEAN else np.broadcast_to(block[channel], block.shape) for channel in (last, chosen)))
 
 
 def _choices(pieces: Iterator[np.ndarray], rate: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """The sound in blocks [channels, n], each with the channel that stands for all in the block before and in this one, or _MEAN."""
+    """Blocks of sound [channels, n], each with the channel chosen for the block before it and for itself (an index, or _MEAN)."""
     held, last = [], None
     for piece in chain(pieces, [None]):
         if held and (piece is None or piece.shape[0] != held[0].shape[0] or sum(part.shape[1] for part in held) >= _MIX_S * rate):
@@ -150,7 +150,7 @@ def _choices(pieces: Iterator[np.ndarray], rate: int) -> Iterator[tuple[np.ndarr
 
 
 def _choice(block: np.ndarray, last: int) -> int:
-    """The loudest channel when the mean of all loses it, staying with the one before while it is about as loud; else _MEAN."""
+    """The loudest channel if it cancels out in the mean of all (the last choice while that is about as loud), else _MEAN."""
     if len(block) == 1:
         return _MEAN
     power, mean = np.square(block).mean(axis=1), block.mean(axis=0, dtype=np.float32)
@@ -161,7 +161,7 @@ def _choice(block: np.ndarray, last: int) -> int:
 
 
 def _faded(before: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """`now`, entered from `before` over its first samples.  [..., n]"""
+    """Cross-fade from `before` to `now` over the first samples.  [..., n]"""
     if before is now:
         return now
     fade = np.linspace(1, 0, _FADE, dtype=np.float32)[: now.shape[-1]]
@@ -169,7 +169,7 @@ def _faded(before: np.ndarray, now: np.ndarray) -> np.ndarray:
 
 
 def _decoded(container, stream) -> Iterator[AudioFrame]:
-    """The frames of a stream. A packet that cannot be decoded is left out, as players do; InvalidDataError when they are many."""
+    """Decoded frames of a stream. A packet that cannot be decoded is skipped, as players do; InvalidDataError when too many are."""
     packets = broken = 0
     fault = None
     for packet in container.demux(stream):
@@ -185,9 +185,9 @@ def _decoded(container, stream) -> Iterator[AudioFrame]:
 
 
 def _with_pauses(stamped: Iterator[tuple[AudioFrame, float | None]], report: ClockReport) -> Iterator[tuple[float, AudioFrame]]:
-    """The frames, each with the seconds of silence that the time stamps leave before it."""
+    """Pairs of the seconds of silence before a frame, according to the time stamps, and the frame."""
     ahead, past, decoded = deque(), deque(maxlen=_LOOKAHEAD), 0.0
-    position = None  # how far the stamps are ahead of the sound that was decoded; a restart or a gap changes it
+    position = None  # seconds by which the time stamps lead the decoded sound; changes at a restart or a gap
     for new, time in chain(stamped, [(None, None)] * (_LOOKAHEAD - 1)):
         ahead.append((new, None if time is None else time - decoded))
         decoded += new.samples / new.sample_rate if new is not None else 0.0
@@ -211,10 +211,10 @@ def _with_pauses(stamped: Iterator[tuple[AudioFrame, float | None]], report: Clo
 
 
 def _jump(leads: list[float], past: Sequence[float], position: float) -> float:
-    """Seconds by which the clock jumps at a frame: above zero a gap, below zero a restart, 0 when it goes on.
+    """Seconds by which the time stamps jump at a frame: positive for a gap, negative for a restart, else 0.
 
-    `leads` are those of the frame and of the next ones, `past` those before it. A gap is a step that all of them agree on: stamps
-    that have been rounded, jitter or drift make none, nor does one wrong stamp.
+    `leads` are those of this frame and the next ones, `past` those of the frames before it. Only a step that all of them show is a
+    gap: rounded, jittering or drifting time stamps, or a single wrong one, are not.
     """
     if max(leads) < position - _RESTART_S:
         return leads[0] - position
@@ -226,12 +226,12 @@ def _jump(leads: list[float], past: Sequence[float], position: float) -> float:
 
 
 def _lowest(leads: list[float]) -> float:
-    """The lowest of some leads, freed from rounding and jitter: the median of those near it."""
+    """The lowest lead without rounding and jitter: the median of the leads near the minimum."""
     return float(np.median([lead for lead in leads if lead <= min(leads) + SMALLEST_GAP_S]))
 
 
 def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: str) -> Iterator[np.ndarray]:
-    """The frames as float32 [channels, n] at one rate, with silence where it belongs; layout "" keeps the channels of every frame."""
+    """Resample the frames to float32 [channels, n] at one rate and insert the silence; layout "" keeps the channels of every frame."""
     resampler, source, channels, made, due = None, None, 1, 0, 0.0
     for silence, frame in spaced:
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
@@ -252,7 +252,7 @@ def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: st
             )
             resampler = AudioResampler(format="flt", layout=target, rate=rate, options=options)
         due += frame.samples / frame.sample_rate
-        frame.pts = None  # the clock is kept here: a wrong one must not stop the resampler
+        frame.pts = None  # time is counted here: a wrong time stamp must not stop the resampler
         for piece in _resampled(resampler, frame, layout):
             channels, made = piece.shape[0], made + piece.shape[1]
             yield piece
@@ -261,10 +261,10 @@ def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: st
 
 
 def _resampled(resampler: AudioResampler, frame: AudioFrame | None, layout: str) -> Iterator[np.ndarray]:
-    """What the resampler gives for a frame, or at the end for None, as float32 [channels, n].
+    """Output of the resampler for a frame, or for None at the end, as float32 [channels, n].
 
-    It gives interleaved samples: PyAV cannot read eight planes. Channels without names cannot be mixed down by their places: their
-    mean stands on every channel of `layout`.
+    The resampler produces interleaved samples because PyAV cannot read eight planes. Channels without names cannot be mixed down by
+    their layout: every channel of `layout` gets their mean.
     """
     for out in resampler.resample(frame):
         samples = rearrange(out.to_ndarray(), "1 (n channels) -> channels n", channels=out.layout.nb_channels)
@@ -274,7 +274,7 @@ def _resampled(resampler: AudioResampler, frame: AudioFrame | None, layout: str)
 
 
 def _promised_seconds(container, stream) -> float:
-    """Length that the file's header states; 0 where it states none or FFmpeg only estimates it."""
+    """Duration in the file's header; 0 when it has none or FFmpeg only estimates it."""
     if stream.duration is None or not _STATE_LENGTH & set(container.format.name.split(",")):
         return 0.0
     return float(stream.duration * stream.time_base)

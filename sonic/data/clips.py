@@ -1,4 +1,4 @@
-"""Clips on disk: safetensors shards with an index, windows cut from them, and the seeded order in which they are drawn."""
+"""Clips on disk: safetensors shards with an index, the dataset that cuts windows from them, and the seeded order of batches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sonic.system.program import written
 LOG = logging.getLogger(__name__)
 ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
-UNFINISHED = "unfinished"  # in an index whose clips are being made again
-# tensors that run along time: which axis, and how many entries a latent frame has there; all others are taken whole
+UNFINISHED = "unfinished"  # key of an index whose clips are being made again
+# tensors with a time axis: (axis, entries per latent frame); all others are read whole
 TIME = {
     "latents": (1, 1),
     "audio": (2, FRAMES_PER_LATENT),
@@ -36,36 +36,36 @@ TIME = {
 
 
 def write_index(folder: Path, clips: list[dict], **metadata: object) -> None:
-    """Name every clip of `folder`, with what is true of all of them in `metadata`."""
+    """Write the index of `folder`: every clip, and the `metadata` that all clips share."""
     temporary = folder / f".{INDEX}"
     temporary.write_text(json.dumps({**metadata, "clips": clips}))
     temporary.rename(folder / INDEX)
 
 
 def mark_unfinished(folder: Path) -> None:
-    """Say in the index, where there is one, that clips it names are being made again; the index that is written then no longer does."""
+    """Mark the index, if there is one, as unfinished while its clips are made again; the next `write_index` removes the mark."""
     if (folder / INDEX).is_file():
         known = read_index(folder)
         write_index(folder, known.pop("clips"), **known | {UNFINISHED: True})
 
 
 def read_index(folder: Path) -> dict:
-    """The index of a folder of clips. Raises ValueError when there is none, or it is damaged."""
+    """Read the index of a folder of clips. Raises ValueError when there is none or it is damaged."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise ValueError(f"data.folder={folder} holds no {INDEX}: make clips with {written('precompute')} or name another folder")
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found["clips"], list):
+        index = json.loads(path.read_text())
+        if not isinstance(index["clips"], list):
             raise TypeError("its clips are no list")
     except (ValueError, KeyError, TypeError) as error:
         again = f"repeat the {written('precompute')} command that made it"
         raise ValueError(f"{path} is damaged ({error}); delete it and {again}") from error
-    return found
+    return index
 
 
 def check_room(folder: Path, **metadata: object) -> None:
-    """Raise ValueError when the folder already holds clips of another kind; a fact that its index does not know fits any."""
+    """Raise ValueError when the folder already holds clips with other metadata; keys that its index lacks are not compared."""
     if not (folder / INDEX).is_file():
         return
     known = read_index(folder)
@@ -76,11 +76,11 @@ def check_room(folder: Path, **metadata: object) -> None:
 
 
 class ClipDataset(Dataset):
-    """Windows of clips. An item is asked for by (index, seed): the clip, and the randomness of its window.
+    """Windows of clips. The key of an item is (index of the clip, seed of the window's position).
 
-    Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [N,E,4T], visemes [4T,5], head [4T,4], as far as
-    the clips have them. Only the window is read from disk. Raises ValueError when there are no clips so long, or half of them
-    are of other encoders.
+    Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [K,E,4T], visemes [4T,5], head [4T,4], those that
+    the clips have. Only the window is read from disk. Raises ValueError when no clip is that long, or the data set is being
+    made again.
     """
 
     def __init__(self, folder: str | Path, window: int = 0) -> None:
@@ -98,14 +98,14 @@ class ClipDataset(Dataset):
         return all(name in clip["tensors"] for clip in self.clips)
 
     def check(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}) -> None:
-        """Raise ValueError when clips with latents were made for another model, at another rate, or by other weights of its encoders
-        than those that `hashes_of` knows ("" = nobody knows). What an index does not say is taken to fit, and told."""
+        """Raise ValueError when clips with latents were made for another model, at another frame rate, or by encoders of other weights
+        than `hashes_of` gives ("" = unknown). Values that the index lacks are assumed to fit, with a warning."""
         made_by, rate = self.index.get("autoencoder", config.autoencoder), config.rollout.fps
         if "latents" not in self.clips[0]["tensors"]:
             return
         if made_by != config.autoencoder:
             raise ValueError(
-                f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} speaks those of "
+                f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} needs those of "
                 f"{config.autoencoder}; make clips for this model with {written('precompute')}"
             )
         if self.index.get("fps", rate) != rate:
@@ -143,14 +143,14 @@ class ClipDataset(Dataset):
         return self.read(*draw)
 
     def read(self, index: int, seed: int, keys: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """One window, of the tensors `keys` (none named = all the clip has)."""
+        """Read one window of the tensors `keys` (empty = all that the clip has)."""
         clip = self.clips[index]
         length = self.window or clip["latent_frames"]
         start = int(np.random.default_rng(seed).integers(clip["latent_frames"] - length + 1))
         return {key: self._read(clip, key, start=start, length=length) for key in keys or clip["tensors"]}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} where none were kept."""
+        """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} when the folder has none."""
         path = self.folder / STATISTICS
         with _naming(path):
             return load_file(path) if path.is_file() else {}
@@ -172,7 +172,7 @@ class ClipDataset(Dataset):
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Raise ValueError with the name of a file that turns out to be damaged or gone while it is read."""
+    """Context that turns errors of reading a damaged or missing file into a ValueError with its name."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -180,7 +180,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
-    """Size of the latents around zero (where nothing moves) over up to `most` clips: per cell [h,w] and per channel [C]."""
+    """Root mean square of the latents (zero = no motion) over up to `most` clips: per cell [h,w] and per channel [C]."""
     data = ClipDataset(folder)
     chosen = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)
     squares = sum(data.read(int(i), 0, keys=("latents",))["latents"].square().mean(1) for i in chosen) / len(chosen)
@@ -194,9 +194,9 @@ def pose_latents(head: Tensor, height: int, width: int) -> Tensor:
 
 
 def sample_order(length: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (index, seed) without end: every epoch is its own permutation, ranks take turns.
+    """Endless batches of (index, seed): every epoch is a new permutation, and ranks take batches in turn.
 
-    `start` counts the batches that all ranks together have had; a multiple of `ranks`.
+    `start` is the number of batches that all ranks together have used already, a multiple of `ranks`.
     """
     position = start * batch
     order, epoch = np.empty(0, np.int64), -1
@@ -213,9 +213,9 @@ def sample_order(length: int, batch: int, *, seed: int, start: int = 0, rank: in
 
 
 def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: int = 0, prefetch: int = 4) -> Iterator[dict[str, Tensor]]:
-    """Batches of a dataset in an order without end (see `sample_order`), made by `workers` processes (0 = here).
+    """Batches of a dataset in an endless order (see `sample_order`), loaded by `workers` processes (0 = this one).
 
-    A dataset whose items are not tensors alone brings its own `collate`.
+    A dataset whose items hold more than tensors has its own `collate`.
     """
     extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
     collate = getattr(dataset, "collate", None)
@@ -223,7 +223,7 @@ def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: i
 
 
 class _Endless:
-    """A batch sampler that never ends; it has no length."""
+    """An endless batch sampler; it has no length."""
 
     def __init__(self, order: Callable[[], Iterator[list]]) -> None:
         self.order = order

@@ -1,7 +1,7 @@
-"""Colours of picture files as sRGB: what an ICC profile, PNG chunks, EXIF or an HEIF box say of the numbers is honoured.
+"""Conversion of picture files to sRGB by their ICC profile, PNG chunks, EXIF tags or HEIF colour box.
 
-Colours are converted relative to white, with black mapped to black (relative colorimetric with black point compensation), as
-browsers and photo editors show a picture by default: what sRGB can show stays exact, and only what it cannot is clipped.
+The conversion is relative colorimetric with black point compensation, the default of browsers and photo editors: colours inside
+the sRGB gamut stay exact, those outside are clipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 MODE_OF = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colour space -> Pillow's mode
 RELATIVE, BLACK_TO_BLACK = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
 FLAGS = dict.fromkeys(MODE_OF.values(), BLACK_TO_BLACK) | {"L": BLACK_TO_BLACK | ImageCms.Flags.NOOPTIMIZE}  # else dark greys are wrong
-AS_SRGB, WHITE_AT_LEAST = 2, 200  # levels: a profile that changes no colour by more is sRGB; no sound one shows white darker
+AS_SRGB, WHITE_AT_LEAST = 2, 200  # levels: a profile that changes no colour by more is sRGB; one whose white is darker is broken
 D65, D50 = (0.3127, 0.3290), (0.96422, 1.0, 0.82521)
 SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y of red, green and blue
 PRIMARIES = {  # ITU-T H.273
@@ -35,18 +35,18 @@ SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 ADOBE_GAMMA = 563 / 256
 CURVES = {1: SRGB_CURVE, 2: SRGB_CURVE, 4: (2.2,), 5: (2.8,), 6: SRGB_CURVE, 8: (1.0,), 13: SRGB_CURVE, 14: SRGB_CURVE, 15: SRGB_CURVE}
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-GAMMAS = 0.2, 2.0  # of PNG files: what lies outside is no picture's
+GAMMAS = 0.2, 2.0  # valid range of the gamma of PNG files
 EXIF_FOLDER, INTEROP_FOLDER, COLOR_SPACE, INTEROP_INDEX = 0x8769, 0xA005, 0xA001, 1
-HEADER_BYTES = 1 << 16  # of an AVIF or HEIF file, where its boxes are
+HEADER_BYTES = 1 << 16  # of an AVIF or HEIF file that are searched for its boxes
 MISREAD = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
 log = logging.getLogger("sonic.data")
 
 
 def in_srgb(colors: Image.Image, original: Image.Image, *, path: Path, called: str) -> Image.Image:
-    """The colours of a picture without alpha, in any of the modes of `MODE_OF`, as RGB; `original` is the file that they come from.
+    """Convert a picture without alpha, in any mode of `MODE_OF`, to sRGB; `original` is the opened file with its colour profile.
 
-    Warns where the file says something of its colours that cannot be understood, and takes the numbers as sRGB then.
+    When the profile cannot be used, logs a warning and takes the values as sRGB.
     """
     try:
         profile = ImageCms.createProfile("LAB") if colors.mode == "LAB" else _profile(original, path)
@@ -57,7 +57,8 @@ def in_srgb(colors: Image.Image, original: Image.Image, *, path: Path, called: s
 
 
 def rgb_profile(colors: Sequence[float], curve: Sequence[float]) -> bytes:
-    """An ICC profile (version 4) of an RGB space: x, y of its red, green, blue and white; parameters of its curve, a gamma or more.
+    """Build an ICC profile (version 4) of an RGB space from x, y of its red, green, blue and white, and the parameters of its
+    transfer curve (a gamma, or a parametric curve).
 
     Source: ICC.1:2010, 8.3 (three-component matrix-based profiles), 10.15 (parametric curves) and annex E (Bradford).
     """
@@ -86,8 +87,8 @@ def _fixed(numbers: Sequence[float]) -> bytes:
 
 
 def _profile(image: Image.Image, path: Path) -> io.BytesIO | None:
-    """What a file says of its colours, as the file of an ICC profile; None where it says nothing or sRGB."""
-    if image.format == "PNG" and (codes := _codes_of_png(path)):  # which go before all else it says
+    """The colour profile of a file as ICC data; None when it has none or is sRGB."""
+    if image.format == "PNG" and (codes := _codes_of_png(path)):  # these take precedence over all other tags
         return _coded(*codes)
     if "icc_profile" in image.info:
         if not image.info["icc_profile"]:
@@ -101,7 +102,7 @@ def _profile(image: Image.Image, path: Path) -> io.BytesIO | None:
 
 
 def _converted(colors: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    """The colours as sRGB; those of a profile that is sRGB as they are. Raises ValueError for a profile of something else."""
+    """Convert colours to sRGB; unchanged when the profile is sRGB already. Raises ValueError when profile and picture do not match."""
     mode = MODE_OF.get(profile.profile.xcolor_space.strip())
     if mode == "RGB" and colors.mode == "L":
         colors = colors.convert("RGB")
@@ -121,14 +122,14 @@ def _converted(colors: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.
 
 
 def _samples(mode: str) -> Image.Image:
-    """Colours from everywhere in a mode in one row, white last."""
+    """Sample colours over the whole gamut of a mode, in one row, white last."""
     levels = range(0, 256, 15)
     colors = np.array(list(product(levels, repeat=3)) if mode == "RGB" else range(256), np.uint8)
     return Image.fromarray(colors[None])
 
 
 def _codes_of_png(path: Path) -> tuple[int, int] | None:
-    """Primaries and transfer of a cICP chunk, by their numbers in H.273."""
+    """H.273 codes of primaries and transfer in the cICP chunk of a PNG file, if it has one."""
     with path.open("rb") as file:
         file.seek(8)
         while (head := file.read(8))[4:] not in (b"", b"IDAT", b"IEND"):
@@ -139,14 +140,14 @@ def _codes_of_png(path: Path) -> tuple[int, int] | None:
 
 
 def _codes_of_heif(path: Path) -> tuple[int, int] | None:
-    """The same of a colour box, where all boxes of a file agree."""
+    """H.273 codes of primaries and transfer in the colour boxes of a HEIF file, if all its boxes agree."""
     with path.open("rb") as file:
         found = {each[:4] for each in file.read(HEADER_BYTES).split(b"colrnclx")[1:]}
     return struct.unpack(">HH", found.pop()) if len(found) == 1 else None
 
 
 def _coded(primaries: int, transfer: int) -> io.BytesIO | None:
-    """The profile that codes of H.273 stand for; what they leave open is sRGB's, and so are the curves of video."""
+    """The ICC profile of H.273 codes; unspecified codes, and transfer curves of video, count as sRGB."""
     if transfer not in CURVES:
         raise ValueError(f"transfer {transfer} of H.273{', which is HDR,' if transfer in (16, 18) else ''} is not known here")
     if primaries not in PRIMARIES and primaries != 2:
@@ -155,7 +156,7 @@ def _coded(primaries: int, transfer: int) -> io.BytesIO | None:
 
 
 def _measured(gamma: float, white_first: Sequence[float]) -> io.BytesIO:
-    """The profile of the chunks gAMA and cHRM; 1/2.2 stands for sRGB's own curve, as its writers mean it."""
+    """The ICC profile of the PNG chunks gAMA and cHRM; a gamma of 1/2.2 means the sRGB curve, as programs that write it intend."""
     if not GAMMAS[0] <= gamma <= GAMMAS[1]:
         raise ValueError(f"a gamma of {gamma}")
     curve = SRGB_CURVE if abs(gamma - 1 / 2.2) < 0.005 else (1 / gamma,)
@@ -163,7 +164,7 @@ def _measured(gamma: float, white_first: Sequence[float]) -> io.BytesIO:
 
 
 def _says_adobe(image: Image.Image) -> bool:
-    """Whether a camera wrote in Adobe RGB without a profile: "uncalibrated" and R03, as DCF 2.0 has it, or 2 as some have it."""
+    """Whether EXIF marks the picture as Adobe RGB: colour space "uncalibrated" with R03 (DCF 2.0), or 2 as some cameras write."""
     exif = image.getexif()
     space = exif.get_ifd(EXIF_FOLDER).get(COLOR_SPACE)
     return space == 2 or space == 0xFFFF and str(exif.get_ifd(INTEROP_FOLDER).get(INTEROP_INDEX, "")).startswith("R03")

@@ -1,4 +1,4 @@
-"""Options of making data sets (stdlib only)."""
+"""Options of the command precompute (stdlib only)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sonic.config import ModelConfig, option, parse_size
 
 @dataclass
 class MixConfig:
-    """Shares of the recordings and clips."""
+    """Shares of the recordings and clips that are made in a special way."""
 
     clean: float = option(0.25, "recordings that stay free of noise, echo and band limits")
-    silent: float = option(0.05, "recordings in which nobody speaks")
+    silent: float = option(0.05, "recordings without speech")
     moving: float = option(0.3, "clips whose head moves")
 
     def __post_init__(self) -> None:
@@ -23,13 +23,13 @@ class MixConfig:
 
 @dataclass
 class FootageConfig:
-    """One's own videos, and what a clip of them has to be."""
+    """The user's own videos, and which of their segments become clips."""
 
     source: str = option("", "folder of videos of people who speak; empty = people are drawn")
-    size: str = option("384x256", "what is cut out of the middle, for models that generate the whole picture")
+    size: str = option("384x256", "WIDTHxHEIGHT cut from the middle of the frames, for models that generate the whole picture")
     least_level_db: float = option(-45.0, "quieter clips count as silent, in dB below full scale")
-    least_sync: float = option(0.2, "correlation of mouth and sound below which they do not belong together")
-    most_lag_s: float = option(0.2, "seconds that mouth and sound may be apart")
+    least_sync: float = option(0.2, "clips whose mouth and sound correlate less are left out")
+    most_lag_s: float = option(0.2, "largest delay in seconds between mouth and sound")
 
     def __post_init__(self) -> None:
         width, height = parse_size(self.size, "data.size")
@@ -43,15 +43,15 @@ class FootageConfig:
 
 @dataclass
 class PrecomputeConfig:
-    """Makes clips once, so that training only reads: of one's own videos (data.source), or of drawn people and synthesised speech."""
+    """Makes a data set of clips for training: of your own videos (data.source), or of drawn people and synthesised speech."""
 
     kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
-    folder: str = option("data/preview_clips", "where the shards and their index go; what is there is kept unless other encoders made it")
-    split: str = option("train", "train or test: other people, voices and words")
-    seed: int = 0
+    folder: str = option("data/preview_clips", "folder for shards and index; existing shards are kept unless other encoders made them")
+    split: str = option("train", "train or test; the two share no people, voices or words")
+    seed: int = option(0, "other seeds are other people, voices and sentences")
     utterances: int = option(1000, "recordings to make")
     latent_frames: int = option(18, "length of a clip; four video frames each")
-    clips_per_utterance: int = option(4, "clips cut from a recording, each with a person of its own")
+    clips_per_utterance: int = option(4, "clips cut from a recording, each with a different person")
     mix: MixConfig = option(MixConfig)
     data: FootageConfig = option(FootageConfig)
     workers: int = option(2, "processes; 0 = in this one")

@@ -1,4 +1,4 @@
-"""The eyes of an aligned face: the pair of dark spots that lies most like a pair of eyes; glasses and brows shift it little."""
+"""Eye positions of an aligned face: the pair of dark spots that is most likely a pair of eyes; robust to glasses and brows."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from sonic.data.face_filter import FacePose, blur
 
 DENSITY = 4  # samples per template pixel
-HALF_WIDTH, TOP, BOTTOM = 8, -9, 0  # the part of the face that is looked at, in template pixels
-USUAL = (4.8, -4.1)  # where the right eye of the picture lies; the left one mirrors it
+HALF_WIDTH, TOP, BOTTOM = 8, -9, 0  # the part of the face that is searched, in template pixels
+USUAL = (4.8, -4.1)  # expected position of the eye on the right of the picture; the left one mirrors it
 SPREAD, TILT_SPREAD, WIDTH_SPREAD = 0.9, 0.1, 1.0
 SHARE_OF_PRIOR = 0.12
 
 
 def read_eyes(window: Tensor, pose: FacePose) -> Tensor:
-    """Middles of both eyes in the px of that picture, the left one first.  window [H,W,3] in [0,1] -> [2,2] (x, y)"""
+    """Centres of both eyes in px of the window, the left one first.  window [H,W,3] in [0,1] -> [2,2] (x, y)"""
     y = (torch.arange((BOTTOM - TOP) * DENSITY) + 0.5) / DENSITY + TOP
     x = (torch.arange(2 * HALF_WIDTH * DENSITY) + 0.5) / DENSITY - HALF_WIDTH
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     spots = _dark_spots(window, pose, points)
     sides = [_near(points, spots, -1), _near(points, spots, 1)]
     (left, left_merit), (right, right_merit) = sides
-    apart = right[None] - left[:, None]  # [L,R,2]
+    apart = right[None] - left[:, None]  # [left, right, 2]
     odd = (torch.atan2(apart[..., 1], apart[..., 0]) / TILT_SPREAD) ** 2 + ((apart[..., 0] - 2 * USUAL[0]) / WIDTH_SPREAD) ** 2
     merit = left_merit[:, None] + right_merit[None] - SHARE_OF_PRIOR / 2 * odd
     weight = torch.softmax(merit.flatten() / 0.04, dim=0).reshape(merit.shape)
@@ -34,13 +34,13 @@ def read_eyes(window: Tensor, pose: FacePose) -> Tensor:
 
 
 def _rotation(pose: FacePose) -> Tensor:
-    """Template coordinates @ turn = px from the template's middle."""
+    """The matrix that takes template coordinates (row vectors) to px from the template's middle."""
     cos, sin = math.cos(pose.angle) * pose.unit, math.sin(pose.angle) * pose.unit
     return torch.tensor([[cos, sin], [-sin, cos]])
 
 
 def _dark_spots(window: Tensor, pose: FacePose, points: Tensor) -> Tensor:
-    """How much darker a place of the size of an iris is than its surroundings, 1 at the darkest.  -> [h,w]"""
+    """How much darker than its surroundings each spot of the size of an iris is; 1 at the darkest.  -> [h,w]"""
     grey = window.mean(-1)[None, None]
     step = pose.unit / DENSITY
     grey = blur(grey, 0.5 * step) if step > 1 else grey
@@ -54,7 +54,7 @@ def _dark_spots(window: Tensor, pose: FacePose, points: Tensor) -> Tensor:
 
 
 def _near(points: Tensor, spots: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Places where the eye of one side may be, and what speaks for each.  -> [n,2], [n]"""
+    """Candidate positions of the eye of one side, and the log posterior of each.  -> [n,2], [n]"""
     off = (((points - torch.tensor([side * USUAL[0], USUAL[1]])) / SPREAD) ** 2).sum(-1)
     possible = off < 6
     return points[possible], spots[possible] - SHARE_OF_PRIOR / 2 * off[possible]

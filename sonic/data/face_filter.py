@@ -1,8 +1,8 @@
-"""How an upright face looks at 25 pixels, as one linear filter over gradient channels, and where a photograph looks like that.
+"""Face alignment by one linear filter over gradient channels: a template of an upright face, 25 pixels high.
 
-The filter is fitted to the hundred small faces that scikit-image bundles, turned, shifted, resized and lit in many ways; the
-response is near 1 where a face of that size and roll sits and near 0 beside it.  `sonic/assets/face_filter.npz` is what
-`fit()` made; its card gives the command.
+The filter is fitted to the hundred small faces that scikit-image bundles, rotated, shifted, resized and relit in many ways; its
+response is near 1 on a face of that size and roll and near 0 beside it.  `sonic/assets/face_filter.npz` was written by
+`fit()`; its card gives the command.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 ROWS, COLUMNS = 25, 22  # of the template; the bundled faces are 25 wide, but their middle is 1.5 columns left of the picture's
 ASSET = "face_filter.npz"
-LOUDNESS = 10.0  # length that every window of channels is scaled to before the filter sees it
-SHARE_OF_PRIOR = 0.1  # response that one standard deviation of the prior squared is worth, twice over
+LOUDNESS = 10.0  # norm that every window of channels is scaled to before filtering
+SHARE_OF_PRIOR = 0.1  # weight of the log prior beside the response: one standard deviation costs half of this
 
 
 @dataclass(frozen=True)
 class FaceFilter:
-    """weights [C,ROWS,COLUMNS], zero outside of the face's oval; offset is added to every response."""
+    """Weights [C,ROWS,COLUMNS], zero outside the face oval, and an offset that is added to every response."""
 
     weights: Tensor
     offset: float
@@ -34,7 +34,8 @@ class FaceFilter:
 
 @dataclass(frozen=True)
 class FacePose:
-    """Where the template lies: middle x, y in px, `unit` px per template pixel, roll in radians, response (about 1 on a face)."""
+    """Pose of the template in a picture: middle x, y in px, `unit` px per template pixel, roll in radians, response (about 1 on a
+    face)."""
 
     x: float
     y: float
@@ -45,7 +46,7 @@ class FacePose:
 
 @dataclass(frozen=True)
 class Guess:
-    """Where a face is expected: middle, unit and roll as in FacePose, and how far off each may be (px; logarithm; radians)."""
+    """Prior of a face pose: middle, unit and roll as in FacePose, and their standard deviations (px; logarithm; radians)."""
 
     x: float
     y: float
@@ -58,7 +59,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Move:
-    """How a template is seen: roll in radians, sizes as factors, the rest in template pixels."""
+    """Augmentation of a template: roll in radians, sizes as factors, the rest in template pixels."""
 
     roll: float = 0.0
     size: float = 1.0
@@ -75,13 +76,13 @@ def template_grid() -> Tensor:
 
 
 def oval() -> Tensor:
-    """1 inside the face, 0 in the corners, where hair and background differ.  -> [ROWS,COLUMNS]"""
+    """Mask of the face: 1 inside, 0 in the corners, which show hair and background.  -> [ROWS,COLUMNS]"""
     x, y = template_grid().unbind(-1)
     return ((x / 9.0) ** 2 + ((y - 1.0) / 10.5) ** 2 < 1).float()
 
 
 def channels(grey: Tensor) -> Tensor:
-    """What the filter looks at: rising and falling gradients and brightness, each against its surroundings.  [N,1,H,W] -> [N,5,H,W]"""
+    """Input channels of the filter: positive and negative gradients and brightness, locally normalised.  [B,1,H,W] -> [B,5,H,W]"""
     wide, high = F.pad(grey, (1, 1, 0, 0), mode="replicate"), F.pad(grey, (0, 0, 1, 1), mode="replicate")
     right, down = (wide[..., 2:] - wide[..., :-2]) / 2, (high[..., 2:, :] - high[..., :-2, :]) / 2
     strength = blur(right**2 + down**2, 3.0).sqrt() + 0.02
@@ -91,7 +92,7 @@ def channels(grey: Tensor) -> Tensor:
 
 
 def blur(picture: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with the border repeated.  [N,C,H,W]"""
+    """Gaussian blur with the border repeated.  [B,C,H,W]"""
     if sigma < 0.1:
         return picture
     radius = math.ceil(3 * sigma)
@@ -105,7 +106,7 @@ def blur(picture: Tensor, sigma: float) -> Tensor:
 
 @lru_cache(maxsize=1)
 def load() -> FaceFilter:
-    """The bundled filter."""
+    """Load the bundled filter."""
     with (importlib.resources.files("sonic.assets") / ASSET).open("rb") as file, np.load(file) as saved:
         return FaceFilter(torch.from_numpy(saved["weights"]).float(), float(saved["offset"]))
 
@@ -130,7 +131,7 @@ def align(grey: Tensor, guess: Guess) -> FacePose:
 
 
 def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], *, unit: float, rotations: Tensor, span: int) -> Tensor:
-    """Responses on span x span places one template pixel apart, for several turns.  -> [n,6]: pose, response, log posterior"""
+    """Responses at span x span positions one template pixel apart, for several rotations.  -> [n,6]: pose, response, log posterior"""
     known = load()
     wide, high = COLUMNS + span - 1, ROWS + span - 1
     whole = max(1, round(unit))
@@ -163,7 +164,8 @@ def _respond(grey: Tensor, guess: Guess, middle: tuple[float, float], *, unit: f
 
 
 def fit(rounds: int = 80, ridge: float = 100.0, seed: int = 0) -> FaceFilter:
-    """Least squares from channels to "a face sits exactly here": 1 on it, falling off with shift, size and roll, 0 elsewhere."""
+    """Fit the filter by least squares to targets that are 1 on an exactly aligned face, fall off with shift, size and roll, and are 0
+    elsewhere."""
     rng = torch.Generator().manual_seed(seed)
     small = torch.from_numpy(data.lfw_subset()).float()[:, None, :, :COLUMNS]
     faces, others = torch.cat([small[:100], small[:100].flip(-1)]), torch.cat([small[100:], small[100:].flip(-1), _scenery(rng)])
@@ -187,12 +189,12 @@ def fit(rounds: int = 80, ridge: float = 100.0, seed: int = 0) -> FaceFilter:
 
 
 def save(made: FaceFilter, path: str) -> None:
-    """Write a filter as half precision."""
+    """Write a filter in half precision."""
     np.savez_compressed(path, weights=made.weights.half().numpy(), offset=np.float32(made.offset))
 
 
 def moved(faces: Tensor, move: Move) -> Tensor:
-    """The faces seen turned, resized, shifted, widened, and with the middle of the face pushed sideways inside its outline."""
+    """Rotate, resize, shift and widen the faces, and push the middle of the face sideways inside its outline."""
     x, y = template_grid().unbind(-1)
     cos, sin = math.cos(move.roll) * move.size, math.sin(move.roll) * move.size
     across, along = (cos * x - sin * y) * move.width + move.right, sin * x + cos * y + move.down
@@ -202,7 +204,7 @@ def moved(faces: Tensor, move: Move) -> Tensor:
 
 
 def relit(faces: Tensor, rng: torch.Generator) -> Tensor:
-    """The faces under a light from a random side."""
+    """Light the faces from a random side."""
     x, y = template_grid().unbind(-1)
     sideways, above = (torch.randn(2, len(faces), 1, 1, 1, generator=rng) * torch.tensor([0.8, 0.4]).reshape(2, 1, 1, 1, 1)).unbind(0)
     light = torch.exp(2 * (sideways * x / COLUMNS + above * y / ROWS))

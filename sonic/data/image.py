@@ -1,7 +1,7 @@
-"""A photograph from a file: read upright and flat, its face found, and the square the model works on cut out and addressed.
+"""Photographs: loading (oriented, sRGB, no alpha), the square face crop that the model works on, and its coordinates.
 
-Coordinates are continuous everywhere: pixel k of a row covers [k, k+1), so its centre is k + 0.5.  Where the mouth is inside
-the face is decided in landmarks.py.
+Coordinates are continuous everywhere: pixel k of a row covers [k, k+1), so its centre is k + 0.5.  Finding the face and the
+mouth is in landmarks.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
-PAPER = (255, 255, 255)  # what shows through transparent pixels: cut-out portraits are made to be seen on white
+PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits are meant for a white page
 MOUTH_IN_CROP = MOUTH_ANCHOR
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
@@ -51,16 +51,17 @@ UNREAD = {
     "jpeg_xl": "a JPEG XL picture, which cannot be read; save it as JPEG or PNG",
 }
 JPEG_XL = b"\xff\x0a", b"\0\0\0\x0cJXL "
-PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that a compressed chunk may hold: profiles of printers have several millions
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes of a decompressed PNG chunk: ICC profiles of printers take several megabytes
 BROKEN_FILE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError)
 
 
 def load_image(path: str | Path, option: str = "image") -> np.ndarray:
-    """The picture in a file, upright and without transparency, as uint8 sRGB [H,W,3]; of several in a file, the first.
+    """Load the (first) picture of a file, upright and without transparency, as uint8 sRGB [H,W,3].
 
-    Grey, palette, CMYK and 16-bit pictures are converted, and colours as their profile says; the EXIF orientation is applied;
-    transparent pixels show white.
-    Raises ValueError when there is no such picture or its size is outside 128 px a side .. 50 Mpx; `option` is who named it.
+    Grey, palette, CMYK and 16-bit pictures and colour profiles are converted to sRGB; the EXIF orientation is applied;
+    transparent pixels become white.
+    Raises ValueError when the file is no readable picture, a side is below 128 px, or it has more than 50 megapixels; `option`
+    is the option that named the file, for the message.
     """
     path, called = Path(path), f"{option}={path}"
     if path.is_dir():
@@ -69,7 +70,7 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
         raise ValueError(f"{called} does not exist; check the spelling and the folder")
     kind = ""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decompression bombs: our own limit is stricter; damaged metadata: the picture counts
+        warnings.simplefilter("ignore")  # of decompression bombs (our own limit is stricter) and damaged metadata (the pixels are fine)
         try:
             kind = _kind(path)
             if kind == "heic" and _reads_heic():
@@ -89,19 +90,42 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
                 raise ValueError(f"{called} is damaged or cut off ({error}); export or copy it again") from error
 
 
+def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
+    """A picture that is in memory as load_image gives it: a PIL picture, or uint8 [H,W,3] in sRGB, which stays as it is.
+
+    Raises ValueError for anything else, and for a size that load_image refuses.
+    """
+    if isinstance(image, Image.Image):
+        _check_size("image", *image.size)
+        own = image.copy()  # without the name of its file, which may be gone
+        return _upright(own, _flat(own, Path(), "image"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image is {given}; give a path, a PIL picture, or an array uint8 [height,width,3]")
+    _check_size("image", image.shape[1], image.shape[0])
+    return np.ascontiguousarray(image)
+
+
 def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
     """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
-    pixels = load_image(path)
+    return portrait_of(load_image(path), face_box, mouth)
+
+
+def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
+    """The same of a photograph that is in memory, uint8 [H,W,3]."""
     # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
     # so does what the log says of it, given as an override
     face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
-    found = locate_mouth(pixels, face, mouth)
-    x, y, half_width = (round(value, 2) for value in (found.x, found.y, found.half_width))
-    return Portrait(pixels, face, Mouth(x, y, half_width, round(found.angle, 4)))
+    located = locate_mouth(pixels, face, mouth)
+    x, y, half_width = (round(value, 2) for value in (located.x, located.y, located.half_width))
+    return Portrait(pixels, face, Mouth(x, y, half_width, round(located.angle, 4)))
 
 
 def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:
-    """The square around the face, turned with it, in which the mouth always lies at the same place and is about as wide."""
+    """The square crop of the face, rotated with it: the mouth is always at MOUTH_ANCHOR and about equally wide.
+
+    Its side is `expand_ratio` times the size of the face. Raises ValueError when the ratio is outside 1..4.
+    """
     if not 1.0 <= expand_ratio <= 4.0:
         raise ValueError(f"expand_ratio={expand_ratio} does not hold a face; choose from 1.0 (tight) to 4.0 (wide)")
     face, mouth = portrait.face, portrait.mouth
@@ -110,31 +134,31 @@ def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 1
 
 
 def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
-    """The crop of that side (photo px) in which this mouth lies at the canonical place, level."""
+    """The crop with that side (photo px) and the mouth's rotation, in which the mouth lies at MOUTH_ANCHOR."""
     right, down = ((0.5 - share) * side for share in MOUTH_IN_CROP)
     sin, cos = math.sin(mouth.angle), math.cos(mouth.angle)
     return Crop(mouth.x + cos * right - sin * down, mouth.y + sin * right + cos * down, side, mouth.angle, resolution)
 
 
 def crop_to_photo(crop: Crop, uv: Tensor) -> Tensor:
-    """Photo px of points in crop px.  uv [...,2] (u right, v down) -> [...,2]"""
+    """Transform points from crop px to photo px.  uv [...,2] (u right, v down) -> [...,2]"""
     turn, center, scale = _similarity(crop, uv)
     return (uv - crop.resolution / 2) @ (turn.T * scale) + center
 
 
 def pixel_centers(height: int, width: int) -> Tensor:
-    """Centres of the pixels of a picture.  -> [height,width,2] (x, y)"""
+    """Coordinates of the pixel centres of a picture.  -> [height,width,2] (x, y)"""
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y], dim=-1)
 
 
 def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
-    """What the crop shows, antialiased, the photo's border repeated outside of it.  uint8 [H,W,3] -> [3,R,R] in [-1,1]"""
+    """Sample the crop from a photo, antialiased; outside the photo its border repeats.  uint8 [H,W,3] -> [3,R,R] in [-1,1]"""
     region, left, top = _region(torch.as_tensor(pixels), crop)
     picture = to_signed(rearrange(region, "h w c -> 1 c h w"))
     shrink = crop.side / crop.resolution  # photo px per crop px
-    whole = max(1, int(shrink / 2))  # a mean over whole pixels first, so that the blur below stays small
+    whole = max(1, int(shrink / 2))  # average whole pixels first, so that the blur below stays small
     if whole > 1:
         high, wide = (whole * math.ceil(n / whole) for n in picture.shape[-2:])
         picture = F.pad(picture, (0, wide - picture.shape[-1], 0, high - picture.shape[-2]), mode="replicate")
@@ -145,12 +169,12 @@ def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
     size = torch.tensor([picture.shape[-1], picture.shape[-2]])
     grid = (2 * points / size - 1).float()
     mode = "bicubic" if shrink < 1 else "bilinear"
-    found = F.grid_sample(picture, grid[None], mode=mode, padding_mode="border", align_corners=False)
-    return rearrange(found, "1 c h w -> c h w").clamp(-1, 1)
+    sampled = F.grid_sample(picture, grid[None], mode=mode, padding_mode="border", align_corners=False)
+    return rearrange(sampled, "1 c h w -> c h w").clamp(-1, 1)
 
 
 def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The picture scaled until it covers that size, and cut to it around its middle.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    """Scale a picture to cover that size and crop it centrally.  uint8 [H,W,3] -> uint8 [height,width,3]"""
     high, wide = pixels.shape[:2]
     scale = max(width / wide, height / high)
     large = resized(pixels, max(height, round(high * scale)), max(width, round(wide * scale)))
@@ -159,7 +183,7 @@ def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture in another size, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
+    """Resize a picture, antialiased.  uint8 [H,W,3] -> uint8 [height,width,3]"""
     picture = rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
     small = F.interpolate(picture, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return rearrange(small, "1 c h w -> h w c").contiguous().numpy()
@@ -174,7 +198,7 @@ def _check_size(called: str, width: int, height: int) -> None:
 
 
 def _kind(path: Path) -> str:
-    """Which of the kinds of `UNREAD` a file is that Pillow alone does not read, "" for all others."""
+    """The key of `UNREAD` for a file format that Pillow alone does not read; "" for all other files."""
     with path.open("rb") as file:
         head = file.read(64)
     if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
@@ -183,7 +207,7 @@ def _kind(path: Path) -> str:
 
 
 def _reads_heic() -> bool:
-    """Let Pillow read HEIC; False where the extra for it is not installed."""
+    """Register HEIC support with Pillow; False when pillow-heif is not installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -193,7 +217,7 @@ def _reads_heic() -> bool:
 
 
 def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:
-    """The picture as 8-bit sRGB without transparency."""
+    """Convert a picture to 8-bit sRGB without transparency."""
     image.load()
     source, alpha = image, None
     if image.mode.startswith(("I", "F")):
@@ -212,7 +236,7 @@ def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:
-    """Grey values of 16 bits, or of a float picture in 0..1, 0..255 or 0..65535, as uint8."""
+    """Convert 16-bit grey values, or floats in 0..1, 0..255 or 0..65535, to uint8."""
     values = np.nan_to_num(values.astype(np.float32))
     peak = float(values.max())
     white = 1.0 if peak <= 1 else 255.0 if peak <= 255 else 65535.0
@@ -232,7 +256,7 @@ def _similarity(crop: Crop, like: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
-    """The part of the photo that the crop can see, and the position of its top left corner."""
+    """The part of the photo that the crop covers, and the (left, top) position of its corner."""
     radius = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
     spans = []
     for middle, length in ((crop.center_y, pixels.shape[0]), (crop.center_x, pixels.shape[1])):

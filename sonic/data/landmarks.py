@@ -1,6 +1,6 @@
-"""Where the face is in a photograph and where the mouth is in the face, in photo pixels.
+"""Face and mouth detection in a photograph, in photo pixels.
 
-scikit-image's bundled cascade proposes boxes, the face filter weighs them and straightens the winner; mouth.py reads the lips.
+scikit-image's bundled cascade proposes boxes, the face filter scores and aligns them, and mouth.py fits the lips.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sonic.types import FaceBox, Mouth
 
 BOX_UNITS = 24.0  # side of the cascade's box in template pixels of the face filter
 BOX_RISE = 1.3  # the box's middle lies this many template pixels above the template's
-SMALLEST_FACE, LEAST_FACE = 16, 32  # px, of a face that is given and of one that is looked for
-ENOUGH, CERTAIN = 1.62, 1.65  # agreement (0..1) plus response (about 1) that make a face, and that end the search
-TIE = 0.8  # a second face this close to the first in size and place deserves a warning
+SMALLEST_FACE, LEAST_FACE = 16, 32  # px: least side of a given face box, and of a detected one
+ENOUGH, CERTAIN = 1.62, 1.65  # evidence (agreement 0..1 + response about 1) to accept a face, and to end the search
+TIE = 0.8  # a second face with at least this share of the first one's merit causes a warning
 OVERRIDE = "give it as face_box=[x,y,w,h] in pixels of the photo"
 
 
 @dataclass(frozen=True)
 class Search:
-    """One pass of the cascade: longest sides (px) the photo is reduced to, smallest face as a share of that, turn (degrees)."""
+    """One pass of the cascade: longest sides (px) to which the photo is reduced, smallest face as a share of them, rotations (degrees)."""
 
     sides: tuple[int, ...]
     smallest: float
@@ -47,16 +47,16 @@ SEARCHES = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible face: its pose in photo px and the evidence for it."""
+    """A candidate face: its pose in photo px and the evidence for it."""
 
     pose: FacePose
     evidence: float
 
 
 def find_face(pixels: np.ndarray, face_box: Sequence[float] | None = None) -> FaceBox:
-    """The largest, most central face of a photo, or the checked override.  pixels uint8 [H,W,3]
+    """Find the largest, most central face of a photo, or check the given box.  pixels uint8 [H,W,3]
 
-    Raises ValueError when there is none; warns when a second one is as good, and says which was taken.
+    Raises ValueError when there is no face; warns when several are equally good and names the one taken.
     """
     if face_box is not None:
         return _checked_box(pixels, face_box)
@@ -72,9 +72,9 @@ def find_face(pixels: np.ndarray, face_box: Sequence[float] | None = None) -> Fa
 
 
 def locate_mouth(pixels: np.ndarray, face: FaceBox, mouth: Sequence[float] | None = None) -> Mouth:
-    """The mouth of that face, or the checked override [x, y, half_width] (and the roll in radians, if given).
+    """Find the mouth of a face, or check the given one: [x, y, half_width] or [x, y, half_width, roll in radians].
 
-    For a closed mouth the middle of the line where the lips meet, for an open one the middle between the lips.  `angle` is the
+    The position is the middle of the line where the lips meet; of an open mouth, the middle between the lips.  `angle` is the
     roll of the face.
     """
     given = None if mouth is None else _checked_mouth(pixels, mouth)
@@ -84,12 +84,12 @@ def locate_mouth(pixels: np.ndarray, face: FaceBox, mouth: Sequence[float] | Non
     pose = _pose(window, face, scale=scale, corner=(left, top))
     if given is not None:
         return replace(given, angle=pose.angle)
-    found = read_mouth(window, pose)
-    return Mouth(left + found.x / scale, top + found.y / scale, found.half_width / scale, found.angle)
+    fitted = read_mouth(window, pose)
+    return Mouth(left + fitted.x / scale, top + fitted.y / scale, fitted.half_width / scale, fitted.angle)
 
 
 def _pose(window: Tensor, face: FaceBox, *, scale: float, corner: tuple[int, int]) -> FacePose:
-    """The pose of the face in its window."""
+    """Align the face filter to the face in its window."""
     x, y = (face.x + face.width / 2 - corner[0]) * scale, (face.y + face.height / 2 - corner[1]) * scale
     size = math.sqrt(face.width * face.height) * scale
     unit = size / BOX_UNITS
@@ -119,7 +119,7 @@ def _checked_mouth(pixels: np.ndarray, mouth: Sequence[float]) -> Mouth:
 
 
 def _choose(faces: Sequence[Candidate], wide: int, high: int) -> FaceBox:
-    """The face that is largest and most central; the left one of equals."""
+    """Choose the largest, most central face; the leftmost of equally good ones."""
 
     def merit(face: Candidate) -> float:
         off = math.hypot((face.pose.x - wide / 2) / wide, (face.pose.y - high / 2) / high)
@@ -149,7 +149,7 @@ def _box(pose: FacePose) -> FaceBox:
 
 
 def _faces(pixels: np.ndarray, search: Search) -> list[Candidate]:
-    """Everything in which this search sees something of a face."""
+    """All candidate faces of one search."""
     small, scale = _reduced(pixels, max(search.sides))
     picture = Image.fromarray(small)
     groups = _agree(
@@ -176,11 +176,11 @@ def _cascade() -> feature.Cascade:
 
 
 def _votes(picture: Image.Image, side: int, smallest: float, *, turn: float) -> list[tuple[float, float, float, float]]:
-    """Boxes the cascade sees in a photo and in its mirror image, at one size and turn: middle x, y and size in px, turn in radians."""
+    """Boxes that the cascade finds in a photo and its mirror image at one size and rotation: middle x, y, size (px), roll (radians)."""
     scale = side / max(picture.size)
     wide, high = (max(1, round(length * scale)) for length in picture.size)
     small = picture.resize((wide, high), Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
-    turned = np.asarray(small.rotate(turn, Image.Resampling.BILINEAR))  # counter-clockwise by degrees, which levels a roll of +turn
+    turned = np.asarray(small.rotate(turn, Image.Resampling.BILINEAR))  # counter-clockwise in degrees, which cancels a roll of +turn
     roll = math.radians(turn)
     cos, sin = math.cos(roll), math.sin(roll)
     least = max(24, int(smallest * side), int(LEAST_FACE * scale))
@@ -197,7 +197,7 @@ def _votes(picture: Image.Image, side: int, smallest: float, *, turn: float) -> 
 
 
 def _agree(votes: Iterable[tuple[float, float, float, float]]) -> list[list[tuple[float, float, float, float]]]:
-    """Votes for about the same box, together."""
+    """Group the boxes that nearly coincide."""
     groups: list[list[tuple[float, float, float, float]]] = []
     for vote in sorted(votes, key=lambda box: box[2]):
         for group in groups:
@@ -212,7 +212,7 @@ def _agree(votes: Iterable[tuple[float, float, float, float]]) -> list[list[tupl
 
 
 def _reduced(pixels: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
-    """The photo with its longer side at most `longest` px, and the scale that made it so."""
+    """Reduce the photo to at most `longest` px on its longer side; gives it and the scale."""
     scale = min(1.0, longest / max(pixels.shape[:2]))
     size = [max(1, round(length * scale)) for length in pixels.shape[1::-1]]
     if scale == 1.0:
@@ -221,7 +221,7 @@ def _reduced(pixels: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
 
 
 def _window(pixels: np.ndarray, face: FaceBox) -> tuple[Tensor, float, int, int]:
-    """The surroundings of a face, at most 256 px a face: picture [h,w,3] in [0,1], its scale, and its top left corner in the photo."""
+    """Surroundings of a face, reduced to at most 512 px: picture [h,w,3] in [0,1], scale, and (left, top) of its corner in the photo."""
     high, wide = pixels.shape[:2]
     x, y, radius = face.x + face.width / 2, face.y + face.height / 2, 1.1 * max(face.width, face.height)
     left, top = max(0, math.floor(x - radius)), max(0, math.floor(y - radius))

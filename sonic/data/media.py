@@ -1,4 +1,4 @@
-"""The one place where media files are opened with FFmpeg (PyAV), whatever their names look like."""
+"""Opens media files with FFmpeg (PyAV), whatever characters their names contain; the only place that does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from av.container import Container
 
 
 def open_media(path: str | Path, mode: str = "r", **options) -> Container:
-    """An opened media file; options are those of `av.open`.
+    """Open a media file; options are those of `av.open`.
 
-    FFmpeg takes what stands before a colon for a protocol, so the name is given as an absolute one of its `file:` protocol. Bytes
-    that are not UTF-8 pass through as the file system has them; tags that are not UTF-8 do not stop a file from being read.
+    FFmpeg takes anything before a colon for a protocol, so the path is passed as an absolute `file:` URL. Names that are not UTF-8
+    are passed on byte for byte; metadata that is not UTF-8 does not prevent reading.
     """
     return av.open("file:" + os.path.abspath(path), mode, metadata_errors="replace", **options)

@@ -1,4 +1,4 @@
-"""From frames to the motion behind them: what the preview's autoencoder encodes, read out of a face crop and its resting picture."""
+"""Motion estimation from video frames of a face crop: the displacement and mouth interior that the preview's autoencoder encodes."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from torch import Tensor
 from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
 from sonic.types import MotionLayers
 
-STILL = 0.001  # displacements below this share of the picture are what a camera's noise gives
-HIDDEN = (0.04, 0.12)  # error of the warped picture, black to white = 1: below it is the picture in motion, above it something hidden
-BORDER = 0.08  # share of the crop over which motion fades to nothing, as the video shows it
-PIVOT = 2.2  # the neck, about which a head turns, in mouth units below the mouth
+STILL = 0.001  # displacements below this share of the picture are camera noise
+HIDDEN = (0.04, 0.12)  # error of the warped picture (black to white = 1): explained by motion below, hidden content above
+BORDER = 0.08  # share of the crop over which motion fades to zero, as when a video is composed
+PIVOT = 2.2  # the neck, about which the head rotates, in mouth units below the mouth
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
 @torch.no_grad()
 def encode_motion(autoencoder: Any, frames: Tensor, rest: Tensor) -> dict[str, Tensor]:
-    """Latents [C,T,h,w] of 4T frames, those of the resting picture `ref` [C,1,h,w], and how the `head` moves [4T,4].
+    """Encode 4T frames: `latents` [C,T,h,w], `ref` [C,1,h,w] of the resting picture, and the `head` pose [4T,4].
 
     frames [4T,3,R,R], rest [3,R,R], both in [-1,1].
     """
     motion = estimate_motion(frames, rest)
     head = head_pose(motion.flow)
     parts = []
-    for start in range(0, len(frames), 2 * FRAMES_PER_LATENT):  # small enough for the cache
-        some = slice(start, start + 2 * FRAMES_PER_LATENT)
-        layers = (value[some].unsqueeze(0) for value in (motion.flow, motion.opacity, motion.interior))
+    for start in range(0, len(frames), 2 * FRAMES_PER_LATENT):  # small enough for the CPU cache
+        window = slice(start, start + 2 * FRAMES_PER_LATENT)
+        layers = (value[window].unsqueeze(0) for value in (motion.flow, motion.opacity, motion.interior))
         parts.append(autoencoder.encode(MotionLayers(*layers))[0])
     return {"latents": torch.cat(parts, 1), "ref": autoencoder.reference(rest.unsqueeze(0)).latents[0], "head": head}
 
 
 def estimate_motion(frames: Tensor, rest: Tensor) -> MotionLayers:
-    """The motion of each frame against the resting picture, at half its resolution: where it came from (TV-L1 optical flow), and
-    around the mouth what the warped picture cannot show, laid over it as the frame has it.  frames [F,3,R,R], rest [3,R,R]
+    """Motion of each frame relative to the resting picture, at half its resolution: TV-L1 optical flow, and around the mouth the
+    pixels that warping the picture cannot show, with their opacity.  frames [F,3,R,R], rest [3,R,R]
 
-    Source: Zach, Pock and Bischof, A Duality Based Approach for Realtime TV-L1 Optical Flow, 2007; scikit-image's.
+    Source: Zach, Pock and Bischof, A Duality Based Approach for Realtime TV-L1 Optical Flow, 2007, as in scikit-image.
     """
     from skimage.registration import optical_flow_tvl1
 
     small, still = (F.interpolate(picture, scale_factor=0.5, mode="area") for picture in (frames, rest.unsqueeze(0)))
     before = _grey(still)[0]
-    found = [optical_flow_tvl1(after, before) for after in _grey(small)]
+    flows = [optical_flow_tvl1(after, before) for after in _grey(small)]
     side = small.shape[-1]
-    flow = torch.from_numpy(np.stack(found)[:, ::-1].copy()).float() / side  # rows and columns -> x and y
+    flow = torch.from_numpy(np.stack(flows)[:, ::-1].copy()).float() / side  # rows and columns -> x and y
     flow = flow * _inside_border(side)
     length = torch.linalg.vector_norm(flow, dim=1, keepdim=True)
     flow = flow * ((length - STILL) / STILL).clamp(0, 1)
@@ -60,8 +60,8 @@ def estimate_motion(frames: Tensor, rest: Tensor) -> MotionLayers:
 
 
 def head_pose(flow: Tensor) -> Tensor:
-    """How the head is turned and shifted, from the part of the face that does not speak.  [F,2,h,w] -> [F,4] roll, shift x, shift y
-    and no blink, as faces.head_motion has them.
+    """Head pose from the flow of the upper face, which speech does not move.  [F,2,h,w] -> [F,4] roll, shift x, shift y and zero
+    blink, as in draw_face.head_motion.
     """
     side = flow.shape[-1]
     centres = (torch.arange(side) + 0.5) / side
@@ -69,14 +69,14 @@ def head_pose(flow: Tensor) -> Tensor:
     dx, dy = x - MOUTH_ANCHOR[0], y - MOUTH_ANCHOR[1] - PIVOT * MOUTH_UNIT
     face = (dx.abs() < 2 * MOUTH_UNIT) & (y < MOUTH_ANCHOR[1] - MOUTH_UNIT) & (y > 2 * BORDER)
     dx, dy, one, zero = dx[face], dy[face], torch.ones(int(face.sum())), torch.zeros(int(face.sum()))
-    rows = torch.cat([torch.stack([dy, -one, zero], 1), torch.stack([-dx, zero, -one], 1)])  # of a small turn, the source's way
+    rows = torch.cat([torch.stack([dy, -one, zero], 1), torch.stack([-dx, zero, -one], 1)])  # linearised small rotation, as backward flow
     ways = rearrange(flow[:, :, face], "f c n -> (c n) f")
     pose = torch.linalg.lstsq(rows, ways).solution.T
     return torch.cat([pose, torch.zeros(len(flow), 1)], 1)
 
 
 def _warped(still: Tensor, flow: Tensor) -> Tensor:
-    """The resting picture [1,3,h,w] in motion.  -> [F,3,h,w]"""
+    """Warp the resting picture [1,3,h,w] by the flow.  -> [F,3,h,w]"""
     side = flow.shape[-1]
     centres = (torch.arange(side) + 0.5) / side
     points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
@@ -85,12 +85,12 @@ def _warped(still: Tensor, flow: Tensor) -> Tensor:
 
 
 def _grey(pictures: Tensor) -> np.ndarray:
-    """[N,3,h,w] in [-1,1] -> [N,h,w] in [0,1]"""
+    """Luminance.  [F,3,h,w] in [-1,1] -> [F,h,w] in [0,1]"""
     return ((torch.einsum("nchw,c->nhw", pictures, GREY) + 1) / 2).numpy()
 
 
 def _inside_border(side: int) -> Tensor:
-    """1 inside the crop, falling smoothly to 0 at its border.  -> [h,w]"""
+    """Mask that is 1 inside the crop and falls smoothly to 0 at its border.  -> [h,w]"""
     centres = (torch.arange(side) + 0.5) / side
     edge = (torch.minimum(centres, 1 - centres) / BORDER).clamp(0, 1)
     edge = edge * edge * (3 - 2 * edge)
@@ -98,7 +98,7 @@ def _inside_border(side: int) -> Tensor:
 
 
 def _around_mouth(side: int) -> Tensor:
-    """1 where the inside of an open mouth can be seen, 0 elsewhere.  -> [h,w]"""
+    """Soft mask: 1 where the inside of an open mouth can be visible, 0 elsewhere.  -> [h,w]"""
     centres = (torch.arange(side) + 0.5) / side
     y, x = torch.meshgrid((centres - MOUTH_ANCHOR[1]) / MOUTH_UNIT, (centres - MOUTH_ANCHOR[0]) / MOUTH_UNIT, indexing="ij")
     return torch.exp(-((x / 1.5) ** 6) - ((y - 0.45) / 1.4) ** 6)

@@ -1,7 +1,7 @@
-"""The lips of an aligned face: a lens between two corners, fitted to what is redder, darker or less coloured than the skin.
+"""Mouth position of an aligned face: a lens shape fitted to pixels that are redder, darker or less coloured than the skin.
 
-Everything happens in a small picture of the lower face, in template pixels of the face filter (face.unit photo px each, origin
-in the template's middle, x along the eyes, y down).  The fit is maximum a posteriori: with no evidence it returns the prior.
+Coordinates are template pixels of the face filter (face.unit photo px each, origin in the template's middle, x along the eyes,
+y down), in a small picture of the lower face.  The fit is maximum a posteriori: without evidence it returns the prior.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sonic.data.face_filter import FacePose, blur
 from sonic.types import Mouth
 
 DENSITY = 6  # samples per template pixel
-LEFT, RIGHT, TOP, BOTTOM = -8, 8, 0, 12  # the part of the face that is looked at
+LEFT, RIGHT, TOP, BOTTOM = -8, 8, 0, 12  # the part of the face that is searched
 #                     x    y    half width, upper and lower lip's height, tilt, sag of the slit
 USUAL = torch.tensor([0.0, 5.4, 4.0, 1.0, 1.7, 0.0, 0.5])
 SPREAD = torch.tensor([0.8, 0.55, 0.45, 0.45, 0.55, 0.06, 0.5])
@@ -27,19 +27,19 @@ SHARE_OF_PRIOR = 0.035
 SHARE_OF_SLIT = 0.5
 SHARE_OF_EYES = 0.8  # the mouth is expected to tilt with the line of the eyes, but a little less
 FULLNESS = 0.96  # lips are fuller than a lens, so the fitted one reaches a little beyond the corners
-INDIFFERENT = 0.32  # mouthness at which a pixel speaks neither for nor against the mouth
+INDIFFERENT = 0.32  # mouthness at which a pixel is evidence neither for nor against the mouth
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Maps [h,w] in 0..1: `mouthness` of every pixel, and `slit`, thin dark red lines across the face."""
+    """Evidence maps [h,w] in 0..1: `mouthness` of every pixel, and `slit`, thin dark red lines across the face."""
 
     mouthness: Tensor
     slit: Tensor
 
 
 def read_mouth(window: Tensor, pose: FacePose) -> Mouth:
-    """The mouth of a face whose pose is known, in the px of that picture.  window [H,W,3] in [0,1]"""
+    """Find the mouth of a face of known pose, in px of the window.  window [H,W,3] in [0,1]"""
     (left, right), turned = read_eyes(window, pose), USUAL.clone()
     turned[TILT] = SHARE_OF_EYES * (math.atan2(right[1] - left[1], right[0] - left[0]) - pose.angle)
     shape = fit_lens(gather(lower_face(window, pose)), turned)
@@ -59,7 +59,7 @@ def positions() -> Tensor:
 
 
 def lower_face(window: Tensor, pose: FacePose) -> Tensor:
-    """The lower face, upright and at the patch's scale.  -> [3,h,w]"""
+    """Sample the lower face upright, at DENSITY pixels per template pixel.  -> [3,h,w]"""
     picture = window.permute(2, 0, 1)[None]
     step = pose.unit / DENSITY
     picture = blur(picture, 0.5 * step) if step > 1 else picture
@@ -70,10 +70,10 @@ def lower_face(window: Tensor, pose: FacePose) -> Tensor:
 
 
 def gather(patch: Tensor) -> Evidence:
-    """What speaks for the mouth.  patch [3,h,w] in [0,1]
+    """Evidence for the mouth.  patch [3,h,w] in [0,1]
 
-    The logarithm of red over green does not feel shading; darkness finds the slit in grey pictures too; what is less red than
-    skin may be teeth and counts half.
+    log(red / green) does not depend on shading; darkness shows the slit in grey pictures too; pixels less red than skin may be
+    teeth and count half.
     """
     brightness = patch.mean(0)
     typical = float(brightness.median())
@@ -89,7 +89,7 @@ def gather(patch: Tensor) -> Evidence:
 
 
 def fit_lens(evidence: Evidence, usual: Tensor = USUAL, *, steps: int = 60) -> Tensor:
-    """The most probable lens: a grid of starts, the best eight climbed by gradient.  -> [7] in the order of USUAL"""
+    """The most probable lens: gradient ascent from the best eight of a grid of starts.  -> [7] in the order of USUAL"""
     starts = torch.cartesian_prod(
         torch.arange(-2, 2.1, 0.5), torch.arange(4.2, 7.0, 0.35), torch.tensor([3.4, 4.1, 4.8]), torch.tensor([0.1, 0.8])
     )
@@ -110,7 +110,7 @@ def fit_lens(evidence: Evidence, usual: Tensor = USUAL, *, steps: int = 60) -> T
 
 
 def _merit(shapes: Tensor, evidence: Evidence, usual: Tensor, *, softness: float) -> Tensor:
-    """Evidence inside the lens and along its slit, and the prior.  shapes [n,7] -> [n]"""
+    """Log posterior of lens shapes: evidence inside the lens and along its slit, plus the prior.  shapes [n,7] -> [n]"""
     x, y, half_width, upper, lower, tilt, _ = (column[:, None, None] for column in shapes.unbind(1))
     here = positions()
     right, down = here[..., 0] - x, here[..., 1] - y
@@ -147,7 +147,7 @@ def _mouth_oval() -> Tensor:
 
 
 def _beside_skin(field: Tensor, rounds: int = 8) -> Tensor:
-    """A field in units of how much the skin varies, after its smooth course over the lower face is taken away (robust quadric)."""
+    """A map minus its smooth trend over the lower face (a robust quadratic fit), in units of the skin's own variation."""
     x, y = positions().unbind(-1)
     x, y = x / 8, (y - 6) / 6
     basis = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=-1)
@@ -165,6 +165,6 @@ def _beside_skin(field: Tensor, rounds: int = 8) -> Tensor:
 
 
 def _saturate(field: Tensor) -> Tensor:
-    """0..1: what stands out from the skin, measured by what stands out most around the mouth."""
+    """Map the deviation from the skin to 0..1, relative to the largest deviations around the mouth."""
     most = torch.quantile(field[_mouth_oval()], 0.93)
     return torch.tanh(field.clamp(min=0) / (0.6 * most).clamp(min=4.0))

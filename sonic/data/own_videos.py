@@ -1,4 +1,4 @@
-"""A folder of one's own videos becomes clips: one shard per video, an index, and a report of what was left out and why."""
+"""Clips from a folder of the user's own videos: one shard per video, an index, and a report of what was left out and why."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
 REPORT = "report.jsonl"
-GROUP = 6  # takes that are held at once and whose sync is judged together
+GROUP = 6  # segments that are held at once and whose audio-visual sync is measured together
 
 
 class NoText(ValueError):
-    """The text beside a video cannot be read."""
+    """Raised when the text file beside a video cannot be read."""
 
 
-REASONS = {  # of faults, the first that fits
+REASONS = {  # what the report calls an exception; the first class that matches counts
     NoSound: "no sound",
     NoText: "its text is not UTF-8",
     ValueError: "damaged",
@@ -49,15 +49,15 @@ REASONS = {  # of faults, the first that fits
     Crashed: "the decoder crashed",
     Exception: "a fault of the program",
 }
-LASTING = (ValueError,)  # faults that the same file has again; after others it is tried again by the next command
+LASTING = (ValueError,)  # errors that the same file will always raise; after any other error the next run tries the video again
 
 
 def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
-    """Make the shards that are missing or not made by encoders of these hashes, the index, the statistics and the report. Gives the
-    number of clips.
+    """Make the shards that are missing or were made by encoders of other hashes, then the index, the statistics and the report.
+    Returns the number of clips.
 
-    A shard is named by its video and what it is made with, so a run that was stopped continues, and videos can be added. Raises
-    ValueError when there is no video, or none of them gives a clip; the report then says why.
+    The name of a shard depends on its video and on everything it is made with, so a run that was stopped continues and videos can be
+    added. Raises ValueError when there is no video, or when no video gives a clip (the report says why).
     """
     source, folder = Path(config.data.source), Path(config.folder)
     shards = {_name(path, config): path for path in find_videos(source)}
@@ -81,14 +81,14 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
         raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
     metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
     clips.write_index(folder, entries, **metadata)
-    if config.model.autoencoder == "warp":  # latents that are zero where nothing moves
+    if config.model.autoencoder == "warp":  # its latents are zero where nothing moves
         save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
 
 
 def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
-    """Every take of a video, with the tensors of a clip where nothing speaks against it. Raises ValueError for a damaged video."""
+    """Every segment of a video, with the tensors of its clip ({} when it has a fault). Raises ValueError for a damaged video."""
     samples = load_soundtrack(path)
     features = prompt = None
     stream = read_segments(path, samples, config, fps=encoders.fps)
@@ -108,14 +108,14 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
 
 @torch.no_grad()
 def _encode_preview(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
-    """How the face moves."""
+    """Motion latents of the face."""
     frames = _channels_first(segment.pixels)[1:]
     return encode_motion(autoencoder, frames, frames[segment.rest])
 
 
 @torch.no_grad()
 def _encode_wan(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
-    """The pictures themselves; the frame of the past makes the first latent, which is left out, so that every other has four."""
+    """VAE latents of the frames. The past frame gives the first latent frame, which is dropped: all others have four video frames."""
     frames = rearrange(_channels_first(segment.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
     latents, _ = autoencoder.encode(frames)
     ref, _ = autoencoder.encode(frames[:, :, 1 + segment.rest : 2 + segment.rest])
@@ -126,17 +126,17 @@ ENCODINGS: dict[str, Callable[[Any, Segment], dict[str, Tensor]]] = {"warp": _en
 
 
 def show(lines: list[dict]) -> None:
-    """The table: how much was kept, and how much was left out for which reason."""
+    """Print a table of how much was kept and how much was left out, by reason."""
     table = Table("", "clips", "seconds", "videos", title="own videos")
     for reason in sorted({line["reason"] for line in lines}):
-        some = [line for line in lines if line["reason"] == reason]
-        seconds, videos = sum(line["seconds"] for line in some), len({line["video"] for line in some})
-        table.add_row(f"left out: {reason}" if reason else "kept", str(len(some)), f"{seconds:.1f}", str(videos))
+        matching = [line for line in lines if line["reason"] == reason]
+        seconds, videos = sum(line["seconds"] for line in matching), len({line["video"] for line in matching})
+        table.add_row(f"left out: {reason}" if reason else "kept", str(len(matching)), f"{seconds:.1f}", str(videos))
     Console(width=120).print(table)
 
 
 def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) -> None:
-    """Make the shard of one video: its clips, none where it gives none, and what was left out."""
+    """Write the shard of one video: its clips, if any, and the report lines of its segments."""
     (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
     video = _video(path, config)
     try:
@@ -146,39 +146,39 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
                 known = f"{Path(name).stem}_{len(entries):04d}"
                 entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
-    except Exception as error:  # what a damaged video gave before is not to be trusted either
+    except Exception as error:  # clips from before the damage are not trusted either
         _write_fault(config, (path, name), error)
         return
     write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
 
 
 def _write_crashed(config: PrecomputeConfig, build: Build, job: tuple[Path, str], *, error: Crashed) -> None:
-    """Make the shard of a video that crashed its worker."""
+    """Write the shard of a video that crashed its worker process."""
     path, name = job
-    text_file = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
-    _write_fault(config, job, Crashed(text_file))
+    message = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
+    _write_fault(config, job, Crashed(message))
 
 
 def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Exception) -> None:
-    """Make the shard of a video that gives no clip because of a fault, and say what that was."""
+    """Write the shard of a video that gives no clip because of an error, with the error in its report line."""
     path, name = job
-    reason = next(text_file for kind, text_file in REASONS.items() if isinstance(error, kind))
-    text_file = shown(" ".join(str(error).split())) or type(error).__name__
+    reason = next(text for kind, text in REASONS.items() if isinstance(error, kind))
+    message = shown(" ".join(str(error).split())) or type(error).__name__
     if reason == REASONS[Exception]:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text_file = f"{type(error).__name__}: {text_file} ({Path(where.filename).name}:{where.lineno})"
+        message = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
         LOG.error("video=%s: a fault of the program, not of the video", path, exc_info=error)
-    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": text_file}
+    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": message}
     write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=not isinstance(error, LASTING))
 
 
 def _video(path: Path, config: PrecomputeConfig) -> str:
-    """What the report calls a video."""
+    """Name of a video in the report: its path inside data.source."""
     return shown(str(path.relative_to(config.data.source)))
 
 
 def _line(video: str, segment: Segment, fps: int) -> dict:
-    """What the report says of a take."""
+    """The report line of a segment."""
     line = {"video": video, "start_s": round(segment.first / fps, 2), "seconds": round(segment.frames / fps, 2)}
     line |= {"kept": not segment.fault, "reason": segment.fault}
     if segment.sync is not None:
@@ -192,11 +192,11 @@ def _reasons(lines: list[dict]) -> str:
 
 
 def _name(path: Path, config: PrecomputeConfig) -> str:
-    """The shard of a video: named by the file as it is now and by everything that its clips depend on."""
+    """File name of a video's shard: a hash of the file's state and of everything else that its clips depend on."""
     seen, text_file = path.stat(), path.with_suffix(".txt")
     try:
         text = text_file.read_text(encoding="utf-8", errors="backslashreplace").strip() if text_file.is_file() else ""
-    except OSError as error:  # which the video's own line will tell
+    except OSError as error:  # reported later, in the video's own line
         text = str(error)
     words = [str(path.relative_to(config.data.source)), seen.st_size, seen.st_mtime_ns, text]
     words += [config.latent_frames, config.autoencoder, {**asdict(config.data), "source": ""}, asdict(config.model)]
@@ -204,7 +204,7 @@ def _name(path: Path, config: PrecomputeConfig) -> str:
 
 
 def _prompt(path: Path) -> str:
-    """What the text beside the video says of it; nothing where there is none. Raises NoText when it is none."""
+    """The prompt in the text file beside a video, "" without one. Raises NoText when the file is not UTF-8."""
     text_file = path.with_suffix(".txt")
     try:
         return text_file.read_text(encoding="utf-8").strip() if text_file.is_file() else ""
@@ -213,9 +213,9 @@ def _prompt(path: Path) -> str:
 
 
 def _columns(features: Tensor, first: int, frames: int) -> Tensor:
-    """The features of so many frames, nothing after the end of the sound.  [N,E,F] -> [N,E,frames]"""
-    found = features[..., first : first + frames]
-    return torch.nn.functional.pad(found, (0, frames - found.shape[-1]))
+    """Features of `frames` frames from `first` on, padded with zeros after the end of the sound.  [K,E,F] -> [K,E,frames]"""
+    window = features[..., first : first + frames]
+    return torch.nn.functional.pad(window, (0, frames - window.shape[-1]))
 
 
 def _channels_first(pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pixels between bytes, as files have them, and -1 to 1, as networks do."""
+"""Conversion of pixels between bytes (files) and floats in [-1, 1] (networks)."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def to_signed(pixels: Tensor) -> Tensor:
 
 
 def to_bytes(signed: Tensor) -> Tensor:
-    """[-1,1], what is beyond cut off -> uint8 in 0..255; any shape"""
+    """Floats in [-1,1], clamped -> uint8 in 0..255; any shape"""
     return ((signed.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Makes clips in worker processes: speech, its features, drawn people saying it, their latents; one shard per job."""
+"""Makes data sets of clips in worker processes: synthesised speech, its features, and latents of drawn people who say it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from sonic.system.files import save_tensors
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
-Shard = tuple[dict[str, Tensor], list[dict[str, Any]]]  # tensors, and what there is to say of each clip
-PER_SHARD = 16  # utterances; also what a killed run loses at most per worker
+Shard = tuple[dict[str, Tensor], list[dict[str, Any]]]  # tensors, and the index entry of each clip
+PER_SHARD = 16  # utterances; a killed run loses at most so many per worker
 
 
 def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lambda config: {}) -> int:
-    """Make the shards that are missing or that other encoders made, then the index and the statistics. Gives the number of clips.
+    """Make the shards that are missing or were made by other encoders, then the index and the statistics. Returns the number of clips.
 
-    `build` is a function that worker processes can import. Shard n is a function of the seed, the encoders and n alone, so that any
-    number of workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds other clips.
+    `build` must be a function that worker processes can import. Shard n depends on the seed, the encoders and n alone: any number of
+    workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds clips of another kind.
     """
     pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
@@ -76,7 +76,7 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
 
 
 def talking(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generator) -> Iterator[dict[str, Tensor]]:
-    """Clips of one recording, each said by a person of its own: latents, ref, audio, visemes, head."""
+    """Clips of one recording, each spoken by a different drawn person: latents, ref, audio, visemes, head."""
     samples, spoken = recording(config, rng)
     features = encoders.encode_audio(samples, len(spoken)).half()
     length = FRAMES_PER_LATENT * config.latent_frames
@@ -98,12 +98,12 @@ def spoken(config: PrecomputeConfig, encoders: Encoders, rng: np.random.Generato
 
 
 def recording(config: PrecomputeConfig, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-    """Samples at 16 kHz of one recording, as long as its clips together, and the visemes [F,5] it asks for."""
+    """Synthesise one recording, as long as all its clips: samples at 16 kHz, and the visemes [F,5] of the speech."""
     frames = FRAMES_PER_LATENT * config.latent_frames * config.clips_per_utterance
     utterance = voices.say(rng, split=config.split, seconds=frames / FPS)
     visemes = torch.from_numpy(voices.viseme_track(utterance, frames))
     samples = utterance.samples
-    if rng.random() < config.mix.silent:  # nobody speaks: the mouth rests, whether the room is quiet or not
+    if rng.random() < config.mix.silent:  # no speech: the mouth stays at rest, whether or not there is noise
         samples, visemes = np.zeros_like(samples), torch.zeros_like(visemes)
     if rng.random() >= config.mix.clean:
         samples = voices.augment(samples, rng)
@@ -115,19 +115,19 @@ MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
 
 @torch.no_grad()
 def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [C,T,h,w] of a person speaking, and those of the person at rest [C,1,h,w]."""
+    """Encode a drawn person speaking, latents [C,T,h,w], and at rest, [C,1,h,w]."""
     picture = to_signed(rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w"))
     reference = autoencoder.reference(picture)
     still = not head.any()
     parts = []
-    for some, pose in zip(visemes.split(8), head.split(8), strict=True):  # small enough for the cache
-        motion = motion_targets(person.mouth, some, None if still else pose, resolution=person.picture.shape[0])
+    for shapes, pose in zip(visemes.split(8), head.split(8), strict=True):  # small enough for the CPU cache
+        motion = motion_targets(person.mouth, shapes, None if still else pose, resolution=person.picture.shape[0])
         parts.append(autoencoder.encode(MotionLayers(**{name: value.unsqueeze(0) for name, value in motion.items()}))[0])
     return torch.cat(parts, 1), reference.latents[0]
 
 
 def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
-    """Make shard `number`; it appears whole or not at all. Where only the speech encoder is another one, what is seen stays."""
+    """Write shard `number` atomically. When only the speech encoder changed, just the audio features are made again."""
     encoders = built(config, build)
     tensors, entries = _encoded_again(config, number, encoders) or _made(config, number, encoders)
     write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
@@ -146,9 +146,9 @@ def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
 
 
 def _encoded_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
-    """The shard that is there, with the features of this speech encoder.
+    """The existing shard with audio features of the present speech encoder.
 
-    None when there is none, when another autoencoder made its pictures, or when it was spoken otherwise, as by an earlier voices.py.
+    None when there is no shard, when its latents are of another autoencoder, or when its speech differs (as of an older voices.py).
     """
     path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
     metadata = read_metadata(path) if whole(path) and config.kind == "talking" else {}
@@ -166,12 +166,12 @@ def _encoded_again(config: PrecomputeConfig, number: int, encoders: Encoders) ->
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:
-    """The recordings that belong into shard `number`; the last shard may have fewer than the others."""
+    """Numbers of the recordings in shard `number`; the last shard may have fewer than the others."""
     return range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances))
 
 
 def _recordings_in(shard: Path) -> int:
-    """How many recordings a shard was made of; 0 when it is not there."""
+    """Number of recordings in a shard; 0 when it does not exist."""
     return len({clip["name"].partition("_")[0] for clip in read_metadata(shard)["clips"]}) if whole(shard) else 0
 
 

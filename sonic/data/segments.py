@@ -1,4 +1,4 @@
-"""One's own videos in takes: as many frames as a clip has, framed as the model sees them, and what speaks against each."""
+"""Segments of the user's own videos: as many frames as a clip has, cropped as the model needs them, and the fault of each, if any."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
 from sonic.types import Portrait, pick
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-MOUTH_CROP = 96  # side of the face crop in which the mouth is watched
-SMOOTH, SLOW = 3, 25  # frames over which its track and the sound are smoothed, and those whose mean counts as a change of posture
-DARK = 0.05  # share of the mouth's pixels that its inside, when it can be seen, is darker than
-CUT = 25.0  # mean change of the face crop from one frame to the next, in grey levels, that only another scene makes
-BETTER, ENOUGH_S = 0.15, 5.0  # how much better another lag has to fit to be clear, and seconds below which it has to fit better still
-MOVES = 0.01  # least change of the mouth's pixels, of black to white = 2, that is not the noise of a still picture
-SPAN_S = 1.0  # lags that are tried either way
+MOUTH_CROP = 96  # side of the face crop in which the mouth's motion is measured
+SMOOTH, SLOW = 3, 25  # frames of the running mean over the tracks, and of the one that is subtracted to remove changes of posture
+DARK = 0.05  # quantile of the mouth's pixels that tells whether the dark inside is visible
+CUT = 25.0  # mean change of the face crop between frames, in grey levels, above which a new scene begins
+BETTER, ENOUGH_S = 0.15, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
+MOVES = 0.01  # standard deviation of the mouth's pixels (black to white = 2) below which the mouth is still
+SPAN_S = 1.0  # largest lag that is tried, in seconds, in both directions
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Frames first .. first+F-1 of a video at the model's rate, if nothing speaks against them.
+    """Frames first .. first+F-1 of a video at the model's frame rate, and the fault that keeps them from being a clip ("" = none).
 
-    pixels uint8 [1+F,h,w,3] as the model sees them, one frame of the past in front; `mouth` [F] how open it is and `level` [F] how
-    loud the sound, both about their means over a second; sync and lag_s as `checked_sync` found them.
+    pixels uint8 [1+F,h,w,3] as the model needs them, with one past frame in front; `mouth` [F] opening of the mouth and `level` [F]
+    loudness of the sound, both minus their running mean over a second; sync and lag_s as measured by `checked_sync`.
     """
 
     first: int
@@ -52,24 +52,24 @@ class Segment:
 
     @property
     def rest(self) -> int:
-        """The frame (0..F-1) whose mouth is closed most."""
+        """The frame (0..F-1) in which the mouth is most closed."""
         return int(self.mouth.argmin())
 
 
 def find_videos(source: Path) -> list[Path]:
-    """The videos in a folder and in those inside it. Raises ValueError when there is no folder or no video."""
+    """The videos in a folder and its subfolders. Raises ValueError when there is no folder or no video."""
     if not source.is_dir():
         raise ValueError(f"data.source={source} is no folder; name one with videos of people who speak")
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
+    videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not videos:
         raise ValueError(f"data.source={source} holds no video ({', '.join(SUFFIXES)}); name a folder with videos of people who speak")
-    return found
+    return videos
 
 
 def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int) -> Iterator[Segment]:
-    """The video from its second frame on, take by take, each with the first fault that was found.
+    """Cut a video, from its second frame on, into segments, each with the first fault found.
 
-    Raises ValueError when it cannot be decoded.
+    Raises ValueError when the video cannot be decoded.
     """
     length, first, held = FRAMES_PER_LATENT * config.latent_frames, 1, []
     for frame in frames_at(path, fps):
@@ -82,9 +82,9 @@ def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, 
 
 
 def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> list[Segment]:
-    """Takes that follow each other, with the fault of mouth and sound that do not belong together or come apart in time.
+    """Consecutive segments with their audio-visual sync, and a fault where mouth and sound are unrelated or out of sync.
 
-    The lag is that of the mouth behind the sound. It is read from all of them at once, since a clip alone says little.
+    The lag is the mouth's delay behind the sound, measured over all of them together, since one segment is too short.
     """
     good = [segment for segment in group if not segment.fault]
     if not good:
@@ -92,19 +92,19 @@ def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> li
     mouth, level = (np.concatenate([getattr(segment, name) for segment in good]) for name in ("mouth", "level"))
     max_lag, allowed = (min(round(seconds * fps), len(mouth) // 3) for seconds in (SPAN_S, config.data.most_lag_s))
     (best, lag), (near, near_lag) = (metrics.best_lag(mouth, level, max_lag) for max_lag in (max_lag, allowed))
-    fault, found = "", {"sync": near, "lag_s": near_lag / fps}
+    fault, measured = "", {"sync": near, "lag_s": near_lag / fps}
     clear = BETTER * max(1.0, ENOUGH_S * fps / len(mouth))
     if np.std(mouth) < MOVES:
         fault = "the mouth does not move"
     elif abs(lag) > allowed and best > near + clear:
-        fault, found = "sound and mouth are apart in time", {"sync": best, "lag_s": lag / fps}
+        fault, measured = "sound and mouth are apart in time", {"sync": best, "lag_s": lag / fps}
     elif near < config.data.least_sync:
         fault = "the mouth does not follow the sound"
-    return [segment if segment.fault else replace(segment, fault=fault, **found) for segment in group]
+    return [segment if segment.fault else replace(segment, fault=fault, **measured) for segment in group]
 
 
 def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Segment:
-    """A take of these frames (the first is the past), with the first fault there is."""
+    """The segment of these frames (the first is the past frame), with the first fault found."""
     frames = len(held) - 1
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
@@ -112,7 +112,7 @@ def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config:
     middle = held[1 + frames // 2]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of several faces the one is taken that the photograph's finder would take
+            warnings.simplefilter("ignore")  # about several faces: the same one is taken as in a photograph
             face = find_face(middle)
     except ValueError:
         return Segment(first, frames, "no face")
@@ -128,8 +128,8 @@ def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config:
 
 
 def mouth_opening(frames: Tensor) -> np.ndarray:
-    """How open the mouth is in each frame of a face crop, about its mean over a second: what its pixels do most (their first
-    principal component, as the change of a pixel), upwards where dark shows.  [F,3,R,R] -> [F]"""
+    """Opening of the mouth in each frame of a face crop, minus its running mean over a second: the first principal component of the
+    mouth's pixels (in units of a pixel's change), positive where the dark inside shows.  [F,3,R,R] -> [F]"""
     side = frames.shape[-1]
     x, y, unit = (side * share for share in (*MOUTH_ANCHOR, MOUTH_UNIT))
     mouth = frames[..., int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean(1).flatten(1).numpy()
@@ -141,18 +141,18 @@ def mouth_opening(frames: Tensor) -> np.ndarray:
 
 
 def _face_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
-    """The face crop as infer has it."""
+    """Frames of the face crop, as in the command infer."""
     crop = face_crop(portrait, resolution=config.model.resolution)
     shown = torch.stack([cut(frame, crop) for frame in held])
     return rearrange(to_bytes(shown), "f c h w -> f h w c")
 
 
 def _whole_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
-    """The middle of the picture at data.size; None when that cuts the face."""
+    """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
     width, height = parse_size(config.data.size, "data.size")
     high, wide = held[0].shape[:2]
     scale, face = max(width / wide, height / high), portrait.face
-    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # that are lost at each side
+    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
     if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
         return None
     return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in held])
@@ -169,5 +169,5 @@ def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
 
 
 def quick(track: np.ndarray) -> np.ndarray:
-    """What changes faster than posture does."""
+    """The track minus its running mean over a second: removes slow changes of posture."""
     return track - _smooth(track, SLOW)

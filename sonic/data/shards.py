@@ -1,4 +1,4 @@
-"""Shards of clips: what makes them, the processes that make them, and what each says of itself."""
+"""Shards of clips: the encoders and worker processes that make them, and the metadata of each."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from sonic.system.program import written
 from sonic.system.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
-MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # and what several are called
+MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # key: plural, for messages
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What makes training data of sounds and frames; built anew in every worker.
+    """The encoders that turn sound, frames and prompts into training data; built once in every worker.
 
-    hear(samples float32 16 kHz [n], F) -> features [N,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers), or
-    encode(frames), of the model that the data are for; read(prompt) -> rows [L,D], None where the model reads none; hashes: of the
-    weights, by the names that shards have for them. Speech alone needs none of them.
+    encode_audio(samples float32 16 kHz [n], F) -> features [K,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers)
+    or encode(frames), depending on the model; read(prompt) -> text features [L,E], None for a model without prompts; hashes of the
+    weights by metadata key. Data of kind "spoken" need none of them.
     """
 
     encode_audio: Callable[[np.ndarray, int], Tensor] | None
@@ -45,12 +45,12 @@ class Encoders:
 
 
 Build = Callable[[PrecomputeConfig], Encoders]
-HashesOf = Callable[[PrecomputeConfig], Mapping[str, str]]  # the hashes of the encoders that would be built, without building them
+HashesOf = Callable[[PrecomputeConfig], Mapping[str, str]]  # hashes of the encoders' weights, without building the encoders
 _BUILT: dict[str, Encoders] = {}
 
 
 def built(config: PrecomputeConfig, build: Build) -> Encoders:
-    """The encoders of this process, built once."""
+    """The encoders of this process, built at the first call."""
     wanted = repr((config, build))
     if wanted not in _BUILT:
         _BUILT.clear()
@@ -59,16 +59,16 @@ def built(config: PrecomputeConfig, build: Build) -> Encoders:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
-    """A shard that appears whole or not at all, with what it says of itself."""
+    """Write a shard atomically, with its metadata as JSON."""
     save_tensors(tensors, path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 class DamagedShard(ValueError):
-    """A shard that is cut short, or is none."""
+    """Raised for a file that is cut short or is no shard."""
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a shard says of itself. Raises DamagedShard when it cannot, ValueError when the file cannot be opened."""
+    """Read the metadata of a shard. Raises DamagedShard when the file is damaged, ValueError when it cannot be opened."""
     try:
         with safe_open(path, framework="pt") as shard:
             metadata = {name: json.loads(value) for name, value in (shard.metadata() or {}).items()}
@@ -82,7 +82,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def whole(path: Path) -> bool:
-    """Whether a shard is there. A damaged one is said and removed, so that it is made again."""
+    """Whether a shard exists and is intact. A damaged one is reported and removed, so that it is made again."""
     if not path.is_file():
         return False
     try:
@@ -95,8 +95,8 @@ def whole(path: Path) -> bool:
 
 
 def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
-    """What all these shards were made with, as far as they know. Raises ValueError when they were made with several of a kind."""
-    found: dict[str, Any] = {"autoencoder": config.model.autoencoder}
+    """The encoders and frame rate of all these shards, as far as recorded. Raises ValueError when the shards differ in them."""
+    common: dict[str, Any] = {"autoencoder": config.model.autoencoder}
     shards = [metadata for metadata in shard_metadata if metadata["clips"]]
     for name, what in MADE_WITH.items():
         values = {metadata[name] for metadata in shards if metadata.get(name)}
@@ -106,28 +106,28 @@ def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig
         if values and silent:
             LOG.warning("%d older shards in %s carry no %s; delete them to have them made again", silent, config.folder, name)
         if values:
-            found[name] = values.pop()
-    return found
+            common[name] = values.pop()
+    return common
 
 
 def outdated(path: Path, hashes: Mapping[str, str]) -> bool:
-    """Whether the clips of a shard were made by other encoders than these; one that does not know is taken for up to date."""
+    """Whether the clips of a shard were made by other encoders; a shard without hashes counts as up to date."""
     metadata = read_metadata(path)
     return bool(metadata["clips"]) and any(metadata.get(name) and value and metadata[name] != value for name, value in hashes.items())
 
 
 def begin_again(count: int, folder: Path) -> None:
-    """Say that so many shards are replaced, to the person and to whoever reads the folder meanwhile."""
+    """Warn that `count` shards will be replaced, and mark the folder's index as unfinished for anyone who reads it meanwhile."""
     if count:
         mark_unfinished(folder)
         LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", count, folder)
 
 
 def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
-    """Call make(*job) for every job, in so many processes of their own (0 = here), in whatever order they are done.
+    """Call make(*job) for every job in `workers` processes (0 = in this one); yields None as each job ends, in any order.
 
-    A job whose process dies of it is given to crashed(*job, error=Crashed), here, and the other jobs go on; without `crashed` the error
-    is raised.
+    When a job kills its process, crashed(*job, error=Crashed) is called in this process and the other jobs go on; without `crashed`
+    the error is raised.
     """
     if not workers or not jobs:
         yield from (make(*job) for job in jobs)

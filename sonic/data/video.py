@@ -1,4 +1,4 @@
-"""Videos: frames and speech muxed into an MP4 as they arrive, and videos read back frame by frame."""
+"""Video files: writing frames and speech to an MP4 as they are generated, and reading videos frame by frame."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from av import AudioLayout
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from sonic.data.audio import resample
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
@@ -26,12 +27,12 @@ from sonic.types import Speech
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_SAMPLES = 1024  # per AAC frame
 _SMPTE170M, _BT709, _SRGB, _TV_RANGE = 6, 1, 13, 1  # H.264 code points
-_BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # generous: talking heads take a tenth of it
+_BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # ten times what talking heads need
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How frames become H.264: constant rate factor (lower is better and larger), x264 preset, frames per second."""
+    """H.264 settings: constant rate factor (lower is better and larger), x264 preset, frames per second."""
 
     crf: int = 16
     preset: str = "veryfast"
@@ -43,10 +44,10 @@ class Coding:
 
 
 def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
-    """Where a video of this size is written: the path, or what it leads to where it is a symbolic link, which stays a link.
+    """Check that a video of this size can be written to `path`, and return the file to write: the target of a symbolic link, else `path`.
 
-    Raises ValueError when it is no .mp4, something other than a video is there, its folder is missing or read-only, or the disk is
-    too full.
+    Raises ValueError when the name does not end in .mp4, the path is something other than a file, its folder is missing or read-only,
+    or the disk has too little space.
     """
     path = Path(path)
     check_name(path, "output")
@@ -78,17 +79,17 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
 
 
 class VideoWriter:
-    """Context manager that writes an MP4 (H.264 yuv420p, AAC, faststart) while the frames are still being made.
+    """Context manager that writes an MP4 (H.264 yuv420p, AAC, faststart) frame by frame.
 
-    The file appears under its name only when complete; after an exception or Ctrl-C nothing is left. The sound is the original
-    recording at its own sample rate, read as a stream and cut where the frames end. H.264 needs even sides: of an odd picture the
-    last column or row is left out, nothing is ever rescaled.
+    The file gets its name only when complete; after an exception or Ctrl-C nothing is left. The sound is the original recording at
+    its own sample rate, read as a stream and cut at the end of the frames. H.264 needs even sides: an odd last column or row is
+    dropped; frames are never rescaled.
     """
 
     def __init__(
         self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, coding: Coding | None = None
     ) -> None:
-        """num_frames is what is expected, for the disk check only."""
+        """num_frames is the expected length, used only to check the disk space."""
         self.coding = coding or Coding()
         self.path = check_output(path, width, height, num_frames=num_frames, fps=self.coding.fps)
         self.width, self.height, self.frames, self.speech = width - width % 2, height - height % 2, 0, speech
@@ -148,13 +149,13 @@ class VideoWriter:
             raise _writing_failed(self.path, error) from error
 
     def _discard(self) -> None:
-        """Leave nothing behind, whatever state the container is in."""
+        """Close the container, whatever its state, and delete the partial file."""
         container = getattr(self, "_container", None)
         try:
             if container is not None:
                 container.close()
         except (av.FFmpegError, OSError, ValueError):
-            pass  # it was being thrown away: the error that led here is the one to report
+            pass  # the error that led here is the one to report
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -168,7 +169,7 @@ def _writing_failed(path: Path, error: OSError) -> Exception:
 def _video_stream(container, width: int, height: int, *, coding: Coding):
     stream = container.add_stream("libx264", rate=coding.fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    # x264's mbtree reads memory that nobody wrote where sides are no multiple of 16: one video in a hundred had other bytes
+    # x264's mbtree reads uninitialised memory when sides are not multiples of 16: one video in a hundred had other bytes
     stream.options = {"crf": str(coding.crf), "preset": coding.preset, "x264-params": "mbtree=0"}
     # BT.601 with its tag: players that read tags and players that assume 601 show the same colours
     context = stream.codec_context
@@ -187,7 +188,7 @@ def _to_yuv(reformatter: VideoReformatter, frame):
 
 
 class _Sound:
-    """The AAC track: exactly as much of the recording as the video shows so far, never the whole of it in memory; silence after its end."""
+    """The AAC track: encodes the recording as a stream, as far as the video has come, and silence after the recording's end."""
 
     def __init__(self, container, speech: Speech) -> None:
         self.source, self.rate, self.layout = _recording(speech)
@@ -197,7 +198,7 @@ class _Sound:
         self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
 
     def until(self, seconds: float) -> list:
-        """Packets of the whole AAC frames that end before `seconds`, as far as the recording goes."""
+        """Packets of all whole AAC frames of the recording that end before `seconds`."""
         packets = []
         while self.position + _AAC_SAMPLES <= seconds * self.rate and self._fill(_AAC_SAMPLES):
             packets += self._encode(_AAC_SAMPLES)
@@ -221,7 +222,7 @@ class _Sound:
         return self.stream.encode(frame)
 
     def _fill(self, samples: int) -> bool:
-        """Hold at least so many samples; False when the recording has no more of them."""
+        """Buffer at least `samples` samples; False when the recording ends before."""
         while not self.ended and self.held.shape[1] < samples:
             piece = next(self.source, None)
             if piece is None:
@@ -232,29 +233,29 @@ class _Sound:
 
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:
-    """The original file where there is one (its own rate, stereo kept), else the samples; its rate in Hz and its layout."""
-    if speech.path is None:
-        return iter([speech.samples[None]]), speech.sample_rate, "mono"
-    own, channels = sound_format(speech.path)
+    """Pieces of the original file (own rate, stereo kept) if there is one, else the samples; their rate in Hz and channel layout."""
+    own, channels = (speech.sample_rate, 1) if speech.path is None else sound_format(speech.path)
     rate = min(_AAC_RATES, key=lambda supported: abs(supported - own))
+    if speech.path is None:
+        return iter([(speech.samples if rate == own else resample(speech.samples, own, rate))[None]]), rate, "mono"
     layout = "mono" if channels == 1 else "stereo"
     return keep_audible(decode_sound(speech.path, rate=rate, layout=layout), rate), rate, layout
 
 
 def frames_at(path: str | Path, fps: int) -> Iterator[np.ndarray]:
-    """What a video shows in the middle of each 1/fps s, uint8 [H,W,3]."""
-    shown, made = None, 0
+    """Resample a video to `fps` frames per second: the frame shown in the middle of each 1/fps s, uint8 [H,W,3]."""
+    shown, count = None, 0
     for time, picture in timed_frames(path):
-        while shown is not None and (made + 0.5) / fps < time:
+        while shown is not None and (count + 0.5) / fps < time:
             yield shown
-            made += 1
+            count += 1
         shown = picture
     if shown is not None:
         yield shown
 
 
 def timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
-    """The frames of a video one after the other: the second at which each appears, and uint8 [H,W,3]."""
+    """Pairs of the second at which a frame appears and the frame, uint8 [H,W,3]. Raises ValueError when it cannot be decoded."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video={path} is no file; give the path of a video")
@@ -263,7 +264,7 @@ def timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
             if not container.streams.video:
                 raise ValueError(f"video={path} holds no pictures; give the path of a video")
             for frame in container.decode(video=0):
-                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # telephones turn the picture, not the pixels
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones store the rotation as metadata
                 yield frame.time or 0.0, np.ascontiguousarray(upright)
     except av.FFmpegError as error:
         raise ValueError(f"video={path} cannot be decoded ({error.strerror}); give an undamaged video") from error

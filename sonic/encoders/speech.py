@@ -1,4 +1,4 @@
-"""Speech features for the audio encoder of the DiT: hidden layers by features by video frames, whatever makes them."""
+"""Speech encoders: a recording becomes features [K,E,F] of K hidden layers, of width E, one column per video frame."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from sonic.model.pointwise import gelu
 
 
 class LogMelEncoder(nn.Module):
-    """A small convolutional encoder of log-mel columns, trained to name mouth shapes; it hears 0.8 s to both sides of a frame."""
+    """A small convolutional encoder of log-mel columns, trained to classify mouth shapes (K = 1).
+
+    A frame's features depend on the 0.8 s before and after it.
+    """
 
     FEATURES = 160
     KERNEL = 5
     FAST, SLOW = (1, 2, 4, 1, 2, 4), (1, 2)  # dilations at 50 columns and at 25 frames a second
-    MARGIN = 24  # video frames heard to each side, rounded up
+    MARGIN = 24  # video frames on each side that a frame's features depend on, rounded up
     CHUNK = 256  # video frames encoded at a time, so that memory does not grow with the recording
 
     def __init__(self) -> None:
@@ -43,24 +46,24 @@ class LogMelEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_audio(self, samples: np.ndarray, num_frames: int) -> Tensor:
-        """Features of a whole recording, as if silence were around it.  float32 [n] at 16 kHz -> [1,160,F]"""
+        """Features of a whole recording, padded with silence on both sides.  float32 [samples] at 16 kHz -> [1,160,F]"""
         columns = self.with_margin(torch.from_numpy(log_mel(samples, num_frames))[None]).to(self.stem.weight)
         pieces = []
         for first in range(0, num_frames, self.CHUNK):
             count = min(self.CHUNK, num_frames - first)
             window = columns[:, COLUMNS_PER_FRAME * first : COLUMNS_PER_FRAME * (first + count + 2 * self.MARGIN)]
             pieces.append(self(window)[:, self.MARGIN : self.MARGIN + count])
-        return rearrange(torch.cat(pieces, dim=1), "1 f a -> 1 a f")
+        return rearrange(torch.cat(pieces, dim=1), "1 f e -> 1 e f")
 
     def with_margin(self, columns: Tensor) -> Tensor:
-        """Columns [B,2F,40] with MARGIN frames of silence in front and behind."""
+        """The columns with MARGIN frames of silence before and after them.  [B,2F,40] -> [B,2(F+2·MARGIN),40]"""
         return F.pad(columns, (0, 0, *(2 * (COLUMNS_PER_FRAME * self.MARGIN,))), value=SILENT_COLUMN)
 
 
 class Window(nn.Linear):
-    """A dilated convolution over time, centred and padded with zeros, as one matrix product.
+    """A dilated convolution over time, centred and padded with zeros, computed as one matrix product.
 
-    Ten times faster on a CPU, forward and backward, than torch's Conv1d in bfloat16.
+    In bfloat16 on a CPU it is ten times faster, forward and backward, than torch's Conv1d.
     """
 
     def __init__(self, width: int, out: int, kernel: int, *, dilation: int = 1) -> None:
@@ -68,7 +71,7 @@ class Window(nn.Linear):
         self.kernel, self.dilation = kernel, dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C']"""
+        """[B,columns,C] -> [B,columns,C']"""
         padding = self.dilation * (self.kernel // 2)
         padded = F.pad(x, (0, 0, padding, padding))
         shifted = [padded[:, self.dilation * i : self.dilation * i + x.shape[1]] for i in range(self.kernel)]
@@ -85,14 +88,14 @@ class _Residual(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C]"""
+        """[B,columns,C] -> [B,columns,C]"""
         return x + self.out(gelu(self.conv(self.norm(x))))
 
 
 def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
-    """The same words from throats that are shorter (factor < 1) or longer: log-mel columns with their mel axis stretched.
+    """Log-mel columns with their mel axis stretched, as if the vocal tract were shorter (factor < 1) or longer.
 
-    columns [B,T,40], factor [B,1], or [B,40] where it differs along the mel axis -> [B,T,40]
+    columns [B,columns,40], factor [B,1], or [B,40] where it differs along the mel axis -> [B,columns,40]
     Source: vocal tract length perturbation, Jaitly and Hinton 2013.
     """
     channel = ((torch.arange(MELS, device=factor.device) + 0.5) * factor - 0.5).clamp(0, MELS - 1)
@@ -102,5 +105,5 @@ def vary_throat(columns: Tensor, factor: Tensor) -> Tensor:
     return torch.lerp(pick_row(below), pick_row(below + 1), share)
 
 
-# name -> module with hear(samples float32 [n] at 16 kHz, number of video frames) giving [N, A, F]: N hidden layers of A features
+# name -> module with encode_audio(float32 samples [samples] at 16 kHz, number of video frames F) -> features [K,E,F]
 SPEECH_ENCODERS: dict[str, Callable[[], nn.Module]] = {"logmel": LogMelEncoder, "wav2vec2": Wav2VecEncoder}

@@ -1,4 +1,4 @@
-"""Prompts to rows of text features: transformers' umT5 encoder with the published weights' names."""
+"""The text encoder: prompts become rows of features, by transformers' umT5 with weights under their published names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ XXL = {
     "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-# published name -> transformers' name; {i} counts the layers
+# published name -> transformers' name; {i} is the number of the layer
 NAMES = {
     "token_embedding": "shared",
     "norm": "encoder.final_layer_norm",
@@ -35,7 +35,7 @@ TIED = "encoder.embed_tokens.weight"  # transformers' second name of "shared.wei
 
 
 class TextEncoder(nn.Module):
-    """umT5: every layer has a relative position bias of its own."""
+    """The umT5 encoder, in which every layer has its own relative position bias."""
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -44,30 +44,30 @@ class TextEncoder(nn.Module):
         self.encoder = UMT5EncoderModel(UMT5Config(**(config or XXL))).eval()
 
     def load(self, path: str | Path) -> None:
-        """Take the weights of a published file, .pth or .safetensors.
+        """Load the weights from a published file, .pth or .safetensors.
 
-        Raises ValueError when the file cannot be read safely, or a tensor is missing or has no place.
+        Raises ValueError when the file cannot be read safely, or a tensor is missing or unknown.
         """
         self.load_tensors(_read(Path(path)), str(path))
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Take weights by their published names, in the precision they have. Raises ValueError unless all of them fit."""
-        found = {to_transformers(name): tensor for name, tensor in tensors.items()}
+        """Load weights by their published names, in the precision they have. Raises ValueError when one is missing or unknown."""
+        weights = {to_transformers(name): tensor for name, tensor in tensors.items()}
         wanted = {name for name in self.encoder.state_dict() if name != TIED}
-        wrong = sorted(wanted ^ set(found))
+        wrong = sorted(wanted ^ set(weights))
         if wrong:
             raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another text encoder")
-        self.encoder.load_state_dict({**found, TIED: found["shared.weight"]}, assign=True)
+        self.encoder.load_state_dict({**weights, TIED: weights["shared.weight"]}, assign=True)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Token ids [B,L] and which of them are real (1) or padding (0) -> for every prompt its rows [length, D], padding left out"""
+        """Token ids [B,L] and their mask, 1 for a token and 0 for padding -> the rows of every prompt without padding, [tokens,E] each"""
         rows = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return [prompt[:length] for prompt, length in zip(rows, mask.sum(1).tolist(), strict=True)]
 
 
 def to_transformers(name: str) -> str:
-    """transformers' name of a published tensor; a name that is unknown stays as it is."""
+    """transformers' name of a published tensor; an unknown name is returned as it is."""
     path, _, leaf = name.rpartition(".")
     words = path.split(".")
     number = words[1] if words[0] == "blocks" and len(words) > 1 else ""
@@ -76,7 +76,7 @@ def to_transformers(name: str) -> str:
 
 
 def to_published(name: str) -> str:
-    """The published name of one of transformers' tensors."""
+    """The published name of a tensor of transformers' encoder; an unknown name is returned as it is."""
     words = name.split(".")
     number = words[2] if words[:2] == ["encoder", "block"] else ""
     for theirs, pattern in NAMES.items():
@@ -90,29 +90,29 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} does not exist; give the published text encoder, such as models_t5_umt5-xxl-enc-bf16.pth")
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch names a dozen kinds of damage by a dozen kinds of errors
+    except Exception as error:  # torch raises a dozen kinds of errors for damaged files
         raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
 
 
 def cleaned(prompt: str) -> str:
-    """A prompt as the published code hands it to its tokenizer: characters mended, HTML's names for them resolved, single spaces."""
-    return " ".join(html.unescape(html.unescape(_mended(prompt))).split())
+    """The prompt as the published code gives it to its tokenizer: characters repaired, HTML entities resolved, single spaces."""
+    return " ".join(html.unescape(html.unescape(_repaired(prompt))).split())
 
 
-def _mended(prompt: str) -> str:
-    """The prompt with its characters mended by ftfy, as the published code does it: wide commas become plain ones, and the like."""
+def _repaired(prompt: str) -> str:
+    """The prompt with its characters repaired by ftfy, as in the published code: full-width commas become plain ones, and so on."""
     if prompt.isascii():
         return prompt
     try:
         import ftfy
     except ImportError:
-        log.warning("a prompt beyond ASCII is read as it is typed; the published code mends it with ftfy first: pip install ftfy")
+        log.warning("a prompt with characters outside ASCII is used unchanged; the published code repairs it with ftfy: pip install ftfy")
         return prompt
     return ftfy.fix_text(prompt)
 
 
 class Tokenizer:
-    """transformers' tokenizer of a folder; prompts are cleaned as the published code cleans them."""
+    """transformers' tokenizer from a folder; it cleans prompts as the published code does."""
 
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoTokenizer
@@ -123,7 +123,7 @@ class Tokenizer:
             raise ValueError(f"{folder} holds no tokenizer that can be read ({error}); fetch it again") from error
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Ids and mask [B,length], cut and padded to it."""
+        """Token ids and mask of the prompts, each cut or padded to `length`.  -> two of int64 [B,length]"""
         texts = [cleaned(prompt) for prompt in prompts]
-        found = self.tokens(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return found["input_ids"], found["attention_mask"]
+        encoded = self.tokens(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"]

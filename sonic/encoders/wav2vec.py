@@ -1,4 +1,7 @@
-"""Speech features of the published models: all hidden states of wav2vec2, brought from 50 to 30 a second and picked per video frame."""
+"""The speech encoder of the published models: all hidden states of wav2vec2, resampled from 50 to 30 per second, picked per video frame.
+
+Shapes: K hidden layers (the input of the first one included), E their width, F video frames.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,23 @@ from sonic.checkpoint.weights import read_tensors
 from sonic.data.audio import SAMPLE_RATE
 from sonic.geometry import FPS
 
-STATE_SAMPLES = 320  # samples from one hidden state to the next: 50 a second
-STATE_RECEPTIVE_FIELD = 400  # samples that the first one needs
+STATE_SAMPLES = 320  # samples from one hidden state to the next: 50 states per second
+STATE_RECEPTIVE_FIELD = 400  # samples that one hidden state depends on
 STATES_PER_S, PICKED_PER_S = 50, 30
-IN_MEMORY = 1 << 30  # bytes of features; more are kept on disk
+IN_MEMORY = 1 << 30  # bytes; larger features are stored on disk
 # wav2vec2-large-xlsr-53, as published beside Wan2.2-S2V
 LARGE = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "conv_bias": True,
     "feat_extract_norm": "layer", "do_stable_layer_norm": True,
 }  # fmt: skip
-# how older files name the two halves of the weight-normalised convolution
+# name in older files -> name of the two weights of the weight-normalised convolution
 RENAMED = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 class Wav2VecEncoder(nn.Module):
-    """transformers' Wav2Vec2Model, heard in windows so that memory does not grow with the recording."""
+    """transformers' Wav2Vec2Model, run on windows of the recording so that memory does not grow with its length."""
 
-    WINDOW_S, MARGIN_S = 60, 4  # a window is encoded with a margin on both sides, which is thrown away
+    WINDOW_S, MARGIN_S = 60, 4  # a window is encoded with a margin on both sides, whose states are discarded
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -45,41 +48,41 @@ class Wav2VecEncoder(nn.Module):
         self.encoder = Wav2Vec2Model(Wav2Vec2Config(**(config or LARGE))).eval()
 
     def load(self, path: str | Path) -> None:
-        """Take the weights of a Wav2Vec2ForCTC or Wav2Vec2Model file; its output layer and training mask are left out.
+        """Load the weights from a Wav2Vec2ForCTC or Wav2Vec2Model file, without its output layer and its training mask.
 
-        Raises ValueError when a tensor is missing or has no place.
+        Raises ValueError when a tensor is missing or unknown.
         """
         self.load_tensors(read_tensors(path), str(path))
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Take weights by their published names. Raises ValueError unless all of them fit."""
-        found = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
+        """Load weights by their published names. Raises ValueError when one is missing or unknown."""
+        weights = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
         wanted = [name for name in self.encoder.state_dict() if name != "masked_spec_embed"]
-        wrong = sorted(set(wanted) ^ set(found))
+        wrong = sorted(set(wanted) ^ set(weights))
         if wrong:
             raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another wav2vec2")
-        self.encoder.load_state_dict(found, strict=False)
+        self.encoder.load_state_dict(weights, strict=False)
 
     def encode_audio(self, samples: np.ndarray, num_frames: int, fps: int = FPS) -> Tensor:
-        """Features of every video frame; zeros after the end of the recording.  float32 [n] at 16 kHz -> [layers+1,D,F]"""
+        """Features of every video frame; zeros after the end of the recording.  float32 [samples] at 16 kHz -> [K,E,F]"""
         return self.encode_audio_batch([samples], num_frames, fps)[0]
 
     @torch.no_grad()
     def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, fps: int = FPS) -> Tensor:
-        """The same of several recordings.  -> [voices,layers+1,D,F]"""
+        """Features of several recordings.  -> [voices,K,E,F]"""
         config = self.encoder.config
-        features = _room((len(voices), config.num_hidden_layers + 1, config.hidden_size, num_frames))
-        for samples, room in zip(voices, features, strict=True):
-            self._encode_into(samples, room, fps)
+        features = _zeros((len(voices), config.num_hidden_layers + 1, config.hidden_size, num_frames))
+        for samples, out in zip(voices, features, strict=True):
+            self._encode_into(samples, out, fps)
         return features
 
     def _encode_into(self, samples: np.ndarray, out: Tensor, fps: int) -> None:
-        """Write the features of a recording into zeros [layers+1,D,F]."""
+        """Write the features of a recording into `out`, zeros [K,E,F]."""
         total = 1 + max(0, len(samples) - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
         kept = int(total / STATES_PER_S * PICKED_PER_S)
         picked = frame_positions(out.shape[-1], fps)
-        positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # the first and last state stay the first and last
-        start, last = 0, None  # `start` counts the states before those at hand; the last of them stays beside
+        positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # resampling maps the first and last state to themselves
+        start, last = 0, None  # `last` is the previous piece's last state, for interpolation across the join; `start` is its index
         for piece in self._pieces(samples):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
@@ -87,100 +90,104 @@ class Wav2VecEncoder(nn.Module):
             within = torch.from_numpy(positions[inside] - start).clamp(max=stop - start)
             below = within.long()
             above = (below + 1).clamp(max=stop - start)
-            found = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
-            out[..., torch.from_numpy(inside)] = found.mT.float().cpu()
+            interpolated = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
+            out[..., torch.from_numpy(inside)] = interpolated.mT.float().cpu()
             start, last = stop, states[:, -1:]
 
     @torch.no_grad()
     def states(self, samples: np.ndarray) -> Tensor:
-        """All hidden states at 50 a second: what enters the layers, what leaves each, the last one normed.  [n] -> [layers+1,T,D]"""
+        """All hidden states at 50 per second: the input of the first layer, the output of each layer, the last one after its norm.
+        [samples] -> [K,states,E]"""
         return torch.cat(list(self._pieces(samples)), dim=1)
 
     def _pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
-        """The same window by window."""
+        """The states of one window after another, each [K,states,E]."""
         wave = torch.from_numpy(normalised(samples))
         window, margin = (seconds * SAMPLE_RATE for seconds in (self.WINDOW_S, self.MARGIN_S))
         for start in range(0, max(1, len(wave) - STATE_RECEPTIVE_FIELD + STATE_SAMPLES), window):
             first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_RECEPTIVE_FIELD - STATE_SAMPLES)
             if last - first < STATE_RECEPTIVE_FIELD:
                 break
-            found = self._layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
-            yield found[:, : window // STATE_SAMPLES]
+            states = self.layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
+            yield states[:, : window // STATE_SAMPLES]
 
-    def _layers(self, wave: Tensor) -> Tensor:
+    def layers(self, wave: Tensor) -> Tensor:
+        """All hidden states of normalised samples that are encoded at once.  [n] -> [layers+1,T,D]"""
         weight = next(self.encoder.parameters())
         out = self.encoder(wave.to(weight)[None], output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # transformers 5 lists the last one before its norm
 
 
-def _room(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in memory; many of them in a file without a name, so that an hour of speech takes disk instead."""
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zeros in memory, or when larger than IN_MEMORY in a deleted temporary file, so that an hour of speech takes disk space instead."""
     if 4 * prod(shape) <= IN_MEMORY:
         return torch.zeros(shape)
     with tempfile.NamedTemporaryFile(prefix="sonic_speech_") as file:
-        _take_space(file, 4 * prod(shape))
+        _allocate(file, 4 * prod(shape))
         return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
 
 
-def _take_space(file: IO[bytes], size: int) -> None:
-    """Give a new file its size and the disk for it: where that is missing, a write to the mapped file would end the process.
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Reserve `size` bytes of disk for a new file. Raises ValueError when the disk has too little space.
 
-    Raises ValueError then.
+    Without this check, a write to the mapped file would end the process.
     """
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             folder = Path(file.name).parent
-            need = f"{size / 2**30:.1f} GiB are needed in {folder} for what is heard in a recording this long"
+            need = f"{size / 2**30:.1f} GiB are needed in {folder} for the speech features of a recording this long"
             raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR") from error
         file.truncate(size)
-    except AttributeError:  # macOS has no such call
+    except AttributeError:  # macOS has no posix_fallocate
         file.truncate(size)
 
 
 def to_transformers_speech(name: str) -> str:
-    """transformers' name of a published tensor; empty for those of the output layer and of the training's mask."""
+    """transformers' name of a published tensor; empty for the output layer and the training mask."""
     words = name.removeprefix("wav2vec2.").split(".")
     ours = ".".join([*words[:-1], RENAMED.get(words[-1], words[-1])])
     return "" if ours.startswith("lm_head.") or ours == "masked_spec_embed" else ours
 
 
 def normalised(samples: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance over the recording, as the published processor makes them."""
+    """The samples with zero mean and unit variance, computed as in the published processor."""
     return ((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)).astype(np.float32)
 
 
 def stretch(states: Tensor, rate: int = PICKED_PER_S, *, length: int | None = None) -> Tensor:
-    """Features at another rate, the first and last staying the first and last.  [N,T,D] -> [N,T',D]"""
+    """Hidden states resampled to another rate, or to `length` states; the first and last stay the first and last.
+    [K,states,E] -> [K,states',E]"""
     size = int(states.shape[1] / STATES_PER_S * rate) if length is None else length
     return F.interpolate(states.mT, size=size, mode="linear", align_corners=True).mT
 
 
 def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:
-    """Where each video frame's features are among those at `rate` a second: the nearest, a half goes to the even.  -> int64 [F]"""
+    """Index of the features at `rate` per second nearest to each video frame; halves round to the even index.  -> int64 [F]"""
     seconds = np.linspace(0, num_frames / fps, num_frames, endpoint=False)
     return np.round(seconds * rate).astype(np.int64)
 
 
 def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
-    """The features at those places, with `around` neighbours to both sides, `stride` apart, beside them; zeros after the end.
+    """The states at the given indices, concatenated with `around` neighbours on both sides, `stride` apart; zeros after the end.
 
-    [N,T,D] -> [F,N,(2·around+1)·D]
+    states [K,states,E], positions [F] -> [F,K,(2·around+1)·E]
     """
     last = states.shape[1] - 1
     near = torch.from_numpy(positions)[:, None] + stride * torch.arange(-around, around + 1)
-    found = states[:, near.clamp(0, last)]
-    inside = torch.from_numpy(positions <= last).to(found)
-    return rearrange(found, "n f k d -> f n (k d)") * rearrange(inside, "f -> f 1 1")
+    picked = states[:, near.clamp(0, last)]
+    inside = torch.from_numpy(positions <= last).to(picked)
+    return rearrange(picked, "k f near e -> f k (near e)") * rearrange(inside, "f -> f 1 1")
 
 
 def states_of(samples: int) -> int:
-    """Features at 30 a second that a recording of so many samples gives."""
+    """Number of features at 30 per second of a recording of `samples` samples."""
     states = 1 + max(0, samples - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
     return int(states / STATES_PER_S * PICKED_PER_S)
 
 
 def clips_of(states: int, clip_frames: int, fps: float) -> int:
-    """Clips that the published code makes of so many features at 30 a second; a whole number of clips gets one more, of silence."""
+    """Number of clips that the published code makes of `states` features at 30 per second; it adds a clip of silence when they fill
+    a whole number of clips."""
     return int(states / (clip_frames * PICKED_PER_S / fps)) + 1

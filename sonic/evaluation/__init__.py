@@ -1,1 +1,1 @@
-"""Figures of quality: metrics of a video, evaluation of a model, sweeps over options, and their reports."""
+"""Quality evaluation: metrics of a video, evaluation of a model, sweeps over options, and their reports."""

@@ -1,7 +1,7 @@
-"""Holds a finished video against its photograph and its recording, pixels and sound alone: what is left of the person, whether
-the mouth follows the speech, and whether the sound track of the video is that recording.
+"""Judges a finished video against its photograph and its recording: likeness outside the mouth, sync of the mouth with the speech,
+and whether the video's sound track is that recording.
 
-A person is judged by what a viewer sees and hears, so the figures come from the file, compression included.
+All metrics are computed from the decoded file, so they include the losses of compression.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from sonic.inference.report import mouth_window
 from sonic.system.paths import file_key
 from sonic.types import Portrait, Speech
 
-QUIET_DB = -38.0  # below the loud parts: nobody speaks
-REST_FRAMES = 5  # a pause this long lets the mouth come to rest
-MAX_LAG = 12  # frames of lag that are tried either way
-SOUND_REACH_S = 2.0  # offsets of the sound that are tried either way
-LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # of a sound track with its recording
+QUIET_DB = -38.0  # level relative to the loud parts below which there is no speech
+REST_FRAMES = 5  # frames after which the mouth is at rest in a pause
+MAX_LAG = 12  # largest lag that is tried, in frames, in both directions
+SOUND_REACH_S = 2.0  # largest offset of the sound that is tried, in both directions
+LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # limits for a sound track that matches its recording
 _BLOCK = 1 << 16  # samples of the recording that are correlated at a time
 
 
 def judge(config: JudgeConfig) -> dict[str, float]:
-    """Judge as configured, show the table, write the JSON.
+    """Judge a video by `config`, print the table, write the JSON, and return the metrics.
 
-    photo_psnr_db outside the lower half of the face; speech_correlation, the mouth's motion against the speech envelope at
-    the best lag; lag_frames (above zero: the mouth is late); rest_ratio, the mouth's motion in pauses against speech; and of the
-    video's own sound track those of `sound_figures`. Raises ValueError when the video does not have the photograph's size.
+    photo_psnr_db: PSNR outside the lower half of the face; speech_correlation: of the mouth's motion with the speech envelope at the
+    best lag; lag_frames: that lag (positive = the mouth is late); rest_ratio: the mouth's motion in pauses relative to speech; and
+    those of `sound_figures`. Raises ValueError when video and photograph differ in size.
     """
     _refuse_overwriting(config)
     portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
@@ -67,7 +67,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
 
 
 def _refuse_overwriting(config: JudgeConfig) -> None:
-    """Raise ValueError when the figures would take the place of what is judged, however the two are spelt."""
+    """Raise ValueError when the JSON would overwrite one of the judged files, by whatever path."""
     for option in ("mp4", "image", "audio"):
         name = getattr(config, option)
         if config.json and file_key(name) == file_key(config.json):
@@ -75,10 +75,10 @@ def _refuse_overwriting(config: JudgeConfig) -> None:
 
 
 def sound_figures(video: Path, recording: Speech, times: np.ndarray) -> dict[str, float]:
-    """The video's own sound track against its pictures, which appear at `times` [F] in seconds, and against the recording.
+    """Compare the video's sound track with its frames, which appear at `times` [F] in seconds, and with the recording.
 
-    sound_length_ms, by how much the track is longer than the pictures; sound_offset_ms, by how much the recording is heard too
-    late in the video; sound_correlation of the two at that offset. Of a video without sound only the length, and no correlation.
+    sound_length_ms: by how much the track is longer than the frames; sound_offset_ms: delay of the recording in the track;
+    sound_correlation: of the two at that offset. Without a sound track there is no offset, and the correlation is 0.
     """
     pictures = times[-1] - times[0] + 1 / frame_rate(times)
     try:
@@ -95,9 +95,9 @@ def sound_figures(video: Path, recording: Speech, times: np.ndarray) -> dict[str
 
 
 def sound_offset(found: np.ndarray, truth: np.ndarray, reach: int) -> tuple[int, float]:
-    """By how many samples, at most `reach`, the sound `found` comes later than `truth`, and the correlation of the two there.
+    """Delay of `found` behind `truth` in samples (at most ±`reach`) with the highest correlation, and that correlation.
 
-    The cross-correlation is summed over blocks, so that it takes no more memory for an hour than for a second.
+    The cross-correlation is summed over blocks, so that its memory does not grow with the length of the sound.
     """
     truth = truth[: len(found)]
     found = np.pad(found[: len(truth) + reach], (reach, reach + max(0, len(truth) - len(found))))
@@ -113,7 +113,7 @@ def sound_offset(found: np.ndarray, truth: np.ndarray, reach: int) -> tuple[int,
 
 
 def sound_fault(found: dict[str, float]) -> str:
-    """What is wrong with the sound track of a judged video, by its figures; empty when it is the recording's and in time."""
+    """A sentence about what is wrong with the sound track of a judged video; empty when it matches the recording."""
     if "sound_offset_ms" not in found:
         return f"the video has no sound track: sound_length_ms is {found['sound_length_ms']:.1f}"
     limits = {"sound_length_ms": found["frame_ms"], "sound_offset_ms": LARGEST_OFFSET_MS}
@@ -124,13 +124,13 @@ def sound_fault(found: dict[str, float]) -> str:
 
 
 def frame_rate(times: np.ndarray) -> int:
-    """Frames per second of pictures that appear at these seconds [F]."""
+    """Frames per second, from the times of the frames in seconds [F]."""
     return max(1, round((len(times) - 1) / (times[-1] - times[0]))) if times[-1] > times[0] else FPS
 
 
 def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarray]:
-    """Mean change of the mouth region from the photograph in each frame [F], in grey levels, the PSNR in dB outside the lower half
-    of the face over all frames, and the second at which each frame appears [F]."""
+    """Compare a video with its photograph: mean difference in the mouth region of each frame [F] in grey levels, PSNR in dB outside
+    the lower half of the face over all frames, and the time in seconds of each frame [F]."""
     still = portrait.pixels.astype(np.int16)
     mouth, kept = mouth_window(portrait), outside_lower_face(portrait)
     motion, error, times = [], 0.0, []
@@ -148,7 +148,7 @@ def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, n
 
 
 def outside_lower_face(portrait: Portrait) -> np.ndarray:
-    """True where speech has no business: everything but the face from its middle down to below the chin.  -> bool [H,W]"""
+    """Mask that excludes the face from its middle down to below the chin, which speech may move.  -> bool [H,W]"""
     face, (height, width) = portrait.face, portrait.pixels.shape[:2]
     rows, columns = np.ogrid[:height, :width]
     lower = (rows > face.y + face.height / 2) & (rows < face.y + 1.45 * face.height)
@@ -156,14 +156,14 @@ def outside_lower_face(portrait: Portrait) -> np.ndarray:
 
 
 def pauses(level: np.ndarray) -> np.ndarray:
-    """True in the quiet frames that are at least REST_FRAMES after the last sound and before the next.  -> bool [F]"""
+    """Mask of the quiet frames that are at least REST_FRAMES away from any sound.  -> bool [F]"""
     loud = level > np.percentile(level, 95) * 10 ** (QUIET_DB / 20)
     near = np.convolve(loud, np.ones(2 * REST_FRAMES + 1), mode="same") > 0
     return ~near
 
 
 def show(found: dict[str, float]) -> None:
-    """The figures beside what a good video reaches."""
+    """Print the metrics beside the values of a good video."""
     goals = {"photo_psnr_db": "≥ 33", "speech_correlation": "≥ 0.5", "lag_frames": "-2 to 2", "rest_ratio": "≤ 0.2"}
     frame = found["frame_ms"]
     goals |= {"sound_length_ms": f"{-frame:.0f} to {frame:.0f}", "sound_offset_ms": f"{-LARGEST_OFFSET_MS:.0f} to {LARGEST_OFFSET_MS:.0f}"}

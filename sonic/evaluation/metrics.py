@@ -1,4 +1,4 @@
-"""Figures of quality, read from pixels and tracks: likeness, lip sync, dynamics, joins, flicker, memory. No networks.
+"""Quality metrics computed from pixels and tracks, without networks: likeness, lip sync, dynamics, block joins, flicker, memory.
 
 Frames are float [F,3,H,W] or [3,H,W] in [-1,1] unless said otherwise; tracks are numpy arrays at the video's frame rate.
 """
@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class MouthGeometry:
-    """Where a closed or resting mouth lies in a frame: middle in px, half its width `unit` in px, roll in radians; `lower` is
-    how far the inner edge of the lower lip hangs below the middle at rest, in units, `curve` how much of that it loses towards
-    the corners."""
+    """Position of a resting mouth in a frame: middle in px, `unit` half its width in px, roll in radians; `lower` is the distance of
+    the lower lip's inner edge below the middle, in units, and `curve` how much of it is lost towards the corners."""
 
     x: float
     y: float
@@ -46,14 +45,14 @@ def ssim(found: Tensor, truth: Tensor) -> float:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r of two tracks; 0 when one of them does not move."""
+    """Pearson's r of two tracks; 0 when one of them is constant."""
     a, b = np.asarray(a, np.float64) - np.mean(a), np.asarray(b, np.float64) - np.mean(b)
     size = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size > 1e-9 else 0.0
 
 
 def best_lag(found: np.ndarray, truth: np.ndarray, max_lag: int = 12) -> tuple[float, float]:
-    """Highest correlation over shifts of ±reach frames, and that shift with a parabolic fraction (> 0: `found` comes late)."""
+    """Highest correlation over shifts of ±`max_lag` frames, and that shift with a parabolic fraction (> 0: `found` is late)."""
     lags = np.arange(-max_lag, max_lag + 1)
     values = []
     for lag in lags:
@@ -69,11 +68,11 @@ def best_lag(found: np.ndarray, truth: np.ndarray, max_lag: int = 12) -> tuple[f
 
 
 def mouth_opening(frames: Tensor, rest: Tensor, geometry: MouthGeometry) -> np.ndarray:
-    """How far the lower lip is from where it rests, in mouth units, read from the pixels alone.  -> [F]
+    """Displacement of the lower lip from rest in mouth units, measured in the pixels.  -> [F]
 
-    The strip from the lower lip's edge downwards is cut from the resting frame and looked for, column by column of the middle
-    of the mouth, along the mouth's own vertical in every frame: least squared difference, then a parabola through the minimum.
-    The strip reaches down to the chin, so that a smeared or tinted lip does not lead it astray.
+    The strip from the edge of the lower lip downwards is cut from the resting frame and located in every frame along the mouth's
+    vertical: least squared difference over the middle columns, then a parabola through the minimum. The strip extends to the chin,
+    so that a smeared or tinted lip does not mislead the match.
     """
     step = 0.02
     shifts = torch.arange(-0.6, 1.3, step)
@@ -87,14 +86,14 @@ def mouth_opening(frames: Tensor, rest: Tensor, geometry: MouthGeometry) -> np.n
     moved = rearrange(shifts, "k -> k 1 1") * arch + y
     weight = torch.exp(-((across / 0.35) ** 2)) * torch.linspace(1.0, 0.5, len(down)).unsqueeze(1)
     costs = []
-    for some in frames.split(32):
-        found = _sample(some, geometry, x=x.expand_as(moved), y=moved)  # [f,3,k,v,x]
-        costs.append(((found - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
+    for part in frames.split(32):
+        strips = _sample(part, geometry, x=x.expand_as(moved), y=moved)  # [part's frames, 3, shifts, rows, columns]
+        costs.append(((strips - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
     return _lowest(torch.cat(costs), shifts, step)
 
 
 def mouth_mask(geometry: MouthGeometry, height: int, width: int) -> Tensor:
-    """0 where the mouth can be, 1 everywhere else.  -> [H,W]"""
+    """Mask that is 0 where the mouth can move, 1 everywhere else.  -> [H,W]"""
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     cos, sin = np.cos(geometry.roll), np.sin(geometry.roll)
     dx, dy = (xs - geometry.x) / geometry.unit, (ys - geometry.y) / geometry.unit
@@ -103,17 +102,17 @@ def mouth_mask(geometry: MouthGeometry, height: int, width: int) -> Tensor:
 
 
 def dynamics_ratio(found: np.ndarray, truth: np.ndarray) -> float:
-    """How lively a track is against the truth: ratio of standard deviations."""
+    """Amount of motion of a track relative to the truth: ratio of standard deviations."""
     return float(np.std(found) / max(float(np.std(truth)), 1e-9))
 
 
 def track_distance(found: np.ndarray, reference: np.ndarray) -> float:
-    """How far a track is from another: root mean square of the difference, as a share of the other's standard deviation."""
+    """Root mean square difference of two tracks, relative to the standard deviation of the reference."""
     return float(np.sqrt(np.mean(np.square(found - reference))) / max(float(np.std(reference)), 1e-9))
 
 
 def join_ratio(frames: Tensor, block: int) -> float:
-    """Mean change between frames where a block of `block` frames ends, against the mean change elsewhere."""
+    """Mean change between frames across the ends of blocks of `block` frames, relative to the mean change elsewhere."""
     change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
     joins = (torch.arange(len(change)) + 1) % block == 0
     if not joins.any():
@@ -122,12 +121,12 @@ def join_ratio(frames: Tensor, block: int) -> float:
 
 
 def flicker(frames: Tensor) -> float:
-    """Share of a grey level's range that an average pixel jumps and jumps back: mean |second difference| / 2 in [0,1]."""
+    """Mean absolute second difference of pixels over time, scaled to [0,1]: how much pixels jump and jump back."""
     return float((frames[2:] - 2 * frames[1:-1] + frames[:-2]).abs().mean() / 4)
 
 
 def interval(values: Sequence[float]) -> dict:
-    """Mean, half width of its 95 % interval (normal, from the standard error) and the values themselves."""
+    """Mean, half width of its 95 % confidence interval (normal approximation) and the values themselves."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     clips = [float(v) for v in values]
     return {"mean": float(np.mean(values)), "ci95": 1.96 * std / max(1, len(values)) ** 0.5, "clips": clips}
@@ -145,19 +144,19 @@ def _hwc(frames: Tensor) -> np.ndarray:
 
 
 def _sample(frames: Tensor, geometry: MouthGeometry, *, x: Tensor, y: Tensor) -> Tensor:
-    """Colours of frames [F,3,H,W] at mouth coordinates x, y (any shape S, in units).  -> [F,3,*S]"""
+    """Sample frames [F,3,H,W] at mouth coordinates x, y in units, of any shape [...].  -> [F,3,...]"""
     height, width = frames.shape[-2:]
     cos, sin = float(np.cos(geometry.roll)), float(np.sin(geometry.roll))
     px = geometry.x + geometry.unit * (x * cos - y * sin)
     py = geometry.y + geometry.unit * (x * sin + y * cos)
     grid = torch.stack([px / width, py / height], -1) * 2 - 1
     flat = grid.reshape(1, 1, -1, 2).expand(frames.shape[0], -1, -1, -1)
-    found = F.grid_sample(frames, flat, mode="bilinear", padding_mode="border", align_corners=False)
-    return found.reshape(*frames.shape[:2], *x.shape)
+    sampled = F.grid_sample(frames, flat, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.reshape(*frames.shape[:2], *x.shape)
 
 
 def _lowest(costs: Tensor, shifts: Tensor, step: float) -> np.ndarray:
-    """Shift of the least cost of every frame, refined by a parabola.  costs [F,K] -> [F]"""
+    """Shift of the least cost of every frame, refined by a parabola.  costs [F,shifts] -> [F]"""
     best = costs.argmin(1).clamp(1, costs.shape[1] - 2)
     before, here, after = (costs.gather(1, (best + k).unsqueeze(1))[:, 0] for k in (-1, 0, 1))
     bend = (before - 2 * here + after).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Ablation sweeps: every combination of a grid scored in a process of its own; what is finished is not done again."""
+"""Ablation sweeps: every combination (cell) of a grid of options is evaluated in processes of its own; finished cells are kept."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LOG = logging.getLogger("sonic.training")
 PROGRAM = process("evaluate")
 DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
-STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # how a program ends that was told to; the first is sonic.cli's own
-MACHINE = ("attention", "device", "dtype", "threads")  # of run.*, what a cell runs on; not told where nobody said it
+STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # return codes of an interrupted process; 130 is this program's own
+MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
 TAIL = 12  # lines of a failed cell's log that are shown
 
 Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
@@ -35,53 +35,53 @@ Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its process
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the grid, and the folder it is scored in."""
+    """One combination of the grid, and its folder."""
 
     choices: dict[str, Any]
     folder: Path
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Short name for reports and logs, as "option=value, ..."."""
         return ", ".join(f"{option.rpartition('.')[2]}={value}" for option, value in self.choices.items())
 
     @property
     def figures(self) -> dict[str, Any] | None:
-        """Its figures, None until it is finished."""
+        """The metrics of the cell; None until it is finished."""
         file = self.folder / DONE
         return json.loads(file.read_text()) if file.is_file() else None
 
     @property
     def failure(self) -> str:
-        """The end of the log of a cell that failed; empty for others."""
+        """The end of the log of a failed cell; empty for others."""
         file = self.folder / FAILED
         return file.read_text() if file.is_file() else ""
 
     @property
     def asked(self) -> list[str] | None:
-        """What it was told when it was scored last; None when nobody wrote it down."""
+        """The options of the last evaluation; None when there is no record of them."""
         file = self.folder / ASKED
         return json.loads(file.read_text()) if file.is_file() else None
 
     def begin(self, asked: list[str]) -> None:
-        """Write down what it is told."""
+        """Record the options of the evaluation that begins."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
 
     def leave(self) -> Path:
-        """Set aside what is there, in the place of what was set aside before. Gives where it is."""
+        """Rename the folder to keep the old results, replacing those kept before. Returns the new path."""
         temporary = self.folder.with_name(f"{LEFT}{self.folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         self.folder.rename(temporary)
         return temporary
 
     def forget(self) -> None:
-        """Remove what an earlier attempt left."""
+        """Remove the folder of an earlier attempt."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
-    """All combinations of the grid that are not excluded, in its order."""
+    """All combinations of the grid except the excluded ones, in the order of the grid."""
     options = list(config.grid)
     combinations = (dict(zip(options, values, strict=True)) for values in itertools.product(*config.grid.values()))
     wanted = (choices for choices in combinations if not any(choices.items() >= out.items() for out in config.exclude))
@@ -89,7 +89,7 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
 
 
 def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
-    """Score every cell that is not finished as it is asked for now, `config.jobs` at once. Failed ones wait for retry=true."""
+    """Evaluate every cell that is not finished with the present options, `config.jobs` at once; failed ones only with retry=true."""
     cells = cells_of(config, folder)
     if config.retry:
         for cell in cells:
@@ -97,10 +97,10 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
                 cell.forget()
     for cell in cells:
         if (cell.figures or cell.failure) and cell.asked not in (None, asked(config, cell)):
-            LOG.info("%s was asked otherwise before; it is scored again, what there was is in %s", cell.name, cell.leave())
+            LOG.info("%s was scored with other options; it is scored again, the old results are in %s", cell.name, cell.leave())
     waiting = [cell for cell in cells if cell.figures is None and not cell.failure]
     if len(waiting) < len(cells):
-        LOG.info("%d of %d cells are there already", len(cells) - len(waiting), len(cells))
+        LOG.info("%d of %d cells are finished already", len(cells) - len(waiting), len(cells))
     for cell in waiting:
         cell.begin(asked(config, cell))
     jobs = [(cell.folder, commands(config, cell)) for cell in waiting]
@@ -108,25 +108,25 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
         pass
     for cell in cells:
         if cell.figures is None and not cell.failure:
-            LOG.warning("%s was stopped; the same command scores it", cell.name)
+            LOG.warning("%s was stopped; run the same command again to score it", cell.name)
         if cell.failure:
             LOG.warning("%s failed: %s (retry=true tries it again)", cell.name, cell.failure.strip().splitlines()[-1])
     return cells
 
 
 def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
-    """The processes of a cell, one for each seed."""
+    """The command lines of a cell, one for each seed."""
     where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
     return [[*PROGRAM, *_arguments(config, cell), *where(seed)] for seed in config.seeds]
 
 
 def asked(config: AblateConfig, cell: Cell) -> list[str]:
-    """What a cell's figures depend on."""
+    """The options that a cell's metrics depend on."""
     return [*_arguments(config, cell), f"seeds={_typed(config.seeds)}"]
 
 
 def _arguments(config: AblateConfig, cell: Cell) -> list[str]:
-    """What every process of a cell is told."""
+    """The options of every process of a cell, apart from the seed and the outputs."""
     fixed = [f"{option}={_typed(value)}" for option, value in cell.choices.items()]
     scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
     machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
@@ -134,12 +134,12 @@ def _arguments(config: AblateConfig, cell: Cell) -> list[str]:
 
 
 def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
-    """Run a cell's processes and join their figures; what goes wrong is written down where it happened, unless they were stopped."""
+    """Run a cell's processes and join their metrics. A failure is recorded in the cell's folder; an interruption is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("seed_*.json"):  # by an attempt that was stopped, maybe with other seeds
-        left.unlink()
-    for left in folder.glob("films_*"):
-        shutil.rmtree(left)
+    for old in folder.glob("seed_*.json"):  # of an interrupted attempt, perhaps with other seeds
+        old.unlink()
+    for old in folder.glob("films_*"):
+        shutil.rmtree(old)
     with (folder / "log.txt").open("w") as log:
         for command in processes:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -149,19 +149,19 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
                 log.flush()
                 fail(folder, f"exit code {done.returncode}", (folder / "log.txt").read_text())
                 return
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
     partial = folder / f"{DONE}.partial"
-    partial.write_text(json.dumps(_joined(found), indent=1) + "\n")
+    partial.write_text(json.dumps(_joined(results), indent=1) + "\n")
     partial.rename(folder / DONE)
 
 
 def fail(folder: Path, reason: str, output: str) -> None:
-    """Write down that a cell failed, and the end of what was said."""
+    """Record that a cell failed, with the end of its output."""
     (folder / FAILED).write_text("\n".join([reason, *output.strip().splitlines()[-TAIL:]]) + "\n")
 
 
 def lost(folder: Path, error: Exception) -> None:
-    """Write down that a cell's job was killed or its machine went, which its own processes could not; other cells are still wanted."""
+    """Record that a cell's job was killed or its machine lost, which the job itself could not; the sweep goes on."""
     folder.mkdir(parents=True, exist_ok=True)
     fail(folder, f"its job ended with {type(error).__name__}", str(error))
 
@@ -214,12 +214,12 @@ ENGINES: dict[str, Callable[[Jobs, AblateConfig], Iterator[None]]] = {
 }
 
 
-def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over the clips of all seeds: mean, half width of the 95 % interval, clips; and how open the mouth is in each clip."""
-    joined: dict[str, Any] = {"peak_rss_gib": max(each["peak_rss_gib"] for each in found)}
-    joined["openings"] = [track for each in found for track in each["openings"]]
+def _joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics over the clips of all seeds: mean, half width of the 95 % interval, values of the clips; and all mouth openings."""
+    joined: dict[str, Any] = {"peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
+    joined["openings"] = [track for result in results for track in result["openings"]]
     for figure in FIGURES:
-        joined[figure] = metrics.interval([value for each in found for value in each[figure]["clips"]])
+        joined[figure] = metrics.interval([value for result in results for value in result[figure]["clips"]])
     return joined
 
 
@@ -229,5 +229,5 @@ def _slug(choices: dict[str, Any]) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as written on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

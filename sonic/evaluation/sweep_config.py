@@ -1,4 +1,4 @@
-"""Options of ablation sweeps. Standard library only."""
+"""Options of the command ablate (stdlib only)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sonic.training.train_config import LogConfig
 
 @dataclass
 class CellsConfig:
-    """What runs cells."""
+    """How the cells of a sweep are run."""
 
-    jobs: int = option(1, "cells at once")
+    jobs: int = option(1, "cells that run at once")
     engine: str = option("local", "what runs the cells: local, submitit (Slurm) or ray")
     minutes: int = option(240, "minutes that Slurm gives a cell (engine=submitit)")
     retry: bool = option(False, "try failed cells again")
@@ -26,11 +26,12 @@ class CellsConfig:
 
 @dataclass
 class AblateConfig(CellsConfig):
-    """Scores every combination of a grid and draws a report: of a recipe such as +ablate=steps, or of grid.KNOB=[...]."""
+    """Scores every combination of a grid of options and writes a report; the grid is a recipe such as +ablate=steps, or given as
+    grid.OPTION=[...]."""
 
     grid: dict[str, Any] = option(dict, "options of the command evaluate and the values each takes; grid.sampler.sample_steps=[2,3,4]")
     exclude: list[dict[str, Any]] = option([], "combinations that are left out: [{weights: student, sampler.sample_steps: 40}]")
-    common: list[str] = option(["+preset=fast_preview"], "what every cell is told besides")
+    common: list[str] = option(["+preset=fast_preview"], "further options of every cell")
     clips: int = option(8, "clips of each seed")
     seeds: list[int] = option([1], "seeds; all their clips count together")
     seconds: float = option(8.0, "length of each clip")
@@ -40,7 +41,7 @@ class AblateConfig(CellsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.KNOB=[value,value]")
+        require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.OPTION=[value,value]")
         for name, values in self.grid.items():
             require(isinstance(values, list) and bool(values), f"grid.{name}={values} is not a list of values such as [2,3,4]")
         for combination in self.exclude:

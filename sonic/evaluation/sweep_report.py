@@ -1,4 +1,4 @@
-"""A sweep as one page that needs nothing else: a table, plots, and the videos side by side in time; and the table as CSV."""
+"""The report of a sweep: one self-contained HTML page with a table, plots and synchronised videos; and the table as CSV."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if(go)v.play();else v.pause();}};}
 
 
 def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
-    """report.html and report.csv in `folder`."""
+    """Write report.html and report.csv to `folder`; returns the path of the HTML file."""
     finished = [(cell, figures) for cell in cells if (figures := cell.figures)]
-    figures = with_distances([(cell.choices, found) for cell, found in finished])
-    done = [(cell, found) for (cell, _), found in zip(finished, figures, strict=True)]
+    figures = with_distances([(cell.choices, measured) for cell, measured in finished])
+    done = [(cell, measured) for (cell, _), measured in zip(finished, figures, strict=True)]
     _write_csv(done, folder / "report.csv")
     failed = [cell for cell in cells if cell.failure]
     parts = [f"<h1>{html.escape(title)}</h1><p>{len(done)} of {len(cells)} cells are finished.</p>", _table(done)]
     if done:
-        parts.append(f'<h2>What it costs and keeps</h2><div class="plots">{"".join(_plots(done))}</div>')
-        parts.append(f"<h2>Videos</h2><p>One row is one portrait and voice.</p>{_videos([cell for cell, _ in done])}")
+        parts.append(f'<h2>Cost and quality</h2><div class="plots">{"".join(_plots(done))}</div>')
+        parts.append(f"<h2>Videos</h2><p>Each row has the same portrait and voice.</p>{_videos([cell for cell, _ in done])}")
     if failed:
         failures = "".join(f"<h3>{html.escape(cell.name)}</h3><pre>{html.escape(cell.failure)}</pre>" for cell in failed)
         parts.append(f"<h2>Failed</h2>{failures}")
@@ -61,13 +61,13 @@ def _table(done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     rows = []
     for cell, figures in done:
         shown = (f"{figures[name]['mean']:.3f} ± {figures[name]['ci95']:.3f}" if name in figures else "" for name in names)
-        values = "".join(f"<td>{each}</td>" for each in shown)
+        values = "".join(f"<td>{value}</td>" for value in shown)
         rows.append(f"<tr><td>{html.escape(cell.name)}</td>{values}<td>{figures['peak_rss_gib']:.2f}</td></tr>")
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _figures_of(done: Sequence[tuple[Cell, dict[str, Any]]]) -> tuple[str, ...]:
-    """What every cell was scored for, and how far it is from its teacher where somebody has one."""
+    """Names of the metrics of all cells, including the distance from the teacher if any cell has one."""
     return (*FIGURES, *[DISTANCE] * any(DISTANCE in figures for _, figures in done))
 
 
@@ -102,7 +102,7 @@ def _scatter(
     labels: tuple[str, str],
     pareto: bool = False,
 ) -> str:
-    """Points with their names, and the line of those that nothing beats in both directions."""
+    """A scatter plot as SVG with a name at every point, and with `pareto` the line of the Pareto-optimal points."""
     points = [(across(figures), up(figures), cell.name) for cell, figures in done]
     pixel_x, pixel_y = _scale([x for x, _, _ in points], MARGIN, WIDTH - 16), _scale([y for _, y, _ in points], HEIGHT - MARGIN, 16)
     drawn = []
@@ -130,7 +130,7 @@ def _scatter(
 
 
 def _spaced(heights: Sequence[float]) -> list[float]:
-    """The same heights moved apart until a line of text fits between any two, around where they were."""
+    """Move heights apart until a line of text fits between any two."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     heights_out = list(heights)
     for before, after in zip(order, order[1:], strict=False):
@@ -140,18 +140,18 @@ def _spaced(heights: Sequence[float]) -> list[float]:
 
 
 def _scale(values: Sequence[float], first: float, last: float) -> Callable[[float], float]:
-    """From values to places, with a little air on both sides."""
+    """A function from values to pixel positions, with a margin on both sides."""
     low, high = min(values), max(values)
-    air = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
-    return lambda value: first + (value - low + air) / (high - low + 2 * air) * (last - first)
+    margin = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
+    return lambda value: first + (value - low + margin) / (high - low + 2 * margin) * (last - first)
 
 
 def _videos(cells: Sequence[Cell]) -> str:
-    """Rows of the same clip, each video with its cell's name; the videos are inside the page."""
-    kept = ((number, path) for number, cell in enumerate(cells) for path in cell.folder.glob("films_*/*.mp4"))
-    found = sorted((f"{path.parent.name}/{path.stem}", number, path) for number, path in kept)
+    """A row of videos for each clip, one for each cell with the cell's name; the videos are embedded in the page."""
+    files = ((number, path) for number, cell in enumerate(cells) for path in cell.folder.glob("films_*/*.mp4"))
+    by_clip = sorted((f"{path.parent.name}/{path.stem}", number, path) for number, path in files)
     rows = []
-    for _, same in groupby(found, key=lambda item: item[0]):
+    for _, same in groupby(by_clip, key=lambda item: item[0]):
         videos = "".join(
             f'<figure><video playsinline preload="auto" src="data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}">'
             f"</video><figcaption>{html.escape(cells[number].name)}</figcaption></figure>"

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.inference.choose_plan import Estimate, estimate
-from sonic.inference.components import Components, WanComponents, build_components, find_device
+from sonic.inference.components import Components, build_components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import write_video
 from sonic.inference.generate_wan import preload_prompts
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import SceneReader
-from sonic.inference.inputs import Settings, open_inputs, refuse_overwriting
+from sonic.inference.inputs import Settings, inputs_of, open_inputs, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
@@ -45,9 +45,9 @@ class Outcome(NamedTuple):
 class Opened(NamedTuple):
     """The parts of this rank, its place among the ranks, the plan they run under, and the folder of the job's videos."""
 
-    components: Components | WanComponents
+    components: Components
     world: World
-    estimate: Estimate
+    estimate: Estimate | None  # None for parts that were there already
     folder: Path
 
     def output_of(self, line: int) -> Path:
@@ -67,6 +67,8 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path())
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
+        if components.checkpoint is None or not world.leads:  # else once its encoders have done their work
+            components.load()
         if world.holds_vae:
             serve_vae(components.autoencoder, context.vae_channel)
         elif not world.leads:
@@ -85,7 +87,7 @@ def announce(opened: Opened, config: InferConfig) -> None:
 def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferConfig], Inputs] = open_inputs) -> Inputs:
     """The inputs of a request, once it is known that its video can be written, and that neither it nor what else is `written` would
     take the place of an input."""
-    refuse_overwriting(config, *([Path(config.output)] if config.output else []), *written)
+    refuse_overwriting(inputs_of(config), *([Path(config.output)] if config.output else []), *written)
     inputs = read(config)
     height, width = inputs.portrait.pixels.shape[:2]
     if config.output:
@@ -94,7 +96,7 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
 
 
 def make_video(
-    inputs: Inputs, components: Components | WanComponents, config: InferConfig, *, output: Path, timer: StageTimer
+    inputs: Inputs, components: Components, config: InferConfig, *, output: Path, timer: StageTimer
 ) -> tuple[Result, FrameRecorder]:
     """One video, and what was seen of it on its way."""
     if config.prompt and config.model.autoencoder == "warp":
@@ -114,7 +116,7 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
     components, world = opened.components, opened.world
     copies, replica = world.size("dp_replicate"), world.coordinate("dp_replicate")
     share = all_requests(requests, config, opened.output_of)[replica::copies] if world.leads else ()
-    if isinstance(components, WanComponents):
+    if components.checkpoint is not None:
         preload_prompts(components, _prompts(share))
     with closing(SceneReader()) as reader:
         for request in share:

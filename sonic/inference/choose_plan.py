@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from sonic.config import PHOTO_SIZE, Ranks
+from sonic.config import PHOTO_SIZE, Ranks, parse_size
 from sonic.data.image import BROKEN_FILE, SMALLEST_SIDE, load_image
 from sonic.data.image import LARGEST_AREA as LARGEST_PICTURE
 from sonic.evaluation.metrics import peak_rss_gib
@@ -87,6 +87,17 @@ def estimate(config: InferConfig, ranks: Ranks, device: torch.device, *, trained
     if asked.name not in ("auto", "pipeline"):
         plan = replace(plan, parallel=_with_residents(asked, plan, device))
     return Estimate(plan, plan_config)
+
+
+def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> None:
+    """Raise ValueError where a video of (height, width) is larger than the one the plan was made for, and does not fit."""
+    video, (height, width) = found.config.video, size
+    if video.size == PHOTO_SIZE or height * width <= prod(parse_size(video.size)):
+        return
+    larger = replace(found.config, video=replace(video, size=f"{width}x{height}"))
+    answer = search_plans(replace(larger, parallel=replace(found.parallel, replicas=1)), idle=False)
+    if not answer.fits and not force:
+        raise ValueError(_refusal(answer))
 
 
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,72 +36,70 @@ AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
 IN_PACKAGE = "bundled:"  # before the name of a file among them
 STUDENT, TEACHER = "student", "teacher"  # what model.weights may say instead of a place: bundled weights with adapters or without
+Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+class Networks(NamedTuple):
+    """What a rank denoises and decodes with. A rank that only has the autoencoder has no transformer, one that only repeats forwards no
+    autoencoder."""
+
+    model: AvatarDiT | None
+    autoencoder: Autoencoder | None
+
+
+@dataclass
 class Components:
-    """What the main job runs on; speech.hear turns (16 kHz samples, number of video frames) into features [N,E,F]."""
+    """What a video is made with on this rank.
+
+    Either `speech` is at hand, or `checkpoint` is where the encoders come from, one at a time, before `load` loads the large networks.
+    """
 
     config: ModelConfig
-    model: AvatarDiT
-    autoencoder: nn.Module | RemoteAutoencoder
-    speech: nn.Module
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    weights: str = ""  # what the transformer was loaded from, in words
-    context: DistributedContext = field(default_factory=DistributedContext)
-
-
-@dataclass(frozen=True)
-class WanComponents:
-    """What a Wan video runs on, out of a converted checkpoint: encoders come and go, transformer and VAE come when they are asked for."""
-
-    config: ModelConfig
-    checkpoint: Checkpoint
     context: DistributedContext
-    dtype: torch.dtype
-    attention: Attention = sdpa
+    make_model: Callable[[], AvatarDiT]
+    make_autoencoder: Callable[[], Autoencoder]
+    dtype: torch.dtype = torch.float32
+    weights: str = ""  # what the transformer is loaded from, in words
+    speech: nn.Module | None = None
+    checkpoint: Checkpoint | None = None
+    networks: Networks | None = None
 
     @property
     def device(self) -> torch.device:
         """Where this rank works."""
         return self.context.world.device
 
+    def load(self) -> Networks:
+        """Load the transformer and the autoencoder, as far as this rank needs them; a second call gives what is there."""
+        world = self.context.world
+        if self.networks is None:
+            model = None if world.holds_vae else self.make_model()
+            self.networks = Networks(model, self.make_autoencoder() if world.leads or world.holds_vae else None)
+        return self.networks
+
     @property
-    def weights(self) -> str:
-        """What the transformer is loaded from, in words."""
-        return _named(self.checkpoint.weights, self.config.lora.path)
-
-    def with_model(self, model: AvatarDiT) -> WanComponents:
-        """The same with a transformer that is there already."""
-        other = replace(self)
-        vars(other).update(vars(self), model=model)  # where cached properties lie
-        return other
-
-    @cached_property
     def model(self) -> AvatarDiT:
-        """The transformer, this rank's part of it, with the adapter of model.lora merged."""
-        model = build_parallel_model(self.config, self.checkpoint.weights, self.context, lora=lora_of(self.config.lora), dtype=self.dtype)
-        attend_by(model, self.attention)
-        return model
+        """The transformer that `load` has loaded."""
+        assert self.networks is not None, "load() comes first"
+        return self.networks.model
 
-    @cached_property
-    def autoencoder(self) -> WanAutoencoder | RemoteAutoencoder:
-        """The Wan VAE: in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
-        stream, whose rings need the memory. Where another rank has it, what asks that one."""
-        if _has_remote_vae(self.context.world):
-            return RemoteAutoencoder(self.context.vae_channel)
-        return self.checkpoint.autoencoder(self.device, torch.float32 if self.config.rollout.clip_frames else self.dtype)
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder that `load` has loaded, or what asks the rank that has it."""
+        assert self.networks is not None, "load() comes first"
+        return self.networks.autoencoder
+
+    def with_model(self, model: AvatarDiT) -> Components:
+        """The same with a transformer that is there already."""
+        return replace(self, make_model=lambda: model, networks=None)
 
 
-def build_components(
-    config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None
-) -> Components | WanComponents:
-    """Model, autoencoder and speech encoder as configured, with weights for so many sampling steps, ready to run.
+def build_components(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Components:
+    """Encoders, transformer and autoencoder as configured, with weights for so many sampling steps.
 
-    The transformer is built under the plan of `context` (default: this device alone). Raises ValueError when weights are missing, damaged
-    or of another shape, or the machine has no such device.
+    The transformer is built under the plan of `context` (default: this device alone); what a checkpoint holds is loaded by `load`.
+    Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -111,23 +108,80 @@ def build_components(
     attention = attention_for(run.attention, context.world.device)
     if config.autoencoder == "wan":
         checkpoint = Checkpoint.open(Path(_needed(config)))
-        return WanComponents(checkpoint.config(config), checkpoint, context, dtype, attention)
+        return _checkpoint_components(checkpoint.config(config), checkpoint, context, dtype=dtype, attention=attention)
     files, student = weight_files(config), student_of(config, steps)
     autoencoder, speech = untrained_encoders(config, context.world.device)
     load_weights(autoencoder, files.autoencoder)
     load_weights(speech, files.speech)
-    weights = _named(files.dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
-    model = build_parallel_model(config, files.dit, context, lora=lora_of(config.lora, student), dtype=dtype)
+    lora = lora_of(config.lora, student)
+    return Components(
+        config,
+        context,
+        make_model=lambda: _transformer(config, files.dit, context, lora=lora, dtype=dtype, attention=attention),
+        make_autoencoder=lambda: RemoteAutoencoder(context.vae_channel) if _has_remote_vae(context.world) else autoencoder,
+        dtype=dtype,
+        weights=weights_in_words(config, steps),
+        speech=speech,
+    )
+
+
+def _checkpoint_components(
+    config: ModelConfig, checkpoint: Checkpoint, context: DistributedContext, *, dtype: torch.dtype, attention: Attention = sdpa
+) -> Components:
+    """The parts of a published model, none of them loaded.
+
+    The Wan VAE is in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
+    stream, whose rings need the memory. Where another rank has it, that one is asked.
+    """
+
+    def make_model() -> AvatarDiT:
+        return _transformer(config, checkpoint.weights, context, lora=lora_of(config.lora), dtype=dtype, attention=attention)
+
+    def make_autoencoder() -> Autoencoder:
+        if _has_remote_vae(context.world):
+            return RemoteAutoencoder(context.vae_channel)
+        return checkpoint.autoencoder(context.world.device, torch.float32 if config.rollout.clip_frames else dtype)
+
+    weights = _named(checkpoint.weights, config.lora.path)
+    return Components(config, context, make_model, make_autoencoder, dtype=dtype, weights=weights, checkpoint=checkpoint)
+
+
+def checkpoint_components(config: ModelConfig, device: torch.device) -> Components:
+    """The parts of the published model in model.weights on one device, in float32, none of them loaded."""
+    checkpoint = Checkpoint.open(transformer_weights(config).parent)
+    context = DistributedContext(World("single", device))
+    return _checkpoint_components(checkpoint.config(config), checkpoint, context, dtype=torch.float32)
+
+
+def _transformer(
+    config: ModelConfig, weights: Path, context: DistributedContext, *, lora: Lora, dtype: torch.dtype, attention: Attention
+) -> AvatarDiT:
+    """This rank's part of the transformer with the adapter merged."""
+    model = build_parallel_model(config, weights, context, lora=lora, dtype=dtype)
     attend_by(model, attention)
-    if _has_remote_vae(context.world):
-        autoencoder = RemoteAutoencoder(context.vae_channel)
-    return Components(config, model, autoencoder, speech, context.world.device, dtype, weights, context)
+    return model
+
+
+def preview_components(
+    config: ModelConfig,
+    model: AvatarDiT,
+    autoencoder: nn.Module,
+    *,
+    speech: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Components:
+    """Parts of the preview that are there already, on one device."""
+    context = DistributedContext(World("single", device))
+    networks = Networks(model, autoencoder)
+    return Components(config, context, lambda: model, lambda: autoencoder, dtype=dtype, speech=speech, networks=networks)
 
 
 def untrained_components(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Components:
     """The same parts on one device, before any weights are loaded."""
     model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
-    return Components(config, model, *untrained_encoders(config, device), device, dtype)
+    autoencoder, speech = untrained_encoders(config, device)
+    return preview_components(config, model, autoencoder, speech=speech, device=device, dtype=dtype)
 
 
 def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
@@ -209,6 +263,12 @@ def _named(weights: Path, adapters: str | Path | None) -> str:
     """Files or folders in words: bundled ones by their names alone."""
     paths = [Path(path) for path in (weights, adapters) if path]
     return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in paths)
+
+
+def weights_in_words(config: ModelConfig, steps: int) -> str:
+    """What the transformer of a model with bundled weights is loaded from for so many sampling steps."""
+    student = student_of(config, steps)
+    return _named(weight_files(config).dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
 
 
 def _why_none(config: ModelConfig, steps: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,18 +28,22 @@ EVEN = 2  # H.264 with 4:2:0 colour needs even sides
 @torch.no_grad()
 def encode(inputs: Inputs, components: Components, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
     """The conditions of the model for a video, and what the autoencoder knows of the portrait."""
+    conditions, reference = encode_portrait(inputs, components, crop=crop)
+    frames = whole_blocks(inputs.num_frames, components.config.rollout.block_frames)
+    features = components.speech.encode_audio(inputs.speech.samples, frames)
+    pose = head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
+    whole = replace(conditions, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose)
+    return whole.to(device=components.device, dtype=components.dtype), reference
+
+
+@torch.no_grad()
+def encode_portrait(inputs: Inputs, components: Components, *, crop: Crop) -> tuple[Conditions, Reference]:
+    """The same without what depends on the sound and on the length."""
     config = components.config
     picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
     reference = components.autoencoder.reference(picture)
-    frames = whole_blocks(inputs.num_frames, config.rollout.block_frames)
-    features = components.speech.encode_audio(inputs.speech.samples, frames)
-    conditions = Conditions(
-        ref=reference.latents,
-        text=torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device),
-        audio=rearrange(features, "n a f -> 1 n a f").to(components.device),
-        pose=head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed),
-    )
-    return conditions.to(device=components.device, dtype=components.dtype), reference
+    text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device)
+    return Conditions(ref=reference.latents, text=text).to(dtype=components.dtype), reference
 
 
 def fit_portrait(portrait: Portrait, size: str) -> Portrait:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
-from sonic.inference.components import Components, WanComponents
+from sonic.inference.components import Components
 from sonic.inference.generate_preview import generate_preview
 from sonic.inference.generate_wan import generate_wan
 from sonic.inference.inputs import Settings
@@ -21,9 +21,7 @@ from sonic.types import FrameChunk, Inputs
 GENERATORS = {"warp": generate_preview, "wan": generate_wan}  # by model.autoencoder
 
 
-def generate(
-    inputs: Inputs, components: Components | WanComponents, settings: Settings, *, timer: StageTimer | None = None
-) -> Iterator[FrameChunk]:
+def generate(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
     """The frames of a video, in order, as they are finished. Frame k is driven by the sound at k/fps s.
 
     Denoising and decoding run on threads of their own (decode.online), which end when the iterator is closed.
@@ -32,7 +30,7 @@ def generate(
 
 
 def write_video(
-    inputs: Inputs, components: Components | WanComponents, settings: Settings, *, output: Path, timer: StageTimer, recorder: FrameRecorder
+    inputs: Inputs, components: Components, settings: Settings, *, output: Path, timer: StageTimer, recorder: FrameRecorder
 ) -> Result:
     """Generate a video into an MP4 that appears when it is complete; nothing is left of it after an error or Ctrl-C."""
     height, width = inputs.portrait.pixels.shape[:2]

@@ -18,12 +18,13 @@ from torch import Tensor
 from sonic.config import SamplerConfig
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, plan_blocks
-from sonic.inference.components import WanComponents
+from sonic.inference.components import Components
 from sonic.inference.conditions import signed
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout
 from sonic.inference.inputs import DROPPED_FRAMES, Settings
+from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
 from sonic.inference.report import StageTimer
-from sonic.inference.rollout import NoiseSource, Sampling
+from sonic.inference.rollout import NoiseSource, OnStep, Sampling
 from sonic.inference.stream import HANDOVERS
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
@@ -55,7 +56,8 @@ class EncodedInputs:
 
     picture [1,3,H,W] in [-1,1]; text and negative [1,L,D] rows of the prompt and of what to stay away from;
     audio [voices,N,E,F] speech features, one column per video frame, as many as there are frames; clip_frames in one clip; seed;
-    pose uint8 [F,H,W,3] or None; masks [voices,1,h,w] of several voices, over the patches, or None.
+    pose uint8 [F,H,W,3] or None; masks [voices,1,h,w] of several voices, over the patches, or None; a generator instead of one with the
+    seed; live features instead of `audio` where the sound is still arriving.
     """
 
     picture: Tensor
@@ -66,6 +68,12 @@ class EncodedInputs:
     seed: int = 0
     pose: np.ndarray | None = None
     masks: Tensor | None = None
+    generator: torch.Generator | None = None
+    live: LiveFeatures | None = None
+
+    def random(self) -> torch.Generator:
+        """Where noise comes from."""
+        return self.generator or torch.Generator().manual_seed(self.seed)
 
     @property
     def num_frames(self) -> int:
@@ -86,6 +94,7 @@ def generate_clips(
     sampler: SamplerConfig,
     upstream: bool = False,
     stage: Stage = nullcontext,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Frames [1,3,F,H,W] in [-1,1], clip by clip with full attention; the last frames of each clip are the motion of the next.
 
@@ -94,7 +103,7 @@ def generate_clips(
     model, vae, context = networks
     ref, _ = vae.encode(encoded.picture.unsqueeze(2))
     past = torch.zeros(1, 3, PAST_FRAMES, *encoded.picture.shape[-2:], device=ref.device)
-    motion, rng = None, torch.Generator().manual_seed(encoded.seed)
+    motion, rng = None, encoded.random()
     for index in range(encoded.clips):
         if upstream:
             rng.manual_seed(encoded.seed + index)
@@ -102,7 +111,8 @@ def generate_clips(
             span = slice(index * encoded.clip_frames, (index + 1) * encoded.clip_frames)
             conditions = _conditions(encoded, ref, motion, frames=span, vae=vae, dtype=_dtype(model))
             latent_frames = encoded.clip_frames // FRAMES_PER_LATENT
-            sampling = Sampling(sampler, NoiseSource(rng), _unconditional(encoded, conditions))
+            reported = on_step and (lambda _, *step, clip=index: on_step(clip, *step))
+            sampling = Sampling(sampler, NoiseSource(rng), _unconditional(encoded, conditions), reported)
             latents = distributed_clip(model, conditions, latent_frames, sampling=sampling, context=context).to(ref.dtype)
         with stage("decode"):
             seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
@@ -124,6 +134,7 @@ def generate_blocks(
     sampler: SamplerConfig,
     hand_over: Callable[[Iterator[LatentBlock]], Iterator[LatentBlock]] = iter,
     stage: Stage = nullcontext,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Frames [1,3,12,H,W] in [-1,1], block by block over the KV rings; the decoder is a stream too, so nothing grows with time.
 
@@ -134,10 +145,10 @@ def generate_blocks(
     ref, _ = vae.encode(still)
     motion, _ = vae.encode(still.expand(-1, -1, PAST_FRAMES, -1, -1))
     conditions = _conditions(encoded, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
-    spans = plan_blocks(encoded.num_frames, model.config.rollout.block_frames)
-    rng = torch.Generator().manual_seed(encoded.seed)
+    block_frames = model.config.rollout.block_frames
+    spans = plan_blocks(encoded.num_frames, block_frames) if encoded.live is None else encoded.live.spans(block_frames)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    sampling = Sampling(sampler, NoiseSource(rng), _unconditional(encoded, conditions))
+    sampling = Sampling(sampler, NoiseSource(encoded.random()), _unconditional(encoded, conditions), on_step)
     blocks = hand_over(distributed_rollout(model, conditions, spans, sampling=sampling, context=context))
     for block in blocks:
         with stage("decode"):
@@ -153,6 +164,7 @@ def generate_blocks_upstream(
     sampler: SamplerConfig,
     ref_distances: Iterator[int] | None = None,
     stage: Stage = nullcontext,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """The same with the habits of the published single-GPU pipeline, clip by clip: its picture repeated five times, seeds per clip,
     a reference that wanders (`ref_distances`, one per forward; there unseeded, here from the seed), frames encoded again, and
@@ -172,7 +184,7 @@ def generate_blocks_upstream(
 
     spans = plan_blocks(encoded.num_frames, model.config.rollout.block_frames)
     source = NoiseSource(torch.Generator(), _clip_noise(conditions.ref, encoded), ref_positions)
-    sampling = Sampling(sampler, source, _unconditional(encoded, conditions))
+    sampling = Sampling(sampler, source, _unconditional(encoded, conditions), on_step)
     blocks = distributed_rollout(model, conditions, spans, sampling=sampling, context=context)
     per_clip = encoded.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(encoded.clips):
@@ -189,13 +201,13 @@ def generate_blocks_upstream(
                 motion, _ = vae.encode(past)
 
 
-def generate_wan(inputs: Inputs, components: WanComponents, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
+def generate_wan(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
     """The frames of a video. Prompt and speech are encoded and their encoders gone before the transformer is loaded."""
     with timer.stage("encode"):
         encoded = _encode_inputs(inputs, components, settings)
     with timer.stage("load"):
-        networks = WanNetworks(components.model, components.autoencoder, components.context)
-    made = {"sampler": settings.sampler, "stage": timer.stage}
+        networks = WanNetworks(*components.load(), components.context)
+    made = {"sampler": settings.sampler, "stage": timer.stage, "on_step": settings.on_step}
     if components.config.rollout.clip_frames:
         frames = generate_clips(networks, encoded, upstream=bool(settings.compat), **made)
     elif settings.compat:
@@ -205,25 +217,35 @@ def generate_wan(inputs: Inputs, components: WanComponents, settings: Settings, 
             timer.each("denoise", blocks), settings.decode.queue, name="denoise"
         )
         frames = generate_blocks(networks, encoded, hand_over=hand_over, **made)
-    start = 0
     with closing(frames):
-        for some in frames:
-            pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
-            yield FrameChunk(pixels[: inputs.num_frames - start].cpu(), start)
-            start += min(len(pixels), inputs.num_frames - start)
-            if start == inputs.num_frames:
-                return
+        chunks = _chunks(frames, inputs.num_frames)
+        yield from chunks if encoded.live is None else encoded.live.cut(chunks)
 
 
-def _encode_inputs(inputs: Inputs, components: WanComponents, settings: Settings) -> EncodedInputs:
+def _chunks(frames: Iterator[Tensor], num_frames: int) -> Iterator[FrameChunk]:
+    """Frames [1,3,F,H,W] in [-1,1] as they are handed on, until there are so many."""
+    start = 0
+    for some in frames:
+        pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
+        yield FrameChunk(pixels[: num_frames - start].cpu(), start)
+        start += min(len(pixels), num_frames - start)
+        if start == num_frames:
+            return
+
+
+def _encode_inputs(inputs: Inputs, components: Components, settings: Settings) -> EncodedInputs:
     """What the models are told, on their device; speech features reach to the end of the last block or clip."""
     config, checkpoint, device = components.config, components.checkpoint, components.device
     length = config.text.text_len
     whole = config.rollout.clip_frames or settings.compat
     step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
-    frames = -(-inputs.num_frames // step) * step
-    voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
-    features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
+    if settings.sound is None:
+        frames, live = -(-inputs.num_frames // step) * step, None
+        voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
+        features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
+    else:  # its encoder stays until the sound ends
+        live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
+        features = torch.zeros(1, 0, 0, 0)
     read = checkpoint.reader(length, device)
     text = read(inputs.prompt)
     patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
@@ -236,10 +258,12 @@ def _encode_inputs(inputs: Inputs, components: WanComponents, settings: Settings
         seed=inputs.seed,
         pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
         masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
+        generator=settings.generator,
+        live=live,
     )
 
 
-def preload_prompts(components: WanComponents, prompts: Iterable[str]) -> None:
+def preload_prompts(components: Components, prompts: Iterable[str]) -> None:
     """Have the rows of all prompts at hand, so that no text encoder is loaded once the transformer is there.
 
     A prompt that cannot be read is left to its own video, which says so.
@@ -268,6 +292,8 @@ def _conditions(encoded: EncodedInputs, ref: Tensor, motion: Tensor | None, *, f
     """
     pose = None if encoded.pose is None else _pose_latents(encoded.pose[frames], vae, device=ref.device)
     conditions = Conditions(ref=ref, text=encoded.text.to(ref), motion=motion, pose=pose).to(dtype=dtype)
+    if encoded.live is not None:
+        return encoded.live.conditions(conditions)
     return replace(conditions, audio=encoded.audio[..., frames], masks=encoded.masks)
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import skimage
+import torch
 
 from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig
 from sonic.data.audio import load_speech
-from sonic.data.image import covering, load_image, load_portrait
+from sonic.data.image import covering, load_image, portrait_of
+from sonic.data.live_audio import LiveAudio
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import clips_of, states_of
 from sonic.geometry import frames_of_audio
 from sonic.inference.components import BUNDLED
 from sonic.inference.conditions import fit_portrait, generated_area, published_picture, whole_picture
 from sonic.inference.infer_config import InferConfig
+from sonic.inference.rollout import OnStep
 from sonic.system.paths import check_input, file_key
 from sonic.types import Inputs, Portrait, Speech
 
@@ -33,7 +39,8 @@ BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # by the option that
 
 @dataclass(frozen=True)
 class Settings:
-    """How a video is generated."""
+    """How a video is generated: `generator` instead of one with the seed, `sound` instead of a recording that is whole, and `on_step`
+    after every sampling step, on the thread that denoises."""
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -41,6 +48,13 @@ class Settings:
     expand_ratio: float = 1.6
     clip_frames: int = 48
     compat: str = ""
+    generator: torch.Generator | None = None
+    on_step: OnStep | None = None
+    sound: LiveAudio | None = None
+
+    def random(self, seed: int) -> torch.Generator:
+        """Where noise comes from: the generator that was given, or one with the seed of the video."""
+        return self.generator or torch.Generator().manual_seed(seed)
 
     @classmethod
     def of(cls, config: InferConfig) -> Settings:
@@ -49,28 +63,50 @@ class Settings:
         return cls(config.sampler, config.decode, config.motion, ratio, clip_frames, config.video.compat)
 
 
-def open_portrait(config: InferConfig) -> Inputs:
+class InMemory(NamedTuple):
+    """Inputs that are there already, instead of the files that a config names."""
+
+    picture: np.ndarray | None = None
+    speech: Speech | None = None
+    original: Speech | None = None  # the same at its own sample rate, for the video
+    sound: LiveAudio | None = None
+
+    def picture_of(self, config: InferConfig) -> np.ndarray:
+        """The picture, uint8 [H,W,3]."""
+        return load_image(PORTRAITS.get(config.image, config.image)) if self.picture is None else self.picture
+
+    def speech_of(self, config: InferConfig) -> Speech:
+        """The recording; nothing of one that is still arriving."""
+        if self.sound is not None:
+            return Speech(np.zeros(0, np.float32))
+        return load_speech(RECORDINGS.get(config.audio, config.audio)) if self.speech is None else self.speech
+
+
+ALL_IN_FILES = InMemory()
+
+
+def open_portrait(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     """Inputs of a video whose photograph is moved: its face has to be found."""
     options = (("motion.pose", config.motion.pose), ("face.masks", config.face.masks), ("video.compat", config.video.compat))
     for option, value in options:
         if value:
             raise ValueError(f"{option}={value}: model={config.model.name} moves one face and follows no video; use a published model")
-    speech = load_speech(RECORDINGS.get(config.audio, config.audio))
-    portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
+    speech = memory.speech_of(config)
+    portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
     locations = (",".join(f"{value:.10g}" for value in astuple(location)) for location in (portrait.face, portrait.mouth))
     log.info("face_box=[%s] face.mouth=[%s]", *locations)
-    return Inputs(fit_portrait(portrait, config.video.size), speech, _length(config, speech), config.seed)
+    return Inputs(fit_portrait(portrait, config.video.size), speech, _length(config, memory, speech), config.seed)
 
 
-def open_picture(config: InferConfig) -> Inputs:
+def open_picture(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     """Inputs of a video whose every pixel is generated: the whole picture counts, with or without a face in it."""
     _refuse_face_options(config)
     voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
-    speech = _mixed(voices) if voices else load_speech(RECORDINGS.get(config.audio, config.audio))
-    pixels = load_image(PORTRAITS.get(config.image, config.image))
+    speech = _mixed(voices) if voices else memory.speech_of(config)
+    pixels = memory.picture_of(config)
     fit, area = published_picture if config.video.compat else whole_picture, generated_area(pixels, config.video.size)
     picture = Portrait(fit(pixels, area))
-    length = _published_length(config, speech) if config.video.compat else _length(config, speech)
+    length = _published_length(config, speech) if config.video.compat else _length(config, memory, speech)
     inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
     masks = None
     if voices:
@@ -78,27 +114,53 @@ def open_picture(config: InferConfig) -> Inputs:
     return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
 
 
-OPENERS = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
+OPENERS: dict[str, Callable[[InferConfig, InMemory], Inputs]] = {"warp": open_portrait, "wan": open_picture}  # by model.autoencoder
 
 
-def open_inputs(config: InferConfig) -> Inputs:
+def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     """Read and check portrait and recording. Raises ValueError in one sentence for everything that is wrong with them."""
-    for option, name in inputs_of(config):
+    _refuse_with_memory(config, memory)
+    for option, name in inputs_of(config, memory):
         check_input(name, option)
-    return OPENERS[config.model.autoencoder](config)
+    return OPENERS[config.model.autoencoder](config, memory)
 
 
-def inputs_of(config: InferConfig) -> list[tuple[str, str]]:
+def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
+    """Raise ValueError for what sound in memory, or sound that is still arriving, does not go with."""
+    if config.face.masks and (memory.speech is not None or memory.sound is not None):
+        raise ValueError("face.masks needs audio=a.wav+b.wav, a file for each voice; save the recordings first")
+    if memory.sound is None:
+        return
+    rollout, model = config.model.rollout, config.model.name
+    if rollout.clip_frames:
+        raise ValueError(
+            f"model={model} makes clips of {config.video.infer_frames} frames whose sound it needs whole; give audio as a file or as "
+            "(samples, sample_rate), or use a model that goes block by block: preview or live_avatar_14b"
+        )
+    needed_whole = (
+        ("video.compat", config.video.compat, "its clips need their sound whole"),
+        ("motion.pose", config.motion.pose, "the poses are read for a length that is known"),
+        ("motion.head", config.motion.head.removeprefix("off"), "the motion is drawn for a length that is known"),
+        ("decode.online", "" if config.decode.online else "false", "nothing would be decoded before the sound ends"),
+    )
+    for option, value, why in needed_whole:
+        if value:
+            raise ValueError(f"{option}={value} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
+
+
+def inputs_of(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
     """Every file that a video is made from, with the option that names it; what comes with the program is not among them."""
     audio = config.audio.split("+") if config.face.masks else [config.audio]
-    named = [("image", config.image), *(("audio", name) for name in audio), *(("face.masks", name) for name in config.face.masks or ())]
+    named = [("image", config.image)] if memory.picture is None else []
+    named += [("audio", name) for name in audio if memory.speech is None and memory.sound is None]
+    named += [("face.masks", name) for name in config.face.masks or ()]
     named += [("motion.pose", config.motion.pose), ("requests", config.requests)]
     return [(option, name) for option, name in named if name and name not in BUNDLED_INPUTS.get(option, ())]
 
 
-def refuse_overwriting(config: InferConfig, *written: Path) -> None:
+def refuse_overwriting(inputs: Sequence[tuple[str, str]], *written: Path) -> None:
     """Raise ValueError when one of the files that will be written is an input, however the two are spelt."""
-    read = {file_key(name): f"{option}={name}" for option, name in reversed(inputs_of(config))}
+    read = {file_key(name): f"{option}={name}" for option, name in reversed(inputs)}
     for path in written:
         if (named := read.get(file_key(path))) is not None:
             raise ValueError(f"output={path} is the file {named} that the video is made from; choose another output")
@@ -145,8 +207,10 @@ def _poses(path: str, inputs: Inputs) -> np.ndarray:
     return np.concatenate([np.stack(found), black]) if found else black
 
 
-def _length(config: InferConfig, speech: Speech) -> int:
-    """Video frames of the recording, or of the clips that are allowed."""
+def _length(config: InferConfig, memory: InMemory, speech: Speech) -> int:
+    """Video frames of the recording, or of the clips that are allowed; more than will ever be of sound that is still arriving."""
+    if memory.sound is not None:
+        return config.video.num_clip * config.video.infer_frames or sys.maxsize
     frames = frames_of_audio(len(speech.samples), speech.sample_rate, config.video.fps)
     return min(frames, config.video.num_clip * config.video.infer_frames or frames)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.inference.forwards import open_forwards
+from sonic.inference.live_features import LiveConditions
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.trunk_inputs import BlockInputs, ForwardRequest
@@ -32,13 +34,39 @@ class NoiseSource(NamedTuple):
     ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
 
 
+OnStep = Callable[[int, int, float], None]  # (block, sampling step, timestep of 1000): a step of a block or clip is done
+
+
 class Sampling(NamedTuple):
-    """How latents are sampled: sampler and schedule, random inputs, and what guidance leads away from (default: the same conditions
-    without audio)."""
+    """How latents are sampled: sampler and schedule, random inputs, what guidance leads away from (default: the same conditions
+    without audio), and who is told of every step that is done."""
 
     sampler: SamplerConfig
     source: NoiseSource
     unconditional: Conditions | None = None
+    on_step: OnStep | None = None
+
+
+class StepReporter:
+    """Counts the queries of a sampler and reports each sampling step once it is done, with the timestep at which it began."""
+
+    def __init__(self, queried: Sequence[int], report: Callable[[int, float], None]) -> None:
+        """`queried` are the steps of the queries in their order; a step begins with the last query at its noise level."""
+        self.begins = {query: step for query, step in enumerate(queried) if step not in queried[query + 1 :]}
+        self.report, self.queries, self.begun = report, 0, (0, 0.0)
+
+    def query(self, sigma: Tensor) -> None:
+        """The sampler has its next query."""
+        step = self.begins.get(self.queries)
+        self.queries += 1
+        if step is not None:
+            if step:
+                self.report(*self.begun)
+            self.begun = (step, TIMESTEPS * sigma.flatten()[0].item())
+
+    def finish(self) -> None:
+        """The sampler has returned."""
+        self.report(*self.begun)
 
 
 @torch.no_grad()
@@ -60,16 +88,19 @@ def rollout(
     plan = _RolloutPlan(model, both, sampling)
     in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
     blocks: list[_BlockState] = []  # begun and not finished, oldest first
-    remaining = iter(spans)
+    remaining, live = iter(spans), isinstance(conditions, LiveConditions)
     forwards_of = open_forwards(context or DistributedContext())
     with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
         while True:
-            while (block_state := plan.next_block(blocks, remaining)) and all(
+            spans_now = iter(()) if live and in_flight else remaining  # the sound of the next block may be long in coming
+            while (block_state := plan.next_block(blocks, spans_now)) and all(
                 forwards.accepts(request) for request in block_state.requests
             ):
                 for request in block_state.take_requests():
                     forwards.submit(request)
                     in_flight.append(block_state)
+                if live:
+                    break
             if not in_flight:
                 return
             for prediction in forwards.collect():
@@ -89,12 +120,23 @@ def sample_clip(
     execution: Execution = LOCAL,
 ) -> Tensor:
     """One clip of clean latents [B,C,latent_frames,H,W] with full attention, as Wan2.2-S2V makes it."""
-    sampler, source, unconditional = sampling
+    sampler, source, unconditional, on_step = sampling
     sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
     unguided_velocity = _clip_velocity(model, unconditional or conditions.drop("audio"), execution)
     guided = guidance(unguided_velocity, sampler.sample_guide_scale)(_clip_velocity(model, conditions, execution))
-    return sample(guided, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
+    noise = _noise(conditions.ref, latent_frames, source.generator)
+    if on_step is None:
+        return sample(guided, noise, sigmas, source.generator)
+    reporter = StepReporter(sample.steps_queried(len(sigmas) - 1), partial(on_step, 0))
+
+    def reported(x: Tensor, sigma: Tensor) -> Tensor:
+        reporter.query(sigma)
+        return guided(x, sigma)
+
+    clean = sample(reported, noise, sigmas, source.generator)
+    reporter.finish()
+    return clean
 
 
 class _RolloutPlan:
@@ -109,6 +151,7 @@ class _RolloutPlan:
         self.sampler = pick(SAMPLERS, sampler.name, "sampler.name")
         self.to_velocity = velocity_from(model.config.prediction)
         self.steps = self.sampler.steps_queried(len(self.sigmas) - 1)
+        self.on_step = sampling.on_step
 
     def next_block(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
         """The oldest block with a request that may be submitted now; a new one when the others allow it."""
@@ -138,6 +181,9 @@ class _BlockState:
         self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
         self.sampling = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
         self.query: Query = next(self.sampling)
+        self.reporter = plan.on_step and StepReporter(plan.steps, partial(plan.on_step, span.index))
+        if self.reporter:
+            self.reporter.query(self.query.sigma)
         self.requests = self._requests()
         self.velocities: list[Tensor] = []
 
@@ -158,7 +204,11 @@ class _BlockState:
         try:
             self.query = self.sampling.send(velocity(x, sigma))
         except StopIteration as end:
+            if self.reporter:
+                self.reporter.finish()
             return end.value
+        if self.reporter:
+            self.reporter.query(self.query.sigma)
         self.requests = self._requests()
         return None
 

@@ -1,1 +1,1 @@
-"""The networks: single-device modules that never know of ranks."""
+"""The networks: modules for a single device, without any code for several ranks."""

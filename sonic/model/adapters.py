@@ -1,4 +1,4 @@
-"""Low-rank adapters that learn: one set per role on a single frozen model, one set in force at a time, or none."""
+"""Trainable low-rank adapters: one set per role on a single frozen model, of which one set or none is active at a time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sonic.checkpoint.weights import to_official
 from sonic.config import AdapterConfig
 from sonic.model.lora import DOWN, PREFIX, UP
 
-ADAPTERS = "adapters"  # the word in the names of their tensors on the model
-SLASH = "/"  # stands for the dot, which names of modules in a ModuleDict may not hold
+ADAPTERS = "adapters"  # the part of a tensor's name on the model that marks it as an adapter's
+SLASH = "/"  # replaces the dot, which keys of a ModuleDict may not contain
 
 
 class Switch:
-    """Which role's adapters are in force; None = the model as it was."""
+    """The role whose adapters are active; None = the model without adapters."""
 
     role: str | None = None
 
 
 class LowRank(nn.Module):
-    """alpha / rank · up(down(x)), nothing at first. Source: LoRA, arXiv 2106.09685."""
+    """alpha / rank · up(down(x)), zero at initialisation. Source: LoRA, arXiv 2106.09685."""
 
     def __init__(self, linear: nn.Linear, config: AdapterConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LowRank(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer, its parameters and their names unchanged, plus what the role in force adds to it."""
+    """A frozen linear layer plus the adapter of the active role; the layer's parameters keep their names."""
 
     def __init__(self, linear: nn.Linear, adapters: Mapping[str, LowRank], switch: Switch) -> None:
         nn.Module.__init__(self)
@@ -50,15 +50,15 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,in] -> [...,out]"""
-        found = super().forward(x)
+        out = super().forward(x)
         role = self.switch.role
-        return found if role is None else found + self.adapters[role](x).to(found.dtype)
+        return out if role is None else out + self.adapters[role](x).to(out.dtype)
 
 
 class Adapters:
     """Adapters of several roles on `model`, which is frozen and changed in place; its parameters keep their names.
 
-    Raises ValueError when no linear layer has one of `config.targets` in its name; no targets = all linear layers.
+    Without `config.targets` all linear layers are adapted. Raises ValueError when no linear layer has one of them in its name.
     """
 
     def __init__(self, model: nn.Module, roles: Sequence[str], config: AdapterConfig) -> None:
@@ -73,13 +73,13 @@ class Adapters:
             linear = model.get_submodule(name)
             for role in roles:
                 sets[role][name.replace(".", SLASH)] = LowRank(linear, config)
-            own = {role: found[name.replace(".", SLASH)] for role, found in sets.items()}
-            setattr(model.get_submodule(parent), last, AdaptedLinear(linear, own, self.switch))
-        self.roles: Mapping[str, nn.Module] = {role: nn.ModuleDict(found) for role, found in sets.items()}
+            by_role = {role: modules[name.replace(".", SLASH)] for role, modules in sets.items()}
+            setattr(model.get_submodule(parent), last, AdaptedLinear(linear, by_role, self.switch))
+        self.roles: Mapping[str, nn.Module] = {role: nn.ModuleDict(modules) for role, modules in sets.items()}
 
     @contextmanager
     def use_role(self, role: str | None) -> Iterator[None]:
-        """Put the adapters of `role` in force for a while; None takes all of them off."""
+        """Activate the adapters of `role` inside the `with` block; None deactivates all of them."""
         before, self.switch.role = self.switch.role, role
         try:
             yield
@@ -88,12 +88,12 @@ class Adapters:
 
 
 def export_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a role's adapters under the names that peft gives them."""
+    """The tensors of a role's adapters under peft's names."""
     return {peft_name(name): tensor for name, tensor in weights.items()}
 
 
 def peft_name(name: str) -> str:
-    """What peft calls a tensor of a role's adapters; on the module's official name where there is one."""
+    """peft's name of an adapter tensor, built from the module's official name where it has one."""
     path, role, _ = name.rsplit(".", 2)
     assert role in (DOWN, UP), name
     module = path.replace(SLASH, ".")

@@ -1,4 +1,4 @@
-"""How queries meet keys, and what the tokens of a layer may look at. No weights live here."""
+"""Attention kernels, and which tokens attend to which. Shapes: N tokens of a packed sequence, d channels of a head. No weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
-    if not queries.numel():  # a rank that has no head of this attention
+    if not queries.numel():  # a rank to which no head of this attention is assigned
         return queries
     slow, learning = slow_here(queries), any(rows.requires_grad for rows in (queries, keys, values))
     if slow and not learning and products_are_faster():
@@ -38,7 +38,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def xformers(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same by the kernels of xformers, which need CUDA.  [B,N,heads,d] -> [B,N,heads,d]"""
+    """Softmax attention by the CUDA kernels of xformers, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
     if not queries.numel():
         return queries
     from xformers.ops import memory_efficient_attention
@@ -50,9 +50,9 @@ ATTENTION: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers}
 
 
 def attention_for(name: str, device: torch.device) -> Attention:
-    """The attention of that name (run.attention) where the device can run it, else torch's, and a warning says so.
+    """The attention function called `name` (run.attention); torch's, with a warning, where the device cannot run it.
 
-    Raises ValueError when its package is not installed.
+    Raises ValueError when the package that it needs is not installed.
     """
     if name == "xformers" and device.type != "cuda":
         log.warning("run.attention=xformers has kernels for CUDA only; on %s torch's own attention is used (sdpa)", device.type)
@@ -63,7 +63,7 @@ def attention_for(name: str, device: torch.device) -> Attention:
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of all tokens, each [B,N,heads,d], not rotated yet."""
+    """Queries, keys and values of all tokens, each [B,N,heads,d], before rotary positions are applied."""
 
     queries: Tensor
     keys: Tensor
@@ -71,39 +71,39 @@ class QKV(NamedTuple):
 
 
 class AttentionContext(Protocol):
-    """What the tokens of one layer may attend to; it also knows where they sit."""
+    """Which keys the tokens of one layer attend to, and the rotary positions of both."""
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
-        """What each token hears, [B,N,heads,d]."""
+        """Self-attention over the allowed keys.  -> [B,N,heads,d]"""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
-        """Keys and values of the prompt, projected now or remembered."""
+        """Keys and values of the prompt, projected from `rows` or taken from a cache."""
 
 
 class TokenExchange(Protocol):
-    """Between projection and attention: tokens may be shared out among ranks there, and heads here."""
+    """Redistribution around self-attention: ranks divide the tokens before and after it, and the heads inside it."""
 
     def to_heads(self, tokens: QKV) -> QKV:
-        """Some tokens with all heads become all tokens with some heads."""
+        """From some tokens with all heads to all tokens with some heads."""
 
     def tokens(self, attn_out: Tensor) -> Tensor:
-        """The way back.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
+        """From all tokens with some heads to some tokens with all heads.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
 
 
 class NoExchange:
-    """One rank has all tokens and all heads."""
+    """The exchange of a single rank, which has all tokens and all heads."""
 
     def to_heads(self, tokens: QKV) -> QKV:
-        """Nothing to exchange."""
+        """The tokens unchanged."""
         return tokens
 
     def tokens(self, attn_out: Tensor) -> Tensor:
-        """Nothing to exchange."""
+        """The attention output unchanged."""
         return attn_out
 
 
 class UncachedText:
-    """Projects the prompt every time it is asked."""
+    """Projects the prompt at every call."""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
         """Keys and values [B,L,heads,d] of text rows [B,L,D]."""
@@ -112,21 +112,21 @@ class UncachedText:
 
 @dataclass(frozen=True)
 class ClipContext(UncachedText):
-    """Every token sees every token, grid and memory alike."""
+    """Full attention: every token attends to every token of the grid and of the memory."""
 
     positions: Rotation
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
-        """One attention over all of them."""
+        """One attention over all tokens.  -> [B,N,heads,d]"""
         return attention(rotate(tokens.queries, self.positions), rotate(tokens.keys, self.positions), tokens.values)
 
 
 @dataclass(frozen=True)
 class BlockCausalContext(UncachedText):
-    """Training's view of a rollout: memory sees itself; block i sees memory and the last `window` blocks up to i.
+    """A whole rollout in one training pass: memory attends to memory; block i to memory and blocks i - window + 1 to i.
 
-    The grid's tokens come first, the memory's last. `memory_keys[i]` rotates the memory's keys as block i sees them,
-    because the reference moves along with the stream.
+    The grid's tokens come first, the memory's last. `memory_keys[i]` rotates the memory's keys for block i, because the
+    position of the reference depends on the block.
     """
 
     grid: Rotation
@@ -135,16 +135,16 @@ class BlockCausalContext(UncachedText):
     window: int
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
-        """One unmasked attention per block, so that the fast kernels stay usable."""
+        """One attention per block, without a mask, so that fused kernels can be used.  -> [B,N,heads,d]"""
         size = self.grid[0].shape[0]
         (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = ((x[:, :size], x[:, size:]) for x in tokens)
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
         length = size // len(self.memory_keys)
-        seen = {id(rotation): rotate(memory_k, rotation) for rotation in self.memory_keys}
+        rotated = {id(rotation): rotate(memory_k, rotation) for rotation in self.memory_keys}
         attn_out = []
         for index, rotation in enumerate(self.memory_keys):
             first, last = max(0, index + 1 - self.window) * length, (index + 1) * length
-            block_k = torch.cat((seen[id(rotation)], grid_k[:, first:last]), dim=1)
+            block_k = torch.cat((rotated[id(rotation)], grid_k[:, first:last]), dim=1)
             block_v = torch.cat((memory_v, grid_v[:, first:last]), dim=1)
             attn_out.append(attention(grid_q[:, last - length : last], block_k, block_v))
         attn_out.append(attention(rotate(memory_q, self.memory), rotate(memory_k, self.memory), memory_v))

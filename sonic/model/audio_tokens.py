@@ -1,4 +1,4 @@
-"""From speech features to a few tokens per latent frame, and how the noisy tokens hear them."""
+"""The audio encoder, from speech features to a few tokens per latent frame, and the cross-attention from noisy tokens to them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sonic.model.linear import Linear, linear
 
 
 class AudioTokens(NamedTuple):
-    """What each latent frame hears: tokens [B,T,A,D] to attend to and their summary [B,T,D] to modulate by.
+    """Audio of each latent frame: tokens [B,T,A,D] for cross-attention and a summary [B,T,D] for modulation.
 
-    With several actors B counts them (B = batch · actors) and `masks` [B,T,S,1] says which patches each one moves.
+    With several actors the first axis is batch · actors, and `masks` [B·actors,T,S,1] weights the patches of each actor.
     """
 
     tokens: Tensor
@@ -25,17 +25,17 @@ class AudioTokens(NamedTuple):
 
 
 class Actors(NamedTuple):
-    """Several voices in one picture: features [batch · actors,N,E,F] and masks [batch · actors,T,h,w] over the patches."""
+    """Audio of several speakers in one picture: features [B·actors,K,E,F] and masks over the patches [B·actors,T,rows,columns]."""
 
     audio: Tensor
     masks: Tensor
 
 
 class CausalConv(nn.Conv1d):
-    """A convolution over time that sees no future; the first column stands for everything before it."""
+    """A causal convolution over time, padded in front by repeating the first column."""
 
     def forward(self, columns: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T/stride,C']"""
+        """[B,columns,C] -> [B,columns/stride,C']"""
         (kernel,), (stride,) = self.kernel_size, self.stride
         past = columns[:, :1].expand(-1, kernel - 1, -1)
         windows = torch.cat((past, columns), dim=1).unfold(1, kernel, stride)
@@ -43,7 +43,8 @@ class CausalConv(nn.Conv1d):
 
 
 class AudioEncoder(nn.Module):
-    """Mix the layers of a speech encoder and shrink time by 4: local tokens and one summary per latent frame."""
+    """A weighted sum of a speech encoder's K layers, then causal convolutions that shrink time by 4: tokens and one summary per latent
+    frame."""
 
     def __init__(self, audio_dim: int, hidden_dim: int, *, num_layers: int, num_tokens: int):
         super().__init__()
@@ -60,26 +61,26 @@ class AudioEncoder(nn.Module):
         self.padding = nn.Parameter(torch.zeros(1, 1, 1, hidden_dim))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,N,E,F] -> tokens [B,T,tokens+1,D] and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
+        """[B,K,E,F] -> tokens [B,T,A,D], A = num_tokens + 1, and summary [B,T,D], T = ceil(ceil(F/2)/2)"""
         weights = F.silu(self.layer_weights.float())
         mixed = (features.to(weights) * weights).sum(dim=1) / weights.sum(dim=1)
-        columns = rearrange(mixed, "b a f -> b f a").to(self.out.weight.dtype)
+        columns = rearrange(mixed, "b e f -> b f e").to(self.out.weight.dtype)
         branches = torch.cat((self.local(columns), self.pooled(columns)), dim=-1)
-        apart = rearrange(branches, "b f (branches c) -> (b branches) f c", branches=self.num_tokens + 1)
-        shrunk = rearrange(self._shrink(apart), "(b branches) t d -> b t branches d", branches=self.num_tokens + 1)
+        separate = rearrange(branches, "b f (branches c) -> (b branches) f c", branches=self.num_tokens + 1)
+        shrunk = rearrange(self._shrink(separate), "(b branches) t d -> b t branches d", branches=self.num_tokens + 1)
         tokens, summary = shrunk[:, :, :-1], self.out(shrunk[:, :, -1])
         padding = self.padding.to(tokens.dtype).expand(*tokens.shape[:2], -1, -1)
         return torch.cat((tokens, padding), dim=2), summary
 
     def clip(self, features: Tensor, motion_frames: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The same for a clip alone: its first column is repeated `motion_frames[0]` times in front and
-        `motion_frames[1]` latent frames are cut off again.
+        """`forward` of a clip whose first column is repeated `motion_frames[0]` times in front; the first `motion_frames[1]` latent frames
+        of the result are cut off.  [B,K,E,F] -> tokens [B,T,A,D] and summary [B,T,D]
 
-        A causal encoder answers a constant past with a constant, so whole strides of it are left out on both sides.
+        The encoder is causal and its output for a constant input is constant, so repeated columns that fill whole strides are not computed.
         """
         repeats, cut = motion_frames
         spare = min((repeats - 1) // 4, cut)
-        past = repeat(features[..., :1], "b n a 1 -> b n a f", f=repeats - 4 * spare)
+        past = repeat(features[..., :1], "b k e 1 -> b k e f", f=repeats - 4 * spare)
         tokens, summary = self(torch.cat((past, features), dim=-1))
         return tokens[:, cut - spare :], summary[:, cut - spare :]
 
@@ -89,9 +90,9 @@ class AudioEncoder(nn.Module):
 
 
 class AudioInjector(nn.Module):
-    """Let each latent frame hear its own audio tokens, after a norm modulated by their summary."""
+    """Cross-attention from the tokens of each latent frame to the audio tokens of that frame, after a norm modulated by their summary."""
 
-    EPS = 1e-5  # of this norm alone; the others use the model's
+    EPS = 1e-5  # of this norm only; the others use the model's
 
     def __init__(self, hidden_dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -99,7 +100,7 @@ class AudioInjector(nn.Module):
         self.attention = MultiHead(hidden_dim, num_heads, eps)
 
     def forward(self, grid: Tensor, audio: AudioTokens) -> Tensor:
-        """[B,T,S,D] -> [B,T,S,D], the residual included"""
+        """The grid plus the attention output.  [B,T,S,D] -> [B,T,S,D]"""
         actors = audio.tokens.shape[0] // grid.shape[0]
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
         shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)

@@ -1,4 +1,4 @@
-"""The repeated parts of the DiT: attention with its projections, the block, the head."""
+"""The parts of the DiT: attention with its projections, the block, the head. Shapes: N tokens of a packed sequence (see `Layout`)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sonic.model.pointwise import RmsNorm
 
 NO_EXCHANGE = NoExchange()
 ProvideKV = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
-Layout = tuple[tuple[int, int], ...]  # (frames, tokens in a frame) of the parts that lie one after the other in [B,N,D]
+Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
 
 
 def project(projection: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
-    """Keys and values of rows, made anew."""
+    """Keys and values of the rows, computed at every call."""
     return projection(rows)
 
 
 class MultiHead(nn.Module):
-    """Projections of one attention. Queries and keys are RMS-normalised over ALL heads at once."""
+    """The projections of one attention. Queries and keys are RMS-normalised over all heads together."""
 
     def __init__(self, hidden_dim: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v, self.to_out = (Linear(hidden_dim, hidden_dim) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(hidden_dim, eps), RmsNorm(hidden_dim, eps)
-        self.attention: Attention = sdpa  # `attend_by` chooses another
+        self.attention: Attention = sdpa  # `attend_by` replaces it
 
     def queries(self, tokens: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,heads,d]"""
@@ -46,9 +46,9 @@ class MultiHead(nn.Module):
         return self.to_out(attn_out.flatten(2))
 
     def forward(self, tokens: Tensor, rows: Tensor | None, *, provide_kv: ProvideKV = project) -> Tensor:
-        """Attend to rows of something else, without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]
+        """Cross-attention without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]
 
-        `provide_kv` gives the keys and values of the rows: by projecting them, or from what it remembers.
+        `provide_kv` gives the keys and values of the rows, by projecting them or from a cache.
         """
         return self.merge_heads(self.attention(self.queries(tokens), *provide_kv(self.keys_values, rows)))
 
@@ -57,14 +57,14 @@ class MultiHead(nn.Module):
 
 
 def attend_by(model: nn.Module, attention: Attention) -> None:
-    """Let every attention of a model run by this function."""
+    """Make every attention layer of a model use the function `attention`."""
     for module in model.modules():
         if isinstance(module, MultiHead):
             module.attention = attention
 
 
 class SelfAttention(MultiHead):
-    """Tokens attend to what `context` allows, themselves among it."""
+    """Self-attention over the keys that `context` allows."""
 
     def forward(self, tokens: Tensor, *, context: AttentionContext, exchange: TokenExchange) -> Tensor:
         """[B,N,D] -> [B,N,D]"""
@@ -73,9 +73,9 @@ class SelfAttention(MultiHead):
 
 
 class Block(nn.Module):
-    """Self-attention over what `context` allows, text attention, MLP. The first and last are modulated by the noise level.
+    """Self-attention over the keys that `context` allows, text attention, MLP. The first and last are modulated by the noise level.
 
-    The grid of noisy tokens and the memory lie one after the other in one tensor, so that each product is done once.
+    The grid of noisy tokens and the memory are packed into one sequence, so that each linear layer runs once for both.
     """
 
     def __init__(self, hidden_dim: int, ffn_dim: int, num_heads: int, *, eps: float = 1e-6):
@@ -98,7 +98,7 @@ class Block(nn.Module):
         context: AttentionContext,
         exchange: TokenExchange = NO_EXCHANGE,
     ) -> Tensor:
-        """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens"""
+        """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens [B,N,D]"""
         tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
         attn_out = self.self_attention(normed, context=context, exchange=exchange)
@@ -109,12 +109,12 @@ class Block(nn.Module):
         return add_gated(tokens, changed, [table[5] for table in tables], layout=layout)
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
-        """Six rows, shift, scale, gate twice, each [B,T,1,D], summed in float32."""
+        """Shift, scale and gate of the attention, then of the MLP, each [B,T,1,D]; added in float32."""
         return rearrange(self.modulation.float() + modulation, "b t six d -> six b t 1 d").to(dtype)
 
 
 class Head(nn.Module):
-    """Last modulation and projection back to latents."""
+    """The last modulation, and the projection of tokens back to latents."""
 
     def __init__(self, hidden_dim: int, channels: int, patch: tuple[int, int, int], *, eps: float = 1e-6):
         super().__init__()
@@ -132,25 +132,26 @@ class Head(nn.Module):
 
 
 def split_parts(tokens: Tensor, layout: Layout) -> list[Tensor]:
-    """The parts of [B,N,D], each [B,T,S,D]; views."""
+    """The parts of a packed sequence, as views.  [B,N,D] -> [B,T,S,D] each"""
     parts = tokens.split([frames * size for frames, size in layout], dim=1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, layout, strict=True)]
 
 
 def join_parts(parts: Sequence[Tensor]) -> Tensor:
-    """What `split_parts` cut, one after the other again; a single part is not copied.  [B,T,S,D] each -> [B,N,D]"""
+    """The packed sequence of several parts (inverse of `split_parts`); a single part is not copied.  [B,T,S,D] each -> [B,N,D]"""
     flat = [part.flatten(1, 2) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Tensor], *joint: Tensor) -> Tensor:
-    """`change(part of each joint tensor, the part's table)`, put together again.  [B,N,D] -> [B,N,D]"""
+    """Apply `change(part of each joint tensor, the part's table)` to each part and pack the results.  [B,N,D] -> [B,N,D]"""
     columns = [split_parts(tokens, layout) for tokens in joint]
     return join_parts([change(*row) for row in zip(*columns, tables, strict=True)])
 
 
 def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
-    """tokens + gate · change, each part with its gate [B,T,1,D]; without gradients in the place of `change`.  [B,N,D] -> [B,N,D]"""
+    """tokens + gate · change, each part with its gate [B,T,1,D]; `change` is overwritten where no gradients are needed.
+    [B,N,D] -> [B,N,D]"""
     if torch.is_grad_enabled() or change.dtype != tokens.dtype:
         return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
     for x, h, gate in zip(split_parts(tokens, layout), split_parts(change, layout), gates, strict=True):
@@ -159,12 +160,12 @@ def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout
 
 
 def add_residual(tokens: Tensor, change: Tensor) -> Tensor:
-    """tokens + change; without gradients in the place of `change`."""
+    """tokens + change; `change` is overwritten where no gradients are needed."""
     return tokens + change if torch.is_grad_enabled() or change.dtype != tokens.dtype else change.add_(tokens)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-    """Layer norm without weights of its own, times scale, plus shift; [B,T,S,D] with [B,T,1,D]."""
-    if scale.numel() == scale.shape[-1]:  # one noise level for everything: the norm's kernel applies it
+    """Layer norm without learned weights, times scale, plus shift.  x [B,T,S,D], shift and scale [B,T,1,D] -> [B,T,S,D]"""
+    if scale.numel() == scale.shape[-1]:  # one noise level for all tokens: the kernel of the norm applies scale and shift
         return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)

@@ -1,4 +1,4 @@
-"""How large a model of the family is and how much it works, counted from its config: weights, tokens, multiply-adds. No tensors."""
+"""The size of a model and the arithmetic of its forward, counted from its config: weights, tokens, multiply-adds. No tensors."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 
 Grid = tuple[int, int]  # rows and columns of patches
-PACK_SCALES = (1, 2, 4)  # patches of the past grow by these, newest bucket first
+PACK_SCALES = (1, 2, 4)  # factors by which the patches of each FramePack bucket are larger, newest bucket first
 
 
 def block_weights(config: ModelConfig) -> Mapping[str, int]:
-    """Numbers in one block, by the part that holds them."""
+    """Number of weights in each part of one block."""
     dim, ffn = config.trunk.hidden_dim, config.trunk.ffn_dim
     return {
         "self_attention": _attention(dim),
         "text_attention": _attention(dim),
         "mlp_in": _linear(dim, ffn),
         "mlp_out": _linear(ffn, dim),
-        "rest": 8 * dim,  # modulation and the norm before the text
+        "rest": 8 * dim,  # modulation, and the norm before text attention
     }
 
 
 def injector_weights(config: ModelConfig) -> Mapping[str, int]:
-    """Numbers in one audio injector."""
+    """Number of weights in each part of one audio injector."""
     dim = config.trunk.hidden_dim
     return {"attention": _attention(dim), "modulation": _linear(dim, 2 * dim)}
 
 
 def end_weights(config: ModelConfig) -> Mapping[str, int]:
-    """Numbers before the first block and behind the last one."""
+    """Number of weights in each part before the first block and after the last one."""
     trunk, audio, text = config.trunk, config.audio, config.text
     dim, patch = trunk.hidden_dim, _patch(config)
     quarter, half = dim // 4, dim // 2
@@ -50,19 +50,19 @@ def end_weights(config: ModelConfig) -> Mapping[str, int]:
 
 
 def weights(config: ModelConfig) -> int:
-    """Numbers in the whole transformer."""
+    """Number of weights in the whole transformer."""
     blocks = config.trunk.num_layers * sum(block_weights(config).values())
     injectors = len(config.audio.inject_layers) * sum(injector_weights(config).values())
     return blocks + injectors + sum(end_weights(config).values())
 
 
 def memory_tokens(config: ModelConfig, grid: Grid, *, motion: bool) -> int:
-    """Tokens of the reference, and of the past when there is one."""
+    """Tokens of the reference, and of the motion memory when there is one."""
     return prod(grid) + (sum(packed_tokens(config, grid)) if motion else 0)
 
 
 def packed_tokens(config: ModelConfig, grid: Grid) -> list[int]:
-    """Tokens of the past, bucket by bucket."""
+    """Tokens of the motion memory in each bucket."""
     scales = zip(config.motion.buckets, PACK_SCALES, strict=False)
     return [(bucket // scale) * (grid[0] // scale) * (grid[1] // scale) for bucket, scale in scales]
 
@@ -73,12 +73,12 @@ def forward_multiply_adds(config: ModelConfig, latent_frames: int, grid: Grid, *
     text, dim = config.text, config.trunk.hidden_dim
     layers = config.trunk.num_layers * (layer_multiply_adds(config, noisy + memory, keys=noisy + memory) + 2 * text.text_len * dim**2)
     embedding = text.text_len * dim * (text.text_dim + dim) + _time(config, levels=2) + _memory_embedding(config, grid, motion=motion)
-    listening = _audio(config, latent_frames) + injector_multiply_adds(config, latent_frames, grid) * len(config.audio.inject_layers)
-    return 3 * noisy * _embed(config) + embedding + layers + listening  # latents, pose, and back to latents
+    audio = _audio(config, latent_frames) + injector_multiply_adds(config, latent_frames, grid) * len(config.audio.inject_layers)
+    return 3 * noisy * _embed(config) + embedding + layers + audio  # embedding of latents, embedding of pose, head
 
 
 def block_multiply_adds(config: ModelConfig, grid: Grid, *, blocks: int, motion: bool = False) -> int:
-    """Multiply-adds of one `denoise_block` with `blocks` blocks in its ring (itself included)."""
+    """Multiply-adds of one `denoise_block` with `blocks` blocks in its ring, the new one included."""
     frames = config.rollout.block_frames
     noisy = frames * prod(grid)
     keys = memory_tokens(config, grid, motion=motion) + blocks * noisy
@@ -88,14 +88,14 @@ def block_multiply_adds(config: ModelConfig, grid: Grid, *, blocks: int, motion:
 
 
 def layer_multiply_adds(config: ModelConfig, tokens: int, *, keys: int) -> int:
-    """One block on `tokens` that see `keys`, without the prompt's keys and values."""
+    """Multiply-adds of one block on `tokens` tokens that attend to `keys` keys, without projecting the prompt's keys and values."""
     dim = config.trunk.hidden_dim
     projections = 6 * tokens * dim**2  # self q, k, v, out; text q, out
     return projections + 2 * tokens * dim * (keys + config.text.text_len) + 2 * tokens * dim * config.trunk.ffn_dim
 
 
 def injector_multiply_adds(config: ModelConfig, frames: int, grid: Grid) -> int:
-    """One audio injector on `frames` latent frames."""
+    """Multiply-adds of one audio injector on `frames` latent frames."""
     dim, audio_tokens = config.trunk.hidden_dim, config.audio.num_audio_token + 1
     noisy = frames * prod(grid)
     return 2 * noisy * dim**2 + 2 * frames * audio_tokens * dim**2 + 2 * noisy * audio_tokens * dim + 2 * frames * dim**2
@@ -106,22 +106,22 @@ def _linear(inner: int, outer: int) -> int:
 
 
 def _attention(dim: int) -> int:
-    """Four projections and two norms."""
+    """Weights of four projections and two norms."""
     return 4 * _linear(dim, dim) + 2 * dim
 
 
 def _patch(config: ModelConfig) -> int:
-    """Numbers in one patch."""
+    """Latent values in one patch."""
     return config.trunk.latent_channels * prod(config.trunk.patch_size)
 
 
 def _embed(config: ModelConfig) -> int:
-    """Embedding one patch, or projecting it back."""
+    """Multiply-adds of embedding one patch, or of projecting a token back to one."""
     return _patch(config) * config.trunk.hidden_dim
 
 
 def _audio(config: ModelConfig, frames: int) -> int:
-    """The audio encoder on one clip, its one repeated column in front included."""
+    """Multiply-adds of the audio encoder on one clip, the one repeated column in front included."""
     dim, audio = config.trunk.hidden_dim, config.audio
     columns = [1 + FRAMES_PER_LATENT * frames]
     columns += [-(-columns[-1] // 2)]

@@ -1,4 +1,4 @@
-"""The avatar DiT of the Wan2.2-S2V family: whole clips with full attention, or block by block over a KV cache."""
+"""The avatar DiT of the Wan2.2-S2V family: it denoises whole clips with full attention, or block by block over a KV cache."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
-ROLLOUT_ENTRY_POINTS = ("embed_memory", "prepare_block", "embed_block", "run_blocks", "unembed")  # of a rollout
-TRAINING_ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # of a training, besides forward
+ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # what is called besides forward
+STAGES = ("embed_memory", "embed_block", "run_blocks", "unembed")  # of these, which a rollout calls one by one
 
 
 class AvatarDiT(nn.Module):
-    """Noisy latents are a grid of tokens [B,T,S,D]; reference and motion are memory tokens [B,1,M,D] beside it.
+    """The avatar DiT. Noisy latents become a grid of tokens [B,T,S,D]; reference and motion become memory tokens [B,1,M,D].
 
-    In a layer pipeline the blocks of other ranks are None. How a forward is executed is an argument (`execution`).
+    In a layer pipeline the blocks of other ranks are None. The argument `execution` says how a forward is executed.
     """
 
     def __init__(self, config: ModelConfig):
@@ -64,9 +64,10 @@ class AvatarDiT(nn.Module):
     def forward_blocks(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0, execution: Execution = LOCAL
     ) -> Tensor:
-        """All blocks of a rollout at once, for training: equal to `prefill` and `denoise_block` run block by block.
+        """Denoise all blocks of a rollout in one pass, for training; equal to `prefill`, then `denoise_block` of one block after another.
 
-        latents [B,C,n·block,H,W], timestep [B] or [B,T], conditions of these n blocks -> [B,C,n·block,H,W]
+        latents [B,C,T,H,W], T = a whole number of blocks, timestep [B] or [B,T], conditions of these blocks -> [B,C,T,H,W]
+        Raises ValueError when T is not a whole number of blocks.
         """
         rollout = self.config.rollout
         count, rest = divmod(latents.shape[2], rollout.block_frames)
@@ -86,7 +87,7 @@ class AvatarDiT(nn.Module):
         return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
 
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
-        """An empty cache that fits these conditions, with one ring per sampling step."""
+        """An empty cache for these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
         dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
         like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
@@ -95,32 +96,32 @@ class AvatarDiT(nn.Module):
         return replace(cache, token_device=device)
 
     def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
-        """An empty cache over [batch, rows, columns] of patches, for the blocks that are here and so many heads (None = all of them)."""
+        """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks of this rank and `heads` heads (None = all)."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
         shard = CacheShard(layers, self.config.trunk.num_heads if heads is None else heads)
         return KVCache.allocate(self.config, shape, shard, steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, cache: KVCache, *, execution: Execution = LOCAL) -> KVCache:
-        """Write reference, motion and prompt into the cache; blocks already in its rings stay."""
+        """Write reference, motion and prompt into the cache; the blocks that its rings already hold stay."""
         inputs = self.embed_memory(conditions, execution.sequence)
         execution.run_blocks(self, [inputs], [self.memory_context(cache)])
         return cache
 
     def embed_memory(self, conditions: Conditions, sequence: SequenceParallel) -> TrunkInputs:
-        """The memory tokens as they enter the first block."""
+        """The memory tokens as inputs of the first transformer block."""
         memory = self._memory(conditions)
         _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
         return _trunk_inputs([memory], (modulation,), self.text_embed(conditions.text), sequence=sequence)
 
     def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
-        """What the memory may attend to in each layer: itself; it is written into the cache."""
+        """The attention context of each layer for the memory, which attends to itself and is written into the cache."""
         position = self.config.rollout.ref_position
         positions = rotation(cache.memory_positions(position, cache.token_device), self._head_dim)
         return lambda layer: PrefillContext(cache, layer, positions, position)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
-        """Encode once what every sampling step of a block uses; `conditions` are those of the block (`conditions.at(span)`)."""
+        """The inputs that all sampling steps of a block share; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
         audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
         return BlockInputs(span, self._pose(conditions, shape), audio)
@@ -135,9 +136,9 @@ class AvatarDiT(nn.Module):
         ring: KVRing,
         execution: Execution = LOCAL,
     ) -> Tensor:
-        """Denoise one block; its keys and values go into `ring`.  [B,C,block,H,W], timestep [B] or [B,block] -> the same shape
+        """Denoise one block and write its keys and values into `ring`.  [B,C,T,H,W], timestep [B] or [B,T] -> [B,C,T,H,W]
 
-        Gradients reach this block alone.
+        Gradients flow through this block only, not into earlier ones. Raises ValueError when T is not the length of a block.
         """
         span = inputs.span
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
@@ -150,7 +151,7 @@ class AvatarDiT(nn.Module):
     def embed_block(
         self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel
     ) -> tuple[TrunkInputs, Tensor]:
-        """A block's tokens as they enter the first transformer block, and the time embedding that `unembed` needs."""
+        """A block's tokens as inputs of the first transformer block, and the time embedding [B,T,D] that `unembed` needs."""
         summary, modulation = self.time_embed(_per_frame(timestep))
         tokens = [self._patches(latents, inputs.pose)]
         return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
@@ -158,7 +159,7 @@ class AvatarDiT(nn.Module):
     def block_context(
         self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None
     ) -> Callable[[int], AttentionContext]:
-        """What a block may attend to in each layer; makes room for it in the ring."""
+        """The attention context of each layer for one block; reserves a slot for the block in the ring."""
         position = self.ref_position(span.start) if ref_position is None else ref_position
         slot = ring.begin(span.index)
         frames = span.latent_frames // self.config.trunk.patch_size[0]
@@ -171,11 +172,11 @@ class AvatarDiT(nn.Module):
         outputs = list(inputs)
         for layer, block in enumerate(self.blocks):
             if block is not None:
-                outputs = [self._run_block(layer, each, context(layer)) for each, context in zip(outputs, contexts, strict=True)]
+                outputs = [self._run_block(layer, sequence, context(layer)) for sequence, context in zip(outputs, contexts, strict=True)]
         return outputs
 
     def _run_block(self, layer: int, inputs: TrunkInputs, context: AttentionContext) -> TrunkInputs:
-        """One transformer block and the audio injector after it, if there is one."""
+        """Run one transformer block and the audio injector after it, if there is one."""
         modulations, text, exchange = inputs.modulations, inputs.text, inputs.exchange
         tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, context=context, exchange=exchange)
         inject = self.config.audio.inject_layers
@@ -185,13 +186,13 @@ class AvatarDiT(nn.Module):
         return inputs._replace(tokens=tokens)
 
     def unembed(self, outputs: TrunkInputs, summary: Tensor, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
-        """The first part of the tokens behind the last block, as latents.  -> [B,C,T,H,W]"""
+        """The latents of the last block's outputs: of the first part of their layout, which holds the noisy tokens.  -> [B,C,T,H,W]"""
         rows, columns = grid
         tokens = sequence.gather(split_parts(outputs.tokens, outputs.layout)[0], rows * columns)
         return self.head(tokens, summary, columns)
 
     def ref_position(self, start: int) -> int:
-        """Time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
+        """The time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
         rollout = self.config.rollout
         return ref_time_id(start, ref_position=rollout.ref_position, distance=rollout.ref_distance)
 
@@ -205,7 +206,7 @@ class AvatarDiT(nn.Module):
         audio: AudioTokens | None,
         execution: Execution,
     ) -> Tensor:
-        """Grid and memory through the trunk together; memory always at noise level 0."""
+        """Run grid and memory through the blocks in one sequence, the memory at noise level 0.  -> [B,C,T,H,W]"""
         timestep = _per_frame(timestep)
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
@@ -218,7 +219,7 @@ class AvatarDiT(nn.Module):
         return self.patch_embed(latents) + pose
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
-        """Pose tokens plus the role of noisy tokens; without pose the encoder sees zeros, so its bias stays."""
+        """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""
         if conditions.pose is None:
             return self.pose_embed.bias + self.roles.weight[NOISY]
         if tuple(conditions.pose.shape[2:]) != tuple(shape[2:]):
@@ -244,13 +245,13 @@ class AvatarDiT(nn.Module):
         return None if conditions.audio is None else AudioTokens(*encode(conditions.audio))
 
     def _encode_blocks(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The audio of each block alone: nothing is heard across a join."""
+        """The audio tokens of each block, encoded without the audio of its neighbours."""
         frames = FRAMES_PER_LATENT * self.config.rollout.block_frames
         if features.shape[-1] != count * frames:
             raise ValueError(f"{features.shape[-1]} audio columns do not fit {count} blocks of {frames} video frames")
-        blocks = rearrange(features, "b n a (k f) -> (b k) n a f", k=count)
+        blocks = rearrange(features, "b k e (n f) -> (b n) k e f", n=count)
         tokens, summary = self.audio_encoder.clip(blocks, self.config.motion.motion_frames)
-        return rearrange(tokens, "(b k) t a d -> b (k t) a d", k=count), rearrange(summary, "(b k) t d -> b (k t) d", k=count)
+        return rearrange(tokens, "(b n) t a d -> b (n t) a d", n=count), rearrange(summary, "(b n) t d -> b (n t) d", n=count)
 
     def _grid_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         _, rows, columns = self.config.trunk.patch_size
@@ -278,16 +279,16 @@ def _trunk_inputs(
     audio: AudioTokens | None = None,
     sequence: SequenceParallel,
 ) -> TrunkInputs:
-    """This rank's tokens of the parts [B,T,S,D], each with its modulation."""
+    """The inputs of the blocks: this rank's tokens of the parts [B,T,S,D], each with its modulation."""
     exchange = sequence.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
-    mine = [sequence.split(part) for part in parts]
+    local = [sequence.split(part) for part in parts]
     if audio is not None and audio.masks is not None:
         audio = audio._replace(masks=sequence.split(audio.masks))
-    return TrunkInputs(join_parts(mine), tuple(tuple(part.shape[1:3]) for part in mine), modulations, text, audio, exchange)
+    return TrunkInputs(join_parts(local), tuple(tuple(part.shape[1:3]) for part in local), modulations, text, audio, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:
-    """[B] -> [B,1]; [B,T] stays."""
+    """Timesteps per latent frame.  [B] -> [B,1]; [B,T] is returned as it is"""
     return timestep if timestep.ndim == 2 else repeat(timestep, "b -> b 1")
 
 

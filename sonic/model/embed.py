@@ -1,4 +1,4 @@
-"""From latents, text and time to tokens, and where tokens sit in time and space (rotary positions)."""
+"""Embeddings of latents, text, timesteps and past latents, and rotary positions. Shapes: N tokens of a packed sequence."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from sonic.model.counts import PACK_SCALES
 from sonic.model.linear import Linear, linear, linear_gelu
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2] of the pairs of channels
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2], one for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
 
 class PatchEmbed(nn.Conv3d):
-    """Cut latents into patches and project each of them; a convolution whose kernel is its stride."""
+    """Cuts latents into patches and projects each of them: a convolution whose stride equals its kernel."""
 
     def __init__(self, channels: int, hidden_dim: int, patch: Sequence[int]):
         super().__init__(channels, hidden_dim, kernel_size=tuple(patch), stride=tuple(patch))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Patch tokens in row order.  [B,C,T,H,W] -> [B,T',S,D]"""
+        """Patch tokens, row by row.  [B,C,T,H,W] -> [B,T',S,D]. Raises ValueError when the patches do not fill the latents exactly."""
         p, q, r = self.kernel_size
         if any(size % step for size, step in zip(latents.shape[2:], (p, q, r), strict=True)):
             raise ValueError(f"latents of {list(latents.shape[2:])} (time, height, width) do not divide into patches of {[p, q, r]}")
@@ -34,7 +34,7 @@ class PatchEmbed(nn.Conv3d):
 
 
 class TextEmbed(nn.Module):
-    """Project the prompt's rows; short prompts are padded with zero rows FIRST, as the published weights expect."""
+    """Projects the prompt's rows; short prompts are padded with zero rows before the projection, as the published weights expect."""
 
     def __init__(self, text_dim: int, text_len: int, hidden_dim: int):
         super().__init__()
@@ -43,7 +43,7 @@ class TextEmbed(nn.Module):
         self.out = Linear(hidden_dim, hidden_dim)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[B,L,text_dim] -> [B,text_len,D]"""
+        """[B,L,text_dim] -> [B,text_len,D]. Raises ValueError when L is larger than text_len."""
         missing = self.text_len - rows.shape[1]
         if missing < 0:
             raise ValueError(f"the prompt has {rows.shape[1]} rows; the model reads at most {self.text_len}: shorten it")
@@ -51,11 +51,11 @@ class TextEmbed(nn.Module):
         return self.out(linear_gelu(self.expand, padded))
 
 
-WIDENED = 1 << 21  # weights that a CPU widens at once, 8 MiB: few enough to be still in its cache when they are multiplied
+WIDENED = 1 << 21  # weights that a CPU converts to float32 at a time, 8 MiB: few enough to be in its cache when they are multiplied
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever its weights are stored in; narrower ones are widened piece by piece."""
+    """A linear layer that computes in float32; weights stored in less precision are converted piece by piece."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
@@ -66,7 +66,7 @@ class Float32Linear(nn.Linear):
 
 
 class TimeEmbed(nn.Module):
-    """Noise level to modulation, in float32 whatever the weights are stored in."""
+    """The modulation of the blocks as a function of the noise level, computed in float32 in whatever precision the weights are stored."""
 
     def __init__(self, freq_dim: int, hidden_dim: int):
         super().__init__()
@@ -76,7 +76,7 @@ class TimeEmbed(nn.Module):
         self.project = Float32Linear(hidden_dim, 6 * hidden_dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks, scales plus 1."""
+        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks; 1 is added to its scales."""
         waves = sinusoid(timestep, self.freq_dim).float()
         summary = self.out(F.silu(self.expand(waves)))
         modulation = rearrange(self.project(F.silu(summary)), "b t (six d) -> b t six d", six=6)
@@ -84,7 +84,7 @@ class TimeEmbed(nn.Module):
 
 
 class FramePack(nn.Module):
-    """The past as few tokens: the newest latent frames at full size, older ones in ever larger patches.
+    """Embeds past latents in few tokens: the newest latent frames in the usual patches, older ones in larger patches.
 
     The buckets are [newest, middle, oldest] latent frames; patches grow by (1, 2, 4) in time and space.
     Source: FramePack, arXiv 2504.12626.
@@ -98,9 +98,9 @@ class FramePack(nn.Module):
         )
 
     def forward(self, motion: Tensor, keep: int = 2) -> Tensor:
-        """Latents of the past [B,C,Tm,H,W], oldest first -> [B,1,M,D], newest first.
+        """Past latents [B,C,Tm,H,W], oldest first -> [B,1,M,D], newest first.
 
-        `keep` 2 uses all of it; 1 and 0 blank the newest bucket, the newest two.
+        `keep` is 2 to use all buckets, 1 to replace the newest by zeros, 0 to replace the newest two.
         """
         total = sum(self.buckets)
         recent = motion[:, :, -total:]
@@ -113,24 +113,24 @@ class FramePack(nn.Module):
         return torch.cat([rearrange(tokens, "b t s d -> b 1 (t s) d") for tokens in packed], dim=2)
 
 
-SCALES = (1, 4)  # rows of the modulation that multiply; 0 and 3 shift, 2 and 5 are gates
+SCALES = (1, 4)  # rows of the modulation that are scales; 0 and 3 are shifts, 2 and 5 are gates
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """[...] -> [..., dim] float64: cosines, then sines, of geometrically spaced frequencies."""
+    """Sinusoidal embedding: cosines, then sines, at geometrically spaced frequencies.  [...] -> float64 [...,dim]"""
     frequencies = ROPE_THETA ** -(torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
     angles = timestep.double()[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def grid_positions(times: Tensor, height: int, width: int) -> Positions:
-    """Ids of a full grid of patches at the given time ids."""
+    """Position ids of all patches of a grid at the given time ids; `height` and `width` count patches."""
     rows, columns = (torch.arange(size, dtype=torch.float64, device=times.device) for size in (height, width))
     return _every_pair(times.double(), rows, columns)
 
 
 def motion_positions(buckets: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Positions:
-    """Ids of the FramePack tokens: negative times counting back from the clip, coarser buckets spread over the grid."""
+    """Position ids of the FramePack tokens: negative times that count back from the clip, larger patches spread evenly over the grid."""
     parts, past = [], 0
     for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
         times = -np.trunc(np.linspace(past + bucket, past + 1, bucket // scale))
@@ -141,14 +141,14 @@ def motion_positions(buckets: Sequence[int], height: int, width: int, *, device:
 
 
 def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> int:
-    """Where the reference sits for a block starting at latent frame `start`: fixed at first, then `distance` ahead of it."""
+    """Time id of the reference for a block that starts at latent frame `start`: `ref_position` at first, later `start` + `distance`."""
     return ref_position + max(0, start - (ref_position - distance))
 
 
 def rotation(positions: Positions, head_dim: int) -> Rotation:
-    """The rotation of tokens by their positions, from float64 angles: no table, so no last position.
+    """Cosines and sines of rotary positions, computed from float64 angles; there is no table, so positions have no upper limit.
 
-    A head's pairs of channels are shared out between time, rows and columns. Source: RoFormer, arXiv 2104.09864.
+    A head's pairs of channels are divided among time, rows and columns. Source: RoFormer, arXiv 2104.09864.
     """
     side = head_dim // 6
     angles = []
@@ -160,10 +160,10 @@ def rotation(positions: Positions, head_dim: int) -> Rotation:
 
 
 def rotate(heads: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> the same
+    """Rotate neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> [B,N,heads,d]
 
-    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin); the partner of a channel is one place ahead or behind in
-    memory, so two shifted copies stand for it and nothing is gathered.
+    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin). The other channel of a pair is the next or the previous one in
+    memory, so two shifted copies of the tensor supply it without a gather.
     """
     cos, sin = turn
     if heads.device.type == "cpu" and not torch.is_grad_enabled():
@@ -176,8 +176,8 @@ def rotate(heads: Tensor, turn: Rotation) -> Tensor:
 
 
 def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
-    """The same in one pass, as torch's CPU kernel for complex products does it: a pair times cos + i·sin. Each head's tokens lie
-    together in what comes out, as an attention multiplies them fastest."""
+    """`rotate` in one pass, as a complex product: each pair times cos + i·sin. In the result the tokens of one head are contiguous,
+    which attention multiplies fastest."""
     wide = heads.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn.transpose(0, 1)
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)

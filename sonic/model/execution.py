@@ -1,6 +1,6 @@
-"""How the transformer is executed, as one argument: which tokens of a frame are here, who runs the blocks, where KV caches lie.
+"""How the transformer is executed, as one argument: how tokens are divided among ranks, what runs the blocks, where KV caches are.
 
-The model knows this interface and its single-device default; what several ranks do is in parallel/.
+This module holds the interface and its implementation for a single device; those for several ranks are in parallel/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int],
 
 
 class SequenceParallel(Protocol):
-    """How the tokens of every latent frame are divided among ranks, and exchanged for heads around self-attention."""
+    """The division of every latent frame's tokens among ranks, and the exchange of tokens for heads around self-attention."""
 
     def split(self, tokens: Tensor) -> Tensor:
         """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
@@ -29,29 +29,29 @@ class SequenceParallel(Protocol):
         """The tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
 
     def local_heads(self, num_heads: int) -> int:
-        """How many heads this rank has in self-attention."""
+        """Number of heads that this rank computes in self-attention."""
 
     def exchange(self, layout: Layout) -> TokenExchange:
-        """The exchange of tokens for heads, for parts of this layout (all ranks' tokens)."""
+        """The exchange of tokens for heads for a packed sequence; `layout` counts the tokens of all ranks."""
 
 
 class WholeSequence:
-    """All tokens are on this rank."""
+    """The `SequenceParallel` of a single rank, which has all tokens."""
 
     def split(self, tokens: Tensor) -> Tensor:
-        """The tokens themselves."""
+        """The tokens unchanged."""
         return tokens
 
     def gather(self, tokens: Tensor, size: int) -> Tensor:
-        """The tokens themselves."""
+        """The tokens unchanged."""
         return tokens
 
     def local_heads(self, num_heads: int) -> int:
-        """All heads."""
+        """All heads of the model."""
         return num_heads
 
     def exchange(self, layout: Layout) -> TokenExchange:
-        """Nothing is exchanged."""
+        """The exchange that changes nothing."""
         return NO_EXCHANGE
 
 
@@ -62,8 +62,8 @@ def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], contexts: Sequen
 
 @dataclass(frozen=True)
 class Execution:
-    """How a forward is executed: `sequence` divides tokens, `run_blocks` runs the blocks that are here, `cache_device` holds KV caches
-    (None = beside the weights)."""
+    """How a forward is executed: `sequence` divides tokens among ranks, `run_blocks` runs this rank's blocks, `cache_device` holds the
+    KV caches (None = the device of the inputs)."""
 
     sequence: SequenceParallel = WholeSequence()
     run_blocks: RunBlocks = run_blocks

@@ -1,4 +1,4 @@
-"""What a rollout remembers: keys and values of the memory and of the last blocks, as values that are handed in."""
+"""The KV cache of a rollout: keys and values of the memory tokens and of the last blocks. It is an argument, not state of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sonic.model.embed import Positions, Rotation, grid_positions, motion_positi
 
 
 class Slot(NamedTuple):
-    """Where a block lies in its ring, and what of the ring is filled with it."""
+    """Token ranges of a ring's buffers: `own` of one block, `filled` of everything written once that block is."""
 
     own: slice
     filled: slice
@@ -23,12 +23,12 @@ class Slot(NamedTuple):
 
 @dataclass
 class KVRing:
-    """One sampling step's buffers: per layer keys and values [B, memory + window · block, heads, d].
+    """The buffers of one sampling step: keys and values of each layer [B, M + window · block tokens, heads, d].
 
-    `window` is the number of blocks it holds, in slots beside the memory: behind it, or where `memory` is not at the start,
-    before it. Blocks are written in turn, from the memory outwards, so that what is filled is one piece; once the ring is full a
-    new block replaces the oldest. Keys carry their absolute positions, so their order in the ring does not matter.
-    `ref_positions` says for each layer where the reference stands in the memory's keys.
+    `window` is the number of blocks that the ring holds. Their slots follow the memory, or precede it where `memory` does not start
+    at 0. Slots are filled from the memory outwards, so the filled range is contiguous; once the ring is full, a new block replaces
+    the oldest. Keys are rotated by their absolute positions, so their order in the ring does not matter.
+    `ref_positions` is, for each layer, the time id of the reference that the memory's keys are rotated for.
     """
 
     keys: dict[int, Tensor]
@@ -41,11 +41,11 @@ class KVRing:
     newest: int | None = None
 
     def rewind(self) -> None:
-        """Forget the blocks; the memory stays."""
+        """Empty the slots of all blocks; the memory stays."""
         self.origin = self.newest = None
 
     def begin(self, index: int) -> Slot:
-        """Make room for block `index`; the newest block may be written again, anything else must be its successor."""
+        """Reserve the slot of block `index`. Raises ValueError unless it is the newest block again or the one after it."""
         self.origin = index if self.origin is None else self.origin
         if self.newest is not None and index not in (self.newest, self.newest + 1):
             raise ValueError(f"block {index} cannot follow block {self.newest}: a ring is written in order; start a new cache to jump")
@@ -55,7 +55,7 @@ class KVRing:
         return Slot(self.slot(count % self.window), slice(min(self.memory.start, edge.start), max(self.memory.stop, edge.stop)))
 
     def slot(self, index: int) -> slice:
-        """The tokens of slot `index`."""
+        """The range of tokens of slot `index`."""
         if self.memory.start == 0:
             first = self.memory.stop + index * self.block_tokens
         else:
@@ -64,7 +64,7 @@ class KVRing:
 
 
 class CacheShard(NamedTuple):
-    """What of a model's cache is kept here: these layers, and this many heads of each."""
+    """The part of a model's cache that one rank holds: these layers, and this many heads of each."""
 
     layers: Sequence[int]
     heads: int
@@ -72,10 +72,10 @@ class CacheShard(NamedTuple):
 
 @dataclass
 class KVCache:
-    """The reference's keys without rotation (it moves along), the prompt's keys and values, and a ring per sampling step.
+    """The reference's keys before rotation (its position changes), the prompt's keys and values, and a ring per sampling step.
 
-    Two rings share one copy of the memory, which lies between their windows: rings 0 and 1, 2 and 3, and so on.
-    `device` is where all this lies, `token_device` where it is used.
+    Rings 0 and 1, 2 and 3, and so on share one copy of the memory, which lies between the windows of the two.
+    `device` holds the cache, `token_device` runs the attention.
     """
 
     rings: list[KVRing]
@@ -86,7 +86,7 @@ class KVCache:
     head_dim: int
     device: torch.device
     token_device: torch.device
-    rotations: dict[int, Rotation] = field(default_factory=dict)  # of the reference, by its position: the latest
+    rotations: dict[int, Rotation] = field(default_factory=dict)  # of the reference, for its latest positions
 
     @classmethod
     def allocate(
@@ -108,16 +108,16 @@ class KVCache:
 
     @property
     def memory_tokens(self) -> int:
-        """Tokens of the reference and the past."""
+        """Number of tokens of the reference and the motion memory."""
         memory = self.rings[0].memory
         return memory.stop - memory.start
 
     def memory_positions(self, ref_position: float, device: torch.device) -> Positions:
-        """Ids of the memory tokens with the reference at the given time id."""
+        """Position ids of the memory tokens with the reference at the given time id."""
         return memory_positions(self.buckets, self.grid, ref_position, device=device)
 
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
-        """Rotate the reference's keys in a layer's buffer for a reference at `position`, unless they are."""
+        """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
             raw = self.ref_keys[layer]
             ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._reference_rotation(position))
@@ -132,13 +132,13 @@ class KVCache:
 
 
 def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Callable[[int], dict[int, Tensor]]) -> list[KVRing]:
-    """One ring, or two with their windows on both sides of one memory."""
+    """One ring, or two that share one memory, with a window on each side of it."""
     size = window * block
     keys, values = (empty(memory + count * size) for _ in range(2))
     ref_positions: dict[int, int] = {}
 
     def ring(first: int, start: int) -> KVRing:
-        views = [{layer: buffer[:, first : first + size + memory] for layer, buffer in each.items()} for each in (keys, values)]
+        views = [{layer: buffer[:, first : first + size + memory] for layer, buffer in buffers.items()} for buffers in (keys, values)]
         return KVRing(*views, slice(start, start + memory), block, window, ref_positions)
 
     return [ring(0, 0)] if count == 1 else [ring(size, 0), ring(0, size)]
@@ -146,7 +146,7 @@ def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Ca
 
 @dataclass(frozen=True)
 class PrefillContext:
-    """Prefill's view of a layer: memory sees itself and is written down, with the reference at `position`."""
+    """The attention context of prefill in one layer: memory attends to itself and is written to the cache, the reference at `position`."""
 
     cache: KVCache
     layer: int
@@ -154,25 +154,28 @@ class PrefillContext:
     position: int
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
-        """Attention among the memory tokens; the reference's keys are kept without rotation as well."""
+        """Attention among the memory tokens; the reference's keys are also stored before rotation."""
         query, key, value = tokens
         raw, rotated = self.cache.ref_keys[self.layer], rotate(key, self.positions)
         raw.copy_(key[:, : raw.shape[1]])
-        for ring in self.cache.rings[::2]:  # the others share their memory
+        for ring in self.cache.rings[::2]:  # each of the others shares the memory of one of these
             ring.keys[self.layer][:, ring.memory] = rotated
             ring.values[self.layer][:, ring.memory] = value
             ring.ref_positions[self.layer] = self.position
         return attention(rotate(query, self.positions), rotated, value)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
-        """Keys and values of the prompt, kept for every later block."""
+        """Keys and values of the prompt; they are stored in the cache for the blocks."""
         self.cache.text[self.layer] = project(rows)
         return self.cache.text[self.layer]
 
 
 @dataclass(frozen=True)
 class CachedContext:
-    """One block's view of a layer: itself, the blocks still in the ring, the memory. Gradients reach the block alone."""
+    """The attention context of one block in one layer: the block itself, the blocks in the ring, and the memory.
+
+    Gradients flow through the block itself only.
+    """
 
     cache: KVCache
     ring: KVRing
@@ -182,25 +185,25 @@ class CachedContext:
     ref_position: int
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
-        """Write the block's keys and values into its slot and attend to all that is filled."""
+        """Write the block's keys and values into its slot and attend to the filled part of the ring."""
         self.cache.rotate_reference(self.ring, self.layer, self.ref_position)
-        (own, filled), seen = self.slot, []
+        (own, filled), keys_values = self.slot, []
         for buffer, new in ((self.ring.keys, rotate(tokens.keys, self.positions)), (self.ring.values, tokens.values)):
             stored = buffer[self.layer]
             stored[:, own] = new.detach()
             parts = (stored[:, filled.start : own.start], new.to(stored.dtype), stored[:, own.stop : filled.stop])
-            seen.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new, non_blocking=True))
-        return attention(rotate(tokens.queries, self.positions), *seen)
+            keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new, non_blocking=True))
+        return attention(rotate(tokens.queries, self.positions), *keys_values)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
-        """What prefill wrote down."""
+        """The keys and values that prefill stored."""
         return self.cache.text[self.layer]
 
 
 def memory_positions(
     buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, *, device: torch.device | None = None
 ) -> Positions:
-    """Ids of the reference's tokens, then of the motion tokens (none without buckets)."""
+    """Position ids of the reference's tokens, then of the motion tokens (none without buckets)."""
     ref = grid_positions(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
     if not buckets:
         return ref

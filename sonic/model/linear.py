@@ -1,4 +1,4 @@
-"""Linear layers of the DiT: without gradients on a CPU straight through oneDNN, which adds bias and GELU while it multiplies."""
+"""Linear layers of the DiT. On a CPU and without gradients they call oneDNN directly, which fuses bias and GELU into the product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sonic.model.pointwise import gelu, slow_here
 
 
 class Linear(nn.Linear):
-    """torch's, but it can be asked for the GELU of its output as well."""
+    """torch's linear layer, with an optional GELU of its output."""
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """[...,D] -> [...,D']"""
@@ -20,27 +20,27 @@ class Linear(nn.Linear):
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
-    """GELU after a linear layer, in one call where the layer can.  [...,D] -> [...,D']"""
+    """GELU after a linear layer, fused into one call where the layer supports it.  [...,D] -> [...,D']"""
     return layer(x, gelu=True) if isinstance(layer, Linear) else gelu(layer(x))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, then_gelu: bool = False) -> Tensor:
-    """x · weightᵀ + bias, and the GELU of it in the form that `pointwise.gelu` takes for this dtype.  [...,D] -> [...,D']
+    """x · weightᵀ + bias, then optionally GELU in the form that `pointwise.gelu` uses for this dtype.  [...,D] -> [...,D']
 
-    torch multiplies float32 by MKL, which knows fewer instructions of other makers' processors than oneDNN does, and writes
-    the bias of bfloat16 down before it multiplies.
+    oneDNN is faster than what torch calls: for float32 that is MKL, which uses fewer instructions of processors by other makers than
+    Intel; for bfloat16 torch writes the bias to memory before the product.
     """
-    straight = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _multiplied() and torch.backends.mkldnn.enabled
-    if torch.is_grad_enabled() or not straight or not x.numel():
-        found = F.linear(x, weight, bias)
-        return gelu(found) if then_gelu else found
+    use_onednn = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _onednn_dtypes() and torch.backends.mkldnn.enabled
+    if torch.is_grad_enabled() or not use_onednn or not x.numel():
+        out = F.linear(x, weight, bias)
+        return gelu(out) if then_gelu else out
     form = "none" if slow_here(x) else "tanh"
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], form) if then_gelu else ("none", [], "")))
 
 
 @cache
-def _multiplied() -> frozenset[torch.dtype]:
-    """Dtypes that this processor's oneDNN multiplies; none where torch was built without it."""
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """Dtypes that oneDNN multiplies on this processor; none where torch was built without oneDNN."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     narrow = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []

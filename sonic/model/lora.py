@@ -1,4 +1,4 @@
-"""Low-rank adapters: files in peft's format, merged into the weights that they adapt."""
+"""Low-rank adapters from files in peft's format, and merging them into the weights that they change."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sonic.checkpoint.weights import to_ours
 
 PREFIX, DOWN, UP = "base_model.model.", "lora_A", "lora_B"
 PUBLISHED = "liveavatar.safetensors"
-ALPHA, USUAL_ALPHA = "alpha", 64.0  # where our files say it, and what published ones were trained with
-SHOWN = 5  # names that an error lists
+ALPHA, USUAL_ALPHA = "alpha", 64.0  # the metadata key of alpha in our files; the alpha that published adapters were trained with
+SHOWN = 5  # number of names that an error lists
 
 
 class Adapter(NamedTuple):
-    """What is added to a weight: scale · up @ down, with down [rank, in] and up [out, rank]."""
+    """The low-rank change of one weight: scale · up @ down, with down [rank,in] and up [out,rank]."""
 
     down: Tensor
     up: Tensor
@@ -31,9 +31,9 @@ class Adapter(NamedTuple):
 
 
 def read_lora(path: str | Path) -> dict[str, Adapter]:
-    """Adapters of a file by the name of the weight they change, in our names. Source: LoRA, arXiv 2106.09685.
+    """The adapters in a file, each by our name of the weight that it changes. Source: LoRA, arXiv 2106.09685.
 
-    Keys may begin with `base_model.model.` and carry an adapter's name (`.default`); modules may have official or our names.
+    Keys may begin with `base_model.model.` and contain an adapter's name (`.default`); modules may have official names or ours.
     Raises ValueError when the file cannot be read, holds a tensor that is not one of a pair, or two for the same weight.
     """
     path = lora_file(path)
@@ -44,40 +44,40 @@ def read_lora(path: str | Path) -> dict[str, Adapter]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"lora {path} cannot be read: {error}; fetch it again") from error
     halves: dict[str, dict[str, Tensor]] = {}
-    strange, spelled = [], {}
+    unpaired, name_of = [], {}
     for name, tensor in tensors.items():
         module, role = _split(name)
         if not role:
-            strange.append(name)
+            unpaired.append(name)
             continue
         weight = to_ours(f"{module}.weight") or f"{module}.weight"
-        if (other := spelled.setdefault((weight, role), name)) != name:
+        if (other := name_of.setdefault((weight, role), name)) != name:
             raise ValueError(f"lora {path} holds {other} and {name}, both for {weight}; give a file with one adapter")
         halves.setdefault(module, {})[role] = tensor
-    strange += [module for module, found in halves.items() if len(found) < 2 or found[DOWN].shape[0] != found[UP].shape[1]]
-    if strange or not halves:
+    unpaired += [module for module, pair in halves.items() if len(pair) < 2 or pair[DOWN].shape[0] != pair[UP].shape[1]]
+    if unpaired or not halves:
         raise ValueError(
-            f"lora {path} holds no whole pair of {DOWN} and {UP} for: {_some(strange or ['anything'])}; give a file in peft's format"
+            f"lora {path} holds no whole pair of {DOWN} and {UP} for: {_listed(unpaired or ['anything'])}; give a file in peft's format"
         )
-    return {to_ours(f"{module}.weight") or f"{module}.weight": Adapter(found[DOWN], found[UP]) for module, found in halves.items()}
+    return {to_ours(f"{module}.weight") or f"{module}.weight": Adapter(pair[DOWN], pair[UP]) for module, pair in halves.items()}
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file itself, or the published one of a folder."""
+    """The path itself, or the published adapter's file when it is a folder."""
     return Path(path) / PUBLISHED if Path(path).is_dir() else Path(path)
 
 
 def lora_alpha(path: str | Path) -> float:
-    """The strength that a readable file says it was trained with; the usual one when it is silent."""
+    """The alpha that the file's metadata gives; USUAL_ALPHA when there is none."""
     with safe_open(str(lora_file(path)), framework="pt") as file:
         return float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA))
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, adapters: Mapping[str, Adapter], alpha: float) -> None:
-    """Add every adapter to the weight of its name. `alpha` is the training's.
+    """Add every adapter to the weight of its name; `alpha` is the one it was trained with.
 
-    Raises ValueError, before anything is changed, when an adapter finds no weight or one of another shape.
+    Raises ValueError, before anything is changed, when the model lacks a weight or has it in another shape.
     """
     weights = model.state_dict()
     check_lora({name: tuple(weight.shape) for name, weight in weights.items()}, adapters)
@@ -86,15 +86,15 @@ def merge_lora(model: nn.Module, adapters: Mapping[str, Adapter], alpha: float) 
 
 
 def check_lora(shapes: Mapping[str, tuple[int, ...]], adapters: Mapping[str, Adapter]) -> None:
-    """Raise ValueError unless every adapter has a weight, by name and shape."""
-    lost = [name for name in adapters if name not in shapes]
-    if lost:
-        share = f"{len(lost)} of {len(adapters)}"
-        raise ValueError(f"the lora adapts {share} weights that the model lacks: {_some(lost)}; use the lora of this model")
+    """Raise ValueError unless the model has a weight of the right shape for every adapter."""
+    lacking = [name for name in adapters if name not in shapes]
+    if lacking:
+        share = f"{len(lacking)} of {len(adapters)}"
+        raise ValueError(f"the lora adapts {share} weights that the model lacks: {_listed(lacking)}; use the lora of this model")
     for name, (down, up) in adapters.items():
-        found, wanted = [up.shape[0], down.shape[1]], list(shapes[name])
-        if found != wanted:
-            raise ValueError(f"the lora's {name} is for a weight of shape {found}, the model's has {wanted}; use the lora of this model")
+        shape, wanted = [up.shape[0], down.shape[1]], list(shapes[name])
+        if shape != wanted:
+            raise ValueError(f"the lora's {name} is for a weight of shape {shape}, the model's has {wanted}; use the lora of this model")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -106,6 +106,6 @@ def _split(name: str) -> tuple[str, str]:
     return "", ""
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""The DiT's activation and norm, in other forms of the same function where torch's kernels are slow: bfloat16 on a CPU."""
+"""GELU and RMS norm of the DiT, with faster implementations where torch's kernels are slow: bfloat16 on a CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch.autograd.function import FunctionCtx
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form; bfloat16 on a CPU takes the erf form, a quarter of the time, whose 5e-4 of difference is less than the
-    rounding of what is larger than 0.2."""
+    """GELU in its tanh form, or for bfloat16 on a CPU in its erf form, which takes a quarter of the time.
+
+    The two differ by at most 5e-4, less than the rounding of a bfloat16 above 0.2.
+    """
     return F.gelu(x, approximate="none" if slow_here(x) else "tanh")
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's, but in bfloat16 on a CPU in half the passes, with gradients in a third, the scale rounded once more."""
+    """torch's RMS norm; for bfloat16 on a CPU in half as many passes over memory, with gradients in a third, and with the scale
+    rounded to bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]"""
@@ -27,14 +30,14 @@ class RmsNorm(nn.RMSNorm):
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x), and what x was multiplied by for it, [B,N,1]."""
+    """x / rms(x), and 1 / rms(x) as [B,N,1]."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = torch.rsqrt_(length.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)
     return x * scale, scale
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / rms(x) · weight of bfloat16 x; torch makes it of a dozen kernels in float32, and of twice as many backward."""
+    """x / rms(x) · weight for bfloat16 x; torch runs a dozen float32 kernels for it, and twice as many backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, *given) -> Tensor:
@@ -47,11 +50,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, scale, weight = ctx.saved_tensors
         gain, product = weight.to(normed.dtype), grad * normed
-        along = (product @ gain).unsqueeze(-1) / normed.shape[-1]  # what a longer x would change: the norm takes it away again
-        by_x = (grad * gain).addcmul_(normed, along, value=-1).mul_(scale)
-        return by_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
+        along = (product @ gain).unsqueeze(-1) / normed.shape[-1]  # the gradient along x itself, which normalisation cancels
+        grad_x = (grad * gain).addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
 
 
 def slow_here(x: Tensor) -> bool:
-    """Where torch's kernels are so slow that another form of the same function pays."""
+    """Whether torch's kernels are slow for this tensor: bfloat16 on a CPU."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"

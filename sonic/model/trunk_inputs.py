@@ -1,4 +1,4 @@
-"""What one forward of the transformer is given, as values that are handed on: of a block, to the blocks of the trunk, by a scheduler."""
+"""The arguments of a transformer forward: those that a block's sampling steps share, those of the transformer blocks, and a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sonic.types import BlockSpan
 
 
 class BlockInputs(NamedTuple):
-    """What does not change between the sampling steps of a block: pose tokens, audio tokens, the time id of the reference (None = by the
+    """The inputs that all sampling steps of a block share: pose tokens, audio tokens, time id of the reference (None = by the
     configured rule)."""
 
     span: BlockSpan
@@ -25,7 +25,7 @@ class BlockInputs(NamedTuple):
 class TrunkInputs(NamedTuple):
     """Inputs to the transformer blocks: tokens, layout, modulation, text, audio.
 
-    tokens [B,N,D], the parts in `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
+    tokens [B,N,D], the parts of `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
     """
 
     tokens: Tensor

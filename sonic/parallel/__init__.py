@@ -1,1 +1,1 @@
-"""Everything that knows about more than one device."""
+"""Running the model on several devices, or on one that is too small for it: ranks, messages, sharding, pipelining, offloading."""

@@ -1,4 +1,4 @@
-"""Point-to-point messages between ranks in a row: a header, a small value, and tensors as one buffer of bytes."""
+"""Point-to-point messages between ranks of a pipeline: a header with a small value, and tensors as one buffer of bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KEPT = 8  # messages beyond one per rank whose buffers are kept
 
 
 class P2PChannel:
-    """Ranks in a row, with a way back from the last to the first: the stages of a pipeline, or two ranks.
+    """Messages from each of some ranks to the next one, and from the last to the first: the stages of a pipeline, or two ranks.
 
-    A message is a header of fixed size, a small value that can be pickled, and one buffer of bytes. Sends do not wait; their
-    buffers are kept until they are done. The two directions, and those of another channel that a rank is part of, must not wait for
-    each other: gloo tells `directions` apart by a tag, NCCL needs a group for each, which is the one of that number among `lanes`.
+    A message is a header of fixed size, which contains a small picklable value, and one buffer of bytes. Sends return at once; their
+    buffers are held until they are done. The two directions, and those of other channels of the same rank, must not block each
+    other: gloo separates `directions` by tags, NCCL needs a group for each, which is `lanes[direction]`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class P2PChannel:
         return self._recv(self.stages - 1, direction=self._backward)
 
     def flush(self) -> None:
-        """Wait until everything that was sent has left."""
+        """Wait until all sends are done."""
         while self._sent:
             self._sent.popleft()[0].wait()
 
@@ -87,7 +87,7 @@ class P2PChannel:
 
 
 def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Bytes of tensors, each beginning at a multiple of ALIGN."""
+    """One buffer with the bytes of all tensors, each starting at a multiple of ALIGN."""
     packed = torch.empty(sum(_room(tensor.dtype, tensor.shape) for tensor in tensors), dtype=torch.uint8, device=device)
     start = 0
     for tensor in tensors:
@@ -98,7 +98,7 @@ def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _unpacked(packed: Tensor, specs: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> list[Tensor | None]:
-    """The tensors again, as views."""
+    """The tensors in a buffer of `_packed`, as views."""
     found, start = [], 0
     for spec in specs:
         if spec is None:

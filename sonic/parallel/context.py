@@ -1,4 +1,4 @@
-"""The distributed context: which ranks there are, how the model runs on them, and how they exchange messages. It is an argument."""
+"""The distributed context: the ranks of a run, how the model runs on them, and their channels. It is passed as an argument."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sonic.parallel.vae_rank import make_vae_channel
 
 @dataclass
 class DistributedContext:
-    """State of one rank of a distributed run; without arguments, of a process on its own.
+    """State of one rank of a distributed run; without arguments, of a single process.
 
-    `execution` is how forwards run here, `channel` connects the stages of a layer pipeline, `vae_channel` the first rank and the one that
-    has the autoencoder; `rollouts` counts those that were begun, `closed` says that there will be no more.
+    `execution` says how forwards run on this rank; `channel` connects the stages of a layer pipeline, `vae_channel` the first rank
+    and the rank of the autoencoder; `rollouts` is the number of rollouts started so far, `closed` is true when no more will start.
     """
 
     world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
@@ -31,11 +31,11 @@ class DistributedContext:
 
     @property
     def alone(self) -> bool:
-        """Whether no other rank samples together with this one."""
+        """Whether this rank samples without others."""
         return self.world.rollout_group is None
 
 
 def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
-    """The context of this rank before a model is built on it."""
+    """The context of this rank, before the model is built."""
     asks = world.vae_rank and (world.leads or world.holds_vae)
     return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)

@@ -1,6 +1,6 @@
-"""ZeRO-3 for inference, by DeepSpeed: every rank keeps a slice of every weight, and a layer's are gathered while it runs.
+"""Inference with DeepSpeed ZeRO-3: every rank stores a slice of every weight, and a layer's weights are gathered while it runs.
 
-What FSDP2 does natively (fsdp.py), for those whose cluster runs DeepSpeed. The only place that imports it.
+It does the same as FSDP2 (fsdp.py), for clusters on which DeepSpeed is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PREFETCH_NUMBERS = 50_000_000  # for each of parallel.prefetch; DeepSpeed's usua
 
 
 def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Weights are cut one by one when they get memory. Raises ValueError before that where DeepSpeed is missing."""
+    """Raise ValueError when DeepSpeed is not installed. The model is sharded later, while its weights are allocated."""
     _deepspeed()
 
 
 def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Give every weight memory for a moment and keep a slice of it; what lies outside blocks, injectors and ENDS stays whole."""
+    """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole."""
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # where DeepSpeed looks for its device
     shared = _shared(model)
@@ -44,9 +44,9 @@ def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> N
 
 
 def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
-    """Let DeepSpeed gather what runs: the layers ahead, in the order of the last pass; the ends one by one.
+    """Start two DeepSpeed engines: one gathers the layers ahead of use, in the order of the last pass; the other gathers the ENDS.
 
-    They are apart because a pass through the layers is always the same, and what happens between passes is not.
+    They are separate because every pass through the layers is the same, but the use of the ENDS between passes is not.
     """
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     layers = Layers(model)
@@ -63,14 +63,14 @@ def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> Exe
 
 
 class Layers(nn.Module):
-    """All blocks as a module of their own, which is what DeepSpeed hooks into."""
+    """All blocks and injectors as one module, for DeepSpeed's hooks."""
 
     def __init__(self, model: AvatarDiT) -> None:
         super().__init__()
         self.blocks, self.audio_injectors, self.run = model.blocks, model.audio_injectors, model.run_blocks
 
     def forward(self, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[Tensor]:
-        """The tokens of each sequence behind the last block."""
+        """The tokens of each sequence after the last block."""
         return [outputs.tokens for outputs in self.run(inputs, contexts)]
 
 
@@ -80,7 +80,7 @@ def _shared(model: AvatarDiT) -> list[nn.Module]:
 
 
 def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:
-    """DeepSpeed's own options. It would put another F.linear in the place of torch's, which is left as it is."""
+    """DeepSpeed's settings. `memory_efficient_linear` is off because it would replace torch's F.linear."""
     offload = {"offload_param": {"device": "cpu", "pin_memory": world.device.type == "cuda"}} if config.cpu_offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -97,7 +97,7 @@ def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:
 
 
 def _deepspeed():
-    """The package; ValueError with what installs it when it is missing."""
+    """The imported package. Raises ValueError with the command that installs it when it is missing."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
@@ -108,7 +108,7 @@ def _deepspeed():
 
 
 def use_gloo() -> None:
-    """Let ranks on CPUs send through gloo: DeepSpeed's own way through shared memory would be compiled first, for minutes."""
+    """Make DeepSpeed use gloo on CPUs; its own communication through shared memory would first be compiled, which takes minutes."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,57 +1,83 @@
-"""Sharded weights (FSDP2): every rank keeps a slice of every unit, and units are gathered one after the other as they are used."""
+"""Sharded weights (FSDP2): every rank stores a slice of every unit, and each unit is gathered when it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
-from sonic.model.dit import ROLLOUT_ENTRY_POINTS, AvatarDiT
+from sonic.model.dit import ENTRY_POINTS, STAGES, AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.trunk_inputs import TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.shard_units import WHOLE, all_units
+from sonic.parallel.shard_units import WHOLE, Unit, all_units
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over which ranks a transformer is sharded, and what FSDP does with it besides. `reshard` gives a unit's gathered weights back
+    after use, `cpu_offload` keeps shards in host memory, `precision` is what they are gathered in."""
+
+    mesh: DeviceMesh
+    reshard: bool = True
+    cpu_offload: bool = False
+    precision: MixedPrecisionPolicy = MixedPrecisionPolicy()  # noqa: RUF009
+
+    def apply(self, model: AvatarDiT, units: Sequence[Unit], entry_points: Sequence[str], *, whole: Sequence[str] = ()) -> None:
+        """Shard these units in place, then what else a block or injector has, then the rest with the root; `whole` stays on every rank.
+
+        `entry_points` are the methods besides forward by which callers come in. Names of parameters stay.
+        """
+        pin = self.mesh.device_type != "cpu"
+        policy = CPUOffloadPolicy(pin_memory=pin) if self.cpu_offload else OffloadPolicy()
+        settings = {"mesh": self.mesh, "mp_policy": self.precision, "offload_policy": policy}
+        for unit in units:
+            fully_shard([model.get_submodule(name) for name in unit.modules], reshard_after_forward=self.reshard, **settings)
+        for module in [*model.blocks, *model.audio_injectors]:
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, reshard_after_forward=self.reshard, **settings)
+        kept = {weight for name in whole for weight in getattr(model, name).parameters()}
+        fully_shard(model, reshard_after_forward=False, ignored_params=kept, **settings)
+        for name in entry_points:
+            register_fsdp_forward_method(model, name)
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Shard the model over the ranks that make a video together, before it has weights; copies of it are on other ranks.
+    """Shard a model for rollouts over the ranks that make a video together, before it has weights; copies of it are on other ranks.
 
-    Every projection is part of a unit, what else a block has is little and is gathered with the block; the root keeps the patch
-    embeddings and the head; WHOLE is on every rank. Names of parameters stay.
+    Every projection is part of a unit; the root keeps the patch embeddings and the head.
     """
-    mesh = _mesh(world)
-    policy = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if config.cpu_offload else OffloadPolicy()
-    settings = {"mesh": mesh, "reshard_after_forward": config.reshard, "offload_policy": policy}
-    for unit in all_units(model.config, config.unshard_unit):
-        fully_shard([model.get_submodule(name) for name in unit.modules], **settings)
-    for module in [*model.blocks, *model.audio_injectors]:
-        if not isinstance(module, FSDPModule):
-            fully_shard(module, **settings)
-    whole = {weight for name in WHOLE for weight in getattr(model, name).parameters()}
-    fully_shard(model, **settings | {"reshard_after_forward": False}, ignored_params=whole)
-    for name in ROLLOUT_ENTRY_POINTS:
-        register_fsdp_forward_method(model, name)
+    sharding = Sharding(_mesh(world), reshard=config.reshard, cpu_offload=config.cpu_offload)
+    sharding.apply(model, all_units(model.config, config.unshard_unit), (*ENTRY_POINTS, *STAGES), whole=WHOLE)
 
 
 def _mesh(world: World) -> DeviceMesh:
-    """Shards along layers and tokens, copies along dp_replicate: one axis, or two for HSDP."""
+    """The mesh of FSDP: shards along layers and cp, copies along dp_replicate; one axis, or two for HSDP."""
     if world.size("dp_replicate") == 1:
         return world.rollout_mesh
     return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.rollout_mesh])
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
-    """How a sharded model is executed: with the next `config.prefetch` units gathered ahead."""
+    """The execution of a sharded model, which gathers the next `config.prefetch` units ahead of use."""
     return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
 
 
 class OrderedPrefetch:
-    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which a pass used them when it was first made.
+    """Runs the blocks while FSDP gathers the next `depth` units ahead, in the order in which the first pass of this kind used them.
 
-    The pass of the memory uses other units than that of a block (no injectors, but the prompt's keys), so each kind has its order.
+    Prefill uses other units than a block (no injectors, but the prompt's keys), so each kind of pass has its own order.
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
@@ -61,7 +87,7 @@ class OrderedPrefetch:
         self.last: tuple[bool, bool] | None = None
 
     def __call__(self, model: AvatarDiT, inputs: Sequence[TrunkInputs], contexts: Sequence[Callable]) -> list[TrunkInputs]:
-        """`model.run_blocks`, with prefetching."""
+        """`model.run_blocks` with prefetching."""
         kind = (inputs[0].text is not None, inputs[0].audio is not None)
         if kind in self.orders:
             if self.last != kind:

@@ -1,8 +1,8 @@
-"""The layer pipeline: each rank owns a range of layers and their KV rings, and forwards of many blocks flow through them.
+"""The layer pipeline: each rank has a range of layers and their KV rings, and the forwards of many blocks pass through the ranks.
 
 A forward of block b at sampling step i needs, in every layer, the keys of earlier blocks at step i, and before the first layer
-the latents of block b after step i - 1. So forwards of different blocks and steps are in different ranks at the same time:
-weights never move, and the number of ranks has nothing to do with the number of steps.
+the latents of block b after step i - 1. So different ranks can run forwards of different blocks and steps at the same time.
+Weights stay where they are, and the number of ranks does not depend on the number of steps.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SPARE = 1  # forwards under way beyond one per rank, so that nobody waits for a 
 
 
 class Message(NamedTuple):
-    """What is sent along the pipeline: the memory of a rollout, one forward, or the end of the work.
+    """A message along the pipeline: the memory of a new rollout ("memory"), one forward ("block"), or the end ("stop").
 
-    `shape` is [batch, rows, columns] of patches; `latents` the dtype that the prediction is sent back in.
+    `shape` is [batch, rows, columns] of patches; `latents` is the dtype in which the prediction is sent back.
     """
 
     kind: str
@@ -50,9 +50,9 @@ class Message(NamedTuple):
 
 
 def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None = None) -> list[range]:
-    """Layers of each rank: so many as `sizes` says, or as even in arithmetic as they can be (an injector counts for what it adds).
+    """The layers of each rank: as many as `sizes` gives, or else ranges with multiply-adds as equal as possible, injectors included.
 
-    Raises ValueError when the sizes are not those of this model on so many ranks.
+    Raises ValueError when `sizes` does not fit the number of stages or of the model's layers.
     """
     dim, ffn, count = config.trunk.hidden_dim, config.trunk.ffn_dim, config.trunk.num_layers
     if sizes:
@@ -68,8 +68,10 @@ def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None =
 
 
 def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
-    """Leave in the model what one rank of the pipeline owns, nothing behind the last range; the rest becomes None and every name
-    stays."""
+    """Remove from the model everything but one stage's range of layers; removed modules become None, so that names do not change.
+
+    A stage after the last range keeps no layers.
+    """
     own = ranges[stage] if stage < len(ranges) else range(0)
     for layer in range(len(model.blocks)):
         if layer not in own:
@@ -84,7 +86,7 @@ def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
 
 
 class PipelineForwards:
-    """The forwards of the first rank: its own blocks here, the others' along the channel. Results come in the order of the requests."""
+    """Forwards as the first rank runs them: its own layers, then those of the other stages. Results come in the order of the requests."""
 
     def __init__(self, model: AvatarDiT, conditions: Sequence[Conditions], steps: int, *, context: DistributedContext) -> None:
         self.model, self.channel, self.execution = model, context.channel, context.execution
@@ -103,12 +105,12 @@ class PipelineForwards:
             self.caches.append(cache)
 
     def accepts(self, request: ForwardRequest) -> bool:
-        """One forward per rank and a spare one."""
+        """Whether another forward can start: at most one per stage and SPARE more are in flight."""
         return self.in_flight < self.channel.stages + SPARE
 
     @torch.no_grad()
     def submit(self, request: ForwardRequest) -> None:
-        """Run the blocks that are here and send the outputs on."""
+        """Run this rank's layers and send the outputs to the next stage."""
         cache, span, model = self.caches[request.cond_index], request.inputs.span, self.model
         context = model.block_context(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
         inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
@@ -118,12 +120,12 @@ class PipelineForwards:
         self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
-        """The oldest prediction."""
+        """Receive the prediction of the oldest request."""
         self.in_flight -= 1
         return self.channel.recv_last()[1]
 
     def close(self) -> None:
-        """Receive what is still in flight, so that the next rollout begins with an empty channel, and free the rings."""
+        """Receive all predictions in flight, so that the channel is empty for the next rollout, and free the KV caches."""
         while self.in_flight:
             self.collect()
         self.caches.clear()  # encoders of the next rollout come before its own rings
@@ -131,7 +133,7 @@ class PipelineForwards:
 
 @torch.no_grad()
 def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dtype) -> None:
-    """What every stage but the first does until the end: receive, run the blocks that are here, send on."""
+    """The loop of every stage but the first: receive inputs, run this rank's layers, send the outputs, until a "stop" message."""
     channel, execution = context.channel, context.execution
     caches: dict[int, KVCache] = {}
     like = torch.empty(0, dtype=dtype, device=channel.device)
@@ -165,25 +167,25 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
 
 
 def stop_stages(channel: P2PChannel) -> None:
-    """The first rank's last message."""
+    """End the loops of all other stages; called by the first rank."""
     channel.send_next(Message("stop"), ())
     channel.flush()
 
 
 def pipeline_channel(world: World) -> P2PChannel:
-    """The channel along the stages that this rank is part of."""
+    """The channel of the stages to which this rank belongs."""
     return P2PChannel(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device, lanes=world.lanes)
 
 
 def _tensors(inputs: TrunkInputs, summary: Tensor | None) -> list[Tensor | None]:
-    """The tensors of a message."""
+    """The tensors of a message, in the order of `_trunk_inputs`."""
     (modulation,) = inputs.modulations
     audio = (None, None, None) if inputs.audio is None else tuple(inputs.audio)
     return [inputs.tokens, modulation, inputs.text, *audio, summary]
 
 
 def _trunk_inputs(tensors: Sequence[Tensor | None], execution: Execution, grid: tuple[int, int]) -> tuple[TrunkInputs, Tensor | None]:
-    """The inputs that a message holds; `grid` counts frames and tokens in a frame over all ranks that share them."""
+    """The inputs and the time embedding in a message's tensors; `grid` is (T, S), S over all ranks that share the tokens."""
     tokens, modulation, text, audio_tokens, audio_summary, masks, summary = tensors
     layout = ((grid[0], tokens.shape[1] // grid[0]),)
     audio = None if audio_tokens is None else AudioTokens(audio_tokens, audio_summary, masks)

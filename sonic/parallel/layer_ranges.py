@@ -1,4 +1,4 @@
-"""Which blocks go where: contiguous ranges for the stages of a pipeline, as even as they can be, and those that stay on a device."""
+"""The distribution of layers: contiguous ranges for the stages of a pipeline, and the layers that stay on an offloading device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Cost = Callable[[int, range], float]  # (stage, its blocks) -> seconds, or inf w
 
 
 def best_ranges(num_layers: int, stages: int, cost: Cost) -> list[range]:
-    """The ranges whose dearest stage is the cheapest; a stage may be empty. Everything is inf: an even split."""
+    """The ranges that minimise the cost of the most expensive stage; a stage may be empty. An even split when no ranges fit."""
     table: list[list[tuple[float, tuple[range, ...]]]] = [[(0.0 if end == 0 else inf, ()) for end in range(num_layers + 1)]]
     for stage in range(stages):
         row = []
@@ -26,17 +26,17 @@ def best_ranges(num_layers: int, stages: int, cost: Cost) -> list[range]:
 
 
 def even_ranges(num_layers: int, stages: int) -> list[range]:
-    """Ranges that differ by one block at most, the longer ones first."""
+    """Ranges whose lengths differ by one at most, the longer ones first."""
     return ranges_of([num_layers // stages + (stage < num_layers % stages) for stage in range(stages)])
 
 
 def ranges_of(sizes: Sequence[int]) -> list[range]:
-    """Ranges of these sizes, one after the other."""
+    """Consecutive ranges of these sizes, from 0."""
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def resident_layers(layers: int, number: int) -> list[int]:
-    """Which layers stay on an offloading device, spread evenly."""
+    """The `number` layers that stay on an offloading device, spread evenly over all."""
     number = min(layers, number)
     return [index * layers // number for index in range(number)]

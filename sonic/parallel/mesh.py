@@ -1,4 +1,4 @@
-"""Which rank does what: the process group, the axes of the mesh, and how long somebody waits for somebody else."""
+"""The process group, the axes of its device mesh, and the timeouts between ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `rollout_mesh` is layers and
-    cp as one axis: everybody who takes part in a video. With `vae_rank` the last along layers owns the autoencoder and no layer. `lanes`
-    are groups for the messages of each way, where they go from device to device."""
+    """This process and its mesh of ranks. `mesh` has the axes AXES, or is None for a single process without a group; `rollout_mesh` is
+    the axes layers and cp as one: all ranks that make a video together. With `vae_rank` the last rank along layers has the autoencoder
+    and no layers. `lanes` are process groups for the directions of channels, where messages go from device to device."""
 
     plan: str
     device: torch.device
@@ -38,11 +38,11 @@ class World:
     lanes: tuple[dist.ProcessGroup, ...] = ()
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis."""
+        """Number of ranks along an axis."""
         return 1 if self.mesh is None else self.mesh[axis].size()
 
     def coordinate(self, axis: str) -> int:
-        """Where this rank is along an axis."""
+        """Index of this rank along an axis."""
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -50,7 +50,7 @@ class World:
         return self.mesh[axis].get_group()
 
     def from_first_rank(self, thing: T) -> T:
-        """What the first of all ranks says; every rank must ask."""
+        """The first rank's `thing`, sent to all ranks; every rank must call this."""
         box = [thing]
         if self.mesh is not None:
             dist.broadcast_object_list(box, src=0)
@@ -58,17 +58,17 @@ class World:
 
     @property
     def stages(self) -> int:
-        """Ranks in a row that pass a forward on."""
+        """Number of stages of the layer pipeline; 1 under other plans."""
         return self.size("layers") - self.vae_rank if self.plan == "pipeline" else 1
 
     @property
     def stage(self) -> int:
-        """Where this rank is in that row; behind its end when it keeps the autoencoder."""
+        """Index of this rank's stage; equal to `stages` on the rank that has the autoencoder."""
         return self.coordinate("layers") if self.plan == "pipeline" else 0
 
     @property
     def holds_vae(self) -> bool:
-        """Whether this rank has the autoencoder and nothing else."""
+        """Whether this rank has only the autoencoder."""
         return self.vae_rank and self.stage == self.stages
 
     @property
@@ -78,7 +78,7 @@ class World:
 
     @property
     def rollout_group(self) -> dist.ProcessGroup | None:
-        """The ranks that walk from noise to latents together, this one among them; None when it is alone."""
+        """The ranks that sample the same video together with this one; None when it samples without others."""
         if self.mesh is None:
             return None
         ranks = self.mesh["cp"] if self.plan == "pipeline" else self.rollout_mesh
@@ -86,9 +86,9 @@ class World:
 
 
 def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, int]:
-    """Sizes of the axes of AXES for a world of so many ranks; -1 takes the ranks that the others leave.
+    """Sizes of the axes AXES for `world` ranks; a degree of -1 takes the ranks that the others leave.
 
-    Raises ValueError when they do not come out even, or the plan has no use for so many ranks.
+    Raises ValueError when the degrees do not divide the ranks, or the plan cannot use so many.
     """
     replicas, context = config.replicas, config.context
     if plan == "zero3" and replicas != 1:
@@ -116,9 +116,10 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
 
 @contextmanager
 def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch.device) -> Iterator[World]:
-    """Join the other ranks, if there are any, and leave them in the end.
+    """Join the process group, where there is one, and leave it at the end of the `with` block.
 
-    Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
+    Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
+    of memory.
     """
     if device.type == "cuda":  # fsdp shards onto the current device, and only what is not chosen yet is the mesh's to choose
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
@@ -134,7 +135,7 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
-    """The world of the process group that is there."""
+    """The world of the current process group."""
     mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
     rollout_mesh = mesh["layers", "cp"]._flatten("rollout")
     return World(
@@ -143,18 +144,21 @@ def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World
 
 
 def direct(device: torch.device) -> bool:
-    """Whether messages go from device to device: by NCCL."""
+    """Whether messages go from device to device, by NCCL."""
     return device.type != "cpu" and "nccl" in str(dist.get_backend_config())
 
 
 def _lanes() -> tuple[dist.ProcessGroup, ...]:
-    """Groups of all ranks, made by all at one place: torch names a group after the number of those before it, and ranks that are in
-    different numbers of groups never meet. A pair of ranks is connected when it first has a message."""
+    """Process groups of all ranks, one for each direction of the channels.
+
+    All ranks create all of them at the same point: torch names a group by the number of groups before it, so ranks that have created
+    different numbers would wait for each other forever. Two ranks connect at their first message.
+    """
     return tuple(dist.new_group(timeout=PATIENCE) for _ in range(LANES))
 
 
 def _be_patient(world: World) -> World:
-    """The same world, whose smaller groups are not content with torch's half an hour."""
+    """The same world, with the timeout PATIENCE for its smaller groups too, instead of torch's 30 minutes."""
     for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):
         dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
     return world

@@ -1,4 +1,4 @@
-"""One device that is too small: weights of the layers wait in host memory and are copied ahead of their use into a ring of slots."""
+"""Offloading for one device that is too small: layer weights are in host memory and are copied to slots on the device before use."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets t
 
 
 class PinnedMemory:
-    """Host memory that a GPU copies from by itself, in pieces of a power of two: torch rounds all that it pins up to one, which for
-    the weights of a layer, one by one or together, would be half as much again."""
+    """Pinned host memory in pieces whose sizes are powers of two.
+
+    torch rounds every pinned allocation up to a power of two, which would take half as much memory again if weights were pinned one by
+    one or layer by layer.
+    """
 
     def __init__(self, size: int) -> None:
         self.piece = min(PIECE, _power_of_two(size))
         self.rests: list[Tensor] = []  # what is left of each piece
 
     def copy_in(self, tensor: Tensor) -> Tensor:
-        """The same numbers in this memory."""
+        """A copy of the tensor in this memory."""
         size, needed = tensor.nbytes, _aligned_bytes(tensor)
         index = next((index for index, rest in enumerate(self.rests) if rest.numel() >= needed), None)
         if index is None:
@@ -38,7 +41,7 @@ class PinnedMemory:
 
 
 class OffloadedLayer:
-    """The weights that one layer needs, its injector's among them: at home in host memory, or wherever `load_into` put them last."""
+    """The weights of one layer and its injector: `home` is their tensor in host memory; a weight's data is that, or its copy in a slot."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.weights = [weight for module in modules for weight in module.parameters()]
@@ -46,7 +49,7 @@ class OffloadedLayer:
         self.bytes = sum(_aligned_bytes(tensor) for tensor in self.home)
 
     def load_into(self, slot: Tensor) -> None:
-        """Copy into a slot of device memory and use the weights from there."""
+        """Copy the weights into a slot of device memory and use the copy."""
         start = 0
         for weight, home in zip(self.weights, self.home, strict=True):
             copy = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
@@ -55,27 +58,27 @@ class OffloadedLayer:
             start += _aligned_bytes(home)
 
     def make_resident(self, device: torch.device) -> None:
-        """Move for good, unless it is there already; host memory is given back."""
+        """Move the weights to the device permanently and free their host memory, unless they are there already."""
         if self.home[0].device.type != device.type:
             self.load_into(torch.empty(self.bytes, dtype=torch.uint8, device=device))
             self.home = [weight.data for weight in self.weights]
 
     def pin(self, memory: PinnedMemory) -> None:
-        """Make pinned memory the home."""
+        """Move the weights from their host memory to pinned memory."""
         for index, weight in enumerate(self.weights):
             weight.data = self.home[index] = memory.copy_in(self.home[index])
 
     def release(self) -> None:
-        """Forget the copy."""
+        """Use the weights in host memory again instead of the copy."""
         for weight, home in zip(self.weights, self.home, strict=True):
             weight.data = home
 
 
 class LayerPrefetcher:
-    """Brings each layer's weights to the device before the layer runs, and those of the next ones while it runs.
+    """Copies each layer's weights to the device before the layer runs, and those of the next layers while it runs.
 
-    On a GPU copies run on a stream of their own: a slot is written once all work that was queued before is done, and a layer
-    waits for its copy alone. On a CPU copying takes its turn.
+    On a GPU copies run on a separate stream: a slot is overwritten only after all work queued before is done, and a layer waits only
+    for its own copy. On a CPU copies are synchronous.
     """
 
     def __init__(self, layers: Sequence[OffloadedLayer], device: torch.device, config: OffloadConfig) -> None:
@@ -90,7 +93,7 @@ class LayerPrefetcher:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def allocate(self) -> None:
-        """Give the weights that stay their place, spread evenly over the layers; -1 = as many as fit now. Pin those that wait."""
+        """Move the resident layers to the device, spread evenly over all (resident_gib=-1: as many as fit now), and pin the others."""
         self.allocated = True
         sizes = [layer.bytes for layer in self.layers]
         self.resident = resident_of(sizes, self.resident_gib if self.resident_gib >= 0 else self._free() - self.count * max(sizes) / GIB)
@@ -106,7 +109,7 @@ class LayerPrefetcher:
             self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=self.device) for _ in range(self.count)]
 
     def before_layer(self, index: int) -> None:
-        """Called when layer `index` is about to run; more than once in a row while several items visit it."""
+        """Load the weights of layer `index`, which is about to run, and start loading the next ones; called once per sequence."""
         if not self.allocated:
             self.allocate()
         if index in self.resident or index == self.current:
@@ -121,7 +124,7 @@ class LayerPrefetcher:
             torch.cuda.current_stream(self.device).wait_event(self.ready[index])
 
     def _next(self, index: int) -> list[int]:
-        """This station and those that fit into the slots after it, in the order of the layers, round and round."""
+        """This layer and the next ones, as many as there are slots, in cyclic order and without resident layers."""
         cycle = [*range(index, len(self.layers)), *range(index)]
         return [layer for layer in cycle if layer not in self.resident][: self.count]
 
@@ -142,7 +145,7 @@ class LayerPrefetcher:
             self.ready[layer] = self.stream.record_event()
 
     def _free(self) -> float:
-        """GiB that weights may take; on a CPU none, because a copy there gains nothing."""
+        """GiB of the device that weights may take; 0 on a CPU, where a copy gains nothing."""
         if self.device.type != "cuda":
             return 0.0
         torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
@@ -150,8 +153,11 @@ class LayerPrefetcher:
 
 
 def allocate(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> None:
-    """Memory for a model without any: layers that are known to stay get theirs on the device, so that host memory never holds them,
-    others in host memory, or none when the file itself is their memory; all else is on the device."""
+    """Allocate the weights of a model on the meta device.
+
+    Layers that are known to stay resident get memory on the device, so that they never take host memory; others get host memory, or
+    none when they are mapped from the file (offload.store=mmap); everything outside the layers is on the device.
+    """
     for name, child in model.named_children():
         if name not in ("blocks", "audio_injectors"):
             child.to_empty(device=device)
@@ -164,7 +170,7 @@ def allocate(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> N
 
 
 def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> Execution:
-    """Fetch every layer's weights before it runs; layers lie in host memory, all else is on `device`. Says where KV caches lie."""
+    """Add hooks that load every layer's weights to `device` before it runs. Gives an execution with the device of the KV caches."""
     settings = config.offload
     offloaded = [OffloadedLayer(modules) for modules in layers_of(model)]
     prefetcher = LayerPrefetcher(offloaded, device, settings)
@@ -176,23 +182,23 @@ def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> E
 
 
 def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:
-    """What runs in each layer: its block and the injector after it, if there is one."""
+    """The modules of each layer: its block, and the injector after it if there is one."""
     inject = model.config.audio.inject_layers
     return [[block, model.audio_injectors[inject.index(layer)]] if layer in inject else [block] for layer, block in enumerate(model.blocks)]
 
 
 def resident_of(sizes: Sequence[int], gib: float) -> set[int]:
-    """The layers of these sizes in bytes that stay on a device with so much room for them; none when that is not known yet (-1)."""
+    """The layers that stay on a device with `gib` GiB for them, given the layers' sizes in bytes; none when `gib` is not known yet (-1)."""
     return set(resident_layers(len(sizes), int(max(0.0, gib) * GIB // max(sizes))))
 
 
 def _aligned_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor, rounded up so that the next one is aligned."""
+    """Size of a tensor in bytes, rounded up to a multiple of 256 so that the next one is aligned."""
     return -(-tensor.nbytes // 256) * 256
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest that is not below `size`."""
+    """The smallest power of two that is not below `size`."""
     return 1 << max(0, size - 1).bit_length()
 
 

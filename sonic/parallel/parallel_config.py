@@ -1,11 +1,10 @@
-"""Options of running on more than one device, or on one that is too small. Standard library only."""
+"""Options for running on several devices, or on one that is too small. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
-from sonic.planner.training_job import TaskConfig
 
 PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 SINGLE_RANK_PLANS = ("single", "offload")  # plans for one rank in each copy of the model
@@ -17,13 +16,13 @@ LINKS = ("nvlink", "pcie", "host", "none")
 
 @dataclass
 class OffloadConfig:
-    """Block weights that wait in host memory: what stays on the device, and how many copies are under way."""
+    """Offloading of block weights to host memory: how much stays on the device, and how many blocks are loaded at a time."""
 
     resident_gib: float = option(-1.0, "GiB of block weights that stay on the device; -1 = what fits")
-    slots: int = option(2, "blocks whose weights are on the device for a while: one in use, the others on their way")
+    slots: int = option(2, "blocks whose weights are loaded to the device at a time: the one in use and those that follow it")
     inflight: int = option(0, "items (block of the video, step) that share each pass over the weights; 0 = one per sampling step")
-    store: str = option("pinned", "where waiting weights lie: pinned (host memory) or mmap (the file itself)")
-    kv: str = option("device", "where the KV rings lie: device or host")
+    store: str = option("pinned", "where offloaded weights are: pinned (host memory) or mmap (mapped from the file)")
+    kv: str = option("device", "where the KV caches are: device or host")
 
     def __post_init__(self) -> None:
         resident, slots, inflight = self.resident_gib, self.slots, self.inflight
@@ -36,18 +35,18 @@ class OffloadConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the transformer is spread over ranks. Degrees of -1 take the ranks that the others leave."""
+    """How the transformer is distributed over ranks. Degrees of -1 take the ranks that the others leave."""
 
     name: str = option("auto", f"auto (the planner chooses), {', '.join(PLAN_NAMES)}")
     context: int = option(1, "ranks that share the tokens of each frame; combines with fsdp and pipeline")
     replicas: int = option(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
     vae_rank: bool | None = option(None, "the last rank of a pipeline has the VAE and no layers; empty = where that is faster")
-    layers: list[int] | None = option(None, "blocks of each stage of a pipeline; empty = as even as they can be")
+    layers: list[int] | None = option(None, "blocks of each stage of a pipeline; empty = divided as equally as possible")
     unshard_unit: str = option("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
     prefetch: int = option(1, "units that fsdp gathers ahead of the one in use")
-    reshard: bool = option(True, "fsdp gives a unit's gathered weights back after use")
-    cpu_offload: bool = option(False, "fsdp and zero3 keep their shards in host memory")
-    timeout_s: float = option(45.0, "seconds without a sign that a rank lives and gets on, after which it counts as lost")
+    reshard: bool = option(True, "fsdp frees a unit's gathered weights after use")
+    cpu_offload: bool = option(False, "fsdp and zero3 store their shards in host memory")
+    timeout_s: float = option(45.0, "seconds without a heartbeat of a rank after which the job is stopped")
     offload: OffloadConfig = option(OffloadConfig)
 
     def __post_init__(self) -> None:
@@ -70,20 +69,20 @@ class ParallelConfig:
 
 @dataclass
 class HardwareConfig:
-    """Equal devices in one machine. Rates are what a device moves in one direction, in units of 10^9 bytes a second."""
+    """Equal devices in one machine. Rates (gbps) are for one direction, in 10^9 bytes per second."""
 
     name: str = option("cpu", "one of the files in conf/hardware")
-    devices: int = option(1, "how many there are; 0 = all that hardware=here finds")
-    usable_gib: float = option(12.0, "GiB of a device's memory that a process gets")
-    reserve_gib: float = option(0.5, "GiB of that for workspaces, communication and what the allocator cannot fill")
-    tflops: float = option(1.0, "10^12 operations a second on paper, bfloat16 without sparsity")
-    efficiency: float = option(0.6, "share of them that a transformer reaches")
-    memory_gbps: float = option(50.0, "device memory")
-    link: str = option("none", "between devices: nvlink, pcie (direct), host (through host memory) or none")
-    link_gbps: float = option(10.0, "between two devices")
-    host_gbps: float = option(20.0, "from host memory to a device")
+    devices: int = option(1, "number of devices; 0 = all that hardware=here finds")
+    usable_gib: float = option(12.0, "GiB of a device's memory that a process can use")
+    reserve_gib: float = option(0.5, "GiB of usable_gib for workspaces, communication and fragmentation")
+    tflops: float = option(1.0, "nominal 10^12 operations per second of a device, bfloat16 without sparsity")
+    efficiency: float = option(0.6, "share of tflops that a transformer reaches")
+    memory_gbps: float = option(50.0, "rate of device memory")
+    link: str = option("none", "connection between devices: nvlink, pcie (direct), host (through host memory) or none")
+    link_gbps: float = option(10.0, "rate between two devices")
+    host_gbps: float = option(20.0, "rate from host memory to a device")
     host_gib: float = option(14.0, "GiB of host memory that the job may use")
-    disk_gbps: float = option(3.0, "from the disk to a device")
+    disk_gbps: float = option(3.0, "rate from the disk to a device")
 
     def __post_init__(self) -> None:
         one_of(self.link, LINKS, "hardware.link")
@@ -98,15 +97,14 @@ class HardwareConfig:
 
 @dataclass
 class PlanConfig:
-    """What fits on which hardware, how fast it can be, and why."""
+    """What fits on which hardware, how fast it can be, and why: of a video, or with +train=NAME or +distill=NAME of a recipe's training."""
 
-    verify: bool = option(False, "run the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
-    json: str = option("", "where the plans go as JSON")
+    verify: bool = option(False, "run the chosen plan on fake tensors and ranks, and compare its memory with the estimate")
+    json: str = option("", "JSON file to write the plans to")
     run: RunConfig = option(RunConfig)
     model: ModelConfig = option(ModelConfig)
     hardware: HardwareConfig = option(HardwareConfig)
     parallel: ParallelConfig = option(ParallelConfig)
-    task: TaskConfig = option(TaskConfig)
     sampler: SamplerConfig = option(SamplerConfig)
     video: VideoConfig = option(VideoConfig)
     decode: DecodeConfig = option(DecodeConfig)

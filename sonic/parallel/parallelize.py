@@ -1,4 +1,4 @@
-"""The plans by name: what each does to a model before its weights are there, where weights live, and what it does afterwards."""
+"""The plans by name: how each shards the model before it has weights, allocates the weights, and executes the loaded model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from sonic.checkpoint.load import Lora, fill, fill_randomly, without_memory
+from sonic.checkpoint.load import Lora, fill, fill_randomly, shapes_of, without_memory
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution, WholeSequence
@@ -29,11 +29,12 @@ Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
 
 
 def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """The plan has nothing to do here."""
+    """The `cut` of a plan that does not shard the model."""
 
 
 class Plan(NamedTuple):
-    """`cut` works on the model without memory, `allocate` gives its parameters memory, `start` says how the filled model is executed."""
+    """The steps of a plan: `cut` shards the model on the meta device, `allocate` allocates its parameters, `start` gives the execution
+    of the loaded model."""
 
     cut: Step = nothing
     allocate: Step = lambda model, world, config: model.to_empty(device=world.device)
@@ -66,19 +67,20 @@ PLANS: Mapping[str, Plan] = {
 def build_parallel_model(
     config: ModelConfig, weights: str | Path | None, context: DistributedContext, *, lora: Lora, dtype: torch.dtype
 ) -> AvatarDiT:
-    """The transformer under the plan of `context`, with this rank's weights and no others; no process ever holds more than that.
+    """The transformer under the plan of `context`, with only this rank's weights; no process ever holds more than its own.
 
-    Settles how `context` runs forwards. Without a file of weights they are random.
+    Sets the execution and the channel of `context`. Without a file of weights they are random.
     """
     world, parallel = context.world, context.parallel
     plan = pick(PLANS, world.plan, "parallel.name")
-    model, shapes = without_memory(config, dtype)
+    model = without_memory(config).to(dtype).eval().requires_grad_(False)
+    shapes = shapes_of(model)
     plan.cut(model, world, parallel)
     plan.allocate(model, world, parallel)
     if weights is None:
         fill_randomly(model)
     else:
-        fill(model, weights, shapes, lora=lora)
+        fill(model, weights, shapes=shapes, lora=lora)
     sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
     context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
     if world.stages > 1 and not world.holds_vae:

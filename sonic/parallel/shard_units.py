@@ -1,20 +1,24 @@
-"""What sharding gathers at a time: modules that run together, by name, in the order in which a forward meets them."""
+"""The units that sharding gathers at a time: names of modules that run together, in the order in which a forward uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sonic.config import ModelConfig
 from sonic.model.counts import block_weights, end_weights, injector_weights
 
-WHOLE = ("time_embed",)  # on every rank: gathering its wide projection would take more room, twice, than keeping it
-ENDS = ("frame_pack", "text_embed", "audio_encoder")  # before the blocks; what else lies outside them is small
+# Units of a rollout and of a training outside the blocks, in the order in which a forward meets them. A rollout keeps WHOLE on every
+# rank: gathering its wide projection would take more room, twice, than keeping it. A training shards it, because its gradient and the
+# optimizer's averages are as large again; the audio encoder, which learns in recipes of its own, stays with the root there.
+WHOLE = ("time_embed",)
+ENDS = ("frame_pack", "text_embed", "audio_encoder")
+TRAINING_ENDS = ("time_embed", "frame_pack", "text_embed")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are gathered and given back together, how many numbers they hold, and during what they are used."""
+    """Modules whose weights are gathered and freed together, the number of these weights, and the phase that uses them."""
 
     modules: tuple[str, ...]
     numbers: int
@@ -22,7 +26,7 @@ class Unit:
 
 
 def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """A whole block at a time, a whole injector at a time."""
+    """Units of a whole block and a whole injector."""
     yield Unit((f"blocks.{layer}",), sum(block_weights(config).values()), "mlp")
     if layer in config.audio.inject_layers:
         index = config.audio.inject_layers.index(layer)
@@ -30,9 +34,9 @@ def block_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
 
 
 def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """The projections of one attention at a time, one layer of the MLP at a time.
+    """Units of the projections of one attention and of one linear layer of the MLP.
 
-    The prompt's keys are projected once per video, so they are a unit of their own that a block of the video does not gather.
+    The prompt's keys and values are projected once per video, so these projections are a separate unit, which blocks do not gather.
     """
     dim, parts = config.trunk.hidden_dim, block_weights(config)
     one = dim * dim + dim
@@ -49,7 +53,7 @@ def sublayer_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
 
 
 def linear_units(config: ModelConfig, layer: int) -> Iterator[Unit]:
-    """One matrix at a time."""
+    """Units of one matrix."""
     for unit in sublayer_units(config, layer):
         for module in unit.modules:
             yield Unit((module,), unit.numbers // len(unit.modules), unit.phase)
@@ -62,16 +66,16 @@ UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {
 }
 
 
-def all_units(config: ModelConfig, unshard_unit: str) -> list[Unit]:
+def all_units(config: ModelConfig, unshard_unit: str = "block", *, ends: Sequence[str] = ENDS) -> list[Unit]:
     """The units of a whole transformer; what no unit names stays with its block or the root, and is little."""
-    ends = end_weights(config)
-    found = [Unit((name,), ends[name], "ends") for name in ENDS if ends[name]]
+    numbers = end_weights(config)
+    found = [Unit((name,), numbers[name], "ends") for name in ends if numbers[name]]
     for layer in range(config.trunk.num_layers):
         found += UNITS[unshard_unit](config, layer)
     return found
 
 
 def _projections(attention: str, *names: str) -> tuple[str, ...]:
-    """Full names of the projections: "qkv" stands for three of them."""
+    """Full names of an attention's projections; "qkv" stands for q, k and v."""
     letters = [letter for name in names for letter in ([name] if name == "out" else name)]
     return tuple(f"{attention}.to_{letter}" for letter in letters)

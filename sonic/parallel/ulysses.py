@@ -1,4 +1,7 @@
-"""Ulysses: ranks share the tokens of every frame, and change tokens for heads and back around self-attention."""
+"""Ulysses sequence parallelism: ranks divide the tokens of every latent frame, and exchange them for heads around self-attention.
+
+Shapes: N tokens of a packed sequence over all ranks, "some" a rank's share of tokens or heads.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,29 @@ _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_
 
 
 class Group(NamedTuple):
-    """The ranks that share tokens, and this one's place among them. Neither tokens nor heads need to come out even."""
+    """The ranks that divide tokens, and the index of this one. Neither tokens nor heads need be a multiple of their number."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
 
     def shares(self, total: int) -> list[int]:
-        """How many of `total` things each rank has."""
+        """The number of tokens or heads of each rank when there are `total`."""
         return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
 
 
 class UlyssesSequence:
-    """This rank's share of every frame's tokens, and of the memory's (a `SequenceParallel`)."""
+    """The `SequenceParallel` that divides every frame's tokens, and those of the memory, among the ranks of a group."""
 
     def __init__(self, group: Group, num_heads: int) -> None:
         self.group, self.num_heads = group, num_heads
 
     def split(self, tokens: Tensor) -> Tensor:
-        """[B,T,S,D] -> [B,T,some,D]"""
+        """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
         return tokens.split(self.group.shares(tokens.shape[2]), dim=2)[self.group.rank]
 
     def gather(self, tokens: Tensor, size: int) -> Tensor:
-        """[B,T,some,D] -> [B,T,size,D]"""
+        """The tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
         shares = self.group.shares(size)
         padded = F.pad(tokens, (0, 0, 0, shares[0] - tokens.shape[2])).contiguous()
         gathered = _all_gather(padded, gather_dim=2, group=self.group.group)
@@ -49,16 +52,16 @@ class UlyssesSequence:
         return torch.cat([part[:, :, :share] for part, share in zip(parts, shares, strict=True)], dim=2)
 
     def local_heads(self, num_heads: int) -> int:
-        """Heads that this rank attends with."""
+        """Number of heads that this rank computes in self-attention."""
         return self.group.shares(num_heads)[self.group.rank]
 
     def exchange(self, layout: Layout) -> TokenExchange:
-        """Tokens for heads, for parts of this layout (all ranks' tokens)."""
+        """The exchange of tokens for heads for a packed sequence; `layout` counts the tokens of all ranks."""
         return Ulysses(self.group, layout, self.group.shares(self.num_heads))
 
 
 class Ulysses:
-    """One all-to-all before attention and one after it. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
+    """The exchange: one all-to-all before attention and one after it. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
 
     def __init__(self, group: Group, layout: Layout, heads: Sequence[int]) -> None:
         self.group, self.layout, self.head_counts = group, layout, list(heads)
@@ -66,7 +69,7 @@ class Ulysses:
         self.lengths = [sum(frames * size for (frames, _), size in zip(layout, sizes, strict=True)) for sizes in self.sizes]
 
     def to_heads(self, tokens: QKV) -> QKV:
-        """[B,some,heads,d] -> [B,N,some heads,d], in the order in which one rank would have them."""
+        """[B,some,heads,d] -> [B,N,some heads,d], with the tokens in the order of a single rank."""
         ours = torch.stack(tokens)  # [3,B,some,heads,d]
         shapes = [(*ours.shape[:2], length, self.head_counts[self.group.rank], ours.shape[4]) for length in self.lengths]
         parts = [
@@ -92,7 +95,7 @@ class Ulysses:
         return torch.cat(self._swap(sent, shapes), dim=2)
 
     def _swap(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Give each rank its tensor and get one of the given shape from each."""
+        """Send `sent[i]` to rank i and receive a tensor of shape `shapes[i]` from it."""
         flat = torch.cat([part.flatten() for part in sent])
         sizes = [math.prod(shape) for shape in shapes]
         received = funcol.all_to_all_single_autograd(flat, sizes, [part.numel() for part in sent], self.group.group)
@@ -100,5 +103,5 @@ class Ulysses:
 
 
 def sequence_parallel(group: dist.ProcessGroup, num_heads: int) -> UlyssesSequence:
-    """The division of each frame's tokens among the ranks of a group. What comes out is whole on every rank."""
+    """The division of each frame's tokens among the ranks of a group; every rank gets the whole output of the model."""
     return UlyssesSequence(Group(group, dist.get_rank(group), dist.get_world_size(group)), num_heads)

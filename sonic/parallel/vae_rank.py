@@ -1,6 +1,6 @@
-"""The autoencoder on a rank of its own: the first rank asks it by messages, and what it remembers between calls stays with it.
+"""The autoencoder on a separate rank: the first rank calls it by messages, and its caches between calls stay on its rank.
 
-So the first rank has its memory for layers, and frames are decoded while it goes on with the next forwards.
+This leaves the first rank's memory to its layers, and frames are decoded while the first rank runs the next forwards.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # of these messages, beside those of 
 
 
 class TensorLayout(NamedTuple):
-    """How a tensor lies in memory: its axes from the slowest to the fastest, and its shape. Axes that only repeat are not sent."""
+    """The memory layout of a tensor: its axes from the slowest to the fastest, and its shape. Expanded axes are sent once."""
 
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
-    the numbers of what nobody will ask for again."""
+    """A call: the method (empty: stop), for each argument a tensor's layout, a handle's number or None, and the numbers of the handles
+    that were released since the last call."""
 
     method: str
     arguments: tuple[TensorLayout | int | None, ...] = ()
@@ -40,7 +40,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The reply to a call: forms of the tensors, the number of the value kept for later calls; or what was wrong with the arguments."""
+    """The reply to a call: the layouts of the tensors and the number of the new handle, or `fault`, the message of a ValueError."""
 
     layouts: tuple[TensorLayout, ...] = ()
     handle: int = 0
@@ -48,31 +48,31 @@ class Reply(NamedTuple):
 
 
 class RemoteHandle:
-    """Something that stays with the autoencoder: what it remembers of a stream, or how it knows a portrait, whose `latents` are here."""
+    """A value on the autoencoder's rank, by number: a stream's cache, or a portrait's `Reference`, of which `latents` is a copy here."""
 
     def __init__(self, number: int, latents: Tensor | None = None) -> None:
         self.number, self.latents = number, latents
 
 
 class RemoteAutoencoder:
-    """In the place of an autoencoder that another rank has: the same calls with the same results, one at a time."""
+    """A stand-in for the autoencoder of another rank: the same methods with the same results, one call at a time."""
 
     def __init__(self, channel: P2PChannel) -> None:
         self.channel, self.lock = channel, Lock()
         self.released: deque[int] = deque()  # of which the other rank does not know yet
 
     def reference(self, picture: Tensor) -> RemoteHandle:
-        """How it knows a portrait."""
+        """What the autoencoder computes once from a portrait, as a handle."""
         (latents,), number = self._call("reference", picture)
         return self._handle(number, latents)
 
     def encode(self, frames: Tensor, cache: RemoteHandle | None = None) -> tuple[Tensor, RemoteHandle]:
-        """Latents of frames, and the cache for the frames that follow. Raises what the autoencoder says of a wrong number of them."""
+        """Latents of frames, and the cache for the frames that follow. Raises the autoencoder's ValueError for a wrong number of frames."""
         (latents,), number = self._call("encode", frames, cache)
         return latents, self._handle(number)
 
     def decode(self, latents: Tensor, *known: RemoteHandle | None) -> tuple[Tensor | MotionLayers, RemoteHandle]:
-        """Frames or motion of latents, and the cache for the latents that follow; `known` is as the autoencoder wants it."""
+        """Frames or motion of latents, and the cache for the latents that follow; `known` are the handles of decode's other arguments."""
         made, number = self._call("decode", latents, *known)
         return made[0] if len(made) == 1 else MotionLayers(*made), self._handle(number)
 
@@ -97,7 +97,7 @@ class RemoteAutoencoder:
 
 @torch.no_grad()
 def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
-    """What the rank that keeps the autoencoder does until it is dismissed: answer."""
+    """The loop of the autoencoder's rank: answer calls until the first rank calls `stop_vae`."""
     handles: dict[int, Any] = {}
     number = 0
     while True:
@@ -114,26 +114,27 @@ def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
 
 
 def stop_vae(channel: P2PChannel) -> None:
-    """The first rank's last word."""
+    """End the loop of the autoencoder's rank; called by the first rank."""
     channel.send_next(Request(""), ())
     channel.flush()
 
 
 def make_vae_channel(world: World) -> P2PChannel:
-    """Between the first rank of a video and the one that keeps the autoencoder."""
+    """The channel between the first rank of a video and the autoencoder's rank."""
     ranks = dist.get_process_group_ranks(world.group("layers"))
     return P2PChannel([ranks[0], ranks[-1]], world.device, DIRECTIONS, lanes=world.lanes)
 
 
 def without_repeats(tensor: Tensor) -> Tensor:
-    """A view without what only repeats: an axis that was expanded has one entry."""
+    """A view of the tensor in which every expanded axis has one entry."""
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _compute_reply(
     autoencoder: nn.Module, call: Request, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
 ) -> tuple[Reply, list[Tensor]]:
-    """What is said to a call. What later calls may need is kept under a number; a wrong question is no fault of this rank."""
+    """Run a call and give its reply and the tensors with it. The value for later calls is stored in `handles`; a ValueError becomes the
+    reply's `fault`, to be raised on the first rank."""
     sent = iter(_restored([each for each in call.arguments if isinstance(each, TensorLayout)], tensors))
     arguments = [next(sent) if isinstance(each, TensorLayout) else each and handles[each] for each in call.arguments]
     try:
@@ -146,9 +147,9 @@ def _compute_reply(
 
 
 def _packed(tensors: Sequence[Tensor]) -> tuple[tuple[TensorLayout, ...], list[Tensor]]:
-    """Tensors as they travel: without what only repeats, their numbers in the order in which they lie.
+    """Tensors as they are sent: expanded axes once, elements in the order of memory.
 
-    What is computed from them is then the same to the last bit: a convolution may round by how its input lies.
+    With the same memory layout on both ranks results are equal to the last bit: the rounding of a convolution may depend on it.
     """
     layouts, parts = [], []
     for tensor in tensors:
@@ -160,6 +161,6 @@ def _packed(tensors: Sequence[Tensor]) -> tuple[tuple[TensorLayout, ...], list[T
 
 
 def _restored(layouts: Sequence[TensorLayout], parts: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors again."""
+    """The tensors of `_packed` with their shapes and memory layouts."""
     back = [sorted(range(len(form.order)), key=form.order.__getitem__) for form in layouts]
     return [part.permute(order).expand(form.shape) for form, order, part in zip(layouts, back, parts, strict=True)]

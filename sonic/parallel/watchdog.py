@@ -1,4 +1,4 @@
-"""Signs of life: when one rank fails, dies or hangs, all others learn whose fault it is and end within seconds."""
+"""The watchdog: when one rank fails, dies or hangs, all ranks learn which one it was and end within seconds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ counter = count()  # of the watches of this process, so that each has keys of it
 
 
 class Fault(NamedTuple):
-    """Whose fault it is that the job ends, and what it is."""
+    """The rank that caused the end of the job, and what happened to it."""
 
     rank: int
     sentence: str
@@ -51,9 +51,10 @@ class Fault(NamedTuple):
 
 @contextmanager
 def watch_ranks(rank: int, ranks: int, *, patience_s: float, leave: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Watch over the ranks of the process group while they work; `leave` is done before the last word is said.
+    """Watch the ranks of the process group inside the `with` block; `leave` is called before the watchdog is closed.
 
-    Raises OtherRank instead of an error that another rank is to blame for. MemoryError is one sentence, whose memory it ever was.
+    Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
+    of memory.
     """
     watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, ranks, patience_s=patience_s) if ranks > 1 else None
     try:
@@ -69,10 +70,10 @@ def watch_ranks(rank: int, ranks: int, *, patience_s: float, leave: Callable[[],
 
 
 class Watchdog:
-    """A thread beside the work of this rank: it tells the others that this rank lives, and watches the next one.
+    """A thread of each rank that signals to the others that its process runs, and watches the next rank.
 
-    A rank that works must give heartbeats (sonic/system/heartbeat.py), unless it waits for other ranks or is inside `pause_watchdog`.
-    Messages go through a key-value store, which outlives the connections between ranks.
+    A rank that works must give heartbeats (sonic/system/heartbeat.py), except while it waits for other ranks or in `pause_watchdog`.
+    Signals go through a key-value store, which still works when connections between ranks are lost.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, *, patience_s: float) -> None:
@@ -91,7 +92,7 @@ class Watchdog:
         self.watching.start()
 
     def explain(self, error: BaseException) -> None:
-        """Tell all ranks of an error of this one. Raises OtherRank when it is the fault of another, MemoryError when that is it."""
+        """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it, MemoryError when memory ran out."""
         try:
             fault = self._blame(error)
         except dist.DistNetworkError as lost:
@@ -104,13 +105,13 @@ class Watchdog:
             raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
 
     def fault(self) -> Fault | None:
-        """The first fault that somebody told of, kept: the store may go with the rank that keeps it."""
+        """The first fault that any rank reported; it is remembered, because the store ends with the rank that hosts it."""
         if self.known is None and self.store.check(["fault"]):
             self.known = Fault(*json.loads(self.store.get("fault")))
         return self.known
 
     def close(self) -> None:
-        """This rank has done its part. The first one, whose process may keep the store, leaves last."""
+        """Stop watching and mark this rank as done. The first rank, whose process may host the store, waits for the others."""
         self.ended.set()
         self.watching.join()
         self.hook.remove()
@@ -124,9 +125,9 @@ class Watchdog:
             log.debug("%s", _store_lost(lost))
 
     def _blame(self, error: BaseException) -> Fault:
-        """Whose fault an error of this rank is.
+        """The fault behind an error of this rank.
 
-        A lost connection waits for the error that explains it. If none comes, a rank that gives no more signs is to blame.
+        For a lost connection it waits for another rank's error that explains it, then for a rank whose signals have stopped.
         """
         if _is_lost_connection(error):
             before, until = self._heartbeats(), time.monotonic() + HOLD_S
@@ -151,7 +152,7 @@ class Watchdog:
                 os._exit(1)  # the work hangs in a place that no exception reaches
 
     def _look(self) -> Fault | None:
-        """Give a sign, and look at the others."""
+        """Signal that this process runs. Gives a fault when any rank has failed or hangs."""
         self.heartbeats += 1
         self.store.set(f"sign/{self.rank}", str(self.heartbeats))
         stuck = not PAUSED and time.monotonic() - max(LAST_HEARTBEAT.values()) > self.patience_s
@@ -160,7 +161,7 @@ class Watchdog:
         return self.fault() or (self._stuck(where, waits=waits) if stuck else None) or self._check_next_rank()
 
     def _stuck(self, where: str, *, waits: bool) -> Fault | None:
-        """A rank that waits for others is to blame only when all do."""
+        """The fault of this rank, which has given no heartbeat for too long; when it waits for other ranks, only if all ranks wait."""
         if not waits:
             sentence = f"hangs at {where}: nothing got on for {self.patience_s:g} s (timeout_s)"
             return self._declare(Fault(self.rank, sentence))
@@ -172,7 +173,7 @@ class Watchdog:
         return None
 
     def _check_next_rank(self) -> Fault | None:
-        """The next rank that is not done: lost when its signs stay the same for too long."""
+        """The fault of the next rank that is not done, when its signal has not changed for too long."""
         for rank in [*range(self.rank + 1, self.ranks), *range(self.rank)]:
             if self.store.check([f"done/{rank}"]):
                 continue
@@ -183,7 +184,7 @@ class Watchdog:
         return None
 
     def _heartbeats(self) -> dict[int, bytes]:
-        """The last sign of each other rank that is not done."""
+        """The last signal of each other rank that is not done."""
         others = [rank for rank in range(self.ranks) if rank != self.rank]
         return {rank: self._heartbeat(rank) for rank in others if not self.store.check([f"done/{rank}"])}
 
@@ -191,7 +192,7 @@ class Watchdog:
         return self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
 
     def _declare(self, fault: Fault) -> Fault:
-        """Tell of a fault; the first one counts."""
+        """Report a fault to all ranks. Gives the first fault that any rank reported."""
         if before := self.fault():
             return before
         counts = Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
@@ -201,9 +202,9 @@ class Watchdog:
         return counts
 
     def _where(self) -> tuple[str, bool]:
-        """Where the work is, and whether that is a place in which ranks wait for each other.
+        """The line of code that this rank executes, and whether it waits there for other ranks.
 
-        Threads that gave a sign work for this rank; the one that hangs is that which does not wait for the others.
+        Among the threads that gave heartbeats, it is the one that does not wait for other ranks or threads.
         """
         frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != get_ident()}
         found = {thread: _doing(frame) for thread, frame in frames.items()}
@@ -213,7 +214,7 @@ class Watchdog:
 
 
 def _doing(frame: FrameType) -> tuple[str, str]:
-    """Whether a thread works or waits, and where."""
+    """Whether a thread works, waits for ranks or waits for threads, and the line of code where."""
     whole = traceback.extract_stack(frame)
     stack = [each for each in whole if not any(part in each.filename for part in BELOW)] or whole
     ours = [each for each in stack if each.filename.startswith(PACKAGE)][-1:]
@@ -229,12 +230,12 @@ def _named(frame: traceback.FrameSummary) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a device or of the host; the latter is a plain RuntimeError in torch."""
+    """Whether a device or the host is out of memory; for the host torch raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether an error comes from where ranks wait for each other."""
+    """Whether an error was raised by code that waits for other ranks."""
     if not isinstance(error, RuntimeError) or _is_out_of_memory(error):
         return False
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not any(part in frame.filename for part in BELOW)]
@@ -246,14 +247,14 @@ def _gone(rank: int) -> Fault:
 
 
 def _end_frozen(host: str, pid: str, birth: str) -> None:
-    """End a process of this machine that still exists but gives no signs: nobody else may use its device before."""
+    """End a process of this machine that still exists but gives no more signals, because it still occupies its device."""
     if host == socket.gethostname() and birth == _birth(int(pid)) != NEVER:
         log.critical("process %s is still there and is ended", pid)
         os.kill(int(pid), signal.SIGKILL)
 
 
 def _birth(pid: int) -> str:
-    """When a process began, in ticks since the machine did; tells it from a later one of the same number."""
+    """Start time of a process in clock ticks since boot, which distinguishes it from a later process with the same number."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else NEVER
 

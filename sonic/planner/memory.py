@@ -16,6 +16,7 @@ ENCODE = ("text_encoder", "speech_encoder", "reserve")
 ITEMS = (*GENERATE[:-1], *ENCODE)
 
 Items = Mapping[str, float]  # bytes by item
+Phases = Mapping[str, Items]  # of a rank, one after the other
 
 VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_686_264}
 TEXT_NUMBERS = {4096: 5_680_910_336}  # umT5-xxl's encoder, by the width of its rows; other models read no text
@@ -128,11 +129,22 @@ def encoder_bytes(work: Workload) -> dict[str, float]:
     return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS[work.model.speech_encoder] * 4}
 
 
-def items(hardware: HardwareConfig, *, first: Mapping[str, float] | None = None, **generation: float) -> dict[str, float]:
-    """All items of a rank, those not given at nothing."""
-    return {**dict.fromkeys(ITEMS, 0.0), **generation, **(first or {}), "reserve": hardware.reserve_gib * GIB}
+def video_phases(hardware: HardwareConfig, *, first: Items | None = None, **generation: float) -> Phases:
+    """All items of a rank in both phases of a video, those not given at nothing: encoders first, the video afterwards."""
+    given = {**generation, **(first or {}), "reserve": hardware.reserve_gib * GIB}
+    return {phase: {item: given.get(item, 0.0) for item in items} for phase, items in (("encode", ENCODE), ("generate", GENERATE))}
 
 
-def peak(rank: Items) -> float:
-    """The larger of the two moments: encoders first, the video afterwards."""
-    return max(sum(rank[item] for item in GENERATE), sum(rank[item] for item in ENCODE))
+def with_more(rank: Phases, **items: float) -> Phases:
+    """The same with so many bytes more of some items of the video."""
+    return {**rank, "generate": {item: size + items.get(item, 0.0) for item, size in rank["generate"].items()}}
+
+
+def union(rank: Phases) -> dict[str, float]:
+    """Every item of a rank once, as it is in the fullest phase that has it."""
+    return {item: size for items in sorted(rank.values(), key=lambda items: sum(items.values())) for item, size in items.items()}
+
+
+def peak(rank: Phases) -> float:
+    """What the fullest phase takes."""
+    return max(sum(items.values()) for items in rank.values())

@@ -11,7 +11,7 @@ from sonic.parallel.layer_ranges import best_ranges, ranges_of, resident_layers
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner import memory as m
 from sonic.planner import step_time as s
-from sonic.planner.memory import GIB, Items
+from sonic.planner.memory import GIB, Phases
 from sonic.planner.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of parallel.prefetch
@@ -27,21 +27,29 @@ SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a job: bytes of each rank by item, bytes of host memory of each, and times."""
+    """One way to do a job: bytes of each rank by phase and item, bytes of host memory of each, times, frames that come out of a `unit`
+    (a block of a video or a step of a training), and what to tell the command that does it."""
 
     name: str
     parallel: ParallelConfig
-    ranks: tuple[Items, ...]
+    ranks: tuple[Phases, ...]
     host: float
     seconds: s.Seconds
     frames: int
     ranges: tuple[range, ...] = ()
     given_up: str = ""
+    unit: str = "block"
+    options: tuple[str, ...] = ()
 
     @property
-    def fullest(self) -> Items:
+    def fullest(self) -> Phases:
         """The rank that needs most."""
         return max(self.ranks, key=m.peak)
+
+    @property
+    def phase(self) -> str:
+        """When it needs most."""
+        return max(self.fullest, key=lambda phase: sum(self.fullest[phase].values()))
 
     @property
     def peak_gib(self) -> list[float]:
@@ -50,7 +58,7 @@ class Plan:
 
     @property
     def frames_per_second(self) -> float:
-        """Of one video."""
+        """Of one video, or of all clips that a training learns from."""
         return self.frames / self.seconds.total
 
     @property
@@ -126,7 +134,7 @@ def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) ->
     like = replace(parallel, unshard_unit="linear", prefetch=0, replicas=1)
     plan = fsdp(work, hardware, like)
     bucket = ZERO_BUCKET * parallel.prefetch * work.dtype_bytes
-    ranks = tuple({**rank, "unshard_prefetch": rank["unshard_prefetch"] + bucket} for rank in plan.ranks)
+    ranks = tuple(m.with_more(rank, unshard_prefetch=bucket) for rank in plan.ranks)
     return replace(plan, name=plan.name.replace("fsdp", "zero3"), parallel=parallel, ranks=ranks)
 
 
@@ -142,11 +150,11 @@ def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.activation_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
     rank = _rank(work, hardware, weights=m.end_bytes(work) + options.slots * max(layers), activations=busy, **memories)
-    room = (hardware.usable_gib - SPARE_GIB) * GIB - sum(rank[item] for item in m.GENERATE)
+    room = (hardware.usable_gib - SPARE_GIB) * GIB - sum(rank["generate"].values())
     number = int(max(0.0, room if options.resident_gib == -1 else options.resident_gib * GIB) // max(layers))
     stay = sum(layers[layer] for layer in resident_layers(len(layers), number))
     waiting = sum(layers) - stay
-    rank = {**rank, "weights": rank["weights"] + stay - (0 if waiting else options.slots * max(layers))}
+    rank = m.with_more(rank, weights=stay - (0 if waiting else options.slots * max(layers)))
     speed = hardware.disk_gbps if options.store == "mmap" else hardware.host_gbps
     seconds = _seconds(
         work,
@@ -224,7 +232,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
     fixed = replace(parallel, layers=[len(found) for found in ranges])
     if vae_apart:
         frames = {"vae": m.vae_bytes(work), "activations": MESSAGES * m.frame_bytes(work)}
-        ranks, ranges = [*ranks, m.items(hardware, **frames)], [*ranges, range(layers, layers)]
+        ranks, ranges = [*ranks, m.video_phases(hardware, **frames)], [*ranges, range(layers, layers)]
     return Plan(name, fixed, tuple(ranks), m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
 
 
@@ -248,15 +256,15 @@ def _memories(work: Workload, share: int = 1) -> dict[str, float]:
     return {"kv_rings": layers * m.ring_bytes(work) / share, "memory_tokens": layers * m.memory_bytes(work) / share}
 
 
-def _rank(work: Workload, hardware: HardwareConfig, *, activations: float, **generation: float) -> dict[str, float]:
+def _rank(work: Workload, hardware: HardwareConfig, *, activations: float, **generation: float) -> Phases:
     """A rank that also encodes and decodes."""
     vae = m.vae_bytes(work, idle=activations)
-    return m.items(hardware, first=m.encoder_bytes(work), vae=vae, activations=activations, **generation)
+    return m.video_phases(hardware, first=m.encoder_bytes(work), vae=vae, activations=activations, **generation)
 
 
-def _ranks(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float], *, count: int, leaders: int) -> tuple[Items, ...]:
+def _ranks(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float], *, count: int, leaders: int) -> tuple[Phases, ...]:
     """Equal ranks, of which the first of every group also encodes and decodes."""
-    leader, follower = _rank(work, hardware, **generation), m.items(hardware, **generation)
+    leader, follower = _rank(work, hardware, **generation), m.video_phases(hardware, **generation)
     return tuple(leader if rank % (count // leaders) == 0 else follower for rank in range(count))
 
 
@@ -268,7 +276,7 @@ class Split(NamedTuple):
     vae_apart: bool = False
 
 
-def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: int, split: Split) -> dict[str, float]:
+def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: int, split: Split) -> Phases:
     """One stage of a pipeline."""
     first, share = stage == 0, split.share
     busy = m.activation_bytes(work, share=share)
@@ -282,7 +290,7 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: in
         "activations": activations + incoming,
         "vae": m.vae_bytes(work, idle=activations) if first and not split.vae_apart else 0.0,
     }
-    return m.items(hardware, first=m.encoder_bytes(work) if first else None, **generation)
+    return m.video_phases(hardware, first=m.encoder_bytes(work) if first else None, **generation)
 
 
 def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, split: Split) -> list[range]:
@@ -292,7 +300,7 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
     one = range(layers - 1, layers)
     ends = [_stage(work, hardware, one, stage=stage, split=split) for stage in range(stages)]
-    empty = [sum(rank[item] for item in m.GENERATE) - sizes[-1] for rank in ends]
+    empty = [sum(rank["generate"].values()) - sizes[-1] for rank in ends]
     vae = 0.0 if split.vae_apart else s.vae_seconds(work, hardware)
 
     def size(stage: int, found: range) -> float:

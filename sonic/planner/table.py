@@ -2,88 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from sonic.planner.memory import GIB, ITEMS
+from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
-from sonic.planner.search import PlanResult, reason
-from sonic.planner.training_plans import PlannedTraining
+from sonic.planner.search import PlanResult, Tracked, reason
+from sonic.planner.workload import Work, Workload
+from sonic.system.program import written
 
 
-def show(found: PlanResult, tracked: Sequence[float] | None = None, *, untracked: str = "", console: Console | None = None) -> None:
-    """Print the answer; `tracked` is what the chosen plan took on fake tensors, GiB per rank, `untracked` why that is not known
-    although it was asked for."""
-    work = found.work
-    job = f"{work.model.name}, {work.width}x{work.height}, {work.tokens} tokens, {work.steps} steps"
-    console = begin(found, job, console)
-    console.print(_plans(found))
-    console.print(_items(found.chosen, tracked))
-    if untracked:
-        console.print(f"not tracked: {untracked}")
-    if not found.fits:
-        peaks = [max(change.plan.peak_gib) for change in found.changes]
-        end_in_need(found, peaks, "steps, size, length or plan", console=console)
+class Column(NamedTuple):
+    """A rank of a video, or a phase of a training: bytes by item and in all, and what was tracked, in GiB."""
+
+    items: Mapping[str, float]
+    predicted: float
+    tracked: float | None
+    blocks: range | None = None
 
 
-def begin(found: PlanResult | PlannedTraining, what: str, console: Console | None) -> Console:
-    """Print what was planned, on which hardware, and the notes; where."""
-    console, hardware = console or Console(width=None if Console().is_terminal else 150), found.hardware
-    console.print(f"{what} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
+def show(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "", console: Console | None = None) -> None:
+    """Print the answer; `tracked` is what the chosen plan took on fake tensors, `untracked` why that is not known although it was asked
+    for."""
+    console, hardware, plan = console or Console(width=None if Console().is_terminal else 150), found.hardware, found.chosen
+    console.print(f"{_job(found.work)} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
     for note in found.notes:
         console.print(f"[dim]{note}[/dim]")
-    return console
-
-
-def end_in_need(found: PlanResult | PlannedTraining, peaks: Sequence[float], tried: str, *, console: Console) -> None:
-    """Print what is missing and the changes that would make it fit, each with its peak in GiB; `tried` = of what there are changes."""
-    missing = found.chosen.missing_gib(found.hardware)
-    console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {found.chosen.name}, lacks {missing:.2f} GiB")
-    for change, peak in zip(found.changes, peaks, strict=True):
-        console.print(f"  would fit: {change.sentence} ({' '.join(change.options)}): {change.plan.name}, {peak:.2f} GiB")
+    console.print(_plans(found))
+    console.print(_items(plan, tracked))
+    if untracked:
+        console.print(f"not tracked: {untracked}")
+    if found.fits:
+        console.print(f"{written('infer' if isinstance(found.work, Workload) else 'train')} with: {' '.join(plan.options)}")
+        return
+    console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {plan.name}, lacks {plan.missing_gib(hardware):.2f} GiB")
+    for change in found.changes:
+        console.print(
+            f"  would fit: {change.sentence} ({' '.join(change.options)}): {change.plan.name}, {max(change.plan.peak_gib):.2f} GiB"
+        )
     if not found.changes:
-        console.print(f"  no single change of {tried} makes it fit; it needs more memory")
+        console.print("  no single change of plan, length, size or what else can be less makes it fit; it needs more memory")
+
+
+def _job(work: Work) -> str:
+    """What is planned."""
+    of = f"{work.model.name}, {work.width}x{work.height}"
+    if isinstance(work, Workload):
+        return f"{of}, {work.tokens} tokens, {work.steps} steps"
+    return f"{work.job.name} ({work.job.objective}) of {of}, {work.clip} tokens in a clip"
 
 
 def _plans(found: PlanResult) -> Table:
-    table = Table("plan", "fits", "GiB", "host GiB", "s/block", "frames/s", "first s", "why")
+    unit = found.chosen.unit
+    table = Table("plan", "sharing ranks", "fits", "GiB", "host GiB", f"s/{unit}", "frames/s", "first s", "why")
     for plan in found.plans:
         fits = plan.missing_gib(found.hardware) == 0
-        figures = (plan.host / GIB, plan.seconds.total, plan.frames_per_second, plan.seconds.first)
-        row = [plan.name, "yes" if fits else "no", f"{max(plan.peak_gib):.2f}", *(f"{figure:.2f}" for figure in figures)]
+        figures = (max(plan.peak_gib), plan.host / GIB, plan.seconds.total, plan.frames_per_second, plan.seconds.first)
+        row = [plan.name, str(plan.parallel.context), "yes" if fits else "no", *(f"{figure:.2f}" for figure in figures)]
         table.add_row(*row, reason(plan, found.hardware), style="bold" if plan is found.chosen else None)
     return table
 
 
-def _items(plan: Plan, tracked: Sequence[float] | None) -> Table:
-    """Every rank of a plan, item by item."""
-    ranks = _distinct(plan)
-    table = Table("GiB", *ranks, title=f"{plan.name}, rank by rank")
-    for item in ITEMS:
-        sizes = [plan.ranks[first][item] / GIB for first in ranks.values()]
+def _items(plan: Plan, tracked: Tracked | None) -> Table:
+    """The ranks of a video, or the phases of a training, whose ranks are alike, item by item."""
+    columns = _phases(plan, tracked) if plan.unit == "step" else _ranks(plan, tracked)
+    table = Table("GiB", *columns, title=f"{plan.name}, {'phase by phase' if plan.unit == 'step' else 'rank by rank'}")
+    for item in next(iter(columns.values())).items:
+        sizes = [column.items[item] / GIB for column in columns.values()]
         if any(sizes):
             first = " (first)" if item.endswith("encoder") else ""
             table.add_row(item.replace("_", " ") + first, *(f"{size:.2f}" for size in sizes))
-    table.add_row("predicted peak", *(f"{plan.peak_gib[first]:.2f}" for first in ranks.values()), style="bold")
+    table.add_row("predicted peak", *(f"{column.predicted:.2f}" for column in columns.values()), style="bold")
     if tracked is not None:
-        table.add_row("tracked peak", *(f"{tracked[first]:.2f}" for first in ranks.values()), style="bold")
-        errors = [plan.peak_gib[first] / tracked[first] - 1 for first in ranks.values()]
-        table.add_row("predicted / tracked - 1", *(f"{error:+.1%}" for error in errors))
+        known = [column.tracked for column in columns.values()]
+        table.add_row("tracked peak", *("" if each is None else f"{each:.2f}" for each in known), style="bold")
+        errors = ["" if column.tracked is None else f"{column.predicted / column.tracked - 1:+.1%}" for column in columns.values()]
+        table.add_row("predicted / tracked - 1", *errors)
     if plan.ranges:
-        share = len(plan.ranks) // len(plan.ranges)
-        spans = [plan.ranges[first // share] for first in ranks.values()]
-        table.add_row("blocks", *(f"{span.start}..{span.stop - 1}" if len(span) else "none" for span in spans))
+        spans = (column.blocks for column in columns.values())
+        table.add_row("blocks", *(f"{span.start}..{span.stop - 1}" if span else "none" for span in spans))
     return table
 
 
-def _distinct(plan: Plan) -> dict[str, int]:
+def _phases(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
+    found = tracked[0] if tracked else {}
+    return {phase: Column(items, sum(items.values()) / GIB, found.get(phase)) for phase, items in plan.ranks[0].items()}
+
+
+def _ranks(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
     """Ranks that differ, by a heading such as "rank 0" or "ranks 1-3"."""
     groups: list[list[int]] = []
-    for rank, items in enumerate(plan.ranks):
-        if groups and plan.ranks[groups[-1][0]] == items:
+    for rank, phases in enumerate(plan.ranks):
+        if groups and plan.ranks[groups[-1][0]] == phases:
             groups[-1].append(rank)
         else:
             groups.append([rank])
-    return {f"rank {group[0]}" if len(group) == 1 else f"ranks {group[0]}-{group[-1]}": group[0] for group in groups}
+    share = len(plan.ranks) // max(1, len(plan.ranges))
+    found = {}
+    for first, *others in groups:
+        phases, blocks = plan.ranks[first], plan.ranges[first // share] if plan.ranges else None
+        column = Column(union(phases), peak(phases) / GIB, max(tracked[first].values()) if tracked else None, blocks)
+        found[f"ranks {first}-{others[-1]}" if others else f"rank {first}"] = column
+    return found

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,6 +25,7 @@ from sonic.parallel.layer_ranges import resident_layers
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.ledger import Ledger, total_bytes
 from sonic.planner.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.planner.plans import MESSAGES, Plan, degree
 from sonic.planner.workload import Workload
@@ -44,8 +44,8 @@ class Footprint(NamedTuple):
     peak: float
 
 
-def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] | None:
-    """Peak GiB of every rank of a plan; None for one that cannot be tracked."""
+def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[dict[str, float]] | None:
+    """GiB of every rank of a plan by phase; None for one that cannot be tracked."""
     if untracked(hardware, plan):
         return None
     with fake(work):
@@ -54,8 +54,11 @@ def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[float] |
     first = sum(encoder_bytes(work).values())
     found = []
     for rank, part in zip(plan.ranks, transformer, strict=True):
-        generation = _combined_peak(work, part, vae) if rank["vae"] else part.peak
-        found.append((max(generation, first * bool(rank["speech_encoder"])) + rank["reserve"]) / GIB)
+        sizes = {
+            "encode": first * bool(rank["encode"]["speech_encoder"]),
+            "generate": _combined_peak(work, part, vae) if rank["generate"]["vae"] else part.peak,
+        }
+        found.append({phase: size / GIB + hardware.reserve_gib for phase, size in sizes.items()})
     return found
 
 
@@ -197,9 +200,9 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         tracker = FSDPMemTracker(hand_over)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
-            before = _total(tracker, "current")
+            before = total_bytes(tracker, "current")
             hand_over(latents, timestep, conditions, cache=cache)
-        return [Footprint(before - waiting, _total(tracker, "peak") - waiting)] * len(plan.ranks)
+        return [Footprint(before - waiting, total_bytes(tracker, "peak") - waiting)] * len(plan.ranks)
 
 
 def _slices(parameters: Sequence[nn.Parameter], world: World) -> int:
@@ -327,30 +330,11 @@ class Job(nn.Module):
         return self.run()
 
 
-class Ledger(MemTracker):
-    """Bytes of all that is alive. Nothing is asked of modules, and where a tensor lies is answered at once: a third less time."""
-
-    def _pre_fw_hook(self, *_: Any) -> None:
-        """Nothing is kept by module."""
-
-    _post_fw_hook = _pre_fw_hook
-
-    def __torch_dispatch__(self, func: Any, types: tuple, *given: Any) -> Any:
-        args, named = given
-        if func is torch.ops.prim.device.default:  # the most frequent question by far
-            return args[0].fake_device
-        return super().__torch_dispatch__(func, types, args, named or {})
-
-
 def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
     """What a module, the tensors that stay and a run of it take."""
     tracker, job = Ledger(), Job(module, run)
     tracker.track_external(job, *stays)
     with tracker:
-        before = _total(tracker, "current")
+        before = total_bytes(tracker, "current")
         job()
-    return Footprint(before, _total(tracker, "peak"))
-
-
-def _total(tracker: MemTracker, phase: str) -> float:
-    return sum(device["Total"] for device in tracker.get_tracker_snapshot(phase).values())
+    return Footprint(before, total_bytes(tracker, "peak"))

@@ -8,7 +8,7 @@ from math import prod
 
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner.memory import GIB
-from sonic.planner.training_workload import Training, learnt, parts
+from sonic.planner.workload import Training, learnt, parts
 
 PERSISTENT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # from step to step
 TRANSIENT = ("gradients", "gathered", "reduced", "kv_ring", "layer_inputs", "activations")
@@ -44,7 +44,7 @@ def sizes(work: Training, ranks: int) -> Sizes:
     learning, whole = learnt(work), {}
     for part in parts(work.model):
         whole[part.unit] = whole.get(part.unit, 0) + part.numbers
-    adapters = work.learners if work.task.learn.rank else 0
+    adapters = work.learners if work.job.learn.rank else 0
     total, mine = sum(whole.values()), sum(learning.values())
     frozen = total - (0 if adapters else mine)
     gathered = {unit: (size + adapters * learning.get(unit, 0)) * work.dtype_bytes for unit, size in whole.items()}
@@ -63,7 +63,7 @@ def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -
         "average": MASTER * size.numbers(),
     }
     found = {}
-    for name, passing in PHASES_OF[work.task.objective](work, size, share):
+    for name, passing in PHASES_OF[work.job.objective](work, size, share):
         items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
         if parallel.cpu_offload:
             largest = max(unit for _, unit in size.units)
@@ -123,7 +123,7 @@ def _ring(work: Training) -> float:
 def _remembered(work: Training, tokens: float, graph: float) -> float:
     """What layers leave for a gradient: their inputs (of blocks and of injectors), or most of their graphs."""
     layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
-    if work.task.recompute:
+    if work.job.recompute:
         return (layers + injectors) * tokens
     share, copies = LEFT[_kind(work)]
     return (layers - 1) * share * graph + injectors * copies * tokens
@@ -131,7 +131,7 @@ def _remembered(work: Training, tokens: float, graph: float) -> float:
 
 def _kind(work: Training) -> str:
     """What a block's graph remembers depends on what learns in it."""
-    if work.task.learn.rank:
+    if work.job.learn.rank:
         return "adapters"
     return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
 
@@ -152,7 +152,7 @@ def _met(work: Training, gathered: Mapping[str, float]) -> Iterator[tuple[str, f
     """Units in the order in which a clip meets them."""
     inject = work.model.audio.inject_layers
     for end in ("time_embed", "frame_pack", "text_embed"):
-        if end in gathered and (end != "frame_pack" or work.task.past):
+        if end in gathered and (end != "frame_pack" or work.job.past):
             yield end, gathered[end]
     for layer in range(work.model.trunk.num_layers):
         yield f"blocks.{layer}", gathered[f"blocks.{layer}"]
@@ -176,7 +176,7 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     largest = max(numbers for _, numbers in size.units)
     learning = max(size.learnt.get(unit, 0) for unit, _ in size.units)
     own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _kind(work) == "weights" else 0
-    remembered = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.task.learn.rank else 0
+    remembered = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.job.learn.rank else 0
     reduced = MASTER * learning * (1 + 1 / size.ranks) + work.dtype_bytes * own
     return {"gathered": size.root + 2 * largest, "reduced": reduced, "activations": graph + work.dtype_bytes * remembered}
 

@@ -2,273 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
-from sonic.config import PHOTO_SIZE
 from sonic.model.counts import block_multiply_adds, forward_multiply_adds
-from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
-from sonic.planner.search import EQUAL, Change, Changed, PlanResult, answer_json, smaller_sizes
+from sonic.planner.plans import Plan
 from sonic.planner.training_memory import host_bytes, phases, sizes
-from sonic.planner.training_workload import Training, training
-from sonic.system.program import written
+from sonic.planner.workload import Training
 
 SMALLEST_RANK = 8
 UPDATE_BYTES = 28  # that AdamW reads and writes for a number
 HOST_MEMORY_GBPS = 40  # of the host, all ranks together
 
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """One way to run a training: bytes of every rank by moment and item, bytes of host memory of each, time of a step."""
-
-    name: str
-    parallel: ParallelConfig
-    ranks: int
-    phases: Mapping[str, Mapping[str, float]]
-    host: float
-    seconds: s.Seconds
-    frames: int
-
-    @property
-    def fullest(self) -> str:
-        """The moment that needs most."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def items(self) -> Mapping[str, float]:
-        """What it needs then."""
-        return self.phases[self.fullest]
-
-    @property
-    def peak_gib(self) -> float:
-        """Of every rank."""
-        return sum(self.items.values()) / GIB
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What to tell the command train."""
-        found = ["speed.engine=fsdp"]
-        found += [f"speed.context={self.parallel.context}"] * (self.parallel.context > 1)
-        return (*found, *["speed.cpu_offload=true"] * self.parallel.cpu_offload)
-
-    def missing_gib(self, hardware: HardwareConfig) -> float:
-        """What a rank, or host memory, lacks; 0 when the plan fits."""
-        return max(0.0, self.peak_gib - hardware.usable_gib, self.host * self.ranks / GIB - hardware.host_gib)
+Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the options that say it, the job with it
 
 
-PlannedTraining = PlanResult[Training, TrainingPlan]
-
-
-def planned_training(config: PlanConfig) -> PlannedTraining:
-    """Plans for a training. Raises ValueError when what is asked for by name makes no sense on this hardware."""
-    found = PlanResult(training(config), config.hardware, _ranked(config), notes=tuple(_notes(config)))
-    return found if found.fits else replace(found, changes=tuple(_changes(config)))
-
-
-def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig, *, steps: int) -> TrainingPlan:
+def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """FSDP2 over all ranks, `parallel.context` of which share the tokens of a batch."""
     name = f"fsdp{'+context' if parallel.context > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
     host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if parallel.cpu_offload else 0)
-    seconds = _seconds(work, hardware, parallel, steps=steps)
-    return TrainingPlan(name, parallel, hardware.devices, phases(work, hardware, parallel), host, seconds, work.frames)
+    ranks = (phases(work, hardware, parallel),) * hardware.devices
+    seconds = _seconds(work, hardware, parallel)
+    options = ["speed.engine=fsdp"]
+    options += [f"speed.context={parallel.context}"] * (parallel.context > 1)
+    options += ["speed.cpu_offload=true"] * parallel.cpu_offload
+    found = Plan(name, parallel, ranks, host, replace(seconds, first=seconds.total), work.frames)
+    return replace(found, unit="step", options=tuple(options))
 
 
-def untracked_training(plan: TrainingPlan) -> str:
-    """The sentence for a plan that cannot be tracked on fake tensors; empty for others."""
-    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
-
-
-def training_json(found: PlannedTraining, tracked: Mapping[str, float] | None = None, *, untracked: str = "") -> dict:
-    """The answer for programs, in the words of a video's plans; a "block" is a step. `tracked` = GiB by moment on fake tensors,
-    `untracked` = why these are not known although they were asked for."""
-    plans = [_plan_json(plan, found.hardware) for plan in found.plans]
-    if tracked is not None:
-        plans[0]["tracked_gib_per_rank"] = [round(max(tracked.values()), 3)] * found.chosen.ranks
-        plans[0]["tracked_phases_gib"] = {phase: round(value, 3) for phase, value in tracked.items()}
-    return answer_json(found, plans, _plan_json, untracked=untracked)
-
-
-def training_reason(plan: TrainingPlan, hardware: HardwareConfig) -> str:
-    """Why a plan fits or not, and what it is bound by."""
-    host = plan.host * plan.ranks / GIB
-    if plan.peak_gib > hardware.usable_gib:
-        largest = max(plan.items, key=plan.items.__getitem__)
-        lacks = (
-            f"{plan.peak_gib - hardware.usable_gib:.1f} GiB too much for a device of {hardware.usable_gib:g} in its {plan.fullest} moment"
-        )
-        return f"{lacks}; the largest part is {largest.replace('_', ' ')}, {plan.items[largest] / GIB:.1f} GiB"
-    if host > hardware.host_gib:
-        return f"{host - hardware.host_gib:.1f} GiB too much for {hardware.host_gib:g} GiB of host memory"
-    bound = "arithmetic" if plan.seconds.compute >= plan.seconds.weights + plan.seconds.activations else "copying"
-    return f"fits with {hardware.usable_gib - plan.peak_gib:.1f} GiB to spare, fullest in its {plan.fullest} moment, bound by {bound}"
-
-
-def _plan_json(plan: TrainingPlan, hardware: HardwareConfig) -> dict:
-    total = plan.seconds.total
-    return {
-        "plan": plan.name,
-        "fits": plan.missing_gib(hardware) == 0,
-        "peak_gib_per_rank": [round(plan.peak_gib, 3)] * plan.ranks,
-        "items_gib": {name: round(size / GIB, 3) for name, size in plan.items.items()},
-        "phases_gib": {phase: round(sum(items.values()) / GIB, 3) for phase, items in plan.phases.items()},
-        "host_gib_per_rank": round(plan.host / GIB, 2),
-        "seconds_per_block": round(total, 4),
-        "seconds_per_step": round(total, 4),
-        "frames_per_second": round(plan.frames / total, 3),
-        "first_frame_s": round(total, 3),
-        "reason": training_reason(plan, hardware),
-        "options": list(plan.options),
-    }
-
-
-def _ranked(config: PlanConfig) -> tuple[TrainingPlan, ...]:
-    """A plan for each variant: those that fit first, then the fastest, of equally fast ones the simplest."""
-    work, hardware = training(config), config.hardware
-    plans = [training_plan(work, hardware, each, steps=config.sampler.sample_steps) for each in _variants(config, work)]
-    fitting = [plan.seconds.total for plan in plans if not plan.missing_gib(hardware)]
-    enough = EQUAL * min(fitting or [plan.seconds.total for plan in plans])
-
-    def order(plan: TrainingPlan) -> tuple:
-        return plan.missing_gib(hardware), max(plan.seconds.total, enough), plan.parallel.cpu_offload, plan.parallel.context
-
-    return tuple(sorted(plans, key=order))
-
-
-def _variants(config: PlanConfig, work: Training) -> Iterator[ParallelConfig]:
-    """What was asked for, or for auto everything that makes sense: tokens shared by more ranks, shards on the host."""
-    asked, devices = config.parallel, config.hardware.devices
+def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
+    """What was asked for, or for auto everything that makes sense: tokens shared by more ranks, shards on the host; no device is idle."""
+    devices = hardware.devices
     if asked.name not in ("auto", "fsdp"):
         raise ValueError(f"parallel={asked.name}: trainings are planned for fsdp alone; leave it out, or use parallel=fsdp")
     if asked.name == "fsdp":
         share = devices if asked.context == -1 else asked.context
-        sentence = _why_not(work, devices, share)
+        sentence = why_not(work, devices, share)
         if sentence:
-            raise ValueError(f"parallel.context={share}: {sentence}")
+            raise ValueError(sentence)
         yield replace(asked, context=share)
         return
-    for share, offload in product((1, 2, 4, 8), (False, True)):
-        if not _why_not(work, devices, share):
-            yield replace(asked, name="fsdp", context=share, cpu_offload=offload)
+    shares = [share for share in (1, 2, 4, 8) if not why_not(work, devices, share)]
+    if not shares:
+        raise ValueError(why_not(work, devices, 1))
+    for share, offload in product(shares, (False, True)):
+        yield replace(asked, name="fsdp", context=share, cpu_offload=offload)
 
 
-def _why_not(work: Training, devices: int, share: int) -> str:
-    """The sentence for a sharing of tokens that makes no sense here; empty when it does."""
+def why_not(work: Training, devices: int, share: int) -> str:
+    """The sentence for a sharing of tokens and batches that makes no sense here; empty when it does."""
     heads, (rows, columns) = work.model.trunk.num_heads, work.grid
     if devices % share or heads % share or rows * columns % share:
-        return f"{share} ranks cannot share {heads} heads and {rows * columns} tokens of a frame evenly on {devices} devices"
-    readers = devices // share
-    if work.task.accumulate % readers:
-        return f"task.accumulate={work.task.accumulate} batches cannot be shared by {readers} rows of ranks"
-    return ""
+        whole = f"{heads} heads and {rows * columns} tokens of a frame evenly on {devices} devices"
+        return f"parallel.context={share}: {share} ranks cannot share {whole}; use 1"
+    readers, batches = devices // share, work.job.accumulate
+    if not batches % readers:
+        return ""
+    below = batches // readers * readers
+    return f"budget.accumulate={batches} cannot be shared by {readers}; use {f'{below} or ' if below else ''}{below + readers}"
 
 
-def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig, *, steps: int) -> s.Seconds:
+def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
+    """What to type for these settings instead of those asked for."""
+    return ("parallel=auto", f"speed.context={parallel.context}", f"speed.cpu_offload={str(parallel.cpu_offload).lower()}")
+
+
+def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
     """A step: forwards, layers made again, gradients; against what every pass over the weights gathers."""
-    forwards, passes, gradients = PASSES[work.task.objective](work, steps)
+    forwards, passes, gradients = PASSES[work.job.objective](work)
     share, ranks = parallel.context, hardware.devices
-    batches = work.task.accumulate // (ranks // share)  # one after the other on a rank
+    batches = work.job.accumulate // (ranks // share)  # one after the other on a rank
     size = sizes(work, ranks)
     model = size.root + sum(numbers for _, numbers in size.units)
     moved = passes * model + gradients * 4 * sum(size.learnt.values())
     weights = s.link_seconds(moved * (ranks - 1) / ranks, hardware)
-    updates = work.task.critic_turns + 1 if work.task.objective == "dmd" else 1
+    updates = work.job.critic_turns + 1 if work.job.objective == "dmd" else 1
     stepping = 0.0
     if parallel.cpu_offload:  # shards come up and gradients go down the same bus; the optimizer runs on the host
         weights += s.host_seconds((passes * model + 4 * gradients * sum(size.learnt.values())) / ranks, hardware)
         stepping = updates * UPDATE_BYTES * sum(size.learnt.values()) / (HOST_MEMORY_GBPS * s.GIGA)
     exchanged = 4 * forwards * work.clip * work.token_bytes * work.model.trunk.num_layers / share * (share - 1) / share
-    operations = 2 * forwards * _forward(work) * work.task.batch_size / share
+    operations = 2 * forwards * _forward(work) * work.job.batch_size / share
     compute, activations = operations / s.rate(hardware), s.link_seconds(exchanged, hardware)
     return s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
 
 
-def _flow_match_passes(work: Training, steps: int) -> tuple[float, float, float]:
+def _flow_match_passes(work: Training) -> tuple[float, float, float]:
     """(forwards of a clip, passes over the weights, gradients) of a batch: forward, again, and a gradient of weights and inputs."""
-    again = 1 if work.task.recompute else 0
+    again = 1 if work.job.recompute else 0
     return 3 + again, 2, 1
 
 
-def _dmd_passes(work: Training, steps: int) -> tuple[float, float, float]:
+def _dmd_passes(work: Training) -> tuple[float, float, float]:
     """The same of a critic's turns, each with a rollout, and a student's with one, teacher and critic, and its replay."""
-    task, blocks = work.task, work.blocks
-    again, guided = 1 if task.recompute else 0, 2 if task.teacher_guide_scale != 1 else 1
+    job, blocks = work.job, work.blocks
+    again, guided = 1 if job.recompute else 0, 2 if job.teacher_guide_scale != 1 else 1
     block = block_multiply_adds(work.model, work.grid, blocks=work.model.rollout.window_blocks) / _forward(work)
-    rollout = steps * blocks * block
+    rollout = job.steps * blocks * block
     critic, student = rollout + 2 + again, rollout + 1 + guided + blocks * block * (2 + again)
-    passes = task.critic_turns * (steps * blocks + 3) + steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
-    return task.critic_turns * critic + student, passes, task.critic_turns + blocks
+    passes = job.critic_turns * (job.steps * blocks + 3) + job.steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
+    return job.critic_turns * critic + student, passes, job.critic_turns + blocks
 
 
-PASSES: Mapping[str, Callable[[Training, int], tuple[float, float, float]]] = {"dmd": _dmd_passes, "flow_match": _flow_match_passes}
+PASSES: Mapping[str, Callable[[Training], tuple[float, float, float]]] = {"dmd": _dmd_passes, "flow_match": _flow_match_passes}
 
 
 def _forward(work: Training) -> int:
     """Multiply-adds of a sample seen as a clip."""
-    return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=bool(work.task.past))
+    return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=work.motion)
 
 
-def _changes(config: PlanConfig) -> Iterator[Change[TrainingPlan]]:
-    """The smallest change of each kind that makes it fit, each found by planning it."""
-    for kind in (_other_plans, _smaller_batches, _recomputing, _smaller_adapters, _shorter_windows, _smaller_sizes):
-        for sentence, options, changed in kind(config):
-            best = _ranked(changed)[0]
-            if best.missing_gib(config.hardware) == 0:
-                yield Change(sentence, options, best)
-                break
+def smaller_batches(work: Training) -> Changed:
+    """Fewer samples at once."""
+    size = work.job.batch_size
+    for fewer in range(size - 1, 0, -1):
+        yield f"{fewer} samples at once instead of {size}", (f"budget.batch_size={fewer}",), _changed(work, batch_size=fewer)
 
 
-def _other_plans(config: PlanConfig) -> Changed:
-    if config.parallel.name != "auto":
-        changed = replace(config, parallel=replace(config.parallel, name="auto", context=1, cpu_offload=False))
-        best = _ranked(changed)[0]
-        yield f"another plan: {best.name}", ("parallel=auto",), changed
+def recomputing(work: Training) -> Changed:
+    """Layers made again."""
+    if not work.job.recompute:
+        sentence = "layers made again for the gradient instead of remembered"
+        yield sentence, ("speed.recompute=true",), _changed(work, recompute=True)
 
 
-def _smaller_batches(config: PlanConfig) -> Changed:
-    task = config.task
-    for fewer in range(task.batch_size - 1, 0, -1):
-        changed = replace(config, task=replace(task, batch_size=fewer))
-        yield f"{fewer} samples at once instead of {task.batch_size}", (f"task.batch_size={fewer}",), changed
-
-
-def _recomputing(config: PlanConfig) -> Changed:
-    if not config.task.recompute:
-        changed = replace(config, task=replace(config.task, recompute=True))
-        yield "layers made again for the gradient instead of remembered", ("task.recompute=true",), changed
-
-
-def _smaller_adapters(config: PlanConfig) -> Changed:
-    learn = config.task.learn
+def smaller_adapters(work: Training) -> Changed:
+    """Adapters of half the rank, and so on."""
+    learn = work.job.learn
     rank = learn.rank // 2
     while rank >= SMALLEST_RANK:
-        changed = replace(config, task=replace(config.task, learn=replace(learn, rank=rank)))
-        yield f"adapters of rank {rank} instead of {learn.rank}", (f"task.learn.rank={rank}",), changed
+        smaller = _changed(work, learn=replace(learn, rank=rank))
+        yield f"adapters of rank {rank} instead of {learn.rank}", (f"objective.learn.rank={rank}",), smaller
         rank //= 2
 
 
-def _shorter_windows(config: PlanConfig) -> Changed:
-    task, step = config.task, config.model.rollout.block_frames if config.task.objective == "dmd" else 1
-    for fewer in range(task.window - step, task.past, -step):
-        changed = replace(config, task=replace(task, window=fewer))
-        yield f"samples of {fewer} latent frames instead of {task.window}", (f"task.window={fewer}",), changed
+def shorter_samples(work: Training) -> Changed:
+    """Fewer latent frames in a sample; whole blocks where a rollout makes them."""
+    job, step = work.job, work.model.rollout.block_frames if work.job.objective == "dmd" else 1
+    for fewer in range(job.window - step, job.past, -step):
+        yield f"samples of {fewer} latent frames instead of {job.window}", (f"data.window={fewer}",), _changed(work, window=fewer)
 
 
-def _smaller_sizes(config: PlanConfig) -> Changed:
-    work = training(config)
-    return smaller_sizes(config, work.width, work.height)
-
-
-def _notes(config: PlanConfig) -> Sequence[str]:
-    """What the plan took for granted."""
-    task = config.task
-    learns = f"adapters of rank {task.learn.rank}" if task.learn.rank else "weights themselves"
-    notes = [f"a 'block' below is a step of {task.accumulate} batches of {task.batch_size}; {learns} learn, in {task.precision}"]
-    if not config.model.resolution and config.video.size == PHOTO_SIZE:
-        notes.append(
-            "video.size=photo: a training has no photograph, so the usual 704x384 is planned; video.size=WIDTHxHEIGHT plans another"
-        )
-    return [*notes, f"latents, text rows and speech features are made beforehand ({written('precompute')}), so that no encoder is here"]
+def _changed(work: Training, **changes: object) -> Training:
+    return replace(work, job=replace(work.job, **changes))

@@ -1,13 +1,15 @@
-"""What is to be made, in whole numbers: tokens, keys, steps, bytes of a number. The planner's only view of a job."""
+"""What is to be made or learnt, in whole numbers: tokens, keys, steps, bytes of a number. The planner's only view of a job."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
-from sonic.config import PHOTO_SIZE, ModelConfig, parse_size, precision_of
+from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, parse_size, precision_of
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
-from sonic.model.counts import Grid, block_multiply_adds, forward_multiply_adds, memory_tokens
+from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
 
 ASSUMED_SIZE = "704x384"  # of a photograph nobody has seen yet
@@ -15,22 +17,49 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One video: `width` and `height` as the model sees it, sampling steps, and how it is made (clip_frames 0 = as a stream)."""
+class Work:
+    """What videos and trainings have in common: `width` and `height` as the model sees them."""
 
     model: ModelConfig
     width: int
     height: int
-    steps: int
-    guided: bool = False
-    clip_frames: int = 0
-    dtype_bytes: int = 2
 
     @property
     def grid(self) -> Grid:
         """Rows and columns of patches."""
         _, rows, columns = self.model.trunk.patch_size
         return self.height // PIXELS_PER_LATENT // rows, self.width // PIXELS_PER_LATENT // columns
+
+    @property
+    def memory(self) -> int:
+        """Tokens of the reference and the past."""
+        return memory_tokens(self.model, self.grid, motion=self.motion)
+
+    @property
+    def query_tokens(self) -> int:
+        """Tokens of a sample that are denoised at once."""
+        return self.latent_frames * prod(self.grid)
+
+    @property
+    def display_s(self) -> float:
+        """Seconds that what comes out at once is shown for; 0 = nobody looks."""
+        return 0.0
+
+    def resized(self, width: int, height: int) -> Work:
+        """The same at the size that the model makes of another one."""
+        width, height = wan_size(width, height, width * height)
+        return replace(self, width=width, height=height)
+
+
+@dataclass(frozen=True)
+class Workload(Work):
+    """One video: sampling steps, and how it is made (clip_frames 0 = as a stream)."""
+
+    steps: int
+    guided: bool = False
+    clip_frames: int = 0
+    dtype_bytes: int = 2
+    schedule: str = ""
 
     @property
     def frames(self) -> int:
@@ -51,16 +80,6 @@ class Workload:
     def motion(self) -> bool:
         """Whether the past is remembered as tokens."""
         return bool(self.model.motion.buckets)
-
-    @property
-    def memory(self) -> int:
-        """Tokens of the reference and the past."""
-        return memory_tokens(self.model, self.grid, motion=self.motion)
-
-    @property
-    def query_tokens(self) -> int:
-        """Tokens that are denoised at once."""
-        return self.latent_frames * prod(self.grid)
 
     @property
     def tokens(self) -> int:
@@ -107,27 +126,164 @@ class Workload:
         return replace(self, model=model)
 
 
+@dataclass(frozen=True)
+class TrainingJob:
+    """What of a recipe decides over memory and time."""
+
+    name: str
+    objective: str  # dmd or flow_match
+    window: int  # latent frames of a sample
+    past: int  # of these, at its front, motion memory
+    batch_size: int  # samples that a rank works on at once
+    accumulate: int  # batches of a step, all ranks together
+    precision: str
+    recompute: bool
+    learn: AdapterConfig
+    steps: int = 1  # dmd: sampling steps of a rollout
+    critic_turns: int = 0  # dmd: updates of the critic before each of the student
+    teacher_guide_scale: float = 1.0  # dmd: 1 = off, and half the work
+
+
+@dataclass(frozen=True)
+class Training(Work):
+    """One training at one size."""
+
+    job: TrainingJob
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a number in the precision that it computes in."""
+        return DTYPE_BYTES[self.job.precision]
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a sample, those that are only told left out."""
+        return self.job.window - self.job.past
+
+    @property
+    def motion(self) -> bool:
+        """Whether the past is remembered as tokens."""
+        return bool(self.job.past)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a rollout."""
+        return self.latent_frames // self.model.rollout.block_frames
+
+    @property
+    def clip(self) -> int:
+        """Tokens of one sample that pass through the layers together when it is seen as a clip."""
+        return self.query_tokens + self.memory
+
+    @property
+    def block(self) -> int:
+        """The same of one block of its rollout."""
+        return self.model.rollout.block_frames * prod(self.grid)
+
+    @property
+    def ring(self) -> int:
+        """Tokens that one ring of a rollout holds."""
+        return self.memory + self.model.rollout.window_blocks * self.block
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token, of all samples that a rank works on at once."""
+        return self.job.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
+
+    @property
+    def frames(self) -> int:
+        """Video frames that a step learns from."""
+        return FRAMES_PER_LATENT * self.latent_frames * self.job.batch_size * self.job.accumulate
+
+    @property
+    def learners(self) -> int:
+        """Roles that learn."""
+        return 2 if self.job.objective == "dmd" else 1
+
+
 def workload(config: PlanConfig) -> Workload:
     """The job of a planner's config. Raises ValueError for a size that cannot be cut into patches."""
     model = config.model
-    width, height = _size(config)
-    _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
-    if width % columns or height % rows:
-        raise ValueError(f"{width}x{height} cannot be cut into patches of {columns}x{rows} pixels; use multiples of them")
     return Workload(
         model,
-        width,
-        height,
+        *size_for(model, config.video),
         steps=config.sampler.sample_steps,
         guided=config.sampler.sample_guide_scale != 1,
         clip_frames=config.video.infer_frames if model.rollout.clip_frames else 0,
         dtype_bytes=DTYPE_BYTES[precision_of(config.run.dtype, model)],
+        schedule=config.sampler.schedule,
     )
 
 
-def _size(config: PlanConfig) -> tuple[int, int]:
-    """(width, height) as the model sees the video."""
-    if config.model.resolution:
-        return config.model.resolution, config.model.resolution
-    width, height = parse_size(ASSUMED_SIZE if config.video.size == PHOTO_SIZE else config.video.size)
-    return wan_size(width, height, width * height)
+def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
+    """(width, height) as the model sees a video. Raises ValueError for a size that cannot be cut into patches."""
+    width, height = parse_size(ASSUMED_SIZE if video.size == PHOTO_SIZE else video.size)
+    width, height = (model.resolution, model.resolution) if model.resolution else wan_size(width, height, width * height)
+    _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
+    if width % columns or height % rows:
+        raise ValueError(f"{width}x{height} cannot be cut into patches of {columns}x{rows} pixels; use multiples of them")
+    return width, height
+
+
+class WeightGroup(NamedTuple):
+    """Numbers of the transformer that bear a name, in the unit that is gathered with them; `linear` = (in, out) of a linear layer."""
+
+    name: str
+    unit: str
+    numbers: int
+    linear: tuple[int, int] | None = None
+
+
+def parts(config: ModelConfig) -> Iterator[WeightGroup]:
+    """Everything the transformer consists of, by name, in the units that a training's sharding gathers."""
+    dim, ffn = config.trunk.hidden_dim, config.trunk.ffn_dim
+    ends, audio = end_weights(config), config.audio
+    patch = config.trunk.latent_channels * prod(config.trunk.patch_size)
+    for name in ("patch_embed", "pose_embed", "roles"):
+        yield WeightGroup(name, "", ends[name])
+    if config.motion.buckets:
+        for name, scale in zip(("newest", "middle", "oldest"), PACK_SCALES, strict=True):
+            yield WeightGroup(f"frame_pack.{name}", "frame_pack", (patch * scale**3 + 1) * dim)
+    for name, inner, outer in (("expand", config.trunk.freq_dim, dim), ("out", dim, dim), ("project", dim, 6 * dim)):
+        yield _linear(f"time_embed.{name}", "time_embed", inner, outer=outer)
+    for name, inner in (("expand", config.text.text_dim), ("out", dim)):
+        yield _linear(f"text_embed.{name}", "text_embed", inner, outer=dim)
+    yield WeightGroup("audio_encoder", "", ends["audio_encoder"] - dim * dim - dim)
+    yield _linear("audio_encoder.out", "", dim, outer=dim)
+    for layer in range(config.trunk.num_layers):
+        unit = f"blocks.{layer}"
+        yield WeightGroup(unit, unit, block_weights(config)["rest"])
+        for attention in ("self_attention", "text_attention"):
+            yield from _attention(f"{unit}.{attention}", unit, dim)
+        yield _linear(f"{unit}.mlp_in", unit, dim, outer=ffn)
+        yield _linear(f"{unit}.mlp_out", unit, ffn, outer=dim)
+    for index, _ in enumerate(audio.inject_layers):
+        unit = f"audio_injectors.{index}"
+        yield _linear(f"{unit}.modulation", unit, dim, outer=2 * dim)
+        yield from _attention(f"{unit}.attention", unit, dim)
+    yield WeightGroup("head", "", 2 * dim)
+    yield _linear("head.project", "", dim, outer=patch)
+
+
+def learnt(work: Training) -> dict[str, int]:
+    """Numbers that one role learns, by the unit that holds them: its adapters, or the weights themselves."""
+    learn, found = work.job.learn, {}
+    for part in parts(work.model):
+        words = part.name.split(".")
+        if learn.targets and not any(target in words for target in learn.targets):
+            continue
+        adapters = learn.rank * sum(part.linear) if part.linear else 0
+        size = adapters if learn.rank else part.numbers
+        if size:
+            found[part.unit] = found.get(part.unit, 0) + size
+    return found
+
+
+def _linear(name: str, unit: str, inner: int, *, outer: int) -> WeightGroup:
+    return WeightGroup(name, unit, inner * outer + outer, (inner, outer))
+
+
+def _attention(name: str, unit: str, dim: int) -> Iterator[WeightGroup]:
+    for letter in ("q", "k", "v", "out"):
+        yield _linear(f"{name}.to_{letter}", unit, dim, outer=dim)
+    yield WeightGroup(f"{name}.norms", unit, 2 * dim)

@@ -1,1 +1,1 @@
-"""The mathematics of flow matching: tensors in, tensors out, no models."""
+"""Flow matching without models: the path between noise and data, noise schedules, samplers, and guidance, as functions of tensors."""

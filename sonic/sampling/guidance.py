@@ -1,4 +1,4 @@
-"""Wrappers of a velocity that push the result towards a condition."""
+"""Wrappers of a velocity function that strengthen a condition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Wrapper = Callable[[Velocity], Velocity]
 
 
 def guidance(unconditional: Velocity, scale: float) -> Wrapper:
-    """Away from the unconditional velocity: u + scale·(c - u); at scale 1 the second evaluation is not made.
+    """A wrapper that turns the conditional velocity c into u + scale·(c - u), u the unconditional one; at scale 1 u is not evaluated.
 
     Source: classifier-free guidance, arXiv 2207.12598.
     """

@@ -1,7 +1,7 @@
-"""Samplers: from noise to clean latents along a velocity field; they know tensors, not models.
+"""Samplers: they integrate a velocity field from noise to clean latents. No models.
 
-Each is a coroutine that yields where it needs the velocity, is sent it, and returns the clean latents, so that a scheduler with several
-blocks in flight can answer them in any order. A new sampler is a coroutine and its entry in SAMPLERS.
+Each is a coroutine that yields a query for the velocity, is sent the answer, and returns the clean latents, so that a scheduler with
+several blocks in flight can answer their queries in any order. A new sampler is a coroutine and its entry in SAMPLERS.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B
 
 
 class Query(NamedTuple):
-    """Where a sampler needs the velocity: latents x [B,C,T,H,W], their noise level sigma [B], and the sampling step (0..n-1) whose noise
-    level that is."""
+    """A sampler's query for the velocity: latents x [B,C,T,H,W], their noise level sigma [B], and the sampling step (0..n-1) with that
+    noise level."""
 
     x: Tensor
     sigma: Tensor
@@ -33,24 +33,24 @@ SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent t
 
 
 def every_step(steps: int) -> list[int]:
-    """One velocity for every sampling step."""
+    """The steps queried by a sampler that needs one velocity per step."""
     return list(range(steps))
 
 
 def both_ends(steps: int) -> list[int]:
-    """The velocity at both ends of every sampling step; at the end of the last one there is none."""
+    """The steps queried by a sampler that needs the velocity at both ends of each step, except at the end of the last one."""
     return [step for index in range(steps) for step in (index, index + 1) if step < steps]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A coroutine (noise, sigmas [n+1] from 1 to 0, rng), and the steps of the velocities that it asks for when there are n of them."""
+    """A coroutine (noise, sigmas [n+1] from 1 to 0, rng), and the function that gives the steps it queries, in order, for n steps."""
 
     coroutine: Callable[[Tensor, Tensor, torch.Generator], SamplerCoroutine]
     steps_queried: Callable[[int], list[int]] = every_step
 
     def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
-        """Sample with a velocity that is known at once."""
+        """Sample with a velocity function that is called at every query."""
         queries, answer = self.coroutine(noise, sigmas, rng), None
         while True:
             try:
@@ -61,7 +61,7 @@ class Sampler:
 
 
 def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
-    """Straight steps of dx/dsigma = velocity, one evaluation each. Source: rectified flow, arXiv 2209.03003."""
+    """Euler steps of dx/dsigma = velocity, one evaluation each. Source: rectified flow, arXiv 2209.03003."""
     x = noise
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
         x = x + (then - now) * (yield Query(x, _level(now, x), step))
@@ -69,7 +69,7 @@ def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
 
 
 def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
-    """Steps along the mean of the slopes at both ends, two evaluations each but for the last. Source: EDM, arXiv 2206.00364, alg. 1."""
+    """Heun steps along the mean velocity of both ends, two evaluations each except the last. Source: EDM, arXiv 2206.00364, alg. 1."""
     x = noise
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
         slope = yield Query(x, _level(now, x), step)
@@ -79,7 +79,7 @@ def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutin
 
 
 def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
-    """The predictor-corrector of order 2 that Wan is published with; it rounds noise levels down to whole timesteps of 1000.
+    """UniPC of order 2, the predictor-corrector that Wan is published with; it rounds noise levels down to whole timesteps of 1000.
 
     Source: UniPC, arXiv 2302.04867.
     """
@@ -96,18 +96,18 @@ def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
 
 
 def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
-    """The multistep solver of order 2 on the clean latents, its last step of order 1; it asks at whole timesteps of 1000, as Wan does.
+    """DPM-Solver++(2M), multistep of order 2, its last step of order 1; the model gets whole timesteps of 1000, as in Wan.
 
-    Source: DPM-Solver++(2M), arXiv 2211.01095, alg. 2, with the midpoint's weight.
+    Source: arXiv 2211.01095, alg. 2, with the midpoint's weight.
     """
-    x, older, last_stride = noise, None, math.inf
+    x, previous, last_stride = noise, None, math.inf
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
         clean = x - now * (yield Query(x, _level(int(TIMESTEPS * now) / TIMESTEPS, x), step))
         stride = _log_snr(then) - _log_snr(now)
         bend = stride / last_stride if math.isfinite(last_stride) and then > 0 else 0.0
-        ahead = clean if older is None or bend == 0 else clean + bend / 2 * (clean - older)
+        ahead = clean if previous is None or bend == 0 else clean + bend / 2 * (clean - previous)
         x = then / now * x - (1 - then) * math.expm1(-stride) * ahead
-        older, last_stride = clean, stride
+        previous, last_stride = clean, stride
     return x
 
 

@@ -1,4 +1,4 @@
-"""Which noise levels a sampler visits: explicit lists of sigmas that fall from (nearly) 1 to 0."""
+"""Noise schedules: explicit lists of sigmas that fall from 1, or nearly 1, to 0."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sonic.types import pick
 
 Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 sigmas, falling, the last one 0
 
-HIGHEST_UNIPC_SIGMA = 0.9990000128746033  # 1 - 1/1000 as the published tables hold it
-TIMESTEPS = 1000  # noise levels that the published models count; a timestep is 1000·sigma
+HIGHEST_UNIPC_SIGMA = 0.9990000128746033  # 1 - 1/1000 in the precision of the published tables
+TIMESTEPS = 1000  # timesteps of the published models; a timestep is 1000·sigma
 LIVE_AVATAR_SHIFT = 3.0
-LIVE_AVATAR_TABLES = {  # sigmas by number of steps; the model was distilled for the four, the last of which moves by 0.009 only
+LIVE_AVATAR_TABLES = {  # sigmas by number of steps; the model was distilled for 4, of which the last changes sigma by only 0.009
     3: [1.0, 0.8576923076923076, 0.6021505376344086, 0.0],
     4: [1.0, 0.8576923076923076, 0.6021505376344086, 0.008928571428571334, 0.0],
 }
-TOUCH_UP_FROM = 4  # steps
+TOUCH_UP_FROM = 4  # smallest number of steps of which the last is the short one from 0.009 to 0
 
 
 def shift_up(sigma: float, shift: float) -> float:
-    """Move a noise level up (shift > 1): shift·sigma / (1 + (shift - 1)·sigma). Source: SD3, arXiv 2403.03206, eq. 23."""
+    """The shifted noise level shift·sigma / (1 + (shift - 1)·sigma), higher for shift > 1. Source: SD3, arXiv 2403.03206, eq. 23."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -32,25 +32,26 @@ def linear(steps: int, shift: float = 3.0) -> list[float]:
 
 
 def unipc(steps: int, shift: float = 3.0) -> list[float]:
-    """The table the published UniPC solver walks: it starts one training step below 1."""
+    """The noise levels of the published UniPC solver, which start one training timestep below 1."""
     return [shift_up(HIGHEST_UNIPC_SIGMA * (1 - index / steps), shift) for index in range(steps)] + [0.0]
 
 
 def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
-    """The table of the published few-step rollout: the ends of the range are shifted before its points are, so the
-    last step is a touch-up (four steps: 1, .858, .602, .009, 0)."""
+    """The noise levels of the published few-step rollout: the ends of the range are shifted first, then the points between them, so
+    the last step is very short (four steps: 1, .858, .602, .009, 0)."""
     lowest, intervals = shift_up(1 / TIMESTEPS, shift), max(1, steps - 1)
     return [shift_up(1 - (1 - lowest) * index / intervals, shift) for index in range(steps)] + [0.0]
 
 
 def live_avatar(steps: int, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
-    """The noise levels of Live Avatar: its table where there is one for so many steps, else the rule; `shift` is in both already."""
+    """The noise levels of Live Avatar: its table where it has one for this number of steps, else its rule. Both already contain the
+    shift, so `shift` is not read."""
     return LIVE_AVATAR_TABLES.get(steps) or live_avatar_rule(steps)
 
 
 def live_avatar_rule(steps: int) -> list[float]:
-    """What the tables of Live Avatar have in common, for any number of steps: the range twice shifted, and the touch-up at its end from
-    four steps on. With fewer, every step counts (1, .751, 0; the published program would take 1, .009, 0: `twice_shifted`)."""
+    """The rule behind the tables of Live Avatar, for any number of steps: `twice_shifted` with its very short last step from four steps
+    on, without it below (two steps: 1, .751, 0, where `twice_shifted`, the published program, has 1, .009, 0)."""
     if steps >= TOUCH_UP_FROM:
         return twice_shifted(steps, LIVE_AVATAR_SHIFT)
     return [*twice_shifted(steps + 1, LIVE_AVATAR_SHIFT)[:steps], 0.0]
@@ -62,7 +63,7 @@ def live_avatar_4step(steps: int = 4, shift: float = LIVE_AVATAR_SHIFT) -> list[
 
 
 def live_avatar_3step(steps: int = 3, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
-    """The same table without the touch-up at its end. Raises ValueError for other numbers of steps."""
+    """Live Avatar's table of three steps: that of four without its very short last step. Raises ValueError for other numbers of steps."""
     return _table("live_avatar_3step", 3, steps)
 
 
@@ -73,7 +74,7 @@ def _table(name: str, own: int, steps: int) -> list[float]:
 
 
 def is_table(name: str, steps: int) -> bool:
-    """Whether the levels of a schedule are a table that the model was published with, not computed for so many steps."""
+    """Whether a schedule with this number of steps is one of the tables published with Live Avatar, not computed."""
     return SCHEDULES.get(name) in (live_avatar, live_avatar_4step, live_avatar_3step) and steps in LIVE_AVATAR_TABLES
 
 

@@ -1,1 +1,1 @@
-"""Synthetic training data: drawn people whose mouths are known exactly, and spoken sentences with known phoneme times."""
+"""Synthetic training data: drawn people with exactly known mouths, and synthesised sentences with known phoneme times."""

@@ -1,7 +1,7 @@
-"""Draws people who do not exist, in the canonical face crop, with the place and shape of the mouth known exactly.
+"""Draws faces of people who do not exist, in the canonical face crop, with exactly known position and shape of the mouth.
 
-Half of what the model must learn is to leave a photograph alone, so skin, hair and background carry photographic texture, and
-some pictures are plain photographs with lips painted on.  What moves the pictures is in puppet.py.
+The model must learn to leave a photograph as it is, so skin, hair and background have photographic texture, and some pictures
+are photographs with lips drawn on them.  Animation is in puppet.py.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TEXTURES = (
 
 @dataclass(frozen=True)
 class Identity:
-    """One drawn person: `picture` uint8 [R,R,3] at rest and where the mouth is in it."""
+    """A drawn person: `picture` uint8 [R,R,3] at rest, and the shape of the mouth in it."""
 
     picture: np.ndarray
     mouth: puppet.MouthShape
@@ -34,9 +34,9 @@ class Identity:
 def draw_identity(
     rng: np.random.Generator, resolution: int, *, split: str = "train", jitter: float = 1.0, photographs: float = 0.25
 ) -> Identity:
-    """A new person at rest.  `split` keeps the people of "train" and "test" apart; `jitter` scales how far the crop is off.
+    """Draw a new person at rest.  Splits "train" and "test" share no people; `jitter` scales the error of the crop's alignment.
 
-    A share `photographs` of them is no person but a lip painted on a photograph of anything, good for training only.
+    A share `photographs` of the "people" is a photograph of anything with lips drawn on it, for training only.
 
     Raises ValueError for another split.
     """
@@ -51,14 +51,14 @@ def draw_identity(
 
 
 def animate(identity: Identity, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, MotionLayers]:
-    """The person speaking.  visemes [F,5], pose [F,4] or None -> frames [F,3,R,R] in [-1,1] and the motion behind them."""
+    """Animate a person.  visemes [F,5], pose [F,4] or None -> frames [F,3,R,R] in [-1,1] and the motion that made them."""
     picture = torch.from_numpy(identity.picture).permute(2, 0, 1).float() / 255
     motion = puppet.move(identity.mouth, visemes, pose, resolution=picture.shape[-1])
     return puppet.apply(picture, motion).clamp(0, 1) * 2 - 1, motion
 
 
 def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) -> Tensor:
-    """A gently moving head that blinks now and then, at 25 fps.  -> [F,4] roll, shift x, shift y, blink"""
+    """Random smooth head motion with occasional blinks, at 25 fps.  -> [F,4] roll, shift x, shift y, blink"""
     seconds = np.arange(frames) / 25
     track = np.zeros((frames, 4), np.float32)
     for column, amplitude in enumerate((0.045, 0.02, 0.014)):
@@ -73,7 +73,7 @@ def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) ->
 
 
 def _position_mouth(rng: np.random.Generator, resolution: int, jitter: float) -> puppet.MouthShape:
-    """The canonical place of the mouth, as far off as a face finder would be."""
+    """The canonical mouth position plus the typical error of face detection."""
     near = lambda sigma: float(np.clip(rng.normal(0, sigma), -2.2 * sigma, 2.2 * sigma)) * jitter  # noqa: E731
     unit = MOUTH_UNIT * resolution * float(np.exp(near(0.09)))
     x, y = (anchor * resolution + near(0.016) * resolution for anchor in MOUTH_ANCHOR)
@@ -107,7 +107,7 @@ def _drawn_person(painter: Painter) -> np.ndarray:
 
 
 def _photograph_background(painter: Painter) -> np.ndarray:
-    """Any photograph with lips painted on: the model must learn to warp what is there, whatever it is."""
+    """A photograph of anything, on which lips are drawn: the model must learn to warp any content."""
     rng = painter.rng
     if rng.random() < 0.5:
         painter.soften_background()
@@ -118,7 +118,7 @@ def _photograph_background(painter: Painter) -> np.ndarray:
 
 @lru_cache
 def _library() -> tuple[np.ndarray, ...]:
-    """The photographs that scikit-image carries in its wheel, as float32 RGB in [0,1]."""
+    """The photographs bundled with scikit-image, as float32 RGB in [0,1]."""
     from skimage import color, data, img_as_float32
 
     pictures = [img_as_float32(getattr(data, name)()) for name in TEXTURES]
@@ -137,7 +137,7 @@ def _photo(rng: np.random.Generator, resolution: int) -> np.ndarray:
 
 
 def _camera(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    """Exposure, white balance, softness and grain of a random camera."""
+    """Apply the exposure, white balance, blur and grain of a random camera."""
     from scipy.ndimage import gaussian_filter
 
     picture = np.clip(picture, 0, 1) ** rng.uniform(0.75, 1.3) * rng.uniform(0.8, 1.1) * rng.normal(1, 0.03, 3)

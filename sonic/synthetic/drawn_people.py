@@ -1,4 +1,4 @@
-"""Drawn people in motion with everything known, made as they are needed: what the autoencoder learns from."""
+"""Endless data set of short clips of drawn people with exactly known motion, for training the autoencoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sonic.synthetic import draw_face, puppet
 
 
 def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
-    """A mouth that glides between random shapes, rest among them.  -> [F,5]"""
-    keys = int(rng.integers(2, max(3, frames + 1)))  # up to another shape in every frame: lips close within 70 ms
+    """Smooth random visemes: interpolates between random mouth shapes, some of them at rest.  -> [F,5]"""
+    keys = int(rng.integers(2, max(3, frames + 1)))  # up to one new shape per frame: lips close within 70 ms
     targets = np.zeros((keys, 5), np.float32)
     for row in targets:
         kind = rng.random()
@@ -32,17 +32,16 @@ def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
 
 
 def mouth_focus(shape: puppet.MouthShape, resolution: int, scale: int) -> Tensor:
-    """How much each place matters to a mouth: 1 at the lips, falling to 0 beyond the chin.  -> [R/scale,R/scale]"""
+    """Loss weight of the mouth region: 1 at the lips, falling to 0 beyond the chin.  -> [R/scale,R/scale]"""
     centres = (torch.arange(resolution // scale) + 0.5) * scale
     y, x = torch.meshgrid((centres - shape.y) / shape.unit, (centres - shape.x) / shape.unit, indexing="ij")
     return torch.exp(-((x / 1.7) ** 4) - ((y - 0.4) / 1.5) ** 4)
 
 
 def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, split: str = "train") -> dict[str, Tensor]:
-    """One person for a moment.
+    """A few frames of one drawn person.
 
-    picture [3,R,R] in [-1,1]; visemes [F,5] and head [F,4], and the motion at R/2 that they make, see motion_targets;
-    focus [R/2,R/2].
+    picture [3,R,R] in [-1,1]; visemes [F,5], head [F,4] and the motion they cause at R/2 (see motion_targets); focus [R/2,R/2].
     """
     identity = draw_face.draw_identity(rng, resolution, split=split)
     pose = None
@@ -57,8 +56,9 @@ def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, sp
 
 
 def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | None, *, resolution: int) -> dict[str, Tensor]:
-    """What moves, at half the picture's resolution and zero where it has no meaning: displacement where the mouth is open and
-    no picture is warped, colour where it is closed.  -> flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]
+    """Motion targets at half the picture's resolution.  -> flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]
+
+    Undefined values are zero: flow where the interior of the mouth covers the picture, colour where it does not show.
     """
     motion = puppet.move(shape.scaled(0.5), visemes, pose, resolution=resolution // 2)
     return {
@@ -69,7 +69,7 @@ def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | Non
 
 
 class DrawnFaces(Dataset):
-    """People without end: an item is asked for by (index, seed) and drawn from the seed alone, so that a run resumes exactly."""
+    """Endless drawn people. The key of an item is (index, seed) and the item depends on the seed alone, so that a run resumes exactly."""
 
     def __init__(self, folder: str = "", *, window: int = 2, resolution: int = 192, split: str = "train") -> None:
         self.frames, self.resolution, self.split = FRAMES_PER_LATENT * (window or 2), resolution, split

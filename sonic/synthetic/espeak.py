@@ -1,4 +1,4 @@
-"""The espeak-ng library of the espeakng-loader wheel, through ctypes: text in, samples and dated phonemes out."""
+"""Binding to the espeak-ng library of the espeakng-loader wheel (ctypes): text to samples and phonemes with their times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from sonic.types import pick
 
-DRAWN = "drawn"  # the speaker whose file is given with the text
+DRAWN = "drawn"  # name of the speaker whose voice variant is passed with the text
 
 
 class _Event(ctypes.Structure):
@@ -39,11 +39,11 @@ _VOLUME, _VOLUME_VALUE = 2, 60  # at the default of 100 some voices clip
 
 
 class EspeakEngine:
-    """One loaded copy of the espeak-ng library, good for one text."""
+    """One loaded copy of the espeak-ng library; use it for one text only."""
 
     def __init__(self, library: ctypes.CDLL, data: str) -> None:
         self.library, self.sound, self.events = library, [], []
-        self.callback = _Callback(self._receive)  # kept: the library holds only its address
+        self.callback = _Callback(self._receive)  # kept alive: the library stores only its address
         self.rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _PHONEME_EVENTS | _IPA | _DONT_EXIT)
         if self.rate <= 0:
             raise RuntimeError(f"espeak-ng did not start from {data}; reinstall it: pip install --force-reinstall espeakng-loader")
@@ -60,11 +60,11 @@ class EspeakEngine:
         return 0
 
     def synthesise(self, text: str, voice: str, *, seed: int, manner: dict[str, int]) -> tuple[np.ndarray, list[tuple[float, str]], int]:
-        """Samples, (start s, IPA) of every phoneme, and the sample rate in Hz."""
+        """Synthesise a text: samples, (start s, IPA) of every phoneme, and the sample rate in Hz."""
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice={voice} is unknown to espeak-ng; choose an accent and a speaker of sonic/synthetic/speakers.py")
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-        _c_library().srand(ctypes.c_uint(seed))  # breathy voices draw their noise from here
+        _c_library().srand(ctypes.c_uint(seed))  # breathy voices take their noise from rand()
         self.library.espeak_SetParameter(_VOLUME, _VOLUME_VALUE, 0)
         for name, value in manner.items():
             self.library.espeak_SetParameter(pick(_PARAMETERS, name, "manner"), value, 0)
@@ -81,10 +81,10 @@ def _c_library() -> ctypes.CDLL:
 
 @contextmanager
 def espeak(language: str, variant: str = "") -> Iterator[EspeakEngine]:
-    """A freshly loaded library (0.2 ms): espeak-ng keeps hidden state from text to text, which would break `same seed, same samples`.
+    """Load a fresh copy of the library (0.2 ms): espeak-ng keeps state between texts, so reuse would make samples depend on history.
 
-    `variant` is the text of a voice variant file, as in espeak-ng's own voices/!v; it speaks under the name of DRAWN, and then only
-    `language` ("pt" of "pt-br") can be spoken.
+    `variant` is the text of a voice variant file, as in espeak-ng's voices/!v; it becomes the speaker DRAWN, and then only `language`
+    ("pt" of "pt-br") can be spoken.
     """
     try:
         import espeakng_loader
@@ -103,12 +103,12 @@ def espeak(language: str, variant: str = "") -> Iterator[EspeakEngine]:
 
 @contextmanager
 def _with_variant(data: Path, language: str, variant: str) -> Iterator[Path]:
-    """espeak-ng's data with one voice variant instead of its own: it reads them from nowhere else."""
+    """A temporary espeak-ng data folder with one voice variant in place of its own, since it reads variants from no other place."""
     with tempfile.TemporaryDirectory(prefix="voice_") as name:
         folder = Path(name)
         (folder / "voices" / "!v").mkdir(parents=True)
         (folder / "voices" / "!v" / DRAWN).write_text(variant)
-        for entry in data.iterdir():  # a hundred dictionaries take longer to link than a sentence to speak
+        for entry in data.iterdir():  # linking all dictionaries takes longer than speaking a sentence
             if entry.name in (f"{language}_dict", "en_dict") or not entry.name.endswith(("voices", "_dict")):
                 (folder / entry.name).symlink_to(entry)
         yield folder

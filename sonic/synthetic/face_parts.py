@@ -1,4 +1,4 @@
-"""The parts of a drawn face, each painted as soft masks in mouth units (x right, y down, the middle of the mouth is 0,0)."""
+"""The parts of a drawn face, drawn as soft masks in mouth units (x right, y down, the middle of the mouth is 0,0)."""
 
 from dataclasses import replace
 
@@ -18,45 +18,45 @@ class Painter:
         cos, sin = np.cos(shape.roll), np.sin(shape.roll)
         self.x, self.y = dx * cos + dy * sin, dy * cos - dx * sin
         self.photo = background.mean(-1)
-        self.softness = float(rng.uniform(0.6, 1.6)) / shape.unit  # one to two px of edge
+        self.softness = float(rng.uniform(0.6, 1.6)) / shape.unit  # edges one to two px wide
 
     def soften_background(self) -> None:
-        """Put the background out of focus; sometimes it is a plain wall."""
+        """Blur the background, or replace it by a plain wall."""
         if self.rng.random() < 0.4:
             self.canvas[:] = self.rng.uniform(0.05, 1, 3) * (1 + self.rng.uniform(-0.15, 0.15) * self.y[..., None] / 4)
         blur = self.rng.uniform(1, 7)
         self.canvas = gaussian_filter(self.canvas, (blur, blur, 0))
 
     def mask(self, distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
-        """1 where distance > 0, with an edge of `softness` times the drawing's own."""
+        """Soft mask: 1 where distance > 0, with an edge of `softness` times the drawing's edge width."""
         return np.clip(distance / (self.softness * softness) + 0.5, 0, 1)
 
     def ellipse(self, middle: tuple[float, float], radii: tuple[float, float], softness: float = 1.0) -> np.ndarray:
-        """1 inside an ellipse, 0 outside."""
+        """Soft mask: 1 inside an ellipse, 0 outside."""
         distance = 1 - np.sqrt(((self.x - middle[0]) / radii[0]) ** 2 + ((self.y - middle[1]) / radii[1]) ** 2)
         distance = distance * min(radii)
         return self.mask(distance, softness)
 
     def spot(self, middle: tuple[float, float], radii: tuple[float, float]) -> np.ndarray:
-        """A gaussian: 1 in the middle, 1/e at the radii."""
+        """Gaussian mask: 1 in the middle, 1/e at the radii."""
         return np.exp(-(((self.x - middle[0]) / radii[0]) ** 2) - ((self.y - middle[1]) / radii[1]) ** 2)
 
     def lay(self, mask: np.ndarray, colour: np.ndarray, strength: float = 1.0) -> None:
-        """Paint `colour` where the mask is."""
+        """Blend `colour` over the canvas by the mask."""
         self.canvas += (mask * strength)[..., None] * (np.clip(colour, 0, 1) - self.canvas)
 
     def shade(self, mask: np.ndarray, factor: float) -> None:
-        """Make it darker (factor below 1) or lighter where the mask is."""
+        """Multiply the brightness by `factor` where the mask is 1."""
         self.canvas *= 1 + mask[..., None] * (factor - 1)
 
     def noise(self, sigma: float, along: float | None = None) -> np.ndarray:
-        """Smooth noise of unit deviation; `sigma` px, `along` its length in y where it differs."""
+        """Smooth noise of unit standard deviation; correlation length `sigma` px, or `along` px in y."""
         field = gaussian_filter(self.rng.normal(0, 1, self.x.shape), (along or sigma, sigma))
         return field / (field.std() + 1e-6)
 
 
 def draw_head(p: Painter, tone: np.ndarray, hair: np.ndarray) -> None:
-    """Back hair, neck, clothes, ears and the shaded head."""
+    """Draw back hair, neck, clothes, ears and the shaded head."""
     rng, chin = p.rng, p.shape.chin
     cheek, jaw, top = rng.uniform(2.45, 3.0), rng.uniform(1.75, 2.4), rng.uniform(4.9, 5.8)
     if rng.random() < 0.6:
@@ -104,7 +104,7 @@ def _draw_beard(p: Painter, hair: np.ndarray, inside: np.ndarray) -> None:
 
 
 def draw_nose(p: Painter) -> None:
-    """Bridge, tip, nostrils and their shadows."""
+    """Draw bridge, tip and nostrils of the nose, with their shadows."""
     rng, y, width = p.rng, -p.rng.uniform(0.9, 1.2), p.rng.uniform(0.42, 0.68)
     side = rng.choice((-1, 1))
     p.shade(p.spot((side * 0.3, y - 0.8), (0.22, 0.9)), rng.uniform(0.7, 0.98))
@@ -116,7 +116,7 @@ def draw_nose(p: Painter) -> None:
 
 
 def draw_brows_and_eyes(p: Painter, hair: np.ndarray) -> None:
-    """Eyes, brows and sometimes glasses; writes the eyes' places into the painter's mouth shape."""
+    """Draw eyes, brows and sometimes glasses; stores the eyes' positions in the painter's mouth shape."""
     rng = p.rng
     y, apart, rx, ry = -rng.uniform(2.45, 3.0), rng.uniform(1.15, 1.42), rng.uniform(0.5, 0.68), rng.uniform(0.15, 0.32)
     iris, gaze = rng.uniform(0.08, 0.55, 3), rng.uniform(-0.2, 0.2)
@@ -146,7 +146,7 @@ def draw_brows_and_eyes(p: Painter, hair: np.ndarray) -> None:
 
 
 def draw_mouth(p: Painter, tone: np.ndarray, strength: float = 1.0) -> None:
-    """Both lips at rest, what is visible between them, and the line where they meet."""
+    """Draw both lips at rest, the gap between them, and the line where they meet."""
     rng, shape = p.rng, p.shape
     inner = np.clip(1 - (p.x / 0.97) ** 2, 0, 1)
     arch, line = inner**0.7, shape.curve * (1 - np.minimum(p.x**2, 2))
@@ -171,7 +171,7 @@ def draw_mouth(p: Painter, tone: np.ndarray, strength: float = 1.0) -> None:
 
 
 def _draw_smile(p: Painter, upper: np.ndarray, lower: np.ndarray, *, strength: float) -> None:
-    """Teeth and, below or beside them, the dark of a mouth that is open at rest."""
+    """Draw the teeth, and the dark below or beside them, of a mouth that is open at rest."""
     rng, look = p.rng, p.shape.inside
     between = p.mask(np.minimum(p.y - upper, lower - p.y)) * (np.abs(p.x) < 0.97)
     p.lay(between, np.array(look["throat"]) * 1.1, strength)
@@ -183,7 +183,7 @@ def _draw_smile(p: Painter, upper: np.ndarray, lower: np.ndarray, *, strength: f
 
 
 def draw_hair(p: Painter, hair: np.ndarray) -> None:
-    """The hair in front: a fringe or a parting above the brows, sometimes long at the sides."""
+    """Draw the hair in front: a fringe or a parting above the brows, sometimes long at the sides."""
     rng = p.rng
     if rng.random() < 0.08:
         return

@@ -1,7 +1,7 @@
-"""The analytic puppet: moves a still picture by known visemes and head pose, so that every target the model learns is exact.
+"""Analytic animation of a still picture by visemes and head pose, which gives exact training targets.
 
-It is the teacher of the preview model and the yardstick of its quality, never its answer.  All lengths are in mouth units:
-1.0 is half the width of the mouth, the origin is the middle of the mouth, y points down.
+The preview model is trained on and evaluated against it; inference never uses it.  All lengths are in mouth units: 1.0 is half
+the width of the mouth, the origin is the middle of the mouth, y points down.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from sonic.types import MotionLayers
 
-OPENING = 0.8  # mouth units that the lower lip travels when the viseme's opening is 1
-JAW = 0.62  # share of the lip's travel that the chin makes
-REVEALED = 0.05  # a picture whose lips are further apart than this shows its own teeth
+OPENING = 0.8  # displacement of the lower lip, in mouth units, when the viseme's opening is 1
+JAW = 0.62  # displacement of the chin as a share of the lip's
+REVEALED = 0.05  # lips of the still picture further apart than this show its own teeth
 
 
 @dataclass(frozen=True)
 class MouthShape:
-    """Where the lips of a still picture are, and how its mouth looks inside.
+    """Position and shape of the lips in a still picture, and the colours of the mouth's interior.
 
-    `unit` px of half the mouth's width, `x, y` px of its middle, `roll` radians, `curve` how far the middle of the lip line
-    hangs below the corners, `gap` the height of what is visible between the lips, `chin` the distance to the chin (all three
-    in mouth units), `eyes` ((x, y, half width, half height) per eye, px in the unrotated frame).
+    `unit` half the mouth's width in px, `x, y` its middle in px, `roll` in radians, `curve` how far the middle of the lip line
+    is below the corners, `gap` the height of the visible gap between the lips, `chin` the distance to the chin (all three in
+    mouth units), `eyes` ((x, y, half width, half height) per eye, px in the unrotated frame).
     """
 
     x: float
@@ -40,15 +40,15 @@ class MouthShape:
     inside: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def scaled(self, share: float) -> MouthShape:
-        """The same mouth in the picture made smaller (or larger) by that share."""
+        """The mouth after the picture is resized by that factor."""
         eyes = tuple(tuple(share * number for number in eye) for eye in self.eyes)
         return replace(self, x=share * self.x, y=share * self.y, unit=share * self.unit, eyes=eyes)
 
 
 def lip_displacement(shape: MouthShape, visemes: Tensor) -> Tensor:
-    """How far the lower lip moves from rest, in mouth units.  visemes [F,5] -> [F]
+    """Displacement of the lower lip from rest, in mouth units.  visemes [F,5] -> [F]
 
-    Zero in silence; a picture that smiles keeps its smile there and closes its lips only for m, b, p.
+    Zero in silence: a mouth that is open in the picture stays open, and closes only for m, b, p.
     """
     opened, press = visemes[:, 0], visemes[:, 2].clamp(0, 1)
     room = 1 - 0.4 * min(shape.gap / OPENING, 1.0)
@@ -56,7 +56,7 @@ def lip_displacement(shape: MouthShape, visemes: Tensor) -> Tensor:
 
 
 def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, resolution: int) -> MotionLayers:
-    """What moves in a picture of that resolution.  visemes [F,5], pose [F,4] or None
+    """Motion of a picture of that resolution.  visemes [F,5], pose [F,4] or None
 
     Visemes: opening, width (-1 round .. +1 spread), press, teeth, tongue.  Pose: roll in radians, shift x and y in picture
     widths, blink 0..1.
@@ -74,7 +74,7 @@ def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, reso
 
 
 def apply(picture: Tensor, motion: MotionLayers) -> Tensor:
-    """The picture in motion.  [3,R,R] in [0,1] -> [F,3,R,R] in [0,1]"""
+    """Render a picture with the motion applied.  [3,R,R] in [0,1] -> [F,3,R,R] in [0,1]"""
     resolution = picture.shape[-1]
     centres = (torch.arange(resolution) + 0.5) / resolution
     points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
@@ -93,7 +93,7 @@ def _smoothstep(t: Tensor) -> Tensor:
 
 
 def _move_head(xs: Tensor, ys: Tensor, *, shape: MouthShape, pose: Tensor) -> tuple[Tensor, Tensor]:
-    """Output pixels seen from the moved head: it turns about the neck, and the picture's border stays where it is."""
+    """Source coordinates of output pixels for a head that rotates about the neck; the picture's border does not move."""
     resolution = xs.shape[-1]
     roll, shift_x, shift_y = (_column(pose[:, k]) for k in range(3))
     pivot_x, pivot_y = shape.x, shape.y + 2.2 * shape.unit
@@ -106,7 +106,7 @@ def _move_head(xs: Tensor, ys: Tensor, *, shape: MouthShape, pose: Tensor) -> tu
 
 
 def _blink(source_x: Tensor, source_y: Tensor, *, shape: MouthShape, blink: Tensor) -> Tensor:
-    """Pull the skin above each eye down over it."""
+    """Source y coordinates that pull the skin above each eye down over it."""
     closed = _column(blink.clamp(0, 1))
     for x, y, half_width, half_height in shape.eyes:
         lens = 1.3 * half_height * (1 - ((source_x - x) / (1.15 * half_width)) ** 2).clamp(min=0).sqrt()
@@ -117,7 +117,7 @@ def _blink(source_x: Tensor, source_y: Tensor, *, shape: MouthShape, blink: Tens
 
 
 def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Source pixels, opacity and colour of the mouth's inside for output pixels px, py [F,R,R]."""
+    """Source x and y, opacity and colour of the mouth's interior for output pixels px, py [F,R,R]."""
     cos, sin = torch.tensor(shape.roll).cos(), torch.tensor(shape.roll).sin()
     dx, dy = (px - shape.x) / shape.unit, (py - shape.y) / shape.unit
     x, y = dx * cos + dy * sin, dy * cos - dx * sin
@@ -154,7 +154,7 @@ def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tup
 
 
 def _inside(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthShape, visemes: Tensor) -> Tensor:
-    """Throat, tongue and, where the picture does not show its own, upper teeth.  -> [F,3,R,R] in [0,1]"""
+    """Render throat, tongue and, unless the picture shows its own, upper teeth.  -> [F,3,R,R] in [0,1]"""
     look, (top, bottom) = shape.inside, room
     colour = lambda name: torch.tensor(look[name], dtype=torch.float32).reshape(1, 3, 1, 1)  # noqa: E731 - a local shorthand
     teeth, tongue = _column(visemes[:, 3].clamp(0, 1)), _column(visemes[:, 4].clamp(0, 1))

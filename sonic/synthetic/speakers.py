@@ -1,10 +1,10 @@
-"""Who speaks: accents and speakers of espeak-ng, kept apart by split, and speakers that are drawn at random."""
+"""Voices of synthesised speech: accents and speakers of espeak-ng, disjoint between splits, and random speakers."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# accent of espeak-ng -> list of words it reads; English is drawn half of the time
+# accent of espeak-ng -> word list it reads; English is drawn half of the time
 ACCENTS = {
     "train": {
         "en-us": "en", "en": "en", "en-029": "en", "de": "de", "es": "es", "fr": "fr", "it": "it", "pt-br": "pt",
@@ -23,20 +23,20 @@ _SPEAKERS = {
     "test": "m5 m8 f4 Andy Jacky Nguyen kaukovalta klatt4 michel pablo pedro robert shelby grandpa",
 }
 SPEAKERS = {split: tuple(names.split()) for split, names in _SPEAKERS.items()}
-SPEED = {"train": (0.86, 1.16), "test": (0.92, 1.08)}  # playing faster also shifts the formants: another throat
-DRAWN_SHARE = 0.6  # of the train split's recordings: espeak-ng's own speakers are too much alike to stand for everybody
+SPEED = {"train": (0.86, 1.16), "test": (0.92, 1.08)}  # playback speed also shifts the formants, as another vocal tract would
+DRAWN_SHARE = 0.6  # of the train split's recordings: espeak-ng's own speakers vary too little
 _FORMANTS = 9
-_KLATT_KINDS = 5  # of espeak-ng's second synthesiser
+_KLATT_KINDS = 5  # voicing sources of espeak-ng's second (Klatt) synthesiser
 
 
 def draw_speaker(rng: np.random.Generator) -> str:
-    """A speaker nobody has heard: the text of an espeak-ng voice variant file.
+    """Draw a random speaker, as the text of an espeak-ng voice variant file.
 
-    A throat of another length moves all formants, a mouth of another shape moves the lower ones most; height and width of the
-    formants, melody, breath, roughness and the colour of the voice vary as widely as in espeak-ng's own variants.
+    The vocal tract length shifts all formants, the shape of the mouth mostly the lower ones; height and width of the formants,
+    intonation, breath, roughness and timbre vary as widely as in espeak-ng's own variants.
     """
     throat = rng.normal(0, 0.12)
-    mouth = rng.uniform(-0.95, 0.25) * (rng.random() < 0.7)  # of the first formant; half as much of the second, ...
+    mouth = rng.uniform(-0.95, 0.25) * (rng.random() < 0.7)  # shift of the first formant; half as much for the second, ...
     lines = ["language variant", "name drawn"]
     base = int(np.exp(rng.uniform(np.log(60), np.log(230))))
     lines.append(f"pitch {base} {round(base * rng.uniform(1.2, 2.0))}")
@@ -61,7 +61,7 @@ def draw_speaker(rng: np.random.Generator) -> str:
 
 
 def _tone(rng: np.random.Generator) -> str:
-    """Amplitudes 0..255 at rising frequencies in Hz: the colour of the whole voice."""
+    """Timbre of a voice: amplitudes 0..255 at rising frequencies in Hz."""
     centres = np.sort(rng.uniform(100, 3500, size=int(rng.integers(2, 5))))
     return " ".join(f"{round(hz)} {rng.integers(60, 256)}" for hz in centres)
 

@@ -1,7 +1,6 @@
-"""Spoken sentences whose phoneme times are known, and the mouth they ask for.
+"""Synthesised sentences with known phoneme times, their viseme tracks, and augmentation to the sound of real recordings.
 
-Everything a drawn talking face needs to know about speech is made here: the samples, the phonemes, the viseme track that is the
-truth of training and of every figure, and the dirt of real recordings. Sample rate 16 kHz, video rate 25 frames per second.
+The viseme track is the ground truth of training and evaluation. Sample rate 16 kHz, video rate 25 frames per second.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from sonic.types import pick
 Phoneme = tuple[float, float, str]  # start s, end s, IPA name
 VISEME_NAMES = ("open", "width", "press", "teeth", "tongue")
 
-_LEFT_TO_THE_NEIGHBOURS = "hɦkɡgŋxɣχqʁʀʔ"  # sounds made behind the lips: they take the mouth shape of what surrounds them
+_LEFT_TO_THE_NEIGHBOURS = "hɦkɡgŋxɣχqʁʀʔ"  # articulated behind the lips: they take the mouth shape of their neighbours
 _VISEMES = {
     # sounds: (open, width, press, teeth, tongue); width -1 rounded .. +1 spread, the others 0..1
     "aɑ": (0.88, 0.10, 0, 0.45, 0.25),
@@ -54,15 +53,15 @@ VISEMES = {sound: np.array(shape, np.float32) for sounds, shape in _VISEMES.item
 SAMPLE_VOICE = "en-us+f2"
 SAMPLE_TEXT = "Hello, and welcome. A moment ago I was only a photograph. Now my mouth moves with every word you bring me."
 
-_GRID_HZ = 200  # the fine clock of the track; a frame centre (k + 1/2) / 25 s falls on sample 8k + 4
+_GRID_HZ = 200  # internal rate of the track; a frame centre (k + 1/2) / 25 s falls on sample 8k + 4
 _SPREAD_S = (0.026, 0.040, 0.012, 0.024, 0.020)  # gaussian width of coarticulation for each of VISEME_NAMES
 _CLOSURE_S = 0.070  # shortest hold of a bilabial: longer than a video frame, so every closure is seen
-_QUIET_DB = 20.0  # loudness below the loud parts at which the relative loudness reaches zero
+_QUIET_DB = 20.0  # dB below the loud parts at which the relative loudness is zero
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """Clean speech and what is known about it: phonemes as (start s, end s, IPA name), the empty name being silence."""
+    """Clean speech with its phonemes (start s, end s, IPA name; the empty name is silence), text and voice."""
 
     samples: np.ndarray
     phonemes: tuple[Phoneme, ...]
@@ -71,14 +70,14 @@ class Utterance:
 
     @property
     def seconds(self) -> float:
-        """Length of the samples."""
+        """Duration of the samples in seconds."""
         return len(self.samples) / SAMPLE_RATE
 
 
 def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None = None) -> Utterance:
-    """Sentences of random words by a random speaker; with `seconds` exactly that long, the last sentence cut off if need be.
+    """Synthesise sentences of random words by a random speaker; with `seconds`, exactly that long, the last sentence cut off if need be.
 
-    Speakers, accents' words and throats of the test split are never drawn for the train split. Same rng state, same samples.
+    Splits share no speakers and no words. The same rng state gives the same samples.
     """
     accents = pick(ACCENTS, split, "split")
     english = [name for name, language in accents.items() if language == "en"]
@@ -112,7 +111,7 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
 
 
 def sample_speech() -> Utterance:
-    """The recording that is bundled as sonic/assets/sample_speech.flac."""
+    """Synthesise the recording that is bundled as sonic/assets/sample_speech.flac."""
     pause = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)
     sound, phonemes = speak(SAMPLE_TEXT, SAMPLE_VOICE, seed=0, manner={"rate": 150, "pitch": 55, "range": 60})
     shift = len(pause) / SAMPLE_RATE
@@ -121,7 +120,7 @@ def sample_speech() -> Utterance:
 
 
 def sentence(rng: np.random.Generator, words: tuple[str, ...]) -> str:
-    """Three to nine words with the punctuation that gives them a melody."""
+    """A random sentence of three to nine words, with punctuation for its intonation."""
     chosen = [str(word) for word in rng.choice(words, size=int(rng.integers(3, 10)))]
     commas = [word + "," if rng.random() < 0.12 else word for word in chosen[:-1]]
     return " ".join([*commas, chosen[-1]]) + str(rng.choice([".", ".", ".", "?", "!"]))
@@ -130,10 +129,10 @@ def sentence(rng: np.random.Generator, words: tuple[str, ...]) -> str:
 def speak(
     text: str, voice: str, *, seed: int = 0, speed: float = 1.0, manner: dict[str, int] | None = None, variant: str = ""
 ) -> tuple[np.ndarray, list[Phoneme]]:
-    """Samples (float32, 16 kHz) and phonemes of `text` by an espeak-ng voice such as "en-us+f2"; equal arguments, equal samples.
+    """Synthesise `text` by an espeak-ng voice such as "en-us+f2": samples (float32, 16 kHz) and phonemes. Deterministic.
 
     manner: rate (words per minute), pitch and range (0..100). `speed` plays the result faster, which raises the formants too.
-    variant: what is known of the speaker named DRAWN (see draw_speaker).
+    variant: voice variant file of the speaker DRAWN (see draw_speaker).
     """
     with espeak(voice.partition("-")[0].partition("+")[0], variant) as engine:
         sound, events, rate = engine.synthesise(text, voice, seed=seed, manner={"rate": 165, "pitch": 50, "range": 50} | (manner or {}))
@@ -146,9 +145,9 @@ def speak(
 
 
 def _start_stops_at_the_closure(phonemes: list[Phoneme]) -> list[Phoneme]:
-    """espeak-ng dates p, t, k at their burst; the closure is the 50 ms of silence before it, and the breath after it is the next sound.
+    """Move the start of p, t, k to their closure: espeak-ng reports the burst, which follows 50 ms of silence.
 
-    Measured on the level around the events of 800 sounds between vowels; voiced stops and all others begin where they are dated.
+    Measured on the level around 800 consonants between vowels; the reported times of voiced stops and all other sounds are right.
     """
     found = list(phonemes)
     for i, (burst, stop, name) in enumerate(phonemes):
@@ -175,10 +174,10 @@ def _cut(samples: np.ndarray, phonemes: list[Phoneme], seconds: float) -> tuple[
 
 
 def viseme_track(utterance: Utterance, num_frames: int) -> np.ndarray:
-    """The mouth of every video frame, float32 [F,5] in the order of VISEME_NAMES; frame k is the instant (k + 1/2) / 25 s.
+    """Visemes of every video frame, float32 [F,5] in the order of VISEME_NAMES; frame k is the instant (k + 1/2) / 25 s.
 
-    Targets of the phonemes, blended by small gaussians (coarticulation), the opening scaled by 0.45 + 0.55 · relative loudness.
-    Silence is exactly zero, and bilabials close fully.
+    The mouth shapes of the phonemes, smoothed by small gaussians (coarticulation); the opening is scaled by 0.45 + 0.55 · relative
+    loudness. Silence is exactly zero, and bilabials close fully.
     """
     count = max(num_frames * _GRID_HZ // FPS, round(utterance.seconds * _GRID_HZ)) + 1
     targets, weights = np.zeros((count, 5), np.float32), np.full((count, 1), 1.0, np.float32)
@@ -201,7 +200,7 @@ def viseme_track(utterance: Utterance, num_frames: int) -> np.ndarray:
 
 
 def _blend(values: np.ndarray, weights: np.ndarray, spread_s: float) -> np.ndarray:
-    """Gaussian average of `values`, sounds of small weight giving way to their neighbours."""
+    """Weighted gaussian average of `values`: sounds of small weight take the values of their neighbours."""
     return _smooth(values * weights, spread_s) / _smooth(weights, spread_s)
 
 
@@ -213,7 +212,7 @@ def _smooth(values: np.ndarray, spread_s: float) -> np.ndarray:
 
 
 def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
-    """Loudness at the fine clock, 0 (20 dB below the loud parts or quieter) to 1 (the loud parts: 95th percentile)."""
+    """Loudness at _GRID_HZ, from 0 (20 dB below the loud parts, or quieter) to 1 (the loud parts: 95th percentile)."""
     hop = SAMPLE_RATE // _GRID_HZ
     padded = np.zeros(count * hop, np.float32)
     padded[: min(len(samples), count * hop)] = samples[: count * hop]
@@ -226,7 +225,7 @@ def _relative_loudness(samples: np.ndarray, count: int) -> np.ndarray:
 
 
 def augment(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same speech as a microphone in a room would give it: echo, band limits, noise, gain. Length and timing stay."""
+    """Augment speech as if recorded by a microphone in a room: echo, band limits, noise, gain. Length and timing do not change."""
     count = len(samples)
     length = next_fast_len(count + SAMPLE_RATE // 2, real=True)  # room for the echo; a large prime factor takes ten times as long
     spectrum = np.fft.rfft(samples, length)
@@ -240,7 +239,7 @@ def augment(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         sound = sound + _noise(count, rng) * max(level, 1e-3) * 10 ** (-rng.uniform(15, 50) / 20)
     peak = float(np.abs(sound).max()) + 1e-6
     gain = 10 ** (-rng.uniform(0, 26) / 20) / peak
-    drive = 1.5 if rng.random() < 0.05 else 1.0  # now and then somebody shouts into the microphone
+    drive = 1.5 if rng.random() < 0.05 else 1.0  # one recording in twenty is overdriven
     return np.clip(sound * gain * drive, -1, 1).astype(np.float32)
 
 
@@ -255,7 +254,7 @@ def _room(rng: np.random.Generator) -> np.ndarray:
 
 
 def _microphone(frequency: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Zero-phase colouring: a high-pass, a low-pass, a tilt and two broad bumps."""
+    """Zero-phase frequency response: a high-pass, a low-pass, a tilt and two broad bumps."""
     low, high = rng.uniform(30, 280), rng.uniform(3200, 8000)
     octaves = np.log2(np.maximum(frequency, 30) / 1000)
     decibels = rng.uniform(-4, 4) * octaves
@@ -265,7 +264,7 @@ def _microphone(frequency: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Room noise of unit power: white to brown, sometimes with mains hum."""
+    """Noise of unit power: white to brown, sometimes with mains hum."""
     spectrum = np.fft.rfft(rng.standard_normal(count))
     frequency = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
     spectrum *= np.maximum(frequency, 40) ** -rng.uniform(0, 1.2)

@@ -1,4 +1,4 @@
-"""Everyday words in several languages, written for this project; the test words never appear among the train words."""
+"""Lists of everyday words in several languages, written for this project; train and test words are disjoint."""
 
 from __future__ import annotations
 

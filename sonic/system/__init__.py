@@ -1,1 +1,1 @@
-"""The process and its machine: run folder, files and their names, standard streams, caches, heartbeats, worker processes."""
+"""The process and its machine: run folder, files and their names, standard streams, caches of packages, heartbeats, worker processes."""

@@ -1,4 +1,4 @@
-"""How the process holds memory it has freed: for its next use, where glibc would give it back and fetch it anew at every forward."""
+"""Settings of glibc's allocator: the process keeps freed memory for its next forward instead of returning it to the system."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters, malloc.h
-KEPT, APART = 256 << 20, 32 << 20  # bytes: freed ones that stay at the top of the heap; from here on (its highest) outside of the heap
+KEPT, APART = 256 << 20, 32 << 20  # bytes: free memory kept at the top of the heap; size from which (at most) arrays are mapped separately
 
 
 def keep_freed_memory() -> bool:
-    """Let the allocator keep up to 256 MiB of what is freed; False where it is not glibc's.
+    """Make the allocator keep up to 256 MiB of freed memory; False, without effect, where the allocator is not glibc's.
 
-    The activations of a forward are freed by its end: given back to the system, each of their pages faults again in the next
-    one, which costs a narrow transformer a fifth of its time. Arrays of 32 MiB and more still come and go by themselves.
+    The activations of a forward are freed at its end. If that memory returned to the system, every page of it would fault again in the
+    next forward, which takes a fifth of the time of a narrow transformer. Arrays of 32 MiB and more are still returned.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

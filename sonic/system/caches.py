@@ -1,4 +1,4 @@
-"""A place for what packages cache, where neither their own folders nor the home take any: a read-only image, a user without a home."""
+"""A temporary folder for the caches of packages, where their usual folders are not writable: a read-only image, a user without a home."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-HOME_CACHES = {  # variables that packages read -> where they keep things otherwise, from the home
+HOME_CACHES = {  # environment variable of a package's cache -> its default folder, relative to the home
     "MPLCONFIGDIR": ".config/matplotlib",
     "TRITON_CACHE_DIR": ".triton/cache",
     "TORCHINDUCTOR_CACHE_DIR": ".cache/torch/inductor",
     "TORCH_EXTENSIONS_DIR": ".cache/torch_extensions",
     "HF_HOME": ".cache/huggingface",
 }
-READ_TOO = ("HF_HOME",)  # what somebody has filled serves well, whether it takes more or not
-IN_MEMORY = "/dev/shm"  # the one place that a container without a temporary folder may have
+READ_TOO = ("HF_HOME",)  # caches that are also useful when they are read-only
+IN_MEMORY = "/dev/shm"  # used where there is no temporary folder, as in some containers
 
 
 @cache
 def make_room_for_caches() -> None:
-    """Name a temporary folder of this user to the packages that find no place for their caches; what the environment says stays.
+    """Point packages whose cache folder is not writable to a temporary folder of this user, by environment variables not set yet.
 
-    numba compiles functions of librosa when that is imported, and gives up where it cannot keep them.
+    numba compiles functions of librosa when librosa is imported, and fails when it cannot cache them.
     """
     home = Path(os.path.expanduser("~"))
     wanted = [name for name, position in HOME_CACHES.items() if not _serves(name, home / position)]
@@ -43,16 +43,16 @@ def _serves(name: str, folder: Path) -> bool:
 
 
 def _folder_of(package: str) -> Path:
-    """Where a package lies, without importing it; "" where it is not installed."""
+    """The folder of a package, without importing it; "" when it is not installed."""
     found = find_spec(package)
     return Path(found.submodule_search_locations[0] if found else "")
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a file can be made in a folder, or in the nearest above it that there is; never in one whose home is unknown."""
+    """Whether a file can be made in a folder, or in its nearest parent that exists; False for a relative path, as without a home."""
     if not folder.is_absolute():
         return False
-    existing = next((each for each in (folder, *folder.parents) if each.is_dir()), None)
+    existing = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), None)
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError:
@@ -61,7 +61,7 @@ def _takes_files(folder: Path) -> bool:
 
 
 def _own_folder() -> Path | None:
-    """A temporary folder that belongs to this user alone, the same at every start where that can be; None where none can be made."""
+    """A temporary folder that only this user can write to, the same one at every start if possible; None when none can be made."""
     try:
         top = Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -69,11 +69,11 @@ def _own_folder() -> Path | None:
     shared = top / f"sonic-caches-{os.getuid()}"
     try:
         shared.mkdir(mode=0o700, exist_ok=True)
-        given = shared.lstat()
-        if stat.S_ISDIR(given.st_mode) and given.st_uid == os.getuid() and not given.st_mode & 0o022 and _takes_files(shared):
-            return shared  # code is kept in it: a folder that others may write to is not trusted
+        status = shared.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022 and _takes_files(shared):
+            return shared  # it holds compiled code, so a folder that other users may write to is not trusted
     except OSError:
-        pass  # somebody else's, or nothing takes files: the next lines say
+        pass  # it belongs to another user, or nothing can be written at all, which the next lines find out
     try:
         own = Path(tempfile.mkdtemp(prefix="sonic-caches-", dir=top))
     except OSError:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with the mode that the umask gives every new file."""
+"""Files that are written under a temporary name and renamed when complete, with the mode that the umask gives new files."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-NAME_CHARACTERS = 40  # of the name that a file will have: a longer one may have no room for what is added to it
+NAME_CHARACTERS = 40  # of a file's name that its temporary name repeats, so that the longer name stays within the system's limit
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
 
 def temporary(path: Path) -> Path:
-    """A name in the same folder that no other process, thread or machine takes."""
+    """A name in the same folder that no other process, thread or machine uses."""
     return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(6)}{PARTIAL}")
 
 
 @contextmanager
 def written_temporary(path: str | Path) -> Iterator[Path]:
-    """A new, empty file to write what will be `path`: it takes that name when all went well and is gone otherwise.
+    """A new empty file, which is renamed to `path` when the `with` block succeeds and removed when it fails.
 
-    Raises OSError with that name where the system gives none, as on a full disk.
+    An OSError from inside, such as that of a full disk, is raised again with `path` as its file name.
     """
     path = Path(path)
     partial = temporary(path)
@@ -41,8 +41,11 @@ def written_temporary(path: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, which its library may make for its owner's eyes alone. Raises OSError where it cannot be written."""
-    from safetensors import SafetensorError  # torch: not for who only writes text
+    """Write a safetensors file, with the usual mode even if the library makes it readable by its owner only.
+
+    Raises OSError when the file cannot be written.
+    """
+    from safetensors import SafetensorError  # it imports torch, which writing text does not need
     from safetensors.torch import save_file
 
     with written_temporary(path) as partial:

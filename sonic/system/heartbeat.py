@@ -1,6 +1,6 @@
-"""Heartbeats of this process: the work gives them wherever it is, and the watchdog reads them.
+"""Heartbeats of the threads of this process, which the watchdog reads (sonic/parallel/watchdog.py).
 
-While a watchdog runs (sonic/parallel/watchdog.py) every call of a torch module gives one; other work that may take long calls `heartbeat`.
+While a watchdog runs, every call of a torch module gives one; other work that may take long calls `heartbeat`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
-LAST_HEARTBEAT: dict[int, float] = {}  # by thread: time.monotonic() of its last sign
-PAUSED: set[int] = set()  # threads in at_rest
+LAST_HEARTBEAT: dict[int, float] = {}  # by thread: time.monotonic() of its last heartbeat
+PAUSED: set[int] = set()  # threads inside `pause_watchdog`
 
 
 def heartbeat() -> None:
-    """This thread gets on."""
+    """Record that this thread makes progress."""
     LAST_HEARTBEAT[get_ident()] = time.monotonic()
 
 
 @contextmanager
 def pause_watchdog() -> Iterator[None]:
-    """Inside, this thread waits for something that may take as long as it likes."""
+    """Inside the `with` block this thread needs no heartbeats, because it waits for something that may take any time."""
     PAUSED.add(get_ident())
     try:
         yield

@@ -1,4 +1,4 @@
-"""Names of files: what a person typed becomes a path, two names of one file are recognised, any name can be shown.
+"""Names of files: expanding `~`, checking inputs and outputs, recognising two names of one file, and printing any name.
 
 Standard library only.
 """
@@ -17,22 +17,22 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 
 def expanded(name: str) -> str:
-    """The name with the home folder in the place of a leading `~` or `~user`, as a shell does it; so too each of several joined by `+`."""
-    return "+".join(os.path.expanduser(each) for each in name.split("+"))
+    """The name with a leading `~` or `~user` replaced by the home folder, as in a shell; also in each of several names joined by `+`."""
+    return "+".join(os.path.expanduser(part) for part in name.split("+"))
 
 
 def shown(text: str) -> str:
-    """The text as any terminal, log and JSON file can hold it: bytes that are not UTF-8 become \\xNN."""
+    """The text in a form that any terminal, log and JSON file can hold: bytes that are not UTF-8 become \\xNN."""
 
-    def escaped(found: re.Match) -> str:
-        code = ord(found[0])
+    def escaped(match: re.Match) -> str:
+        code = ord(match[0])
         return f"\\x{code - 0xDC00:02x}" if _ESCAPED[0] <= code <= _ESCAPED[1] else f"\\u{code:04x}"
 
     return _SURROGATE.sub(escaped, text)
 
 
 def check_name(name: str | Path, option: str) -> None:
-    """Raise ValueError when no file can have this name."""
+    """Raise ValueError when the name has characters that no file name can have."""
     try:
         possible = b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
@@ -42,8 +42,10 @@ def check_name(name: str | Path, option: str) -> None:
 
 
 def check_input(name: str | Path, option: str) -> None:
-    """Raise ValueError when an input is neither a file nor a folder, such as a named pipe or a device, which may never end, or cannot
-    be looked at. What does not exist is left to whoever reads it."""
+    """Raise ValueError when an input cannot be accessed, or is neither a file nor a folder: a named pipe or a device may never end.
+
+    A missing input is accepted here; the code that reads it raises the error.
+    """
     check_name(name, option)
     try:
         mode = os.stat(name).st_mode
@@ -52,23 +54,25 @@ def check_input(name: str | Path, option: str) -> None:
             return
         raise ValueError(f"{option}={name} cannot be read ({error.strerror}); name another file") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{option}={name} is a {_kind(mode)} and no file; save what it gives to a file and name that")
+        raise ValueError(f"{option}={name} is a {_kind(mode)}, not a file; save its content to a file and name that")
 
 
 def file_key(name: str | Path) -> tuple[int, int] | str:
-    """What two names of one file have in common, however they are spelt: through `..`, symbolic links or a hard link, and before it
-    is there too."""
+    """A key that is equal for two names of the same file, whatever their spelling: with `..`, symbolic links or hard links.
+
+    It also works for a file that does not exist yet.
+    """
     try:
-        found = os.stat(name)
+        status = os.stat(name)
     except OSError:
         return os.path.realpath(name)
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def write_target(path: Path, option: str) -> Path:
-    """The file that is written under this name: that at the end of a symbolic link, which itself stays as it is.
+    """The file to write for this name: the target when the name is a symbolic link, which is not replaced.
 
-    Raises ValueError when something other than a file, or a file that must not be written, is there already.
+    Raises ValueError when the name is taken by something other than a file, or by a read-only file.
     """
     check_name(path, option)
     try:
@@ -78,9 +82,9 @@ def write_target(path: Path, option: str) -> Path:
             raise ValueError(f"{option}={path} cannot be written ({error.strerror}); choose another name") from error
     else:
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{option}={path} is a {_kind(mode)} and no file; choose another name")
+            raise ValueError(f"{option}={path} is a {_kind(mode)}, not a file; choose another name")
         if not os.access(path, os.W_OK):
-            raise ValueError(f"{option}={path} is there already and read-only; choose another name, or make it writable")
+            raise ValueError(f"{option}={path} exists and is read-only; choose another name, or make it writable")
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 

@@ -1,4 +1,4 @@
-"""Where the files of the program are, and how its commands are written: for people as they started it, for processes as they run."""
+"""The folder of the program's files, and its commands as words: for messages in the form the user started them, for new processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PACKAGE = Path(str(resources.files("sonic")))
 
 
 def data_root() -> Path:
-    """The folder that holds conf/ and recipes/: the package itself where a wheel was installed, otherwise the checkout around it."""
+    """The folder that contains conf/ and recipes/: the package when installed from a wheel, otherwise the checkout around it."""
     return PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
 
 def written(command: str, *, starter: str = "") -> str:
-    """How a person writes a command, in the way in which this process was started; `starter` such as torchrun goes before it."""
+    """A command as the user would type it, in the form in which this process was started; `starter` such as torchrun precedes it."""
     started = Path(sys.argv[0])
     if started.parent.name == "launch" and started.suffix == ".py":
         return f"{starter or 'python'} {shlex.quote(str(started.with_name(f'{command}.py')))}"
@@ -26,11 +26,11 @@ def written(command: str, *, starter: str = "") -> str:
 
 
 def interpreter() -> list[str]:
-    """The words that start Python in a process of its own, which imports from where this one does, whatever folder it runs in."""
-    positions = os.pathsep.join(str(Path(position).absolute()) for position in sys.path)
-    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={positions}", sys.executable]
+    """The words that start Python in a new process with this process's import path, whatever its working folder."""
+    import_path = os.pathsep.join(str(Path(folder).absolute()) for folder in sys.path)
+    return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={import_path}", sys.executable]
 
 
 def process(command: str, *starter: str) -> list[str]:
-    """The words that run a command in a process of its own; `starter` such as -m torch.distributed.run goes before it."""
+    """The words that run a command in a new process; `starter` such as -m torch.distributed.run precedes it."""
     return [*interpreter(), *starter, "-m", "sonic", command]

@@ -1,4 +1,4 @@
-"""What a process has to do with its terminal: streams that outlast whoever reads them, and the signals that end it."""
+"""The process and its terminal: output streams that survive the loss of their reader, and the signals that end the process."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import signal
 import sys
 
 STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
-ENDINGS = signal.SIGTERM, signal.SIGHUP  # told to end; the terminal was closed
+ENDINGS = signal.SIGTERM, signal.SIGHUP  # a request to end; a closed terminal
 
 
 class Outlasting(io.FileIO):
-    """A stream's file: once it cannot be written to, what follows goes nowhere and nobody is disturbed.
+    """The file of an output stream: after a write fails, later output is discarded without an error.
 
-    `failure` is why, unless it is that the reader of a pipe has seen enough.
+    `failure` is the reason, or None when the reader of a pipe closed it or the terminal is gone.
     """
 
     failure: OSError | None = None
     named = "stdout"
 
     def write(self, data) -> int:
-        """Write, or drop."""
+        """Write `data`; when that fails, send this and all later output to /dev/null."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe that was closed, a terminal that is gone
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a terminal that is gone
                 self.failure = OSError(error.errno, error.strerror, self.named)
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             return memoryview(data).nbytes
 
 
 def outlast_readers() -> None:
-    """Let stdout and stderr outlast their readers, a full disk, and having been closed from the start (`>&-`).
+    """Make stdout and stderr usable after their reader has gone, on a full disk, and when they were closed from the start (`>&-`).
 
-    Numbers 0 to 2 that are free would be given to the next files that are opened, and what libraries say would end in those.
+    The system would give free descriptors 0 to 2 to the next files that are opened, and the output of libraries would go into those.
     """
     for name, number in STREAMS.items():
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
         stream = getattr(sys, name)
         if name != "stdin":
             setattr(sys, name, _outlasting(number, stream) if stream is not None else os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -56,15 +56,18 @@ def _outlasting(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 def failure_of_stdout() -> OSError | None:
-    """Why stdout has been lost, None when all that was said went out, or its reader had seen enough."""
+    """The error that ended output to stdout; None when all of it was written, or its reader closed the pipe."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.failure if isinstance(raw, Outlasting) else None
 
 
 def end_as_with_ctrl_c() -> None:
-    """Let the signals that end a program raise KeyboardInterrupt, so that what is half-written goes first; those that are ignored,
-    as SIGHUP is under nohup, stay so. Once one has come, others do not disturb the clearing up."""
+    """Make the signals that end a program raise KeyboardInterrupt, so that incomplete files are removed.
+
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored. After the first signal all of them are ignored, so that they do
+    not interrupt the cleanup.
+    """
     for number in ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)

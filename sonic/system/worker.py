@@ -1,5 +1,4 @@
-"""A process beside this one that calls functions one at a time, so that a crash in native code costs one call and no more.
-Standard library only."""
+"""A worker process that calls functions one at a time, so that a crash in native code fails a single call. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 5.0  # seconds in which a process that is stopped may remove what it has half-written
+GRACE_S = 5.0  # seconds that a stopped process has to remove its incomplete files
 _INTERRUPTED = 130
-_STOPPED = (_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # exit codes of a process that somebody stopped
+_STOPPED = (_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # exit codes of a process that was stopped by a signal
 
 
 class Crashed(RuntimeError):
@@ -27,9 +26,9 @@ class Crashed(RuntimeError):
 
 
 class Worker:
-    """Calls functions in a spawned process, which begins with the first call and anew after a crash. `prepare()` comes first in it.
+    """Calls functions in a spawned process, which starts at the first call, and again after a crash, by running `prepare()`.
 
-    The process ends with this one, however that ends.
+    It ends when this process ends, in whatever way.
     """
 
     def __init__(self, prepare: Callable[[], object] = int) -> None:
@@ -38,10 +37,10 @@ class Worker:
         self._pipe: Connection | None = None
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """What function(*arguments) returns or raises there. Raises Crashed when the process dies of it, KeyboardInterrupt when
-        somebody stopped it."""
+        """Run function(*arguments) in the process, and return or raise what it does. Raises Crashed when the process dies during the call,
+        KeyboardInterrupt when it was stopped."""
         if self._process is not None and not self._process.is_alive():
-            self.close()  # it died between two calls, of neither
+            self.close()  # it died between two calls
         if self._process is None:
             self._begin()
         try:
@@ -53,14 +52,14 @@ class Worker:
                 raise KeyboardInterrupt from None
             raise Crashed(_cause(code)) from None
         except BaseException:
-            self.close()  # the answer would be taken for that of the next call
+            self.close()  # otherwise the next call would receive the answer of this one
             raise
         if not done:
             raise answer
         return answer
 
     def stop(self) -> None:
-        """End the process from another thread than the one that waits for it, which then sees KeyboardInterrupt."""
+        """End the process from another thread; the thread that waits in `call` gets KeyboardInterrupt."""
         self.stopped = True
         process = self._process
         if process is not None and process.is_alive():
@@ -93,7 +92,7 @@ class Worker:
             raise RuntimeError(f"a worker process could not begin ({_cause(code)})") from None
 
     def _ended(self) -> int | None:
-        """Forget the process and its pipe. Gives its exit code."""
+        """Close the pipe and wait for the process to end. Gives its exit code."""
         process, pipe = self._process, self._pipe
         self._process = self._pipe = None
         pipe.close()
@@ -102,10 +101,10 @@ class Worker:
 
 
 def _serve(pipe: Connection, prepare: Callable[[], object]) -> None:
-    """Answer calls until nobody asks any more."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written goes first
-    above = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (above.join(), os._exit(1)), daemon=True).start()
+    """Answer calls until the pipe is closed; the process also ends when its parent does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that incomplete files are removed
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
         prepare()
         pipe.send(None)
@@ -113,13 +112,13 @@ def _serve(pipe: Connection, prepare: Callable[[], object]) -> None:
             function, arguments = pipe.recv()
             pipe.send_bytes(_answer(function, arguments))
     except (EOFError, BrokenPipeError):
-        log.debug("nobody asks any more")
+        log.debug("the pipe to the main process is closed")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 
 
 def _answer(function: Callable, arguments: tuple) -> bytes:
-    """Whether it returned, and what it returned or raised; an error brings along where it happened."""
+    """The pickled answer to a call: whether it returned, and its value or its error with the traceback as a note."""
     try:
         return pickle.dumps((True, function(*arguments)), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
@@ -127,14 +126,14 @@ def _answer(function: Callable, arguments: tuple) -> bytes:
         try:
             error.add_note(trace)
             answer = pickle.dumps((False, error))
-            pickle.loads(answer)  # an error whose __init__ wants more than its message cannot be restored
+            pickle.loads(answer)  # fails for an error whose __init__ needs more than its message
             return answer
         except Exception:
             return pickle.dumps((False, RuntimeError(trace)))
 
 
 def _cause(code: int | None) -> str:
-    """What a process died of."""
+    """The name of the signal that ended a process, or its exit code."""
     if code is not None and code < 0:
         try:
             return signal.Signals(-code).name

@@ -1,1 +1,1 @@
-"""Training: one loop, many objectives, engines that know where the parameters live."""
+"""Training: one loop, a table of objectives, and engines that place the parameters on devices."""

@@ -1,4 +1,4 @@
-"""Puts a training run together: configs to dataset, objective, engine and log; and what remains of it: weights and a card."""
+"""Builds a training run (dataset, objective, engine, log) from its config, and exports its weights and their card."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.converted import Checkpoint
+from sonic.checkpoint.load import fill, without_memory
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.inference.components import find_device, named_weights, transformer_weights
 from sonic.parallel.watchdog import watch_ranks
@@ -24,7 +25,7 @@ from sonic.training.clip_encoders import hashes_of
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
 from sonic.training.engine import Engine, LocalEngine
 from sonic.training.fsdp_engine import ShardedEngine
-from sonic.training.initial_weights import begin_adapters, fill, start_from, without_memory
+from sonic.training.initial_weights import begin_adapters, start_from
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch
@@ -54,9 +55,9 @@ ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": Shard
 def run_training(
     config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", opened: Callable[[], object] = lambda: None
 ) -> TrainingResult:
-    """Train as `config` says in the run folder `folder`; export the averaged weights and their card when asked.
+    """Train by `config` in the run folder `folder`, and export the averaged weights and their card if `config.export` is set.
 
-    `opened` is called when all parts are there and the folder is about to be used.
+    `opened` is called once all parts are built, just before the folder is used.
     """
     config = sized(config)
     if config.speed.threads:
@@ -67,7 +68,7 @@ def run_training(
 
 
 def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> TrainingResult:
-    """The training itself, by one process among those of the world."""
+    """Build the parts and train, in one process of the world."""
     check_shares(config, world)
     torch.manual_seed(config.seed)
     dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
@@ -99,7 +100,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
 
 
 def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata: Mapping[str, str], trained: bool) -> None:
-    """Write weights and their card, unless nothing was trained and both are there: the card then says how they came about."""
+    """Write weights and their card; both stay as they are when this run made no step and the file holds the same weights."""
     if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
         LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
         return
@@ -108,14 +109,14 @@ def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata
 
 
 def sized(config: TrainConfig) -> TrainConfig:
-    """The config with the sizes of its checkpoint. Raises ValueError when that is of another model."""
+    """The config with the model sizes of its checkpoint. Raises ValueError when the checkpoint is of another model."""
     if config.model.autoencoder != "wan" or not config.model.weights:
         return config
     return replace(config, model=Checkpoint.open(Path(config.model.weights)).config(config.model))
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
-    """The engine that the config names; auto = local alone, fsdp among several."""
+    """Build the engine of speed.engine; auto = local for one process, fsdp for several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
     if name != "local" and world.writers is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
@@ -126,7 +127,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    """Raise ValueError unless every process (or row of processes that share tokens) gets the same number of batches in a step."""
     accumulate, ranks, size = config.budget.accumulate, world.readers, config.budget.batch_size
     if accumulate % ranks:
         processes = "processes" if world.context == 1 else f"rows of {world.context} processes"
@@ -138,14 +139,14 @@ def check_shares(config: TrainConfig, world: World) -> None:
 
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
-    """This process's batches, from where `start` batches of all processes together have been used."""
+    """A function of `start`, the number of batches already used by all processes, that opens this process's stream of batches."""
     speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
     order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write weights in half precision, with what the file says of itself."""
+    """Write weights in half precision, with the file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: _half(tensor) for name, tensor in weights.items()}
     save_tensors(halves, path, metadata or {})
@@ -156,7 +157,7 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a file has exactly these weights."""
+    """Whether a file contains exactly these weights."""
     if not path.is_file():
         return False
     try:
@@ -168,14 +169,14 @@ def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
-    """What the data were drawn from: clips on disk have a seed of their own, none when they are of videos."""
+    """The seed of the data: that of the clips' index (None for clips of videos), else the run's."""
     return dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed
 
 
 def describe(
     config: TrainConfig, outcome: TrainingResult, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
 ) -> str:
-    """The card beside exported weights. origin = (git commit, command), seed = that of the data, None where they have none."""
+    """The text of the card beside exported weights. origin = (git commit, command); seed of the data, or None."""
     commit, command = origin
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -205,14 +206,14 @@ Objective: `{asdict(config.objective)}`
 
 
 def _began_from(weights: str) -> str:
-    """The card of the weights that a training continued, one heading deeper; "" where there are none."""
+    """The card of the weights that the training started from, one heading level deeper; "" without a card."""
     if not weights or not (card := named_weights(weights).with_suffix(".md")).is_file():
         return ""
     return f"\nIt began from:\n\n#{card.read_text()}"
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError when this machine has none."""
+    """The device of that name. Raises ValueError when this machine does not have it."""
     try:
         return find_device(name)
     except ValueError as error:

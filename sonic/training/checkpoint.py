@@ -1,4 +1,4 @@
-"""Checkpoints on disk: sharded tensors by torch DCP beside the training, facts as JSON, written aside and renamed."""
+"""Checkpoints on disk: sharded tensors written asynchronously by torch DCP, metadata as JSON, in a temporary folder then renamed."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LOG = logging.getLogger(__name__)
 METADATA, TEMPORARY, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
 
 State = dict[str, Tensor]
-StateOf = Callable[[set[str]], State]  # names in a checkpoint -> tensors of ours to fill
+StateOf = Callable[[set[str]], State]  # names in a checkpoint -> our tensors to fill
 
 
 class Checkpoints:
-    """The checkpoints of one run. A crash at any moment leaves whole ones only; damaged ones are said and passed over."""
+    """The checkpoints of one run. A crash at any time leaves only complete ones; damaged ones are reported and skipped."""
 
     def __init__(self, folder: Path, *, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
         self._under_way: tuple[int, Future] | None = None
 
     def save(self, step: int, state: State, metadata: Mapping[str, object]) -> None:
-        """Copy `state` and write it beside what comes next. A checkpoint that cannot be written is said; those before it stay."""
+        """Copy `state` and write it in the background. A failure to write is logged as a warning; earlier checkpoints stay."""
         self.settle()
         temporary = self.folder / f"{TEMPORARY}{step:08d}"
         fault = _make_anew(temporary) if self.world.main else None
@@ -50,11 +50,11 @@ class Checkpoints:
         self._under_way = (step, done)
 
     def settle(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until the checkpoint under way is written."""
         if self._under_way is None:
             return
         (step, done), self._under_way = self._under_way, None
-        with pause_watchdog():  # as long as the disk needs
+        with pause_watchdog():  # the disk may take long
             error = done.exception()
         if error is not None:
             self._report_lost(step, error)
@@ -64,28 +64,28 @@ class Checkpoints:
         LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
 
     def load(self, state_of: StateOf) -> dict:
-        """Fill our tensors from the newest good checkpoint. Gives its facts; {} = there is none."""
+        """Fill our tensors from the newest good checkpoint. Returns its metadata, {} when there is none."""
         name = self._from_main(self._newest_good)
         return self.read(self.folder / str(name), state_of) if name else {}
 
     def read(self, checkpoint: Path, state_of: StateOf) -> dict:
-        """Fill our tensors from one checkpoint. Gives its facts. Raises ValueError when it is damaged or of something else."""
+        """Fill our tensors from one checkpoint and return its metadata. Raises ValueError when it is damaged or does not fit."""
         metadata = self._from_main(lambda: _checked(checkpoint))
         if isinstance(metadata, str):
             raise ValueError(metadata)
         names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
         state = state_of(names)
-        strange = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
-        if lost := sorted(set(state) - names):
-            raise ValueError(strange.format(f"it lacks {lost[0]} and {len(lost) - 1} more"))
+        unfit = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
+        if missing := sorted(set(state) - names):
+            raise ValueError(unfit.format(f"it lacks {missing[0]} and {len(missing) - 1} more"))
         try:
             dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
         except (CheckpointException, ValueError) as error:
-            raise ValueError(strange.format(str(error).strip().splitlines()[-1])) from error
+            raise ValueError(unfit.format(str(error).strip().splitlines()[-1])) from error
         return metadata
 
     def leave_behind(self, step: int) -> None:
-        """Rename the checkpoints beyond `step`, where training goes on: they would pass for newer than those that come."""
+        """Rename the checkpoints of steps after `step`, from which training continues, so that they do not count as the newest."""
         if self.world.main:
             beyond = [path for path in newest_first(self.folder) if int(path.name.removeprefix("step_")) > step]
             for checkpoint in beyond:
@@ -95,7 +95,7 @@ class Checkpoints:
         self.world.wait()
 
     def _publish(self, written: Future, done: Future, temporary: Path, *, record: dict) -> None:
-        """On the main process: say what was written, and let it appear."""
+        """On the main process: write the metadata with digests, and rename the finished checkpoint to its final name."""
         try:
             written.result()
             if self.world.main:
@@ -108,7 +108,7 @@ class Checkpoints:
                 _flush(self.folder)
                 prune(self.folder, self.keep)
             done.set_result(None)
-        except BaseException as error:  # handed over to `settle`
+        except BaseException as error:  # reported by `settle`
             shutil.rmtree(temporary, ignore_errors=True)
             done.set_exception(error)
 
@@ -125,19 +125,19 @@ class Checkpoints:
         self._rename(checkpoint, DAMAGED)
 
     def _rename(self, checkpoint: Path, start: str) -> None:
-        """Out of the sight of `newest_first`, in the place of what was called so before."""
+        """Rename a checkpoint so that `newest_first` skips it, replacing an older one of the same name."""
         shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
         checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
 
-    def _from_main(self, ask: Callable[[], object]) -> object:
-        box = [ask() if self.world.main else None]
+    def _from_main(self, read: Callable[[], object]) -> object:
+        box = [read() if self.world.main else None]
         if self.world.ranks > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
 
 class _Reading(dcp.DefaultLoadPlanner):
-    """Gives a sign with every tensor."""
+    """A load planner that sends a heartbeat with every tensor."""
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         heartbeat()
@@ -145,18 +145,18 @@ class _Reading(dcp.DefaultLoadPlanner):
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """Finished checkpoints of a folder."""
+    """Finished checkpoints of a folder, newest first."""
     return iter(sorted(folder.glob("step_*"), reverse=True))
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Leave the `keep` newest checkpoints, and nothing half-written of runs that died."""
+    """Delete all but the `keep` newest checkpoints, and what crashed runs left half-written."""
     for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{TEMPORARY}*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_anew(folder: Path) -> OSError | None:
-    """Make an empty folder, or say why not."""
+    """Make an empty folder; returns the error when that fails."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -166,11 +166,11 @@ def _make_anew(folder: Path) -> OSError | None:
 
 
 def _checked(checkpoint: Path) -> dict | str:
-    """The facts of a checkpoint whose files are as they were written; a sentence for one whose are not."""
+    """The metadata of a checkpoint whose files match their digests; else a sentence about what is wrong."""
     try:
         metadata = json.loads((checkpoint / METADATA).read_text())
         wrong = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # the last is what an older form gives
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # AttributeError: an older format
         return f"checkpoint {checkpoint} cannot be read ({error})"
     return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else metadata
 

@@ -1,4 +1,4 @@
-"""The encoders that data sets are made with: the model's own speech encoder and its trained autoencoder."""
+"""Builds the encoders that make data sets: the model's speech encoder and its trained autoencoder; and hashes of their weights."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.inference.components import AUTOENCODERS, find_device, transformer_weights, weight_files
 from sonic.types import pick
 
-AUTOENCODER, SPEECH = "autoencoder_hash", "speech_hash"  # what shards and their index call them
-SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # that a published wav2vec may come in
+AUTOENCODER, SPEECH = "autoencoder_hash", "speech_hash"  # keys of the metadata of shards and indexes
+SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # file names of a published wav2vec
 
 
 def build_encoders(config: PrecomputeConfig) -> Encoders:
-    """Encoders of the configured model, where the data need them. Raises ValueError without their weights."""
+    """Build the encoders of the configured model that the data need. Raises ValueError when their weights are missing."""
     if config.kind == "spoken":
         return Encoders(None, None)
     return pick(BUILDERS, config.model.autoencoder, "model.autoencoder")(config)
 
 
 def hashes_of(model: ModelConfig, autoencoder: str = "") -> dict[str, str]:
-    """16 digits for each encoder that say which weights the model has for it (`autoencoder` = a file instead of the model's own);
-    "" where it has none, as a published model without its checkpoint."""
+    """A hash of 16 digits of each encoder's weights (`autoencoder` = a file in place of the model's own); "" when the model has no
+    weights for it, as a published model without its checkpoint."""
     if model.autoencoder == "wan":
         return _published_hashes(_checkpoint(model)) if model.weights else {AUTOENCODER: "", SPEECH: ""}
     files = weight_files(model)
@@ -38,19 +38,19 @@ def hashes_of(model: ModelConfig, autoencoder: str = "") -> dict[str, str]:
 
 
 def clip_hashes(config: PrecomputeConfig) -> dict[str, str]:
-    """Those of what clips are made with now; recorded speech alone needs no encoder."""
+    """The hashes of the encoders that clips would be made with now; {} for kind "spoken", which needs none."""
     return {} if config.kind == "spoken" else hashes_of(config.model, config.autoencoder)
 
 
 def _published_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """From what its VAE and its wav2vec were made of."""
+    """Hashes of a published model's VAE and wav2vec, from the digests of the files they were converted from."""
     sources = checkpoint.manifest["sources"]
     speech = next((digest for file, digest in sources.items() if file in SPEECH_FILES), "")
     return {AUTOENCODER: checkpoint.autoencoder_hash(), SPEECH: speech[:16]}
 
 
 def _digest(path: Path) -> str:
-    """16 digits of the tensors in a file; "" when there is none."""
+    """A hash of 16 digits of the tensors in a file; "" when it does not exist."""
     if not path.is_file():
         return ""
     digest = hashlib.sha256()
@@ -61,7 +61,7 @@ def _digest(path: Path) -> str:
 
 
 def _preview_encoders(config: PrecomputeConfig) -> Encoders:
-    """Those of a model that moves the photograph; it reads no prompts."""
+    """Encoders of the preview model, which has no text encoder."""
     files = weight_files(config.model)
     speech = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
     autoencoder = pick(AUTOENCODERS, config.model.autoencoder, "model.autoencoder")()
@@ -73,7 +73,7 @@ def _preview_encoders(config: PrecomputeConfig) -> Encoders:
 
 
 def _wan_encoders(config: PrecomputeConfig) -> Encoders:
-    """Those of a published model, out of its converted checkpoint, on the machine's accelerator where there is one."""
+    """Encoders of a published model, from its converted checkpoint, on the machine's accelerator if it has one."""
     checkpoint, device = _checkpoint(config.model), find_device("auto")
     if not config.data.source:
         raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")

@@ -1,4 +1,4 @@
-"""Training with DeepSpeed through accelerate: ZeRO-2 shards what learning needs besides the weights, ZeRO-3 the weights as well."""
+"""Training with DeepSpeed through accelerate: ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights as well."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from sonic.training.world import World
 
 
 class ZeroEngine(LocalEngine):
-    """Each role is a DeepSpeed engine over its module; transformers that only compute are sharded under ZeRO-3 too.
+    """Wraps each role's module in a DeepSpeed engine; under ZeRO-3 frozen transformers are sharded too.
 
-    Checkpoints have the names and shapes of the other engines', so any of them goes on where this one ended.
+    Checkpoints have the same names and shapes as those of the other engines, so that any engine can continue from them.
     """
 
     stage = 2
@@ -49,7 +49,7 @@ class ZeroEngine(LocalEngine):
         _check_installed(config.speed.engine, world.device)
 
     def prepare(self, objective: Objective) -> None:
-        """Give every role its engine, what else computes a place, and the student its running average."""
+        """Give every role its DeepSpeed engine, place the other modules, and start the student's running average."""
         self.allocate(objective)
         self.roles = dict(objective.roles)
         others = {name: network for name, network in objective.modules.items() if all(network is not role for role in self.roles.values())}
@@ -78,25 +78,25 @@ class ZeroEngine(LocalEngine):
         self.shards = DeviceMesh.from_group(self.world.writers, "cpu")
 
     def to_device(self, module: nn.Module) -> None:
-        """Whole, to the device, in the precision that it computes in."""
+        """Move a module to the device, unsharded, in the precision it computes in."""
         super().to_device(module)
         if self.config.speed.precision == "bfloat16":
             module.to(torch.bfloat16)
 
     def precision(self) -> AbstractContextManager:
-        """Around a loss. Objectives call into their transformers at many places; all of them are one pass for DeepSpeed."""
+        """Context around a loss. An objective may call its transformers several times; DeepSpeed counts them as one forward pass."""
         for engine in self.sharded:
             _begin_pass(engine)
         return super().precision()
 
     def backward(self, role: str, loss: Tensor) -> None:
-        """Add the gradient of `loss`, meant over all processes; gradients wait for `step`."""
+        """Accumulate the gradient of `loss`, averaged over all processes, until `step`."""
         engine = self.engines[role]
         engine.optimizer.clear_backward_seen_flag()  # the gradient of the part before this one is counted
         engine.backward(loss)
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
-        """Use up the gradients of `role` at learning rate `rate`. Gives their norm."""
+        """Take an optimizer step of `role` at learning rate `rate`. Returns the gradients' norm."""
         engine = self.engines[role]
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -107,7 +107,7 @@ class ZeroEngine(LocalEngine):
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights of the student, whole, by its own names, on the main process; nothing on the others."""
+        """The student's averaged weights, unsharded, by its parameter names, on the main process; {} on the others."""
         found = {}
         with self._averages_in_force():
             for name, value in self._named_values(EXPORTED):
@@ -116,7 +116,7 @@ class ZeroEngine(LocalEngine):
         return found
 
     def load(self) -> dict:
-        """See LocalEngine.load; what was read is handed to DeepSpeed."""
+        """See LocalEngine.load; afterwards copies what was read into DeepSpeed's tensors."""
         self.read: State = {}
         metadata = super().load()
         if self.read:
@@ -134,7 +134,7 @@ class ZeroEngine(LocalEngine):
         return Accelerator(deepspeed_plugins=plugins, mixed_precision="bf16" if self.config.speed.precision == "bfloat16" else "no")
 
     def _settings(self, stage: int) -> dict:
-        """What DeepSpeed is told. The loop says when a step is due, and losses come with their share of it."""
+        """DeepSpeed's config. The training loop decides when to step and scales the losses, so no accumulation is set here."""
         speed, away = self.config.speed, {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
         zero: dict[str, Any] = {
             "stage": stage,
@@ -156,7 +156,7 @@ class ZeroEngine(LocalEngine):
 
     @contextmanager
     def _averages_in_force(self) -> Iterator[None]:
-        """The student's averages where its weights are, and the other way round, for a while."""
+        """Context in which the student's weights are swapped with their averages."""
         self._swap()
         try:
             yield
@@ -171,7 +171,7 @@ class ZeroEngine(LocalEngine):
             self.ema.averages[name].copy_(kept)
 
     def _named_values(self, role: str, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """All of a role's state in float32, one whole tensor at a time; every process has to ask."""
+        """All of a role's state in float32, one unsharded tensor at a time. Collective: every process must call it."""
         module = self.roles[role]
         parameters = dict(module.named_parameters())
         for name, parameter in parameters.items():
@@ -183,7 +183,7 @@ class ZeroEngine(LocalEngine):
         yield from ((name, value) for name, value in module.state_dict().items() if name not in parameters)
 
     def _state(self) -> State:
-        """Each process keeps its slice of each tensor, in host memory; no more than one tensor is whole at a time."""
+        """The state for a checkpoint: this process's slice of each tensor, in host memory; one tensor is gathered at a time."""
         tensors: State = {}
         with self._averages_in_force():
             averages = self._named_values(EXPORTED, frozen=False)
@@ -201,7 +201,7 @@ class ZeroEngine(LocalEngine):
         return tensors
 
     def _to_fill(self, names: set[str]) -> State:
-        """Room for all of it, and for the optimizers' memory that a checkpoint has."""
+        """Tensors to load a checkpoint into: all of the state, and the optimizer moments that the checkpoint has."""
         for role, module in self.roles.items():
             shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._learning(role).items()}
             parameters = {name for name, _ in module.named_parameters()}
@@ -217,7 +217,7 @@ class ZeroEngine(LocalEngine):
 
     @torch.no_grad()
     def _take(self, read: State) -> None:
-        """Hand what was read to DeepSpeed: averages first, because they pass through the place of the weights."""
+        """Copy what was read into DeepSpeed's tensors; the averages first, because they pass through the weights."""
         for name, parameter in self._learning(EXPORTED).items():
             put_master(parameter, whole(read[f"average.{name}"]))
         self.ema = Ema(self.masters, self.optim.ema_decay)
@@ -240,7 +240,7 @@ class ZeroEngine(LocalEngine):
         return {name: p for name, p in self.roles[role].named_parameters() if p.requires_grad}
 
     def _slice(self, value: Tensor) -> Tensor:
-        """This process's part of a tensor that all have."""
+        """This process's slice of a tensor that all processes have."""
         if not value.ndim:
             return value.detach().cpu().clone()
         part = distribute_tensor(value.detach().cpu(), self.shards, [Shard(0)], src_data_rank=None)
@@ -248,12 +248,12 @@ class ZeroEngine(LocalEngine):
 
 
 class Zero3Engine(ZeroEngine):
-    """ZeRO-3."""
+    """ZeRO-3: the weights are sharded as well."""
 
     stage = 3
 
     def allocate(self, objective: Objective) -> None:
-        """Give the weights of a transformer without memory theirs, module by module, and keep a slice of each; adapters stay whole."""
+        """Allocate a transformer on the meta device module by module and keep this process's slices; adapters are not sharded."""
         for model in transformers(objective):
             if not any(weight.is_meta for weight in model.parameters()):
                 continue
@@ -273,7 +273,7 @@ class Zero3Engine(ZeroEngine):
 
 
 def _check_installed(engine: str, device: torch.device) -> None:
-    """Raise ValueError without DeepSpeed. Training on a CPU beside a GPU, tell it so."""
+    """Raise ValueError unless DeepSpeed is installed. Selects its CPU backend when training on the CPU of a machine with a GPU."""
     try:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
         from deepspeed.accelerator.real_accelerator import set_accelerator
@@ -292,7 +292,7 @@ def _transformers(module: nn.Module) -> list[AvatarDiT]:
 
 
 def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
-    """Where some weights are in slices already, DeepSpeed leaves the precision of the others to us."""
+    """Convert the unsharded weights to half precision: DeepSpeed does not once some weights are sharded."""
     for module in modules:
         if any(hasattr(weight, "ds_tensor") for weight in module.parameters()):
             for weight in module.parameters():
@@ -300,7 +300,7 @@ def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
 
 
 def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.optim.Optimizer) -> Any:
-    """The module's DeepSpeed engine. Adapters on a transformer that only computes belong to their roles' engines."""
+    """Wrap a module in a DeepSpeed engine. Adapters on a frozen transformer are left to the engines of their roles."""
     accelerator.state.select_deepspeed_plugin(name)
     if optimizer:
         engine, _ = accelerator.prepare(module, *optimizer)
@@ -311,7 +311,7 @@ def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.
 
 @contextmanager
 def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Take the adapters off for a while; gives them."""
+    """Context that detaches the adapters from a module; yields them."""
     adapted = [part for part in module.modules() if isinstance(part, AdaptedLinear)]
     temporary = [part._modules.pop("adapters") for part in adapted]
     try:
@@ -322,7 +322,7 @@ def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def _begin_pass(engine: Any) -> None:
-    """Tell DeepSpeed that a forward begins, and gather what a transformer reads of its parts without calling them."""
+    """Signal DeepSpeed the start of a forward pass, and gather parameters that the transformer reads without calling their module."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator().reset_step()

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps what learns: float32 slices of weights and of the optimizer's memory, read and written by parameter."""
+"""Access to DeepSpeed's float32 master weights and optimizer moments, by parameter."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def masters_of(engine: Any) -> Sequence[Tensor]:
-    """This process's float32 slices of what an engine's optimizer moves."""
+    """This process's float32 slices of the parameters that an engine trains."""
     zero = engine.optimizer
     return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
 
 
 def whole_master(parameter: nn.Parameter, key: str = "") -> Tensor:
-    """A parameter in float32, or its optimizer's memory of that key, whole."""
+    """A parameter, or its optimizer moment `key`, gathered in float32."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
 
 
 def put_master(parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
-    """Give a parameter, or its optimizer's memory of that key, a value that all processes have."""
+    """Set a parameter, or its optimizer moment `key`, to an unsharded value that all processes have."""
     from deepspeed import utils
 
     if hasattr(parameter, "ds_tensor"):
@@ -44,7 +44,7 @@ def put_master(parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
 
 @torch.no_grad()
 def make_moments(engine: Any, step: Tensor) -> None:
-    """Room for the optimizer's memory, which it makes itself only in its first step."""
+    """Allocate the optimizer moments, which DeepSpeed itself makes only in the first step."""
     zero = engine.optimizer
     for flat in masters_of(engine):
         zero.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
@@ -52,14 +52,14 @@ def make_moments(engine: Any, step: Tensor) -> None:
 
 
 def link_moments(engine: Any) -> None:
-    """Let parameters know their part of the optimizer's memory; DeepSpeed itself forgets all groups but the first."""
+    """Link parameters to their slices of the optimizer moments; DeepSpeed itself does so for the first group only."""
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def spread_masters(engine: Any) -> None:
-    """Weights in the precision that computes, from the float32 slices."""
+    """Update the low-precision weights from the float32 slices."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         zero.update_lp_params()
@@ -71,7 +71,7 @@ def spread_masters(engine: Any) -> None:
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[None]:
-    """A parameter whole for a while, wherever it is."""
+    """Context in which a parameter is gathered, if it is sharded."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):

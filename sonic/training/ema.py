@@ -1,4 +1,4 @@
-"""A running average of parameters: what is exported and evaluated."""
+"""Exponential moving average of parameters, which is what is exported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of what learns in a module, kept in float32; everything else is copied as it is."""
+    """Moving averages, in float32, of the trainable parameters of a module; all other tensors are taken from the module."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -17,14 +17,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move towards `module` after `step` (from 0). Early on the average is short, so that the start is forgotten."""
+        """Update the averages after `step` (from 0). The decay is smaller in the first steps, so that the start does not persist."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, live in module.named_parameters():
             if name in self.averages:
                 self.averages[name].mul_(decay).add_(live.detach(), alpha=1 - decay)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's state with its parameters replaced by their averages."""
+        """The module's state dict with the trained parameters replaced by their averages."""
         return {name: self.averages.get(name, value) for name, value in module.state_dict().items()}
 
     def state(self) -> dict[str, Tensor]:

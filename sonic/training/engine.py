@@ -1,4 +1,4 @@
-"""Engines carry an objective's roles: where parameters live, how gradients become steps, what a checkpoint holds."""
+"""Engines place an objective's modules on devices, take its optimizer steps, and save and load its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPORTED = "student"
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine."""
+    """The interface of an engine to the training loop."""
 
     world: World
 
@@ -52,7 +52,7 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """One process, one device, parameters whole and in float32."""
+    """Training in one process on one device, with unsharded float32 parameters."""
 
     def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
         self.config, self.world = config, world
@@ -66,13 +66,13 @@ class LocalEngine:
         return self.config.optim
 
     def allocate(self, objective: Objective) -> None:
-        """Give transformers that were made without memory theirs, before their weights come."""
+        """Allocate memory for transformers on the meta device, before their weights are loaded."""
         for model in transformers(objective):
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu")
 
     def prepare(self, objective: Objective) -> None:
-        """Bring everything that computes to the device; give each role its optimizer, the student its running average too."""
+        """Move all modules to the device; make an optimizer for each role, and the student's running average."""
         self.roles: Mapping[str, nn.Module] = dict(objective.roles)
         for module in {**objective.modules, **self.roles}.values():
             self.to_device(module)
@@ -84,22 +84,22 @@ class LocalEngine:
         self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
 
     def to_device(self, module: nn.Module) -> None:
-        """To the device, whole."""
+        """Move a module to the device, unsharded."""
         module.to(self.world.device)
         if self.config.speed.channels_last:
             module.to(memory_format=torch.channels_last)
 
     def precision(self) -> AbstractContextManager:
-        """Around a loss: autocast where half precision is asked for."""
+        """Context around a loss: autocast when speed.precision is bfloat16."""
         half = self.config.speed.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16) if half else nullcontext()
 
     def backward(self, role: str, loss: Tensor) -> None:
-        """Add the gradient of `loss`; gradients wait for `step`."""
+        """Accumulate the gradient of `loss` until `step`."""
         loss.backward()
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
-        """Use up the gradients of `role` at learning rate `rate`. Gives their norm; a step that is not finite is not taken."""
+        """Take an optimizer step of `role` at learning rate `rate`, unless the gradients are not finite. Returns their norm."""
         norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.optim.clip_norm)
         if torch.isfinite(norm):
             for group in self.optimizers[role].param_groups:
@@ -112,7 +112,7 @@ class LocalEngine:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Averaged weights of the student, whole, by its own names, in the main process's host memory; nothing on the others."""
+        """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
         found = {}
         for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
             gathered = whole(tensor)  # one at a time: all of them together may not fit
@@ -121,16 +121,16 @@ class LocalEngine:
         return found
 
     def save(self, step: int, metadata: dict) -> None:
-        """Keep the state as the checkpoint of `step`; it is written while training goes on."""
+        """Save the state as the checkpoint of `step`, written in the background."""
         self.checkpoints.save(step, self._state(), metadata)
 
     def settle(self) -> None:
-        """Wait until no checkpoint is being written."""
+        """Wait until the checkpoint under way is written."""
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Continue from the newest good checkpoint (checkpoint.resume=auto) or from the named one, which leaves those beyond it
-        behind; {} = a fresh start."""
+        """Load the newest good checkpoint (checkpoint.resume=auto) or the named one, after which newer ones are renamed. Returns its
+        metadata; {} = a fresh start."""
         resume = self.config.checkpoint.resume
         if resume == "auto":
             return self.checkpoints.load(self._to_fill)
@@ -139,7 +139,7 @@ class LocalEngine:
         return metadata
 
     def _state(self) -> State:
-        """What learns, its averages and its optimizers' memory. What is frozen is in no checkpoint: it is in the weights' file."""
+        """Trainable weights, their averages and optimizer moments. Frozen weights are not saved: they come from the weights file."""
         tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
         for role, module in self.roles.items():
             frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
@@ -150,7 +150,7 @@ class LocalEngine:
         return tensors
 
     def _to_fill(self, names: set[str]) -> State:
-        """The same with room for the optimizers' memory that a checkpoint has."""
+        """Tensors to load a checkpoint into: the state, and the optimizer moments that the checkpoint has."""
         for role, module in self.roles.items():
             for name, parameter in module.named_parameters():
                 start, memory = f"moments.{role}.{name}.", self.optimizers[role].state
@@ -161,18 +161,18 @@ class LocalEngine:
 
 
 def transformers(objective: Objective) -> list[AvatarDiT]:
-    """Every transformer that takes part, once."""
+    """Every transformer among the objective's modules, once."""
     found = (module for network in {**objective.modules, **objective.roles}.values() for module in network.modules())
     return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has only a part of it."""
+    """Whether this process has only a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def clip(gradients: list[Tensor], most: float) -> Tensor:
-    """Shrink gradients, in shards or whole, until their norm together is at most `most`. Gives the norm they had."""
+    """Scale gradients, sharded or not, to a total norm of at most `most`. Returns the norm before."""
     kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
     norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
     norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may lie in host memory, and what is whole does not
@@ -183,7 +183,7 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
 
 
 def recompute_layers(module: nn.Module) -> None:
-    """Let blocks and injectors be computed again for the gradient instead of being remembered; names of parameters stay."""
+    """Checkpoint activations: recompute blocks and audio injectors in the backward pass. Parameter names do not change."""
     for layer in module.modules():
         if isinstance(layer, Block | AudioInjector) and "forward" not in vars(layer):
             layer.forward = partial(_again, layer.forward)
@@ -196,6 +196,6 @@ def _again(forward: Callable, *given: object, **named: object) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie in shards on many processes; every one of them has to ask."""
+    """Gather a tensor that may be sharded. Collective: every process must call it."""
     heartbeat()
     return tensor.full_tensor() if is_sharded(tensor) else tensor

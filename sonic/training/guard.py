@@ -1,29 +1,29 @@
-"""Watches losses: one that is no number, or far beyond what it has been, ends a run before it spoils its checkpoints."""
+"""Divergence check: a loss that is not finite, or far above its recent values, ends a run before a checkpoint is overwritten."""
 
 from __future__ import annotations
 
 import math
 
-FAR = 100.0  # times what a loss has been lately
-MEMORY = 0.95  # share of the past in what it has been
-WARM = 20  # turns of a role before anything counts as usual
+FAR = 100.0  # a loss above so many times its running mean has exploded
+MEMORY = 0.95  # decay of the running mean
+WARM = 20  # updates of a role before its losses are checked
 
 
 class Guard:
-    """What the losses of each role have been; not part of a checkpoint, since it changes nothing but when a run ends."""
+    """Running mean of each role's loss. Not saved in checkpoints, since it does not affect the training itself."""
 
     def __init__(self) -> None:
         self._usual: dict[str, float] = {}
-        self._turns: dict[str, int] = {}
+        self._updates: dict[str, int] = {}
 
     def fault(self, role: str, loss: float, norm: float) -> str:
         """What is wrong with a loss and the norm of its gradient; empty when nothing is."""
         if not math.isfinite(loss + norm):
             return "is not finite"
-        rotations, usual = self._turns.get(role, 0), self._usual.get(role, 0.0)
-        if rotations >= WARM and abs(loss) > FAR * usual:
+        updates, usual = self._updates.get(role, 0), self._usual.get(role, 0.0)
+        if updates >= WARM and abs(loss) > FAR * usual:
             return f"exploded from {usual:.4g}"
-        self._turns[role] = rotations + 1
-        share = min(MEMORY, rotations / (rotations + 1))
+        self._updates[role] = updates + 1
+        share = min(MEMORY, updates / (updates + 1))
         self._usual[role] = share * usual + (1 - share) * abs(loss)
         return ""

@@ -1,4 +1,4 @@
-"""Figures of a run: JSONL in the run folder, a progress bar, and W&B when asked (its only door)."""
+"""Log of a training run: JSONL in the run folder, a progress bar, and optionally W&B (the only module that imports it)."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from tqdm import tqdm
 from sonic.evaluation.sweep import Cell
 from sonic.training.train_config import LogConfig
 
-PATIENCE_S = 30  # for W&B to answer before a run goes on without it
+PATIENCE_S = 30  # how long to wait for W&B before the run continues offline
 LOG = logging.getLogger(__name__)
 SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a look at the student gave: figures by their names in the log, and the video, None where it could not be written."""
+    """A sample of the student: metrics by their names in the log, and the video file, None when it could not be written."""
 
     figures: dict[str, float]
     video: Path | None
 
 
-SampleMaker = Callable[[int], Sample]  # (step) -> what the student makes at that step; every process has to look
+SampleMaker = Callable[[int], Sample]  # (step) -> sample of the student at that step; collective
 
 
 class RunLog:
-    """Where figures go. Ranks other than the main one build it with `main=False`, and it then does nothing."""
+    """Writes the metrics of a run. With `main=False`, as on all ranks but the main one, it does nothing."""
 
     def __init__(self, folder: Path, config: LogConfig, *, name: str, main: bool = True) -> None:
         self.folder, self.config, self.name, self.main = folder, config, name, main
         self._file = self._bar = self._wandb = None
 
     def open(self, step: int, total: int | None) -> RunLog:
-        """Start at `step` of `total` (None = by time). Lines of a run that died after its last checkpoint are dropped."""
+        """Open the log at `step` of `total` (None = limited by time). Lines of later steps, from a run that crashed, are dropped."""
         if not self.main:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class RunLog:
         if not path.exists() or path.read_text() != kept:
             temporary = path.with_name(f".{SCALARS}")
             temporary.write_text(kept)
-            temporary.rename(path)  # a full disk must not cost the lines that are there
+            temporary.rename(path)  # a full disk must not lose the existing lines
         self._file = path.open("ab", buffering=0)
         if self.config.bar and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
@@ -62,7 +62,7 @@ class RunLog:
         return self
 
     def scalars(self, step: int, values: Mapping[str, float], video: Path | None = None) -> None:
-        """Keep `values` of `step`, and the sample video where there is one (in the run folder already)."""
+        """Log `values` of `step`, and the sample video (a file in the run folder) if there is one."""
         if self._file is None:
             return
         shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
@@ -73,10 +73,10 @@ class RunLog:
             LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
 
     def _append(self, line: str) -> None:
-        """A line that is there whole or not at all: a full disk costs lines, not the run."""
-        end, wanted = self._file.tell(), line.encode()
+        """Append a line completely or not at all: a full disk loses lines but does not end the run."""
+        end, data = self._file.tell(), line.encode()
         try:
-            if self._file.write(wanted) < len(wanted):
+            if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             LOG.warning("a line of %s could not be written (%s); training goes on", self.folder / SCALARS, error)
@@ -103,51 +103,51 @@ class RunLog:
 
 
 def read_scalars(folder: Path) -> list[dict]:
-    """Every line a run kept, oldest first."""
+    """Every line of a run's log, oldest first."""
     return [json.loads(line) for line in _lines(folder / SCALARS)]
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines of the file; a last line that a crash cut short is left out."""
+    """Complete lines of the file, without a last line that a crash cut short."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def _as_media(video: Path | None) -> dict[str, object]:
-    """A video as W&B shows it."""
+    """A video as a W&B media object."""
     import wandb
 
     return {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
 
 
-def _need_wandb(asked: str):
-    """The package. Raises ValueError with the way to get it."""
+def _need_wandb(mode: str):
+    """Import wandb. Raises ValueError when it is not installed."""
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"log.wandb={asked} needs W&B, which is not installed; run: pip install wandb, or use log.wandb=off") from error
+        raise ValueError(f"log.wandb={mode} needs W&B, which is not installed; run: pip install wandb, or use log.wandb=off") from error
     return wandb
 
 
 def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
-    """A W&B run that continues under the same id when the folder has one. Offline when W&B cannot be reached."""
+    """Start a W&B run, or continue the one whose id is in the folder. Falls back to offline mode when W&B cannot be reached."""
     wandb = _need_wandb(config.wandb)
-    known = folder / "wandb_id.txt"
-    run_id = known.read_text().strip() if known.exists() else uuid.uuid4().hex[:8]
-    known.write_text(run_id)
+    id_file = folder / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    id_file.write_text(run_id)
     keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
     keywords["settings"] = wandb.Settings(init_timeout=PATIENCE_S)
     try:
         return wandb.init(mode=config.wandb, **keywords)
     except wandb.errors.Error as error:
         LOG.warning("W&B cannot be used (%s); logging offline under %s", str(error).splitlines()[0], folder)
-        wandb.teardown()  # its service holds the name of the run that did not come about
+        wandb.teardown()  # its service still holds the failed run
         return wandb.init(mode="offline", **keywords)
 
 
 def log_cells(cells: Sequence[Cell], folder: Path, config: LogConfig, *, group: str) -> None:
-    """The figures of a sweep's finished cells as runs of one W&B group; nothing with log.wandb=off."""
+    """Log the metrics of a sweep's finished cells as runs of one W&B group; does nothing with log.wandb=off."""
     if config.wandb == "off":
         return
     for cell in cells:

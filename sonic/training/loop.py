@@ -1,4 +1,4 @@
-"""The training loop: turns, losses, steps, figures, checkpoints. What is learnt and where it runs are arguments."""
+"""The training loop: updates of each role, metrics, checkpoints. The objective and the engine are arguments."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sonic.training.train_config import TrainConfig
 
 
 class Diverged(ValueError):
-    """The loss or its gradient stopped being a finite number, or exploded. The last good checkpoint and the batch are kept."""
+    """Raised when the loss or its gradient is not finite or has exploded. The last good checkpoint and the batch are kept."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run used and reached, `made` of the steps by this process; `figures` are means over the last steps."""
+    """Totals of a run; `made` is the number of steps made by this process, `figures` are means over the last steps."""
 
     steps: int
     made: int
@@ -39,7 +39,7 @@ class TrainingResult:
 
 
 class Meter:
-    """Sums of figures between two log lines; they stay tensors until read. `kept` is what another had in its state."""
+    """Running sums of metrics between two log lines, kept as tensors until read. `kept` is the `state()` of an earlier meter."""
 
     def __init__(self, kept: Mapping[str, tuple[float, int]] | None = None, *, device: torch.device) -> None:
         self._sums = {name: torch.tensor(total, dtype=torch.float32, device=device) for name, (total, _) in (kept or {}).items()}
@@ -52,18 +52,18 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def state(self) -> dict[str, tuple[float, int]]:
-        """Sums and counts, exactly, so that a restart says what an unbroken run would."""
+        """Exact sums and counts, so that a resumed run logs the same values as an uninterrupted one."""
         return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading."""
+        """Means since the last `read`."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
 
 
 class TrainingClock:
-    """Seconds of this run, those before a restart included, and how much of the budget they and the steps make."""
+    """Elapsed seconds of a run, including those before a restart, and the share of the budget that is used."""
 
     def __init__(self, config: TrainConfig, before: float) -> None:
         self.budget, self.before, self.start = config.budget, before, time.monotonic()
@@ -78,26 +78,26 @@ class TrainingClock:
         return min(1.0, self.seconds() / (60 * self.budget.max_minutes))
 
     def left(self, step: int, first: int) -> float:
-        """Seconds to the end of the budget at the speed so far (`first` = step this process started at)."""
+        """Estimated seconds to the end of the budget (`first` = step at which this process started)."""
         if self.budget.max_minutes:
             return max(0.0, 60 * self.budget.max_minutes - self.seconds())
         return (self.budget.max_steps - step) * (time.monotonic() - self.start) / max(1, step - first)
 
 
 def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.Generator:
-    """The randomness of one loss: a function of the run's seed and the step alone, so that a restart needs no state."""
+    """Random generator of one loss: depends on the run's seed, the step and the part alone, so that a restart needs no state."""
     words = np.random.SeedSequence((seed, step, part)).generate_state(2, np.uint32)
     number = int(words[0]) << 31 | int(words[1]) >> 1
-    torch.manual_seed(number ^ 1)  # what draws without a generator, such as dropout
+    torch.manual_seed(number ^ 1)  # for operations without a generator argument, such as dropout
     return torch.Generator(device).manual_seed(number)
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What takes part in a run, and the folder it lives in.
+    """The parts of a training run, and its folder.
 
-    `batches(start)` opens this process's stream where `start` batches of all processes together have been used; `look(step)` videos
-    the student.
+    `batches(start)` opens this process's stream of batches after `start` batches have been used by all processes together;
+    `look(step)` makes a sample video of the student.
     """
 
     config: TrainConfig
@@ -111,7 +111,7 @@ class TrainingRun:
 
 
 def train(run: TrainingRun) -> TrainingResult:
-    """Train until the budget is used, from the newest checkpoint in the run folder when there is one.
+    """Train until the budget is used, continuing from the newest checkpoint in the run folder if there is one.
 
     Raises Diverged when a loss or gradient is not finite, or a loss explodes.
     """
@@ -129,7 +129,7 @@ def train(run: TrainingRun) -> TrainingResult:
             lr = rate(step, progress, config.optim)
             for number, role in enumerate(objective.turn(step)):
                 turn = Turn(role, step, number)
-                meter.add(_rotation(run, turn, stream, lr=lr * objective.rates.get(role, 1.0)))
+                meter.add(_update(run, turn, stream, lr=lr * objective.rates.get(role, 1.0)))
                 used += config.budget.accumulate
             step += 1
             progress = engine.world.agree(clock.progress(step))
@@ -140,8 +140,8 @@ def train(run: TrainingRun) -> TrainingResult:
                 samples = pace * config.budget.batch_size * config.budget.accumulate
                 figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
                 figures |= {"perf/peak_gib": peak_gib(engine.world.device), "train/lr": lr}
-                seen = run.look(step) if run.look and (last or step % config.log.samples_every == 0) else None
-                log.scalars(step, {**figures, **(seen.figures if seen else {})}, seen and seen.video)
+                sample = run.look(step) if run.look and (last or step % config.log.samples_every == 0) else None
+                log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
             if last or engine.world.agree(_due(config, step, kept_at)):
@@ -153,7 +153,7 @@ def train(run: TrainingRun) -> TrainingResult:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory so far, of the device where it has its own, else of this process."""
+    """Peak memory in GiB: of the GPU, or of this process when training on the CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_rss_gib()
 
 
@@ -163,47 +163,47 @@ def _due(config: TrainConfig, step: int, kept_at: float) -> bool:
 
 
 class Turn(NamedTuple):
-    """One update: of which role, in which step, and which one within the step."""
+    """One update of a role: its step, and its number within the step."""
 
     role: str
     step: int
     number: int
 
 
-def _rotation(run: TrainingRun, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
-    """Losses, gradients and one optimizer step; its figures, means over all processes.
+def _update(run: TrainingRun, turn: Turn, stream: Iterator[Batch], *, lr: float) -> dict[str, Tensor]:
+    """Losses, gradients and one optimizer step of a role. Returns its metrics, averaged over all processes.
 
-    The batches of an update are numbered over all processes together, and a batch's randomness is a function of its number; so
-    the number of processes changes nothing but the order of sums. Processes that share a batch's tokens have its figures alike.
+    The batches of an update are numbered over all processes together and a batch's random generator depends on its number, so that
+    the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
     """
     (role, step, _), config, world = turn, run.config, run.engine.world
-    mine = config.budget.accumulate // world.readers
+    count = config.budget.accumulate // world.readers
     figures: list[dict[str, Tensor]] = []
-    seen: list[Batch] = []  # as they came, in host memory
-    for index in range(mine):
-        seen.append(next(stream))
-        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in seen[-1].items()}
+    used: list[Batch] = []  # in host memory
+    for index in range(count):
+        used.append(next(stream))
+        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
         part = turn.number * config.budget.accumulate + index * world.readers + world.reader
         rng = step_rng(config.seed, step, part=part, device=world.device)
-        figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / mine))
+        figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = run.engine.step(role, rate=lr, step=step)
     names = list(figures[0])
-    means = world.mean(torch.stack([torch.stack([each[name].float() for name in names]) for each in figures]).mean(0))
-    found = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
-    total = found[f"train/{role}_loss"]
-    why = run.guard.fault(role, float(total), float(norm))
-    if why:
-        _keep_worst(run, seen, [float(each[f"{role}_loss"]) for each in figures])
+    means = world.mean(torch.stack([torch.stack([values[name].float() for name in names]) for values in figures]).mean(0))
+    metrics = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+    total = metrics[f"train/{role}_loss"]
+    fault = run.guard.fault(role, float(total), float(norm))
+    if fault:
+        _keep_worst(run, used, [float(values[f"{role}_loss"]) for values in figures])
         run.engine.settle()
         raise Diverged(
-            f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} {why}; the last good checkpoint "
+            f"step {step}: loss {float(total):.4g} with gradient norm {float(norm):.4g} {fault}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
-    return {**found, f"train/{role}_grad_norm": norm.detach()}
+    return {**metrics, f"train/{role}_grad_norm": norm.detach()}
 
 
 def _keep_worst(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
-    """Write the batch whose own loss is not finite, else that of the largest loss, among those of this process."""
+    """Write the batch of this process whose loss is not finite, or else the largest."""
     sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
     batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
     tensors = {name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}
@@ -211,13 +211,13 @@ def _keep_worst(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[flo
 
 
 def _descend(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
-    """The gradient of every part of a loss, each taken before the next part is computed; the loss and its figures."""
+    """Backpropagate every part of a loss before the next part is computed. Returns the loss and its metrics."""
     total, figures = 0.0, {}
     while True:
         with run.engine.precision():
             part = next(losses, None)
         if part is None:
             return {f"{role}_loss": total, **figures}
-        loss, found = part
+        loss, values = part
         run.engine.backward(role, loss * share)
-        total, figures = total + loss.detach(), {name: value.detach() for name, value in found.items()}
+        total, figures = total + loss.detach(), {name: value.detach() for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Every option of what is learnt, one config per objective (stdlib only)."""
+"""Options of the training objectives, one config each (stdlib only)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ ATTENTION_SPANS, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
 
 @dataclass
 class ObjectiveConfig:
-    """What every objective has: its row in OBJECTIVES."""
+    """Base of all objectives' options; `name` is the row in OBJECTIVES."""
 
-    name: str = ""
+    name: str = option("", "one of the files in conf/objective")
 
 
 @dataclass
 class WindowConfig:
-    """How the transformer looks at a window of latents."""
+    """The window of latents that the transformer is trained on."""
 
-    reach: str = option("blocks", "blocks = each sees itself and those before, as in a rollout; clip = full attention")
-    levels: str = option("clip", "what has a noise level of its own: clip, block or frame")
-    max_first_block: int = option(60, "the window begins at most so many blocks into the video")
-    past: int = option(0, "latent frames at the window's front that are told as motion memory")
-    past_noise: float = option(0.0, "most noise on them, as a sigma")
+    reach: str = option("blocks", "blocks = each block attends to itself and earlier ones, as in a rollout; clip = full attention")
+    levels: str = option("clip", "unit with its own noise level: clip, block or frame")
+    max_first_block: int = option(60, "largest position of the window in the video, in blocks")
+    past: int = option(0, "latent frames at the start of the window that are given as motion memory")
+    past_noise: float = option(0.0, "largest noise level (sigma) of the motion memory")
 
     def __post_init__(self) -> None:
         one_of(self.reach, ATTENTION_SPANS, "objective.window.reach")
@@ -36,22 +36,22 @@ class WindowConfig:
 
 @dataclass
 class ErrorConfig:
-    """What an error on latents costs."""
+    """Weights of the error on latents."""
 
     weight_cap: float = option(4.0, "ceiling of 1/sigma² in an error on the clean latents")
-    cell_gain: float = option(8.0, "weight of the liveliest cell is 1 + cell_gain, of a dead one 1")
+    cell_gain: float = option(8.0, "a latent cell has weight 1 + cell_gain if it moves most, 1 if it never moves")
     change_weight: float = option(0.5, "weight of the error in the change from one latent frame to the next")
 
 
 @dataclass
 class FlowMatchConfig(ObjectiveConfig):
-    """Diffusion forcing of the DiT on latents."""
+    """Trains the DiT by diffusion forcing on latents."""
 
-    name: str = "flow_match"
-    schedule_share: float = option(0.5, "clips whose sigma comes from `schedule`; the others are uniform in (0, 1]")
-    schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that count more")
-    audio_dropout: float = option(0.1, "clips that hear nothing, for guidance")
-    viseme_weight: float = option(0.3, "weight of naming the visemes; 0 where clips have none")
+    name: str = option("flow_match", "one of the files in conf/objective")
+    schedule_share: float = option(0.5, "share of clips whose sigma is one of `schedule`; others are uniform in (0, 1]")
+    schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that are drawn more often")
+    audio_dropout: float = option(0.1, "share of clips trained without audio, for classifier-free guidance")
+    viseme_weight: float = option(0.3, "weight of the viseme loss; 0 for clips without visemes")
     window: WindowConfig = option(WindowConfig)
     error: ErrorConfig = option(ErrorConfig)
     learn: AdapterConfig = option(AdapterConfig)
@@ -62,30 +62,30 @@ class FlowMatchConfig(ObjectiveConfig):
 
 @dataclass
 class DistillConfig(ObjectiveConfig):
-    """What all ways to fewer steps have in common. The teacher is the model with its weights as they are."""
+    """Options common to the distillation objectives. The teacher is the model with its initial weights."""
 
     sampler: SamplerConfig = option(SamplerConfig)
-    teacher_guide_scale: float = option(1.0, "guidance of the teacher towards the audio, which the student learns to do without")
+    teacher_guide_scale: float = option(1.0, "audio guidance scale of the teacher; the student learns to need none")
     window: WindowConfig = option(WindowConfig)
     error: ErrorConfig = option(ErrorConfig)
     learn: AdapterConfig = option(AdapterConfig)
 
     def __post_init__(self) -> None:
         name, scale = self.sampler.name, self.sampler.sample_guide_scale
-        require(name == "euler", f"objective.sampler.name={name}: a student walks in straight steps; use euler")
+        require(name == "euler", f"objective.sampler.name={name}: students sample with Euler steps; use euler")
         require(scale == 1, f"objective.sampler.sample_guide_scale={scale}: students need no guidance; set objective.teacher_guide_scale")
         one_of(self.window.levels, ("clip",), "objective.window.levels")
-        require(self.window.past == 0, f"objective.window.past={self.window.past}: a rollout's past is its ring; use 0")
+        require(self.window.past == 0, f"objective.window.past={self.window.past}: distillation has no motion memory in the window; use 0")
 
 
 @dataclass
 class ConsistencyConfig(DistillConfig):
-    """From anywhere on the teacher's path, one step to the end of the student's step."""
+    """Trains the student to go, in one step, from any point of the teacher's path to the end of its sampling step."""
 
-    name: str = "consistency"
-    teacher_steps: int = option(40, "steps of the teacher on the whole way from noise")
-    leap: int = option(1, "teacher's steps before the student's own word is taken; teacher_steps = never taken")
-    start_share: float = option(0.5, "clips that begin where a step of the student begins")
+    name: str = option("consistency", "one of the files in conf/objective")
+    teacher_steps: int = option(40, "sampling steps of the teacher from noise to clean latents")
+    leap: int = option(1, "teacher steps to the target, the student does the rest; teacher_steps = teacher only")
+    start_share: float = option(0.5, "share of clips that start at the beginning of a student's step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,14 +97,14 @@ class ConsistencyConfig(DistillConfig):
 
 @dataclass
 class DmdConfig(DistillConfig):
-    """Videos of the student are led from where a critic says they lie to where the teacher says videos lie."""
+    """Trains the student so that its videos, as a critic models them, match the distribution of the teacher's."""
 
-    name: str = "dmd"
-    critic_turns: int = option(5, "updates of the critic before each of the student")
+    name: str = option("dmd", "one of the files in conf/objective")
+    critic_turns: int = option(5, "updates of the critic before each update of the student")
     critic_rate: float = option(0.2, "learning rate of the critic as a share of optim.lr")
-    anchor_share: float = option(0.3, "rollouts whose first block is the truth, against videos that freeze")
-    lowest: float = option(0.02, "least sigma at which teacher and critic are asked")
-    highest: float = option(0.98, "greatest sigma at which they are asked")
+    anchor_share: float = option(0.3, "share of rollouts that start with a true block, which keeps videos from freezing")
+    lowest: float = option(0.02, "least sigma at which teacher and critic are compared")
+    highest: float = option(0.98, "greatest sigma at which teacher and critic are compared")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,30 +117,30 @@ class DmdConfig(DistillConfig):
 
 @dataclass
 class VisemeConfig(ObjectiveConfig):
-    """Training of the speech encoder: name the mouth shapes from the sound."""
+    """Trains the speech encoder to predict visemes from log-mel columns."""
 
-    name: str = "viseme"
-    audio_noise: float = 0.1  # noise on the log-mel columns, in their standard deviations
-    tilt: float = 0.2  # spectral tilt, in the same unit at both ends of the mel axis
-    throat: float = 0.25  # largest change of the vocal tract length, in log
-    bend: float = 0.4  # the same of the lowest formants alone, as mouths of other shapes have them
+    name: str = option("viseme", "one of the files in conf/objective")
+    audio_noise: float = option(0.1, "noise on the log-mel columns, in their standard deviations")
+    tilt: float = option(0.2, "spectral tilt, in the same unit at both ends of the mel axis")
+    throat: float = option(0.25, "largest change of the vocal tract length, in log")
+    bend: float = option(0.4, "the same of the lowest formants alone, as mouths of other shapes have them")
 
 
 @dataclass
 class AutoencodeConfig(ObjectiveConfig):
-    """The preview's motion autoencoder, on drawn people."""
+    """Trains the preview's motion autoencoder on drawn people."""
 
-    name: str = "autoencode"
-    latent_noise: float = 0.4  # most noise on a latent, in the latents' own size
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("autoencode", "one of the files in conf/objective")
+    latent_noise: float = option(0.4, "most noise on a latent, in the latents' own size")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 @dataclass
 class PortraitConfig(ObjectiveConfig):
-    """Latents of a portrait that tell what its mouth will do."""
+    """Trains the portrait encoder: latents from which the motion latents of given visemes can be predicted."""
 
-    name: str = "portrait"
-    focus: float = 6.0  # how much more the mouth counts than the rest
+    name: str = option("portrait", "one of the files in conf/objective")
+    focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
 OBJECTIVE_CONFIGS = {

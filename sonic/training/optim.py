@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate over the budget."""
+"""The optimizer and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sonic.training.train_config import OptimConfig
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters`; matrices decay, vectors and scalars (biases, gains) do not."""
+    """AdamW over `parameters`, with weight decay on matrices but not on vectors and scalars (biases, gains)."""
     kinds: dict[tuple[bool, type], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            kinds.setdefault((parameter.ndim >= 2, type(parameter.data)), []).append(parameter)  # shards and whole ones do not mix
+            kinds.setdefault((parameter.ndim >= 2, type(parameter.data)), []).append(parameter)  # not sharded with unsharded
     return torch.optim.AdamW(
-        [{"params": some, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), some in kinds.items()],
+        [{"params": group, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), group in kinds.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=False,

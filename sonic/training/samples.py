@@ -1,10 +1,10 @@
-"""Sample videos while training: what the student makes so far, kept as a video and scored, without a trace in what is learnt."""
+"""Sample videos during training: the present student generates a video, which is saved and scored; training is not affected."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.weights import load_weights
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
@@ -25,14 +24,12 @@ from sonic.data.segments import MOUTH_CROP, mouth_opening, quick
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
 from sonic.geometry import FPS
-from sonic.inference.components import Components, WanComponents, transformer_weights, untrained_encoders, weight_files
+from sonic.inference.components import checkpoint_components, preview_components, untrained_encoders, weight_files
 from sonic.inference.conditions import whole_picture
-from sonic.inference.generate import generate
-from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
-from sonic.model.dit import TRAINING_ENTRY_POINTS
-from sonic.parallel.context import DistributedContext
-from sonic.parallel.mesh import World as Mesh
-from sonic.training.engine import Engine, is_sharded
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import PORTRAITS, RECORDINGS
+from sonic.pipeline import AvatarPipeline
+from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.train_config import EvalConfig, TrainConfig
@@ -46,7 +43,7 @@ MAX_LAG = 5  # frames of lag that are tried either way
 
 @dataclass(frozen=True)
 class Student:
-    """Who is looked at, and where videos of them go."""
+    """The student of a training, and the run folder for its sample videos."""
 
     config: TrainConfig
     objective: Any
@@ -55,24 +52,13 @@ class Student:
 
     @contextmanager
     def use_role(self):
-        """The student's transformer as it is now. Weights that are whole are float32, and so is the video; those in shards compute in
-        the training's precision, all else in a video does not."""
+        """The student's transformer as it is now. Weights that are whole are float32, and so is the video; those in shards are gathered in
+        the training's precision, in which the transformer then computes, and nothing else does."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
-            own = (
-                {name: vars(model).get(name) for name in ("forward", *TRAINING_ENTRY_POINTS)}
-                if is_sharded(next(model.parameters()))
-                else {}
-            )
-            for name in own:
-                setattr(model, name, _precisely(getattr(model, name), self.engine.precision))
-            try:
-                yield model
-            finally:
-                for name, method in own.items():
-                    delattr(model, name) if method is None else setattr(model, name, method)
+            yield model
 
     def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
-        """Write the video of a step, on the main process; None where the disk has no room for it.  frames [F,3,H,W] in [-1,1]"""
+        """Write the video of a step; None on other processes than the main one and when writing fails.  frames [F,3,H,W] in [-1,1]"""
         path = self.folder / "samples" / f"step_{step:08d}.mp4"
         if not self.engine.world.main:
             return None
@@ -85,21 +71,10 @@ class Student:
         return path
 
 
-def _precisely(call: Callable[..., Any], precision: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
-    """The same call in that precision, its result in float32."""
-
-    def called(*given: object, **named: object) -> Any:
-        with precision():
-            found = call(*given, **named)
-        return found.float() if isinstance(found, Tensor) else found
-
-    return called
-
-
 def sample_maker(student: Student) -> SampleMaker | None:
-    """How to look at the student; None when nobody wants to (log.samples_every=0).
+    """The function that makes sample videos of the student; None when log.samples_every=0.
 
-    Raises ValueError when what is learnt makes no videos, or nobody can speak for them.
+    Raises ValueError when the objective trains no model that generates videos.
     """
     config = student.config
     if not config.log.samples_every:
@@ -111,7 +86,7 @@ def sample_maker(student: Student) -> SampleMaker | None:
 
 
 def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """A drawn person of the test split says a sentence; the mouth's true way is known."""
+    """Samples of the preview: a drawn person of the test split speaks a sentence, scored against the known motion of the mouth."""
     config, device = student.config, student.engine.world.device
     files = weight_files(config.model)
     autoencoder, speech = untrained_encoders(config.model, device)
@@ -119,15 +94,15 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     load_weights(speech, files.speech)
     eval_config = EvalConfig(clips=1, seed=config.seed, seconds=config.log.sample_seconds)
     case = next(cases(eval_config, config.model.resolution))
-    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False))
+    asked = InferConfig(model=config.model, sampler=sampler, decode=DecodeConfig(online=False))
 
     def make_sample(step: int) -> Sample:
         made: list[Tensor] = []
         with student.use_role() as model:
-            components = Components(config.model, model, autoencoder, speech, device)
+            pipe = AvatarPipeline(asked, preview_components(config.model, model, autoencoder, speech=speech, device=device))
 
             def make(case: Case, samples: np.ndarray) -> Tensor:
-                made.append(generated_frames(case, samples, components, settings=settings, seed=config.seed).cpu())
+                made.append(generated_frames(case, samples, pipe, seed=config.seed).cpu())
                 return made[-1]
 
             found = scored(case, make, 4 * config.model.rollout.block_frames).figures
@@ -138,11 +113,10 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
 
 
 def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """The bundled portrait says the beginning of the bundled recording; nobody knows the truth, so the mouth is held against the
-    sound alone, and is as lively as that of nothing else."""
+    """Samples of a published model: the bundled portrait speaks the start of the bundled recording. Without a true video, the metrics
+    are the mouth's correlation with the sound and its amount of motion."""
     config, device = student.config, student.engine.world.device
-    checkpoint = Checkpoint.open(transformer_weights(config.model).parent)
-    components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
+    components = checkpoint_components(config.model, device)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)
@@ -150,13 +124,12 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     recording = load_speech(RECORDINGS["sample"])
     speech = Speech(recording.samples[: round(config.log.sample_seconds * recording.sample_rate)])
     inputs = Inputs(Portrait(pixels), speech, round(config.log.sample_seconds * fps), config.seed, fps)
-    clip = config.model.rollout.clip_frames or Settings.clip_frames
-    settings = Settings(sampler=sampler, decode=DecodeConfig(online=False), clip_frames=clip)
+    asked = InferConfig(model=components.config, sampler=sampler, decode=DecodeConfig(online=False))
 
     def make_sample(step: int) -> Sample:
         with student.use_role() as model:
-            now = components.with_model(model)
-            with closing(generate(inputs, now, settings)) as chunks:
+            pipe = AvatarPipeline(asked, components.with_model(model))
+            with closing(pipe.generate(inputs)) as chunks:
                 frames_out = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
         mouth = mouth_opening(torch.stack([cut(frame, crop) for frame in frames_out]))
         level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))

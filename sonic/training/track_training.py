@@ -1,4 +1,4 @@
-"""A turn of a training on fake tensors and fake ranks, tracked: the planner's prediction against engine and objective themselves."""
+"""Measures the memory of a training step by running the real engine and objective on fake tensors and fake ranks."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import pointwise
 from sonic.model.blocks import MultiHead
-from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
-from sonic.planner.training_plans import TrainingPlan
-from sonic.planner.training_workload import Training
+from sonic.planner.plans import Plan
+from sonic.planner.workload import Training
 from sonic.training.fsdp_engine import ShardedEngine
-from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
+from sonic.training.objective_config import DmdConfig, FlowMatchConfig
 from sonic.training.objectives import OBJECTIVES, Batch, Losses
 from sonic.training.objectives.dmd import roll
 from sonic.training.objectives.networks import CRITIC, STUDENT
 from sonic.training.optim import adamw
-from sonic.training.train_config import BudgetConfig, DataConfig, SpeedConfig, TrainConfig
+from sonic.training.plan_training import PlanTrainingConfig, training
+from sonic.training.train_config import TrainConfig
 from sonic.training.world import World
 
-ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}  # to who asks for a number; others: 0
-PAST_NOISE = 0.3
 
-
-def track_training(work: Training, hardware: HardwareConfig, plan: TrainingPlan) -> dict[str, float] | None:
-    """GiB of every rank by moment; None for a plan that keeps shards on the host, which is the device where ranks are fake."""
-    if plan.parallel.cpu_offload:
+def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, float]] | None:
+    """GiB of every rank by phase; None for a plan that cannot be tracked."""
+    if untracked_training(plan):
         return None
-    found = of_all_layers(work.model, lambda model: track(replace(work, model=model), plan.ranks, plan.parallel.context))
-    return {phase: size / GIB + hardware.reserve_gib for phase, size in found.items()}
+    ranks, reserve = len(plan.ranks), config.hardware.reserve_gib
+    found = of_all_layers(config.model, lambda model: track(replace(config, model=model), ranks, plan.parallel.context))
+    return [{phase: size / GIB + reserve for phase, size in found.items()}] * ranks
 
 
-def track(work: Training, ranks: int, share: int) -> dict[str, int]:
-    """The most bytes that a rank holds in each moment of a step after the first, `share` ranks to a batch, as a CUDA device computes.
+def untracked_training(plan: Plan) -> str:
+    """The sentence for a plan that cannot be tracked on fake tensors; empty for others."""
+    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
 
-    Parts of the step that repeat earlier ones are left out: further sampling steps, which go over the same ring; the gradient of
-    blocks between the first and the last; the averages' update, which is in place.
+
+def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
+    """The most bytes that a rank holds in each phase of a step after the first, `share` ranks to a batch, as a CUDA device computes.
+
+    Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
+    the first and the last; the in-place update of the averages.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -60,75 +62,40 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
         sharers = dist.new_group(range(share)) if share > 1 else None
         world = World(0, ranks, context=share, sharers=sharers)
         with mode:
-            config = train_config(work)
-            objective = OBJECTIVES[config.objective.name](config, execution=world.execution(config.model.trunk.num_heads))
-            batch = _batch(work)
+            tracked = tracked_config(config)
+            objective = OBJECTIVES[tracked.objective.name](tracked, execution=world.execution(tracked.model.trunk.num_heads))
+            batch = _batch(training(config))
         for module in (each for network in objective.modules.values() for each in network.modules()):
             if isinstance(module, MultiHead):
                 module.attention = _fused
-        engine = ShardedEngine(config, world, Path())
+        engine = ShardedEngine(tracked, world, Path())
         engine.prepare(objective)
         with mode:
-            updates = {role: Update(module, config) for role, module in engine.roles.items()}
+            updates = {role: Update(module, tracked) for role, module in engine.roles.items()}
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
         with mode, _as_on_devices(), _no_collection(), ledger:
-            for phase in STEPS[config.objective.name](TrackedRun(objective, engine, batch, updates)):
+            for phase in STEPS[tracked.objective.name](TrackedRun(objective, engine, batch, updates)):
                 found[phase] = max(found.get(phase, 0), ledger.lap())
         return found
     finally:
         dist.destroy_process_group()
 
 
-def train_config(work: Training) -> TrainConfig:
-    """The recipe of a training, as far as memory goes."""
-    task = work.task
-    window = WindowConfig(reach="clip", past=task.past, past_noise=PAST_NOISE if task.past else 0.0, max_first_block=0)
-    if task.objective == "dmd":
-        sampler = SamplerConfig(sample_steps=1)
-        objective = DmdConfig(sampler=sampler, teacher_guide_scale=task.teacher_guide_scale, window=window, learn=task.learn)
-    else:
-        objective = FlowMatchConfig(viseme_weight=0.0, window=window, learn=task.learn)
-    return TrainConfig(
-        model=work.model,
-        objective=objective,
-        data=DataConfig(window=task.window),
-        budget=BudgetConfig(max_steps=1, batch_size=task.batch_size, accumulate=task.accumulate),
-        speed=SpeedConfig(precision=task.precision, engine="fsdp", recompute=task.recompute),
-    )
-
-
-class Ledger(MemTracker):
-    """Bytes of all that is alive. Modules are entered by several doors, so nothing is asked of them; a number that the program
-    wants of a tensor without numbers is made up, so that it runs as it is."""
-
-    def _pre_fw_hook(self, *_: Any) -> None:
-        """Nothing is kept by module."""
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
-
-    def __torch_dispatch__(self, func: Any, types: tuple, *given: Any) -> Any:
-        args, named = given
-        if func is torch.ops.prim.device.default:  # the most frequent question by far
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return ANSWERS.get(args[0].dtype, 0)
-        if func.is_view and DTensor not in types:  # nothing is new
-            return func(*args, **(named or {}))
-        return super().__torch_dispatch__(func, types, args, named or {})
-
-    def lap(self) -> int:
-        """The most since the last call."""
-        peak = sum(each["Total"] for each in self.get_tracker_snapshot("peak").values())
-        self._peak_mem_snap = self.get_tracker_snapshot()
-        self._peak_mem = {device: each["Total"] for device, each in self._peak_mem_snap.items()}
-        return peak
+def tracked_config(config: PlanTrainingConfig) -> TrainConfig:
+    """The recipe as it is tracked: sharded over the ranks, in one sampling step, and without a head for visemes, which is small."""
+    goal = config.objective
+    if isinstance(goal, DmdConfig):
+        goal = replace(goal, sampler=replace(goal.sampler, schedule="linear", sample_steps=1))
+    elif isinstance(goal, FlowMatchConfig):
+        goal = replace(goal, viseme_weight=0.0)
+    return replace(config, objective=goal, speed=replace(config.speed, engine="fsdp"))
 
 
 class Update:
-    """A role's optimizer on this rank's shards as plain tensors: what the engine's does, without DTensor's accounts, which take
-    half a minute for a thousand tensors. Its memory is that of a step after the first."""
+    """A role's optimizer on this rank's shards as plain tensors: the same as the engine's without the overhead of DTensor (half a
+    minute per thousand tensors). Its moments are allocated, as after the first step."""
 
     def __init__(self, role: nn.Module, config: TrainConfig) -> None:
         self.role = role
@@ -141,12 +108,12 @@ class Update:
         self.optimizer.zero_grad()
 
     def fill(self) -> None:
-        """Gradients as an earlier batch of the same step leaves them."""
+        """Allocate gradients, as an earlier batch of the same step leaves them."""
         for parameter in self.learning:
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self) -> None:
-        """Use up the gradients."""
+        """Take the optimizer step and free the gradients."""
         for parameter, shard in zip(self.learning, self.shards, strict=True):
             shard.grad = None if parameter.grad is None else _shard(parameter.grad).detach()
         self.optimizer.step()
@@ -155,7 +122,7 @@ class Update:
 
 
 class TrackedRun(NamedTuple):
-    """What takes part in a step."""
+    """The parts of a tracked training step."""
 
     objective: Any
     engine: ShardedEngine
@@ -164,7 +131,7 @@ class TrackedRun(NamedTuple):
 
 
 def _match_flow(step: TrackedRun) -> Iterator[str]:
-    """A step of one role: a clip's graph, and the update."""
+    """A flow-matching step: forward and backward of a clip, and the update."""
     step.updates[STUDENT].fill()
     losses = step.objective.losses(STUDENT, step.batch, torch.Generator())
     _descend(step.engine, STUDENT, losses)
@@ -175,7 +142,7 @@ def _match_flow(step: TrackedRun) -> Iterator[str]:
 
 
 def _distil(step: TrackedRun) -> Iterator[str]:
-    """A turn of the critic and one of the student, as DistributionMatching.losses takes them, from one rollout."""
+    """A DMD step: one update of the critic and one of the student, as in DistributionMatching.losses, from one rollout."""
     objective, engine, batch, updates = step
     rng, frames = torch.Generator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
@@ -203,7 +170,7 @@ def _distil(step: TrackedRun) -> Iterator[str]:
 
 
 def _descend(engine: ShardedEngine, role: str, losses: Losses) -> None:
-    """The gradient of the next part of a loss, where there is one; the losses stay, because they say whose adapters are in force."""
+    """Backpropagate the next part of a loss, if there is one. `losses` stays open, because it holds the role's adapters active."""
     with engine.precision():
         loss, _ = next(losses)
     if loss.requires_grad:
@@ -215,19 +182,19 @@ STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow
 
 def _batch(work: Training) -> dict[str, Tensor]:
     """What a rank works on at once."""
-    task, model = work.task, work.model
+    job, model = work.job, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
-    empty = lambda *shape: torch.empty(task.batch_size, *shape)  # noqa: E731
+    empty = lambda *shape: torch.empty(job.batch_size, *shape)  # noqa: E731
     return {
-        "latents": empty(channels, task.window, *size),
+        "latents": empty(channels, job.window, *size),
         "ref": empty(channels, 1, *size),
-        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * task.window),
+        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * job.window),
         "text": empty(model.text.text_len, model.text.text_dim),
     }
 
 
 def _fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention as devices have it; the CPU's own form for gradients in half precision lays all scores out."""
+    """Fused attention, as on CUDA devices; the CPU kernel for half-precision gradients would store all attention scores."""
     return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (queries, keys, values))).transpose(1, 2)
 
 
@@ -237,7 +204,7 @@ def _shard(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A million small objects are not searched for cycles again and again."""
+    """Context without garbage collection, which would scan a million small objects repeatedly."""
     gc.disable()
     try:
         yield
@@ -247,7 +214,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _as_on_devices() -> Iterator[None]:
-    """Autocast as on CUDA: norms compute in float32 there, and in the given precision on a CPU, whose own forms keep less."""
+    """Context in which autocast behaves as on CUDA: norms compute in float32, which keeps more memory than the CPU's half precision."""
 
     def wide(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def widened(*args: Any, **named: Any) -> Tensor:

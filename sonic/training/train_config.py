@@ -1,4 +1,4 @@
-"""Every option of a training run (stdlib only, so that `--help` needs no torch). What to learn is an objective's own config."""
+"""Options of training and evaluation runs (stdlib only, so that `--help` needs no torch). Objectives have configs of their own."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
 
 @dataclass
 class BudgetConfig:
-    """How long to train: exactly one of `max_steps` and `max_minutes`. The schedule runs over the fraction that is used.
+    """How long to train: exactly one of `max_steps` and `max_minutes`. The learning rate follows the used share of the budget.
 
-    A step uses `accumulate` batches of `batch_size` samples, all processes together.
+    A step uses `accumulate` batches of `batch_size` samples, over all processes together.
     """
 
-    max_steps: int = 0
-    max_minutes: float = 0.0
-    batch_size: int = 8
-    accumulate: int = 1  # batches to a step; a multiple of the number of processes, which share them
+    max_steps: int = option(0, "optimizer steps; 0 = max_minutes counts")
+    max_minutes: float = option(0.0, "minutes of training; 0 = max_steps counts")
+    batch_size: int = option(8, "samples in a batch")
+    accumulate: int = option(1, "batches to a step, shared by all processes: a multiple of their number")
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"budget.batch_size={self.batch_size}: need at least 1")
@@ -42,17 +42,17 @@ class BudgetConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up, a flat part, and a cosine fall that starts at `decay_from` of the budget."""
+    """AdamW; learning rate with linear warm-up, a constant part, and cosine decay from `decay_from` of the budget."""
 
-    lr: float = 1e-3
-    final_lr: float = 0.02  # share of lr at the end of the budget
-    warmup_steps: int = 100
-    decay_from: float = 0.3  # fraction of the budget
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    lr: float = option(1e-3, "learning rate after the warm-up")
+    final_lr: float = option(0.02, "share of lr at the end of the budget")
+    warmup_steps: int = option(100, "steps in which the rate rises linearly from 0")
+    decay_from: float = option(0.3, "fraction of the budget from which the rate falls along a cosine")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient")
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay")
+    clip_norm: float = option(1.0, "largest norm of the gradient of a role; larger ones are scaled down")
+    ema_decay: float = option(0.999, "decay of the running average that is exported, per step")
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr}: need a positive learning rate")
@@ -62,19 +62,19 @@ class OptimConfig:
 
 @dataclass
 class SpeedConfig:
-    """Where and how fast. `threads=0` leaves torch's own choice."""
+    """Device, precision, data loading and parallelism. `threads=0` leaves the number to torch."""
 
-    device: str = "auto"
-    threads: int = 0
-    precision: str = OWN  # float32, bfloat16 (autocast around the loss), or auto = the model's own
-    channels_last: bool = False
-    workers: int = 0  # processes that read or draw batches
-    prefetch: int = 4  # batches each of them keeps ready
-    engine: str = "auto"  # auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)
-    recompute: bool = False  # layers are computed again for the gradient instead of remembered
-    cpu_offload: bool = False  # shards lie in host memory
-    context: int = 1  # processes that share the tokens of each batch (fsdp)
-    timeout_s: float = 45.0  # without a sign that a process gets on, after which it is lost and all end
+    device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch")
+    precision: str = option(OWN, "float32, bfloat16 (autocast around the loss), or auto = the model's own")
+    channels_last: bool = option(False, "convolutions in channels-last memory format")
+    workers: int = option(0, "processes that read or draw batches; 0 = the training's own")
+    prefetch: int = option(4, "batches that each of them keeps ready")
+    engine: str = option("auto", "auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)")
+    recompute: bool = option(False, "blocks are computed again for the gradient instead of kept")
+    cpu_offload: bool = option(False, "shards are kept in host memory")
+    context: int = option(1, "processes that share the tokens of each batch (fsdp)")
+    timeout_s: float = option(45.0, "seconds without progress of a process, after which it counts as lost and all end")
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
@@ -89,12 +89,12 @@ class SpeedConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often the whole state is kept. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
+    """How often the state is saved. `resume` is auto (newest good one), never, or a checkpoint's path; newer ones are then renamed."""
 
-    every_minutes: float = 5.0
-    every_steps: int = 0  # 0 = by minutes only
-    keep: int = 2
-    resume: str = "auto"
+    every_minutes: float = option(5.0, "minutes between checkpoints")
+    every_steps: int = option(0, "steps between checkpoints; 0 = by minutes only")
+    keep: int = option(2, "newest checkpoints that are kept")
+    resume: str = option("auto", "auto (newest good one), never, or the path of a checkpoint; newer ones are then renamed")
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, f"checkpoint.keep={self.keep}: need at least 1")
@@ -102,15 +102,15 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """Where the figures go: always JSONL in the run folder, to W&B when asked (key from the environment)."""
+    """Where metrics are logged: always JSONL in the run folder, optionally W&B (key from the environment)."""
 
-    every_steps: int = 20
-    wandb: str = "off"
-    project: str = "sonic"
-    bar: bool = True
-    samples_every: int = 0  # steps between sample videos, the last step's besides; 0 = none
-    sample_seconds: float = 3.0
-    sample_steps: int = 8  # sampling steps of a student that has not learnt how many
+    every_steps: int = option(20, "steps between lines of figures")
+    wandb: str = option("off", "off, offline or online; the key comes from the environment")
+    project: str = option("sonic", "W&B project")
+    bar: bool = option(True, "show a progress bar")
+    samples_every: int = option(0, "steps between sample videos, the last step besides; 0 = none")
+    sample_seconds: float = option(3.0, "length of a sample video")
+    sample_steps: int = option(8, "sampling steps of a student that was not trained for a number of them")
 
     def __post_init__(self) -> None:
         every = self.every_steps
@@ -124,23 +124,23 @@ class LogConfig:
 
 @dataclass
 class DataConfig:
-    """What a batch is cut from. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
+    """The training data. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
 
-    source: str = "clips"
-    folder: str = ""
-    window: int = 9
-    split: str = "train"
-    resolution: int = 192
+    source: str = option("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
+    folder: str = option("", "folder of the clips")
+    window: int = option(9, "latent frames of a sample; 0 = whole clips")
+    split: str = option("train", "train or test: other people, for drawn ones")
+    resolution: int = option(192, "side of the face crop of drawn people in pixels")
 
 
 @dataclass
 class TrainConfig:
-    """One training run, whole. It lives in the folder runs/`name`."""
+    """All options of one training run, whose folder is runs/`name`."""
 
-    name: str = "train"
-    seed: int = 0
-    export: str = ""  # where the averaged weights go, .safetensors
-    init_from: str = ""  # weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start
+    name: str = option("train", "name of the folder runs/<name>")
+    seed: int = option(0, "of data order, noise and new weights")
+    export: str = option("", "where the averaged weights go, .safetensors; empty = nowhere")
+    init_from: str = option("", "weights to start from, bundled:preview_dit or a path; names that are absent there keep their own start")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -161,14 +161,14 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """What is scored: people, voices and sentences of the test split, with a still head."""
+    """The evaluation set: people, voices and sentences of the test split, without head motion."""
 
-    clips: int = option(20, "people, each with a recording of their own")
-    seed: int = option(0, "other seeds are other people and sentences")
+    clips: int = option(20, "drawn people, each with its own recording")
+    seed: int = option(0, "seed of the people and sentences")
     seconds: float = option(8.0, "length of each recording, at least 2")
-    noisy: bool = option(False, "dirt of real recordings on the speech")
+    noisy: bool = option(False, "add noise, echo and band limits of real recordings to the speech")
     videos: str = option("", "folder for a contact sheet of every clip; empty = none")
-    num_videos: int = option(0, "of so many clips the videos too, in the same folder")
+    num_videos: int = option(0, "clips whose videos are saved too, in the same folder")
 
     def __post_init__(self) -> None:
         require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
@@ -177,9 +177,9 @@ class EvalConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Scores a model on drawn people whose mouths are known exactly: the model, the true video, and nothing moving."""
+    """Scores a model on drawn people with exactly known mouths, beside the true video and a still one."""
 
-    json: str = option("", "where the figures go")
+    json: str = option("", "JSON file for the figures")
     eval: EvalConfig = option(EvalConfig)
     run: RunConfig = option(RunConfig)
     model: ModelConfig = option(ModelConfig)

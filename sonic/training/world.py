@@ -1,4 +1,4 @@
-"""The processes that train together, as one value; alone, everything is a no-op."""
+"""The group of processes of a training run; with one process, all collectives are no-ops."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sonic.parallel.ulysses import sequence_parallel
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. `writers` is a group of their own for checkpoints, which flow beside the training;
-    `context` processes in a row share the tokens of each batch, in the group `sharers`."""
+    """This process's place in a training run. `writers` is a separate process group for background checkpoints; each row of `context`
+    consecutive processes shares the tokens of each batch, in the process group `sharers`."""
 
     rank: int = 0
     ranks: int = 1
@@ -26,35 +26,35 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is the main process (rank 0)."""
         return self.rank == 0
 
     @property
     def readers(self) -> int:
-        """How many batches are worked on at the same time."""
+        """Number of batches processed at the same time."""
         return self.ranks // self.context
 
     @property
     def reader(self) -> int:
-        """Which of them this process works on."""
+        """Index of the batch this process works on, among those processed at the same time."""
         return self.rank // self.context
 
     def execution(self, num_heads: int) -> Execution:
-        """How transformers are executed: processes in a row share the tokens of a batch.
+        """How transformers are executed: with sequence parallelism over each row of processes.
 
-        Gradients of a share add up over those who share, and the mean over all processes counts each of them: it is right.
+        The gradients are sums over the row while the mean is taken over all processes, which needs no further correction.
         """
         return Execution(sequence_parallel(self.sharers, num_heads)) if self.sharers else LOCAL
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, everywhere the same."""
+        """The mean over all processes, on every process."""
         if self.ranks > 1:
             dist.all_reduce(values)
             values /= self.ranks
         return values
 
     def agree(self, value: float) -> float:
-        """What the main process says."""
+        """The main process's value, on every process."""
         if self.ranks == 1:
             return value
         value_tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -62,15 +62,15 @@ class World:
         return float(value_tensor)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Barrier: wait until all processes have called it."""
         if self.ranks > 1:
             dist.barrier()
 
 
 def join_world(device: torch.device, *, context: int = 1) -> World:
-    """The world that torchrun started this process in, or one of this process alone.
+    """The group of processes started by torchrun, or a group of this process alone.
 
-    Raises ValueError unless the processes can be parted into rows of `context`.
+    Raises ValueError when the number of processes is not a multiple of `context`.
     """
     if device.type == "cuda" and dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank())

@@ -1,1 +1,1 @@
-"""Autoencoders between pixels and latents, as streams, and the warp that lays motion over a picture."""
+"""Streaming autoencoders between pixels or motion and latents, and the warp that applies motion to a picture."""

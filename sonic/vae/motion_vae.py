@@ -1,8 +1,9 @@
-"""The preview's streaming autoencoder: its latents say how a picture moves, and nothing moves where they are zero.
+"""The preview model's streaming autoencoder: its latents encode how a picture moves; zero latents are a picture at rest.
 
-Geometry of the Wan VAE: 16 channels, 8x8 px and 4 frames a latent.  What is encoded and decoded is motion: a displacement,
-an opacity and a small picture of the mouth's inside, which warp.py lays over the photograph at the photograph's own
-resolution.  The decoder sees the reference picture, so that edges fall where the lips are.
+Latents have the geometry of the Wan VAE: 16 channels, one latent for 8x8 pixels and 4 frames.  The encoder and decoder map motion: a
+displacement, an opacity and a small picture of the inside of the mouth, which warp.py applies to the photograph at its full
+resolution.  The decoder also gets the reference picture, so that it can place edges at the lips.
+Shapes: R the side of the face crop in pixels, h and w the rows and columns of latents.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from sonic.geometry import FRAMES_PER_LATENT
 from sonic.types import MotionLayers
 
 LATENT_CHANNELS = 16
-LAYERS = 6  # displacement x, y; opacity; red, green, blue of the inside
-FLOW_SCALE = 0.05  # one unit of the decoder's displacement, in picture widths
+LAYERS = 6  # channels: displacement x, y; opacity; red, green, blue of the inside of the mouth
+FLOW_SCALE = 0.05  # one unit of the decoder's displacement, in widths of the crop
 WIDTH = 64
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A portrait as the autoencoder knows it, computed once.
+    """What the autoencoder computes once from a portrait.
 
-    picture [B,3,R,R] in [-1,1]; latents [B,16,1,R/8,R/8], what the DiT sees of it; for the decoder, look [B,16,R/8,R/8],
-    detail [B,32,R/4,R/4], and resting, what it says of zero latents.
+    picture [B,3,R,R] in [-1,1]; latents [B,16,1,R/8,R/8] for the DiT; for the decoder, look [B,16,R/8,R/8], detail [B,32,R/4,R/4],
+    and resting [B,4,6,R/2,R/2], its output for zero latents, which is subtracted from every other output.
     """
 
     picture: Tensor
@@ -40,7 +41,7 @@ class Reference:
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), the last convolution starting at zero."""
+    """x + conv(relu(conv(relu(x)))), the last convolution initialised to zero."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -53,9 +54,9 @@ class Residual(nn.Module):
 
 
 class PortraitEncoder(nn.Sequential):
-    """What a DiT has to know of a portrait to move it: where the lips are, and how far apart.  [B,3,R,R] -> [B,16,R/8,R/8]
+    """Latents of a portrait for the DiT: where the lips are, and how far open.  [B,3,R,R] -> [B,16,R/8,R/8]
 
-    Decoding needs less (edges, which it sees for itself), so latents that serve the decoder alone leave a DiT guessing.
+    They are separate from what the decoder uses, because the decoder needs edges only, and the DiT needs more than that.
     """
 
     def __init__(self, latent_channels: int):
@@ -69,7 +70,7 @@ class PortraitEncoder(nn.Sequential):
 
 
 class WarpAutoencoder(nn.Module):
-    """Motion to latents and back, beside a reference picture; a value `cache` carries the decoder from chunk to chunk."""
+    """Encodes motion to latents and decodes it with a reference picture; `decode` returns the cache that the next chunk needs."""
 
     def __init__(self, latent_channels: int = LATENT_CHANNELS):
         super().__init__()
@@ -86,18 +87,21 @@ class WarpAutoencoder(nn.Module):
         self.register_buffer("latent_scale", torch.ones(latent_channels))
 
     def reference(self, picture: Tensor) -> Reference:
-        """Look at the portrait once.  picture [B,3,R,R] in [-1,1], R a multiple of 8"""
+        """What encoding and decoding need of a portrait.  picture [B,3,R,R] in [-1,1], R a multiple of 8, else ValueError"""
         batch, _, height, width = picture.shape
         if height % 8 or width % 8:
             raise ValueError(f"a reference of {width}x{height} px cannot be encoded: both sides must be multiples of 8")
         detail = self.detail(torch.cat([picture, _positions(picture)], 1))
         look = self.appearance(detail)
-        nothing = torch.zeros_like(look)
-        resting = self._layers(nothing, nothing, look=look, detail=detail)
+        zeros = torch.zeros_like(look)
+        resting = self._layers(zeros, zeros, look=look, detail=detail)
         return Reference(picture, rearrange(self.portrait(picture), "b c h w -> b c 1 h w"), look, detail, resting)
 
     def encode(self, layers: MotionLayers) -> Tensor:
-        """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,R/8,R/8]; zero, but for rounding, where nothing moves."""
+        """The motion of F frames, F a multiple of 4 -> latents [B,16,F/4,h,w]; zero, but for rounding, where nothing moves.
+
+        Raises ValueError when F is not a multiple of 4.
+        """
         batch, count = layers.flow.shape[:2]
         if count % FRAMES_PER_LATENT:
             raise ValueError(f"{count} frames cannot be encoded: every latent holds {FRAMES_PER_LATENT}; give a multiple of it")
@@ -106,14 +110,14 @@ class WarpAutoencoder(nn.Module):
         return rearrange(moved, "(b t) c h w -> b c t h w", b=batch) / rearrange(self.latent_scale, "c -> c 1 1 1")
 
     def _compress(self, small: Tensor) -> Tensor:
-        """Four frames [4N,96,h,w] -> one latent [N,16,h,w]"""
-        return self.merge(rearrange(self.squeeze(small), "(n f) c h w -> n (f c) h w", f=FRAMES_PER_LATENT))
+        """Latents of groups of four frames.  [B·T·4,96,h,w] -> [B·T,16,h,w]"""
+        return self.merge(rearrange(self.squeeze(small), "(bt f) c h w -> bt (f c) h w", f=FRAMES_PER_LATENT))
 
     def decode(self, latents: Tensor, reference: Reference, cache: Tensor | None = None) -> tuple[MotionLayers, Tensor]:
-        """latents [B,16,T,h,w] -> the motion of 4T frames, and the cache to hand in with the latents that follow.
+        """latents [B,16,T,h,w] -> the motion of 4T frames, and the cache to pass with the latents that follow.
 
-        A latent sees itself and the one before it.  They are decoded one by one, so that chunks of any length give the same
-        bits as one call: a convolution's rounding depends on how many pictures it gets at once.
+        Each latent is decoded from itself and the one before it.  They are decoded one at a time, so that chunks of any length give
+        the same bits as one call: the rounding of a convolution depends on its batch size.
         """
         latents = latents * rearrange(self.latent_scale, "c -> c 1 1 1").to(latents.dtype)
         previous = torch.zeros_like(latents[:, :, 0]) if cache is None else cache
@@ -124,32 +128,32 @@ class WarpAutoencoder(nn.Module):
         return _as_motion(torch.cat(parts, 1)), previous
 
     def _layers(self, latents: Tensor, previous: Tensor, *, look: Tensor, detail: Tensor) -> Tensor:
-        """All [N,16,h,w], detail [N,32,2h,2w] -> [N,4,6,4h,4w]"""
+        """The decoder's output for one latent of each video.  latents, previous, look [B,16,h,w], detail [B,32,2h,2w] -> [B,4,6,4h,4w]"""
         features = self.split(self.unfold(torch.cat([latents, previous, look], 1)))
-        features = F.pixel_shuffle(rearrange(features, "n (f c) h w -> (n f) c h w", f=FRAMES_PER_LATENT), 2)
+        features = F.pixel_shuffle(rearrange(features, "b (f c) h w -> (b f) c h w", f=FRAMES_PER_LATENT), 2)
         detail = detail.repeat_interleave(FRAMES_PER_LATENT, 0)
-        return rearrange(self.render(torch.cat([features, detail], 1)), "(n f) c h w -> n f c h w", f=FRAMES_PER_LATENT)
+        return rearrange(self.render(torch.cat([features, detail], 1)), "(b f) c h w -> b f c h w", f=FRAMES_PER_LATENT)
 
 
 def _throat(like: Tensor) -> Tensor:
-    """The colour that zero stands for: a dim red."""
+    """The colour of the mouth's inside that zero stands for: a dim red.  -> [3,1,1]"""
     return like.new_tensor([0.30, 0.12, 0.11]).reshape(3, 1, 1)
 
 
 def _as_motion(layers: Tensor) -> MotionLayers:
-    """Give the network's six channels their units.  [B,F,6,h,w]"""
+    """The network's six channels as motion in its units.  [B,F,6,rows,columns]"""
     flow, opacity, colour = layers.split([2, 1, 3], dim=2)
     return MotionLayers(flow * FLOW_SCALE, opacity, _throat(layers) + 0.5 * colour)
 
 
 def _as_layers(motion: MotionLayers) -> Tensor:
-    """Motion in the network's units; a colour counts as far as it can be seen.  -> [B,F,6,h,w]"""
+    """Motion as the network's six channels; colours are weighted by their opacity.  -> [B,F,6,rows,columns]"""
     colour = 2 * (motion.interior - _throat(motion.interior)) * motion.opacity
     return torch.cat([motion.flow / FLOW_SCALE, motion.opacity, colour], 2)
 
 
 def _positions(picture: Tensor) -> Tensor:
-    """Where each pixel is in the crop, as two more channels in [-1,1]."""
+    """The coordinates x, y of each pixel of the crop in [-1,1].  [B,3,R,R] -> [B,2,R,R]"""
     ys = torch.linspace(-1, 1, picture.shape[2], device=picture.device, dtype=picture.dtype)
     xs = torch.linspace(-1, 1, picture.shape[3], device=picture.device, dtype=picture.dtype)
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"))

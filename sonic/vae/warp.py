@@ -1,4 +1,7 @@
-"""Lays motion over a picture: warps what is there and paints only what was hidden.  Knows no network."""
+"""Applies motion layers to a photograph: displaces its pixels and blends in the inside of the mouth.  No networks.
+
+Shapes: H and W the rows and columns of the photograph, h and w those of the motion layers.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ from torch.nn import functional as F
 
 from sonic.types import Crop, MotionLayers
 
-BORDER = 0.08  # share of the crop over which motion fades to nothing, so that no seam can show
-NOISE_FLOOR = 0.0006  # displacements below this share of the crop are noise: the photograph stays untouched
+BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
+NOISE_FLOOR = 0.0006  # displacements below this share of the crop's side are treated as zero
 
-PIXELS_AT_ONCE = 2_000_000  # memory of one pass over a large photograph
+PIXELS_AT_ONCE = 2_000_000  # pixels, frames times area, that are composed at a time, which limits memory
 
 
 def unit_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Centres of the pixels in [-1,1], as grid_sample wants them.  -> [H,W,2] (x, y)"""
+    """Coordinates of the pixel centres in [-1,1], in the form of grid_sample.  -> [height,width,2] (x, y)"""
     ys = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height * 2 - 1
     xs = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width * 2 - 1
     return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
 
 
 def fade(height: int, width: int, like: Tensor) -> Tensor:
-    """1 inside the crop, falling smoothly to 0 at its border.  -> [h,w]"""
+    """A weight of 1 inside the crop that falls smoothly to 0 at its border.  -> [height,width]"""
     edge = (1 - unit_grid(height, width, like).abs().amax(-1)) / (2 * BORDER)
     edge = edge.clamp(0, 1)
     return edge * edge * (3 - 2 * edge)
 
 
 def settle(layers: MotionLayers) -> MotionLayers:
-    """Layers fit for the photograph: faded at the border, and still where they barely move."""
+    """The layers as they are applied to the photograph: faded out at the border, with displacements below NOISE_FLOOR set to zero."""
     window = fade(*layers.flow.shape[-2:], layers.flow)
     flow = layers.flow * window
     length = torch.linalg.vector_norm(flow, dim=2, keepdim=True)
@@ -41,15 +44,15 @@ def settle(layers: MotionLayers) -> MotionLayers:
 
 
 class Canvas:
-    """A photograph that can be set in motion: only what changed is written, everything else stays the photograph's own.
+    """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    pixels uint8 [H,W,3]; crop is where the layers lie in it.
+    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover.
     """
 
     def __init__(self, pixels: Tensor, crop: Crop):
         self.pixels, self.crop = pixels, crop
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
-        self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # crop axes -> photo axes
+        self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
         radius = crop.side * (abs(sin) + abs(cos)) / 2
         rows, columns = _span(crop.center_y, radius, pixels.shape[0]), _span(crop.center_x, radius, pixels.shape[1])
@@ -57,11 +60,11 @@ class Canvas:
         self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
 
     def render(self, layers: MotionLayers) -> Tensor:
-        """The photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
+        """The frames of the photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
         layers = settle(layers)
         stacked = torch.cat([layers.flow, layers.opacity, layers.interior], 2)[0]
         frames = self.pixels.expand(stacked.shape[0], -1, -1, -1).clone()
-        box = self._preview_encoders(stacked)
+        box = self._moving_box(stacked)
         if box is None:
             return frames
         top, bottom, left, right = box
@@ -71,8 +74,8 @@ class Canvas:
             frames[part, top:bottom, left:right] = self._compose(stacked[part], box)
         return frames
 
-    def _preview_encoders(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
-        """Photo rows and columns that hold everything that moves, or None."""
+    def _moving_box(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
+        """(top, bottom, left, right) in photo pixels of all that moves in any frame; None when nothing does.  stacked [F,6,h,w]"""
         moved = (stacked[:, :3] != 0).any(0).any(0)
         if not moved.any():
             return None
@@ -89,25 +92,25 @@ class Canvas:
         return (top, bottom, left, right) if bottom > top and right > left else None
 
     def _compose(self, stacked: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-        """The moving part of some frames.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
+        """The part of some frames inside the box.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
         top, bottom, left, right = box
         ys, xs = torch.arange(top, bottom) + 0.5, torch.arange(left, right) + 0.5
         points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
         inside = (points - self.centre) @ self.turn * (2 / self.crop.side)
-        found = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
-        flow, opacity, interior = found.split([2, 1, 3], dim=1)
+        sampled = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
+        flow, opacity, interior = sampled.split([2, 1, 3], dim=1)
         moved = rearrange(flow, "f c h w -> f h w c") @ self.turn.T * self.crop.side
         size = torch.tensor([self.source.shape[3], self.source.shape[2]])
         grid = (points - torch.tensor([self.left, self.top]) + moved) / size * 2 - 1
         source = self.source.expand(stacked.shape[0], -1, -1, -1)
         warped = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
-        edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # a large photograph wants a lip line as sharp as its own
+        edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # sharpens the lip line to the photograph's resolution
         opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
         composed = torch.lerp(warped, interior * 255, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
 
 
 def _span(middle: float, radius: float, size: int) -> slice:
-    """The rows (or columns) of a picture within `radius` of `middle`, at least one."""
+    """The rows or columns of a picture within `radius` of `middle`, at least one."""
     start = min(max(0, math.floor(middle - radius)), size - 1)
     return slice(start, max(start + 1, min(size, math.ceil(middle + radius))))

@@ -53,7 +53,7 @@ def job(rank: int, port: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(figures))
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks_measure_and_only_the_first_gives_figures(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -72,7 +72,7 @@ def test_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [("model=live_avatar_14b",), ("model=wan_s2v_14b", "sampler.sample_steps=2")])
-def test_one_rank(overrides):
+def test_one_rank_measures_blocks_and_clips(overrides):
     figures = measured(*overrides)
     assert figures["plan"] == "single"
     assert len(figures["measured_gib_per_rank"]) == len(figures["predicted_gib_per_rank"]) == 1
@@ -80,6 +80,6 @@ def test_one_rank(overrides):
     assert figures["seconds_per_block"] >= figures["seconds_per_step"]
 
 
-def test_the_preview_has_a_bench_of_its_own():
+def test_bench_fit_refuses_the_preview():
     with pytest.raises(ValueError, match="bench preview"):
         measured("model=preview", "model.resolution=96")

@@ -34,7 +34,7 @@ def test_one_rank_and_two_make_the_same_stream_and_the_best_of_each_counts(monke
     assert single.run.threads == 1 and sum(made[1][1].parallel.layers) == single.model.trunk.num_layers
 
 
-def test_a_run_really_gives_a_rate(monkeypatch):
+def test_a_real_run_gives_a_rate(monkeypatch):
     small = {"hidden_dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2}
     stream = [each for each in scaling.STREAM if not any(name in each for name in small)]
     stream += [f"model.trunk.{name}={value}" for name, value in small.items()] + ["model.audio.inject_layers=[0]", "video.size=64x64"]

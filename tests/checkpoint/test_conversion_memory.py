@@ -54,7 +54,7 @@ def test_a_conversion_takes_the_memory_of_a_few_tensors(tmp_path):
     assert grown < 256  # what is mapped at once, a tensor and its adapter's product in float32, and what is imported on the way
 
 
-def test_the_full_name_list_is_checked_and_portioned_without_being_held(tmp_path):
+def test_the_published_14b_is_checked_and_split_into_shards_without_reading_its_weights(tmp_path):
     """Sparse files of 32 GB that take no disk: headers are read, contents are not."""
     config = compose(Entry("infer", InferConfig), ["model=wan_s2v_14b"]).model
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.lora import PUBLISHED as LORA_FILE
 
 
-def test_a_ready_checkpoint_says_what_it_was_made_from(ready):
+def test_a_converted_checkpoint_records_its_sources(ready):
     manifest = json.loads((ready / "live/manifest.json").read_text())
     assert manifest["model"] == "live_avatar_14b"
     assert manifest["lora"]["weights"] == 2 * 10 + 4
@@ -80,7 +80,7 @@ def test_official_and_back_gives_the_same_bytes(ready, tmp_path, made, spelling)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_student_in_a_file_goes_out_under_official_names_and_comes_back(downloads, tmp_path, dtype):
+def test_a_student_file_can_be_exported_to_official_names_and_back(downloads, tmp_path, dtype):
     torch.manual_seed(3)
     config = tiny_model()
     student = AvatarDiT(config).to(dtype)
@@ -98,7 +98,7 @@ def test_a_student_in_a_file_goes_out_under_official_names_and_comes_back(downlo
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in back.items())
 
 
-def test_a_folder_that_is_not_ready_says_how_to_make_one(downloads, tmp_path, capfd):
+def test_an_unconverted_folder_is_answered_with_the_conversion_command(downloads, tmp_path, capfd):
     made = ["model=live_avatar_14b", f"audio={downloads / 'speech.wav'}"]
     assert infer(tmp_path, *made, f"checkpoint={downloads / 'Wan2.2-S2V-14B'}") == 2
     assert "sonic convert" in capfd.readouterr().err

@@ -70,7 +70,7 @@ def frames_of(folder: Path, name: str) -> np.ndarray:
         ("wan", ["compat=upstream", "video.infer_frames=16"], 29),
     ],
 )
-def test_a_converted_checkpoint_videos(ready, tmp_path, model, extra, frames):
+def test_a_converted_checkpoint_generates_a_video(ready, tmp_path, model, extra, frames):
     generate(tmp_path, "a", *arguments(ready, model, *extra))
     assert len(frames_of(tmp_path, "a")) == frames
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
@@ -80,7 +80,7 @@ def test_a_converted_checkpoint_videos(ready, tmp_path, model, extra, frames):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("model", SHORT)
-def test_any_number_of_steps_videos_in_the_models_own_precision(ready, tmp_path, model, steps):
+def test_any_number_of_steps_works_in_the_models_own_precision(ready, tmp_path, model, steps):
     typed = [
         f"sampler.sample_steps={steps}",
         "sampler.sample_guide_scale=0",
@@ -145,7 +145,7 @@ def pair(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("model", SHORT)
-def test_two_speakers_are_generated_each_with_a_voice(ready, tmp_path, pair, model):
+def test_two_speakers_follow_their_own_recordings(ready, tmp_path, pair, model):
     argv = [item for item in arguments(ready, model) if not item.startswith("audio=")]
     generate(tmp_path, "both", *argv, *pair)
     audio, masks = (item.partition("=") for item in pair[1:])
@@ -182,7 +182,7 @@ def test_a_video_of_poses_is_followed(ready, tmp_path, model):
         ("motion.pose={left}.wav", "left.wav"),
     ],
 )
-def test_what_is_wrong_with_speakers_and_poses_is_reported(ready, tmp_path, pair, capfd, change, word):
+def test_faults_of_speakers_and_poses_are_reported(ready, tmp_path, pair, capfd, change, word):
     Image.fromarray(np.zeros((160, 160), np.uint8)).save(tmp_path / "small.png")
     paths = {name: str(tmp_path / name) for name in ("left", "small", "nowhere")}
     before = sorted(tmp_path.iterdir())

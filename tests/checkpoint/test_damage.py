@@ -34,7 +34,7 @@ class Code:
 def code_in(name: str, write: Callable[[Any, Path], None]) -> Damage:
     def damage(folder: Path) -> tuple[str, ...]:
         write({"conv1.weight": Code()}, folder / name)
-        return name, "nothing of it was run"
+        return name, "no code in it was run"
 
     return damage
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tiny import tiny_config, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sonic.checkpoint.load import Lora, fill, fill_randomly, without_memory
+from sonic.checkpoint.load import NO_LORA, Lora, fill, fill_randomly, without_memory
 from sonic.checkpoint.weights import load_weights, save_weights
 from sonic.model.lora import Adapter, merge_lora
 from sonic.parallel.fsdp import shard
@@ -44,8 +44,8 @@ def merged(path: Path, lora: Lora, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_filled_with_weights_that_are_loaded_and_then_adapted(dtype, path, lora):
-    model, shapes = without_memory(tiny_config(), dtype)
-    fill(model.to_empty(device=CPU), path, shapes, lora=lora)
+    model = without_memory(tiny_config()).to(dtype)
+    fill(model.to_empty(device=CPU), path, lora=lora)
     wanted = merged(path, lora, dtype)
     assert {name for name, weight in model.named_parameters() if not torch.equal(weight, wanted[name])} == set()
 
@@ -54,10 +54,10 @@ def test_a_rank_that_has_a_slice_has_its_slice_of_the_adapters(path, lora):
     """One rank only, because torch remembers by the mesh which slice this process has."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
     try:
-        model, shapes = without_memory(tiny_config(), torch.float32)
+        model = without_memory(tiny_config())
         config = ParallelConfig("fsdp", unshard_unit="block")
         shard(model, make_world(config, "fsdp", CPU), config)
-        fill(model.to_empty(device=CPU), path, shapes, lora=lora)
+        fill(model.to_empty(device=CPU), path, lora=lora)
         wanted = merged(path, lora, torch.float32)
         for name, weight in model.named_parameters():
             mine = weight.to_local() if hasattr(weight, "to_local") else weight
@@ -68,22 +68,22 @@ def test_a_rank_that_has_a_slice_has_its_slice_of_the_adapters(path, lora):
 
 
 def test_adapters_that_find_no_weight_are_refused(path, lora):
-    model, shapes = without_memory(tiny_config(), torch.float32)
+    model = without_memory(tiny_config())
     strange = Lora({"blocks.77.mlp_in.weight": lora.adapters[ADAPTED[0]]}, alpha=3.0)
     with pytest.raises(ValueError, match=r"1 of 1 weights that the model lacks: blocks\.77"):
-        fill(model.to_empty(device=CPU), path, shapes, lora=strange)
+        fill(model.to_empty(device=CPU), path, lora=strange)
 
 
 def test_weights_that_stay_in_their_file_can_be_neither_adapted_nor_of_another_precision(path, lora):
-    wrong = (torch.float32, lora, "needs torch.float32 with lora"), (torch.bfloat16, Lora({}, 0.0), "needs torch.bfloat16:")
+    wrong = (torch.float32, lora, "needs torch.float32 with lora"), (torch.bfloat16, NO_LORA, "needs torch.bfloat16:")
     for dtype, adapters, message in wrong:
-        model, shapes = without_memory(tiny_config(), dtype)
+        model = without_memory(tiny_config()).to(dtype)
         with pytest.raises(ValueError, match=f"{message}.*use offload.store=pinned"):
-            fill(model, path, shapes, lora=adapters)
+            fill(model, path, lora=adapters)
 
 
 def test_random_weights_differ_from_each_other():
-    model, _ = without_memory(tiny_config(), torch.float32)
+    model = without_memory(tiny_config())
     fill_randomly(model.to_empty(device=CPU))
     drawn = [weight.flatten()[:8] for weight in model.parameters() if weight.numel() >= 8]
     assert len({tuple(each.tolist()) for each in drawn}) == len(drawn)

@@ -71,7 +71,7 @@ def test_what_a_killed_conversion_leaves_does_not_look_complete(cut_off, tmp_pat
     assert "no converted checkpoint" in capfd.readouterr().err
 
 
-def test_the_next_conversion_takes_over_the_shards_that_are_whole(cut_off, tmp_path):
+def test_the_next_conversion_reuses_the_complete_shards(cut_off, tmp_path):
     argv, left = cut_off
     before = times_of(left / "dit")
     assert convert(*argv) == 0

@@ -16,7 +16,7 @@ from ranks import on_ranks
 from safetensors.torch import save_file
 from tiny import tiny_config
 
-from sonic.checkpoint.load import Lora, without_memory
+from sonic.checkpoint.load import NO_LORA, shapes_of, without_memory
 from sonic.checkpoint.weights import to_official
 from sonic.config import ModelConfig
 from sonic.parallel.context import context_of
@@ -39,7 +39,7 @@ def deep_config() -> ModelConfig:
 def checkpoint(tmp_path_factory) -> Path:
     """A checkpoint in several files."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    _, shapes = without_memory(deep_config(), torch.float32)
+    shapes = shapes_of(without_memory(deep_config()))
     rng, names = torch.Generator().manual_seed(0), list(shapes)
     for index in range(FILES):
         stored = {to_official(name) or name: torch.rand(shapes[name], generator=rng) for name in names[index::FILES]}
@@ -85,7 +85,7 @@ def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     PLANS[parallel.name] = plan._replace(allocate=allocate)
     try:
         with sampled() as seen:
-            model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=Lora({}, 0.0), dtype=torch.float32)
+            model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=NO_LORA, dtype=torch.float32)
             dist.barrier()
         assert next(model.parameters()).device == CPU  # the model is still there when memory is read
         return seen[-1] - before[0], max(seen) - before[0]

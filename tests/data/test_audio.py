@@ -160,7 +160,7 @@ def save_video(path: Path, samples: np.ndarray, *, form: str, codec: str, late: 
 
 
 @pytest.mark.parametrize(("form", "codec", "late"), [("mov", "pcm_s16le", 0.4), ("mp4", "aac", 0.4), ("mpegts", "mp3", -0.1)])
-def test_a_soundtrack_that_begins_late_or_early_is_on_the_clock_of_the_pictures(tmp_path, form, codec, late):
+def test_a_soundtrack_that_begins_late_or_early_is_in_time_with_the_pictures(tmp_path, form, codec, late):
     samples = np.zeros(16_000, np.float32)
     samples[4800:4880] = 0.8 * np.sin(0.6 * np.arange(80))  # a click after 0.3 s of sound
     found = load_soundtrack(save_video(tmp_path / "video", samples, form=form, codec=codec, late=late))

@@ -97,7 +97,7 @@ def test_numbers_of_another_space_become_srgb(space, suffix, numbers, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "avif"])
-def test_a_turned_picture_has_its_colours_too(suffix, numbers, tmp_path):
+def test_a_rotated_picture_keeps_its_colours(suffix, numbers, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     turned = Image.fromarray(numbers).transpose(Image.Transpose.ROTATE_90)
@@ -105,7 +105,7 @@ def test_a_turned_picture_has_its_colours_too(suffix, numbers, tmp_path):
     assert difference(tmp_path / f"t.{suffix}", shown(numbers, "p3")) < 5
 
 
-def test_the_colours_of_a_cut_out_are_converted_and_its_edge_is_not(numbers, tmp_path):
+def test_the_colours_of_a_transparent_picture_are_converted_but_not_its_alpha(numbers, tmp_path):
     alpha = np.full(numbers.shape[:2], 255, np.uint8)
     alpha[:, :50], alpha[:, 50:100] = 0, 128
     Image.fromarray(np.dstack([numbers, alpha])).save(tmp_path / "cut.png", icc_profile=PROFILES["p3"])
@@ -124,7 +124,7 @@ def test_a_wide_space_keeps_what_srgb_can_show(numbers, tmp_path):
 
 @pytest.mark.parametrize("gamma", [1.0, 1.8])
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
-def test_grey_pictures_have_profiles_of_their_own(gamma, mode, tmp_path):
+def test_grey_pictures_are_converted_by_their_profile(gamma, mode, tmp_path):
     grey = np.tile(np.arange(256, dtype=np.uint8), (130, 1))
     picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     picture.save(tmp_path / "grey.png", icc_profile=grey_profile(gamma))
@@ -135,7 +135,7 @@ def test_grey_pictures_have_profiles_of_their_own(gamma, mode, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
-def test_the_inks_of_a_press_are_its_profiles(suffix, tmp_path):
+def test_cmyk_pictures_are_converted_by_their_profile(suffix, tmp_path):
     profile = cmyk_profile()
     inks = np.zeros((130, 200, 4), np.uint8)
     inks[:, 50:100, 1], inks[:, 100:150, 3], inks[:, 150:, 2] = 255, 255, 255
@@ -147,7 +147,7 @@ def test_the_inks_of_a_press_are_its_profiles(suffix, tmp_path):
     assert np.abs(np.asarray(there)[60, [25, 75, 175]].astype(int) - found[[0, 1, 3]]).max() < 6
 
 
-def test_lab_is_read(numbers, tmp_path):
+def test_lab_pictures_are_read(numbers, tmp_path):
     lab = ImageCms.profileToProfile(
         Image.fromarray(numbers), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB", renderingIntent=1
     )
@@ -165,7 +165,7 @@ def srgb_profiles() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("profile", ["none", "lcms", "v4"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
-def test_srgb_stays_to_the_bit(profile, mode, tmp_path, caplog):
+def test_srgb_pictures_are_unchanged_to_the_bit(profile, mode, tmp_path, caplog):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (130, 200, 3), np.uint8)).convert(mode)
     noise.save(tmp_path / "noise.png", icc_profile=srgb_profiles()[profile])
     assert np.array_equal(load_image(tmp_path / "noise.png"), np.asarray(noise.convert("RGB")))
@@ -185,7 +185,7 @@ def test_chunks_that_say_another_space_are_honoured(numbers, tmp_path):
     assert np.abs(linear - 255 * (1.055 * (numbers / 255) ** (1 / 2.4) - 0.055)).max() < 2
 
 
-def test_a_camera_that_says_adobe_rgb_in_exif_alone_is_believed(numbers, tmp_path):
+def test_adobe_rgb_in_exif_alone_is_honoured(numbers, tmp_path):
     exif = Image.Exif()
     exif.get_ifd(EXIF_FOLDER)[COLOR_SPACE] = 0xFFFF
     Image.fromarray(numbers).save(tmp_path / "other.jpg", exif=exif, quality=100, subsampling=0)
@@ -237,7 +237,7 @@ def test_of_several_pictures_the_first_is_taken(suffix, tmp_path):
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("given", ["icc", "nclx"])
-def test_heic_as_telephones_write_it(orientation, given, numbers, tmp_path):
+def test_heic_pictures_of_phones_are_read(orientation, given, numbers, tmp_path):
     plugin = pytest.importorskip("pillow_heif", reason="HEIC is read with the extra heic, which is not installed")
     plugin.register_heif_opener()
     exif = Image.Exif()
@@ -259,7 +259,7 @@ def test_heic_as_telephones_write_it(orientation, given, numbers, tmp_path):
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
     ],
 )
-def test_what_needs_a_plugin_says_so(head, words, tmp_path, monkeypatch):
+def test_a_format_that_needs_a_plugin_is_named(head, words, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "picture").write_bytes(head + bytes(500))
     with pytest.raises(ValueError) as found:

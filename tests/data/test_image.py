@@ -48,7 +48,7 @@ def test_mirrored_orientations_are_honoured(orientation, scene, tmp_path):
     assert np.array_equal(load_image(tmp_path / "mirrored.png"), flipped[orientation])
 
 
-def test_what_is_transparent_shows_white(scene, tmp_path):
+def test_transparent_pixels_become_white(scene, tmp_path):
     alpha = np.full(scene.shape[:2], 255, np.uint8)
     alpha[:, :60], alpha[:, 60:120] = 0, 128
     Image.fromarray(np.dstack([scene, alpha])).save(tmp_path / "cut_out.png")
@@ -125,7 +125,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_refused_in_one_sentence_that_names_it(case, tmp_path):
+def test_a_bad_picture_file_is_refused_in_one_sentence_that_names_it(case, tmp_path):
     make, words = BAD[case]
     path = make(tmp_path)
     with pytest.raises(ValueError, match=words) as caught:
@@ -133,7 +133,7 @@ def test_a_bad_file_is_refused_in_one_sentence_that_names_it(case, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_picture_that_unpacks_to_far_too_much_is_refused_unopened(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_refused_unopened(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     with pytest.raises(ValueError, match="too large"):
         load_image(plain(tmp_path, 400, 400))
@@ -143,7 +143,7 @@ def test_a_picture_that_unpacks_to_far_too_much_is_refused_unopened(tmp_path, mo
     ("face_box", "words"),
     [([10, 10, 300, 60], "leaves the photo"), ([-5, 0, 60, 60], "leaves"), ([10, 10, 5, 5], "too small"), ([1, 2, 3], "3 numbers")],
 )
-def test_a_face_box_that_cannot_be_is_refused(face_box, words, scene, tmp_path):
+def test_an_impossible_face_box_is_refused(face_box, words, scene, tmp_path):
     Image.fromarray(scene).save(tmp_path / "scene.png")
     with pytest.raises(ValueError, match=words) as caught:
         load_portrait(tmp_path / "scene.png", face_box)
@@ -157,7 +157,7 @@ def test_face_and_mouth_can_be_given(scene, tmp_path):
 
 
 @pytest.mark.parametrize("mouth", [[500, 20, 10], [80, 80, 0.5], [80, 80], [80, 80, 150]])
-def test_a_mouth_that_cannot_be_is_refused(mouth, scene, tmp_path):
+def test_an_impossible_mouth_is_refused(mouth, scene, tmp_path):
     Image.fromarray(scene).save(tmp_path / "scene.png")
     with pytest.raises(ValueError, match="mouth="):
         load_portrait(tmp_path / "scene.png", [40, 30, 80, 90], mouth)

@@ -51,13 +51,13 @@ def unturned(point: tuple[float, float], degrees: float) -> tuple[float, float]:
     return math.cos(angle) * x + math.sin(angle) * y + middle, math.cos(angle) * y - math.sin(angle) * x + middle
 
 
-def test_the_mouth_of_the_astronaut_is_where_one_sees_it(astronaut, face):
+def test_the_mouth_of_the_astronaut_is_found_where_it_was_marked_by_eye(astronaut, face):
     mouth = locate_mouth(astronaut, face)
     assert math.dist((mouth.x, mouth.y), MOUTH) < 0.03 * face.width
     assert mouth.half_width == pytest.approx(HALF_WIDTH, rel=0.15) and abs(mouth.angle) < 0.08
 
 
-def test_the_eyes_of_the_astronaut_are_where_one_sees_them(astronaut, face):
+def test_the_eyes_of_the_astronaut_are_found_where_they_were_marked_by_eye(astronaut, face):
     window, scale, left, top = landmarks._window(astronaut, face)
     eyes = read_eyes(window, landmarks._pose(window, face, scale=scale, corner=(left, top))).numpy() / scale + np.array([left, top])
     assert np.abs(eyes - np.array(EYE_LINE)).max() < 0.04 * face.width
@@ -80,7 +80,7 @@ def test_a_tilted_head_is_found_and_its_roll_reported(degrees, astronaut, face):
     assert mouth.angle == pytest.approx(locate_mouth(astronaut, face).angle + math.radians(degrees), abs=0.06)
 
 
-def test_a_mirror_mirrors_the_mouth(astronaut, face):
+def test_mirroring_the_photo_mirrors_the_mouth(astronaut, face):
     mirrored = np.ascontiguousarray(astronaut[:, ::-1])
     mouth, image = locate_mouth(astronaut, face), locate_mouth(mirrored, find_face(mirrored))
     assert math.dist((SIDE - image.x, image.y), (mouth.x, mouth.y)) < 0.03 * face.width
@@ -116,7 +116,7 @@ def test_of_two_equal_faces_the_left_one_is_taken_and_named(astronaut, face):
     assert found.x + found.width < SIDE and found.width == pytest.approx(face.width, rel=0.15)
 
 
-def test_a_smaller_second_face_is_no_rival(astronaut):
+def test_a_smaller_second_face_causes_no_warning(astronaut):
     crowd = np.full((SIDE, 2 * SIDE, 3), 128, np.uint8)
     crowd[:, SIDE // 2 : SIDE // 2 + SIDE] = astronaut
     small = resized(astronaut, 0.4)
@@ -127,7 +127,7 @@ def test_a_smaller_second_face_is_no_rival(astronaut):
     assert abs(found.x + found.width / 2 - SIDE) < 40
 
 
-def test_without_evidence_the_fit_returns_what_is_usual():
+def test_without_evidence_the_fit_returns_the_prior():
     nothing = torch.zeros(positions().shape[:2])
     assert_close(fit_lens(Evidence(nothing + 0.32, nothing + 0.25)), USUAL, atol=0.06, rtol=0)
 
@@ -142,12 +142,12 @@ def test_the_lens_finds_a_drawn_mouth():
     assert_close(found[:3], torch.tensor([0.6, 5.8, 4.4]), atol=0.3, rtol=0)
 
 
-def test_the_bundled_filter_is_what_fitting_comes_to():
+def test_fitting_reproduces_the_bundled_filter():
     made, bundled = face_filter.fit(), face_filter.load()
     assert torch.cosine_similarity(made.weights.flatten(), bundled.weights.flatten(), dim=0) > 0.999
 
 
-def test_the_filter_tells_faces_from_scenery():
+def test_the_filter_responds_to_faces_and_not_to_scenery():
     small = torch.from_numpy(data.lfw_subset()).float()[:, None, :, : face_filter.COLUMNS]
     seen = face_filter.channels(small) * face_filter.oval()
     length = seen.flatten(1).norm(dim=1) + 1e-3

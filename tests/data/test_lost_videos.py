@@ -70,7 +70,7 @@ def config_of(source: Path, folder: Path, **changes) -> PrecomputeConfig:
     return replace(made, model=ModelConfig(resolution=96), **changes)
 
 
-def test_a_video_that_ends_its_worker_costs_no_other_at_every_repetition(source, tmp_path):
+def test_a_video_that_crashes_its_worker_costs_no_other_video_in_any_run(source, tmp_path):
     config = config_of(source, tmp_path / "clips")
     for _ in range(2):
         assert precompute(config, build_damaged) == 2
@@ -120,7 +120,7 @@ def test_a_drawn_shard_that_is_cut_short_is_made_again(tmp_path, caplog):
         assert (read_metadata(shard), shard.stat().st_size) == (metadata, size) and f"{shard} is damaged" in caplog.text
 
 
-def test_whatever_is_damaged_is_named(tmp_path):
+def test_damaged_files_are_named(tmp_path):
     write_shard(tmp_path / "a.safetensors", {"x": torch.zeros(100)}, other=1)
     with pytest.raises(DamagedShard, match=r"a\.safetensors is no shard"):
         read_metadata(tmp_path / "a.safetensors")
@@ -141,7 +141,7 @@ def end(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_job_that_ends_its_process_is_reported_and_the_others_are_done(workers, tmp_path):
+def test_a_job_that_kills_its_process_is_reported_and_the_others_are_done(workers, tmp_path):
     lost = []
     jobs = [(tmp_path, number) for number in range(6)]
     assert len(list(each_made(end, jobs, workers, crashed=lambda folder, number, error: lost.append((number, str(error)))))) == 6

@@ -46,7 +46,7 @@ def written(folder, seed, *, sway=0.0):
 
 
 @pytest.mark.parametrize(("seed", "sway"), [(1, 0.0), (2, 0.0), (3, 1.0)])
-def test_what_is_encoded_decodes_to_the_frames(seed, sway, autoencoder, tmp_path):
+def test_encoded_motion_decodes_to_the_frames(seed, sway, autoencoder, tmp_path):
     frames, rest, _ = written(tmp_path, seed, sway=sway)
     found = encode_motion(autoencoder, frames, rest)
     layers, _ = autoencoder.decode(found["latents"].unsqueeze(0), autoencoder.reference(rest.unsqueeze(0)))
@@ -56,7 +56,7 @@ def test_what_is_encoded_decodes_to_the_frames(seed, sway, autoencoder, tmp_path
     assert found["latents"].shape == (16, FRAMES // 4, SIDE // 8, SIDE // 8) and found["ref"].shape == (16, 1, SIDE // 8, SIDE // 8)
 
 
-def test_the_way_of_the_head_is_read(tmp_path):
+def test_the_head_motion_is_measured(tmp_path):
     frames, rest, pose = written(tmp_path, 3, sway=1.5)
     found = head_pose(estimate_motion(frames, rest).flow)
     assert (found - pose).abs().amax(0)[0] < 0.01 and (found - pose)[:, 1:3].abs().max() < 0.006

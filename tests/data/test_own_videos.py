@@ -88,7 +88,7 @@ def test_every_video_is_kept_or_left_out_for_its_reason(config):
     }
 
 
-def test_the_report_says_how_far_mouth_and_sound_are_apart(config):
+def test_the_report_gives_the_lag_between_mouth_and_sound(config):
     lines = {line["video"]: line for line in report(config)}
     good, late = lines["inside/good.mp4"], lines["late.mp4"]
     assert good["sync_correlation"] > 0.5 and abs(good["mouth_late_s"]) < 0.1
@@ -96,7 +96,7 @@ def test_the_report_says_how_far_mouth_and_sound_are_apart(config):
     assert "cannot be decoded" in lines["broken.mp4"]["details"]
 
 
-def test_clips_hold_what_a_training_needs(config):
+def test_clips_have_all_tensors_that_a_training_needs(config):
     made = ClipDataset(config.folder, window=12)
     assert len(made) == 2
     found = made[1, 0]
@@ -117,12 +117,12 @@ def training(config, **objective):
     )  # fmt: skip
 
 
-def test_a_training_learns_from_them(config, tmp_path):
+def test_a_training_runs_on_clips_of_own_videos(config, tmp_path):
     assert run_training(training(config, viseme_weight=0.0), tmp_path / "run").steps == 2
     assert all(np.isfinite(line["train/student_loss"]) for line in read_scalars(tmp_path / "run"))
 
 
-def test_visemes_that_nobody_knows_are_not_asked_for(config, tmp_path):
+def test_training_on_clips_without_visemes_asks_for_viseme_weight_0(config, tmp_path):
     with pytest.raises(ValueError, match="objective.viseme_weight=0"):
         run_training(training(config), tmp_path / "run")
 
@@ -173,7 +173,7 @@ def build_with_reader(config):
     return replace(build_encoders(config), read=lambda prompt: torch.zeros(2, 8))
 
 
-def test_what_is_there_is_not_made_again_and_videos_may_come(config, folder):
+def test_existing_shards_are_kept_and_videos_can_be_added(config, folder):
     before = {path.name: path.stat().st_mtime_ns for path in Path(config.folder).glob("video_*")}
     new = write(folder / "tiny.mp4", talking(speech(2, 10)[1]), speech(2, 10)[0])
     try:
@@ -184,7 +184,7 @@ def test_what_is_there_is_not_made_again_and_videos_may_come(config, folder):
     assert before.items() <= after.items() and len(after) == len(before) + 1
 
 
-def test_other_clips_in_the_folder_are_left_alone(config, tmp_path):
+def test_a_folder_with_clips_of_other_videos_is_refused_and_unchanged(config, tmp_path):
     with pytest.raises(ValueError, match=r"made with source=.*name another folder="):
         precompute(replace(config, data=FootageConfig(source=str(tmp_path))), build_encoders)
 

@@ -56,13 +56,13 @@ def config(folder, tmp_path_factory):
     return made
 
 
-def test_latents_are_those_of_the_pictures(config):
+def test_latents_are_those_of_the_frames(config):
     found = ClipDataset(config.folder, window=7)[0, 0]
     assert found["latents"].shape == (16, 7, 16, 16) and found["ref"].shape == (16, 1, 16, 16)
     assert found["audio"].shape[-1] == 28 and found["text"].shape == (12, 24)
 
 
-def test_they_begin_where_the_sound_does(config, folder):
+def test_latents_begin_at_the_time_of_the_audio_features(config, folder):
     """The first frame is the past; the next 28 are what the latents show, in order."""
     line = json.loads((Path(config.folder) / "report.jsonl").read_text().splitlines()[0])
     assert (line["video"], line["start_s"], line["seconds"]) == ("good.mp4", 0.06, 1.75)
@@ -74,7 +74,7 @@ def test_they_begin_where_the_sound_does(config, folder):
     torch.testing.assert_close(found, wanted[0, :, 1:], atol=0.01, rtol=0.01)
 
 
-def test_a_prompt_is_that_of_its_video(config):
+def test_each_clip_has_the_prompt_of_its_video(config):
     data = ClipDataset(config.folder, window=7)
     spoken, silent = (data[number, 0]["text"] for number in range(2))
     assert spoken.shape == silent.shape and not torch.equal(spoken, silent)
@@ -91,7 +91,7 @@ def training(config, *argv):
     )
 
 
-def test_the_audio_adapter_learns_from_them_and_is_generated(config, tmp_path, monkeypatch):
+def test_an_audio_adapter_trained_on_own_videos_generates_a_video(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sonic.training.samples.AREA", 192 * 192)
     made = training(config, "model.rollout.clip_frames=32", "log.samples_every=2", "log.sample_seconds=2", "log.sample_steps=1")
     made.model = Checkpoint.open(Path(made.model.weights)).config(made.model)
@@ -101,7 +101,7 @@ def test_the_audio_adapter_learns_from_them_and_is_generated(config, tmp_path, m
     assert sum(1 for _ in read_frames(tmp_path / "run" / last["video"])) == 32 and "eval/sync_correlation" in last
 
 
-def test_clips_of_one_rate_teach_no_model_of_another(config, tmp_path):
+def test_clips_of_another_frame_rate_are_refused(config, tmp_path):
     """As those of wan_s2v_14b would be taken for Live Avatar's."""
     assert clips.read_index(Path(config.folder))["fps"] == 16
     made = training(config, "model.rollout.fps=25")

@@ -40,7 +40,7 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
-def test_clips_have_people_sound_and_movement(config):
+def test_clips_have_portraits_audio_and_motion(config):
     assert precompute(config, build_untrained) == 4
     data = ClipDataset(config.folder, window=3)
     found = data[0, 0]
@@ -79,14 +79,14 @@ def test_the_head_moves_in_as_many_clips_as_are_asked_for(spoken, moving):
 
 
 @pytest.mark.parametrize(("clean", "silent"), [(1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
-def test_where_nobody_speaks_the_mouth_rests_and_only_unclean_sound_is_changed(spoken, clean, silent):
+def test_silent_recordings_have_a_mouth_at_rest_and_only_unclean_ones_are_augmented(spoken, clean, silent):
     samples, visemes = recording(replace(spoken, mix=MixConfig(clean=clean, silent=silent)), np.random.default_rng(0))
     plain = np.zeros(24 * 640, np.float32) if silent else precompute_module.voices.say(None, "", 0).samples
     assert np.array_equal(samples, plain if clean else plain + 0.25)
     assert torch.equal(visemes, torch.zeros(24, 5) if silent else SPOKEN)
 
 
-def test_a_head_that_moves_is_in_the_latents_from_where_it_moves_on():
+def test_head_motion_is_in_the_latents_from_the_frame_where_it_starts():
     """People are encoded a few frames at a time; each portion has its own visemes and its own way of the head."""
     torch.manual_seed(0)
     person = precompute_module.draw_face.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
@@ -160,7 +160,7 @@ def build_second(config: PrecomputeConfig) -> Encoders:
     return replace(encoders, encode_audio=lambda samples, frames: 1 + build_untrained(config).encode_audio(samples, frames))
 
 
-def test_another_speech_encoder_uses_clips_again_and_leaves_what_is_seen(config, tmp_path, monkeypatch):
+def test_another_speech_encoder_makes_only_the_audio_features_again(config, tmp_path, monkeypatch):
     own = replace(config, folder=str(tmp_path / "heard"), utterances=2, workers=0)
     anew = replace(own, folder=str(tmp_path / "anew"))
     precompute(own, build_first, encoded_by("first"))
@@ -212,7 +212,7 @@ def test_clips_that_are_half_made_again_are_refused_until_the_rest_is(config, tm
     assert precompute(own, build_second, encoded_by("second")) == 17 == len(ClipDataset(tmp_path))
 
 
-def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplog):
+def test_shards_without_hashes_of_encoders_are_kept(config, tmp_path, caplog):
     own = replace(config, folder=str(tmp_path), utterances=16, clips_per_utterance=1, workers=0)
     precompute(own, build_untrained)
     kept = (tmp_path / "shard_00000.safetensors").stat().st_mtime_ns
@@ -223,14 +223,14 @@ def test_shards_that_do_not_know_their_encoders_are_kept(config, tmp_path, caplo
     assert "1 older shards" in caplog.text and json.loads((tmp_path / "index.json").read_text())["speech_hash"] == "first"
 
 
-def test_clips_made_otherwise_are_not_taken_for_ones_own(config):
+def test_a_folder_with_clips_of_other_options_is_refused(config):
     precompute(config, build_untrained)
     for other in ({"split": "test"}, {"seed": 9}, {"latent_frames": config.latent_frames * 2}):
         with pytest.raises(ValueError, match=f"not {next(iter(other))}="):
             precompute(replace(config, **other), build_untrained)
 
 
-def test_a_folder_that_grows_makes_its_last_shard_anew(tmp_path):
+def test_with_more_utterances_the_last_shard_is_made_again(tmp_path):
     settings = {"kind": "spoken", "folder": str(tmp_path / "voices"), "latent_frames": 6, "clips_per_utterance": 1, "workers": 0}
     assert precompute(PrecomputeConfig(utterances=2, **settings), build_untrained) == 2
     assert precompute(PrecomputeConfig(utterances=5, **settings), build_untrained) == 5

@@ -32,7 +32,7 @@ def numbered(count: int) -> list[np.ndarray]:
     return [np.full((8, 8, 3), index, np.uint8) for index in range(count)]
 
 
-def test_takes_follow_each_other_and_each_has_the_frame_before_it(config, monkeypatch):
+def test_segments_are_consecutive_and_each_has_the_frame_before_it(config, monkeypatch):
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 2 * LENGTH + 5)))
     seen = []
 
@@ -49,7 +49,7 @@ def test_takes_follow_each_other_and_each_has_the_frame_before_it(config, monkey
 
 
 @pytest.mark.parametrize("frame", [1 + LENGTH, 2 * LENGTH])
-def test_the_sound_of_a_take_is_that_of_its_own_frames(config, frame, monkeypatch):
+def test_the_sound_of_a_segment_is_that_of_its_own_frames(config, frame, monkeypatch):
     """Only one frame of the video is loud, the first or the last of the second take."""
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 3 * LENGTH)))
     samples = np.zeros((1 + 3 * LENGTH) * SAMPLES, np.float32)
@@ -73,7 +73,7 @@ CHEWING = np.where(np.arange(100) % 2, -0.2, 0.2)
         (0.001 * LEVEL, "the mouth does not move"),
     ],
 )
-def test_takes_whose_mouth_and_sound_do_not_belong_together_are_left_out_and_older_faults_stay(config, mouth, fault):
+def test_segments_with_unrelated_mouth_and_sound_are_left_out_and_earlier_faults_stay(config, mouth, fault):
     halves = [Segment(1 + 50 * n, 50, mouth=mouth[50 * n : 50 * (n + 1)], level=LEVEL[50 * n : 50 * (n + 1)]) for n in range(2)]
     first, dark, second = checked_sync([halves[0], Segment(51, 50, "no face"), halves[1]], config, FPS)
     assert (first.fault, dark.fault, second.fault) == (fault, "no face", fault)
@@ -168,7 +168,7 @@ def test_a_video_that_turns_out_to_be_damaged_keeps_no_clip_of_what_came_before(
     assert [(line["video"], line["kept"], line["reason"]) for line in found["report"]] == [("video.mp4", False, "damaged")]
 
 
-def test_a_video_has_another_shard_when_anything_its_clips_depend_on_is_another(config):
+def test_the_shard_of_a_video_changes_with_everything_its_clips_depend_on(config):
     path = own_videos.Path(config.data.source) / "video.mp4"
     path.write_bytes(b"video")
     os.utime(path, ns=(1, 1))

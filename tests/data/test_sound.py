@@ -124,7 +124,7 @@ def test_every_container_with_a_clock_shows_its_pauses(tmp_path, suffix, codec):
     assert offset_ms(video, speech.samples)[1] > 0.9
 
 
-def test_a_jump_of_hours_is_no_pause(tmp_path, caplog):
+def test_a_jump_of_hours_in_the_time_stamps_adds_no_silence(tmp_path, caplog):
     source = encode(tmp_path / "whole.webm", voice(SECONDS, 48_000)[None], "libopus", rate=48_000)
     speech = load_speech(restamp(source, tmp_path / "a.mka", lambda k: 7200.0 if k >= 50 else 0.0))
     assert speech.seconds == pytest.approx(SECONDS, abs=0.01)
@@ -155,7 +155,7 @@ def test_a_wrong_number_of_frames_in_the_xing_header_does_not_matter(tmp_path, f
     assert abs(offset_ms(video, speech.samples)[0]) < 1
 
 
-def test_what_follows_the_last_frame_of_an_mp3_does_not_spoil_it(tmp_path):
+def test_bytes_after_the_last_frame_of_an_mp3_are_ignored(tmp_path):
     path = encode(tmp_path / "a.mp3", voice(SECONDS, 44_100)[None], "libmp3lame", rate=44_100)
     path.write_bytes(path.read_bytes() + np.random.default_rng(0).bytes(3000))
     assert load_speech(path).seconds == pytest.approx(SECONDS, abs=0.06)
@@ -208,7 +208,7 @@ def test_a_video_longer_than_its_recording_is_silent_to_its_end(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["12:30", "a%03d", "http:x", os.fsdecode(b"caf\xe9"), "'quoted' and spaced"])
-def test_any_name_will_do_for_recording_and_video(tmp_path, monkeypatch, name):
+def test_recordings_and_videos_may_have_any_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     recording = f"{name}.mp3"
     shutil.copy(encode(tmp_path / "a.mp3", voice(1.0, 44_100)[None], "libmp3lame", rate=44_100), tmp_path / recording)
@@ -249,7 +249,7 @@ def own_video(path, channels: np.ndarray, *, layout: str, late_s: float = 0.0):
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.4])
-def test_the_sound_of_an_own_video_stands_on_the_clock_of_its_pictures(tmp_path, late_s):
+def test_the_sound_of_an_own_video_is_in_time_with_its_pictures(tmp_path, late_s):
     channels = np.stack([voice(1.0)] * 8)
     found = load_soundtrack(own_video(tmp_path / "a.mkv", channels, layout="7.1", late_s=late_s))
     late, correlation = offset_ms(found, voice(1.0))

@@ -176,7 +176,7 @@ def test_a_missing_folder_is_named(tmp_path):
         check_output(tmp_path / "nowhere" / "a.mp4", 16, 16, num_frames=1)
 
 
-def test_a_folder_or_another_suffix_is_no_output(tmp_path):
+def test_a_folder_or_another_suffix_is_refused_as_output(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         check_output(tmp_path, 16, 16, num_frames=1)
     with pytest.raises(ValueError, match=r"ends in \.mp4"):
@@ -203,7 +203,7 @@ def test_an_impossible_crf_names_the_range():
         Coding(crf=60)
 
 
-def test_a_video_that_a_telephone_has_turned_is_read_upright(tmp_path):
+def test_a_rotated_video_of_a_phone_is_read_upright(tmp_path):
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, :32] = 255  # white on the left
     with VideoWriter(tmp_path / "a.mp4", 64, 32, num_frames=2, coding=Coding(crf=4)) as writer:
@@ -217,7 +217,7 @@ def test_a_video_that_a_telephone_has_turned_is_read_upright(tmp_path):
     assert found.shape == (64, 32, 3) and found[:32].mean() > 200 and found[32:].mean() < 50  # what was left is up now
 
 
-def test_reading_what_is_no_video_is_refused(tmp_path):
+def test_reading_a_file_that_is_no_video_is_refused(tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
     with pytest.raises(ValueError, match="cannot be decoded"):
         list(read_frames(tmp_path / "junk.mp4"))
@@ -225,7 +225,7 @@ def test_reading_what_is_no_video_is_refused(tmp_path):
         list(read_frames(tmp_path / "nowhere.mp4"))
 
 
-def test_the_same_frames_are_the_same_file_whatever_memory_held_before(tmp_path):
+def test_the_same_frames_give_the_same_file_whatever_the_memory_held_before(tmp_path):
     """Sides that are no multiple of 16; x264 has read memory there that nobody had written."""
     rng = np.random.default_rng(0)
     still = rng.integers(0, 256, (66, 82, 3)).astype(float)

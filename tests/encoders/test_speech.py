@@ -23,14 +23,14 @@ def test_every_video_frame_has_its_features(encoder):
     assert encoder.encode_audio(noise(1.0), 37).shape == (1, 160, 37)
 
 
-def test_chunks_change_nothing(encoder, monkeypatch):
+def test_features_do_not_depend_on_the_chunk_size(encoder, monkeypatch):
     samples = noise(4.0)
     whole = encoder.encode_audio(samples, 100)
     monkeypatch.setattr(LogMelEncoder, "CHUNK", 7)
     assert_close(encoder.encode_audio(samples, 100), whole, atol=2e-5, rtol=0)
 
 
-def test_nothing_beyond_the_margin_is_encoded(encoder):
+def test_features_do_not_depend_on_sound_beyond_the_margin(encoder):
     columns = torch.randn(1, 2 * 80, MELS)
     other = columns.clone()
     other[:, : 2 * (40 - LogMelEncoder.MARGIN)] = SILENT_COLUMN
@@ -39,7 +39,7 @@ def test_nothing_beyond_the_margin_is_encoded(encoder):
     assert (encoder(other)[:, 40] - encoder(columns)[:, 40]).abs().max() > 1e-4
 
 
-def test_a_window_is_a_convolution():
+def test_a_window_of_the_encoder_is_a_convolution():
     window = Window(3, 5, 5, dilation=2)
     kernel = window.weight.unflatten(1, (5, 3)).permute(0, 2, 1)
     x = torch.randn(2, 20, 3)
@@ -47,12 +47,12 @@ def test_a_window_is_a_convolution():
     assert_close(window(x), expected)
 
 
-def test_the_same_throat_changes_nothing():
+def test_an_unchanged_vocal_tract_changes_nothing():
     columns = torch.randn(2, 5, MELS)
     assert_close(vary_throat(columns, torch.ones(2, 1)), columns)
 
 
-def test_a_shorter_throat_moves_a_formant_up():
+def test_a_shorter_vocal_tract_moves_a_formant_up():
     columns = torch.zeros(2, 1, MELS)
     columns[:, 0, 20] = 1.0
     moved = vary_throat(columns, torch.tensor([[0.8], [1.25]]))[:, 0].argmax(-1)
@@ -66,6 +66,6 @@ def test_a_mouth_of_another_shape_moves_the_low_formants_alone():
     assert moved[10] == 0 and moved[20] == moved[21] == 0.75 and moved[35] == 1
 
 
-def test_silence_stays_silence():
+def test_silent_columns_stay_silent():
     columns = torch.full((1, 3, MELS), SILENT_COLUMN)
     assert_close(vary_throat(columns, torch.tensor([[1.1]])), columns)

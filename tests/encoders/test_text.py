@@ -51,7 +51,7 @@ def test_prompts_are_cleaned_as_published():
     assert cleaned("\u201ca person\u201d\uff0c talking") == '"a person", talking'
 
 
-def test_without_the_mender_a_prompt_is_read_as_typed_and_reported_so(monkeypatch, caplog):
+def test_without_ftfy_a_prompt_is_read_as_typed_with_a_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     monkeypatch.setattr("sonic.encoders.text.log", logging.getLogger("details"))
     assert cleaned("a\uff0cb") == "a\uff0cb"
@@ -74,6 +74,6 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_text_encoder_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         TextEncoder(TINY).load(tmp_path / "text.pth")

@@ -45,12 +45,12 @@ def test_features_picked_window_by_window_are_those_of_all_states(encoder, secon
     assert_close(encoder.encode_audio(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
 
 
-def test_voices_are_encoded_each_for_itself(encoder):
+def test_several_voices_are_encoded_independently(encoder):
     voices = [speech(1.0), -speech(0.5)]
     assert_close(encoder.encode_audio_batch(voices, 30), torch.stack([encoder.encode_audio(voice, 30) for voice in voices]))
 
 
-def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(encoder, tmp_path, monkeypatch):
+def test_features_that_do_not_fit_on_the_disk_are_refused_in_one_sentence(encoder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -63,7 +63,7 @@ def test_a_recording_that_the_disk_has_no_room_for_is_refused_in_a_sentence(enco
 
 
 @pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, None])
-def test_a_disk_that_cannot_promise_room_is_used_without(encoder, reason, monkeypatch):
+def test_a_file_system_without_preallocation_is_used_without(encoder, reason, monkeypatch):
     def refuse(*_):
         raise OSError(reason, "not supported") if reason else AttributeError("macOS")
 
@@ -74,7 +74,7 @@ def test_a_disk_that_cannot_promise_room_is_used_without(encoder, reason, monkey
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 3.0])
-def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
+def test_windows_keep_every_hidden_state_at_its_position(encoder, seconds, monkeypatch):
     whole = encoder.states(speech(seconds))
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
     monkeypatch.setattr(Wav2VecEncoder, "MARGIN_S", 1)
@@ -84,14 +84,14 @@ def test_windows_keep_every_state_in_its_place(encoder, seconds, monkeypatch):
     assert_close(windows[0], whole[0], atol=1e-3, rtol=1e-3)
 
 
-def test_windows_encode_almost_what_the_whole_recording_says(encoder, monkeypatch):
+def test_windows_give_nearly_the_features_of_the_whole_recording(encoder, monkeypatch):
     whole = encoder.states(speech(40.0))
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 15)
     apart = (encoder.states(speech(40.0)) - whole).square().mean(-1).sqrt() / whole.square().mean(-1).sqrt()
     assert apart.mean() < 0.01 and apart.amax() < 0.1
 
 
-def test_the_ends_stay_the_ends_at_another_rate():
+def test_resampled_features_keep_the_first_and_the_last():
     states = torch.randn(2, 50, 3)
     found = stretch(states)
     assert found.shape == (2, 30, 3)

@@ -44,7 +44,7 @@ def test_the_true_video_scores_as_the_truth(found):
     assert truth["identity_psnr_db"]["mean"] > 60
 
 
-def test_nothing_moving_does_not_score(found):
+def test_a_still_video_fails_the_goals(found):
     still = found["baselines"]["nothing moves"]
     assert abs(still["sync_correlation"]["mean"]) < 0.3
     assert still["offset_within_1_frame"]["mean"] == 0
@@ -63,7 +63,7 @@ def test_a_mouth_held_open_in_silence_counts_as_motion():
     assert figures["silent_motion_ratio"] == pytest.approx(2**0.5, rel=0.1)  # open all the time, not half of it
 
 
-def test_a_seed_means_the_same_people_and_another_seed_others():
+def test_the_same_seed_gives_the_same_people_and_another_seed_others():
     config = EvalConfig(clips=1, seconds=2.0, seed=5)
     one, two = (next(cases(config, 96)) for _ in range(2))
     other = next(cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
@@ -75,11 +75,11 @@ def test_a_seed_means_the_same_people_and_another_seed_others():
     ("options", "expected"),
     [
         ({"model": ModelConfig(name="wan_s2v_14b", autoencoder="wan", resolution=0)}, "model=wan_s2v_14b generates whole.*sonic judge"),
-        ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 changes no figure; eval.clips"),
+        ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 has no effect here; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(options, expected):
+def test_models_and_options_that_cannot_be_scored_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
         evaluate(EvaluateConfig(**options))
 

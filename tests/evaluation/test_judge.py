@@ -62,13 +62,13 @@ def test_the_lag_of_the_mouth_is_found(folder, late):
     assert json.loads((folder / "out.json").read_text())["lag_frames"] == found["lag_frames"]
 
 
-def test_a_video_of_another_rate_is_held_against_the_sound_of_its_own_frames(folder):
+def test_a_video_of_another_rate_is_compared_with_the_sound_of_its_own_frames(folder):
     found = judge(write_and_configure(folder, "slow.mp4", 200 * sound(folder, 48, 16), fps=16))
     assert found["speech_correlation"] > 0.9
     assert abs(found["lag_frames"]) < 0.6
 
 
-def test_a_mouth_that_ignores_the_speech_scores_low(folder):
+def test_a_mouth_that_does_not_follow_the_speech_scores_low(folder):
     motion = 40 * np.random.default_rng(1).random(FRAMES)
     found = judge(write_and_configure(folder, "noise.mp4", motion))
     assert found["speech_correlation"] < 0.5
@@ -102,7 +102,7 @@ def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames
     assert judge(write_and_configure(folder, "rest.mp4", motion))["rest_ratio"] == pytest.approx(20 / 80, rel=0.03)
 
 
-def test_a_pause_is_far_from_every_sound():
+def test_frames_of_a_pause_are_far_from_every_sound():
     level = np.ones(60)
     level[20:40] = 1e-6
     assert pauses(level).nonzero()[0].tolist() == list(range(25, 35))
@@ -116,7 +116,7 @@ def test_a_video_of_another_size_is_refused(folder):
 
 
 @pytest.mark.parametrize("option", ["mp4", "image", "audio"])
-def test_figures_do_not_take_the_place_of_what_is_judged(tmp_path, option):
+def test_the_figures_never_overwrite_a_judged_file(tmp_path, option):
     for name in ("mp4", "image", "audio"):
         (tmp_path / name).write_text(name)
     (tmp_path / "again").hardlink_to(tmp_path / option)
@@ -183,7 +183,7 @@ def test_a_sound_track_that_ends_early_is_reported_by_its_length(tmp_path, folde
 
 
 @pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 1)])
-def test_the_command_says_in_one_sentence_that_the_sound_is_wrong(tmp_path, folder, monkeypatch, capsys, sound, code):
+def test_the_command_reports_wrong_sound_in_one_sentence(tmp_path, folder, monkeypatch, capsys, sound, code):
     Image.open(folder / "face.png").save(tmp_path / "face.png")
     samples = spoken(tmp_path)
     voiced(tmp_path, "12:30.mp4", samples if sound else None)

@@ -35,7 +35,7 @@ def test_the_opening_is_read_from_true_frames(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_soft_and_tinted_mouth_does_not_lead_the_reader_astray(seed):
+def test_a_soft_and_tinted_mouth_is_measured_correctly(seed):
     person, visemes, _ = spoken(seed)
     frames, _ = draw_face.animate(person, visemes)
     changed = ((frames - pause_watchdog(person)).abs().mean(1, keepdim=True) > 0.15).float()
@@ -45,7 +45,7 @@ def test_a_soft_and_tinted_mouth_does_not_lead_the_reader_astray(seed):
     assert metrics.correlation(read, puppet.lip_displacement(person.mouth, visemes).numpy()) >= 0.95
 
 
-def test_a_still_mouth_reads_zero():
+def test_a_still_mouth_has_opening_zero():
     person, _, _ = spoken(3)
     read = metrics.mouth_opening(pause_watchdog(person).expand(5, -1, -1, -1), pause_watchdog(person), index_of(person))
     assert np.abs(read).max() < 0.01
@@ -67,7 +67,7 @@ def test_the_best_lag_finds_a_shift(late):
     assert r > 0.95 and abs(lag - late) < 0.3
 
 
-def test_half_a_frame_is_seen_as_half_a_frame():
+def test_a_lag_of_half_a_frame_is_measured():
     time = np.arange(200)
     r, lag = metrics.best_lag(np.sin(0.6 * (time - 0.5)) + np.sin(0.23 * (time - 0.5)), np.sin(0.6 * time) + np.sin(0.23 * time))
     assert r > 0.9 and abs(lag - 0.5) < 0.15
@@ -96,7 +96,7 @@ def test_the_same_error_inside_a_mask_is_the_same_psnr_whatever_the_number_of_fr
     assert metrics.psnr(torch.full(shape, error) * mask, torch.zeros(shape), mask) == pytest.approx(10 * np.log10(4 / error**2), abs=1e-4)
 
 
-def test_ssim_of_equals_is_one():
+def test_the_ssim_of_equal_frames_is_one():
     frames = torch.rand(2, 3, 16, 16) * 2 - 1
     assert metrics.ssim(frames, frames) == pytest.approx(1.0)
 

@@ -58,7 +58,7 @@ def config(*argv):
     return compose(ENTRY, ["clips=3", "num_videos=0", "seeds=[1,2]", *argv])
 
 
-def test_a_cell_is_reported_its_choices_and_every_seed(tmp_path):
+def test_a_cell_runs_with_its_choices_once_for_every_seed(tmp_path):
     made = config(GRID)
     cell = cells_of(made, tmp_path)[1]
     first, second = commands(made, cell)
@@ -67,7 +67,7 @@ def test_a_cell_is_reported_its_choices_and_every_seed(tmp_path):
     assert cell.name == "sample_steps=4, weights=teacher"
 
 
-def test_a_cell_is_reported_of_the_machine_where_that_was_reported(tmp_path):
+def test_a_cell_gets_only_the_machine_options_that_were_set(tmp_path):
     given = commands(config(GRID, "run.threads=1", "run.dtype=bfloat16"), cells_of(config(GRID), tmp_path)[0])[0]
     assert "run.threads=1" in given and "run.dtype=bfloat16" in given and not any(item.startswith("run.device") for item in given)
     assert not any(item.startswith("run.") for item in commands(config(GRID), cells_of(config(GRID), tmp_path)[0])[0])
@@ -82,7 +82,7 @@ def test_combinations_can_be_left_out(tmp_path):
     ]  # fmt: skip
 
 
-def test_finished_cells_are_not_done_again(scorer, tmp_path):
+def test_finished_cells_are_not_scored_again(scorer, tmp_path):
     made = config(GRID)
     cells = sweep(made, tmp_path)
     assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [6, 6]
@@ -90,17 +90,17 @@ def test_finished_cells_are_not_done_again(scorer, tmp_path):
     assert times == [(cell.folder / "figures.json").stat().st_mtime_ns for cell in sweep(made, tmp_path)]
 
 
-def test_a_cell_that_is_asked_otherwise_is_scored_again(scorer, tmp_path, caplog):
+def test_a_cell_with_other_options_than_before_is_scored_again(scorer, tmp_path, caplog):
     cells = sweep(config(GRID), tmp_path)
     (cells[1].folder / "told.json").unlink()  # as cells were before that was written down
     with caplog.at_level("INFO", logger="sonic.training"):
         cells = sweep(config(GRID, "clips=4"), tmp_path)
     assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
-    assert "sample_steps=2, weights=teacher was asked otherwise before" in caplog.text and caplog.text.count("otherwise") == 1
+    assert "sample_steps=2, weights=teacher was scored with other options" in caplog.text and caplog.text.count("with other options") == 1
     assert len(json.loads((cells[0].folder.with_name(f"left_{cells[0].folder.name}") / "seed_1.json").read_text())["openings"]) == 3
 
 
-def test_failed_cells_are_reported_and_tried_again_when_asked(scorer, tmp_path):
+def test_failed_cells_are_reported_and_retried_with_retry_true(scorer, tmp_path):
     made = config("grid={sampler.sample_steps: [2, 3]}", "jobs=2")
     good, bad = sweep(made, tmp_path)
     assert good.figures and not bad.figures
@@ -113,7 +113,7 @@ def test_failed_cells_are_reported_and_tried_again_when_asked(scorer, tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["sys.exit(130)", "__import__('os').kill(__import__('os').getpid(), 2)"])
-def test_a_cell_that_is_stopped_is_done_by_the_same_command_with_what_it_is_reported_then(scorer, stop, tmp_path, caplog):
+def test_a_stopped_cell_is_scored_by_the_same_command_with_its_present_options(scorer, stop, tmp_path, caplog):
     healthy = scorer.read_text()
     scorer.write_text(SCORER.format(names=FIGURES, stop=stop))
     grid = "grid={sampler.sample_steps: [5]}"
@@ -148,7 +148,7 @@ def report(scorer, tmp_path):
     return write_report(cells, tmp_path, title="steps")
 
 
-def test_the_report_stands_alone(report):
+def test_the_report_page_needs_no_other_files(report):
     page = Page(report.read_text())
     assert page.tags.count("svg") == 3
     assert page.tags.count("video") == 2
@@ -160,14 +160,14 @@ def test_the_report_stands_alone(report):
     assert "viewport" in report.read_text()
 
 
-def test_the_table_is_there_for_programs(report):
+def test_the_table_is_written_as_csv(report):
     rows = list(csv.DictReader((report.parent / "report.csv").open()))
     assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
     assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
     assert "teacher_distance_mean" not in rows[0]  # nobody here is a teacher
 
 
-def test_what_a_student_lost_is_its_distance_from_the_teacher_of_most_steps(scorer, tmp_path):
+def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(scorer, tmp_path):
     cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}"), tmp_path)
     page = write_report(cells, tmp_path, title="steps")
     rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
@@ -221,13 +221,13 @@ def test_the_cells_are_one_group_in_wandb(scorer, tmp_path, monkeypatch):
         ("exclude=[{steps: 4}]", "does not name options"),
     ],
 )
-def test_a_sweep_that_makes_no_sense_is_refused(typed, given):
+def test_an_impossible_sweep_is_refused(typed, given):
     with pytest.raises(ValueError, match=given):
         compose(ENTRY, [GRID, typed])
 
 
 @pytest.mark.parametrize(("engine", "package"), [("submitit", "submitit"), ("ray", "ray")])
-def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_path):
+def test_a_missing_engine_names_the_package_to_install(engine, package, tmp_path):
     try:
         __import__(engine)
     except ImportError:
@@ -237,7 +237,7 @@ def test_an_engine_that_is_not_there_names_what_to_install(engine, package, tmp_
         pytest.skip(f"{engine} is installed")
 
 
-def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+def test_a_killed_job_fails_its_cell_and_not_the_sweep(scorer, tmp_path, monkeypatch):
     submitit = pytest.importorskip("submitit")
     limits, real = [], sweeps.score
 
@@ -261,7 +261,7 @@ def test_a_job_that_is_killed_is_its_cells_failure_and_no_end_of_the_sweep(score
     assert bad.failure == "its job ended with UncompletedJobError\nJob 7\nCANCELLED DUE TO TIME LIMIT\n"
 
 
-def test_a_worker_of_ray_that_is_lost_is_its_cells_failure_and_no_end_of_the_sweep(scorer, tmp_path, monkeypatch):
+def test_a_lost_ray_worker_fails_its_cell_and_not_the_sweep(scorer, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     real = sweeps.score
 

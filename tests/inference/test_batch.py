@@ -65,7 +65,7 @@ def test_a_very_long_line_is_not_repeated():
         assert len(str(found.value)) < 300
 
 
-def test_a_request_without_an_output_has_a_name_of_its_own():
+def test_a_request_without_an_output_gets_a_unique_name():
     for text in ('{"seed": 3}', '{"seed": 3, "output": ""}'):
         wanted = request_of(text, compose(ENTRY, []), Path("runs/0003.mp4"))
         assert (wanted.seed, wanted.output) == (3, "runs/0003.mp4")
@@ -81,19 +81,19 @@ LINES = ['{"prompt": "é\u2028 \x85"}', "", '{"seed": 2}']
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_a_file_of_any_editor_gives_the_same_lines(encoding, end, tmp_path):
+def test_files_of_any_encoding_and_line_end_give_the_same_lines(encoding, end, tmp_path):
     (tmp_path / "requests.jsonl").write_bytes(end.join(LINES).encode(encoding))
     assert read_requests(str(tmp_path / "requests.jsonl")) == [(1, LINES[0]), (3, LINES[2])]
 
 
 @pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
-def test_a_mark_of_either_order_is_read(mark, tmp_path):
+def test_a_byte_order_mark_of_either_order_is_read(mark, tmp_path):
     encoding = "utf-16-le" if mark == b"\xff\xfe" else "utf-16-be"
     (tmp_path / "requests.jsonl").write_bytes(mark + "\n".join(LINES).encode(encoding))
     assert read_requests(str(tmp_path / "requests.jsonl")) == [(1, LINES[0]), (3, LINES[2])]
 
 
-def test_files_with_marks_that_were_joined_are_read(tmp_path):
+def test_concatenated_files_with_byte_order_marks_are_read(tmp_path):
     (tmp_path / "requests.jsonl").write_bytes(b'\xef\xbb\xbf{"seed": 1}\n\xef\xbb\xbf{"seed": 2}\n')
     assert [text for _, text in read_requests(str(tmp_path / "requests.jsonl"))] == ['{"seed": 1}', '{"seed": 2}']
 
@@ -105,7 +105,7 @@ def found_in(folder: Path, *lines: bytes | dict) -> list:
     return all_requests(read_requests(config.requests), config, lambda line: folder / f"{line:04d}.mp4")
 
 
-def test_a_line_in_another_encoding_costs_itself_alone(tmp_path):
+def test_a_line_in_another_encoding_fails_only_itself(tmp_path):
     found = found_in(tmp_path, {"seed": 1}, '{"prompt": "café"}'.encode("latin-1"), {"seed": 3})
     assert [bool(each.wanted) for each in found] == [True, False, True]
     assert "not UTF-8 text (character 16 is \\xe9)" in found[1].fault
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_read_is_refused(content, expected, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("absent.jsonl", "No such file or directory"), ("", "Is a directory")])
-def test_what_is_no_file_of_requests_is_refused_with_its_option(name, expected, tmp_path):
+def test_a_path_that_is_no_file_of_requests_is_refused_with_its_option(name, expected, tmp_path):
     with pytest.raises(ValueError, match=rf"^requests=.* cannot be read \({expected}\); give a file"):
         read_requests(str(tmp_path / name))
 
@@ -163,7 +163,7 @@ def test_the_file_of_requests_itself_is_no_output(tmp_path):
     assert "is the file requests=" in found_in(tmp_path, {"output": str(tmp_path / "videos.mp4")})[0].fault
 
 
-def test_inputs_are_looked_for_here_and_then_beside_the_file(tmp_path, monkeypatch, caplog):
+def test_inputs_are_searched_in_the_working_folder_and_then_beside_the_file(tmp_path, monkeypatch, caplog):
     (here := tmp_path / "here").mkdir()
     (there := tmp_path / "there").mkdir()
     monkeypatch.chdir(here)
@@ -177,14 +177,14 @@ def test_inputs_are_looked_for_here_and_then_beside_the_file(tmp_path, monkeypat
     assert f"image=none.png is neither in the working folder nor in {there}" in found[1].fault
 
 
-def test_a_line_knows_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_in_a_request_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = request_of('{"image": "~/a.png", "audio": "~/b.wav", "output": "~/c.mp4"}', compose(ENTRY, []), Path())
     assert [wanted.image, wanted.audio, wanted.output] == [f"{tmp_path}/{name}" for name in ("a.png", "b.wav", "c.mp4")]
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_is_finished_stays_when_a_job_is_stopped(keeps, tmp_path, capsys):
+def test_finished_videos_stay_when_a_job_is_stopped(keeps, tmp_path, capsys):
     def job(config, run) -> None:
         (run.open() / "0001.mp4").touch()
         if keeps:
@@ -231,7 +231,7 @@ def crashing(threads: int) -> None:
     input_reader.open_inputs.__globals__["load_speech"] = crash
 
 
-def test_a_recording_that_crashes_its_decoder_costs_its_own_video(videos_of, monkeypatch):
+def test_a_recording_that_crashes_its_decoder_fails_only_its_own_video(videos_of, monkeypatch):
     monkeypatch.setattr(input_reader, "_prepare", crashing)
     write_wav(Path("crash.wav"), babble(0.5))
     code, given = videos_of({"output": "a.mp4"}, {"audio": "crash.wav", "output": "b.mp4"}, {"output": "c.mp4"})
@@ -240,7 +240,7 @@ def test_a_recording_that_crashes_its_decoder_costs_its_own_video(videos_of, mon
     assert Path("a.mp4").read_bytes() == Path("c.mp4").read_bytes() and not Path("b.mp4").exists()
 
 
-def test_a_fault_of_the_program_in_one_line_costs_its_own_video(videos_of, monkeypatch, capsys):
+def test_an_unexpected_error_in_one_line_fails_only_its_own_video(videos_of, monkeypatch, capsys):
     make = batch.make_video
 
     def broken(scene, parts, config, **named):
@@ -296,7 +296,7 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
                     assert make_videos([(1, "{}")], opened, config)[0].fault
 
 
-def test_a_scene_that_is_read_elsewhere_is_the_same_and_so_is_what_is_reported(tmp_path, caplog):
+def test_inputs_read_in_another_process_are_the_same_and_so_are_its_messages(tmp_path, caplog):
     face = data.astronaut()[:300, 60:360]
     pair = torch.cat([torch.from_numpy(face.copy())] * 2, 1).numpy()
     Image.fromarray(pair).save(tmp_path / "twins.png")

@@ -35,7 +35,7 @@ def infer(*overrides: str) -> int:
 
 
 @pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])
-def test_auto_means_what_the_planner_chooses(ranks, plan):
+def test_parallel_auto_is_the_plan_that_the_planner_chooses(ranks, plan):
     found = estimate(config(), Ranks(0, ranks, 0, ranks), CPU)
     assert found.parallel.name == plan
     assert sum(found.parallel.layers or [6]) == 6
@@ -68,7 +68,7 @@ def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded(without_weigh
     assert estimate(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
 
 
-def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_in_it(without_weights, tmp_path):
+def test_a_file_of_requests_is_planned_for_its_largest_picture(without_weights, tmp_path):
     sizes = {"small.png": (512, 300), "large.jpg": (1000, 1400), "tiny.png": (64, 2000)}
     for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / name)
@@ -92,7 +92,7 @@ def test_a_file_of_requests_is_planned_for_its_largest_picture_whatever_else_is_
         estimate(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
-def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(without_weights):
+def test_a_job_that_does_not_fit_its_ranks_is_refused_with_a_plan_that_does(without_weights):
     asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
         estimate(config(*asked), Ranks(0, 2, 0, 2), CPU)
@@ -100,7 +100,7 @@ def test_what_does_not_fit_on_ranks_that_all_work_is_refused_with_what_would(wit
         assert estimate(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
 
 
-def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_weights):
+def test_a_job_that_does_not_fit_is_refused_with_a_way_out_unless_forced(without_weights):
     small = ["hardware=4x24gb", "hardware.usable_gib=13", "model=live_avatar_14b", "video.size=704x384", "parallel=pipeline"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 4 x 13\.0 GiB; would fit: .*plan\.force=true"):
         estimate(config(*small), Ranks(0, 4, 0, 4), CPU)
@@ -110,7 +110,7 @@ def test_what_cannot_fit_is_refused_with_what_would_and_force_starts_it(without_
 @pytest.mark.parametrize(
     ("overrides", "device", "resident"), [((), "cuda", 13.3), (("offload.resident_gib=3",), "cuda", 3), ((), "cpu", -1)]
 )
-def test_offload_keeps_on_a_gpu_what_the_planner_has_room_for_or_what_was_asked_for(overrides, device, resident, without_weights):
+def test_offload_keeps_on_a_gpu_as_much_as_fits_or_as_is_set(overrides, device, resident, without_weights):
     plan = ["hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "offload.kv=host", "plan.force=true"]
     found = estimate(config(*plan, *overrides), Ranks(), torch.device(device))
     assert found.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
@@ -125,7 +125,7 @@ def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weight
     assert found.config.hardware.host_gib == 224 / copies
 
 
-def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
+def test_the_command_refuses_without_making_files(tmp_path, capsys):
     assert infer("hardware=cpu", "hardware.usable_gib=0.55", f"run.folder={tmp_path / 'runs'}", *FACE) == 2
     assert "GiB are missing" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -134,18 +134,18 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("plan", "asked"), [("fsdp", "context=2"), ("fsdp", "replicas=2"), ("zero3", "context=2"), ("single", "replicas=-1")]
 )
-def test_a_plan_by_name_runs_as_it_was_asked_for(plan, asked):
+def test_a_plan_given_by_name_is_run(plan, asked):
     found = estimate(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
     assert found.parallel.name == plan
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(2, "replicas=2"), (1, "replicas=1")])
-def test_the_vae_cannot_have_the_only_rank(ranks, asked):
+def test_a_rank_for_the_vae_needs_a_second_rank(ranks, asked):
     with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a video and there is 1"):
         estimate(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
 
 
-def test_prediction_and_measurement_lie_side_by_side(tmp_path):
+def test_the_result_has_estimate_and_measurement_side_by_side(tmp_path):
     recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
     assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0
     plan = json.loads((tmp_path / "here" / "result.json").read_text())["plan"]
@@ -154,7 +154,7 @@ def test_prediction_and_measurement_lie_side_by_side(tmp_path):
     assert 0 <= plan["measured_gib_per_rank"][0] < 2
 
 
-def test_this_machine_is_looked_up_and_one_that_is_named_stays():
+def test_hardware_auto_is_detected_and_named_hardware_is_kept():
     here = HardwareConfig(name="here")
     alone, two = (hardware_here(here, CPU, ranks=count, local_ranks=count) for count in (1, 2))
     assert two.devices == 2

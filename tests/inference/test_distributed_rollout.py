@@ -14,7 +14,7 @@ from sonic.types import Conditions
 FRAMES = 8  # video frames of a clip
 
 
-def test_a_clip_is_sent_without_the_rest_of_the_video_and_silence_as_one_number():
+def test_a_clip_is_sent_without_the_rest_of_the_video_and_a_constant_as_one_number():
     whole = replace(conditions(2), audio=torch.randn(1, 2, 6, 1000 * FRAMES))
     clip = replace(whole, audio=whole.audio[..., FRAMES : 2 * FRAMES])
     sent = pickle.dumps((compact(clip), compact(clip.drop("audio"))))

@@ -79,7 +79,7 @@ def test_the_video_is_as_long_as_the_recording(seconds, command, tmp_path):
 
 
 @pytest.mark.parametrize(("infer_frames", "num_clip"), [(12, 2), (32, 1), (7, 3), (1, 30)])
-def test_clips_limit_the_video(infer_frames, num_clip, command, tmp_path):
+def test_the_number_of_clips_limits_the_video(infer_frames, num_clip, command, tmp_path):
     recording, most = write_wav(tmp_path / "speech.wav", babble(2.0)), infer_frames * num_clip
     assert command(f"audio={recording}", f"video.num_clip={num_clip}", f"video.infer_frames={infer_frames}", "output=video.mp4") == 0
     frames, sound = seconds_of(tmp_path / "video.mp4")
@@ -122,7 +122,7 @@ def test_only_the_face_moves(components):
     assert (frames != inputs.portrait.pixels).any()
 
 
-def test_a_column_of_sound_belongs_to_the_frame_of_its_time(components):
+def test_an_audio_column_belongs_to_the_frame_of_its_time(components):
     inputs = small_inputs(30)
     conditions, _ = encode(inputs, components, HeadConfig(), crop=face_crop(inputs.portrait, 1.6, components.config.resolution))
     assert conditions.audio.shape[-1] == 36  # whole blocks of 12
@@ -146,7 +146,7 @@ def test_a_video_that_is_stopped_leaves_no_video_and_no_thread(stop, output, com
     assert not [thread for thread in threading.enumerate() if thread.name in ("denoise", "decode")]
 
 
-def test_a_stage_ahead_hands_on_errors():
+def test_a_prefetching_stage_passes_on_errors():
     def broken():
         yield 1
         raise ValueError("the second one")
@@ -157,7 +157,7 @@ def test_a_stage_ahead_hands_on_errors():
         next(items)
 
 
-def test_a_stage_ahead_keeps_the_order_and_stays_within_its_queue():
+def test_a_prefetching_stage_keeps_the_order_and_its_queue_length():
     made = itertools.count()
     items = prefetch((next(made) for _ in range(100)), 2, name="stage")
     assert next(items) == 0
@@ -185,7 +185,7 @@ def test_stages_that_work_at_once_share_the_threads_evenly_in_every_video():
         torch.set_num_threads(before)
 
 
-def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
+def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photograph():
     shown = []
 
     def decode(latents, reference, cache):
@@ -202,7 +202,7 @@ def test_motion_decoded_on_another_device_is_laid_over_the_photograph_here():
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
-def test_seams_are_closed_between_blocks_as_within_them():
+def test_decoding_is_smooth_across_blocks_as_within_them():
     rng, shown = torch.Generator().manual_seed(0), []
     generate = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
 
@@ -225,7 +225,7 @@ def test_seams_are_closed_between_blocks_as_within_them():
         assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
 
 
-def test_the_head_stays_still_unless_asked():
+def test_the_head_is_still_by_default():
     assert head_pose(HeadConfig(), 24, grid=(4, 4), seed=0) is None
 
 

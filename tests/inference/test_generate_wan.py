@@ -43,7 +43,7 @@ def painters() -> WanNetworks:
 
 
 @pytest.mark.parametrize("kind", PAINTERS)
-def test_sound_drives_the_frames_of_its_time_and_none_before(kind, painters):
+def test_sound_affects_the_frames_of_its_time_and_none_before(kind, painters):
     rng = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
     text, audio = draw(1, 4, 24), draw(1, 3, 16, 3 * CLIP)

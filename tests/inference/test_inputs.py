@@ -40,7 +40,7 @@ def opened(inputs, *argv):
     )
 
 
-def test_every_speaker_has_a_voice_and_a_place(inputs):
+def test_every_speaker_has_a_recording_and_a_mask(inputs):
     found = opened(inputs)
     assert [len(voice.samples) for voice in found.voices] == [8_000, 16_000]
     assert found.num_frames == 25 and len(found.speech.samples) == 16_000
@@ -59,13 +59,13 @@ def test_masks_that_do_not_fit_are_refused(inputs):
         opened(inputs)
 
 
-def test_a_model_that_moves_one_face_refuses_masks_and_poses():
+def test_the_preview_refuses_masks_and_poses():
     for argv in ("face.masks=[a.png]", "motion.pose=pose.mp4"):
         with pytest.raises(ValueError, match="moves one face"):
             open_inputs(compose(Entry("infer", InferConfig), [argv]))
 
 
-def test_masks_of_a_scene_are_actors_of_the_model():
+def test_masks_of_the_picture_become_actors_of_the_model():
     model, frames = tiny_model(), 2
     given = conditions(frames)
     voices, masks = torch.randn(2, *given.audio.shape[1:]), torch.zeros(2, 1, 4, 4)
@@ -75,7 +75,7 @@ def test_masks_of_a_scene_are_actors_of_the_model():
     assert_close(model(latents, time, replace(given, audio=voices, masks=masks)), expected)
 
 
-def test_a_video_of_poses_is_seen_at_the_rate_of_the_video(inputs):
+def test_a_video_of_poses_is_resampled_to_the_frame_rate_of_the_video(inputs):
     with VideoWriter(inputs / "pose.mp4", 64, 64, num_frames=25) as writer:
         writer.write(np.stack([np.full((64, 64, 3), 9 * index, np.uint8) for index in range(25)]))
     seen = [round(float(frame.mean()) / 9) for frame in frames_at(inputs / "pose.mp4", 16)]
@@ -86,7 +86,7 @@ def test_a_video_of_poses_is_seen_at_the_rate_of_the_video(inputs):
     assert found.pose[-1].mean() > 200
 
 
-def test_what_the_log_says_of_face_and_mouth_means_the_same_when_it_is_given(caplog):
+def test_logged_face_and_mouth_give_the_same_video_as_overrides(caplog):
     """In the photograph's own pixels, though the video is half as large."""
 
     def opened(*argv):

@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_latents_and_another_seed_others(name, scal
     assert not torch.equal(first, other)
 
 
-def test_what_comes_later_does_not_change_what_was_made():
+def test_later_blocks_do_not_change_earlier_ones():
     model, given = tiny_model(), conditions(6)
     assert torch.equal(latents_of(model, given, 3)[:, :, : 2 * BLOCK], latents_of(model, given, 2))
 
@@ -83,13 +83,13 @@ def test_the_memory_of_a_rollout_does_not_grow_with_the_number_of_blocks():
     assert held[1] <= held[0]
 
 
-def test_guidance_towards_the_audio_moves_the_latents():
+def test_audio_guidance_changes_the_latents():
     model, given = tiny_model(), conditions(4)
     assert (latents_of(model, given, 2) - latents_of(model, given, 2, sample_guide_scale=3.0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_whole_clip_is_made_from_the_same_settings(name):
+def test_every_sampler_makes_a_whole_clip(name):
     model, given = tiny_model(), conditions(4)
     first, again = (sample_clip(model, given, 4, sampling=Sampling(settings(name=name), NoiseSource(seeded()))) for _ in range(2))
     assert first.shape == (1, 4, 4, *SIZE)
@@ -125,7 +125,7 @@ class Queue:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("room", [2, 3, 5])
-def test_forwards_that_are_queued_make_the_video_of_one_at_a_time(room, scale, name, monkeypatch):
+def test_queued_forwards_give_the_same_video_as_sequential_ones(room, scale, name, monkeypatch):
     """Blocks follow each other through the rings in order, though several are begun."""
     given, queues = conditions(8), []
 

@@ -14,7 +14,7 @@ def encoder(rng) -> AudioEncoder:
     return AudioEncoder(6, 16, num_layers=3, num_tokens=2)
 
 
-def test_leaving_out_the_constant_past_changes_nothing(encoder):
+def test_skipping_the_constant_past_changes_nothing(encoder):
     features = torch.randn(2, 3, 6, 12)
     past = features[..., :1].expand(-1, -1, -1, 73)
     tokens, summary = encoder(torch.cat((past, features), dim=-1))

@@ -28,7 +28,7 @@ def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name
         assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_that_cannot_run_is_reported_and_replaced_by_torchs(caplog):
+def test_an_attention_kernel_that_cannot_run_is_reported_and_replaced_by_torchs(caplog):
     assert attention_for("xformers", torch.device("cpu")) is sdpa
     assert "run.attention=xformers has kernels for CUDA only" in caplog.text
 
@@ -39,7 +39,7 @@ def test_attention_without_its_package_names_what_to_install(monkeypatch):
         attention_for("xformers", torch.device("cuda"))
 
 
-def test_every_attention_of_a_model_runs_by_the_one_that_is_chosen():
+def test_every_attention_of_a_model_uses_the_chosen_kernel():
     model, seen = tiny_model(), []
 
     def counting(*rows):

@@ -64,7 +64,7 @@ MULTIPLY_ADDS = {  # (of a clip of 20 latent frames, of a block with four in its
 
 
 @pytest.mark.parametrize(("name", "motion"), MULTIPLY_ADDS)
-def test_arithmetic_is_counted_as_a_second_count_had_it(name, motion):
+def test_multiply_adds_equal_an_independent_count(name, motion):
     config, _ = model_of(name)
     clip, block = MULTIPLY_ADDS[name, motion]
     motion = motion and bool(config.motion.buckets)

@@ -34,7 +34,7 @@ def test_in_bfloat16_it_is_as_near_as_its_scores_are_rounded(rows):
 
 
 @pytest.mark.parametrize(("able", "chosen"), [({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False), ({}, False)])
-def test_processors_that_gain_by_it_take_it(able, chosen, rows, monkeypatch):
+def test_attention_by_products_is_chosen_where_it_is_faster(able, chosen, rows, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     monkeypatch.setattr(attention, "by_products", lambda *given: "by products")
     cpu_attention.products_are_faster.cache_clear()

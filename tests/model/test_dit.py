@@ -70,7 +70,7 @@ def test_audio_of_one_frame_moves_only_its_block_and_the_following_ones():
     assert moved[BLOCK + 1] > 1e-4
 
 
-def test_a_block_out_of_the_window_is_forgotten():
+def test_a_block_beyond_the_window_has_no_effect():
     model, whole, latents = tiny_model(window_blocks=1), conditions(4), torch.randn(1, 4, 4, *SIZE)
     other = torch.cat((torch.randn(1, 4, BLOCK, *SIZE), latents[:, :, BLOCK:]), dim=2)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_no_pose_is_the_same_as_zero_pose():
         assert_close(model(latents, torch.tensor([5.0]), whole), model(latents, torch.tensor([5.0]), absent))
 
 
-def test_a_ring_that_runs_for_ever_stays_finite_and_keeps_its_size():
+def test_a_ring_stays_finite_and_keeps_its_size_over_many_blocks():
     model, whole = tiny_model(window_blocks=2), conditions(BLOCK)
     cache = model.prefill(whole, model.new_cache(whole, steps=1))
     (ring,) = cache.rings
@@ -127,7 +127,7 @@ def test_the_rotations_kept_for_a_reference_that_moves_do_not_grow_with_the_bloc
     assert max(kept) <= len(cache.rings) + 1
 
 
-def test_a_cache_filled_again_after_its_reference_has_moved_is_as_good_as_new():
+def test_a_cache_that_is_prefilled_again_equals_a_new_one():
     model, first, second = tiny_model(), conditions(BLOCK), conditions(BLOCK)
     second = replace(second, ref=torch.randn(1, 4, 1, *SIZE))
     span, latents = BlockSpan(10, 10 * BLOCK, BLOCK), torch.randn(1, 4, BLOCK, *SIZE)

@@ -35,7 +35,7 @@ def test_rotations_are_exact_however_far_the_block_is(time, learns):
         assert_close(found[0, token, 0], turned_by_hand(heads[0, token, 0], time, token // 3, token % 3), atol=1e-6, rtol=1e-6)
 
 
-def test_a_rotation_of_narrow_numbers_is_rounded_once():
+def test_a_rotation_in_half_precision_is_rounded_once():
     heads = torch.randn(2, 6, 3, HEAD_DIM).bfloat16()
     turn = rotation(grid_positions(torch.tensor([11]), 2, 3), HEAD_DIM)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_motion_tokens_sit_before_the_clip_at_the_published_positions():
     assert row[time == -19].unique().tolist() == [0, 7]
 
 
-def test_the_reference_waits_and_then_runs_ahead_of_the_block():
+def test_the_reference_position_is_fixed_and_then_moves_ahead_of_the_block():
     assert [ref_time_id(start, distance=10) for start in (0, 20, 21, 50)] == [30, 30, 31, 60]
     assert ref_time_id(3_000_000, distance=16) - 3_000_000 == 16
 

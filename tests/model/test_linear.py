@@ -14,14 +14,14 @@ EXACT = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 @pytest.mark.parametrize(("dtype", "atol"), EXACT)
 @pytest.mark.parametrize("shape", [(1, 12), (5, 12), (2, 3, 5, 12), (2, 0, 12)])
-def test_the_straight_way_equals_torchs(shape, dtype, atol, rng):
+def test_the_direct_onednn_product_equals_torchs(shape, dtype, atol, rng):
     layer, x = Linear(12, 20).to(dtype), torch.randn(shape, dtype=dtype)
     with torch.no_grad():
         assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=atol, rtol=atol)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), EXACT)
-def test_rows_that_lie_apart_are_multiplied_as_they_stand(dtype, atol, rng):
+def test_non_contiguous_rows_are_multiplied_without_a_copy(dtype, atol, rng):
     layer, wide = Linear(12, 20).to(dtype), torch.randn(3, 24, 7, dtype=dtype)
     x = wide.transpose(1, 2)[..., ::2]
     with torch.no_grad():

@@ -61,7 +61,7 @@ def test_the_strength_is_the_one_that_the_file_states_or_the_usual_one(stored, a
     assert lora_alpha(tmp_path / "lora.safetensors") == alpha
 
 
-def test_a_lora_of_another_model_changes_nothing_and_names_what_is_lost(tmp_path):
+def test_a_lora_of_another_model_changes_nothing_and_names_the_tensors_that_do_not_fit(tmp_path):
     model = tiny_model()
     save_file({**pair(model), **pair(model, "blocks.77.self_attn.q")}, tmp_path / "lora.safetensors")
     before = model.blocks[0].self_attention.to_q.weight.clone()
@@ -80,13 +80,13 @@ def test_a_lora_of_another_width_names_both_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("left_over", [{"something.else": torch.zeros(1)}, {"blocks.1.self_attn.q.lora_A.weight": torch.zeros(2, 4)}])
-def test_a_tensor_without_its_half_is_named(left_over, tmp_path):
+def test_an_adapter_matrix_without_its_partner_is_named(left_over, tmp_path):
     save_file({**pair(tiny_model()), **left_over}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=next(iter(left_over)).rsplit(".lora", 1)[0]):
         read_lora(tmp_path / "lora.safetensors")
 
 
-def test_halves_of_different_ranks_are_no_pair(tmp_path):
+def test_adapter_matrices_of_different_ranks_are_refused(tmp_path):
     first, second = pair(tiny_model()).values()
     save_file({f"{MODULE}.lora_A.weight": first, f"{MODULE}.lora_B.weight": second[:, :1].clone()}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=f"no whole pair of lora_A and lora_B for: {MODULE}"):
@@ -110,7 +110,7 @@ def test_two_adapters_of_one_weight_are_both_named(pattern, module, tmp_path):
     assert any(name in str(caught.value) for name in again) and any(name in str(caught.value) for name in pair(model))
 
 
-def test_a_file_that_is_not_there_or_cut_short(tmp_path):
+def test_a_missing_or_truncated_adapter_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_lora(tmp_path / "lora.safetensors")
     (tmp_path / "lora.safetensors").write_bytes(b"123")

@@ -40,7 +40,7 @@ def test_rms_norm_without_gradients_is_the_same(norm):
         assert (norm(x) - norm(x.float())).abs().max() < 0.05
 
 
-def test_float32_goes_by_torchs_own_norm(norm):
+def test_float32_uses_torchs_own_norm(norm):
     x = torch.randn(2, 40, 96)
     assert torch.equal(norm(x), F.rms_norm(x, (96,), norm.weight, 1e-6)) and torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
 

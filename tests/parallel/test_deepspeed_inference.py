@@ -61,7 +61,7 @@ def test_weights_in_half_precision_are_gathered_only_while_they_are_used(weights
         assert whole < 0.15
 
 
-def test_without_deepspeed_the_extra_is_named(monkeypatch):
+def test_without_deepspeed_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match="pip install deepspeed"):
         check_installed(tiny_model(), World("zero3", torch.device("cpu")), ParallelConfig("zero3"))

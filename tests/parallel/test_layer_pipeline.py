@@ -40,7 +40,7 @@ def videos_on_every_number_of_ranks() -> list[tuple[int, int]]:
     return wrong
 
 
-def test_any_number_of_ranks_at_any_number_of_steps_is_one_rank():
+def test_any_number_of_ranks_at_any_number_of_steps_gives_the_video_of_one_rank():
     assert on_ranks(max(COUNTS), videos_on_every_number_of_ranks)[0] == []
 
 
@@ -68,7 +68,7 @@ def caches_alive() -> list[int]:
     return alive
 
 
-def test_a_rank_forgets_a_video_before_it_makes_room_for_the_next():
+def test_a_rank_frees_the_caches_of_a_video_before_the_next():
     assert on_ranks(2, caches_alive, timeout_s=240) == [[0, 0, 0], [0, 1, 0, 0]]
 
 
@@ -105,7 +105,7 @@ def test_the_ranges_cover_all_layers_once_and_are_as_even_as_they_can_be(stages)
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 2
 
 
-def test_a_rank_keeps_the_names_of_what_it_keeps():
+def test_a_rank_keeps_the_parameter_names_of_its_layers():
     whole = set(tiny_model().state_dict())
     kept = []
     for stage in range(2):
@@ -116,7 +116,7 @@ def test_a_rank_keeps_the_names_of_what_it_keeps():
     assert not kept[0] & kept[1]
 
 
-def test_sizes_that_do_not_add_up_are_answered_with_what_would():
+def test_layer_counts_that_do_not_add_up_are_refused_with_the_right_sum():
     config = tiny_model().config
     assert layer_ranges(config, 2, [1, 2]) == [range(1), range(1, 3)]
     with pytest.raises(ValueError, match="give 2 numbers that add up to 3"):

@@ -55,7 +55,7 @@ def sent_each_way() -> list[float]:
     return found
 
 
-def test_ranks_that_are_on_different_lines_meet_in_the_groups_of_all():
+def test_ranks_in_different_channels_create_the_same_process_groups():
     assert on_ranks(3, sent_each_way, timeout_s=240) == [[20, 10], [1], [2]]
 
 

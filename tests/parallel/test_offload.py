@@ -27,7 +27,7 @@ def pieces(monkeypatch) -> list[int]:
     return sizes
 
 
-def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pieces, monkeypatch):
+def test_pinned_weights_are_unchanged_in_pieces_that_torch_does_not_round_up(pieces, monkeypatch):
     monkeypatch.setattr(module, "PIECE", 2**14)
     tensors = [torch.randn(size, 3).to(dtype) for size in (700, 5, 900, 2000, 40) for dtype in (torch.float32, torch.bfloat16)]
     memory = PinnedMemory(sum(tensor.nbytes for tensor in tensors))
@@ -39,8 +39,8 @@ def test_what_is_pinned_keeps_its_numbers_in_pieces_that_torch_does_not_round(pi
     assert len(pieces) < len(tensors)
 
 
-def test_layers_that_stay_are_never_in_host_memory():
-    model, _ = without_memory(tiny_config(), torch.float32)
+def test_resident_layers_are_never_in_host_memory():
+    model = without_memory(tiny_config()).requires_grad_(False)
     size = max(module.OffloadedLayer(modules).bytes for modules in module.layers_of(model))
     allocate(model, CPU, OffloadConfig(resident_gib=size / 2**30, store="mmap"))  # what waits has no memory but the file
     nowhere = [[weight.is_meta for part in modules for weight in part.parameters()] for modules in module.layers_of(model)]
@@ -48,7 +48,7 @@ def test_layers_that_stay_are_never_in_host_memory():
     assert not any(weight.is_meta for name, weight in model.named_parameters() if not name.startswith(("blocks", "audio_injectors")))
 
 
-def test_only_layers_that_wait_are_pinned(pieces, monkeypatch):
+def test_only_offloaded_layers_are_pinned(pieces, monkeypatch):
     model, prefetchers = tiny_model(), []
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     monkeypatch.setattr(module, "LayerPrefetcher", lambda *given: prefetchers.append(pinning(*given)) or prefetchers[0])
@@ -80,7 +80,7 @@ def test_the_layer_that_runs_has_its_weights_in_a_slot_in_every_pass(slots):
         assert all(map(torch.equal, prefetcher.layers[layer].weights, prefetcher.layers[layer].home))
 
 
-def test_weights_that_stay_leave_room_for_the_slots(monkeypatch):
+def test_resident_weights_leave_room_for_the_slots(monkeypatch):
     largest = max(layer.bytes for layer in prefetcher_of().layers)
     monkeypatch.setattr(module.LayerPrefetcher, "_free", lambda self: 2.5 * largest / 2**30)  # of three layers
     for slots, stay in ((1, 1), (2, 0)):

@@ -58,13 +58,13 @@ def broken_for_all(counts: list[int]) -> list[str]:
     return [f"{heads} heads: {law}" for heads in counts for law in broken(heads)]
 
 
-def test_ranks_that_share_tokens_and_heads_unevenly_have_together_what_one_has():
+def test_ranks_that_share_tokens_and_heads_unevenly_together_equal_one_rank():
     assert on_ranks(RANKS, broken_for_all, [2, 4, 6], timeout_s=60) == [[]] * RANKS
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("whole", [0, 1, 7, 8, 16, 25])
-def test_shares_come_to_the_whole_and_the_first_is_the_largest_by_one_at_most(size, whole):
+def test_shares_add_up_and_the_first_is_larger_by_one_at_most(size, whole):
     for rank in range(size):
         shares = Group(None, rank, size).shares(whole)
         assert (len(shares), sum(shares)) == (size, whole)

@@ -43,7 +43,7 @@ def broken(*arguments) -> None:
 
 
 @pytest.mark.parametrize(("way", "word"), [("fails", "a fault of the program"), ("hangs", "hangs at test_vae_rank.py")])
-def test_what_goes_wrong_on_its_rank_ends_the_job_and_is_reported_first(way, word, tmp_path):
+def test_a_fault_on_the_vae_rank_ends_the_job_and_is_reported_first(way, word, tmp_path):
     codes, output = infer_on(
         2, [*ARGUMENTS, *APART, "parallel.timeout_s=8", f"output={tmp_path / 'a.mp4'}"], tmp_path, before=partial(sabotaged, way=way)
     )
@@ -103,7 +103,7 @@ def asked() -> list:
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
-def test_what_is_asked_comes_as_it_lies_and_what_nobody_holds_is_forgotten():
+def test_tensors_arrive_with_their_strides_and_caches_without_a_handle_are_freed():
     (found, twice, last, dtype, asks), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
     assert all(theirs == ours for theirs, ours in found)
     assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing
@@ -151,7 +151,7 @@ def answered(autoencoder: nn.Module) -> Iterator[RemoteAutoencoder]:
         keeper.join()
 
 
-def test_two_threads_that_ask_at_once_have_each_their_own_answer():
+def test_two_threads_that_call_at_once_get_their_own_replies():
     with answered(Counting()) as far, ThreadPoolExecutor() as pool:
         first = pool.submit(far.decode, torch.full((1, 1, 1), 3.0))
         far.channel.asked.wait()
@@ -159,7 +159,7 @@ def test_two_threads_that_ask_at_once_have_each_their_own_answer():
         assert [first.result()[0][0, 0].item(), second[0][0, 0].item()] == [3.0, 5.0]
 
 
-def test_a_portrait_is_known_there_and_its_latents_are_here():
+def test_the_portrait_stays_on_the_vae_rank_and_its_latents_come_back():
     picture = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     autoencoder = WarpAutoencoder().eval().requires_grad_(False)
     here = autoencoder.reference(picture)

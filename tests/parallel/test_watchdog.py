@@ -112,7 +112,7 @@ def strike_of(marker: Path) -> float:
         ("fsdp", "hangs", 1, "loads"),
     ],
 )
-def test_a_rank_that_ends_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):
+def test_a_rank_that_fails_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     output, port = tmp_path / "stderr", free_port()
@@ -180,7 +180,7 @@ def rest_long(patience_s: float) -> bool:
     return fault is None
 
 
-def test_ranks_that_wait_or_rest_or_get_on_slowly_are_left_alone():
+def test_ranks_that_wait_or_pause_or_progress_slowly_are_not_ended():
     assert on_ranks(2, rest_long, 1.0, timeout_s=60) == [True, True]
 
 
@@ -191,7 +191,7 @@ def test_a_hang_anywhere_in_the_making_of_a_video_is_found(tmp_path):
     assert {Path(file).parent.name for file in found} >= {"checkpoint", "encoders", "inference", "model", "sampling", "vae", "data"}
 
 
-def test_an_error_that_all_ranks_find_is_reported_as_it_is_and_any_other_as_the_fault_of_who_failed_first():
+def test_an_error_on_all_ranks_is_reported_as_it_is_and_any_other_as_that_of_the_first_rank_to_fail():
     store = dist.HashStore()
     ours, theirs = (unwatched(store, rank, 1.0) for rank in range(2))
     ours.store = theirs.store  # those of one job have one number
@@ -204,7 +204,7 @@ def test_an_error_that_all_ranks_find_is_reported_as_it_is_and_any_other_as_the_
         each.close()
 
 
-def test_a_rank_that_is_done_is_not_missed(monkeypatch):
+def test_a_rank_that_has_finished_is_not_reported_as_lost(monkeypatch):
     ours = unwatched(dist.HashStore(), 0, 0.1)
     for key, value in (("done/1", "1"), ("place/1", "elsewhere 1 never")):
         ours.store.set(key, value)
@@ -216,7 +216,7 @@ def test_a_rank_that_is_done_is_not_missed(monkeypatch):
     ours.close()
 
 
-def test_the_first_rank_leaves_when_the_others_have():
+def test_the_first_rank_exits_last():
     ours = unwatched(dist.HashStore(), 0, 1.0)
     leaves = threading.Thread(target=ours.close)
     leaves.start()
@@ -228,7 +228,7 @@ def test_the_first_rank_leaves_when_the_others_have():
 
 
 @pytest.mark.parametrize(("host", "birth", "ended"), [("here", "born", True), ("elsewhere", "born", False), ("here", "later", False)])
-def test_only_the_process_that_was_meant_is_ended(host, birth, ended, monkeypatch):
+def test_only_the_intended_process_is_ended(host, birth, ended, monkeypatch):
     found = []
     monkeypatch.setattr(watchdog.os, "kill", lambda *conditions: found.append(conditions))
     mine = watchdog._birth(os.getpid())

@@ -38,7 +38,7 @@ def looked_up(*items: str) -> HardwareConfig:
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_all_devices_that_are_there_are_planned_for_unless_fewer_are_asked_for(machine, count):
+def test_all_devices_are_planned_for_unless_fewer_are_set(machine, count):
     machine(count, H100)
     assert looked_up().devices == count
     assert looked_up("hardware.devices=1").devices == 1
@@ -66,13 +66,13 @@ def test_a_machine_without_a_gpu_is_one_device(machine):
         ("NVIDIA H200", "1xh200"),
     ],
 )
-def test_a_device_is_as_fast_as_its_file_says(machine, name, described):
+def test_a_device_has_the_speed_of_its_hardware_file(machine, name, described):
     machine(1, name)
     found, file = looked_up(), compose(PLAN, [f"hardware={described}"]).hardware
     assert (found.tflops, found.memory_gbps) == (file.tflops, file.memory_gbps)
 
 
-def test_the_longest_name_that_fits_counts(machine):
+def test_the_longest_matching_device_name_counts(machine):
     rates = {}
     for name in ("NVIDIA L40", "NVIDIA L40S", "NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX A6000"):
         machine(1, name)
@@ -95,7 +95,7 @@ def test_hardware_that_a_file_describes_is_not_looked_up(machine):
         compose(PLAN, ["hardware=4x24gb", "hardware.devices=0"])
 
 
-def test_the_command_plans_for_all_that_is_there(machine, tmp_path):
+def test_the_command_plans_for_all_devices_of_the_machine(machine, tmp_path):
     machine(8, H100)
     asked = ["model=live_avatar_14b", "hardware=here", f"json={tmp_path / 'plan.json'}"]
     assert run_command(PLAN, plan_command.plan, asked) == 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
 
 from sonic.cli import Entry, compose
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
-from sonic.planner import search
 from sonic.planner.plans import degree
-from sonic.planner.search import _fewer_steps, candidates, ranked, reason, search_plans
+from sonic.planner.search import ranked, reason, search_plans
 from sonic.planner.step_time import Seconds
+from sonic.planner.video_candidates import candidates, fewer_steps
 from sonic.planner.workload import workload
 
 PLAN = Entry("plan", PlanConfig)
@@ -27,7 +27,8 @@ class Made:
     peak: float
     uses_host_memory: bool = False
     missing: float = 0.0
-    parallel: ParallelConfig | None = None
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
+    unit: str = "block"
 
     @property
     def seconds(self):
@@ -52,17 +53,12 @@ class Made:
         (Made(2.4, 9), Made(2.5, 3)),  # what does not fit says nothing of what is fast
     ],
 )
-def test_the_better_of_two_plans_comes_first_whatever_their_order(better, worse, monkeypatch):
-    work, hardware = SimpleNamespace(display_s=1.0), HardwareConfig(devices=1)
-    for names in (("single", "fsdp"), ("fsdp", "single")):
-        plans = dict(zip(names, (better, worse), strict=True))
-        makers = {name: lambda work, hardware, parallel, made=made: replace(made, parallel=parallel) for name, made in plans.items()}
-        monkeypatch.setattr(search, "PLANS", makers)
-        first, _ = ranked(work, hardware, [ParallelConfig(name) for name in ("single", "fsdp")])
-        assert first.parallel.name == names[0]
+def test_the_better_of_two_plans_comes_first_whatever_their_order(better, worse):
+    for plans in ([better, worse], [worse, better]):
+        assert ranked(plans, HardwareConfig(devices=1), 1.0) == (better, worse)
 
 
-def test_ranks_that_share_tokens_have_equally_much_to_do_where_nobody_asked_otherwise():
+def test_ranks_that_share_tokens_have_equal_work_by_default():
     config = compose(PLAN, [*WIDE, "hardware=8x24gb"])
     work = replace(workload(config), width=16 * 13, height=16 * 10)
     tokens, heads = work.query_tokens // work.latent_frames, work.model.trunk.num_heads
@@ -79,6 +75,6 @@ def test_a_plan_is_bound_by_arithmetic_where_that_takes_longer_than_all_copies_t
 
 
 def test_fewer_steps_are_proposed_one_by_one_in_the_words_that_ask_for_them():
-    proposed = list(_fewer_steps(compose(PLAN, [*WIDE, "hardware=8x24gb", "sampler=live_avatar_4step"])))
+    proposed = list(fewer_steps(workload(compose(PLAN, [*WIDE, "hardware=8x24gb", "sampler=live_avatar_4step"]))))
     expected = [(f"{steps} steps instead of 4", (f"sampler.sample_steps={steps}",)) for steps in (3, 2, 1)]
     assert [(sentence, options) for sentence, options, _ in proposed] == expected

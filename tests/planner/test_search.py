@@ -16,7 +16,8 @@ from sonic.parallel.layer_ranges import best_ranges
 from sonic.parallel.parallel_config import PLAN_NAMES, SINGLE_RANK_PLANS, PlanConfig
 from sonic.planner.memory import ENCODE, GENERATE, ITEMS, TEXT_NUMBERS
 from sonic.planner.plans import CLIPS_WAIT, PLANS
-from sonic.planner.search import OPTIONAL, as_json, by_name, search_plans
+from sonic.planner.search import as_json, search_plans
+from sonic.planner.video_candidates import OPTIONAL, by_name
 from sonic.system.program import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
     assert found["unshard_prefetch"] <= 0.5
 
 
-def test_four_small_cards_carry_the_14b_in_a_pipeline():
+def test_four_small_cards_run_the_14b_in_a_pipeline():
     found = chosen("hardware=4x24gb", "+preset=standard")
     assert (found["plan"], found["fits"]) == ("pipeline", True)
     assert len(found["peak_gib_per_rank"]) == 4
@@ -97,8 +98,8 @@ def test_a_small_video_of_the_14b_leaves_room_on_four_small_cards():
 
 def test_the_prompts_encoder_takes_the_same_in_either_precision_of_the_video():
     narrow, wide = (plan("hardware=8x24gb", "+preset=fast_preview", "video=384x256", f"run.dtype={name}") for name in DTYPES)
-    assert {each.chosen.ranks[0]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
-    assert wide.chosen.ranks[1]["weights"] == 2 * narrow.chosen.ranks[1]["weights"]
+    assert {each.chosen.ranks[0]["encode"]["text_encoder"] for each in (narrow, wide)} == {2 * TEXT_NUMBERS[4096]}
+    assert wide.chosen.ranks[1]["generate"]["weights"] == 2 * narrow.chosen.ranks[1]["generate"]["weights"]
     assert wide.fits
 
 
@@ -117,7 +118,7 @@ def test_clips_of_the_teacher_fit_on_eight_large_cards():
     assert "fsdp+context" in fitting
 
 
-def test_one_small_card_fits_and_says_what_it_gives_up():
+def test_one_small_card_fits_with_offloading():
     found = chosen("hardware=1x24gb", "+preset=standard")
     assert found["plan"].startswith("offload")
     assert found["fits"]
@@ -190,7 +191,7 @@ def test_the_vae_has_a_rank_of_its_own_where_it_fits_nowhere_else():
     assert not chosen(*large, "parallel=pipeline", "parallel.vae_rank=false")["fits"]
 
 
-def test_a_rank_for_the_vae_that_gains_nothing_is_not_taken_unless_asked_for():
+def test_a_rank_for_the_vae_without_gain_is_not_used_unless_set():
     frames = lambda *items: chosen("hardware=8x24gb", *items)["frames_per_second"]  # noqa: E731
     assert chosen("hardware=8x24gb")["plan"] == "pipeline"
     assert chosen("hardware=8x24gb", "parallel.vae_rank=true")["plan"] == "pipeline+vae_rank"
@@ -202,7 +203,7 @@ def test_stages_that_are_given_say_whether_the_last_rank_is_for_the_vae(layers, 
     assert chosen("hardware=4x80gb", "parallel=pipeline", f"parallel.layers={layers}")["plan"] == name
 
 
-def test_the_dearest_stage_is_as_cheap_as_it_can_be():
+def test_the_slowest_stage_is_as_fast_as_possible():
     costs = [1, 5, 1, 2, 1, 3]
     total = lambda layers: float(sum(costs[layer] for layer in layers))  # noqa: E731
     found = best_ranges(6, 3, lambda stage, layers: total(layers))
@@ -227,14 +228,14 @@ def test_the_dearest_stage_is_as_cheap_as_it_can_be():
         (("hardware=4x24bg",), "choose one of: 4x24gb"),
     ],
 )
-def test_what_makes_no_sense_is_reported_in_a_sentence(items, sentence):
+def test_impossible_options_are_refused_in_one_sentence(items, sentence):
     with pytest.raises(ValueError, match=r"\S") as caught:
         plan(*items)
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(("extra", "code"), [((), 0), (("parallel=single",), 3), (("parallel=sinlge",), 2)])
-def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, extra, code):
+def test_the_command_answers_fast_and_its_exit_code_says_whether_it_fits(tmp_path, extra, code):
     script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     asked = ["+preset=standard", "model=live_avatar_14b", "hardware=4x24gb", f"json={tmp_path / 'plan.json'}", *extra]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

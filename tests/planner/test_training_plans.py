@@ -1,4 +1,4 @@
-"""What the planner says of trainings: it adds up, it is what a step takes, and what it proposes helps."""
+"""What the planner says of the trainings of recipes: it adds up, it is what a step takes, and what it proposes helps."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sonic.cli import Entry, compose, group_choices, run_command
+from sonic.cli import compose, group_choices, run_command
 from sonic.commands import plan_command
 from sonic.model.adapters import Adapters
 from sonic.model.counts import weights
 from sonic.model.dit import AvatarDiT
-from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner import extrapolate
+from sonic.planner.search import as_json
 from sonic.planner.training_memory import ITEMS
-from sonic.planner.training_plans import planned_training, training_json
-from sonic.planner.training_workload import learnt, parts, training
+from sonic.planner.workload import learnt, parts
 from sonic.system.program import interpreter, process
-from sonic.training.objective_config import OBJECTIVE_CONFIGS
+from sonic.training.plan_training import plan_training, training
 from sonic.training.track_training import track_training
-from sonic.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAN = Entry("plan", PlanConfig)
-TRAIN = Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS})
+PLAN = plan_command.TRAINING_ENTRY
+DISTILL, ADAPTER = "+distill=live_avatar_4step", "+train=audio_adapter"
+WHOLE = (ADAPTER, "objective.learn.targets=[]")  # every weight learns
+RECIPES = {"distill": (DISTILL,), "adapter": (ADAPTER,), "whole": WHOLE}
 BIG = ("model=live_avatar_14b", "video.size=384x256")
 WIDE = (  # a few blocks of the 14B's proportions
     *BIG,
@@ -46,68 +46,72 @@ WIDE = (  # a few blocks of the 14B's proportions
 SHORT = ("model.trunk.num_layers=2", "model.audio.inject_layers=[1]")
 MEMORY = {"peak_gib_per_rank", "items_gib", "host_gib_per_rank", "phases_gib"}
 FIELDS = MEMORY | {"plan", "fits", "seconds_per_block", "frames_per_second", "first_frame_s", "reason", "seconds_per_step", "options"}
-TRAININGS = [name for name in group_choices("task") if name != "video"]
 
 
 def plan(*items):
-    return planned_training(compose(PLAN, [*BIG, *items]))
+    return plan_training(compose(PLAN, [*BIG, *items]))
+
+
+def tracked_gib(*items):
+    """The chosen plan's peak, and that of each phase of its step on fake tensors."""
+    config = compose(PLAN, items)
+    chosen = plan_training(config).chosen
+    assert len(set(chosen.peak_gib)) == 1
+    return chosen.peak_gib[0], track_training(config, chosen)[0]
 
 
 def peak(*items):
-    return plan("hardware=8x80gb", "parallel=fsdp", *items).chosen.peak_gib
+    return max(plan("hardware=8x80gb", "parallel=fsdp", *items).chosen.peak_gib)
 
 
 @pytest.mark.parametrize(
     "items",
     [
-        (*SHORT, "task=distill", "hardware=4x24gb", "task.learn.rank=16"),
-        (*SHORT, "task=distill", "hardware=4x24gb", "parallel.context=2"),
-        ("task=train", "hardware=4x24gb", "parallel.context=4"),
-        ("task=train", "hardware=8x80gb", "task.recompute=false"),
-        ("task=train", "hardware=2x24gb", "task.precision=float32", "task.batch_size=2"),
-        ("task=audio_adapter", "hardware=4x80gb"),
+        (*SHORT, DISTILL, "hardware=4x24gb", "objective.learn.rank=16"),
+        (*SHORT, DISTILL, "hardware=4x24gb", "parallel.context=2"),
+        (*WHOLE, "hardware=4x24gb", "parallel.context=4"),
+        (*WHOLE, "hardware=8x80gb", "speed.recompute=false"),
+        (*WHOLE, "hardware=2x24gb", "speed.precision=float32", "budget.batch_size=2"),
+        (ADAPTER, "hardware=4x80gb"),
     ],
 )
 def test_what_is_predicted_is_what_a_step_takes(items):
-    found = planned_training(compose(PLAN, [*WIDE, "parallel=fsdp", *items]))
-    tracked = track_training(found.work, found.hardware, found.chosen)
-    assert found.chosen.peak_gib == pytest.approx(max(tracked.values()), rel=0.05)
-    assert set(tracked) <= set(found.chosen.phases)
+    predicted, tracked = tracked_gib(*WIDE, "parallel=fsdp", *items)
+    assert predicted == pytest.approx(max(tracked.values()), rel=0.05)
+    assert set(tracked) <= set(plan(*WIDE, "parallel=fsdp", *items).chosen.ranks[0])
     assert not dist.is_initialized()
 
 
 def test_few_layers_tell_what_all_layers_take(monkeypatch):
-    items = ("task=train", "hardware=4x24gb", "parallel=fsdp", "model.trunk.num_layers=6", "model.audio.inject_layers=[0,3,4]")
-    found = planned_training(compose(PLAN, [*WIDE, *items]))
+    items = (*WHOLE, "hardware=4x24gb", "parallel=fsdp", "model.trunk.num_layers=6", "model.audio.inject_layers=[0,3,4]")
     monkeypatch.setattr(extrapolate, "FEW", 3)
     monkeypatch.setattr(extrapolate, "MORE", 4)
-    tracked = track_training(found.work, found.hardware, found.chosen)
+    _, tracked = tracked_gib(*WIDE, *items)
     monkeypatch.setattr(extrapolate, "MORE", 100)
-    assert tracked == pytest.approx(track_training(found.work, found.hardware, found.chosen), rel=0.01)
+    assert tracked == pytest.approx(tracked_gib(*WIDE, *items)[1], rel=0.01)
 
 
 @pytest.mark.skipif("SONIC_SLOW" not in os.environ, reason="takes a minute or two; set SONIC_SLOW=1")
 @pytest.mark.parametrize(
     ("asked", "most"),
     [
-        (("task=distill", "hardware=4x24gb"), 22),
-        (("task=distill", "hardware=8x80gb", "video.size=704x384"), 72),
-        (("task=train", "hardware=8x80gb"), 78),
+        ((DISTILL, "hardware=4x24gb"), 22),
+        ((DISTILL, "hardware=8x80gb", "video.size=704x384"), 72),
+        ((*WHOLE, "hardware=8x80gb"), 78),
     ],
 )
 def test_the_14b_is_what_it_is_predicted_to_be(asked, most):
-    found = plan(*asked)
-    tracked = max(track_training(found.work, found.hardware, found.chosen).values())
-    assert found.chosen.peak_gib == pytest.approx(tracked, rel=0.05)
-    assert tracked <= most
+    predicted, tracked = tracked_gib(*BIG, *asked)
+    assert predicted == pytest.approx(max(tracked.values()), rel=0.05)
+    assert max(tracked.values()) <= most
 
 
 @pytest.mark.parametrize("model", group_choices("model"))
 @pytest.mark.parametrize("hardware", [name for name in group_choices("hardware") if name != "here"])
-@pytest.mark.parametrize("task", TRAININGS)
-def test_every_training_adds_up(task, hardware, model):
-    config = compose(PLAN, [f"task={task}", f"hardware={hardware}", f"model={model}", "task.past=0", "task.window=12"])
-    found = training_json(planned_training(config))
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_training_adds_up(recipe, hardware, model):
+    config = compose(PLAN, [*recipe, f"hardware={hardware}", f"model={model}", "objective.window.past=0", "data.window=12"])
+    found = as_json(plan_training(config))
     assert found["chosen"] == found["plans"][0]
     for each in found["plans"]:
         assert set(each) >= FIELDS
@@ -119,27 +123,27 @@ def test_every_training_adds_up(task, hardware, model):
 
 
 def test_a_student_of_the_14b_learns_on_four_small_cards():
-    found = plan("task=distill", "hardware=4x24gb")
+    found = plan(DISTILL, "hardware=4x24gb")
     assert found.fits
     assert found.chosen.name == "fsdp"
-    assert found.chosen.peak_gib <= 22
+    assert max(found.chosen.peak_gib) <= 22
 
 
 def test_a_student_of_the_14b_learns_in_full_size_on_eight_large_cards():
-    found = plan("task=distill", "hardware=8x80gb", "video.size=704x384")
+    found = plan(DISTILL, "hardware=8x80gb", "video.size=704x384")
     assert found.fits
-    assert found.chosen.peak_gib <= 72
+    assert max(found.chosen.peak_gib) <= 72
 
 
 def test_all_of_the_14b_learns_on_eight_large_cards():
-    assert plan("task=train", "hardware=8x80gb").fits
+    assert plan(*WHOLE, "hardware=8x80gb").fits
 
 
-@pytest.mark.parametrize("task", TRAININGS)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("model", group_choices("model"))
-def test_what_is_counted_is_what_the_model_has(model, task):
-    config = compose(PLAN, [f"model={model}", f"task={task}", "task.past=0", "task.window=12"])
-    work, learn = training(config), config.task.learn
+def test_what_is_counted_is_what_the_model_has(model, recipe):
+    config = compose(PLAN, [f"model={model}", *recipe, "objective.window.past=0", "data.window=12"])
+    work, learn = training(config), config.objective.learn
     with torch.device("meta"):
         built = AvatarDiT(config.model)
         assert sum(part.numbers for part in parts(config.model)) == weights(config.model) == sum(p.numel() for p in built.parameters())
@@ -150,46 +154,56 @@ def test_what_is_counted_is_what_the_model_has(model, task):
     assert sum(learnt(work).values()) == sum(weight.numel() for weight in learning)
 
 
-@pytest.mark.parametrize(("task", "recipe"), [("distill", "distill=live_avatar_4step"), ("audio_adapter", "train=audio_adapter")])
-def test_a_task_is_its_recipe(task, recipe):
-    search_plans, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
-    goal, past = recipe.objective, recipe.objective.window.past
-    assert (search_plans.objective, search_plans.window, search_plans.past, search_plans.learn) == (
-        goal.name,
-        recipe.data.window,
-        past,
-        goal.learn,
-    )
-    assert (search_plans.batch_size, search_plans.accumulate) == (recipe.budget.batch_size, recipe.budget.accumulate)
-    assert (search_plans.precision, search_plans.recompute) == (recipe.speed.precision, recipe.speed.recompute)
-    assert goal.window.reach == "clip"
-    if goal.name == "dmd":
-        assert (search_plans.critic_turns, search_plans.teacher_guide_scale) == (goal.critic_turns, goal.teacher_guide_scale)
+@pytest.mark.parametrize("recipe", [f"{group}={name}" for group in ("distill", "train") for name in group_choices(group)])
+def test_a_recipe_is_planned_as_it_is_or_the_reason_is_given(recipe):
+    config = compose(PLAN, [f"+{recipe}", "hardware=8x80gb"])
+    try:
+        job = training(config)
+    except ValueError as refusal:
+        assert "is not planned; the planner knows" in str(refusal)
+        assert "live_avatar" not in recipe and recipe != "train=audio_adapter"
+    else:
+        assert (job.job.window, job.job.learn, job.model) == (config.data.window, config.objective.learn, config.model)
+        assert as_json(plan_training(config))["chosen"]["seconds_per_step"] > 0
+
+
+def test_sampling_steps_and_turns_of_the_critic_are_those_of_the_recipe():
+    quick, slow = (plan(f"+distill=live_avatar_{steps}step", "hardware=8x80gb").chosen.seconds.total for steps in (2, 4))
+    assert quick < slow < plan(DISTILL, "hardware=8x80gb", "objective.critic_turns=9").chosen.seconds.total
+    assert plan(DISTILL, "hardware=8x80gb", "objective.teacher_guide_scale=1").chosen.seconds.total < slow
+
+
+def test_the_placement_that_a_recipe_names_is_the_one_that_is_planned():
+    for options in (["speed.context=2"], ["speed.cpu_offload=true"], ["speed.context=2", "speed.cpu_offload=true"]):
+        found = plan(DISTILL, "hardware=8x80gb", *options)
+        assert len(found.plans) == 1
+        assert found.chosen.options == ("speed.engine=fsdp", *options)
 
 
 @pytest.mark.parametrize(
     ("task", "smaller"),
     [
-        ("distill", "task.learn.rank=64"),
+        ("distill", "objective.learn.rank=64"),
         ("distill", "video.size=256x256"),
         ("distill", "model.rollout.window_blocks=3"),
         ("distill", "parallel.context=2"),
-        ("train", "task.window=30"),
-        ("train", "parallel.cpu_offload=true"),
-        ("train", "task.learn.targets=[audio_injectors]"),
+        ("whole", "data.window=30"),
+        ("whole", "parallel.cpu_offload=true"),
+        ("whole", "objective.learn.targets=[audio_injectors]"),
     ],
 )
 def test_less_needs_less(task, smaller):
-    assert peak(f"task={task}", smaller) < peak(f"task={task}") < peak(f"task={task}", "task.recompute=false")
+    recipe = RECIPES[task]
+    assert peak(*recipe, smaller) < peak(*recipe) < peak(*recipe, "speed.recompute=false")
 
 
 @pytest.mark.parametrize(
     "asked",
     [
-        ("task=distill", "hardware=4x24gb", "parallel=fsdp", "video.size=704x384"),
-        ("task=distill", "hardware=4x24gb", "parallel=fsdp", "task.recompute=false"),
-        ("task=distill", "hardware=2x24gb", "hardware.host_gib=8", "task.learn.rank=256"),
-        ("task=train", "hardware=8x80gb", "parallel=fsdp", "video.size=1024x704", "task.batch_size=2"),
+        (DISTILL, "hardware=4x24gb", "parallel=fsdp", "video.size=704x384"),
+        (DISTILL, "hardware=4x24gb", "parallel=fsdp", "speed.recompute=false"),
+        (DISTILL, "hardware=2x24gb", "hardware.host_gib=8", "objective.learn.rank=256"),
+        (*WHOLE, "hardware=8x80gb", "parallel=fsdp", "video.size=1024x704", "budget.batch_size=2"),
     ],
 )
 def test_proposed_changes_help(asked):
@@ -203,7 +217,7 @@ def test_proposed_changes_help(asked):
 
 
 def test_what_no_single_change_mends_is_not_made_up():
-    found = plan("task=train", "hardware=4x24gb")
+    found = plan(*WHOLE, "hardware=4x24gb")
     assert not found.fits
     assert not found.changes
 
@@ -211,29 +225,33 @@ def test_what_no_single_change_mends_is_not_made_up():
 @pytest.mark.parametrize(
     ("items", "sentence"),
     [
-        (("task=distil",), "choose one of: distill"),
-        (("task=distill", "task.window=10"), "use 9 or 12"),
-        (("task=distill", "task.learn.rank=0"), "adapters"),
-        (("task=train", "model=preview"), "leave task.past at 0"),
-        (("task=train", "task.past=39"), "between 0 and task.window=39"),
-        (("task=distill", "task.learn.targets=[mouth]"), "names nothing"),
-        (("task=distill", "parallel=pipeline"), "use parallel=fsdp"),
-        (("task=distill", "hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "3 ranks cannot share"),
-        (("task=distill", "hardware=8x80gb", "parallel=fsdp", "task.accumulate=4"), "cannot be shared by 8 rows"),
-        (("task=video", "task.objective=dmd"), "goes with another"),
+        (("+distill=live_avatar_4steps",), "choose one of: live_avatar_4step"),
+        ((DISTILL, "data.window=10"), "use 9 or 12"),
+        ((DISTILL, "objective.learn.rank=0"), "adapters"),
+        ((*WHOLE, "model=preview"), "has no motion memory; use 0"),
+        ((*WHOLE, "objective.window.past=39"), "between 0 and data.window=39"),
+        ((DISTILL, "objective.learn.targets=[mouth]"), "names nothing"),
+        ((DISTILL, "parallel=pipeline"), "use parallel=fsdp"),
+        ((DISTILL, "hardware=4x24gb", "parallel=fsdp", "parallel.context=3"), "3 ranks cannot share"),
+        ((DISTILL, "hardware=8x80gb", "parallel=fsdp", "budget.accumulate=4"), "budget.accumulate=4 cannot be shared by 8; use 8"),
+        ((DISTILL, "hardware.devices=3"), "budget.accumulate=16 cannot be shared by 3; use 15 or 18"),
+        ((DISTILL, "speed.engine=zero3"), "use fsdp"),
+        ((ADAPTER, "data.window=0"), "set the latent frames"),
+        ((ADAPTER, "video.fps=24"), "leave the others out"),
+        ((ADAPTER, "objective.window.reach=blocks"), "windows of full attention: clip"),
     ],
 )
-def test_what_makes_no_sense_is_reported_in_a_sentence(items, sentence):
+def test_impossible_options_are_refused_in_one_sentence(items, sentence):
     with pytest.raises(ValueError, match=r"\S") as caught:
         plan(*items)
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(("size", "code"), [("384x256", 0), ("704x384", 3)])
-def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path, size, code):
+def test_the_command_answers_fast_and_its_exit_code_says_whether_it_fits(tmp_path, size, code):
     script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     asked = [
-        "task=distill",
+        DISTILL,
         "model=live_avatar_14b",
         "hardware=4x24gb",
         "parallel=fsdp",
@@ -258,10 +276,10 @@ def test_the_command_answers_at_once_and_its_code_says_whether_it_fits(tmp_path,
     [
         (("hardware=4x24gb", "parallel=fsdp", "parallel.context=2", *SHORT), "fsdp+context"),
         (("hardware=4x24gb", "parallel=zero3", *SHORT), "zero3"),
-        (("task=train", "hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"), "fsdp+cpu_offload"),
+        ((*WHOLE, "hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"), "fsdp+cpu_offload"),
     ],
 )
-def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_program(tmp_path, asked, name, capsys):
+def test_the_command_reports_when_its_estimate_cannot_be_tracked(tmp_path, asked, name, capsys):
     assert run_command(PLAN, plan_command.plan, [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
     output = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
     assert len(output) == 1
@@ -272,7 +290,7 @@ def test_the_command_says_so_when_its_prediction_cannot_be_held_against_the_prog
 
 
 def test_the_command_holds_its_prediction_against_the_program(tmp_path):
-    asked = [*WIDE, "task=train", "hardware=8x80gb", "verify=true", f"json={tmp_path / 'plan.json'}"]
+    asked = [*WIDE, *WHOLE, "hardware=8x80gb", "verify=true", f"json={tmp_path / 'plan.json'}"]
     done = subprocess.run([*process("plan"), *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tracked" in done.stdout

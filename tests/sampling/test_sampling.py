@@ -93,7 +93,7 @@ def test_every_schedule_falls_from_high_noise_to_zero(name, steps, shift):
 
 
 @pytest.mark.parametrize("name", FIXED_STEPS)
-def test_a_table_is_followed_whole_or_not_at_all(name):
+def test_a_table_of_noise_levels_needs_its_own_number_of_steps(name):
     with pytest.raises(ValueError, match="is a table of"):
         sigmas_of(name, FIXED_STEPS[name] + 1, 3.0)
 

@@ -50,7 +50,7 @@ def test_the_lower_lip_moves_with_the_opening(seed):
     assert way[0] == 0 and (way.diff() > 0).all()
 
 
-def test_a_smile_closes_for_a_bilabial_and_a_closed_mouth_stays_where_it_is():
+def test_an_open_resting_mouth_closes_for_a_bilabial_and_a_closed_one_does_not_move():
     smiling = puppet.MouthShape(48, 52, 12, gap=0.4)
     closed = puppet.MouthShape(48, 52, 12)
     assert puppet.lip_displacement(smiling, torch.tensor([CLOSED])) < -0.3
@@ -86,7 +86,7 @@ def test_a_batch_of_drawn_people_depends_on_its_seed_alone():
     assert (one["picture"] != other["picture"]).any()
 
 
-def test_targets_have_no_meaning_where_there_is_nothing_to_see():
+def test_targets_are_zero_where_they_are_undefined():
     target = motion_targets(person(1).mouth, torch.tensor([WIDE, REST]), None, resolution=96)
     assert target["flow"].shape == (2, 2, 48, 48)
     assert (target["flow"].abs().sum(1, keepdim=True)[target["opacity"] == 1] == 0).all()

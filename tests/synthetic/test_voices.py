@@ -15,7 +15,7 @@ from sonic.synthetic.voices import VISEMES, WORDS, Utterance, augment, sample_sp
 pytest.importorskip("espeakng_loader", reason="speaking needs the extra [voices]")
 
 
-def test_the_same_seed_says_the_same_whatever_was_reported_before():
+def test_the_same_seed_gives_the_same_speech_whatever_was_spoken_before():
     first = say(np.random.default_rng(7), seconds=2.0)
     say(np.random.default_rng(8), split="test")
     again = say(np.random.default_rng(7), seconds=2.0)
@@ -34,12 +34,12 @@ def _first_samples(seed: int) -> np.ndarray:
     return say(np.random.default_rng(seed), seconds=1.0).samples[:8000]
 
 
-def test_a_spawned_worker_says_what_this_process_says():
+def test_a_spawned_worker_synthesises_the_same_speech():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert np.array_equal(pool.apply(_first_samples, (3,)), _first_samples(3))
 
 
-def test_test_speakers_and_test_words_are_never_trained_on():
+def test_the_splits_share_no_speakers_and_no_words():
     assert not set(SPEAKERS["train"]) & set(SPEAKERS["test"])
     train = {word for words in WORDS["train"].values() for word in words}
     assert not train & {word for words in WORDS["test"].values() for word in words}
@@ -52,7 +52,7 @@ def test_drawn_speakers_speak_in_training_only_and_about_as_often_as_others():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_drawn_speaker_says_the_same_words_with_another_voice(seed):
+def test_a_random_speaker_speaks_the_same_phonemes_with_another_voice(seed):
     text, speaker = "Father, my paper boat.", draw_speaker(np.random.default_rng(seed))
     samples, phonemes = speak(text, f"en-us+{DRAWN}", variant=speaker)
     again, _ = speak(text, f"en-us+{DRAWN}", variant=speaker)

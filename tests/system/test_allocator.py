@@ -32,7 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told anything")
-def test_freed_memory_is_used_again_without_a_page_fault():
+def test_freed_memory_is_reused_without_page_faults():
     def faults(how: str) -> int:
         found = subprocess.run([sys.executable, "-c", COUNT, how], cwd=ROOT, capture_output=True, text=True, check=True)
         return int(found.stdout)

@@ -42,7 +42,7 @@ def written(path: Path) -> Path:
         ("~backup.png", "~backup.png"),
     ],
 )
-def test_a_tilde_is_the_home_folder_where_a_shell_has_it_so(typed, meant, monkeypatch, tmp_path):
+def test_a_tilde_is_expanded_where_a_shell_would_expand_it(typed, meant, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded(typed) == meant.format(home=tmp_path)
 
@@ -56,7 +56,7 @@ def test_a_tilde_is_the_home_folder_where_a_shell_has_it_so(typed, meant, monkey
         (PlanConfig, ["json"]),
     ],
 )
-def test_every_option_that_names_a_file_knows_the_home_folder(schema, options, monkeypatch, tmp_path):
+def test_every_option_that_names_a_file_expands_a_tilde(schema, options, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     name = {InferConfig: "infer", PrecomputeConfig: "precompute", JudgeConfig: "judge", PlanConfig: "plan"}[schema]
     needed = ["mp4=a.mp4"] if schema is JudgeConfig else []
@@ -67,7 +67,7 @@ def test_every_option_that_names_a_file_knows_the_home_folder(schema, options, m
         assert value == f"{tmp_path}/x", option
 
 
-def test_masks_and_conversions_know_the_home_folder(monkeypatch, tmp_path):
+def test_options_of_masks_and_conversions_expand_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compose(INFER, ["face.masks=[~/a.png,~/b.png]"]).face.masks == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
     assert compose(INFER, ["face.masks=null"]).face.masks is None
@@ -79,7 +79,7 @@ def test_a_list_may_hold_names_that_are_not_utf8():
     assert compose(INFER, [f"face.masks=[{BYTES}.png]"]).face.masks == [f"{BYTES}.png"]
 
 
-def test_any_name_can_be_shown():
+def test_any_file_name_can_be_printed():
     assert shown(f"{BYTES}.png") == "caf\\xe9.png" and shown("é \ud800") == "é \\ud800"
     shown(BYTES).encode()
 
@@ -92,7 +92,7 @@ def test_a_name_that_is_not_utf8_in_an_error_is_shown(capsys):
     assert "image=caf\\xe9 is no picture" in capsys.readouterr().err
 
 
-def test_two_names_of_a_file_are_known_as_one(tmp_path, monkeypatch):
+def test_two_names_of_a_file_are_recognised_as_the_same_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inside").mkdir()
     (tmp_path / "a").touch()
@@ -125,7 +125,7 @@ def test_a_video_is_written_through_a_link_which_stays(tmp_path):
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["new.mp4", "old.mp4"]
 
 
-def test_a_video_takes_the_place_of_one_name_of_a_file_with_two(tmp_path):
+def test_a_video_replaces_only_one_name_of_a_hard_linked_file(tmp_path):
     (tmp_path / "kept").write_bytes(b"old")
     os.link(tmp_path / "kept", tmp_path / "a.mp4")
     written(tmp_path / "a.mp4")

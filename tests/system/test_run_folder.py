@@ -105,7 +105,7 @@ def test_a_run_that_succeeds_replaces_the_one_of_its_name(tmp_path):
     assert b"seed: 2" in found["config.yaml"] and json.loads(found["result.json"]) == {"seed": 2}
 
 
-def test_what_somebody_keeps_in_a_folder_of_that_name_stays(tmp_path):
+def test_a_folder_of_that_name_that_is_no_run_is_kept(tmp_path):
     (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r/mine.txt").write_text("mine")
     assert run_command(ENTRY, stops, [f"run.folder={tmp_path / 'runs'}", "name=r"]) == 130
@@ -113,7 +113,7 @@ def test_what_somebody_keeps_in_a_folder_of_that_name_stays(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_that_fails_leaves_what_another_of_its_name_does_meanwhile(finished, tmp_path):
+def test_a_failed_run_leaves_the_files_of_a_concurrent_run_of_its_name(finished, tmp_path):
     first, second = a_run(tmp_path / "runs", "r"), a_run(tmp_path / "runs", "r")
     first.open()
     folder = second.open()
@@ -126,7 +126,7 @@ def test_a_run_that_fails_leaves_what_another_of_its_name_does_meanwhile(finishe
     assert set(contents(folder)) == {"config.yaml", "command.txt", "git_commit.txt", "log.txt", "out.mp4"}
 
 
-def test_a_log_goes_on_in_the_folder_that_is_kept(tmp_path):
+def test_the_log_continues_in_the_final_folder(tmp_path):
     start_logging(main=True)
     for text in ("one", "two"):
         run = a_run(tmp_path / "runs", "r")
@@ -187,18 +187,19 @@ def full(monkeypatch):
     monkeypatch.setattr("sonic.system.files.os", type("Full", (), {"replace": staticmethod(refuse)}))
 
 
-def test_a_video_counts_though_its_run_folder_is_full(command, full, tmp_path, capsys):
+def test_a_video_is_kept_even_when_its_run_folder_is_full(command, full, tmp_path, capsys):
     assert command("output=video.mp4", "run.folder=elsewhere", "name=r") == 0
     message = capsys.readouterr().err
     for what in ("result.json", "the contact sheet"):
         assert (
-            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is whole" in message
+            f"warning: run folder elsewhere/r: {what} cannot be written (No space left on device); the video video.mp4 is complete"
+            in message
         )
     assert (tmp_path / "video.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "elsewhere/r").iterdir()} == {"config.yaml", "command.txt", "git_commit.txt", "log.txt"}
 
 
-def test_videos_of_requests_count_though_their_run_folder_is_full(command, full, tmp_path, capsys):
+def test_videos_of_requests_are_kept_even_when_their_run_folder_is_full(command, full, tmp_path, capsys):
     (tmp_path / "requests.jsonl").write_text('{"output": "video.mp4"}\n')
     assert command("requests=requests.jsonl", "name=r") == 0
     assert "videos.json cannot be written" in capsys.readouterr().err
@@ -216,7 +217,7 @@ sys.exit(run_command(infer_command.ENTRY, infer_command.infer, given))
 
 
 @pytest.mark.parametrize(("kib", "code"), [(16, 0), (4, 2)])
-def test_a_disk_that_is_really_full(kib, code, weights, tmp_path):
+def test_a_full_disk_gives_the_expected_exit_code(kib, code, weights, tmp_path):
     (tmp_path / "disk").mkdir()
     recording = write_wav(tmp_path / "speech.wav", babble(0.6))
     disk = ["-t", "tmpfs", "-o", f"size={kib}k", "none", str(tmp_path / "disk")]
@@ -225,7 +226,7 @@ def test_a_disk_that_is_really_full(kib, code, weights, tmp_path):
     assert found.returncode == code and "Traceback" not in found.stderr, found.stderr
     assert str(tmp_path / "disk/r") in found.stderr and "No space left on device" in found.stderr
     assert (tmp_path / "video.mp4").exists() == (code == 0)
-    assert ("is whole" in found.stderr) == (code == 0)
+    assert ("is complete" in found.stderr) == (code == 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command, tmp_path, monkeypatch, capsys):
@@ -236,7 +237,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(comma
     assert "run.folder=runs: the folder runs/r of the run cannot be written" in message and message.count("error:") == 1
 
 
-def test_a_folder_whose_first_file_cannot_be_written_goes_again(tmp_path, monkeypatch):
+def test_a_folder_whose_first_file_cannot_be_written_is_removed(tmp_path, monkeypatch):
     def full(self, text):
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -49,14 +49,14 @@ def test_errors_come_back_and_the_next_call_is_answered(worker):
 
 
 @pytest.mark.parametrize(("end", "given"), [((os._exit, 3), "exit code 3"), ((signal.raise_signal, signal.SIGSEGV), "SIGSEGV")])
-def test_a_crash_costs_its_own_call(worker, end, given):
+def test_a_crash_fails_only_its_own_call(worker, end, given):
     before = worker.call(os.getpid)
     with pytest.raises(Crashed, match=given):
         worker.call(*end)
     assert worker.call(os.getpid) != before
 
 
-def test_a_process_that_dies_between_calls_costs_none(worker):
+def test_a_process_that_dies_between_calls_is_replaced(worker):
     os.kill(worker.call(os.getpid), signal.SIGKILL)
     time.sleep(0.3)
     assert worker.call(abs, -3) == 3
@@ -68,7 +68,7 @@ def test_a_process_that_is_stopped_has_not_crashed(worker, number):
         worker.call(signal.raise_signal, number)
 
 
-def test_whoever_waits_sees_that_it_was_stopped(worker):
+def test_a_waiting_caller_learns_that_the_worker_was_stopped(worker):
     worker.call(abs, 1)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(worker.call, time.sleep, 60)

@@ -54,7 +54,7 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_a_card_tells_what_the_training_began_from(config, tmp_path, monkeypatch):
+def test_a_card_includes_that_of_the_initial_weights(config, tmp_path, monkeypatch):
     run_training(config, tmp_path / "first", commit="abc123", command="the first")
     monkeypatch.setattr(build, "start_from", lambda *expected: None)
     config.init_from = config.export
@@ -109,13 +109,13 @@ def test_a_name_that_is_not_in_a_table_lists_the_choices(config, tmp_path):
         ({"workers": -1}, "speed.workers=-1: need 0"),
     ],
 )
-def test_a_machine_that_cannot_be_is_refused(options, expected):
+def test_impossible_options_of_the_machine_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
         SpeedConfig(**options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_reported(config, tmp_path):
+def test_a_missing_device_is_reported(config, tmp_path):
     config.speed = SpeedConfig(device="cuda")
     with pytest.raises(ValueError, match="speed.device=cuda: this machine has no CUDA device.*use speed.device=cpu"):
         run_training(config, tmp_path / "run")

@@ -28,7 +28,7 @@ def test_exported_weights_say_how_many_steps_the_student_takes(name):
     assert made(name, steps=3).metadata["sample_steps"] == "3"
 
 
-def test_liveliness_is_what_is_made_as_a_share_of_the_truth(batch):
+def test_liveliness_is_the_motion_relative_to_the_truth(batch):
     truth = batch["latents"]
     assert_close(motion_ratio(0.5 * truth + 3.0, truth), torch.tensor(0.5))
     assert motion_ratio(torch.ones_like(truth), truth) == 0
@@ -43,7 +43,7 @@ def test_clips_begin_where_the_student_steps_as_often_as_is_asked_for(share):
     assert found == pytest.approx(share + (1 - share) / 4, abs=0.05)
 
 
-def test_the_teacher_goes_its_leap_and_the_student_the_rest_from_the_level_where_it_stopped():
+def test_the_teacher_takes_its_steps_and_the_student_the_rest_from_there():
     objective = made("consistency", steps=2, teacher_steps=8, leap=2)
     path, x = objective.path, torch.zeros(3, 16, 6, 4, 4)
     position, end = torch.tensor([0, 3, 5]), torch.tensor([4, 4, 8])  # from 3 the teacher has one step to go
@@ -54,7 +54,7 @@ def test_the_teacher_goes_its_leap_and_the_student_the_rest_from_the_level_where
     assert_close(aim, one * column(expected).float())
 
 
-def test_missing_by_one_in_velocity_costs_one_at_every_level_above_the_cap(batch, monkeypatch):
+def test_a_velocity_error_of_one_has_loss_one_at_every_level_above_the_cap(batch, monkeypatch):
     objective = made("consistency", steps=1, teacher_steps=10, leap=10)
     objective.path = torch.linspace(1, 0, 11)
     speed = {"student": 1.0, "teacher": 0.0}
@@ -66,7 +66,7 @@ def test_missing_by_one_in_velocity_costs_one_at_every_level_above_the_cap(batch
 
 
 @pytest.mark.parametrize(("steps", "asked"), [(1, 40), (3, 40), (4, 40), (4, 10), (4, 4)])
-def test_the_teacher_takes_the_steps_that_are_asked_for_as_nearly_as_the_students_divide_them(steps, asked):
+def test_the_number_of_teacher_steps_is_the_nearest_multiple_of_the_students(steps, asked):
     path, stride = teacher_path(SamplerConfig(schedule="linear", sample_steps=steps), asked)
     assert len(path) - 1 == steps * stride
     assert abs(steps * stride - asked) <= steps / 2

@@ -67,7 +67,7 @@ def descend(objective, role, batch, seed=1):
 
 @pytest.mark.parametrize(("name", "role"), ROLES)
 @pytest.mark.parametrize("learn", [LORA, OWN], ids=["shared base", "own models"])
-def test_only_the_role_moves_and_all_of_it(name, role, learn, batch):
+def test_an_update_changes_all_weights_of_its_role_and_no_others(name, role, learn, batch):
     objective = away(made(name, learn))
     for each in objective.roles.values():
         each.zero_grad()
@@ -90,7 +90,7 @@ def test_one_batch_is_overfitted(name, role, batch):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_student_follows_its_pull_to_a_video(batch, monkeypatch):
+def test_a_student_follows_its_gradient_to_a_video(batch, monkeypatch):
     """With the pull towards one video in place of critic and teacher, replaying blocks overfits that video."""
     objective = away(made("dmd", steps=1, anchor_share=0.0))
     goal = torch.randn(1, 16, 1, 4, 4, generator=seeded(4)).expand_as(batch["latents"])
@@ -104,7 +104,7 @@ def test_a_student_follows_its_pull_to_a_video(batch, monkeypatch):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_the_pull_leads_from_what_the_critic_sees_to_what_the_teacher_sees(batch, monkeypatch):
+def test_the_gradient_points_from_the_critics_prediction_to_the_teachers(batch, monkeypatch):
     objective, seen = made("dmd"), {"critic": 1.0, "teacher": -1.0}
     towards = lambda role, *given: lambda x, sigma: (x - seen[role]) / sigma.view(-1, 1, 1, 1, 1)  # noqa: E731
     monkeypatch.setattr(objective, "velocity", towards)
@@ -114,13 +114,13 @@ def test_the_pull_leads_from_what_the_critic_sees_to_what_the_teacher_sees(batch
     assert_close(pull, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: video - pull, on the teacher's side
 
 
-def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_alone(batch):
+def test_a_critic_equal_to_the_teacher_gives_no_gradient(batch):
     agreed, apart = away(made("dmd")), away(away(made("dmd")), "critic", seed=6)
     assert descend(agreed, "student", batch) == 0 < descend(apart, "student", batch)
 
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
-def test_a_rollout_in_training_is_the_rollout_of_inference(prediction, batch):
+def test_a_training_rollout_equals_the_rollout_of_inference(prediction, batch):
     objective = away(made("dmd", prediction=prediction))
     given, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
     block = objective.model_config.rollout.block_frames
@@ -134,7 +134,7 @@ def test_a_rollout_in_training_is_the_rollout_of_inference(prediction, batch):
     assert_close(last, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_an_anchored_rollout_begins_with_the_truth_and_others_encode_of_it(batch):
+def test_an_anchored_rollout_starts_with_the_true_block_and_later_blocks_attend_to_it(batch):
     objective = away(made("dmd"))
     given, noise = conditions_of(batch, objective.model_config), torch.randn(batch["latents"].shape, generator=seeded(2))
     with objective.networks.use_role("student") as model, torch.no_grad():
@@ -143,13 +143,13 @@ def test_an_anchored_rollout_begins_with_the_truth_and_others_encode_of_it(batch
     assert (anchored.clean[-1][:, :, 3:] - free.clean[-1][:, :, 3:]).abs().max() > 1e-4
 
 
-def test_a_block_that_is_the_truth_is_not_pulled_and_the_others_are(batch):
+def test_the_true_block_gets_no_gradient_and_the_others_do(batch):
     objective = away(away(made("dmd", steps=1, anchor_share=1.0)), "critic", seed=6)
     first, second = (part.item() for part, _ in _backward_each(objective, batch))
     assert first < 1e-8 < 1e-4 < second
 
 
-def test_each_block_of_a_replay_has_a_gradient_of_its_own(batch):
+def test_each_block_is_backpropagated_separately(batch):
     objective = away(away(made("dmd", steps=1, anchor_share=0.0)), "critic", seed=6)
     parts = list(zip(*((part.detach(), figures) for part, figures in _backward_each(objective, batch)), strict=True))[0]
     assert len(parts) == 2 and all(part > 0 for part in parts)
@@ -168,7 +168,7 @@ def _backward_each(objective, batch):
         yield part, figures
 
 
-def test_a_student_that_is_the_teacher_is_consistent_with_it_after_one_step_of_it(batch):
+def test_a_student_equal_to_the_teacher_has_no_loss_for_one_teacher_step(batch):
     """Without guidance and with as many steps as the teacher there is nothing to learn."""
     objective = made("consistency", steps=4, teacher_steps=4, leap=4)
     loss, figures = next(objective.losses("student", batch, seeded()))
@@ -184,14 +184,14 @@ def test_the_teachers_path_runs_through_the_students_levels():
         assert (path.diff() < 0).all()
 
 
-def test_with_equal_adapters_the_rest_of_the_way_is_the_students_own(batch):
+def test_the_target_after_the_teachers_steps_is_predicted_by_the_student(batch):
     """A leap of one step asks the student for the rest; a student that strays is then led by its own word, not the teacher's."""
     short, whole = (away(made("consistency", steps=1, teacher_steps=8, leap=leap, start_share=1.0)) for leap in (1, 8))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (short, whole)]
     assert found[0] != found[1] and min(found) > 0
 
 
-def test_exported_adapters_are_the_student_and_say_their_strength(batch, tmp_path):
+def test_exported_adapters_are_the_student_and_state_their_alpha(batch, tmp_path):
     objective = away(made("consistency"))
     path = tmp_path / "student.safetensors"
     save_weights(objective.export(objective.roles["student"].state_dict()), path, objective.metadata)
@@ -239,7 +239,7 @@ def test_the_rest_of_the_base_learns_where_targets_say_so():
     assert learning and all(name.startswith("audio_injectors") for name in learning)
 
 
-def test_guidance_leads_the_teacher_away_from_silence(batch):
+def test_guidance_moves_the_teacher_away_from_the_prediction_without_audio(batch):
     plain, guided = (made("consistency", leap=40, teacher_guide_scale=scale) for scale in (1.0, 3.0))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (plain, guided)]
     assert found[0] != found[1]
@@ -250,14 +250,14 @@ def test_guidance_leads_the_teacher_away_from_silence(batch):
     assert_close(guided.velocity("teacher", given, 0)(batch["latents"], sigma), silent + 3.0 * (with_audio - silent))
 
 
-def test_a_student_goes_straight_and_says_so():
+def test_a_student_needs_euler_steps_and_no_guidance():
     with pytest.raises(ValueError, match="use euler"):
         ConsistencyConfig(sampler=SamplerConfig(name="unipc"))
     with pytest.raises(ValueError, match="teacher_guide_scale"):
         DmdConfig(sampler=SamplerConfig(sample_guide_scale=2.0))
 
 
-def test_a_student_goes_on_from_exported_adapters(tmp_path):
+def test_a_student_continues_from_exported_adapters(tmp_path):
     first, second = (made("consistency") for _ in range(2))
     learnt = first.roles["student"].state_dict()
     for weight in learnt.values():

@@ -77,7 +77,7 @@ def test_weights_in_host_memory_and_layers_computed_again_change_nothing(engine,
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_half_precision_learns_alike(engine, tmp_path):
+def test_half_precision_trains_like_float32(engine, tmp_path):
     needs(engine)
     on_ranks(2, launched, trained, str(tmp_path), "clip", 3, {"engine": engine, "precision": "bfloat16"})
     exact, half = alone("clip", 3)[0], figures(tmp_path)

@@ -24,7 +24,7 @@ def halved(folder, name):
     return kinds, moved
 
 
-def test_what_is_frozen_is_held_in_half_precision_on_ranks(tmp_path):
+def test_frozen_weights_are_held_in_half_precision_on_all_ranks(tmp_path):
     for kinds, moved in on_ranks(2, halved, str(tmp_path / "run"), "dmd"):
         assert kinds == [{torch.bfloat16}, {torch.float32}]
         assert moved and all(moved.values())

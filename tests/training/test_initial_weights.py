@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from sonic.checkpoint import weights as weights_module
 from sonic.checkpoint.converted import FORMAT
+from sonic.checkpoint.load import without_memory
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import run_command
 from sonic.commands import train_command
@@ -123,14 +124,13 @@ def test_deepspeed_starts_from_the_checkpoint_and_exports_what_one_process_does(
     assert_same_weights(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
 
 
-def test_what_does_not_learn_is_kept_in_half_where_it_computes_in_half(ready, clips, tmp_path):
+def test_frozen_weights_are_held_in_half_precision_when_computing_in_it(ready, clips, tmp_path):
     for found in on_ranks(2, precisions, str(tmp_path), config("dmd", ready, clips, engine="fsdp", precision="bfloat16")):
         assert found == {"frozen": torch.bfloat16, "learning": torch.float32}
 
 
 def precisions(folder, settings):
     from sonic.training.build import engine_of
-    from sonic.training.initial_weights import without_memory
     from sonic.training.objectives.dmd import DistributionMatching
     from sonic.training.world import join_world
 
@@ -215,7 +215,7 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch):
         ({"context": 2}, "speed.context=2 processes to a batch do not divide the 1"),
     ],
 )
-def test_what_needs_more_processes_says_how_to_start_them(settings, sentence_of, ready, clips, tmp_path):
+def test_engines_that_need_several_processes_name_the_launch_command(settings, sentence_of, ready, clips, tmp_path):
     with pytest.raises(ValueError, match=sentence_of):
         run_training(config("adapter", ready, clips, **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

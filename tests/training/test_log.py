@@ -76,7 +76,7 @@ class Full:
 
 
 @pytest.mark.parametrize("room", [0, 20])
-def test_a_full_disk_costs_lines_and_not_the_run(room, tmp_path, caplog):
+def test_a_full_disk_loses_lines_but_does_not_end_the_run(room, tmp_path, caplog):
     with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0, None) as log:
         log.scalars(1, {"loss": 1.0})
         log._file = Full(log._file, room)
@@ -105,7 +105,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     assert len(read_scalars(tmp_path)) == 2
 
 
-def test_a_loss_that_explodes_is_a_fault_and_one_that_jumps_is_not():
+def test_an_exploding_loss_is_a_fault_and_a_jumping_one_is_not():
     guard = Guard()
     for turn in range(2 * WARM):
         assert not guard.fault("student", 1.0 + 0.5 * (turn % 3), 1.0)
@@ -115,7 +115,7 @@ def test_a_loss_that_explodes_is_a_fault_and_one_that_jumps_is_not():
     assert "not finite" in guard.fault("student", 1.0, float("inf"))
 
 
-def test_a_beginning_that_falls_or_rises_is_no_explosion():
+def test_falling_or_rising_first_losses_are_no_explosion():
     guard = Guard()
     assert not any(guard.fault("student", 1e4 * 0.5**turn, 1.0) for turn in range(12))
     guard = Guard()

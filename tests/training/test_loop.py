@@ -116,7 +116,7 @@ def test_lines_after_a_restart_are_means_over_the_same_steps(tmp_path):
     assert [line["step"] for line in killed] == [3, 6, 9, 12] and killed == whole
 
 
-def test_a_training_that_was_finished_has_its_figures(tmp_path):
+def test_a_finished_training_returns_its_figures_again(tmp_path):
     first, second = train(make(tmp_path)), train(make(tmp_path))
     assert (first.made, second.made) == (12, 0) and second.figures == first.figures != {}
     assert len(read_scalars(tmp_path)) == 12
@@ -133,7 +133,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_an_older_form_is_left_unread(tmp_path, caplog):
+def test_a_checkpoint_of_an_older_format_is_skipped(tmp_path, caplog):
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "step_00000003/facts.json").write_text('{"step": 3, "sha256": "of one file"}')
     assert Checkpoints(tmp_path, keep=2, world=World()).load(lambda names: {}) == {}
@@ -145,7 +145,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]
 
 
-def test_what_a_run_that_died_left_half_written_goes_with_the_next_checkpoint(tmp_path):
+def test_partial_checkpoints_of_a_crashed_run_are_removed_by_the_next_one(tmp_path):
     (tmp_path / "checkpoints/.aside_00000003").mkdir(parents=True)
     train(make(tmp_path, steps=1, every=1))
     assert kept_in(tmp_path) == ["step_00000001"]
@@ -165,7 +165,7 @@ def test_a_run_that_begins_again_keeps_its_own_checkpoints(tmp_path, caplog):
     assert again.engine.load()["step"] == 3
 
 
-def test_a_run_that_goes_on_from_a_named_checkpoint_leaves_those_beyond_it(tmp_path):
+def test_a_run_that_continues_from_a_named_checkpoint_renames_the_later_ones(tmp_path):
     whole = make(tmp_path / "whole")
     train(whole)
     train(make(tmp_path / "run"))
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_disk_that_is_full_costs_checkpoints_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_loses_checkpoints_but_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     real = Path.mkdir
 
     def full(path, *more, **named):
@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_costs_checkpoints_and_not_the_run(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("call", "poison"), [(1, float("nan")), (2, float("nan")), (61, 1e5), (62, 1e5)])
-def test_the_batch_that_is_kept_is_the_one_that_is_wrong(call, poison, tmp_path):
+def test_the_kept_batch_is_the_one_with_the_bad_loss(call, poison, tmp_path):
     run = make(tmp_path, steps=40, accumulate=2, objective=LineObjective(poison_at=call, poison=poison))
     with pytest.raises(Diverged):
         train(run)
@@ -232,7 +232,7 @@ def test_a_loss_that_explodes_stops_before_it_is_kept(tmp_path):
     assert (tmp_path / "diverged_batch.safetensors").exists()
 
 
-def test_only_the_roles_whose_turn_it_is_move(tmp_path):
+def test_only_the_roles_of_a_turn_are_updated(tmp_path):
     run = make(tmp_path, steps=1)
     before = {role: [p.clone() for p in module.parameters()] for role, module in run.objective.roles.items()}
     train(run)
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_is_due_by_the_clock_is_written_once(tmp_path, monkeyp
     assert saved == [7, 12]  # after 70 seconds, and at the end
 
 
-def test_training_goes_down_and_says_so(tmp_path):
+def test_the_logged_loss_falls(tmp_path):
     outcome = train(make(tmp_path, steps=150, every=0))
     losses = [loss for _, loss in curve(tmp_path)]
     assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
@@ -300,12 +300,12 @@ def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"max_steps": 0}, {"max_steps": 5, "max_minutes": 1.0}])
-def test_a_budget_is_steps_or_minutes_and_says_so(values):
+def test_a_budget_is_either_steps_or_minutes(values):
     with pytest.raises(ValueError, match="exactly one"):
         TrainConfig(budget=BudgetConfig(**values))
 
 
-def test_a_checkpoint_of_something_else_is_reported_and_kept(tmp_path):
+def test_a_checkpoint_of_another_model_is_reported_and_kept(tmp_path):
     train(make(tmp_path, steps=2, every=2))
     other = LineObjective()
     other.roles["student"] = nn.Linear(4, 4)
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_something_else_is_reported_and_kept(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_a_checkpoint_that_lacks_something_is_refused_with_what_it_lacks(tmp_path):
+def test_an_incomplete_checkpoint_is_refused_with_the_missing_tensor(tmp_path):
     train(make(tmp_path, steps=2, every=2))
     other = LineObjective()
     other.roles["reader"] = nn.Linear(2, 2, bias=False)

@@ -70,7 +70,7 @@ def test_a_loss_is_a_function_of_its_generator(name, batch):
     assert torch.equal(one, two)
 
 
-def test_learning_portraits_leaves_the_autoencoder_as_it_is(batch):
+def test_the_portrait_objective_trains_the_portrait_encoder_only(batch):
     objective = CASES["portrait"]()
     next(objective.losses("student", batch, torch.Generator().manual_seed(0)))[0].backward()
     moved = {name for name, p in objective.student["autoencoder"].named_parameters() if p.grad is not None}
@@ -79,7 +79,7 @@ def test_learning_portraits_leaves_the_autoencoder_as_it_is(batch):
     assert exported.keys() == WarpAutoencoder().state_dict().keys()
 
 
-def test_what_is_exported_is_the_dit_alone(batch):
+def test_the_export_has_the_dit_without_the_viseme_head(batch):
     objective = CASES["flow_match clean"]()
     exported = objective.export(objective.roles["student"].state_dict())
     assert exported.keys() == objective.roles["student"]["model"].state_dict().keys()
@@ -99,7 +99,7 @@ def test_training_can_start_from_weights(tmp_path):
         start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors", {})
 
 
-def test_another_throat_and_microphone_keep_the_shape_and_change_the_sound():
+def test_augmentation_keeps_the_shape_and_changes_the_columns():
     columns = torch.randn(2, 10, 40)
     found = encoder_input(columns, VisemeConfig(), torch.Generator().manual_seed(0))
     assert found.shape == columns.shape and (found - columns).std() > 0.1
@@ -119,7 +119,7 @@ def test_cells_that_move_count_more_and_the_mean_stays_one():
     assert_close(weights[0, 1] / weights[0, 0], torch.tensor(9.0))
 
 
-def test_sigmas_come_from_the_schedule_or_from_everywhere():
+def test_sigmas_are_drawn_from_the_schedule_or_uniformly():
     objective = FlowMatch(config_of(FlowMatchConfig(schedule=[1.0, 0.5], schedule_share=0.5)))
     sigmas = objective._sigmas(torch.empty(2000, 1, 6, 1, 1), torch.Generator().manual_seed(0))
     share = ((sigmas == 1.0) | (sigmas == 0.5)).float().mean()

@@ -24,7 +24,7 @@ def test_matrices_decay_and_biases_and_gains_do_not():
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.9), (10, 0.45), (100_000, 0.001)])
-def test_an_average_moves_far_at_the_start_and_little_later(step, share):
+def test_an_average_has_a_smaller_decay_in_the_first_steps(step, share):
     module = nn.Linear(2, 2)
     average = Ema(module, decay=0.999)
     before = module.weight.detach().clone()
@@ -34,7 +34,7 @@ def test_an_average_moves_far_at_the_start_and_little_later(step, share):
     assert_close(average.weights(module)["weight"], before + share)
 
 
-def test_the_learning_rate_rises_stays_and_falls():
+def test_the_learning_rate_warms_up_stays_and_decays():
     config = OptimConfig(lr=2.0, warmup_steps=4, decay_from=0.5, final_lr=0.1)
     assert [rate(step, 0.0, config) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert [rate(100, progress, config) for progress in (0.5, 0.75, 1.0)] == pytest.approx([2.0, 1.1, 0.2])

@@ -43,7 +43,7 @@ def config(clips, objective, *, samples_every=2, **model):
     )  # fmt: skip
 
 
-def test_the_student_is_generated_and_scored_without_a_trace(clips, tmp_path):
+def test_sample_videos_do_not_change_the_training(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     for name, every in (("seen", 2), ("unseen", 0)):
         made = config(clips, FlowMatchConfig(), samples_every=every)
@@ -59,7 +59,7 @@ def test_the_student_is_generated_and_scored_without_a_trace(clips, tmp_path):
         assert line["perf/peak_gib"] > 0.1 and line["perf/seconds_per_step"] > 0
 
 
-def test_a_video_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tmp_path, monkeypatch, caplog):
+def test_a_sample_video_that_cannot_be_written_does_not_end_the_run(clips, tmp_path, monkeypatch, caplog):
     pytest.importorskip("espeakng_loader")
     monkeypatch.setattr("sonic.data.video.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     made = config(clips, FlowMatchConfig())
@@ -70,7 +70,7 @@ def test_a_video_that_the_disk_has_no_room_for_is_not_the_end_of_a_run(clips, tm
     assert "sample video of step 1 could not be written" in caplog.text
 
 
-def test_a_student_of_few_steps_is_generated_in_its_own(clips, tmp_path):
+def test_a_distilled_student_is_sampled_with_its_own_number_of_steps(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     objective = ConsistencyConfig(learn=AdapterConfig(rank=2))
     made = config(clips, objective, samples_every=4)
@@ -89,14 +89,14 @@ def trained(folder, clips):
     run_training(made, folder)
 
 
-def test_processes_that_share_a_student_video_it_together(clips, tmp_path):
+def test_processes_with_a_sharded_student_make_its_video_together(clips, tmp_path):
     pytest.importorskip("espeakng_loader")
     on_ranks(2, trained, tmp_path / "run", clips)
     (_, last) = read_scalars(tmp_path / "run")
     assert (tmp_path / "run" / last["video"]).is_file() and -1 <= last["eval/sync_correlation"] <= 1
 
 
-def test_what_makes_no_videos_says_so(tmp_path):
+def test_sample_videos_of_other_objectives_are_refused(tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     save_file({"a/mel": torch.randn(48, 40), "a/visemes": torch.rand(24, 5)}, folder / "a.safetensors")
@@ -105,6 +105,6 @@ def test_what_makes_no_videos_says_so(tmp_path):
         run_training(config(folder, VisemeConfig()), tmp_path / "run")
 
 
-def test_videos_come_with_figures():
+def test_sample_videos_have_the_expected_figures():
     with pytest.raises(ValueError, match="log.samples_every=30 must be a multiple of log.every_steps=20"):
         LogConfig(samples_every=30)

@@ -32,7 +32,7 @@ def test_latents_have_the_geometry_of_the_wan_vae(autoencoder):
     assert autoencoder.encode(some_motion(12)).shape == (1, 16, 3, 6, 6)
 
 
-def test_nothing_moves_is_the_zero_latent_and_back(autoencoder, portrait):
+def test_no_motion_is_the_zero_latent_and_back(autoencoder, portrait):
     still = MotionLayers(torch.zeros(1, 8, 2, 24, 24), torch.zeros(1, 8, 1, 24, 24), torch.rand(1, 8, 3, 24, 24))
     latents = autoencoder.encode(still)
     assert latents.abs().max() < 1e-5
@@ -65,13 +65,13 @@ def test_a_latent_affects_its_own_frames_and_the_next_latents_only(autoencoder, 
     assert moved.nonzero().flatten().tolist() == list(range(4, 12))
 
 
-def test_the_decoder_looks_at_the_portrait(autoencoder, portrait):
+def test_the_decoder_depends_on_the_portrait(autoencoder, portrait):
     latents = torch.randn(1, 16, 1, 6, 6, generator=torch.Generator().manual_seed(3))
     one, other = (autoencoder.decode(latents, autoencoder.reference(picture))[0].flow for picture in (portrait, -portrait))
     assert (one - other).abs().max() > 1e-5
 
 
-def test_frames_that_fill_no_latent_are_refused(autoencoder):
+def test_frames_that_do_not_fill_a_latent_frame_are_refused(autoencoder):
     with pytest.raises(ValueError, match="multiple"):
         autoencoder.encode(some_motion(6))
 

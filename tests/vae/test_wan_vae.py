@@ -45,7 +45,7 @@ def test_chunks_of_frames_give_the_same_latents(vae, chunks):
     assert_close(torch.cat(parts, dim=2), whole, atol=1e-5, rtol=0)
 
 
-def test_weights_in_half_precision_take_pictures_as_they_come():
+def test_weights_in_half_precision_accept_float32_pictures():
     half = WanAutoencoder({"base_dim": 4}).to(torch.bfloat16).requires_grad_(False)
     latents, _ = half.encode(torch.rand(1, 3, 5, 16, 16))
     frames, _ = half.decode(latents)

@@ -16,7 +16,7 @@ def photograph(height=60, width=80):
     return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_nothing_moves_leaves_the_photograph_untouched():
+def test_without_motion_the_photograph_is_unchanged():
     photo = photograph()
     frames = Canvas(photo, Crop(40.0, 30.0, 40.0, 0.1, 64)).render(layers())
     assert frames.dtype == torch.uint8 and (frames == photo).all()
@@ -38,7 +38,7 @@ def test_a_shift_in_the_crop_is_a_shift_in_the_photograph():
     assert_close(moved[middle, middle], photo[48:68, 55:75])  # source = output + (5, -2) px
 
 
-def test_the_shift_turns_with_the_crop():
+def test_the_shift_rotates_with_the_crop():
     photo = photograph(120, 120)
     quarter = Crop(60.0, 60.0, 100.0, torch.pi / 2, 64)  # the crop's x axis points down in the photograph
     moved = Canvas(photo, quarter).render(layers(flow=(0.05, 0.0)))[0]

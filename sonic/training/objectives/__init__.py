@@ -1,4 +1,4 @@
-"""What can be learnt: one file per objective and their table. An objective knows losses, not devices or optimizers."""
+"""Training objectives, one file each, and their table. An objective defines losses; devices and optimizers belong to the engines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
 
 class Objective(Protocol):
-    """Roles to train and their losses.
+    """The modules to train, by role, and their losses.
 
-    `roles` names the modules that have an optimizer ("student" is averaged and exported), `modules` the modules that they are
-    parts of or that compute beside them, `pretrained` the transformers that begin as the model's weights. `turn` says which
-    roles learn at a step. `losses` gives the scalar to descend in one or several parts, with figures to log, all randomness
-    from `rng`; the gradient of a part is taken before the next is asked for, so that one graph at a time is held. `export`
-    picks from the averaged weights of the student what goes into the file, and `metadata` what the file says of itself.
+    `roles` are the modules that have an optimizer ("student" is averaged and exported), `modules` all modules that compute,
+    `pretrained` the transformers that start from the model's weights. `turn` lists the roles to update in a step. `losses` yields
+    the loss in one or several parts, each with metrics to log, with all randomness from `rng`; each part is backpropagated before
+    the next is computed, so that one graph is held at a time. `export` selects the weights to write from the student's averaged
+    ones, and `metadata` goes into that file.
     """
 
     roles: Mapping[str, nn.Module]
@@ -30,11 +30,11 @@ class Objective(Protocol):
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The roles themselves, where nothing computes beside them."""
+        """All modules that compute; by default the roles only."""
         return self.roles
 
     def turn(self, step: int) -> Sequence[str]:
-        """One role, always."""
+        """The roles to update in a step, in order; by default the student."""
         return ("student",)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses: ...
@@ -43,7 +43,7 @@ class Objective(Protocol):
 
 
 def _from(module: str, name: str) -> Callable[..., Objective]:
-    """The objective `name` of a file beside this one, imported when it is built."""
+    """A constructor of the class `name` of a sibling module, which is imported at the first call."""
 
     def build(*arguments: object, **keywords: object) -> Objective:
         return getattr(import_module(f"sonic.training.objectives.{module}"), name)(*arguments, **keywords)
@@ -55,14 +55,14 @@ TAKES_MAKE = (
     "flow_match",
     "consistency",
     "dmd",
-)  # take make= (of transformers that begin as the model's weights) and execution= too
+)  # their constructors also take make= (which builds pretrained transformers) and execution=
 
-# each is called as OBJECTIVES[name](config: TrainConfig, dataset) before the weights move to their device
+# called as OBJECTIVES[name](config: TrainConfig, dataset), before the weights are moved to a device
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "flow_match": _from("flow_match", "FlowMatch"),
     "viseme": _from("viseme", "VisemePretraining"),
     "autoencode": _from("autoencode", "Autoencode"),
-    "portrait": _from("portrait", "PortraitLatents"),
+    "portrait": _from("portrait_latents", "PortraitLatents"),
     "consistency": _from("consistency", "Consistency"),
     "dmd": _from("dmd", "DistributionMatching"),
 }

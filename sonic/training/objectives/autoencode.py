@@ -1,4 +1,4 @@
-"""Learn the preview's motion latents: displacement, opacity and inside of the mouth, beside a reference picture."""
+"""Training of the preview's motion autoencoder: displacement, opacity and interior of the mouth, given a reference picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sonic.vae.motion_vae import WarpAutoencoder
 
 
 class Autoencode(Objective):
-    """One role; latents are noised on the way so that a DiT's small errors stay small in the picture."""
+    """Trains the autoencoder with noise on the latents, so that small errors of the DiT stay small in the picture."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
         assert isinstance(config.objective, AutoencodeConfig)
@@ -26,7 +26,7 @@ class Autoencode(Objective):
         self.roles: Mapping[str, nn.Module] = {"student": self.autoencoder}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """Distance from the known motion.  batch: see synthetic/drawn_people.py"""
+        """Distance of the decoded motion from the true motion.  batch: see synthetic/drawn_people.py"""
         model, config = self.autoencoder, self.config
         reference = model.reference(batch["picture"])
         latents = model.encode(MotionLayers(batch["flow"], batch["opacity"], batch["interior"]))
@@ -40,7 +40,7 @@ class Autoencode(Objective):
         yield found
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averaged weights with the latents' measured scale."""
+        """The averaged weights with the measured scale of the latents."""
         return {**weights, "latent_scale": self.autoencoder.latent_scale.detach().clone()}
 
     def _distances(self, batch: Batch, layers: MotionLayers, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,7 +56,7 @@ class Autoencode(Objective):
 
     @torch.no_grad()
     def _track_scale(self, latents: Tensor) -> None:
-        """Follow the size that latents have where something moves, so that 1.0 means "moving" in every channel."""
+        """Update the running scale of the latents where something moves, so that moving cells have unit size in every channel."""
         raw = latents.float() * rearrange(self.autoencoder.latent_scale, "c -> c 1 1 1")
         energy = raw.square()
         size = (energy.square().sum((0, 2, 3, 4)) / energy.sum((0, 2, 3, 4)).clamp(min=1e-12)).sqrt()

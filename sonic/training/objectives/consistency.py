@@ -1,8 +1,8 @@
-"""Consistency along the teacher's path: from any point of a sampling step, one step to where the teacher's path leaves it.
+"""Consistency distillation: from any point within a sampling step, the student goes in one step to the end of that step.
 
-With one sampling step this is consistency distillation (arXiv 2303.01469), with several its phases (arXiv 2405.18407); a `leap` of
-all steps never takes the student's own word and is plain trajectory distillation. A window's blocks share their noise level, so
-block-causal forwards of the window are the rollout's own, each sampling step with its own ring.
+With one sampling step this is consistency distillation (arXiv 2303.01469), with several its phased form (arXiv 2405.18407); when
+`leap` covers a whole step, the target is the teacher's alone (trajectory distillation). All blocks of a window have the same noise
+level, so that a block-causal forward of the window equals the rollout, whose sampling steps have separate rings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sonic.training.train_config import TrainConfig
 
 
 class Consistency(Distillation):
-    """One role beside the teacher."""
+    """Trains the student against the frozen teacher."""
 
     config: ConsistencyConfig
 
@@ -36,7 +36,7 @@ class Consistency(Distillation):
         self.path, self.stride = teacher_path(self.config.sampler, self.config.teacher_steps)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """Weighted error of where the student steps to, in what its head names.  batch: see FlowMatch.losses"""
+        """Weighted error of the student's step, in terms of its head's prediction.  batch: see FlowMatch.losses"""
         clean = batch["latents"]
         conditions, first_block = conditions_of(batch, self.model_config), self.first_block(rng)
         point = self._path_points(clean.shape[0], rng)
@@ -46,18 +46,18 @@ class Consistency(Distillation):
         x = interpolate(clean, torch.randn(clean.shape, generator=rng, device=rng.device), sigma)
         student = self.velocity(STUDENT, conditions, first_block)
         aim = self._aim(x, point, end, student=student, teacher=self.velocity(TEACHER, conditions, first_block))
-        wanted = (aim - x) / expand_like(last - sigma, x)  # the velocity that would step there
+        aim_velocity = (aim - x) / expand_like(last - sigma, x)  # the velocity that leads to `aim` in one step
         with self.networks.use_role(STUDENT):
             v = student(x, sigma)
             here = expand_like(sigma, x)
-            found, _ = self.target(x - here * v, x + (1 - here) * v, here, cap=self.config.error.weight_cap)
-            target, weight = self.target(x - here * wanted, x + (1 - here) * wanted, here, cap=self.config.error.weight_cap)
-            loss, figures = clip_error(found, target, weight, cells=self.cells, config=self.config.error)
+            prediction, _ = self.target(x - here * v, x + (1 - here) * v, here, cap=self.config.error.weight_cap)
+            target, weight = self.target(x - here * aim_velocity, x + (1 - here) * aim_velocity, here, cap=self.config.error.weight_cap)
+            loss, figures = clip_error(prediction, target, weight, cells=self.cells, config=self.config.error)
             yield loss, {**figures, "liveliness": motion_ratio(x - here * v, clean)}
 
     @torch.no_grad()
     def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
-        """Where the path from x leads at the end of its step: the teacher goes `leap` steps, the student the rest."""
+        """The latents at the end of the student's sampling step: `leap` steps of the teacher from x, then one of the student."""
         path = self.path.to(x)
         for _ in range(min(self.config.leap, self.stride)):
             then = torch.minimum(point + 1, end)
@@ -68,7 +68,7 @@ class Consistency(Distillation):
         return x + expand_like(path[end] - path[point], x) * student(x, path[point].clamp(min=1e-3))
 
     def _path_points(self, count: int, rng: torch.Generator) -> Tensor:
-        """A point of the teacher's path per clip, the start of a sampling step or anywhere.  -> [B]"""
+        """A random point of the teacher's path per clip: the start of a student's step, or any point.  -> [B]"""
         draw = {"generator": rng, "device": rng.device}
         anywhere = torch.randint(len(self.path) - 1, (count,), **draw)
         begin = torch.rand(count, **draw) < self.config.start_share
@@ -76,9 +76,9 @@ class Consistency(Distillation):
 
 
 def teacher_path(sampler: SamplerConfig, teacher_steps: int) -> tuple[Tensor, int]:
-    """Noise levels of the teacher, falling through those of the student, and how many of its steps make one of the student's.
+    """Falling noise levels of the teacher, which include those of the student, and the number of teacher steps per student step.
 
-    The teacher's own schedule where the student's is a part of it, else equal steps between the student's levels.
+    The sampling schedule itself when it contains the student's levels, else equal steps between the student's levels.
     """
     steps = sampler.sample_steps
     coarse = sigmas_of(sampler.schedule, steps, sampler.sample_shift)

@@ -1,4 +1,4 @@
-"""Shared by the distillation objectives: networks, conditions, the velocity of a role, and a metric of motion."""
+"""Base of the distillation objectives: networks, conditions, the (guided) velocity of a role, and a metric of motion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sonic.types import Conditions, pick
 
 
 class Distillation(Objective):
-    """A student of few steps, the teacher it began as, and whoever else a way of learning needs."""
+    """A student with few sampling steps, the frozen teacher it starts from, and further roles that an objective needs."""
 
     def __init__(
         self, config: TrainConfig, dataset: object, learners: Sequence[str], *, make: Make = AvatarDiT, execution: Execution = LOCAL
@@ -43,7 +43,7 @@ class Distillation(Objective):
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The transformers."""
+        """All transformers, by role."""
         return self.networks.modules
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,14 +51,14 @@ class Distillation(Objective):
         return self.networks.export(weights)
 
     def first_block(self, rng: torch.Generator) -> int:
-        """Where in a video the window lies."""
+        """A random position of the window in a video, in blocks."""
         return int(torch.randint(self.config.window.max_first_block + 1, (), generator=rng, device=rng.device))
 
     def velocity(self, role: str, conditions: Conditions, first_block: int) -> Velocity:
-        """The velocity of a window at once as `role` sees it; the teacher's is guided and gives no gradient."""
+        """The velocity function of `role` for a whole window; the teacher's uses guidance and no gradient."""
         if role != TEACHER:
             return self._plain(role, conditions, first_block)
-        both = (self._plain(TEACHER, each, first_block) for each in (conditions.drop("audio"), conditions))
+        both = (self._plain(TEACHER, c, first_block) for c in (conditions.drop("audio"), conditions))
         return torch.no_grad()(guidance(next(both), self.config.teacher_guide_scale)(next(both)))
 
     def _plain(self, role: str, conditions: Conditions, first_block: int) -> Velocity:
@@ -72,6 +72,6 @@ class Distillation(Objective):
 
 
 def motion_ratio(made: Tensor, truth: Tensor) -> Tensor:
-    """How much latents change over time, as a share of what the truth's do: 1.0 = as lively, 0.0 = frozen."""
+    """Standard deviation of latents over time, relative to the true latents': 1.0 = equal motion, 0.0 = frozen."""
     size = lambda latents: latents.detach().float().std(dim=2).mean()  # noqa: E731
     return size(made) / size(truth).clamp(min=1e-6)

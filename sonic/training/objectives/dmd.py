@@ -1,8 +1,8 @@
-"""Distribution matching on the student's own rollouts: over KV rings as inference runs, one step of all blocks after the other.
+"""Distribution matching distillation on the student's own rollouts, which use KV rings as inference does.
 
-A critic learns where the student's videos lie, the teacher knows where videos should, and the difference of what the two make of a
-noised video moves the student (DMD2, arXiv 2405.14867; self forcing, arXiv 2506.08009). The gradient is taken block by block over
-detached keys and values, so that one block's graph at a time is held, whatever the length of the video.
+A critic learns the distribution of the student's videos; the difference between the critic's and the teacher's denoising of a noised
+video is the student's gradient (DMD2, arXiv 2405.14867; self forcing, arXiv 2506.08009). It is backpropagated block by block with
+detached keys and values, so that memory holds the graph of one block, whatever the length of the video.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sonic.types import Conditions
 
 
 class Start(NamedTuple):
-    """What a rollout begins from: what it is told, noise [B,C,T,h,w], its first block, and the truth when that block is given."""
+    """Start of a rollout: conditions, noise [B,C,T,h,w], index of the first block, and the true latents if that block is given."""
 
     conditions: Conditions
     noise: Tensor
@@ -40,28 +40,28 @@ class Start(NamedTuple):
 
 
 class Rolled(NamedTuple):
-    """A rollout by sampling step: latents before the step, and the clean latents that the step saw in them; [B,C,T,h,w] each."""
+    """A rollout by sampling step: the latents before the step, and the clean latents predicted in it; [B,C,T,h,w] each."""
 
     before: list[Tensor]
     clean: list[Tensor]
 
 
 class DistributionMatching(Distillation):
-    """Student and critic learn, the critic more often."""
+    """Trains the student and the critic, the critic more often."""
 
     config: DmdConfig
 
     def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
-        need_blocks(config, dataset)  # whatever reach the teacher has, the student rolls out
+        need_blocks(config, dataset)  # the student rolls out by blocks, whatever the teacher's attention span
         super().__init__(config, dataset, (STUDENT, CRITIC), make=make, execution=execution)
         self.rates = {CRITIC: self.config.critic_rate}
 
     def turn(self, step: int) -> Sequence[str]:
-        """The critic's updates, then the student's."""
+        """The critic's updates, then the student's update."""
         return (*(CRITIC,) * self.config.critic_turns, STUDENT)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """The critic's error on a video of the student, or the student's way to the teacher.  batch: see FlowMatch.losses"""
+        """Loss of the critic on a video of the student, or distribution matching loss of the student.  batch: see FlowMatch.losses"""
         start = self._start(batch, rng)
         step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng, device=rng.device))
         with self.networks.use_role(STUDENT) as model, torch.no_grad():
@@ -76,56 +76,56 @@ class DistributionMatching(Distillation):
         return Start(conditions_of(batch, self.model_config), noise, self.first_block(rng), clean if anchored else None)
 
     def _noised(self, clean: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents, each clip at a noise level of its own: (noisy, noise, sigma [B])."""
+        """Noise each clip to a random level of its own: (noisy, noise, sigma [B])."""
         low, high = self.config.lowest, self.config.highest
         sigma = low + (high - low) * torch.rand(clean.shape[0], generator=rng, device=rng.device)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
         return interpolate(clean, noise, sigma), noise, sigma
 
     def _critic(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
-        made = rolled.clean[step]
-        noisy, noise, sigma = self._noised(made, rng)
-        level, cap = expand_like(sigma, made), self.config.error.weight_cap
+        generated = rolled.clean[step]
+        noisy, noise, sigma = self._noised(generated, rng)
+        level, cap = expand_like(sigma, generated), self.config.error.weight_cap
         with self.networks.use_role(CRITIC):
             v = self.velocity(CRITIC, start.conditions, start.first_block)(noisy, sigma)
-            found, _ = self.target(noisy - level * v, noisy + (1 - level) * v, level, cap=cap)
-            target, weight = self.target(made, noise, level, cap=cap)
-            yield clip_error(found, target, weight, cells=self.cells, config=self.config.error)
+            prediction, _ = self.target(noisy - level * v, noisy + (1 - level) * v, level, cap=cap)
+            target, weight = self.target(generated, noise, level, cap=cap)
+            yield clip_error(prediction, target, weight, cells=self.cells, config=self.config.error)
 
     def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
-        made = rolled.clean[step]
-        pull = self._pull(start, made, rng)
+        generated = rolled.clean[step]
+        pull = self._pull(start, generated, rng)
         figures = {"pull": pull.abs().mean(), "liveliness": motion_ratio(rolled.clean[-1], batch["latents"])}
         block = self.model_config.rollout.block_frames
         if start.anchor is not None:
-            pull[:, :, :block] = 0  # the truth needs no push, but its keys are read by the others
+            pull[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
         with self.networks.use_role(STUDENT) as model:
             cache = _cache(model, start, self.execution)
-            for index, part in enumerate(_parts(made.shape[2], block)):
+            for index, part in enumerate(_parts(generated.shape[2], block)):
                 inputs = _inputs(model, start, index)
                 clean = _clean(
                     model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step], execution=self.execution
                 )
                 aim = (clean - pull[:, :, part]).detach()
-                yield 0.5 * (clean - aim).square().sum() / made.numel(), figures
+                yield 0.5 * (clean - aim).square().sum() / generated.numel(), figures
 
     @torch.no_grad()
-    def _pull(self, start: Start, made: Tensor, rng: torch.Generator) -> Tensor:
-        """Where the critic sees the video less where the teacher sees it, in units of the teacher's distance from it."""
-        noisy, _, sigma = self._noised(made, rng)
-        level = expand_like(sigma, made)
+    def _pull(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
+        """The DMD gradient: the critic's minus the teacher's clean prediction, normalised by the teacher's mean error.  [B,C,T,h,w]"""
+        noisy, _, sigma = self._noised(generated, rng)
+        level = expand_like(sigma, generated)
         fake, real = (noisy - level * self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
-        size = (made - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
+        size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
         pull = (fake - real) / size
         return pull if self.cells is None else pull * self.cells.to(pull)
 
 
 def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution = LOCAL) -> Rolled:
-    """The rollout that inference makes with Euler steps, and what it passed through.
+    """The rollout of inference with Euler steps, and all its intermediate latents.
 
-    A block at step i hears only what the blocks before it were at step i, so a video of known length is made step by step instead of
-    block by block and one ring serves all steps. An anchored rollout begins with the truth: its first block is at every step what
-    the noised truth is there.
+    A block at step i attends only to earlier blocks at step i, so a video of known length can be generated step by step instead of
+    block by block, with one ring for all steps. In an anchored rollout the first block is the true one, noised to the level of each
+    step.
     """
     parts = _parts(start.noise.shape[2], model.config.rollout.block_frames)
     cache = _cache(model, start, execution)
@@ -137,8 +137,8 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution
             noised = interpolate(start.anchor[:, :, given], start.noise[:, :, given], now.float().expand(latents.shape[0]))
             latents = torch.cat((noised, latents[:, :, given.stop :]), dim=2)
         level = {"cache": cache, "sigma": now, "execution": execution}
-        seen = [_clean(model, latents[:, :, part], each, **level) for part, each in zip(parts, inputs, strict=True)]
-        clean = torch.cat(seen, dim=2)
+        blocks = [_clean(model, latents[:, :, part], block_inputs, **level) for part, block_inputs in zip(parts, inputs, strict=True)]
+        clean = torch.cat(blocks, dim=2)
         if start.anchor is not None:
             clean[:, :, given] = start.anchor[:, :, given]
         rolled.before.append(latents)
@@ -148,15 +148,15 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution
 
 
 def _cache(model: AvatarDiT, start: Start, execution: Execution) -> KVCache:
-    """A cache with one ring that holds reference, motion and prompt."""
+    """A KV cache with one ring, prefilled with reference, motion and prompt."""
     return model.prefill(start.conditions, model.new_cache(start.conditions, steps=1, execution=execution), execution=execution)
 
 
 def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, sigma: Tensor, execution: Execution) -> Tensor:
-    """The clean latents that the model sees in a block at noise level `sigma`; the cache has one ring."""
+    """The clean latents that the model predicts for a block at noise level `sigma`; the cache has one ring."""
     level = torch.full((x.shape[0],), float(sigma), device=x.device)
-    found = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0], execution=execution)
-    return found if model.config.prediction == "clean" else x - float(sigma) * found
+    prediction = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0], execution=execution)
+    return prediction if model.config.prediction == "clean" else x - float(sigma) * prediction
 
 
 def _inputs(model: AvatarDiT, start: Start, index: int) -> BlockInputs:

@@ -1,7 +1,7 @@
-"""Diffusion forcing: the DiT learns to denoise a window at once, block-causally as a rollout or with full attention.
+"""Diffusion forcing: trains the DiT to denoise a whole window, block-causally as in a rollout or with full attention.
 
-At step i of a block the rollout reads the keys that step i of the blocks before it wrote, which are keys of latents at the same
-noise level; so one sigma per clip is exactly what inference needs, and blocks learn to follow from noisy pasts.
+In a rollout, step i of a block attends to keys that earlier blocks wrote at step i, that is at the same noise level. So one sigma per
+clip matches inference exactly, and blocks learn to continue from noisy earlier blocks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sonic.types import Conditions, pick
 
 
 def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """The model names the clean latents; an error there is 1/sigma² in velocity, bounded by `cap`."""
+    """Target and weight of a model that predicts clean latents: weight 1/sigma², as for the velocity, but at most `cap`."""
     return clean, sigma.square().reciprocal().clamp(max=cap)
 
 
 def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """The model names noise - clean, at equal weight."""
+    """Target and weight of a model that predicts the velocity noise - clean: weight 1."""
     return noise - clean, torch.ones_like(sigma)
 
 
@@ -44,14 +44,14 @@ TARGETS = {"clean": clean_target, "velocity": velocity_target}
 def forward_window_blocks(
     model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, conditions: Conditions, first_block: int, execution: Execution
 ) -> Tensor:
-    """Every block sees itself and those before it, as in a rollout that has come to `first_block`."""
+    """Block-causal forward: every block attends to itself and earlier blocks, as in a rollout from `first_block` on."""
     return model.forward_blocks(noisy, timestep, conditions, first_block=first_block, execution=execution)
 
 
 def forward_window_clip(
     model: AvatarDiT, noisy: Tensor, timestep: Tensor, *, conditions: Conditions, first_block: int, execution: Execution
 ) -> Tensor:
-    """Every frame sees every frame."""
+    """Forward with full attention over the clip."""
     return model(noisy, timestep, conditions, execution=execution)
 
 
@@ -59,7 +59,7 @@ WINDOW_FORWARDS: dict[str, Callable[..., Tensor]] = {"blocks": forward_window_bl
 
 
 class FlowMatch(Objective):
-    """One role: the DiT, with a viseme head beside it that is not exported."""
+    """Trains the DiT, together with a viseme head that is not exported."""
 
     def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
         assert isinstance(config.objective, FlowMatchConfig)
@@ -82,14 +82,14 @@ class FlowMatch(Objective):
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The transformer, and what is trained beside it."""
+        """The transformer, and the modules trained with it."""
         return {**self.networks.modules, STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """Weighted error of the prediction and of its change between latent frames, plus that of the visemes.
+        """Weighted error of the prediction and of its change between latent frames, plus the viseme loss.
 
-        batch: latents [B,C,T,h,w] (T whole blocks), ref [B,C,1,h,w], audio [B,N,E,4T]; visemes [B,4T,5], head [B,4T,4] and
-        text [B,L,D] where clips have them
+        batch: latents [B,C,T,h,w] (T = whole blocks), ref [B,C,1,h,w], audio [B,K,E,4T]; visemes [B,4T,5], head [B,4T,4] and
+        text [B,L,E] if the clips have them
         """
         config, window = self.config, self.config.window
         batch, motion = past_of(batch, window, rng)
@@ -101,22 +101,22 @@ class FlowMatch(Objective):
         with self.networks.use_role(role) as model:
             noisy = interpolate(clean, noise, sigma)
             position = {"first_block": first_block, "execution": self.execution}
-            found = self.run_window(model, noisy, TIMESTEPS * sigma, conditions=conditions, **position).float()
+            prediction = self.run_window(model, noisy, TIMESTEPS * sigma, conditions=conditions, **position).float()
             target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=config.error.weight_cap)
-            loss, figures = clip_error(found, target, weight, cells=self.cells, config=config.error)
-            figures["error_from_noise"] = _relative_error(found, target, expand_like(sigma, clean), cells=self.cells)
+            loss, figures = clip_error(prediction, target, weight, cells=self.cells, config=config.error)
+            figures["error_from_noise"] = _relative_error(prediction, target, expand_like(sigma, clean), cells=self.cells)
             if config.viseme_weight:
                 encoded = encode_audio_blocks(model.audio_encoder, batch["audio"], self.model_config)
-                named, more = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])
-                loss, figures = loss + config.viseme_weight * named, {**figures, **more}
+                viseme_error, viseme_figures = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])
+                loss, figures = loss + config.viseme_weight * viseme_error, {**figures, **viseme_figures}
             yield loss, figures
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The DiT alone."""
+        """The DiT without the viseme head."""
         return self.networks.export({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
 
     def _sigmas(self, clean: Tensor, rng: torch.Generator) -> Tensor:
-        """Noise levels from the inference schedule, or uniform in (0, 1].  -> [B], or [B,T] where they differ within a clip"""
+        """Random noise levels: from the schedule, or uniform in (0, 1].  -> [B], or [B,T] if they differ within a clip"""
         draw = {"generator": rng, "device": rng.device}
         batch, frames = clean.shape[0], clean.shape[2]
         block = self.model_config.rollout.block_frames
@@ -130,14 +130,14 @@ class FlowMatch(Objective):
         return repeat(sigmas, "b k -> b (k f)", f=-(-frames // columns))[:, :frames]
 
     def _dropout_conditions(self, batch: Batch, rng: torch.Generator) -> Conditions:
-        """What the rollout will give, the audio sometimes dropped for guidance."""
+        """The conditions of a rollout, with the audio of some clips dropped for guidance."""
         conditions = conditions_of(batch, self.model_config)
         kept = torch.rand(conditions.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
         return replace(conditions, audio=conditions.audio * kept)
 
 
 def need_blocks(config: TrainConfig, dataset: object) -> None:
-    """Raise ValueError when the clips are known and a window of them is not whole blocks of the rollout."""
+    """Raise ValueError when a window of the dataset's clips is not a whole number of rollout blocks."""
     if not isinstance(dataset, ClipDataset):
         return
     block, past = config.model.rollout.block_frames, config.objective.window.past
@@ -151,13 +151,13 @@ def need_blocks(config: TrainConfig, dataset: object) -> None:
 
 
 def need_visemes(dataset: object) -> None:
-    """Raise ValueError when the clips are known and do not know which shape the mouth has."""
+    """Raise ValueError when the dataset's clips have no visemes."""
     if isinstance(dataset, ClipDataset) and not dataset.has("visemes"):
         raise ValueError(f"data.folder={dataset.folder} holds clips without visemes, as of one's own videos; add objective.viseme_weight=0")
 
 
 def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
-    """What a rollout is told of a window of clips: portrait, audio, head motion and prompt where the clips have them, no past."""
+    """Conditions of a batch of windows: portrait, audio, and head motion and prompt if the clips have them; no motion memory."""
     clean, text = batch["latents"], config.text
     rows = batch["text"] if "text" in batch else clean.new_zeros(clean.shape[0], text.text_len, text.text_dim)
     pose = pose_latents(batch["head"], *clean.shape[-2:]) if "head" in batch else None
@@ -165,7 +165,7 @@ def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
 
 
 def past_of(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[Batch, Tensor | None]:
-    """The window without its first `past` latent frames, and these, noised, as motion memory."""
+    """Split off the first `past` latent frames of the window: the rest of the batch, and these frames, noised, as motion memory."""
     if not config.past:
         return batch, None
     past, frames = batch["latents"][:, :, : config.past], FRAMES_PER_LATENT * config.past
@@ -177,13 +177,13 @@ def past_of(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[B
 
 
 def cells_of(dataset: object, config: ErrorConfig) -> Tensor | None:
-    """Loss weights of the latent cells from the data's statistics; None without any."""
+    """Loss weights of the latent cells from the dataset's statistics; None if it has none."""
     std = getattr(dataset, "statistics", dict)().get("cell_std")
     return None if std is None else cell_weights(std, config.cell_gain)
 
 
 def cell_weights(std: Tensor, gain: float) -> Tensor:
-    """Loss weight of each latent cell from how much it moves: 1 + gain · std / max std, with mean 1.  [h,w] -> [h,w]"""
+    """Loss weight of each latent cell by its standard deviation: 1 + gain · std / max std, scaled to mean 1.  [h,w] -> [h,w]"""
     weights = 1 + gain * std / std.max().clamp(min=1e-6)
     return weights / weights.mean()
 
@@ -191,7 +191,7 @@ def cell_weights(std: Tensor, gain: float) -> Tensor:
 def clip_error(
     found: Tensor, target: Tensor, weight: Tensor, *, cells: Tensor | None, config: ErrorConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted squared error of latents and of their change from frame to frame, which is seen as trembling."""
+    """Weighted squared error of latents and of their change between frames, which would be visible as jitter."""
     weight = weight if cells is None else weight * cells.to(found)
     wrong = found - target
     error = (weight * wrong.square()).mean()
@@ -201,8 +201,8 @@ def clip_error(
 
 
 def _relative_error(found: Tensor, target: Tensor, sigma: Tensor, *, cells: Tensor | None) -> Tensor:
-    """Error of what starts from pure noise, as a share of the target's own size: 1.0 = nothing learnt, 0.0 = perfect (and
-    what a batch without such clips counts)."""
+    """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect (or no such
+    clip in the batch)."""
     pure = (sigma >= 0.999).float() * (1.0 if cells is None else cells.to(found))
     wrong = (pure * (found.detach() - target).square()).sum()
     return wrong / (pure * target.square()).sum().clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""Who computes in a training: transformers by their roles, one each or adapters on one that they share."""
+"""The transformers of a training by role: one for each role, or one shared base with adapters for each role."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.lora import ALPHA
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
-Make = Callable[[ModelConfig], AvatarDiT]  # a transformer, or one without memory whose weights come later
+Make = Callable[[ModelConfig], AvatarDiT]  # builds a transformer, perhaps on the meta device
 
 
 class Networks(Protocol):
-    """Modules that learn by role, modules that compute, and the transformer that plays a role for a while."""
+    """The trainable modules by role, all modules that compute, and `use_role`, a context that gives a role's transformer."""
 
     roles: Mapping[str, nn.Module]
     modules: Mapping[str, nn.Module]
@@ -30,7 +30,7 @@ class Networks(Protocol):
 
 
 class SharedBase:
-    """One frozen transformer is the teacher; every other role is a set of adapters on it, so that it is held once."""
+    """One frozen transformer, the teacher, with a set of adapters for every other role, so that memory holds one transformer."""
 
     def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
         self.base = make(config)
@@ -40,17 +40,17 @@ class SharedBase:
 
     @contextmanager
     def use_role(self, role: str) -> Iterator[AvatarDiT]:
-        """The base with the role's adapters in force, the gradients taken meanwhile included."""
+        """Context that gives the base with the role's adapters active, for forward and backward passes."""
         with self.adapters.use_role(None if role == TEACHER else role):
             yield self.base
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adapters in peft's format."""
+        """The adapters in peft's format."""
         return export_adapters(weights)
 
 
 class OwnModels:
-    """A transformer for every role; the teacher's stays as it is."""
+    """A separate transformer for every role; the teacher's is frozen."""
 
     def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
         self.modules = {role: make(config) for role in roles}
@@ -65,7 +65,7 @@ class OwnModels:
 
     @contextmanager
     def use_role(self, role: str) -> Iterator[AvatarDiT]:
-        """The role's own transformer."""
+        """Context that gives the role's own transformer."""
         yield self.modules[role]
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,5 +74,5 @@ class OwnModels:
 
 
 def build_networks(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Networks:
-    """The cast of these roles, as `learn` says it learns."""
+    """The networks of these roles: adapters on a shared base if `learn.rank` is set, else a transformer each."""
     return (SharedBase if learn.rank else OwnModels)(config, learn, roles, make=make)

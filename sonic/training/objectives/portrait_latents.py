@@ -1,4 +1,4 @@
-"""Learn what a DiT has to know of a portrait: latents from which known visemes and head pose give the motion latents."""
+"""Training of the portrait encoder: portrait latents from which, with visemes and head pose, the motion latents can be predicted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 96
 
 
 class MotionPredictor(nn.Module):
-    """Motion latents from a portrait's latents and what is said; a small stand-in for the DiT. Used in training only."""
+    """Predicts motion latents from portrait latents, visemes and head pose, as a small stand-in for the DiT. Used in training only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class MotionPredictor(nn.Module):
         self.layers = nn.Sequential(Residual(WIDTH), Residual(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, channels, 3, padding=1))
 
     def forward(self, latents: Tensor, visemes_and_pose: Tensor) -> Tensor:
-        """latents [N,C,h,w], told [N,4·9] -> [N,C,h,w]"""
+        """latents [B,C,h,w], visemes_and_pose [B,4·9] -> [B,C,h,w]"""
         height, width = latents.shape[-2:]
         return self.layers(self.join(torch.cat([latents, repeat(visemes_and_pose, "n k -> n k h w", h=height, w=width)], 1)))
 
 
 class PortraitLatents(Objective):
-    """One role: the autoencoder's portrait encoder and a small network that uses it; the autoencoder itself stays as it is."""
+    """Trains the autoencoder's portrait encoder together with a motion predictor; the rest of the autoencoder is frozen."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
         assert isinstance(config.objective, PortraitConfig)
@@ -48,22 +48,22 @@ class PortraitLatents(Objective):
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """Weighted error of the foretold motion latents.  batch: see synthetic/drawn_people.py"""
+        """Weighted error of the predicted motion latents.  batch: see synthetic/drawn_people.py"""
         autoencoder = self.student["autoencoder"]
         with torch.no_grad():
             moved = autoencoder.encode(MotionLayers(batch["flow"], batch["opacity"], batch["interior"]))
         visemes_and_pose = torch.cat([batch["visemes"], batch["head"]], dim=-1)
         portrait = autoencoder.portrait(batch["picture"])
-        found = self.student["foretell"](
+        prediction = self.student["foretell"](
             repeat(portrait, "b c h w -> (b t) c h w", t=moved.shape[2]),
             rearrange(visemes_and_pose, "b (t f) k -> (b t) (f k)", f=FRAMES_PER_LATENT),
         )
         target = rearrange(moved, "b c t h w -> (b t) c h w")
         focus = 1 + self.config.focus * F.interpolate(batch["focus"].unsqueeze(1), moved.shape[-2:], mode="area")
         weight = repeat(focus / focus.mean(), "b 1 h w -> (b t) 1 h w", t=moved.shape[2])
-        error = (weight * (found.float() - target).square()).mean()
-        left = error.detach() / (weight * target.square()).mean()
-        yield error + 1e-3 * portrait.float().square().mean(), {"motion_error": error.detach(), "motion_unexplained": left}
+        error = (weight * (prediction.float() - target).square()).mean()
+        unexplained = error.detach() / (weight * target.square()).mean()
+        yield error + 1e-3 * portrait.float().square().mean(), {"motion_error": error.detach(), "motion_unexplained": unexplained}
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole autoencoder."""

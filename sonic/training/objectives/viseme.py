@@ -1,4 +1,4 @@
-"""Name the mouth shapes from the sound: the speech encoder's training, and the helping loss beside the DiT's."""
+"""Prediction of visemes from sound: pretraining of the speech encoder, and the auxiliary loss of the DiT."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sonic.training.train_config import TrainConfig
 from sonic.types import pick
 
 VISEMES = 5
-# what an error in each number costs: the opening is what people see first
+# weight of the error of each viseme component; the opening is the most visible
 COST = (2.0, 1.0, 1.0, 0.5, 0.5)
 
 
 class VisemeHead(nn.Linear):
-    """Reads the visemes of the four video frames of a latent frame from its audio tokens. Used in training only."""
+    """Predicts the visemes of the four video frames of a latent frame from its audio tokens. Used in training only."""
 
     def __init__(self, config: ModelConfig) -> None:
-        tokens = config.audio.num_audio_token + 1  # and the summary
+        tokens = config.audio.num_audio_token + 1  # + 1 for the summary
         super().__init__(tokens * config.trunk.hidden_dim, FRAMES_PER_LATENT * VISEMES)
 
     def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class VisemeHead(nn.Linear):
 
 
 def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Audio tokens as the rollout makes them, every block alone.  audio [B,N,E,4T] -> tokens [B,T,A+1,D], summary [B,T,D]"""
+    """Encode audio block by block, as in a rollout.  audio [B,K,E,4T] -> tokens [B,T,A+1,D], summary [B,T,D]"""
     frames = FRAMES_PER_LATENT * config.rollout.block_frames
     apart = rearrange(audio, "b n a (k f) -> (b k) n a f", f=frames)
     tokens, summary = encoder.clip(apart, tuple(config.motion.motion_frames))
@@ -46,7 +46,7 @@ def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfi
 
 
 def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared error by COST, and how much of the opening's variance is left unexplained.  both [B,F,5]"""
+    """Squared error weighted by COST, and the unexplained share of the opening's variance.  both [B,F,5]"""
     cost = torch.tensor(COST, device=found.device)
     loss = (cost * (found.float() - visemes).square()).mean()
     opening = visemes[..., 0]
@@ -55,7 +55,7 @@ def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 class VisemePretraining(Objective):
-    """The speech encoder, with a viseme head beside it that is not exported."""
+    """Trains the speech encoder together with a viseme head that is not exported."""
 
     def __init__(self, config: TrainConfig, dataset: object = None) -> None:
         assert isinstance(config.objective, VisemeConfig)
@@ -65,19 +65,19 @@ class VisemePretraining(Objective):
         self.roles: Mapping[str, nn.Module] = {"student": self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
-        """Error of the visemes read from noised sound.  batch: mel [B,8T,40], visemes [B,4T,5]"""
+        """Viseme loss on augmented log-mel columns.  batch: mel [B,8T,40], visemes [B,4T,5]"""
         encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
         features = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
         yield viseme_loss(self.student["viseme_head"](features), batch["visemes"])
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The speech encoder alone."""
+        """The speech encoder without the viseme head."""
         start = "speech_encoder."
         return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
 
 def encoder_input(columns: Tensor, config: VisemeConfig, rng: torch.Generator) -> Tensor:
-    """Log-mel columns [B,T,40] as other speakers and microphones would give them: another throat, another colour, some noise."""
+    """Augment log-mel columns [B,2F,40] to other speakers and microphones: vocal tract length, spectral tilt, noise."""
     count, _, mels = columns.shape
     draw = {"generator": rng, "device": rng.device}
     if config.throat or config.bend:

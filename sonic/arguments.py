@@ -1,0 +1,135 @@
+"""What Python callers hand over, as options of the command line: fields of a call, names of models, values of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sonic.checkpoint.converted import MANIFEST, Checkpoint
+from sonic.cli import KINDS, config_options, group_choices
+from sonic.inference.infer_config import InferConfig
+from sonic.system.paths import expanded
+
+FIELDS = {  # of a call -> the option of the command line
+    "prompt": "prompt",
+    "negative_prompt": "sampler.negative_prompt",
+    "num_inference_steps": "sampler.sample_steps",
+    "guidance_scale": "sampler.sample_guide_scale",
+    "seed": "seed",
+    "size": "video.size",
+    "face_box": "face.box",
+    "mouth": "face.mouth",
+    "masks": "face.masks",
+    "pose": "motion.pose",
+}
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+Sound = str | os.PathLike | tuple[Any, int]  # a path, or (samples, sample rate)
+Callback = Callable[[Any, int, float, dict[str, Any]], Any]  # (pipe, sampling step, timestep, {"block": index})
+
+
+class VideoOptions(TypedDict, total=False):
+    """What a call may say besides image and audio. What is left out, or None, is as the pipeline was made.
+
+    size "704x384", (width, height) or "photo"; face_box [x,y,width,height] and mouth [x,y,half_width(,angle)] in photo pixels; masks and
+    pose name files as face.masks and motion.pose do; a generator, of the CPU, counts instead of the seed, and one that was just seeded
+    gives what its seed gives. callback_on_step_end(pipe, step, timestep, {"block": index}) is called after every sampling step of every
+    block (or clip) on the thread that denoises; what it raises ends the video, what it returns is not read.
+    """
+
+    prompt: str | None
+    negative_prompt: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    generator: torch.Generator | None
+    seed: int | None
+    size: str | tuple[int, int] | None
+    face_box: Sequence[float] | None
+    mouth: Sequence[float] | None
+    masks: Sequence[str | os.PathLike] | None
+    pose: str | os.PathLike | None
+    callback_on_step_end: Callback | None
+
+
+def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
+    """The config with some options by their full names. Raises ValueError for a value of the wrong kind, or that breaks a law."""
+    kinds = config_options(InferConfig)
+    top: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, field = name.rpartition(".")
+        (groups.setdefault(group, {}) if group else top)[field] = _of_kind(name, value, kinds[name][0])
+    return replace(config, **top, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
+    """The value as the option has it."""
+    if name == "video.size" and isinstance(value, tuple | list):
+        return "x".join(map(str, value))
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind in KINDS:
+        number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        fits = number if kind is int else number or isinstance(value, float | np.floating) if kind is float else isinstance(value, kind)
+        if not fits:
+            raise ValueError(f"{name}={value} is not {KINDS[kind]}")
+        return kind(value)
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value} is not a list")
+    return [os.fspath(each) if isinstance(each, str | os.PathLike) else float(each) for each in value]
+
+
+def model_choice(model: str) -> dict[str, str]:
+    """The options that choose a model by its name or by the folder of its checkpoint."""
+    folder = Path(expanded(model))
+    if model in group_choices("model") or not folder.is_dir():
+        return {"model": model}
+    if not (folder / MANIFEST).is_file() and any(folder.glob("*_dit.safetensors")):
+        return {"model": next(folder.glob("*_dit.safetensors")).name.removesuffix("_dit.safetensors"), "model.weights": str(folder)}
+    return {"model": Checkpoint.open(folder).manifest["model"], "model.weights": str(folder)}
+
+
+def spelled(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, str | os.PathLike | torch.device):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(spelled, value))}]"
+    return json.dumps(value)
+
+
+def seed_of(generator: Any) -> int:
+    """What a generator was seeded with. Raises ValueError unless it is one of the CPU."""
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        given = f"on {generator.device}" if isinstance(generator, torch.Generator) else f"a {type(generator).__name__}"
+        raise ValueError(
+            f"generator is {given}; use torch.Generator().manual_seed(...): noise comes from the CPU, to be the same everywhere"
+        )
+    return generator.initial_seed() % 2**63
+
+
+def is_path(thing: Any) -> bool:
+    """Whether something names a file."""
+    return isinstance(thing, str | os.PathLike)
+
+
+def pair_of(audio: tuple) -> tuple[Any, Any]:
+    """(samples, sample rate) of a recording. Raises ValueError for a tuple of something else."""
+    if len(audio) != 2:
+        raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
+    return audio
+
+
+def chunks_of(audio: Any) -> Iterable[Any]:
+    """The chunks of sound that is still arriving. Raises ValueError for what is no sound at all."""
+    if isinstance(audio, np.ndarray | torch.Tensor) or not isinstance(audio, Iterable):
+        raise ValueError(f"audio is {type(audio).__name__}; give a path, (samples, sample_rate), or an iterator of such chunks")
+    return audio

@@ -1,0 +1,128 @@
+"""Sound that is still arriving: chunks of any length as one 16 kHz recording of which the last minute is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sonic.data.audio import SAMPLE_RATE, SHORTEST_S, SILENCE_DBFS, frame_levels, resample
+from sonic.geometry import FPS, frames_of_audio
+from sonic.types import Speech
+
+HELD_S = 60  # of the sound before the last sample that was asked for; loudness is measured over it
+FULL_SCALE = {"int16": 1 << 15, "int32": 1 << 31}  # of samples that are whole numbers
+
+
+class LiveAudio:
+    """A recording whose end is not known yet. Chunks are taken from the iterator only when `receive` needs them."""
+
+    def __init__(self, chunks: Iterable[Any], *, fps: int = FPS, max_frames: int = 0) -> None:
+        """Each chunk is (samples [n] or [n,channels], sample rate), or samples alone at 16 kHz. The video has at most `max_frames`
+        frames, where that is not 0."""
+        self.fps, self.max_frames = fps, max_frames
+        self.ended = False
+        self._source = _at_16_khz(chunks)
+        self._pending: list[np.ndarray] = []
+        self._held = np.zeros(0, np.float32)
+        self._start = 0  # index of the first sample that is held
+        self.received = 0  # samples so far
+
+    def receive(self, stop: int) -> None:
+        """Wait until sample `stop` - 1 is there, or the sound has ended; forget what lies more than HELD_S before `stop`.
+
+        Raises ValueError for a chunk that is no sound, and for a recording that ends too soon.
+        """
+        while not self.ended and self.received < stop:
+            chunk = next(self._source, None)
+            if chunk is None:
+                self.ended = True
+            else:
+                self._pending.append(chunk)
+                self.received += len(chunk)
+        if self.ended and self.received < SHORTEST_S * SAMPLE_RATE:
+            seconds = self.received / SAMPLE_RATE
+            raise ValueError(f"audio ends after {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give more sound")
+        forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - self._start)
+        self._held = np.concatenate([self._held, *self._pending])[forgotten:]
+        self._start += forgotten
+        self._pending = []
+
+    def window(self, first: int, stop: int) -> np.ndarray:
+        """Samples `first` to `stop` as far as the sound goes. They must have been received and not be forgotten."""
+        assert first >= self._start, f"sample {first} is forgotten; held are those from {self._start}"
+        return self._held[first - self._start : max(0, stop - self._start)]
+
+    def before(self, stop: int) -> np.ndarray:
+        """Everything that is held of the sound before sample `stop`."""
+        return self.window(self._start, stop)
+
+    @property
+    def num_frames(self) -> int | None:
+        """Video frames in all; None while nobody knows."""
+        known = frames_of_audio(self.received, SAMPLE_RATE, self.fps) if self.ended else None
+        return min(known, self.max_frames) if known and self.max_frames else known or self.max_frames or None
+
+    def frames_left(self, start: int, count: int) -> int:
+        """How many of `count` frames from `start` on belong to the video, as far as that is known."""
+        return count if self.num_frames is None else max(0, min(count, self.num_frames - start))
+
+
+def mono_samples(samples: Any, called: str = "audio") -> np.ndarray:
+    """Sound in memory as float32 mono [n] in [-1,1]: floats, or whole numbers of 16 or 32 bits; [n], or [n,channels].
+
+    Raises ValueError for anything else, and for numbers that are not finite.
+    """
+    found = np.asarray(samples)
+    scale = FULL_SCALE.get(found.dtype.name, 1)
+    channels = found.shape[1] if found.ndim == 2 else 1
+    if found.ndim not in (1, 2) or not 1 <= channels <= 8 or (scale == 1 and found.dtype.kind != "f"):
+        given = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{called} is {given}; give floats in [-1,1] or int16, as [samples] or [samples,channels]")
+    mono = found.astype(np.float32) / np.float32(scale)
+    mono = mono.mean(axis=1) if found.ndim == 2 else mono
+    if not np.isfinite(mono).all():
+        raise ValueError(f"{called} holds numbers that are not finite; give an undamaged recording")
+    return np.clip(mono, -1, 1)
+
+
+def checked_rate(rate: Any, called: str = "audio") -> int:
+    """A sample rate in Hz. Raises ValueError unless it is a whole number that sound is recorded at."""
+    if not isinstance(rate, int | np.integer) or not 4000 <= rate <= 768_000:
+        raise ValueError(f"{called} has sample_rate={rate}; give a whole number of Hz between 4000 and 768000, such as 16000")
+    return int(rate)
+
+
+def _at_16_khz(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
+    """The chunks as 16 kHz mono; however the sound is cut into chunks, the samples are the same."""
+    resampler, rate = None, None
+    for index, chunk in enumerate(chunks):
+        called = f"chunk {index} of audio"
+        samples, given = chunk if isinstance(chunk, tuple) and len(chunk) == 2 else (chunk, SAMPLE_RATE)
+        given = checked_rate(given, called)
+        if rate not in (None, given):
+            raise ValueError(f"{called} has sample_rate={given}, the chunks before it {rate}; give all of them at one rate")
+        mono = mono_samples(samples, called)
+        if rate is None and given != SAMPLE_RATE:
+            from soxr import ResampleStream
+
+            resampler = ResampleStream(given, SAMPLE_RATE, 1)
+        rate = given
+        yield mono if resampler is None else np.clip(resampler.resample_chunk(mono), -1, 1)
+    if resampler is not None:
+        yield np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)
+
+
+def speech_in_memory(samples: Any, rate: Any) -> tuple[Speech, Speech]:
+    """A recording that is in memory, at 16 kHz for the model and at its own rate for the video.
+
+    Raises ValueError for what load_speech refuses of a file.
+    """
+    own = Speech(mono_samples(samples), checked_rate(rate))
+    if own.seconds < SHORTEST_S:
+        raise ValueError(f"audio lasts {own.seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+    speech = own if own.sample_rate == SAMPLE_RATE else Speech(np.clip(resample(own.samples, own.sample_rate, SAMPLE_RATE), -1, 1))
+    if frame_levels(speech.samples).max() < SILENCE_DBFS:
+        raise ValueError(f"audio is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    return speech, own

@@ -1,0 +1,316 @@
+"""The Python face of the library: `AvatarPipeline` makes videos with the parts, checks and sentences of the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import numpy as np
+import torch
+
+from sonic.arguments import (
+    FIELDS,
+    Picture,
+    Sound,
+    VideoOptions,
+    chunks_of,
+    is_path,
+    model_choice,
+    pair_of,
+    seed_of,
+    spelled,
+    with_options,
+)
+from sonic.cli import Entry, compose, ranks_here
+from sonic.config import Ranks, closest_first
+from sonic.data.image import image_in_memory
+from sonic.data.live_audio import LiveAudio, speech_in_memory
+from sonic.data.video import Coding, VideoWriter
+from sonic.inference.batch import Opened, Outcome, all_outcomes, announce, make_video, make_videos, open_components
+from sonic.inference.choose_plan import refuse_larger
+from sonic.inference.components import Components, build_components, find_device, lora_of, settled_model, student_of, weights_in_words
+from sonic.inference.generate import generate
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import InMemory, Settings, inputs_of, open_inputs, refuse_overwriting
+from sonic.inference.live_features import LIVE_ENCODERS
+from sonic.inference.report import FrameRecorder, Result, StageTimer
+from sonic.parallel.parallel_config import PlanConfig
+from sonic.planner.hardware import machine_here
+from sonic.planner.search import PlanResult, search_plans
+from sonic.system.paths import expanded
+from sonic.types import FrameChunk, Inputs, Speech, pick
+
+INFER, PLAN = Entry("infer", InferConfig), Entry("plan", PlanConfig)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video: frames uint8 [F,H,W,3] at `fps`, the sound that belongs to it, and the files that it was made from."""
+
+    frames: np.ndarray
+    fps: int
+    speech: Speech
+    made_from: tuple[tuple[str, str], ...] = ()  # (option, file)
+
+    @property
+    def audio(self) -> tuple[np.ndarray, int]:
+        """(float32 mono samples [n], sample rate in Hz)"""
+        return self.speech.samples, self.speech.sample_rate
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write an MP4 with its sound; it appears when it is complete, and never in the place of a file that it was made from.
+
+        Raises ValueError in one sentence where it cannot be written.
+        """
+        target = Path(expanded(os.fspath(path)))
+        refuse_overwriting(self.made_from, target)
+        height, width = self.frames.shape[1:3]
+        coding = Coding(fps=self.fps)
+        with VideoWriter(target, width, height, num_frames=len(self.frames), speech=self.speech, coding=coding) as writer:
+            writer.write(self.frames)
+        return target
+
+
+class AvatarPipeline:
+    """Makes talking videos of a portrait and a recording.
+
+    On several ranks (torchrun) each of them makes its pipeline; the first leads and the others serve it:
+
+        with AvatarPipeline.from_pretrained("checkpoints/live", parallel="fsdp") as pipe:  # the others return here in the end
+            if pipe.leads:
+                pipe(image="me.jpg", audio="me.wav").save("me.mp4")
+    """
+
+    def __init__(
+        self, config: InferConfig, components: Components | None = None, *, ranks: Ranks | None = None, folder: Path = Path()
+    ) -> None:
+        """With the parts that are given, or else those that `config` names, under the plan that fits; ranks that do not lead come back
+        when all is done. `folder` is that of videos whose request names none."""
+        self.config, self.ranks, self._given = config, ranks or Ranks(), components
+        self._folder, self._stack, self._by_student = folder, ExitStack(), {}
+        self._opened: Opened | None = None
+        self._open(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike = "preview",
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "auto",
+        preset: str | None = None,
+        lora: str | os.PathLike | None = None,
+        parallel: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """The pipeline of a model by name (preview needs nothing; wan_s2v_14b, live_avatar_14b need checkpoint=FOLDER), or of a folder
+        made by `sonic convert`.
+
+        `options` are those of `sonic infer`, such as seed=7 or **{"video.size": "704x384"}. Raises ValueError with the sentence of the
+        command line for whatever is wrong with them.
+        """
+        chosen = {**model_choice(os.fspath(model)), "preset": preset, "parallel": parallel, "model.lora.path": lora}
+        chosen |= {"run.device": device, "run.dtype": torch_dtype and str(torch_dtype).removeprefix("torch.")}
+        argv = [f"{name}={spelled(value)}" for name, value in {**chosen, **options}.items() if value is not None]
+        return cls(compose(INFER, argv), ranks=ranks_here())
+
+    def __call__(self, image: Picture, audio: Sound, **options: Unpack[VideoOptions]) -> Video:
+        """The whole video. Raises ValueError in one sentence for whatever is wrong with what is given.
+
+        `image` is a path, a PIL picture, or uint8 [H,W,3]; `audio` a path, or (samples, sample rate) with floats in [-1,1] or int16 as
+        [n] or [n,channels]; of several voices "a.wav+b.wav".
+        """
+        if not isinstance(audio, str | os.PathLike | tuple):
+            raise ValueError(f"audio is {type(audio).__name__}; give a path or (samples, sample_rate), or hand an iterator to stream()")
+        config, memory, settings = self._request(image, audio, options)
+        inputs = self._inputs(config, memory)
+        with closing(generate(inputs, self._components(config), settings)) as chunks:
+            frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
+        speech = memory.original or inputs.speech
+        return Video(frames, inputs.fps, speech, tuple(inputs_of(config, memory)))
+
+    def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
+        """The frames as soon as they are decoded, uint8 [F,H,W,3] each; closing the iterator ends the work.
+
+        `audio` may also be an iterator of chunks of any length, each (samples, sample rate) or samples at 16 kHz: a block is made as soon
+        as the sound until `look_ahead_s` after its last frame is there. Memory does not grow with the length. It is read on the
+        thread that denoises.
+        """
+        config, memory, settings = self._request(image, audio, options)
+        inputs = self._inputs(config, memory)
+        return generate(inputs, self._components(config), settings)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one to make videos with; always so on one rank."""
+        return self.opened.world.leads
+
+    @property
+    def opened(self) -> Opened:
+        """The parts of this rank, its place among the ranks, and the plan they run under. Raises ValueError once it is closed."""
+        if self._opened is None:
+            raise ValueError("this pipeline is closed; make another with AvatarPipeline.from_pretrained")
+        return self._opened
+
+    @property
+    def look_ahead_s(self) -> float:
+        """Seconds of sound behind the end of a block that it needs when it comes from an iterator."""
+        return pick(LIVE_ENCODERS, self.config.model.speech_encoder, "model.speech_encoder").look_ahead_s
+
+    def load_lora(self, path: str | os.PathLike, alpha: float | None = None) -> Self:
+        """Merge an adapter (a file in peft's format, or the LiveAvatar folder) instead of the one that is merged now, a bundled student
+        included; `alpha` None takes what the file says. Weights are loaded again. Raises ValueError and changes nothing where it does
+        not fit."""
+        lora = replace(self.config.model.lora, path=expanded(os.fspath(path)), alpha=0.0 if alpha is None else alpha)
+        lora_of(lora)  # before anything is given up
+        return self._reopen(replace(self.config, model=replace(self.config.model, lora=lora)))
+
+    def to(self, *targets: torch.device | torch.dtype | str) -> Self:
+        """Move to another device, or compute in another precision (torch.bfloat16); weights are loaded again, under a plan that fits."""
+        run = self.config.run
+        for target in targets:
+            name = str(target).removeprefix("torch.")
+            is_dtype = isinstance(target, torch.dtype) or name in ("float32", "bfloat16")
+            run = replace(run, **{"dtype" if is_dtype else "device": name})
+        find_device(run.device)
+        return self._reopen(replace(self.config, run=run))
+
+    def plan(self, hardware: str = "here") -> PlanResult:
+        """How this pipeline's videos would run on some hardware (a name of conf/hardware), how fast, and what would make them fit: the
+        answer of `sonic plan` with the same options."""
+        own, asked = self.config, compose(PLAN, [f"hardware={hardware}"])
+        same = {name: getattr(own, name) for name in ("run", "parallel", "sampler", "video", "decode")}
+        return search_plans(replace(asked, model=settled_model(own.model), hardware=machine_here(asked.hardware), **same))
+
+    def plan_report(self) -> dict:
+        """The plan that these videos run under, with the memory that it was estimated to take and, once it is closed, the memory it took;
+        {} for parts that were given."""
+        return {} if self._estimate is None else self._estimate.as_json()
+
+    def close(self) -> None:
+        """Let the other ranks go and leave them. Needed on several ranks only; `with` does it."""
+        self._stack.close()
+        self._opened, self._by_student = None, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            return bool(self._stack.__exit__(kind, error, trace))
+        finally:
+            self._opened, self._by_student = None, {}
+
+    def announce(self) -> None:
+        """Log which noise levels and weights videos are made with."""
+        announce(self.opened, self.config)
+
+    def generate(self, inputs: Inputs, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
+        """The frames of inputs that are open already, as they are finished."""
+        self._must_lead()
+        return generate(inputs, self.opened.components, Settings.of(self.config), timer=timer)
+
+    def write(self, inputs: Inputs, output: Path, *, timer: StageTimer | None = None) -> tuple[Result, FrameRecorder]:
+        """Make the video of inputs that are open already into an MP4 as its frames are finished; what it took, and what was seen of it."""
+        self._must_lead()
+        return make_video(inputs, self.opened.components, self.config, output=output, timer=timer or StageTimer())
+
+    def make_videos(self, requests: Sequence[tuple[int, str]]) -> list[Outcome]:
+        """The videos of a file of requests (line number, text), shared out among the copies of the model; what became of each.
+
+        Every rank must ask; no video is made after it.
+        """
+        return all_outcomes(make_videos(requests, self.opened, self.config), self.opened)
+
+    def _open(self, config: InferConfig) -> None:
+        """Open the parts of this rank."""
+        if self._given is not None:
+            self._opened = Opened(self._given, self._given.context.world, None, self._folder)
+        else:
+            self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder))
+        self._estimate, self._by_student = self._opened.estimate, {}
+
+    def _reopen(self, config: InferConfig) -> Self:
+        """Give the parts up and open those of another config; where that fails, those there were are opened again."""
+        if self._given is not None or self.ranks.world > 1:
+            raise ValueError(
+                "the weights of this pipeline cannot be replaced: it was given them, or shares them with other ranks; make another"
+            )
+        self.opened  # noqa: B018 - raises when closed
+        before = self.config
+        self.close()
+        try:
+            self._open(config)
+        except BaseException:
+            self._open(before)
+            raise
+        self.config = config
+        return self
+
+    def _must_lead(self) -> None:
+        if not self.leads:
+            raise ValueError(f"rank {self.ranks.rank} serves the leading rank and makes no videos of its own; ask where pipe.leads is true")
+
+    def _components(self, config: InferConfig) -> Components:
+        """The parts for the sampling steps of a request: the bundled student of so many steps, loaded once."""
+        opened, steps = self.opened.components, config.sampler.sample_steps
+        if self._given is not None or opened.checkpoint is not None or steps == self.config.sampler.sample_steps:
+            return opened
+        student = student_of(config.model, steps)
+        if student != student_of(config.model, self.config.sampler.sample_steps):
+            if self.opened.world.mesh is not None:
+                raise ValueError(
+                    f"num_inference_steps={steps} needs other weights than those that all ranks have loaded; "
+                    f"make the pipeline with **{{'sampler.sample_steps': {steps}}}"
+                )
+            if student not in self._by_student:
+                self._by_student[student] = build_components(config.model, config.run, steps=steps, context=replace(opened.context))
+                self._by_student[student].load()
+            opened = self._by_student[student]
+        return replace(opened, weights=weights_in_words(config.model, steps))
+
+    def _inputs(self, config: InferConfig, memory: InMemory) -> Inputs:
+        """The inputs of a request, of a size that the plan has room for."""
+        inputs = open_inputs(config, memory)
+        if self.opened.estimate is not None and not config.model.resolution:
+            refuse_larger(self.opened.estimate, inputs.portrait.pixels.shape[:2], force=config.plan.force)
+        return inputs
+
+    def _request(self, image: Picture, audio: Sound | Iterable[Any], options: Mapping[str, Any]) -> tuple[InferConfig, InMemory, Settings]:
+        """What a call asks for, checked."""
+        self._must_lead()
+        names = [*VideoOptions.__annotations__]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"{name} is not an option of a video; choose one of: {', '.join(closest_first(name, names))}")
+        given = {name: value for name, value in options.items() if value is not None}
+        generator, callback = given.get("generator"), given.get("callback_on_step_end")
+        values = {FIELDS[name]: value for name, value in given.items() if name in FIELDS}
+        if generator is not None:
+            values["seed"] = seed_of(generator)
+        picture = None if is_path(image) else image_in_memory(image)
+        values |= {name: expanded(os.fspath(each)) for name, each in (("image", image), ("audio", audio)) if is_path(each)}
+        config = with_options(self.config, values)
+        memory = InMemory(picture)
+        if isinstance(audio, tuple):
+            speech, original = speech_in_memory(*pair_of(audio))
+            memory = memory._replace(speech=speech, original=original)
+        elif not is_path(audio):
+            self._refuse_live_ranks()
+            limit = config.video.num_clip * config.video.infer_frames
+            memory = memory._replace(sound=LiveAudio(chunks_of(audio), fps=config.video.fps, max_frames=limit))
+        on_step = callback and (lambda block, step, timestep: callback(self, step, timestep, {"block": block}))
+        settings = replace(Settings.of(config), generator=generator, on_step=on_step, sound=memory.sound)
+        return config, memory, settings
+
+    def _refuse_live_ranks(self) -> None:
+        world = self.opened.world
+        if world.vae_rank or world.stages > 1 or world.rollout_group is not None:
+            raise ValueError(
+                f"parallel={world.plan}: sound that is still arriving cannot be sent to other ranks; use parallel=single or offload"
+            )

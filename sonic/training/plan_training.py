@@ -1,0 +1,96 @@
+"""A training as the planner sees it: its recipe, the hardware, and what of them decides over memory and time. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sonic.config import PHOTO_SIZE, VideoConfig, option, require
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.planner.search import PlanResult, search
+from sonic.planner.training_plans import PASSES
+from sonic.planner.workload import ASSUMED_SIZE, Training, TrainingJob, learnt, size_for
+from sonic.system.program import written
+from sonic.training.objective_config import DmdConfig, FlowMatchConfig
+from sonic.training.train_config import TrainConfig
+
+ENGINES = ("auto", "fsdp")
+
+
+@dataclass
+class PlanTrainingConfig(TrainConfig):
+    """What the training of a recipe needs on which hardware, how long a step takes at least, and why."""
+
+    verify: bool = option(False, "run a step of the chosen plan on fake tensors and ranks, and hold what it took against the prediction")
+    json: str = option("", "where the plans go as JSON")
+    hardware: HardwareConfig = option(HardwareConfig)
+    parallel: ParallelConfig = option(ParallelConfig)
+    video: VideoConfig = option(VideoConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.video.size
+        require(self.video == VideoConfig(size), f"video.size={size} is all that a training has of video.*; leave the others out")
+
+
+def plan_training(config: PlanTrainingConfig) -> PlanResult:
+    """Plans for a training; with parallel=auto, what a recipe says of speed.context and speed.cpu_offload is planned as it says.
+
+    Raises ValueError when what is asked for by name makes no sense on this hardware, or is not what the planner knows.
+    """
+    asked, speed = config.parallel, config.speed
+    require(speed.engine in ENGINES, f"speed.engine={speed.engine} is not planned; the planner knows trainings under fsdp: use fsdp")
+    if speed.context > 1 or speed.cpu_offload:
+        name = "fsdp" if asked.name == "auto" else asked.name
+        asked = replace(asked, name=name, context=max(asked.context, speed.context), cpu_offload=asked.cpu_offload or speed.cpu_offload)
+    work = training(config)
+    return replace(search(work, config.hardware, asked), notes=tuple(_notes(config, work)))
+
+
+def training(config: PlanTrainingConfig) -> Training:
+    """What of a recipe decides over memory and time. Raises ValueError for a size or a window that cannot be cut up, and for what the
+    planner does not know."""
+    goal, model, window = config.objective, config.model, config.data.window
+    known = "the planner knows dmd and flow_match, as in +distill=live_avatar_4step and +train=audio_adapter"
+    require(goal.name in PASSES, f"objective={goal.name} is not planned; {known}")
+    assert isinstance(goal, DmdConfig | FlowMatchConfig)
+    past, block = goal.window.past, model.rollout.block_frames
+    reach = goal.window.reach
+    require(reach == "clip", f"objective.window.reach={reach} is not planned; the planner knows windows of full attention: clip")
+    require(window > 0, "data.window=0: the planner knows no whole clips; set the latent frames of a sample")
+    require(past < window, f"objective.window.past={past} must lie between 0 and data.window={window}")
+    require(not past or bool(model.motion.buckets), f"objective.window.past={past}: model={model.name} has no motion memory; use 0")
+    rollout = {}
+    if isinstance(goal, DmdConfig):
+        below = max(block, window // block * block)
+        require(window % block == 0, f"data.window={window} is not whole blocks of {block} latent frames; use {below} or {below + block}")
+        sentence = "each role would be a transformer of its own; the planner knows adapters on a shared one, of rank 128 in the recipes"
+        require(goal.learn.rank > 0, f"objective.learn.rank=0: {sentence}")
+        rollout = {"critic_turns": goal.critic_turns, "teacher_guide_scale": goal.teacher_guide_scale, "steps": goal.sampler.sample_steps}
+    job = TrainingJob(
+        name=config.name,
+        objective=goal.name,
+        window=window,
+        past=past,
+        batch_size=config.budget.batch_size,
+        accumulate=config.budget.accumulate,
+        precision=config.speed.precision,
+        recompute=config.speed.recompute,
+        learn=goal.learn,
+        **rollout,
+    )
+    found = Training(model, *size_for(model, config.video), job=job)
+    targets = goal.learn.targets
+    require(bool(learnt(found)), f"objective.learn.targets={targets} names nothing of this model; use such as audio_injectors")
+    return found
+
+
+def _notes(config: PlanTrainingConfig, work: Training) -> Iterator[str]:
+    """What the plan took for granted."""
+    job = work.job
+    learns = f"adapters of rank {job.learn.rank}" if job.learn.rank else "weights themselves"
+    yield f"a 'block' below is a step of {job.accumulate} batches of {job.batch_size}; {learns} learn, in {job.precision}"
+    if not config.model.resolution and config.video.size == PHOTO_SIZE:
+        usual = f"a training has no photograph, so the usual {ASSUMED_SIZE} is planned"
+        yield f"video.size=photo: {usual}; video.size=WIDTHxHEIGHT plans another"
+    yield f"latents, text rows and speech features are made beforehand ({written('precompute')}), so that no encoder is here"
