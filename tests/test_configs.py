@@ -12,6 +12,7 @@ import torch
 
 import sonic.cli
 from sonic import config as config_module
+from sonic import option_names
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text
 from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import ConvertConfig, JudgeConfig, parse_size
@@ -253,8 +254,8 @@ def test_a_mistyped_key_in_a_yaml_lists_the_choices(tmp_path, monkeypatch):
 
 def test_every_short_name_and_every_name_of_files_is_an_option_of_a_command():
     known = {option for entry in ENTRIES.values() for option in entry_options(entry)}
-    assert known >= sonic.cli.FILES
-    assert known >= {*sonic.cli.SHORT.values()}
+    assert known >= option_names.FILES
+    assert known >= {*option_names.SHORT.values()}
 
 
 def test_sizes_are_read_with_a_cross_or_a_star():

@@ -101,6 +101,7 @@ OUT_WORDS = {  # private words of the first edition: docs/architecture.md says w
     *("foretold", "foretell", "forecast"),
 }
 OUT_NAMES = {"Reach", "Exchange", "Whole", "Spatial", "Take", "Line", "Note", "Kept", "Draws", "Held", "Company", "Ready", "Scene", "Shot"}
+RANK_WORDS = {"world", "mesh", "distributed", "ranks", "process"}  # what single-device networks do not speak of
 NAMES_OF_OTHERS = {"cast_forward_inputs", "walk"}  # torch's FSDP policy, Python's ast.walk
 LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
 ONE_MACHINE = ("/tm" + "p/", "/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/")
@@ -179,9 +180,15 @@ def test_what_answers_at_once_imports_nothing_heavy(name):
 
 
 def test_models_do_not_know_of_ranks():
+    """Neither by import nor as an argument or an attribute, which the type `object` would hide."""
     models = [path for path in LIBRARY if "model" in path.parts]
-    wrong = [f"{name_of(path)}:{line}" for path in models for name, line in imports(path) if "torch.distributed" in name]
-    assert not wrong
+    wrong = [f"{name_of(path)}:{line} {name}" for path in models for name, line in imports(path) if "torch.distributed" in name]
+    for where, node in nodes(ast.arg | ast.Attribute | ast.AnnAssign | ast.Name, models):
+        name = {ast.arg: "arg", ast.Attribute: "attr", ast.Name: "id"}.get(type(node))
+        typed = node.annotation if name in (None, "arg") else None
+        if name and words(getattr(node, name)) & RANK_WORDS or typed is not None and "object" in ast.unparse(typed):
+            wrong.append(f"{where} {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_files_are_short():

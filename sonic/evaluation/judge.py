@@ -24,7 +24,7 @@ from sonic.inference.conditions import fit_portrait
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.inference.report import mouth_window
 from sonic.system.paths import file_key
-from sonic.types import Portrait
+from sonic.types import Portrait, Speech
 
 QUIET_DB = -38.0  # level relative to the loud parts below which there is no speech
 REST_FRAMES = 5  # frames after which the mouth is at rest in a pause

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,10 +283,10 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
 
         return broken
 
-    with open_components(config, Ranks(), folder=tmp_path) as opened:
+    with open_components(config, Ranks(), folder=tmp_path) as single:
+        opened = single._replace(world=replace(single.world, rollout_mesh=SimpleNamespace(size=lambda: 2)))
         for name, error, ends in kinds:
             with monkeypatch.context() as patch:
-                patch.setattr(batch, "_is_single", lambda world: False)
                 patch.setattr(batch, "checked_inputs", lambda *_, **__: None)
                 patch.setattr(batch, name, raising(error))
                 if ends == "raised":

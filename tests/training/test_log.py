@@ -45,7 +45,7 @@ def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_resta
     assert [each for run in runs for each in run.logged] == [*enumerate(figures, 1)]
 
 
-def test_wandb_is_told_that_a_run_ended_with_an_error(tmp_path, monkeypatch):
+def test_wandb_learns_that_a_run_ended_with_an_error(tmp_path, monkeypatch):
     runs = record_wandb(monkeypatch)
     with pytest.raises(KeyError), RunLog(tmp_path, LogConfig(wandb="offline", bar=False), name="details").open(0, None):
         raise KeyError
