@@ -30,7 +30,7 @@ from sonic.inference.conditions import whole_picture
 from sonic.inference.generate import generate
 from sonic.inference.inputs import PORTRAITS, RECORDINGS, Settings
 from sonic.parallel.context import DistributedContext
-from sonic.parallel.mesh import World as Mesh
+from sonic.parallel.mesh import World
 from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
@@ -119,7 +119,7 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     sound alone, and is as lively as that of nothing else."""
     config, device = student.config, student.engine.world.device
     checkpoint = Checkpoint.open(transformer_weights(config.model).parent)
-    components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(Mesh("single", device)), torch.float32)
+    components = WanComponents(checkpoint.config(config.model), checkpoint, DistributedContext(World(device=device)), torch.float32)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)

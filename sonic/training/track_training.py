@@ -21,8 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sonic.config import SamplerConfig
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import pointwise
-from sonic.model.blocks import MultiHead
-from sonic.parallel.parallel_config import HardwareConfig
+from sonic.model.blocks import attend_by
+from sonic.model.execution import Execution
+from sonic.parallel.mesh import make_world
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.memory import GIB
 from sonic.planner.training_plans import TrainingPlan
@@ -34,7 +37,6 @@ from sonic.training.objectives.dmd import roll
 from sonic.training.objectives.networks import CRITIC, STUDENT
 from sonic.training.optim import adamw
 from sonic.training.train_config import BudgetConfig, DataConfig, SpeedConfig, TrainConfig
-from sonic.training.world import World
 
 ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}  # to who asks for a number; others: 0
 PAST_NOISE = 0.3
@@ -57,15 +59,14 @@ def track(work: Training, ranks: int, share: int) -> dict[str, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        sharers = dist.new_group(range(share)) if share > 1 else None
-        world = World(0, ranks, context=share, sharers=sharers)
+        world = make_world(ParallelConfig("fsdp", context=share), "fsdp", torch.device("cpu"))
+        execution = Execution(sequence_parallel(world, work.model.trunk.num_heads))
         with mode:
             config = train_config(work)
-            objective = OBJECTIVES[config.objective.name](config, execution=world.execution(config.model.trunk.num_heads))
+            objective = OBJECTIVES[config.objective.name](config, execution=execution)
             batch = _batch(work)
-        for module in (each for network in objective.modules.values() for each in network.modules()):
-            if isinstance(module, MultiHead):
-                module.attention = _fused
+        for network in objective.modules.values():
+            attend_by(network, _fused)
         engine = ShardedEngine(config, world, Path())
         engine.prepare(objective)
         with mode:
