@@ -30,7 +30,7 @@ class TensorLayout(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Request(NamedTuple):
+class RemoteCall(NamedTuple):
     """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
     the numbers of what nobody will ask for again."""
 
@@ -87,7 +87,7 @@ class RemoteAutoencoder:
         sent = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
         with self.lock:
             released = tuple(self.released.popleft() for _ in range(len(self.released)))
-            self.channel.send_next(Request(method, sent, released), tensors)
+            self.channel.send_next(RemoteCall(method, sent, released), tensors)
             reply, made = self.channel.recv_last()
             self.channel.flush()  # there is an answer, so the question has arrived
         if reply.fault:
@@ -115,7 +115,7 @@ def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
 
 def stop_vae(channel: P2PChannel) -> None:
     """The first rank's last word."""
-    channel.send_next(Request(""), ())
+    channel.send_next(RemoteCall(""), ())
     channel.flush()
 
 
@@ -131,7 +131,7 @@ def without_repeats(tensor: Tensor) -> Tensor:
 
 
 def _compute_reply(
-    autoencoder: nn.Module, call: Request, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
+    autoencoder: nn.Module, call: RemoteCall, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
 ) -> tuple[Reply, list[Tensor]]:
     """What is said to a call. What later calls may need is kept under a number; a wrong question is no fault of this rank."""
     sent = iter(_restored([each for each in call.arguments if isinstance(each, TensorLayout)], tensors))
