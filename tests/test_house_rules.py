@@ -103,6 +103,14 @@ OUT_WORDS = {  # private words of the first edition: docs/architecture.md says w
 OUT_NAMES = {"Reach", "Exchange", "Whole", "Spatial", "Take", "Line", "Note", "Kept", "Draws", "Held", "Company", "Ready", "Scene", "Shot"}
 RANK_WORDS = {"world", "mesh", "distributed", "ranks", "process"}  # what single-device networks do not speak of
 NAMES_OF_OTHERS = {"cast_forward_inputs", "walk"}  # torch's FSDP policy, Python's ast.walk
+OF_RANKS = {"ranks", "world", "mesh", "company"}  # adapters have a rank, in another sense
+SETATTR = {  # the only places that set an attribute by its name: none of them a method
+    "sonic/model/adapters.py": "a linear layer and its adapters",
+    "sonic/checkpoint/load.py": "a parameter",
+    "sonic/parallel/layer_pipeline.py": "nothing in the place of what is on other ranks",
+    "sonic/system/stdio.py": "a stream of sys",
+}
+TWO_CLASSES = {"Ledger"}  # of memory in the dry runs of videos and of trainings
 LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
 ONE_MACHINE = ("/tm" + "p/", "/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/")
 
@@ -182,13 +190,42 @@ def test_what_answers_at_once_imports_nothing_heavy(name):
 def test_models_do_not_know_of_ranks():
     """Neither by import nor as an argument or an attribute, which the type `object` would hide."""
     models = [path for path in LIBRARY if "model" in path.parts]
-    wrong = [f"{name_of(path)}:{line} {name}" for path in models for name, line in imports(path) if "torch.distributed" in name]
-    for where, node in nodes(ast.arg | ast.Attribute | ast.AnnAssign | ast.Name, models):
-        name = {ast.arg: "arg", ast.Attribute: "attr", ast.Name: "id"}.get(type(node))
-        typed = node.annotation if name in (None, "arg") else None
-        if name and words(getattr(node, name)) & RANK_WORDS or typed is not None and "object" in ast.unparse(typed):
+    wrong = [f"{name_of(path)}:{line}" for path in models for name, line in imports(path) if "torch.distributed" in name]
+    names = [(path, node, name) for path in models for node in ast.walk(tree(path)) for name in _identifiers(node)]
+    wrong += [f"{name_of(path)}:{node.lineno} {name}" for path, node, name in names if words(name) & OF_RANKS]
+    assert not wrong, "\n".join(wrong)
+
+
+def _identifiers(node: ast.AST) -> list[str]:
+    """Names that a node defines or uses."""
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    return [node.attr] if isinstance(node, ast.Attribute) else [node.id] if isinstance(node, ast.Name) else []
+
+
+def test_no_method_of_a_model_is_overwritten():
+    """What a forward does besides is an argument (`Execution`); hooks are torch's own, which keep methods as they are written."""
+    models = [path for path in LIBRARY if "model" in path.parts]
+    modules = [node for _, node in nodes(ast.ClassDef, models) if any(ast.unparse(base).startswith("nn.") for base in node.bases)]
+    methods = {item.name for node in modules for item in node.body if isinstance(item, ast.FunctionDef)}
+    wrong = []
+    for where, node in nodes(ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        stored = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Attribute)]
+        wrong += [f"{where} {ast.unparse(each)}" for each in stored if each.attr in methods and ast.unparse(each.value) != "self"]
+    for where, node in nodes(ast.Call):
+        if ast.unparse(node.func) in ("setattr", "types.MethodType", "MethodType") and not where.startswith(tuple(SETATTR)):
             wrong.append(f"{where} {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_public_classes_share_a_name():
+    files: dict[str, list[str]] = {}
+    for path in LIBRARY:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(name_of(path))
+    assert {name: found for name, found in files.items() if len(found) > 1 and name not in TWO_CLASSES} == {}
 
 
 def test_files_are_short():

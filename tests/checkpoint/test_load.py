@@ -22,7 +22,7 @@ from sonic.config import ModelConfig
 from sonic.parallel.context import context_of
 from sonic.parallel.mesh import make_world
 from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.parallelize import PLANS, build_parallel_model
+from sonic.parallel.parallelize import PARALLELIZERS, build_parallel_model
 
 RANKS, FILES, MIB = 4, 3, 2**20
 SAMPLE_S = 0.002
@@ -75,14 +75,14 @@ def sampled() -> Iterator[list[int]]:
 def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     """How much the private memory of this rank grows from the empty model, cut for this rank, to the model with its weights; and
     the same at the worst moment on the way."""
-    world, plan, before = make_world(parallel, parallel.name, CPU), PLANS[parallel.name], []
+    world, plan, before = make_world(parallel, parallel.name, CPU), PARALLELIZERS[parallel.name], []
 
     def allocate(*arguments) -> None:
         dist.barrier()
         before.append(private_memory())
         plan.allocate(*arguments)
 
-    PLANS[parallel.name] = plan._replace(allocate=allocate)
+    PARALLELIZERS[parallel.name] = plan._replace(allocate=allocate)
     try:
         with sampled() as seen:
             model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=NO_LORA, dtype=torch.float32)
@@ -90,7 +90,7 @@ def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
         assert next(model.parameters()).device == CPU  # the model is still there when memory is read
         return seen[-1] - before[0], max(seen) - before[0]
     finally:
-        PLANS[parallel.name] = plan
+        PARALLELIZERS[parallel.name] = plan
 
 
 PARALLEL = {

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
+from sonic.parallel.mesh import World
 from sonic.training.build import stream_of
 from sonic.training.checkpoint import Checkpoints
 from sonic.training.engine import LocalEngine
@@ -22,7 +23,6 @@ from sonic.training.log import RunLog, read_scalars
 from sonic.training.loop import Diverged, TrainingRun, train
 from sonic.training.objectives import Objective
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, LogConfig, OptimConfig, TrainConfig
-from sonic.training.world import World
 
 
 class Numbers(Dataset):
