@@ -1,4 +1,4 @@
-"""Reads the figures and ids of offline W&B runs from the files that W&B writes."""
+"""Reads the metrics and ids of offline W&B runs from the files that W&B writes."""
 
 from __future__ import annotations
 

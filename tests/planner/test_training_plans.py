@@ -1,4 +1,4 @@
-"""What the planner says of trainings: it adds up, it is what a step takes, and what it proposes helps."""
+"""The planner for trainings: sums are consistent, estimates equal the tracked memory, and proposed changes help."""
 
 from __future__ import annotations
 
@@ -152,15 +152,15 @@ def test_the_counted_parameters_are_those_of_the_model(model, task):
 
 @pytest.mark.parametrize(("task", "recipe"), [("distill", "distill=live_avatar_4step"), ("audio_adapter", "train=audio_adapter")])
 def test_a_planned_task_has_the_options_of_its_recipe(task, recipe):
-    search_plans, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
+    planned, recipe = compose(PLAN, [f"task={task}"]).task, compose(TRAIN, [recipe])
     goal, past = recipe.objective, recipe.objective.window.past
-    assert (search_plans.objective, search_plans.window, search_plans.past, search_plans.learn) == (
+    assert (planned.objective, planned.window, planned.past, planned.learn) == (
         goal.name,
         recipe.data.window,
         past,
         goal.learn,
     )
-    assert (search_plans.batch_size, search_plans.accumulate) == (recipe.budget.batch_size, recipe.budget.accumulate)
+    assert (planned.batch_size, planned.accumulate) == (recipe.budget.batch_size, recipe.budget.accumulate)
     assert (search_plans.precision, search_plans.recompute) == (recipe.speed.precision, recipe.speed.recompute)
     assert goal.window.reach == "clip"
     if goal.name == "dmd":

@@ -1,4 +1,4 @@
-"""Laws of names of files: `~`, bytes that are not UTF-8, links, pipes, and where a video is written."""
+"""File names: `~`, bytes that are not UTF-8, links, pipes, and the target of a video."""
 
 from __future__ import annotations
 
@@ -150,6 +150,6 @@ def test_what_cannot_become_a_video_is_refused_with_the_option(tmp_path, monkeyp
 
 def test_a_read_only_video_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").touch(0o444)
-    monkeypatch.setattr("sonic.system.paths.os.access", lambda path, mode: False)  # which root never sees
+    monkeypatch.setattr("sonic.system.paths.os.access", lambda path, mode: False)  # the superuser may write anywhere
     with pytest.raises(ValueError, match="there already and read-only"):
         writable(tmp_path / "a.mp4")
