@@ -1,4 +1,4 @@
-"""The command infer in this process, with a model so small that a video takes no time."""
+"""Runs the command infer in this process, with a model so small that a video takes little time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TINY = (
     "sampler.sample_steps=1",
     "device=cpu",
 )
-FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, so that nobody has to look for it
+FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, to skip the detection
 
 
 def tiny_components(seed: int = 0) -> Components:
-    """Parts with random weights, none of them zero."""
+    """Components with random weights, none of them zero."""
     torch.manual_seed(seed)
     components = untrained_components(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
     for module in (components.model, components.autoencoder, components.speech):
@@ -50,7 +50,7 @@ def write_weights(folder: Path) -> Path:
 
 
 def babble(seconds: float, seed: int = 0) -> np.ndarray:
-    """Something loud and changing at 16 kHz."""
+    """Loud, changing sound at 16 kHz."""
     time = np.arange(round(16_000 * seconds)) / 16_000
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.1 * noise * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)

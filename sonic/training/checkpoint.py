@@ -45,7 +45,7 @@ class Checkpoints:
             state, checkpoint_id=str(temporary), process_group=self.world.writers, no_dist=self.world.ranks == 1
         )
         done: Future = Future()
-        written.add_done_callback(lambda found: self._publish(found, done, temporary, record={"step": step, **metadata}))
+        written.add_done_callback(lambda future: self._publish(future, done, temporary, record={"step": step, **metadata}))
         self._under_way = (step, done)
 
     def settle(self) -> None:
@@ -165,10 +165,10 @@ def _checked(checkpoint: Path) -> dict | str:
     """The metadata of a checkpoint whose files match their digests; else a sentence about what is wrong."""
     try:
         metadata = json.loads((checkpoint / METADATA).read_text())
-        wrong = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
+        damaged = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
     except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # AttributeError: an older format
         return f"checkpoint {checkpoint} cannot be read ({error})"
-    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else metadata
+    return f"checkpoint {checkpoint} is damaged: {damaged[0]} does not match its digest" if damaged else metadata
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Prompts of published models: read before the transformer is there, all of them by one encoder, and only those that are used."""
+"""Prompts of published models: encoded before the transformer is loaded, by one encoder, and only those that are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = {
 
 @pytest.fixture
 def events(monkeypatch) -> list[str]:
-    """What is loaded and read, in order."""
+    """Names of loaded networks and encoded prompts, in order."""
     seen: list[str] = []
     make, build, tokens = Checkpoint._text_encoder, components.build_parallel_model, converted_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
@@ -36,7 +36,7 @@ def events(monkeypatch) -> list[str]:
 
 
 def copy_of(ready: Path, model: str, folder: Path) -> Path:
-    """A checkpoint that knows no prompt yet."""
+    """A copy of a checkpoint without stored prompts."""
     return shutil.copytree(ready / model, folder / model, ignore=shutil.ignore_patterns("prompts"))
 
 
@@ -103,7 +103,7 @@ def test_an_existing_video_is_not_made_again(ready, events, tmp_path):
     ("model", "extra", "read"), [("live", [], ["calm"]), ("wan", ["sampler.negative_prompt=bright"], ["calm", "bright"])]
 )
 def test_one_encoder_reads_what_a_video_needs(model, extra, read, ready, events, tmp_path):
-    """Live Avatar runs without guidance, so what to stay away from is never read."""
+    """Live Avatar runs without guidance, so the negative prompt is never encoded."""
     assert infer(tmp_path, *argv(ready, model, tmp_path), *extra, "prompt=calm", f"output={tmp_path / 'a.mp4'}") == 0
     assert events == ["encoder", *read, "transformer"]
 
@@ -129,4 +129,4 @@ def test_an_encoder_gives_a_heartbeat_with_every_tensor_that_is_moved(load, read
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **named: (moved.append(self), to(self, *given, **named))[1])
     load(Checkpoint.open(ready / "live"))
     assert len(heartbeats) > 10
-    assert heartbeats == list(range(len(heartbeats)))  # a sign, a tensor, a sign, a tensor
+    assert heartbeats == list(range(len(heartbeats)))  # heartbeat and tensor alternate

@@ -1,4 +1,4 @@
-"""The evaluation: the true video passes every bar, nothing moving fails, and the same seed scores the same people."""
+"""The evaluation: the true video reaches every goal, a still video does not, and the same seed scores the same people."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_size_of_the_video_is_that_of_the_drawn_portrait(tmp_path):
 
 
 def test_the_bundled_weights_fit_together(tmp_path):
-    """Loose bars: these weights reach 0.94, 0.0, 0.01 and 40 dB, but 0.13 of motion in silence with the speech encoder before."""
+    """Loose limits: these weights reach 0.94, 0.0, 0.01 and 40 dB, but 0.13 of motion in silence with the earlier speech encoder."""
     pytest.importorskip("espeakng_loader")
     argv = ["+preset=fast_preview", "sampler.sample_steps=2", "eval.clips=2", "eval.seconds=4", "eval.seed=1", "run.device=cpu"]
     found = evaluate(compose(Entry("evaluate", EvaluateConfig), argv))

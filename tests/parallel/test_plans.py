@@ -1,4 +1,4 @@
-"""Laws that every plan obeys: the video of one rank, the clip of one rank, and the names of one rank."""
+"""Every plan gives the video, the clip and the parameter names of one rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PREVIEW = {
     "preview offload": ParallelConfig("offload", replicas=-1),
     "preview context": ParallelConfig("context"),
 }
-GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after a video that nobody saw the end of
+GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after abandoned videos
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
 
 
 def refused_clip(weights: str) -> str:
-    """What the first rank of a pipeline says to a clip."""
+    """The error of the first rank of a pipeline for a clip."""
     case = case_of("tiny", weights)
     under = model_under(case, ParallelConfig("pipeline"))
     if not under.context.world.leads:

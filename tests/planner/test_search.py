@@ -1,4 +1,4 @@
-"""What the planner says: everything adds up, what fits fits, and every change that it proposes helps."""
+"""The planner: sums are consistent, chosen plans fit, and every proposed change helps."""
 
 from __future__ import annotations
 
