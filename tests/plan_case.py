@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import NamedTuple
 
+import pytest
 import torch
 from tiny import conditions, conditions_for, spans_of, tiny_config
 from torch import Tensor
@@ -84,7 +85,12 @@ def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bo
             next(early)
     blocks = torch.cat(list(blocks_of(under, case)), dim=2)
     late.close()
-    clip = None if world.stages > 1 else clip_of(under, case)
+    clip = None
+    if world.stages == 1:
+        clip = clip_of(under, case)
+    else:
+        with pytest.raises(ValueError, match="a clip with full attention"):
+            clip_of(under, case)
     shutdown(under.context)
     return Made(blocks, clip, names)
 

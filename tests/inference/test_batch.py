@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,7 +246,7 @@ def test_a_fault_of_the_program_in_one_line_costs_its_own_video(videos_of, monke
     def broken(scene, parts, config, **named):
         return {}["lost"] if config.seed == 2 else make(scene, parts, config, **named)
 
-    monkeypatch.setattr(batch, "make_film", broken)
+    monkeypatch.setattr(batch, "make_video", broken)
     code, given = videos_of(*({"seed": seed, "output": f"{seed}.mp4"} for seed in (1, 2, 3)))
     assert code == 1 and Path("1.mp4").exists() and Path("3.mp4").exists()
     assert given["2"]["error"] == "a fault of the program, not of the input (KeyError: 'lost')"
@@ -270,9 +272,9 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
     """The others wait in the middle of a forward, so that no further video can be begun."""
     config = compose(ENTRY, [f"weights={weights}", *FACE, *TINY])
     kinds = [
-        ("make_film", KeyError("lost"), "raised"),
-        ("make_film", OSError("full"), "details"),
-        ("checked_scene", KeyError("x"), "details"),
+        ("make_video", KeyError("lost"), "raised"),
+        ("make_video", OSError("full"), "details"),
+        ("checked_inputs", KeyError("x"), "details"),
     ]
 
     def raising(error):
@@ -281,11 +283,11 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
 
         return broken
 
-    with open_components(config, Ranks(), folder=tmp_path) as opened:
+    with open_components(config, Ranks(), folder=tmp_path) as single:
+        opened = single._replace(world=replace(single.world, rollout_mesh=SimpleNamespace(size=lambda: 2)))
         for name, error, ends in kinds:
             with monkeypatch.context() as patch:
-                patch.setattr(batch, "_alone", lambda world: False)
-                patch.setattr(batch, "checked_scene", lambda *_, **__: None)
+                patch.setattr(batch, "checked_inputs", lambda *_, **__: None)
                 patch.setattr(batch, name, raising(error))
                 if ends == "raised":
                     with pytest.raises(KeyError):

@@ -8,7 +8,7 @@ from itertools import count, islice
 
 import pytest
 import torch
-from tiny import BLOCK, SIZE, conditions, tiny_model
+from tiny import BLOCK, SIZE, conditions, latents_of, spans_of, tiny_model
 from torch.testing import assert_close
 
 from sonic.config import SamplerConfig
@@ -19,21 +19,12 @@ from sonic.sampling.samplers import SAMPLERS
 from sonic.types import BlockSpan
 
 
-def spans(number: int) -> list[BlockSpan]:
-    return [BlockSpan(index, index * BLOCK, BLOCK) for index in range(number)]
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def settings(**changes) -> SamplerConfig:
     return SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
-
-
-def latents_of(model, given, number: int, *, seed: int = 0, **changes) -> torch.Tensor:
-    blocks = rollout(model, given, spans(number), sampling=Sampling(settings(**changes), NoiseSource(seeded(seed))))
-    return torch.cat([block.latents for block in blocks], dim=2)
 
 
 def test_one_step_of_the_rollout_is_the_parallel_form_on_the_same_noise():
@@ -65,7 +56,7 @@ def test_each_sampling_step_reads_the_keys_of_its_own_noise_level():
     model, given = tiny_model(), conditions(4)
     cache = model.prefill(given, model.new_cache(given, steps=2))
     with torch.no_grad():
-        inputs = model.prepare_block(given.at(spans(1)[0]), spans(1)[0])
+        inputs = model.prepare_block(given.at(spans_of(1)[0]), spans_of(1)[0])
         for level, ring in zip((1000.0, 700.0), cache.rings, strict=True):
             model.denoise_block(torch.randn(1, 4, BLOCK, *SIZE), torch.tensor([level]), inputs, cache=cache, ring=ring)
     first, second = (ring.keys[1][:, ring.slot(0)] for ring in cache.rings)
@@ -87,7 +78,7 @@ def live_numbers() -> int:
 
 def test_the_memory_of_a_rollout_does_not_grow_with_the_number_of_blocks():
     model, given = tiny_model(), conditions(20 * BLOCK)
-    blocks = rollout(model, given, iter(spans(20)), sampling=Sampling(settings(), NoiseSource(seeded())))
+    blocks = rollout(model, given, iter(spans_of(20)), sampling=Sampling(settings(), NoiseSource(seeded())))
     held = [live_numbers() for block in blocks if block.span.index in (4, 19)]
     assert held[1] <= held[0]
 
