@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from PIL import Image
+from skimage import data
 
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import Entry, compose
@@ -47,6 +49,19 @@ def write_weights(folder: Path) -> Path:
     save_weights(components.autoencoder, folder / "preview_autoencoder.safetensors")
     save_weights(components.speech, folder / "preview_speech.safetensors")
     return folder
+
+
+def write_files(folder: Path, seconds: float) -> Path:
+    """A portrait me.png, a recording me.wav and the weights of the tiny model in a folder."""
+    Image.fromarray(data.astronaut()).save(folder / "me.png")
+    write_wav(folder / "me.wav", babble(seconds))
+    write_weights(folder / "weights")
+    return folder
+
+
+def pipeline_options(folder: Path) -> dict:
+    """The tiny model as the Python face takes it."""
+    return {**dict(item.split("=", 1) for item in (*TINY, *FACE)), "weights": folder / "weights", "run.threads": 1}
 
 
 def babble(seconds: float, seed: int = 0) -> np.ndarray:

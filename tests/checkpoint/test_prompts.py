@@ -66,13 +66,19 @@ def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(
     assert all(results[line]["plan"]["plan"] == "single" and results[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
 
 
-def test_text_features_of_another_length_are_encoded_and_stored_beside_the_others(tmp_path, monkeypatch):
+def test_text_features_of_another_length_or_damaged_ones_are_encoded_and_stored_beside_the_others(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     for _ in range(2):
         assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
-    assert len(list((tmp_path / "prompts").iterdir())) == 2
+    files = sorted((tmp_path / "prompts").iterdir())
+    assert len(files) == 2
+    whole = [path.read_bytes() for path in files]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:20])  # cut off
+    assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
+    assert [path.read_bytes() for path in files] == whole
 
 
 def test_a_damaged_file_of_text_features_is_written_again(tmp_path, monkeypatch):
