@@ -27,18 +27,18 @@ def broken(heads: int) -> list[str]:
 
     def ours(whole: Tensor) -> Tensor:
         """This rank's tokens of all parts, with all heads."""
-        return join_parts([share.part(part) for part in split_parts(whole.flatten(2), LAYOUT)]).unflatten(2, (heads, HEAD_DIM))
+        return join_parts([share.split(part) for part in split_parts(whole.flatten(2), LAYOUT)]).unflatten(2, (heads, HEAD_DIM))
 
     first = sum(heads // RANKS + (before < heads % RANKS) for before in range(rank))
-    some = slice(first, first + share.to_heads(heads))
+    some = slice(first, first + share.local_heads(heads))
     exchange = share.exchange(LAYOUT)
     given = [ours(whole).requires_grad_() for whole in rows[:3]]
     found = exchange.to_heads(QKV(*given))
     back = exchange.tokens(found.queries)
     (back * ours(rows[3])).sum().backward()
     frames = split_parts(rows[0].flatten(2), LAYOUT)[0]
-    part = share.part(frames).clone().requires_grad_()
-    gathered = share.whole(part, LAYOUT[0][1])
+    part = share.split(frames).clone().requires_grad_()
+    gathered = share.gather(part, LAYOUT[0][1])
     (gathered * frames).sum().backward()
     memory = split_parts(rows[0].flatten(2), LAYOUT)[1]
     laws = {
@@ -48,8 +48,8 @@ def broken(heads: int) -> list[str]:
         "the way back gives every rank its own tokens": torch.equal(back, given[0]),
         "gradients come back to the tokens that they are of": torch.allclose(given[0].grad, ours(rows[3])),
         "the tokens of all ranks are the whole frame": torch.equal(gathered, frames),
-        "fewer tokens than ranks are whole again as well": torch.equal(share.whole(share.part(memory), LAYOUT[1][1]), memory),
-        "every rank's loss reaches the tokens of each": torch.allclose(part.grad, RANKS * share.part(frames)),
+        "fewer tokens than ranks are whole again as well": torch.equal(share.gather(share.split(memory), LAYOUT[1][1]), memory),
+        "every rank's loss reaches the tokens of each": torch.allclose(part.grad, RANKS * share.split(frames)),
     }
     return [law for law, holds in laws.items() if not holds]
 
