@@ -55,7 +55,7 @@ def sent_each_way() -> list[float]:
     return found
 
 
-def test_messages_arrive_between_ranks_of_different_channels():
+def test_ranks_of_different_channels_receive_each_others_messages():
     assert on_ranks(3, sent_each_way, timeout_s=240) == [[20, 10], [1], [2]]
 
 

@@ -60,7 +60,7 @@ def test_a_velocity_error_of_one_has_loss_one_at_every_level_above_the_cap(batch
     speed = {"student": 1.0, "teacher": 0.0}
     monkeypatch.setattr(objective, "velocity", lambda role, *given: lambda x, sigma: torch.full_like(x, speed[role]))
     for position, cost in ((0, 1.0), (3, 1.0), (5, 1.0), (8, 4 * 0.2**2)):
-        monkeypatch.setattr(objective, "_places", lambda count, rng, position=position: torch.full((count,), position))
+        monkeypatch.setattr(objective, "_path_points", lambda count, rng, position=position: torch.full((count,), position))
         loss, _ = next(objective.losses("student", batch, seeded()))
         assert loss.item() == pytest.approx(cost, rel=1e-4), position
 

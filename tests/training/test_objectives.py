@@ -109,7 +109,7 @@ def test_augmentation_keeps_the_shape_and_changes_the_columns():
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (1.0, 0.0)])
 def test_audio_is_dropped_for_the_share_of_clips_that_is_asked_for(share, kept, batch):
-    given = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._conditions(batch, torch.Generator().manual_seed(0))
+    given = FlowMatch(config_of(FlowMatchConfig(audio_dropout=share)))._dropout_conditions(batch, torch.Generator().manual_seed(0))
     assert torch.equal(given.audio, kept * batch["audio"])
 
 
