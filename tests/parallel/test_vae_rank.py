@@ -103,7 +103,7 @@ def asked() -> list:
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
-def test_tensors_arrive_with_their_strides_and_caches_without_a_handle_are_freed():
+def test_tensors_keep_their_strides_and_caches_without_a_handle_are_freed():
     (found, twice, last, dtype, asks), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
     assert all(theirs == ours for theirs, ours in found)
     assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing

@@ -151,5 +151,5 @@ def test_what_cannot_become_a_video_is_refused_with_the_option(tmp_path, monkeyp
 def test_a_read_only_video_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").touch(0o444)
     monkeypatch.setattr("sonic.system.paths.os.access", lambda path, mode: False)  # which root never sees
-    with pytest.raises(ValueError, match="there already and read-only"):
+    with pytest.raises(ValueError, match="exists and is read-only"):
         writable(tmp_path / "a.mp4")
