@@ -83,11 +83,6 @@ class Entry:
     example: str = ""
     command: str = ""  # that it is a second form of, where it is one
 
-    @property
-    def written(self) -> str:
-        """The command as a person writes it."""
-        return written(self.command or self.name)
-
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` with the config of the command line, or of `argv`, and end the process with its exit code."""
@@ -122,7 +117,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        command = [shown(word) for word in (*shlex.split(entry.written), *argv)]
+        command = [shown(word) for word in (*shlex.split(written(entry.command or entry.name)), *argv)]
         run = Run(entry.location(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
@@ -220,8 +215,8 @@ def help_text(entry: Entry) -> str:
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: {entry.written} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
-        *([f"example: {entry.written} {entry.example}"] if entry.example else []),
+        f"usage: {written(entry.command or entry.name)} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
+        *([f"example: {written(entry.command or entry.name)} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),

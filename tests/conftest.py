@@ -1,4 +1,4 @@
-"""Fixtures for every test; this file also makes the helpers beside it importable."""
+"""Fixtures of all tests; this file also makes the helper modules beside it importable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @pytest.fixture
 def rng() -> torch.Generator:
-    """A seeded generator; torch's global one is seeded alike."""
+    """A seeded generator; torch's global generator is seeded too."""
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def logging_as_before():
-    """A command that ran inside a test leaves no handlers behind, and the next test hears what is logged."""
+    """Restore the log handlers that a command set up inside a test, so that the next test captures the log."""
     log = logging.getLogger("sonic")
     before = log.handlers[:], log.propagate, log.level
     yield

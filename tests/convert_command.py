@@ -1,4 +1,4 @@
-"""The commands convert and infer in this process, on miniature downloads."""
+"""Runs the commands convert and infer in this process, on miniature downloads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PROMPT = "a person speaks to the camera"
 
 
 def convert(*argv: str) -> int:
-    """The exit code of a conversion."""
+    """Run the command convert; its exit code."""
     return run_command(convert_command.ENTRY, convert_command.convert, convert_command.spelled(list(argv)))
 
 
 def infer(folder: Path, *argv: str) -> int:
-    """The exit code of a video; its results lie in folder/runs."""
+    """Run the command infer; its exit code. Results are in folder/runs."""
     return run_command(infer_command.ENTRY, infer_command.infer, ["device=cpu", f"run.folder={folder / 'runs'}", *argv])
 
 

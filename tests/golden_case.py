@@ -1,4 +1,4 @@
-"""One folder of numbers that the published code produced, and the model it describes."""
+"""A recorded case: one folder of numbers produced by the published code, and the model it describes."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class Case:
         return self.manifest["call"]
 
     def config(self, part: str) -> dict:
-        """What a network of the case is built from; a case of several networks has a config for each."""
+        """The config of a network of the case; a case of several networks has one for each."""
         return self.manifest["config"].get(part, self.manifest["config"])
 
     def weights(self, index: int) -> Path:
-        """The file of a case's weights; a case of several networks names several."""
+        """The weights file of a case; a case of several networks has several."""
         named = self.manifest["weights"]
         return self.folder / (named if isinstance(named, str) else named[index])
 
     def close(self, found: Tensor, expected: Tensor, *, strict: bool = True, slack: float = 0.0) -> None:
-        """Within the recorded tolerance (plus `slack`), and the strict one where the reference is exact."""
+        """Assert closeness within the recorded tolerance (plus `slack`), or the strict one where the reference is exact."""
         tolerance = self.manifest["tolerance"]
         assert_close(found, expected, atol=tolerance["atol"] + slack, rtol=tolerance["rtol"])
         if strict and "strict_atol" in tolerance:

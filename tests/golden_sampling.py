@@ -1,4 +1,4 @@
-"""Recorded schedules, solvers, guided sampling and picture sizes."""
+"""Checks of recorded schedules, solvers, guided sampling and picture sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import SCHEDULES, sigmas_of
 from sonic.types import Conditions
 
-# their name of a solver -> ours, and the table that it walks
+# their name of a solver -> our solver and schedule
 SOLVERS = {"unipc": ("unipc", "unipc"), "dpmpp": ("dpmpp", "linear"), "dpm++": ("dpmpp", "linear")}
 EULERS = {"euler": ("euler", "twice_shifted"), "liveavatar_euler": ("euler", "twice_shifted")}
 

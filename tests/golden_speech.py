@@ -1,4 +1,4 @@
-"""Recorded wav2vec2 features and how they are picked per video frame."""
+"""Checks of recorded wav2vec2 features and of their selection for each video frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded rows of the text encoder."""
+"""Checks of recorded text features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded latents and frames of the Wan VAE, whole and in chunks."""
+"""Checks of recorded latents and frames of the Wan VAE, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decode(case: Case) -> None:
 
 
 def encode(case: Case) -> None:
-    """Frames beyond the last whole latent are left out, as the published code does without a word."""
+    """Frames beyond the last whole latent frame are dropped, as the published code does silently."""
     vae = vae_of(case)
     for name, video in case.inputs.items():
         whole = 1 + (video.shape[1] - 1) // 4 * 4

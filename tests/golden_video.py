@@ -1,4 +1,4 @@
-"""Recorded videos of both published pipelines, from a picture and speech features to pixels."""
+"""Checks of recorded videos of both published pipelines, from a picture and speech features to pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sonic.vae.wan_vae import WanAutoencoder
 
 
 class Noted(WanAutoencoder):
-    """The autoencoder, and what it was asked."""
+    """The autoencoder, with a record of its calls."""
 
     def __init__(self, vae: WanAutoencoder) -> None:
         torch.nn.Module.__init__(self)

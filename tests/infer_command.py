@@ -1,4 +1,4 @@
-"""The command infer in this process, with a model so small that a video takes no time."""
+"""Runs the command infer in this process, with a model so small that a video takes little time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from PIL import Image
+from skimage import data
 
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import Entry, compose
@@ -26,11 +28,11 @@ TINY = (
     "sampler.sample_steps=1",
     "device=cpu",
 )
-FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, so that nobody has to look for it
+FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, to skip the detection
 
 
 def tiny_components(seed: int = 0) -> Components:
-    """Parts with random weights, none of them zero."""
+    """Components with random weights, none of them zero."""
     torch.manual_seed(seed)
     components = untrained_components(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
     for module in (components.model, components.autoencoder, components.speech):
@@ -49,8 +51,21 @@ def write_weights(folder: Path) -> Path:
     return folder
 
 
+def write_files(folder: Path, seconds: float) -> Path:
+    """A portrait me.png, a recording me.wav and the weights of the tiny model in a folder."""
+    Image.fromarray(data.astronaut()).save(folder / "me.png")
+    write_wav(folder / "me.wav", babble(seconds))
+    write_weights(folder / "weights")
+    return folder
+
+
+def pipeline_options(folder: Path) -> dict:
+    """The tiny model as the Python face takes it."""
+    return {**dict(item.split("=", 1) for item in (*TINY, *FACE)), "weights": folder / "weights", "run.threads": 1}
+
+
 def babble(seconds: float, seed: int = 0) -> np.ndarray:
-    """Something loud and changing at 16 kHz."""
+    """Loud, changing sound at 16 kHz."""
     time = np.arange(round(16_000 * seconds)) / 16_000
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.1 * noise * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The command infer on several ranks, each a process of its own without a launcher above it, which imports nothing anew."""
+"""Runs the command infer on several ranks, as forked processes without a launcher, which saves their imports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT_S = 240.0
 
 
 def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[[int], object] = int) -> tuple[list[int], str]:
-    """(exit codes of the ranks, what they said); `before(rank)` is called on each of them first."""
+    """(exit codes of the ranks, their output); `before(rank)` is called on each of them first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "sonic.inference.batch", "librosa.filters"])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:

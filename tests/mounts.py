@@ -1,4 +1,4 @@
-"""Places that are not as a program likes them: disks that are full, folders that take nothing, for one command at a time."""
+"""Runs a command with full disks or read-only folders, in a mount namespace of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def mounts_are_allowed() -> bool:
-    """Whether this user may mount things that nobody else sees."""
+    """Whether this user may create mount namespaces."""
     try:
         return not subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False).returncode
     except FileNotFoundError:
@@ -23,7 +23,7 @@ def mounts_are_allowed() -> bool:
 
 
 def with_mounts(mounts: list[list[str]], command: list[str], **named) -> subprocess.CompletedProcess:
-    """Run a command after `mount` with these arguments, in a namespace that ends with it."""
+    """Run a command after `mount` with these arguments, in a mount namespace that ends with it."""
     if not mounts_are_allowed():
         pytest.skip("nothing can be mounted here: that takes root and unshare")
     script = " && ".join([*(f"mount {' '.join(each)}" for each in mounts), 'exec "$@"'])

@@ -1,4 +1,4 @@
-"""Miniature downloads in every format of the published ones: official names, random weights, a real tokenizer made small."""
+"""Miniature downloads in the formats of the published ones: official names, random weights, a small tokenizer."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ VAE = {"base_dim": 4, "z_dim": 16}
 
 
 def tiny_model(**trunk_sizes: int) -> ModelConfig:
-    """What config.json says, as ours."""
+    """The config of config.json in our form."""
     sizes = {"hidden_dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32}
     trunk = TrunkConfig(patch_size=[1, 2, 2], **{**sizes, **trunk_sizes})
     return ModelConfig(trunk=trunk, audio=AudioConfig(SPEECH_DIM, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
 
 
 def write_official(folder: Path, seed: int = 0) -> Path:
-    """A folder like Wan2.2-S2V-14B/."""
+    """Write a folder like Wan2.2-S2V-14B/."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(GIVEN))
@@ -70,7 +70,7 @@ def write_official(folder: Path, seed: int = 0) -> Path:
 
 
 def write_lora(folder: Path, rank: int = 2, seed: int = 1, *, tensors: dict[str, Tensor] | None = None) -> Path:
-    """A folder like LiveAvatar/; `tensors` are those of another transformer than the tiny one."""
+    """Write a folder like LiveAvatar/; `tensors` are those of a transformer other than the tiny one."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     pairs = {}
@@ -84,14 +84,14 @@ def write_lora(folder: Path, rank: int = 2, seed: int = 1, *, tensors: dict[str,
 
 
 def write_text_encoder(file: Path, config: dict) -> None:
-    """A umT5 encoder under its published names."""
+    """Write a umT5 encoder under its published names."""
     text = TextEncoder(config).encoder.state_dict()
     text.pop(TIED)
     torch.save({_published(name): _random(tensor).bfloat16() for name, tensor in text.items()}, file)
 
 
 def write_sparse(tensors: dict[str, Tensor], folder: Path, *, shards: int) -> None:
-    """Shards in bfloat16 whose contents are holes, so that they take no disk, and their index."""
+    """Write bfloat16 shards as sparse files, which take no disk space, and their index."""
     names, weight_map = sorted(tensors), {}
     for number in range(shards):
         file = f"{official.DIT_STEM}-{number + 1:05d}-of-{shards:05d}.safetensors"
@@ -112,7 +112,7 @@ SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in official
 
 
 def _random(tensor: Tensor) -> Tensor:
-    """The tensor as it is before training, moved a little, so that nothing is zero and everything is felt in the video."""
+    """The initial tensor plus small noise, so that nothing is zero and every weight affects the video."""
     return tensor + 0.05 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor.clone()
 
 
@@ -137,7 +137,7 @@ def _published(name: str) -> str:
 
 
 def _wan_vae() -> dict[str, Tensor]:
-    """A VAE by its published names, found by asking diffusers where each of them goes."""
+    """A VAE under its published names, found by diffusers' own conversion of each name."""
     state = WanAutoencoder(VAE).blocks.state_dict()
     candidates = _published_vae_names()
     where = to_diffusers({name: name for name in candidates})
@@ -145,7 +145,7 @@ def _wan_vae() -> dict[str, Tensor]:
 
 
 def _published_vae_names() -> list[str]:
-    """Every name that the published VAE may have, and a few that it has not."""
+    """All names that the published VAE may have, and a few that it does not have."""
     tails = ("residual.0.gamma", "residual.2.weight", "residual.2.bias", "residual.3.gamma", "residual.6.weight", "residual.6.bias",
              "shortcut.weight", "shortcut.bias", "resample.1.weight", "resample.1.bias", "time_conv.weight", "time_conv.bias")  # fmt: skip
     ends = ("weight", "bias")

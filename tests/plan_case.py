@@ -1,4 +1,4 @@
-"""A video and a clip under any plan on any number of ranks, and how they must compare with those of one rank."""
+"""Makes a video and a clip under any plan on any number of ranks, and compares them with those of one rank."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Under(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a rank has in the end: latents, if it leads, and parameter names."""
+    """The result of a rank: latents (on the first rank only) and parameter names."""
 
     blocks: Tensor | None
     clip: Tensor | None
@@ -70,8 +70,8 @@ def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch
 
 
 def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:
-    """A video and a clip under a plan, or the video alone where clips cannot be; maybe after two videos given up
-    halfway, one of which is closed at once and the other when it is nearly forgotten."""
+    """A video and a clip under a plan, or the video alone where clips are refused; with `give_up` after two abandoned videos,
+    one of which is closed at once and the other one later."""
     case = case_of(plan, weights)
     under = model_under(case, parallel)
     names, world = [name for name, _ in under.model.named_parameters()], under.context.world
@@ -96,7 +96,7 @@ def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bo
 
 
 def blocks_of(under: Under, case: Case):
-    """Latents of one block after the other."""
+    """Latents of the blocks, one after the other."""
     sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2, sample_guide_scale=2.0)
     spans = spans_of(case.blocks, case.config.rollout.block_frames)
     source = NoiseSource(torch.Generator().manual_seed(0))
@@ -114,12 +114,12 @@ def clip_of(under: Under, case: Case) -> Tensor:
 
 
 def made_under_all(plans: dict[str, ParallelConfig], weights: str, given_up: Sequence[str] = ()) -> dict[str, Made]:
-    """One plan after the other in the same process, so that each must leave a clean place behind."""
+    """Run the plans one after the other in the same process, so that each must clean up after itself."""
     return {plan: made_under(plan, parallel, weights, give_up=plan in given_up) for plan, parallel in plans.items()}
 
 
 def same_as_single(plans: dict[str, ParallelConfig], ranks: list[dict[str, Made]]) -> None:
-    """Videos and clips bit for bit, or as near as another order of sums comes where ranks share tokens; and every name."""
+    """Assert that videos and clips equal those of one rank: bit for bit, or up to the order of sums where ranks share tokens."""
     for plan, parallel in plans.items():
         first, single = ranks[0][plan], ranks[0]["preview" if plan.startswith("preview") else "tiny"]
         assert {name for rank in ranks for name in rank[plan].names} == set(single.names), plan

@@ -1,4 +1,4 @@
-"""Runs a function on n gloo ranks, each a process of its own, and gives back what every rank returned."""
+"""Runs a function on n gloo ranks, each in its own process, and returns the results of all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings of every kind for tests, made with PyAV, and the sound of finished videos measured without the code that is tested."""
+"""Recordings of every kind for tests, made with PyAV, and measurement of the sound of videos independent of the tested code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = 16_000
 
 
 def voice(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
-    """Sound like speech, never twice the same: syllables of harmonics whose pitch wanders, float32 [n]."""
+    """Speech-like sound without repetition: syllables of harmonics with a wandering pitch, float32 [n]."""
     rng = np.random.default_rng(seed)
     knots = np.arange(0, seconds + 0.2, 0.1)
     time = np.arange(round(seconds * rate)) / rate
@@ -30,7 +30,7 @@ def voice(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
 
 
 def encode(path: Path, channels: np.ndarray, codec: str, *, rate: int, layout: str = "", options: dict | None = None) -> Path:
-    """A file of samples [channels, n], its container chosen by the suffix."""
+    """Write samples [channels, n] to a file whose container is that of the suffix."""
     layout = layout or {1: "mono", 2: "stereo"}[len(channels)]
     with av.open("file:" + os.path.abspath(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
@@ -50,7 +50,7 @@ def encode(path: Path, channels: np.ndarray, codec: str, *, rate: int, layout: s
 
 
 def restamp(source: Path, path: Path, seconds: Callable[[int], float | None]) -> Path:
-    """The packets of a file with seconds(k) added to the time stamps of the k-th; it is left out for None."""
+    """Copy the packets of a file with seconds(k) added to the time stamps of the k-th; None drops the packet."""
     with av.open(str(source)) as given, av.open(str(path), "w") as made:
         stream = made.add_stream_from_template(given.streams.audio[0])
         late = {count: seconds(count) for count in range(10_000)}
@@ -66,7 +66,7 @@ def restamp(source: Path, path: Path, seconds: Callable[[int], float | None]) ->
 
 
 def plain_decode(path: Path) -> np.ndarray:
-    """The first sound of a file as 16 kHz mono, frame after frame whatever the stamps say."""
+    """Decode the first sound of a file as 16 kHz mono, frame by frame, ignoring the time stamps."""
     found, resampler = [], av.AudioResampler("flt", "mono", RATE)
     with av.open("file:" + os.path.abspath(path)) as container:
         for frame in container.decode(audio=0):
@@ -76,7 +76,7 @@ def plain_decode(path: Path) -> np.ndarray:
 
 
 def video_of(speech: Speech, path: Path, frames: int = 0) -> tuple[float, float]:
-    """Write a video of a recording; the lengths of its pictures and of its sound track in seconds, as players read them."""
+    """Write a video of a recording; gives the durations of its pictures and of its sound track in seconds."""
     frames = frames or frames_of_audio(len(speech.samples), speech.sample_rate, 25)
     with VideoWriter(path, 16, 16, num_frames=frames, speech=speech) as writer:
         for _ in range(frames):
@@ -87,7 +87,7 @@ def video_of(speech: Speech, path: Path, frames: int = 0) -> tuple[float, float]
 
 
 def offset_ms(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """By how much `found` comes later than `truth`, and the correlation of the two there."""
+    """Delay of `found` behind `truth` in ms, and the correlation of the two at that delay."""
     size = len(found) + len(truth)
     products = np.fft.irfft(np.fft.rfft(found, size) * np.fft.rfft(truth, size).conj(), size)
     best = int(products.argmax())
@@ -95,8 +95,8 @@ def offset_ms(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return 1000 * late / RATE, float(products[best] / np.sqrt((found @ found) * (truth @ truth)))
 
 
-def attn_out(path: Path, folder: Path) -> tuple[Speech, np.ndarray]:
-    """What a recording is to the model, and what of it is heard in its finished video; its length is checked here."""
+def speech_and_video_sound(path: Path, folder: Path) -> tuple[Speech, np.ndarray]:
+    """A recording as the model's input, and the decoded sound of its video, after checking the durations."""
     speech = load_speech(path)
     pictures, sound = video_of(speech, folder / "video.mp4")
     assert abs(pictures - speech.seconds) <= 0.04

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input is said in one sentence, with exit code 2, and nothing is left behind."""
+"""Every fault of the input is reported in one sentence with exit code 2, and no files are left behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sentence(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder and gives what it said, after checking how it ended."""
+    """Runs the command in an empty folder and gives its error message, after checking the exit code and the files."""
     (tmp_path / "inputs").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""Caches of packages: where neither they nor the home take any, a temporary folder of this user does."""
+"""Cache folders of packages: a temporary folder of this user when neither the packages nor the home folder are writable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(os.environ.get("NUMBA_CACHE_DIR"))
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """No home, packages that take nothing, and a temporary folder of our own."""
+    """No home folder, read-only packages, and a temporary folder."""
     for name in (*caches.HOME_CACHES, "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""Every command: its help at once and without anything heavy, its launch file, and how it is written in what it says."""
+"""Every command: fast help without heavy imports, a launch file, and the spelling of commands in messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_help_is_fast_has_an_example_and_imports_nothing_heavy(name):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert f"usage: sonic {name} [" in done.stdout and f"example: sonic {name} " in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of its own; 0.2 s where this was written
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # CPU time of the process itself; usually 0.2 s
 
 
 def test_every_command_has_a_module_and_a_launch_file_and_there_are_no_others():
@@ -69,7 +69,7 @@ def test_bundled_weights_are_named_without_a_path(tmp_path):
 
 
 def test_no_recipe_writes_into_the_package_or_reads_a_path_in_it():
-    texts = {path: path.read_text() for position in ("conf", "recipes") for path in (ROOT / position).rglob("*.yaml")}
+    texts = {path: path.read_text() for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*.yaml")}
     settings = {path: [line for line in text.splitlines() if not line.lstrip().startswith("#")] for path, text in texts.items()}
     assert [path for path, lines in settings.items() if any(("sonic/" in line.partition(" #")[0]) for line in lines)] == []
     exports = [line for lines in settings.values() for line in lines if line.startswith("export:")]

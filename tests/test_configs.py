@@ -1,4 +1,4 @@
-"""Every YAML composes, every model builds without memory, and every mistake on the command line is answered with the choices."""
+"""Every YAML composes, every model builds on the meta device, and every mistake on the command line lists the choices."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_the_command_line_answers_fast_and_without_torch(arguments):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*interpreter(), "-c", script, "infer", *arguments], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # of its own, whatever else the machine does
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # CPU time of the process itself
     assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
     assert "Traceback" not in done.stderr
 
@@ -285,7 +285,7 @@ LARGE = [("distill", f"live_avatar_{steps}step") for steps in (4, 3, 2)] + [("tr
 
 @pytest.mark.parametrize(("group", "option"), LARGE)
 def test_every_recipe_for_large_cards_builds_on_the_meta_device(group, option):
-    """Composed whole, built on meta: the base once, adapters or the chosen parts learn, and the world's batches divide by eight."""
+    """Build each recipe on the meta device: one base, adapters or the chosen parts are trainable, batches divide by eight ranks."""
     config = compose(ENTRIES["train"], [f"{group}={option}"])
     with torch.device("meta"):
         objective = OBJECTIVES[config.objective.name](config, None)

@@ -1,4 +1,4 @@
-"""Files that are written aside: whole or not there, with the umask's mode, and never two under one name."""
+"""Atomic writing of files: complete or absent, with the mode of the umask, and with unique temporary names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WRITERS = {
 
 @pytest.fixture
 def for_oneself(monkeypatch):
-    """safetensors from 0.8.1 on: its files are for their owner alone."""
+    """Imitate safetensors from 0.8.1 on, whose files are readable by their owner only."""
     write = safetensors.torch.serialize_file
 
     def serialize_file(tensors, path, *rest, **named):

@@ -1,4 +1,4 @@
-"""Parity with numbers that the published code produced; another folder of cases comes from the variable SONIC_GOLDEN."""
+"""Parity with recorded numbers of the published code; the variable SONIC_GOLDEN names another folder of cases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def audio_encoder(case: Case) -> None:
 
 
 def per_frame_timesteps(case: Case) -> None:
-    """Recorded with rotations rounded to half precision: exactly so here, and within the tolerance without rounding."""
+    """Recorded with rotations rounded to half precision: exact with the same rounding, within the tolerance without."""
     case.close(_per_frame(case), case.outputs["out"], strict=False)
     with half_precision_rotations():
         case.close(_per_frame(case), case.outputs["out"])
@@ -176,7 +176,7 @@ def _ref_position(case: Case, turn: int, span: BlockSpan) -> int:
 
 
 def _stream(case: Case, *, actors: Actors | None = None, change: Callable[[AvatarDiT], None] = lambda model: None):
-    """Prefill, then block by block and step by step with Euler; a ring holds one clip. `change` alters the model first."""
+    """Prefill, then denoise block by block with Euler steps; a ring holds one clip. `change` modifies the model first."""
     call, noise = case.call, case.inputs["noise"]
     frames = call["frames_per_block"]
     blocks, clips = noise.shape[2] // frames, noise.shape[0]

@@ -1,4 +1,4 @@
-"""What people of the field type first: steps, guidance, precision, sizes and lengths, under the names that they know."""
+"""Common options (steps, guidance, precision, sizes, lengths) and the names that other programs have for them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from infer_command import FACE, TINY, babble, write_wav, write_weights
+from infer_command import FACE, TINY, babble, pipeline_options, write_files
 from PIL import Image
 from skimage import data
 
@@ -23,7 +23,6 @@ from sonic.commands import infer_command
 from sonic.data.image import load_image
 from sonic.geometry import FPS
 from sonic.inference.components import BUNDLED
-from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.search import as_json, search_plans
 
@@ -37,20 +36,12 @@ REAL = {"device": "cpu", "face_box": "[165,70,115,115]", "face.mouth": "[223,160
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A portrait, a recording and weights of the tiny model."""
-    where = tmp_path_factory.mktemp("face")
-    Image.fromarray(data.astronaut()).save(where / "me.png")
-    write_wav(where / "me.wav", babble(SECONDS))
-    write_weights(where / "weights")
-    return where
-
-
-def options(folder: Path) -> dict:
-    return {**dict(item.split("=", 1) for item in (*TINY, *FACE)), "weights": folder / "weights", "run.threads": 1}
+    return write_files(tmp_path_factory.mktemp("face"), SECONDS)
 
 
 @pytest.fixture(scope="module")
 def pipe(folder) -> AvatarPipeline:
-    return AvatarPipeline.from_pretrained("preview", **options(folder))
+    return AvatarPipeline.from_pretrained("preview", **pipeline_options(folder))
 
 
 @pytest.fixture(scope="module")
@@ -125,192 +116,12 @@ def test_a_generator_that_was_just_seeded_gives_what_its_seed_gives_and_goes_on_
     assert np.array_equal(first, video.frames) and not np.array_equal(second, first)
 
 
-# Sound that is still arriving
-
-
-def pieces(samples: np.ndarray, *sizes: int):
-    """The samples in chunks of these sizes, over and over."""
-    first, index = 0, 0
-    while first < len(samples):
-        yield samples[first : first + sizes[index % len(sizes)]], RATE
-        first, index = first + sizes[index % len(sizes)], index + 1
-
-
-def test_frames_do_not_depend_on_how_the_sound_is_cut(pipe, folder):
-    sound = babble(2.0) * np.linspace(0.1, 1, 32_000, dtype=np.float32)
-    found = [frames_of(pipe.stream(folder / "me.png", pieces(sound, *sizes))) for sizes in ((32_000,), (1, 7, 5000), (640,))]
-    assert len(found[0]) == 50
-    assert all(np.array_equal(found[0], other) for other in found[1:])
-
-
-def test_sound_at_another_rate_is_resampled_alike_however_it_is_cut():
-    from sonic.data.live_audio import LiveAudio
-
-    sound = np.sin(np.arange(48_000) / 48_000 * 2 * np.pi * 300).astype(np.float32) / 2
-    found = []
-    for size in (48_000, 441):
-        live = LiveAudio([(sound[first : first + size], 48_000) for first in range(0, 48_000, size)])
-        live.receive(20_000)
-        found.append(live.window(0, 20_000))
-    assert len(found[0]) == 16_000 and np.allclose(found[0], found[1], atol=1e-6)
-    wanted = np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 300) / 2
-    assert np.abs(found[0] - wanted)[200:-200].max() < 1e-3
-
-
-def test_a_recording_within_the_look_ahead_of_the_first_block_gives_the_frames_of_its_file(pipe, folder):
-    sound = babble(SECONDS)
-    assert len(sound) < RATE * (BLOCK / FPS + pipe.look_ahead_s)
-    live = frames_of(pipe.stream(folder / "me.png", pieces(sound, 1000), seed=7))
-    whole = pipe(folder / "me.png", (sound, RATE), seed=7).frames
-    assert live.shape == whole.shape and np.abs(live.astype(int) - whole).max() <= 1
-
-
-def test_a_block_comes_once_its_look_ahead_is_there_and_asks_for_no_more(pipe, folder):
-    """The microphone gives the samples that block k needs and waits until its frames have been seen."""
-    sound, seen = babble(4.0), []
-    needed = [round(((index + 1) * BLOCK / FPS + pipe.look_ahead_s) * RATE) for index in range(6)]
-
-    def microphone():
-        first = 0
-        for index, stop in enumerate(needed):
-            yield sound[first:stop], RATE
-            first = stop
-            deadline = 20.0
-            while len(seen) <= index:
-                assert deadline > 0, f"block {index} wants more sound than it is said to"
-                waited.wait(0.01)
-                deadline -= 0.01
-        yield sound[first:], RATE
-
-    import threading
-
-    waited = threading.Event()
-    total = 0
-    for chunk in pipe.stream(folder / "me.png", microphone()):
-        seen.append(chunk.start)
-        total += len(chunk)
-    assert pipe.look_ahead_s == pytest.approx(0.97) and total == 100
-    assert seen[:6] == [BLOCK * index for index in range(6)]
-
-
-def test_what_comes_after_the_look_ahead_changes_nothing_before_it(pipe, folder):
-    sound = babble(3.0)
-    stop = round((2 * BLOCK / FPS + pipe.look_ahead_s) * RATE)
-    other = np.concatenate([sound[:stop], np.float32(5) * babble(1.0, seed=3)])
-    first, second = (frames_of(pipe.stream(folder / "me.png", pieces(each, 800))) for each in (sound, other))
-    assert np.array_equal(first[: 2 * BLOCK], second[: 2 * BLOCK])
-    assert not np.array_equal(first[2 * BLOCK : 3 * BLOCK], second[2 * BLOCK : 3 * BLOCK])
-
-
-def test_of_sound_that_arrives_for_long_a_minute_is_held():
-    from sonic.data.live_audio import HELD_S, LiveAudio
-
-    live = LiveAudio((np.full(RATE, index / 400, np.float32), RATE) for index in range(400))
-    for second in range(1, 401):
-        live.receive(second * RATE)
-        assert len(live.before(second * RATE)) <= HELD_S * RATE
-    assert live.before(400 * RATE)[-1] == np.float32(399 / 400)
-    live.receive(401 * RATE)
-    assert live.ended and live.num_frames == 400 * FPS
-
-
-def test_num_clip_ends_a_stream_that_would_never_end(folder):
-    limited = AvatarPipeline.from_pretrained("preview", **options(folder), **{"video.num_clip": 1, "video.infer_frames": 20})
-
-    def endless():
-        while True:
-            yield babble(0.5), RATE
-
-    assert len(frames_of(limited.stream(folder / "me.png", endless()))) == 20
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (["model=wan_s2v_14b"], "model=wan_s2v_14b makes clips of 80 frames whose sound it needs whole"),
-        (["motion.head=gentle"], "motion.head=gentle does not go with audio that is still arriving"),
-        (["decode.online=false"], "decode.online=false does not go with audio"),
-        (["model=live_avatar_14b", "compat=upstream"], "video.compat=upstream does not go with audio"),
-    ],
-)
-def test_what_needs_the_whole_recording_refuses_an_iterator(given, sentence):
-    from sonic.data.live_audio import LiveAudio
-    from sonic.inference.inputs import InMemory, open_inputs
-
-    with pytest.raises(ValueError, match=sentence):
-        open_inputs(compose(Entry("infer", InferConfig), given), InMemory(sound=LiveAudio(iter(()))))
-
-
-@pytest.mark.parametrize(
-    ("chunks", "sentence"),
-    [
-        ([], r"audio ends after 0.00 s, the shortest recording is 0.2 s"),
-        ([(np.zeros(900, np.float32), RATE)], r"audio ends after 0.06 s"),
-        ([(np.full(9000, np.nan, np.float32), RATE)], "chunk 0 of audio holds numbers that are not finite"),
-        (
-            [(np.zeros(900, np.float32), RATE), (np.zeros(900, np.float32), 8000)],
-            "chunk 1 of audio has sample_rate=8000, the chunks before",
-        ),
-        ([("loud", RATE)], "chunk 0 of audio is"),
-    ],
-)
-def test_chunks_that_are_no_sound_end_the_video_with_a_sentence(chunks, sentence, pipe, folder):
-    with pytest.raises(ValueError, match=sentence):
-        list(pipe.stream(folder / "me.png", iter(chunks)))
-
-
-def test_a_stream_that_is_closed_asks_for_no_more_sound(pipe, folder):
-    asked = []
-
-    def endless():
-        while True:
-            asked.append(1)
-            yield babble(0.5), RATE
-
-    chunks = pipe.stream(folder / "me.png", endless())
-    next(chunks)
-    chunks.close()
-    count = len(asked)
-    assert count < 40 and len(asked) == count
-
-
-# Wav2vec2 over windows
-
-
-def test_wav2vec2_reads_a_window_around_a_block_and_gives_its_states_at_its_frames():
-    from sonic.data.live_audio import LiveAudio
-    from sonic.encoders.wav2vec import Wav2VecEncoder
-    from sonic.geometry import BlockSpan
-    from sonic.inference.live_features import CONTEXT_S, LiveFeatures, LiveWav2Vec
-
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    encoder = Wav2VecEncoder({**small, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2})
-    sound = babble(8.0)
-    features = LiveFeatures(LiveAudio(pieces(sound, 3000)), LiveWav2Vec(encoder))
-    found = [features.of(span) for span in features.spans(3)]
-    assert len(found) == 17 and found[0].shape == (1, 3, 16, 12)
-    for index in (0, 7, 12):  # at the beginning, and where the window has left it
-        span = BlockSpan(index, 3 * index, 3)
-        stop, start = features.stop(span), max(0, int((span.first_frame / FPS - CONTEXT_S) * 50)) * 320
-        wave = (sound[start:stop] - sound[:stop].mean()) / np.sqrt(sound[:stop].var() + 1e-7)
-        with torch.no_grad():
-            states = encoder.layers(torch.from_numpy(wave.astype(np.float32)))
-        for frame in (0, 11):
-            position = round((span.first_frame + frame) / FPS * 30) * 5 / 3 - start / 320
-            low, share = int(position), position - int(position)
-            wanted = (1 - share) * states[:, low] + share * states[:, low + 1]
-            assert torch.allclose(found[index][0, ..., frame], wanted, atol=1e-4), (index, frame)
-    assert not found[-1][..., 8:].any()  # after the end
-
-
-# Options, errors, and the life of a pipeline
-
-
 def test_every_step_of_every_block_is_reported_once(pipe, folder):
     for steps, solver in ((3, "euler"), (3, "heun")):
         seen = []
-        own = AvatarPipeline.from_pretrained("preview", **{**options(folder), "sampler.name": solver, "sampler.sample_steps": steps})
+        own = AvatarPipeline.from_pretrained(
+            "preview", **{**pipeline_options(folder), "sampler.name": solver, "sampler.sample_steps": steps}
+        )
         note = lambda which, step, timestep, kwargs, own=own, seen=seen: seen.append((which is own, kwargs["block"], step, timestep))  # noqa: E731
         own(folder / "me.png", folder / "me.wav", callback_on_step_end=note)
         assert [each[:3] for each in seen] == [(True, block, step) for block in range(3) for step in range(steps)]
@@ -347,10 +158,10 @@ def test_an_adapter_that_is_loaded_is_that_of_from_pretrained_and_a_bad_one_chan
 
 
 def test_to_a_precision_is_as_made_in_it_and_to_an_unknown_one_changes_nothing(folder):
-    own, sound = AvatarPipeline.from_pretrained("preview", **options(folder)), (babble(0.3), RATE)
+    own, sound = AvatarPipeline.from_pretrained("preview", **pipeline_options(folder)), (babble(0.3), RATE)
     with pytest.raises(ValueError, match="run.dtype=float16 is unknown"):
         own.to(torch.float16)
-    made = AvatarPipeline.from_pretrained("preview", torch_dtype=torch.bfloat16, **options(folder))
+    made = AvatarPipeline.from_pretrained("preview", torch_dtype=torch.bfloat16, **pipeline_options(folder))
     assert np.array_equal(own.to(torch.bfloat16)(folder / "me.png", sound).frames, made(folder / "me.png", sound).frames)
     assert own.opened.components.dtype == torch.bfloat16
 
@@ -412,7 +223,7 @@ def test_a_wrong_pipeline_is_refused_with_the_sentence_of_the_command_line(model
 
 
 def test_a_folder_of_weights_is_a_model(folder, video):
-    given = {name: value for name, value in options(folder).items() if name != "weights"}
+    given = {name: value for name, value in pipeline_options(folder).items() if name != "weights"}
     own = AvatarPipeline.from_pretrained(folder / "weights", **given)
     assert np.array_equal(own(folder / "me.png", folder / "me.wav", seed=7).frames, video.frames)
 
@@ -429,7 +240,7 @@ def test_a_video_never_takes_the_place_of_what_it_was_made_from(pipe, folder, tm
 
 
 def test_a_closed_pipeline_says_so(folder):
-    with AvatarPipeline.from_pretrained("preview", **options(folder)) as own:
+    with AvatarPipeline.from_pretrained("preview", **pipeline_options(folder)) as own:
         assert own.leads
     with pytest.raises(ValueError, match="this pipeline is closed"):
         own(folder / "me.png", folder / "me.wav")

@@ -1,4 +1,4 @@
-"""launch/slurm.sh with a cluster that only says what it was told."""
+"""launch/slurm.sh with stand-ins for the cluster's commands that print their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams that nobody reads, and signals that end a program: the work counts, or goes without a trace."""
+"""Closed output streams and signals: the work is finished anyway, or leaves no files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_help_that_cannot_be_written_is_an_error_but_a_reader_that_stops_early_i
 
 
 def started(folder, **named) -> subprocess.Popen:
-    """A program whose work has begun."""
+    """Start a program and wait until its work has begun."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(script(WORKS), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **named)
     until = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""The package as others install it: what the wheel carries, a video that an installed wheel makes, and a clone that is installed."""
+"""The installed package: contents of the wheel, a video made by an installed wheel, and an installed clone."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def tiny_config(*, window_blocks: int = 2, ref_distance: int = 28) -> ModelConfi
 
 
 def tiny_model(**settings) -> AvatarDiT:
-    """A model none of whose weights is zero, so that nothing hides."""
+    """A model without zero weights, so that every part affects the output."""
     torch.manual_seed(0)
     model = AvatarDiT(tiny_config(**settings))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def conditions(frames: int, *, batch: int = 1, motion: int | None = 3) -> Condit
 
 
 def conditions_for(config: ModelConfig, frames: int, size: tuple[int, int]) -> Conditions:
-    """Conditions for a model of any shape, over so many latent rows and columns."""
+    """Conditions for a model of any shape; `size` is in latent rows and columns."""
     rng = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
     channels, audio = config.trunk.latent_channels, config.audio
@@ -65,7 +65,7 @@ def spans_of(number: int, block: int = BLOCK) -> list[BlockSpan]:
 def latents_of(
     model: AvatarDiT, conditions_: Conditions, number: int, *, seed: int = 0, context: DistributedContext | None = None, **changes
 ) -> torch.Tensor:
-    """Latents of a video of so many blocks, by one rank or by the first of several."""
+    """Latents of a video of `number` blocks, made by one rank or by several (given on the first)."""
     settings = SamplerConfig(**{"name": "euler", "schedule": "linear", "sample_steps": 2, **changes})
     source = NoiseSource(torch.Generator().manual_seed(seed))
     blocks = rollout(model, conditions_, spans_of(number), sampling=Sampling(settings, source), context=context)

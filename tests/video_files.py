@@ -1,4 +1,4 @@
-"""A folder of little MP4s as people have them: a good one, and one for everything that may be wrong with a video."""
+"""A folder of small MP4s: a good one, and one for every fault that a video may have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def astronaut() -> np.ndarray:
 
 
 def warp_crop(picture: Tensor, layers: MotionLayers) -> Tensor:
-    """A picture itself in motion, without a photograph around it.  [B,3,R,R] in [-1,1] -> frames [B,3,F,R,R] in [-1,1]"""
+    """Apply motion to a crop without a photograph around it.  [B,3,R,R] in [-1,1] -> frames [B,3,F,R,R] in [-1,1]"""
     batch, frames = layers.flow.shape[:2]
     size = picture.shape[-2:]
     stacked = rearrange(torch.cat([layers.flow, layers.opacity, layers.interior], 2), "b f c h w -> (b f) c h w")
@@ -49,7 +49,7 @@ def speech(seed: int, frames: int) -> tuple[np.ndarray, torch.Tensor]:
 
 
 def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: puppet.MouthShape = MOUTH, seed: int = 0) -> np.ndarray:
-    """A face that says it and sways a little, uint8 [F,H,W,3]."""
+    """Frames of a face that speaks these visemes and moves a little, uint8 [F,H,W,3]."""
     still = rearrange(torch.from_numpy(astronaut() if picture is None else picture), "h w c -> c h w").float() / 255
     pose = draw_face.head_motion(np.random.default_rng(seed), len(visemes), 0.5)
     moved = puppet.apply(still, puppet.move(mouth, visemes, pose, resolution=still.shape[-1]))
@@ -57,7 +57,7 @@ def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: 
 
 
 def write(path: Path, pixels: np.ndarray, samples: np.ndarray | None, *, fps: int = FPS) -> Path:
-    """An MP4 of them."""
+    """Write frames and samples to an MP4."""
     speech_track = None if samples is None else Speech(samples)
     with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech_track, coding=Coding(fps=fps)) as writer:
         writer.write(pixels)
@@ -65,11 +65,11 @@ def write(path: Path, pixels: np.ndarray, samples: np.ndarray | None, *, fps: in
 
 
 def delayed(samples: np.ndarray, seconds: float) -> np.ndarray:
-    """The same sound later, as long as before."""
+    """The samples delayed, with the same length."""
     late = round(16_000 * seconds)
     return np.concatenate([np.zeros(late, np.float32), samples[:-late]])
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video one after the other, uint8 [H,W,3]."""
+    """The frames of a video, uint8 [H,W,3]."""
     return (picture for _, picture in timed_frames(path))

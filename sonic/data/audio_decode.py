@@ -138,15 +138,15 @@ def keep_audible(pieces: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray
 
 def _choices(pieces: Iterator[np.ndarray], rate: int) -> Iterator[tuple[np.ndarray, int, int]]:
     """Blocks of sound [channels, n], each with the channel chosen for the block before it and for itself (an index, or _MEAN)."""
-    held, last = [], None
+    buffer, last = [], None
     for piece in chain(pieces, [None]):
-        if held and (piece is None or piece.shape[0] != held[0].shape[0] or sum(part.shape[1] for part in held) >= _MIX_S * rate):
-            block = np.concatenate(held, axis=1)
+        if buffer and (piece is None or piece.shape[0] != buffer[0].shape[0] or sum(part.shape[1] for part in buffer) >= _MIX_S * rate):
+            block = np.concatenate(buffer, axis=1)
             chosen = _choice(block, _MEAN if last is None else last)
             yield block, chosen if last is None or last >= len(block) else last, chosen
-            held, last = [], chosen
+            buffer, last = [], chosen
         if piece is not None:
-            held.append(piece)
+            buffer.append(piece)
 
 
 def _choice(block: np.ndarray, last: int) -> int:
@@ -232,19 +232,19 @@ def _lowest(leads: list[float]) -> float:
 
 def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: str) -> Iterator[np.ndarray]:
     """Resample the frames to float32 [channels, n] at one rate and insert the silence; layout "" keeps the channels of every frame."""
-    resampler, source, channels, made, due = None, None, 1, 0, 0.0
+    resampler, source, channels, produced, due = None, None, 1, 0, 0.0
     for silence, frame in spaced:
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if resampler is not None and (silence or kind != source):
             for piece in _resampled(resampler, None, layout):
-                made += piece.shape[1]
+                produced += piece.shape[1]
                 yield piece
             resampler = None
         due += silence
-        missing = round(due * rate) - made if silence else 0
+        missing = round(due * rate) - produced if silence else 0
         for start in range(0, missing, rate):
             yield np.zeros((channels, min(rate, missing - start)), np.float32)
-        made += max(0, missing)
+        produced += max(0, missing)
         if resampler is None:
             source, unnamed = kind, frame.layout.name.endswith("channels") and frame.layout.nb_channels > 2
             target, options = (
@@ -254,7 +254,7 @@ def _converted(spaced: Iterator[tuple[float, AudioFrame]], rate: int, layout: st
         due += frame.samples / frame.sample_rate
         frame.pts = None  # time is counted here: a wrong time stamp must not stop the resampler
         for piece in _resampled(resampler, frame, layout):
-            channels, made = piece.shape[0], made + piece.shape[1]
+            channels, produced = piece.shape[0], produced + piece.shape[1]
             yield piece
     if resampler is not None:
         yield from _resampled(resampler, None, layout)

@@ -115,18 +115,18 @@ class ClipDataset(Dataset):
             )
         self._check_encoders(config, hashes_of)
         clip = self.read(0, 0, keys=("latents", "audio"))
-        found = (clip["latents"].shape[0], *clip["audio"].shape[:2])
-        wanted = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)
-        if found != wanted:
+        sizes = (clip["latents"].shape[0], *clip["audio"].shape[:2])
+        needed = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)
+        if sizes != needed:
             raise ValueError(
-                f"data.folder={self.folder} has (latent channels, audio layers, audio values) {found}, model={config.name} needs {wanted}; "
+                f"data.folder={self.folder} has (latent channels, audio layers, audio values) {sizes}, model={config.name} needs {needed}; "
                 f"make clips for this model with {written('precompute')}"
             )
 
     def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
-        own = hashes_of(config) if any(self.index.get(name) for name in ENCODED) else {}
+        current = hashes_of(config) if any(self.index.get(name) for name in ENCODED) else {}
         for name, what in ENCODED.items():
-            known, ours = self.index.get(name, ""), own.get(name, "")
+            known, ours = self.index.get(name, ""), current.get(name, "")
             if known and ours and known != ours:
                 raise ValueError(
                     f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "

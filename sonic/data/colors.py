@@ -142,8 +142,8 @@ def _codes_of_png(path: Path) -> tuple[int, int] | None:
 def _codes_of_heif(path: Path) -> tuple[int, int] | None:
     """H.273 codes of primaries and transfer in the colour boxes of a HEIF file, if all its boxes agree."""
     with path.open("rb") as file:
-        found = {each[:4] for each in file.read(HEADER_BYTES).split(b"colrnclx")[1:]}
-    return struct.unpack(">HH", found.pop()) if len(found) == 1 else None
+        codes = {box[:4] for box in file.read(HEADER_BYTES).split(b"colrnclx")[1:]}
+    return struct.unpack(">HH", codes.pop()) if len(codes) == 1 else None
 
 
 def _coded(primaries: int, transfer: int) -> io.BytesIO | None:

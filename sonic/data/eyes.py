@@ -26,8 +26,8 @@ def read_eyes(window: Tensor, pose: FacePose) -> Tensor:
     sides = [_near(points, spots, -1), _near(points, spots, 1)]
     (left, left_merit), (right, right_merit) = sides
     apart = right[None] - left[:, None]  # [left, right, 2]
-    odd = (torch.atan2(apart[..., 1], apart[..., 0]) / TILT_SPREAD) ** 2 + ((apart[..., 0] - 2 * USUAL[0]) / WIDTH_SPREAD) ** 2
-    merit = left_merit[:, None] + right_merit[None] - SHARE_OF_PRIOR / 2 * odd
+    deviation = (torch.atan2(apart[..., 1], apart[..., 0]) / TILT_SPREAD) ** 2 + ((apart[..., 0] - 2 * USUAL[0]) / WIDTH_SPREAD) ** 2
+    merit = left_merit[:, None] + right_merit[None] - SHARE_OF_PRIOR / 2 * deviation
     weight = torch.softmax(merit.flatten() / 0.04, dim=0).reshape(merit.shape)
     eyes = torch.stack([weight.sum(1) @ left, weight.sum(0) @ right])
     return eyes @ _rotation(pose) + torch.tensor([pose.x, pose.y])

@@ -170,27 +170,27 @@ def fit(rounds: int = 80, ridge: float = 100.0, seed: int = 0) -> FaceFilter:
     small = torch.from_numpy(data.lfw_subset()).float()[:, None, :, :COLUMNS]
     faces, others = torch.cat([small[:100], small[:100].flip(-1)]), torch.cat([small[100:], small[100:].flip(-1), _scenery(rng)])
     inside = oval()
-    seen, wanted = [], []
+    windows, targets = [], []
     for turn in range(rounds):
         roll, size, right, down, yaw = (torch.randn(5, generator=rng) * torch.tensor([0.25, 0.15, 2.5, 2.5, 1.2])).tolist()
         if turn % 4 == 0:
             roll = size = right = down = 0.0
         move = Move(roll, math.exp(size), right, down, yaw)
         nearness = math.exp(-0.5 * ((roll / 0.12) ** 2 + (size / 0.08) ** 2 + right**2 + down**2))
-        seen.append(channels(relit(moved(faces, move), rng)))
-        wanted.append(torch.full((len(faces),), nearness))
-    seen.append(channels(others))
-    wanted.append(torch.zeros(len(others)))
-    rows, target = (torch.cat(seen) * inside).flatten(1), torch.cat(wanted)
+        windows.append(channels(relit(moved(faces, move), rng)))
+        targets.append(torch.full((len(faces),), nearness))
+    windows.append(channels(others))
+    targets.append(torch.zeros(len(others)))
+    rows, target = (torch.cat(windows) * inside).flatten(1), torch.cat(targets)
     rows = rows * (LOUDNESS / (rows.norm(dim=1, keepdim=True) + 1e-3))
     offset = target.mean()
     weights = torch.linalg.solve(rows.T @ rows + ridge * torch.eye(rows.shape[1]), rows.T @ (target - offset))
     return FaceFilter(weights.reshape(-1, ROWS, COLUMNS) * inside, float(offset))
 
 
-def save(made: FaceFilter, path: str) -> None:
+def save(face_filter: FaceFilter, path: str) -> None:
     """Write a filter in half precision."""
-    np.savez_compressed(path, weights=made.weights.half().numpy(), offset=np.float32(made.offset))
+    np.savez_compressed(path, weights=face_filter.weights.half().numpy(), offset=np.float32(face_filter.offset))
 
 
 def moved(faces: Tensor, move: Move) -> Tensor:
@@ -213,7 +213,7 @@ def relit(faces: Tensor, rng: torch.Generator) -> Tensor:
 
 def _scenery(rng: torch.Generator, count: int = 400) -> Tensor:
     """Windows of photographs without a face.  -> [n,1,ROWS,COLUMNS]"""
-    found = []
+    windows = []
     for picture in (data.coffee(), data.rocket(), data.hubble_deep_field(), data.chelsea()):
         grey = torch.from_numpy(picture).float().mean(-1)[None, None] / 255
         for whole in (2, 4, 8):
@@ -221,5 +221,5 @@ def _scenery(rng: torch.Generator, count: int = 400) -> Tensor:
             for _ in range(count // 12):
                 top = int(torch.randint(small.shape[-2] - ROWS, (1,), generator=rng))
                 left = int(torch.randint(small.shape[-1] - COLUMNS, (1,), generator=rng))
-                found.append(small[..., top : top + ROWS, left : left + COLUMNS])
-    return torch.cat(found)
+                windows.append(small[..., top : top + ROWS, left : left + COLUMNS])
+    return torch.cat(windows)

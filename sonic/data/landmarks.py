@@ -185,15 +185,15 @@ def _votes(picture: Image.Image, side: int, smallest: float, *, turn: float) -> 
     cos, sin = math.cos(roll), math.sin(roll)
     least = max(24, int(smallest * side), int(LEAST_FACE * scale))
     limits = {"min_size": (least, least), "max_size": (side, side), "min_neighbor_number": 1}
-    found = []
+    boxes = []
     for mirrored in (False, True):
         view = np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
         for hit in _cascade().detect_multi_scale(img=view, scale_factor=1.2, step_ratio=1, **limits):
             size = hit["width"]
             x, y = hit["c"] + size / 2 - wide / 2, hit["r"] + size / 2 - high / 2
             x = -x if mirrored else x
-            found.append(((cos * x - sin * y + wide / 2) / scale, (sin * x + cos * y + high / 2) / scale, size / scale, roll))
-    return found
+            boxes.append(((cos * x - sin * y + wide / 2) / scale, (sin * x + cos * y + high / 2) / scale, size / scale, roll))
+    return boxes
 
 
 def _agree(votes: Iterable[tuple[float, float, float, float]]) -> list[list[tuple[float, float, float, float]]]:

@@ -52,8 +52,8 @@ def estimate_motion(frames: Tensor, rest: Tensor) -> MotionLayers:
     flow = flow * _inside_border(side)
     length = torch.linalg.vector_norm(flow, dim=1, keepdim=True)
     flow = flow * ((length - STILL) / STILL).clamp(0, 1)
-    wrong = (small - _warped(still, flow)).abs().mean(1, keepdim=True) / 2
-    opacity = ((wrong - HIDDEN[0]) / (HIDDEN[1] - HIDDEN[0])).clamp(0, 1) * _around_mouth(side)
+    error = (small - _warped(still, flow)).abs().mean(1, keepdim=True) / 2
+    opacity = ((error - HIDDEN[0]) / (HIDDEN[1] - HIDDEN[0])).clamp(0, 1) * _around_mouth(side)
     opacity = F.avg_pool2d(opacity, 3, stride=1, padding=1)
     interior = (small + 1) / 2 * (opacity / 1e-3).clamp(max=1)
     return MotionLayers(flow * ((1 - opacity) / 1e-3).clamp(max=1), opacity, interior)
@@ -70,8 +70,8 @@ def head_pose(flow: Tensor) -> Tensor:
     face = (dx.abs() < 2 * MOUTH_UNIT) & (y < MOUTH_ANCHOR[1] - MOUTH_UNIT) & (y > 2 * BORDER)
     dx, dy, one, zero = dx[face], dy[face], torch.ones(int(face.sum())), torch.zeros(int(face.sum()))
     rows = torch.cat([torch.stack([dy, -one, zero], 1), torch.stack([-dx, zero, -one], 1)])  # linearised small rotation, as backward flow
-    ways = rearrange(flow[:, :, face], "f c n -> (c n) f")
-    pose = torch.linalg.lstsq(rows, ways).solution.T
+    displacements = rearrange(flow[:, :, face], "f c n -> (c n) f")
+    pose = torch.linalg.lstsq(rows, displacements).solution.T
     return torch.cat([pose, torch.zeros(len(flow), 1)], 1)
 
 

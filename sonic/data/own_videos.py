@@ -62,10 +62,10 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     source, folder = Path(config.data.source), Path(config.folder)
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
-    there = {name for name in shards if whole(folder / name)}
-    old = {name for name in there if outdated(folder / name, hashes)}
+    existing = {name for name in shards if whole(folder / name)}
+    old = {name for name in existing if outdated(folder / name, hashes)}
     begin_again(len(old), folder)
-    kept = {name for name in there - old if not read_metadata(folder / name).get("again")}
+    kept = {name for name in existing - old if not read_metadata(folder / name).get("again")}
     missing = [(config, build, (path, name)) for name, path in shards.items() if name not in kept]
     done = each_made(_write_video, missing, config.workers, crashed=_write_crashed)
     for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):

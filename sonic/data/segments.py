@@ -71,14 +71,14 @@ def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, 
 
     Raises ValueError when the video cannot be decoded.
     """
-    length, first, held = FRAMES_PER_LATENT * config.latent_frames, 1, []
+    length, first, pictures = FRAMES_PER_LATENT * config.latent_frames, 1, []
     for frame in frames_at(path, fps):
-        held.append(frame)
-        if len(held) == 1 + length:
-            yield _inspect(held, samples, first=first, config=config, fps=fps)
-            first, held = first + length, held[-1:]
-    if len(held) > 1 or first == 1:
-        yield Segment(first, max(0, len(held) - 1), f"shorter than a clip of {length / fps:.1f} s")
+        pictures.append(frame)
+        if len(pictures) == 1 + length:
+            yield _inspect(pictures, samples, first=first, config=config, fps=fps)
+            first, pictures = first + length, pictures[-1:]
+    if len(pictures) > 1 or first == 1:
+        yield Segment(first, max(0, len(pictures) - 1), f"shorter than a clip of {length / fps:.1f} s")
 
 
 def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> list[Segment]:
@@ -103,13 +103,13 @@ def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> li
     return [segment if segment.fault else replace(segment, fault=fault, **measured) for segment in group]
 
 
-def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Segment:
+def _inspect(pictures: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Segment:
     """The segment of these frames (the first is the past frame), with the first fault found."""
-    frames = len(held) - 1
+    frames = len(pictures) - 1
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
         return Segment(first, frames, "silent")
-    middle = held[1 + frames // 2]
+    middle = pictures[1 + frames // 2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about several faces: the same one is taken as in a photograph
@@ -117,10 +117,10 @@ def _inspect(held: list[np.ndarray], samples: np.ndarray, *, first: int, config:
     except ValueError:
         return Segment(first, frames, "no face")
     portrait = Portrait(middle, face, locate_mouth(middle, face))
-    mouth_frames = torch.stack([cut(frame, face_crop(portrait, resolution=MOUTH_CROP)) for frame in held])
+    mouth_frames = torch.stack([cut(frame, face_crop(portrait, resolution=MOUTH_CROP)) for frame in pictures])
     if float((mouth_frames[1:] - mouth_frames[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
         return Segment(first, frames, "another scene begins")
-    pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(held, portrait, config)
+    pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(pictures, portrait, config)
     if pixels is None:
         return Segment(first, frames, f"the face does not fit into data.size={config.data.size}")
     level = quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
@@ -134,28 +134,28 @@ def mouth_opening(frames: Tensor) -> np.ndarray:
     x, y, unit = (side * share for share in (*MOUTH_ANCHOR, MOUTH_UNIT))
     mouth = frames[..., int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean(1).flatten(1).numpy()
     changes = quick(_smooth(mouth))
-    ways, sizes, _ = np.linalg.svd(changes - changes.mean(0), full_matrices=False)
+    components, sizes, _ = np.linalg.svd(changes - changes.mean(0), full_matrices=False)
     dark = quick(_smooth(np.quantile(mouth, DARK, axis=1)))
-    opening = ways[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
+    opening = components[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
     return -opening if metrics.correlation(opening, dark) > 0 else opening
 
 
-def _face_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
+def _face_framing(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
     """Frames of the face crop, as in the command infer."""
     crop = face_crop(portrait, resolution=config.model.resolution)
-    shown = torch.stack([cut(frame, crop) for frame in held])
+    shown = torch.stack([cut(frame, crop) for frame in pictures])
     return rearrange(to_bytes(shown), "f c h w -> f h w c")
 
 
-def _whole_framing(held: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
+def _whole_framing(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
     """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
     width, height = parse_size(config.data.size, "data.size")
-    high, wide = held[0].shape[:2]
+    high, wide = pictures[0].shape[:2]
     scale, face = max(width / wide, height / high), portrait.face
     across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
     if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
         return None
-    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in held])
+    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in pictures])
 
 
 FRAMINGS = {"warp": _face_framing, "wan": _whole_framing}  # by model.autoencoder

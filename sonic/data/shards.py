@@ -51,11 +51,11 @@ _BUILT: dict[str, Encoders] = {}
 
 def built(config: PrecomputeConfig, build: Build) -> Encoders:
     """The encoders of this process, built at the first call."""
-    wanted = repr((config, build))
-    if wanted not in _BUILT:
+    key = repr((config, build))
+    if key not in _BUILT:
         _BUILT.clear()
-        _BUILT[wanted] = build(config)
-    return _BUILT[wanted]
+        _BUILT[key] = build(config)
+    return _BUILT[key]
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
@@ -132,15 +132,15 @@ def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: C
     if not workers or not jobs:
         yield from (make(*job) for job in jobs)
         return
-    own, begun = threading.local(), []
+    local, started = threading.local(), []
 
     def begin() -> None:
-        own.worker = Worker(partial(torch.set_num_threads, 1))
-        begun.append(own.worker)
+        local.worker = Worker(partial(torch.set_num_threads, 1))
+        started.append(local.worker)
 
     def work(job: tuple) -> None:
         try:
-            own.worker.call(make, *job)
+            local.worker.call(make, *job)
         except Crashed as error:
             if crashed is None:
                 raise
@@ -153,5 +153,5 @@ def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: C
                 yield future.result()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-            for worker in begun:
+            for worker in started:
                 worker.stop()

@@ -193,7 +193,7 @@ class _Sound:
     def __init__(self, container, speech: Speech) -> None:
         self.source, self.rate, self.layout = _recording(speech)
         channels = AudioLayout(self.layout).nb_channels
-        self.held, self.position, self.ended = np.zeros((channels, 0), np.float32), 0, False
+        self.buffer, self.position, self.ended = np.zeros((channels, 0), np.float32), 0, False
         self.stream = container.add_stream("aac", rate=self.rate, layout=self.layout)
         self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
 
@@ -210,12 +210,12 @@ class _Sound:
         while self.position < last:
             count = min(_AAC_SAMPLES, last - self.position)
             self._fill(count)
-            self.held = np.pad(self.held, ((0, 0), (0, max(0, count - self.held.shape[1]))))
+            self.buffer = np.pad(self.buffer, ((0, 0), (0, max(0, count - self.buffer.shape[1]))))
             packets += self._encode(count)
         return packets + self.stream.encode(None)
 
     def _encode(self, samples: int) -> list:
-        part, self.held = np.ascontiguousarray(self.held[:, :samples]), self.held[:, samples:]
+        part, self.buffer = np.ascontiguousarray(self.buffer[:, :samples]), self.buffer[:, samples:]
         frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
         frame.sample_rate, frame.pts, frame.time_base = self.rate, self.position, Fraction(1, self.rate)
         self.position += samples
@@ -223,13 +223,13 @@ class _Sound:
 
     def _fill(self, samples: int) -> bool:
         """Buffer at least `samples` samples; False when the recording ends before."""
-        while not self.ended and self.held.shape[1] < samples:
+        while not self.ended and self.buffer.shape[1] < samples:
             piece = next(self.source, None)
             if piece is None:
                 self.ended = True
             else:
-                self.held = np.concatenate([self.held, piece], axis=1)
-        return self.held.shape[1] >= samples
+                self.buffer = np.concatenate([self.buffer, piece], axis=1)
+        return self.buffer.shape[1] >= samples
 
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:

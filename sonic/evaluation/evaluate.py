@@ -99,13 +99,13 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
                 save_video(path, generators["model"](case, case.samples), Speech(case.samples.astype(np.float32)))
     figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
-    found = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
-    found["openings"] = openings  # of the mouth in each frame, for comparison with other runs
-    found["peak_rss_gib"] = metrics.peak_rss_gib()
+    result = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
+    result["openings"] = openings  # of the mouth in each frame, for comparison with other runs
+    result["peak_rss_gib"] = metrics.peak_rss_gib()
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def portrait_side(config: EvaluateConfig) -> int:

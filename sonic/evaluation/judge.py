@@ -50,7 +50,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
     best, lag = metrics.best_lag(motion, level, max_lag=MAX_LAG)
     rests, speaks = pauses(level), level > np.median(level)
-    found = {
+    figures = {
         "photo_psnr_db": photo_psnr,
         "speech_correlation": best,
         "lag_frames": lag,
@@ -59,11 +59,11 @@ def judge(config: JudgeConfig) -> dict[str, float]:
         "frame_ms": 1000 / fps,
         **sound_figures(Path(config.mp4), speech, times),
     }
-    show(found)
+    show(figures)
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps({**found, "mouth_motion": motion.tolist()}, indent=1) + "\n")
-    return found
+        Path(config.json).write_text(json.dumps({**figures, "mouth_motion": motion.tolist()}, indent=1) + "\n")
+    return figures
 
 
 def _refuse_overwriting(config: JudgeConfig) -> None:
@@ -112,15 +112,15 @@ def sound_offset(found: np.ndarray, truth: np.ndarray, reach: int) -> tuple[int,
     return best - reach, float(abs(products[best]) / np.sqrt(power)) if power else 0.0
 
 
-def sound_fault(found: dict[str, float]) -> str:
+def sound_fault(figures: dict[str, float]) -> str:
     """A sentence about what is wrong with the sound track of a judged video; empty when it matches the recording."""
-    if "sound_offset_ms" not in found:
-        return f"the video has no sound track: sound_length_ms is {found['sound_length_ms']:.1f}"
-    limits = {"sound_length_ms": found["frame_ms"], "sound_offset_ms": LARGEST_OFFSET_MS}
-    wrong = [f"{name} is {found[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(found[name]) > most + 0.5]
-    if found["sound_correlation"] < LEAST_CORRELATION:
-        wrong.append(f"sound_correlation is {found['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
-    return f"the video's sound does not match: {', '.join(wrong)}" if wrong else ""
+    if "sound_offset_ms" not in figures:
+        return f"the video has no sound track: sound_length_ms is {figures['sound_length_ms']:.1f}"
+    limits = {"sound_length_ms": figures["frame_ms"], "sound_offset_ms": LARGEST_OFFSET_MS}
+    faults = [f"{name} is {figures[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(figures[name]) > most + 0.5]
+    if figures["sound_correlation"] < LEAST_CORRELATION:
+        faults.append(f"sound_correlation is {figures['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
+    return f"the video's sound does not match: {', '.join(faults)}" if faults else ""
 
 
 def frame_rate(times: np.ndarray) -> int:
@@ -162,13 +162,13 @@ def pauses(level: np.ndarray) -> np.ndarray:
     return ~near
 
 
-def show(found: dict[str, float]) -> None:
+def show(figures: dict[str, float]) -> None:
     """Print the metrics beside the values of a good video."""
     goals = {"photo_psnr_db": "≥ 33", "speech_correlation": "≥ 0.5", "lag_frames": "-2 to 2", "rest_ratio": "≤ 0.2"}
-    frame = found["frame_ms"]
+    frame = figures["frame_ms"]
     goals |= {"sound_length_ms": f"{-frame:.0f} to {frame:.0f}", "sound_offset_ms": f"{-LARGEST_OFFSET_MS:.0f} to {LARGEST_OFFSET_MS:.0f}"}
     goals["sound_correlation"] = f"≥ {LEAST_CORRELATION}"
     table = Table("figure", "found", "good")
-    for name, value in found.items():
+    for name, value in figures.items():
         table.add_row(name, f"{value:.3f}", goals.get(name, ""))
     Console(width=80).print(table)

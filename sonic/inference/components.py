@@ -40,7 +40,7 @@ Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Networks(NamedTuple):
+class LoadedNetworks(NamedTuple):
     """What a rank denoises and decodes with. A rank that only has the autoencoder has no transformer, one that only repeats forwards no
     autoencoder."""
 
@@ -63,19 +63,19 @@ class Components:
     weights: str = ""  # what the transformer is loaded from, in words
     speech: nn.Module | None = None
     checkpoint: Checkpoint | None = None
-    networks: Networks | None = None
+    networks: LoadedNetworks | None = None
 
     @property
     def device(self) -> torch.device:
         """Where this rank works."""
         return self.context.world.device
 
-    def load(self) -> Networks:
+    def load(self) -> LoadedNetworks:
         """Load the transformer and the autoencoder, as far as this rank needs them; a second call gives what is there."""
         world = self.context.world
         if self.networks is None:
             model = None if world.holds_vae else self.make_model()
-            self.networks = Networks(model, self.make_autoencoder() if world.leads or world.holds_vae else None)
+            self.networks = LoadedNetworks(model, self.make_autoencoder() if world.leads or world.holds_vae else None)
         return self.networks
 
     @property
@@ -173,7 +173,7 @@ def preview_components(
 ) -> Components:
     """Parts of the preview that are there already, on one device."""
     context = DistributedContext(World("single", device))
-    networks = Networks(model, autoencoder)
+    networks = LoadedNetworks(model, autoencoder)
     return Components(config, context, lambda: model, lambda: autoencoder, dtype=dtype, speech=speech, networks=networks)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from sonic.model.execution import LOCAL, Execution
 from sonic.parallel.channel import P2PChannel
 from sonic.parallel.mesh import World
@@ -21,7 +19,7 @@ class DistributedContext:
     and the rank of the autoencoder; `rollouts` is the number of rollouts started so far, `closed` is true when no more will start.
     """
 
-    world: World = field(default_factory=lambda: World("single", torch.device("cpu")))
+    world: World = field(default_factory=World)
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig("single"))
     execution: Execution = LOCAL
     channel: P2PChannel | None = None

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sonic.config import Ranks
@@ -26,16 +27,33 @@ PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first
 
 @dataclass(frozen=True)
 class World:
-    """This process and its mesh of ranks. `mesh` has the axes AXES, or is None for a single process without a group; `rollout_mesh` is
-    the axes layers and cp as one: all ranks that make a video together. With `vae_rank` the last rank along layers has the autoencoder
-    and no layers. `lanes` are process groups for the directions of channels, where messages go from device to device."""
+    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `rollout_mesh` is layers and
+    cp as one axis: everybody who takes part in a video, or in a training. With `vae_rank` the last along layers owns the autoencoder and no
+    layer. `lanes` are groups for the messages of each way, where they go from device to device, `writers` is one for the checkpoints of a
+    training, which are written beside it."""
 
-    plan: str
-    device: torch.device
+    plan: str = "single"
+    device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
     rollout_mesh: DeviceMesh | None = None
     vae_rank: bool = False
     lanes: tuple[dist.ProcessGroup, ...] = ()
+    writers: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """Which of all ranks this is."""
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
 
     def size(self, axis: str) -> int:
         """Number of ranks along an axis."""
@@ -55,6 +73,18 @@ class World:
         if self.mesh is not None:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks, in place; everywhere the same."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+            values /= self.ranks
+        return values
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        if self.ranks > 1:
+            dist.barrier()
 
     @property
     def stages(self) -> int:

@@ -1,4 +1,4 @@
-"""The plans by name: how each shards the model before it has weights, allocates the weights, and executes the loaded model."""
+"""Parallelizers by the name of their plan: what each does to a model before its weights are there, where weights live, how it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sonic.checkpoint.load import Lora, fill, fill_randomly, shapes_of, without_memory
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import LOCAL, Execution, WholeSequence
+from sonic.model.execution import LOCAL, Execution
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.deepspeed_inference import allocate_slices, check_installed, start_engines
 from sonic.parallel.fsdp import prefetch_in_order, shard
@@ -32,9 +32,8 @@ def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """The `cut` of a plan that does not shard the model."""
 
 
-class Plan(NamedTuple):
-    """The steps of a plan: `cut` shards the model on the meta device, `allocate` allocates its parameters, `start` gives the execution
-    of the loaded model."""
+class Parallelizer(NamedTuple):
+    """`cut` works on the model without memory, `allocate` gives its parameters memory, `start` says how the filled model is executed."""
 
     cut: Step = nothing
     allocate: Step = lambda model, world, config: model.to_empty(device=world.device)
@@ -51,16 +50,16 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
     keep_range(model, world.stage, layer_ranges(model.config, world.stages, config.layers))
 
 
-PLANS: Mapping[str, Plan] = {
-    "single": Plan(),
-    "fsdp": Plan(shard, _allocate_shards, prefetch_in_order),
-    "offload": Plan(
+PARALLELIZERS: Mapping[str, Parallelizer] = {  # by parallel.name: one for each of PLAN_NAMES
+    "single": Parallelizer(),
+    "fsdp": Parallelizer(shard, _allocate_shards, prefetch_in_order),
+    "offload": Parallelizer(
         allocate=lambda model, world, config: allocate(model, world.device, config.offload),
         start=lambda model, world, config: offload(model, world.device, config),
     ),
-    "pipeline": Plan(_cut_to_range),
-    "context": Plan(),
-    "zero3": Plan(check_installed, allocate_slices, start_engines),
+    "pipeline": Parallelizer(_cut_to_range),
+    "context": Parallelizer(),
+    "zero3": Parallelizer(check_installed, allocate_slices, start_engines),
 }
 
 
@@ -72,17 +71,16 @@ def build_parallel_model(
     Sets the execution and the channel of `context`. Without a file of weights they are random.
     """
     world, parallel = context.world, context.parallel
-    plan = pick(PLANS, world.plan, "parallel.name")
+    parallelizer = pick(PARALLELIZERS, world.plan, "parallel.name")
     model = without_memory(config).to(dtype).eval().requires_grad_(False)
     shapes = shapes_of(model)
-    plan.cut(model, world, parallel)
-    plan.allocate(model, world, parallel)
+    parallelizer.cut(model, world, parallel)
+    parallelizer.allocate(model, world, parallel)
     if weights is None:
         fill_randomly(model)
     else:
         fill(model, weights, shapes=shapes, lora=lora)
-    sequence = sequence_parallel(world.group("cp"), config.trunk.num_heads) if world.size("cp") > 1 else WholeSequence()
-    context.execution = replace(plan.start(model, world, parallel), sequence=sequence)
+    context.execution = replace(parallelizer.start(model, world, parallel), sequence=sequence_parallel(world, config.trunk.num_heads))
     if world.stages > 1 and not world.holds_vae:
         context.channel = pipeline_channel(world)
     return model

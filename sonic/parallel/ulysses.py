@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sonic.model.attention import QKV, TokenExchange
 from sonic.model.blocks import Layout
+from sonic.model.execution import SequenceParallel, WholeSequence
+from sonic.parallel.mesh import World
 
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
 
@@ -102,6 +104,11 @@ class Ulysses:
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
-def sequence_parallel(group: dist.ProcessGroup, num_heads: int) -> UlyssesSequence:
-    """The division of each frame's tokens among the ranks of a group; every rank gets the whole output of the model."""
-    return UlyssesSequence(Group(group, dist.get_rank(group), dist.get_world_size(group)), num_heads)
+def sequence_parallel(world: World, num_heads: int) -> SequenceParallel:
+    """How each frame's tokens are divided among the ranks along cp. What comes out is whole on every rank.
+
+    Gradients of a share add up over those who share, and the mean over all ranks counts each of them: it is right.
+    """
+    if world.size("cp") == 1:
+        return WholeSequence()
+    return UlyssesSequence(Group(world.group("cp"), world.coordinate("cp"), world.size("cp")), num_heads)

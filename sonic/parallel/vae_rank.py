@@ -30,9 +30,9 @@ class TensorLayout(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Request(NamedTuple):
-    """A call: the method (empty: stop), for each argument a tensor's layout, a handle's number or None, and the numbers of the handles
-    that were released since the last call."""
+class RemoteCall(NamedTuple):
+    """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
+    the numbers of what nobody will ask for again."""
 
     method: str
     arguments: tuple[TensorLayout | int | None, ...] = ()
@@ -87,7 +87,7 @@ class RemoteAutoencoder:
         sent = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
         with self.lock:
             released = tuple(self.released.popleft() for _ in range(len(self.released)))
-            self.channel.send_next(Request(method, sent, released), tensors)
+            self.channel.send_next(RemoteCall(method, sent, released), tensors)
             reply, made = self.channel.recv_last()
             self.channel.flush()  # there is an answer, so the question has arrived
         if reply.fault:
@@ -114,8 +114,8 @@ def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
 
 
 def stop_vae(channel: P2PChannel) -> None:
-    """End the loop of the autoencoder's rank; called by the first rank."""
-    channel.send_next(Request(""), ())
+    """The first rank's last word."""
+    channel.send_next(RemoteCall(""), ())
     channel.flush()
 
 
@@ -131,7 +131,7 @@ def without_repeats(tensor: Tensor) -> Tensor:
 
 
 def _compute_reply(
-    autoencoder: nn.Module, call: Request, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
+    autoencoder: nn.Module, call: RemoteCall, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
 ) -> tuple[Reply, list[Tensor]]:
     """Run a call and give its reply and the tensors with it. The value for later calls is stored in `handles`; a ValueError becomes the
     reply's `fault`, to be raised on the first rank."""

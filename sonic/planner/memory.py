@@ -13,7 +13,6 @@ from sonic.planner.workload import Workload
 
 GENERATE = ("weights", "unshard_prefetch", "kv_rings", "memory_tokens", "activations", "vae", "reserve")
 ENCODE = ("text_encoder", "speech_encoder", "reserve")
-ITEMS = (*GENERATE[:-1], *ENCODE)
 
 Items = Mapping[str, float]  # bytes by item
 Phases = Mapping[str, Items]  # of a rank, one after the other

@@ -88,18 +88,18 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
     voice = f"{accent}+{speaker}"
     manner = {"rate": int(rng.integers(125, 215)), "pitch": int(rng.integers(20, 85)), "range": int(rng.integers(25, 85))}
     speed = float(rng.uniform(*SPEED[split]))
-    wanted = seconds if seconds is not None else float(rng.uniform(2.0, 8.0))
+    length = seconds if seconds is not None else float(rng.uniform(2.0, 8.0))
 
     samples, phonemes, texts, end = [], [], [], 0.0
     pause = float(rng.uniform(0.08, 0.40))
-    while end < wanted:
+    while end < length:
         samples.append(np.zeros(round(pause * SAMPLE_RATE), np.float32))
         phonemes.append((end, end + pause, ""))
         end += len(samples[-1]) / SAMPLE_RATE
         text = sentence(rng, WORDS[split][accents[accent]])
-        sound, found = speak(text, voice, seed=int(rng.integers(2**31)), speed=speed, manner=manner, variant=variant)
+        sound, spoken = speak(text, voice, seed=int(rng.integers(2**31)), speed=speed, manner=manner, variant=variant)
         samples.append(sound)
-        phonemes += [(end + start, end + stop, name) for start, stop, name in found]
+        phonemes += [(end + start, end + stop, name) for start, stop, name in spoken]
         texts.append(text)
         end += len(sound) / SAMPLE_RATE
         pause = float(rng.uniform(0.05, 0.25) if rng.random() < 0.7 else rng.uniform(0.4, 1.0))
@@ -140,8 +140,8 @@ def speak(
     length = len(sound) / SAMPLE_RATE
     events = [(0.0, ""), *events]
     times = [min(length, seconds * rate / round(rate * speed)) for seconds, _ in events] + [length]
-    found = [(start, stop, name) for start, stop, (_, name) in zip(times, times[1:], events, strict=False) if stop > start]
-    return sound, _start_stops_at_the_closure(found)
+    phonemes = [(start, stop, name) for start, stop, (_, name) in zip(times, times[1:], events, strict=False) if stop > start]
+    return sound, _start_stops_at_the_closure(phonemes)
 
 
 def _start_stops_at_the_closure(phonemes: list[Phoneme]) -> list[Phoneme]:
@@ -149,21 +149,21 @@ def _start_stops_at_the_closure(phonemes: list[Phoneme]) -> list[Phoneme]:
 
     Measured on the level around 800 consonants between vowels; the reported times of voiced stops and all other sounds are right.
     """
-    found = list(phonemes)
+    moved = list(phonemes)
     for i, (burst, stop, name) in enumerate(phonemes):
         sounds = [letter for letter in name if letter in VISEMES]
         if not sounds or sounds[0] not in _VOICELESS_STOPS:
             continue
         start = burst
         if i > 0:
-            before, _, name_before = found[i - 1]
+            before, _, name_before = moved[i - 1]
             start = max(burst - _CLOSURE_BEFORE_BURST_S, (before + burst) / 2)
-            found[i - 1] = (before, start, name_before)
-        release = stop if len(sounds) > 1 or i + 1 == len(found) else min(stop, burst + 0.01)
-        found[i] = (start, release, name)
-        if i + 1 < len(found):
-            found[i + 1] = (release, *phonemes[i + 1][1:])
-    return found
+            moved[i - 1] = (before, start, name_before)
+        release = stop if len(sounds) > 1 or i + 1 == len(moved) else min(stop, burst + 0.01)
+        moved[i] = (start, release, name)
+        if i + 1 < len(moved):
+            moved[i + 1] = (release, *phonemes[i + 1][1:])
+    return moved
 
 
 def _cut(samples: np.ndarray, phonemes: list[Phoneme], seconds: float) -> tuple[np.ndarray, list[Phoneme]]:

@@ -17,6 +17,9 @@ from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.load import fill, without_memory
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.inference.components import find_device, named_weights, transformer_weights
+from sonic.model.execution import Execution
+from sonic.parallel.mesh import World
+from sonic.parallel.ulysses import sequence_parallel
 from sonic.parallel.watchdog import watch_ranks
 from sonic.system.files import save_tensors
 from sonic.system.heartbeat import pause_watchdog
@@ -31,7 +34,7 @@ from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
-from sonic.training.world import World, join_world
+from sonic.training.world import batch_share, join_world
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -75,9 +78,8 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
-    made = (
-        {"make": without_memory, "execution": world.execution(config.model.trunk.num_heads)} if config.objective.name in TAKES_MAKE else {}
-    )
+    execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
+    made = {"make": without_memory, "execution": execution} if config.objective.name in TAKES_MAKE else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
     engine.allocate(objective)
     for model in objective.pretrained:
@@ -118,19 +120,19 @@ def sized(config: TrainConfig) -> TrainConfig:
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """Build the engine of speed.engine; auto = local for one process, fsdp for several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
-    if name != "local" and world.writers is None:
+    if name != "local" and world.mesh is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
-    if world.context > 1 and name != "fsdp":
-        raise ValueError(f"speed.context={world.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
+    if config.speed.context > 1 and name != "fsdp":
+        raise ValueError(f"speed.context={config.speed.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless every process (or row of processes that share tokens) gets the same number of batches in a step."""
-    accumulate, ranks, size = config.budget.accumulate, world.readers, config.budget.batch_size
+    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    accumulate, ranks, size = config.budget.accumulate, batch_share(world).count, config.budget.batch_size
     if accumulate % ranks:
-        processes = "processes" if world.context == 1 else f"rows of {world.context} processes"
+        processes = "processes" if config.speed.context == 1 else f"rows of {config.speed.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
         raise ValueError(
             f"budget.accumulate={accumulate} batches of budget.batch_size={size} cannot be shared by {ranks} {processes}; "
@@ -139,9 +141,9 @@ def check_shares(config: TrainConfig, world: World) -> None:
 
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
-    """A function of `start`, the number of batches already used by all processes, that opens this process's stream of batches."""
-    speed, share = config.speed, {"rank": world.reader, "ranks": world.readers}
-    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
+    """This process's batches, from where `start` batches of all processes together have been used."""
+    speed, share = config.speed, batch_share(world)
+    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, rank=share.index, ranks=share.count)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 

@@ -11,14 +11,13 @@ from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
+from sonic.parallel.mesh import World
 from sonic.system.heartbeat import heartbeat, pause_watchdog
-from sonic.training.world import World
 
 LOG = logging.getLogger(__name__)
 METADATA, TEMPORARY, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
@@ -39,14 +38,14 @@ class Checkpoints:
         self.settle()
         temporary = self.folder / f"{TEMPORARY}{step:08d}"
         fault = _make_anew(temporary) if self.world.main else None
-        if self.world.agree(float(fault is not None)):
+        if self.world.from_first_rank(fault is not None):
             self._report_lost(step, fault)
             return
         written: Future = dcp.async_save(
             state, checkpoint_id=str(temporary), process_group=self.world.writers, no_dist=self.world.ranks == 1
         )
         done: Future = Future()
-        written.add_done_callback(lambda found: self._publish(found, done, temporary, record={"step": step, **metadata}))
+        written.add_done_callback(lambda future: self._publish(future, done, temporary, record={"step": step, **metadata}))
         self._under_way = (step, done)
 
     def settle(self) -> None:
@@ -129,11 +128,8 @@ class Checkpoints:
         shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
         checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
 
-    def _from_main(self, read: Callable[[], object]) -> object:
-        box = [read() if self.world.main else None]
-        if self.world.ranks > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def _from_main(self, ask: Callable[[], object]) -> object:
+        return self.world.from_first_rank(ask() if self.world.main else None)
 
 
 class _Reading(dcp.DefaultLoadPlanner):
@@ -169,10 +165,10 @@ def _checked(checkpoint: Path) -> dict | str:
     """The metadata of a checkpoint whose files match their digests; else a sentence about what is wrong."""
     try:
         metadata = json.loads((checkpoint / METADATA).read_text())
-        wrong = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
+        damaged = [name for name, digest in metadata["sha256"].items() if _digest(checkpoint / name) != digest]
     except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:  # AttributeError: an older format
         return f"checkpoint {checkpoint} cannot be read ({error})"
-    return f"checkpoint {checkpoint} is damaged: {wrong[0]} does not match its digest" if wrong else metadata
+    return f"checkpoint {checkpoint} is damaged: {damaged[0]} does not match its digest" if damaged else metadata
 
 
 def _digest(path: Path) -> str:

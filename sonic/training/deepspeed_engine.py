@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, zeros
 from sonic.model.adapters import AdaptedLinear
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.deepspeed_inference import use_gloo
+from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
 from sonic.training.deepspeed_masters import (
     MOMENTS,
@@ -33,7 +34,6 @@ from sonic.training.engine import EXPORTED, LocalEngine, recompute_layers, trans
 from sonic.training.objectives import Objective
 from sonic.training.optim import adamw
 from sonic.training.train_config import TrainConfig
-from sonic.training.world import World
 
 
 class ZeroEngine(LocalEngine):

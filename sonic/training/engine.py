@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint_activations
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from sonic.model.audio_tokens import AudioInjector
 from sonic.model.blocks import Block
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.mesh import World
 from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
 from sonic.training.ema import Ema
 from sonic.training.objectives import Objective
 from sonic.training.optim import adamw
 from sonic.training.train_config import OptimConfig, TrainConfig
-from sonic.training.world import World
 
 EXPORTED = "student"
 
@@ -185,14 +184,8 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
 def recompute_layers(module: nn.Module) -> None:
     """Checkpoint activations: recompute blocks and audio injectors in the backward pass. Parameter names do not change."""
     for layer in module.modules():
-        if isinstance(layer, Block | AudioInjector) and "forward" not in vars(layer):
-            layer.forward = partial(_again, layer.forward)
-
-
-def _again(forward: Callable, *given: object, **named: object) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*given, **named)
-    return torch_checkpoint(forward, *given, use_reentrant=False, **named)
+        if isinstance(layer, Block | AudioInjector) and checkpoint_activations.state(layer) is None:
+            checkpoint_activations(layer)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sonic.model.dit import ENTRY_POINTS
@@ -19,10 +18,10 @@ class ShardedEngine(LocalEngine):
 
     def allocate(self, objective: Objective) -> None:
         """Shard every transformer; one without memory gets that of this process's slices only."""
-        mesh, speed = init_device_mesh(self.world.device.type, (self.world.ranks,)), self.config.speed
+        speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
-        sharding = Sharding(mesh, cpu_offload=speed.cpu_offload, precision=precision)
+        sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective):
             if not is_sharded(next(model.parameters())):
                 if half:

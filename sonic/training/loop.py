@@ -21,6 +21,7 @@ from sonic.training.log import RunLog, SampleMaker
 from sonic.training.objectives import Batch, Losses, Objective
 from sonic.training.optim import rate
 from sonic.training.train_config import TrainConfig
+from sonic.training.world import batch_share
 
 
 class Diverged(ValueError):
@@ -124,7 +125,7 @@ def train(run: TrainingRun) -> TrainingResult:
     stream = run.batches(used)
     meter, figures, kept_at = Meter(metadata.get("meter"), device=engine.world.device), dict(metadata.get("figures", {})), time.monotonic()
     with log.open(step, config.budget.max_steps or None):
-        progress = engine.world.agree(clock.progress(step))
+        progress = engine.world.from_first_rank(clock.progress(step))
         while progress < 1:
             lr = rate(step, progress, config.optim)
             for number, role in enumerate(objective.turn(step)):
@@ -132,7 +133,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 meter.add(_update(run, turn, stream, lr=lr * objective.rates.get(role, 1.0)))
                 used += config.budget.accumulate
             step += 1
-            progress = engine.world.agree(clock.progress(step))
+            progress = engine.world.from_first_rank(clock.progress(step))
             last = progress >= 1
             if last or step % config.log.every_steps == 0:
                 figures = meter.read()
@@ -144,7 +145,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 loss = figures.get("train/student_loss", float("nan"))
                 log.tick(step, loss, samples_per_second=samples, seconds_left=clock.left(step, first))
-            if last or engine.world.agree(_due(config, step, kept_at)):
+            if last or engine.world.from_first_rank(_due(config, step, kept_at)):
                 totals = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": meter.state()}
                 engine.save(step, {"batches": used, **totals})
                 kept_at = time.monotonic()
@@ -177,13 +178,14 @@ def _update(run: TrainingRun, turn: Turn, stream: Iterator[Batch], *, lr: float)
     the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
     """
     (role, step, _), config, world = turn, run.config, run.engine.world
-    count = config.budget.accumulate // world.readers
+    share = batch_share(world)
+    count = config.budget.accumulate // share.count
     figures: list[dict[str, Tensor]] = []
     used: list[Batch] = []  # in host memory
     for index in range(count):
         used.append(next(stream))
         batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
-        part = turn.number * config.budget.accumulate + index * world.readers + world.reader
+        part = turn.number * config.budget.accumulate + index * share.count + share.index
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = run.engine.step(role, rate=lr, step=step)

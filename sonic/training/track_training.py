@@ -19,7 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import pointwise
-from sonic.model.blocks import MultiHead
+from sonic.model.blocks import attend_by
+from sonic.model.execution import Execution
+from sonic.parallel.mesh import make_world
+from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
@@ -33,7 +37,6 @@ from sonic.training.objectives.networks import CRITIC, STUDENT
 from sonic.training.optim import adamw
 from sonic.training.plan_training import PlanTrainingConfig, training
 from sonic.training.train_config import TrainConfig
-from sonic.training.world import World
 
 
 def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, float]] | None:
@@ -59,15 +62,14 @@ def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        sharers = dist.new_group(range(share)) if share > 1 else None
-        world = World(0, ranks, context=share, sharers=sharers)
+        world = make_world(ParallelConfig("fsdp", context=share), "fsdp", torch.device("cpu"))
+        execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
         with mode:
             tracked = tracked_config(config)
-            objective = OBJECTIVES[tracked.objective.name](tracked, execution=world.execution(tracked.model.trunk.num_heads))
+            objective = OBJECTIVES[tracked.objective.name](tracked, execution=execution)
             batch = _batch(training(config))
-        for module in (each for network in objective.modules.values() for each in network.modules()):
-            if isinstance(module, MultiHead):
-                module.attention = _fused
+        for network in objective.modules.values():
+            attend_by(network, _fused)
         engine = ShardedEngine(tracked, world, Path())
         engine.prepare(objective)
         with mode:

@@ -1,70 +1,27 @@
-"""The group of processes of a training run; with one process, all collectives are no-ops."""
+"""The ranks of a training as a distributed world: FSDP shards over all of them, and those in a row share the tokens of a batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from sonic.model.execution import LOCAL, Execution
-from sonic.parallel.ulysses import sequence_parallel
+from sonic.parallel.mesh import World, make_world
+from sonic.parallel.parallel_config import ParallelConfig
 
 
-@dataclass(frozen=True)
-class World:
-    """This process's place in a training run. `writers` is a separate process group for background checkpoints; each row of `context`
-    consecutive processes shares the tokens of each batch, in the process group `sharers`."""
+class BatchShare(NamedTuple):
+    """Which of the batches that are worked on at the same time is this rank's, and how many these are."""
 
-    rank: int = 0
-    ranks: int = 1
-    device: torch.device = torch.device("cpu")
-    writers: dist.ProcessGroup | None = None
-    context: int = 1
-    sharers: dist.ProcessGroup | None = None
+    index: int
+    count: int
 
-    @property
-    def main(self) -> bool:
-        """Whether this is the main process (rank 0)."""
-        return self.rank == 0
 
-    @property
-    def readers(self) -> int:
-        """Number of batches processed at the same time."""
-        return self.ranks // self.context
-
-    @property
-    def reader(self) -> int:
-        """Index of the batch this process works on, among those processed at the same time."""
-        return self.rank // self.context
-
-    def execution(self, num_heads: int) -> Execution:
-        """How transformers are executed: with sequence parallelism over each row of processes.
-
-        The gradients are sums over the row while the mean is taken over all processes, which needs no further correction.
-        """
-        return Execution(sequence_parallel(self.sharers, num_heads)) if self.sharers else LOCAL
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, on every process."""
-        if self.ranks > 1:
-            dist.all_reduce(values)
-            values /= self.ranks
-        return values
-
-    def agree(self, value: float) -> float:
-        """The main process's value, on every process."""
-        if self.ranks == 1:
-            return value
-        value_tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(value_tensor, src=0)
-        return float(value_tensor)
-
-    def wait(self) -> None:
-        """Barrier: wait until all processes have called it."""
-        if self.ranks > 1:
-            dist.barrier()
+def batch_share(world: World) -> BatchShare:
+    """The share of this rank, and of those that share its tokens."""
+    return BatchShare(world.coordinate("layers"), world.size("layers"))
 
 
 def join_world(device: torch.device, *, context: int = 1) -> World:
@@ -82,8 +39,5 @@ def join_world(device: torch.device, *, context: int = 1) -> World:
         raise ValueError(f"speed.context={context} processes to a batch do not divide the {ranks} that were started; use one of {fits}")
     if not dist.is_initialized():
         return World(device=device)
-    writers, sharers = dist.new_group(backend="gloo"), None
-    if context > 1:
-        rows = [list(range(first, first + context)) for first in range(0, ranks, context)]
-        sharers, _ = dist.new_subgroups_by_enumeration(rows)
-    return World(dist.get_rank(), ranks, device, writers, context, sharers)
+    world = make_world(ParallelConfig("fsdp", context=context), "fsdp", device)
+    return replace(world, writers=dist.new_group(backend="gloo"))

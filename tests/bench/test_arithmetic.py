@@ -1,4 +1,4 @@
-"""Laws of the counted arithmetic: it is what torch counts."""
+"""The counted multiply-adds equal torch's own count."""
 
 from __future__ import annotations
 

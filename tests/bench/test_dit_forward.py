@@ -1,4 +1,4 @@
-"""Laws of the timed forward: its size, what its floor is made of, and the figures that are written."""
+"""The benchmark of a forward pass: size of its model, operations of its floor, and the written figures."""
 
 from __future__ import annotations
 

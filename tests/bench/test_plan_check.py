@@ -1,4 +1,4 @@
-"""A published model with random weights under a plan: the same command on one rank, on two, and for clips."""
+"""The benchmark of a plan with a published model of random weights: on one rank, on two, and for clips."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ TINY = [
 
 
 def measured(*overrides: str, rank: int = 0, world: int = 1) -> dict:
-    """Figures of one rank of so many."""
+    """Figures of rank `rank` of `world` ranks."""
     config = compose(Entry("bench", BenchConfig), ["preset=fast_preview", *TINY, *overrides])
     with patch.object(plan_check, "WanAutoencoder", lambda: WanAutoencoder(VAE)):
         return plan_check.bench_fit(config, 0.0, ranks=Ranks(rank, world, rank, world))
 
 
 def job(rank: int, port: int, folder: Path) -> None:
-    """A rank of two."""
+    """One of two ranks."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     figures = measured("model=live_avatar_14b", "parallel=pipeline", rank=rank, world=2)

@@ -1,4 +1,4 @@
-"""Two ranks against one: what is run, and what is made of it."""
+"""The benchmark of two ranks against one: its runs and its figures."""
 
 from __future__ import annotations
 

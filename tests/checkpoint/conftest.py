@@ -1,4 +1,4 @@
-"""Miniature downloads and what they are converted to, made once for all tests of this folder; nobody changes them."""
+"""Miniature downloads and their conversions, made once for all tests of this folder; tests must not change them."""
 
 from __future__ import annotations
 

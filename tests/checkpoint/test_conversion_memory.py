@@ -1,4 +1,4 @@
-"""How much memory a conversion takes: that of a few tensors, however large the checkpoint is."""
+"""A conversion needs the memory of a few tensors, however large the checkpoint is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def peak_growth(work: Callable[[], object]) -> float:
-    """MiB that the resident memory of this process grows by at most while it works; what is mapped from files counts."""
+    """Largest growth of this process's resident memory (with mapped files) during the work, in MiB."""
     held = lambda line: int(STATUS.read_text().partition(f"{line}:")[2].split()[0]) / 1024  # noqa: E731
     try:
         RESET.write_text("5")
@@ -51,11 +51,11 @@ def test_a_conversion_takes_the_memory_of_a_few_tensors(tmp_path):
     grown = peak_growth(lambda: convert(f"source={source}", f"live_avatar={lora}", f"output={tmp_path / 'out'}"))
     written = tensors_of(tmp_path / "out/dit", "model")
     assert written.keys() == tensors.keys() and written["blocks.10.ffn.0.weight"].any()
-    assert grown < 256  # what is mapped at once, a tensor and its adapter's product in float32, and what is imported on the way
+    assert grown < 256  # mapped pages, a tensor and its adapter's product in float32, and imported modules
 
 
 def test_the_published_14b_is_checked_and_split_into_shards_without_reading_its_weights(tmp_path):
-    """Sparse files of 32 GB that take no disk: headers are read, contents are not."""
+    """Sparse files of 32 GB, which take no disk space: headers are read, contents are not."""
     config = compose(Entry("infer", InferConfig), ["model=wan_s2v_14b"]).model
     with torch.device("meta"):
         tensors = export(AvatarDiT(config))

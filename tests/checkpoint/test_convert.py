@@ -1,4 +1,4 @@
-"""Downloads of both published models, made small, converted, and given back."""
+"""Conversion of miniature downloads of both published models, and export back to official names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_live_avatar_without_its_adapter_is_refused(downloads, tmp_path, capfd):
 
 
 def beside(folder: Path, source: Path) -> None:
-    """Puts the other networks of a download beside a transformer."""
+    """Copy the other networks of a download into the folder of a transformer."""
     for file in source.iterdir():
         if file.name != "config.json" and not file.name.startswith(official.DIT_STEM):
             (folder / file.name).symlink_to(file)

@@ -113,11 +113,11 @@ def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_video_of_one(ready,
     codes, output = infer_on(3, [*arguments(ready, "live"), *apart], tmp_path, before=weigh)
     assert codes == [0] * 3, output
     assert (tmp_path / "three.mp4").read_bytes() == alone["live"]
-    assert re.findall(r"VAE on (\d)", output) == ["2"]  # nobody else has its weights
+    assert re.findall(r"VAE on (\d)", output) == ["2"]  # no other rank loads its weights
 
 
 def weigh(rank: int) -> None:
-    """Say where a VAE is loaded."""
+    """Log the rank on which a VAE is loaded."""
     load_tensors = WanAutoencoder.load_tensors
     WanAutoencoder.load_tensors = lambda *arguments: sys.stderr.write(f"VAE on {rank}\n") and load_tensors(*arguments)
 
@@ -155,7 +155,7 @@ def test_two_speakers_follow_their_own_recordings(ready, tmp_path, pair, model):
     both, again, crossed = (frames_of(tmp_path, name).astype(int) for name in ("both", "again", "crossed"))
     assert len(both) == (20 if model == "live" else 13)  # as long as the longer recording
     print("DIFF", abs(both - again).mean(), abs(both - crossed).mean())
-    assert abs(both - again).mean() < 1  # the order in which they are named means nothing
+    assert abs(both - again).mean() < 1  # the order of the speakers does not matter
     assert abs(both - crossed).mean() > 3
 
 

@@ -1,4 +1,4 @@
-"""Every kind of damage to a download: one sentence with file and tensor, exit code 2, and nothing left."""
+"""Every kind of damage to a download is reported in one sentence with file and tensor, exit code 2, and no files are left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sonic.checkpoint import official
 from sonic.model.lora import PUBLISHED as LORA_FILE
 
-Damage = Callable[[Path], tuple[str, ...]]  # done to a folder; gives the words that the sentence has to have
+Damage = Callable[[Path], tuple[str, ...]]  # damages a folder and gives the words that the error must contain
 TENSOR = "blocks.0.modulation"
 SPEECH_FILE = f"{official.SPEECH}/model.safetensors"
 SPEECH_TENSOR = "wav2vec2.encoder.layers.0.attention.k_proj.bias"
@@ -91,7 +91,7 @@ def missing(name: str, *words: str) -> Damage:
 
 
 def edited(name: str, change: Callable[[dict], Any], *words: str) -> Damage:
-    """Damage to what a JSON file says."""
+    """Damage to the content of a JSON file."""
 
     def damage(folder: Path) -> tuple[str, ...]:
         output = json.loads((folder / name).read_text())
@@ -145,7 +145,7 @@ DAMAGE: dict[str, Damage] = {
 
 @pytest.fixture
 def refused(tmp_path, capfd) -> Callable[..., str]:
-    """Converts, and gives the one sentence that is said instead; nothing is there that was not there before."""
+    """Runs a conversion that must fail and gives its error, after checking that no files were added."""
 
     def run(*argv: str) -> str:
         before = sorted(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A conversion that is killed leaves nothing that looks complete, and the next one goes on where it stopped."""
+"""A killed conversion leaves nothing that looks complete, and the next one continues where it stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARD = 40_000  # bytes, so that the miniature has several shards
 
 
 def killed_in_shard(number: int, *argv: str) -> None:
-    """Convert, in a process of its own, and die in the middle of a shard as kill -9 would have it."""
+    """Convert in a new process that is killed in the middle of a shard."""
     written = 0
 
     def deadly(path: Path, parts: dict, tensors: Iterator) -> None:
@@ -45,7 +45,7 @@ def times_of(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def killed(downloads, tmp_path_factory) -> tuple[list[str], Path]:
-    """A conversion that was killed in its third shard: what it was told, and what is left of it."""
+    """A conversion killed in its third shard: its arguments, and the folder it left."""
     folder = tmp_path_factory.mktemp("killed")
     argv = [f"source={downloads / 'Wan2.2-S2V-14B'}", f"live_avatar={downloads / 'LiveAvatar'}"]
     process = multiprocessing.get_context("forkserver").Process(target=killed_in_shard, args=(3, *argv, f"output={folder / 'out'}"))
@@ -58,7 +58,7 @@ def killed(downloads, tmp_path_factory) -> tuple[list[str], Path]:
 
 @pytest.fixture
 def cut_off(killed, tmp_path, monkeypatch) -> tuple[list[str], Path]:
-    """The same, to work with."""
+    """A copy of the killed conversion for one test."""
     monkeypatch.setattr(conversion, "SHARD_BYTES", SHARD)
     argv, left = killed
     return [*argv, f"output={tmp_path / 'out'}"], shutil.copytree(left, tmp_path / "out.partial")

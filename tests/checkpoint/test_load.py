@@ -1,4 +1,4 @@
-"""Loading on four ranks takes the memory of one checkpoint, not of four: nobody ever holds more than its own part."""
+"""Loading on four ranks takes the memory of one checkpoint, not of four: no rank ever holds more than its own part."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sonic.config import ModelConfig
 from sonic.parallel.context import context_of
 from sonic.parallel.mesh import make_world
 from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.parallelize import PLANS, build_parallel_model
+from sonic.parallel.parallelize import PARALLELIZERS, build_parallel_model
 
 RANKS, FILES, MIB = 4, 3, 2**20
 SAMPLE_S = 0.002
 
 
 def deep_config() -> ModelConfig:
-    """As deep as the 14B model, so that what is on every rank has the same share of the weights; 245 MiB in float32."""
+    """A model as deep as the 14B, so that replicated weights have the same share of all weights; 245 MiB in float32."""
     config = tiny_config()
     trunk = replace(config.trunk, hidden_dim=320, ffn_dim=864, num_heads=4, num_layers=40)
     return replace(config, trunk=trunk, audio=replace(config.audio, inject_layers=list(range(0, 40, 4))))
@@ -48,14 +48,14 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def private_memory() -> int:
-    """Bytes of this process that are backed by no file."""
+    """Bytes of this process's memory that are not backed by a file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 @contextmanager
 def sampled() -> Iterator[list[int]]:
-    """Private memory, over and over."""
+    """Samples of the private memory, taken in the background."""
     seen, ended = [private_memory()], threading.Event()
 
     def sample() -> None:
@@ -75,14 +75,14 @@ def sampled() -> Iterator[list[int]]:
 def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     """How much the private memory of this rank grows from the empty model, cut for this rank, to the model with its weights; and
     the same at the worst moment on the way."""
-    world, plan, before = make_world(parallel, parallel.name, CPU), PLANS[parallel.name], []
+    world, plan, before = make_world(parallel, parallel.name, CPU), PARALLELIZERS[parallel.name], []
 
     def allocate(*arguments) -> None:
         dist.barrier()
         before.append(private_memory())
         plan.allocate(*arguments)
 
-    PLANS[parallel.name] = plan._replace(allocate=allocate)
+    PARALLELIZERS[parallel.name] = plan._replace(allocate=allocate)
     try:
         with sampled() as seen:
             model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=NO_LORA, dtype=torch.float32)
@@ -90,7 +90,7 @@ def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
         assert next(model.parameters()).device == CPU  # the model is still there when memory is read
         return seen[-1] - before[0], max(seen) - before[0]
     finally:
-        PLANS[parallel.name] = plan
+        PARALLELIZERS[parallel.name] = plan
 
 
 PARALLEL = {
@@ -105,5 +105,5 @@ def test_all_ranks_together_take_the_memory_of_one_checkpoint(plan, checkpoint):
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     ends, peaks = zip(*on_ranks(RANKS, growth, PARALLEL[plan], checkpoint, timeout_s=240), strict=True)
     figures = f"{[end // MIB for end in ends]} MiB, at worst {[peak // MIB for peak in peaks]}, of {size // MIB}"
-    assert 0.95 * size < sum(ends), figures  # or nothing was measured
+    assert 0.95 * size < sum(ends), figures  # otherwise nothing was measured
     assert sum(peaks) <= 1.05 * size, figures

@@ -1,4 +1,4 @@
-"""Prompts of published models: read before the transformer is there, all of them by one encoder, and only those that are used."""
+"""Prompts of published models: encoded before the transformer is loaded, by one encoder, and only those that are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = {
 
 @pytest.fixture
 def events(monkeypatch) -> list[str]:
-    """What is loaded and read, in order."""
+    """Names of loaded networks and encoded prompts, in order."""
     seen: list[str] = []
     make, build, tokens = Checkpoint._text_encoder, components.build_parallel_model, converted_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
@@ -36,7 +36,7 @@ def events(monkeypatch) -> list[str]:
 
 
 def copy_of(ready: Path, model: str, folder: Path) -> Path:
-    """A checkpoint that knows no prompt yet."""
+    """A copy of a checkpoint without stored prompts."""
     return shutil.copytree(ready / model, folder / model, ignore=shutil.ignore_patterns("prompts"))
 
 
@@ -66,13 +66,19 @@ def test_prompts_of_all_requests_are_read_by_one_encoder_before_the_transformer(
     assert all(results[line]["plan"]["plan"] == "single" and results[line]["plan"]["measured_gib_per_rank"] for line in ("1", "3", "4"))
 
 
-def test_text_features_of_another_length_are_encoded_and_stored_beside_the_others(tmp_path, monkeypatch):
+def test_text_features_of_another_length_or_damaged_ones_are_encoded_and_stored_beside_the_others(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     for _ in range(2):
         assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
-    assert len(list((tmp_path / "prompts").iterdir())) == 2
+    files = sorted((tmp_path / "prompts").iterdir())
+    assert len(files) == 2
+    whole = [path.read_bytes() for path in files]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:20])  # cut off
+    assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
+    assert [path.read_bytes() for path in files] == whole
 
 
 def test_a_damaged_file_of_text_features_is_written_again(tmp_path, monkeypatch):
@@ -103,7 +109,7 @@ def test_an_existing_video_is_not_made_again(ready, events, tmp_path):
     ("model", "extra", "read"), [("live", [], ["calm"]), ("wan", ["sampler.negative_prompt=bright"], ["calm", "bright"])]
 )
 def test_one_encoder_reads_what_a_video_needs(model, extra, read, ready, events, tmp_path):
-    """Live Avatar runs without guidance, so what to stay away from is never read."""
+    """Live Avatar runs without guidance, so the negative prompt is never encoded."""
     assert infer(tmp_path, *argv(ready, model, tmp_path), *extra, "prompt=calm", f"output={tmp_path / 'a.mp4'}") == 0
     assert events == ["encoder", *read, "transformer"]
 
@@ -129,4 +135,4 @@ def test_an_encoder_gives_a_heartbeat_with_every_tensor_that_is_moved(load, read
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **named: (moved.append(self), to(self, *given, **named))[1])
     load(Checkpoint.open(ready / "live"))
     assert len(heartbeats) > 10
-    assert heartbeats == list(range(len(heartbeats)))  # a sign, a tensor, a sign, a tensor
+    assert heartbeats == list(range(len(heartbeats)))  # heartbeat and tensor alternate

@@ -1,4 +1,4 @@
-"""Laws of the weights on disk: official names both ways, the published 14B exactly, and errors that name the tensor."""
+"""Weights on disk: official names in both directions, the exact published 14B, and errors that name the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of reading recordings and of the log-mel features."""
+"""Reading of recordings, and the log-mel features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips on disk and the order in which they are drawn."""
+"""Clips on disk and the order in which they are sampled."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_clips_of_other_weights_are_reported(latents, name, expected, tmp_path):
     clips.write_index(tmp_path, latents, **{**own, name: "cccc"})
     with pytest.raises(ValueError, match=rf"{expected} \(weights cccc\) than model=preview has \(weights {own[name]}\).*sonic precompute"):
         clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: own)
-    clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {**own, name: ""})  # nobody knows
+    clips.ClipDataset(tmp_path).check(ModelConfig(), lambda config: {**own, name: ""})  # unknown hash
 
 
 def test_clips_that_do_not_say_what_made_them_are_taken_to_fit_and_that_is_reported(latents, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Colours of picture files: what a profile, chunks or EXIF say is honoured, and what says nothing new changes nothing."""
+"""Colours of picture files: profiles, PNG chunks and EXIF are honoured, and sRGB in any form changes nothing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PROFILES = {"p3": rgb_profile(P3, SRGB_CURVE), "adobe": rgb_profile(ADOBE, (563 
 
 @pytest.fixture
 def numbers() -> np.ndarray:
-    """Colours that sRGB can show whatever space the numbers are of, uint8 [130,200,3]."""
+    """Numbers that are inside the sRGB gamut in any of the tested spaces, uint8 [130,200,3]."""
     y, x = np.mgrid[0:130, 0:200] / 200
     return np.stack([120 + 80 * x, 110 + 100 * y, 150 - 50 * x * y], axis=-1).round().astype(np.uint8)
 
 
 def shown(numbers: np.ndarray, space: str) -> np.ndarray:
-    """What these numbers are in sRGB, by the published equations."""
+    """Convert these numbers to sRGB by the published equations."""
     part = numbers / 255
     linear = part ** (563 / 256) if space == "adobe" else np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
     linear = (linear @ np.transpose(LINEAR_FROM[space])).clip(0, 1)
@@ -64,7 +64,7 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def cmyk_profile() -> bytes:
-    """A press that prints 1 - C, 1 - M, 1 - Y less K as XYZ in order: a table of 2 x 2 x 2 x 2 colours in the connection space Lab."""
+    """The profile of an ideal CMYK press (XYZ from 1 - C, 1 - M, 1 - Y less K): a table of 2 x 2 x 2 x 2 colours in Lab."""
     grid = [(c, m, y, k) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
     colors = np.array([[[(1 - ink) * (1 - k) * 255 for ink in (c, m, y)] for c, m, y, k in grid]], np.uint8)
     lab = ImageCms.profileToProfile(

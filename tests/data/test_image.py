@@ -1,4 +1,4 @@
-"""Pictures of every kind come in the same way, and the crop is a similarity that can be walked both ways."""
+"""Loading of pictures of every kind, and the face crop, a similarity transform that can be inverted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sonic.geometry import MOUTH_ANCHOR
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 CORNER = 0x0112  # the EXIF tag that says which way is up
-TURNS = {1: 0, 3: 180, 6: 90, 8: -90}  # how far the stored picture was turned against the clock
+TURNS = {1: 0, 3: 180, 6: 90, 8: -90}  # counter-clockwise rotation of the stored picture
 CROP = Crop(center_x=41.3, center_y=55.9, side=37.0, angle=0.3, resolution=24)
 
 
@@ -164,7 +164,7 @@ def test_an_impossible_mouth_is_refused(mouth, scene, tmp_path):
 
 
 def back(crop, xy):
-    """Crop px of points in photo px: the other way by the corners of the crop.  [...,2] -> [...,2]"""
+    """Transform points from photo px to crop px, by the corners of the crop.  [...,2] -> [...,2]"""
     origin, right, down = crop_to_photo(crop, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=xy.dtype))
     return (xy - origin) @ torch.linalg.inv(torch.stack([right - origin, down - origin]))
 

@@ -1,4 +1,4 @@
-"""The face is found and its mouth measured the same however the photograph was taken."""
+"""Detection of face and mouth, independent of size, rotation, light and colour of the photograph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.mouth import USUAL, Evidence, fit_lens, positions
 from sonic.types import FaceBox, Mouth
 
-LEFT, TOP, SIDE = 90, 0, 260  # the part of the astronaut's photograph that is looked at here
+LEFT, TOP, SIDE = 90, 0, 260  # the part of the astronaut's photograph that is used here
 MOUTH, HALF_WIDTH = (224.0 - LEFT, 145.0 - TOP), 20.3  # by eye: between the lips, from corner to corner
 EYE_LINE = ((204.0 - LEFT, 101.3 - TOP), (246.8 - LEFT, 103.8 - TOP))
 
@@ -31,7 +31,7 @@ def astronaut() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def face(astronaut) -> FaceBox:
-    """Her face, found once."""
+    """Her face, detected once."""
     return find_face(astronaut)
 
 
@@ -41,7 +41,7 @@ def resized(picture: np.ndarray, factor: float) -> np.ndarray:
 
 
 def turned(picture: np.ndarray, degrees: float) -> np.ndarray:
-    """Turned with the clock, as a head that leans to the picture's right."""
+    """Rotate clockwise, as a head that leans to the right of the picture."""
     return np.asarray(Image.fromarray(picture).rotate(-degrees, Image.Resampling.BICUBIC, fillcolor=(120, 120, 120)))
 
 

@@ -1,4 +1,4 @@
-"""What one video, one shard or one worker may cost the others: nothing."""
+"""A bad video, shard or worker process never affects the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def damaged(path):
-    """In the place of the reader of sound tracks: each kind of end by the name of the video."""
+    """Stand-in for the reader of sound tracks, which fails in a way named by the video."""
     if "crash" in path.name:
         signal.raise_signal(signal.SIGSEGV)
     if "bug" in path.name:
@@ -86,7 +86,7 @@ def test_a_video_that_crashes_its_worker_costs_no_other_video_in_any_run(source,
     assert message["c_bug.mp4"].startswith("KeyError: 'lost' (test_lost_videos.py:")
     kept = [entry["shard"] for entry in clips.read_index(tmp_path / "clips")["clips"]]
     before = [(tmp_path / "clips" / name).stat().st_mtime_ns for name in kept]
-    assert precompute(config, build_mended) == 5  # a mended program makes what an earlier one could not
+    assert precompute(config, build_mended) == 5  # a fixed program makes the clips that failed before
     assert [(tmp_path / "clips" / name).stat().st_mtime_ns for name in kept] == before
 
 

@@ -1,4 +1,4 @@
-"""Motion read out of the frames of an MP4 says what the video shows: decoded again it gives the frames, the head's way and rest."""
+"""Motion measured in the frames of an MP4: decoding gives the frames again, and the head pose is that of the video."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def autoencoder():
 
 
 def written(folder, seed, *, sway=0.0):
-    """A drawn person in an MP4: what the file shows and the picture at rest, in [-1,1], and the pose [F,4]."""
+    """Write a drawn person to an MP4: its decoded frames and the picture at rest, in [-1,1], and the pose [F,4]."""
     rng = np.random.default_rng(seed)
     person = draw_face.draw_identity(rng, SIDE, split="test", photographs=0, jitter=0.5)
     visemes = random_visemes(rng, FRAMES + 1)

@@ -1,4 +1,4 @@
-"""A folder of one's own videos: what can be used becomes clips, what cannot is told with its reason."""
+"""A folder of the user's own videos: usable segments become clips, the others are reported with a reason."""
 
 from __future__ import annotations
 

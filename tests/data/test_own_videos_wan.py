@@ -1,4 +1,4 @@
-"""One's own videos for a published model, made small: the VAE's latents of whole pictures, prompts, and a training on them."""
+"""The user's own videos for a (miniature) published model: VAE latents of whole pictures, prompts, and a training on them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_latents_are_those_of_the_frames(config):
 
 
 def test_latents_begin_at_the_time_of_the_audio_features(config, folder):
-    """The first frame is the past; the next 28 are what the latents show, in order."""
+    """The first frame is the past frame; the latents show the next 28, in order."""
     line = json.loads((Path(config.folder) / "report.jsonl").read_text().splitlines()[0])
     assert (line["video"], line["start_s"], line["seconds"]) == ("good.mp4", 0.06, 1.75)
     shown = [covering(frame, 128, 128) for frame in islice(frames_at(folder / "good.mp4", 16), 29)]
@@ -102,7 +102,7 @@ def test_an_audio_adapter_trained_on_own_videos_generates_a_video(config, tmp_pa
 
 
 def test_clips_of_another_frame_rate_are_refused(config, tmp_path):
-    """As those of wan_s2v_14b would be taken for Live Avatar's."""
+    """Clips of wan_s2v_14b (16 fps) must not be used for Live Avatar (25 fps)."""
     assert clips.read_index(Path(config.folder))["fps"] == 16
     made = training(config, "model.rollout.fps=25")
     with pytest.raises(ValueError, match="clips of 16 frames a second, model=wan_s2v_14b makes 25"):

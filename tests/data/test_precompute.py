@@ -1,4 +1,4 @@
-"""Data sets made by worker processes: the same whoever makes them, and continued when stopped."""
+"""Data sets made by worker processes: independent of the number of workers, and continued after a stop."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_clip_of_a_recording_has_the_features_and_the_visemes_of_its_own_f
     first, second = talking(settings, encoders, np.random.default_rng(0))
     assert torch.cat([clip["audio"].flatten() for clip in (first, second)]).tolist() == list(range(24))
     assert torch.equal(torch.cat([clip["visemes"] for clip in (first, second)]), SPOKEN)
-    assert not torch.equal(first["ref"], second["ref"])  # each is said by a person of its own
+    assert not torch.equal(first["ref"], second["ref"])  # each is spoken by a different person
 
 
 @pytest.mark.parametrize("moving", [0.0, 1.0])
@@ -87,7 +87,7 @@ def test_silent_recordings_have_a_mouth_at_rest_and_only_unclean_ones_are_augmen
 
 
 def test_head_motion_is_in_the_latents_from_the_frame_where_it_starts():
-    """People are encoded a few frames at a time; each portion has its own visemes and its own way of the head."""
+    """People are encoded a few frames at a time; each part has its own visemes and head motion."""
     torch.manual_seed(0)
     person = precompute_module.draw_face.draw_identity(np.random.default_rng(0), 48, split="train", photographs=0)
     visemes, still = torch.zeros(16, 5), torch.zeros(16, 4)
@@ -166,14 +166,14 @@ def test_another_speech_encoder_makes_only_the_audio_features_again(config, tmp_
     precompute(own, build_first, encoded_by("first"))
     precompute(anew, build_second, encoded_by("second"))
     with monkeypatch.context() as patch:
-        patch.setitem(MAKERS, "talking", None)  # nobody is drawn
+        patch.setitem(MAKERS, "talking", None)  # no person is drawn again
         assert precompute(own, build_second, encoded_by("second")) == 4
     for index in range(4):
         ours, expected = ClipDataset(own.folder)[index, 0], ClipDataset(anew.folder)[index, 0]
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
     real = precompute_module.recording
     monkeypatch.setattr(precompute_module, "recording", lambda config, rng: (real(config, rng)[0], 0.5 * real(config, rng)[1]))
-    precompute(own, build_first, encoded_by("first"))  # other words: the clips are made from the beginning
+    precompute(own, build_first, encoded_by("first"))  # other words, so the clips are made completely anew
     assert ClipDataset(own.folder)[0, 0]["visemes"].abs().max() <= 0.5
 
 
@@ -184,7 +184,7 @@ def test_clips_of_an_older_speech_encoder_are_made_again(config, tmp_path, caplo
     assert (index["autoencoder_hash"], index["speech_hash"], index["fps"]) == ("same", "first", 25)
     shard = tmp_path / "shard_00000.safetensors"
     kept, first = shard.stat().st_mtime_ns, ClipDataset(tmp_path)[0, 0]["audio"]
-    precompute(own, build_second)  # nobody says what it would be made with
+    precompute(own, build_second)  # without hashes nothing is outdated
     precompute(own, build_first, encoded_by("first"))
     assert shard.stat().st_mtime_ns == kept and "made again" not in caplog.text
     assert precompute(own, build_second, encoded_by("second")) == 2

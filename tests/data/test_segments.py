@@ -1,4 +1,4 @@
-"""Laws of takes: each has the frames, the sound and the speech features of its own time, and what speaks against it."""
+"""Segments of videos: each has the frames, sound and speech features of its own time, and its first fault."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def test_segments_are_consecutive_and_each_has_the_frame_before_it(config, monke
 
 @pytest.mark.parametrize("frame", [1 + LENGTH, 2 * LENGTH])
 def test_the_sound_of_a_segment_is_that_of_its_own_frames(config, frame, monkeypatch):
-    """Only one frame of the video is loud, the first or the last of the second take."""
+    """Only one frame of the video is loud, the first or the last of the second segment."""
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 3 * LENGTH)))
     samples = np.zeros((1 + 3 * LENGTH) * SAMPLES, np.float32)
     samples[frame * SAMPLES : (frame + 1) * SAMPLES] = 0.5
     found = [segment.fault for segment in read_segments("video.mp4", samples, config, fps=FPS)]
-    assert found == ["silent", "no face", "silent"]  # the pictures are grey: whoever is not silent is looked for
+    assert found == ["silent", "no face", "silent"]  # the pictures are grey, so no face is found where there is sound
 
 
-LEVEL = np.convolve(np.random.default_rng(0).standard_normal(104), np.ones(5) / 5, "valid")  # how loud somebody speaks, about its mean
+LEVEL = np.convolve(np.random.default_rng(0).standard_normal(104), np.ones(5) / 5, "valid")  # loudness of speech minus its mean
 CHEWING = np.where(np.arange(100) % 2, -0.2, 0.2)
 
 
@@ -111,7 +111,7 @@ def test_a_face_fits_when_the_middle_of_the_picture_holds_all_of_it(config, box,
 
 @pytest.fixture
 def one_video(config, monkeypatch):
-    """A video of two takes whose pictures and features say their frame."""
+    """A video of two segments whose pictures and features encode the frame number."""
     samples = np.zeros((1 + 2 * LENGTH) * SAMPLES - 2 * SAMPLES, np.float32)  # the sound ends two frames early
     monkeypatch.setattr(own_videos, "load_soundtrack", lambda path: samples)
     made = [
@@ -125,7 +125,7 @@ def one_video(config, monkeypatch):
 
 
 def columns(samples: np.ndarray, frames: int) -> torch.Tensor:
-    """Features [1,1,F] that are the number of their frame."""
+    """Features [1,1,F] equal to the number of their frame."""
     return torch.arange(float(frames)).view(1, 1, -1)
 
 
@@ -136,7 +136,7 @@ def test_the_features_of_a_clip_are_those_of_its_frames_and_nothing_after_the_so
 
 
 class Averages(torch.nn.Module):
-    """An autoencoder whose latents are the means of the frames that they stand for."""
+    """An autoencoder whose latents are the means of their frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_whole_pictures_are_encoded_from_the_frame_before_and_the_portrait_is_th
     for segment, clip in clips_of("video.mp4", painted, Encoders(columns, Averages())):
         latents = [segment.first + 4 * n + 1.5 for n in range(LENGTH // 4)]
         assert clip["latents"].flatten().tolist() == pytest.approx(latents, abs=0.02)
-        assert clip["ref"].item() == pytest.approx(segment.first + 4, abs=0.02)  # frame 4 of the take
+        assert clip["ref"].item() == pytest.approx(segment.first + 4, abs=0.02)  # frame 4 of the segment
 
 
 def test_a_video_that_turns_out_to_be_damaged_keeps_no_clip_of_what_came_before(config, one_video, monkeypatch):

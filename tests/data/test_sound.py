@@ -1,4 +1,4 @@
-"""Laws of the sound of videos: of every kind of recording it is as long as the pictures, in time, and what the model heard."""
+"""The sound of videos: for every kind of recording it is as long as the pictures, in time, and equal to the model's input."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import shutil
 import av
 import numpy as np
 import pytest
-from recordings import RATE, attn_out, encode, offset_ms, plain_decode, restamp, video_of, voice
+from recordings import RATE, encode, offset_ms, plain_decode, restamp, speech_and_video_sound, video_of, voice
 
 from sonic.data.audio import NoSound, load_soundtrack, load_speech
 from sonic.data.video import VideoWriter
 
 SECONDS = 2.0
-KINDS = {  # suffix, codec, Hz, channels, options of the container, whether the file says how much its encoder put in front
+KINDS = {  # suffix, codec, Hz, channels, options of the container, whether the file states its encoder delay
     "wav": ("wav", "pcm_s16le", 44_100, 2, {}, True),
     "wav of bytes": ("wav", "pcm_u8", 8000, 1, {}, True),
     "wav of 24 bits": ("wav", "pcm_s24le", 48_000, 2, {}, True),
@@ -52,7 +52,7 @@ KINDS = {  # suffix, codec, Hz, channels, options of the container, whether the 
     "flv": ("flv", "aac", 44_100, 1, {}, False),
     "amr": ("3gp", "libopencore_amrnb", 8000, 1, {}, False),
 }
-CLOCKS = {  # what happens to the time stamps of the packet k of 20 ms: seconds to add or None; silences as (second, length)
+CLOCKS = {  # change of the time stamp of 20 ms packet k: seconds to add, or None to drop it; expected silences as (second, length)
     "pause": (lambda k: 1.0 if k >= 50 else 0.0, [(1.0, 1.0)]),
     "two pauses": (lambda k: 0.8 if k >= 80 else 0.3 if k >= 40 else 0.0, [(0.8, 0.3), (1.9, 0.5)]),
     "lost packet": (lambda k: None if k == 50 else 0.0, [(1.0, 0.02)]),
@@ -81,7 +81,7 @@ def channels_of(samples: np.ndarray, count: int) -> np.ndarray:
 def test_the_sound_of_every_kind_is_as_long_as_the_video_and_in_time(tmp_path, kind):
     suffix, codec, rate, channels, options, says_delay = KINDS[kind]
     path = encode(tmp_path / f"a.{suffix}", channels_of(voice(SECONDS, rate), channels), codec, rate=rate, options=options)
-    speech, video = attn_out(path, tmp_path)
+    speech, video = speech_and_video_sound(path, tmp_path)
     references = [plain_decode(path), speech.samples, *([voice(SECONDS)] if says_delay else [])]
     for reference in references:
         late, correlation = offset_ms(video, reference)
@@ -94,7 +94,7 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
     change, silences = CLOCKS[clock]
     source = encode(tmp_path / "whole.webm", voice(SECONDS, 48_000)[None], "libopus", rate=48_000)
     with caplog.at_level(logging.WARNING):
-        speech, video = attn_out(restamp(source, tmp_path / "a.mka", change), tmp_path)
+        speech, video = speech_and_video_sound(restamp(source, tmp_path / "a.mka", change), tmp_path)
     kept, truth = plain_decode(source), []
     first = 0
     for second, length in silences:
@@ -117,7 +117,7 @@ def test_a_gap_in_the_time_stamps_becomes_silence_of_its_length_and_nothing_else
 @pytest.mark.parametrize(("suffix", "codec"), [("m4a", "aac"), ("ts", "aac"), ("ogg", "libopus"), ("wma", "wmav2")])
 def test_every_container_with_a_clock_shows_its_pauses(tmp_path, suffix, codec):
     source = encode(tmp_path / f"whole.{suffix}", voice(3.0, 48_000)[None], codec, rate=48_000)
-    speech, video = attn_out(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 60 else 0.0), tmp_path)
+    speech, video = speech_and_video_sound(restamp(source, tmp_path / f"a.{suffix}", lambda k: 1.0 if k >= 60 else 0.0), tmp_path)
     assert speech.seconds == pytest.approx(len(plain_decode(source)) / RATE + 1, abs=0.03)
     quiet = np.abs(video[: len(video) // 160 * 160]).reshape(-1, 160).max(axis=1) < 3e-3
     assert 95 <= quiet.sum() <= 105
@@ -136,11 +136,11 @@ def test_a_recording_may_change_rate_and_channels_on_the_way(tmp_path):
     second = encode(tmp_path / "b.mp3", voice(1.0, 24_000, seed=1)[None], "libmp3lame", rate=24_000)
     both = tmp_path / "both.mp3"
     both.write_bytes(first.read_bytes() + second.read_bytes())
-    speech, video = attn_out(both, tmp_path)
+    speech, video = speech_and_video_sound(both, tmp_path)
     assert speech.seconds == pytest.approx(2.05, abs=0.1)
     assert offset_ms(video, speech.samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.05))
     assert abs(offset_ms(video, 0.8 * voice(1.0))[0]) < 10
-    assert abs(offset_ms(video, voice(1.0, seed=1))[0] - 1000) < 80  # the second encoder's own delay is heard, too
+    assert abs(offset_ms(video, voice(1.0, seed=1))[0] - 1000) < 80  # includes the delay of the second encoder
 
 
 @pytest.mark.parametrize("frames", [1, 40, 10_000])
@@ -150,7 +150,7 @@ def test_a_wrong_number_of_frames_in_the_xing_header_does_not_matter(tmp_path, f
     header = max(data.find(b"Xing"), data.find(b"Info"))
     data[header + 8 : header + 12] = frames.to_bytes(4, "big")
     path.write_bytes(data)
-    speech, video = attn_out(path, tmp_path)
+    speech, video = speech_and_video_sound(path, tmp_path)
     assert speech.seconds == pytest.approx(SECONDS, abs=0.06)
     assert abs(offset_ms(video, speech.samples)[0]) < 1
 
@@ -166,7 +166,7 @@ def test_bytes_after_the_last_frame_of_an_mp3_are_ignored(tmp_path):
 def test_a_speaker_on_any_of_many_channels_is_encoded(tmp_path, suffix, codec, layout, speaker):
     channels = np.zeros((av.AudioLayout(layout).nb_channels, round(SECONDS * 16_000)), np.float32)
     channels[speaker] = 2 * voice(SECONDS)
-    speech, video = attn_out(encode(tmp_path / f"a.{suffix}", channels, codec, rate=16_000, layout=layout), tmp_path)
+    speech, video = speech_and_video_sound(encode(tmp_path / f"a.{suffix}", channels, codec, rate=16_000, layout=layout), tmp_path)
     for found in (speech.samples, video):
         late, correlation = offset_ms(found, voice(SECONDS))
         assert abs(late) < 10 and correlation > 0.9
@@ -178,7 +178,7 @@ def test_channels_out_of_phase_are_encoded_on_one_loudspeaker(tmp_path, first, s
     samples = voice(SECONDS)
     half = len(samples) // 2
     right = np.concatenate([first * samples[:half], second * samples[half:]])
-    speech, video = attn_out(encode(tmp_path / "a.wav", np.stack([samples, right]), "pcm_s16le", rate=RATE), tmp_path)
+    speech, video = speech_and_video_sound(encode(tmp_path / "a.wav", np.stack([samples, right]), "pcm_s16le", rate=RATE), tmp_path)
     for found in (speech.samples, video):
         assert offset_ms(found, samples) == (pytest.approx(0, abs=1), pytest.approx(1, abs=0.02))
         assert np.abs(found).max() > 0.9 * np.abs(samples).max()

@@ -1,4 +1,4 @@
-"""Laws of the MP4 writer."""
+"""Writing and reading of MP4 files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FRAMES = 20
 
 
 def smooth_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """A still gradient with a bright square that walks over it."""
+    """A still gradient with a bright square that moves over it."""
     y, x = np.mgrid[0:height, 0:width]
     still = np.stack([60 + 2 * x, 80 + 3 * y, 200 - x - y], axis=-1).clip(0, 255).astype(np.uint8)
     frames = np.repeat(still[None], count, axis=0)
@@ -146,7 +146,7 @@ def test_a_video_without_frames_is_refused_and_leaves_nothing(tmp_path):
 
 
 class LastWriteFails:
-    """A container that writes its index and is then told by the disk that it did not arrive."""
+    """A container whose last write, of the index, fails on the disk."""
 
     def __init__(self, container, error: int) -> None:
         self.container, self.error = container, error
@@ -226,7 +226,7 @@ def test_reading_a_file_that_is_no_video_is_refused(tmp_path):
 
 
 def test_the_same_frames_give_the_same_file_whatever_the_memory_held_before(tmp_path):
-    """Sides that are no multiple of 16; x264 has read memory there that nobody had written."""
+    """For sides that are not multiples of 16; x264 has read uninitialised memory there."""
     rng = np.random.default_rng(0)
     still = rng.integers(0, 256, (66, 82, 3)).astype(float)
     frames = [np.clip(still + 20 * np.sin(index / 3), 0, 255).astype(np.uint8) for index in range(10)]

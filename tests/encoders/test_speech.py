@@ -1,4 +1,4 @@
-"""Laws of the speech features."""
+"""The preview's speech encoder and its augmentation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Laws of the text encoder's files."""
+"""Files of the text encoder, and cleaning of prompts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_without_ftfy_a_prompt_is_read_as_typed_with_a_warning(monkeypatch, capl
 
 
 class Trap:
-    """A pickle that wants to run code."""
+    """An object whose pickle runs code when loaded."""
 
     def __reduce__(self):
         return (print, ("run",))

@@ -1,4 +1,4 @@
-"""Laws of the published models' speech features, on a tiny encoder."""
+"""Speech features of published models, on a tiny encoder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_windows_keep_every_hidden_state_at_its_position(encoder, seconds, monke
     monkeypatch.setattr(Wav2VecEncoder, "MARGIN_S", 1)
     windows = encoder.states(speech(seconds))
     assert windows.shape == whole.shape
-    # attention reaches over the whole recording, so only what enters the layers is the same away from the cuts
+    # attention spans the whole recording, so only the input of the layers is equal away from the window borders
     assert_close(windows[0], whole[0], atol=1e-3, rtol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The evaluation: the true video passes every bar, nothing moving fails, and the same seed scores the same people."""
+"""The evaluation: the true video reaches every goal, a still video does not, and the same seed scores the same people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
 from sonic.evaluation.evaluate import GOALS, Case, cases, evaluate, scored
 from sonic.inference.components import untrained_components
+from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import ParallelConfig
+from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet
 from sonic.training.train_config import EvalConfig, EvaluateConfig
 
@@ -24,7 +26,8 @@ def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("eval") / "out.json"
     model = ModelConfig(resolution=192)
     config = EvaluateConfig(json=str(path), eval=EvalConfig(clips=2, seconds=2.0), model=model, sampler=SamplerConfig(sample_steps=1))
-    evaluate(config, untrained_components(model, device=torch.device("cpu")))
+    asked = InferConfig(model=model, sampler=config.sampler)
+    evaluate(config, AvatarPipeline(asked, untrained_components(model, device=torch.device("cpu"))))
     return json.loads(path.read_text())
 
 
@@ -91,13 +94,14 @@ def test_the_size_of_the_video_is_that_of_the_drawn_portrait(tmp_path):
     for size, side in (("photo", 96), ("192x64", 110)):
         expected = EvalConfig(clips=1, seconds=2.0, videos=str(tmp_path / size), num_videos=1)
         sampler, video = SamplerConfig(sample_steps=1), VideoConfig(size=size)
-        made[size] = evaluate(EvaluateConfig(eval=expected, model=model, sampler=sampler, video=video), components)
+        pipe = AvatarPipeline(InferConfig(model=model, sampler=sampler), components)
+        made[size] = evaluate(EvaluateConfig(eval=expected, model=model, sampler=sampler, video=video), pipe)
         assert next(read_frames(tmp_path / size / "clip_000.mp4")).shape == (side, side, 3)
     assert made["photo"]["identity_psnr_db"]["mean"] != made["192x64"]["identity_psnr_db"]["mean"]
 
 
 def test_the_bundled_weights_fit_together(tmp_path):
-    """Loose bars: these weights reach 0.94, 0.0, 0.01 and 40 dB, but 0.13 of motion in silence with the speech encoder before."""
+    """Loose limits: these weights reach 0.94, 0.0, 0.01 and 40 dB, but 0.13 of motion in silence with the earlier speech encoder."""
     pytest.importorskip("espeakng_loader")
     argv = ["+preset=fast_preview", "sampler.sample_steps=2", "eval.clips=2", "eval.seconds=4", "eval.seed=1", "run.device=cpu"]
     found = evaluate(compose(Entry("evaluate", EvaluateConfig), argv))

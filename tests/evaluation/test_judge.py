@@ -1,4 +1,4 @@
-"""Laws of judging a finished video."""
+"""Judging of a finished video."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ FRAMES = 75
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A photograph, a recording that swells and falls and pauses, and nothing else."""
+    """A folder with a photograph and a recording of varying loudness with pauses."""
     folder = tmp_path_factory.mktemp("judge")
     smooth = np.linspace(60, 180, 160)[None, :, None] + np.linspace(0, 40, 128)[:, None, None] + np.zeros(3)
     Image.fromarray(smooth.astype(np.uint8)).save(folder / "face.png")
@@ -37,7 +37,7 @@ MOUTH = np.s_[72:90, 58:82]  # rows and columns
 
 
 def write_and_configure(folder, name, motion, fps=25, where=MOUTH):
-    """A video of the photograph whose mouth (or another part) brightens by motion[k] grey levels in frame k."""
+    """A config for a video of the photograph whose mouth (or another part) is brighter by motion[k] grey levels in frame k."""
     photo = np.array(Image.open(folder / "face.png"))
     with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
         for strength in motion:
@@ -90,13 +90,13 @@ def test_damage_counts_by_its_mean_square_over_all_frames(folder):
 
 @pytest.mark.parametrize(("rows", "counts"), [(np.s_[34:52], True), (np.s_[93:111], False), (np.s_[119:127], True)])
 def test_the_chin_may_move_and_forehead_and_chest_may_not(folder, rows, counts):
-    """The chin of this face lies at row 90; a jaw that opens, and its shadow, reach below it."""
+    """The chin of this face is at row 90; an open jaw and its shadow extend below it."""
     found = judge(write_and_configure(folder, "part.mp4", np.full(FRAMES, 60), where=(rows, np.s_[58:82])))
     assert (found["photo_psnr_db"] < 33) is counts
 
 
 def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames(folder):
-    """What happens in the short gaps between two words counts for neither."""
+    """Motion in the short gaps between words counts for neither."""
     level, after = sound(folder), np.arange(FRAMES) > 47 + 5  # the last word ends in frame 47
     motion = np.where(after, 20, np.where(level > np.median(level), 80, 50))
     assert judge(write_and_configure(folder, "rest.mp4", motion))["rest_ratio"] == pytest.approx(20 / 80, rel=0.03)
@@ -127,20 +127,20 @@ def test_the_figures_never_overwrite_a_judged_file(tmp_path, option):
 
 
 def voiced(folder, name, samples, frames=FRAMES):
-    """A video with a sound track of its own, as the judge is asked about it."""
+    """A config for a video with these samples as sound track."""
     with VideoWriter(folder / name, 160, 128, num_frames=frames, speech=None if samples is None else Speech(samples)) as writer:
         writer.write(np.repeat(np.array(Image.open(folder / "face.png"))[None], frames, axis=0))
     return JudgeConfig(mp4=str(folder / name), image=str(folder / "face.png"), audio=str(folder / "speech.flac"), face=FACE)
 
 
 def spoken(folder):
-    """The recording of the folder, like speech."""
+    """A speech-like recording in the folder."""
     save_speech(folder / "speech.flac", voice(FRAMES / 25))
     return load_speech(folder / "speech.flac").samples
 
 
 def cut_short(folder, name, keep):
-    """The video with the first packets of its sound track alone."""
+    """A copy of the video with only the first packets of its sound track."""
     short = folder / f"short_{name}"
     with av.open(str(folder / name)) as given, av.open(str(short), "w") as made:
         streams = {stream.index: made.add_stream_from_template(stream) for stream in given.streams}

@@ -1,4 +1,4 @@
-"""Figures of quality: each reads what it should, and nothing else."""
+"""Quality metrics: each measures what it should, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sonic.evaluation import metrics
 from sonic.synthetic import draw_face, puppet, voices
 
 
-def index_of(person):
+def geometry_of(person):
     shape = person.mouth
     return metrics.MouthGeometry(shape.x, shape.y, shape.unit, shape.roll, lower=shape.curve + 0.65 * shape.gap, curve=shape.curve)
 
@@ -22,7 +22,7 @@ def spoken(seed, frames=100):
     return person, torch.from_numpy(tracks[0]), tracks[1]
 
 
-def pause_watchdog(person):
+def picture_at_rest(person):
     return torch.from_numpy(person.picture).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -30,7 +30,7 @@ def pause_watchdog(person):
 def test_the_opening_is_read_from_true_frames(seed):
     person, visemes, _ = spoken(seed)
     frames, _ = draw_face.animate(person, visemes)
-    read = metrics.mouth_opening(frames, pause_watchdog(person), index_of(person))
+    read = metrics.mouth_opening(frames, picture_at_rest(person), geometry_of(person))
     assert metrics.correlation(read, puppet.lip_displacement(person.mouth, visemes).numpy()) >= 0.98
 
 
@@ -38,16 +38,16 @@ def test_the_opening_is_read_from_true_frames(seed):
 def test_a_soft_and_tinted_mouth_is_measured_correctly(seed):
     person, visemes, _ = spoken(seed)
     frames, _ = draw_face.animate(person, visemes)
-    changed = ((frames - pause_watchdog(person)).abs().mean(1, keepdim=True) > 0.15).float()
+    changed = ((frames - picture_at_rest(person)).abs().mean(1, keepdim=True) > 0.15).float()
     soft = torch.nn.functional.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
     tinted = (soft + changed * torch.tensor([0.1, -0.05, -0.05]).view(3, 1, 1)).clamp(-1, 1)
-    read = metrics.mouth_opening(tinted, pause_watchdog(person), index_of(person))
+    read = metrics.mouth_opening(tinted, picture_at_rest(person), geometry_of(person))
     assert metrics.correlation(read, puppet.lip_displacement(person.mouth, visemes).numpy()) >= 0.95
 
 
 def test_a_still_mouth_has_opening_zero():
     person, _, _ = spoken(3)
-    read = metrics.mouth_opening(pause_watchdog(person).expand(5, -1, -1, -1), pause_watchdog(person), index_of(person))
+    read = metrics.mouth_opening(picture_at_rest(person).expand(5, -1, -1, -1), picture_at_rest(person), geometry_of(person))
     assert np.abs(read).max() < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: every cell once, failures told and tried again when asked, and a report that stands alone."""
+"""Sweeps: every cell is scored once, failures are reported and retried on request, and the report needs no other files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sonic.training.train_config import LogConfig
 
 ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
 GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"
-# a program that scores as fast as a test wants it to: figures that follow from its arguments, failure for three steps, and for five
+# a fast stand-in for the scoring program: figures computed from its arguments, failure for three steps, and for five
 # what a test puts there
 SCORER = """
 import json, sys
@@ -92,7 +92,7 @@ def test_finished_cells_are_not_scored_again(scorer, tmp_path):
 
 def test_a_cell_with_other_options_than_before_is_scored_again(scorer, tmp_path, caplog):
     cells = sweep(config(GRID), tmp_path)
-    (cells[1].folder / "told.json").unlink()  # as cells were before that was written down
+    (cells[1].folder / "told.json").unlink()  # as in cells of older versions, without a record of their options
     with caplog.at_level("INFO", logger="sonic.training"):
         cells = sweep(config(GRID, "clips=4"), tmp_path)
     assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
@@ -164,7 +164,7 @@ def test_the_table_is_written_as_csv(report):
     rows = list(csv.DictReader((report.parent / "report.csv").open()))
     assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
     assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.015)
-    assert "teacher_distance_mean" not in rows[0]  # nobody here is a teacher
+    assert "teacher_distance_mean" not in rows[0]  # no cell is a teacher
 
 
 def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(scorer, tmp_path):
@@ -178,7 +178,7 @@ def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(scorer, t
     assert Page(page.read_text()).tags.count("svg") == 4
 
 
-# clicks the button, looks, clicks again and looks again
+# click the button, read the state, click again and read it again
 PROBE = """
 const look=()=>({fits:document.body.scrollWidth<=innerWidth,paused:[...document.querySelectorAll('video')].map(v=>v.paused)});
 addEventListener('load',()=>{const button=document.querySelector('.row button');button.click();

@@ -1,4 +1,4 @@
-"""A file of requests: how its text is read, which lines are refused, and what one line may cost another."""
+"""Files of requests: how the text is read, which lines are refused, and that a bad line fails only itself."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def videos_of(tmp_path, monkeypatch, weights):
-    """Runs the command over lines of requests; gives its exit code and what it says of each line."""
+    """Runs the command over lines of requests; gives its exit code and the result of each line."""
     monkeypatch.chdir(tmp_path)
     write_wav(tmp_path / "voice.wav", babble(0.5))
 
@@ -218,7 +218,7 @@ def videos_of(tmp_path, monkeypatch, weights):
 
 
 def crashing(threads: int) -> None:
-    """In the process that reads: recordings called crash end it."""
+    """Set up the reading process so that recordings named crash kill it."""
     torch.set_num_threads(threads)
     load = input_reader.READERS["audio"]
 
@@ -269,7 +269,7 @@ def test_an_output_that_no_file_system_takes_is_refused_with_its_option(videos_o
 
 
 def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatch, weights, tmp_path):
-    """The others wait in the middle of a forward, so that no further video can be begun."""
+    """The other ranks wait in the middle of a forward, so no further video can be started."""
     config = compose(ENTRY, [f"weights={weights}", *FACE, *TINY])
     kinds = [
         ("make_video", KeyError("lost"), "raised"),

@@ -1,4 +1,4 @@
-"""The planner speaks before a job starts: it chooses, it refuses, and it is held against what was measured."""
+"""The planner before a job: it chooses a plan or refuses the job, and its estimate is compared with the measurement."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, mode
 
 @pytest.fixture
 def without_weights(monkeypatch):
-    """Published models are planned as configured, though nobody has their weights."""
+    """Published models are planned as configured, without their weights."""
     monkeypatch.setattr(choose_plan, "settled_model", lambda model: model)
 
 

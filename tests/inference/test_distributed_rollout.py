@@ -1,4 +1,4 @@
-"""What the leading rank tells those that walk along."""
+"""Messages of the first rank to the other ranks of a rollout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_clip_is_sent_without_the_rest_of_the_video_and_a_constant_as_one_numb
     sent = pickle.dumps((compact(clip), compact(clip.drop("audio"))))
     sent_back, silent = pickle.loads(sent)
     fits = sum(value.nbytes for name, value in vars(clip).items() if value is not None)
-    assert len(sent) < fits + 8000  # and all that both have in common once
+    assert len(sent) < fits + 8000  # plus the shared tensors once
     assert len(pickle.dumps(clip)) > whole.audio.nbytes
     assert torch.equal(sent_back.audio, clip.audio)
     assert silent.audio.shape == clip.audio.shape

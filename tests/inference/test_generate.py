@@ -1,4 +1,4 @@
-"""The main job from end to end with a tiny model: lengths, results, the same frames again, and nothing left when it is stopped."""
+"""Inference from end to end with a tiny model: lengths, results, reproducible frames, and no files after an interruption."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_prefetching_stage_keeps_the_order_and_its_queue_length():
     items = prefetch((next(made) for _ in range(100)), 2, name="stage")
     assert next(items) == 0
     threading.Event().wait(0.3)
-    assert next(made) <= 1 + 2 + 1 + 1  # taken, waiting, in hand, and this question
+    assert next(made) <= 1 + 2 + 1 + 1  # taken, queued, in progress, and this item
     assert list(items)[-1] == 100
     assert list(collect(iter(range(5)))) == list(range(5))
 
@@ -196,19 +196,19 @@ def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photo
         return torch.zeros(part.flow.shape[1], 8, 8, 3, dtype=torch.uint8)
 
     canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
-    with FakeTensorMode():  # which knows of devices that are not there
+    with FakeTensorMode():  # which simulates devices that do not exist
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
         list(decode_blocks(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, timer=StageTimer()))
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
-def test_decoding_is_smooth_across_blocks_as_within_them():
+def test_smoothing_across_blocks_equals_smoothing_the_whole():
     rng, shown = torch.Generator().manual_seed(0), []
-    generate = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
+    layers = [torch.rand(1, 24, channels, 4, 4, generator=rng) for channels in (2, 1, 3)]
 
     def decode(latents, reference, cache):
         first = cache or 0
-        return MotionLayers(*(track[:, first : first + 12] for track in generate)), first + 12
+        return MotionLayers(*(track[:, first : first + 12] for track in layers)), first + 12
 
     def render(part):
         shown.append(part)
@@ -220,7 +220,7 @@ def test_decoding_is_smooth_across_blocks_as_within_them():
         0,
         12,
     ]
-    whole = smooth_seams(MotionLayers(*generate), None)
+    whole = smooth_seams(MotionLayers(*layers), None)
     for name in ("flow", "opacity", "interior"):
         assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
 

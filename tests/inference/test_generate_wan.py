@@ -1,4 +1,4 @@
-"""Laws of Wan videos that the published pipelines do not keep: a frame is driven by the sound of its time, and nothing is black."""
+"""Wan videos, in points where the published pipelines differ: frames follow the sound of their own time, and there are no black bars."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sonic.model.dit import AvatarDiT
 from sonic.vae.wan_vae import WanAutoencoder
 
 CLIP = 12  # frames of a block and of a clip
-PAINTERS = {"blocks": generate_blocks, "clips": generate_clips}
+GENERATORS = {"blocks": generate_blocks, "clips": generate_clips}
 
 
 @pytest.fixture(scope="module")
-def painters() -> WanNetworks:
-    """A transformer and a VAE none of whose weights is zero."""
+def networks() -> WanNetworks:
+    """A transformer and a VAE without zero weights."""
     torch.manual_seed(0)
     config = ModelConfig(
         trunk=TrunkConfig(hidden_dim=48, ffn_dim=64, num_heads=2, num_layers=2, patch_size=[1, 2, 2], freq_dim=32),
@@ -42,8 +42,8 @@ def painters() -> WanNetworks:
     return WanNetworks(model, vae)
 
 
-@pytest.mark.parametrize("kind", PAINTERS)
-def test_sound_affects_the_frames_of_its_time_and_none_before(kind, painters):
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_sound_affects_the_frames_of_its_time_and_none_before(kind, networks):
     rng = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
     text, audio = draw(1, 4, 24), draw(1, 3, 16, 3 * CLIP)
@@ -51,7 +51,7 @@ def test_sound_affects_the_frames_of_its_time_and_none_before(kind, painters):
     later = encoded.audio.clone()
     later[..., 2 * CLIP :] = draw(1, 3, 16, CLIP)
     made = [
-        torch.cat(list(PAINTERS[kind](painters, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
+        torch.cat(list(GENERATORS[kind](networks, each, sampler=SamplerConfig(sample_steps=2))), dim=2)
         for each in (encoded, replace(encoded, audio=later))
     ]
     assert made[0].shape[2] == 3 * CLIP
@@ -61,11 +61,11 @@ def test_sound_affects_the_frames_of_its_time_and_none_before(kind, painters):
 
 
 @torch.no_grad()
-def test_latents_of_poses_do_not_depend_on_how_many_frames_are_encoded_at_once(painters, monkeypatch):
+def test_latents_of_poses_do_not_depend_on_how_many_frames_are_encoded_at_once(networks, monkeypatch):
     pose = np.random.default_rng(0).integers(0, 256, (generate_wan.POSE_CHUNK + 8, 16, 16, 3), np.uint8)
-    found = generate_wan._pose_latents(pose, painters.vae, device=torch.device("cpu"))
+    found = generate_wan._pose_latents(pose, networks.vae, device=torch.device("cpu"))
     monkeypatch.setattr(generate_wan, "POSE_CHUNK", len(pose))
-    whole = generate_wan._pose_latents(pose, painters.vae, device=torch.device("cpu"))
+    whole = generate_wan._pose_latents(pose, networks.vae, device=torch.device("cpu"))
     assert found.shape == (1, 16, len(pose) // 4, 2, 2) and torch.equal(found, whole)
 
 

@@ -1,4 +1,4 @@
-"""Laws of what is generated: where a face is seen, several speakers with a mask each, and a video of poses."""
+"""Inputs of a video: position of the face, several speakers with a mask each, and a video of poses."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_video_of_poses_is_resampled_to_the_frame_rate_of_the_video(inputs):
 
 
 def test_logged_face_and_mouth_give_the_same_video_as_overrides(caplog):
-    """In the photograph's own pixels, though the video is half as large."""
+    """They are in pixels of the photograph, although the video is half as large."""
 
     def opened(*argv):
         return open_inputs(compose(Entry("infer", InferConfig), ["video.size=256x256", *argv])).portrait

@@ -1,4 +1,4 @@
-"""Laws of the rollout: it is the model run in order, it repeats itself, and it does not grow."""
+"""The rollout: equal to the parallel form, reproducible, and of constant memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_later_blocks_do_not_change_earlier_ones():
 
 
 def test_each_sampling_step_reads_the_keys_of_its_own_noise_level():
-    """With two steps, changing what the first step of block 0 sees must reach block 1 through ring 0."""
+    """With two steps, a change of the first step of block 0 must affect block 1 through ring 0."""
     model, given = tiny_model(), conditions(4)
     cache = model.prefill(given, model.new_cache(given, steps=2))
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_every_sampler_makes_a_whole_clip(name):
 
 
 class Queue:
-    """Forwards that are done one at a time and handed out late, as a pipeline of `room` stages hands them out."""
+    """Forwards that are run one at a time and returned late, as by a pipeline of `room` stages."""
 
     def __init__(self, room: int, forwards: Forwards) -> None:
         self.room, self.forwards, self.most = room, forwards, 0
@@ -126,7 +126,7 @@ class Queue:
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("room", [2, 3, 5])
 def test_queued_forwards_give_the_same_video_as_sequential_ones(room, scale, name, monkeypatch):
-    """Blocks follow each other through the rings in order, though several are begun."""
+    """Blocks are written to the rings in order, although several are started."""
     given, queues = conditions(8), []
 
     def queued(context):

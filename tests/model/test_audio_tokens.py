@@ -1,4 +1,4 @@
-"""Laws of the audio path: it is causal, a constant past costs nothing, and actors keep to their own patches."""
+"""The audio path: it is causal, the constant past can be skipped, and each actor affects only its own patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the parts of a block: every shortcut equals the plain way."""
+"""The parts of a block: every optimised form equals the plain computation."""
 
 from __future__ import annotations
 

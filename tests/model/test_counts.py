@@ -1,4 +1,4 @@
-"""Counting from the config agrees with the modules themselves, on the meta device."""
+"""Parameters and multiply-adds counted from the config equal those of the modules on the meta device."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_units_name_modules_and_their_sizes(name, unshard_unit):
     assert left < 0.03 * numbers(model)
 
 
-MULTIPLY_ADDS = {  # (of a clip of 20 latent frames, of a block with four in its ring), as counted a second time on 2026-11-21
+MULTIPLY_ADDS = {  # (clip of 20 latent frames, block with four in its ring), from an independent count
     ("live_avatar_14b", False): (485_672_092_303_360, 58_356_203_520_000),
     ("live_avatar_14b", True): (534_749_192_519_680, 60_411_622_195_200),
     ("preview", False): (1_208_674_854_912, 110_956_486_656),

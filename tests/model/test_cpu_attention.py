@@ -1,4 +1,4 @@
-"""Laws of attention by products: it is softmax attention, however it is cut into pieces."""
+"""Attention by matrix products: equal to softmax attention for every chunk size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the DiT: the rollout equals its parallel form, and each condition reaches what it should and nothing else."""
+"""The DiT: the rollout equals its parallel form, and each condition affects what it should and nothing else."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_cache_that_is_prefilled_again_equals_a_new_one():
 
 
 def test_a_rollout_far_from_the_start_equals_one_near_it():
-    """Only differences of positions matter, and the reference moves along."""
+    """Only differences of positions matter, and the reference position moves with the block."""
     model, whole, latents = tiny_model(), conditions(4, motion=None), torch.randn(1, 4, 4, *SIZE)
     timestep = torch.tensor([400.0])
     with torch.no_grad():

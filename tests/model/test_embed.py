@@ -1,4 +1,4 @@
-"""Laws of positions and embeddings: exact rotations however far, and the published places of the memory."""
+"""Positions and embeddings: rotations exact at any distance, and the published positions of the memory tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def turned_by_hand(heads: torch.Tensor, time: int, row: int, column: int) -> tor
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("time", [0, -19, 30, 45_000, 3_000_000])
 def test_rotations_are_exact_however_far_the_block_is(time, learns):
-    """Block 1 000 000 starts at latent frame 3 000 000; with and without gradients other kernels turn it."""
+    """Block 1 000 000 starts at latent frame 3 000 000; different kernels are used with and without gradients."""
     heads = torch.randn(1, 6, 1, HEAD_DIM)
     with torch.set_grad_enabled(learns):
         found = rotate(heads, rotation(grid_positions(torch.tensor([time]), 2, 3), HEAD_DIM))

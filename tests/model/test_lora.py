@@ -1,4 +1,4 @@
-"""Laws of adapters: whatever their keys are called, they are merged whole or not at all."""
+"""Adapters: whatever the naming of their keys, they are merged completely or not at all."""
 
 from __future__ import annotations
 

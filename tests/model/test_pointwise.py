@@ -1,4 +1,4 @@
-"""Laws of the forms that a CPU takes in bfloat16: they are the function they stand for, and so are their gradients."""
+"""The CPU's bfloat16 forms of pointwise functions equal the functions, and so do their gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the zero3 plan, which is DeepSpeed's: as every plan, and weights that are there only while they are used."""
+"""The zero3 plan (DeepSpeed): the laws of every plan, and weights that are gathered only while they are used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_zero3_makes_the_video_and_the_clip_of_one_rank(count, plans, weights):
 
 
 def halves(weights: str) -> tuple[bool, float]:
-    """Whether a video in bfloat16 is that of one rank, and which share of the weights is whole when nobody uses them."""
+    """Whether a video in bfloat16 equals that of one rank, and the share of weights that are gathered while not in use."""
     case = case_of("tiny", weights)
     under, alone = (model_under(case, ParallelConfig(name), torch.bfloat16) for name in ("zero3", "single"))
     same = True

@@ -1,4 +1,4 @@
-"""Laws of the layer pipeline: any number of ranks at any number of steps is one rank, bit for bit."""
+"""The layer pipeline: any number of ranks at any number of steps gives the video of one rank, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = 3
 
 
 def videos_on_every_number_of_ranks() -> list[tuple[int, int]]:
-    """(ranks, steps) whose video is not that of one rank, made by the first 1, 2, ... 8 ranks of the world."""
+    """(ranks, steps) whose video differs from that of one rank, made by the first 1, 2, ... 8 ranks of the world."""
     torch.use_deterministic_algorithms(True)
     rank, given = dist.get_rank(), conditions(2 * BLOCKS)
     alone = {steps: latents_of(tiny_model(), given, BLOCKS, sample_steps=steps) for steps in COUNTS} if rank == 0 else {}
@@ -45,7 +45,7 @@ def test_any_number_of_ranks_at_any_number_of_steps_gives_the_video_of_one_rank(
 
 
 def caches_alive() -> list[int]:
-    """How many caches of videos before the second rank still has when it makes the next one, and the first after each video."""
+    """Number of old caches on the second rank when it makes the next one, and on the first after each video."""
     model, context = tiny_model(), DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))
     if dist.get_rank() == 0:
@@ -73,7 +73,7 @@ def test_a_rank_frees_the_caches_of_a_video_before_the_next():
 
 
 def half_precision() -> tuple[set[torch.dtype], bool]:
-    """Precisions of what the first rank collects of a model in bfloat16, and whether the video is that of one rank."""
+    """Precisions of the first rank's outputs for a model in bfloat16, and whether the video equals that of one rank."""
     alone, model = tiny_model().bfloat16(), tiny_model().bfloat16()
     context = DistributedContext(channel=P2PChannel(range(2), torch.device("cpu")))
     keep_range(model, dist.get_rank(), layer_ranges(model.config, 2))

@@ -1,4 +1,4 @@
-"""What a rank settles before it works: its device, and the ways of its messages."""
+"""The device of a rank, and the process groups of its messages."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_cpu_has_no_current_device_to_choose(monkeypatch):
 
 
 def sent_each_way() -> list[float]:
-    """What each of three ranks hears over groups such as those of CUDA ranks: two share the layers, the third has the autoencoder."""
+    """Messages that each of three ranks receives over groups as of CUDA ranks: two share the layers, the third has the VAE."""
     mesh.direct = lambda device: True
     world, rank = make_world(ParallelConfig("pipeline", vae_rank=True), "pipeline", CPU), dist.get_rank()
     groups = {group.group_name for group in world.lanes}
     channels = [make(world) for make, ranks in ((pipeline_channel, (0, 1)), (make_vae_channel, (0, 2))) if rank in ranks]
     assert len(groups) == mesh.LANES
     assert {group.group_name for channel in channels for group in channel._groups.values()} <= groups
-    for number, channel in enumerate(channels):  # all questions are under way before the first answer
+    for number, channel in enumerate(channels):  # all requests are sent before the first reply
         if rank == 0:
             channel.send_next(Message("block"), [torch.full((3,), 1.0 + number)])
     if rank:
@@ -55,7 +55,7 @@ def sent_each_way() -> list[float]:
     return found
 
 
-def test_ranks_in_different_channels_create_the_same_process_groups():
+def test_ranks_of_different_channels_receive_each_others_messages():
     assert on_ranks(3, sent_each_way, timeout_s=240) == [[20, 10], [1], [2]]
 
 

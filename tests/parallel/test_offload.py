@@ -1,4 +1,4 @@
-"""Where an offloading plan keeps weights: no more host memory than waits, and the same numbers."""
+"""Weights under an offloading plan: no more host memory than the offloaded layers need, and the same values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pieces(monkeypatch) -> list[int]:
-    """Sizes of what is pinned, on a machine that cannot pin."""
+    """Sizes of the pinned pieces, on a machine that cannot pin."""
     sizes = []
 
     def pinned(size: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_only_offloaded_layers_are_pinned(pieces, monkeypatch):
 
 
 def prefetcher_of(**settings) -> module.LayerPrefetcher:
-    """The shuttle of a tiny model on a CPU, where all three layers wait unless it is said what is free."""
+    """The prefetcher of a tiny model on a CPU, with all three layers offloaded unless free memory is given."""
     return module.LayerPrefetcher(
         [module.OffloadedLayer(modules) for modules in module.layers_of(tiny_model())], CPU, OffloadConfig(**settings)
     )
@@ -90,7 +90,7 @@ def test_resident_weights_leave_room_for_the_slots(monkeypatch):
 
 
 def pinning(layers, device, config) -> module.LayerPrefetcher:
-    """A shuttle that pins as on a GPU."""
+    """A prefetcher that pins memory as on a GPU."""
     prefetcher = PREFETCHER(layers, device, config)
     prefetcher.pins = True
     return prefetcher

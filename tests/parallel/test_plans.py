@@ -1,4 +1,4 @@
-"""Laws that every plan obeys: the video of one rank, the clip of one rank, and the names of one rank."""
+"""Every plan gives the video, the clip and the parameter names of one rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tiny import tiny_model
 
 from sonic.checkpoint.weights import save_weights
 from sonic.inference.distributed_rollout import shutdown, worker_loop
-from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.parallelize import PLANS
+from sonic.parallel.parallel_config import PLAN_NAMES, ParallelConfig
+from sonic.parallel.parallelize import PARALLELIZERS
 
 TINY = {  # every part of the 14B model, a few numbers wide
     "fsdp block": ParallelConfig("fsdp", unshard_unit="block", prefetch=0),
@@ -34,7 +34,7 @@ PREVIEW = {
     "preview offload": ParallelConfig("offload", replicas=-1),
     "preview context": ParallelConfig("context"),
 }
-GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after a video that nobody saw the end of
+GIVEN_UP = ("fsdp kept", "pipeline", "context", "pipeline and context")  # after abandoned videos
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,13 @@ def weights(tmp_path_factory) -> str:
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
     plans = TINY | PREVIEW
-    assert {plan.name for plan in plans.values()} == set(PLANS) - {"single", "zero3"}  # zero3 has a test of its own
+    assert {plan.name for plan in plans.values()} == set(PLAN_NAMES) - {"single", "zero3"}  # zero3 has a test of its own
+    assert tuple(PARALLELIZERS) == PLAN_NAMES
     same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=240))
 
 
 def refused_clip(weights: str) -> str:
-    """What the first rank of a pipeline says to a clip."""
+    """The error of the first rank of a pipeline for a clip."""
     case = case_of("tiny", weights)
     under = model_under(case, ParallelConfig("pipeline"))
     if not under.context.world.leads:

@@ -1,4 +1,4 @@
-"""The command itself under every plan on two ranks: the same bytes as one rank's video."""
+"""The command infer under every plan on two ranks gives the bytes of one rank's video."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_two_pairs_of_ranks_make_videos_side_by_side_and_a_bad_one_changes_none(
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = (*ARGUMENTS, *APART, "parallel.replicas=2", f"requests={tmp_path / 'requests.jsonl'}")
     codes, output = infer_on(4, arguments, tmp_path, before=full_at_first)
-    assert codes == [1, 0, 0, 0], output  # a launcher ends the first rank, which still speaks, when another one gives 1
+    assert codes == [1, 0, 0, 0], output  # only the first rank exits with 1: a launcher ends all ranks when one fails
     assert "2 videos made, 2 requests bad" in output
     assert "line 1: the disk is full" in output
     assert all(Path(each["output"]).read_bytes() == alone for each in good)

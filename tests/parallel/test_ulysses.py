@@ -1,4 +1,4 @@
-"""Laws of shared tokens: what one rank has, several have together, whether or not tokens and heads come out even."""
+"""Sequence parallelism: several ranks together equal one rank, whether or not tokens and heads divide evenly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH, HEAD_DIM = 2, 3
 
 
 def broken(heads: int) -> list[str]:
-    """The laws that do not hold on this rank."""
+    """Names of the checks that fail on this rank."""
     rank = dist.get_rank()
     share = UlyssesSequence(Group(dist.group.WORLD, rank, RANKS), heads)
     rng = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The autoencoder on a rank of its own: the video of one rank, and what stays there, is let go, or goes wrong there."""
+"""The VAE on its own rank: the video of one rank, remote caches that are kept and freed, and its faults."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ APART = ("parallel=pipeline", "parallel.vae_rank=true")
 
 
 def sabotaged(rank: int, *, way: str) -> None:
-    """The last of two ranks is struck when it decodes. What takes long the first time is there before anybody's patience begins."""
+    """Make the last of two ranks fail when it decodes; slow first-time work is done before the watchdog's timeout starts."""
     log_mel(np.zeros(SAMPLE_RATE, np.float32), 25)
     ways = {"fails": broken, "hangs": lambda *arguments: time.sleep(1000)}
     if rank == 1:
@@ -55,7 +55,7 @@ def test_a_fault_on_the_vae_rank_ends_the_job_and_is_reported_first(way, word, t
 
 
 class Remembers:
-    """What a stream left behind, a number."""
+    """A cache of one number that records which caches are alive."""
 
     def __init__(self, value: float, alive: weakref.WeakSet) -> None:
         self.value = value
@@ -63,7 +63,7 @@ class Remembers:
 
 
 class Counting(nn.Module):
-    """An autoencoder whose frames say what it was told, how that lay, and how much it remembers at the most."""
+    """An autoencoder whose frames encode its input, the input's strides, and the largest number of live caches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Counting(nn.Module):
 
 
 def asked() -> list:
-    """What the first rank hears; the most that the other one had to remember."""
+    """Replies to the first rank, and the largest number of caches on the other rank."""
     channel = P2PChannel([0, 1], CPU, DIRECTIONS)
     if dist.get_rank():
         autoencoder = Counting()
@@ -103,7 +103,7 @@ def asked() -> list:
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
-def test_tensors_keep_their_strides_and_caches_without_a_handle_are_freed():
+def test_tensors_are_received_with_their_strides_and_caches_without_a_handle_are_freed():
     (found, twice, last, dtype, asks), (most, left, unsent) = on_ranks(2, asked, timeout_s=60)
     assert all(theirs == ours for theirs, ours in found)
     assert twice == [3, 5]  # a cache is a value: what was decoded after it changes nothing
@@ -114,7 +114,7 @@ def test_tensors_keep_their_strides_and_caches_without_a_handle_are_freed():
 
 
 class OneProcessChannel:
-    """A line of two in one process. Who asks first is slow to hear."""
+    """A channel of two ranks in one process. The first reply is delivered late."""
 
     def __init__(self) -> None:
         self.questions, self.answers, self.asked = Queue(), Queue(), threading.Event()
@@ -140,7 +140,7 @@ class OneProcessChannel:
 
 @contextmanager
 def answered(autoencoder: nn.Module) -> Iterator[RemoteAutoencoder]:
-    """A far autoencoder that a thread keeps."""
+    """A remote autoencoder that is served by a thread."""
     vae_channel = OneProcessChannel()
     keeper = threading.Thread(target=serve_vae, args=(autoencoder, vae_channel))
     keeper.start()

@@ -1,4 +1,4 @@
-"""When one rank dies, fails, hangs or runs out of memory, all end soon, and what is said first is about that rank."""
+"""When one rank dies, fails, hangs or runs out of memory, all ranks end soon, and the first message is about that rank."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def generate(config: InferConfig, run) -> None:
 
 
 def job(arguments: tuple[int, int, Path], plan: str, way: str, *, victim: int, busy: str) -> None:
-    """A process of a job that nobody supervises."""
+    """One process of a job without a supervisor."""
     rank, port, output = arguments
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -96,7 +96,7 @@ def free_port() -> int:
 
 
 def strike_of(marker: Path) -> float:
-    """When the victim was struck."""
+    """The time at which the victim was made to fail."""
     until = time.monotonic() + START_S
     while not marker.exists():
         assert time.monotonic() < until, "the video does not begin"
@@ -140,7 +140,7 @@ def test_a_rank_that_fails_ends_the_job_and_is_named_first(plan, way, victim, bu
 
 
 def miss_each_other(patience_s: float) -> str:
-    """What is said of two ranks, each of which waits for a word of the other."""
+    """The messages about two ranks that wait for each other."""
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 0.0
     rank, found = dist.get_rank(), []
     watchdog_ = unwatched(dist.distributed_c10d._get_default_store(), rank, patience_s)
@@ -164,7 +164,7 @@ def test_ranks_that_wait_for_each_other_are_found():
 
 
 def rest_long(patience_s: float) -> bool:
-    """Whether a rank that waits for longer than the patience is left alone, and one that gets on slowly or rests as well."""
+    """Whether a rank that waits longer than the timeout is not ended, nor one that progresses slowly or pauses the watchdog."""
     watchdog.LOOK_S = 0.1
     watchdog_ = Watchdog(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), patience_s=patience_s)
     if dist.get_rank():

@@ -1,4 +1,4 @@
-"""The machine that a job runs on, looked up: what is there is what is planned for."""
+"""Detection of the machine that a job is planned for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with so many GPUs of a name; none when it has no name."""
+    """Simulates a machine with `count` GPUs of a name; none when the name is empty."""
 
     def has(count: int, name: str, gib: float = 80) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(count))

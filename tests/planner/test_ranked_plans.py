@@ -1,4 +1,4 @@
-"""Which of several plans is the best, and which are worth a try, on plans and shares that are made up."""
+"""Ranking of plans and proposals of changes, on made-up plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDE = ("model=live_avatar_14b", "run.dtype=bfloat16")
 
 @dataclass
 class Made:
-    """A plan of which only the figures are known."""
+    """A plan that consists of its figures only."""
 
     time: float
     peak: float
@@ -48,7 +48,7 @@ class Made:
         (Made(2.0, 9), Made(2.5, 3)),  # the faster
         (Made(2.03, 3), Made(2.0, 9)),  # the leaner of two that are as good as equally fast
         (Made(0.9, 3), Made(0.1, 9)),  # the leaner of two that are faster than the video is shown
-        (Made(2.0, 9), Made(2.0, 3, uses_host_memory=True)),  # the one that leans on nothing
+        (Made(2.0, 9), Made(2.0, 3, uses_host_memory=True)),  # the one without offloading
         (Made(9.0, 9), Made(1.0, 3, missing=0.1)),  # the one that fits
         (Made(2.4, 9), Made(2.5, 3)),  # what does not fit says nothing of what is fast
     ],

@@ -1,4 +1,4 @@
-"""The prediction against the program on fake tensors, for models small enough to be built in a second."""
+"""The planner's estimate against the program on fake tensors, for models small enough to be built in a second."""
 
 from __future__ import annotations
 

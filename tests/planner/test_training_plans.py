@@ -280,7 +280,8 @@ def test_the_command_answers_fast_and_its_exit_code_says_whether_it_fits(tmp_pat
     ],
 )
 def test_the_command_reports_when_its_estimate_cannot_be_tracked(tmp_path, asked, name, capsys):
-    assert run_command(PLAN, plan_command.plan, [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]) == 0
+    argv = [*WIDE, *asked, "verify=true", f"json={tmp_path / 'plan.json'}"]
+    assert run_command(plan_command.entry_of(argv), plan_command.plan, argv) == 0
     output = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not tracked: ")]
     assert len(output) == 1
     assert f"{name} is predicted only" in output[0]

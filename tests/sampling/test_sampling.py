@@ -1,4 +1,4 @@
-"""Laws of paths, schedules, samplers and guidance, over their tables."""
+"""Paths, schedules, samplers and guidance, for every row of their tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the drawn people and of the puppet that moves them."""
+"""Drawn people and their animation."""
 
 import numpy as np
 import pytest

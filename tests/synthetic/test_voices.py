@@ -1,4 +1,4 @@
-"""Laws of the synthetic speech and of the mouth it asks for."""
+"""Synthetic speech and its viseme track."""
 
 from __future__ import annotations
 

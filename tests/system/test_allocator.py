@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: what is allocated again is there without the system's help."""
+"""Freed memory stays with the process, so that new allocations cause no page faults."""
 
 from __future__ import annotations
 

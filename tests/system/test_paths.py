@@ -1,4 +1,4 @@
-"""Laws of names of files: `~`, bytes that are not UTF-8, links, pipes, and where a video is written."""
+"""File names: `~`, bytes that are not UTF-8, links, pipes, and the target of a video."""
 
 from __future__ import annotations
 

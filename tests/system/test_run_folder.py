@@ -1,4 +1,4 @@
-"""The folder of a run: one for each, made when it is named, and changed by nothing that fails."""
+"""Run folders: unique, replaced only by a run that succeeds, and never changed by one that fails."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys):
 
 @pytest.fixture
 def full(monkeypatch):
-    """Nothing more can be written into run folders, but videos can."""
+    """Writing into run folders fails, writing videos does not."""
 
     def refuse(source, target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
@@ -217,7 +217,7 @@ sys.exit(run_command(infer_command.ENTRY, infer_command.infer, given))
 
 
 @pytest.mark.parametrize(("kib", "code"), [(16, 0), (4, 2)])
-def test_a_full_disk_gives_the_expected_exit_code(kib, code, weights, tmp_path):
+def test_a_full_disk_is_reported_and_a_finished_video_is_kept(kib, code, weights, tmp_path):
     (tmp_path / "disk").mkdir()
     recording = write_wav(tmp_path / "speech.wav", babble(0.6))
     disk = ["-t", "tmpfs", "-o", f"size={kib}k", "none", str(tmp_path / "disk")]

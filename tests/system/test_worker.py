@@ -1,4 +1,4 @@
-"""Laws of the process beside this one: what it gives back, and what becomes of a call that ends it."""
+"""The worker process: results, errors, and calls that kill it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its config to its weights, card and log, as launch/train.py starts it."""
+"""A training run from its config to its weights, card and log, as started by launch/train.py."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_hang_anywhere_in_a_training_is_found(config, tmp_path):
 
 
 def hang_while_loading(config, folder):
-    """The second of two processes that train hangs; what they say is in files, for the server that forks them has its own streams."""
+    """The second of two training processes hangs; their output goes to files, since they are forked by a server."""
     with open(f"{folder}.said{dist.get_rank()}", "w") as output:
         os.dup2(output.fileno(), sys.stderr.fileno())
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0
@@ -147,6 +147,6 @@ def hang_while_loading(config, folder):
 
 def test_a_process_that_hangs_ends_the_training_of_all(config, tmp_path):
     config.budget, config.speed = BudgetConfig(max_steps=4, batch_size=2, accumulate=2), SpeedConfig(device="cpu", timeout_s=2.0)
-    with pytest.raises(AssertionError):  # no rank comes back, each in its own way
+    with pytest.raises(AssertionError):  # no rank returns
         on_ranks(2, hang_while_loading, config, tmp_path / "run", timeout_s=50)
     assert "rank 1: hangs at test_build.py" in "".join(path.read_text() for path in tmp_path.glob("run.said*"))

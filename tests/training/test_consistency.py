@@ -1,4 +1,4 @@
-"""Where a step of a student begins, where it should end and what missing that costs, with velocities that can be followed by hand."""
+"""Consistency distillation: starts, targets and losses of the student's steps, with velocities that can be computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of distillation: rollouts are inference's own, replay gives their gradient block by block, and only the role learns."""
+"""Distillation: rollouts equal those of inference, gradients are taken block by block, and only the updated role changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def made(name, learn=LORA, *, steps=2, prediction="clean", **changes):
-    """An objective whose transformers began as the same teacher, with no weight at zero."""
+    """An objective whose transformers start from the same teacher, without zero weights."""
     torch.manual_seed(0)
     config = CONFIGS[name](sampler=SamplerConfig(sample_steps=steps), learn=learn, window=WindowConfig(max_first_block=3), **changes)
     objective = OBJECTIVES[name](config_of(config, prediction))
@@ -91,7 +91,7 @@ def test_one_batch_is_overfitted(name, role, batch):
 
 
 def test_a_student_follows_its_gradient_to_a_video(batch, monkeypatch):
-    """With the pull towards one video in place of critic and teacher, replaying blocks overfits that video."""
+    """With a gradient towards one video in place of critic and teacher, the student overfits that video."""
     objective = away(made("dmd", steps=1, anchor_share=0.0))
     goal = torch.randn(1, 16, 1, 4, 4, generator=seeded(4)).expand_as(batch["latents"])
     monkeypatch.setattr(objective, "_pull", lambda start, latents, rng: latents - goal)
@@ -169,7 +169,7 @@ def _backward_each(objective, batch):
 
 
 def test_a_student_equal_to_the_teacher_has_no_loss_for_one_teacher_step(batch):
-    """Without guidance and with as many steps as the teacher there is nothing to learn."""
+    """Without guidance and with as many steps as the teacher the loss is zero."""
     objective = made("consistency", steps=4, teacher_steps=4, leap=4)
     loss, figures = next(objective.losses("student", batch, seeded()))
     assert loss < 1e-8 and figures["liveliness"] > 0
@@ -185,7 +185,7 @@ def test_the_teachers_path_runs_through_the_students_levels():
 
 
 def test_the_target_after_the_teachers_steps_is_predicted_by_the_student(batch):
-    """A leap of one step asks the student for the rest; a student that strays is then led by its own word, not the teacher's."""
+    """With leap=1 the student predicts the rest of the step, so a student unlike the teacher has another target than with leap=8."""
     short, whole = (away(made("consistency", steps=1, teacher_steps=8, leap=leap, start_share=1.0)) for leap in (1, 8))
     found = [next(o.losses("student", batch, seeded()))[0].item() for o in (short, whole)]
     assert found[0] != found[1] and min(found) > 0

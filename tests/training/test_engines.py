@@ -1,4 +1,4 @@
-"""Every engine trains as one process does, whatever it puts where, and goes on where another one ended."""
+"""Every engine trains as one process does, and continues from the checkpoints of any other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def alone(name, steps, **speed):
 
 
 def launched(work, *arguments):
-    """What torchrun would have started: the same work with the environment that it sets."""
+    """Run the work with the environment that torchrun sets."""
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
     return work(*arguments)
 
@@ -86,7 +86,7 @@ def test_half_precision_trains_like_float32(engine, tmp_path):
 
 
 def assert_same(folder, weights, *run, **speed):
-    """Losses and gradients step by step, and the averaged weights in the end, are those of one process."""
+    """Assert that the losses and gradients of every step, and the final averaged weights, equal those of one process."""
     (losses, norms), (expected, wanted) = figures(folder), alone(*run, **speed)
     assert_close(losses, expected[0], rtol=1e-5, atol=1e-7)
     assert_close(norms, expected[1], rtol=1e-4, atol=1e-7)
@@ -108,7 +108,7 @@ def test_another_engine_or_number_of_ranks_continues_a_run(before, after, tmp_pa
 
 
 def held(folder, engine):
-    """Numbers of the transformer that this process holds, and of all of it."""
+    """Parameters of the transformer that this process holds, and in total."""
     run = run_of(folder, "dmd", steps=1, engine=engine)
     base = run.objective.networks.base
     own = [p for name, p in base.named_parameters() if "adapters" not in name]

@@ -1,4 +1,4 @@
-"""What does not learn is held in half precision, and the rest goes on learning in float32."""
+"""Frozen weights are held in half precision, trainable ones in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sonic.training.loop import train
 
 
 def halved(folder, name):
-    """Two steps of a training in bfloat16: precisions of what is frozen and of what learns; runs on every rank."""
+    """Two steps of a training in bfloat16: precisions of frozen and of trainable weights; runs on every rank."""
     run = run_of(folder, name, steps=2, precision="bfloat16", recompute=True)
     with torch.no_grad():  # decay leaves zeros where they are, so that only a gradient moves them
         for adapter in run.objective.roles["student"].values():

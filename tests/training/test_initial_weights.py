@@ -1,4 +1,4 @@
-"""A training of a big model from its converted checkpoint: nobody holds it whole, and what does not fit together is said."""
+"""Training from a converted checkpoint: no rank holds all weights, and mismatches are reported."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def config(goal, ready, clips, **speed):
 
 
 def train_here(folder, settings, export=""):
-    """Train, and count what was read of the file; runs on every rank."""
+    """Train, and count the bytes read from the file; runs on every rank."""
     read, part = [], weights_module.LazyTensor.part
     weights_module.LazyTensor.part = lambda stored, index: read.append(part(stored, index)) or read[-1]
     try:
@@ -141,7 +141,7 @@ def precisions(folder, settings):
 
 
 def exit_code(argv, folder=None):
-    """Of the command train, started here or in a folder."""
+    """Exit code of the command train, started here or in a folder."""
     os.chdir(folder or os.getcwd())
     return run_command(train_command.ENTRY, train_command.train, argv)
 
@@ -154,7 +154,7 @@ def test_batches_that_do_not_divide_end_every_rank_with_code_2_and_leave_nothing
 
 @pytest.fixture
 def sentence(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder and gives what it said, after checking how it ended."""
+    """Runs the command in an empty folder and gives its error message, after checking the exit code and the files."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv):

@@ -1,4 +1,4 @@
-"""Where figures and videos of a run go: always the run folder, W&B when asked, and on without it when it is not there."""
+"""The log of a run: always in the run folder, optionally W&B, and without it when W&B cannot be reached."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
 
 
 class Full:
-    """A file on a disk with room for so many bytes more."""
+    """A file on a disk with `room` free bytes."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room

@@ -1,4 +1,4 @@
-"""The loop, its checkpoints and its clock, on an objective small enough to follow by hand."""
+"""The training loop, its checkpoints and its clock, on an objective that can be computed by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
+from sonic.parallel.mesh import World
 from sonic.training.build import stream_of
 from sonic.training.checkpoint import Checkpoints
 from sonic.training.engine import LocalEngine
@@ -22,7 +23,6 @@ from sonic.training.log import RunLog, read_scalars
 from sonic.training.loop import Diverged, TrainingRun, train
 from sonic.training.objectives import Objective
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, LogConfig, OptimConfig, TrainConfig
-from sonic.training.world import World
 
 
 class Numbers(Dataset):
@@ -37,7 +37,7 @@ class Numbers(Dataset):
 
 
 class LineObjective(Objective):
-    """Student learns the line; a second role learns from every second step only."""
+    """The student fits a line; a second role is updated in every second step only."""
 
     def __init__(self, poison_at=None, poison=float("nan")):
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Killed(Exception):
 
 
 def kill_at(run, step):
-    """Let the run die right before the optimizer step of `step`, with nothing tidied up."""
+    """Abort the run right before the optimizer step of `step`, without cleaning up."""
     real = run.engine.step
 
     def stop(role, *, rate, step: int, limit=step):
@@ -86,7 +86,7 @@ def kill_at(run, step):
     run.engine.step = stop
     with pytest.raises(Killed):
         train(run)
-    run.engine.settle()  # what is under way would be lost with the process; here it is waited for
+    run.engine.settle()  # a checkpoint under way would be lost with the process; here it is finished
 
 
 def curve(folder):
@@ -169,7 +169,7 @@ def test_a_run_that_continues_from_a_named_checkpoint_renames_the_later_ones(tmp
     whole = make(tmp_path / "whole")
     train(whole)
     train(make(tmp_path / "run"))
-    (tmp_path / "run/checkpoints/left_step_00000012").mkdir()  # of an earlier time
+    (tmp_path / "run/checkpoints/left_step_00000012").mkdir()  # of an earlier run
     other = make(tmp_path / "run", resume=str(tmp_path / "run/checkpoints/step_00000008"), every=2)
     train(other)
     assert kept_in(tmp_path / "run") == ["left_step_00000012", "step_00000010", "step_00000012"]
@@ -248,7 +248,7 @@ def test_a_turn_of_the_critic_leaves_the_students_average_as_it_is(tmp_path):
     engine, roles, moved = run.engine, run.objective.roles, {}
     engine.prepare(run.objective)
     with torch.no_grad():
-        roles["student"][0].weight.add_(1.0)  # so that its average has somewhere to go
+        roles["student"][0].weight.add_(1.0)  # so that its average would change
     for role in ("critic", "student"):
         before = {name: value.clone() for name, value in engine.weights().items()}
         engine.backward(role, roles[role](torch.ones(2, 4)).square().mean())

@@ -1,4 +1,4 @@
-"""Laws that every objective obeys, on a tiny model."""
+"""All training objectives, on a tiny model."""
 
 from __future__ import annotations
 

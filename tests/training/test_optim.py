@@ -1,4 +1,4 @@
-"""The optimizer's steps and the average that follows them, where they can be followed by hand."""
+"""The optimizer, its learning rate and the moving average, compared with values computed by hand."""
 
 from __future__ import annotations
 

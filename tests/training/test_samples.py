@@ -1,4 +1,4 @@
-"""Videos of the student while it trains: kept, scored, and without a trace in what is learnt."""
+"""Sample videos of the student during training: saved, scored, and without effect on the training."""
 
 from __future__ import annotations
 

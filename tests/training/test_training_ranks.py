@@ -1,4 +1,4 @@
-"""Any number of processes trains as one does: the same losses, and checkpoints that any other number continues."""
+"""Any number of processes trains as one does: the same losses, and checkpoints that any other number can continue."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GOALS = {
 
 
 class Windows(Dataset):
-    """Random windows of latents [16,6,size,size], functions of their draw."""
+    """Random windows of latents [16,6,size,size] that depend on their key alone."""
 
     def __init__(self, size=4):
         self.size = size
@@ -78,14 +78,14 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
 
 
 def trained(folder, name, steps, speed=None):
-    """Train here and give what came out; runs on every rank."""
+    """Train and give the result; runs on every rank."""
     run = run_of(folder, name, steps=steps, **(speed or {}))
     train(run)
     return {key: value.clone() for key, value in run.engine.weights().items()}
 
 
 def continued(folder, name, steps, speed=None):
-    """The same where every weight that learns begins at zero, so that only a checkpoint can help."""
+    """The same with all trainable weights set to zero at first, so that only a checkpoint gives the right result."""
     run = run_of(folder, name, steps=steps, **(speed or {}))
     with torch.no_grad():
         for parameter in (p for module in run.objective.roles.values() for p in module.parameters() if p.requires_grad):
@@ -94,11 +94,11 @@ def continued(folder, name, steps, speed=None):
 
 
 class Stopped(Exception):
-    """Somebody pulled the plug."""
+    """Raised to interrupt a training."""
 
 
 def stopped(folder, name, steps, at, speed=None):
-    """The same, but the plug is pulled before the update of step `at`; a checkpoint was due there."""
+    """The same, but interrupted before the update of step `at`, where a checkpoint was due."""
     run = run_of(folder, name, steps=steps, every=at, **(speed or {}))
     real = run.engine.step
 
@@ -161,7 +161,7 @@ def shared(accumulate):
 
 
 def test_a_run_that_is_killed_continues_bit_for_bit(tmp_path):
-    """kill -9 while it trains and writes; started again until it is through; the same curve as never killed."""
+    """kill -9 during training and writing, restarted until it finishes: the same losses as without a kill."""
     train_it = "t.train(t.run_of(sys.argv[1], 'flow_match', steps=30, every=2))"
     script = f"import sys; sys.path[:0] = sys.argv[3:]; import test_training_ranks as t; {train_it}"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]

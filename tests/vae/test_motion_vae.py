@@ -1,4 +1,4 @@
-"""Laws of the preview's motion autoencoder."""
+"""The preview's motion autoencoder."""
 
 import pytest
 import torch

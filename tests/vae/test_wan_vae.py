@@ -1,4 +1,4 @@
-"""Laws of the Wan VAE as a stream."""
+"""The Wan VAE in streaming use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of laying motion over a photograph."""
+"""Rendering of motion over a photograph."""
 
 import torch
 from torch.testing import assert_close

@@ -36,8 +36,8 @@ class Autoencode(Objective):
         self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
             exact = MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float())
-            found = self._distances(batch, exact, latents.float())
-        yield found
+            distances = self._distances(batch, exact, latents.float())
+        yield distances
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averaged weights with the measured scale of the latents."""

@@ -71,7 +71,7 @@ class Distillation(Objective):
         return velocity
 
 
-def motion_ratio(made: Tensor, truth: Tensor) -> Tensor:
+def motion_ratio(generated: Tensor, truth: Tensor) -> Tensor:
     """Standard deviation of latents over time, relative to the true latents': 1.0 = equal motion, 0.0 = frozen."""
     size = lambda latents: latents.detach().float().std(dim=2).mean()  # noqa: E731
-    return size(made) / size(truth).clamp(min=1e-6)
+    return size(generated) / size(truth).clamp(min=1e-6)

@@ -189,20 +189,20 @@ def cell_weights(std: Tensor, gain: float) -> Tensor:
 
 
 def clip_error(
-    found: Tensor, target: Tensor, weight: Tensor, *, cells: Tensor | None, config: ErrorConfig
+    prediction: Tensor, target: Tensor, weight: Tensor, *, cells: Tensor | None, config: ErrorConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted squared error of latents and of their change between frames, which would be visible as jitter."""
-    weight = weight if cells is None else weight * cells.to(found)
-    wrong = found - target
-    error = (weight * wrong.square()).mean()
+    weight = weight if cells is None else weight * cells.to(prediction)
+    difference = prediction - target
+    error = (weight * difference.square()).mean()
     later = weight[:, :, 1:] if weight.shape[2] > 1 else weight
-    jerk = (later * wrong.diff(dim=2).square()).mean()
+    jerk = (later * difference.diff(dim=2).square()).mean()
     return error + config.change_weight * jerk, {"flow_error": error.detach(), "change_error": jerk.detach()}
 
 
-def _relative_error(found: Tensor, target: Tensor, sigma: Tensor, *, cells: Tensor | None) -> Tensor:
+def _relative_error(prediction: Tensor, target: Tensor, sigma: Tensor, *, cells: Tensor | None) -> Tensor:
     """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect (or no such
     clip in the batch)."""
-    pure = (sigma >= 0.999).float() * (1.0 if cells is None else cells.to(found))
-    wrong = (pure * (found.detach() - target).square()).sum()
-    return wrong / (pure * target.square()).sum().clamp(min=1.0)
+    pure = (sigma >= 0.999).float() * (1.0 if cells is None else cells.to(prediction))
+    error = (pure * (prediction.detach() - target).square()).sum()
+    return error / (pure * target.square()).sum().clamp(min=1.0)

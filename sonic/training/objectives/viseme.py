@@ -45,12 +45,12 @@ def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfi
     return rearrange(tokens, "(b k) t a d -> b (k t) a d", b=batch), rearrange(summary, "(b k) t d -> b (k t) d", b=batch)
 
 
-def viseme_loss(found: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error weighted by COST, and the unexplained share of the opening's variance.  both [B,F,5]"""
-    cost = torch.tensor(COST, device=found.device)
-    loss = (cost * (found.float() - visemes).square()).mean()
+    cost = torch.tensor(COST, device=prediction.device)
+    loss = (cost * (prediction.float() - visemes).square()).mean()
     opening = visemes[..., 0]
-    unexplained = F.mse_loss(found.detach()[..., 0].float(), opening) / opening.var().clamp(min=1e-6)
+    unexplained = F.mse_loss(prediction.detach()[..., 0].float(), opening) / opening.var().clamp(min=1e-6)
     return loss, {"viseme_error": loss.detach(), "opening_unexplained": unexplained}
 
 
