@@ -68,14 +68,18 @@ class Estimate:
         }
 
 
-def estimate(config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True) -> Estimate:
+def estimate(
+    config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True, size: tuple[int, int] | None = None
+) -> Estimate:
     """The planner's answer for a job: its choice for parallel=auto, or what was asked for. `trained`: a checkpoint says what runs.
+    `size` = (width, height) of the video where it is known already, so that no photograph is opened for it.
 
     Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
-    plan_config = _plan_config(replace(config, model=model), hardware, ranks)
+    video = replace(config.video, size="x".join(map(str, size)) if size else _video_size(config))
+    plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
     found = search_plans(plan_config, idle=False)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
@@ -124,8 +128,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
-    video = replace(config.video, size=_video_size(config))
-    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=video)
+    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
 
 
 def _video_size(config: InferConfig) -> str:

@@ -12,8 +12,16 @@ ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloa
 
 
 class Ledger(MemTracker):
-    """Bytes of all that is alive. Modules are entered by several doors, so nothing is asked of them; a number that the program
-    wants of a tensor without numbers is made up, so that it runs as it is."""
+    """Bytes of all that is alive. Modules are entered by several doors, so nothing is asked of them; a number that the program wants
+    of a tensor without numbers is made up, so that it runs as it is.
+
+    With `skip_views`, for programs all of whose tensors are given or made under the ledger, views take no time; elsewhere a view is
+    how a tensor that was made before becomes known.
+    """
+
+    def __init__(self, *, skip_views: bool = False) -> None:
+        super().__init__()
+        self.skip_views = skip_views
 
     def _pre_fw_hook(self, *_: Any) -> None:
         """Nothing is kept by module."""
@@ -26,7 +34,7 @@ class Ledger(MemTracker):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return ANSWERS.get(args[0].dtype, 0)
-        if func.is_view and DTensor not in types:  # nothing is new
+        if self.skip_views and func.is_view and DTensor not in types:
             return func(*args, **(named or {}))
         return super().__torch_dispatch__(func, types, args, named or {})
 

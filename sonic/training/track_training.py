@@ -74,7 +74,7 @@ def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
         engine.prepare(objective)
         with mode:
             updates = {role: Update(module, tracked) for role, module in engine.roles.items()}
-        ledger, found = Ledger(), {}
+        ledger, found = Ledger(skip_views=True), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
         with mode, _as_on_devices(), _no_collection(), ledger:

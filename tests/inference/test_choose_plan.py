@@ -92,6 +92,13 @@ def test_a_file_of_requests_is_planned_for_its_largest_picture(without_weights, 
         estimate(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
+def test_a_size_that_is_known_is_planned_and_no_photograph_is_opened(without_weights):
+    asked = config("model=live_avatar_14b", "hardware=8x80gb", "video.size=photo", "image=nobody.png")
+    assert estimate(asked, Ranks(0, 8, 0, 8), CPU, size=(704, 384)).config.video.size == "704x384"
+    with pytest.raises(ValueError, match="nobody.png does not exist"):
+        estimate(asked, Ranks(0, 8, 0, 8), CPU)
+
+
 def test_a_job_that_does_not_fit_its_ranks_is_refused_with_a_plan_that_does(without_weights):
     asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
