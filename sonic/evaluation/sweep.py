@@ -24,7 +24,7 @@ from sonic.system.program import process
 
 LOG = logging.getLogger("sonic.training")
 PROGRAM = process("evaluate")
-DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "told.json", "left_"
+DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "arguments.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # return codes of an interrupted process; 130 is this program's own
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
@@ -116,7 +116,7 @@ def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
 
 def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
     """The command lines of a cell, one for each seed."""
-    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'films_{seed}'}"]  # noqa: E731
+    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'videos_{seed}'}"]  # noqa: E731
     return [[*PROGRAM, *_arguments(config, cell), *where(seed)] for seed in config.seeds]
 
 
@@ -138,7 +138,7 @@ def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("seed_*.json"):  # of an interrupted attempt, perhaps with other seeds
         old.unlink()
-    for old in folder.glob("films_*"):
+    for old in folder.glob("videos_*"):
         shutil.rmtree(old)
     with (folder / "log.txt").open("w") as log:
         for command in processes:

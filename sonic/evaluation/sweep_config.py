@@ -49,4 +49,4 @@ class AblateConfig(CellsConfig):
             require(known, f"exclude has {combination}, which does not name options of the grid ({', '.join(self.grid)})")
         require(bool(self.seeds), "seeds=[] scores nothing; give at least one")
         require(self.clips >= 1, f"clips={self.clips}: need at least 1")
-        require(0 <= self.num_videos <= self.clips, f"videos={self.num_videos} must lie between 0 and clips={self.clips}")
+        require(0 <= self.num_videos <= self.clips, f"num_videos={self.num_videos} must lie between 0 and clips={self.clips}")

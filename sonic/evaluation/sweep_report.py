@@ -148,7 +148,7 @@ def _scale(values: Sequence[float], first: float, last: float) -> Callable[[floa
 
 def _videos(cells: Sequence[Cell]) -> str:
     """A row of videos for each clip, one for each cell with the cell's name; the videos are embedded in the page."""
-    files = ((number, path) for number, cell in enumerate(cells) for path in cell.folder.glob("films_*/*.mp4"))
+    files = ((number, path) for number, cell in enumerate(cells) for path in cell.folder.glob("videos_*/*.mp4"))
     by_clip = sorted((f"{path.parent.name}/{path.stem}", number, path) for number, path in files)
     rows = []
     for _, same in groupby(by_clip, key=lambda item: item[0]):

@@ -92,7 +92,7 @@ def test_finished_cells_are_not_scored_again(scorer, tmp_path):
 
 def test_a_cell_with_other_options_than_before_is_scored_again(scorer, tmp_path, caplog):
     cells = sweep(config(GRID), tmp_path)
-    (cells[1].folder / "told.json").unlink()  # as in cells of older versions, without a record of their options
+    (cells[1].folder / "arguments.json").unlink()  # as in cells of older versions, without a record of their options
     with caplog.at_level("INFO", logger="sonic.training"):
         cells = sweep(config(GRID, "clips=4"), tmp_path)
     assert [len(cell.figures["sync_correlation"]["clips"]) for cell in cells] == [8, 6]
@@ -142,8 +142,8 @@ def report(scorer, tmp_path):
     cells = sweep(made, tmp_path)
     for cell in cells:
         if cell.figures:
-            (cell.folder / "films_1").mkdir()
-            with VideoWriter(cell.folder / "films_1/clip_000.mp4", 64, 64, num_frames=100) as writer:
+            (cell.folder / "videos_1").mkdir()
+            with VideoWriter(cell.folder / "videos_1/clip_000.mp4", 64, 64, num_frames=100) as writer:
                 writer.write(np.full((100, 64, 64, 3), 90, np.uint8))
     return write_report(cells, tmp_path, title="steps")
 
