@@ -1,1 +1,1 @@
-"""The main job: conditions, rollout, decoding and writing."""
+"""Generates talking videos: reads the inputs, encodes the conditions, samples latents, decodes them and writes the video."""

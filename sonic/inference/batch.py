@@ -1,4 +1,4 @@
-"""One video or a file of them: parts under a plan, requests shared out among copies of the model, and who could not be served."""
+"""Makes one video or a file of requests: loads the networks under a plan and divides the requests among the copies of the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger("sonic.inference")
 
 
 class Outcome(NamedTuple):
-    """What became of a request: its line in the file, and a result or the sentence that says why there is none."""
+    """The outcome of one request: its line number in the file, and either the result or one sentence that says why it failed."""
 
     line: int
     result: Result | None = None
@@ -43,23 +43,24 @@ class Outcome(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The parts of this rank, its place among the ranks, the plan they run under, and the folder of the job's videos."""
+    """The components of this rank, its world of ranks, the plan that it runs under, and the folder for the videos of the job."""
 
     components: Components
     world: World
-    estimate: Estimate | None  # None for parts that were there already
+    estimate: Estimate | None  # None when the caller passed its own components
     folder: Path
 
     def output_of(self, line: int) -> Path:
-        """The video of a request that names none."""
+        """The path of the video for a request that names no output."""
         return self.folder / f"{line:04d}.mp4"
 
 
 @contextmanager
 def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> Iterator[Opened]:
-    """The parts of this rank, under the plan that fits. Ranks that do not lead come back when all is done.
+    """Build the components of this rank under the plan that the planner chose, and shut the other ranks down at the end of the block.
 
-    All ranks use the first one's `folder`: without a name it is called after the time, which each of them sees differently.
+    Only the leading rank enters the `with` block at once; the others serve it and enter after it has shut them down. All ranks use the
+    first rank's `folder`, because its default name contains the time, which differs between ranks.
     """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     found = estimate(config, ranks, device)
@@ -67,7 +68,7 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path())
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
-        if components.checkpoint is None or not world.leads:  # else once its encoders have done their work
+        if components.checkpoint is None or not world.leads:  # else the leading rank loads after encoding
             components.load()
         if world.holds_vae:
             serve_vae(components.autoencoder, context.vae_channel)
@@ -80,13 +81,16 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path())
 
 
 def announce(opened: Opened, config: InferConfig) -> None:
-    """Log which noise levels and weights the videos of this job are made with."""
+    """Log the sampler, the timesteps and the weights that the videos of this job use."""
     log.info("%s", sampling_words(sampling_of(config.sampler, opened.components.weights, opened.components.dtype)))
 
 
 def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferConfig], Inputs] = open_inputs) -> Inputs:
-    """The inputs of a request, once it is known that its video can be written, and that neither it nor what else is `written` would
-    take the place of an input."""
+    """Read the inputs of a request and check that its video can be written.
+
+    Raises ValueError or OSError for bad inputs, for an output that cannot be written, and when the output or one of the files `written`
+    would overwrite an input.
+    """
     refuse_overwriting(inputs_of(config), *([Path(config.output)] if config.output else []), *written)
     inputs = read(config)
     height, width = inputs.portrait.pixels.shape[:2]
@@ -98,7 +102,7 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
 def make_video(
     inputs: Inputs, components: Components, config: InferConfig, *, output: Path, timer: StageTimer
 ) -> tuple[Result, FrameRecorder]:
-    """One video, and what was seen of it on its way."""
+    """Write one video and return its result, with the recorder that holds sample frames and the mouth curve."""
     if config.prompt and config.model.autoencoder == "warp":
         log.warning("prompt is not read: the preview was trained without text")
     recorder = FrameRecorder(inputs)
@@ -106,11 +110,11 @@ def make_video(
 
 
 def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> list[Outcome]:
-    """The videos of this copy of the model, the bad requests (line number, text) among them left out; what became of them.
+    """Make the videos of the requests (line number, text) assigned to this copy of the model, and return one outcome for each attempt.
 
-    A video that is there already is not made again. Outputs without a name lie in the job's folder, numbered by line. Whatever goes
-    wrong with one line, the others are made, unless ranks that make videos together may be out of step afterwards: an error in the
-    middle of a video, other than ValueError and OSError, is then raised.
+    A video that exists already is skipped and has no outcome. A request without an output is written to the job's folder, named after
+    its line number. A failed request does not stop the others, with one exception: when several ranks make each video together, an
+    error during generation other than ValueError and OSError is raised, because the ranks may no longer be in the same step.
     """
     outcomes: list[Outcome] = []
     components, world = opened.components, opened.world
@@ -140,12 +144,12 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
 
 
 def _is_single(world: World) -> bool:
-    """Whether this rank makes its videos without others, so that nobody is out of step with it after an error."""
+    """Whether this rank makes its videos alone, so that an error cannot leave other ranks in a different step."""
     return world.rollout_mesh is None or world.rollout_mesh.size() == 1
 
 
 def _fault(error: Exception, line: int) -> str:
-    """What is wrong with a line, in one sentence, which is logged; a fault of the program is logged with its traceback."""
+    """Log an error of one request and return it as one sentence; an error of the program is logged with its traceback."""
     sentence = shown(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ValueError | OSError):
         log.warning("line %d: %s", line, sentence)
@@ -159,7 +163,7 @@ def _fault(error: Exception, line: int) -> str:
 
 
 def _prompts(requests: Sequence[Request]) -> Iterator[str]:
-    """What the videos that are still to be made are told; bad requests tell nothing."""
+    """The prompts, and with guidance the negative prompts, of the valid requests whose videos do not exist yet."""
     for _, wanted, _ in requests:
         if wanted and not os.path.isfile(wanted.output):
             yield wanted.prompt
@@ -168,7 +172,10 @@ def _prompts(requests: Sequence[Request]) -> Iterator[str]:
 
 
 def all_outcomes(outcomes: Sequence[Outcome], opened: Opened) -> list[Outcome]:
-    """What became of the requests of all copies, in the order of the lines. Every rank must ask; no video is made after it."""
+    """Gather the outcomes of all copies of the model, sorted by line number.
+
+    A collective call: every rank must make it. It shuts the other ranks down, so no video can be made afterwards.
+    """
     found, world = [list(outcomes)], opened.world
     if world.leads:
         shutdown(opened.components.context)

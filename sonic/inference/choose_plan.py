@@ -1,4 +1,4 @@
-"""Which plan a job of videos runs under: the planner is asked first, and what cannot fit is not started."""
+"""Chooses the parallel plan of a job before anything is loaded, and refuses a job that does not fit in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ log = logging.getLogger("sonic.inference")
 
 @dataclass
 class Estimate:
-    """The plan that runs, and what it takes against what was foretold. On a CPU memory counts from when the plan was made."""
+    """The plan that runs, with its estimated and measured peak memory.
+
+    `started` is the peak resident memory in bytes when the plan was made; on a CPU the measured peak is what was added since.
+    """
 
     plan: Plan
     config: PlanConfig
@@ -44,11 +47,11 @@ class Estimate:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The options that the plan runs with."""
+        """The parallel options of the plan."""
         return self.plan.parallel
 
     def measure(self, world: World) -> None:
-        """Take down the peak of every rank. Every rank must ask."""
+        """Store the peak memory of every rank in GiB. A collective call: every rank must make it."""
         on_gpu = world.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(world.device) if on_gpu else peak_rss_gib() * GIB - self.started
         peaks = [peak]
@@ -58,7 +61,7 @@ class Estimate:
         self.measured_gib = [round(each / GIB, 3) for each in peaks]
 
     def as_json(self) -> dict:
-        """For result.json."""
+        """The estimated and measured memory and speed as they are written to result.json."""
         return {
             "plan": self.plan.name,
             "predicted_gib_per_rank": [round(each, 3) for each in self.plan.peak_gib],
@@ -71,10 +74,11 @@ class Estimate:
 def estimate(
     config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True, size: tuple[int, int] | None = None
 ) -> Estimate:
-    """The planner's answer for a job: its choice for parallel=auto, or what was asked for. `trained`: a checkpoint says what runs.
-    `size` = (width, height) of the video where it is known already, so that no photograph is opened for it.
+    """The plan of a job with its estimates: the planner's choice for parallel=auto, else the plan that the options name.
 
-    Raises ValueError when that cannot fit, with what would; plan.force=true starts it all the same.
+    `trained` takes the model config from the checkpoint, if the model has one. `size` is (width, height) of the video if it is known;
+    otherwise the photographs are opened to find it. Raises ValueError when the plan does not fit, with changes that would make it fit;
+    plan.force=true logs a warning instead.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
@@ -94,7 +98,7 @@ def estimate(
 
 
 def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> None:
-    """Raise ValueError where a video of (height, width) is larger than the one the plan was made for, and does not fit."""
+    """Raise ValueError when a video of `size` (height, width) is larger than the planned one and does not fit; `force` skips this."""
     video, (height, width) = found.config.video, size
     if video.size == PHOTO_SIZE or height * width <= prod(parse_size(video.size)):
         return
@@ -105,15 +109,21 @@ def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> Non
 
 
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
-    """What was asked for by name; how much of the weights stays on a GPU is the planner's figure, which leaves room for the rest of
-    the video. On a CPU nothing stays: a copy there gains nothing."""
+    """The requested options, with the planner's value for offload.resident_gib if the user left it open.
+
+    That value is the part of the weights that stays on the GPU beside everything else the video needs. On a CPU it stays unset,
+    because a second copy in host memory would gain nothing.
+    """
     if asked.name != "offload" or asked.offload.resident_gib >= 0 or device.type != "cuda":
         return asked
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
 def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
-    """The planner's view of a job: one video on the ranks that make it together, with their share of a machine's memory."""
+    """The planner's input for a job: one video on the ranks that make it together, with their share of the host memory.
+
+    Raises ValueError when parallel=auto cannot divide the ranks into parallel.replicas copies.
+    """
     parallel = config.parallel
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
@@ -126,13 +136,13 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
         parallel = replace(parallel, context=context)
     copies_here = max(1, sharing * ranks.local_world // ranks.world)
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
-    one_each = parallel.name == "fsdp" and alone.devices == 1  # copies side by side, nothing to share
+    one_each = parallel.name == "fsdp" and alone.devices == 1  # every rank has a whole copy of the model, so nothing is sharded
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
     return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
 
 
 def _video_size(config: InferConfig) -> str:
-    """video.size, that of the photograph looked up; of several photographs, the size of the largest video."""
+    """video.size, with "photo" replaced by the size of the photograph, or of the largest photograph in a file of requests."""
     if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
     if config.requests:
@@ -146,7 +156,7 @@ def _video_size(config: InferConfig) -> str:
 
 
 def _portrait_of(line: str, config: InferConfig) -> str:
-    """The picture that a request names; none for a bad line, of which its own video will tell."""
+    """The image that a request names; "" for a bad line, which is reported when its video is made."""
     try:
         return request_of(line, config, Path()).image
     except (ValueError, OSError):
@@ -154,7 +164,7 @@ def _portrait_of(line: str, config: InferConfig) -> str:
 
 
 def _size_of_picture(name: str) -> tuple[int, int] | None:
-    """(width, height) as they lie in a file, whose pixels are not read; None for what its own video will refuse."""
+    """(width, height) from the header of a picture file, or None for a picture that is refused later, when its video is made."""
     try:
         check_input(name, "image")
         with warnings.catch_warnings():
@@ -166,7 +176,7 @@ def _size_of_picture(name: str) -> tuple[int, int] | None:
 
 
 def _refusal(found: PlanResult) -> str:
-    """What is missing, and what would fit."""
+    """The error message: how much memory is missing, and which changes would make the video fit."""
     best, hardware = found.chosen, found.hardware
     lacks = (
         f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"

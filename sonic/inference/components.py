@@ -1,4 +1,4 @@
-"""The composition root: a config becomes the parts of the main job, with their weights, on their device."""
+"""Builds the encoders, the transformer and the autoencoder that a config describes, with their weights, on their device."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ log = logging.getLogger("sonic.inference")
 
 AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
-IN_PACKAGE = "bundled:"  # before the name of a file among them
-STUDENT, TEACHER = "student", "teacher"  # what model.weights may say instead of a place: bundled weights with adapters or without
+IN_PACKAGE = "bundled:"  # prefix of the name of a weight file in the package
+STUDENT, TEACHER = "student", "teacher"  # values of model.weights that are no path: bundled weights with or without adapters
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LoadedNetworks(NamedTuple):
-    """What a rank denoises and decodes with. A rank that only has the autoencoder has no transformer, one that only repeats forwards no
-    autoencoder."""
+    """The transformer and the autoencoder of a rank.
+
+    `model` is None on the rank that only decodes; `autoencoder` is None on ranks that only run the transformer.
+    """
 
     model: AvatarDiT | None
     autoencoder: Autoencoder | None
@@ -50,9 +52,10 @@ class LoadedNetworks(NamedTuple):
 
 @dataclass
 class Components:
-    """What a video is made with on this rank.
+    """All networks that this rank needs to make a video.
 
-    Either `speech` is at hand, or `checkpoint` is where the encoders come from, one at a time, before `load` loads the large networks.
+    The preview has its speech encoder in `speech`. A published model has a `checkpoint` instead, which loads its encoders one at a time;
+    `load` loads the transformer and the autoencoder after them.
     """
 
     config: ModelConfig
@@ -60,18 +63,18 @@ class Components:
     make_model: Callable[[], AvatarDiT]
     make_autoencoder: Callable[[], Autoencoder]
     dtype: torch.dtype = torch.float32
-    weights: str = ""  # what the transformer is loaded from, in words
+    weights: str = ""  # the weight files of the transformer, as text for the log
     speech: nn.Module | None = None
     checkpoint: Checkpoint | None = None
     networks: LoadedNetworks | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where this rank works."""
+        """The device of this rank."""
         return self.context.world.device
 
     def load(self) -> LoadedNetworks:
-        """Load the transformer and the autoencoder, as far as this rank needs them; a second call gives what is there."""
+        """Load those of the transformer and the autoencoder that this rank needs; a second call returns the same networks."""
         world = self.context.world
         if self.networks is None:
             model = None if world.holds_vae else self.make_model()
@@ -80,26 +83,26 @@ class Components:
 
     @property
     def model(self) -> AvatarDiT:
-        """The transformer that `load` has loaded."""
+        """The transformer. `load` must have been called."""
         assert self.networks is not None, "load() comes first"
         return self.networks.model
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """The autoencoder that `load` has loaded, or what asks the rank that has it."""
+        """The autoencoder, or the proxy for the one on another rank. `load` must have been called."""
         assert self.networks is not None, "load() comes first"
         return self.networks.autoencoder
 
     def with_model(self, model: AvatarDiT) -> Components:
-        """The same with a transformer that is there already."""
+        """A copy whose `load` uses this transformer instead of loading one."""
         return replace(self, make_model=lambda: model, networks=None)
 
 
 def build_components(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Components:
-    """Encoders, transformer and autoencoder as configured, with weights for so many sampling steps.
+    """The components of a configured model, with the weights for `steps` sampling steps.
 
-    The transformer is built under the plan of `context` (default: this device alone); what a checkpoint holds is loaded by `load`.
-    Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
+    `load` builds the transformer under the plan of `context` (default: one device). The preview's encoder and autoencoder are loaded
+    here. Raises ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -128,10 +131,10 @@ def build_components(config: ModelConfig, run: RunConfig, *, steps: int, context
 def _checkpoint_components(
     config: ModelConfig, checkpoint: Checkpoint, context: DistributedContext, *, dtype: torch.dtype, attention: Attention = sdpa
 ) -> Components:
-    """The parts of a published model, none of them loaded.
+    """The components of a published model; nothing is loaded yet.
 
-    The Wan VAE is in float32 for whole clips, each of which begins with frames of the last one encoded again; in run.dtype for a
-    stream, whose rings need the memory. Where another rank has it, that one is asked.
+    The Wan VAE runs in float32 for whole clips, because the last frames of each clip are encoded again for the next one; for a stream it
+    runs in run.dtype, because the KV rings need the memory. When another rank owns the VAE, a proxy calls that rank.
     """
 
     def make_model() -> AvatarDiT:
@@ -147,7 +150,7 @@ def _checkpoint_components(
 
 
 def checkpoint_components(config: ModelConfig, device: torch.device) -> Components:
-    """The parts of the published model in model.weights on one device, in float32, none of them loaded."""
+    """The components of the published model in model.weights on one device, in float32; nothing is loaded yet."""
     checkpoint = Checkpoint.open(transformer_weights(config).parent)
     context = DistributedContext(World("single", device))
     return _checkpoint_components(checkpoint.config(config), checkpoint, context, dtype=torch.float32)
@@ -156,7 +159,7 @@ def checkpoint_components(config: ModelConfig, device: torch.device) -> Componen
 def _transformer(
     config: ModelConfig, weights: Path, context: DistributedContext, *, lora: Lora, dtype: torch.dtype, attention: Attention
 ) -> AvatarDiT:
-    """This rank's part of the transformer with the adapter merged."""
+    """This rank's share of the transformer, with the adapter merged into its weights."""
     model = build_parallel_model(config, weights, context, lora=lora, dtype=dtype)
     attend_by(model, attention)
     return model
@@ -171,21 +174,21 @@ def preview_components(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Components:
-    """Parts of the preview that are there already, on one device."""
+    """The components of a preview model whose networks are built already, on one device."""
     context = DistributedContext(World("single", device))
     networks = LoadedNetworks(model, autoencoder)
     return Components(config, context, lambda: model, lambda: autoencoder, dtype=dtype, speech=speech, networks=networks)
 
 
 def untrained_components(config: ModelConfig, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Components:
-    """The same parts on one device, before any weights are loaded."""
+    """The components of a preview model on one device, with their initial weights."""
     model = AvatarDiT(config).to(device, dtype).eval().requires_grad_(False)
     autoencoder, speech = untrained_encoders(config, device)
     return preview_components(config, model, autoencoder, speech=speech, device=device, dtype=dtype)
 
 
 def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and speech encoder on a device, before any weights are loaded."""
+    """The autoencoder and the speech encoder of a model on a device, with their initial weights."""
     makers = (
         pick(AUTOENCODERS, config.autoencoder, "model.autoencoder"),
         pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder"),
@@ -194,7 +197,7 @@ def untrained_encoders(config: ModelConfig, device: torch.device) -> tuple[nn.Mo
 
 
 def _has_remote_vae(world: World) -> bool:
-    """Whether this rank asks another one that has the autoencoder."""
+    """Whether this rank decodes through the autoencoder of another rank."""
     return world.vae_rank and world.leads
 
 
@@ -205,7 +208,7 @@ def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:
 
 
 class WeightFiles(NamedTuple):
-    """Where the weights of each part lie."""
+    """Paths of the weight files of the transformer, the autoencoder and the speech encoder."""
 
     dit: Path
     autoencoder: Path
@@ -213,7 +216,11 @@ class WeightFiles(NamedTuple):
 
 
 def weight_files(config: ModelConfig) -> WeightFiles:
-    """Files of all parts: bundled, in the folder model.weights, or that of the transformer alone named by it."""
+    """The weight files of a model: those in the folder model.weights, or the bundled ones, in which a file named there replaces the
+    transformer.
+
+    Raises ValueError when model.weights does not exist.
+    """
     bundled, named = (WeightFiles(*(folder / f"{config.name}_{part}.safetensors" for part in WeightFiles._fields))
                       for folder in (BUNDLED, Path(config.weights)))  # fmt: skip
     if config.weights in ("", STUDENT, TEACHER):
@@ -227,7 +234,7 @@ def weight_files(config: ModelConfig) -> WeightFiles:
 
 
 def named_weights(name: str) -> Path:
-    """The file that init_from names: bundled:STEM is STEM.safetensors of those in the package, all else a path."""
+    """The weight file that init_from names: bundled:STEM means STEM.safetensors in the package, anything else is a path."""
     if not name.startswith(IN_PACKAGE):
         return Path(name)
     there = {f"{IN_PACKAGE}{path.stem}": path for path in sorted(BUNDLED.glob("*.safetensors"))}
@@ -236,9 +243,9 @@ def named_weights(name: str) -> Path:
 
 
 def student_of(config: ModelConfig, steps: int) -> Path | None:
-    """Bundled adapters that were distilled for so many sampling steps; None without them, or when others are asked for.
+    """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights.
 
-    model.weights=student takes those for fewer steps where there are none. Raises ValueError when there are none of these either.
+    With model.weights=student, the nearest smaller number of steps is used instead, and ValueError is raised when there is none.
     """
     if config.weights not in ("", STUDENT) or config.lora.path:
         return None
@@ -254,25 +261,25 @@ def student_of(config: ModelConfig, steps: int) -> Path | None:
 
 
 def _students(config: ModelConfig) -> dict[int, Path]:
-    """Bundled adapters by the number of steps that they were distilled for."""
+    """The bundled adapter files of a model, keyed by the number of sampling steps they were distilled for."""
     start, end = f"{config.name}_", "step"
     return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
 
 
 def _named(weights: Path, adapters: str | Path | None) -> str:
-    """Files or folders in words: bundled ones by their names alone."""
+    """Weight files as text for the log: bundled files by name, others by path."""
     paths = [Path(path) for path in (weights, adapters) if path]
     return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in paths)
 
 
 def weights_in_words(config: ModelConfig, steps: int) -> str:
-    """What the transformer of a model with bundled weights is loaded from for so many sampling steps."""
+    """The weights that the transformer of a bundled model loads for `steps` sampling steps, as text for the log."""
     student = student_of(config, steps)
     return _named(weight_files(config).dit, config.lora.path or student) + (_why_none(config, steps) if student is None else "")
 
 
 def _why_none(config: ModelConfig, steps: int) -> str:
-    """Why no student runs although nobody asked for other weights; empty where somebody did."""
+    """A note for the log that no student exists for `steps`; empty when the user chose the weights."""
     if config.weights or config.lora.path:
         return ""
     learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
@@ -280,7 +287,10 @@ def _why_none(config: ModelConfig, steps: int) -> str:
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device called auto, cpu, cuda or cuda:N; of several ranks on a machine each takes its own where there are enough."""
+    """The torch device for auto, cpu, cuda or cuda:N; with `local_rank`, cuda is spread over the GPUs of the machine.
+
+    Raises ValueError for cuda on a machine without a usable GPU.
+    """
     if name == "auto":
         return find_device("cuda" if torch.cuda.is_available() else "cpu", local_rank)
     if name == "cuda" and local_rank is not None and torch.cuda.is_available():
@@ -291,7 +301,7 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def transformer_weights(config: ModelConfig) -> Path:
-    """The file or folder of the transformer alone. Raises ValueError when it is for another model, or there is none."""
+    """The file or folder with the weights of the transformer. Raises ValueError when there is none or it is for another model."""
     if config.autoencoder != "wan":
         return weight_files(config).dit
     checkpoint = Checkpoint.open(Path(_needed(config)))
@@ -300,12 +310,12 @@ def transformer_weights(config: ModelConfig) -> Path:
 
 
 def settled_model(config: ModelConfig) -> ModelConfig:
-    """The config of the model that will run: a converted checkpoint brings its own. Raises ValueError where there is none."""
+    """The config of the model that will run; a converted checkpoint replaces it with its own. Raises ValueError without a checkpoint."""
     return Checkpoint.open(Path(_needed(config))).config(config) if config.autoencoder == "wan" else config
 
 
 def _needed(config: ModelConfig) -> str:
-    """The checkpoint of a model that has no bundled weights."""
+    """The checkpoint folder of a model without bundled weights. Raises ValueError when none is named."""
     if not config.weights:
         raise ValueError(
             f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by {written('convert')} of the "

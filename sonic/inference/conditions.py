@@ -1,4 +1,4 @@
-"""The conditions of the model: latents of the portrait, features of the speech, and how the head is to move."""
+"""Makes the inputs of the model from a portrait and a recording: portrait latents, speech features and head poses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVEN = 2  # H.264 with 4:2:0 colour needs even sides
 
 @torch.no_grad()
 def encode(inputs: Inputs, components: Components, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """The conditions of the model for a video, and what the autoencoder knows of the portrait."""
+    """The conditions for all frames of a preview video, and the portrait features that the autoencoder decodes with."""
     conditions, reference = encode_portrait(inputs, components, crop=crop)
     frames = whole_blocks(inputs.num_frames, components.config.rollout.block_frames)
     features = components.speech.encode_audio(inputs.speech.samples, frames)
@@ -38,7 +38,7 @@ def encode(inputs: Inputs, components: Components, motion: HeadConfig, *, crop: 
 
 @torch.no_grad()
 def encode_portrait(inputs: Inputs, components: Components, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """The same without what depends on the sound and on the length."""
+    """The conditions that depend on the portrait alone (no audio, no pose), and the portrait features for decoding."""
     config = components.config
     picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
     reference = components.autoencoder.reference(picture)
@@ -47,7 +47,7 @@ def encode_portrait(inputs: Inputs, components: Components, *, crop: Crop) -> tu
 
 
 def fit_portrait(portrait: Portrait, size: str) -> Portrait:
-    """The portrait at the size of the video: reduced to the area of `size` when larger, odd sides cut by one pixel."""
+    """The portrait at the size of the video: scaled down to the area of `size` if it is larger, with even sides."""
     height, width = portrait.pixels.shape[:2]
     wide, high = (width, height) if size == PHOTO_SIZE else parse_size(size)
     area = min(LARGEST_AREA, width * height if size == PHOTO_SIZE else wide * high)
@@ -64,7 +64,7 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
 
 
 def generated_area(pixels: np.ndarray, size: str) -> int:
-    """Pixels that a Wan video may have at most."""
+    """The largest area in pixels that a Wan video of `size` may have."""
     if size == PHOTO_SIZE:
         return min(LARGEST_AREA, pixels.shape[0] * pixels.shape[1])
     width, height = parse_size(size)
@@ -72,7 +72,7 @@ def generated_area(pixels: np.ndarray, size: str) -> int:
 
 
 def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The picture at the size that Wan videos have: scaled until it covers that size, and cut to it around its middle.
+    """The picture at the size of a Wan video: scaled to cover that size, then cropped around its centre.
 
     uint8 [H,W,3] -> uint8 [height,width,3]
     """
@@ -81,7 +81,11 @@ def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
 
 
 def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The same as the published pipelines fit it: its SHORTER side to the video's shorter side, black bars where that is too small."""
+    """The picture as the published pipelines fit it: its shorter side is scaled to the shorter side of the video, then it is padded
+    with black or cropped to the size of the video.
+
+    uint8 [H,W,3] -> uint8 [height,width,3]
+    """
     high, wide = pixels.shape[:2]
     width, height = wan_size(wide, high, max_area)
     short, target = min(high, wide), min(height, width)
@@ -94,21 +98,21 @@ def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
-    """Pose latents [1,16,T,h,w] of a head that starts at rest, or None for a head that stays still.
+    """Pose latents [1,16,T,h,w] of a random head motion that starts in the pose of the photograph; None without head motion.
 
-    The values are constant over the picture, so the result is a view that takes no memory for it.
+    The values do not depend on the position in the picture, so h and w are expanded axes that take no memory.
     """
     if motion.head == "off" or motion.strength == 0:
         return None
     track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
-    settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # half a second from the photograph's pose to the moving one
+    settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
     track[:, :3] *= rearrange(settle_in, "f -> f 1")
     constant = pose_latents(rearrange(track, "f j -> 1 f j"), 1, 1)
     return constant.expand(-1, -1, -1, *grid)
 
 
 def whole_blocks(num_frames: int, block_frames: int) -> int:
-    """Video frames of the blocks that cover `num_frames`."""
+    """`num_frames` rounded up to whole blocks, in video frames."""
     step = FRAMES_PER_LATENT * block_frames
     return math.ceil(num_frames / step) * step
 

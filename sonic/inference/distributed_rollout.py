@@ -1,4 +1,4 @@
-"""A rollout by several ranks: the first rank does what a single one would do, the others repeat it until they are shut down."""
+"""Runs a rollout on several ranks: the first rank sends each request to the others, which run the same forwards until shutdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTINUE, STOP = True, False
 
 
 class RolloutRequest(NamedTuple):
-    """What the other ranks must know to make the same rollout: blocks over `spans`, or one clip of so many latent frames."""
+    """The message that starts the same rollout on the other ranks: blocks over `spans`, or one clip when `latent_frames` is not 0."""
 
     conditions: Conditions
     sampler: SamplerConfig
@@ -43,7 +43,10 @@ def distributed_rollout(
     sampling: Sampling,
     context: DistributedContext,
 ) -> Iterator[LatentBlock]:
-    """`rollout` by all ranks that share the model; stops on all ranks when the consumer stops."""
+    """`rollout` on all ranks that share the model; when the consumer of the iterator stops, the rollout stops on all ranks.
+
+    Raises ValueError when the noise or the reference positions are overridden, because the other ranks cannot repeat them.
+    """
     if context.alone:
         yield from rollout(model, conditions, spans, sampling=sampling, context=context)
         return
@@ -57,8 +60,8 @@ def distributed_rollout(
         while _broadcast(context, CONTINUE) and (block := next(blocks, None)) is not None:
             try:
                 yield block
-            except BaseException:  # the consumer stopped; after an error inside the rollout nobody listens, so nothing is sent
-                if context.rollouts == begun:  # else this is closed so late that the others are in the next rollout already
+            except BaseException:  # the consumer stopped; an error inside `rollout` does not come here
+                if context.rollouts == begun:  # else the other ranks are in a later rollout already
                     _broadcast(context, STOP)
                 raise
 
@@ -71,7 +74,7 @@ def distributed_clip(
     sampling: Sampling,
     context: DistributedContext,
 ) -> Tensor:
-    """`sample_clip` by all ranks that share the model."""
+    """`sample_clip` on all ranks that share the model. Raises ValueError under a layer pipeline, which cannot make clips."""
     if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
     if not context.alone:
@@ -80,7 +83,7 @@ def distributed_clip(
 
 
 def worker_loop(model: AvatarDiT, context: DistributedContext, dtype: torch.dtype) -> None:
-    """What every rank but the leading one does until it is shut down."""
+    """Serve the leading rank until it sends the shutdown: run the stage of this rank, or repeat every rollout."""
     if context.world.stage:
         stage_loop(model, context, dtype=dtype)
         return
@@ -91,7 +94,7 @@ def worker_loop(model: AvatarDiT, context: DistributedContext, dtype: torch.dtyp
 
 
 def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutRequest) -> RolloutRequest | bool | None:
-    """A whole clip, or blocks for as long as the leading rank continues; returns the message after them."""
+    """Repeat one rollout: a whole clip, or blocks until the leading rank stops. Returns the message that ended it."""
     rng = torch.Generator()
     rng.set_state(request.random_state)
     conditions, unconditional = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unconditional))
@@ -106,12 +109,12 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
 
 
 def _request(conditions: Conditions, sampling: Sampling, **length: object) -> RolloutRequest:
-    """The request to repeat a rollout of that length."""
+    """The request for the other ranks, with the state of the random generator before the rollout."""
     return RolloutRequest(conditions, sampling.sampler, sampling.unconditional, sampling.source.generator.get_state(), **length)
 
 
 def shutdown(context: DistributedContext) -> None:
-    """End the loops of the other ranks; a second call does nothing."""
+    """End the worker loops of the other ranks; a second call does nothing."""
     if context.closed:
         return
     context.closed = True
@@ -123,7 +126,7 @@ def shutdown(context: DistributedContext) -> None:
 
 
 def _broadcast(context: DistributedContext, message: RolloutRequest | bool | None = None) -> RolloutRequest | bool | None:
-    """From the leading rank to those that repeat what it does: a rollout, whether to go on to the next block; None is the end."""
+    """Broadcast a message from the leading rank to its workers: a rollout, CONTINUE, STOP, or None for shutdown. Returns the message."""
     if isinstance(message, RolloutRequest):
         context.rollouts += 1
         message = message._replace(
@@ -135,19 +138,19 @@ def _broadcast(context: DistributedContext, message: RolloutRequest | bool | Non
 
 
 def compact(conditions: Conditions) -> Conditions:
-    """The same in host memory, to be sent: a view without the rest of its storage, which would be sent with it."""
+    """The conditions in host memory, ready to be sent. Views are copied, because a view is sent with the whole storage behind it."""
     return replace(conditions, **{name: _compact(value) for name, value in vars(conditions).items() if value is not None})
 
 
 def _compact(tensor: Tensor) -> Tensor:
     once = without_repeats(tensor)
     if once.device == CPU and once.untyped_storage().nbytes() <= once.nbytes:
-        return tensor  # itself, so that what both conditions have in common goes once
+        return tensor  # not copied, so that a tensor in both sets of conditions is sent once
     return once.to(CPU, copy=True).expand(tensor.shape)
 
 
 def _to_device(conditions: Conditions, device: torch.device) -> Conditions:
-    """What was sent, on the device of this rank; speech features, which may be gigabytes, stay in host memory until they are encoded."""
+    """Received conditions on the device of this rank. Speech features may take gigabytes and stay in host memory until they are encoded."""
     tensors = {name: value.to(device) for name, value in vars(conditions).items() if value is not None and name != "audio"}
     return replace(conditions, **tensors)
 

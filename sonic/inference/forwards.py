@@ -17,28 +17,29 @@ from sonic.types import Conditions
 
 
 class Forwards(Protocol):
-    """Forwards in flight. Requests of one (cond_index, step) come in the order of their blocks; results in the order of the requests."""
+    """Scheduler of model forwards. Requests with the same (cond_index, step) must be submitted in the order of their blocks; results are
+    returned in the order of submission."""
 
     def accepts(self, request: ForwardRequest) -> bool:
-        """Whether there is room for it now."""
+        """Whether the request can be submitted now."""
 
     def submit(self, request: ForwardRequest) -> None:
         """Start a forward."""
 
     def collect(self) -> Sequence[Tensor]:
-        """The predictions of the oldest requests in flight, at least one of them; waits for it."""
+        """Wait for the oldest request in flight and return its prediction, with those of the requests after it that are done too."""
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Discard the forwards in flight."""
 
 
 OpenForwards = Callable[[AvatarDiT, Sequence[Conditions], int], Forwards]  # (model, sets of conditions, sampling steps)
 
 
 class BatchedForwards:
-    """Up to `width` requests go through the blocks together, so that the weights of each block are loaded once for all of them.
+    """Runs up to `width` requests through the transformer blocks together, so that the weights of each block are loaded once for all.
 
-    A width of 0 is one request for every sampling step.
+    A width of 0 means one request per sampling step.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class BatchedForwards:
         self.waiting: list[ForwardRequest] = []
 
     def accepts(self, request: ForwardRequest) -> bool:
-        """A ring serves one request of a pass, because it holds one position of the reference at a time."""
+        """Whether there is room in the next pass. A KV ring can serve one request per pass, because it holds one reference position."""
         busy = {(each.cond_index, each.step) for each in self.waiting}
         return len(self.waiting) < self.width and (request.cond_index, request.step) not in busy
 
     def submit(self, request: ForwardRequest) -> None:
-        """It waits for the next pass."""
+        """Queue the request for the next pass."""
         self.waiting.append(request)
 
     @torch.no_grad()
     def collect(self) -> Sequence[Tensor]:
-        """The predictions of all that waited, after one pass."""
+        """Run one pass and return the predictions of all queued requests."""
         requests, self.waiting = self.waiting, []
         model, execution = self.model, self.execution
         contexts = [self._block_context(request) for request in requests]
@@ -73,7 +74,7 @@ class BatchedForwards:
         return [prediction.to(requests[0].latents.dtype) for prediction in predictions]
 
     def close(self) -> None:
-        """Nothing is in flight between passes."""
+        """Discard the queued requests."""
         self.waiting.clear()
 
     def _block_context(self, request: ForwardRequest) -> Callable:
@@ -82,7 +83,7 @@ class BatchedForwards:
 
 
 def open_forwards(context: DistributedContext) -> OpenForwards:
-    """The scheduler for a context: along the layer pipeline where there is one, else on this device."""
+    """The scheduler for a context: the layer pipeline if the context has one, else batches on this device."""
     if context.channel is not None:
         return partial(PipelineForwards, context=context)
     offload = context.parallel.offload if context.world.plan == "offload" else None

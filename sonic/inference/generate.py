@@ -1,4 +1,4 @@
-"""The main job: a portrait and a recording become a talking video, frame by frame, in memory that does not grow with its length."""
+"""Generates the frames of a talking video and writes them as they are made, in memory that does not grow with the length."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ GENERATORS = {"warp": generate_preview, "wan": generate_wan}  # by model.autoenc
 
 
 def generate(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
-    """The frames of a video, in order, as they are finished. Frame k is driven by the sound at k/fps s.
+    """Yield the frames of a video in order, as soon as they are decoded. Frame k is driven by the sound at k/fps seconds.
 
-    Denoising and decoding run on threads of their own (decode.online), which end when the iterator is closed.
+    With decode.online, denoising and decoding run in background threads, which end when the iterator is closed.
     """
     return GENERATORS[components.config.autoencoder](inputs, components, settings, timer=timer or StageTimer())
 
@@ -32,7 +32,7 @@ def generate(inputs: Inputs, components: Components, settings: Settings, *, time
 def write_video(
     inputs: Inputs, components: Components, settings: Settings, *, output: Path, timer: StageTimer, recorder: FrameRecorder
 ) -> Result:
-    """Generate a video into an MP4 that appears when it is complete; nothing is left of it after an error or Ctrl-C."""
+    """Generate a video and write it to an MP4, which appears only when it is complete; an error or Ctrl-C leaves no file behind."""
     height, width = inputs.portrait.pixels.shape[:2]
     begun, first_frame = timer.passed(), 0.0
     writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, coding=Coding(fps=inputs.fps))

@@ -1,4 +1,4 @@
-"""Videos whose photograph is moved: the model works on a crop of the face, and what it changes is put back at full resolution."""
+"""Generates videos with the preview model: it moves a crop of the face, and the result is rendered into the full photograph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sonic.vae.warp import Canvas
 
 
 def generate_preview(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
-    """The frames of a video, each the untouched photograph but for what the model moves."""
+    """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
     with timer.stage("encode"):
         crop = face_crop(inputs.portrait, settings.expand_ratio, components.config.resolution)
         canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)

@@ -1,4 +1,4 @@
-"""Options of making videos and of timing it. Standard library only."""
+"""Options of `sonic infer` and `sonic bench`. Imports the standard library and other option modules only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 
 @dataclass
 class RequestConfig:
-    """One video; a line of a file of requests holds these."""
+    """Options of one video, which a line in a file of requests may set."""
 
     image: str = option("astronaut", "the portrait, a picture file; astronaut = the photograph that comes with scikit-image")
     audio: str = option("sample", "the recording, an audio file; sample = the bundled one")
@@ -39,7 +39,7 @@ class RequestConfig:
 
 @dataclass
 class PlanChoiceConfig:
-    """What is done with the planner's answer."""
+    """Options of how the planner's answer is used."""
 
     force: bool = option(False, "start even what the planner says cannot fit")
 
@@ -69,7 +69,7 @@ class InferConfig(RequestConfig):
 
 @dataclass
 class FitConfig:
-    """A published model with random weights under a plan."""
+    """Options of bench fit, which times a published model with random weights under a plan."""
 
     blocks: int = option(8, "hand-overs (blocks or clips) that are timed")
     warm_blocks: int = option(2, "hand-overs before these")
@@ -85,7 +85,7 @@ class FitConfig:
 
 @dataclass
 class TimingConfig:
-    """The video that bench preview makes, and the transformer whose arithmetic it looks at."""
+    """Options of bench preview: the video that it makes, and the transformer whose matrix products it measures."""
 
     photo: str = option("720x400", "the bundled portrait is scaled and cut to this before timing")
     seconds: float = option(8.0, "length of the video")

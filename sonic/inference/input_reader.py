@@ -1,4 +1,4 @@
-"""Reads the scenes of requests in a process beside this one: a file that crashes a decoder costs its own video and no other."""
+"""Reads the inputs of requests in a child process, so that a file that crashes its decoder fails one request and not the whole job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "f
 
 
 class SceneRead(NamedTuple):
-    """A scene, and what was said while it was read: log records, and warnings as (text, category, file, line)."""
+    """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
 
     scene: Inputs
     records: list[logging.LogRecord]
@@ -34,13 +34,16 @@ class SceneRead(NamedTuple):
 
 
 class SceneReader:
-    """Opens scenes in another process with as many threads as this one has, so that they are the same to the last bit."""
+    """Opens the inputs of requests in a child process that has as many torch threads as this one, so that the result is bit-identical."""
 
     def __init__(self) -> None:
         self.worker = Worker(partial(_prepare, torch.get_num_threads()))
 
     def open(self, config: InferConfig) -> Inputs:
-        """The inputs of a request. Raises what open_scene raises, and ValueError for a file that crashes its decoder."""
+        """Read the inputs of a request and repeat its log records and warnings here.
+
+        Raises what `open_inputs` raises, and ValueError for a file that crashes its decoder.
+        """
         try:
             scene, records, warned = self.worker.call(_read, config)
         except Crashed as crash:
@@ -52,11 +55,11 @@ class SceneReader:
         return scene
 
     def close(self) -> None:
-        """End the process."""
+        """End the child process."""
         self.worker.close()
 
     def _blame(self, config: InferConfig, crash: Crashed) -> str:
-        """The sentence for a crash: each input is read once more by itself, to see which of them it was."""
+        """The error message for a crash. Each input is read once more on its own to find the one that crashes."""
         given = [(option, name) for option, name in inputs_of(config) if option in READERS]
         for option, name in given:
             if self._crashes(option, name):
@@ -67,7 +70,7 @@ class SceneReader:
         return f"{named}: the process that reads them died ({crash}), though each can be read alone; is there enough memory?"
 
     def _crashes(self, option: str, name: str) -> bool:
-        """Whether an input that is read by itself ends the process, too."""
+        """Whether reading this input alone crashes the child process."""
         try:
             self.worker.call(_probe, option, name)
         except Crashed:
@@ -78,7 +81,7 @@ class SceneReader:
 
 
 class _Collected(logging.Handler):
-    """Keeps log records in a form that can be sent."""
+    """Log handler that keeps records in a form that can be pickled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ def _read(config: InferConfig) -> SceneRead:
 
 
 def _probe(option: str, name: str) -> None:
-    """Read one input to its end."""
+    """Read one input completely."""
     found = READERS[option](name)
     if option == "motion.pose":
         deque(found, maxlen=0)

@@ -1,4 +1,4 @@
-"""What is generated and how: the bundled picture and recording, the options of generating, the length of a video."""
+"""Opens and checks the inputs of a video (portrait, recording, masks, poses) and holds the settings of its generation."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ from sonic.types import Inputs, Portrait, Speech
 
 log = logging.getLogger("sonic.inference")
 
-DROPPED_FRAMES = 3  # that the published pipelines cut off the first clip, so that the video runs ahead of its sound
-WHITE = 127  # of a mask, above which it counts
+DROPPED_FRAMES = 3  # the published pipelines drop these from the first clip, so the video runs ahead of its sound
+WHITE = 127  # pixels of a mask above this level belong to the voice
 PORTRAITS = {"astronaut": Path(skimage.__file__).parent / "data" / "astronaut.png"}
 RECORDINGS = {"sample": BUNDLED / "sample_speech.flac"}
-BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # by the option that may name one of them
+BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # option -> the files in the package that it may name
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a video is generated: `generator` instead of one with the seed, `sound` instead of a recording that is whole, and `on_step`
-    after every sampling step, on the thread that denoises."""
+    """How a video is generated.
+
+    `generator` replaces the generator seeded with the video's seed; `sound` replaces the recording while it is still arriving; `on_step`
+    is called after every sampling step, in the thread that denoises.
+    """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -53,30 +56,30 @@ class Settings:
     sound: LiveAudio | None = None
 
     def random(self, seed: int) -> torch.Generator:
-        """Where noise comes from: the generator that was given, or one with the seed of the video."""
+        """The generator of the noise: the given one, or a new one with the seed of the video."""
         return self.generator or torch.Generator().manual_seed(seed)
 
     @classmethod
     def of(cls, config: InferConfig) -> Settings:
-        """The part of the options that concerns generating."""
+        """The settings that a config contains."""
         ratio, clip_frames = config.face.expand_ratio, config.video.infer_frames
         return cls(config.sampler, config.decode, config.motion, ratio, clip_frames, config.video.compat)
 
 
 class InMemory(NamedTuple):
-    """Inputs that are there already, instead of the files that a config names."""
+    """Inputs passed as arrays or as live sound; each replaces the file that the config names."""
 
     picture: np.ndarray | None = None
     speech: Speech | None = None
-    original: Speech | None = None  # the same at its own sample rate, for the video
+    original: Speech | None = None  # `speech` at its own sample rate, for the sound track of the video
     sound: LiveAudio | None = None
 
     def picture_of(self, config: InferConfig) -> np.ndarray:
-        """The picture, uint8 [H,W,3]."""
+        """The picture from memory or from its file, uint8 [H,W,3]."""
         return load_image(PORTRAITS.get(config.image, config.image)) if self.picture is None else self.picture
 
     def speech_of(self, config: InferConfig) -> Speech:
-        """The recording; nothing of one that is still arriving."""
+        """The recording from memory or from its file; empty while the sound is still arriving."""
         if self.sound is not None:
             return Speech(np.zeros(0, np.float32))
         return load_speech(RECORDINGS.get(config.audio, config.audio)) if self.speech is None else self.speech
@@ -86,7 +89,10 @@ ALL_IN_FILES = InMemory()
 
 
 def open_portrait(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
-    """Inputs of a video whose photograph is moved: its face has to be found."""
+    """The inputs of a preview video, in whose photograph a face must be found or given.
+
+    Raises ValueError for options that only published models read, and without a face.
+    """
     options = (("motion.pose", config.motion.pose), ("face.masks", config.face.masks), ("video.compat", config.video.compat))
     for option, value in options:
         if value:
@@ -99,7 +105,10 @@ def open_portrait(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Input
 
 
 def open_picture(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
-    """Inputs of a video whose every pixel is generated: the whole picture counts, with or without a face in it."""
+    """The inputs of a Wan video, which generates the whole picture and needs no face in it.
+
+    Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.
+    """
     _refuse_face_options(config)
     voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
     speech = _mixed(voices) if voices else memory.speech_of(config)
@@ -118,7 +127,7 @@ OPENERS: dict[str, Callable[[InferConfig, InMemory], Inputs]] = {"warp": open_po
 
 
 def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
-    """Read and check portrait and recording. Raises ValueError in one sentence for everything that is wrong with them."""
+    """Read and check the inputs of a video. Raises ValueError with one sentence for anything that is wrong with them."""
     _refuse_with_memory(config, memory)
     for option, name in inputs_of(config, memory):
         check_input(name, option)
@@ -126,7 +135,7 @@ def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
 
 
 def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
-    """Raise ValueError for what sound in memory, or sound that is still arriving, does not go with."""
+    """Raise ValueError for options that cannot be combined with sound in memory, or with sound that is still arriving."""
     if config.face.masks and (memory.speech is not None or memory.sound is not None):
         raise ValueError("face.masks needs audio=a.wav+b.wav, a file for each voice; save the recordings first")
     if memory.sound is None:
@@ -149,7 +158,7 @@ def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
 
 
 def inputs_of(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
-    """Every file that a video is made from, with the option that names it; what comes with the program is not among them."""
+    """(option, file) for every file that a video is made from, without the files bundled with the package."""
     audio = config.audio.split("+") if config.face.masks else [config.audio]
     named = [("image", config.image)] if memory.picture is None else []
     named += [("audio", name) for name in audio if memory.speech is None and memory.sound is None]
@@ -159,7 +168,7 @@ def inputs_of(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tupl
 
 
 def refuse_overwriting(inputs: Sequence[tuple[str, str]], *written: Path) -> None:
-    """Raise ValueError when one of the files that will be written is an input, however the two are spelt."""
+    """Raise ValueError when a file to be written is also an input, even if the two paths are spelt differently."""
     read = {file_key(name): f"{option}={name}" for option, name in reversed(inputs)}
     for path in written:
         if (named := read.get(file_key(path))) is not None:
@@ -167,7 +176,7 @@ def refuse_overwriting(inputs: Sequence[tuple[str, str]], *written: Path) -> Non
 
 
 def _refuse_face_options(config: InferConfig) -> None:
-    """Raise ValueError for the options of a model that moves one face; here they would change nothing."""
+    """Raise ValueError for options that only the preview reads, such as face.box, unless they have their default values."""
     defaults = {"face": FaceConfig(), "motion": HeadConfig()}
     for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head"), ("motion", "strength")):
         value = getattr(getattr(config, group), name)
@@ -177,7 +186,7 @@ def _refuse_face_options(config: InferConfig) -> None:
 
 
 def _mixed(voices: tuple[Speech, ...]) -> Speech:
-    """All recordings at once, as long as the longest."""
+    """The sum of all recordings, clipped to [-1,1], as long as the longest."""
     mixed = np.zeros(max(len(voice.samples) for voice in voices), np.float32)
     for voice in voices:
         mixed[: len(voice.samples)] += voice.samples
@@ -191,7 +200,7 @@ def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
 
 
 def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask as a picture. Raises ValueError unless it has the size of the portrait."""
+    """A mask as uint8 [H,W,3]. Raises ValueError unless it has the size of the portrait."""
     pixels = load_image(name, "face.masks")
     if pixels.shape != shape:
         sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
@@ -200,7 +209,7 @@ def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _poses(path: str, inputs: Inputs) -> np.ndarray:
-    """The video of poses in the size and at the rate of the video; black after its end."""
+    """The frames of the pose video, uint8 [F,H,W,3] at the size and frame rate of the output, padded with black after its end."""
     height, width = inputs.portrait.pixels.shape[:2]
     found = [covering(frame, width, height) for frame in islice(frames_at(path, inputs.fps), inputs.num_frames)]
     black = np.zeros((inputs.num_frames - len(found), height, width, 3), np.uint8)
@@ -208,7 +217,10 @@ def _poses(path: str, inputs: Inputs) -> np.ndarray:
 
 
 def _length(config: InferConfig, memory: InMemory, speech: Speech) -> int:
-    """Video frames of the recording, or of the clips that are allowed; more than will ever be of sound that is still arriving."""
+    """Number of video frames for the recording, at most video.num_clip clips.
+
+    For sound that is still arriving: the length of video.num_clip clips, or sys.maxsize when that is 0.
+    """
     if memory.sound is not None:
         return config.video.num_clip * config.video.infer_frames or sys.maxsize
     frames = frames_of_audio(len(speech.samples), speech.sample_rate, config.video.fps)
@@ -216,6 +228,7 @@ def _length(config: InferConfig, memory: InMemory, speech: Speech) -> int:
 
 
 def _published_length(config: InferConfig, speech: Speech) -> int:
-    """The same as the published pipelines have it: whole clips, one more where none is needed, and the first frames lost."""
+    """Number of video frames that the published pipelines make: whole clips, sometimes one more than the sound needs, minus the three
+    frames that they drop."""
     clips = clips_of(states_of(len(speech.samples)), config.video.infer_frames, config.video.fps)
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES

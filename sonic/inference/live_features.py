@@ -1,8 +1,8 @@
-"""Speech features of sound that is still arriving, block by block: what each block waits for, and the conditions that it gets.
+"""Computes the speech features of sound that is still arriving, one block at a time.
 
-A block of frames needs the sound until `look_ahead_s` after its last frame and is made as soon as that is there. The preview's encoder
-reads MARGIN frames to both sides and half a window of its spectrum; of a published model wav2vec2 sees CONTEXT_S before the block and
-LOOK_AHEAD_S after it. Loudness is evened out over the last minute before that point, never over what comes later.
+A block of frames needs the sound until `look_ahead_s` after its last frame, and is generated as soon as that has arrived. The preview's
+encoder reads MARGIN frames on both sides and half a window of the spectrum; the wav2vec2 of a published model reads CONTEXT_S before
+the block and LOOK_AHEAD_S after it. Loudness is normalized over the last minute of sound received for the block.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from sonic.encoders.wav2vec import PICKED_PER_S, STATE_RECEPTIVE_FIELD, STATE_SA
 from sonic.geometry import FPS, BlockSpan, plan_blocks
 from sonic.types import Conditions, FrameChunk
 
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # of the preview
-HALF_WINDOW = 160  # samples of the spectrum around the last column that lie behind its hop
-CONTEXT_S, LOOK_AHEAD_S = 4.0, 1.0  # of wav2vec2 before and after a block
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # audio samples per video frame of the preview
+HALF_WINDOW = 160  # samples that the spectrum window of the last column reaches beyond its hop
+CONTEXT_S, LOOK_AHEAD_S = 4.0, 1.0  # seconds of sound that wav2vec2 reads before and after a block
 
 
 class LiveEncoder(Protocol):
-    """Makes the speech features of a block of frames out of a window of the sound."""
+    """Computes the speech features of a block of frames from a window of the sound."""
 
     look_ahead_s: float
 
     def encode(self, sound: LiveAudio, span: BlockSpan, stop: int) -> Tensor:
-        """Features [1,N,E,F] of the frames of a block; the sound has been received until sample `stop`."""
+        """Speech features [1,K,E,F] of the frames of a block; the sound must have been received up to sample `stop`."""
 
 
 class LiveLogMel:
-    """The preview's encoder: with the loudness of a whole recording at hand it gives what it gives of the recording."""
+    """The log-mel encoder of the preview. Given the loudness of the whole recording, it would equal the encoder of recordings."""
 
     look_ahead_s = LogMelEncoder.MARGIN / FPS + HALF_WINDOW / SAMPLE_RATE
 
@@ -47,21 +47,24 @@ class LiveLogMel:
 
     @torch.no_grad()
     def encode(self, sound: LiveAudio, span: BlockSpan, stop: int) -> Tensor:
-        """Features [1,1,160,F] of the frames of a block."""
+        """Speech features [1,1,160,F] of the frames of a block."""
         margin, last = self.encoder.MARGIN, span.first_frame + span.frames + self.encoder.MARGIN
         first = max(0, span.first_frame - margin)
-        lead = min(1, first)  # a frame more in front, into which the window of the first column reaches
+        lead = min(1, first)  # the spectrum window of the first column reaches into the frame before it
         samples = sound.window((first - lead) * SAMPLES_PER_FRAME, stop)
         columns = log_mel(samples, last - first + lead, gain=loudness_gain(sound.before(stop)))[COLUMNS_PER_FRAME * lead :]
-        missing = COLUMNS_PER_FRAME * (margin - (span.first_frame - first))  # before the beginning
+        missing = COLUMNS_PER_FRAME * (margin - (span.first_frame - first))  # columns before the start of the sound
         columns = np.pad(columns, ((missing, 0), (0, 0)), constant_values=SILENT_COLUMN)
         features = self.encoder(torch.from_numpy(columns)[None].to(self.encoder.stem.weight))
         return rearrange(features[:, margin : margin + span.frames], "1 f a -> 1 1 a f")
 
 
 class LiveWav2Vec:
-    """The published models' encoder over a window around each block. Its states lie 50 to 30 exactly; those of a recording are
-    stretched a little, so that its first and last state stay the first and last."""
+    """The wav2vec2 encoder of the published models, run on a window around each block.
+
+    States at 50 Hz are interpolated at exact times to 30 Hz. The encoder of whole recordings stretches them slightly instead, so that
+    the first and the last state are kept.
+    """
 
     look_ahead_s = LOOK_AHEAD_S
 
@@ -70,7 +73,7 @@ class LiveWav2Vec:
 
     @torch.no_grad()
     def encode(self, sound: LiveAudio, span: BlockSpan, stop: int) -> Tensor:
-        """Features [1,layers+1,D,F] of the frames of a block; zeros after the end of the sound."""
+        """Speech features [1,K,E,F] of the frames of a block, with K = layers + 1; zeros after the end of the sound."""
         begun = span.first_frame / sound.fps - CONTEXT_S
         first_state = max(0, int(begun * STATES_PER_S))
         samples, level = sound.window(first_state * STATE_SAMPLES, stop), sound.before(stop)
@@ -92,14 +95,14 @@ class LiveWav2Vec:
 
 
 class LiveFeatures:
-    """The speech features of a video whose sound is still arriving, and its blocks as their sound is there."""
+    """The speech features and the blocks of a video whose sound is still arriving."""
 
     def __init__(self, sound: LiveAudio, encoder: LiveEncoder) -> None:
         self.sound, self.encoder = sound, encoder
         self._last: tuple[BlockSpan | None, Tensor | None] = (None, None)
 
     def spans(self, block_frames: int) -> Iterator[BlockSpan]:
-        """The blocks of the video, each once the sound that it needs is there."""
+        """Yield the blocks of the video, each as soon as the sound that it needs has arrived."""
         for span in plan_blocks(None, block_frames):
             self.sound.receive(self.stop(span))
             if not self.sound.frames_left(span.first_frame, 1):
@@ -107,22 +110,22 @@ class LiveFeatures:
             yield span
 
     def stop(self, span: BlockSpan) -> int:
-        """The sample behind the last one that a block needs."""
+        """The end of the sound that a block needs: the index after its last sample."""
         seconds = (span.first_frame + span.frames) / self.sound.fps + self.encoder.look_ahead_s
         return round(seconds * SAMPLE_RATE)
 
     def of(self, span: BlockSpan) -> Tensor:
-        """Features [1,N,E,F] of a block; guidance asks twice for the same."""
+        """Speech features [1,K,E,F] of a block. The last block is cached, because guidance asks for it twice."""
         if self._last[0] != span:
             self._last = (span, self.encoder.encode(self.sound, span, self.stop(span)))
         return self._last[1]
 
     def conditions(self, whole: Conditions) -> LiveConditions:
-        """The conditions of the video: those of all of it, and the features of each block as they come."""
+        """The conditions of the video: `whole`, which hold for all blocks, with the speech features of each block computed on demand."""
         return LiveConditions(whole.ref, whole.text, motion=whole.motion, features=self.of)
 
     def cut(self, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
-        """The frames until the end of the sound."""
+        """Yield the chunks of frames, cut at the end of the sound."""
         for chunk in chunks:
             count = self.sound.frames_left(chunk.start, len(chunk))
             if count:
@@ -131,7 +134,10 @@ class LiveFeatures:
 
 @dataclass(frozen=True)
 class LiveConditions(Conditions):
-    """Conditions whose audio is asked for block by block; on one rank, because it cannot be sent."""
+    """Conditions whose audio is computed block by block by `features`. They cannot be sent to other ranks.
+
+    `silent` means without audio.
+    """
 
     features: Callable[[BlockSpan], Tensor] | None = None
     silent: bool = False
@@ -142,7 +148,7 @@ class LiveConditions(Conditions):
         return block.drop("audio") if self.silent else block
 
     def drop(self, name: str) -> Conditions:
-        """The same with one condition off."""
+        """A copy without the condition `name`."""
         return replace(self, silent=True) if name == "audio" else super().drop(name)
 
 
