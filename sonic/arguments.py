@@ -1,4 +1,4 @@
-"""What Python callers hand over, as options of the command line: fields of a call, names of models, values of every kind."""
+"""Translates the arguments of Python calls into options of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sonic.cli import KINDS, config_options, group_choices
 from sonic.inference.infer_config import InferConfig
 from sonic.system.paths import expanded
 
-FIELDS = {  # of a call -> the option of the command line
+FIELDS = {  # keyword of a call -> option of the command line
     "prompt": "prompt",
     "negative_prompt": "sampler.negative_prompt",
     "num_inference_steps": "sampler.sample_steps",
@@ -37,12 +37,12 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Any]  # (pipe, sampling s
 
 
 class VideoOptions(TypedDict, total=False):
-    """What a call may say besides image and audio. What is left out, or None, is as the pipeline was made.
+    """Keyword arguments of a call besides image and audio. A missing argument, or None, keeps the value of the pipeline.
 
-    size "704x384", (width, height) or "photo"; face_box [x,y,width,height] and mouth [x,y,half_width(,angle)] in photo pixels; masks and
-    pose name files as face.masks and motion.pose do; a generator, of the CPU, counts instead of the seed, and one that was just seeded
-    gives what its seed gives. callback_on_step_end(pipe, step, timestep, {"block": index}) is called after every sampling step of every
-    block (or clip) on the thread that denoises; what it raises ends the video, what it returns is not read.
+    size: "704x384", (width, height) or "photo". face_box [x,y,width,height] and mouth [x,y,half_width(,angle)]: in pixels of the photo.
+    masks and pose: files, as in face.masks and motion.pose. generator: a CPU generator, used in place of the seed; a generator that was
+    just seeded gives the same video as that seed. callback_on_step_end(pipe, step, timestep, {"block": index}): called after every
+    sampling step of every block or clip, in the thread that denoises; an exception in it stops the video, its return value is ignored.
     """
 
     prompt: str | None
@@ -60,7 +60,10 @@ class VideoOptions(TypedDict, total=False):
 
 
 def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
-    """The config with some options by their full names. Raises ValueError for a value of the wrong kind, or that breaks a law."""
+    """A copy of the config with some options changed; `values` maps full option names to values.
+
+    Raises ValueError for a value of the wrong type or outside its range.
+    """
     kinds = config_options(InferConfig)
     top: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
@@ -71,7 +74,7 @@ def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> Any:
-    """The value as the option has it."""
+    """The value converted to the type of the option. Raises ValueError when it cannot be converted."""
     if name == "video.size" and isinstance(value, tuple | list):
         return "x".join(map(str, value))
     if kind is str and isinstance(value, os.PathLike):
@@ -88,7 +91,7 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
 
 
 def model_choice(model: str) -> dict[str, str]:
-    """The options that choose a model by its name or by the folder of its checkpoint."""
+    """The options that select a model: by its name, or by a folder with a converted checkpoint or trained weights."""
     folder = Path(expanded(model))
     if model in group_choices("model") or not folder.is_dir():
         return {"model": model}
@@ -98,7 +101,7 @@ def model_choice(model: str) -> dict[str, str]:
 
 
 def spelled(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value as text for the command line."""
     if isinstance(value, str | os.PathLike | torch.device):
         return str(value)
     if isinstance(value, tuple | list):
@@ -107,7 +110,7 @@ def spelled(value: Any) -> str:
 
 
 def seed_of(generator: Any) -> int:
-    """What a generator was seeded with. Raises ValueError unless it is one of the CPU."""
+    """The initial seed of a generator. Raises ValueError unless it is a CPU generator."""
     if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
         given = f"on {generator.device}" if isinstance(generator, torch.Generator) else f"a {type(generator).__name__}"
         raise ValueError(
@@ -117,19 +120,19 @@ def seed_of(generator: Any) -> int:
 
 
 def is_path(thing: Any) -> bool:
-    """Whether something names a file."""
+    """Whether the argument is a path."""
     return isinstance(thing, str | os.PathLike)
 
 
 def pair_of(audio: tuple) -> tuple[Any, Any]:
-    """(samples, sample rate) of a recording. Raises ValueError for a tuple of something else."""
+    """The tuple (samples, sample rate) itself. Raises ValueError for a tuple of another length."""
     if len(audio) != 2:
         raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
     return audio
 
 
 def chunks_of(audio: Any) -> Iterable[Any]:
-    """The chunks of sound that is still arriving. Raises ValueError for what is no sound at all."""
+    """The iterable of sound chunks itself. Raises ValueError for an array, a tensor, or anything that is not iterable."""
     if isinstance(audio, np.ndarray | torch.Tensor) or not isinstance(audio, Iterable):
         raise ValueError(f"audio is {type(audio).__name__}; give a path, (samples, sample_rate), or an iterator of such chunks")
     return audio

@@ -1,4 +1,4 @@
-"""The Python face of the library: `AvatarPipeline` makes videos with the parts, checks and sentences of the command line."""
+"""The Python interface of the library: `AvatarPipeline` makes videos with the options, checks and error messages of `sonic infer`."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ INFER, PLAN = Entry("infer", InferConfig), Entry("plan", PlanConfig)
 
 @dataclass(frozen=True)
 class Video:
-    """A finished video: frames uint8 [F,H,W,3] at `fps`, the sound that belongs to it, and the files that it was made from."""
+    """A finished video: frames uint8 [F,H,W,3] at `fps` frames per second, its sound, and the files that it was made from."""
 
     frames: np.ndarray
     fps: int
     speech: Speech
-    made_from: tuple[tuple[str, str], ...] = ()  # (option, file)
+    made_from: tuple[tuple[str, str], ...] = ()  # (option, path), never overwritten by `save`
 
     @property
     def audio(self) -> tuple[np.ndarray, int]:
@@ -63,9 +63,9 @@ class Video:
         return self.speech.samples, self.speech.sample_rate
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write an MP4 with its sound; it appears when it is complete, and never in the place of a file that it was made from.
+        """Write the video with its sound to an MP4, which appears only when it is complete, and return its path.
 
-        Raises ValueError in one sentence where it cannot be written.
+        Raises ValueError when the file cannot be written or is one of the files that the video was made from.
         """
         target = Path(expanded(os.fspath(path)))
         refuse_overwriting(self.made_from, target)
@@ -77,11 +77,11 @@ class Video:
 
 
 class AvatarPipeline:
-    """Makes talking videos of a portrait and a recording.
+    """Makes talking videos from a portrait and a recording.
 
-    On several ranks (torchrun) each of them makes its pipeline; the first leads and the others serve it:
+    With torchrun, every rank creates the pipeline; one rank leads, and the others serve it inside the constructor until it closes:
 
-        with AvatarPipeline.from_pretrained("checkpoints/live", parallel="fsdp") as pipe:  # the others return here in the end
+        with AvatarPipeline.from_pretrained("checkpoints/live", parallel="fsdp") as pipe:  # the other ranks get here at the end
             if pipe.leads:
                 pipe(image="me.jpg", audio="me.wav").save("me.mp4")
     """
@@ -89,8 +89,11 @@ class AvatarPipeline:
     def __init__(
         self, config: InferConfig, components: Components | None = None, *, ranks: Ranks | None = None, folder: Path = Path()
     ) -> None:
-        """With the parts that are given, or else those that `config` names, under the plan that fits; ranks that do not lead come back
-        when all is done. `folder` is that of videos whose request names none."""
+        """Use `components`, or build those that `config` names under a plan that fits.
+
+        On ranks that do not lead, this serves the leading rank and returns when it closes its pipeline. `folder` is where videos of
+        requests without an output are written.
+        """
         self.config, self.ranks, self._given = config, ranks or Ranks(), components
         self._folder, self._stack, self._by_student = folder, ExitStack(), {}
         self._opened: Opened | None = None
@@ -108,11 +111,10 @@ class AvatarPipeline:
         parallel: str | None = None,
         **options: Any,
     ) -> Self:
-        """The pipeline of a model by name (preview needs nothing; wan_s2v_14b, live_avatar_14b need checkpoint=FOLDER), or of a folder
-        made by `sonic convert`.
+        """Create the pipeline of a model: a name, or a folder made by `sonic convert`.
 
-        `options` are those of `sonic infer`, such as seed=7 or **{"video.size": "704x384"}. Raises ValueError with the sentence of the
-        command line for whatever is wrong with them.
+        The model preview is bundled; wan_s2v_14b and live_avatar_14b need checkpoint=FOLDER. `options` are options of `sonic infer`, such
+        as seed=7 or **{"video.size": "704x384"}. Raises ValueError for bad options, with the message of the command line.
         """
         chosen = {**model_choice(os.fspath(model)), "preset": preset, "parallel": parallel, "model.lora.path": lora}
         chosen |= {"run.device": device, "run.dtype": torch_dtype and str(torch_dtype).removeprefix("torch.")}
@@ -120,10 +122,11 @@ class AvatarPipeline:
         return cls(compose(INFER, argv), ranks=ranks_here())
 
     def __call__(self, image: Picture, audio: Sound, **options: Unpack[VideoOptions]) -> Video:
-        """The whole video. Raises ValueError in one sentence for whatever is wrong with what is given.
+        """Make a whole video in memory.
 
-        `image` is a path, a PIL picture, or uint8 [H,W,3]; `audio` a path, or (samples, sample rate) with floats in [-1,1] or int16 as
-        [n] or [n,channels]; of several voices "a.wav+b.wav".
+        `image` is a path, a PIL image, or uint8 [H,W,3]. `audio` is a path, or (samples, sample rate in Hz) with samples [n] or
+        [n,channels], floats in [-1,1] or int16; with masks, "a.wav+b.wav" names one file per voice. Raises ValueError with one sentence
+        for bad inputs or options.
         """
         if not isinstance(audio, str | os.PathLike | tuple):
             raise ValueError(f"audio is {type(audio).__name__}; give a path or (samples, sample_rate), or hand an iterator to stream()")
@@ -135,11 +138,11 @@ class AvatarPipeline:
         return Video(frames, inputs.fps, speech, tuple(inputs_of(config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
-        """The frames as soon as they are decoded, uint8 [F,H,W,3] each; closing the iterator ends the work.
+        """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
 
-        `audio` may also be an iterator of chunks of any length, each (samples, sample rate) or samples at 16 kHz: a block is made as soon
-        as the sound until `look_ahead_s` after its last frame is there. Memory does not grow with the length. It is read on the
-        thread that denoises.
+        `audio` may also be an iterator of chunks of any length, each (samples, sample rate) or samples at 16 kHz. A block is generated as
+        soon as the sound until `look_ahead_s` seconds after its last frame has arrived. The iterator is read in the thread that denoises.
+        Memory does not grow with the length.
         """
         config, memory, settings = self._request(image, audio, options)
         inputs = self._inputs(config, memory)
@@ -147,31 +150,33 @@ class AvatarPipeline:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one to make videos with; always so on one rank."""
+        """Whether videos are made on this rank; always true with one rank."""
         return self.opened.world.leads
 
     @property
     def opened(self) -> Opened:
-        """The parts of this rank, its place among the ranks, and the plan they run under. Raises ValueError once it is closed."""
+        """The components, the world and the plan of this rank. Raises ValueError after the pipeline is closed."""
         if self._opened is None:
             raise ValueError("this pipeline is closed; make another with AvatarPipeline.from_pretrained")
         return self._opened
 
     @property
     def look_ahead_s(self) -> float:
-        """Seconds of sound behind the end of a block that it needs when it comes from an iterator."""
+        """Seconds of sound that a block needs after its last frame, when the sound comes from an iterator."""
         return pick(LIVE_ENCODERS, self.config.model.speech_encoder, "model.speech_encoder").look_ahead_s
 
     def load_lora(self, path: str | os.PathLike, alpha: float | None = None) -> Self:
-        """Merge an adapter (a file in peft's format, or the LiveAvatar folder) instead of the one that is merged now, a bundled student
-        included; `alpha` None takes what the file says. Weights are loaded again. Raises ValueError and changes nothing where it does
-        not fit."""
+        """Reload the weights with this adapter merged, in place of any other adapter, including that of a bundled student.
+
+        `path` is a file in peft's format or the LiveAvatar folder; with `alpha` None the file's value is used. Raises ValueError and
+        changes nothing when the adapter does not fit.
+        """
         lora = replace(self.config.model.lora, path=expanded(os.fspath(path)), alpha=0.0 if alpha is None else alpha)
-        lora_of(lora)  # before anything is given up
+        lora_of(lora)  # raises before the present weights are freed
         return self._reopen(replace(self.config, model=replace(self.config.model, lora=lora)))
 
     def to(self, *targets: torch.device | torch.dtype | str) -> Self:
-        """Move to another device, or compute in another precision (torch.bfloat16); weights are loaded again, under a plan that fits."""
+        """Reload the weights on another device or in another precision (float32, bfloat16), under a plan that fits."""
         run = self.config.run
         for target in targets:
             name = str(target).removeprefix("torch.")
@@ -181,19 +186,21 @@ class AvatarPipeline:
         return self._reopen(replace(self.config, run=run))
 
     def plan(self, hardware: str = "here") -> PlanResult:
-        """How this pipeline's videos would run on some hardware (a name of conf/hardware), how fast, and what would make them fit: the
-        answer of `sonic plan` with the same options."""
+        """The answer of `sonic plan` for the options of this pipeline: which plans fit on some hardware, how fast they are, and what would
+        make the video fit. `hardware` is a name in conf/hardware, or "here"."""
         own, asked = self.config, compose(PLAN, [f"hardware={hardware}"])
         same = {name: getattr(own, name) for name in ("run", "parallel", "sampler", "video", "decode")}
         return search_plans(replace(asked, model=settled_model(own.model), hardware=machine_here(asked.hardware), **same))
 
     def plan_report(self) -> dict:
-        """The plan that these videos run under, with the memory that it was estimated to take and, once it is closed, the memory it took;
-        {} for parts that were given."""
+        """The plan of this pipeline as in result.json: name, estimated speed and memory, and after closing the measured memory.
+
+        {} when the components were passed to the constructor.
+        """
         return {} if self._estimate is None else self._estimate.as_json()
 
     def close(self) -> None:
-        """Let the other ranks go and leave them. Needed on several ranks only; `with` does it."""
+        """Shut the other ranks down and leave the process group. Needed with several ranks only; a `with` block does it."""
         self._stack.close()
         self._opened, self._by_student = None, {}
 
@@ -207,28 +214,28 @@ class AvatarPipeline:
             self._opened, self._by_student = None, {}
 
     def announce(self) -> None:
-        """Log which noise levels and weights videos are made with."""
+        """Log the sampler, the timesteps and the weights of the videos."""
         announce(self.opened, self.config)
 
     def generate(self, inputs: Inputs, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
-        """The frames of inputs that are open already, as they are finished."""
+        """Yield the frames of a video from inputs that are already open, as soon as they are decoded."""
         self._must_lead()
         return generate(inputs, self.opened.components, Settings.of(self.config), timer=timer)
 
     def write(self, inputs: Inputs, output: Path, *, timer: StageTimer | None = None) -> tuple[Result, FrameRecorder]:
-        """Make the video of inputs that are open already into an MP4 as its frames are finished; what it took, and what was seen of it."""
+        """Write the video of inputs that are already open to an MP4. Returns its result and the recorder for the contact sheet."""
         self._must_lead()
         return make_video(inputs, self.opened.components, self.config, output=output, timer=timer or StageTimer())
 
     def make_videos(self, requests: Sequence[tuple[int, str]]) -> list[Outcome]:
-        """The videos of a file of requests (line number, text), shared out among the copies of the model; what became of each.
+        """Make the videos of a file of requests (line number, text), divided among the copies of the model; one outcome for each attempt.
 
-        Every rank must ask; no video is made after it.
+        A collective call: every rank must make it, and no video can be made afterwards.
         """
         return all_outcomes(make_videos(requests, self.opened, self.config), self.opened)
 
     def _open(self, config: InferConfig) -> None:
-        """Open the parts of this rank."""
+        """Set `opened` to the given components, or build those of `config`."""
         if self._given is not None:
             self._opened = Opened(self._given, self._given.context.world, None, self._folder)
         else:
@@ -236,7 +243,10 @@ class AvatarPipeline:
         self._estimate, self._by_student = self._opened.estimate, {}
 
     def _reopen(self, config: InferConfig) -> Self:
-        """Give the parts up and open those of another config; where that fails, those there were are opened again."""
+        """Free the components and build those of another config; if that fails, build the previous ones again and raise.
+
+        Raises ValueError when the components were given or the pipeline has several ranks.
+        """
         if self._given is not None or self.ranks.world > 1:
             raise ValueError(
                 "the weights of this pipeline cannot be replaced: it was given them, or shares them with other ranks; make another"
@@ -257,7 +267,10 @@ class AvatarPipeline:
             raise ValueError(f"rank {self.ranks.rank} serves the leading rank and makes no videos of its own; ask where pipe.leads is true")
 
     def _components(self, config: InferConfig) -> Components:
-        """The parts for the sampling steps of a request: the bundled student of so many steps, loaded once."""
+        """The components for the sampling steps of a request. If these need another bundled student, it is loaded once and kept.
+
+        Raises ValueError when that student would have to be loaded on several ranks.
+        """
         opened, steps = self.opened.components, config.sampler.sample_steps
         if self._given is not None or opened.checkpoint is not None or steps == self.config.sampler.sample_steps:
             return opened
@@ -275,14 +288,14 @@ class AvatarPipeline:
         return replace(opened, weights=weights_in_words(config.model, steps))
 
     def _inputs(self, config: InferConfig, memory: InMemory) -> Inputs:
-        """The inputs of a request, of a size that the plan has room for."""
+        """Open the inputs of a request. Raises ValueError when the video is larger than planned and does not fit in memory."""
         inputs = open_inputs(config, memory)
         if self.opened.estimate is not None and not config.model.resolution:
             refuse_larger(self.opened.estimate, inputs.portrait.pixels.shape[:2], force=config.plan.force)
         return inputs
 
     def _request(self, image: Picture, audio: Sound | Iterable[Any], options: Mapping[str, Any]) -> tuple[InferConfig, InMemory, Settings]:
-        """What a call asks for, checked."""
+        """Check the arguments of a call and turn them into a config, inputs in memory, and settings."""
         self._must_lead()
         names = [*VideoOptions.__annotations__]
         for name in options:

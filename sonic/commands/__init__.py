@@ -1,1 +1,1 @@
-"""One module for each command of the program: its options, and the function that it runs."""
+"""One module for each command of the program, with its options and the function that it runs."""

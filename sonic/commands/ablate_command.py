@@ -31,7 +31,7 @@ def ablate(config: AblateConfig, run: Run) -> None:
 
 
 def gathered(argv: list[str]) -> list[str]:
-    """Join all arguments grid.OPTION=[...] to one grid={OPTION: [...]}."""
+    """Join all arguments of the form grid.OPTION=[...] into one argument grid={OPTION: [...]}."""
     own = [item.removeprefix(GRID).partition("=") for item in argv if item.startswith(GRID)]
     rest = [item for item in argv if not item.startswith(GRID)]
     return [*rest, "grid={" + ", ".join(f"{name}: {values}" for name, _, values in own) + "}"] if own else rest

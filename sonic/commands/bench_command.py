@@ -1,4 +1,4 @@
-"""The command bench: benchmarks of this machine."""
+"""The command bench: run a benchmark on this machine."""
 
 from __future__ import annotations
 

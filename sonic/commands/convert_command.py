@@ -1,4 +1,4 @@
-"""The command convert: from published checkpoints to this program's format, and back."""
+"""The command convert: convert published checkpoints to the format of this program, and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def convert(config: ConvertConfig, run: Run) -> None:
 
 
 def spelled(argv: list[str]) -> list[str]:
-    """Accept `--to official`, as of other converters, for to=official."""
+    """Replace `--to official`, the spelling of other converters, by to=official."""
     index = argv.index("--to") if "--to" in argv[:-1] else None
     return argv if index is None else [*argv[:index], f"to={argv[index + 1]}", *argv[index + 2 :]]
 

@@ -1,4 +1,4 @@
-"""The command evaluate: score a model on drawn people."""
+"""The command evaluate: score a model on synthetic, drawn faces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command infer: a portrait and a recording become a talking video."""
+"""The command infer: make talking videos from portraits and recordings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger("sonic")
 
 
 def infer(config: InferConfig, run: Run) -> int | None:
-    """Check the inputs, load the parts, make the video or videos, leave their results in the run folder."""
+    """Check the inputs, load the networks, make one video or those of a file of requests, and write the results to the run folder."""
     begun = time.perf_counter()
-    # torch and the models: not before the command line is known to be right
+    # these import torch, so only after the command line is checked
     from sonic.inference.batch import checked_inputs
     from sonic.inference.report import StageTimer, draw_contact_sheet
     from sonic.inference.requests import read_requests
@@ -32,7 +32,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
         with AvatarPipeline(config, ranks=run.ranks, folder=folder) as pipe:
-            run.keep()  # finished videos
+            run.keep()  # keep the finished videos if the run fails
             pipe.announce()
             outcomes = pipe.make_videos(requests)
         return report(outcomes, run, plan=pipe.plan_report())
@@ -40,7 +40,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
         with timer.stage("load"):
             inputs = checked_inputs(config, *(run.path / name for name in (VIDEO, SHEET))) if run.main else None
             if inputs is not None:
-                run.open()  # before the work, should it not take anything
+                run.open()  # early, to fail before the work if it cannot be written
             pipe = stack.enter_context(AvatarPipeline(config, ranks=run.ranks))
         if inputs is None:
             return None
@@ -57,9 +57,10 @@ def infer(config: InferConfig, run: Run) -> int | None:
 
 
 def report(outcomes: list, run: Run, *, plan: dict) -> int:
-    """What became of all requests, as videos.json; exit code 1 when some were bad. `plan` is that of the whole job.
+    """Write the outcomes of all requests to videos.json and log the errors. Returns exit code 1 if any request failed.
 
-    Only the first rank's: a launcher ends all ranks as soon as one gives such a code, and the others may be faster than what it says.
+    `plan` is the plan of the whole job. Only the first rank returns 1: a launcher ends all ranks as soon as one fails, which could
+    be before the first rank has written its report.
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
     results = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
@@ -72,5 +73,5 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(ENTRY, infer, argv)

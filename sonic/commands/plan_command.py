@@ -1,4 +1,4 @@
-"""The command plan: what fits on which hardware, how fast it can be, and why; of a video, or of the training of a recipe."""
+"""The command plan: estimate the memory and the speed of a video or of a training recipe on some hardware."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ NOTHING_FITS = 3
 
 
 def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
-    """Plan, show the table, write the JSON; the exit code says whether anything fits."""
-    from sonic.planner.table import show  # rich: not before the command line is known to be right
+    """Plan, print the table, write the JSON. Returns exit code 0 if a plan fits, else 3."""
+    from sonic.planner.table import show  # imports rich, so only after the command line is checked
 
     if config.hardware.name == "here":
-        from sonic.planner.hardware import machine_here  # torch: not for hardware that a file describes
+        from sonic.planner.hardware import machine_here  # imports torch, which hardware described in a file does not need
 
         config = replace(config, hardware=machine_here(config.hardware))
     found = search_plans(config) if isinstance(config, PlanConfig) else plan_training(config)
     tracked, why_not = None, ""
     if config.verify and isinstance(config, PlanConfig):
-        from sonic.planner.track import track, untracked  # torch
+        from sonic.planner.track import track, untracked  # imports torch
 
         tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
     elif config.verify:
-        from sonic.training.track_training import track_training, untracked_training  # torch
+        from sonic.training.track_training import track_training, untracked_training  # imports torch
 
         tracked, why_not = track_training(config, found.chosen), untracked_training(found.chosen)
     show(found, tracked, untracked=why_not)
@@ -52,11 +52,11 @@ def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
 
 
 def entry_of(argv: list[str]) -> Entry:
-    """What a command line asks to plan: a training where it names a recipe, or else a video."""
+    """The entry for a command line: training if it names a recipe (train or distill), else video."""
     named = {item.lstrip("+").partition("=")[0] for item in argv}
     return TRAINING_ENTRY if named & set(TRAINING_ENTRY.collections) else ENTRY
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Leave the process with the exit code of the command."""
+    """Run the command and exit the process with its exit code."""
     launch(entry_of(argv), plan, argv)

@@ -1,4 +1,4 @@
-"""Sound that is still arriving: chunks of any length as one 16 kHz recording of which the last minute is held."""
+"""Converts sound in memory: a live stream of chunks to one 16 kHz recording of which the last minute is kept, and whole arrays."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from sonic.data.audio import SAMPLE_RATE, SHORTEST_S, SILENCE_DBFS, frame_levels
 from sonic.geometry import FPS, frames_of_audio
 from sonic.types import Speech
 
-HELD_S = 60  # of the sound before the last sample that was asked for; loudness is measured over it
-FULL_SCALE = {"int16": 1 << 15, "int32": 1 << 31}  # of samples that are whole numbers
+HELD_S = 60  # seconds of sound kept before the last requested sample; loudness is measured over them
+FULL_SCALE = {"int16": 1 << 15, "int32": 1 << 31}  # of integer samples
 
 
 class LiveAudio:
-    """A recording whose end is not known yet. Chunks are taken from the iterator only when `receive` needs them."""
+    """A recording that is still arriving, at 16 kHz mono. Chunks are taken from the iterator only when `receive` needs them."""
 
     def __init__(self, chunks: Iterable[Any], *, fps: int = FPS, max_frames: int = 0) -> None:
-        """Each chunk is (samples [n] or [n,channels], sample rate), or samples alone at 16 kHz. The video has at most `max_frames`
-        frames, where that is not 0."""
+        """Each chunk is (samples [n] or [n,channels], sample rate in Hz), or samples alone at 16 kHz.
+
+        The video has at most `max_frames` frames; 0 means no limit.
+        """
         self.fps, self.max_frames = fps, max_frames
         self.ended = False
         self._source = _at_16_khz(chunks)
         self._pending: list[np.ndarray] = []
         self._held = np.zeros(0, np.float32)
-        self._start = 0  # index of the first sample that is held
-        self.received = 0  # samples so far
+        self._start = 0  # index of the first sample that is kept
+        self.received = 0  # number of samples received so far
 
     def receive(self, stop: int) -> None:
-        """Wait until sample `stop` - 1 is there, or the sound has ended; forget what lies more than HELD_S before `stop`.
+        """Read chunks until sample `stop` - 1 has arrived or the sound ends; drop sound that is more than HELD_S before `stop`.
 
-        Raises ValueError for a chunk that is no sound, and for a recording that ends too soon.
+        Raises ValueError for a chunk that is not sound, and when the sound ends before the shortest allowed length.
         """
         while not self.ended and self.received < stop:
             chunk = next(self._source, None)
@@ -50,29 +52,30 @@ class LiveAudio:
         self._pending = []
 
     def window(self, first: int, stop: int) -> np.ndarray:
-        """Samples `first` to `stop` as far as the sound goes. They must have been received and not be forgotten."""
+        """Samples `first` to `stop`, fewer at the end of the sound. They must have been received, and `first` must still be kept."""
         assert first >= self._start, f"sample {first} is forgotten; held are those from {self._start}"
         return self._held[first - self._start : max(0, stop - self._start)]
 
     def before(self, stop: int) -> np.ndarray:
-        """Everything that is held of the sound before sample `stop`."""
+        """All kept samples before sample `stop`."""
         return self.window(self._start, stop)
 
     @property
     def num_frames(self) -> int | None:
-        """Video frames in all; None while nobody knows."""
+        """Number of video frames: the upper limit while the sound is still arriving, None if there is no limit."""
         known = frames_of_audio(self.received, SAMPLE_RATE, self.fps) if self.ended else None
         return min(known, self.max_frames) if known and self.max_frames else known or self.max_frames or None
 
     def frames_left(self, start: int, count: int) -> int:
-        """How many of `count` frames from `start` on belong to the video, as far as that is known."""
+        """How many of the `count` frames from `start` belong to the video; all of them while its length is unknown."""
         return count if self.num_frames is None else max(0, min(count, self.num_frames - start))
 
 
 def mono_samples(samples: Any, called: str = "audio") -> np.ndarray:
-    """Sound in memory as float32 mono [n] in [-1,1]: floats, or whole numbers of 16 or 32 bits; [n], or [n,channels].
+    """Sound in memory converted to mono float32 [n] in [-1,1]; channels are averaged.
 
-    Raises ValueError for anything else, and for numbers that are not finite.
+    `samples` are [n] or [n,channels] with up to 8 channels, floats in [-1,1], int16 or int32. Raises ValueError for anything else, and
+    for numbers that are not finite; `called` names the sound in the message.
     """
     found = np.asarray(samples)
     scale = FULL_SCALE.get(found.dtype.name, 1)
@@ -88,14 +91,17 @@ def mono_samples(samples: Any, called: str = "audio") -> np.ndarray:
 
 
 def checked_rate(rate: Any, called: str = "audio") -> int:
-    """A sample rate in Hz. Raises ValueError unless it is a whole number that sound is recorded at."""
+    """The sample rate in Hz as an int. Raises ValueError unless it is a whole number between 4000 and 768000."""
     if not isinstance(rate, int | np.integer) or not 4000 <= rate <= 768_000:
         raise ValueError(f"{called} has sample_rate={rate}; give a whole number of Hz between 4000 and 768000, such as 16000")
     return int(rate)
 
 
 def _at_16_khz(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
-    """The chunks as 16 kHz mono; however the sound is cut into chunks, the samples are the same."""
+    """Yield the chunks as 16 kHz mono. The samples do not depend on how the sound is cut into chunks.
+
+    Raises ValueError for a chunk that is not sound, or that has another sample rate than the chunks before it.
+    """
     resampler, rate = None, None
     for index, chunk in enumerate(chunks):
         called = f"chunk {index} of audio"
@@ -115,9 +121,9 @@ def _at_16_khz(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
 
 
 def speech_in_memory(samples: Any, rate: Any) -> tuple[Speech, Speech]:
-    """A recording that is in memory, at 16 kHz for the model and at its own rate for the video.
+    """A recording in memory, at 16 kHz for the model and at its own sample rate for the video.
 
-    Raises ValueError for what load_speech refuses of a file.
+    Raises ValueError when it is not sound, too short or silent, as `load_speech` does for a file.
     """
     own = Speech(mono_samples(samples), checked_rate(rate))
     if own.seconds < SHORTEST_S:

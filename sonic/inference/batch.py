@@ -57,7 +57,7 @@ class Opened(NamedTuple):
 
 @contextmanager
 def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> Iterator[Opened]:
-    """Build the components of this rank under the plan that the planner chose, and shut the other ranks down at the end of the block.
+    """Build the components of this rank under the plan of the job, and shut the other ranks down at the end of the block.
 
     Only the leading rank enters the `with` block at once; the others serve it and enter after it has shut them down. All ranks use the
     first rank's `folder`, because its default name contains the time, which differs between ranks.

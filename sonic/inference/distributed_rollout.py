@@ -94,7 +94,7 @@ def worker_loop(model: AvatarDiT, context: DistributedContext, dtype: torch.dtyp
 
 
 def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutRequest) -> RolloutRequest | bool | None:
-    """Repeat one rollout: a whole clip, or blocks until the leading rank stops. Returns the message that ended it."""
+    """Repeat one rollout: a whole clip, or blocks until the leading rank stops. Returns the last message."""
     rng = torch.Generator()
     rng.set_state(request.random_state)
     conditions, unconditional = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unconditional))

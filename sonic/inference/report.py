@@ -1,4 +1,4 @@
-"""What a person gets besides the video: times of the stages, the result as JSON, a summary, and a contact sheet."""
+"""Reports a run to the user: time per stage, the result for result.json, a summary for the log, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out, as result.json keeps it.
+    """The result of one video, as written to result.json.
 
-    frames_per_second counts from the loaded inputs to the finished file, first_frame_s from the command on, imports included.
+    frames_per_second is measured from the loaded inputs to the finished file; first_frame_s from the start of the command, including
+    imports.
     """
 
     output: str
@@ -45,27 +46,27 @@ class Result:
     stages_s: dict[str, float]
     versions: dict[str, str]
     sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
-    plan: dict = field(default_factory=dict)  # which one, and what it took against what was foretold
+    plan: dict = field(default_factory=dict)  # the plan, with estimated and measured memory and speed
 
     def summary(self) -> str:
-        """The end of a run in two lines."""
+        """The result in two lines for the log."""
         memory = f"{self.peak_rss_gib:.2f} GiB memory" + (f", {self.peak_vram_gib:.2f} GiB on the GPU" if self.peak_vram_gib else "")
         seconds = self.frames / self.fps
         return f"{self.output}\n{self.frames} frames, {seconds:.2f} s of video at {self.frames_per_second:.1f} frames per second, {memory}"
 
 
 class StageTimer:
-    """Seconds spent in each stage; stages on threads of their own overlap, so the sum may exceed the time that passed."""
+    """Measures the seconds spent in each stage. Stages in different threads overlap, so their sum may exceed the elapsed time."""
 
     def __init__(self, begun: float | None = None) -> None:
-        """`begun` is time.perf_counter() when the job began, should that be earlier than now; until now it was loading."""
+        """`begun` is the time.perf_counter() of the start of the job (default: now); the time since then counts as loading."""
         now = time.perf_counter()
         self.start = now if begun is None else begun
         self.seconds = dict.fromkeys(STAGES, 0.0) | {"load": now - self.start}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of a stage."""
+        """Add the time inside the `with` block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -73,7 +74,7 @@ class StageTimer:
             self.seconds[name] += time.perf_counter() - start
 
     def each(self, name: str, items: Iterable) -> Iterator:
-        """The same items, the time to make them counted."""
+        """Yield the items unchanged, and add the time to produce each one to a stage."""
         source = iter(items)
         while True:
             with self.stage(name):
@@ -83,12 +84,13 @@ class StageTimer:
             yield item
 
     def passed(self) -> float:
-        """Seconds since the job began."""
+        """Seconds since the start of the job."""
         return time.perf_counter() - self.start
 
 
 class FrameRecorder:
-    """Looks at the frames as they pass: keeps a few small ones, and how far the mouth is from the photograph's in each."""
+    """Collects the data of the contact sheet while frames are written: 12 small pictures, and for every frame the mean difference of
+    the mouth region from the photograph, in levels of 0..255."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -99,14 +101,14 @@ class FrameRecorder:
         self._still = inputs.portrait.pixels[self._mouth].astype(np.int16)
 
     def record(self, chunk: FrameChunk) -> None:
-        """Take note of some frames."""
+        """Record a chunk of frames."""
         for index, picture in enumerate(np.asarray(chunk.pixels), chunk.start):
             self.opening[index] = np.abs(picture[self._mouth].astype(np.int16) - self._still).mean()
             if index in self._wanted:
                 self.pictures[index] = self._strip(picture)
 
     def _strip(self, picture: np.ndarray) -> Image.Image:
-        """The frame above its face where that is known, as wide as a column of the sheet."""
+        """A column of the contact sheet: the frame, and below it the region of the face if the face is known."""
         face = self.inputs.portrait.face
         if face is None:
             return _at_width(Image.fromarray(np.ascontiguousarray(picture)), PICTURE_WIDTH)
@@ -120,7 +122,7 @@ class FrameRecorder:
 
 
 def mouth_window(portrait: Portrait) -> tuple[slice, slice]:
-    """Rows and columns of the photograph in which the mouth moves; all of them when nobody knows where it is."""
+    """Rows and columns of the mouth region in the photograph; the whole photograph when the mouth is unknown."""
     if portrait.mouth is None:
         return slice(None), slice(None)
     mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
@@ -131,7 +133,7 @@ def mouth_window(portrait: Portrait) -> tuple[slice, slice]:
 
 
 def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
-    """Frames over time above the waveform and the curve of the mouth, as PNG."""
+    """Write the contact sheet as PNG: frames over time, above the waveform and the curve of the mouth movement."""
     pictures = [recorder.pictures[index] for index in sorted(recorder.pictures)]
     tall = max(picture.height for picture in pictures)
     width = len(pictures) * (PICTURE_WIDTH + GAP) + GAP
@@ -158,7 +160,7 @@ def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
 
 
 def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
-    """Which solver runs over which noise levels, at which timesteps it asks the model, and with which weights."""
+    """The sampling section of result.json: solver, schedule, noise levels, timesteps passed to the model, guidance, weights and dtype."""
     sigmas, asked = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift), []
 
     def no_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -180,7 +182,7 @@ def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dic
 
 
 def sampling_words(found: dict) -> str:
-    """The same in a sentence for the log; of many timesteps the first and the last."""
+    """The output of `sampling_of` as one line for the log; more than 8 timesteps are shortened to the first three and the last two."""
     asked = [f"{round(timestep, 1):g}" for timestep in found["timesteps"]]
     shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
     way = "its table" if found["table"] else "computed"
@@ -190,7 +192,7 @@ def sampling_words(found: dict) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the result depends on besides the inputs."""
+    """Versions of the software that the result depends on."""
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "av", "librosa", "scikit-image")}
     return {"sonic": sonic.__version__, "python": platform.python_version(), **packages}
 
@@ -201,7 +203,7 @@ def _at_width(picture: Image.Image, width: int) -> Image.Image:
 
 
 def _envelope(inputs: Inputs, columns: int) -> np.ndarray:
-    """Loudest sample of each column in 0..1, over the length of the video."""
+    """The waveform over the length of the video: the peak of the samples in each column, scaled to 0..1."""
     speech = inputs.speech
     length = inputs.num_frames * speech.sample_rate // inputs.fps
     edges = np.linspace(0, min(length, len(speech.samples)), columns + 1).astype(int)

@@ -1,4 +1,4 @@
-"""A file of requests: its text in lines, each line as a config, and which lines name each other's files."""
+"""Reads a file of requests: splits it into lines, turns each line into a config, and finds outputs that would overwrite other files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sonic.inference.infer_config import InferConfig, RequestConfig
 from sonic.inference.inputs import BUNDLED_INPUTS, inputs_of
 from sonic.system.paths import check_input, check_name, expanded, file_key, shown
 
-LINE_END = re.compile("\r\n|\r|\n")  # and nothing else: U+2028 may stand inside a string
-NOT_TEXT = re.compile("[\ud800-\udfff]")  # in a line: bytes that are not of its encoding
+LINE_END = re.compile("\r\n|\r|\n")  # not str.splitlines: U+2028 is allowed inside a JSON string
+NOT_TEXT = re.compile("[\ud800-\udfff]")  # surrogates that stand for bytes that could not be decoded
 log = logging.getLogger("sonic.inference")
 
-BEGINNING = 40  # characters of a line or name that an error repeats
+BEGINNING = 40  # characters of a line or name that an error message quotes
 
 
 class Request(NamedTuple):
-    """A line of the file: the video it wants, or the sentence that says why it cannot be made."""
+    """A line of the file: the config of its video, or one sentence that says why the video cannot be made."""
 
     line: int
     wanted: InferConfig | None = None
@@ -32,9 +32,10 @@ class Request(NamedTuple):
 
 
 def read_requests(path: str) -> list[tuple[int, str]]:
-    """Lines of a file of requests that are not empty, each with its number; UTF-8, or UTF-16 and UTF-32 as editors write them.
+    """The (line number, text) of every non-empty line in a file of requests, in UTF-8, UTF-16 or UTF-32.
 
-    A byte that is not UTF-8 is left to the line it stands in. Raises ValueError when the file cannot be read or holds no line.
+    A byte that is not UTF-8 becomes a surrogate and fails only its own line. Raises ValueError when the file cannot be read or
+    has no request.
     """
     check_input(path, "requests")
     try:
@@ -55,9 +56,9 @@ def read_requests(path: str) -> list[tuple[int, str]]:
 
 
 def all_requests(lines: Sequence[tuple[int, str]], config: InferConfig, output_of: Callable[[int], Path]) -> list[Request]:
-    """Every line as a video that is wanted, with the output `output_of(line)` where it names none, or with its fault.
+    """One Request per line, with its config or its error; a line without an output gets `output_of(line)`.
 
-    An output that is an input of any line, or the output of a line before, is such a fault, however the two are spelt.
+    It is an error when an output is also an input of any line or the output of an earlier line, even if the paths are spelt differently.
     """
     found = []
     for line, text in lines:
@@ -72,9 +73,9 @@ def all_requests(lines: Sequence[tuple[int, str]], config: InferConfig, output_o
 
 
 def request_of(text: str, config: InferConfig, output: Path) -> InferConfig:
-    """The config of one line: what the line says, and for the rest what the command line says.
+    """The config of one line: its values override those of the command line.
 
-    A picture or recording is looked for in the working folder, then beside the file of requests.
+    A picture or recording is searched in the working folder, then in the folder of the file of requests. Raises ValueError for a bad line.
     """
     given = _parsed(text)
     for name in sorted(BUNDLED_INPUTS.keys() & given.keys()):
@@ -86,7 +87,7 @@ def request_of(text: str, config: InferConfig, output: Path) -> InferConfig:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The values of a line by their names. Raises ValueError unless it is an object with values of the right kinds."""
+    """The values of a line, keyed by option. Raises ValueError unless the line is a JSON object with values of the right types."""
     kinds = typing.get_type_hints(RequestConfig)
     known = [field.name for field in dataclasses.fields(RequestConfig)]
     if wrong := NOT_TEXT.search(text):
@@ -109,7 +110,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object that says everything once."""
+    """The pairs of a JSON object as a dict. Raises ValueError for a repeated key."""
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -118,9 +119,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _found(names: str, option: str, config: InferConfig) -> str:
-    """The name of an input, with the folder of the file of requests in front where only that has it; so too each of several voices.
+    """The path of an input: as given if it exists in the working folder, else in the folder of the file of requests.
 
-    Raises ValueError when neither that folder nor the working folder has it.
+    With face.masks, audio may name several files joined by "+"; each is searched. Raises ValueError when neither folder has the file.
     """
     several = option == "audio" and config.face.masks
     found = []
@@ -141,7 +142,7 @@ def _found(names: str, option: str, config: InferConfig) -> str:
 
 
 def _without_clash(request: Request, read: dict[Any, tuple[int, str, str]], written: dict[Any, int]) -> Request:
-    """The request, or its fault where its video would take the place of an input or of the video of a line before."""
+    """The request, or a failed one if its output would overwrite an input (`read`) or the output of an earlier line (`written`)."""
     output = request.wanted.output
     key = file_key(output)
     if key in read:

@@ -1,4 +1,4 @@
-"""From noise to clean latents: block by block for as long as somebody asks, or a whole clip at once."""
+"""Samples clean latents from noise: block by block as an iterator, or a whole clip at once."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 
 
 class NoiseSource(NamedTuple):
-    """Random inputs of a rollout: a generator; or overrides for the noise of a block and for the time ids of the reference, one for
-    each of so many forwards of the block (default: the configured rule)."""
+    """The random inputs of a rollout: a generator, and optional overrides.
+
+    `noise(span)` replaces the noise of a block; `ref_positions(span, count)` gives the time id of the reference for each of the `count`
+    forwards of a block (default: the configured rule).
+    """
 
     generator: torch.Generator
     noise: Callable[[BlockSpan], Tensor] | None = None
     ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
 
 
-OnStep = Callable[[int, int, float], None]  # (block, sampling step, timestep of 1000): a step of a block or clip is done
+OnStep = Callable[[int, int, float], None]  # called after a step with (block or 0, sampling step, timestep 0..1000)
 
 
 class Sampling(NamedTuple):
-    """How latents are sampled: sampler and schedule, random inputs, what guidance leads away from (default: the same conditions
-    without audio), and who is told of every step that is done."""
+    """How latents are sampled: sampler and schedule, random inputs, the conditions of the unguided forward (default: the same conditions
+    without audio), and a callback after every sampling step."""
 
     sampler: SamplerConfig
     source: NoiseSource
@@ -48,15 +51,15 @@ class Sampling(NamedTuple):
 
 
 class StepReporter:
-    """Counts the queries of a sampler and reports each sampling step once it is done, with the timestep at which it began."""
+    """Counts the queries of a sampler and reports each finished sampling step, with the timestep at which it began."""
 
     def __init__(self, queried: Sequence[int], report: Callable[[int, float], None]) -> None:
-        """`queried` are the steps of the queries in their order; a step begins with the last query at its noise level."""
+        """`queried` holds the sampling step of each query, in order. A step begins with the last query that belongs to it."""
         self.begins = {query: step for query, step in enumerate(queried) if step not in queried[query + 1 :]}
         self.report, self.queries, self.begun = report, 0, (0, 0.0)
 
     def query(self, sigma: Tensor) -> None:
-        """The sampler has its next query."""
+        """Call this for every query of the sampler, with its noise level."""
         step = self.begins.get(self.queries)
         self.queries += 1
         if step is not None:
@@ -65,7 +68,7 @@ class StepReporter:
             self.begun = (step, TIMESTEPS * sigma.flatten()[0].item())
 
     def finish(self) -> None:
-        """The sampler has returned."""
+        """Report the last step. Call this when the sampler has returned."""
         self.report(*self.begun)
 
 
@@ -78,21 +81,21 @@ def rollout(
     sampling: Sampling,
     context: DistributedContext | None = None,
 ) -> Iterator[LatentBlock]:
-    """Yield blocks of clean latents, each as soon as it is done; memory does not grow with their number.
+    """Yield blocks of clean latents in order, each as soon as it is finished; memory does not grow with the number of blocks.
 
-    As many forwards are in flight as the scheduler of `context` accepts (default: one, on this device): of the oldest blocks first, and
-    of a new block once the block before it has made its last forward at that sampling step.
+    The scheduler of `context` limits the number of forwards in flight (default: one, on this device). Forwards of older blocks are
+    submitted first. A block may run a sampling step once the block before it has submitted its last forward of that step.
     """
     scale = sampling.sampler.sample_guide_scale
     both = (conditions,) if scale == 1 else (sampling.unconditional or conditions.drop("audio"), conditions)
     plan = _RolloutPlan(model, both, sampling)
     in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
-    blocks: list[_BlockState] = []  # begun and not finished, oldest first
+    blocks: list[_BlockState] = []  # unfinished blocks, oldest first
     remaining, live = iter(spans), isinstance(conditions, LiveConditions)
     forwards_of = open_forwards(context or DistributedContext())
     with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
         while True:
-            spans_now = iter(()) if live and in_flight else remaining  # the sound of the next block may be long in coming
+            spans_now = iter(()) if live and in_flight else remaining  # live sound: finish what is in flight before waiting for more sound
             while (block_state := plan.next_block(blocks, spans_now)) and all(
                 forwards.accepts(request) for request in block_state.requests
             ):
@@ -119,7 +122,7 @@ def sample_clip(
     sampling: Sampling,
     execution: Execution = LOCAL,
 ) -> Tensor:
-    """One clip of clean latents [B,C,latent_frames,H,W] with full attention, as Wan2.2-S2V makes it."""
+    """Sample the clean latents [B,C,latent_frames,H,W] of one clip with full attention, as Wan2.2-S2V does."""
     sampler, source, unconditional, on_step = sampling
     sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     sample = pick(SAMPLERS, sampler.name, "sampler.name")
@@ -140,9 +143,9 @@ def sample_clip(
 
 
 class _RolloutPlan:
-    """What all blocks of a rollout have in common: noise levels, and the sampling steps of the forwards of a block in their order.
+    """What all blocks of a rollout share: the noise levels, the sampler, and the sampling step of each query of a block, in order.
 
-    Each sampling step has its KV ring, so a block meets the others as they were at that noise level.
+    Each sampling step has its own KV ring, so a block attends to the earlier blocks at its own noise level.
     """
 
     def __init__(self, model: AvatarDiT, conditions: Sequence[Conditions], sampling: Sampling) -> None:
@@ -154,7 +157,7 @@ class _RolloutPlan:
         self.on_step = sampling.on_step
 
     def next_block(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
-        """The oldest block with a request that may be submitted now; a new one when the others allow it."""
+        """The oldest block with requests that may be submitted now, or a new block from `remaining`; None if there is neither."""
         for previous, block in zip([None, *blocks], blocks, strict=False):
             if block.requests and self._left_by(previous, block.queries):
                 return block
@@ -165,12 +168,12 @@ class _RolloutPlan:
         return blocks[-1]
 
     def _left_by(self, previous: _BlockState | None, query: int) -> bool:
-        """Whether the previous block has made its last forward at the sampling step of this query."""
+        """Whether the previous block has submitted its last query at the sampling step of this one."""
         return previous is None or self.steps[query] not in self.steps[previous.queries :]
 
 
 class _BlockState:
-    """A block between noise and clean latents: its sampler, and the forwards that the sampler waits for."""
+    """A block that is being sampled: its sampler coroutine, the current query, and the forwards that the query needs."""
 
     def __init__(self, plan: _RolloutPlan, span: BlockSpan) -> None:
         self.plan, self.span, self.queries = plan, span, 0
@@ -188,13 +191,16 @@ class _BlockState:
         self.velocities: list[Tensor] = []
 
     def take_requests(self) -> list[ForwardRequest]:
-        """The forwards of this query, the unguided one first."""
+        """The forwards of the current query, the unguided one first. A second call before `advance` gives none."""
         requests, self.requests = self.requests, []
         self.queries += 1
         return requests
 
     def advance(self, prediction: Tensor, scale: float) -> Tensor | None:
-        """Go on sampling when all forwards of the query are back; the clean latents at the end, None before it."""
+        """Add the prediction of one forward; when all forwards of the query are back, advance the sampler.
+
+        Returns the clean latents after the last step, else None.
+        """
         x, sigma, _ = self.query
         self.velocities.append(self.plan.to_velocity(prediction, x, sigma))
         if len(self.velocities) < len(self.inputs):
@@ -225,6 +231,6 @@ def _clip_velocity(model: AvatarDiT, conditions: Conditions, execution: Executio
 
 
 def _noise(like: Tensor, latent_frames: int, generator: torch.Generator) -> Tensor:
-    """Float32 noise drawn on the generator's device, so that a seed means the same everywhere."""
+    """Float32 noise on the device of `like`, drawn on the device of the generator, so that a seed gives the same noise on any device."""
     batch, channels, _, height, width = like.shape
     return torch.randn(batch, channels, latent_frames, height, width, generator=generator, device=generator.device).to(like.device)

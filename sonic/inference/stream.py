@@ -1,4 +1,4 @@
-"""From latent blocks to frames as they come, each stage on a thread of its own with a bounded queue between them."""
+"""Decodes latent blocks to frames as they arrive, and runs stages in threads with bounded queues between them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sonic.vae.warp import Canvas
 
 T = TypeVar("T")
 
-SEAM = 0.15  # how far the first frame of a latent gives way to the one before
-CHUNK_BYTES = 64 << 20  # pixels handed over at once; more would only fill memory
+SEAM = 0.15  # weight of the previous frame in the first frame of every latent frame
+CHUNK_BYTES = 64 << 20  # largest chunk of pixels, to limit memory
 _END = object()
-_PATIENCE_S = 0.1  # how soon a thread that cannot hand over notices that nobody wants its results any more
+_PATIENCE_S = 0.1  # how often a thread blocked on a full queue checks whether the consumer has stopped
 
 
 class _Failure:
-    """An exception on its way to the other thread."""
+    """Wraps an exception of the background thread to raise it again in the caller's thread."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """The same items in the same order, made on a thread of their own while the caller works; at most `size` wait.
+    """Yield the items in order, produced in a background thread; at most `size` of them wait in the queue.
 
-    What the thread raises is raised here. When the caller stops early (an error, Ctrl-C, `close`) the thread ends after the
-    item it is making. `prepare` runs first on the thread.
+    An exception in the thread is raised here. When the caller stops early (an error, Ctrl-C, `close`), the thread ends after the current
+    item. `prepare` runs first in the thread.
     """
     waiting: queue.Queue = queue.Queue(size)
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a new thread begins on the first one
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # the current device is per thread and starts at GPU 0
     unwanted = threading.Event()
 
     def hand_over(item: object) -> bool:
@@ -79,7 +79,7 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
 
 
 def collect(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """The same items, handed on only when all of them are made."""
+    """Yield the items after all of them have been produced; the counterpart of `prefetch` without a thread."""
     yield from list(items)
 
 
@@ -87,9 +87,9 @@ HANDOVERS = {True: prefetch, False: collect}  # by decode.online
 
 
 def half_the_threads() -> Callable[[], None]:
-    """For two stages that work at once, each with half of torch's threads: so they wait for each other less.
+    """A function that gives its thread half of torch's CPU threads, for two stages that run at the same time.
 
-    The threads are counted here, by who starts the stages: a new thread begins with what the last one set.
+    The number is read now, in the caller's thread, because a new thread inherits the number that was set last.
     """
     return partial(torch.set_num_threads, max(1, torch.get_num_threads() // 2))
 
@@ -98,12 +98,12 @@ def half_the_threads() -> Callable[[], None]:
 def decode_blocks(
     blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, timer: StageTimer
 ) -> Iterator[FrameChunk]:
-    """Finished frames of the blocks as they come; what the last block makes beyond `num_frames` is left out."""
+    """Yield the finished frames of each latent block in chunks, at most `num_frames` in all."""
     cache, last, start = None, None, 0
     for block in blocks:
         with timer.stage("decode"):
             found, cache = autoencoder.decode(block.latents, reference, cache)
-            layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas is in host memory
+            layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas renders in host memory
             layers = smooth_seams(layers, last)
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
@@ -114,8 +114,10 @@ def decode_blocks(
 
 
 def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLayers:
-    """The same motion with the first frame of every latent drawn a little towards the frame before it, since latents are made
-    apart and their seams would be seen; `before` is what came last."""
+    """The motion layers with the first frame of every latent frame blended towards the frame before it by SEAM.
+
+    Latent frames are decoded separately, and without this their seams would be visible. `before` holds the layers of the previous block.
+    """
 
     def closed(track: Tensor, past: Tensor | None) -> Tensor:
         shifted = torch.cat((track[:, :1] if past is None else past[:, -1:], track[:, :-1]), dim=1)
@@ -128,7 +130,7 @@ def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLay
 
 
 def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:
-    """The first `count` frames of the layers, in portions that do not fill memory."""
+    """Split the first `count` frames of the layers so that the pixels of each part take at most CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // frame_bytes)
     for first in range(0, count, size):
         last = min(first + size, count)
