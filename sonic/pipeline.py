@@ -59,7 +59,7 @@ class Video:
 
     @property
     def audio(self) -> tuple[np.ndarray, int]:
-        """(float32 mono samples [n], sample rate in Hz)"""
+        """The sound as (float32 mono samples [n], sample rate in Hz)."""
         return self.speech.samples, self.speech.sample_rate
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -186,8 +186,11 @@ class AvatarPipeline:
         return self._reopen(replace(self.config, run=run))
 
     def plan(self, hardware: str = "here") -> PlanResult:
-        """The answer of `sonic plan` for the options of this pipeline: which plans fit on some hardware, how fast they are, and what would
-        make the video fit. `hardware` is a name in conf/hardware, or "here"."""
+        """The answer of `sonic plan` for the options of this pipeline.
+
+        It says which plans fit on the hardware, how fast they are, and which changes would make the video fit. `hardware` is a name in
+        conf/hardware, or "here" for this machine.
+        """
         own, asked = self.config, compose(PLAN, [f"hardware={hardware}"])
         same = {name: getattr(own, name) for name in ("run", "parallel", "sampler", "video", "decode")}
         return search_plans(replace(asked, model=settled_model(own.model), hardware=machine_here(asked.hardware), **same))

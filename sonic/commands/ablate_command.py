@@ -20,7 +20,7 @@ def ablate(config: AblateConfig, run: Run) -> None:
     from sonic.evaluation.sweep_report import write_report
     from sonic.training.log import log_cells
 
-    run.keep()  # finished cells
+    run.keep()  # finished cells survive a failed run
     folder = run.open()
     cells = sweep(config, folder)
     report = write_report(cells, folder, title=f"{run.name}: {', '.join(config.grid)}")

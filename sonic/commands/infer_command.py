@@ -32,7 +32,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
     if config.requests:
         requests, folder = read_requests(config.requests), run.open()
         with AvatarPipeline(config, ranks=run.ranks, folder=folder) as pipe:
-            run.keep()  # keep the finished videos if the run fails
+            run.keep()  # finished videos survive a failed run
             pipe.announce()
             outcomes = pipe.make_videos(requests)
         return report(outcomes, run, plan=pipe.plan_report())

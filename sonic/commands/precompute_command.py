@@ -22,7 +22,7 @@ def make(config: PrecomputeConfig, run: Run) -> None:
     from sonic.data.precompute import precompute
     from sonic.training.clip_encoders import build_encoders, clip_hashes
 
-    run.keep()  # finished shards
+    run.keep()  # finished shards survive a failed run
     precompute(config, build_encoders, clip_hashes)
 
 

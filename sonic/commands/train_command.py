@@ -25,7 +25,7 @@ def train(config: TrainConfig, run: Run) -> None:
     from sonic.training.build import run_training
 
     def opened() -> None:
-        run.keep()  # checkpoints
+        run.keep()  # checkpoints survive a failed run
         run.open()
 
     run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)

@@ -1,7 +1,7 @@
-"""Decoding of audio files and sound tracks to float samples: gaps between time stamps become silence, and sample rate and channel
-layout may change within a file.
+"""Decodes audio files and sound tracks to float samples.
 
-Both the input of the speech encoder and the sound track of the video are decoded here, so they agree on the time of every sample.
+Gaps between time stamps become silence, and sample rate and channel layout may change within a file. Both the input of the speech encoder
+and the sound track of the video are decoded here, so they agree on the time of every sample.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class NoSound(ValueError):
 
 @dataclass
 class ClockReport:
-    """Findings about a file's time stamps, filled in while it is decoded: time of the first sample (None before it is decoded),
-    total length of the gaps filled with silence, and total length of the jumps that were ignored as too long; all in seconds."""
+    """Findings about a file's time stamps in seconds, filled in while it is decoded.
+
+    `start_s` is the time of the first sample, None before it is decoded; `silence_s` the total length of the gaps filled with silence;
+    `left_out_s` the total length of the jumps that were ignored as too long.
+    """
 
     start_s: float | None = None
     silence_s: float = 0.0
@@ -95,11 +98,10 @@ def track_seconds(path: Path) -> float:
 def decode_sound(
     path: Path, *, rate: int, layout: str = "", choose: Callable = only_sound, report: ClockReport | None = None
 ) -> Iterator[np.ndarray]:
-    """Decode the sound of a file in pieces, float32 [channels, n] at `rate` Hz; the file's own channels unless `layout` is "mono" or
-    "stereo".
+    """Decode the sound of a file in pieces, float32 [channels, n] at `rate` Hz.
 
-    `choose(container, path)` selects the stream; `report` receives the findings about the time stamps. Raises ValueError for a damaged
-    file, samples that are not finite, and whatever `choose` refuses.
+    `layout` is "mono", "stereo", or "" for the file's own channels. `choose(container, path)` selects the stream; `report` receives the
+    findings about the time stamps. Raises ValueError for a damaged file, samples that are not finite, and whatever `choose` refuses.
     """
     report = report or ClockReport()
     damaged = f"audio={path} cannot be decoded ({{}}); give an undamaged wav, mp3, flac, m4a or ogg file"

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 MODE_OF = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colour space -> Pillow's mode
 RELATIVE, BLACK_TO_BLACK = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
 FLAGS = dict.fromkeys(MODE_OF.values(), BLACK_TO_BLACK) | {"L": BLACK_TO_BLACK | ImageCms.Flags.NOOPTIMIZE}  # else dark greys are wrong
-AS_SRGB, WHITE_AT_LEAST = 2, 200  # levels: a profile that changes no colour by more is sRGB; one whose white is darker is broken
+AS_SRGB, WHITE_AT_LEAST = 2, 200  # levels of 0..255: a profile that changes no colour by more is sRGB; a darker white is broken
 D65, D50 = (0.3127, 0.3290), (0.96422, 1.0, 0.82521)
 SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y of red, green and blue
 PRIMARIES = {  # ITU-T H.273
@@ -57,8 +57,10 @@ def in_srgb(colors: Image.Image, original: Image.Image, *, path: Path, called: s
 
 
 def rgb_profile(colors: Sequence[float], curve: Sequence[float]) -> bytes:
-    """Build an ICC profile (version 4) of an RGB space from x, y of its red, green, blue and white, and the parameters of its
-    transfer curve (a gamma, or a parametric curve).
+    """Build an ICC profile (version 4) of an RGB colour space.
+
+    `colors` are x, y of its red, green, blue and white; `curve` is its transfer curve, a gamma or the five parameters of a parametric
+    curve. Raises ValueError when the primaries span no colours.
 
     Source: ICC.1:2010, 8.3 (three-component matrix-based profiles), 10.15 (parametric curves) and annex E (Bradford).
     """
@@ -88,7 +90,7 @@ def _fixed(numbers: Sequence[float]) -> bytes:
 
 def _profile(image: Image.Image, path: Path) -> io.BytesIO | None:
     """The colour profile of a file as ICC data; None when it has none or is sRGB."""
-    if image.format == "PNG" and (codes := _codes_of_png(path)):  # these take precedence over all other tags
+    if image.format == "PNG" and (codes := _codes_of_png(path)):  # cICP takes precedence over all other tags
         return _coded(*codes)
     if "icc_profile" in image.info:
         if not image.info["icc_profile"]:

@@ -35,7 +35,7 @@ log = logging.getLogger("sonic.inference")
 AUTOENCODERS: Mapping[str, Callable[[], nn.Module]] = {"warp": WarpAutoencoder}
 BUNDLED = Path(assets.__file__).parent
 IN_PACKAGE = "bundled:"  # prefix of the name of a weight file in the package
-STUDENT, TEACHER = "student", "teacher"  # values of model.weights that are no path: bundled weights with or without adapters
+STUDENT, TEACHER = "student", "teacher"  # special values of model.weights: the bundled weights with or without distilled adapters
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -216,10 +216,10 @@ class WeightFiles(NamedTuple):
 
 
 def weight_files(config: ModelConfig) -> WeightFiles:
-    """The weight files of a model: those in the folder model.weights, or the bundled ones, in which a file named there replaces the
-    transformer.
+    """The weight files of a model with bundled weights.
 
-    Raises ValueError when model.weights does not exist.
+    If model.weights is a folder, all files are in it; if it is a file, that replaces the bundled transformer. Raises ValueError when
+    it does not exist.
     """
     bundled, named = (WeightFiles(*(folder / f"{config.name}_{part}.safetensors" for part in WeightFiles._fields))
                       for folder in (BUNDLED, Path(config.weights)))  # fmt: skip

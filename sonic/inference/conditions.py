@@ -81,8 +81,9 @@ def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
 
 
 def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The picture as the published pipelines fit it: its shorter side is scaled to the shorter side of the video, then it is padded
-    with black or cropped to the size of the video.
+    """The picture at the size of a Wan video, fitted as in the published pipelines.
+
+    Its shorter side is scaled to the shorter side of the video; then it is padded with black or cropped around its centre.
 
     uint8 [H,W,3] -> uint8 [height,width,3]
     """

@@ -17,8 +17,11 @@ from sonic.types import Conditions
 
 
 class Forwards(Protocol):
-    """Scheduler of model forwards. Requests with the same (cond_index, step) must be submitted in the order of their blocks; results are
-    returned in the order of submission."""
+    """Schedules the forwards of a rollout, several of which may be in flight.
+
+    Requests with the same (cond_index, step) must be submitted in the order of their blocks; predictions are returned in the order of
+    submission.
+    """
 
     def accepts(self, request: ForwardRequest) -> bool:
         """Whether the request can be submitted now."""
@@ -33,7 +36,7 @@ class Forwards(Protocol):
         """Discard the forwards in flight."""
 
 
-OpenForwards = Callable[[AvatarDiT, Sequence[Conditions], int], Forwards]  # (model, sets of conditions, sampling steps)
+OpenForwards = Callable[[AvatarDiT, Sequence[Conditions], int], Forwards]  # (model, conditions by cond_index, number of steps)
 
 
 class BatchedForwards:

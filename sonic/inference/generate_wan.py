@@ -96,10 +96,10 @@ def generate_clips(
     stage: Stage = nullcontext,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the frames [1,3,F,H,W] in [-1,1] of each clip. A clip is sampled with full attention; the last 73 frames before it are its
-    motion condition.
+    """Yield the frames [1,3,F,H,W] in [-1,1] of each clip, sampled with full attention.
 
-    `upstream` seeds every clip with seed + index and drops the first three frames of the video, as the published pipeline does.
+    The 73 video frames before a clip are its motion condition (grey frames before the start); the first clip has none. `upstream`
+    seeds every clip with seed + index and drops the first three frames of the video, as the published pipeline does.
     `stage` measures the time of each stage.
     """
     model, vae, context = networks
@@ -138,10 +138,10 @@ def generate_blocks(
     stage: Stage = nullcontext,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the frames [1,3,12,H,W] in [-1,1] of each block. The transformer uses KV rings and the decoder a cache of fixed size, so
-    memory does not grow with the length.
+    """Yield the frames [1,3,F,H,W] in [-1,1] of each block, where F = 4·block_frames (12 as published).
 
-    `hand_over` wraps the iterator of latent blocks before decoding, for example to sample them in another thread.
+    The transformer uses KV rings and the decoder a cache of fixed size, so memory does not grow with the length. `hand_over` wraps the
+    iterator of latent blocks before decoding, for example to sample them in another thread.
     """
     model, vae, context = networks
     still = encoded.picture.unsqueeze(2)
@@ -208,8 +208,11 @@ def generate_blocks_upstream(
 
 
 def generate_wan(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
-    """Yield the frames of a video. The prompt and the speech are encoded first, and their encoders freed before the transformer is
-    loaded; the speech encoder of sound that is still arriving stays in memory."""
+    """Yield the frames of a video in order, as soon as they are decoded.
+
+    The prompt and the speech are encoded first, and their encoders are freed before the transformer is loaded. While the sound is
+    still arriving, the speech encoder stays in memory.
+    """
     with timer.stage("encode"):
         encoded = _encode_inputs(inputs, components, settings)
     with timer.stage("load"):
@@ -324,8 +327,10 @@ def _unconditional(encoded: EncodedInputs, conditions: Conditions) -> Conditions
 
 
 def _clip_noise(like: Tensor, encoded: EncodedInputs) -> Callable[[BlockSpan], Tensor]:
-    """A function that gives the noise of a block as in the published pipeline: the noise of a whole clip is drawn from seed + index of
-    the clip, and the block takes its part."""
+    """A function that gives the noise of a block as in the published pipeline.
+
+    The noise of a whole clip is drawn with the seed plus the index of the clip; a block gets its latent frames of it.
+    """
     latent_frames = encoded.clip_frames // FRAMES_PER_LATENT
 
     def noise(span: BlockSpan) -> Tensor:

@@ -228,7 +228,9 @@ def _length(config: InferConfig, memory: InMemory, speech: Speech) -> int:
 
 
 def _published_length(config: InferConfig, speech: Speech) -> int:
-    """Number of video frames that the published pipelines make: whole clips, sometimes one more than the sound needs, minus the three
-    frames that they drop."""
+    """Number of video frames that the published pipelines make for the recording.
+
+    These are whole clips, sometimes one more than the sound needs, minus the three frames dropped from the first clip.
+    """
     clips = clips_of(states_of(len(speech.samples)), config.video.infer_frames, config.video.fps)
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES

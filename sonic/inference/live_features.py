@@ -2,8 +2,8 @@
 
 A block of frames needs the sound until `look_ahead_s` after its last frame, and is generated as soon as that has arrived. The preview's
 encoder reads MARGIN frames on both sides and half a window of the spectrum; the wav2vec2 of a published model reads CONTEXT_S before
-the block and LOOK_AHEAD_S after it. Loudness is normalized over the last minute before that point, and never
-over later sound.
+the block and LOOK_AHEAD_S after it. Loudness is normalized over the last minute before that point, and never over
+later sound.
 """
 
 from __future__ import annotations

@@ -89,8 +89,11 @@ class StageTimer:
 
 
 class FrameRecorder:
-    """Collects the data of the contact sheet while frames are written: 12 small pictures, and for every frame the mean difference of
-    the mouth region from the photograph, in levels of 0..255."""
+    """Collects the data of the contact sheet while the frames are written.
+
+    `pictures` are 12 small frames, keyed by index; `opening` is, for every frame, the mean absolute difference between the mouth region
+    and the photograph, in levels of 0..255.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs

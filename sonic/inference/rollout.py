@@ -41,8 +41,11 @@ OnStep = Callable[[int, int, float], None]  # called after a step with (block or
 
 
 class Sampling(NamedTuple):
-    """How latents are sampled: sampler and schedule, random inputs, the conditions of the unguided forward (default: the same conditions
-    without audio), and a callback after every sampling step."""
+    """How latents are sampled: sampler and schedule, random inputs, unguided conditions, and a callback.
+
+    `unconditional` are the conditions of the unguided forward (default: the same conditions without audio); `on_step` is called after
+    every sampling step.
+    """
 
     sampler: SamplerConfig
     source: NoiseSource

@@ -21,7 +21,7 @@ from sonic.vae.warp import Canvas
 T = TypeVar("T")
 
 SEAM = 0.15  # weight of the previous frame in the first frame of every latent frame
-CHUNK_BYTES = 64 << 20  # largest chunk of pixels, to limit memory
+CHUNK_BYTES = 64 << 20  # upper limit for the pixels of one chunk, which bounds memory
 _END = object()
 _PATIENCE_S = 0.1  # how often a thread blocked on a full queue checks whether the consumer has stopped
 
@@ -87,9 +87,9 @@ HANDOVERS = {True: prefetch, False: collect}  # by decode.online
 
 
 def half_the_threads() -> Callable[[], None]:
-    """A function that gives its thread half of torch's CPU threads, for two stages that run at the same time.
+    """A function that sets torch's number of CPU threads to half, for two stages that run at the same time.
 
-    The number is read now, in the caller's thread, because a new thread inherits the number that was set last.
+    The present number is read now, in the caller's thread, because a new thread inherits the number that was set last.
     """
     return partial(torch.set_num_threads, max(1, torch.get_num_threads() // 2))
 
