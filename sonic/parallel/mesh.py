@@ -31,7 +31,7 @@ class World:
 
     `mesh` has the axes AXES, or is None for one process without a group; `rollout_mesh` is the axes layers and cp as one: all ranks
     that generate a video, or train, together. With `vae_rank` the last rank along layers has the autoencoder and no layers. `lanes` are
-    process groups for each direction of messages under NCCL, `writers` is the group that writes checkpoints during a training."""
+    process groups for each direction of messages under NCCL, `writers` is a gloo group for checkpoints saved in the background."""
 
     plan: str = "single"
     device: torch.device = torch.device("cpu")
