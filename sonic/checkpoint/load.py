@@ -1,4 +1,4 @@
-"""The one loader of transformers: built without memory, cut up, then filled; each rank reads its own slices and nothing else."""
+"""Loads a transformer's weights: it is built on the meta device, sharded, then filled. Each rank reads only its own slices of the file."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ NO_LORA = Lora({}, 0.0)
 
 
 def without_memory(config: ModelConfig) -> AvatarDiT:
-    """The model on the meta device: its weights come later, when it is known which of them are here."""
+    """A model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return AvatarDiT(config)
 
 
 def shapes_of(model: nn.Module) -> Shapes:
-    """The shapes of all weights that a file holds, whole; adapters that learn are in no file."""
+    """The unsharded shapes of all weights of a weights file, by name. Trainable adapters are left out: they are not in the file."""
     return {name: shape_of(weight) for name, weight in model.named_parameters() if ADAPTERS not in name.split(".")}
 
 
 @torch.no_grad()
 def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lora: Lora = NO_LORA) -> None:
-    """Read this rank's part of every weight from a safetensors file, and add its part of `lora`.
+    """Load this rank's part of every weight from a safetensors file, and add its part of `lora`.
 
-    `shapes` are those of the whole model, where blocks of it are on other ranks. What is still on the meta device becomes a map of the
-    file: its pages are read when they are needed. Raises ValueError in one sentence when the file is of another model.
+    `shapes` are the shapes of the complete model, needed when other ranks have some of its blocks. A weight that is still on the meta
+    device is mapped from the file, whose pages are read when used. Raises ValueError when the file is of another model.
     """
     shapes = shapes or shapes_of(model)
     check_lora(shapes, lora.adapters)
@@ -100,26 +100,26 @@ def _mapped(stored: LazyTensor, weight: Tensor, path: str | Path, *, adapted: bo
 
 
 class WeightSlice(NamedTuple):
-    """What of a weight is on this rank: `index` in the whole holds it, `within` says which of the numbers there, one after the other."""
+    """This rank's part of a weight: the elements `within` of the flattened block `index` of the unsharded weight. `local` is its memory."""
 
     local: Tensor
     index: tuple[slice, ...]
     within: slice = slice(None)
 
     def copy_from(self, found: Tensor) -> None:
-        """Copy it out of what lies in `index`."""
+        """Copy this part from `found`, the values of the block `index`."""
         self.local.copy_(found.flatten()[self.within].view(self.local.shape))
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """Of all of a weight, whatever of it is here."""
+    """The shape of the unsharded weight."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def slice_of(weight: Tensor) -> WeightSlice:
-    """What of a weight is here: all, a slice along its first axis (FSDP), or a run of its numbers (DeepSpeed).
+    """This rank's part of a weight: all of it, a slice along its first axis (FSDP), or a run of its elements (DeepSpeed).
 
-    DeepSpeed cuts the numbers of a weight into runs of one length, wherever a row may end; the last run is padded.
+    DeepSpeed cuts the flattened weight into runs of equal length, also in the middle of a row, and pads the last run.
     """
     if isinstance(weight, DTensor):
         shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

@@ -15,15 +15,16 @@ from torch import Tensor
 HEADER_BYTES = 2048
 FORWARD, BACKWARD = 0, 1  # the directions of a channel
 ALIGN = 16  # bytes at which each tensor of a message begins
-KEPT = 8  # messages beyond one per rank whose buffers are kept
+KEPT = 8  # messages beyond one per rank whose send buffers are held
 
 
 class P2PChannel:
-    """Messages from each of some ranks to the next one, and from the last to the first: the stages of a pipeline, or two ranks.
+    """Point-to-point messages from each rank of a group to the next one, and from the last to the first.
 
-    A message is a header of fixed size, which contains a small picklable value, and one buffer of bytes. Sends return at once; their
-    buffers are held until they are done. The two directions, and those of other channels of the same rank, must not block each
-    other: gloo separates `directions` by tags, NCCL needs a group for each, which is `lanes[direction]`.
+    The group is the stages of a pipeline, or two ranks. A message is a header of fixed size, which contains a small picklable value,
+    and one buffer of bytes. Sends return at once; their buffers are held until they are done. The two directions of a channel, and
+    those of other channels of the same rank, must not block each other: gloo separates `directions` by tags, NCCL needs a process
+    group for each, which is `lanes[direction]`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class P2PChannel:
         self._forward, self._backward = directions
         self._groups = {direction: lanes[direction] if lanes else None for direction in directions}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self.forwards: object | None = None  # those of the rollout that uses the channel now
+        self.forwards: object | None = None  # the `PipelineForwards` of the rollout that uses the channel
 
     def send_next(self, message: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
         """Send to the next rank."""
@@ -70,7 +71,7 @@ class P2PChannel:
         assert len(encoded) <= HEADER_BYTES, f"a header of {len(encoded)} bytes"
         header[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
-        while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be under way, so the oldest have arrived
+        while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be in flight, so the oldest have arrived
             self._sent.popleft()[0].wait()
         for part, group in ((header, None), (payload, self._groups[direction])):
             if part.numel():

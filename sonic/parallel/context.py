@@ -29,11 +29,11 @@ class DistributedContext:
 
     @property
     def alone(self) -> bool:
-        """Whether this rank samples without others."""
+        """Whether this rank samples its videos without other ranks."""
         return self.world.rollout_group is None
 
 
 def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
-    """The context of this rank, before the model is built."""
+    """The context of this rank, before `build_parallel_model` sets its execution and channel."""
     asks = world.vae_rank and (world.leads or world.holds_vae)
     return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)

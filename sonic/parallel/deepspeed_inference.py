@@ -19,7 +19,7 @@ from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.shard_units import ENDS
 
-PREFETCH_NUMBERS = 50_000_000  # for each of parallel.prefetch; DeepSpeed's usual amount
+PREFETCH_NUMBERS = 50_000_000  # parameters per unit of parallel.prefetch; DeepSpeed's default
 
 
 def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -30,10 +30,10 @@ def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> N
 def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole."""
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
-    os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # where DeepSpeed looks for its device
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed reads its device from here
     shared = _shared(model)
     for part in shared:
-        for module in reversed(list(part.modules())):  # what is inside first: DeepSpeed looks into a module as well
+        for module in reversed(list(part.modules())):  # submodules first, because DeepSpeed also visits the submodules of a module
             if list(module.parameters(recurse=False)):
                 module.to_empty(device=world.device, recurse=False)
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings)

@@ -26,8 +26,8 @@ from sonic.parallel.shard_units import WHOLE, Unit, all_units
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over which ranks a transformer is sharded, and what FSDP does with it besides. `reshard` gives a unit's gathered weights back
-    after use, `cpu_offload` keeps shards in host memory, `precision` is what they are gathered in."""
+    """How FSDP shards a transformer: over the ranks of `mesh`; `reshard` frees a unit's gathered weights after use, `cpu_offload`
+    keeps shards in host memory, `precision` has the dtypes of gathered weights and reduced gradients."""
 
     mesh: DeviceMesh
     reshard: bool = True
@@ -35,9 +35,10 @@ class Sharding:
     precision: MixedPrecisionPolicy = MixedPrecisionPolicy()  # noqa: RUF009
 
     def apply(self, model: AvatarDiT, units: Sequence[Unit], entry_points: Sequence[str], *, whole: Sequence[str] = ()) -> None:
-        """Shard these units in place, then what else a block or injector has, then the rest with the root; `whole` stays on every rank.
+        """Shard these units in place, then the other weights of each block and injector, then the rest with the root.
 
-        `entry_points` are the methods besides forward by which callers come in. Names of parameters stay.
+        `whole` names the weights that are not sharded; `entry_points` the methods, besides forward, that callers use. Parameter names do
+        not change.
         """
         pin = self.mesh.device_type != "cpu"
         policy = CPUOffloadPolicy(pin_memory=pin) if self.cpu_offload else OffloadPolicy()
@@ -54,7 +55,7 @@ class Sharding:
 
 
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Shard a model for rollouts over the ranks that make a video together, before it has weights; copies of it are on other ranks.
+    """Shard a model without weights over the ranks that generate a video together; under HSDP other ranks have copies of it.
 
     Every projection is part of a unit; the root keeps the patch embeddings and the head.
     """
@@ -70,7 +71,7 @@ def _mesh(world: World) -> DeviceMesh:
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
-    """The execution of a sharded model, which gathers the next `config.prefetch` units ahead of use."""
+    """The execution of a sharded model that gathers the next `config.prefetch` units ahead of use."""
     return Execution(run_blocks=OrderedPrefetch(model, config.prefetch)) if config.prefetch else LOCAL
 
 

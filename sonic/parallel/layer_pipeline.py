@@ -29,7 +29,7 @@ from sonic.parallel.mesh import World
 from sonic.types import Conditions
 
 FIRST = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text_embed", "audio_encoder")
-SPARE = 1  # forwards under way beyond one per rank, so that nobody waits for a message
+SPARE = 1  # forwards in flight beyond one per rank, so that no rank waits for a message
 
 
 class Message(NamedTuple):
@@ -92,7 +92,7 @@ class PipelineForwards:
         self.model, self.channel, self.execution = model, context.channel, context.execution
         self.caches: list[KVCache] = []
         self.in_flight = 0
-        if self.channel.forwards is not None:  # of a rollout that was given up without being closed
+        if self.channel.forwards is not None:  # left by a rollout that was abandoned without `close`
             self.channel.forwards.close()
         self.channel.forwards = self
         for index, each in enumerate(conditions):
@@ -128,7 +128,7 @@ class PipelineForwards:
         """Receive all predictions in flight, so that the channel is empty for the next rollout, and free the KV caches."""
         while self.in_flight:
             self.collect()
-        self.caches.clear()  # encoders of the next rollout come before its own rings
+        self.caches.clear()  # frees them before the encoders of the next rollout run
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
             channel.flush()
             return
         if message.kind == "memory":
-            cache = attention_context = None  # the rollout before is freed before there is room for this one
+            cache = attention_context = None  # frees the previous rollout's cache before this one's is allocated
             if message.cond_index == 0:
                 caches.clear()
             cache = model.cache_of(message.shape, steps=message.steps, motion=message.motion, like=like, heads=heads)

@@ -20,17 +20,18 @@ from sonic.parallel.watchdog import watch_ranks
 T = TypeVar("T")
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
-GROUPED = ("fsdp", "zero3")  # plans that need a process group even for one rank
-LANES = 4  # ways of messages in a video: to and fro along the layers, and between the first rank and the autoencoder
-PATIENCE = timedelta(hours=24)  # ranks wait that long for each other: the first may have a long video to encode
+GROUPED = ("fsdp", "zero3")  # plans that need a process group even with one rank
+LANES = 4  # directions of messages: two along the stages, two between the first rank and the autoencoder's
+PATIENCE = timedelta(hours=24)  # timeout of collectives: the first rank may take long to encode a video
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `mesh` has the axes of AXES, or is None for one process without a group; `rollout_mesh` is layers and
-    cp as one axis: everybody who takes part in a video, or in a training. With `vae_rank` the last along layers owns the autoencoder and no
-    layer. `lanes` are groups for the messages of each way, where they go from device to device, `writers` is one for the checkpoints of a
-    training, which are written beside it."""
+    """The process group as seen by this rank: plan, device, and meshes.
+
+    `mesh` has the axes AXES, or is None for one process without a group; `rollout_mesh` is the axes layers and cp as one: all ranks
+    that generate a video, or train, together. With `vae_rank` the last rank along layers has the autoencoder and no layers. `lanes` are
+    process groups for each direction of messages under NCCL, `writers` is a gloo group for checkpoints saved in the background."""
 
     plan: str = "single"
     device: torch.device = torch.device("cpu")
@@ -42,17 +43,17 @@ class World:
 
     @property
     def rank(self) -> int:
-        """Which of all ranks this is."""
+        """Global index of this rank; 0 without a group."""
         return 0 if self.mesh is None else dist.get_rank()
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """Number of all ranks; 1 without a group."""
         return 1 if self.mesh is None else dist.get_world_size()
 
     @property
     def main(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which writes logs and files."""
         return self.rank == 0
 
     def size(self, axis: str) -> int:
@@ -64,7 +65,7 @@ class World:
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along an axis only."""
+        """The process group of this rank along an axis."""
         return self.mesh[axis].get_group()
 
     def from_first_rank(self, thing: T) -> T:
@@ -75,14 +76,14 @@ class World:
         return box[0]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks, in place; everywhere the same."""
+        """Replace a tensor by its mean over all ranks, in place. Collective."""
         if self.ranks > 1:
             dist.all_reduce(values)
             values /= self.ranks
         return values
 
     def wait(self) -> None:
-        """Until all ranks have come here."""
+        """Barrier: wait until all ranks have called this."""
         if self.ranks > 1:
             dist.barrier()
 
@@ -98,12 +99,12 @@ class World:
 
     @property
     def holds_vae(self) -> bool:
-        """Whether this rank has only the autoencoder."""
+        """Whether this rank has the autoencoder and no layers."""
         return self.vae_rank and self.stage == self.stages
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the first of those that make one video together."""
+        """Whether this rank is the first of those that generate a video together."""
         return self.coordinate("layers") == 0 and self.coordinate("cp") == 0
 
     @property
@@ -151,13 +152,13 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
     of memory.
     """
-    if device.type == "cuda":  # fsdp shards onto the current device, and only what is not chosen yet is the mesh's to choose
+    if device.type == "cuda":  # FSDP shards onto the current device; if none is set, DeviceMesh would set one itself
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
     if ranks.world == 1 and plan not in GROUPED:
         yield World(plan, device)
         return
     own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world == 1 else {}
-    shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # which NCCL refuses
+    shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # NCCL does not let ranks share a device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, **own)
     with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
@@ -174,7 +175,7 @@ def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World
 
 
 def direct(device: torch.device) -> bool:
-    """Whether messages go from device to device, by NCCL."""
+    """Whether messages are sent by NCCL, from device to device."""
     return device.type != "cpu" and "nccl" in str(dist.get_backend_config())
 
 

@@ -15,7 +15,7 @@ from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 from sonic.system.heartbeat import heartbeat
 
 PIECE = 2**29  # bytes of host memory that are pinned at a time
-ROOM_GIB = 2.0  # left free for activations where offload.resident_gib=-1 lets the weights take what there is
+ROOM_GIB = 2.0  # left free for activations when offload.resident_gib=-1 fills the device with weights
 
 
 class PinnedMemory:
@@ -27,7 +27,7 @@ class PinnedMemory:
 
     def __init__(self, size: int) -> None:
         self.piece = min(PIECE, _power_of_two(size))
-        self.rests: list[Tensor] = []  # what is left of each piece
+        self.rests: list[Tensor] = []  # the unused rest of each piece
 
     def copy_in(self, tensor: Tensor) -> Tensor:
         """A copy of the tensor in this memory."""
@@ -88,7 +88,7 @@ class LayerPrefetcher:
         self.allocated, self.current = False, -1
         self.slots: list[Tensor] = []
         self.resident: set[int] = set()
-        self.holder: list[int | None] = [None] * self.count  # the station whose weights are in each slot
+        self.holder: list[int | None] = [None] * self.count  # the layer whose weights are in each slot
         self.ready: dict[int, torch.cuda.Event | None] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -148,7 +148,7 @@ class LayerPrefetcher:
         """GiB of the device that weights may take; 0 on a CPU, where a copy gains nothing."""
         if self.device.type != "cuda":
             return 0.0
-        torch.cuda.empty_cache()  # what torch keeps of the encoders that are gone counts as taken
+        torch.cuda.empty_cache()  # memory of freed encoders that torch caches would count as used
         return torch.cuda.mem_get_info(self.device)[0] / GIB - ROOM_GIB
 
 
@@ -174,7 +174,7 @@ def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> E
     settings = config.offload
     offloaded = [OffloadedLayer(modules) for modules in layers_of(model)]
     prefetcher = LayerPrefetcher(offloaded, device, settings)
-    if settings.resident_gib >= 0:  # else only the first video's memories say what fits
+    if settings.resident_gib >= 0:  # else it is known only after the first video's KV caches are allocated
         prefetcher.allocate()
     for layer, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, layer=layer: prefetcher.before_layer(layer))

@@ -1,4 +1,4 @@
-"""Parallelizers by the name of their plan: what each does to a model before its weights are there, where weights live, how it runs."""
+"""The table of plans: how each shards a model before its weights are loaded, where it allocates them, and how the model then runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sonic.parallel.shard_units import WHOLE
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.types import pick
 
-Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # in place
+Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # changes the model in place
 Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
 
 

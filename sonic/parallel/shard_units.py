@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from sonic.config import ModelConfig
 from sonic.model.counts import block_weights, end_weights, injector_weights
 
-# Units of a rollout and of a training outside the blocks, in the order in which a forward meets them. A rollout keeps WHOLE on every
-# rank: gathering its wide projection would take more room, twice, than keeping it. A training shards it, because its gradient and the
-# optimizer's averages are as large again; the audio encoder, which learns in recipes of its own, stays with the root there.
+# Units outside the blocks, of a rollout and of a training, in the order in which a forward uses them. A rollout does not shard WHOLE:
+# gathering its wide projection takes twice its size, more than keeping it. A training shards it, because its gradient and the
+# optimizer's moments also have its size; the audio encoder, which only some recipes train, then belongs to the root.
 WHOLE = ("time_embed",)
 ENDS = ("frame_pack", "text_embed", "audio_encoder")
 TRAINING_ENDS = ("time_embed", "frame_pack", "text_embed")
@@ -67,7 +67,7 @@ UNITS: Mapping[str, Callable[[ModelConfig, int], Iterator[Unit]]] = {
 
 
 def all_units(config: ModelConfig, unshard_unit: str = "block", *, ends: Sequence[str] = ENDS) -> list[Unit]:
-    """The units of a whole transformer; what no unit names stays with its block or the root, and is little."""
+    """The units of a transformer. The few weights that are in no unit belong to their block or to the root."""
     numbers = end_weights(config)
     found = [Unit((name,), numbers[name], "ends") for name in ends if numbers[name]]
     for layer in range(config.trunk.num_layers):

@@ -20,11 +20,11 @@ from sonic.model.blocks import Layout
 from sonic.model.execution import SequenceParallel, WholeSequence
 from sonic.parallel.mesh import World
 
-_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name and its old one
+_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name, its old name
 
 
 class Group(NamedTuple):
-    """The ranks that divide tokens, and the index of this one. Neither tokens nor heads need be a multiple of their number."""
+    """The ranks that divide tokens, and the index of this one. The number of ranks need not divide the number of tokens or heads."""
 
     group: dist.ProcessGroup
     rank: int
@@ -105,9 +105,10 @@ class Ulysses:
 
 
 def sequence_parallel(world: World, num_heads: int) -> SequenceParallel:
-    """How each frame's tokens are divided among the ranks along cp. What comes out is whole on every rank.
+    """The division of each frame's tokens among the ranks along cp; model outputs are complete on every rank.
 
-    Gradients of a share add up over those who share, and the mean over all ranks counts each of them: it is right.
+    A training's mean of gradients over all ranks is right: the gradients of shares add up over the ranks that share a batch, and the
+    mean counts each of these ranks.
     """
     if world.size("cp") == 1:
         return WholeSequence()

@@ -20,19 +20,19 @@ from sonic.parallel.mesh import World
 from sonic.types import MotionLayers
 from sonic.vae.motion_vae import Reference
 
-DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # of these messages, beside those of the layer pipeline
+DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # tags of these messages; the layer pipeline uses others
 
 
 class TensorLayout(NamedTuple):
-    """The memory layout of a tensor: its axes from the slowest to the fastest, and its shape. Expanded axes are sent once."""
+    """The memory layout of a tensor: its axes from the largest stride to the smallest, and its shape. Expanded axes are sent once."""
 
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
 
 class RemoteCall(NamedTuple):
-    """What is asked: a method (none: the end), for each argument the form of a tensor, the number of something kept or None, and
-    the numbers of what nobody will ask for again."""
+    """A call of the autoencoder: the method ("" ends the loop), for each argument a tensor's layout, a handle's number or None, and
+    the numbers of handles to release."""
 
     method: str
     arguments: tuple[TensorLayout | int | None, ...] = ()
@@ -59,7 +59,7 @@ class RemoteAutoencoder:
 
     def __init__(self, channel: P2PChannel) -> None:
         self.channel, self.lock = channel, Lock()
-        self.released: deque[int] = deque()  # of which the other rank does not know yet
+        self.released: deque[int] = deque()  # handles to release, not yet sent to the other rank
 
     def reference(self, picture: Tensor) -> RemoteHandle:
         """What the autoencoder computes once from a portrait, as a handle."""
@@ -89,7 +89,7 @@ class RemoteAutoencoder:
             released = tuple(self.released.popleft() for _ in range(len(self.released)))
             self.channel.send_next(RemoteCall(method, sent, released), tensors)
             reply, made = self.channel.recv_last()
-            self.channel.flush()  # there is an answer, so the question has arrived
+            self.channel.flush()  # the reply shows that the call has arrived
         if reply.fault:
             raise ValueError(reply.fault)
         return _restored(reply.layouts, made), reply.handle
@@ -102,7 +102,7 @@ def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
     number = 0
     while True:
         call, tensors = channel.recv_previous()
-        channel.flush()  # there is another question, so the last answer has arrived
+        channel.flush()  # the next call shows that the last reply has arrived
         if not call.method:
             return
         for each in call.released:
@@ -114,7 +114,7 @@ def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
 
 
 def stop_vae(channel: P2PChannel) -> None:
-    """The first rank's last word."""
+    """End the loop of the autoencoder's rank; called by the first rank."""
     channel.send_next(RemoteCall(""), ())
     channel.flush()
 

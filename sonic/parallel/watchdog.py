@@ -25,18 +25,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from sonic.config import OtherRank
 from sonic.system.heartbeat import LAST_HEARTBEAT, PAUSED, heartbeat
 
-LOOK_S = 0.5  # between two looks at the others
-HOLD_S = 5.0  # for an error to arrive that explains a lost connection; for a rank to end by itself before it is ended
-NEVER = "never"  # began a process that this system does not show
+LOOK_S = 0.5  # seconds between two checks of the other ranks
+HOLD_S = 5.0  # seconds to wait for an error that explains a lost connection, and for a rank to end before it is killed
+NEVER = "never"  # start time of a process when this system does not tell it
 PACKAGE = str(Path(__file__).parents[1])
 COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}/parallel/channel.py")  # files in which a rank waits for others
 THREADS = ("/threading.py", "/queue.py", "/concurrent/futures/")  # files in which a thread waits for another one of its process
-BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # what these call
+BELOW = ("/torch/_ops.py", "/torch/_tensor.py", "/torch/utils/", "/torch/_library/")  # files of functions that these call
 
 WORKS, WAITS, IDLES = "works", "waits for ranks", "waits for threads"
 
 log = logging.getLogger("sonic")
-counter = count()  # of the watches of this process, so that each has keys of its own
+counter = count()  # of this process's watchdogs, so that each has its own keys
 
 
 class Fault(NamedTuple):
@@ -77,12 +77,12 @@ class Watchdog:
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, *, patience_s: float) -> None:
-        # a connection of its own: who waits on another one locks it
+        # a separate connection, because a waiting call locks its connection
         self.store = dist.PrefixStore(f"watch{next(counter)}", store.clone())
         self.rank, self.ranks, self.patience_s, self.main = rank, ranks, patience_s, get_ident()
         self.heartbeats = 0
         self.known: Fault | None = None
-        self.seen: dict[int, tuple[bytes, float]] = {}  # the last sign of another rank, and when it was new
+        self.seen: dict[int, tuple[bytes, float]] = {}  # the last signal of each rank, and when it changed
         self.ended = Event()
         self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
         LAST_HEARTBEAT.clear()
@@ -99,7 +99,7 @@ class Watchdog:
             fault = self.known or _store_lost(lost)
             if fault != self.known:
                 log.critical("%s", fault)
-        if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # which all ranks may find at once
+        if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # all ranks may raise these at the same time
             raise OtherRank(str(fault)) from error
         if _is_out_of_memory(error):
             raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
@@ -146,10 +146,10 @@ class Watchdog:
             except dist.DistNetworkError as lost:
                 fault = self.known or _store_lost(lost)
             mine = fault and fault.rank == self.rank
-            if fault and not self.ended.wait(HOLD_S if mine else 2 * HOLD_S):  # ranks that lose this one may still end in order
+            if fault and not self.ended.wait(HOLD_S if mine else 2 * HOLD_S):  # ranks that lose this one may still exit normally
                 if mine or 0 in (self.rank, fault.rank):
                     log.critical("%s", fault)
-                os._exit(1)  # the work hangs in a place that no exception reaches
+                os._exit(1)  # the main thread hangs where no exception can reach it
 
     def _look(self) -> Fault | None:
         """Signal that this process runs. Gives a fault when any rank has failed or hangs."""
@@ -196,7 +196,7 @@ class Watchdog:
         if before := self.fault():
             return before
         counts = Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
-        if counts == fault and self.rank != fault.rank:  # which cannot speak for itself
+        if counts == fault and self.rank != fault.rank:  # a rank that cannot report its own fault
             log.critical("%s", fault)
             _end_frozen(*self.store.get(f"place/{fault.rank}").decode().split())
         return counts

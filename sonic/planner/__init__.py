@@ -1,1 +1,1 @@
-"""Says before a job starts what fits on given hardware, how fast it can be at most, and why."""
+"""Planner: predicts, before a job starts, which plans fit on given hardware, the least time they take, and why."""

@@ -1,4 +1,4 @@
-"""What a program with many layers takes, known from runs with a few: every layer adds the same, and so does every audio injector."""
+"""Extrapolates measurements of a deep model from runs of shallow ones: each layer adds the same amount, and each audio injector too."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import replace
 
 from sonic.config import ModelConfig
 
-FEW, MORE = 4, 6  # layers of the runs that stand for all
+FEW, MORE = 4, 6  # numbers of layers in the two runs that are extrapolated from
 Counts = Mapping[str, float]
 
 
 def with_few(model: ModelConfig, layers: int, injectors: int) -> ModelConfig:
-    """The same model with fewer layers, an injector in every second one as far as they go."""
+    """The config of the same model with `layers` layers and `injectors` audio injectors, in layers 0, 2, 4, and so on."""
     inject = [2 * index for index in range(injectors)]
     return replace(model, trunk=replace(model.trunk, num_layers=layers), audio=replace(model.audio, inject_layers=inject))
 
 
 def of_all_layers(model: ModelConfig, measured: Callable[[ModelConfig], Counts]) -> dict[str, float]:
-    """`measured(model)`, from runs of smaller models where it has many layers."""
+    """`measured(model)`; for a model of more than MORE layers it is extrapolated linearly from models of FEW and MORE layers."""
     layers, injectors = model.trunk.num_layers, len(model.audio.inject_layers)
     if layers <= MORE:
         return dict(measured(model))

@@ -1,4 +1,4 @@
-"""The hardware that a job runs on, looked up instead of described: what `hardware=here` stands for."""
+"""Detects the hardware of this machine, for `hardware=here`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from sonic.geometry import GIB
 from sonic.parallel.parallel_config import HardwareConfig
 
-HERE = "here"  # hardware.name until the machine has been looked at
-USABLE = 0.94  # of a GPU's memory that a process gets
-PROCESS_GIB = 0.6  # of a rank without an accelerator by itself: Python and torch
+HERE = "here"  # value of hardware.name that asks for detection
+USABLE = 0.94  # fraction of a GPU's memory that a process can use
+PROCESS_GIB = 0.6  # GiB that Python and torch take in a rank without an accelerator
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-RATES = {  # 10^12 operations a second in bfloat16 and 10^9 bytes a second, by a part of the device's name; the longest counts
+RATES = {  # (bfloat16 TFLOPS, memory bandwidth in 10^9 bytes/s) by a part of the device's name; the longest match wins
     "B200": (2250, 8000),
     "H200": (989, 4800),
     "H100": (989, 3350),
@@ -33,9 +33,9 @@ NVLINKED = ("B200", "H200", "H100", "A100")
 
 
 def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, local_ranks: int) -> HardwareConfig:
-    """The devices of `ranks` processes, `local_ranks` of them on this machine; hardware that was asked for by name stays as it is.
+    """The detected hardware of `ranks` processes, `local_ranks` of them on this machine; a named hardware only gets `ranks` devices.
 
-    Everything follows from what does not change while jobs come and go, so that all ranks find the same.
+    Only total sizes are read, never free memory, so that all ranks get the same result.
     """
     if asked.name != HERE:
         return replace(asked, devices=ranks)
@@ -55,13 +55,13 @@ def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, lo
 
 
 def _filled(asked: HardwareConfig, devices: int, **found: float | str) -> HardwareConfig:
-    """What was found, but for the figures that were given by hand."""
+    """`asked` with the detected values in all fields that still have their defaults."""
     usual = HardwareConfig()
     return replace(asked, devices=devices, **{name: each for name, each in found.items() if getattr(asked, name) == getattr(usual, name)})
 
 
 def machine_here(asked: HardwareConfig) -> HardwareConfig:
-    """The machine that this process runs on, with as many of its devices as were asked for, 0 = all; hardware by name stays as it is."""
+    """The detected hardware of this machine, with `asked.devices` devices (0 = all); a named hardware is returned unchanged."""
     if asked.name != HERE:
         return asked
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,14 +70,14 @@ def machine_here(asked: HardwareConfig) -> HardwareConfig:
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Bytes of main memory of this machine, or the limit of the container if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
     return min(total, int(limit)) if limit.isdigit() else total
 
 
 def _link(name: str) -> tuple[str, float]:
-    """How two devices talk, and how fast."""
+    """Kind of the link between two devices, and its bandwidth in 10^9 bytes/s."""
     direct = torch.cuda.device_count() > 1 and torch.cuda.can_device_access_peer(0, 1)
     if direct and name in NVLINKED:
         return "nvlink", 350.0

@@ -1,4 +1,4 @@
-"""Bytes of all tensors that are alive while a program runs on fake tensors."""
+"""Counts the bytes of all tensors that are alive while a program runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 
-ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}  # to who asks for a number; others: 0
+ANSWERS = {torch.bool: True, torch.float32: 0.5, torch.float64: 0.5, torch.bfloat16: 0.5}  # `tensor.item()` by dtype; others: 0
 
 
 class Ledger(MemTracker):
-    """Bytes of all that is alive. Modules are entered by several doors, so nothing is asked of them; a number that the program wants
-    of a tensor without numbers is made up, so that it runs as it is.
+    """Tracks the bytes of all live tensors, in total and not by module, because modules are called through methods other than forward.
 
-    With `skip_views`, for programs all of whose tensors are given or made under the ledger, views take no time; elsewhere a view is
-    how a tensor that was made before becomes known.
+    Fake tensors have no values, so `item()` gives a constant from ANSWERS; the program then runs unchanged.
+
+    `skip_views` saves time by not tracking views. It is correct only if every tensor is registered or created under the ledger: otherwise
+    a view is how the ledger first sees an older tensor.
     """
 
     def __init__(self, *, skip_views: bool = False) -> None:
@@ -24,13 +25,13 @@ class Ledger(MemTracker):
         self.skip_views = skip_views
 
     def _pre_fw_hook(self, *_: Any) -> None:
-        """Nothing is kept by module."""
+        """Does nothing: no statistics by module are kept."""
 
     _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
     def __torch_dispatch__(self, func: Any, types: tuple, *given: Any) -> Any:
         args, named = given
-        if func is torch.ops.prim.device.default:  # the most frequent question by far
+        if func is torch.ops.prim.device.default:  # by far the most frequent call
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return ANSWERS.get(args[0].dtype, 0)
@@ -39,7 +40,7 @@ class Ledger(MemTracker):
         return super().__torch_dispatch__(func, types, args, named or {})
 
     def lap(self) -> int:
-        """The most since the last call."""
+        """Peak bytes since the last call of `lap`; resets the peak to the present value."""
         peak = total_bytes(self, "peak")
         self._peak_mem_snap = self.get_tracker_snapshot()
         self._peak_mem = {device: each["Total"] for device, each in self._peak_mem_snap.items()}
@@ -47,5 +48,5 @@ class Ledger(MemTracker):
 
 
 def total_bytes(tracker: MemTracker, when: str) -> int:
-    """Of all devices, "current" or at the "peak"."""
+    """Bytes on all devices together; `when` is "current" or "peak"."""
     return sum(device["Total"] for device in tracker.get_tracker_snapshot(when).values())

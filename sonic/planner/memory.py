@@ -1,4 +1,4 @@
-"""How many bytes a rank needs, item by item, from the config alone. Counted as this code runs, not as it might."""
+"""Predicts the bytes that a rank needs for a video, item by item, from the config alone. It models how this implementation runs."""
 
 from __future__ import annotations
 
@@ -15,57 +15,59 @@ GENERATE = ("weights", "unshard_prefetch", "kv_rings", "memory_tokens", "activat
 ENCODE = ("text_encoder", "speech_encoder", "reserve")
 
 Items = Mapping[str, float]  # bytes by item
-Phases = Mapping[str, Items]  # of a rank, one after the other
+Phases = Mapping[str, Items]  # items of a rank in each phase; phases follow each other
 
 VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_686_264}
-TEXT_NUMBERS = {4096: 5_680_910_336}  # umT5-xxl's encoder, by the width of its rows; other models read no text
+TEXT_NUMBERS = {4096: 5_680_910_336}  # parameters of umT5-xxl's encoder, by the width of its outputs; other models have no text encoder
 SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
-PAST_LATENTS = 19  # decoded in front of every clip, and thrown away
-VAE_CACHE = {"wan": 2366, "warp": 8}  # numbers per pixel that the decoder keeps from one latent to the next
-VAE_WORKSPACE = {"wan": 5085, "warp": 400}  # numbers per pixel while it decodes one latent, the new memory included
-COPIES = {"attention": 12, "mlp": 5, "other": 8}  # of the stream that are alive at once; rotations are made in float32
-CLIP_COPIES = 2  # more where the parts of a clip are put together and its keys are not in a ring
-HOST_GIB = 2.5  # of a process by itself: Python, torch, drivers
+PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
+VAE_CACHE = {"wan": 2366, "warp": 8}  # elements per pixel that the decoder caches between latent frames
+VAE_WORKSPACE = {"wan": 5085, "warp": 400}  # elements per pixel while it decodes one latent frame, its new cache included
+COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
+CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and its keys are not in a KV ring
+HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
 
 
 def block_bytes(work: Workload) -> float:
-    """Weights of one block."""
+    """Bytes of the weights of one block."""
     return sum(block_weights(work.model).values()) * work.dtype_bytes
 
 
 def layer_bytes(work: Workload, layers: range) -> float:
-    """Weights of some blocks with their injectors."""
+    """Bytes of the weights of these blocks and their audio injectors."""
     injectors = sum(layer in layers for layer in work.model.audio.inject_layers)
     return len(layers) * block_bytes(work) + injectors * sum(injector_weights(work.model).values()) * work.dtype_bytes
 
 
 def end_bytes(work: Workload) -> float:
-    """Weights outside the blocks."""
+    """Bytes of the weights outside the blocks and audio injectors."""
     return sum(end_weights(work.model).values()) * work.dtype_bytes
 
 
 def model_bytes(work: Workload) -> float:
-    """Weights of the transformer."""
+    """Bytes of all weights of the transformer."""
     return weights(work.model) * work.dtype_bytes
 
 
 def whole_bytes(work: Workload) -> float:
-    """Weights that fsdp leaves whole on every device, because no unit gathers them."""
+    """Bytes of the weights that FSDP does not shard, because they are in no unit."""
     return sum(end_weights(work.model)[name] for name in WHOLE) * work.dtype_bytes
 
 
 def slice_bytes(work: Workload, shards: int) -> float:
-    """A rank's part of all other weights; in host memory under cpu_offload."""
+    """Bytes of a rank's shards of all other weights; they are in host memory under cpu_offload."""
     return (model_bytes(work) - whole_bytes(work)) / shards
 
 
 def ring_bytes(work: Workload) -> float:
-    """What one layer remembers of the video: keys and values, a ring for each sampling step."""
+    """Bytes of one layer's KV rings: keys and values of the video, one ring for each sampling step and guidance pass."""
     return work.passes * work.steps * 2 * work.window * work.token_bytes
 
 
 def memory_bytes(work: Workload) -> float:
-    """What one layer keeps of reference, past and prompt: once for two rings, the reference's keys once more unrotated."""
+    """Bytes of one layer's keys and values of reference, motion and prompt; 0 for clips.
+
+    Two rings share a copy of those of reference and motion; the reference's keys are also stored before rotary embedding."""
     if work.clip_frames:
         return 0
     copies = -(-work.steps // 2)
@@ -73,10 +75,10 @@ def memory_bytes(work: Workload) -> float:
 
 
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
-    """What a forward needs besides weights and memories, by moment; `share` ranks share the tokens.
+    """Bytes of activations by phase of a forward, without weights and KV caches; `share` ranks divide the tokens.
 
-    Attention rotates in float32, the MLP has its hidden layer twice, and before the blocks the noise level's projection is
-    widened to float32, a sixth at a time.
+    Attention applies rotary embeddings in float32, the MLP holds its hidden layer twice, and before the blocks the projection of the
+    time embedding is converted to float32, a sixth at a time.
     """
     trunk = work.model.trunk
     activations = work.activation_bytes / share
@@ -106,8 +108,10 @@ def gathered_bytes(work: Workload, parallel: ParallelConfig, shards: int) -> dic
 
 
 def vae_bytes(work: Workload, *, idle: float = 0) -> float:
-    """The autoencoder with what it remembers and works in. A stream decodes while later blocks are denoised; a clip
-    afterwards, in the `idle` bytes that its denoising needed, and keeps all its frames; it is decoded in float32."""
+    """Bytes of the autoencoder: weights, cache and workspace.
+
+    A stream is decoded while later blocks are denoised. A clip is decoded in float32 after its denoising, reusing the `idle` bytes that
+    the denoising needed, and all its frames are held."""
     name = work.model.autoencoder
     working = VAE_WORKSPACE[name] * work.pixels
     if work.clip_frames:
@@ -117,33 +121,34 @@ def vae_bytes(work: Workload, *, idle: float = 0) -> float:
 
 
 def frame_bytes(work: Workload) -> float:
-    """The frames of a hand-over on their way from an autoencoder on another rank; those of a clip are in float32."""
+    """Bytes of the message with the frames of a block or clip from an autoencoder on another rank; frames of a clip are float32."""
     return 3 * work.pixels * work.frames * (4 if work.clip_frames else work.dtype_bytes)
 
 
 def encoder_bytes(work: Workload) -> dict[str, float]:
-    """The encoders of text and speech, which are gone before the transformer's weights come; whatever run.dtype is, the prompt's
-    runs in bfloat16, in which a converted checkpoint has it, and that of speech in float32."""
+    """Bytes of the weights of the text and speech encoders, which are freed before the transformer is loaded.
+
+    For any run.dtype the text encoder runs in bfloat16, its precision in a converted checkpoint, and the speech encoder in float32."""
     text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * 2
     return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS[work.model.speech_encoder] * 4}
 
 
 def video_phases(hardware: HardwareConfig, *, first: Items | None = None, **generation: float) -> Phases:
-    """All items of a rank in both phases of a video, those not given at nothing: encoders first, the video afterwards."""
+    """Bytes of all items of a rank in the phases "encode" (from `first`) and "generate"; items not given are 0."""
     given = {**generation, **(first or {}), "reserve": hardware.reserve_gib * GIB}
     return {phase: {item: given.get(item, 0.0) for item in items} for phase, items in (("encode", ENCODE), ("generate", GENERATE))}
 
 
 def with_more(rank: Phases, **items: float) -> Phases:
-    """The same with so many bytes more of some items of the video."""
+    """The same phases with `items` bytes added in the phase "generate"."""
     return {**rank, "generate": {item: size + items.get(item, 0.0) for item, size in rank["generate"].items()}}
 
 
 def union(rank: Phases) -> dict[str, float]:
-    """Every item of a rank once, as it is in the fullest phase that has it."""
+    """Bytes of every item of a rank; an item of several phases has its value in the largest of these phases."""
     return {item: size for items in sorted(rank.values(), key=lambda items: sum(items.values())) for item, size in items.items()}
 
 
 def peak(rank: Phases) -> float:
-    """What the fullest phase takes."""
+    """Bytes of the largest phase of a rank."""
     return max(sum(items.values()) for items in rank.values())

@@ -1,4 +1,4 @@
-"""Each plan's memory and time for a job on given hardware. A function per plan; none of them runs anything."""
+"""Predicts memory and time of a video under each plan on given hardware, one function per plan. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, Phases
 from sonic.planner.workload import Workload
 
-ZERO_BUCKET = 50_000_000  # numbers that DeepSpeed gathers ahead for each of parallel.prefetch
-MESSAGES = 2  # copies of the stream between two stages: what came, and what has not left yet
-MARGIN = 0.05  # of a device's memory that a pipeline's ranges leave free if they can: predictions are that good
-FASTER = 1.0001  # what a rank for the autoencoder must gain; less is rounding
+ZERO_BUCKET = 50_000_000  # parameters that DeepSpeed gathers ahead per unit of parallel.prefetch
+MESSAGES = 2  # activations buffered between two stages: one received, one not sent yet
+MARGIN = 0.05  # fraction of device memory that layer ranges leave free if possible: the error of predictions
+FASTER = 1.0001  # least speed-up that justifies a rank for the autoencoder; less is rounding error
 CLIPS_WAIT = (
     "it runs videos block by block; a clip with full attention is one forward after the other, "
     "so ranks would wait for each other: use parallel=fsdp with parallel.context=-1"
 )
-SPARE_GIB = 0.2  # that an offloading plan leaves free, so that a small mistake of the prediction does no harm
+SPARE_GIB = 0.2  # left free by an offloading plan, in case the prediction is slightly too low
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to do a job: bytes of each rank by phase and item, bytes of host memory of each, times, frames that come out of a `unit`
-    (a block of a video or a step of a training), and what to tell the command that does it."""
+    """A way to run a job, with its predicted memory and time.
+
+    `ranks` has the bytes of every rank by phase and item, `host` the bytes of host memory per rank, `frames` the frames of one `unit`
+    (a block of a video, or a step of a training), `given_up` what was moved to host memory or disk, `options` the command-line options
+    that select this plan."""
 
     name: str
     parallel: ParallelConfig
@@ -43,31 +46,31 @@ class Plan:
 
     @property
     def fullest(self) -> Phases:
-        """The rank that needs most."""
+        """Phases of the rank with the highest peak."""
         return max(self.ranks, key=m.peak)
 
     @property
     def phase(self) -> str:
-        """When it needs most."""
+        """Name of the largest phase of that rank."""
         return max(self.fullest, key=lambda phase: sum(self.fullest[phase].values()))
 
     @property
     def peak_gib(self) -> list[float]:
-        """Peak of every rank."""
+        """Peak of every rank in GiB."""
         return [m.peak(rank) / GIB for rank in self.ranks]
 
     @property
     def frames_per_second(self) -> float:
-        """Of one video, or of all clips that a training learns from."""
+        """Frames per second of one video, or of all samples of a training step."""
         return self.frames / self.seconds.total
 
     @property
     def uses_host_memory(self) -> bool:
-        """Whether something waits in host memory that a device could hold."""
+        """Whether weights or KV rings are moved to host memory (or to disk) to save device memory."""
         return bool(self.given_up) or self.parallel.cpu_offload
 
     def missing_gib(self, hardware: HardwareConfig) -> float:
-        """What the fullest rank, or host memory, lacks; 0 when the plan fits."""
+        """GiB that the rank with the highest peak, or host memory, lacks; 0 when the plan fits."""
         device = max(self.peak_gib) - hardware.usable_gib
         host = self.host * len(self.ranks) / GIB - hardware.host_gib
         return max(0.0, device, host)
@@ -77,7 +80,7 @@ Maker = Callable[[Workload, HardwareConfig, ParallelConfig], Plan]
 
 
 def single(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """One device holds everything."""
+    """Plan of one device that holds all weights and KV rings."""
     busy = max(m.activation_bytes(work).values())
     rank = _rank(work, hardware, weights=m.model_bytes(work), activations=busy, **_memories(work))
     weights, rings = s.read_seconds(work, hardware)
@@ -86,7 +89,7 @@ def single(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -
 
 
 def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Weights sharded over all ranks; `parallel.context` of them share the tokens of one video."""
+    """Plan with weights sharded over all ranks; groups of `parallel.context` ranks divide the tokens of one video."""
     world, share = hardware.devices, degree(parallel, hardware)
     shards = world // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
@@ -113,7 +116,7 @@ def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> 
 
 
 def context(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Every rank holds the weights and a share of each frame's tokens."""
+    """Plan in which every rank holds all weights and computes a share of each frame's tokens."""
     share = hardware.devices
     busy = max(m.activation_bytes(work, share=share).values())
     loads = {"weights": m.model_bytes(work), "activations": busy}
@@ -130,7 +133,7 @@ def context(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
 
 
 def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """DeepSpeed's sharding: like fsdp by matrices, with its own bucket of prefetched weights."""
+    """Plan with DeepSpeed ZeRO-3: as `fsdp` with units of one matrix, plus DeepSpeed's buffer of prefetched weights."""
     like = replace(parallel, unshard_unit="linear", prefetch=0, replicas=1)
     plan = fsdp(work, hardware, like)
     bucket = ZERO_BUCKET * parallel.prefetch * work.dtype_bytes
@@ -139,14 +142,14 @@ def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) ->
 
 
 def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """One device: weights of most layers wait in host memory; several items share each pass over them."""
+    """Plan of one device with most layers' weights in host memory; `inflight` forwards run through each layer while it is loaded."""
     options = parallel.offload
     together = 1 if work.clip_frames else options.inflight or work.steps
     memories, rings_away = _memories(work), 0.0
     if options.kv == "host":
         rings_away = memories["kv_rings"] + memories["memory_tokens"]
         one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
-        memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # of the item in work and of the next one
+        memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # rings of the current forward and of the next one
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.activation_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
     rank = _rank(work, hardware, weights=m.end_bytes(work) + options.slots * max(layers), activations=busy, **memories)
@@ -173,8 +176,10 @@ def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
 
 
 def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Ranks own ranges of blocks with their KV rings; the first also embeds and encodes, and decodes unless the last is there for
-    that: as parallel.vae_rank says, or else where that fits and is faster."""
+    """Plan in which each rank has a range of blocks and their KV rings; the first rank also has the embeddings and the encoders.
+
+    The first rank also decodes, unless the last rank has the autoencoder. parallel.vae_rank decides which; when it is None, the
+    autoencoder has its own rank if that fits and is faster, or if it is the only way that fits."""
     first, *others = [_pipeline(work, hardware, way) for way in _ways(parallel) if not _stages_fault(way, work, hardware)]
     fitting = [plan for plan in others if not plan.missing_gib(hardware)]
     if not fitting:
@@ -185,19 +190,19 @@ def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig)
 
 
 def pipeline_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
-    """The sentence for a pipeline that cannot be on these devices, in whichever way; empty when it can."""
+    """The reason why these devices cannot run a pipeline, with or without a rank for the autoencoder; "" when they can."""
     faults = [_stages_fault(way, work, hardware) for way in _ways(parallel)]
     return faults[0] if all(faults) else ""
 
 
 def _ways(parallel: ParallelConfig) -> list[ParallelConfig]:
-    """With the autoencoder on the first rank and on one of its own, or as it was asked for."""
+    """Configs with the autoencoder on the first rank and on its own rank, or only the one that parallel.vae_rank selects."""
     ways = (False, True) if parallel.vae_rank is None else (parallel.vae_rank,)
     return [replace(parallel, vae_rank=vae_apart) for vae_apart in ways if parallel.context == 1 or not vae_apart]
 
 
 def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
-    """What is wrong with the stages; empty when nothing is."""
+    """The reason why the pipeline cannot have these stages; "" when it can."""
     share, layers = degree(parallel, hardware), work.model.trunk.num_layers
     stages = hardware.devices // share - bool(parallel.vae_rank)
     if parallel.layers and (len(parallel.layers) != stages or sum(parallel.layers) != layers):
@@ -210,7 +215,7 @@ def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareCo
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """A pipeline with or without a rank for the autoencoder, which counts as one whose range is empty."""
+    """Plan of a pipeline; a rank for the autoencoder is a last rank with an empty range of layers."""
     share, vae_apart = degree(parallel, hardware), bool(parallel.vae_rank)
     stages, layers = hardware.devices // share - vae_apart, work.model.trunk.num_layers
     times = [each / share for each in s.layer_seconds(work, hardware)]
@@ -226,7 +231,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
         vae=max(0.0, (0.0 if vae_apart else _over(times, ranges[0])) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
-    if work.clip_frames:  # there is one stage, and a clip is decoded when its denoising is over
+    if work.clip_frames:  # there is one stage, and a clip is decoded only after its denoising
         seconds = replace(seconds, vae=vae)
     name = f"pipeline{'+context' if share > 1 else ''}{'+vae_rank' if vae_apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
@@ -247,7 +252,7 @@ PLANS: Mapping[str, Maker] = {
 
 
 def degree(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
-    """Ranks that share the tokens of one video."""
+    """Number of ranks that divide the tokens of one video."""
     return hardware.devices // max(1, parallel.replicas) if parallel.context == -1 else parallel.context
 
 
@@ -257,19 +262,19 @@ def _memories(work: Workload, share: int = 1) -> dict[str, float]:
 
 
 def _rank(work: Workload, hardware: HardwareConfig, *, activations: float, **generation: float) -> Phases:
-    """A rank that also encodes and decodes."""
+    """Phases of a rank that also has the encoders and the autoencoder."""
     vae = m.vae_bytes(work, idle=activations)
     return m.video_phases(hardware, first=m.encoder_bytes(work), vae=vae, activations=activations, **generation)
 
 
 def _ranks(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float], *, count: int, leaders: int) -> tuple[Phases, ...]:
-    """Equal ranks, of which the first of every group also encodes and decodes."""
+    """Phases of `count` ranks in `leaders` equal groups; the first rank of each group also has the encoders and the autoencoder."""
     leader, follower = _rank(work, hardware, **generation), m.video_phases(hardware, **generation)
     return tuple(leader if rank % (count // leaders) == 0 else follower for rank in range(count))
 
 
 class Split(NamedTuple):
-    """How many stages a pipeline has, how many ranks share the tokens in each, and whether the autoencoder is elsewhere."""
+    """Number of stages of a pipeline, ranks that divide the tokens in each stage, and whether the autoencoder has its own rank."""
 
     stages: int
     share: int = 1
@@ -277,7 +282,7 @@ class Split(NamedTuple):
 
 
 def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: int, split: Split) -> Phases:
-    """One stage of a pipeline."""
+    """Phases of a rank in one stage of a pipeline."""
     first, share = stage == 0, split.share
     busy = m.activation_bytes(work, share=share)
     phases = [busy[name] for name in ("attention", "mlp", *(("ends",) if first else ()))]
@@ -294,7 +299,9 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: in
 
 
 def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[float], *, split: Split) -> list[range]:
-    """Ranges that are as fast as can be within the memory there is; of those faster than the video is shown, the leanest."""
+    """The layer ranges with the least time of the slowest stage that fit in memory.
+
+    Among ranges that generate faster than the video is displayed (or as fast as the best), the one with the lowest peak is taken."""
     layers, stages = len(times), split.stages
     memories = (m.ring_bytes(work) + m.memory_bytes(work)) / split.share
     sizes = [m.layer_bytes(work, range(layer, layer + 1)) + memories for layer in range(layers)]
@@ -324,7 +331,7 @@ def _over(values: Sequence[float], layers: range) -> float:
 
 
 def _seconds(work: Workload, hardware: HardwareConfig, **parts: float) -> s.Seconds:
-    """Times of a plan whose ranks work on one hand-over together."""
+    """Times of a plan in which all ranks work on the same hand-over."""
     vae = s.vae_seconds(work, hardware)
     found = s.Seconds(vae=vae, **parts)
     return replace(found, first=s.before_seconds(work, hardware) + found.total)

@@ -1,6 +1,6 @@
-"""Says before anything is started what fits, how fast it can be and why; finds the smallest changes when nothing fits.
+"""Ranks the plans for a job by prediction, and finds the smallest changes that make it fit when no plan does.
 
-Standard library only, so that it answers at once on any laptop.
+Standard library only, so that it runs without torch and without delay.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
 from sonic.planner.workload import ASSUMED_SIZE, Training, Work, Workload, workload
 
-SIDE, SMALLEST_SIDE = 64, 128  # published sizes are multiples of the first
+SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
 
-Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that say it, the job with it
-Tracked = Sequence[Mapping[str, float]]  # GiB of every rank by phase, of a plan that ran on fake tensors
+Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that make this change, the changed job
+Tracked = Sequence[Mapping[str, float]]  # GiB of every rank by phase, measured in a run on fake tensors
 
 
 class JobKind(NamedTuple):
-    """What is particular to videos, or to trainings: their plans, the settings worth a try, and what can be made smaller."""
+    """The functions that differ between videos and trainings: how to plan, which configs to try, which changes reduce memory."""
 
     plan: Callable[[Work, HardwareConfig, ParallelConfig], Plan]
     candidates: Callable[..., Iterator[ParallelConfig]]
-    instead: Callable[[ParallelConfig, ParallelConfig], tuple[str, ...]]  # options that say the first where the second was asked for
+    instead: Callable[[ParallelConfig, ParallelConfig], tuple[str, ...]]  # options that select the first config instead of the second
     changes: tuple[Callable[[Work], Changed], ...]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What would make the job fit: a sentence, the options that say it, and the plan that then fits."""
+    """A change that makes the job fit: a sentence, the options that make it, and the plan that then fits."""
 
     sentence: str
     options: tuple[str, ...]
@@ -45,7 +45,7 @@ class Change:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The answer: all plans, the best one first; when it does not fit, the changes that would help."""
+    """Result of a search: all plans, the best one first, and, when none fits, the changes that make the job fit."""
 
     work: Work
     hardware: HardwareConfig
@@ -55,41 +55,42 @@ class PlanResult:
 
     @property
     def chosen(self) -> Plan:
-        """The fastest that fits, or the one that lacks least."""
+        """The best plan: the fastest that fits, or the one that lacks the least memory."""
         return self.plans[0]
 
     @property
     def fits(self) -> bool:
-        """Whether there is a plan to run."""
+        """Whether the best plan fits."""
         return self.chosen.missing_gib(self.hardware) == 0
 
 
 def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
-    """Plans for a video; with idle=False none of those that are taken `by_name` only, as for ranks that are there already.
+    """Ranked plans for a video. idle=False leaves out plans that are used only when named (`by_name`), for ranks that already run.
 
-    Raises ValueError when the plan asked for by name makes no sense on this hardware.
+    Raises ValueError when the plan named in the config cannot run on this hardware.
     """
     work = workload(config)
     return replace(search(work, config.hardware, config.parallel, idle=idle), notes=tuple(_notes(config, work)))
 
 
 def search(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
-    """Plans for a video or a training, as `search_plans`; without notes."""
+    """Ranked plans for a video or a training, without notes; `idle` as in `search_plans`."""
     found = PlanResult(work, hardware, _plans(work, hardware, asked, idle=idle))
     return found if found.fits else replace(found, changes=tuple(_changes(found, asked, idle=idle)))
 
 
 def _plans(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
-    """A plan for each of the candidates, the best one first."""
+    """The plans of all candidate configs, the best one first."""
     kind = KINDS[type(work)]
     return ranked([kind.plan(work, hardware, each) for each in kind.candidates(asked, work, hardware, idle=idle)], hardware, work.display_s)
 
 
 def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0.0) -> tuple[Plan, ...]:
-    """Those that fit first, those before that need not be taken `by_name`, then the fastest, those last that lean on host memory; of
-    equally fast plans of a video the leanest on the device, of a training those that share fewest tokens.
+    """Plans sorted from best to worst.
 
-    Times within EQUAL of the fastest count as equal, and so do all that are faster than the video is shown.
+    The sort keys in order: lacks less memory, needs not be named (`by_name`), faster, uses no host memory, and last, for a video, the
+    lower peak on the device or, for a training, fewer ranks that share tokens. Times within a factor EQUAL of the fastest count as
+    equal, and so do all times shorter than the video is displayed for.
     """
     needed = {id(plan): max(plan.seconds.total, display_s) for plan in plans}
     fitting = [needed[id(plan)] for plan in plans if not plan.missing_gib(hardware)]
@@ -144,8 +145,8 @@ KINDS: Mapping[type[Work], JobKind] = {
 
 
 def as_json(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "") -> dict:
-    """The answer for programs; `tracked` is what the chosen plan took on fake tensors, `untracked` why that is not known although it
-    was asked for."""
+    """The result as JSON values; `tracked` is the memory of the chosen plan measured on fake tensors, `untracked` the reason why the
+    requested measurement is missing."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
     if tracked is not None:
         fullest = max(tracked, key=lambda rank: max(rank.values()))
@@ -167,7 +168,7 @@ def as_json(found: PlanResult, tracked: Tracked | None = None, *, untracked: str
 
 
 def plan_json(plan: Plan, hardware: HardwareConfig) -> dict:
-    """A plan for programs; items and phases are those of the fullest rank, and "block" is a step of a training."""
+    """A plan as JSON values; items and phases are those of the rank with the highest peak, and "block" is a step of a training."""
     total = round(plan.seconds.total, 4)
     return {
         "plan": plan.name,
@@ -189,7 +190,7 @@ def plan_json(plan: Plan, hardware: HardwareConfig) -> dict:
 
 
 def reason(plan: Plan, hardware: HardwareConfig) -> str:
-    """Why a plan fits or not, and what it is bound by."""
+    """A sentence that says why a plan fits or not, and whether arithmetic or copying limits its speed."""
     device, host = max(plan.peak_gib), plan.host * len(plan.ranks) / GIB
     if device > hardware.usable_gib:
         items = {name: size for name, size in plan.fullest[plan.phase].items() if name != "reserve"}
@@ -207,7 +208,7 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
 
 
 def _notes(config: PlanConfig, work: Workload) -> Iterator[str]:
-    """What the plan took for granted."""
+    """Sentences on the assumptions of the plans."""
     if not config.model.resolution and config.video.size == PHOTO_SIZE:
         yield f"video.size=photo: the photograph is not known here, so {ASSUMED_SIZE} is planned; video.size=WIDTHxHEIGHT plans another"
     if work.clip_frames:

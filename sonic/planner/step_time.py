@@ -1,6 +1,7 @@
-"""The least time that a plan can take: operations and bytes of a hand-over (a block of a stream, or a clip) over the machine's rates.
+"""Lower bounds of the time of a plan: operations and bytes divided by the rates of the hardware.
 
-Copying hides behind computing as far as it can; what is left is the largest of the sums.
+A time is that of a hand-over, the frames that are delivered together: a block of a stream, or a clip. Copying is assumed to overlap
+with computing completely, so the larger of the two sums counts.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from sonic.planner.workload import Workload
 
 GIGA, TERA = 1e9, 1e12
 VAE_FLOPS = 8.47e6  # operations per pixel and frame that the Wan decoder takes (2.29e12 for a frame of 704x384)
-VAE_EFFICIENCY = 0.35  # share of the paper rate that its convolutions reach
+VAE_EFFICIENCY = 0.35  # fraction of the nominal TFLOPS that its convolutions reach
 VAE_SHARE = {"wan": 1.0, "warp": 0.002}
-PAST_FRAMES, WARM_FRAMES = 73, 25  # encoded and decoded once, before the first block
-TEXT_FLOPS = 2 * 5.7e9 * 512  # of the prompt's encoder
+PAST_FRAMES, WARM_FRAMES = 73, 25  # frames that are encoded, and decoded, once before the first block
+TEXT_FLOPS = 2 * 5.7e9 * 512  # operations of the text encoder for a prompt
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Parts of the time of a hand-over on the busiest rank; `first` is the time until the first of it is seen."""
+    """Seconds of a hand-over on the busiest rank, by part; `first` is the delay until the first hand-over is ready."""
 
     compute: float
     weights: float = 0.0
@@ -32,27 +33,27 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Computing, or what moves if that takes longer; then the autoencoder."""
+        """Seconds of a hand-over: computing or copying, whichever is longer, and then the autoencoder."""
         return max(self.compute, self.weights + self.activations) + self.vae
 
 
 def rate(hardware: HardwareConfig) -> float:
-    """Operations a second that a transformer reaches."""
+    """Operations per second that a transformer reaches."""
     return hardware.tflops * TERA * hardware.efficiency
 
 
 def forwards(work: Workload) -> int:
-    """Forwards in a hand-over."""
+    """Number of forwards of the model in a hand-over."""
     return work.steps * work.passes
 
 
 def compute_seconds(work: Workload, hardware: HardwareConfig) -> float:
-    """All forwards of a hand-over on one device."""
+    """Seconds of computing of all forwards of a hand-over on one device."""
     return forwards(work) * work.forward_flops / rate(hardware)
 
 
 def layer_seconds(work: Workload, hardware: HardwareConfig) -> list[float]:
-    """The same, layer by layer, without what lies outside the blocks."""
+    """Seconds of computing of a hand-over in each layer, without the parts outside the blocks."""
     keys = work.memory + (work.window or work.query_tokens)
     injector = injector_multiply_adds(work.model, work.latent_frames, work.grid)
     plain = layer_multiply_adds(work.model, work.tokens, keys=keys)
@@ -62,30 +63,30 @@ def layer_seconds(work: Workload, hardware: HardwareConfig) -> list[float]:
 
 
 def vae_seconds(work: Workload, hardware: HardwareConfig, frames: int | None = None) -> float:
-    """Decoding a hand-over, or so many frames."""
+    """Seconds to decode `frames` frames; by default those of a hand-over."""
     operations = VAE_SHARE[work.model.autoencoder] * VAE_FLOPS * work.pixels * (work.frames if frames is None else frames)
     return operations / (hardware.tflops * TERA * VAE_EFFICIENCY)
 
 
 def read_seconds(work: Workload, hardware: HardwareConfig, *, share: float = 1.0) -> tuple[float, float]:
-    """Reading the weights and the rings from device memory, once per forward; `share` of them lie on this device."""
-    rings = work.model.trunk.num_layers * ring_bytes(work)  # all steps' rings together are read once per hand-over
+    """Seconds to read (the weights in every forward, all KV rings once) from device memory; `share` is the fraction on this device."""
+    rings = work.model.trunk.num_layers * ring_bytes(work)  # each ring is read in its own step: once per hand-over
     once = forwards(work) * model_bytes(work)
     return (share * size / (hardware.memory_gbps * GIGA) for size in (once, rings))
 
 
 def link_seconds(size: float, hardware: HardwareConfig) -> float:
-    """Moving bytes to another device."""
+    """Seconds to send `size` bytes to another device."""
     return size / (hardware.link_gbps * GIGA)
 
 
 def host_seconds(size: float, hardware: HardwareConfig) -> float:
-    """Moving bytes from host memory."""
+    """Seconds to copy `size` bytes from host memory."""
     return size / (hardware.host_gbps * GIGA)
 
 
 def exchange_seconds(work: Workload, hardware: HardwareConfig, ranks: int) -> float:
-    """Ulysses: queries, keys, values and what was heard change hands in every layer."""
+    """Seconds of the Ulysses all-to-all exchanges: queries, keys, values and attention outputs in every layer."""
     if ranks == 1:
         return 0.0
     each = 4 * work.activation_bytes / ranks * (ranks - 1) / ranks
@@ -93,7 +94,7 @@ def exchange_seconds(work: Workload, hardware: HardwareConfig, ranks: int) -> fl
 
 
 def before_seconds(work: Workload, hardware: HardwareConfig) -> float:
-    """Encoding the prompt and the past, prefilling the memory, warming the decoder up."""
+    """Seconds before the first block: encode prompt and motion frames, prefill the KV caches, warm up the decoder."""
     published = VAE_SHARE[work.model.autoencoder]
     text = published * TEXT_FLOPS / rate(hardware)
     prefill = work.passes * 2 * work.model.trunk.num_layers * layer_multiply_adds(work.model, work.memory, keys=work.memory)

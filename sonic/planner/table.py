@@ -1,4 +1,4 @@
-"""The planner's answer for people: a table of plans, the items of the chosen one, and what would help when nothing fits."""
+"""Prints the planner's result: a table of plans, the items of the chosen one, and changes that help when none fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sonic.system.program import written
 
 
 class Column(NamedTuple):
-    """A rank of a video, or a phase of a training: bytes by item and in all, and what was tracked, in GiB."""
+    """A column of the table, a rank of a video or a phase of a training: bytes by item, and the predicted and tracked peaks in GiB."""
 
     items: Mapping[str, float]
     predicted: float
@@ -25,8 +25,8 @@ class Column(NamedTuple):
 
 
 def show(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "", console: Console | None = None) -> None:
-    """Print the answer; `tracked` is what the chosen plan took on fake tensors, `untracked` why that is not known although it was asked
-    for."""
+    """Print the result; `tracked` is the memory of the chosen plan measured on fake tensors, `untracked` the reason why the requested
+    measurement is missing."""
     console, hardware, plan = console or Console(width=None if Console().is_terminal else 150), found.hardware, found.chosen
     console.print(f"{_job(found.work)} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
     for note in found.notes:
@@ -48,7 +48,7 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = 
 
 
 def _job(work: Work) -> str:
-    """What is planned."""
+    """The planned job in a few words."""
     of = f"{work.model.name}, {work.width}x{work.height}"
     if isinstance(work, Workload):
         return f"{of}, {work.tokens} tokens, {work.steps} steps"
@@ -67,7 +67,7 @@ def _plans(found: PlanResult) -> Table:
 
 
 def _items(plan: Plan, tracked: Tracked | None) -> Table:
-    """The ranks of a video, or the phases of a training, whose ranks are alike, item by item."""
+    """The table of items by rank for a video, and by phase for a training, whose ranks are equal."""
     columns = _phases(plan, tracked) if plan.unit == "step" else _ranks(plan, tracked)
     table = Table("GiB", *columns, title=f"{plan.name}, {'phase by phase' if plan.unit == 'step' else 'rank by rank'}")
     for item in next(iter(columns.values())).items:
@@ -93,7 +93,7 @@ def _phases(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
 
 
 def _ranks(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
-    """Ranks that differ, by a heading such as "rank 0" or "ranks 1-3"."""
+    """One column for each group of equal consecutive ranks, by a heading such as "rank 0" or "ranks 1-3"."""
     groups: list[list[int]] = []
     for rank, phases in enumerate(plan.ranks):
         if groups and plan.ranks[groups[-1][0]] == phases:

@@ -1,4 +1,4 @@
-"""Runs a plan on fake tensors and fake ranks and tracks what it takes: the planner's prediction against the program itself."""
+"""Measures the memory of a plan for a video by running the real model on fake tensors and fake ranks, to check the prediction."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from sonic.types import Conditions
 from sonic.vae.wan_vae import WanAutoencoder
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
-FEW_LAYERS = 5  # that stand for all: two audio injectors are behind them
-WARM_LATENTS = 7  # decoded before the first block
+FEW_LAYERS = 5  # layers that run; the published models have two audio injectors among them
+WARM_LATENTS = 7  # latent frames decoded before the first block
 
 
 class Footprint(NamedTuple):
-    """Bytes that stay while a part of the job runs, and the most it takes."""
+    """Memory of a part of a job in bytes: `stays` before it runs, `peak` while it runs."""
 
     stays: float
     peak: float
 
 
 def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[dict[str, float]] | None:
-    """GiB of every rank of a plan by phase; None for one that cannot be tracked."""
+    """GiB of every rank of a plan by phase; None for a plan that cannot be tracked."""
     if untracked(hardware, plan):
         return None
     with fake(work):
@@ -63,7 +63,7 @@ def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[dict[str
 
 
 def untracked(hardware: HardwareConfig, plan: Plan) -> str:
-    """The sentence for a plan that cannot be tracked; empty for others."""
+    """The reason why a plan cannot be tracked; "" when it can."""
     if plan.parallel.name == "zero3":
         return "zero3 is predicted only, because DeepSpeed does not run on fake ranks"
     return f"{plan.name} is predicted only: ranks share tokens, which fake ranks do not" if degree(plan.parallel, hardware) > 1 else ""
@@ -71,14 +71,14 @@ def untracked(hardware: HardwareConfig, plan: Plan) -> str:
 
 @contextmanager
 def fake(work: Workload) -> Iterator[None]:
-    """Tensors without memory, made in the job's precision; no gradients."""
+    """Context in which new tensors are fake, have the job's precision, and record no gradients."""
     with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
         yield
 
 
 @contextmanager
 def _made_in(dtype: torch.dtype) -> Iterator[None]:
-    """What is made has this precision: modules of fake tensors cannot change theirs."""
+    """Context in which new tensors have this dtype by default; modules of fake tensors cannot be converted later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -88,7 +88,7 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 class HandOver(nn.Module):
-    """One hand-over from the model's conditions on, or the same one some `times`: what a rank runs."""
+    """Runs prefill and one forward of a block, or the forward of a clip; the forward is repeated `times` times."""
 
     def __init__(self, model: AvatarDiT, work: Workload, times: int = 1, *, execution: Execution = LOCAL):
         super().__init__()
@@ -110,12 +110,12 @@ def _single(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footpr
 
 
 def _of_all_layers(work: Workload, measure: Callable[[Workload], Footprint]) -> Footprint:
-    """What all layers take, from runs with few of them."""
+    """Memory of a part with all its layers, extrapolated from runs with few layers."""
     return Footprint(**of_all_layers(work.model, lambda model: measure(replace(work, model=model))._asdict()))
 
 
 def _whole(work: Workload) -> Footprint:
-    """A model with both ends."""
+    """Memory of a complete transformer, with embeddings and head."""
     model = AvatarDiT(work.model)
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     caches = [_cache(model, work, like=model.head.modulation) for _ in range(work.passes)]
@@ -125,7 +125,7 @@ def _whole(work: Workload) -> Footprint:
 
 
 def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """The first stage as a whole model of its blocks; the others from the tokens on, runs that are alike only once."""
+    """Memory of every stage: the first is a complete model with fewer blocks, the others are blocks alone. Equal stages run once."""
     incoming = MESSAGES * work.activation_bytes * (len(plan.parallel.layers) > 1)
     parts = [work.with_layers(layers) for layers in plan.ranges]
     known: dict[tuple[int, int], Footprint] = {}
@@ -140,7 +140,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
     for layers, part in zip(plan.ranges[1:], parts[1:], strict=True):
         stages.append(_of_all_layers(part, middle) if layers else Footprint(0, work.activation_bytes))
     found = [Footprint(stage.stays + incoming, stage.peak + incoming) for stage in stages]
-    if plan.parallel.vae_rank:  # the last rank has no layers; its messages are frames, which the first one takes
+    if plan.parallel.vae_rank:  # the last rank has no layers; it sends frames to the first rank
         frames = frame_bytes(work)
         first, *others = found[:-1]
         return [Footprint(first.stays + frames, first.peak + frames), *others, Footprint(MESSAGES * frames, MESSAGES * frames)]
@@ -148,7 +148,7 @@ def _pipeline(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Foot
 
 
 def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """Two layers at work, with all else that is on the device at the same time: weights, rings, and the items that wait."""
+    """Memory of two running layers and of everything else on the device: resident weights, KV rings, activations of waiting forwards."""
     options, part = plan.parallel.offload, work.with_layers(range(2))
     model, whole = AvatarDiT(part.model), AvatarDiT(work.model)
     like, inject = model.head.modulation, work.model.audio.inject_layers
@@ -163,7 +163,7 @@ def _offload(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footp
     if work.clip_frames:
         latents, timestep, conditions = _inputs(part, like=like)
         return [_tracked(model, [weights, *waiting], lambda: model(latents, timestep, conditions))]
-    if options.kv == "host":  # the rings of one layer for the item in work, and for the next
+    if options.kv == "host":  # rings of one layer for the current forward and for the next
         cache = _cache(AvatarDiT(work.with_layers(range(1)).model), work, like=like, steps=2)
     else:
         cache = _cache(whole, work, like=like)
@@ -176,9 +176,9 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprint]:
-    """One rank of a fake group; the others are its equals. Weights are gathered ahead from the second block on.
+    """Memory of one rank of a fake group; all ranks are equal. Two forwards run, because prefetching starts with the second.
 
-    Layers take their turns, so a few of them run beside the slices and rings that the others keep.
+    Layers run one after the other, so only a few are run; buffers stand for the weight shards and KV rings of the others.
     """
     few = range(min(FEW_LAYERS, work.model.trunk.num_layers))
     part, dtype = work.with_layers(few), DTYPES[work.dtype_bytes]
@@ -196,7 +196,7 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
         shard(model, world, plan.parallel)
         waiting = _bytes_of([slices, *_local_parts(model)]) if plan.parallel.cpu_offload else 0  # in host memory
         hand_over = HandOver(model, part, times=2, execution=prefetch_in_order(model, world, plan.parallel))
-        fully_shard(hand_over, mesh=world.rollout_mesh)  # holds nothing itself; the tracker wants a root of this kind
+        fully_shard(hand_over, mesh=world.rollout_mesh)  # has no parameters of its own; FSDPMemTracker requires an FSDP root
         tracker = FSDPMemTracker(hand_over)
         tracker.track_inputs((latents, timestep, *_tensors(conditions), *held, *_held(cache)))
         with tracker:
@@ -206,13 +206,13 @@ def _fsdp(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[Footprin
 
 
 def _slices(parameters: Sequence[nn.Parameter], world: World) -> int:
-    """Numbers that one rank keeps of parameters that are cut along their first axis."""
+    """Number of elements that one rank stores of parameters that are sharded along their first axis."""
     ranks = world.rollout_mesh.size()
     return sum(-(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0]) for parameter in parameters)
 
 
 def _local_parts(model: nn.Module) -> list[Tensor]:
-    """What one rank keeps of a model's parameters that are cut."""
+    """This rank's shards of a model's sharded parameters."""
     return [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]
 
 
@@ -226,7 +226,7 @@ TRACKERS: dict[str, Callable[[Workload, HardwareConfig, Plan], list[Footprint]]]
 
 @contextmanager
 def fake_world(plan: Plan, ranks: int) -> Iterator[World]:
-    """Ranks that exist only on paper; this process is the first of them."""
+    """Context with a fake process group of `ranks` ranks, of which this process is rank 0. Yields its World."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with unset_fake_temporarily():
@@ -237,7 +237,7 @@ def fake_world(plan: Plan, ranks: int) -> Iterator[World]:
 
 
 def _blocks(work: Workload) -> Footprint:
-    """Blocks without the ends, from tokens to tokens."""
+    """Memory of blocks alone, without embeddings and head."""
     model = AvatarDiT(work.model)
     cache = _cache(model, work, like=model.head.modulation)
     run = _through_blocks(model, work, cache=cache, layer_of=lambda layer: layer)
@@ -246,7 +246,7 @@ def _blocks(work: Workload) -> Footprint:
 
 
 def _through_blocks(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_of: Callable[[int], int]) -> Callable[[], object]:
-    """A function that sends the tokens of a block through the model's blocks; `layer_of` says whose rings a layer uses."""
+    """A function that runs the model's blocks on the tokens of one block; layer i uses the KV rings of layer `layer_of(i)`."""
     latents, timestep, conditions = _inputs(work, like=model.head.modulation)
     inputs = model.prepare_block(conditions, _span(work))
     trunk_inputs, _ = model.embed_block(latents, timestep, inputs, sequence=LOCAL.sequence)
@@ -258,7 +258,7 @@ def _through_blocks(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_o
 
 
 def _vae(work: Workload) -> Footprint:
-    """The autoencoder: it decodes a block of a stream with its memory full, or a clip with its past in front, in float32."""
+    """Memory of the autoencoder: it decodes a block of a stream with a full cache, or a clip and its motion frames in float32."""
     if work.model.autoencoder != "wan":
         return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.dtype_bytes, vae_bytes(work))
     with _made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
@@ -273,7 +273,7 @@ def _vae(work: Workload) -> Footprint:
 
 
 def _combined_peak(work: Workload, transformer: Footprint, vae: Footprint) -> float:
-    """A stream is decoded while later blocks are denoised, a clip when its denoising is over."""
+    """Peak bytes of transformer and autoencoder: a stream is decoded while later blocks are denoised, a clip after its denoising."""
     if work.clip_frames:
         return max(transformer.peak + vae.stays, transformer.stays + vae.peak)
     return transformer.peak + vae.peak
@@ -284,7 +284,7 @@ def _span(work: Workload) -> BlockSpan:
 
 
 def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions]:
-    """What a hand-over starts from: latents, timestep, conditions."""
+    """Inputs of a forward: latents, timestep, conditions."""
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     channels, model = work.model.trunk.latent_channels, work.model
     conditions = Conditions(
@@ -297,20 +297,20 @@ def _inputs(work: Workload, *, like: Tensor) -> tuple[Tensor, Tensor, Conditions
 
 
 def _cache(model: AvatarDiT, work: Workload, *, like: Tensor, steps: int | None = None) -> KVCache | None:
-    """The rings of a stream; None for clips."""
+    """The KV cache of a stream; None for clips."""
     if work.clip_frames:
         return None
     return model.cache_of((1, *work.grid), steps=steps or work.steps, motion=work.motion, like=like)
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Of their storages: rings that share a memory share a buffer."""
+    """Bytes of the tensors' storages; a storage that several tensors share counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _held(*caches: KVCache | None) -> list[Tensor]:
-    """Every buffer of some caches."""
+    """Every buffer of these KV caches."""
     rings = [buffers for cache in caches if cache for ring in cache.rings for buffers in (ring.keys, ring.values)]
     return [buffer for buffers in (*rings, *(cache.ref_keys for cache in caches if cache)) for buffer in buffers.values()]
 
@@ -320,7 +320,7 @@ def _tensors(conditions: Conditions) -> list[Tensor]:
 
 
 class Job(nn.Module):
-    """A function and the module whose weights it uses, so that a tracker sees one root."""
+    """A function with the module whose weights it uses, as one root module for the tracker."""
 
     def __init__(self, module: nn.Module, run: Callable[[], object]):
         super().__init__()
@@ -331,7 +331,7 @@ class Job(nn.Module):
 
 
 def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
-    """What a module, the tensors that stay and a run of it take."""
+    """Memory of a module, of the tensors `stays`, and of a call of `run`."""
     tracker, job = Ledger(), Job(module, run)
     tracker.track_external(job, *stays)
     with tracker:

@@ -1,4 +1,4 @@
-"""How many bytes a rank needs in each moment of a training step, item by item, under FSDP2. Counted as this code runs."""
+"""Predicts the bytes that a rank needs in each phase of a training step under FSDP2, item by item. It models this implementation."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner.memory import GIB
 from sonic.planner.workload import Training, learnt, parts
 
-PERSISTENT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # from step to step
+PERSISTENT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # kept between steps
 TRANSIENT = ("gradients", "gathered", "reduced", "kv_ring", "layer_inputs", "activations")
-ABSENT = ("vae", "text_encoder", "speech_encoder")  # latents, rows of text and speech features are made before the training
+ABSENT = ("vae", "text_encoder", "speech_encoder")  # latents, text embeddings and speech features are computed before the training
 ITEMS = (*PERSISTENT, *TRANSIENT, *ABSENT, "reserve")
-MASTER, ADAM_MOMENTS = 4, 8  # bytes of what learns, in float32, and of AdamW's two averages of its gradient
+MASTER, ADAM_MOMENTS = 4, 8  # bytes per trainable parameter: float32 weight, AdamW's two moments
 
-# what is alive while a layer is made again and gone back through: tokens in the computing precision and in float32 (norms), of
-# these the denoised ones alone in float32, and hidden layers of the MLP
+# Tensors alive while a layer is recomputed and backpropagated, as copies of: all tokens in the computing precision, all tokens in
+# float32 (norms), the denoised tokens in float32, and the MLP's hidden layer. By what is trained in a block.
 GRAPH = {"adapters": (17, 5, 2, 2), "weights": (15, 7, 2, 3), "elsewhere": (10, 5, 2, 2)}
-LEFT = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}  # of a graph, by a layer; copies, by an injector
-FORWARD = (4, 1, 0.5, 3)  # the same in a forward that remembers nothing
+LEFT = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}  # kept without recompute: graph share; injector copies
+FORWARD = (4, 1, 0.5, 3)  # the copies of GRAPH in a forward without gradients
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one rank's share. `units` are gathered one after the other, the root stays; numbers of learning weights by unit."""
+    """Sizes of the transformer's weights under FSDP.
+
+    `frozen` is the bytes of this rank's shards, `learning` the trainable parameters per role on this rank, `root` and `units` the
+    gathered bytes of the root (always gathered) and of the units in order of use, `learnt` the trainable parameters of each unit."""
 
     frozen: float
     learning: float
@@ -35,12 +38,12 @@ class Sizes:
     ranks: int
 
     def numbers(self, roles: int = 1) -> float:
-        """Numbers that so many roles learn, on this rank."""
+        """Number of trainable parameters of `roles` roles on this rank."""
         return roles * self.learning
 
 
 def sizes(work: Training, ranks: int) -> Sizes:
-    """What the transformer's weights take."""
+    """The sizes of the transformer's weights when `ranks` ranks shard them."""
     learning, whole = learnt(work), {}
     for part in parts(work.model):
         whole[part.unit] = whole.get(part.unit, 0) + part.numbers
@@ -53,7 +56,9 @@ def sizes(work: Training, ranks: int) -> Sizes:
 
 
 def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
-    """Items of a rank in each moment of a step after the first; cpu_offload keeps what learns and what is frozen on the host."""
+    """Bytes of a rank by phase and item, in any step after the first.
+
+    With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory."""
     ranks, share = hardware.devices, max(1, parallel.context)
     size = sizes(work, ranks)
     kept = {
@@ -68,20 +73,20 @@ def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -
         if parallel.cpu_offload:
             largest = max(unit for _, unit in size.units)
             items |= dict.fromkeys((*PERSISTENT, "gradients"), 0.0)
-            items["gathered"] += 2 * largest / ranks  # the shards of a unit and of the next one on their way
+            items["gathered"] += 2 * largest / ranks  # shards of a unit and of the next one, copied from host memory
             items |= dict.fromkeys(TRANSIENT, 0.0) if name == "update" else {}
         found[name] = items
     return found
 
 
 def host_bytes(work: Training, ranks: int) -> float:
-    """What cpu_offload keeps on the host for a rank: weights, gradients, optimizer states, the average."""
+    """Bytes per rank in host memory under cpu_offload: weights, gradients, optimizer states, averaged weights."""
     size = sizes(work, ranks)
     return size.frozen + size.numbers(work.learners) * (MASTER + ADAM_MOMENTS) + size.numbers() * (2 * MASTER)
 
 
 def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """The student's rollout over one ring; the critic on a clip; teacher and critic on it, then the student block by block."""
+    """Phases of a DMD step: rollout of the student with one KV ring, critic on the clip, teacher and critic on it, student by blocks."""
     clip, block = _tokens(work, work.clip) / share, _tokens(work, work.block) / share
     ring = work.model.trunk.num_layers * _ring(work) / share
     gradients = MASTER * size.numbers()
@@ -99,7 +104,7 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
 
 
 def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """A clip's gradient."""
+    """Phases of a flow-matching step: forward and backward of a clip, and the update."""
     clip = _tokens(work, work.clip) / share
     graph = _graph(work, clip, query_share=work.query_tokens / work.clip)
     rest = {"gradients": MASTER * size.numbers(), "layer_inputs": _remembered(work, clip, graph)}
@@ -116,12 +121,12 @@ def _tokens(work: Training, count: float) -> float:
 
 
 def _ring(work: Training) -> float:
-    """One layer's keys and values in a ring, the reference's keys once more unrotated, the prompt's."""
+    """Bytes of one layer's KV cache: the ring, the reference's keys before rotary embedding, and the prompt's keys and values."""
     return _tokens(work, 2 * work.ring + prod(work.grid) + 2 * work.model.text.text_len)
 
 
 def _remembered(work: Training, tokens: float, graph: float) -> float:
-    """What layers leave for a gradient: their inputs (of blocks and of injectors), or most of their graphs."""
+    """Bytes that layers keep for the backward pass: with recompute the inputs of blocks and injectors, else most of their graphs."""
     layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
     if work.job.recompute:
         return (layers + injectors) * tokens
@@ -130,26 +135,26 @@ def _remembered(work: Training, tokens: float, graph: float) -> float:
 
 
 def _kind(work: Training) -> str:
-    """What a block's graph remembers depends on what learns in it."""
+    """The key of GRAPH: what is trained inside the blocks."""
     if work.job.learn.rank:
         return "adapters"
     return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
 
 
 def _graph(work: Training, tokens: float, *, query_share: float) -> float:
-    """Bytes of a block's graph over `tokens` bytes of tokens, of which `query_share` are denoised."""
+    """Bytes of a block's autograd graph for `tokens` bytes of tokens, of which the fraction `query_share` is denoised."""
     return _live(work, GRAPH[_kind(work)], tokens, query_share=query_share)
 
 
 def _live(work: Training, copies: tuple[float, ...], tokens: float, *, query_share: float) -> float:
-    """Bytes of so many copies of `tokens` bytes of tokens."""
+    """Bytes of the tensors that `copies` (an entry of GRAPH, or FORWARD) counts, for `tokens` bytes of tokens."""
     same, wide, wide_noisy, hidden = copies
     trunk = work.model.trunk
     return tokens * (same + 4 / work.dtype_bytes * (wide + query_share * wide_noisy) + hidden * trunk.ffn_dim / trunk.hidden_dim)
 
 
 def _met(work: Training, gathered: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """Units in the order in which a clip meets them."""
+    """(name, gathered bytes) of units in the order in which the forward of a clip uses them."""
     inject = work.model.audio.inject_layers
     for end in ("time_embed", "frame_pack", "text_embed"):
         if end in gathered and (end != "frame_pack" or work.job.past):
@@ -161,7 +166,9 @@ def _met(work: Training, gathered: Mapping[str, float]) -> Iterator[tuple[str, f
 
 
 def _gathered(size: Sizes, activations: float) -> dict[str, float]:
-    """A forward: while a unit is unpacked, what came for it and for the one before lie there as well; afterwards its own alone."""
+    """Items of a forward without gradients: the larger of unpacking a unit and running it.
+
+    While a unit is unpacked, its gather buffer and that of the unit before exist as well; while it runs, only its own buffer does."""
     units = [numbers for _, numbers in size.units]
     largest = max(units)
     unpacking = max([before + 2 * now for before, now in zip(units, units[1:], strict=False)] + [2 * largest])
@@ -171,8 +178,10 @@ def _gathered(size: Sizes, activations: float) -> dict[str, float]:
 
 
 def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
-    """A gradient: the unit in use and the next one ahead; the gradients of the unit before, whole and as this rank's share in
-    float32, and the first of this one's own; what the noise level's projection, which runs in float32, remembers of its weights."""
+    """Items of a backward pass.
+
+    `gathered`: the current unit and the next one. `reduced`: float32 gradients of the unit before, whole and this rank's shard, and the
+    first gradient of the current unit. `activations`: the graph, and the float32 copy of the time embedding's weights that it keeps."""
     largest = max(numbers for _, numbers in size.units)
     learning = max(size.learnt.get(unit, 0) for unit, _ in size.units)
     own = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _kind(work) == "weights" else 0
@@ -182,7 +191,7 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
 
 
 def _update(size: Sizes) -> dict[str, float]:
-    """The optimizer's root of all second moments at once."""
+    """Items of the optimizer step, which takes the square root of all second moments at once."""
     return {"gradients": MASTER * size.numbers(), "activations": MASTER * size.numbers()}
 
 

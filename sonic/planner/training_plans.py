@@ -1,4 +1,4 @@
-"""Plans of a training: which of its variants fit on given hardware, how long a step takes at least, what would make it fit."""
+"""Predicts memory and time of a training under FSDP, lists the configs to try, and the changes that reduce its memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sonic.planner.training_memory import host_bytes, phases, sizes
 from sonic.planner.workload import Training
 
 SMALLEST_RANK = 8
-UPDATE_BYTES = 28  # that AdamW reads and writes for a number
-HOST_MEMORY_GBPS = 40  # of the host, all ranks together
+UPDATE_BYTES = 28  # that AdamW reads and writes per parameter
+HOST_MEMORY_GBPS = 40  # bandwidth of host memory, for all ranks together
 
-Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the options that say it, the job with it
+Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the options that make this change, the changed job
 
 
 def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """FSDP2 over all ranks, `parallel.context` of which share the tokens of a batch."""
+    """Plan with FSDP2 over all ranks; groups of `parallel.context` ranks divide the tokens of a batch."""
     name = f"fsdp{'+context' if parallel.context > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
     host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if parallel.cpu_offload else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.devices
@@ -35,7 +35,9 @@ def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelCo
 
 
 def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
-    """What was asked for, or for auto everything that makes sense: tokens shared by more ranks, shards on the host; no device is idle."""
+    """The configs to try: the named one, or for auto every possible combination of token sharing and cpu_offload.
+
+    `idle` has no effect: no config leaves a device idle. Raises ValueError when no config is possible, or another plan is named."""
     devices = hardware.devices
     if asked.name not in ("auto", "fsdp"):
         raise ValueError(f"parallel={asked.name}: trainings are planned for fsdp alone; leave it out, or use parallel=fsdp")
@@ -54,7 +56,7 @@ def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig, 
 
 
 def why_not(work: Training, devices: int, share: int) -> str:
-    """The sentence for a sharing of tokens and batches that makes no sense here; empty when it does."""
+    """The reason why tokens and batches cannot be divided so among the devices; "" when they can."""
     heads, (rows, columns) = work.model.trunk.num_heads, work.grid
     if devices % share or heads % share or rows * columns % share:
         whole = f"{heads} heads and {rows * columns} tokens of a frame evenly on {devices} devices"
@@ -67,22 +69,22 @@ def why_not(work: Training, devices: int, share: int) -> str:
 
 
 def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
-    """What to type for these settings instead of those asked for."""
+    """The command-line options that select this config."""
     return ("parallel=auto", f"speed.context={parallel.context}", f"speed.cpu_offload={str(parallel.cpu_offload).lower()}")
 
 
 def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
-    """A step: forwards, layers made again, gradients; against what every pass over the weights gathers."""
+    """Seconds of a step: forwards, recomputed layers and gradients; and the communication of each pass over the weights."""
     forwards, passes, gradients = PASSES[work.job.objective](work)
     share, ranks = parallel.context, hardware.devices
-    batches = work.job.accumulate // (ranks // share)  # one after the other on a rank
+    batches = work.job.accumulate // (ranks // share)  # that a rank computes one after the other
     size = sizes(work, ranks)
     model = size.root + sum(numbers for _, numbers in size.units)
     moved = passes * model + gradients * 4 * sum(size.learnt.values())
     weights = s.link_seconds(moved * (ranks - 1) / ranks, hardware)
     updates = work.job.critic_turns + 1 if work.job.objective == "dmd" else 1
     stepping = 0.0
-    if parallel.cpu_offload:  # shards come up and gradients go down the same bus; the optimizer runs on the host
+    if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
         weights += s.host_seconds((passes * model + 4 * gradients * sum(size.learnt.values())) / ranks, hardware)
         stepping = updates * UPDATE_BYTES * sum(size.learnt.values()) / (HOST_MEMORY_GBPS * s.GIGA)
     exchanged = 4 * forwards * work.clip * work.token_bytes * work.model.trunk.num_layers / share * (share - 1) / share
@@ -92,13 +94,14 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig)
 
 
 def _flow_match_passes(work: Training) -> tuple[float, float, float]:
-    """(forwards of a clip, passes over the weights, gradients) of a batch: forward, again, and a gradient of weights and inputs."""
+    """(forwards of a clip, passes over the weights, gradient reductions) per batch; a backward pass counts as two forwards."""
     again = 1 if work.job.recompute else 0
     return 3 + again, 2, 1
 
 
 def _dmd_passes(work: Training) -> tuple[float, float, float]:
-    """The same of a critic's turns, each with a rollout, and a student's with one, teacher and critic, and its replay."""
+    """As `_flow_match_passes` for DMD: the critic's updates, each with a rollout, and the student's update with a rollout, forwards of
+    teacher and critic, and a replay of the rollout with gradients."""
     job, blocks = work.job, work.blocks
     again, guided = 1 if job.recompute else 0, 2 if job.teacher_guide_scale != 1 else 1
     block = block_multiply_adds(work.model, work.grid, blocks=work.model.rollout.window_blocks) / _forward(work)
@@ -112,26 +115,26 @@ PASSES: Mapping[str, Callable[[Training], tuple[float, float, float]]] = {"dmd":
 
 
 def _forward(work: Training) -> int:
-    """Multiply-adds of a sample seen as a clip."""
+    """Multiply-adds of the forward of one sample as a clip."""
     return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=work.motion)
 
 
 def smaller_batches(work: Training) -> Changed:
-    """Fewer samples at once."""
+    """Changes to smaller batches."""
     size = work.job.batch_size
     for fewer in range(size - 1, 0, -1):
         yield f"{fewer} samples at once instead of {size}", (f"budget.batch_size={fewer}",), _changed(work, batch_size=fewer)
 
 
 def recomputing(work: Training) -> Changed:
-    """Layers made again."""
+    """The change to recompute layers in the backward pass."""
     if not work.job.recompute:
         sentence = "layers made again for the gradient instead of remembered"
         yield sentence, ("speed.recompute=true",), _changed(work, recompute=True)
 
 
 def smaller_adapters(work: Training) -> Changed:
-    """Adapters of half the rank, and so on."""
+    """Changes to adapters of half the rank, a quarter, and so on, down to SMALLEST_RANK."""
     learn = work.job.learn
     rank = learn.rank // 2
     while rank >= SMALLEST_RANK:
@@ -141,7 +144,7 @@ def smaller_adapters(work: Training) -> Changed:
 
 
 def shorter_samples(work: Training) -> Changed:
-    """Fewer latent frames in a sample; whole blocks where a rollout makes them."""
+    """Changes to fewer latent frames per sample; for DMD a whole number of blocks."""
     job, step = work.job, work.model.rollout.block_frames if work.job.objective == "dmd" else 1
     for fewer in range(job.window - step, job.past, -step):
         yield f"samples of {fewer} latent frames instead of {job.window}", (f"data.window={fewer}",), _changed(work, window=fewer)

@@ -1,4 +1,4 @@
-"""What the planner tries for a video: the plans that make sense on given hardware, and the changes that would make one fit."""
+"""Lists what the planner tries for a video: the configs that are possible on given hardware, and the changes that reduce memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig, Of
 from sonic.planner.plans import PLANS, Plan, degree, pipeline_fault
 from sonic.planner.workload import Workload
 
-OPTIONAL = ("zero3",)  # plans that need a package which is not always there
+OPTIONAL = ("zero3",)  # plans that need an optional package
 FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
 
-Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that say it, the job with it
+Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 
 
 def video_plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """The plan that these settings name."""
+    """The plan of this config, with the command-line options that select it."""
     plan = PLANS[parallel.name](work, hardware, parallel)
     return replace(plan, options=instead(plan.parallel, ParallelConfig()))
 
 
 def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
-    """Whether devices would be idle under a plan, or it needs an optional package: a job that is started takes it when it is named."""
+    """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
     return parallel.name in OPTIONAL or (parallel.name in SINGLE_RANK_PLANS and hardware.devices > 1)
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
-    """The settings worth a try: what was asked for, or for auto every plan that makes sense, with idle=False none of those that are
-    taken `by_name`; a rank for the VAE is a pipeline's."""
+    """The configs to try: the named one, or for auto every plan that is possible; idle=False leaves out those of `by_name`.
+
+    parallel.vae_rank=true selects the pipeline. Raises ValueError when the named plan is not possible."""
     if asked.name == "auto" and asked.vae_rank:
         asked = replace(asked, name="pipeline")
     if asked.name != "auto":
@@ -48,12 +49,12 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, 
 
 
 def _even(share: int, work: Workload) -> bool:
-    """Whether so many ranks have equally much to do when they share tokens and heads."""
+    """Whether `share` ranks can divide heads and tokens of a frame evenly."""
     return not work.model.trunk.num_heads % share and not work.query_tokens // work.latent_frames % share
 
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
-    """The sentence for a plan that makes no sense here; empty when it does."""
+    """The reason why a plan is not possible here; "" when it is."""
     name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.query_tokens // work.latent_frames
     if name in ("pipeline", "context") and devices == 1:
@@ -75,7 +76,7 @@ def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) 
 
 
 def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
-    """What to type for these settings instead of those asked for: the plan's name, and what is not as usual or was asked otherwise."""
+    """The command-line options that select `parallel`: its name, and each field that differs from its default or from `asked`."""
     usual, offload = ParallelConfig(), OffloadConfig()
     found = [f"parallel={parallel.name}"]
     found += [f"parallel.vae_rank={str(bool(parallel.vae_rank)).lower()}"] * (bool(parallel.vae_rank) != bool(asked.vae_rank))
@@ -89,7 +90,7 @@ def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
 
 
 def fewer_steps(work: Workload) -> Changed:
-    """Each step has its ring; a schedule that is one table gives way to the one that takes any number of steps."""
+    """Changes to fewer sampling steps, which have fewer KV rings; a schedule of fixed steps is replaced by live_avatar."""
     schedule = "live_avatar" if work.schedule in FIXED_STEPS else work.schedule
     other = () if schedule == work.schedule else (f"sampler.schedule={schedule}",)
     for fewer in () if work.clip_frames else range(work.steps - 1, FEWEST_STEPS - 1, -1):
@@ -98,7 +99,7 @@ def fewer_steps(work: Workload) -> Changed:
 
 
 def shorter_windows(work: Workload) -> Changed:
-    """Rings of fewer blocks."""
+    """Changes to KV rings of fewer blocks."""
     rollout = work.model.rollout
     for fewer in () if work.clip_frames else range(rollout.window_blocks - 1, FEWEST_BLOCKS - 1, -1):
         changed = replace(work, model=replace(work.model, rollout=replace(rollout, window_blocks=fewer)))
@@ -107,7 +108,7 @@ def shorter_windows(work: Workload) -> Changed:
 
 
 def shorter_clips(work: Workload) -> Changed:
-    """Clips of fewer latent frames."""
+    """Changes to clips of fewer frames."""
     for fewer in range(work.clip_frames - 4, FEWEST_FRAMES - 1, -4):
         sentence = f"clips of {fewer} frames instead of {work.clip_frames}"
         yield sentence, (f"video.infer_frames={fewer}",), replace(work, clip_frames=fewer)

@@ -1,4 +1,4 @@
-"""What is to be made or learnt, in whole numbers: tokens, keys, steps, bytes of a number. The planner's only view of a job."""
+"""Describes a video or a training by its sizes: tokens, steps, bytes. The rest of the planner sees a job only through these types."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
 from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
 
-ASSUMED_SIZE = "704x384"  # of a photograph nobody has seen yet
+ASSUMED_SIZE = "704x384"  # planned for video.size=photo when the photograph is not known
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What videos and trainings have in common: `width` and `height` as the model sees them."""
+    """What videos and trainings have in common; `width` and `height` are the pixels that the model generates."""
 
     model: ModelConfig
     width: int
@@ -26,34 +26,34 @@ class Work:
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of patches."""
+        """(rows, columns) of patches in a latent frame."""
         _, rows, columns = self.model.trunk.patch_size
         return self.height // PIXELS_PER_LATENT // rows, self.width // PIXELS_PER_LATENT // columns
 
     @property
     def memory(self) -> int:
-        """Tokens of the reference and the past."""
+        """Number of tokens of reference and motion."""
         return memory_tokens(self.model, self.grid, motion=self.motion)
 
     @property
     def query_tokens(self) -> int:
-        """Tokens of a sample that are denoised at once."""
+        """Number of tokens that are denoised at once."""
         return self.latent_frames * prod(self.grid)
 
     @property
     def display_s(self) -> float:
-        """Seconds that what comes out at once is shown for; 0 = nobody looks."""
+        """Seconds for which one hand-over is displayed; 0 when nothing is displayed."""
         return 0.0
 
     def resized(self, width: int, height: int) -> Work:
-        """The same at the size that the model makes of another one."""
+        """The same job at the nearest size that the model can generate."""
         width, height = wan_size(width, height, width * height)
         return replace(self, width=width, height=height)
 
 
 @dataclass(frozen=True)
 class Workload(Work):
-    """One video: sampling steps, and how it is made (clip_frames 0 = as a stream)."""
+    """A video. clip_frames=0 generates a stream of blocks, else clips of `clip_frames` frames."""
 
     steps: int
     guided: bool = False
@@ -63,63 +63,63 @@ class Workload(Work):
 
     @property
     def frames(self) -> int:
-        """Video frames in what is handed over at once: a block, or a clip."""
+        """Frames of a hand-over: of a block or of a clip."""
         return self.clip_frames or FRAMES_PER_LATENT * self.model.rollout.block_frames
 
     @property
     def display_s(self) -> float:
-        """Seconds that these frames are shown for."""
+        """Seconds for which a hand-over is displayed."""
         return self.frames / self.model.rollout.fps
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames of the same."""
+        """Latent frames of a hand-over."""
         return self.frames // FRAMES_PER_LATENT
 
     @property
     def motion(self) -> bool:
-        """Whether the past is remembered as tokens."""
+        """Whether the memory has motion tokens."""
         return bool(self.model.motion.buckets)
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the blocks together."""
+        """Number of tokens in a forward: of a clip with its memory, of a block without."""
         return self.query_tokens + (self.memory if self.clip_frames else 0)
 
     @property
     def window(self) -> int:
-        """Tokens of the video that a ring remembers; none for clips."""
+        """Number of tokens of the video in a full KV ring; 0 for clips."""
         return 0 if self.clip_frames else self.model.rollout.window_blocks * self.query_tokens
 
     @property
     def passes(self) -> int:
-        """Forwards in a sampling step: guidance needs two."""
+        """Forwards per sampling step: 2 with guidance, else 1."""
         return 2 if self.guided else 1
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token."""
+        """Bytes of one token's activations."""
         return self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of the tokens that pass through the blocks together."""
+        """Bytes of the activations of all tokens in a forward."""
         return self.tokens * self.token_bytes
 
     @property
     def forward_flops(self) -> int:
-        """Operations of one forward, the ring full."""
+        """Operations of a forward with full KV rings."""
         if self.clip_frames:
             return 2 * forward_multiply_adds(self.model, self.latent_frames, self.grid, motion=self.motion)
         return 2 * block_multiply_adds(self.model, self.grid, blocks=self.model.rollout.window_blocks, motion=self.motion)
 
     @property
     def pixels(self) -> int:
-        """Of one frame that the autoencoder makes."""
+        """Pixels of a frame."""
         return self.width * self.height
 
     def with_layers(self, layers: range) -> Workload:
-        """The same through some of the blocks only."""
+        """The same job for a model of these layers only; of one layer when the range is empty."""
         audio, trunk = self.model.audio, self.model.trunk
         inject = [layer - layers.start for layer in audio.inject_layers if layer in layers]
         model = replace(self.model, trunk=replace(trunk, num_layers=max(1, len(layers))), audio=replace(audio, inject_layers=inject))
@@ -128,81 +128,81 @@ class Workload(Work):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What of a recipe decides over memory and time."""
+    """The fields of a training recipe on which memory and time depend."""
 
     name: str
     objective: str  # dmd or flow_match
     window: int  # latent frames of a sample
-    past: int  # of these, at its front, motion memory
-    batch_size: int  # samples that a rank works on at once
-    accumulate: int  # batches of a step, all ranks together
+    past: int  # of these, the first ones are motion memory
+    batch_size: int  # samples in a batch, which a rank computes at once
+    accumulate: int  # batches per step, of all ranks together
     precision: str
     recompute: bool
     learn: AdapterConfig
     steps: int = 1  # dmd: sampling steps of a rollout
     critic_turns: int = 0  # dmd: updates of the critic before each of the student
-    teacher_guide_scale: float = 1.0  # dmd: 1 = off, and half the work
+    teacher_guide_scale: float = 1.0  # dmd: 1 = off, with one forward of the teacher instead of two
 
 
 @dataclass(frozen=True)
 class Training(Work):
-    """One training at one size."""
+    """A training on samples of one size."""
 
     job: TrainingJob
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of a number in the precision that it computes in."""
+        """Bytes per element in the computing precision."""
         return DTYPE_BYTES[self.job.precision]
 
     @property
     def latent_frames(self) -> int:
-        """Of a sample, those that are only told left out."""
+        """Latent frames of a sample that are denoised, without its motion memory."""
         return self.job.window - self.job.past
 
     @property
     def motion(self) -> bool:
-        """Whether the past is remembered as tokens."""
+        """Whether the memory has motion tokens."""
         return bool(self.job.past)
 
     @property
     def blocks(self) -> int:
-        """Blocks of a rollout."""
+        """Number of blocks of a rollout."""
         return self.latent_frames // self.model.rollout.block_frames
 
     @property
     def clip(self) -> int:
-        """Tokens of one sample that pass through the layers together when it is seen as a clip."""
+        """Number of tokens in the forward of a sample as a clip."""
         return self.query_tokens + self.memory
 
     @property
     def block(self) -> int:
-        """The same of one block of its rollout."""
+        """Number of tokens in the forward of one block of a rollout."""
         return self.model.rollout.block_frames * prod(self.grid)
 
     @property
     def ring(self) -> int:
-        """Tokens that one ring of a rollout holds."""
+        """Number of tokens in a full KV ring of a rollout."""
         return self.memory + self.model.rollout.window_blocks * self.block
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token, of all samples that a rank works on at once."""
+        """Bytes of one token's activations, times the samples of a batch."""
         return self.job.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
     def frames(self) -> int:
-        """Video frames that a step learns from."""
+        """Video frames of all samples of a step."""
         return FRAMES_PER_LATENT * self.latent_frames * self.job.batch_size * self.job.accumulate
 
     @property
     def learners(self) -> int:
-        """Roles that learn."""
+        """Number of roles that are trained."""
         return 2 if self.job.objective == "dmd" else 1
 
 
 def workload(config: PlanConfig) -> Workload:
-    """The job of a planner's config. Raises ValueError for a size that cannot be cut into patches."""
+    """The video of a planner's config. Raises ValueError for a size that cannot be cut into patches."""
     model = config.model
     return Workload(
         model,
@@ -216,7 +216,7 @@ def workload(config: PlanConfig) -> Workload:
 
 
 def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
-    """(width, height) as the model sees a video. Raises ValueError for a size that cannot be cut into patches."""
+    """(width, height) in pixels that the model generates for these options. Raises ValueError for a size that patches do not divide."""
     width, height = parse_size(ASSUMED_SIZE if video.size == PHOTO_SIZE else video.size)
     width, height = (model.resolution, model.resolution) if model.resolution else wan_size(width, height, width * height)
     _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
@@ -226,7 +226,7 @@ def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
 
 
 class WeightGroup(NamedTuple):
-    """Numbers of the transformer that bear a name, in the unit that is gathered with them; `linear` = (in, out) of a linear layer."""
+    """Parameters of the transformer under a name: how many, and the FSDP unit that gathers them; `linear` = (in, out) of a linear layer."""
 
     name: str
     unit: str
@@ -235,7 +235,7 @@ class WeightGroup(NamedTuple):
 
 
 def parts(config: ModelConfig) -> Iterator[WeightGroup]:
-    """Everything the transformer consists of, by name, in the units that a training's sharding gathers."""
+    """All weights of the transformer by name, with the units in which a training shards them."""
     dim, ffn = config.trunk.hidden_dim, config.trunk.ffn_dim
     ends, audio = end_weights(config), config.audio
     patch = config.trunk.latent_channels * prod(config.trunk.patch_size)
@@ -266,7 +266,7 @@ def parts(config: ModelConfig) -> Iterator[WeightGroup]:
 
 
 def learnt(work: Training) -> dict[str, int]:
-    """Numbers that one role learns, by the unit that holds them: its adapters, or the weights themselves."""
+    """Number of trainable parameters of one role in each unit: its adapters, or the weights themselves."""
     learn, found = work.job.learn, {}
     for part in parts(work.model):
         words = part.name.split(".")

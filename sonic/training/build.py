@@ -41,7 +41,7 @@ LOG = logging.getLogger(__name__)
 
 
 def _drawn(config: DataConfig) -> Dataset:
-    from sonic.synthetic.drawn_people import DrawnFaces  # needs what the other sources do not
+    from sonic.synthetic.drawn_people import DrawnFaces  # has requirements that the other sources have not
 
     return DrawnFaces(config.folder, window=config.window, resolution=config.resolution, split=config.split)
 
@@ -96,7 +96,7 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     if config.export and world.main:
         path, size = Path(config.export), sum(t.numel() for t in weights.values())
         card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
-        with pause_watchdog():  # as long as the disk needs
+        with pause_watchdog():  # writing may take any time
             _export(path, weights, card, metadata=objective.metadata, trained=outcome.made > 0)
     return outcome
 
@@ -129,7 +129,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
 
 
 def check_shares(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless every process, or row of processes that share tokens, gets the same number of batches of a step."""
+    """Raise ValueError unless every process, or group of processes that share tokens, gets the same number of batches per step."""
     accumulate, ranks, size = config.budget.accumulate, batch_share(world).count, config.budget.batch_size
     if accumulate % ranks:
         processes = "processes" if config.speed.context == 1 else f"rows of {config.speed.context} processes"
@@ -141,7 +141,7 @@ def check_shares(config: TrainConfig, world: World) -> None:
 
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
-    """This process's batches, from where `start` batches of all processes together have been used."""
+    """A function that gives this process's batches after the first `start` batches of all processes together."""
     speed, share = config.speed, batch_share(world)
     order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, rank=share.index, ranks=share.count)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
@@ -166,7 +166,7 @@ def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
-    except SafetensorError:  # it is damaged and written again
+    except SafetensorError:  # a damaged file is written again
         return False
 
 

@@ -92,7 +92,7 @@ class ZeroEngine(LocalEngine):
     def backward(self, role: str, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, averaged over all processes, until `step`."""
         engine = self.engines[role]
-        engine.optimizer.clear_backward_seen_flag()  # the gradient of the part before this one is counted
+        engine.optimizer.clear_backward_seen_flag()  # an earlier part of the loss has already accumulated its gradient
         engine.backward(loss)
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
@@ -116,7 +116,7 @@ class ZeroEngine(LocalEngine):
         return found
 
     def load(self) -> dict:
-        """See LocalEngine.load; afterwards copies what was read into DeepSpeed's tensors."""
+        """As LocalEngine.load; then copies the loaded state into DeepSpeed's tensors."""
         self.read: State = {}
         metadata = super().load()
         if self.read:
@@ -129,7 +129,7 @@ class ZeroEngine(LocalEngine):
         from accelerate.state import AcceleratorState
         from accelerate.utils import DeepSpeedPlugin
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one in the same process
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in the same process
         plugins = {name: DeepSpeedPlugin(hf_ds_config=deepcopy(self._settings(stage))) for name, stage in stages.items()}
         return Accelerator(deepspeed_plugins=plugins, mixed_precision="bf16" if self.config.speed.precision == "bfloat16" else "no")
 
@@ -139,7 +139,7 @@ class ZeroEngine(LocalEngine):
         zero: dict[str, Any] = {
             "stage": stage,
             "stage3_param_persistence_threshold": 3 * self.config.model.trunk.hidden_dim,  # see _begin_pass
-            "memory_efficient_linear": False,  # it would put another function in the place of torch's for the whole process
+            "memory_efficient_linear": False,  # it would replace torch's F.linear in the whole process
         }
         if speed.cpu_offload:
             zero |= {"offload_optimizer": away} | ({"offload_param": away} if stage == 3 else {})
@@ -217,7 +217,7 @@ class ZeroEngine(LocalEngine):
 
     @torch.no_grad()
     def _take(self, read: State) -> None:
-        """Copy what was read into DeepSpeed's tensors; the averages first, because they pass through the weights."""
+        """Copy the loaded state into DeepSpeed's tensors. The averages come first, because they are written through the weights."""
         for name, parameter in self._learning(EXPORTED).items():
             put_master(parameter, whole(read[f"average.{name}"]))
         self.ema = Ema(self.masters, self.optim.ema_decay)
@@ -240,11 +240,11 @@ class ZeroEngine(LocalEngine):
         return {name: p for name, p in self.roles[role].named_parameters() if p.requires_grad}
 
     def _slice(self, value: Tensor) -> Tensor:
-        """This process's slice of a tensor that all processes have."""
+        """This process's slice of a tensor that is complete on all processes."""
         if not value.ndim:
             return value.detach().cpu().clone()
         part = distribute_tensor(value.detach().cpu(), self.shards, [Shard(0)], src_data_rank=None)
-        return part.clone()  # a view would keep the whole
+        return part.clone()  # a view would keep the whole tensor alive
 
 
 class Zero3Engine(ZeroEngine):
@@ -260,7 +260,7 @@ class Zero3Engine(ZeroEngine):
             with _without_adapters(model) as adapters:
                 if self.config.speed.precision == "bfloat16":
                     model.bfloat16()
-                for module in reversed(list(model.modules())):  # what is inside first: DeepSpeed looks into a module as well
+                for module in reversed(list(model.modules())):  # submodules first, because DeepSpeed also visits the submodules of a module
                     self._slice_up(module)
             adapters.to_empty(device="cpu")
 
@@ -292,7 +292,7 @@ def _transformers(module: nn.Module) -> list[AvatarDiT]:
 
 
 def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
-    """Convert the unsharded weights to half precision: DeepSpeed does not once some weights are sharded."""
+    """Convert unsharded weights to bfloat16 in modules that also have sharded ones, for which DeepSpeed does not do it."""
     for module in modules:
         if any(hasattr(weight, "ds_tensor") for weight in module.parameters()):
             for weight in module.parameters():
@@ -322,7 +322,7 @@ def _without_adapters(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def _begin_pass(engine: Any) -> None:
-    """Signal DeepSpeed the start of a forward pass, and gather parameters that the transformer reads without calling their module."""
+    """Tell DeepSpeed that a forward pass starts, and gather the parameters that the transformer reads without calling their module."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator().reset_step()

@@ -44,7 +44,7 @@ def put_master(parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
 
 @torch.no_grad()
 def make_moments(engine: Any, step: Tensor) -> None:
-    """Allocate the optimizer moments, which DeepSpeed itself makes only in the first step."""
+    """Allocate the optimizer moments, which DeepSpeed itself allocates only in the first step."""
     zero = engine.optimizer
     for flat in masters_of(engine):
         zero.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}

@@ -114,7 +114,7 @@ class LocalEngine:
         """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
         found = {}
         for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
-            gathered = whole(tensor)  # one at a time: all of them together may not fit
+            gathered = whole(tensor)  # one at a time, because all of them together may not fit
             if self.world.main:
                 found[name] = gathered.cpu()
         return found
@@ -124,12 +124,12 @@ class LocalEngine:
         self.checkpoints.save(step, self._state(), metadata)
 
     def settle(self) -> None:
-        """Wait until the checkpoint under way is written."""
+        """Wait until the checkpoint that is being saved is written."""
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Load the newest good checkpoint (checkpoint.resume=auto) or the named one, after which newer ones are renamed. Returns its
-        metadata; {} = a fresh start."""
+        """Load the newest valid checkpoint (checkpoint.resume=auto), or the named one and rename those that are newer. Returns its
+        metadata; {} = the training starts from the beginning."""
         resume = self.config.checkpoint.resume
         if resume == "auto":
             return self.checkpoints.load(self._to_fill)
@@ -174,7 +174,7 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
     """Scale gradients, sharded or not, to a total norm of at most `most`. Returns the norm before."""
     kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
     norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
-    norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may lie in host memory, and what is whole does not
+    norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may be in host memory, unsharded ones are not
     shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
     for kind in kinds:
         torch._foreach_mul_(kind, shrink)

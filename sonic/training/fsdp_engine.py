@@ -17,7 +17,7 @@ class ShardedEngine(LocalEngine):
     """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
-        """Shard every transformer; one without memory gets that of this process's slices only."""
+        """Shard every transformer; for one on the meta device, allocate this process's slices only."""
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()

@@ -1,4 +1,4 @@
-"""What a training starts from besides the model's weights: adapters drawn from the seed, and weights that an earlier training made."""
+"""Initial values of a training besides the pretrained weights: random adapters, and the weights of an earlier training (init_from)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Load every tensor of `path` whose name and shape fit (with or without a submodule's name in front; adapters as exported);
-    of sharded parameters, this process's slice.
+    """Load every tensor of `path` whose name and shape match; of sharded parameters, this process's slice.
 
-    `metadata` is the objective's. Raises ValueError when the file cannot be read, nothing fits, or its adapters have another alpha.
+    Names in the file may lack leading module names; adapters may have their exported names.
+
+    `metadata` is the objective's. Raises ValueError when the file cannot be read, no tensor matches, or its adapters have another alpha.
     """
     taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
     try:
@@ -63,7 +64,7 @@ def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
 
 
 def _called(name: str) -> list[str]:
-    """Names that a tensor may have in a file."""
+    """The names that a file may have for a tensor: without some leading module names, or an adapter's exported name."""
     parts = name.split(".")
     names = [".".join(parts[n:]) for n in range(len(parts))]
     if parts[-2:-1] not in ([DOWN], [UP]):

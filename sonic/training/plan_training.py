@@ -1,4 +1,4 @@
-"""A training as the planner sees it: its recipe, the hardware, and what of them decides over memory and time. Standard library only."""
+"""Plans a training: takes from its recipe what memory and time depend on, and searches the plans. Standard library only."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class PlanTrainingConfig(TrainConfig):
 
 
 def plan_training(config: PlanTrainingConfig) -> PlanResult:
-    """Plans for a training; with parallel=auto, what a recipe says of speed.context and speed.cpu_offload is planned as it says.
+    """Ranked plans for a training. speed.context and speed.cpu_offload of the recipe also hold under parallel=auto.
 
-    Raises ValueError when what is asked for by name makes no sense on this hardware, or is not what the planner knows.
+    Raises ValueError when the named plan is not possible on this hardware, or the planner does not support the recipe.
     """
     asked, speed = config.parallel, config.speed
     require(speed.engine in ENGINES, f"speed.engine={speed.engine} is not planned; the planner knows trainings under fsdp: use fsdp")
@@ -48,8 +48,8 @@ def plan_training(config: PlanTrainingConfig) -> PlanResult:
 
 
 def training(config: PlanTrainingConfig) -> Training:
-    """What of a recipe decides over memory and time. Raises ValueError for a size or a window that cannot be cut up, and for what the
-    planner does not know."""
+    """The fields of a recipe on which memory and time depend. Raises ValueError when the size cannot be cut into patches, the window is
+    not whole blocks, or the planner does not support the recipe."""
     goal, model, window = config.objective, config.model, config.data.window
     known = "the planner knows dmd and flow_match, as in +distill=live_avatar_4step and +train=audio_adapter"
     require(goal.name in PASSES, f"objective={goal.name} is not planned; {known}")
@@ -86,7 +86,7 @@ def training(config: PlanTrainingConfig) -> Training:
 
 
 def _notes(config: PlanTrainingConfig, work: Training) -> Iterator[str]:
-    """What the plan took for granted."""
+    """Sentences on the assumptions of the plans."""
     job = work.job
     learns = f"adapters of rank {job.learn.rank}" if job.learn.rank else "weights themselves"
     yield f"a 'block' below is a step of {job.accumulate} batches of {job.batch_size}; {learns} learn, in {job.precision}"

@@ -1,4 +1,5 @@
-"""Sample videos during training: the present student generates a video, which is saved and scored; training is not affected."""
+"""Sample videos during training: the student generates a video with its current weights, which is saved and scored. Training is not
+affected."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ from sonic.types import Inputs, Portrait, Speech, pick
 
 LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
-AREA = 384 * 256  # of the pictures that a published model paints meanwhile, in pixels
-MAX_LAG = 5  # frames of lag that are tried either way
+AREA = 384 * 256  # pixels per frame of a published model's sample videos
+MAX_LAG = 5  # largest lag in frames, in both directions
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ class Student:
 
     @contextmanager
     def use_role(self):
-        """The student's transformer as it is now. Weights that are whole are float32, and so is the video; those in shards are gathered in
-        the training's precision, in which the transformer then computes, and nothing else does."""
+        """Context with the student's transformer and its current weights.
+
+        Unsharded weights are float32, and so is the video. Sharded weights are gathered in the training's precision, in which the
+        transformer (and nothing else) then computes."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
             yield model
 
     def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
-        """Write the video of a step; None on other processes than the main one and when writing fails.  frames [F,3,H,W] in [-1,1]"""
+        """Write the video of a step. Returns its path, or None on other processes or after an error.  frames [F,3,H,W] in [-1,1]"""
         path = self.folder / "samples" / f"step_{step:08d}.mp4"
         if not self.engine.world.main:
             return None
@@ -86,7 +89,7 @@ def sample_maker(student: Student) -> SampleMaker | None:
 
 
 def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """Samples of the preview: a drawn person of the test split speaks a sentence, scored against the known motion of the mouth."""
+    """Sample maker of the preview model: a drawn person of the test split speaks a sentence, scored against the known mouth motion."""
     config, device = student.config, student.engine.world.device
     files = weight_files(config.model)
     autoencoder, speech = untrained_encoders(config.model, device)
@@ -113,8 +116,9 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
 
 
 def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """Samples of a published model: the bundled portrait speaks the start of the bundled recording. Without a true video, the metrics
-    are the mouth's correlation with the sound and its amount of motion."""
+    """Sample maker of a published model: the bundled portrait speaks the start of the bundled recording.
+
+    There is no reference video, so the metrics are the correlation of mouth opening and loudness, and the amount of mouth motion."""
     config, device = student.config, student.engine.world.device
     components = checkpoint_components(config.model, device)
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)

@@ -49,12 +49,12 @@ def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, flo
 
 
 def untracked_training(plan: Plan) -> str:
-    """The sentence for a plan that cannot be tracked on fake tensors; empty for others."""
+    """The reason why a plan cannot be tracked on fake tensors; "" when it can."""
     return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
 
 
 def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
-    """The most bytes that a rank holds in each phase of a step after the first, `share` ranks to a batch, as a CUDA device computes.
+    """Peak bytes of a rank in each phase of any step after the first, when `share` ranks divide a batch and devices compute as CUDA does.
 
     Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
     the first and the last; the in-place update of the averages.
@@ -86,7 +86,7 @@ def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
 
 
 def tracked_config(config: PlanTrainingConfig) -> TrainConfig:
-    """The recipe as it is tracked: sharded over the ranks, in one sampling step, and without a head for visemes, which is small."""
+    """The config that is run for tracking: FSDP, one sampling step, and no viseme head, which is small."""
     goal = config.objective
     if isinstance(goal, DmdConfig):
         goal = replace(goal, sampler=replace(goal.sampler, schedule="linear", sample_steps=1))
@@ -183,7 +183,7 @@ STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow
 
 
 def _batch(work: Training) -> dict[str, Tensor]:
-    """What a rank works on at once."""
+    """A batch of one rank, without values."""
     job, model = work.job, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
     empty = lambda *shape: torch.empty(job.batch_size, *shape)  # noqa: E731

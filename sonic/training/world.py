@@ -1,4 +1,4 @@
-"""The ranks of a training as a distributed world: FSDP shards over all of them, and those in a row share the tokens of a batch."""
+"""The process group of a training: FSDP shards over all ranks, and each group of `speed.context` consecutive ranks shares a batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sonic.parallel.parallel_config import ParallelConfig
 
 
 class BatchShare(NamedTuple):
-    """Which of the batches that are worked on at the same time is this rank's, and how many these are."""
+    """The index of this rank's batch among the batches computed at the same time, and the number of these."""
 
     index: int
     count: int
 
 
 def batch_share(world: World) -> BatchShare:
-    """The share of this rank, and of those that share its tokens."""
+    """The batch of this rank, which it has in common with the ranks that share its tokens."""
     return BatchShare(world.coordinate("layers"), world.size("layers"))
 
 
@@ -32,7 +32,7 @@ def join_world(device: torch.device, *, context: int = 1) -> World:
     if device.type == "cuda" and dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank())
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo for what waits in host memory
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo for tensors in host memory
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % context:
         fits = [number for number in range(1, ranks + 1) if ranks % number == 0]
