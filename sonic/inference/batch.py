@@ -21,7 +21,7 @@ from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import write_video
 from sonic.inference.generate_wan import preload_prompts
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.input_reader import SceneReader
+from sonic.inference.input_reader import InputReader
 from sonic.inference.inputs import Settings, inputs_of, open_inputs, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.inference.requests import Request, all_requests
@@ -122,7 +122,7 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
     share = all_requests(requests, config, opened.output_of)[replica::copies] if world.leads else ()
     if components.checkpoint is not None:
         preload_prompts(components, _prompts(share))
-    with closing(SceneReader()) as reader:
+    with closing(InputReader()) as reader:
         for request in share:
             generating = False
             try:

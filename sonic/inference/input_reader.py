@@ -25,7 +25,7 @@ log = logging.getLogger("sonic.inference")
 READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "face.masks": load_image, "motion.pose": timed_frames}
 
 
-class SceneRead(NamedTuple):
+class ReadInputs(NamedTuple):
     """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
 
     scene: Inputs
@@ -33,7 +33,7 @@ class SceneRead(NamedTuple):
     warned: list[tuple[str, type[Warning], str, int]]
 
 
-class SceneReader:
+class InputReader:
     """Opens the inputs of requests in a child process that has as many torch threads as this one, so that the result is bit-identical."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ def _prepare(threads: int) -> None:
     logging.getLogger("sonic").setLevel(logging.INFO)
 
 
-def _read(config: InferConfig) -> SceneRead:
+def _read(config: InferConfig) -> ReadInputs:
     log, collected = logging.getLogger("sonic"), _Collected()
     log.addHandler(collected)
     try:
@@ -107,7 +107,7 @@ def _read(config: InferConfig) -> SceneRead:
     finally:
         log.removeHandler(collected)
     warned = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]
-    return SceneRead(scene, collected.records, warned)
+    return ReadInputs(scene, collected.records, warned)
 
 
 def _probe(option: str, name: str) -> None:

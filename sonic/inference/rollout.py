@@ -90,13 +90,13 @@ def rollout(
     submitted first. A block may run a sampling step once the block before it has submitted its last forward of that step.
     """
     scale = sampling.sampler.sample_guide_scale
-    both = (conditions,) if scale == 1 else (sampling.unconditional or conditions.drop("audio"), conditions)
-    plan = _RolloutPlan(model, both, sampling)
+    condition_sets = (conditions,) if scale == 1 else (sampling.unconditional or conditions.drop("audio"), conditions)
+    plan = _RolloutPlan(model, condition_sets, sampling)
     in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
     blocks: list[_BlockState] = []  # unfinished blocks, oldest first
     remaining, live = iter(spans), isinstance(conditions, LiveConditions)
     forwards_of = open_forwards(context or DistributedContext())
-    with closing(forwards_of(model, both, len(plan.sigmas) - 1)) as forwards:
+    with closing(forwards_of(model, condition_sets, len(plan.sigmas) - 1)) as forwards:
         while True:
             spans_now = iter(()) if live and in_flight else remaining  # live sound: finish what is in flight before waiting for more sound
             while (block_state := plan.next_block(blocks, spans_now)) and all(
@@ -162,15 +162,15 @@ class _RolloutPlan:
     def next_block(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
         """The oldest block with requests that may be submitted now, or a new block from `remaining`; None if there is neither."""
         for previous, block in zip([None, *blocks], blocks, strict=False):
-            if block.requests and self._left_by(previous, block.queries):
+            if block.requests and self._previous_is_past(previous, block.queries):
                 return block
-        span = next(remaining, None) if self._left_by(blocks[-1] if blocks else None, 0) else None
+        span = next(remaining, None) if self._previous_is_past(blocks[-1] if blocks else None, 0) else None
         if span is None:
             return None
         blocks.append(_BlockState(self, span))
         return blocks[-1]
 
-    def _left_by(self, previous: _BlockState | None, query: int) -> bool:
+    def _previous_is_past(self, previous: _BlockState | None, query: int) -> bool:
         """Whether the previous block has submitted its last query at the sampling step of this one."""
         return previous is None or self.steps[query] not in self.steps[previous.queries :]
 

@@ -22,7 +22,7 @@ from sonic.config import Ranks
 from sonic.inference import batch, input_reader
 from sonic.inference.batch import make_videos, open_components
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.input_reader import SceneReader
+from sonic.inference.input_reader import InputReader
 from sonic.inference.inputs import open_inputs
 from sonic.inference.requests import all_requests, read_requests, request_of
 
@@ -303,7 +303,7 @@ def test_inputs_read_in_another_process_are_the_same_and_so_are_its_messages(tmp
     write_wav(tmp_path / "voice.wav", babble(0.5))
     config = compose(ENTRY, [f"image={tmp_path / 'twins.png'}", f"audio={tmp_path / 'voice.wav'}"])
     expected = []
-    other = SceneReader()
+    other = InputReader()
     try:
         for opens in (open_inputs, other.open):
             caplog.clear()
