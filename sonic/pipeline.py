@@ -87,17 +87,24 @@ class AvatarPipeline:
     """
 
     def __init__(
-        self, config: InferConfig, components: Components | None = None, *, ranks: Ranks | None = None, folder: Path = Path()
+        self,
+        config: InferConfig,
+        components: Components | None = None,
+        *,
+        ranks: Ranks | None = None,
+        folder: Path = Path(),
+        size: tuple[int, int] | None = None,
     ) -> None:
         """Use `components`, or build those that `config` names under a plan that fits.
 
         On ranks that do not lead, this serves the leading rank and returns when it closes its pipeline. `folder` is where videos of
-        requests without an output are written.
+        requests without an output are written, `size` the (width, height) of the video where it is known, so that the planner need not
+        open the photograph.
         """
         self.config, self.ranks, self._given = config, ranks or Ranks(), components
         self._folder, self._stack, self._by_student = folder, ExitStack(), {}
         self._opened: Opened | None = None
-        self._open(config)
+        self._open(config, size)
 
     @classmethod
     def from_pretrained(
@@ -237,12 +244,12 @@ class AvatarPipeline:
         """
         return all_outcomes(make_videos(requests, self.opened, self.config), self.opened)
 
-    def _open(self, config: InferConfig) -> None:
+    def _open(self, config: InferConfig, size: tuple[int, int] | None = None) -> None:
         """Set `opened` to the given components, or build those of `config`."""
         if self._given is not None:
             self._opened = Opened(self._given, self._given.context.world, None, self._folder)
         else:
-            self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder))
+            self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder, size=size))
         self._estimate, self._by_student = self._opened.estimate, {}
 
     def _reopen(self, config: InferConfig) -> Self:

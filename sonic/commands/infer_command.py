@@ -41,7 +41,8 @@ def infer(config: InferConfig, run: Run) -> int | None:
             inputs = checked_inputs(config, *(run.path / name for name in (VIDEO, SHEET))) if run.main else None
             if inputs is not None:
                 run.open()  # early, to fail before the work if it cannot be written
-            pipe = stack.enter_context(AvatarPipeline(config, ranks=run.ranks))
+            size = None if inputs is None else inputs.portrait.pixels.shape[1::-1]  # (width, height)
+            pipe = stack.enter_context(AvatarPipeline(config, ranks=run.ranks, size=size))
         if inputs is None:
             return None
         output = Path(config.output) if config.output else run.path / VIDEO

@@ -56,14 +56,15 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path()) -> Iterator[Opened]:
+def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(), size: tuple[int, int] | None = None) -> Iterator[Opened]:
     """Build the components of this rank under the plan of the job, and shut the other ranks down at the end of the block.
 
     Only the leading rank enters the `with` block at once; the others serve it and enter after it has shut them down. All ranks use the
-    first rank's `folder`, because its default name contains the time, which differs between ranks.
+    first rank's `folder`, because its default name contains the time, which differs between ranks. `size` is (width, height) of the
+    video where this rank knows it already.
     """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
-    found = estimate(config, ranks, device)
+    found = estimate(config, ranks, device, size=size)
     parallel = replace(found.parallel, replicas=config.parallel.replicas)
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)

@@ -82,7 +82,7 @@ def estimate(
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = settled_model(config.model) if trained else config.model
-    video = replace(config.video, size="x".join(map(str, size)) if size else _video_size(config))
+    video = replace(config.video, size=_video_size(config, size))
     plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
     found = search_plans(plan_config, idle=False)
     if not found.fits and not config.plan.force:
@@ -141,10 +141,12 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
 
 
-def _video_size(config: InferConfig) -> str:
+def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
     """video.size, with "photo" replaced by the size of the photograph, or of the largest photograph in a file of requests."""
     if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
+    if known:
+        return "x".join(map(str, known))
     if config.requests:
         wanted = {_portrait_of(line, config) for _, line in read_requests(config.requests)}
         pictures = [size for name in wanted if (size := _size_of_picture(name))]
