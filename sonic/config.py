@@ -1,4 +1,4 @@
-"""Options that several commands share, as dataclasses with their defaults and checks. Standard library only.
+"""Options that several commands share, as dataclasses with their defaults and checks. Imports nothing heavy.
 
 The options of a training run are in training/train_config.py, those of running on several devices in parallel/parallel_config.py.
 """
@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+from sonic.families import FAMILIES
 
 SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
 SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar", "live_avatar_4step", "live_avatar_3step")
@@ -190,7 +192,7 @@ class ModelConfig:
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
     prediction: str = option("velocity", "quantity that the transformer predicts: velocity or clean (latents)")
-    autoencoder: str = option("warp", "warp (moves the photograph) or wan (generates the whole picture)")
+    family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
     speech_encoder: str = option("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
@@ -200,7 +202,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of(self.prediction, ("velocity", "clean"), "model.prediction")
-        one_of(self.autoencoder, ("warp", "wan"), "model.autoencoder")
+        one_of(self.family, list(FAMILIES), "model.family")
         one_of(self.speech_encoder, ("logmel", "wav2vec2"), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
@@ -389,5 +391,5 @@ class ConvertConfig:
         unread = ("weights", self.model.weights, "source"), ("lora.path", lora.path, "lora.path"), ("lora.alpha", lora.alpha, "lora.alpha")
         for name, value, instead in unread:
             require(not value, f"model.{name}={value} is not read by a conversion; write {instead}={value}")
-        bare = self.to == "ready" and self.model.name == "live_avatar_14b" and not self.lora.path
-        require(not bare, "model=live_avatar_14b is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")
+        bare = self.to == "ready" and self.model.name in FAMILIES[self.model.family].adapted and not self.lora.path
+        require(not bare, f"model={self.model.name} is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")

@@ -31,19 +31,20 @@ from sonic.config import Ranks, closest_first
 from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
 from sonic.data.video import Coding, VideoWriter
+from sonic.families.family import build_components, family_of
 from sonic.inference.batch import Opened, Outcome, all_outcomes, announce, make_video, make_videos, open_components
 from sonic.inference.choose_plan import refuse_larger
-from sonic.inference.components import Components, build_components, find_device, lora_of, settled_model, student_of, weights_in_words
+from sonic.inference.components import Components, find_device, lora_of
 from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import InMemory, Settings, inputs_of, open_inputs, refuse_overwriting
-from sonic.inference.live_features import LIVE_ENCODERS
+from sonic.inference.input_reader import open_inputs
+from sonic.inference.inputs import InMemory, Settings, inputs_of, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
 from sonic.planner.search import PlanResult, search_plans
 from sonic.system.paths import expanded
-from sonic.types import FrameChunk, Inputs, Speech, pick
+from sonic.types import FrameChunk, Inputs, Speech
 
 INFER, PLAN = Entry("infer", InferConfig), Entry("plan", PlanConfig)
 
@@ -97,7 +98,7 @@ class AvatarPipeline:
     ) -> None:
         """Use `components`, or build those that `config` names under a plan that fits.
 
-        On ranks that do not lead, this serves the leading rank and returns when it closes its pipeline. `folder` is where videos of
+        On ranks that do not lead, this serves the leading rank and returns when that closes its pipeline. `folder` is where videos of
         requests without an output are written, `size` the (width, height) of the video where it is known, so that the planner need not
         open the photograph.
         """
@@ -105,6 +106,10 @@ class AvatarPipeline:
         self._folder, self._stack, self._by_student = folder, ExitStack(), {}
         self._opened: Opened | None = None
         self._open(config, size)
+        with ExitStack() as on_error:
+            on_error.push(self)
+            self._opened.serve()
+            on_error.pop_all()
 
     @classmethod
     def from_pretrained(
@@ -163,14 +168,13 @@ class AvatarPipeline:
     @property
     def opened(self) -> Opened:
         """The components, the world and the plan of this rank. Raises ValueError after the pipeline is closed."""
-        if self._opened is None:
-            raise ValueError("this pipeline is closed; make another with AvatarPipeline.from_pretrained")
+        self._must_be_open()
         return self._opened
 
     @property
     def look_ahead_s(self) -> float:
         """Seconds of sound that a block needs after its last frame, when the sound comes from an iterator."""
-        return pick(LIVE_ENCODERS, self.config.model.speech_encoder, "model.speech_encoder").look_ahead_s
+        return family_of(self.config.model).look_ahead_s
 
     def load_lora(self, path: str | os.PathLike, alpha: float | None = None) -> Self:
         """Reload the weights with this adapter merged, in place of any other adapter, including that of a bundled student.
@@ -200,7 +204,9 @@ class AvatarPipeline:
         """
         own, asked = self.config, compose(PLAN, [f"hardware={hardware}"])
         same = {name: getattr(own, name) for name in ("run", "parallel", "sampler", "video", "decode")}
-        return search_plans(replace(asked, model=settled_model(own.model), hardware=machine_here(asked.hardware), **same))
+        return search_plans(
+            replace(asked, model=family_of(own.model).settled_model(own.model), hardware=machine_here(asked.hardware), **same)
+        )
 
     def plan_report(self) -> dict:
         """The plan of this pipeline as in result.json: name, estimated speed and memory, and after closing the measured memory.
@@ -261,7 +267,7 @@ class AvatarPipeline:
             raise ValueError(
                 "the weights of this pipeline cannot be replaced: it was given them, or shares them with other ranks; make another"
             )
-        self.opened  # noqa: B018 - raises when closed
+        self._must_be_open()
         before = self.config
         self.close()
         try:
@@ -272,6 +278,10 @@ class AvatarPipeline:
         self.config = config
         return self
 
+    def _must_be_open(self) -> None:
+        if self._opened is None:
+            raise ValueError("this pipeline is closed; make another with AvatarPipeline.from_pretrained")
+
     def _must_lead(self) -> None:
         if not self.leads:
             raise ValueError(f"rank {self.ranks.rank} serves the leading rank and makes no videos of its own; ask where pipe.leads is true")
@@ -281,11 +291,11 @@ class AvatarPipeline:
 
         Raises ValueError when that student would have to be loaded on several ranks.
         """
-        opened, steps = self.opened.components, config.sampler.sample_steps
-        if self._given is not None or opened.checkpoint is not None or steps == self.config.sampler.sample_steps:
+        opened, steps, family = self.opened.components, config.sampler.sample_steps, family_of(config.model)
+        if self._given is not None or steps == self.config.sampler.sample_steps:
             return opened
-        student = student_of(config.model, steps)
-        if student != student_of(config.model, self.config.sampler.sample_steps):
+        student = family.student(config.model, steps)
+        if student != family.student(config.model, self.config.sampler.sample_steps):
             if self.opened.world.mesh is not None:
                 raise ValueError(
                     f"num_inference_steps={steps} needs other weights than those that all ranks have loaded; "
@@ -293,9 +303,9 @@ class AvatarPipeline:
                 )
             if student not in self._by_student:
                 self._by_student[student] = build_components(config.model, config.run, steps=steps, context=replace(opened.context))
-                self._by_student[student].load()
             opened = self._by_student[student]
-        return replace(opened, weights=weights_in_words(config.model, steps))
+        words = family.weights_in_words(config.model, steps)
+        return opened if words == opened.weights else replace(opened, weights=words)
 
     def _inputs(self, config: InferConfig, memory: InMemory) -> Inputs:
         """Open the inputs of a request. Raises ValueError when the video is larger than planned and does not fit in memory."""

@@ -12,9 +12,15 @@ from skimage import data
 
 from sonic.checkpoint.weights import save_weights
 from sonic.cli import Entry, compose
-from sonic.inference.components import Components, untrained_components
+from sonic.config import ModelConfig
+from sonic.encoders.speech import LogMelEncoder
+from sonic.families.preview import PreviewComponents
+from sonic.inference.components import LoadedNetworks
 from sonic.inference.infer_config import InferConfig
+from sonic.model.dit import AvatarDiT
+from sonic.parallel.context import DistributedContext
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech
+from sonic.vae.motion_vae import WarpAutoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -31,10 +37,17 @@ TINY = (
 FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, to skip the detection
 
 
-def tiny_components(seed: int = 0) -> Components:
+def untrained_components(config: ModelConfig) -> PreviewComponents:
+    """The components of a preview model on the CPU, with their initial weights."""
+    model, autoencoder, speech = (module.eval().requires_grad_(False) for module in (AvatarDiT(config), WarpAutoencoder(), LogMelEncoder()))
+    networks = LoadedNetworks(model, autoencoder)
+    return PreviewComponents(config, DistributedContext(), lambda: autoencoder, networks=networks, speech=speech)
+
+
+def tiny_components(seed: int = 0) -> PreviewComponents:
     """Components with random weights, none of them zero."""
     torch.manual_seed(seed)
-    components = untrained_components(compose(Entry("infer", InferConfig), TINY).model, device=torch.device("cpu"))
+    components = untrained_components(compose(Entry("infer", InferConfig), TINY).model)
     for module in (components.model, components.autoencoder, components.speech):
         for weight in module.parameters():
             weight.add_(torch.randn_like(weight) * 0.02)

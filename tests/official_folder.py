@@ -45,7 +45,7 @@ def tiny_model(**trunk_sizes: int) -> ModelConfig:
     """The config of config.json in our form."""
     sizes = {"hidden_dim": WIDTH, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32}
     trunk = TrunkConfig(patch_size=[1, 2, 2], **{**sizes, **trunk_sizes})
-    return ModelConfig(trunk=trunk, audio=AudioConfig(SPEECH_DIM, 3, 2, [0]), text=TextConfig(TEXT, 12), autoencoder="wan", resolution=0)
+    return ModelConfig(trunk=trunk, audio=AudioConfig(SPEECH_DIM, 3, 2, [0]), text=TextConfig(TEXT, 12), family="wan", resolution=0)
 
 
 def write_official(folder: Path, seed: int = 0) -> Path:

@@ -11,10 +11,10 @@ import torch
 from tiny import conditions, conditions_for, spans_of, tiny_config
 from torch import Tensor
 
+from sonic.checkpoint.bundled import weight_files
 from sonic.checkpoint.load import Lora
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig
-from sonic.inference.components import weight_files
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout, shutdown, worker_loop
 from sonic.inference.rollout import NoiseSource, Sampling
 from sonic.model.dit import AvatarDiT

@@ -10,7 +10,7 @@ from importlib import import_module
 import pytest
 from infer_command import ROOT
 
-from sonic.inference.components import BUNDLED, named_weights
+from sonic.checkpoint.bundled import BUNDLED, named_weights
 from sonic.main import COMMANDS
 from sonic.system.program import PACKAGE, interpreter, written
 

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from sonic.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "sonic").rglob("*.py"))
 LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"types", "config", "geometry", "system"}
+GROUND = {"types", "config", "geometry", "system", "families.FAMILIES"}
 BELOW_INFERENCE = {"assets", "sampling", "model", "encoders", "vae", "checkpoint", "data", "parallel", "planner", "evaluation.metrics"}
 JOBS = {"inference", "training", "evaluation", "bench"}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
-    "config": set(),
+    "config": {"families.FAMILIES"},
     "geometry": set(),
     "system": {"config"},
     "assets": set(),
@@ -30,16 +32,17 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "model": {*GROUND, "checkpoint.weights"},
     "encoders": {*GROUND, "model.pointwise", "data.audio", "checkpoint.weights"},
     "vae": GROUND,
-    "checkpoint": {*GROUND, "model", "encoders", "vae"},
+    "checkpoint": {*GROUND, "assets", "model", "encoders", "vae"},
     "synthetic": {*GROUND, "data.audio", "data.pixels"},
     "data": {*GROUND, "synthetic", "evaluation.metrics"},
     "parallel": {*GROUND, "model", "vae", "checkpoint.load"},
     "planner": {*GROUND, "model", "vae", "parallel"},
-    "inference": {*GROUND, *BELOW_INFERENCE, "synthetic.draw_face"},
+    "families": {*GROUND, *BELOW_INFERENCE, "inference"},
+    "inference": {*GROUND, *BELOW_INFERENCE, "families.family", "synthetic.draw_face"},
     "arguments": {*GROUND, "cli", "checkpoint", "inference.infer_config"},
-    "pipeline": {*GROUND, *BELOW_INFERENCE, "cli", "inference", "arguments"},
+    "pipeline": {*GROUND, *BELOW_INFERENCE, "cli", "families.family", "inference", "arguments"},
     "evaluation": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline", "synthetic", "training.train_config"},
-    "training": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline", "synthetic", "evaluation"},
+    "training": {*GROUND, *BELOW_INFERENCE, "families.family", "inference", "pipeline", "synthetic", "evaluation"},
     "bench": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline"},
     "option_names": set(),
     "cli": {"config", "option_names", "system"},
@@ -64,6 +67,7 @@ DOORS = {  # third party -> the only places that may import it
     "espeakng_loader": {"sonic/synthetic/espeak.py"},
 }
 WITHOUT_TORCH = (
+    "sonic/families/__init__.py",
     "sonic/config.py",
     "sonic/geometry.py",
     "sonic/system/run_folder.py",
@@ -110,6 +114,7 @@ SETATTR = {  # the only places that set an attribute by its name: none of them a
     "sonic/parallel/layer_pipeline.py": "nothing in the place of what is on other ranks",
     "sonic/system/stdio.py": "a stream of sys",
 }
+OTHER_PREVIEWS = ("sonic/bench/benchmark.py",)  # the target preview of bench
 TWO_CLASSES = {"Ledger"}  # of memory in the dry runs of videos and of trainings
 LEFTOVERS = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
 ONE_MACHINE = ("/tm" + "p/", "/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/")
@@ -165,6 +170,42 @@ def test_imports_follow_the_table():
                 continue
             if not any(rest == allowed or rest.startswith(f"{allowed}.") for allowed in MAY_IMPORT[room]):
                 wrong.append(f"{name_of(path)}:{line} {room} may not import sonic.{rest}")
+    assert not wrong, "\n".join(wrong)
+
+
+def file_of(name: str) -> Path | None:
+    """The file of the library that `import NAME` or `from ... import ...` reads; None for other packages."""
+    for end in range(len(parts := name.split(".")), 0, -1):
+        for path in (ROOT.joinpath(*parts[:end]).with_suffix(".py"), ROOT.joinpath(*parts[:end], "__init__.py")):
+            if path in LIBRARY:
+                return path
+    return None
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {path: {found for name, _ in imports(path) if (found := file_of(name)) not in (None, path)} for path in LIBRARY}
+    while free := [path for path, needs in graph.items() if not needs]:
+        graph = {path: needs.difference(free) for path, needs in graph.items() if path not in free}
+    assert not graph, "\n".join(f"{name_of(path)} -> {', '.join(map(name_of, needs))}" for path, needs in graph.items())
+
+
+def test_only_families_ask_which_family_or_model_it_is():
+    """Not by comparing with a name, nor by a table of names, nor by a name as a key; `FAMILIES` and `family_of` answer."""
+    models = {path.stem for path in (ROOT / "conf/model").glob("*.yaml")}
+    names = {*FAMILIES, *models}
+    wrong = []
+    for where, node in nodes((ast.Compare, ast.Dict, ast.Subscript, ast.Call, ast.Match)):
+        if where.startswith("sonic/families/") or where.startswith(OTHER_PREVIEWS):
+            continue
+        if isinstance(node, ast.Dict):
+            asked = [key for key in node.keys if isinstance(key, ast.Constant) and key.value in names]
+        elif isinstance(node, ast.Compare | ast.Match):
+            asked = [each for each in ast.walk(node) if isinstance(each, ast.Constant) and each.value in names]
+        else:  # table[config.family], table.get(config.family) or pick(table, config.family, ...)
+            table = ast.unparse(node.value if isinstance(node, ast.Subscript) else node.func)
+            keys = [node.slice] if isinstance(node, ast.Subscript) else node.args[: 2 if table == "pick" else 1 if ".get" in table else 0]
+            asked = [key for key in keys if isinstance(key, ast.Attribute) and key.attr == "family" and table != "FAMILIES"]
+        wrong += [f"{where} {ast.unparse(node)[:80]}" for _ in asked[:1]]
     assert not wrong, "\n".join(wrong)
 
 

@@ -11,7 +11,7 @@ from test_configs import ENTRIES, INFER, NEEDED
 from sonic.cli import compose, entry_options, group_choices, help_text, run_command
 from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
-from sonic.inference.components import build_components
+from sonic.families.family import build_components
 from sonic.inference.report import sampling_of, sampling_words
 from sonic.option_names import SYNONYMS
 from sonic.planner.search import search_plans

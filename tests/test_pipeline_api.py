@@ -18,11 +18,11 @@ from skimage import data
 
 import sonic
 from sonic import AvatarPipeline
+from sonic.checkpoint.bundled import BUNDLED
 from sonic.cli import Entry, compose, run_command
 from sonic.commands import infer_command
 from sonic.data.image import load_image
 from sonic.geometry import FPS
-from sonic.inference.components import BUNDLED
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.search import as_json, search_plans
 

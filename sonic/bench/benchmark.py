@@ -23,7 +23,7 @@ from sonic.config import ModelConfig, Ranks, parse_size
 from sonic.data.image import resized
 from sonic.geometry import FPS
 from sonic.inference.infer_config import BenchConfig, InferConfig
-from sonic.inference.inputs import open_inputs
+from sonic.inference.input_reader import open_inputs
 from sonic.inference.report import Result, StageTimer, versions
 from sonic.pipeline import AvatarPipeline
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech, pick

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sonic.checkpoint.load import Lora
 from sonic.config import Ranks, precision_of
+from sonic.families import FAMILIES
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
 from sonic.inference.choose_plan import Estimate, estimate
 from sonic.inference.components import DTYPES, find_device
@@ -37,7 +38,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
     `seconds_per_step` is one forward pass of a block. TFLOP/s are the sum over all ranks, of denoising alone; the share is relative
     to a plain matrix product of the model's MLP shape on the first rank in the same run.
     """
-    if config.model.autoencoder != "wan":
+    if FAMILIES[config.model.family].moves_portrait:
         raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     _cap(config.fit.cap_gib, device)

@@ -100,13 +100,13 @@ class ClipDataset(Dataset):
     def check(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}) -> None:
         """Raise ValueError when clips with latents were made for another model, at another frame rate, or by encoders of other weights
         than `hashes_of` gives ("" = unknown). Values that the index lacks are assumed to fit, with a warning."""
-        made_by, rate = self.index.get("autoencoder", config.autoencoder), config.rollout.fps
+        made_by, rate = self.index.get("family", config.family), config.rollout.fps
         if "latents" not in self.clips[0]["tensors"]:
             return
-        if made_by != config.autoencoder:
+        if made_by != config.family:
             raise ValueError(
-                f"data.folder={self.folder} holds latents of autoencoder={made_by}, model={config.name} needs those of "
-                f"{config.autoencoder}; make clips for this model with {written('precompute')}"
+                f"data.folder={self.folder} holds latents of the family {made_by}, model={config.name} needs those of "
+                f"{config.family}; make clips for this model with {written('precompute')}"
             )
         if self.index.get("fps", rate) != rate:
             raise ValueError(

@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,14 +20,12 @@ from tqdm import tqdm
 from sonic.data import clips
 from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
-from sonic.data.motion import encode_motion
-from sonic.data.pixels import to_signed
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
 from sonic.data.shards import Build, Encoders, begin_again, built, each_made, made_with, outdated, read_metadata, whole, write_shard
+from sonic.families import FAMILIES
 from sonic.system.files import save_tensors
 from sonic.system.paths import shown
 from sonic.system.worker import Crashed
-from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
 REPORT = "report.jsonl"
@@ -81,7 +77,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
         raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
     metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
     clips.write_index(folder, entries, **metadata)
-    if config.model.autoencoder == "warp":  # its latents are zero where nothing moves
+    if FAMILIES[config.model.family].moves_portrait:
         save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
@@ -91,7 +87,7 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
     """Every segment of a video, with the tensors of its clip ({} when it has a fault). Raises ValueError for a damaged video."""
     samples = load_soundtrack(path)
     features = prompt = None
-    stream = read_segments(path, samples, config, fps=encoders.fps)
+    stream = read_segments(path, samples, config, fps=encoders.fps, frame=encoders.frame)
     while group := list(islice(stream, GROUP)):
         for segment in checked_sync(group, config, encoders.fps):
             if segment.fault:
@@ -100,29 +96,9 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
             if features is None:
                 features = encoders.encode_audio(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
                 prompt = encoders.read(_prompt(path)) if encoders.read else None
-            clip = pick(ENCODINGS, config.model.autoencoder, "model.autoencoder")(encoders.autoencoder, segment)
-            clip = {name: value if name == "head" else value.half() for name, value in clip.items()}
+            clip = {name: value if name == "head" else value.half() for name, value in encoders.encode(segment).items()}
             audio = _columns(features, segment.first, segment.frames)
             yield segment, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
-
-
-@torch.no_grad()
-def _encode_preview(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
-    """Motion latents of the face."""
-    frames = _channels_first(segment.pixels)[1:]
-    return encode_motion(autoencoder, frames, frames[segment.rest])
-
-
-@torch.no_grad()
-def _encode_wan(autoencoder: Any, segment: Segment) -> dict[str, Tensor]:
-    """VAE latents of the frames. The past frame gives the first latent frame, which is dropped: all others have four video frames."""
-    frames = rearrange(_channels_first(segment.pixels), "f c h w -> 1 c f h w").to(next(autoencoder.parameters()))
-    latents, _ = autoencoder.encode(frames)
-    ref, _ = autoencoder.encode(frames[:, :, 1 + segment.rest : 2 + segment.rest])
-    return {"latents": latents[0, :, 1:].float().cpu(), "ref": ref[0].float().cpu()}
-
-
-ENCODINGS: dict[str, Callable[[Any, Segment], dict[str, Tensor]]] = {"warp": _encode_preview, "wan": _encode_wan}  # by model.autoencoder
 
 
 def show(lines: list[dict]) -> None:
@@ -216,8 +192,3 @@ def _columns(features: Tensor, first: int, frames: int) -> Tensor:
     """Features of `frames` frames from `first` on, padded with zeros after the end of the sound.  [K,E,F] -> [K,E,frames]"""
     window = features[..., first : first + frames]
     return torch.nn.functional.pad(window, (0, frames - window.shape[-1]))
-
-
-def _channels_first(pixels: Tensor) -> Tensor:
-    """uint8 [F,h,w,3] -> [F,3,h,w] in [-1,1]"""
-    return to_signed(rearrange(pixels, "f h w c -> f c h w"))

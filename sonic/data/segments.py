@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from sonic.config import parse_size
 from sonic.data.audio import SAMPLE_RATE, envelope, frame_levels
 from sonic.data.data_config import PrecomputeConfig
-from sonic.data.image import covering, cut, face_crop
+from sonic.data.image import cut, face_crop
 from sonic.data.landmarks import find_face, locate_mouth
-from sonic.data.pixels import to_bytes
 from sonic.data.video import frames_at
 from sonic.evaluation import metrics
 from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
-from sonic.types import Portrait, pick
+from sonic.types import Portrait
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 MOUTH_CROP = 96  # side of the face crop in which the mouth's motion is measured
@@ -31,6 +28,8 @@ CUT = 25.0  # mean change of the face crop between frames, in grey levels, above
 BETTER, ENOUGH_S = 0.15, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
 MOVES = 0.01  # standard deviation of the mouth's pixels (black to white = 2) below which the mouth is still
 SPAN_S = 1.0  # largest lag that is tried, in seconds, in both directions
+
+Framing = Callable[[list[np.ndarray], Portrait, PrecomputeConfig], Tensor | None]  # frames as the model needs them; None = the face is cut
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,16 @@ def find_videos(source: Path) -> list[Path]:
     return videos
 
 
-def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int) -> Iterator[Segment]:
+def read_segments(path: Path, samples: np.ndarray, config: PrecomputeConfig, *, fps: int, frame: Framing) -> Iterator[Segment]:
     """Cut a video, from its second frame on, into segments, each with the first fault found.
 
     Raises ValueError when the video cannot be decoded.
     """
     length, first, pictures = FRAMES_PER_LATENT * config.latent_frames, 1, []
-    for frame in frames_at(path, fps):
-        pictures.append(frame)
+    for picture in frames_at(path, fps):
+        pictures.append(picture)
         if len(pictures) == 1 + length:
-            yield _inspect(pictures, samples, first=first, config=config, fps=fps)
+            yield _inspect(pictures, samples, config, first=first, fps=fps, frame=frame)
             first, pictures = first + length, pictures[-1:]
     if len(pictures) > 1 or first == 1:
         yield Segment(first, max(0, len(pictures) - 1), f"shorter than a clip of {length / fps:.1f} s")
@@ -103,7 +102,7 @@ def checked_sync(group: list[Segment], config: PrecomputeConfig, fps: int) -> li
     return [segment if segment.fault else replace(segment, fault=fault, **measured) for segment in group]
 
 
-def _inspect(pictures: list[np.ndarray], samples: np.ndarray, *, first: int, config: PrecomputeConfig, fps: int) -> Segment:
+def _inspect(pictures: list[np.ndarray], samples: np.ndarray, config: PrecomputeConfig, *, first: int, fps: int, frame: Framing) -> Segment:
     """The segment of these frames (the first is the past frame), with the first fault found."""
     frames = len(pictures) - 1
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
@@ -117,10 +116,10 @@ def _inspect(pictures: list[np.ndarray], samples: np.ndarray, *, first: int, con
     except ValueError:
         return Segment(first, frames, "no face")
     portrait = Portrait(middle, face, locate_mouth(middle, face))
-    mouth_frames = torch.stack([cut(frame, face_crop(portrait, resolution=MOUTH_CROP)) for frame in pictures])
+    mouth_frames = torch.stack([cut(picture, face_crop(portrait, resolution=MOUTH_CROP)) for picture in pictures])
     if float((mouth_frames[1:] - mouth_frames[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
         return Segment(first, frames, "another scene begins")
-    pixels = pick(FRAMINGS, config.model.autoencoder, "model.autoencoder")(pictures, portrait, config)
+    pixels = frame(pictures, portrait, config)
     if pixels is None:
         return Segment(first, frames, f"the face does not fit into data.size={config.data.size}")
     level = quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
@@ -138,27 +137,6 @@ def mouth_opening(frames: Tensor) -> np.ndarray:
     dark = quick(_smooth(np.quantile(mouth, DARK, axis=1)))
     opening = components[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
     return -opening if metrics.correlation(opening, dark) > 0 else opening
-
-
-def _face_framing(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
-    """Frames of the face crop, as in the command infer."""
-    crop = face_crop(portrait, resolution=config.model.resolution)
-    shown = torch.stack([cut(frame, crop) for frame in pictures])
-    return rearrange(to_bytes(shown), "f c h w -> f h w c")
-
-
-def _whole_framing(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
-    """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
-    width, height = parse_size(config.data.size, "data.size")
-    high, wide = pictures[0].shape[:2]
-    scale, face = max(width / wide, height / high), portrait.face
-    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
-    if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
-        return None
-    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in pictures])
-
-
-FRAMINGS = {"warp": _face_framing, "wan": _whole_framing}  # by model.autoencoder
 
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sonic.data.clips import mark_unfinished
 from sonic.data.data_config import PrecomputeConfig
+from sonic.data.segments import Framing, Segment
 from sonic.geometry import FPS
 from sonic.system.files import save_tensors
 from sonic.system.program import written
@@ -34,7 +35,8 @@ class Encoders:
 
     encode_audio(samples float32 16 kHz [n], F) -> features [K,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers)
     or encode(frames), depending on the model; read(prompt) -> text features [L,E], None for a model without prompts; hashes of the
-    weights by metadata key. Data of kind "spoken" need none of them.
+    weights by metadata key; `frame` and `encode` give the frames of a segment of a video and the tensors of its clip. Data of kind
+    "spoken" need none of them.
     """
 
     encode_audio: Callable[[np.ndarray, int], Tensor] | None
@@ -42,6 +44,8 @@ class Encoders:
     read: Callable[[str], Tensor] | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     fps: int = FPS
+    frame: Framing | None = None
+    encode: Callable[[Segment], dict[str, Tensor]] | None = None
 
 
 Build = Callable[[PrecomputeConfig], Encoders]
@@ -96,7 +100,7 @@ def whole(path: Path) -> bool:
 
 def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
     """The encoders and frame rate of all these shards, as far as recorded. Raises ValueError when the shards differ in them."""
-    common: dict[str, Any] = {"autoencoder": config.model.autoencoder}
+    common: dict[str, Any] = {"family": config.model.family}
     shards = [metadata for metadata in shard_metadata if metadata["clips"]]
     for name, what in MADE_WITH.items():
         values = {metadata[name] for metadata in shards if metadata.get(name)}

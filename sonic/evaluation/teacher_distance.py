@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sonic.checkpoint.bundled import TEACHER
 from sonic.evaluation import metrics
-from sonic.inference.components import TEACHER
 
 STEPS, WEIGHTS = "sampler.sample_steps", "weights"
 DISTANCE = "teacher_distance"

@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 from sonic.config import Ranks
 from sonic.data.video import check_output
+from sonic.families.family import build_components, family_of
 from sonic.inference.choose_plan import Estimate, estimate
-from sonic.inference.components import Components, build_components, find_device
+from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import write_video
-from sonic.inference.generate_wan import preload_prompts
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.input_reader import InputReader
-from sonic.inference.inputs import Settings, inputs_of, open_inputs, refuse_overwriting
+from sonic.inference.input_reader import InputReader, open_inputs
+from sonic.inference.inputs import Settings, inputs_of, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
@@ -54,14 +54,21 @@ class Opened(NamedTuple):
         """The path of the video for a request that names no output."""
         return self.folder / f"{line:04d}.mp4"
 
+    def serve(self) -> None:
+        """Run the forwards or decode, as the leading rank asks, until it shuts this rank down; on a rank that leads, return at once."""
+        components, context = self.components, self.components.context
+        if self.world.holds_vae:
+            serve_vae(components.autoencoder, context.vae_channel)
+        elif not self.world.leads:
+            worker_loop(components.model, context, components.dtype)
+
 
 @contextmanager
 def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(), size: tuple[int, int] | None = None) -> Iterator[Opened]:
     """Build the components of this rank under the plan of the job, and shut the other ranks down at the end of the block.
 
-    Only the leading rank enters the `with` block at once; the others serve it and enter after it has shut them down. All ranks use the
-    first rank's `folder`, because its default name contains the time, which differs between ranks. `size` is (width, height) of the
-    video where this rank knows it already.
+    Ranks that do not lead must call `serve` inside the block. All ranks use the first rank's `folder`, because its default name contains
+    the time, which differs between ranks. `size` is (width, height) of the video where this rank knows it already.
     """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     found = estimate(config, ranks, device, size=size)
@@ -69,12 +76,8 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(),
     with open_world(parallel, parallel.name, ranks, device=device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
-        if components.checkpoint is None or not world.leads:  # else the leading rank loads after encoding
+        if not world.leads:  # the leading rank may load after encoding
             components.load()
-        if world.holds_vae:
-            serve_vae(components.autoencoder, context.vae_channel)
-        elif not world.leads:
-            worker_loop(components.model, context, components.dtype)
         yield Opened(components, world, found, folder)
         if world.leads:
             shutdown(context)
@@ -104,8 +107,6 @@ def make_video(
     inputs: Inputs, components: Components, config: InferConfig, *, output: Path, timer: StageTimer
 ) -> tuple[Result, FrameRecorder]:
     """Write one video and return its result, with the recorder that holds sample frames and the mouth curve."""
-    if config.prompt and config.model.autoencoder == "warp":
-        log.warning("prompt is not read: the preview was trained without text")
     recorder = FrameRecorder(inputs)
     return write_video(inputs, components, Settings.of(config), output=output, timer=timer, recorder=recorder), recorder
 
@@ -121,8 +122,7 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
     components, world = opened.components, opened.world
     copies, replica = world.size("dp_replicate"), world.coordinate("dp_replicate")
     share = all_requests(requests, config, opened.output_of)[replica::copies] if world.leads else ()
-    if components.checkpoint is not None:
-        preload_prompts(components, _prompts(share))
+    family_of(components.config).preload_prompts(components, _prompts(share))
     with closing(InputReader()) as reader:
         for request in share:
             generating = False

@@ -16,8 +16,8 @@ from sonic.config import PHOTO_SIZE, Ranks, parse_size
 from sonic.data.image import BROKEN_FILE, SMALLEST_SIDE, load_image
 from sonic.data.image import LARGEST_AREA as LARGEST_PICTURE
 from sonic.evaluation.metrics import peak_rss_gib
+from sonic.families.family import family_of
 from sonic.geometry import wan_size
-from sonic.inference.components import settled_model
 from sonic.inference.conditions import LARGEST_AREA
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
@@ -81,7 +81,7 @@ def estimate(
     plan.force=true logs a warning instead.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    model = settled_model(config.model) if trained else config.model
+    model = family_of(config.model).settled_model(config.model) if trained else config.model
     video = replace(config.video, size=_video_size(config, size))
     plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
     found = search_plans(plan_config, idle=False)

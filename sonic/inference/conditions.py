@@ -1,9 +1,8 @@
-"""Makes the inputs of the model from a portrait and a recording: portrait latents, speech features and head poses."""
+"""Fits pictures to the size of a video, and draws head poses."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,37 +12,14 @@ from torch import Tensor
 
 from sonic.config import PHOTO_SIZE, HeadConfig, parse_size
 from sonic.data.clips import pose_latents
-from sonic.data.image import covering, cut, resized
+from sonic.data.image import covering, resized
 from sonic.data.pixels import to_signed
 from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
-from sonic.inference.components import Components
 from sonic.synthetic.draw_face import head_motion
-from sonic.types import Conditions, Crop, FaceBox, Inputs, Mouth, Portrait
-from sonic.vae.motion_vae import Reference
+from sonic.types import FaceBox, Mouth, Portrait
 
 LARGEST_AREA = 3840 * 2160
 EVEN = 2  # H.264 with 4:2:0 colour needs even sides
-
-
-@torch.no_grad()
-def encode(inputs: Inputs, components: Components, motion: HeadConfig, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """The conditions for all frames of a preview video, and the portrait features that the autoencoder decodes with."""
-    conditions, reference = encode_portrait(inputs, components, crop=crop)
-    frames = whole_blocks(inputs.num_frames, components.config.rollout.block_frames)
-    features = components.speech.encode_audio(inputs.speech.samples, frames)
-    pose = head_pose(motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
-    whole = replace(conditions, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose)
-    return whole.to(device=components.device, dtype=components.dtype), reference
-
-
-@torch.no_grad()
-def encode_portrait(inputs: Inputs, components: Components, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """The conditions that depend on the portrait alone (no audio, no pose), and the portrait features for decoding."""
-    config = components.config
-    picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
-    reference = components.autoencoder.reference(picture)
-    text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device)
-    return Conditions(ref=reference.latents, text=text).to(dtype=components.dtype), reference
 
 
 def fit_portrait(portrait: Portrait, size: str) -> Portrait:

@@ -11,14 +11,11 @@ from tqdm import tqdm
 
 from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
+from sonic.families.family import family_of
 from sonic.inference.components import Components
-from sonic.inference.generate_preview import generate_preview
-from sonic.inference.generate_wan import generate_wan
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, versions
 from sonic.types import FrameChunk, Inputs
-
-GENERATORS = {"warp": generate_preview, "wan": generate_wan}  # by model.autoencoder
 
 
 def generate(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
@@ -26,7 +23,12 @@ def generate(inputs: Inputs, components: Components, settings: Settings, *, time
 
     With decode.online, denoising and decoding run in background threads, which end when the iterator is closed.
     """
-    return GENERATORS[components.config.autoencoder](inputs, components, settings, timer=timer or StageTimer())
+    family, timer = family_of(components.config), timer or StageTimer()
+    with timer.stage("encode"):
+        encoded = family.condition(inputs, components, settings)
+    with timer.stage("load"):
+        components.load()
+    yield from family.generate(inputs, encoded, components, settings=settings, timer=timer)
 
 
 def write_video(

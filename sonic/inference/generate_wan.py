@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.data.pixels import to_bytes, to_signed
-from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, plan_blocks
-from sonic.inference.components import Components
-from sonic.inference.conditions import signed
+from sonic.data.pixels import to_signed
+from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout
-from sonic.inference.inputs import DROPPED_FRAMES, Settings
-from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
-from sonic.inference.report import StageTimer
+from sonic.inference.live_features import LiveFeatures
 from sonic.inference.rollout import NoiseSource, OnStep, Sampling
-from sonic.inference.stream import HANDOVERS
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
-from sonic.types import BlockSpan, Conditions, FrameChunk, Inputs, LatentBlock
+from sonic.types import BlockSpan, Conditions, LatentBlock
 from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank
 Stage = Callable[[str], AbstractContextManager]  # stage(name) is a context manager that adds the time inside to that stage
 
+DROPPED_FRAMES = 3  # the published pipelines drop these from the first clip, so the video runs ahead of its sound
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
 POSE_CHUNK = 48  # pose frames that are encoded at once
 WARM_LATENTS = 7  # latent frames of the still picture that fill the cache of the decoder before the first block
@@ -205,94 +200,6 @@ def generate_blocks_upstream(
         if index + 1 < encoded.clips:
             with stage("decode"):
                 motion, _ = vae.encode(past)
-
-
-def generate_wan(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer) -> Iterator[FrameChunk]:
-    """Yield the frames of a video in order, as soon as they are decoded.
-
-    The prompt and the speech are encoded first, and their encoders are freed before the transformer is loaded. While the sound is
-    still arriving, the speech encoder stays in memory.
-    """
-    with timer.stage("encode"):
-        encoded = _encode_inputs(inputs, components, settings)
-    with timer.stage("load"):
-        networks = WanNetworks(*components.load(), components.context)
-    made = {"sampler": settings.sampler, "stage": timer.stage, "on_step": settings.on_step}
-    if components.config.rollout.clip_frames:
-        frames = generate_clips(networks, encoded, upstream=bool(settings.compat), **made)
-    elif settings.compat:
-        frames = generate_blocks_upstream(networks, encoded, **made)
-    else:
-        hand_over = lambda blocks: HANDOVERS[settings.decode.online](  # noqa: E731
-            timer.each("denoise", blocks), settings.decode.queue, name="denoise"
-        )
-        frames = generate_blocks(networks, encoded, hand_over=hand_over, **made)
-    with closing(frames):
-        chunks = _chunks(frames, inputs.num_frames)
-        yield from chunks if encoded.live is None else encoded.live.cut(chunks)
-
-
-def _chunks(frames: Iterator[Tensor], num_frames: int) -> Iterator[FrameChunk]:
-    """Convert frames [1,3,F,H,W] in [-1,1] to chunks of bytes in host memory, and stop after `num_frames` frames."""
-    start = 0
-    for some in frames:
-        pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
-        yield FrameChunk(pixels[: num_frames - start].cpu(), start)
-        start += min(len(pixels), num_frames - start)
-        if start == num_frames:
-            return
-
-
-def _encode_inputs(inputs: Inputs, components: Components, settings: Settings) -> EncodedInputs:
-    """Encode the inputs on the device of the networks. Speech features and poses cover the last block or clip to its end."""
-    config, checkpoint, device = components.config, components.checkpoint, components.device
-    length = config.text.text_len
-    whole = config.rollout.clip_frames or settings.compat
-    step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
-    if settings.sound is None:
-        frames, live = -(-inputs.num_frames // step) * step, None
-        voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
-        features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
-    else:  # the speech encoder stays in memory until the sound ends
-        live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
-        features = torch.zeros(1, 0, 0, 0)
-    read = checkpoint.reader(length, device)
-    text = read(inputs.prompt)
-    patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
-    return EncodedInputs(
-        picture=signed(inputs.portrait.pixels).to(device),
-        text=text,
-        negative=read(inputs.negative_prompt) if settings.sampler.sample_guide_scale != 1 else text,
-        audio=features,
-        clip_frames=settings.clip_frames,
-        seed=inputs.seed,
-        pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
-        masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
-        generator=settings.generator,
-        live=live,
-    )
-
-
-def preload_prompts(components: Components, prompts: Iterable[str]) -> None:
-    """Encode all prompts and cache them, so that the text encoder is not needed after the transformer is loaded.
-
-    A prompt that cannot be encoded is skipped here; the error is reported when its video is made.
-    """
-    read = components.checkpoint.reader(components.config.text.text_len, components.device)
-    for prompt in dict.fromkeys(prompts):
-        with suppress(ValueError, OSError):
-            read(prompt)
-
-
-def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
-    """The poses, padded with black frames to `frames`."""
-    return np.concatenate([pose, np.zeros((max(0, frames - len(pose)), *pose.shape[1:]), np.uint8)])
-
-
-def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
-    """Masks on the grid of patches: 1 where more than half of a patch is covered, else 0.  [voices,H,W] -> [voices,1,H/patch,W/patch]"""
-    coverage = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], patch)
-    return (coverage > 0.5).float()
 
 
 def _conditions(encoded: EncodedInputs, ref: Tensor, motion: Tensor | None, *, frames: slice, vae: Vae, dtype: torch.dtype) -> Conditions:

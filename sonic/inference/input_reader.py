@@ -1,4 +1,4 @@
-"""Reads the inputs of requests in a child process, so that a file that crashes its decoder fails one request and not the whole job."""
+"""Opens the inputs of videos; those of requests in a child process, so that a file that crashes its decoder fails only its request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,47 @@ import torch
 from sonic.data.audio import load_speech
 from sonic.data.image import load_image
 from sonic.data.video import timed_frames
+from sonic.families.family import family_of
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import inputs_of, open_inputs
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, inputs_of
+from sonic.system.paths import check_input
 from sonic.system.worker import Crashed, Worker
 from sonic.types import Inputs
 
 log = logging.getLogger("sonic.inference")
 
 READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "face.masks": load_image, "motion.pose": timed_frames}
+
+
+def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
+    """Read and check the inputs of a video. Raises ValueError with one sentence for anything that is wrong with them."""
+    _refuse_with_memory(config, memory)
+    for option, name in inputs_of(config, memory):
+        check_input(name, option)
+    return family_of(config.model).open(config, memory)
+
+
+def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
+    """Raise ValueError for options that cannot be combined with sound in memory, or with sound that is still arriving."""
+    if config.face.masks and (memory.speech is not None or memory.sound is not None):
+        raise ValueError("face.masks needs audio=a.wav+b.wav, a file for each voice; save the recordings first")
+    if memory.sound is None:
+        return
+    rollout, model = config.model.rollout, config.model.name
+    if rollout.clip_frames:
+        raise ValueError(
+            f"model={model} makes clips of {config.video.infer_frames} frames whose sound it needs whole; give audio as a file or as "
+            "(samples, sample_rate), or use a model that goes block by block: preview or live_avatar_14b"
+        )
+    needed_whole = (
+        ("video.compat", config.video.compat, "its clips need their sound whole"),
+        ("motion.pose", config.motion.pose, "the poses are read for a length that is known"),
+        ("motion.head", config.motion.head.removeprefix("off"), "the motion is drawn for a length that is known"),
+        ("decode.online", "" if config.decode.online else "false", "nothing would be decoded before the sound ends"),
+    )
+    for option, value, why in needed_whole:
+        if value:
+            raise ValueError(f"{option}={value} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
 
 
 class ReadInputs(NamedTuple):

@@ -151,6 +151,3 @@ class LiveConditions(Conditions):
     def drop(self, name: str) -> Conditions:
         """A copy without the condition `name`."""
         return replace(self, silent=True) if name == "audio" else super().drop(name)
-
-
-LIVE_ENCODERS: dict[str, type[LiveLogMel] | type[LiveWav2Vec]] = {"logmel": LiveLogMel, "wav2vec2": LiveWav2Vec}  # by model.speech_encoder

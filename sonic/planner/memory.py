@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+from sonic.families import FAMILIES
 from sonic.geometry import FRAMES_PER_LATENT, GIB
 from sonic.model.counts import block_weights, end_weights, injector_weights, weights
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
@@ -17,12 +18,9 @@ ENCODE = ("text_encoder", "speech_encoder", "reserve")
 Items = Mapping[str, float]  # bytes by item
 Phases = Mapping[str, Items]  # items of a rank in each phase; phases follow each other
 
-VAE_NUMBERS = {"wan": 126_892_531, "warp": 1_686_264}
 TEXT_NUMBERS = {4096: 5_680_910_336}  # parameters of umT5-xxl's encoder, by the width of its outputs; other models have no text encoder
 SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
 PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
-VAE_CACHE = {"wan": 2366, "warp": 8}  # elements per pixel that the decoder caches between latent frames
-VAE_WORKSPACE = {"wan": 5085, "warp": 400}  # elements per pixel while it decodes one latent frame, its new cache included
 COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
 CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and its keys are not in a KV ring
 HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
@@ -112,12 +110,12 @@ def vae_bytes(work: Workload, *, idle: float = 0) -> float:
 
     A stream is decoded while later blocks are denoised. A clip is decoded in float32 after its denoising, reusing the `idle` bytes that
     the denoising needed, and all its frames are held."""
-    name = work.model.autoencoder
-    working = VAE_WORKSPACE[name] * work.pixels
+    family = FAMILIES[work.model.family]
+    working = family.workspace * work.pixels
     if work.clip_frames:
         frames = 3 * work.pixels * (work.clip_frames + FRAMES_PER_LATENT * PAST_LATENTS)
-        return VAE_NUMBERS[name] * 4 + max(0, (working + frames) * 4 - idle)
-    return (VAE_NUMBERS[name] + VAE_CACHE[name] * work.pixels + working) * work.dtype_bytes
+        return family.parameters * 4 + max(0, (working + frames) * 4 - idle)
+    return (family.parameters + family.cache * work.pixels + working) * work.dtype_bytes
 
 
 def frame_bytes(work: Workload) -> float:

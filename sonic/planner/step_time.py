@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sonic.families import FAMILIES
 from sonic.model.counts import injector_multiply_adds, layer_multiply_adds
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.memory import model_bytes, ring_bytes
@@ -16,7 +17,6 @@ from sonic.planner.workload import Workload
 GIGA, TERA = 1e9, 1e12
 VAE_FLOPS = 8.47e6  # operations per pixel and frame that the Wan decoder takes (2.29e12 for a frame of 704x384)
 VAE_EFFICIENCY = 0.35  # fraction of the nominal TFLOPS that its convolutions reach
-VAE_SHARE = {"wan": 1.0, "warp": 0.002}
 PAST_FRAMES, WARM_FRAMES = 73, 25  # frames that are encoded, and decoded, once before the first block
 TEXT_FLOPS = 2 * 5.7e9 * 512  # operations of the text encoder for a prompt
 
@@ -64,7 +64,7 @@ def layer_seconds(work: Workload, hardware: HardwareConfig) -> list[float]:
 
 def vae_seconds(work: Workload, hardware: HardwareConfig, frames: int | None = None) -> float:
     """Seconds to decode `frames` frames; by default those of a hand-over."""
-    operations = VAE_SHARE[work.model.autoencoder] * VAE_FLOPS * work.pixels * (work.frames if frames is None else frames)
+    operations = FAMILIES[work.model.family].decode_time * VAE_FLOPS * work.pixels * (work.frames if frames is None else frames)
     return operations / (hardware.tflops * TERA * VAE_EFFICIENCY)
 
 
@@ -95,7 +95,7 @@ def exchange_seconds(work: Workload, hardware: HardwareConfig, ranks: int) -> fl
 
 def before_seconds(work: Workload, hardware: HardwareConfig) -> float:
     """Seconds before the first block: encode prompt and motion frames, prefill the KV caches, warm up the decoder."""
-    published = VAE_SHARE[work.model.autoencoder]
+    published = FAMILIES[work.model.family].decode_time
     text = published * TEXT_FLOPS / rate(hardware)
     prefill = work.passes * 2 * work.model.trunk.num_layers * layer_multiply_adds(work.model, work.memory, keys=work.memory)
     past = vae_seconds(work, hardware, PAST_FRAMES + WARM_FRAMES)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from sonic.families import FAMILIES
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
@@ -26,7 +27,7 @@ from sonic.parallel.mesh import World, make_world
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger, total_bytes
-from sonic.planner.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
+from sonic.planner.memory import GIB, PAST_LATENTS, encoder_bytes, frame_bytes, vae_bytes
 from sonic.planner.plans import MESSAGES, Plan, degree
 from sonic.planner.workload import Workload
 from sonic.types import Conditions
@@ -259,8 +260,9 @@ def _through_blocks(model: AvatarDiT, work: Workload, *, cache: KVCache, layer_o
 
 def _vae(work: Workload) -> Footprint:
     """Memory of the autoencoder: it decodes a block of a stream with a full cache, or a clip and its motion frames in float32."""
-    if work.model.autoencoder != "wan":
-        return Footprint(VAE_NUMBERS[work.model.autoencoder] * work.dtype_bytes, vae_bytes(work))
+    family = FAMILIES[work.model.family]
+    if family.moves_portrait:
+        return Footprint(family.parameters * work.dtype_bytes, vae_bytes(work))
     with _made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
         model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from sonic.checkpoint.converted import Checkpoint
+from sonic.checkpoint.bundled import named_weights
 from sonic.checkpoint.load import fill, without_memory
 from sonic.data.clips import ClipDataset, batches, sample_order
-from sonic.inference.components import find_device, named_weights, transformer_weights
+from sonic.families.family import family_of
+from sonic.inference.components import find_device
 from sonic.model.execution import Execution
 from sonic.parallel.mesh import World
 from sonic.parallel.ulysses import sequence_parallel
@@ -24,7 +25,6 @@ from sonic.parallel.watchdog import watch_ranks
 from sonic.system.files import save_tensors
 from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
-from sonic.training.clip_encoders import hashes_of
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
 from sonic.training.engine import Engine, LocalEngine
 from sonic.training.fsdp_engine import ShardedEngine
@@ -74,16 +74,16 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     """Build the parts and train, in one process of the world."""
     check_shares(config, world)
     torch.manual_seed(config.seed)
-    dataset = pick(DATASETS, config.data.source, "data.source")(config.data)
+    dataset, family = pick(DATASETS, config.data.source, "data.source")(config.data), family_of(config.model)
     if isinstance(dataset, ClipDataset):
-        dataset.check(config.model, hashes_of)
+        dataset.check(config.model, family.encoder_hashes)
     engine = engine_of(config, world, folder)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
     made = {"make": without_memory, "execution": execution} if config.objective.name in TAKES_MAKE else {}
     objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
     engine.allocate(objective)
     for model in objective.pretrained:
-        fill(model, transformer_weights(config.model))
+        fill(model, family.transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         start_from(objective.roles["student"], named_weights(config.init_from), objective.metadata)
@@ -112,9 +112,7 @@ def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata
 
 def sized(config: TrainConfig) -> TrainConfig:
     """The config with the model sizes of its checkpoint. Raises ValueError when the checkpoint is of another model."""
-    if config.model.autoencoder != "wan" or not config.model.weights:
-        return config
-    return replace(config, model=Checkpoint.open(Path(config.model.weights)).config(config.model))
+    return replace(config, model=family_of(config.model).settled_model(config.model)) if config.model.weights else config
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:

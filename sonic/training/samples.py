@@ -4,7 +4,6 @@ affected."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.weights import load_weights
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
 from sonic.data.image import cut, face_crop, load_image
@@ -24,17 +22,21 @@ from sonic.data.pixels import to_signed
 from sonic.data.segments import MOUTH_CROP, mouth_opening, quick
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
+from sonic.families import FAMILIES
+from sonic.families.family import family_of
 from sonic.geometry import FPS
-from sonic.inference.components import checkpoint_components, preview_components, untrained_encoders, weight_files
+from sonic.inference.components import Components
 from sonic.inference.conditions import whole_picture
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World
 from sonic.pipeline import AvatarPipeline
 from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.train_config import EvalConfig, TrainConfig
-from sonic.types import Inputs, Portrait, Speech, pick
+from sonic.types import Inputs, Portrait, Speech
 
 LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
@@ -85,16 +87,15 @@ def sample_maker(student: Student) -> SampleMaker | None:
     if not hasattr(student.objective, "networks"):
         raise ValueError(f"log.samples_every={config.log.samples_every}: objective={config.objective.name} makes no videos; use 0")
     sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
-    return pick(SAMPLE_MAKERS, config.model.autoencoder, "model.autoencoder")(student, sampler)
+    context = DistributedContext(World("single", student.engine.world.device))
+    components = family_of(config.model).components(config.model, context, torch.float32)
+    make = drawn_sampler if FAMILIES[config.model.family].moves_portrait else portrait_sampler
+    return make(student, components, sampler)
 
 
-def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """Sample maker of the preview model: a drawn person of the test split speaks a sentence, scored against the known mouth motion."""
-    config, device = student.config, student.engine.world.device
-    files = weight_files(config.model)
-    autoencoder, speech = untrained_encoders(config.model, device)
-    load_weights(autoencoder, files.autoencoder)
-    load_weights(speech, files.speech)
+def drawn_sampler(student: Student, components: Components, sampler: SamplerConfig) -> SampleMaker:
+    """Sample maker of a drawn person of the test split, who speaks a sentence and is scored against the known mouth motion."""
+    config = student.config
     eval_config = EvalConfig(clips=1, seed=config.seed, seconds=config.log.sample_seconds)
     case = next(cases(eval_config, config.model.resolution))
     asked = InferConfig(model=config.model, sampler=sampler, decode=DecodeConfig(online=False))
@@ -102,7 +103,7 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     def make_sample(step: int) -> Sample:
         made: list[Tensor] = []
         with student.use_role() as model:
-            pipe = AvatarPipeline(asked, preview_components(config.model, model, autoencoder, speech=speech, device=device))
+            pipe = AvatarPipeline(asked, components.with_model(model))
 
             def make(case: Case, samples: np.ndarray) -> Tensor:
                 made.append(generated_frames(case, samples, pipe, seed=config.seed).cpu())
@@ -115,12 +116,11 @@ def preview_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
     return make_sample
 
 
-def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
-    """Sample maker of a published model: the bundled portrait speaks the start of the bundled recording.
+def portrait_sampler(student: Student, components: Components, sampler: SamplerConfig) -> SampleMaker:
+    """Sample maker of the bundled portrait, which speaks the start of the bundled recording.
 
     There is no reference video, so the metrics are the correlation of mouth opening and loudness, and the amount of mouth motion."""
-    config, device = student.config, student.engine.world.device
-    components = checkpoint_components(config.model, device)
+    config = student.config
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
     face = find_face(pixels)
     crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)
@@ -142,9 +142,3 @@ def wan_sampler(student: Student, sampler: SamplerConfig) -> SampleMaker:
         return Sample(figures, student.keep(step, frames, speech, fps=fps))
 
     return make_sample
-
-
-SAMPLE_MAKERS: dict[str, Callable[[Student, SamplerConfig], SampleMaker]] = {
-    "warp": preview_sampler,
-    "wan": wan_sampler,
-}  # by model.autoencoder

@@ -103,10 +103,10 @@ def test_the_index_is_readable_json(folder):
 def test_clips_of_another_autoencoder_or_size_are_reported(tmp_path):
     save_file({"a/latents": torch.zeros(16, 6, 4, 4), "a/audio": torch.zeros(1, 160, 24)}, tmp_path / "a.safetensors")
     entries = [{"name": "a", "shard": "a.safetensors", "latent_frames": 6, "tensors": ["latents", "audio"]}]
-    clips.write_index(tmp_path, entries, autoencoder="warp")
+    clips.write_index(tmp_path, entries, family="preview")
     clips.ClipDataset(tmp_path).check(ModelConfig())
-    with pytest.raises(ValueError, match="latents of autoencoder=warp"):
-        clips.ClipDataset(tmp_path).check(ModelConfig(autoencoder="wan"))
+    with pytest.raises(ValueError, match="latents of the family preview"):
+        clips.ClipDataset(tmp_path).check(ModelConfig(family="wan"))
     with pytest.raises(ValueError, match=r"\(16, 1, 160\).*needs \(16, 25, 160\)"):
         clips.ClipDataset(tmp_path).check(ModelConfig(audio=AudioConfig(num_audio_layers=25)))
 
@@ -118,7 +118,7 @@ def latents(tmp_path):
 
 
 def test_clips_at_another_rate_are_reported(latents, tmp_path):
-    clips.write_index(tmp_path, latents, autoencoder="warp", fps=16)
+    clips.write_index(tmp_path, latents, family="preview", fps=16)
     with pytest.raises(ValueError, match=r"clips of 16 frames a second, model=preview makes 25; .*another folder="):
         clips.ClipDataset(tmp_path).check(ModelConfig())
     clips.ClipDataset(tmp_path).check(ModelConfig(rollout=RolloutConfig(fps=16)))

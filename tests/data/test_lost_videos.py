@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from video_files import FPS, speech, talking, write
 
+from sonic.checkpoint.bundled import weights_hash
 from sonic.checkpoint.weights import read_tensors
 from sonic.config import ModelConfig
 from sonic.data import clips, own_videos
@@ -22,7 +23,7 @@ from sonic.data.own_videos import REPORT
 from sonic.data.precompute import precompute
 from sonic.data.shards import DamagedShard, each_made, read_metadata, write_shard
 from sonic.system.worker import Crashed
-from sonic.training.clip_encoders import _digest, build_encoders
+from sonic.training.clip_encoders import build_encoders
 
 FRAMES = 49  # a clip of twelve latent frames, and the frame before it
 LOAD, LATENTS = own_videos.load_soundtrack, 12
@@ -125,7 +126,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DamagedShard, match=r"a\.safetensors is no shard"):
         read_metadata(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-10])
-    for read in (read_metadata, _digest, read_tensors):
+    for read in (read_metadata, weights_hash, read_tensors):
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             read(tmp_path / "a.safetensors")
     for content in ("{", "[]", "{}", '{"clips": 3}'):

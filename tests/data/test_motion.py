@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 from video_files import read_frames, warp_crop, write
 
+from sonic.checkpoint.bundled import weight_files
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.data.motion import encode_motion, estimate_motion, head_pose
 from sonic.evaluation import metrics
-from sonic.inference.components import weight_files
 from sonic.synthetic import draw_face
 from sonic.synthetic.drawn_people import random_visemes
 from sonic.vae.motion_vae import WarpAutoencoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from sonic.config import ModelConfig
 from sonic.data import own_videos, segments
 from sonic.data.data_config import FootageConfig, PrecomputeConfig
-from sonic.data.own_videos import ENCODINGS, clips_of
+from sonic.data.own_videos import clips_of
 from sonic.data.segments import Segment, checked_sync, read_segments
 from sonic.data.shards import Encoders, read_metadata
+from sonic.families import wan
 from sonic.types import FaceBox, Mouth, Portrait
 
 FPS, LENGTH = 25, 12  # frames a second, frames of a clip
@@ -36,14 +38,13 @@ def test_segments_are_consecutive_and_each_has_the_frame_before_it(config, monke
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 2 * LENGTH + 5)))
     seen = []
 
-    def looked(held, samples, *, first, config, fps):
+    def looked(held, samples, config, *, first, fps, frame):
         seen.append([int(frame[0, 0, 0]) for frame in held])
         return Segment(first, len(held) - 1)
 
     monkeypatch.setattr(segments, "_inspect", looked)
-    found = [
-        (segment.first, segment.frames, segment.fault) for segment in read_segments("video.mp4", np.zeros(0, np.float32), config, fps=FPS)
-    ]
+    read = read_segments("video.mp4", np.zeros(0, np.float32), config, fps=FPS, frame=wan._covering_frames)
+    found = [(segment.first, segment.frames, segment.fault) for segment in read]
     assert found == [(1, LENGTH, ""), (1 + LENGTH, LENGTH, ""), (1 + 2 * LENGTH, 5, "shorter than a clip of 0.5 s")]
     assert seen == [list(range(LENGTH + 1)), list(range(LENGTH, 2 * LENGTH + 1))]
 
@@ -54,7 +55,7 @@ def test_the_sound_of_a_segment_is_that_of_its_own_frames(config, frame, monkeyp
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 3 * LENGTH)))
     samples = np.zeros((1 + 3 * LENGTH) * SAMPLES, np.float32)
     samples[frame * SAMPLES : (frame + 1) * SAMPLES] = 0.5
-    found = [segment.fault for segment in read_segments("video.mp4", samples, config, fps=FPS)]
+    found = [segment.fault for segment in read_segments("video.mp4", samples, config, fps=FPS, frame=wan._covering_frames)]
     assert found == ["silent", "no face", "silent"]  # the pictures are grey, so no face is found where there is sound
 
 
@@ -104,7 +105,7 @@ def test_a_face_fits_when_the_middle_of_the_picture_holds_all_of_it(config, box,
     if upright:
         held, face = [np.zeros((160, 60, 3), np.uint8)] * 2, FaceBox(y, x, height, width)
     sized = replace(config, data=replace(config.data, size="64x64"))
-    found = segments._whole_framing(held, Portrait(held[0], face, Mouth(1, 1, 1)), sized)
+    found = wan._covering_frames(held, Portrait(held[0], face, Mouth(1, 1, 1)), sized)
     assert (found is not None) is fits
     assert found is None or found.shape == (2, 64, 64, 3)
 
@@ -118,10 +119,13 @@ def one_video(config, monkeypatch):
         Segment(first, LENGTH, pixels=torch.stack([torch.full((8, 8, 3), first - 1 + n, dtype=torch.uint8) for n in range(LENGTH + 1)]),
              mouth=np.where(np.arange(LENGTH) == 4, -1.0, 0.0)) for first in (1, 1 + LENGTH)
     ]  # fmt: skip
-    monkeypatch.setattr(own_videos, "read_segments", lambda path, samples, config, fps: iter(made))
+    monkeypatch.setattr(own_videos, "read_segments", lambda path, samples, config, **_: iter(made))
     monkeypatch.setattr(own_videos, "checked_sync", lambda group, config, fps: group)
-    monkeypatch.setitem(ENCODINGS, "warp", lambda autoencoder, segment: {"latents": torch.zeros(1, 3)})
     return config.data.source
+
+
+def zeros(segment: Segment) -> dict[str, torch.Tensor]:
+    return {"latents": torch.zeros(1, 3)}
 
 
 def columns(samples: np.ndarray, frames: int) -> torch.Tensor:
@@ -130,7 +134,7 @@ def columns(samples: np.ndarray, frames: int) -> torch.Tensor:
 
 
 def test_the_features_of_a_clip_are_those_of_its_frames_and_nothing_after_the_sound(config, one_video):
-    first, second = (clip["audio"][0, 0].tolist() for _, clip in clips_of("video.mp4", config, Encoders(columns, None)))
+    first, second = (clip["audio"][0, 0].tolist() for _, clip in clips_of("video.mp4", config, Encoders(columns, None, encode=zeros)))
     assert first == list(range(1, 1 + LENGTH))
     assert second == [*range(1 + LENGTH, 1 + 2 * LENGTH - 1), 0]
 
@@ -148,8 +152,7 @@ class Averages(torch.nn.Module):
 
 
 def test_whole_pictures_are_encoded_from_the_frame_before_and_the_portrait_is_the_one_at_rest(config, one_video):
-    painted = replace(config, model=replace(ModelConfig(), autoencoder="wan"))
-    for segment, clip in clips_of("video.mp4", painted, Encoders(columns, Averages())):
+    for segment, clip in clips_of("video.mp4", config, Encoders(columns, None, encode=partial(wan._encode, Averages()))):
         latents = [segment.first + 4 * n + 1.5 for n in range(LENGTH // 4)]
         assert clip["latents"].flatten().tolist() == pytest.approx(latents, abs=0.02)
         assert clip["ref"].item() == pytest.approx(segment.first + 4, abs=0.02)  # frame 4 of the segment

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from infer_command import untrained_components
 from video_files import read_frames
 
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
 from sonic.evaluation.evaluate import GOALS, Case, cases, evaluate, scored
-from sonic.inference.components import untrained_components
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.pipeline import AvatarPipeline
@@ -27,7 +27,7 @@ def found(tmp_path_factory):
     model = ModelConfig(resolution=192)
     config = EvaluateConfig(json=str(path), eval=EvalConfig(clips=2, seconds=2.0), model=model, sampler=SamplerConfig(sample_steps=1))
     asked = InferConfig(model=model, sampler=config.sampler)
-    evaluate(config, AvatarPipeline(asked, untrained_components(model, device=torch.device("cpu"))))
+    evaluate(config, AvatarPipeline(asked, untrained_components(model)))
     return json.loads(path.read_text())
 
 
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_people_and_another_seed_others():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"model": ModelConfig(name="wan_s2v_14b", autoencoder="wan", resolution=0)}, "model=wan_s2v_14b generates whole.*sonic judge"),
+        ({"model": ModelConfig(name="wan_s2v_14b", family="wan", resolution=0)}, "model=wan_s2v_14b generates whole.*sonic judge"),
         ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 has no effect here; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],
@@ -90,7 +90,7 @@ def test_models_and_options_that_cannot_be_scored_are_refused(options, expected)
 def test_the_size_of_the_video_is_that_of_the_drawn_portrait(tmp_path):
     pytest.importorskip("espeakng_loader")
     model, made = ModelConfig(resolution=96), {}
-    components = untrained_components(model, device=torch.device("cpu"))
+    components = untrained_components(model)
     for size, side in (("photo", 96), ("192x64", 110)):
         expected = EvalConfig(clips=1, seconds=2.0, videos=str(tmp_path / size), num_videos=1)
         sampler, video = SamplerConfig(sample_steps=1), VideoConfig(size=size)

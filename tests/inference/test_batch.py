@@ -19,11 +19,10 @@ from skimage import data
 from sonic.cli import Entry, compose, run_command
 from sonic.commands import infer_command
 from sonic.config import Ranks
-from sonic.inference import batch, input_reader
+from sonic.inference import batch, input_reader, inputs
 from sonic.inference.batch import make_videos, open_components
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.input_reader import InputReader
-from sonic.inference.inputs import open_inputs
+from sonic.inference.input_reader import InputReader, open_inputs
 from sonic.inference.requests import all_requests, read_requests, request_of
 
 ENTRY = Entry("infer", InferConfig)
@@ -228,7 +227,7 @@ def crashing(threads: int) -> None:
         return load(path)
 
     input_reader.READERS = {**input_reader.READERS, "audio": crash}
-    input_reader.open_inputs.__globals__["load_speech"] = crash
+    inputs.load_speech = crash
 
 
 def test_a_recording_that_crashes_its_decoder_fails_only_its_own_video(videos_of, monkeypatch):

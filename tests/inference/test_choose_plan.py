@@ -15,7 +15,7 @@ from PIL import Image
 from sonic.cli import compose, run_command
 from sonic.commands import infer_command
 from sonic.config import Ranks
-from sonic.inference import choose_plan
+from sonic.families.wan import Wan
 from sonic.inference.choose_plan import estimate
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.hardware import hardware_here, host_bytes
@@ -52,7 +52,7 @@ def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, mode
 @pytest.fixture
 def without_weights(monkeypatch):
     """Published models are planned as configured, without their weights."""
-    monkeypatch.setattr(choose_plan, "settled_model", lambda model: model)
+    monkeypatch.setattr(Wan, "settled_model", lambda family, model: model)
 
 
 def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):

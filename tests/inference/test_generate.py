@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from sonic.cli import run_command
 from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
-from sonic.data.image import face_crop
-from sonic.inference.conditions import encode, fit_portrait, head_pose
+from sonic.families.preview import Preview
+from sonic.inference.conditions import fit_portrait, head_pose
 from sonic.inference.generate import generate
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, StageTimer
@@ -124,7 +124,7 @@ def test_only_the_face_moves(components):
 
 def test_an_audio_column_belongs_to_the_frame_of_its_time(components):
     inputs = small_inputs(30)
-    conditions, _ = encode(inputs, components, HeadConfig(), crop=face_crop(inputs.portrait, 1.6, components.config.resolution))
+    conditions = Preview().condition(inputs, components, Settings()).conditions
     assert conditions.audio.shape[-1] == 36  # whole blocks of 12
     assert_close(conditions.audio[0], components.speech.encode_audio(inputs.speech.samples, 36))
 

@@ -16,7 +16,7 @@ from sonic.config import AudioConfig, ModelConfig, RolloutConfig, SamplerConfig,
 from sonic.inference import generate_wan
 from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks, generate_clips
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import open_inputs
+from sonic.inference.input_reader import open_inputs
 from sonic.model.dit import AvatarDiT
 from sonic.vae.wan_vae import WanAutoencoder
 

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from sonic.cli import Entry, compose
 from sonic.data.video import VideoWriter, frames_at
-from sonic.inference.generate_wan import _over_patches
+from sonic.families.wan import _over_patches
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import open_inputs
+from sonic.inference.input_reader import open_inputs
 from sonic.model.audio_tokens import Actors
 
 HALVES = ("left", "right")

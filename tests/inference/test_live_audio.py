@@ -16,7 +16,8 @@ from sonic.data.live_audio import HELD_S, LiveAudio
 from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.geometry import FPS, BlockSpan
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import InMemory, open_inputs
+from sonic.inference.input_reader import open_inputs
+from sonic.inference.inputs import InMemory
 from sonic.inference.live_features import CONTEXT_S, LiveFeatures, LiveWav2Vec
 
 RATE = 16_000

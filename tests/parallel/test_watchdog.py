@@ -56,8 +56,10 @@ WAYS = {  # what happens to a rank in the middle of a video, and what is said of
 
 def generate(config: InferConfig, run) -> None:
     """Latents of a video, by all ranks."""
-    with open_components(config, run.ranks) as (components, world, *_):
-        if world.leads:
+    with open_components(config, run.ranks) as opened:
+        opened.serve()
+        components = opened.components
+        if opened.world.leads:
             conditions = conditions_for(config.model, 4 * 3, SIZE)
             sampler = SamplerConfig(name="euler", schedule="linear", sample_steps=2)
             source = NoiseSource(torch.Generator().manual_seed(0))

@@ -11,9 +11,10 @@ from sonic.cli import Entry, compose
 from sonic.encoders.speech import LogMelEncoder
 from sonic.encoders.text import XXL, TextEncoder
 from sonic.encoders.wav2vec import Wav2VecEncoder
+from sonic.families import FAMILIES
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner import extrapolate
-from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS, memory_bytes, ring_bytes
+from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, memory_bytes, ring_bytes
 from sonic.planner.search import search_plans
 from sonic.planner.track import track, untracked
 from sonic.planner.workload import Workload
@@ -30,7 +31,7 @@ WIDE = (
     "model.trunk.num_heads=16",
     "model.trunk.num_layers=4",
     "model.audio.inject_layers=[0,2]",
-    "model.autoencoder=warp",
+    "model.family=preview",
     "hardware.reserve_gib=0",
     "model.text.text_dim=512",
     "model.speech_encoder=logmel",
@@ -75,7 +76,7 @@ def test_the_estimate_of_a_video_equals_the_tracked_memory(items):
     ],
 )
 def test_the_estimate_of_the_published_vae_equals_the_tracked_memory(items, error):
-    small = ("model.autoencoder=wan", "video.size=256x256", "model.trunk.num_layers=2", "model.audio.inject_layers=[0]")
+    small = ("model.family=wan", "video.size=256x256", "model.trunk.num_layers=2", "model.audio.inject_layers=[0]")
     found = search_plans(compose(PLAN, [*WIDE, *small, *items]))
     assert found.chosen.ranks[-1]["generate"]["vae"] > 0.6 * 2**30 * found.chosen.peak_gib[-1]
     assert found.chosen.peak_gib == pytest.approx(tracked_gib(found), rel=error)
@@ -84,7 +85,7 @@ def test_the_estimate_of_the_published_vae_equals_the_tracked_memory(items, erro
 def test_encoders_and_autoencoders_have_the_estimated_size():
     sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
     with torch.device("meta"):
-        assert sizes({"wan": WanAutoencoder, "warp": WarpAutoencoder}) == VAE_NUMBERS
+        assert sizes({"wan": WanAutoencoder, "preview": WarpAutoencoder}) == {name: entry.parameters for name, entry in FAMILIES.items()}
         assert sizes({"wav2vec2": Wav2VecEncoder, "logmel": LogMelEncoder}) == SPEECH_NUMBERS
         assert sizes({XXL["d_model"]: TextEncoder}) == TEXT_NUMBERS
 

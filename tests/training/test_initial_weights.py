@@ -40,7 +40,7 @@ GOALS = {
 
 
 def model_config():
-    return replace(config_of(FlowMatchConfig(), "velocity").model, name="wan_s2v_14b", autoencoder="wan", resolution=0)
+    return replace(config_of(FlowMatchConfig(), "velocity").model, name="wan_s2v_14b", family="wan", resolution=0)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def clips(tmp_path_factory) -> Path:
         tensors |= {f"{name}/{key}": torch.randn(shape, generator=rng) for key, shape in made.items()}
         entries.append({"name": name, "shard": "a.safetensors", "latent_frames": 6, "tensors": list(made)})
     save_file(tensors, folder / "a.safetensors")
-    write_index(folder, entries, autoencoder="wan")
+    write_index(folder, entries, family="wan")
     return folder
 
 

@@ -1,0 +1,30 @@
+"""The families of models by name. The module of a family is imported when it is asked for, so that checks and plans need no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class FamilyEntry(NamedTuple):
+    """What is known of a family before its class is imported: where that is, and the sizes of its autoencoder for the planner.
+
+    `cache` and `workspace` are elements per pixel: what the decoder caches between latent frames, and what it holds while it decodes one,
+    its new cache included; `decode_time` is relative to the Wan VAE. `moves_portrait` is true for latents that are the motion of a face:
+    zero latents move nothing, and drawn people, whose motion is known, serve as data and as tests. The published weights of the models
+    `adapted` are an adapter for another model's.
+    """
+
+    path: str
+    about: str
+    parameters: int
+    cache: int
+    workspace: int
+    decode_time: float
+    moves_portrait: bool = False
+    adapted: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "preview": FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True),
+    "wan": FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",)),
+}

@@ -1,0 +1,123 @@
+"""The interface of a family of models, and the functions that find the family of a config and build its components."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from sonic.config import ModelConfig, RunConfig, precision_of
+from sonic.data.data_config import PrecomputeConfig
+from sonic.data.shards import Encoders
+from sonic.families import FAMILIES
+from sonic.inference.components import DTYPES, Components, find_device, lora_of
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import InMemory, Settings
+from sonic.inference.report import StageTimer
+from sonic.model.attention import attention_for
+from sonic.model.blocks import attend_by
+from sonic.model.dit import AvatarDiT
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World
+from sonic.parallel.parallelize import build_parallel_model
+from sonic.types import FrameChunk, Inputs, pick
+
+Encoded = Any  # what `condition` gives to `generate`: a type of the family's own
+
+
+class Family(ABC):
+    """What differs between models with different autoencoders. The rest of the program asks a family and never which one it is.
+
+    To add one, write these methods in a module of this folder and register the class in `FAMILIES`. Its models are files in conf/model
+    with `family: NAME`. A family has no state: what is loaded is in its `Components`, usually a subclass with the family's encoders.
+    """
+
+    look_ahead_s: ClassVar[float]  # seconds of sound that a block needs after its last frame, while the sound is still arriving
+    loads_late: ClassVar[bool]  # whether the transformer is loaded after the inputs are encoded, in the memory of the encoders
+
+    # a video
+
+    @abstractmethod
+    def open(self, config: InferConfig, memory: InMemory) -> Inputs:
+        """Read and check the inputs of a video. Raises ValueError with one sentence, also for options that this family does not read."""
+
+    @abstractmethod
+    def settled_model(self, config: ModelConfig) -> ModelConfig:
+        """The config of the model that will run; a converted checkpoint replaces it with its own. Raises ValueError without weights."""
+
+    @abstractmethod
+    def transformer_weights(self, config: ModelConfig) -> Path:
+        """The file or folder with the weights of the transformer. Raises ValueError when there is none or it is for another model."""
+
+    @abstractmethod
+    def weights_in_words(self, config: ModelConfig, steps: int) -> str:
+        """The weights that the transformer loads for `steps` sampling steps, as text for the log."""
+
+    def student(self, config: ModelConfig, steps: int) -> Path | None:
+        """The bundled adapters that the transformer loads for `steps` sampling steps; None without."""
+        return None
+
+    @abstractmethod
+    def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> Components:
+        """The autoencoder and the encoders of a model, without its transformer. Raises ValueError when weights are missing or damaged."""
+
+    @abstractmethod
+    def preload_prompts(self, components: Components, prompts: Iterable[str]) -> None:
+        """Encode the prompts of all videos before the transformer is loaded, if the family reads prompts."""
+
+    @abstractmethod
+    def condition(self, inputs: Inputs, components: Components, settings: Settings) -> Encoded:
+        """Encode the inputs on the device of the networks."""
+
+    @abstractmethod
+    def generate(
+        self, inputs: Inputs, encoded: Encoded, components: Components, *, settings: Settings, timer: StageTimer
+    ) -> Iterator[FrameChunk]:
+        """Yield the frames of a video in order, as soon as they are decoded."""
+
+    # data sets and trainings
+
+    @abstractmethod
+    def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
+        """Build the encoders that make clips. Raises ValueError when their weights are missing."""
+
+    @abstractmethod
+    def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
+        """A hash of 16 digits of each encoder's weights (`autoencoder` = a file in place of the model's own); "" without weights."""
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of a model. Its module is imported at the first call."""
+    module, _, name = pick(FAMILIES, config.family, "model.family").path.rpartition(".")
+    return getattr(import_module(module), name)()
+
+
+def build_components(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Components:
+    """The components of a configured model, with the weights for `steps` sampling steps.
+
+    `load` builds the transformer under the plan of `context` (default: one device). Raises ValueError when weights are missing, damaged
+    or of another shape, or the machine has no such device.
+    """
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    context = context or DistributedContext(World("single", find_device(run.device)))
+    dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
+    attention, family = attention_for(run.attention, context.world.device), family_of(config)
+    config = family.settled_model(config)
+
+    def make_model() -> AvatarDiT:
+        lora = lora_of(config.lora, family.student(config, steps))
+        model = build_parallel_model(config, family.transformer_weights(config), context, lora=lora, dtype=dtype)
+        attend_by(model, attention)
+        return model
+
+    weights = family.weights_in_words(config, steps)
+    found = replace(family.components(config, context, dtype), make_model=make_model, weights=weights)
+    if not family.loads_late:
+        found.load()
+    return found

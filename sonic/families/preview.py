@@ -1,0 +1,193 @@
+"""The preview: it moves a crop of the face, and the result is rendered into the full photograph. Its weights are in the package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sonic.checkpoint.bundled import files_in_words, student_of, weight_files, weights_hash, why_no_student
+from sonic.checkpoint.weights import load_weights
+from sonic.config import ModelConfig
+from sonic.data.data_config import PrecomputeConfig
+from sonic.data.image import cut, face_crop, portrait_of
+from sonic.data.motion import encode_motion
+from sonic.data.pixels import to_bytes, to_signed
+from sonic.data.segments import Segment
+from sonic.data.shards import Encoders
+from sonic.encoders.speech import SPEECH_ENCODERS
+from sonic.families.family import Family
+from sonic.geometry import BlockSpan, plan_blocks
+from sonic.inference.components import Components
+from sonic.inference.conditions import fit_portrait, head_pose, whole_blocks
+from sonic.inference.distributed_rollout import distributed_rollout
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, Settings, video_length
+from sonic.inference.live_features import LiveFeatures, LiveLogMel
+from sonic.inference.report import StageTimer
+from sonic.inference.rollout import NoiseSource, Sampling
+from sonic.inference.stream import HANDOVERS, decode_blocks, half_the_threads, prefetch
+from sonic.parallel.context import DistributedContext
+from sonic.types import Conditions, Crop, FrameChunk, Inputs, Portrait, pick
+from sonic.vae.motion_vae import Reference, WarpAutoencoder
+from sonic.vae.warp import Canvas
+
+log = logging.getLogger("sonic.inference")
+
+
+@dataclass
+class PreviewComponents(Components):
+    """The components of a preview model, whose speech encoder stays in memory."""
+
+    speech: nn.Module = field(kw_only=True)
+
+
+class EncodedPortrait(NamedTuple):
+    """The encoded inputs of a preview video: what the transformer and the autoencoder read, and the photograph that is drawn over."""
+
+    conditions: Conditions
+    spans: Iterator[BlockSpan]
+    reference: Reference
+    canvas: Canvas
+    live: LiveFeatures | None = None  # while the sound is still arriving
+
+
+class Preview(Family):
+    """Models whose latents are the motion of a face in the photograph."""
+
+    look_ahead_s = LiveLogMel.look_ahead_s
+    loads_late = False
+
+    def open(self, config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
+        """The inputs of a preview video, in whose photograph a face must be found or given.
+
+        Raises ValueError for options that only published models read, and without a face.
+        """
+        options = (("motion.pose", config.motion.pose), ("face.masks", config.face.masks), ("video.compat", config.video.compat))
+        for option, value in options:
+            if value:
+                raise ValueError(f"{option}={value}: model={config.model.name} moves one face and follows no video; use a published model")
+        if config.prompt:
+            log.warning("prompt is not read: the preview was trained without text")
+        speech = memory.speech_of(config)
+        portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
+        locations = (",".join(f"{value:.10g}" for value in astuple(location)) for location in (portrait.face, portrait.mouth))
+        log.info("face_box=[%s] face.mouth=[%s]", *locations)
+        return Inputs(fit_portrait(portrait, config.video.size), speech, video_length(config, memory, speech), config.seed)
+
+    def settled_model(self, config: ModelConfig) -> ModelConfig:
+        """The config itself."""
+        return config
+
+    def transformer_weights(self, config: ModelConfig) -> Path:
+        """The file that model.weights names, or the bundled one. Raises ValueError when it does not exist."""
+        return weight_files(config).dit
+
+    def student(self, config: ModelConfig, steps: int) -> Path | None:
+        """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights."""
+        return student_of(config, steps)
+
+    def weights_in_words(self, config: ModelConfig, steps: int) -> str:
+        """The weight files for `steps` sampling steps, with a note when no student has learnt that many."""
+        student = student_of(config, steps)
+        files = files_in_words(weight_files(config).dit, config.lora.path or student)
+        return files + (why_no_student(config, steps) if student is None else "")
+
+    def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> PreviewComponents:
+        """The autoencoder and the speech encoder, loaded."""
+        autoencoder, speech = _encoders(config, weight_files(config).autoencoder, context.world.device)
+        return PreviewComponents(config, context, lambda: autoencoder, dtype=dtype, speech=speech)
+
+    def preload_prompts(self, components: PreviewComponents, prompts: Iterable[str]) -> None:
+        """Nothing, because the preview reads no prompts."""
+
+    @torch.no_grad()
+    def condition(self, inputs: Inputs, components: PreviewComponents, settings: Settings) -> EncodedPortrait:
+        """Encode the face crop, and the speech for all frames unless the sound is still arriving."""
+        components.load()
+        block_frames = components.config.rollout.block_frames
+        crop = face_crop(inputs.portrait, settings.expand_ratio, components.config.resolution)
+        canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)
+        known, reference = _encode_portrait(inputs, components, crop=crop)
+        if settings.sound is not None:
+            live = LiveFeatures(settings.sound, LiveLogMel(components.speech))
+            return EncodedPortrait(live.conditions(known), live.spans(block_frames), reference, canvas, live)
+        frames = whole_blocks(inputs.num_frames, block_frames)
+        features = components.speech.encode_audio(inputs.speech.samples, frames)
+        pose = head_pose(settings.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
+        whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose)
+        whole = whole.to(device=components.device, dtype=components.dtype)
+        return EncodedPortrait(whole, plan_blocks(inputs.num_frames, block_frames), reference, canvas)
+
+    def generate(
+        self, inputs: Inputs, encoded: EncodedPortrait, components: PreviewComponents, *, settings: Settings, timer: StageTimer
+    ) -> Iterator[FrameChunk]:
+        """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
+        conditions, spans, reference, canvas, live = encoded
+        sampling = Sampling(settings.sampler, NoiseSource(settings.random(inputs.seed)), on_step=settings.on_step)
+        blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
+        online = settings.decode.online
+        stage = {"prepare": half_the_threads()} if online else {}
+        latents = HANDOVERS[online](timer.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)
+        autoencoder = components.autoencoder
+        chunks = decode_blocks(latents, inputs.num_frames, autoencoder=autoencoder, reference=reference, canvas=canvas, timer=timer)
+        if online:
+            chunks = prefetch(chunks, 1, name="decode", **stage)
+        with closing(latents), closing(chunks):
+            yield from chunks if live is None else live.cut(chunks)
+
+    def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
+        """The speech encoder and the autoencoder; there is no text encoder."""
+        file = Path(config.autoencoder) if config.autoencoder else weight_files(config.model).autoencoder
+        autoencoder, speech = _encoders(config.model, file, torch.device("cpu"))
+        hashes, fps = self.encoder_hashes(config.model, config.autoencoder), config.model.rollout.fps
+        return Encoders(speech.encode_audio, autoencoder, None, hashes, fps, frame=_face_crops, encode=partial(_encode, autoencoder))
+
+    def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
+        """Hashes of the tensors in the weight files."""
+        files = weight_files(config)
+        file = Path(autoencoder) if autoencoder else files.autoencoder
+        return {"autoencoder_hash": weights_hash(file), "speech_hash": weights_hash(files.speech)}
+
+
+def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, nn.Module]:
+    """The autoencoder with the weights in `file`, and the speech encoder, on a device."""
+    autoencoder, speech = WarpAutoencoder(), pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder")()
+    for module in (autoencoder, speech):
+        module.to(device).eval().requires_grad_(False)
+    load_weights(autoencoder, file)
+    load_weights(speech, weight_files(config).speech)
+    return autoencoder, speech
+
+
+@torch.no_grad()
+def _encode_portrait(inputs: Inputs, components: PreviewComponents, *, crop: Crop) -> tuple[Conditions, Reference]:
+    """The conditions that depend on the portrait alone (no audio, no pose), and the portrait features for decoding."""
+    config = components.config
+    picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
+    reference = components.autoencoder.reference(picture)
+    text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device)
+    return Conditions(ref=reference.latents, text=text).to(dtype=components.dtype), reference
+
+
+def _face_crops(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:
+    """Frames of the face crop, as in the command infer."""
+    crop = face_crop(portrait, resolution=config.model.resolution)
+    shown = torch.stack([cut(frame, crop) for frame in pictures])
+    return rearrange(to_bytes(shown), "f c h w -> f h w c")
+
+
+@torch.no_grad()
+def _encode(autoencoder: WarpAutoencoder, segment: Segment) -> dict[str, Tensor]:
+    """Motion latents of the face."""
+    frames = to_signed(rearrange(segment.pixels[1:], "f h w c -> f c h w"))
+    return encode_motion(autoencoder, frames, frames[segment.rest])

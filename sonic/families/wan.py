@@ -1,0 +1,300 @@
+"""The published models, whose every pixel comes from the Wan VAE: Wan2.2-S2V clip by clip, Live Avatar block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from sonic.checkpoint.bundled import files_in_words
+from sonic.checkpoint.converted import Checkpoint
+from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
+from sonic.data.audio import load_speech
+from sonic.data.data_config import PrecomputeConfig
+from sonic.data.image import covering, load_image
+from sonic.data.pixels import to_bytes, to_signed
+from sonic.data.segments import Segment
+from sonic.data.shards import Encoders
+from sonic.data.video import frames_at
+from sonic.encoders.wav2vec import clips_of, states_of
+from sonic.families.family import Family
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from sonic.inference.components import Components, find_device
+from sonic.inference.conditions import generated_area, published_picture, signed, whole_picture
+from sonic.inference.generate_wan import (
+    DROPPED_FRAMES,
+    EncodedInputs,
+    WanNetworks,
+    generate_blocks,
+    generate_blocks_upstream,
+    generate_clips,
+)
+from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, Settings, video_length
+from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
+from sonic.inference.report import StageTimer
+from sonic.inference.stream import HANDOVERS
+from sonic.parallel.context import DistributedContext
+from sonic.system.program import written
+from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
+from sonic.vae.wan_vae import WanAutoencoder
+
+WHITE = 127  # pixels of a mask above this level belong to the voice
+SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # file names of a published wav2vec
+
+
+@dataclass
+class WanComponents(Components):
+    """The components of a published model, whose checkpoint loads its encoders one at a time."""
+
+    checkpoint: Checkpoint = field(kw_only=True)
+
+
+class Wan(Family):
+    """Models of converted checkpoints, which generate the whole picture."""
+
+    look_ahead_s = LiveWav2Vec.look_ahead_s
+    loads_late = True
+
+    def open(self, config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
+        """The inputs of a Wan video, which generates the whole picture and needs no face in it.
+
+        Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.
+        """
+        _refuse_face_options(config)
+        voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
+        speech = _mixed(voices) if voices else memory.speech_of(config)
+        pixels = memory.picture_of(config)
+        fit, area = published_picture if config.video.compat else whole_picture, generated_area(pixels, config.video.size)
+        picture = Portrait(fit(pixels, area))
+        length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
+        inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
+        masks = None
+        if voices:
+            masks = np.stack([fit(_mask(name, pixels.shape), area)[..., 0] > WHITE for name in _one_each(config.face.masks, voices)])
+        return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
+
+    def settled_model(self, config: ModelConfig) -> ModelConfig:
+        """The config with the sizes of its checkpoint. Raises ValueError without a checkpoint, or when it is of another model."""
+        return _checkpoint(config).config(config)
+
+    def transformer_weights(self, config: ModelConfig) -> Path:
+        """The folder of the transformer in the checkpoint."""
+        return _checkpoint(config).weights
+
+    def weights_in_words(self, config: ModelConfig, steps: int) -> str:
+        """The folder of the transformer, and the adapter."""
+        return files_in_words(self.transformer_weights(config), config.lora.path)
+
+    def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> WanComponents:
+        """The checkpoint and a function that loads its VAE; nothing is loaded yet.
+
+        The VAE runs in float32 for whole clips, because the last frames of each clip are encoded again for the next one; for a stream it
+        runs in run.dtype, because the KV rings need the memory.
+        """
+        checkpoint = _checkpoint(config)
+        config = checkpoint.config(config)
+        precision = torch.float32 if config.rollout.clip_frames else dtype
+        make_autoencoder = lambda: checkpoint.autoencoder(context.world.device, precision)  # noqa: E731
+        return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint)
+
+    def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
+        """Encode all prompts and cache them, so that the text encoder is not needed after the transformer is loaded.
+
+        A prompt that cannot be encoded is skipped here; the error is reported when its video is made.
+        """
+        read = components.checkpoint.reader(components.config.text.text_len, components.device)
+        for prompt in dict.fromkeys(prompts):
+            with suppress(ValueError, OSError):
+                read(prompt)
+
+    def condition(self, inputs: Inputs, components: WanComponents, settings: Settings) -> EncodedInputs:
+        """Encode the inputs; the encoders are freed, but that of sound that is still arriving stays in memory.
+
+        Speech features and poses cover the last block or clip to its end.
+        """
+        config, checkpoint, device = components.config, components.checkpoint, components.device
+        length = config.text.text_len
+        whole = config.rollout.clip_frames or settings.compat
+        step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
+        if settings.sound is None:
+            frames, live = -(-inputs.num_frames // step) * step, None
+            voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
+            features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
+        else:  # the speech encoder stays in memory until the sound ends
+            live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
+            features = torch.zeros(1, 0, 0, 0)
+        read = checkpoint.reader(length, device)
+        text = read(inputs.prompt)
+        patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
+        return EncodedInputs(
+            picture=signed(inputs.portrait.pixels).to(device),
+            text=text,
+            negative=read(inputs.negative_prompt) if settings.sampler.sample_guide_scale != 1 else text,
+            audio=features,
+            clip_frames=settings.clip_frames,
+            seed=inputs.seed,
+            pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
+            masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
+            generator=settings.generator,
+            live=live,
+        )
+
+    def generate(
+        self, inputs: Inputs, encoded: EncodedInputs, components: WanComponents, *, settings: Settings, timer: StageTimer
+    ) -> Iterator[FrameChunk]:
+        """Yield the frames of a video, clip by clip or block by block."""
+        networks = WanNetworks(*components.load(), components.context)
+        sampler, on_step, stage = settings.sampler, settings.on_step, timer.stage
+
+        def hand_over(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
+            return HANDOVERS[settings.decode.online](timer.each("denoise", blocks), settings.decode.queue, name="denoise")
+
+        if components.config.rollout.clip_frames:
+            upstream = bool(settings.compat)
+            frames = generate_clips(networks, encoded, sampler=sampler, upstream=upstream, stage=stage, on_step=on_step)
+        elif settings.compat:
+            frames = generate_blocks_upstream(networks, encoded, sampler=sampler, stage=stage, on_step=on_step)
+        else:
+            frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=hand_over, stage=stage, on_step=on_step)
+        with closing(frames):
+            chunks = _chunks(frames, inputs.num_frames)
+            yield from chunks if encoded.live is None else encoded.live.cut(chunks)
+
+    def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
+        """The encoders of the converted checkpoint, on the machine's accelerator if it has one."""
+        checkpoint, device = _checkpoint(config.model), find_device("auto")
+        if not config.data.source:
+            raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")
+        length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
+        rows, autoencoder = checkpoint.reader(length, device), checkpoint.autoencoder(device, torch.float32)
+        return Encoders(
+            encode_audio=lambda samples, frames: checkpoint.encode_audio(samples, frames, fps=fps, device=device)[0].cpu(),
+            autoencoder=autoencoder,
+            read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
+            hashes=self.encoder_hashes(config.model),
+            fps=fps,
+            frame=_covering_frames,
+            encode=partial(_encode, autoencoder),
+        )
+
+    def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
+        """The digests of the files that the VAE and the wav2vec were converted from."""
+        if not config.weights:
+            return {"autoencoder_hash": "", "speech_hash": ""}
+        checkpoint = _checkpoint(config)
+        speech = next((digest for file, digest in checkpoint.manifest["sources"].items() if file in SPEECH_FILES), "")
+        return {"autoencoder_hash": checkpoint.autoencoder_hash(), "speech_hash": speech[:16]}
+
+
+def _checkpoint(config: ModelConfig) -> Checkpoint:
+    """The converted checkpoint of a model. Raises ValueError when none is named or it is of another model."""
+    if not config.weights:
+        raise ValueError(
+            f"model={config.name} has no bundled weights: it needs checkpoint=FOLDER, made by {written('convert')} of the "
+            "published Wan2.2-S2V-14B (for live_avatar_14b also LiveAvatar); model=preview needs nothing"
+        )
+    checkpoint = Checkpoint.open(Path(config.weights))
+    checkpoint.config(config)
+    return checkpoint
+
+
+def _refuse_face_options(config: InferConfig) -> None:
+    """Raise ValueError for options that only the preview reads, such as face.box, unless they have their default values."""
+    defaults = {"face": FaceConfig(), "motion": HeadConfig()}
+    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head"), ("motion", "strength")):
+        value = getattr(getattr(config, group), name)
+        if value != getattr(defaults[group], name):
+            why = f"model={config.model.name} generates the whole picture and looks for no face in it"
+            raise ValueError(f"{group}.{name}={value}: {why}; leave it out, or use model=preview")
+
+
+def _mixed(voices: tuple[Speech, ...]) -> Speech:
+    """The sum of all recordings, clipped to [-1,1], as long as the longest."""
+    mixed = np.zeros(max(len(voice.samples) for voice in voices), np.float32)
+    for voice in voices:
+        mixed[: len(voice.samples)] += voice.samples
+    return Speech(np.clip(mixed, -1, 1), voices[0].sample_rate)
+
+
+def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
+    if len(masks) != len(voices):
+        raise ValueError(f"face.masks names {len(masks)} pictures for {len(voices)} recordings; give one for each of audio=a.wav+b.wav")
+    return masks
+
+
+def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask as uint8 [H,W,3]. Raises ValueError unless it has the size of the portrait."""
+    pixels = load_image(name, "face.masks")
+    if pixels.shape != shape:
+        sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
+        raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
+    return pixels
+
+
+def _poses(path: str, inputs: Inputs) -> np.ndarray:
+    """The frames of the pose video, uint8 [F,H,W,3] at the size and frame rate of the output, padded with black after its end."""
+    height, width = inputs.portrait.pixels.shape[:2]
+    found = [covering(frame, width, height) for frame in islice(frames_at(path, inputs.fps), inputs.num_frames)]
+    black = np.zeros((inputs.num_frames - len(found), height, width, 3), np.uint8)
+    return np.concatenate([np.stack(found), black]) if found else black
+
+
+def _published_length(config: InferConfig, speech: Speech) -> int:
+    """Number of video frames that the published pipelines make for the recording.
+
+    These are whole clips, sometimes one more than the sound needs, minus the three frames dropped from the first clip.
+    """
+    clips = clips_of(states_of(len(speech.samples)), config.video.infer_frames, config.video.fps)
+    return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
+
+
+def _chunks(frames: Iterator[Tensor], num_frames: int) -> Iterator[FrameChunk]:
+    """Convert frames [1,3,F,H,W] in [-1,1] to chunks of bytes in host memory, and stop after `num_frames` frames."""
+    start = 0
+    for some in frames:
+        pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
+        yield FrameChunk(pixels[: num_frames - start].cpu(), start)
+        start += min(len(pixels), num_frames - start)
+        if start == num_frames:
+            return
+
+
+def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
+    """The poses, padded with black frames to `frames`."""
+    return np.concatenate([pose, np.zeros((max(0, frames - len(pose)), *pose.shape[1:]), np.uint8)])
+
+
+def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
+    """Masks on the grid of patches: 1 where more than half of a patch is covered, else 0.  [voices,H,W] -> [voices,1,H/patch,W/patch]"""
+    coverage = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], patch)
+    return (coverage > 0.5).float()
+
+
+def _covering_frames(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
+    """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
+    width, height = parse_size(config.data.size, "data.size")
+    high, wide = pictures[0].shape[:2]
+    scale, face = max(width / wide, height / high), portrait.face
+    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
+    if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
+        return None
+    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in pictures])
+
+
+@torch.no_grad()
+def _encode(autoencoder: WanAutoencoder, segment: Segment) -> dict[str, Tensor]:
+    """VAE latents of the frames. The past frame gives the first latent frame, which is dropped: all others have four video frames."""
+    frames = to_signed(rearrange(segment.pixels, "f h w c -> 1 c f h w")).to(next(autoencoder.parameters()))
+    latents, _ = autoencoder.encode(frames)
+    ref, _ = autoencoder.encode(frames[:, :, 1 + segment.rest : 2 + segment.rest])
+    return {"latents": latents[0, :, 1:].float().cpu(), "ref": ref[0].float().cpu()}

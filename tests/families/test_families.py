@@ -1,0 +1,59 @@
+"""Every family has all that the program asks of it, and its name is known wherever names are checked."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from infer_command import untrained_components
+
+from sonic.cli import Entry, compose, group_choices
+from sonic.config import ConvertConfig, ModelConfig
+from sonic.families import FAMILIES
+from sonic.families.family import Family, family_of
+from sonic.inference.infer_config import InferConfig
+
+MODELS = {name: compose(Entry("infer", InferConfig), [f"model={name}"]).model for name in group_choices("model")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_every_method_and_what_is_asked_of_the_class(name):
+    family = family_of(ModelConfig(family=name))  # an abstract class cannot be made
+    assert isinstance(family, Family) and type(family) is type(family_of(ModelConfig(family=name)))
+    assert 0 < family.look_ahead_s < 5 and family.loads_late in (True, False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_model_and_every_adapted_model_is_one_of_it(name):
+    own = {model.name for model in MODELS.values() if model.family == name}
+    assert own and own.issuperset(FAMILIES[name].adapted)
+
+
+def test_a_family_without_a_method_cannot_be_made():
+    class Half(Family):
+        look_ahead_s, loads_late = 0.0, False
+
+    with pytest.raises(TypeError, match=f"abstract methods? .*{'.*'.join(sorted(Family.__abstractmethods__))}"):
+        Half()
+
+
+def test_an_unknown_family_is_reported_with_the_names_of_the_table():
+    with pytest.raises(ValueError, match=f"model.family=zzz is unknown; choose one of: {', '.join(FAMILIES)}"):
+        ModelConfig(family="zzz")
+
+
+def test_the_help_of_the_option_names_every_family():
+    (text,) = (each.metadata["help"] for each in fields(ModelConfig) if each.name == "family")
+    assert all(f"{name} ({entry.about})" in text for name, entry in FAMILIES.items())
+
+
+@pytest.mark.parametrize("model", [model for entry in FAMILIES.values() for model in entry.adapted])
+def test_a_model_that_is_an_adapter_is_not_converted_without_it(model):
+    with pytest.raises(ValueError, match=f"model={model} is Wan2.2-S2V with an adapter; add live_avatar=FOLDER"):
+        ConvertConfig(source="a", output="b", model=MODELS[model])
+
+
+def test_components_with_another_transformer_keep_the_rest():
+    components = untrained_components(ModelConfig(resolution=96))
+    other = components.with_model(components.model)
+    assert (type(other), other.speech, other.load()) == (type(components), components.speech, components.networks)
