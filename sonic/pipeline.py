@@ -142,12 +142,12 @@ class AvatarPipeline:
         """
         if not isinstance(audio, str | os.PathLike | tuple):
             raise ValueError(f"audio is {type(audio).__name__}; give a path or (samples, sample_rate), or hand an iterator to stream()")
-        config, memory, settings = self._request(image, audio, options)
-        inputs = self._inputs(config, memory)
-        with closing(generate(inputs, self._components(config), settings)) as chunks:
+        settings, memory = self._request(image, audio, options)
+        inputs = self._inputs(settings.config, memory)
+        with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
             frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
         speech = memory.original or inputs.speech
-        return Video(frames, inputs.fps, speech, tuple(inputs_of(config, memory)))
+        return Video(frames, inputs.fps, speech, tuple(inputs_of(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
@@ -156,9 +156,9 @@ class AvatarPipeline:
         soon as the sound until `look_ahead_s` seconds after its last frame has arrived. The iterator is read in the thread that denoises.
         Memory does not grow with the length.
         """
-        config, memory, settings = self._request(image, audio, options)
-        inputs = self._inputs(config, memory)
-        return generate(inputs, self._components(config), settings)
+        settings, memory = self._request(image, audio, options)
+        inputs = self._inputs(settings.config, memory)
+        return generate(inputs, self._components(settings.config), settings)
 
     @property
     def leads(self) -> bool:
@@ -236,7 +236,7 @@ class AvatarPipeline:
     def generate(self, inputs: Inputs, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
         """Yield the frames of a video from inputs that are already open, as soon as they are decoded."""
         self._must_lead()
-        return generate(inputs, self.opened.components, Settings.of(self.config), timer=timer)
+        return generate(inputs, self.opened.components, Settings(self.config), timer=timer)
 
     def write(self, inputs: Inputs, output: Path, *, timer: StageTimer | None = None) -> tuple[Result, FrameRecorder]:
         """Write the video of inputs that are already open to an MP4. Returns its result and the recorder for the contact sheet."""
@@ -314,8 +314,8 @@ class AvatarPipeline:
             refuse_larger(self.opened.estimate, inputs.portrait.pixels.shape[:2], force=config.plan.force)
         return inputs
 
-    def _request(self, image: Picture, audio: Sound | Iterable[Any], options: Mapping[str, Any]) -> tuple[InferConfig, InMemory, Settings]:
-        """Check the arguments of a call and turn them into a config, inputs in memory, and settings."""
+    def _request(self, image: Picture, audio: Sound | Iterable[Any], options: Mapping[str, Any]) -> tuple[Settings, InMemory]:
+        """Check the arguments of a call and turn them into settings and inputs in memory."""
         self._must_lead()
         names = [*VideoOptions.__annotations__]
         for name in options:
@@ -338,8 +338,7 @@ class AvatarPipeline:
             limit = config.video.num_clip * config.video.infer_frames
             memory = memory._replace(sound=LiveAudio(chunks_of(audio), fps=config.video.fps, max_frames=limit))
         on_step = callback and (lambda block, step, timestep: callback(self, step, timestep, {"block": block}))
-        settings = replace(Settings.of(config), generator=generator, on_step=on_step, sound=memory.sound)
-        return config, memory, settings
+        return Settings(config, generator, on_step, memory.sound), memory
 
     def _refuse_live_ranks(self) -> None:
         world = self.opened.world

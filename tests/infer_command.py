@@ -15,7 +15,6 @@ from sonic.cli import Entry, compose
 from sonic.config import ModelConfig
 from sonic.encoders.speech import LogMelEncoder
 from sonic.families.preview import PreviewComponents
-from sonic.inference.components import LoadedNetworks
 from sonic.inference.infer_config import InferConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
@@ -40,8 +39,8 @@ FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astron
 def untrained_components(config: ModelConfig) -> PreviewComponents:
     """The components of a preview model on the CPU, with their initial weights."""
     model, autoencoder, speech = (module.eval().requires_grad_(False) for module in (AvatarDiT(config), WarpAutoencoder(), LogMelEncoder()))
-    networks = LoadedNetworks(model, autoencoder)
-    return PreviewComponents(config, DistributedContext(), lambda: autoencoder, networks=networks, speech=speech)
+    built = {"model": model, "autoencoder": autoencoder, "speech": speech}
+    return PreviewComponents(config, DistributedContext(), lambda: autoencoder, **built)
 
 
 def tiny_components(seed: int = 0) -> PreviewComponents:

@@ -1,4 +1,4 @@
-"""The weight files in the package: networks of the models that need no download, and adapters distilled for few sampling steps."""
+"""The weight files in the package, which replace or are replaced by files of the user."""
 
 from __future__ import annotations
 
@@ -50,44 +50,6 @@ def named_weights(name: str) -> Path:
     there = {f"{IN_PACKAGE}{path.stem}": path for path in sorted(BUNDLED.glob("*.safetensors"))}
     one_of(name, list(there), "init_from")
     return there[name]
-
-
-def student_of(config: ModelConfig, steps: int) -> Path | None:
-    """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights.
-
-    With model.weights=student, the nearest smaller number of steps is used instead, and ValueError is raised when there is none.
-    """
-    if config.weights not in ("", STUDENT) or config.lora.path:
-        return None
-    there = _students(config)
-    if config.weights == "" or steps in there:
-        return there.get(steps)
-    if fewer := [number for number in there if number < steps]:
-        return there[max(fewer)]
-    raise ValueError(
-        f"model.weights={STUDENT}: no bundled student of model={config.name} for sampler.sample_steps={steps}; "
-        f"use {f'sampler.sample_steps={min(there)} or more' if there else 'another model'}, or weights={TEACHER}"
-    )
-
-
-def _students(config: ModelConfig) -> dict[int, Path]:
-    """The bundled adapter files of a model, keyed by the number of sampling steps they were distilled for."""
-    start, end = f"{config.name}_", "step"
-    return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
-
-
-def files_in_words(weights: Path, adapters: str | Path | None) -> str:
-    """Weight files as text for the log: bundled files by name, others by path."""
-    paths = [Path(path) for path in (weights, adapters) if path]
-    return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in paths)
-
-
-def why_no_student(config: ModelConfig, steps: int) -> str:
-    """A note for the log that no student exists for `steps`; empty when the user chose the weights."""
-    if config.weights or config.lora.path:
-        return ""
-    learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
-    return f" without adapters (no bundled student has learnt {steps} steps; there are those of: {learnt})"
 
 
 def weights_hash(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from sonic.checkpoint.bundled import BUNDLED
 from sonic.config import ModelConfig, RunConfig, precision_of
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.shards import Encoders
@@ -54,9 +55,10 @@ class Family(ABC):
     def transformer_weights(self, config: ModelConfig) -> Path:
         """The file or folder with the weights of the transformer. Raises ValueError when there is none or it is for another model."""
 
-    @abstractmethod
     def weights_in_words(self, config: ModelConfig, steps: int) -> str:
-        """The weights that the transformer loads for `steps` sampling steps, as text for the log."""
+        """The weights that the transformer loads for `steps` sampling steps, as text for the log: bundled files by name."""
+        files = [self.transformer_weights(config), config.lora.path or self.student(config, steps)]
+        return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in map(Path, filter(None, files)))
 
     def student(self, config: ModelConfig, steps: int) -> Path | None:
         """The bundled adapters that the transformer loads for `steps` sampling steps; None without."""

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.checkpoint.bundled import files_in_words, student_of, weight_files, weights_hash, why_no_student
+from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, weights_hash
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.data.data_config import PrecomputeConfig
@@ -93,14 +93,29 @@ class Preview(Family):
         return weight_files(config).dit
 
     def student(self, config: ModelConfig, steps: int) -> Path | None:
-        """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights."""
-        return student_of(config, steps)
+        """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights.
+
+        With model.weights=student, the nearest smaller number of steps is used instead, and ValueError is raised when there is none.
+        """
+        if config.weights not in ("", STUDENT) or config.lora.path:
+            return None
+        students = _students(config)
+        if config.weights == "" or steps in students:
+            return students.get(steps)
+        if fewer := [number for number in students if number < steps]:
+            return students[max(fewer)]
+        raise ValueError(
+            f"model.weights={STUDENT}: no bundled student of model={config.name} for sampler.sample_steps={steps}; "
+            f"use {f'sampler.sample_steps={min(students)} or more' if students else 'another model'}, or weights={TEACHER}"
+        )
 
     def weights_in_words(self, config: ModelConfig, steps: int) -> str:
-        """The weight files for `steps` sampling steps, with a note when no student has learnt that many."""
-        student = student_of(config, steps)
-        files = files_in_words(weight_files(config).dit, config.lora.path or student)
-        return files + (why_no_student(config, steps) if student is None else "")
+        """The weight files, with a note when no student has learnt `steps` steps and the user did not choose the weights."""
+        files = super().weights_in_words(config, steps)
+        if config.weights or config.lora.path or self.student(config, steps):
+            return files
+        learnt = ", ".join(map(str, sorted(_students(config)))) or "none"
+        return f"{files} without adapters (no bundled student has learnt {steps} steps; there are those of: {learnt})"
 
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> PreviewComponents:
         """The autoencoder and the speech encoder, loaded."""
@@ -115,7 +130,7 @@ class Preview(Family):
         """Encode the face crop, and the speech for all frames unless the sound is still arriving."""
         components.load()
         block_frames = components.config.rollout.block_frames
-        crop = face_crop(inputs.portrait, settings.expand_ratio, components.config.resolution)
+        crop = face_crop(inputs.portrait, settings.config.face.expand_ratio, components.config.resolution)
         canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)
         known, reference = _encode_portrait(inputs, components, crop=crop)
         if settings.sound is not None:
@@ -123,7 +138,7 @@ class Preview(Family):
             return EncodedPortrait(live.conditions(known), live.spans(block_frames), reference, canvas, live)
         frames = whole_blocks(inputs.num_frames, block_frames)
         features = components.speech.encode_audio(inputs.speech.samples, frames)
-        pose = head_pose(settings.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
+        pose = head_pose(settings.config.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
         whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose)
         whole = whole.to(device=components.device, dtype=components.dtype)
         return EncodedPortrait(whole, plan_blocks(inputs.num_frames, block_frames), reference, canvas)
@@ -133,14 +148,14 @@ class Preview(Family):
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
         conditions, spans, reference, canvas, live = encoded
-        sampling = Sampling(settings.sampler, NoiseSource(settings.random(inputs.seed)), on_step=settings.on_step)
+        sampling = Sampling(settings.config.sampler, NoiseSource(settings.random(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
-        online = settings.decode.online
-        stage = {"prepare": half_the_threads()} if online else {}
-        latents = HANDOVERS[online](timer.each("denoise", blocks), settings.decode.queue, name="denoise", **stage)
+        decode = settings.config.decode
+        stage = {"prepare": half_the_threads()} if decode.online else {}
+        latents = HANDOVERS[decode.online](timer.each("denoise", blocks), decode.queue, name="denoise", **stage)
         autoencoder = components.autoencoder
         chunks = decode_blocks(latents, inputs.num_frames, autoencoder=autoencoder, reference=reference, canvas=canvas, timer=timer)
-        if online:
+        if decode.online:
             chunks = prefetch(chunks, 1, name="decode", **stage)
         with closing(latents), closing(chunks):
             yield from chunks if live is None else live.cut(chunks)
@@ -157,6 +172,12 @@ class Preview(Family):
         files = weight_files(config)
         file = Path(autoencoder) if autoencoder else files.autoencoder
         return {"autoencoder_hash": weights_hash(file), "speech_hash": weights_hash(files.speech)}
+
+
+def _students(config: ModelConfig) -> dict[int, Path]:
+    """The bundled adapter files of a model, keyed by the number of sampling steps they were distilled for."""
+    start, end = f"{config.name}_", "step"
+    return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
 
 
 def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, nn.Module]:

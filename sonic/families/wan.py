@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.bundled import files_in_words
 from sonic.checkpoint.converted import Checkpoint
 from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
 from sonic.data.audio import load_speech
@@ -91,10 +90,6 @@ class Wan(Family):
         """The folder of the transformer in the checkpoint."""
         return _checkpoint(config).weights
 
-    def weights_in_words(self, config: ModelConfig, steps: int) -> str:
-        """The folder of the transformer, and the adapter."""
-        return files_in_words(self.transformer_weights(config), config.lora.path)
-
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> WanComponents:
         """The checkpoint and a function that loads its VAE; nothing is loaded yet.
 
@@ -123,9 +118,9 @@ class Wan(Family):
         Speech features and poses cover the last block or clip to its end.
         """
         config, checkpoint, device = components.config, components.checkpoint, components.device
-        length = config.text.text_len
-        whole = config.rollout.clip_frames or settings.compat
-        step = settings.clip_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
+        length, asked = config.text.text_len, settings.config
+        whole = config.rollout.clip_frames or asked.video.compat
+        step = asked.video.infer_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
         if settings.sound is None:
             frames, live = -(-inputs.num_frames // step) * step, None
             voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
@@ -139,9 +134,9 @@ class Wan(Family):
         return EncodedInputs(
             picture=signed(inputs.portrait.pixels).to(device),
             text=text,
-            negative=read(inputs.negative_prompt) if settings.sampler.sample_guide_scale != 1 else text,
+            negative=read(inputs.negative_prompt) if asked.sampler.sample_guide_scale != 1 else text,
             audio=features,
-            clip_frames=settings.clip_frames,
+            clip_frames=asked.video.infer_frames,
             seed=inputs.seed,
             pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
             masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
@@ -153,16 +148,16 @@ class Wan(Family):
         self, inputs: Inputs, encoded: EncodedInputs, components: WanComponents, *, settings: Settings, timer: StageTimer
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video, clip by clip or block by block."""
-        networks = WanNetworks(*components.load(), components.context)
-        sampler, on_step, stage = settings.sampler, settings.on_step, timer.stage
+        networks = WanNetworks(components.model, components.autoencoder, components.context)
+        asked, on_step, stage = settings.config, settings.on_step, timer.stage
+        sampler, compat = asked.sampler, asked.video.compat
 
         def hand_over(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
-            return HANDOVERS[settings.decode.online](timer.each("denoise", blocks), settings.decode.queue, name="denoise")
+            return HANDOVERS[asked.decode.online](timer.each("denoise", blocks), asked.decode.queue, name="denoise")
 
         if components.config.rollout.clip_frames:
-            upstream = bool(settings.compat)
-            frames = generate_clips(networks, encoded, sampler=sampler, upstream=upstream, stage=stage, on_step=on_step)
-        elif settings.compat:
+            frames = generate_clips(networks, encoded, sampler=sampler, upstream=bool(compat), stage=stage, on_step=on_step)
+        elif compat:
             frames = generate_blocks_upstream(networks, encoded, sampler=sampler, stage=stage, on_step=on_step)
         else:
             frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=hand_over, stage=stage, on_step=on_step)

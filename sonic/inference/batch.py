@@ -108,7 +108,7 @@ def make_video(
 ) -> tuple[Result, FrameRecorder]:
     """Write one video and return its result, with the recorder that holds sample frames and the mouth curve."""
     recorder = FrameRecorder(inputs)
-    return write_video(inputs, components, Settings.of(config), output=output, timer=timer, recorder=recorder), recorder
+    return write_video(inputs, components, Settings(config), output=output, timer=timer, recorder=recorder), recorder
 
 
 def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> list[Outcome]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -22,16 +21,6 @@ Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class LoadedNetworks(NamedTuple):
-    """The transformer and the autoencoder of a rank.
-
-    `model` is None on the rank that only decodes; `autoencoder` is None on ranks that only run the transformer.
-    """
-
-    model: AvatarDiT | None
-    autoencoder: Autoencoder | None
-
-
 @dataclass
 class Components:
     """All networks that this rank needs to make a video; each family adds its encoders. `load` loads transformer and autoencoder."""
@@ -42,39 +31,29 @@ class Components:
     make_model: Callable[[], AvatarDiT] | None = None
     dtype: torch.dtype = torch.float32
     weights: str = ""  # the weight files of the transformer, as text for the log
-    networks: LoadedNetworks | None = None
+    model: AvatarDiT | None = None  # after `load`; stays None on the rank that only decodes
+    autoencoder: Autoencoder | None = None  # after `load`: here, or a proxy for that of another rank; None on ranks that never decode
 
     @property
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.context.world.device
 
-    def load(self) -> LoadedNetworks:
-        """Load those of the transformer and the autoencoder that this rank needs; a second call returns the same networks."""
+    def load(self) -> None:
+        """Load those of the transformer and the autoencoder that this rank needs, unless they are loaded."""
         world = self.context.world
-        if self.networks is None:
-            model = None if world.holds_vae else self.make_model()
-            remote = world.vae_rank and world.leads
-            decodes = world.leads or world.holds_vae
-            autoencoder = RemoteAutoencoder(self.context.vae_channel) if remote else self.make_autoencoder() if decodes else None
-            self.networks = LoadedNetworks(model, autoencoder)
-        return self.networks
-
-    @property
-    def model(self) -> AvatarDiT:
-        """The transformer. `load` must have been called."""
-        assert self.networks is not None, "load() comes first"
-        return self.networks.model
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """The autoencoder, or the proxy for the one on another rank. `load` must have been called."""
-        assert self.networks is not None, "load() comes first"
-        return self.networks.autoencoder
+        if self.model is not None or self.autoencoder is not None:
+            return
+        if not world.holds_vae:
+            self.model = self.make_model()
+        if world.vae_rank and world.leads:
+            self.autoencoder = RemoteAutoencoder(self.context.vae_channel)
+        elif world.leads or world.holds_vae:
+            self.autoencoder = self.make_autoencoder()
 
     def with_model(self, model: AvatarDiT) -> Components:
         """A copy whose `load` uses this transformer instead of loading one."""
-        return replace(self, make_model=lambda: model, networks=None)
+        return replace(self, make_model=lambda: model, model=None, autoencoder=None)
 
 
 def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:

@@ -60,7 +60,7 @@ def write_video(
         peak_vram_gib=round(_peak_vram(components.device) / 2**30, 3),
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
-        sampling=sampling_of(settings.sampler, components.weights, components.dtype),
+        sampling=sampling_of(settings.config.sampler, components.weights, components.dtype),
     )
 
 

@@ -13,7 +13,6 @@ import skimage
 import torch
 
 from sonic.checkpoint.bundled import BUNDLED
-from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.data.audio import load_speech
 from sonic.data.image import load_image
 from sonic.data.live_audio import LiveAudio
@@ -30,18 +29,13 @@ BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # option -> the file
 
 @dataclass(frozen=True)
 class Settings:
-    """How a video is generated.
+    """How a video is generated: its options, and what a Python caller may hand over besides.
 
     `generator` replaces the generator seeded with the video's seed; `sound` replaces the recording while it is still arriving; `on_step`
     is called after every sampling step, in the thread that denoises.
     """
 
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    motion: HeadConfig = field(default_factory=HeadConfig)
-    expand_ratio: float = 1.6
-    clip_frames: int = 48
-    compat: str = ""
+    config: InferConfig = field(default_factory=InferConfig)
     generator: torch.Generator | None = None
     on_step: OnStep | None = None
     sound: LiveAudio | None = None
@@ -49,12 +43,6 @@ class Settings:
     def random(self, seed: int) -> torch.Generator:
         """The generator of the noise: the given one, or a new one with the seed of the video."""
         return self.generator or torch.Generator().manual_seed(seed)
-
-    @classmethod
-    def of(cls, config: InferConfig) -> Settings:
-        """The settings that a config contains."""
-        ratio, clip_frames = config.face.expand_ratio, config.video.infer_frames
-        return cls(config.sampler, config.decode, config.motion, ratio, clip_frames, config.video.compat)
 
 
 class InMemory(NamedTuple):

@@ -22,6 +22,7 @@ from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
 from sonic.families.preview import Preview
 from sonic.inference.conditions import fit_portrait, head_pose
 from sonic.inference.generate import generate
+from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, StageTimer
 from sonic.inference.stream import collect, decode_blocks, half_the_threads, prefetch, smooth_seams
@@ -58,8 +59,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def frames_of(inputs, components, **settings) -> np.ndarray:
-    return np.concatenate([np.asarray(chunk.pixels) for chunk in generate(inputs, components, Settings(sampler=QUICK, **settings))])
+def frames_of(inputs, components, **options) -> np.ndarray:
+    settings = Settings(InferConfig(sampler=QUICK, **options))
+    return np.concatenate([np.asarray(chunk.pixels) for chunk in generate(inputs, components, settings)])
 
 
 def seconds_of(path) -> tuple[int, float]:
