@@ -31,13 +31,13 @@ from sonic.inference.components import Components
 from sonic.inference.conditions import fit_portrait, head_pose, whole_blocks
 from sonic.inference.distributed_rollout import distributed_rollout
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import ALL_IN_FILES, InMemory, Settings, video_length
+from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveLogMel
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling
 from sonic.inference.stream import HANDOVERS, decode_blocks, half_the_threads, prefetch
 from sonic.parallel.context import DistributedContext
-from sonic.types import Conditions, Crop, FrameChunk, Inputs, Portrait, pick
+from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -67,7 +67,7 @@ class Preview(Family):
     look_ahead_s = LiveLogMel.look_ahead_s
     loads_late = False
 
-    def open(self, config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
+    def open(self, config: InferConfig, memory: InMemory) -> Inputs:
         """The inputs of a preview video, in whose photograph a face must be found or given.
 
         Raises ValueError for options that only published models read, and without a face.
@@ -129,19 +129,20 @@ class Preview(Family):
     def condition(self, inputs: Inputs, components: PreviewComponents, settings: Settings) -> EncodedPortrait:
         """Encode the face crop, and the speech for all frames unless the sound is still arriving."""
         components.load()
-        block_frames = components.config.rollout.block_frames
-        crop = face_crop(inputs.portrait, settings.config.face.expand_ratio, components.config.resolution)
+        config, device, options = components.config, components.device, settings.config
+        crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
         canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)
-        known, reference = _encode_portrait(inputs, components, crop=crop)
+        reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
+        text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
+        known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
             live = LiveFeatures(settings.sound, LiveLogMel(components.speech))
-            return EncodedPortrait(live.conditions(known), live.spans(block_frames), reference, canvas, live)
-        frames = whole_blocks(inputs.num_frames, block_frames)
+            return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas, live)
+        frames = whole_blocks(inputs.num_frames, config.rollout.block_frames)
         features = components.speech.encode_audio(inputs.speech.samples, frames)
-        pose = head_pose(settings.config.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
-        whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose)
-        whole = whole.to(device=components.device, dtype=components.dtype)
-        return EncodedPortrait(whole, plan_blocks(inputs.num_frames, block_frames), reference, canvas)
+        pose = head_pose(options.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
+        whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose).to(device=device, dtype=components.dtype)
+        return EncodedPortrait(whole, plan_blocks(inputs.num_frames, config.rollout.block_frames), reference, canvas)
 
     def generate(
         self, inputs: Inputs, encoded: EncodedPortrait, components: PreviewComponents, *, settings: Settings, timer: StageTimer
@@ -188,16 +189,6 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
     load_weights(autoencoder, file)
     load_weights(speech, weight_files(config).speech)
     return autoencoder, speech
-
-
-@torch.no_grad()
-def _encode_portrait(inputs: Inputs, components: PreviewComponents, *, crop: Crop) -> tuple[Conditions, Reference]:
-    """The conditions that depend on the portrait alone (no audio, no pose), and the portrait features for decoding."""
-    config = components.config
-    picture = rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(components.device)
-    reference = components.autoencoder.reference(picture)
-    text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=components.device)
-    return Conditions(ref=reference.latents, text=text).to(dtype=components.dtype), reference
 
 
 def _face_crops(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:

@@ -38,7 +38,7 @@ from sonic.inference.generate_wan import (
     generate_clips,
 )
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import ALL_IN_FILES, InMemory, Settings, video_length
+from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
 from sonic.inference.report import StageTimer
 from sonic.inference.stream import HANDOVERS
@@ -64,7 +64,7 @@ class Wan(Family):
     look_ahead_s = LiveWav2Vec.look_ahead_s
     loads_late = True
 
-    def open(self, config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
+    def open(self, config: InferConfig, memory: InMemory) -> Inputs:
         """The inputs of a Wan video, which generates the whole picture and needs no face in it.
 
         Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.

@@ -109,6 +109,8 @@ def test_clips_of_another_autoencoder_or_size_are_reported(tmp_path):
         clips.ClipDataset(tmp_path).check(ModelConfig(family="wan"))
     with pytest.raises(ValueError, match=r"\(16, 1, 160\).*needs \(16, 25, 160\)"):
         clips.ClipDataset(tmp_path).check(ModelConfig(audio=AudioConfig(num_audio_layers=25)))
+    clips.write_index(tmp_path, entries, autoencoder="warp")  # as before families had names
+    clips.ClipDataset(tmp_path).check(ModelConfig())
 
 
 @pytest.fixture
