@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -32,19 +33,21 @@ from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
 from sonic.data.video import Coding, VideoWriter
 from sonic.families.family import build_components, family_of
-from sonic.inference.batch import Opened, Outcome, all_outcomes, announce, make_video, make_videos, open_components
+from sonic.inference.batch import Opened, Outcome, all_outcomes, make_videos, open_components
 from sonic.inference.choose_plan import refuse_larger
 from sonic.inference.components import Components, find_device, lora_of
-from sonic.inference.generate import generate
+from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory, Settings, inputs_of, refuse_overwriting
-from sonic.inference.report import FrameRecorder, Result, StageTimer
+from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
 from sonic.planner.search import PlanResult, search_plans
 from sonic.system.paths import expanded
 from sonic.types import FrameChunk, Inputs, Speech
+
+log = logging.getLogger("sonic.inference")
 
 INFER, PLAN = Entry("infer", InferConfig), Entry("plan", PlanConfig)
 
@@ -231,7 +234,8 @@ class AvatarPipeline:
 
     def announce(self) -> None:
         """Log the sampler, the timesteps and the weights of the videos."""
-        announce(self.opened, self.config)
+        components = self.opened.components
+        log.info("%s", sampling_words(sampling_of(self.config.sampler, components.weights, components.dtype)))
 
     def generate(self, inputs: Inputs, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
         """Yield the frames of a video from inputs that are already open, as soon as they are decoded."""

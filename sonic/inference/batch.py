@@ -19,11 +19,11 @@ from sonic.families.family import build_components, family_of
 from sonic.inference.choose_plan import Estimate, estimate
 from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
-from sonic.inference.generate import write_video
+from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import InputReader, open_inputs
-from sonic.inference.inputs import Settings, inputs_of, refuse_overwriting
-from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
+from sonic.inference.inputs import inputs_of, refuse_overwriting
+from sonic.inference.report import Result, StageTimer
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
 from sonic.parallel.mesh import World, open_world
@@ -84,11 +84,6 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(),
         found.measure(world)
 
 
-def announce(opened: Opened, config: InferConfig) -> None:
-    """Log the sampler, the timesteps and the weights that the videos of this job use."""
-    log.info("%s", sampling_words(sampling_of(config.sampler, opened.components.weights, opened.components.dtype)))
-
-
 def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferConfig], Inputs] = open_inputs) -> Inputs:
     """Read the inputs of a request and check that its video can be written.
 
@@ -101,14 +96,6 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
     if config.output:
         check_output(config.output, width, height, num_frames=inputs.num_frames, fps=inputs.fps)
     return inputs
-
-
-def make_video(
-    inputs: Inputs, components: Components, config: InferConfig, *, output: Path, timer: StageTimer
-) -> tuple[Result, FrameRecorder]:
-    """Write one video and return its result, with the recorder that holds sample frames and the mouth curve."""
-    recorder = FrameRecorder(inputs)
-    return write_video(inputs, components, Settings(config), output=output, timer=timer, recorder=recorder), recorder
 
 
 def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: InferConfig) -> list[Outcome]:

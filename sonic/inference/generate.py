@@ -13,6 +13,7 @@ from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
 from sonic.inference.components import Components
+from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, versions
 from sonic.types import FrameChunk, Inputs
@@ -31,17 +32,21 @@ def generate(inputs: Inputs, components: Components, settings: Settings, *, time
     yield from family.generate(inputs, encoded, components, settings=settings, timer=timer)
 
 
-def write_video(
-    inputs: Inputs, components: Components, settings: Settings, *, output: Path, timer: StageTimer, recorder: FrameRecorder
-) -> Result:
-    """Generate a video and write it to an MP4, which appears only when it is complete; an error or Ctrl-C leaves no file behind."""
+def make_video(
+    inputs: Inputs, components: Components, config: InferConfig, *, output: Path, timer: StageTimer
+) -> tuple[Result, FrameRecorder]:
+    """Generate a video and write it to an MP4, which appears only when it is complete; an error or Ctrl-C leaves no file behind.
+
+    Returns its result, and the recorder that holds sample frames and the mouth curve.
+    """
+    recorder = FrameRecorder(inputs)
     height, width = inputs.portrait.pixels.shape[:2]
     begun, first_frame = timer.passed(), 0.0
     writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, coding=Coding(fps=inputs.fps))
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=inputs.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
         stack.enter_context(writer)
-        for chunk in stack.enter_context(closing(generate(inputs, components, settings, timer=timer))):
+        for chunk in stack.enter_context(closing(generate(inputs, components, Settings(config), timer=timer))):
             with timer.stage("write"):
                 writer.write(chunk.pixels)
             first_frame = first_frame or timer.passed()
@@ -49,7 +54,7 @@ def write_video(
             bar.update(len(chunk))
         with timer.stage("write"):
             stack.close()
-    return Result(
+    result = Result(
         output=str(output.resolve()),
         frames=inputs.num_frames,
         fps=inputs.fps,
@@ -60,8 +65,9 @@ def write_video(
         peak_vram_gib=round(_peak_vram(components.device) / 2**30, 3),
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
-        sampling=sampling_of(settings.config.sampler, components.weights, components.dtype),
+        sampling=sampling_of(config.sampler, components.weights, components.dtype),
     )
+    return result, recorder
 
 
 def _peak_vram(device: torch.device) -> int:

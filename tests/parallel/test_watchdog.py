@@ -25,8 +25,9 @@ from torch import nn
 from sonic.checkpoint.weights import LazyTensor
 from sonic.cli import Entry, compose, run_command
 from sonic.config import OtherRank, Ranks, SamplerConfig
-from sonic.inference.batch import make_video, open_components
+from sonic.inference.batch import open_components
 from sonic.inference.distributed_rollout import distributed_rollout
+from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling
