@@ -17,12 +17,13 @@ from golden_case import Case, conditions_of, half_precision_rotations, model_of
 from torch import Tensor
 from torch.testing import assert_close
 
+from sonic.checkpoint.load import fill
+from sonic.checkpoint.lora import read_lora
 from sonic.checkpoint.weights import export
 from sonic.model import kv_cache
 from sonic.model.audio_tokens import Actors
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotate
-from sonic.model.lora import merge_lora, read_lora
 from sonic.sampling.schedules import SCHEDULES
 from sonic.types import BlockSpan, Conditions
 
@@ -82,9 +83,9 @@ def streaming(case: Case) -> None:
 
 def merged_lora(case: Case) -> None:
     lora = case.manifest["lora"]
-    adapters = read_lora(case.folder / lora["file"])
-    assert len(adapters) == case.manifest["n_modules"]
-    merged = lambda model: merge_lora(model, adapters, lora["alpha"])  # noqa: E731
+    adapters = read_lora(case.folder / lora["file"], lora["alpha"])
+    assert len(adapters.adapters) == case.manifest["n_modules"]
+    merged = lambda model: fill(model, case.weights(0), lora=adapters)  # noqa: E731
     model = model_of(case)
     merged(model)
     weights = export(model)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sonic.checkpoint.tensor_files import WIDTHS, StoredTensor, check, survey, survey_sharded
+from sonic.checkpoint.tensor_files import FLOATS, WIDTHS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
@@ -57,25 +58,21 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
     """
     given = _json(folder / "config.json")
     tensors = survey_sharded(folder, DIT_STEM)
-    sizing = ("patch_embedding.weight", "text_embedding.0.weight", "casual_audio_encoder.weights")
-    lacking = [name for name in sizing if name not in tensors]
-    if lacking:
-        raise ValueError(f"{folder}: tensor {lacking[0]} of the transformer is missing; the folder is not a Wan2.2-S2V checkpoint")
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise ValueError(f"{folder / 'config.json'}: {name}={given[name]} is another network than the published one, which has {value}")
     try:
-        config = _model_config(given, tensors, base)
+        config = _model_config(given, lambda name: _shape(tensors, name, folder), base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
-    check(tensors, _shapes(config), "transformer")
+    _check_published(tensors, _shapes(config), "transformer")
     return Component(tensors, halve=True), config
 
 
 def bare_transformer(file: Path, config: ModelConfig) -> Component:
     """The DiT in a single file, under our names or official ones. Raises ValueError when it has other sizes than the config."""
-    tensors = {to_official(name) or name: tensor for name, tensor in survey(file).items()}
-    check(tensors, _shapes(config), "transformer")
+    tensors = {to_official(name): tensor for name, tensor in survey(file).items()}
+    _check_published(tensors, _shapes(config), "transformer")
     return Component(tensors, official_config(config))
 
 
@@ -111,7 +108,7 @@ def text_encoder(folder: Path) -> Component:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in TextEncoder(config).encoder.state_dict().items()}
     wanted.pop(TIED)
-    check({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
+    _check_published({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
     return Component(tensors, config, halve=True)
 
 
@@ -121,7 +118,7 @@ def autoencoder(folder: Path) -> Component:
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
-    check(to_diffusers(tensors), wanted, "VAE", called=from_diffusers)
+    _check_published(to_diffusers(tensors), wanted, "VAE", called=from_diffusers)
     return Component(tensors, config)
 
 
@@ -136,7 +133,7 @@ def speech_encoder(folder: Path) -> Component:
         wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
     wanted.pop("masked_spec_embed", None)
     encoder = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
-    check(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
+    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
     return Component(tensors, config)
 
 
@@ -161,20 +158,34 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files
 
 
-def _model_config(given: Mapping[str, Any], tensors: Mapping[str, StoredTensor], base: ModelConfig) -> ModelConfig:
+def _check_published(
+    found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
+) -> None:
+    """Raise ValueError unless a network has exactly the wanted tensors (see `check`), all of the same floating point dtype."""
+    check(found, wanted, what, called=called)
+    usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
+    for tensor in found.values():
+        if tensor.dtype not in FLOATS:
+            kinds = ", ".join(FLOATS)
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not one of {kinds}; fetch the original file")
+        if tensor.dtype != usual:
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
+
+
+def _model_config(given: Mapping[str, Any], shape: Callable[[str], tuple[int, ...]], base: ModelConfig) -> ModelConfig:
     trunk = TrunkConfig(
         hidden_dim=given["dim"],
         ffn_dim=given["ffn_dim"],
         num_heads=given["num_heads"],
         num_layers=given["num_layers"],
-        patch_size=list(tensors["patch_embedding.weight"].shape[2:]),
+        patch_size=list(shape("patch_embedding.weight")[2:]),
         latent_channels=given["in_dim"],
         freq_dim=given["freq_dim"],
         eps=given["eps"],
     )
-    layers = tensors["casual_audio_encoder.weights"].shape[1]
+    layers = shape("casual_audio_encoder.weights")[1]
     audio = AudioConfig(given["audio_dim"], layers, given["num_audio_token"], list(given["audio_inject_layers"]))
-    text = TextConfig(tensors["text_embedding.0.weight"].shape[1], given["text_len"])
+    text = TextConfig(shape("text_embedding.0.weight")[1], given["text_len"])
     return replace(base, trunk=trunk, audio=audio, text=text)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sonic.checkpoint.weights import translated
 
 log = logging.getLogger("sonic.model")
 
@@ -43,13 +44,6 @@ class TextEncoder(nn.Module):
 
         self.encoder = UMT5EncoderModel(UMT5Config(**(config or XXL))).eval()
 
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a published file, .pth or .safetensors.
-
-        Raises ValueError when the file cannot be read safely, or a tensor is missing or unknown.
-        """
-        self.load_tensors(_read(Path(path)), str(path))
-
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load weights by their published names, in the precision they have. Raises ValueError when one is missing or unknown."""
         weights = {to_transformers(name): tensor for name, tensor in tensors.items()}
@@ -68,30 +62,12 @@ class TextEncoder(nn.Module):
 
 def to_transformers(name: str) -> str:
     """transformers' name of a published tensor; an unknown name is returned as it is."""
-    path, _, leaf = name.rpartition(".")
-    words = path.split(".")
-    number = words[1] if words[0] == "blocks" and len(words) > 1 else ""
-    pattern = NAMES.get(".".join([words[0], "{i}", *words[2:]]) if number else path)
-    return name if pattern is None else f"{pattern.replace('{i}', number)}.{leaf}"
+    return translated(name, NAMES)
 
 
 def to_published(name: str) -> str:
     """The published name of a tensor of transformers' encoder; an unknown name is returned as it is."""
-    words = name.split(".")
-    number = words[2] if words[:2] == ["encoder", "block"] else ""
-    for theirs, pattern in NAMES.items():
-        if f"{pattern.replace('{i}', number)}.weight" == name:
-            return f"{theirs.replace('{i}', number)}.weight"
-    return name
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the published text encoder, such as models_t5_umt5-xxl-enc-bf16.pth")
-    try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen kinds of errors for damaged files
-        raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
+    return translated(name, {theirs: published for published, theirs in NAMES.items()})
 
 
 def cleaned(prompt: str) -> str:

@@ -15,11 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.checkpoint.weights import read_tensors
 from sonic.data.audio import SAMPLE_RATE
 from sonic.geometry import FPS
 
@@ -47,15 +44,11 @@ class Wav2VecEncoder(nn.Module):
 
         self.encoder = Wav2Vec2Model(Wav2Vec2Config(**(config or LARGE))).eval()
 
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a Wav2Vec2ForCTC or Wav2Vec2Model file, without its output layer and its training mask.
-
-        Raises ValueError when a tensor is missing or unknown.
-        """
-        self.load_tensors(read_tensors(path), str(path))
-
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Load weights by their published names. Raises ValueError when one is missing or unknown."""
+        """Load the weights of a published Wav2Vec2ForCTC or Wav2Vec2Model by their names, without its output layer and its training mask.
+
+        Raises ValueError when one is missing or unknown.
+        """
         weights = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
         wanted = [name for name in self.encoder.state_dict() if name != "masked_spec_embed"]
         wrong = sorted(set(wanted) ^ set(weights))
@@ -83,7 +76,7 @@ class Wav2VecEncoder(nn.Module):
         picked = frame_positions(out.shape[-1], fps)
         positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # resampling maps the first and last state to themselves
         start, last = 0, None  # `last` is the previous piece's last state, for interpolation across the join; `start` is its index
-        for piece in self._pieces(samples):
+        for piece in self.pieces(samples):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
             inside = np.flatnonzero((positions >= start) & ((positions < stop) | (stop == total - 1)))
@@ -94,13 +87,7 @@ class Wav2VecEncoder(nn.Module):
             out[..., torch.from_numpy(inside)] = interpolated.mT.float().cpu()
             start, last = stop, states[:, -1:]
 
-    @torch.no_grad()
-    def states(self, samples: np.ndarray) -> Tensor:
-        """All hidden states at 50 per second: the input of the first layer, the output of each layer, the last one after its norm.
-        [samples] -> [K,states,E]"""
-        return torch.cat(list(self._pieces(samples)), dim=1)
-
-    def _pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
+    def pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
         """The states of one window after another, each [K,states,E]."""
         wave = torch.from_numpy(normalised(samples))
         window, margin = (seconds * SAMPLE_RATE for seconds in (self.WINDOW_S, self.MARGIN_S))
@@ -156,29 +143,10 @@ def normalised(samples: np.ndarray) -> np.ndarray:
     return ((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)).astype(np.float32)
 
 
-def stretch(states: Tensor, rate: int = PICKED_PER_S, *, length: int | None = None) -> Tensor:
-    """Hidden states resampled to another rate, or to `length` states; the first and last stay the first and last.
-    [K,states,E] -> [K,states',E]"""
-    size = int(states.shape[1] / STATES_PER_S * rate) if length is None else length
-    return F.interpolate(states.mT, size=size, mode="linear", align_corners=True).mT
-
-
 def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:
     """Index of the features at `rate` per second nearest to each video frame; halves round to the even index.  -> int64 [F]"""
     seconds = np.linspace(0, num_frames / fps, num_frames, endpoint=False)
     return np.round(seconds * rate).astype(np.int64)
-
-
-def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
-    """The states at the given indices, concatenated with `around` neighbours on both sides, `stride` apart; zeros after the end.
-
-    states [K,states,E], positions [F] -> [F,K,(2·around+1)·E]
-    """
-    last = states.shape[1] - 1
-    near = torch.from_numpy(positions)[:, None] + stride * torch.arange(-around, around + 1)
-    picked = states[:, near.clamp(0, last)]
-    inside = torch.from_numpy(positions <= last).to(picked)
-    return rearrange(picked, "k f near e -> f k (near e)") * rearrange(inside, "f -> f 1 1")
 
 
 def states_of(samples: int) -> int:

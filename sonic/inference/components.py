@@ -13,14 +13,13 @@ from torch import nn
 
 from sonic import assets
 from sonic.checkpoint.converted import Checkpoint
-from sonic.checkpoint.load import Lora
+from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.weights import load_weights
 from sonic.config import LoraConfig, ModelConfig, RunConfig, one_of, precision_of
 from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.model.attention import Attention, attention_for, sdpa
 from sonic.model.blocks import attend_by
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import lora_alpha, read_lora
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.parallelize import build_parallel_model
@@ -204,7 +203,7 @@ def _has_remote_vae(world: World) -> bool:
 def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:
     """The adapters to merge: those of the config, else the student's, else none."""
     path = config.path or student
-    return Lora(read_lora(path), config.alpha or lora_alpha(path)) if path else Lora({}, 0.0)
+    return read_lora(path, config.alpha) if path else NO_LORA
 
 
 class WeightFiles(NamedTuple):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from sonic.checkpoint.converted import Checkpoint
-from sonic.checkpoint.weights import load_weights, read_tensors
+from sonic.checkpoint.tensor_files import survey
+from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.precompute import Encoders
@@ -54,7 +55,8 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         return ""
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_tensors(path).items()):
+    for name, stored in sorted(survey(path).items()):
+        tensor = stored.whole()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

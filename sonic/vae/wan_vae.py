@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
@@ -35,21 +33,6 @@ class WanAutoencoder(nn.Module):
         self.blocks = AutoencoderKLWan(**(config or {})).eval()
         for name in ("latents_mean", "latents_std"):
             self.register_buffer(name, torch.tensor(getattr(self.blocks.config, name)), persistent=False)
-
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a published file, .pth or .safetensors.
-
-        Raises ValueError when the file cannot be read safely, or a tensor is missing or unknown.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; give the published Wan2.1_VAE.pth")
-        try:
-            tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            self.load_tensors(tensors)
-        except Exception as error:  # torch and diffusers raise many kinds of errors for damaged files
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} is damaged or not a Wan VAE ({type(error).__name__}: {first}); fetch it again") from error
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load weights by their published names. Raises RuntimeError when one is missing, unknown, or of another shape."""

@@ -17,7 +17,7 @@ from official_folder import UMT5, write_text_encoder
 from safetensors.torch import load_file, save_file
 
 from sonic.checkpoint import official
-from sonic.model.lora import PUBLISHED as LORA_FILE
+from sonic.checkpoint.lora import PUBLISHED as LORA_FILE
 
 Damage = Callable[[Path], tuple[str, ...]]  # damages a folder and gives the words that the error must contain
 TENSOR = "blocks.0.modulation"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from video_files import FPS, speech, talking, write
 
-from sonic.checkpoint.weights import read_tensors
+from sonic.checkpoint.tensor_files import survey
 from sonic.config import ModelConfig
 from sonic.data import clips, own_videos
 from sonic.data.clips import ClipDataset
@@ -125,7 +125,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DamagedShard, match=r"a\.safetensors is no shard"):
         read_metadata(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-10])
-    for read in (read_metadata, _digest, read_tensors):
+    for read in (read_metadata, _digest, survey):
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             read(tmp_path / "a.safetensors")
     for content in ("{", "[]", "{}", '{"clips": 3}'):

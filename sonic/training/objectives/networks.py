@@ -8,10 +8,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from sonic.checkpoint.lora import ALPHA, export_adapters
 from sonic.config import AdapterConfig, ModelConfig
-from sonic.model.adapters import Adapters, export_adapters
+from sonic.model.adapters import Adapters
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import ALPHA
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
 Make = Callable[[ModelConfig], AvatarDiT]  # builds a transformer, perhaps on the meta device
