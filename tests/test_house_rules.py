@@ -28,7 +28,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "types": {"geometry"},
     "sampling": {"types"},
     "model": GROUND,
-    "encoders": {*GROUND, "model.pointwise", "data.audio", "checkpoint.weights"},
+    "encoders": {*GROUND, "model.cpu", "data.audio", "checkpoint.weights"},
     "vae": GROUND,
     "checkpoint": {*GROUND, "model", "encoders", "vae"},
     "synthetic": {*GROUND, "data.audio", "data.pixels"},

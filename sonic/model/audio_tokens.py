@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.model.blocks import MultiHead, modulate
-from sonic.model.linear import Linear, linear
+from sonic.model.cpu import Linear, linear
 
 
 class AudioTokens(NamedTuple):

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.counts import PACK_SCALES
-from sonic.model.linear import Linear, linear, linear_gelu
+from sonic.model.cpu import Linear, linear, linear_gelu
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2], one for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]

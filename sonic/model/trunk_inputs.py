@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sonic.model.attention import TokenExchange
+from sonic.model.attention import NO_EXCHANGE, TokenExchange
 from sonic.model.audio_tokens import AudioTokens
-from sonic.model.blocks import NO_EXCHANGE, Layout
+from sonic.model.blocks import Layout
 from sonic.types import BlockSpan
 
 
