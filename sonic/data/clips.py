@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from sonic.config import ModelConfig
 from sonic.data.audio import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.system.files import written_temporary
 from sonic.system.program import written
 
 LOG = logging.getLogger(__name__)
-ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
+ENCODERS = {"autoencoder_hash": "autoencoder", "speech_hash": "speech encoder"}  # key of the metadata: what it is a hash of
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
 UNFINISHED = "unfinished"  # key of an index whose clips are being made again
 # tensors with a time axis: (axis, entries per latent frame); all others are read whole
@@ -37,16 +38,14 @@ TIME = {
 
 def write_index(folder: Path, clips: list[dict], **metadata: object) -> None:
     """Write the index of `folder`: every clip, and the `metadata` that all clips share."""
-    temporary = folder / f".{INDEX}"
-    temporary.write_text(json.dumps({**metadata, "clips": clips}))
-    temporary.rename(folder / INDEX)
+    with written_temporary(folder / INDEX) as file:
+        file.write_text(json.dumps({**metadata, "clips": clips}))
 
 
 def mark_unfinished(folder: Path) -> None:
     """Mark the index, if there is one, as unfinished while its clips are made again; the next `write_index` removes the mark."""
     if (folder / INDEX).is_file():
-        known = read_index(folder)
-        write_index(folder, known.pop("clips"), **known | {UNFINISHED: True})
+        write_index(folder, **read_index(folder) | {UNFINISHED: True})
 
 
 def read_index(folder: Path) -> dict:
@@ -124,15 +123,16 @@ class ClipDataset(Dataset):
             )
 
     def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
-        current = hashes_of(config) if any(self.index.get(name) for name in ENCODED) else {}
-        for name, what in ENCODED.items():
+        current = hashes_of(config) if any(self.index.get(name) for name in ENCODERS) else {}
+        for name, what in ENCODERS.items():
             known, ours = self.index.get(name, ""), current.get(name, "")
             if known and ours and known != ours:
                 raise ValueError(
-                    f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "
-                    f"clips again (the {written('precompute')} command that made them does it in place), or name the folder that fits"
+                    f"data.folder={self.folder} holds clips of another {what} (weights {known}) than model={config.name} has "
+                    f"(weights {ours}); make the clips again (the {written('precompute')} command that made them does it in place), or "
+                    "name the folder that fits"
                 )
-        silent = ", ".join(name for name in (*ENCODED, "fps") if not self.index.get(name))
+        silent = ", ".join(name for name in (*ENCODERS, "fps") if not self.index.get(name))
         if silent:
             LOG.warning("data.folder=%s does not say what its clips were made with (%s); they are taken to fit", self.folder, silent)
 
@@ -219,17 +219,7 @@ def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: i
     """
     extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
     collate = getattr(dataset, "collate", None)
-    return iter(DataLoader(dataset, batch_sampler=_Endless(order), collate_fn=collate, worker_init_fn=_one_thread, **extra))
-
-
-class _Endless:
-    """An endless batch sampler; it has no length."""
-
-    def __init__(self, order: Callable[[], Iterator[list]]) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.order()
+    return iter(DataLoader(dataset, batch_sampler=order(), collate_fn=collate, worker_init_fn=_one_thread, **extra))
 
 
 def _one_thread(worker: int) -> None:

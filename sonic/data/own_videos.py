@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from sonic.data import clips
 from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
@@ -25,8 +25,8 @@ from sonic.data.data_config import PrecomputeConfig
 from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_signed
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
-from sonic.data.shards import Build, Encoders, begin_again, built, each_made, made_with, outdated, read_metadata, whole, write_shard
-from sonic.system.files import save_tensors
+from sonic.data.shards import Build, Encoders, built, made_with, make_shards, write_shard
+from sonic.system.files import save_tensors, written_temporary
 from sonic.system.paths import shown
 from sonic.system.worker import Crashed
 from sonic.types import pick
@@ -60,21 +60,13 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     added. Raises ValueError when there is no video, or when no video gives a clip (the report says why).
     """
     source, folder = Path(config.data.source), Path(config.folder)
-    shards = {_name(path, config): path for path in find_videos(source)}
-    folder.mkdir(parents=True, exist_ok=True)
-    existing = {name for name in shards if whole(folder / name)}
-    old = {name for name in existing if outdated(folder / name, hashes)}
-    begin_again(len(old), folder)
-    kept = {name for name in existing - old if not read_metadata(folder / name).get("again")}
-    missing = [(config, build, (path, name)) for name, path in shards.items() if name not in kept]
-    done = each_made(_write_video, missing, config.workers, crashed=_write_crashed)
-    for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
-        pass
-    shard_metadata = [read_metadata(folder / name) for name in shards]
+    jobs = {(name := _name(path, config)): (path, name) for path in find_videos(source)}
+    crashed = partial(_write_crashed, config)
+    complete = lambda name, metadata: not metadata.get("again")  # noqa: E731
+    shard_metadata = make_shards(config, jobs, partial(_write_video, config, build), complete=complete, hashes=hashes, crashed=crashed)
     lines = [line for metadata in shard_metadata for line in metadata["report"]]
-    temporary = folder / f".{REPORT}"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.rename(folder / REPORT)
+    with written_temporary(folder / REPORT) as file:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     show(lines)
     entries = [entry for metadata in shard_metadata for entry in metadata["clips"]]
     if not entries:
@@ -152,9 +144,9 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
     write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
 
 
-def _write_crashed(config: PrecomputeConfig, build: Build, job: tuple[Path, str], *, error: Crashed) -> None:
+def _write_crashed(config: PrecomputeConfig, job: tuple[Path, str], *, error: Crashed) -> None:
     """Write the shard of a video that crashed its worker process."""
-    path, name = job
+    path, _ = job
     message = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
     _write_fault(config, job, Crashed(message))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
 from sonic.config import parse_size
@@ -163,9 +164,7 @@ FRAMINGS = {"warp": _face_framing, "wan": _whole_framing}  # by model.autoencode
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
     """A running mean over an odd number of frames.  [F,...] -> [F,...]"""
-    ends = [(frames // 2, frames // 2), *[(0, 0)] * (track.ndim - 1)]
-    sums = np.cumsum(np.pad(np.pad(track, ends, mode="edge"), [(1, 0), *ends[1:]]), axis=0, dtype=np.float64)
-    return (sums[frames:] - sums[:-frames]) / frames
+    return uniform_filter1d(track.astype(np.float64), frames, axis=0, mode="nearest")
 
 
 def quick(track: np.ndarray) -> np.ndarray:

@@ -13,8 +13,7 @@ from scipy.fft import next_fast_len
 from sonic.data.audio import SAMPLE_RATE, resample
 from sonic.geometry import FPS
 from sonic.synthetic.espeak import DRAWN, espeak
-from sonic.synthetic.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, draw_speaker
-from sonic.synthetic.words import WORDS
+from sonic.synthetic.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, WORDS, draw_speaker
 from sonic.types import pick
 
 Phoneme = tuple[float, float, str]  # start s, end s, IPA name

@@ -110,7 +110,7 @@ def test_clips_of_another_frame_rate_are_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "expected"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
+    ("file", "expected"), [("VAE", "clips of another autoencoder"), ("model.safetensors", "clips of another speech encoder")]
 )
 def test_clips_of_other_encoders_are_refused(config, file, expected, tmp_path):
     manifest = Path(config.model.weights) / "manifest.json"
