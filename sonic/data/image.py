@@ -25,7 +25,7 @@ from sonic.data.colors import MODE_OF, in_srgb
 from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.pixels import to_signed
-from sonic.geometry import MOUTH_ANCHOR
+from sonic.geometry import MOUTH_ANCHOR, pixels_around
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 SMALLEST_SIDE = 128
@@ -142,8 +142,9 @@ def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
 
 def crop_to_photo(crop: Crop, uv: Tensor) -> Tensor:
     """Transform points from crop px to photo px.  uv [...,2] (u right, v down) -> [...,2]"""
-    turn, center, scale = _similarity(crop, uv)
-    return (uv - crop.resolution / 2) @ (turn.T * scale) + center
+    sin, cos = math.sin(crop.angle), math.cos(crop.angle)
+    turn = uv.new_tensor([[cos, -sin], [sin, cos]])
+    return (uv - crop.resolution / 2) @ (turn.T * (crop.side / crop.resolution)) + uv.new_tensor([crop.center_x, crop.center_y])
 
 
 def pixel_centers(height: int, width: int) -> Tensor:
@@ -248,19 +249,8 @@ def _upright(original: Image.Image, picture: Image.Image) -> np.ndarray:
     return np.array(picture if turn is None else picture.transpose(turn))
 
 
-def _similarity(crop: Crop, like: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Rotation [2,2], centre [2] and photo px per crop px."""
-    sin, cos = math.sin(crop.angle), math.cos(crop.angle)
-    turn = like.new_tensor([[cos, -sin], [sin, cos]])
-    return turn, like.new_tensor([crop.center_x, crop.center_y]), crop.side / crop.resolution
-
-
 def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
     """The part of the photo that the crop covers, and the (left, top) position of its corner."""
     radius = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
-    spans = []
-    for middle, length in ((crop.center_y, pixels.shape[0]), (crop.center_x, pixels.shape[1])):
-        start = min(max(0, math.floor(middle - radius)), length - 1)
-        spans.append((start, max(start + 1, min(length, math.ceil(middle + radius)))))
-    (top, bottom), (left, right) = spans
-    return pixels[top:bottom, left:right], left, top
+    rows, columns = pixels_around(crop.center_y, radius, pixels.shape[0]), pixels_around(crop.center_x, radius, pixels.shape[1])
+    return pixels[rows, columns], columns.start, rows.start

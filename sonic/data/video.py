@@ -7,19 +7,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
 
 import av
 import numpy as np
-from av import AudioLayout
+from av import AudioFifo, AudioLayout
+from av.container import Container
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from sonic.data.audio import resample
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
+from sonic.system.files import written_temporary
 from sonic.system.heartbeat import heartbeat
 from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
@@ -65,7 +69,7 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
-    longest = os.pathconf(folder, "PC_NAME_MAX") - len(f"..{os.getpid()}.partial")  # the name of the file while it is written
+    longest = os.pathconf(folder, "PC_NAME_MAX")
     if len(os.fsencode(target.name)) > longest:
         raise ValueError(f"output={path}: the name has {len(os.fsencode(target.name))} bytes, at most {longest} are possible; shorten it")
     needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
@@ -95,15 +99,12 @@ class VideoWriter:
         self.width, self.height, self.frames, self.speech = width - width % 2, height - height % 2, 0, speech
 
     def __enter__(self) -> VideoWriter:
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
-        try:
-            self._container = open_media(self._partial, "w", format="mp4", options={"movflags": "+faststart"})
+        with ExitStack() as files:
+            self._container = files.enter_context(_written_mp4(self.path))
             self._video = _video_stream(self._container, self.width, self.height, coding=self.coding)
             self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
             self._reformatter = VideoReformatter()
-        except BaseException:
-            self._discard()
-            raise
+            self._files = files.pop_all()
         return self
 
     def write(self, pixels: np.ndarray) -> None:
@@ -115,55 +116,40 @@ class VideoWriter:
             picture = np.ascontiguousarray(picture[: self.height, : self.width])
             frame = _to_yuv(self._reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"))
             frame.pts = self.frames
-            self._mux(self._video.encode(frame))
+            self._container.mux(self._video.encode(frame))
             self.frames += 1
             if self._sound is not None:
-                self._mux(self._sound.until(self.frames / self.coding.fps))
+                self._container.mux(self._sound.until(self.frames / self.coding.fps))
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         if kind is not None:
-            self._discard()
+            self._files.__exit__(kind, *error)
             return
-        try:
+        with self._files:
             if self.frames == 0:
                 raise ValueError(f"output={self.path}: no frame was written, so there is no video")
-            self._mux(self._video.encode(None))
+            self._container.mux(self._video.encode(None))
             if self._sound is not None:
-                self._mux(self._sound.finish(self.frames / self.coding.fps))
-            self._close()
-            os.replace(self._partial, self.path)
-        except BaseException:
-            self._discard()
-            raise
-
-    def _mux(self, packets) -> None:
-        try:
-            self._container.mux(packets)
-        except OSError as error:
-            raise _writing_failed(self.path, error) from error
-
-    def _close(self) -> None:
-        try:
-            self._container.close()
-        except OSError as error:
-            raise _writing_failed(self.path, error) from error
-
-    def _discard(self) -> None:
-        """Close the container, whatever its state, and delete the partial file."""
-        container = getattr(self, "_container", None)
-        try:
-            if container is not None:
-                container.close()
-        except (av.FFmpegError, OSError, ValueError):
-            pass  # the error that led here is the one to report
-        finally:
-            self._partial.unlink(missing_ok=True)
+                self._container.mux(self._sound.finish(self.frames / self.coding.fps))
 
 
-def _writing_failed(path: Path, error: OSError) -> Exception:
-    if error.errno == errno.ENOSPC:
-        return ValueError(f"output={path}: the disk is full; free some space or choose another folder")
-    return error
+@contextmanager
+def _written_mp4(path: Path) -> Iterator[Container]:
+    """A new MP4, which gets its name when the `with` block succeeds and is removed when it fails."""
+    try:
+        with written_temporary(path) as partial:
+            container = open_media(partial, "w", format="mp4", options={"movflags": "+faststart"})
+            try:
+                yield container
+            except BaseException:
+                with suppress(av.FFmpegError, OSError, ValueError):  # the error that led here is the one to report
+                    container.close()
+                raise
+            container.close()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ValueError(f"output={path}: the disk is full; free some space or choose another folder") from error
+        raise
 
 
 def _video_stream(container, width: int, height: int, *, coding: Coding):
@@ -190,46 +176,36 @@ def _to_yuv(reformatter: VideoReformatter, frame):
 class _Sound:
     """The AAC track: encodes the recording as a stream, as far as the video has come, and silence after the recording's end."""
 
-    def __init__(self, container, speech: Speech) -> None:
-        self.source, self.rate, self.layout = _recording(speech)
+    def __init__(self, container: Container, speech: Speech) -> None:
+        recording, self.rate, self.layout = _recording(speech)
         channels = AudioLayout(self.layout).nb_channels
-        self.buffer, self.position, self.ended = np.zeros((channels, 0), np.float32), 0, False
+        self.pieces = chain(recording, repeat(np.zeros((channels, _AAC_SAMPLES), np.float32)))
+        self.waiting = AudioFifo()
         self.stream = container.add_stream("aac", rate=self.rate, layout=self.layout)
         self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
 
     def until(self, seconds: float) -> list:
-        """Packets of all whole AAC frames of the recording that end before `seconds`."""
+        """Packets of all whole AAC frames that end before `seconds`."""
         packets = []
-        while self.position + _AAC_SAMPLES <= seconds * self.rate and self._fill(_AAC_SAMPLES):
+        while self.waiting.samples_read + _AAC_SAMPLES <= seconds * self.rate:
             packets += self._encode(_AAC_SAMPLES)
         return packets
 
     def finish(self, seconds: float) -> list:
         """The remaining packets: the track ends at `seconds`."""
         packets, last = self.until(seconds), round(seconds * self.rate)
-        while self.position < last:
-            count = min(_AAC_SAMPLES, last - self.position)
-            self._fill(count)
-            self.buffer = np.pad(self.buffer, ((0, 0), (0, max(0, count - self.buffer.shape[1]))))
-            packets += self._encode(count)
+        if self.waiting.samples_read < last:
+            packets += self._encode(last - self.waiting.samples_read)
         return packets + self.stream.encode(None)
 
     def _encode(self, samples: int) -> list:
-        part, self.buffer = np.ascontiguousarray(self.buffer[:, :samples]), self.buffer[:, samples:]
-        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
-        frame.sample_rate, frame.pts, frame.time_base = self.rate, self.position, Fraction(1, self.rate)
-        self.position += samples
+        while self.waiting.samples < samples:
+            piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(next(self.pieces)), format="fltp", layout=self.layout)
+            piece.sample_rate = self.rate
+            self.waiting.write(piece)
+        position, frame = self.waiting.samples_read, self.waiting.read(samples)
+        frame.pts, frame.time_base = position, Fraction(1, self.rate)
         return self.stream.encode(frame)
-
-    def _fill(self, samples: int) -> bool:
-        """Buffer at least `samples` samples; False when the recording ends before."""
-        while not self.ended and self.buffer.shape[1] < samples:
-            piece = next(self.source, None)
-            if piece is None:
-                self.ended = True
-            else:
-                self.buffer = np.concatenate([self.buffer, piece], axis=1)
-        return self.buffer.shape[1] >= samples
 
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:

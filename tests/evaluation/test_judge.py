@@ -7,12 +7,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from recordings import voice
+from recordings import save_speech, voice
 
 from sonic.cli import run_command
 from sonic.commands import judge_command
 from sonic.config import FaceLocationConfig, JudgeConfig
-from sonic.data.audio import envelope, load_speech, save_speech
+from sonic.data.audio import envelope, load_speech
 from sonic.data.video import Coding, VideoWriter
 from sonic.evaluation.judge import judge, pauses, sound_fault
 from sonic.types import Speech
