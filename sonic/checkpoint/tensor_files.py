@@ -128,9 +128,11 @@ def check(found: Mapping[str, StoredTensor], wanted: Mapping[str, Sequence[int]]
     for name, tensor in found.items():
         if name not in wanted:
             raise ValueError(f"{tensor.file}: tensor {tensor.name} has no place in the {what}; the file is for another model")
-        if tensor.shape != tuple(wanted[name]):
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tensor.shape != tuple(shape):
             raise ValueError(
-                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the {what} needs {list(wanted[name])}; "
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the {what} needs {list(shape)}; "
                 "the file is damaged or for another model"
             )
 

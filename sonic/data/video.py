@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, repeat
 from pathlib import Path
@@ -30,21 +29,9 @@ from sonic.types import Speech
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_SAMPLES = 1024  # per AAC frame
+_CRF = "16"  # constant rate factor of H.264: 0 is lossless, 51 the smallest file
 _SMPTE170M, _BT709, _SRGB, _TV_RANGE = 6, 1, 13, 1  # H.264 code points
 _BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # ten times what talking heads need
-
-
-@dataclass(frozen=True)
-class Coding:
-    """H.264 settings: constant rate factor (lower is better and larger), x264 preset, frames per second."""
-
-    crf: int = 16
-    preset: str = "veryfast"
-    fps: int = FPS
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.crf <= 51:
-            raise ValueError(f"crf={self.crf} is impossible: H.264 knows 0 (lossless) to 51; use about 16")
 
 
 def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
@@ -90,18 +77,15 @@ class VideoWriter:
     dropped; frames are never rescaled.
     """
 
-    def __init__(
-        self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, coding: Coding | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, fps: int = FPS) -> None:
         """num_frames is the expected length, used only to check the disk space."""
-        self.coding = coding or Coding()
-        self.path = check_output(path, width, height, num_frames=num_frames, fps=self.coding.fps)
-        self.width, self.height, self.frames, self.speech = width - width % 2, height - height % 2, 0, speech
+        self.path = check_output(path, width, height, num_frames=num_frames, fps=fps)
+        self.width, self.height, self.frames, self.speech, self.fps = width - width % 2, height - height % 2, 0, speech, fps
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as files:
             self._container = files.enter_context(_written_mp4(self.path))
-            self._video = _video_stream(self._container, self.width, self.height, coding=self.coding)
+            self._video = _video_stream(self._container, self.width, self.height, fps=self.fps)
             self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
             self._reformatter = VideoReformatter()
             self._files = files.pop_all()
@@ -119,7 +103,7 @@ class VideoWriter:
             self._container.mux(self._video.encode(frame))
             self.frames += 1
             if self._sound is not None:
-                self._container.mux(self._sound.until(self.frames / self.coding.fps))
+                self._container.mux(self._sound.until(self.frames / self.fps))
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         if kind is not None:
@@ -130,7 +114,7 @@ class VideoWriter:
                 raise ValueError(f"output={self.path}: no frame was written, so there is no video")
             self._container.mux(self._video.encode(None))
             if self._sound is not None:
-                self._container.mux(self._sound.finish(self.frames / self.coding.fps))
+                self._container.mux(self._sound.finish(self.frames / self.fps))
 
 
 @contextmanager
@@ -152,11 +136,11 @@ def _written_mp4(path: Path) -> Iterator[Container]:
         raise
 
 
-def _video_stream(container, width: int, height: int, *, coding: Coding):
-    stream = container.add_stream("libx264", rate=coding.fps)
+def _video_stream(container, width: int, height: int, *, fps: int):
+    stream = container.add_stream("libx264", rate=fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     # x264's mbtree reads uninitialised memory when sides are not multiples of 16: one video in a hundred had other bytes
-    stream.options = {"crf": str(coding.crf), "preset": coding.preset, "x264-params": "mbtree=0"}
+    stream.options = {"crf": _CRF, "preset": "veryfast", "x264-params": "mbtree=0"}
     # BT.601 with its tag: players that read tags and players that assume 601 show the same colours
     context = stream.codec_context
     context.colorspace, context.color_primaries, context.color_trc, context.color_range = _SMPTE170M, _BT709, _SRGB, _TV_RANGE

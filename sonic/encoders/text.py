@@ -15,11 +15,6 @@ from sonic.checkpoint.weights import translated
 
 log = logging.getLogger("sonic.model")
 
-# umt5-xxl, as published beside Wan2.2-S2V
-XXL = {
-    "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
 # published name -> transformers' name; {i} is the number of the layer
 NAMES = {
     "token_embedding": "shared",
@@ -38,11 +33,11 @@ TIED = "encoder.embed_tokens.weight"  # transformers' second name of "shared.wei
 class TextEncoder(nn.Module):
     """The umT5 encoder, in which every layer has its own relative position bias."""
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         from transformers import UMT5Config, UMT5EncoderModel
 
-        self.encoder = UMT5EncoderModel(UMT5Config(**(config or XXL))).eval()
+        self.encoder = UMT5EncoderModel(UMT5Config(**config)).eval()
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load weights by their published names, in the precision they have. Raises ValueError when one is missing or unknown."""

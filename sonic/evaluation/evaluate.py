@@ -26,7 +26,7 @@ from torch import Tensor
 from sonic.config import PHOTO_SIZE, parse_size, settled_video
 from sonic.data.image import MOUTH_IN_CROP, MOUTH_IN_FACE
 from sonic.data.pixels import to_bytes, to_signed
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.inference.infer_config import InferConfig
@@ -229,5 +229,5 @@ def _keep(case: Case, make: FrameGenerator, path: Path) -> None:
 def save_video(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:
     """Write a clip with its sound.  frames [F,3,H,W] in [-1,1]"""
     pixels = rearrange(to_bytes(frames), "f c h w -> f h w c").numpy()
-    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, fps=fps) as writer:
         writer.write(pixels)

@@ -24,13 +24,6 @@ class AudioTokens(NamedTuple):
     masks: Tensor | None = None
 
 
-class Actors(NamedTuple):
-    """Audio of several speakers in one picture: features [B·actors,K,E,F] and masks over the patches [B·actors,T,rows,columns]."""
-
-    audio: Tensor
-    masks: Tensor
-
-
 class CausalConv(nn.Conv1d):
     """A causal convolution over time, padded in front by repeating the first column."""
 

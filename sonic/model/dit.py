@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
-from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
+from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 from sonic.model.blocks import Block, Head, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, Execution, SequenceParallel
@@ -49,16 +49,14 @@ class AvatarDiT(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None, execution: Execution = LOCAL
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, execution: Execution = LOCAL) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         grid = self._patches(latents, self._pose(conditions, latents.shape))
         positions = self._grid_rotation(0, grid.shape[1], latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
         context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
-        audio = self._encode_audio(conditions, encode, actors=actors)
+        audio = self._encode_audio(conditions, encode)
         return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
 
     def forward_blocks(
@@ -120,10 +118,10 @@ class AvatarDiT(nn.Module):
         positions = rotation(cache.memory_positions(position, cache.token_device), self._head_dim)
         return lambda layer: PrefillContext(cache, layer, positions, position)
 
-    def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
+    def prepare_block(self, conditions: Conditions, span: BlockSpan) -> BlockInputs:
         """The inputs that all sampling steps of a block share; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
-        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
+        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1))
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
     def denoise_block(
@@ -236,13 +234,13 @@ class AvatarDiT(nn.Module):
         motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
         return torch.cat((ref, motion), dim=2)
 
-    def _encode_audio(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
-        if actors is None and conditions.masks is not None:
-            actors = Actors(conditions.audio, conditions.masks)
-        if actors is not None:
-            masks = rearrange(actors.masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
-            return AudioTokens(*encode(actors.audio), masks)
-        return None if conditions.audio is None else AudioTokens(*encode(conditions.audio))
+    def _encode_audio(self, conditions: Conditions, encode: Callable) -> AudioTokens | None:
+        if conditions.audio is None:
+            return None
+        masks = conditions.masks
+        if masks is not None:
+            masks = rearrange(masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
+        return AudioTokens(*encode(conditions.audio), masks)
 
     def _encode_blocks(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The audio tokens of each block, encoded without the audio of its neighbours."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sonic.checkpoint.converted import Checkpoint
+from sonic.checkpoint.official import VAE_FILE
 from sonic.checkpoint.tensor_files import survey
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
@@ -45,9 +46,7 @@ def clip_hashes(config: PrecomputeConfig) -> dict[str, str]:
 
 def _published_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """Hashes of a published model's VAE and wav2vec, from the digests of the files they were converted from."""
-    sources = checkpoint.manifest["sources"]
-    speech = next((digest for file, digest in sources.items() if file in SPEECH_FILES), "")
-    return {AUTOENCODER: checkpoint.autoencoder_hash(), SPEECH: speech[:16]}
+    return {AUTOENCODER: checkpoint.source_hash(VAE_FILE)[:16], SPEECH: checkpoint.source_hash(*SPEECH_FILES)[:16]}
 
 
 def _digest(path: Path) -> str:
@@ -82,7 +81,7 @@ def _wan_encoders(config: PrecomputeConfig) -> Encoders:
     length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
     rows = checkpoint.reader(length, device)
     return Encoders(
-        encode_audio=lambda samples, frames: checkpoint.encode_audio(samples, frames, fps=fps, device=device)[0].cpu(),
+        encode_audio=lambda samples, frames: checkpoint.encode_audio_batch([samples], frames, fps=fps, device=device)[0].cpu(),
         autoencoder=checkpoint.autoencoder(device, torch.float32),
         read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
         hashes=_published_hashes(checkpoint),

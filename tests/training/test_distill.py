@@ -199,7 +199,7 @@ def test_exported_adapters_are_the_student_and_state_their_alpha(batch, tmp_path
     assert read_lora(path).alpha == LORA.alpha
     alone = AvatarDiT(objective.model_config)
     alone.load_state_dict({n: w for n, w in objective.modules["base"].state_dict().items() if "adapters" not in n})
-    save_weights(alone, tmp_path / "base.safetensors")
+    save_weights(alone.state_dict(), tmp_path / "base.safetensors")
     fill(alone, tmp_path / "base.safetensors", lora=read_lora(path))
     given, noise = conditions_of(batch, objective.model_config), batch["latents"]
     with objective.networks.use_role("student") as model, torch.no_grad():
