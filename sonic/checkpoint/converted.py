@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -107,10 +106,6 @@ class Checkpoint:
             encoder = TextEncoder(self._config("text_encoder"))
         encoder.load_tensors(self._moved("text_encoder", device), str(self.folder))
         return encoder.to(device)
-
-    def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """Speech features of several recordings; the speech encoder is loaded for this call only.  -> [voices,K,E,F]"""
-        return self.speech_encoder(device).encode_audio_batch(voices, num_frames, fps)
 
     def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
         """The speech encoder with its weights."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from sonic.checkpoint.tensor_files import FLOATS, WIDTHS, StoredTensor, check, survey, survey_sharded
+from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
 from sonic.encoders.wav2vec import Wav2VecEncoder, to_transformers_speech
 from sonic.model.dit import AvatarDiT
-from sonic.vae.wan_vae import WanAutoencoder, from_diffusers, to_diffusers
+from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
 DIT_STEM = "diffusion_pytorch_model"
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
@@ -27,6 +27,10 @@ VAE_LATENTS = 16
 FIXED = {
     "model_type": "s2v", "enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_motioner": False,
     "enable_tsm": False, "trainable_token_pos_emb": False, "enable_framepack": True, "framepack_drop_mode": "padd",
+}  # fmt: skip
+TRUNK = {  # option of our TrunkConfig: its name in the published config.json
+    "hidden_dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "num_heads", "num_layers": "num_layers", "latent_channels": "in_dim",
+    "freq_dim": "freq_dim", "eps": "eps",
 }  # fmt: skip
 SPEECH_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
@@ -48,7 +52,7 @@ class Component:
 
     def nbytes(self, stored: StoredTensor) -> int:
         """Bytes of a tensor in the precision in which it is written."""
-        return stored.numel * WIDTHS[self.dtype(stored)]
+        return stored.numel * FLOATS[self.dtype(stored)].itemsize
 
 
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
@@ -80,9 +84,8 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
     """The content of the published config.json for a transformer of this config."""
     trunk, audio = config.trunk, config.audio
     return {
-        "_class_name": "WanModel_S2V", "dim": trunk.hidden_dim, "ffn_dim": trunk.ffn_dim, "num_heads": trunk.num_heads,
-        "num_layers": trunk.num_layers, "freq_dim": trunk.freq_dim, "in_dim": trunk.latent_channels, "out_dim": trunk.latent_channels,
-        "eps": trunk.eps, "text_len": config.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
+        "_class_name": "WanModel_S2V", **{name: getattr(trunk, ours) for ours, name in TRUNK.items()}, "out_dim": trunk.latent_channels,
+        "text_len": config.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
         "audio_inject_layers": audio.inject_layers, "cond_dim": trunk.latent_channels, "zero_init": True, "add_last_motion": True,
         "motion_token_num": 1024, **FIXED,
     }  # fmt: skip
@@ -118,7 +121,7 @@ def autoencoder(folder: Path) -> Component:
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
-    _check_published(to_diffusers(tensors), wanted, "VAE", called=from_diffusers)
+    _check_published(to_diffusers(tensors), wanted, "VAE")
     return Component(tensors, config)
 
 
@@ -173,16 +176,7 @@ def _check_published(
 
 
 def _model_config(given: Mapping[str, Any], shape: Callable[[str], tuple[int, ...]], base: ModelConfig) -> ModelConfig:
-    trunk = TrunkConfig(
-        hidden_dim=given["dim"],
-        ffn_dim=given["ffn_dim"],
-        num_heads=given["num_heads"],
-        num_layers=given["num_layers"],
-        patch_size=list(shape("patch_embedding.weight")[2:]),
-        latent_channels=given["in_dim"],
-        freq_dim=given["freq_dim"],
-        eps=given["eps"],
-    )
+    trunk = TrunkConfig(**{ours: given[name] for ours, name in TRUNK.items()}, patch_size=list(shape("patch_embedding.weight")[2:]))
     layers = shape("casual_audio_encoder.weights")[1]
     audio = AudioConfig(given["audio_dim"], layers, given["num_audio_token"], list(given["audio_inject_layers"]))
     text = TextConfig(shape("text_embedding.0.weight")[1], given["text_len"])

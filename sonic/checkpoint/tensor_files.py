@@ -22,7 +22,6 @@ from torch import Tensor
 from sonic.system.heartbeat import heartbeat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HEADER_STEP = 8  # a header's length is a multiple of this many bytes, and is itself stored in as many
 PICKLES = (".pth", ".bin")  # suffixes of files that torch.save wrote; all others are safetensors
@@ -46,7 +45,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * WIDTHS[self.dtype]
+        return self.numel * FLOATS[self.dtype].itemsize
 
     def whole(self) -> Tensor:
         """The tensor as a memory map of its safetensors file, whose pages are read when they are used."""
@@ -153,7 +152,7 @@ def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in parts.items():
-        start, end = end, end + prod(shape) * WIDTHS[dtype]
+        start, end = end, end + prod(shape) * FLOATS[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % HEADER_STEP)

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -90,7 +90,6 @@ class ClipDataset(Dataset):
         self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
-        self._open: dict[str, object] = {}
 
     def has(self, name: str) -> bool:
         """Whether every clip has a tensor of that name."""
@@ -147,36 +146,35 @@ class ClipDataset(Dataset):
         clip = self.clips[index]
         length = self.window or clip["latent_frames"]
         start = int(np.random.default_rng(seed).integers(clip["latent_frames"] - length + 1))
-        return {key: self._read(clip, key, start=start, length=length) for key in keys or clip["tensors"]}
+        with _opened(self.folder / clip["shard"]) as shard:
+            stored = {key: shard.get_slice(f"{clip['name']}/{key}") for key in keys or clip["tensors"]}
+            return {key: tensor[_window(key, start, length)].float() for key, tensor in stored.items()}
 
     def statistics(self) -> dict[str, Tensor]:
         """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} when the folder has none."""
         path = self.folder / STATISTICS
-        with _naming(path):
-            return load_file(path) if path.is_file() else {}
-
-    def _read(self, clip: dict, key: str, *, start: int, length: int) -> Tensor:
-        with _naming(self.folder / clip["shard"]):
-            if clip["shard"] not in self._open:
-                self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
-            tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
-            if key not in TIME:
-                return tensor[:].float()
-            axis, rate = TIME[key]
-            cut = slice(start * rate, (start + length) * rate)
-            return tensor[(slice(None),) * axis + (cut,)].float()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        if not path.is_file():
+            return {}
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Context that turns errors of reading a damaged or missing file into a ValueError with its name."""
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises ValueError when it is damaged or missing."""
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or gone ({error}); repeat the {written('precompute')} command that made it") from error
+
+
+def _window(key: str, start: int, length: int) -> tuple[slice, ...]:
+    """The part of a tensor in a window of latent frames; all of it when it has no time axis."""
+    if key not in TIME:
+        return (slice(None),)
+    axis, rate = TIME[key]
+    return (*[slice(None)] * axis, slice(start * rate, (start + length) * rate))
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from sonic.data.colors import MODE_OF, in_srgb
@@ -34,16 +34,6 @@ PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits a
 MOUTH_IN_CROP = MOUTH_ANCHOR
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
 UNREAD = {
     "": "not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP",
@@ -245,8 +235,10 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _upright(original: Image.Image, picture: Image.Image) -> np.ndarray:
-    turn = UPRIGHT.get(original.getexif().get(ORIENTATION_TAG))
-    return np.array(picture if turn is None else picture.transpose(turn))
+    """The picture, turned as the metadata of the opened file say."""
+    picture.info.clear()  # of everything else, which may be damaged
+    picture.getexif()[ExifTags.Base.Orientation] = original.getexif().get(ExifTags.Base.Orientation)
+    return np.array(ImageOps.exif_transpose(picture))
 
 
 def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sonic.data import clips
@@ -20,7 +19,7 @@ from sonic.data.audio import log_mel
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.own_videos import precompute_videos
 from sonic.data.pixels import to_signed
-from sonic.data.shards import Build, Encoders, HashesOf, built, made_with, make_shards, read_metadata, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, built, made_with, make_shards, write_shard
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
@@ -28,7 +27,6 @@ from sonic.system.files import save_tensors
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
-Shard = tuple[dict[str, Tensor], list[dict[str, Any]]]  # tensors, and the index entry of each clip
 PER_SHARD = 16  # utterances; a killed run loses at most so many per worker
 
 
@@ -108,14 +106,8 @@ def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tens
 
 
 def _write_shard(config: PrecomputeConfig, build: Build, number: int) -> None:
-    """Write shard `number` atomically. When only the speech encoder changed, just the audio features are made again."""
-    encoders = built(config, build)
-    tensors, entries = _encoded_again(config, number, encoders) or _made(config, number, encoders)
-    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
-
-
-def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
-    tensors, entries = {}, []
+    """Write shard `number` atomically."""
+    encoders, tensors, entries = built(config, build), {}, []
     for recording_number in _recordings(config, number):
         rng = np.random.default_rng((config.seed, recording_number))
         for clip in MAKERS[config.kind](config, encoders, rng):
@@ -123,27 +115,7 @@ def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    return tensors, entries
-
-
-def _encoded_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
-    """The existing shard with audio features of the present speech encoder.
-
-    None when there is no shard, when its latents are of another autoencoder, or when its speech differs (as of an older voices.py).
-    """
-    path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
-    metadata = read_metadata(path) if path.is_file() and config.kind == "talking" else {}
-    if not ours or metadata.get("autoencoder_hash") != ours:
-        return None
-    tensors, entries = load_file(path), metadata["clips"]
-    for recording_number in _recordings(config, number):
-        samples, visemes = recording(config, np.random.default_rng((config.seed, recording_number)))
-        names = [entry["name"] for entry in entries if entry["name"].startswith(f"{recording_number:06d}_")]
-        if not names or not torch.equal(spoken := torch.cat([tensors[f"{name}/visemes"] for name in names]), visemes):
-            return None
-        features = encoders.encode_audio(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
-        tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, features, strict=True)}
-    return tensors, entries
+    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:

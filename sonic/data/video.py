@@ -50,15 +50,10 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
     folder = Path(os.path.realpath(target.parent))
     if not folder.is_dir():
         raise ValueError(f"output={path}: the folder {folder} does not exist; make it first or choose another")
-    if width < 2 or height < 2:
-        raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both sides must be at least 2")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
-    longest = os.pathconf(folder, "PC_NAME_MAX")
-    if len(os.fsencode(target.name)) > longest:
-        raise ValueError(f"output={path}: the name has {len(os.fsencode(target.name))} bytes, at most {longest} are possible; shorten it")
     needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -98,7 +93,9 @@ class VideoWriter:
             if picture.shape[0] < self.height or picture.shape[1] < self.width:
                 raise ValueError(f"a frame of {picture.shape[1]}x{picture.shape[0]} does not fill a video of {self.width}x{self.height}")
             picture = np.ascontiguousarray(picture[: self.height, : self.width])
-            frame = _to_yuv(self._reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            bt601 = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
+            frame = self._reformatter.reformat(rgb, format="yuv420p", interpolation=Interpolation.BICUBIC, **bt601)
             frame.pts = self.frames
             self._container.mux(self._video.encode(frame))
             self.frames += 1
@@ -145,16 +142,6 @@ def _video_stream(container, width: int, height: int, *, fps: int):
     context = stream.codec_context
     context.colorspace, context.color_primaries, context.color_trc, context.color_range = _SMPTE170M, _BT709, _SRGB, _TV_RANGE
     return stream
-
-
-def _to_yuv(reformatter: VideoReformatter, frame):
-    return reformatter.reformat(
-        frame,
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=Interpolation.BICUBIC,
-    )
 
 
 class _Sound:

@@ -252,7 +252,7 @@ def _encode_inputs(inputs: Inputs, components: Components, settings: Settings) -
     if settings.sound is None:
         frames, live = -(-inputs.num_frames // step) * step, None
         voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
-        features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
+        features = checkpoint.speech_encoder(device).encode_audio_batch(voices, frames, inputs.fps)
     else:  # the speech encoder stays in memory until the sound ends
         live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
         features = torch.zeros(1, 0, 0, 0)

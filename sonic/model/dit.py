@@ -51,7 +51,7 @@ class AvatarDiT(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, execution: Execution = LOCAL) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
-        grid = self._patches(latents, self._pose(conditions, latents.shape))
+        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         positions = self._grid_rotation(0, grid.shape[1], latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
         context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
@@ -71,7 +71,7 @@ class AvatarDiT(nn.Module):
         count, rest = divmod(latents.shape[2], rollout.block_frames)
         if rest or not count:
             raise ValueError(f"{latents.shape[2]} latent frames are not whole blocks of {rollout.block_frames}")
-        grid = self._patches(latents, self._pose(conditions, latents.shape))
+        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
         rotated = {position: self._memory_rotation(conditions, position) for position in positions}
@@ -151,7 +151,7 @@ class AvatarDiT(nn.Module):
     ) -> tuple[TrunkInputs, Tensor]:
         """A block's tokens as inputs of the first transformer block, and the time embedding [B,T,D] that `unembed` needs."""
         summary, modulation = self.time_embed(_per_frame(timestep))
-        tokens = [self._patches(latents, inputs.pose)]
+        tokens = [self.patch_embed(latents) + inputs.pose]
         return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
 
     def block_context(
@@ -212,9 +212,6 @@ class AvatarDiT(nn.Module):
         inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
         (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
         return self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
-
-    def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
-        return self.patch_embed(latents) + pose
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
         """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""

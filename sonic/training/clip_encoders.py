@@ -81,7 +81,7 @@ def _wan_encoders(config: PrecomputeConfig) -> Encoders:
     length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
     rows = checkpoint.reader(length, device)
     return Encoders(
-        encode_audio=lambda samples, frames: checkpoint.encode_audio_batch([samples], frames, fps=fps, device=device)[0].cpu(),
+        encode_audio=lambda samples, frames: checkpoint.speech_encoder(device).encode_audio(samples, frames, fps),
         autoencoder=checkpoint.autoencoder(device, torch.float32),
         read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
         hashes=_published_hashes(checkpoint),

@@ -13,13 +13,6 @@ from sonic.geometry import FRAMES_PER_LATENT
 
 T = TypeVar("T")
 
-# modules of the published files, and the parts that a module may have
-CONV_NAMES = ["conv1", "conv2"] + [
-    f"{side}.{conv}"
-    for side, ladder in (("encoder", "downsamples"), ("decoder", "upsamples"))
-    for conv in ("conv1", "head.0", "head.2", *(f"middle.{i}" for i in range(3)), *(f"{ladder}.{i}" for i in range(15)))
-]
-PARTS = ["", *(f"residual.{i}." for i in (0, 2, 3, 6)), "shortcut.", "resample.1.", "time_conv.", "norm.", "to_qkv.", "proj."]
 Cache = tuple  # the last input of each causal convolution; its contents are diffusers' own
 
 
@@ -82,10 +75,3 @@ def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     return convert_wan_vae_to_diffusers(dict(tensors))
-
-
-def from_diffusers(name: str) -> str:
-    """The published name of a tensor of diffusers' model; an unknown name is returned as it is."""
-    leaves = [f"{part}{leaf}" for part in PARTS for leaf in ("weight", "bias", "gamma")]
-    known = to_diffusers({f"{conv}.{leaf}": f"{conv}.{leaf}" for conv in CONV_NAMES for leaf in leaves})
-    return known.get(name, name)
