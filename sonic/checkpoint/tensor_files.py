@@ -25,7 +25,6 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HEADER_STEP = 8  # a header's length is a multiple of this many bytes, and is itself stored in as many
 PICKLES = (".pth", ".bin")  # suffixes of files that torch.save wrote; all others are safetensors
-ZIP = b"PK"  # the first bytes of a zip file
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class StoredTensor:
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * FLOATS[self.dtype].itemsize
 
     def whole(self) -> Tensor:
         """The tensor as a memory map of its safetensors file, whose pages are read when they are used."""
@@ -187,22 +181,15 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth file, memory-mapped; no code in it is run."""
     is_zip = is_zipfile(path)  # files written before torch 1.6 are not, and cannot be mapped
     try:
-        if not is_zip and _begins(path, ZIP):
-            raise EOFError("its end is missing")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         raise ValueError(f"{path} holds something other than tensors, and no code in it was run; fetch the original") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is cut short or not a file of tensors ({str(error).splitlines()[0]}); fetch it again") from error
+        raise ValueError(f"{path} is cut short or not a file of tensors; fetch it again") from error
     wrong = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)] if isinstance(loaded, dict) else ["its content"]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is not a tensor; fetch the original file")
     return loaded
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
 
 
 def _dtype_name(tensor: Tensor) -> str:

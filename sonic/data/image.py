@@ -96,13 +96,8 @@ def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
-    return portrait_of(load_image(path), face_box, mouth)
-
-
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """The same of a photograph that is in memory, uint8 [H,W,3]."""
+    """A photograph uint8 [H,W,3] with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
     # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
     # so does what the log says of it, given as an override
     face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))

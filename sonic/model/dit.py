@@ -15,9 +15,8 @@ from sonic.model.attention import AttentionContext, BlockCausalContext, ClipCont
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 from sonic.model.blocks import Block, Head, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
-from sonic.model.execution import LOCAL, Execution, SequenceParallel
+from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
 from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
-from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding

@@ -1,19 +1,56 @@
-"""How the transformer is executed, as one argument: how tokens are divided among ranks, what runs the blocks, where KV caches are.
-
-Subclasses for several ranks are in parallel/.
-"""
+"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed. Subclasses for several ranks are in parallel/."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sonic.model.attention import NO_EXCHANGE, AttentionContext, TokenExchange
+from sonic.model.audio_tokens import AudioTokens
 from sonic.model.blocks import Layout
-from sonic.model.trunk_inputs import TrunkInputs
+from sonic.types import BlockSpan
+
+
+class BlockInputs(NamedTuple):
+    """The inputs that all sampling steps of a block share: pose tokens, audio tokens, time id of the reference (None = by the
+    configured rule)."""
+
+    span: BlockSpan
+    pose: Tensor
+    audio: AudioTokens | None
+    ref_position: int | None = None
+
+
+class TrunkInputs(NamedTuple):
+    """Inputs to the transformer blocks: tokens, layout, modulation, text, audio.
+
+    tokens [B,N,D], the parts of `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    modulations: tuple[Tensor, ...]
+    text: Tensor | None
+    audio: AudioTokens | None
+    exchange: TokenExchange = NO_EXCHANGE
+
+
+class ForwardRequest(NamedTuple):
+    """One forward of one block: noisy latents [B,C,T,H,W] and their timestep.
+
+    `cond_index` selects the set of conditions (guidance has two), `step` the KV ring of this sampling step.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    inputs: BlockInputs
+    cond_index: int
+    step: int
+
 
 RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int], AttentionContext]]], list[TrunkInputs]]
 

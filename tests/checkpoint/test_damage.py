@@ -130,6 +130,8 @@ DAMAGE: dict[str, Damage] = {
     "text tensor too many": changed_pickle(official.TEXT_FILE, lambda held, name: {**held, "surprise": held[name]}, "surprise"),
     "text file missing": missing(official.TEXT_FILE),
     "text file with code": code_in(official.TEXT_FILE, torch.save),
+    "text file cut off": cut(official.TEXT_FILE, -100),
+    "text file empty": cut(official.TEXT_FILE, 0),
     "vae tensor missing": changed_pickle(official.VAE_FILE, without, "of the VAE is missing"),
     "vae tensor in another precision": changed_pickle(official.VAE_FILE, lambda held, name: {**held, name: held[name].half()}),
     "vae of whole numbers": changed_pickle(official.VAE_FILE, lambda held, name: {**held, name: held[name].int()}),
