@@ -1,4 +1,4 @@
-"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed. Subclasses for several ranks are in parallel/."""
+"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed. parallel/ has the subclasses for several ranks."""
 
 from __future__ import annotations
 
