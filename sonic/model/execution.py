@@ -1,4 +1,4 @@
-"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed. parallel/ has the subclasses for several ranks."""
+"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed (on one device; parallel/ has subclasses)."""
 
 from __future__ import annotations
 
