@@ -86,11 +86,6 @@ def read_lora(path: str | Path, alpha: float = 0.0) -> Lora:
         return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path)
 
 
-def export_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a role's adapters under peft's names."""
-    return {peft_name(name): tensor for name, tensor in weights.items()}
-
-
 def peft_name(name: str) -> str:
     """peft's name of an adapter tensor, built from the module's official name where it has one."""
     path, role, _ = name.rsplit(".", 2)

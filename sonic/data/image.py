@@ -31,7 +31,6 @@ from sonic.types import Crop, FaceBox, Mouth, Portrait
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
 PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits are meant for a white page
-MOUTH_IN_CROP = MOUTH_ANCHOR
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
 HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
@@ -120,7 +119,7 @@ def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 1
 
 def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
     """The crop with that side (photo px) and the mouth's rotation, in which the mouth lies at MOUTH_ANCHOR."""
-    right, down = ((0.5 - share) * side for share in MOUTH_IN_CROP)
+    right, down = ((0.5 - share) * side for share in MOUTH_ANCHOR)
     sin, cos = math.sin(mouth.angle), math.cos(mouth.angle)
     return Crop(mouth.x + cos * right - sin * down, mouth.y + sin * right + cos * down, side, mouth.angle, resolution)
 

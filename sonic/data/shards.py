@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -151,21 +151,21 @@ def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: C
     if not workers or not jobs:
         yield from (make(*job) for job in jobs)
         return
-    local, started = threading.local(), []
-
-    def begin() -> None:
-        local.worker = Worker(partial(torch.set_num_threads, 1))
-        started.append(local.worker)
+    started = [Worker(partial(torch.set_num_threads, 1)) for _ in range(min(workers, len(jobs)))]
+    idle = deque(started)
 
     def work(job: tuple) -> None:
+        worker = idle.pop()
         try:
-            local.worker.call(make, *job)
+            worker.call(make, *job)
         except Crashed as error:
             if crashed is None:
                 raise
             crashed(*job, error=error)
+        finally:
+            idle.append(worker)
 
-    with ThreadPoolExecutor(min(workers, len(jobs)), initializer=begin) as threads:
+    with ThreadPoolExecutor(len(started)) as threads:
         futures = [threads.submit(work, job) for job in jobs]
         try:
             for future in as_completed(futures):

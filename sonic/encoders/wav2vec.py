@@ -5,13 +5,12 @@ Shapes: K hidden layers (the input of the first one included), E their width, F 
 
 from __future__ import annotations
 
-import errno
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,29 +105,19 @@ class Wav2VecEncoder(nn.Module):
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in memory, or when larger than IN_MEMORY in a deleted temporary file, so that an hour of speech takes disk space instead."""
-    if 4 * prod(shape) <= IN_MEMORY:
+    """Zeros in memory, or when larger than IN_MEMORY in a deleted temporary file, so that an hour of speech takes disk space instead.
+
+    Raises ValueError when the disk has too little space: a write to the mapped file would end the process.
+    """
+    size = 4 * prod(shape)
+    if size <= IN_MEMORY:
         return torch.zeros(shape)
     with tempfile.NamedTemporaryFile(prefix="sonic_speech_") as file:
-        _allocate(file, 4 * prod(shape))
-        return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
-
-
-def _allocate(file: IO[bytes], size: int) -> None:
-    """Reserve `size` bytes of disk for a new file. Raises ValueError when the disk has too little space.
-
-    Without this check, a write to the mapped file would end the process.
-    """
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            folder = Path(file.name).parent
+        folder = Path(file.name).parent
+        if shutil.disk_usage(folder).free < size:
             need = f"{size / 2**30:.1f} GiB are needed in {folder} for the speech features of a recording this long"
-            raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR") from error
-        file.truncate(size)
-    except AttributeError:  # macOS has no posix_fallocate
-        file.truncate(size)
+            raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR")
+        return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
 
 
 def to_transformers_speech(name: str) -> str:

@@ -50,13 +50,12 @@ class AvatarDiT(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, execution: Execution = LOCAL) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
-        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
-        positions = self._grid_rotation(0, grid.shape[1], latents.shape)
+        positions = self._grid_rotation(0, latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
         context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
         audio = self._encode_audio(conditions, encode)
-        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
+        return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def forward_blocks(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0, execution: Execution = LOCAL
@@ -70,18 +69,17 @@ class AvatarDiT(nn.Module):
         count, rest = divmod(latents.shape[2], rollout.block_frames)
         if rest or not count:
             raise ValueError(f"{latents.shape[2]} latent frames are not whole blocks of {rollout.block_frames}")
-        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
         rotated = {position: self._memory_rotation(conditions, position) for position in positions}
         context = BlockCausalContext(
-            grid=self._grid_rotation(starts[0], grid.shape[1], latents.shape),
+            grid=self._grid_rotation(starts[0], latents.shape),
             memory=self._memory_rotation(conditions, rollout.ref_position),
             memory_keys=tuple(rotated[position] for position in positions),
             window=rollout.window_blocks,
         )
         audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, count))
-        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
+        return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache for these conditions, with one ring per sampling step."""
@@ -195,7 +193,7 @@ class AvatarDiT(nn.Module):
 
     def _denoise(
         self,
-        grid: Tensor,
+        latents: Tensor,
         timestep: Tensor,
         conditions: Conditions,
         *,
@@ -203,14 +201,16 @@ class AvatarDiT(nn.Module):
         audio: AudioTokens | None,
         execution: Execution,
     ) -> Tensor:
-        """Run grid and memory through the blocks in one sequence, the memory at noise level 0.  -> [B,C,T,H,W]"""
+        """Run latents and memory through the blocks in one sequence, the memory at noise level 0.  [B,C,T,H,W] -> [B,C,T,H,W]"""
+        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         timestep = _per_frame(timestep)
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
         inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
         (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
-        return self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
+        velocity = self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
+        return velocity.to(latents.dtype)
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
         """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""
@@ -251,7 +251,8 @@ class AvatarDiT(nn.Module):
         _, rows, columns = self.config.trunk.patch_size
         return shape[-2] // rows, shape[-1] // columns
 
-    def _grid_rotation(self, start: int, frames: int, shape: tuple[int, ...]) -> Rotation:
+    def _grid_rotation(self, start: int, shape: tuple[int, ...]) -> Rotation:
+        frames = shape[2] // self.config.trunk.patch_size[0]
         times = torch.arange(start, start + frames, dtype=torch.float64, device=self.patch_embed.weight.device)
         return rotation(grid_positions(times, *self._grid_size(shape)), self._head_dim)
 
