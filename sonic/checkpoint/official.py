@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
@@ -69,14 +70,14 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
         config = _model_config(given, lambda name: _shape(tensors, name, folder), base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
-    _check_published(tensors, _shapes(config), "transformer")
+    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
     return Component(tensors, halve=True), config
 
 
 def bare_transformer(file: Path, config: ModelConfig) -> Component:
     """The DiT in a single file, under our names or official ones. Raises ValueError when it has other sizes than the config."""
     tensors = {to_official(name): tensor for name, tensor in survey(file).items()}
-    _check_published(tensors, _shapes(config), "transformer")
+    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
     return Component(tensors, official_config(config))
 
 
@@ -108,8 +109,7 @@ def text_encoder(folder: Path) -> Component:
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",
     }
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in TextEncoder(config).encoder.state_dict().items()}
+    wanted = _shapes(lambda: TextEncoder(config).encoder.state_dict())
     wanted.pop(TIED)
     _check_published({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
     return Component(tensors, config, halve=True)
@@ -119,9 +119,7 @@ def autoencoder(folder: Path) -> Component:
     """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
-    _check_published(to_diffusers(tensors), wanted, "VAE")
+    _check_published(to_diffusers(tensors), _shapes(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
     return Component(tensors, config)
 
 
@@ -132,8 +130,7 @@ def speech_encoder(folder: Path) -> Component:
     file = folder / SPEECH / "model.safetensors"
     tensors = survey(file if file.is_file() else file.with_name("pytorch_model.bin"))
     tensors = {name: tensor for name, tensor in tensors.items() if to_transformers_speech(name)}
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
+    wanted = _shapes(lambda: Wav2VecEncoder(config).encoder.state_dict())
     wanted.pop("masked_spec_embed", None)
     encoder = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
     _check_published(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
@@ -183,9 +180,10 @@ def _model_config(given: Mapping[str, Any], shape: Callable[[str], tuple[int, ..
     return replace(base, trunk=trunk, audio=audio, text=text)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors that are made without memory."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in export(AvatarDiT(config)).items()}
+        return {name: tuple(tensor.shape) for name, tensor in tensors().items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
