@@ -60,7 +60,8 @@ def survey(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} does not exist; fetch it again")
     if path.suffix in PICKLES:
         tensors = _pickled(path)
-        return {name: StoredTensor(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
+        dtype = lambda tensor: SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))  # noqa: E731
+        return {name: StoredTensor(path, name, tuple(tensor.shape), dtype(tensor)) for name, tensor in tensors.items()}
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
@@ -190,7 +191,3 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is not a tensor; fetch the original file")
     return loaded
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))

@@ -39,11 +39,11 @@ _FLOOR = 1e-7  # mel power of silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
 
-def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
+def load_speech(path: str | Path) -> Speech:
     """Load a recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
 
     Raises ValueError when the path is missing or a folder, when the file is empty, damaged, a video, without sound or shorter
-    than 0.2 s, when samples are not finite, or (unless `allow_silence`) when all of it is silent.
+    than 0.2 s, when samples are not finite, or when all of it is silent.
     """
     path = Path(path)
     _check_file(path)
@@ -55,8 +55,7 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     if seconds == 0:
         raise ValueError(f"audio={path} holds no sound that can be decoded; give an undamaged recording with speech in it")
     check_length(seconds, f"audio={path}")
-    if not allow_silence:
-        check_level(samples, f"audio={path}")
+    check_level(samples, f"audio={path}")
     np.clip(samples, -1, 1, out=samples)
     if sentence := report.sentence(f"audio={path}"):
         LOG.warning(sentence)

@@ -62,8 +62,6 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
         warnings.simplefilter("ignore")  # of decompression bombs (our own limit is stricter) and damaged metadata (the pixels are fine)
         try:
             kind = _kind(path)
-            if kind == "heic" and _reads_heic():
-                kind = ""
             image = Image.open(path)
         except PermissionError as error:
             raise ValueError(f"{called} cannot be read: permission denied") from error
@@ -183,22 +181,16 @@ def _check_size(called: str, width: int, height: int) -> None:
 
 
 def _kind(path: Path) -> str:
-    """The key of `UNREAD` for a file format that Pillow alone does not read; "" for all other files."""
+    """The key of `UNREAD` for a file format that cannot be read; "" for all others, HEIC among them when pillow-heif is installed."""
     with path.open("rb") as file:
         head = file.read(64)
     if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
-        return "heic"
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            return "heic"
+        register_heif_opener()
     return "jpeg_xl" if head.startswith(JPEG_XL) else ""
-
-
-def _reads_heic() -> bool:
-    """Register HEIC support with Pillow; False when pillow-heif is not installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
 
 
 def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from rich.console import Console
 from rich.table import Table
@@ -94,7 +95,8 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
                 prompt = encoders.read(_prompt(path)) if encoders.read else None
             clip = pick(ENCODINGS, config.model.autoencoder, "model.autoencoder")(encoders.autoencoder, segment)
             clip = {name: value if name == "head" else value.half() for name, value in clip.items()}
-            audio = _columns(features, segment.first, segment.frames)
+            audio = features[..., segment.first : segment.first + segment.frames]
+            audio = F.pad(audio, (0, segment.frames - audio.shape[-1]))  # zeros after the end of the sound
             yield segment, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
 
 
@@ -202,12 +204,6 @@ def _prompt(path: Path) -> str:
         return text_file.read_text(encoding="utf-8").strip() if text_file.is_file() else ""
     except UnicodeDecodeError as error:
         raise NoText(f"{text_file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
-def _columns(features: Tensor, first: int, frames: int) -> Tensor:
-    """Features of `frames` frames from `first` on, padded with zeros after the end of the sound.  [K,E,F] -> [K,E,frames]"""
-    window = features[..., first : first + frames]
-    return torch.nn.functional.pad(window, (0, frames - window.shape[-1]))
 
 
 def _channels_first(pixels: Tensor) -> Tensor:

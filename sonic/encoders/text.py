@@ -66,20 +66,16 @@ def to_published(name: str) -> str:
 
 
 def cleaned(prompt: str) -> str:
-    """The prompt as the published code gives it to its tokenizer: characters repaired, HTML entities resolved, single spaces."""
-    return " ".join(html.unescape(html.unescape(_repaired(prompt))).split())
+    """The prompt as the published code gives it to its tokenizer: characters repaired by ftfy (full-width commas become plain ones, and so
+    on), HTML entities resolved, single spaces."""
+    if not prompt.isascii():
+        try:
+            import ftfy
 
-
-def _repaired(prompt: str) -> str:
-    """The prompt with its characters repaired by ftfy, as in the published code: full-width commas become plain ones, and so on."""
-    if prompt.isascii():
-        return prompt
-    try:
-        import ftfy
-    except ImportError:
-        log.warning("a prompt with characters outside ASCII is used unchanged; the published code repairs it with ftfy: pip install ftfy")
-        return prompt
-    return ftfy.fix_text(prompt)
+            prompt = ftfy.fix_text(prompt)
+        except ImportError:
+            log.warning("a prompt with characters outside ASCII stays as it is; the published code repairs it with ftfy: pip install ftfy")
+    return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
 class Tokenizer:
