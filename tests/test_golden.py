@@ -70,7 +70,7 @@ def streaming(case: Case) -> None:
             raw = cache.ref_keys[layer]
             case.close(raw, expected[:, : raw.shape[1]])
             with half_precision_rotations():
-                turn = kv_cache.rotation(cache.memory_positions(0, expected.device), cache.head_dim)
+                turn = kv_cache.rotation(kv_cache.memory_positions(cache.buckets, cache.grid, 0), cache.head_dim)
             turned = rotate(expected, turn)[:, raw.shape[1] :]
             case.close(cache.rings[0].keys[layer][:, cache.rings[0].memory][:, raw.shape[1] :], turned)
         if name.startswith("sink.cond_v"):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -71,7 +72,9 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     show(lines)
     entries = [entry for metadata in shard_metadata for entry in metadata["clips"]]
     if not entries:
-        raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
+        counts = sorted(Counter(line["reason"] for line in lines).items())
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts)
+        raise ValueError(f"data.source={source} gave no clip: {reasons}; {folder / REPORT} has every video")
     metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
     clips.write_index(folder, entries, **metadata)
     if config.model.autoencoder == "warp":  # its latents are zero where nothing moves
@@ -178,11 +181,6 @@ def _line(video: str, segment: Segment, fps: int) -> dict:
     if segment.sync is not None:
         line |= {"sync_correlation": round(segment.sync, 3), "mouth_late_s": round(segment.lag_s, 3)}
     return line
-
-
-def _reasons(lines: list[dict]) -> str:
-    counts = {line["reason"]: sum(other["reason"] == line["reason"] for other in lines) for line in lines}
-    return ", ".join(f"{reason} ({count})" for reason, count in sorted(counts.items()))
 
 
 def _name(path: Path, config: PrecomputeConfig) -> str:

@@ -112,7 +112,7 @@ class AvatarDiT(nn.Module):
     def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
         """The attention context of each layer for the memory, which attends to itself and is written into the cache."""
         position = self.config.rollout.ref_position
-        positions = rotation(cache.memory_positions(position, cache.token_device), self._head_dim)
+        positions = rotation(memory_positions(cache.buckets, cache.grid, position, device=cache.token_device), self._head_dim)
         return lambda layer: PrefillContext(cache, layer, positions, position)
 
     def prepare_block(self, conditions: Conditions, span: BlockSpan) -> BlockInputs:

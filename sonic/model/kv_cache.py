@@ -112,10 +112,6 @@ class KVCache:
         memory = self.rings[0].memory
         return memory.stop - memory.start
 
-    def memory_positions(self, ref_position: float, device: torch.device) -> Positions:
-        """Position ids of the memory tokens with the reference at the given time id."""
-        return memory_positions(self.buckets, self.grid, ref_position, device=device)
-
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
