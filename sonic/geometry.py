@@ -103,3 +103,9 @@ def wan_size(width: int, height: int, max_area: int, *, multiple: int = 64) -> t
     rounded = tuple(int(side // multiple * multiple) for side in (math.sqrt(max_area) * aspect, math.sqrt(max_area) / aspect))
     too_large = rounded[0] >= width or rounded[1] >= height
     return (width // multiple * multiple, height // multiple * multiple) if too_large else rounded
+
+
+def pixels_around(middle: float, radius: float, size: int) -> slice:
+    """The rows or columns of a picture within `radius` of `middle`, at least one."""
+    start = min(max(0, math.floor(middle - radius)), size - 1)
+    return slice(start, max(start + 1, min(size, math.ceil(middle + radius))))

@@ -31,7 +31,7 @@ from sonic.cli import Entry, compose, ranks_here
 from sonic.config import Ranks, closest_first
 from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.video import VideoWriter
 from sonic.families.family import build_components, family_of
 from sonic.inference.batch import Opened, Outcome, all_outcomes, make_videos, open_components
 from sonic.inference.choose_plan import refuse_larger
@@ -74,8 +74,7 @@ class Video:
         target = Path(expanded(os.fspath(path)))
         refuse_overwriting(self.made_from, target)
         height, width = self.frames.shape[1:3]
-        coding = Coding(fps=self.fps)
-        with VideoWriter(target, width, height, num_frames=len(self.frames), speech=self.speech, coding=coding) as writer:
+        with VideoWriter(target, width, height, num_frames=len(self.frames), speech=self.speech, fps=self.fps) as writer:
             writer.write(self.frames)
         return target
 

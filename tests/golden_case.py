@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from sonic.checkpoint.tensor_files import read, survey
 from sonic.checkpoint.weights import load_weights
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.model import dit, kv_cache
@@ -61,6 +62,11 @@ class Case:
 
 def _tensors(folder: Path, manifest: dict, name: str) -> dict[str, Tensor]:
     return load_file(folder / manifest["files"][name]) if name in manifest["files"] else {}
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published file."""
+    return {stored.name: tensor for stored, tensor in read(survey(path).values())}
 
 
 def model_of(case: Case, *, window_blocks: int = 1) -> AvatarDiT:

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from golden_case import Case
+import torch.nn.functional as F
+from einops import rearrange
+from golden_case import Case, tensors_of
+from torch import Tensor
 
-from sonic.encoders.wav2vec import PICKED_PER_S, Wav2VecEncoder, clips_of, frame_positions, normalised, pick_frames, stretch
+from sonic.encoders.wav2vec import PICKED_PER_S, STATES_PER_S, Wav2VecEncoder, clips_of, frame_positions, normalised
+
+
+@torch.no_grad()
+def states_of(encoder: Wav2VecEncoder, samples: np.ndarray) -> Tensor:
+    """All hidden states at 50 per second.  [samples] -> [K,states,E]"""
+    return torch.cat(list(encoder.pieces(samples)), dim=1)
+
+
+def stretch(states: Tensor, rate: int = PICKED_PER_S, *, length: int | None = None) -> Tensor:
+    """Hidden states resampled to another rate, or to `length` states; the first and last stay the first and last.
+    [K,states,E] -> [K,states',E]"""
+    size = int(states.shape[1] / STATES_PER_S * rate) if length is None else length
+    return F.interpolate(states.mT, size=size, mode="linear", align_corners=True).mT
+
+
+def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
+    """The states at the given indices, concatenated with `around` neighbours on both sides, `stride` apart; zeros after the end.
+
+    states [K,states,E], positions [F] -> [F,K,(2·around+1)·E]
+    """
+    last = states.shape[1] - 1
+    near = torch.from_numpy(positions)[:, None] + stride * torch.arange(-around, around + 1)
+    picked = states[:, near.clamp(0, last)]
+    inside = torch.from_numpy(positions <= last).to(picked)
+    return rearrange(picked, "k f near e -> f k (near e)") * rearrange(inside, "f -> f 1 1")
 
 
 def wav2vec_features(case: Case) -> None:
     encoder = Wav2VecEncoder(case.manifest["config"])
-    encoder.load(case.folder / case.manifest["weights"])
+    encoder.load_tensors(tensors_of(case.weights(0)), "golden")
     samples = case.inputs["waveform_16k"].numpy()
     case.close(torch.from_numpy(normalised(samples))[None], case.outputs["input_values"])
-    states = encoder.states(samples)
+    states = states_of(encoder, samples)
     case.close(states, case.outputs["hidden_states_50fps"])
     spread = stretch(states)
     case.close(spread, case.outputs["features_30fps"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from golden_case import Case
+from golden_case import Case, tensors_of
 
 from sonic.encoders.text import TextEncoder
 
@@ -21,6 +21,6 @@ def prompts(case: Case) -> None:
             "feed_forward_proj": "gated-gelu",
         }  # fmt: skip
     )
-    encoder.load(case.folder / case.manifest["weights"])
+    encoder.load_tensors(tensors_of(case.weights(0)), "golden")
     for index, rows in enumerate(encoder(case.inputs["ids"], case.inputs["mask"])):
         case.close(rows, case.outputs[f"trimmed_{index}"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from golden_case import Case
+from golden_case import Case, tensors_of
 from torch.testing import assert_close
 
 from sonic.vae.wan_vae import WanAutoencoder
@@ -15,7 +15,7 @@ def vae_of(case: Case) -> WanAutoencoder:
     config["base_dim"] = config.pop("dim")
     means = {name: case.manifest[name] for name in ("latents_mean", "latents_std")}
     vae = WanAutoencoder({**config, **means})
-    vae.load(case.weights(1))
+    vae.load_tensors(tensors_of(case.weights(1)))
     return vae
 
 

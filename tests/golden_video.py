@@ -7,11 +7,12 @@ from itertools import cycle
 
 import torch
 from golden_case import Case, half_precision_rotations, model_of
+from golden_speech import pick_frames
 from golden_vae import vae_of
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.encoders.wav2vec import clips_of, frame_positions, pick_frames
+from sonic.encoders.wav2vec import clips_of, frame_positions
 from sonic.inference.conditions import published_picture, signed
 from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks_upstream, generate_clips
 from sonic.vae.wan_vae import WanAutoencoder

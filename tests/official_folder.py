@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sonic.checkpoint import official
+from sonic.checkpoint.lora import PUBLISHED as LORA_FILE
 from sonic.checkpoint.weights import export
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import NAMES, TIED, TextEncoder
 from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import PUBLISHED as LORA_FILE
 from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
 WIDTH, TEXT, SPEECH_DIM = 48, 24, 16

@@ -12,7 +12,7 @@ from tiny import conditions, conditions_for, spans_of, tiny_config
 from torch import Tensor
 
 from sonic.checkpoint.bundled import weight_files
-from sonic.checkpoint.load import Lora
+from sonic.checkpoint.lora import NO_LORA
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout, shutdown, worker_loop
@@ -66,7 +66,7 @@ def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch
     """The transformer under a plan."""
     world = World("single", CPU) if parallel.name == "single" else make_world(parallel, parallel.name, CPU)
     context = context_of(world, parallel)
-    return Under(build_parallel_model(case.config, case.weights, context, lora=Lora({}, 0.0), dtype=dtype), context)
+    return Under(build_parallel_model(case.config, case.weights, context, lora=NO_LORA, dtype=dtype), context)
 
 
 def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:

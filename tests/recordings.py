@@ -29,6 +29,11 @@ def voice(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
     return (0.12 * loud * sum(np.sin(k * phase) / k for k in range(1, 12))).astype(np.float32)
 
 
+def save_speech(path: Path, samples: np.ndarray) -> Path:
+    """Write 16 kHz mono samples as 16-bit FLAC."""
+    return encode(path, np.clip(samples, -1, 1)[None].astype(np.float32), "flac", rate=RATE)
+
+
 def encode(path: Path, channels: np.ndarray, codec: str, *, rate: int, layout: str = "", options: dict | None = None) -> Path:
     """Write samples [channels, n] to a file whose container is that of the suffix."""
     layout = layout or {1: "mono", 2: "stereo"}[len(channels)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import golden_sampling
@@ -17,14 +18,14 @@ from golden_case import Case, conditions_of, half_precision_rotations, model_of
 from torch import Tensor
 from torch.testing import assert_close
 
+from sonic.checkpoint.load import fill
+from sonic.checkpoint.lora import read_lora
 from sonic.checkpoint.weights import export
 from sonic.model import kv_cache
-from sonic.model.audio_tokens import Actors
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotate
-from sonic.model.lora import merge_lora, read_lora
 from sonic.sampling.schedules import SCHEDULES
-from sonic.types import BlockSpan, Conditions
+from sonic.types import BlockSpan
 
 FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -69,7 +70,7 @@ def streaming(case: Case) -> None:
             raw = cache.ref_keys[layer]
             case.close(raw, expected[:, : raw.shape[1]])
             with half_precision_rotations():
-                turn = kv_cache.rotation(cache.memory_positions(0, expected.device), cache.head_dim)
+                turn = kv_cache.rotation(kv_cache.memory_positions(cache.buckets, cache.grid, 0), cache.head_dim)
             turned = rotate(expected, turn)[:, raw.shape[1] :]
             case.close(cache.rings[0].keys[layer][:, cache.rings[0].memory][:, raw.shape[1] :], turned)
         if name.startswith("sink.cond_v"):
@@ -82,9 +83,9 @@ def streaming(case: Case) -> None:
 
 def merged_lora(case: Case) -> None:
     lora = case.manifest["lora"]
-    adapters = read_lora(case.folder / lora["file"])
-    assert len(adapters) == case.manifest["n_modules"]
-    merged = lambda model: merge_lora(model, adapters, lora["alpha"])  # noqa: E731
+    adapters = read_lora(case.folder / lora["file"], lora["alpha"])
+    assert len(adapters.adapters) == case.manifest["n_modules"]
+    merged = lambda model: fill(model, case.weights(0), lora=adapters)  # noqa: E731
     model = model_of(case)
     merged(model)
     weights = export(model)
@@ -100,12 +101,12 @@ def merged_lora(case: Case) -> None:
 
 
 def two_actors(case: Case) -> None:
-    actors = Actors(case.inputs["audio_input"], case.inputs["mask"].squeeze(-1))
-    predictions, final, _ = _stream(case, actors=actors)
+    masks = case.inputs["mask"].squeeze(-1)
+    predictions, final, _ = _stream(case, masks=masks)
     case.close(predictions, case.outputs["pred_per_call"], strict=False)
     case.close(final, case.outputs["final"], strict=False)
     with half_precision_rotations():
-        predictions, final, _ = _stream(case, actors=actors)
+        predictions, final, _ = _stream(case, masks=masks)
     case.close(predictions, case.outputs["pred_per_call"])
     case.close(final, case.outputs["final"])
 
@@ -175,14 +176,14 @@ def _ref_position(case: Case, turn: int, span: BlockSpan) -> int:
     return ref_time_id(span.start, distance=distances[turn % len(distances)])
 
 
-def _stream(case: Case, *, actors: Actors | None = None, change: Callable[[AvatarDiT], None] = lambda model: None):
+def _stream(case: Case, *, masks: Tensor | None = None, change: Callable[[AvatarDiT], None] = lambda model: None):
     """Prefill, then denoise block by block with Euler steps; a ring holds one clip. `change` modifies the model first."""
     call, noise = case.call, case.inputs["noise"]
     frames = call["frames_per_block"]
     blocks, clips = noise.shape[2] // frames, noise.shape[0]
     model = model_of(case, window_blocks=blocks)
     change(model)
-    audio = None if actors else case.inputs["audio_input"]
+    audio = case.inputs["audio_input"] if masks is None else None
     whole = conditions_of(case, audio=audio, motion=case.inputs["motion_latents"])
     sigmas = torch.tensor(SCHEDULES["twice_shifted"](call["steps"], 3.0))
     cache = model.prefill(whole, model.new_cache(whole, steps=call["steps"]))
@@ -191,9 +192,9 @@ def _stream(case: Case, *, actors: Actors | None = None, change: Callable[[Avata
         clip, block = divmod(index, blocks)
         span = BlockSpan(index, index * frames, frames)
         within = BlockSpan(block, block * frames, frames)
-        conditions = conditions_of(case, audio=None if actors else whole.at(span).audio)
-        conditions = Conditions(ref=whole.ref, text=whole.text, audio=conditions.audio, motion=whole.motion, pose=whole.at(within).pose)
-        inputs = model.prepare_block(conditions, span, actors=actors)
+        audio = whole.at(span).audio if masks is None else case.inputs["audio_input"]
+        conditions = replace(whole, audio=audio, pose=whole.at(within).pose, masks=masks)
+        inputs = model.prepare_block(conditions, span)
         latents = noise[clip : clip + 1, :, within.start : within.stop]
         for step, ring in enumerate(cache.rings):
             inputs = inputs._replace(ref_position=_ref_position(case, turn, span))

@@ -12,7 +12,7 @@ from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
-from sonic.data.video import Coding, VideoWriter, timed_frames
+from sonic.data.video import VideoWriter, timed_frames
 from sonic.synthetic import draw_face, puppet, voices
 from sonic.types import MotionLayers, Speech
 from sonic.vae.warp import unit_grid
@@ -59,7 +59,7 @@ def talking(visemes: torch.Tensor, *, picture: np.ndarray | None = None, mouth: 
 def write(path: Path, pixels: np.ndarray, samples: np.ndarray | None, *, fps: int = FPS) -> Path:
     """Write frames and samples to an MP4."""
     speech_track = None if samples is None else Speech(samples)
-    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech_track, coding=Coding(fps=fps)) as writer:
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech_track, fps=fps) as writer:
         writer.write(pixels)
     return path
 

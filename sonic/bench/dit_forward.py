@@ -16,8 +16,8 @@ from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.infer_config import BenchConfig
 from sonic.model.attention import sdpa
 from sonic.model.counts import PACK_SCALES, Grid, memory_tokens, packed_tokens, weights
+from sonic.model.cpu import linear
 from sonic.model.dit import AvatarDiT
-from sonic.model.linear import linear
 from sonic.types import Conditions
 
 # 8·192 noisy tokens, 192 of the reference, 288 of the past: 2016; 49.5 M weights

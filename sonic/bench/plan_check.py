@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sonic.checkpoint.load import Lora
+from sonic.checkpoint.lora import NO_LORA
 from sonic.config import Ranks, precision_of
 from sonic.families import FAMILIES
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
@@ -49,7 +49,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
     estimated = estimate(asked, ranks, device, trained=False)
     with open_world(estimated.parallel, estimated.parallel.name, ranks, device=device) as world:
         dtype, context = _dtype(config), context_of(world, estimated.parallel)
-        model = build_parallel_model(config.model, None, context, lora=Lora({}, 0.0), dtype=dtype)
+        model = build_parallel_model(config.model, None, context, lora=NO_LORA, dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:
             vae = RemoteAutoencoder(context.vae_channel) if world.vae_rank else _vae(config, device)

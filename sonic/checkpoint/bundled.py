@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from sonic import assets
-from sonic.checkpoint.weights import read_tensors
+from sonic.checkpoint.tensor_files import survey
 from sonic.config import ModelConfig, one_of
 
 BUNDLED = Path(assets.__file__).parent
@@ -57,7 +57,8 @@ def weights_hash(path: Path) -> str:
     if not path.is_file():
         return ""
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_tensors(path).items()):
+    for name, stored in sorted(survey(path).items()):
+        tensor = stored.whole()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,16 @@ from tqdm import tqdm
 
 from sonic.checkpoint import official
 from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Checkpoint
+from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.official import Component
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, write
 from sonic.checkpoint.weights import to_ours
 from sonic.config import ConvertConfig, ModelConfig
-from sonic.model.lora import Adapter, check_lora, lora_alpha, lora_file, read_lora
 
 log = logging.getLogger("sonic.checkpoint")
 
 SHARD_BYTES = 1 << 30  # size of a shard; a conversion that is interrupted and run again reuses whole shards
 PLAN = "plan.json"  # in an incomplete folder: the inputs of the conversion that writes it
-
-
-@dataclass(frozen=True)
-class Merge:
-    """An adapter to merge, which is read from its file for every shard so that it takes no memory between them."""
-
-    path: str = ""
-    alpha: float = 1.0
-    weights: frozenset[str] = frozenset()
-
-    def read(self) -> dict[str, Adapter]:
-        """The adapters by our names of the weights that they change."""
-        return read_lora(self.path) if self.path else {}
 
 
 def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
@@ -55,15 +43,14 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
         "speech_encoder": official.speech_encoder(folder),
     }
     official.check_together(folder, model, components)
-    merge = _merge(config, dit)
+    lora = _lora(config, dit)
     tokens = official.tokenizer_files(folder)
     _check_space(output, components)
-    sources = sorted({tensor.file for part in components.values() for tensor in part.tensors.values()})
-    lora = lora_file(config.lora.path) if config.lora.path else None
-    with _partial_folder(output, _plan(config, [*sources, *filter(None, [lora])])) as partial:
+    sources = _files(components.values(), lora)
+    with _partial_folder(output, _plan(config, sources)) as partial:
         report = []
         for name, part in components.items():
-            report += _write(partial / name, part, merge if name == "dit" else Merge())
+            report += _write(partial / name, part, lora if name == "dit" else NO_LORA)
         (partial / TOKENIZER).mkdir(exist_ok=True)
         for file in tokens:
             shutil.copyfile(file, partial / TOKENIZER / file.name)
@@ -72,8 +59,8 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
             "format": FORMAT,
             "model": base.name,
             "config": {part: asdict(getattr(model, part)) for part in ("trunk", "audio", "text", "motion")},
-            "lora": {"file": str(lora.name), "alpha": merge.alpha, "weights": len(merge.weights)} if lora else None,
-            "sources": {file.name: sha256(file) for file in tqdm([*sources, *tokens, *filter(None, [lora])], desc="hash", unit=" files")},
+            "lora": {"file": lora.file.name, "alpha": lora.alpha, "weights": len(lora.adapters)} if lora.file else None,
+            "sources": {file.name: sha256(file) for file in tqdm([*sources, *tokens], desc="hash", unit=" files")},
             "tensors": {name: len(part.tensors) for name, part in components.items()},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -92,27 +79,30 @@ def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
     else:
         checkpoint = Checkpoint.open(source)
         dit = Component(checkpoint.tensors("dit"), official.official_config(checkpoint.config(base)))
-    merge = _merge(config, dit)
+    lora = _lora(config, dit)
     _check_space(output, {"dit": dit})
-    lora = [lora_file(config.lora.path)] if config.lora.path else []
-    with _partial_folder(output, _plan(config, [*sorted({tensor.file for tensor in dit.tensors.values()}), *lora])) as partial:
-        _write(partial, dit, merge, stem=official.DIT_STEM)
+    with _partial_folder(output, _plan(config, _files([dit], lora))) as partial:
+        _write(partial, dit, lora, stem=official.DIT_STEM)
     return output
 
 
 DIRECTIONS = {"ready": to_ready, "official": to_official}
 
 
-def _merge(config: ConvertConfig, dit: Component) -> Merge:
-    """The configured adapter. Raises ValueError when it does not fit the transformer."""
-    if not config.lora.path:
-        return Merge()
-    adapters = read_lora(config.lora.path)
-    check_lora({to_ours(name) or name: tensor.shape for name, tensor in dit.tensors.items()}, adapters)
-    return Merge(config.lora.path, config.lora.alpha or lora_alpha(config.lora.path), frozenset(adapters))
+def _lora(config: ConvertConfig, dit: Component) -> Lora:
+    """The configured adapters. Raises ValueError when they do not fit the transformer."""
+    lora = read_lora(config.lora.path, config.lora.alpha) if config.lora.path else NO_LORA
+    lora.check({to_ours(name): tensor.shape for name, tensor in dit.tensors.items()})
+    return lora
 
 
-def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> list[dict[str, Any]]:
+def _files(components: Iterable[Component], lora: Lora) -> list[Path]:
+    """The files that a conversion reads, without those of the tokenizer."""
+    files = sorted({tensor.file for part in components for tensor in part.tensors.values()})
+    return [*files, lora.file] if lora.file else files
+
+
+def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> list[dict[str, Any]]:
     """Write the shards that do not exist yet, the index and the config of a component. Gives the report's entry of every tensor."""
     folder.mkdir(exist_ok=True)
     shards = list(shards_of(part))
@@ -121,10 +111,10 @@ def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> 
     for shard, file in zip(tqdm(shards, desc=folder.name, unit=" shards"), names, strict=True):
         if not (folder / file).exists():
             parts = {name: (part.dtype(stored), stored.shape) for name, stored in shard.items()}
-            write(folder / file, parts, _changed(shard, part, merge))
+            write(folder / file, parts, _changed(shard, part, lora))
         for name, stored in shard.items():
             line = {"component": folder.name, "tensor": name, "file": stored.file.name, "shape": list(stored.shape)}
-            report.append({**line, "dtype": stored.dtype, "merged": _ours(name) in merge.weights, "shard": file})
+            report.append({**line, "dtype": stored.dtype, "merged": to_ours(name) in lora.adapters, "shard": file})
             weight_map[name] = file
             size += part.nbytes(stored)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -133,18 +123,12 @@ def _write(folder: Path, part: Component, merge: Merge, *, stem: str = STEM) -> 
     return report
 
 
-def _changed(shard: Mapping[str, StoredTensor], part: Component, merge: Merge) -> Iterator[tuple[str, Tensor]]:
+def _changed(shard: Mapping[str, StoredTensor], part: Component, lora: Lora) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard one at a time, with the adapter merged, in the precision in which they are written."""
-    adapters = merge.read()
     for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
-        if adapter := adapters.get(_ours(name)):
-            changed = adapter.delta(merge.alpha)
-            tensor = changed.add_(tensor).to(tensor.dtype)
+        if adapter := lora.adapters.get(to_ours(name)):
+            tensor = adapter.delta(lora.alpha).add_(tensor).to(tensor.dtype)
         yield name, tensor.to(FLOATS[part.dtype(stored)])
-
-
-def _ours(name: str) -> str:
-    return to_ours(name) or name
 
 
 def shards_of(part: Component) -> Iterator[dict[str, StoredTensor]]:
@@ -166,32 +150,27 @@ def _plan(config: ConvertConfig, sources: Iterable[Path]) -> dict[str, Any]:
     return {"format": FORMAT, "to": config.to, "model": config.model.name, "alpha": config.lora.alpha, "sources": state}
 
 
-class _partial_folder:  # noqa: N801 - used as a function
+@contextmanager
+def _partial_folder(output: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
     """A folder beside the final one: it is renamed to it when the `with` block succeeds, and removed when it fails.
 
     What a killed process left there is reused when its plan was the same, and deleted otherwise.
     """
-
-    def __init__(self, output: Path, plan: Mapping[str, Any]) -> None:
-        self.output, self.partial = output, _beside(output)
-        self.plan = json.dumps(plan, indent=1) + "\n"
-
-    def __enter__(self) -> Path:
-        plan_file = self.partial / PLAN
-        if plan_file.is_file() and plan_file.read_text() == self.plan:
-            log.info("%s of an interrupted conversion is reused", self.partial)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            plan_file.write_text(self.plan)
-        return self.partial
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            (self.partial / PLAN).unlink()
-            self.partial.rename(self.output)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+    partial, text = _beside(output), json.dumps(plan, indent=1) + "\n"
+    plan_file = partial / PLAN
+    if plan_file.is_file() and plan_file.read_text() == text:
+        log.info("%s of an interrupted conversion is reused", partial)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        plan_file.write_text(text)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    plan_file.unlink()
+    partial.rename(output)
 
 
 def _free(output: str) -> Path:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sonic.checkpoint.official import TEXT_FILE
 from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
@@ -78,17 +78,13 @@ class Checkpoint:
         vae.load_tensors(self._moved("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
-    def rows(self, prompt: str, length: int, device: torch.device) -> Tensor:
-        """Text rows [1,L,text_dim] of a prompt, from the cache or else from the text encoder, which is loaded for this call only."""
-        return self.reader(length, device)(prompt)
-
     def reader(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
-        """A function that gives the text rows of a prompt; it loads the text encoder at the first prompt that is not in the cache, and
-        holds it as long as the function exists."""
+        """A function that gives the text rows [1,L,text_dim] of a prompt; it loads the text encoder at the first prompt that is not in
+        the cache, and holds it as long as the function exists."""
         loaded: list[tuple[TextEncoder, Tokenizer]] = []
 
         def read_rows(prompt: str) -> Tensor:
-            name = hashlib.sha256(json.dumps([self._hash(), prompt, length]).encode()).hexdigest()[:32]
+            name = hashlib.sha256(json.dumps([self.source_hash(TEXT_FILE), prompt, length]).encode()).hexdigest()[:32]
             file = self.folder / PROMPTS / f"{name}.safetensors"
             if file in self.unkept:
                 return self.unkept[file].to(device)
@@ -111,14 +107,6 @@ class Checkpoint:
         encoder.load_tensors(self._moved("text_encoder", device), str(self.folder))
         return encoder.to(device)
 
-    def encode_audio(self, samples: np.ndarray, num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """Speech features [1,K,E,F] of a recording; the speech encoder is loaded for this call only."""
-        return self.encode_audio_batch([samples], num_frames, fps=fps, device=device)
-
-    def encode_audio_batch(self, voices: Sequence[np.ndarray], num_frames: int, *, fps: int, device: torch.device) -> Tensor:
-        """Speech features of several recordings; the speech encoder is loaded for this call only.  -> [voices,K,E,F]"""
-        return self.speech_encoder(device).encode_audio_batch(voices, num_frames, fps)
-
     def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
         """The speech encoder with its weights."""
         encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
@@ -132,13 +120,9 @@ class Checkpoint:
     def _config(self, component: str) -> dict[str, Any]:
         return json.loads((self.folder / component / "config.json").read_text())
 
-    def autoencoder_hash(self) -> str:
-        """The first 16 digits of the hash of the file that the VAE was converted from."""
-        return next(digest for file, digest in self.manifest["sources"].items() if "VAE" in file)[:16]
-
-    def _hash(self) -> str:
-        """The hash of the file that the text encoder was converted from."""
-        return next(digest for file, digest in self.manifest["sources"].items() if file.startswith("models_t5"))
+    def source_hash(self, *names: str) -> str:
+        """The hash of the file that a network was converted from, which has one of these names; "" when there is none."""
+        return next((digest for file, digest in self.manifest["sources"].items() if file in names), "")
 
 
 def _cached(file: Path) -> Tensor | None:

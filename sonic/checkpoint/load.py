@@ -12,24 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from sonic.checkpoint.weights import LazyTensor, stored_weights
+from sonic.checkpoint.lora import NO_LORA, Lora
+from sonic.checkpoint.tensor_files import StoredTensor
+from sonic.checkpoint.weights import stored_weights
 from sonic.config import ModelConfig
 from sonic.model.adapters import ADAPTERS
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import Adapter, check_lora
 from sonic.system.heartbeat import heartbeat
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-class Lora(NamedTuple):
-    """Adapters by the names of the weights that they change, and the alpha that they were trained with."""
-
-    adapters: Mapping[str, Adapter]
-    alpha: float
-
-
-NO_LORA = Lora({}, 0.0)
 
 
 def without_memory(config: ModelConfig) -> AvatarDiT:
@@ -51,20 +42,22 @@ def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lo
     device is mapped from the file, whose pages are read when used. Raises ValueError when the file is of another model.
     """
     shapes = shapes or shapes_of(model)
-    check_lora(shapes, lora.adapters)
-    with stored_weights(path, shapes) as stored:
-        for name, weight in model.named_parameters():
-            if name not in shapes:
-                continue
-            if weight.is_meta:
-                weight_of(model, name, _mapped(stored[name], weight, path, adapted=name in lora.adapters))
-                continue
-            here = slice_of(weight)
-            if here.local.numel():
-                found = stored[name].part(here.index)
-                if name in lora.adapters:
-                    found = found.to(here.local.dtype).float() + lora.adapters[name].delta(lora.alpha)[here.index]
-                here.copy_from(found)
+    lora.check(shapes)
+    stored = stored_weights(path, shapes)
+    for name, weight in model.named_parameters():
+        if name not in shapes:
+            continue
+        if weight.is_meta:
+            module, _, leaf = name.rpartition(".")
+            mapped = _mapped(stored[name], weight, adapted=name in lora.adapters)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(mapped, requires_grad=False))
+            continue
+        here = slice_of(weight)
+        if here.local.numel():
+            found = stored[name].part(here.index)
+            if name in lora.adapters:
+                found = found.to(here.local.dtype).float() + lora.adapters[name].delta(lora.alpha)[here.index]
+            here.copy_from(found)
 
 
 @torch.no_grad()
@@ -83,17 +76,11 @@ def fill_randomly(model: nn.Module, std: float = 0.02) -> None:
         local.normal_(std=std, generator=rng[local.device])
 
 
-def weight_of(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter of the model by `value`."""
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _mapped(stored: LazyTensor, weight: Tensor, path: str | Path, *, adapted: bool) -> Tensor:
-    value = stored.view()
+def _mapped(stored: StoredTensor, weight: Tensor, *, adapted: bool) -> Tensor:
+    value = stored.whole()
     if value.dtype != weight.dtype or adapted:
         raise ValueError(
-            f"offload.store=mmap uses weights {path} as they lie on the disk, which are {value.dtype} and without lora; "
+            f"offload.store=mmap uses weights {stored.file} as they lie on the disk, which are {value.dtype} and without lora; "
             f"this run needs {weight.dtype}{' with lora' if adapted else ''}: use offload.store=pinned"
         )
     return value

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sonic.checkpoint.tensor_files import WIDTHS, StoredTensor, check, survey, survey_sharded
+from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
 from sonic.encoders.wav2vec import Wav2VecEncoder, to_transformers_speech
 from sonic.model.dit import AvatarDiT
-from sonic.vae.wan_vae import WanAutoencoder, from_diffusers, to_diffusers
+from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
 DIT_STEM = "diffusion_pytorch_model"
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
@@ -26,6 +28,10 @@ VAE_LATENTS = 16
 FIXED = {
     "model_type": "s2v", "enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_motioner": False,
     "enable_tsm": False, "trainable_token_pos_emb": False, "enable_framepack": True, "framepack_drop_mode": "padd",
+}  # fmt: skip
+TRUNK = {  # option of our TrunkConfig: its name in the published config.json
+    "hidden_dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "num_heads", "num_layers": "num_layers", "latent_channels": "in_dim",
+    "freq_dim": "freq_dim", "eps": "eps",
 }  # fmt: skip
 SPEECH_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
@@ -47,7 +53,7 @@ class Component:
 
     def nbytes(self, stored: StoredTensor) -> int:
         """Bytes of a tensor in the precision in which it is written."""
-        return stored.numel * WIDTHS[self.dtype(stored)]
+        return stored.numel * FLOATS[self.dtype(stored)].itemsize
 
 
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
@@ -57,25 +63,21 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
     """
     given = _json(folder / "config.json")
     tensors = survey_sharded(folder, DIT_STEM)
-    sizing = ("patch_embedding.weight", "text_embedding.0.weight", "casual_audio_encoder.weights")
-    lacking = [name for name in sizing if name not in tensors]
-    if lacking:
-        raise ValueError(f"{folder}: tensor {lacking[0]} of the transformer is missing; the folder is not a Wan2.2-S2V checkpoint")
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise ValueError(f"{folder / 'config.json'}: {name}={given[name]} is another network than the published one, which has {value}")
     try:
-        config = _model_config(given, tensors, base)
+        config = _model_config(given, lambda name: _shape(tensors, name, folder), base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
-    check(tensors, _shapes(config), "transformer")
+    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
     return Component(tensors, halve=True), config
 
 
 def bare_transformer(file: Path, config: ModelConfig) -> Component:
     """The DiT in a single file, under our names or official ones. Raises ValueError when it has other sizes than the config."""
-    tensors = {to_official(name) or name: tensor for name, tensor in survey(file).items()}
-    check(tensors, _shapes(config), "transformer")
+    tensors = {to_official(name): tensor for name, tensor in survey(file).items()}
+    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
     return Component(tensors, official_config(config))
 
 
@@ -83,9 +85,8 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
     """The content of the published config.json for a transformer of this config."""
     trunk, audio = config.trunk, config.audio
     return {
-        "_class_name": "WanModel_S2V", "dim": trunk.hidden_dim, "ffn_dim": trunk.ffn_dim, "num_heads": trunk.num_heads,
-        "num_layers": trunk.num_layers, "freq_dim": trunk.freq_dim, "in_dim": trunk.latent_channels, "out_dim": trunk.latent_channels,
-        "eps": trunk.eps, "text_len": config.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
+        "_class_name": "WanModel_S2V", **{name: getattr(trunk, ours) for ours, name in TRUNK.items()}, "out_dim": trunk.latent_channels,
+        "text_len": config.text.text_len, "audio_dim": audio.audio_dim, "num_audio_token": audio.num_audio_token,
         "audio_inject_layers": audio.inject_layers, "cond_dim": trunk.latent_channels, "zero_init": True, "add_last_motion": True,
         "motion_token_num": 1024, **FIXED,
     }  # fmt: skip
@@ -108,10 +109,9 @@ def text_encoder(folder: Path) -> Component:
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",
     }
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in TextEncoder(config).encoder.state_dict().items()}
+    wanted = _shapes(lambda: TextEncoder(config).encoder.state_dict())
     wanted.pop(TIED)
-    check({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
+    _check_published({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
     return Component(tensors, config, halve=True)
 
 
@@ -119,9 +119,7 @@ def autoencoder(folder: Path) -> Component:
     """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
     config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in WanAutoencoder(config).blocks.state_dict().items()}
-    check(to_diffusers(tensors), wanted, "VAE", called=from_diffusers)
+    _check_published(to_diffusers(tensors), _shapes(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
     return Component(tensors, config)
 
 
@@ -132,11 +130,10 @@ def speech_encoder(folder: Path) -> Component:
     file = folder / SPEECH / "model.safetensors"
     tensors = survey(file if file.is_file() else file.with_name("pytorch_model.bin"))
     tensors = {name: tensor for name, tensor in tensors.items() if to_transformers_speech(name)}
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Wav2VecEncoder(config).encoder.state_dict().items()}
+    wanted = _shapes(lambda: Wav2VecEncoder(config).encoder.state_dict())
     wanted.pop("masked_spec_embed", None)
     encoder = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
-    check(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
+    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
     return Component(tensors, config)
 
 
@@ -161,26 +158,32 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files
 
 
-def _model_config(given: Mapping[str, Any], tensors: Mapping[str, StoredTensor], base: ModelConfig) -> ModelConfig:
-    trunk = TrunkConfig(
-        hidden_dim=given["dim"],
-        ffn_dim=given["ffn_dim"],
-        num_heads=given["num_heads"],
-        num_layers=given["num_layers"],
-        patch_size=list(tensors["patch_embedding.weight"].shape[2:]),
-        latent_channels=given["in_dim"],
-        freq_dim=given["freq_dim"],
-        eps=given["eps"],
-    )
-    layers = tensors["casual_audio_encoder.weights"].shape[1]
+def _check_published(
+    found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
+) -> None:
+    """Raise ValueError unless a network has exactly the wanted tensors (see `check`), all of the same floating point dtype."""
+    check(found, wanted, what, called=called)
+    usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
+    for tensor in found.values():
+        if tensor.dtype not in FLOATS:
+            kinds = ", ".join(FLOATS)
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not one of {kinds}; fetch the original file")
+        if tensor.dtype != usual:
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
+
+
+def _model_config(given: Mapping[str, Any], shape: Callable[[str], tuple[int, ...]], base: ModelConfig) -> ModelConfig:
+    trunk = TrunkConfig(**{ours: given[name] for ours, name in TRUNK.items()}, patch_size=list(shape("patch_embedding.weight")[2:]))
+    layers = shape("casual_audio_encoder.weights")[1]
     audio = AudioConfig(given["audio_dim"], layers, given["num_audio_token"], list(given["audio_inject_layers"]))
-    text = TextConfig(tensors["text_embedding.0.weight"].shape[1], given["text_len"])
+    text = TextConfig(shape("text_embedding.0.weight")[1], given["text_len"])
     return replace(base, trunk=trunk, audio=audio, text=text)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors that are made without memory."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in export(AvatarDiT(config)).items()}
+        return {name: tuple(tensor.shape) for name, tensor in tensors().items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

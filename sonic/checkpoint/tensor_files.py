@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -22,12 +22,9 @@ from torch import Tensor
 from sonic.system.heartbeat import heartbeat
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-HASH_CHUNK = 16 << 20
-MAPPED_BYTES = 64 << 20  # of a file that are read before it is closed and opened again: mapped pages stay in memory until then
 HEADER_STEP = 8  # a header's length is a multiple of this many bytes, and is itself stored in as many
-ZIP = b"PK"  # the first bytes of a zip file
+PICKLES = (".pth", ".bin")  # suffixes of files that torch.save wrote; all others are safetensors
 
 
 @dataclass(frozen=True)
@@ -44,25 +41,30 @@ class StoredTensor:
         """Number of elements."""
         return prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * WIDTHS[self.dtype]
+    def whole(self) -> Tensor:
+        """The tensor as a memory map of its safetensors file, whose pages are read when they are used."""
+        heartbeat()
+        with _opened(self.file) as file:
+            return file.get_tensor(self.name)
+
+    def part(self, index: tuple[slice, ...]) -> Tensor:
+        """A slice of the tensor, read from its safetensors file."""
+        heartbeat()
+        with _opened(self.file) as file:
+            return file.get_slice(self.name)[index]
 
 
 def survey(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a .safetensors or .pth file, by name. Raises ValueError when it is missing, cut short, or contains code."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; fetch it again")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is cut short or not safetensors ({_first_missing(path) or error}); fetch it again") from error
-    tensors = _pickled(path)
-    return {name: StoredTensor(path, name, tuple(tensor.shape), _dtype_name(tensor)) for name, tensor in tensors.items()}
+    if path.suffix in PICKLES:
+        tensors = _pickled(path)
+        dtype = lambda tensor: SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))  # noqa: E731
+        return {name: StoredTensor(path, name, tuple(tensor.shape), dtype(tensor)) for name, tensor in tensors.items()}
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
 def survey_sharded(folder: Path, stem: str) -> dict[str, StoredTensor]:
@@ -105,67 +107,36 @@ def _first_missing(path: Path) -> str:
     return f"tensor {incomplete[0]} and {len(incomplete) - 1} more are not all there" if incomplete else ""
 
 
-def check(
-    found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
-) -> None:
-    """Raise ValueError unless `found` has exactly the wanted tensors, in their shapes, all in the same floating point dtype.
+def check(found: Mapping[str, StoredTensor], wanted: Mapping[str, Sequence[int]], what: str, *, called: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless `found` has exactly the wanted tensors, in their shapes.
 
     `what` names the network and `called` converts a wanted name to the file's, both for the error.
     """
-    usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0] if found else ""
     files = sorted({tensor.file for tensor in found.values()})
     where = files[0] if len(files) == 1 else files[0].parent if files else what
     missing = [name for name in wanted if name not in found]
     if missing:
         count = f"{len(missing)} of {len(wanted)}"
-        raise ValueError(f"{where}: tensor {called(missing[0])} of the {what} is missing ({count}); fetch the folder again")
+        first = called(missing[0])
+        raise ValueError(f"{where}: tensor {first} of the {what} is missing ({count}); the file is damaged or for another model")
     for name, tensor in found.items():
         if name not in wanted:
             raise ValueError(f"{tensor.file}: tensor {tensor.name} has no place in the {what}; the file is for another model")
-        if tensor.shape != tuple(wanted[name]):
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tensor.shape != tuple(shape):
             raise ValueError(
-                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the {what} needs {list(wanted[name])}; "
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the {what} needs {list(shape)}; "
                 "the file is damaged or for another model"
             )
-        if tensor.dtype not in FLOATS:
-            kinds = ", ".join(FLOATS)
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not one of {kinds}; fetch the original file")
-        if tensor.dtype != usual:
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
 
 
 def read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """The tensors one after the other, mapped from their files.
-
-    A file is opened for a few consecutive tensors and closed again, so that their memory is freed when the caller drops them.
-    """
+    """The tensors one after the other, mapped from their files; the memory of each is freed when the caller drops it."""
     for path, of_file in groupby(tensors, key=lambda tensor: tensor.file):
-        for portion in portions(of_file, MAPPED_BYTES):
-            if path.suffix == ".safetensors":
-                try:
-                    with safe_open(str(path), framework="pt") as file:
-                        for stored in portion:
-                            heartbeat()
-                            yield stored, file.get_tensor(stored.name)
-                except (SafetensorError, OSError) as error:
-                    raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
-            else:
-                mapped = _pickled(path)
-                for stored in portion:
-                    yield stored, mapped.pop(stored.name)
-
-
-def portions(tensors: Iterable[StoredTensor], limit: int) -> Iterator[list[StoredTensor]]:
-    """Lists of consecutive tensors of at most `limit` bytes together; a larger tensor is a list by itself."""
-    portion, size = [], 0
-    for stored in tensors:
-        if portion and size + stored.nbytes > limit:
-            yield portion
-            portion, size = [], 0
-        portion.append(stored)
-        size += stored.nbytes
-    if portion:
-        yield portion
+        pickled = _pickled(path) if path.suffix in PICKLES else None
+        for stored in of_file:
+            yield stored, stored.whole() if pickled is None else pickled.pop(stored.name)
 
 
 def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -176,7 +147,7 @@ def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in parts.items():
-        start, end = end, end + prod(shape) * WIDTHS[dtype]
+        start, end = end, end + prod(shape) * FLOATS[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % HEADER_STEP)
@@ -193,34 +164,30 @@ def write(path: Path, parts: Mapping[str, tuple[str, tuple[int, ...]]], tensors:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises ValueError when it is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut short or not safetensors ({_first_missing(path) or error}); fetch it again") from error
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth file, memory-mapped; no code in it is run."""
     is_zip = is_zipfile(path)  # files written before torch 1.6 are not, and cannot be mapped
     try:
-        if not is_zip and _begins(path, ZIP):
-            raise EOFError("its end is missing")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         raise ValueError(f"{path} holds something other than tensors, and no code in it was run; fetch the original") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is cut short or not a file of tensors ({str(error).splitlines()[0]}); fetch it again") from error
+        raise ValueError(f"{path} is cut short or not a file of tensors; fetch it again") from error
     wrong = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)] if isinstance(loaded, dict) else ["its content"]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is not a tensor; fetch the original file")
     return loaded
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))

@@ -5,17 +5,15 @@ Files contain the official name of every tensor that has one, so the published c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sonic.checkpoint.tensor_files import StoredTensor, check, survey
 from sonic.system.files import save_tensors
-from sonic.system.heartbeat import heartbeat
 
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
@@ -56,21 +54,34 @@ OFFICIAL = {
     "head.project": "head.head",
 }
 OURS = {official: ours for ours, official in OFFICIAL.items()}
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block, inside a name
 
 
-def to_official(name: str) -> str | None:
-    """The official name of a tensor with our name; None when it has none."""
-    return _translate(name, OFFICIAL)
+def to_official(name: str) -> str:
+    """The official name of a tensor with our name; a name that has none is returned as it is."""
+    return translated(name, OFFICIAL)
 
 
-def to_ours(name: str) -> str | None:
-    """Our name of a tensor with an official name; None when the name is unknown."""
-    return _translate(name, OURS)
+def to_ours(name: str) -> str:
+    """Our name of a tensor with an official name; an unknown name is returned as it is."""
+    return translated(name, OURS)
+
+
+def translated(name: str, table: Mapping[str, str]) -> str:
+    """The name of a tensor after `table` (see OFFICIAL), which holds whole names, or names without their last part."""
+    path, _, leaf = name.rpartition(".")
+    number = NUMBER.search(name)
+    for known, rest in ((name, ""), (path, f".{leaf}")):
+        if known in table:
+            return table[known] + rest
+        if (pattern := NUMBER.sub("{i}", known, count=1)) in table:
+            return table[pattern].replace("{i}", number[0]) + rest
+    return name
 
 
 def export(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under the names that files contain: official where there is one, ours elsewhere."""
-    return {to_official(name) or name: tensor for name, tensor in model.state_dict().items()}
+    return {to_official(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -85,104 +96,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises ValueError when a file is cut short, or a tensor is missing, unknown, or of another shape.
     """
     wanted = model.state_dict()
-    with stored_weights(path, {name: tensor.shape for name, tensor in wanted.items()}) as stored, torch.no_grad():
+    stored = stored_weights(path, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    with torch.no_grad():
         for name, target in wanted.items():
-            target.copy_(stored[name].view())
+            target.copy_(stored[name].whole())
 
 
-class LazyTensor(NamedTuple):
-    """A tensor of an open file, not read yet."""
-
-    file: Any
-    name: str
-
-    @property
-    def shape(self) -> list[int]:
-        """The shape of the whole tensor."""
-        return self.file.get_slice(self.name).get_shape()
-
-    def part(self, index: tuple[slice, ...]) -> Tensor:
-        """A slice of the tensor, read from the file."""
-        heartbeat()
-        return self.file.get_slice(self.name)[index]
-
-    def view(self) -> Tensor:
-        """The whole tensor as a memory map of the file, whose pages are read when they are used."""
-        heartbeat()
-        return self.file.get_tensor(self.name)
-
-
-@contextmanager
-def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, LazyTensor]]:
-    """The tensors of a safetensors file, or of all in a folder, by our names, not read yet; the files are open inside the `with` block.
-
-    Raises ValueError unless the tensors are exactly those of `shapes`.
-    """
-    with ExitStack() as stack:
-        stored = {}
-        for file in _files(Path(path)):
-            opened = stack.enter_context(_opened(file))
-            stored |= {name if name in shapes else to_ours(name) or name: LazyTensor(opened, name) for name in opened.keys()}  # noqa: SIM118
-        _check_names(shapes, {ours: tensor.name for ours, tensor in stored.items()}, path)
-        for name, wanted in shapes.items():
-            if list(wanted) != stored[name].shape:
-                raise ValueError(
-                    f"weights {path}: tensor {stored[name].name} has shape {stored[name].shape}, the model needs {list(wanted)}; "
-                    "use the file that was made for this model"
-                )
-        yield stored
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by their names in it. Raises ValueError when the file is missing or damaged."""
-    with _opened(_files(Path(path))[0]) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _files(path: Path) -> list[Path]:
+def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, or of all in a folder, by our names. Raises ValueError unless they are exactly `shapes`."""
+    path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise ValueError(f"weights {path} do not exist; give the path of a safetensors file")
-    return files
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"weights {path} cannot be read: the file is cut short or not safetensors ({error}); fetch it again") from error
-
-
-def _check_names(wanted: Mapping[str, Sequence[int]], stored: Mapping[str, str], path: str | Path) -> None:
-    missing = [name for name in wanted if name not in stored]
-    if missing:
-        first = to_official(missing[0]) or missing[0]
-        raise ValueError(
-            f"weights {path}: tensor {first} is missing ({len(missing)} of {len(wanted)} in all); the file is for another model"
-        )
-    extra = [stored[name] for name in stored if name not in wanted]
-    if extra:
-        raise ValueError(
-            f"weights {path}: tensor {extra[0]} has no place in the model ({len(extra)} in all); the file is for another model"
-        )
-
-
-def _translate(name: str, table: Mapping[str, str]) -> str | None:
-    for path, leaf in _splits(name):
-        if path in table:
-            return table[path] + leaf
-        words = path.split(".")
-        for index, word in enumerate(words):
-            pattern = ".".join([*words[:index], "{i}", *words[index + 1 :]])
-            if word.isdigit() and pattern in table:
-                return table[pattern].replace("{i}", word) + leaf
-    return None
-
-
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """The name as (path, rest): whole with an empty rest, and cut before its last part."""
-    yield name, ""
-    path, _, leaf = name.rpartition(".")
-    yield path, f".{leaf}"
+    tensors = {name: stored for file in files for name, stored in survey(file).items()}
+    found = {name if name in shapes else to_ours(name): stored for name, stored in tensors.items()}
+    check(found, shapes, "model", called=to_official)
+    return found

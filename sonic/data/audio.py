@@ -13,11 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from av import AudioFrame
 
 from sonic.data.audio_decode import ClockReport, decode_sound, mix_down, soundtrack
 from sonic.data.audio_decode import NoSound as NoSound
-from sonic.data.media import open_media
 from sonic.geometry import FPS
 from sonic.system.caches import make_room_for_caches
 from sonic.types import Speech
@@ -41,11 +39,11 @@ _FLOOR = 1e-7  # mel power of silence
 _MEAN, _SPREAD = -5.8, 1.4  # of log10 mel power over synthesised speech
 
 
-def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
+def load_speech(path: str | Path) -> Speech:
     """Load a recording as 16 kHz mono samples: wav, mp3, flac, m4a, ogg, any sample rate, mono or stereo.
 
     Raises ValueError when the path is missing or a folder, when the file is empty, damaged, a video, without sound or shorter
-    than 0.2 s, when samples are not finite, or (unless `allow_silence`) when all of it is silent.
+    than 0.2 s, when samples are not finite, or when all of it is silent.
     """
     path = Path(path)
     _check_file(path)
@@ -56,10 +54,8 @@ def load_speech(path: str | Path, *, allow_silence: bool = False) -> Speech:
     seconds = len(samples) / SAMPLE_RATE
     if seconds == 0:
         raise ValueError(f"audio={path} holds no sound that can be decoded; give an undamaged recording with speech in it")
-    if seconds < SHORTEST_S:
-        raise ValueError(f"audio={path} lasts {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
-    if not allow_silence and frame_levels(samples).max() < SILENCE_DBFS:
-        raise ValueError(f"audio={path} is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    check_length(seconds, f"audio={path}")
+    check_level(samples, f"audio={path}")
     np.clip(samples, -1, 1, out=samples)
     if sentence := report.sentence(f"audio={path}"):
         LOG.warning(sentence)
@@ -85,6 +81,18 @@ def load_soundtrack(path: str | Path) -> np.ndarray:
     return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
 
 
+def check_length(seconds: float, called: str) -> None:
+    """Raise ValueError when a recording is too short; `called` names it."""
+    if seconds < SHORTEST_S:
+        raise ValueError(f"{called} lasts {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+
+
+def check_level(samples: np.ndarray, called: str) -> None:
+    """Raise ValueError when a recording at 16 kHz is silent throughout; `called` names it."""
+    if frame_levels(samples).max() < SILENCE_DBFS:
+        raise ValueError(f"{called} is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+
+
 def envelope(samples: np.ndarray, sample_rate: int, frames: int, *, fps: int = FPS) -> np.ndarray:
     """Root mean square of the samples during each video frame.  -> [frames]"""
     edges = np.arange(frames + 1) * sample_rate // fps
@@ -101,25 +109,9 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"audio={path} is an empty file; give a recording with speech in it")
 
 
-def save_speech(path: str | Path, samples: np.ndarray) -> Path:
-    """Write 16 kHz mono samples as 16-bit FLAC."""
-    path = Path(path)
-    whole = np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
-    with open_media(path, "w", format="flac") as container:
-        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
-        for start in range(0, len(whole), 4096):
-            frame = AudioFrame.from_ndarray(whole[None, start : start + 4096], format="s16", layout="mono")
-            frame.sample_rate, frame.pts = SAMPLE_RATE, start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Resample float32 [n] to another sample rate in Hz."""
-    librosa = _librosa()
-
-    return librosa.resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
+    return _librosa().resample(samples, orig_sr=rate, target_sr=new_rate).astype(np.float32)
 
 
 def frame_levels(samples: np.ndarray) -> np.ndarray:
@@ -147,7 +139,6 @@ def log_mel(samples: np.ndarray, num_frames: int, *, gain: float | None = None) 
     The recording is scaled to a common loudness; silence gives `SILENT_COLUMN`, as do frames after the last sample.
     """
     librosa = _librosa()
-
     columns = COLUMNS_PER_FRAME * num_frames
     out = np.full((columns, MELS), SILENT_COLUMN, np.float32)
     gain = loudness_gain(samples) if gain is None else gain  # of a part of a recording that of the whole is given
@@ -173,9 +164,7 @@ SILENT_COLUMN = (math.log10(_FLOOR) - _MEAN) / _SPREAD
 @cache
 def _mel_bank() -> np.ndarray:
     """Triangular mel filters [40, 321], scaled so that a full-scale sine gives about 1."""
-    librosa = _librosa()
-
-    bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
+    bank = _librosa().filters.mel(sr=SAMPLE_RATE, n_fft=_WINDOW, n_mels=MELS, fmin=60, fmax=7600, norm=None)
     return (bank / (_WINDOW / 4) ** 2).astype(np.float32)
 
 

@@ -111,8 +111,10 @@ def decode_sound(
             stream = choose(container, path)
             if stream.codec_context is None:
                 raise ValueError(damaged.format("its codec is unknown"))
-            promised = _promised_seconds(container, stream)
-            keeps_clock = _KEEP_CLOCK & set(container.format.name.split(","))
+            kinds = set(container.format.name.split(","))
+            if stream.duration is not None and _STATE_LENGTH & kinds:  # else FFmpeg estimates it
+                promised = float(stream.duration * stream.time_base)
+            keeps_clock = _KEEP_CLOCK & kinds
             stamped = ((frame, frame.time if keeps_clock else None) for frame in _decoded(container, stream))
             for piece in _converted(_with_pauses(stamped, report), rate, layout):
                 if not np.isfinite(piece).all():
@@ -273,10 +275,3 @@ def _resampled(resampler: AudioResampler, frame: AudioFrame | None, layout: str)
         if layout and out.layout.nb_channels > 2:
             samples = repeat(samples.mean(axis=0), "n -> channels n", channels=AudioLayout(layout).nb_channels)
         yield samples
-
-
-def _promised_seconds(container, stream) -> float:
-    """Duration in the file's header; 0 when it has none or FFmpeg only estimates it."""
-    if stream.duration is None or not _STATE_LENGTH & set(container.format.name.split(",")):
-        return 0.0
-    return float(stream.duration * stream.time_base)

@@ -7,22 +7,23 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sonic.config import ModelConfig
 from sonic.data.audio import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
+from sonic.system.files import written_temporary
 from sonic.system.program import written
 
 LOG = logging.getLogger(__name__)
-ENCODED = {"autoencoder_hash": "latents of another autoencoder", "speech_hash": "speech features of another encoder"}
+ENCODERS = {"autoencoder_hash": "autoencoder", "speech_hash": "speech encoder"}  # key of the metadata: what it is a hash of
 INDEX, STATISTICS = "index.json", "statistics.safetensors"
 UNFINISHED = "unfinished"  # key of an index whose clips are being made again
 # tensors with a time axis: (axis, entries per latent frame); all others are read whole
@@ -37,16 +38,14 @@ TIME = {
 
 def write_index(folder: Path, clips: list[dict], **metadata: object) -> None:
     """Write the index of `folder`: every clip, and the `metadata` that all clips share."""
-    temporary = folder / f".{INDEX}"
-    temporary.write_text(json.dumps({**metadata, "clips": clips}))
-    temporary.rename(folder / INDEX)
+    with written_temporary(folder / INDEX) as file:
+        file.write_text(json.dumps({**metadata, "clips": clips}))
 
 
 def mark_unfinished(folder: Path) -> None:
     """Mark the index, if there is one, as unfinished while its clips are made again; the next `write_index` removes the mark."""
     if (folder / INDEX).is_file():
-        known = read_index(folder)
-        write_index(folder, known.pop("clips"), **known | {UNFINISHED: True})
+        write_index(folder, **read_index(folder) | {UNFINISHED: True})
 
 
 def read_index(folder: Path) -> dict:
@@ -91,7 +90,6 @@ class ClipDataset(Dataset):
         self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not self.clips:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
-        self._open: dict[str, object] = {}
 
     def has(self, name: str) -> bool:
         """Whether every clip has a tensor of that name."""
@@ -124,15 +122,16 @@ class ClipDataset(Dataset):
             )
 
     def _check_encoders(self, config: ModelConfig, hashes_of: Callable[[ModelConfig], Mapping[str, str]]) -> None:
-        current = hashes_of(config) if any(self.index.get(name) for name in ENCODED) else {}
-        for name, what in ENCODED.items():
+        current = hashes_of(config) if any(self.index.get(name) for name in ENCODERS) else {}
+        for name, what in ENCODERS.items():
             known, ours = self.index.get(name, ""), current.get(name, "")
             if known and ours and known != ours:
                 raise ValueError(
-                    f"data.folder={self.folder} holds {what} (weights {known}) than model={config.name} has (weights {ours}); make the "
-                    f"clips again (the {written('precompute')} command that made them does it in place), or name the folder that fits"
+                    f"data.folder={self.folder} holds clips of another {what} (weights {known}) than model={config.name} has "
+                    f"(weights {ours}); make the clips again (the {written('precompute')} command that made them does it in place), or "
+                    "name the folder that fits"
                 )
-        silent = ", ".join(name for name in (*ENCODED, "fps") if not self.index.get(name))
+        silent = ", ".join(name for name in (*ENCODERS, "fps") if not self.index.get(name))
         if silent:
             LOG.warning("data.folder=%s does not say what its clips were made with (%s); they are taken to fit", self.folder, silent)
 
@@ -147,36 +146,35 @@ class ClipDataset(Dataset):
         clip = self.clips[index]
         length = self.window or clip["latent_frames"]
         start = int(np.random.default_rng(seed).integers(clip["latent_frames"] - length + 1))
-        return {key: self._read(clip, key, start=start, length=length) for key in keys or clip["tensors"]}
+        with _opened(self.folder / clip["shard"]) as shard:
+            stored = {key: shard.get_slice(f"{clip['name']}/{key}") for key in keys or clip["tensors"]}
+            return {key: tensor[_window(key, start, length)].float() for key, tensor in stored.items()}
 
     def statistics(self) -> dict[str, Tensor]:
         """Standard deviations of the training latents (`cell_std` [h,w], `channel_std` [C]); {} when the folder has none."""
         path = self.folder / STATISTICS
-        with _naming(path):
-            return load_file(path) if path.is_file() else {}
-
-    def _read(self, clip: dict, key: str, *, start: int, length: int) -> Tensor:
-        with _naming(self.folder / clip["shard"]):
-            if clip["shard"] not in self._open:
-                self._open[clip["shard"]] = safe_open(self.folder / clip["shard"], framework="pt")
-            tensor = self._open[clip["shard"]].get_slice(f"{clip['name']}/{key}")
-            if key not in TIME:
-                return tensor[:].float()
-            axis, rate = TIME[key]
-            cut = slice(start * rate, (start + length) * rate)
-            return tensor[(slice(None),) * axis + (cut,)].float()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        if not path.is_file():
+            return {}
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Context that turns errors of reading a damaged or missing file into a ValueError with its name."""
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises ValueError when it is damaged or missing."""
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or gone ({error}); repeat the {written('precompute')} command that made it") from error
+
+
+def _window(key: str, start: int, length: int) -> tuple[slice, ...]:
+    """The part of a tensor in a window of latent frames; all of it when it has no time axis."""
+    if key not in TIME:
+        return (slice(None),)
+    axis, rate = TIME[key]
+    return (*[slice(None)] * axis, slice(start * rate, (start + length) * rate))
 
 
 def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
@@ -219,17 +217,7 @@ def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: i
     """
     extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
     collate = getattr(dataset, "collate", None)
-    return iter(DataLoader(dataset, batch_sampler=_Endless(order), collate_fn=collate, worker_init_fn=_one_thread, **extra))
-
-
-class _Endless:
-    """An endless batch sampler; it has no length."""
-
-    def __init__(self, order: Callable[[], Iterator[list]]) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.order()
+    return iter(DataLoader(dataset, batch_sampler=order(), collate_fn=collate, worker_init_fn=_one_thread, **extra))
 
 
 def _one_thread(worker: int) -> None:

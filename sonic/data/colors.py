@@ -112,7 +112,8 @@ def _converted(colors: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.
         raise ValueError(f"its profile is of {profile.profile.xcolor_space.strip()}, the picture {colors.mode}")
     change = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", RELATIVE, FLAGS[mode])
     if mode in ("RGB", "L"):
-        samples = _samples(mode)
+        levels = range(0, 256, 15)  # colours over the whole gamut, in one row, white last
+        samples = Image.fromarray(np.array([list(product(levels, repeat=3)) if mode == "RGB" else range(256)], np.uint8))
         before, after = (np.asarray(row)[0] for row in (samples.convert("RGB"), change.apply(samples)))
         if after[-1].min() < WHITE_AT_LEAST:
             raise ValueError("its profile shows white as dark")
@@ -121,13 +122,6 @@ def _converted(colors: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.
         if mode == "L":
             return Image.fromarray(after[np.asarray(colors)])
     return change.apply(colors)
-
-
-def _samples(mode: str) -> Image.Image:
-    """Sample colours over the whole gamut of a mode, in one row, white last."""
-    levels = range(0, 256, 15)
-    colors = np.array(list(product(levels, repeat=3)) if mode == "RGB" else range(256), np.uint8)
-    return Image.fromarray(colors[None])
 
 
 def _codes_of_png(path: Path) -> tuple[int, int] | None:

@@ -18,32 +18,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from sonic.data.colors import MODE_OF, in_srgb
 from sonic.data.face_filter import blur
 from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.pixels import to_signed
-from sonic.geometry import MOUTH_ANCHOR
+from sonic.geometry import MOUTH_ANCHOR, pixels_around
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
 PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits are meant for a white page
-MOUTH_IN_CROP = MOUTH_ANCHOR
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 HEIC_BRANDS = b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"
 UNREAD = {
     "": "not a picture that can be read; use JPEG, PNG, WebP, TIFF or BMP",
@@ -73,8 +62,6 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
         warnings.simplefilter("ignore")  # of decompression bombs (our own limit is stricter) and damaged metadata (the pixels are fine)
         try:
             kind = _kind(path)
-            if kind == "heic" and _reads_heic():
-                kind = ""
             image = Image.open(path)
         except PermissionError as error:
             raise ValueError(f"{called} cannot be read: permission denied") from error
@@ -106,13 +93,8 @@ def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """The photograph in a file with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
-    return portrait_of(load_image(path), face_box, mouth)
-
-
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """The same of a photograph that is in memory, uint8 [H,W,3]."""
+    """A photograph uint8 [H,W,3] with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
     # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
     # so does what the log says of it, given as an override
     face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
@@ -135,15 +117,16 @@ def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 1
 
 def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:
     """The crop with that side (photo px) and the mouth's rotation, in which the mouth lies at MOUTH_ANCHOR."""
-    right, down = ((0.5 - share) * side for share in MOUTH_IN_CROP)
+    right, down = ((0.5 - share) * side for share in MOUTH_ANCHOR)
     sin, cos = math.sin(mouth.angle), math.cos(mouth.angle)
     return Crop(mouth.x + cos * right - sin * down, mouth.y + sin * right + cos * down, side, mouth.angle, resolution)
 
 
 def crop_to_photo(crop: Crop, uv: Tensor) -> Tensor:
     """Transform points from crop px to photo px.  uv [...,2] (u right, v down) -> [...,2]"""
-    turn, center, scale = _similarity(crop, uv)
-    return (uv - crop.resolution / 2) @ (turn.T * scale) + center
+    sin, cos = math.sin(crop.angle), math.cos(crop.angle)
+    turn = uv.new_tensor([[cos, -sin], [sin, cos]])
+    return (uv - crop.resolution / 2) @ (turn.T * (crop.side / crop.resolution)) + uv.new_tensor([crop.center_x, crop.center_y])
 
 
 def pixel_centers(height: int, width: int) -> Tensor:
@@ -198,22 +181,16 @@ def _check_size(called: str, width: int, height: int) -> None:
 
 
 def _kind(path: Path) -> str:
-    """The key of `UNREAD` for a file format that Pillow alone does not read; "" for all other files."""
+    """The key of `UNREAD` for a file format that cannot be read; "" for all others, HEIC among them when pillow-heif is installed."""
     with path.open("rb") as file:
         head = file.read(64)
     if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
-        return "heic"
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            return "heic"
+        register_heif_opener()
     return "jpeg_xl" if head.startswith(JPEG_XL) else ""
-
-
-def _reads_heic() -> bool:
-    """Register HEIC support with Pillow; False when pillow-heif is not installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
 
 
 def _flat(image: Image.Image, path: Path, called: str) -> Image.Image:
@@ -244,23 +221,14 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _upright(original: Image.Image, picture: Image.Image) -> np.ndarray:
-    turn = UPRIGHT.get(original.getexif().get(ORIENTATION_TAG))
-    return np.array(picture if turn is None else picture.transpose(turn))
-
-
-def _similarity(crop: Crop, like: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Rotation [2,2], centre [2] and photo px per crop px."""
-    sin, cos = math.sin(crop.angle), math.cos(crop.angle)
-    turn = like.new_tensor([[cos, -sin], [sin, cos]])
-    return turn, like.new_tensor([crop.center_x, crop.center_y]), crop.side / crop.resolution
+    """The picture, turned as the metadata of the opened file say."""
+    picture.info.clear()  # of everything else, which may be damaged
+    picture.getexif()[ExifTags.Base.Orientation] = original.getexif().get(ExifTags.Base.Orientation)
+    return np.array(ImageOps.exif_transpose(picture))
 
 
 def _region(pixels: Tensor, crop: Crop) -> tuple[Tensor, int, int]:
     """The part of the photo that the crop covers, and the (left, top) position of its corner."""
     radius = crop.side * (abs(math.sin(crop.angle)) + abs(math.cos(crop.angle))) / 2 + 4 * crop.side / crop.resolution + 4
-    spans = []
-    for middle, length in ((crop.center_y, pixels.shape[0]), (crop.center_x, pixels.shape[1])):
-        start = min(max(0, math.floor(middle - radius)), length - 1)
-        spans.append((start, max(start + 1, min(length, math.ceil(middle + radius)))))
-    (top, bottom), (left, right) = spans
-    return pixels[top:bottom, left:right], left, top
+    rows, columns = pixels_around(crop.center_y, radius, pixels.shape[0]), pixels_around(crop.center_x, radius, pixels.shape[1])
+    return pixels[rows, columns], columns.start, rows.start

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sonic.data.audio import SAMPLE_RATE, SHORTEST_S, SILENCE_DBFS, frame_levels, resample
+from sonic.data.audio import SAMPLE_RATE, check_length, check_level, resample
 from sonic.geometry import FPS, frames_of_audio
 from sonic.types import Speech
 
@@ -43,9 +43,8 @@ class LiveAudio:
             else:
                 self._pending.append(chunk)
                 self.received += len(chunk)
-        if self.ended and self.received < SHORTEST_S * SAMPLE_RATE:
-            seconds = self.received / SAMPLE_RATE
-            raise ValueError(f"audio ends after {seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give more sound")
+        if self.ended:
+            check_length(self.received / SAMPLE_RATE, "audio")
         forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - self._start)
         self._held = np.concatenate([self._held, *self._pending])[forgotten:]
         self._start += forgotten
@@ -126,9 +125,7 @@ def speech_in_memory(samples: Any, rate: Any) -> tuple[Speech, Speech]:
     Raises ValueError when it is not sound, too short or silent, as `load_speech` does for a file.
     """
     own = Speech(mono_samples(samples), checked_rate(rate))
-    if own.seconds < SHORTEST_S:
-        raise ValueError(f"audio lasts {own.seconds:.2f} s, the shortest recording is {SHORTEST_S} s; give a longer one")
+    check_length(own.seconds, "audio")
     speech = own if own.sample_rate == SAMPLE_RATE else Speech(np.clip(resample(own.samples, own.sample_rate, SAMPLE_RATE), -1, 1))
-    if frame_levels(speech.samples).max() < SILENCE_DBFS:
-        raise ValueError(f"audio is silent throughout (below {SILENCE_DBFS:.0f} dBFS); give a recording with speech in it")
+    check_level(speech.samples, "audio")
     return speech, own

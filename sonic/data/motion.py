@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.synthetic.puppet import warped
 from sonic.types import MotionLayers
 
 STILL = 0.001  # displacements below this share of the picture are camera noise
@@ -52,7 +53,7 @@ def estimate_motion(frames: Tensor, rest: Tensor) -> MotionLayers:
     flow = flow * _inside_border(side)
     length = torch.linalg.vector_norm(flow, dim=1, keepdim=True)
     flow = flow * ((length - STILL) / STILL).clamp(0, 1)
-    error = (small - _warped(still, flow)).abs().mean(1, keepdim=True) / 2
+    error = (small - warped(still[0], flow)).abs().mean(1, keepdim=True) / 2
     opacity = ((error - HIDDEN[0]) / (HIDDEN[1] - HIDDEN[0])).clamp(0, 1) * _around_mouth(side)
     opacity = F.avg_pool2d(opacity, 3, stride=1, padding=1)
     interior = (small + 1) / 2 * (opacity / 1e-3).clamp(max=1)
@@ -73,15 +74,6 @@ def head_pose(flow: Tensor) -> Tensor:
     displacements = rearrange(flow[:, :, face], "f c n -> (c n) f")
     pose = torch.linalg.lstsq(rows, displacements).solution.T
     return torch.cat([pose, torch.zeros(len(flow), 1)], 1)
-
-
-def _warped(still: Tensor, flow: Tensor) -> Tensor:
-    """Warp the resting picture [1,3,h,w] by the flow.  -> [F,3,h,w]"""
-    side = flow.shape[-1]
-    centres = (torch.arange(side) + 0.5) / side
-    points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
-    grid = rearrange(points + flow, "f c h w -> f h w c") * 2 - 1
-    return F.grid_sample(still.expand(len(flow), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 
 def _grey(pictures: Tensor) -> np.ndarray:

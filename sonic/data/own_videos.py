@@ -6,24 +6,25 @@ import hashlib
 import json
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from sonic.data import clips
 from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
-from sonic.data.shards import Build, Encoders, begin_again, built, each_made, made_with, outdated, read_metadata, whole, write_shard
+from sonic.data.shards import Build, Encoders, built, made_with, make_shards, write_shard
 from sonic.families import FAMILIES
-from sonic.system.files import save_tensors
+from sonic.system.files import save_tensors, written_temporary
 from sonic.system.paths import shown
 from sonic.system.worker import Crashed
 
@@ -56,25 +57,19 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     added. Raises ValueError when there is no video, or when no video gives a clip (the report says why).
     """
     source, folder = Path(config.data.source), Path(config.folder)
-    shards = {_name(path, config): path for path in find_videos(source)}
-    folder.mkdir(parents=True, exist_ok=True)
-    existing = {name for name in shards if whole(folder / name)}
-    old = {name for name in existing if outdated(folder / name, hashes)}
-    begin_again(len(old), folder)
-    kept = {name for name in existing - old if not read_metadata(folder / name).get("again")}
-    missing = [(config, build, (path, name)) for name, path in shards.items() if name not in kept]
-    done = each_made(_write_video, missing, config.workers, crashed=_write_crashed)
-    for _ in tqdm(done, total=len(shards), initial=len(shards) - len(missing), unit="video", desc=source.name):
-        pass
-    shard_metadata = [read_metadata(folder / name) for name in shards]
+    jobs = {(name := _name(path, config)): (path, name) for path in find_videos(source)}
+    crashed = partial(_write_crashed, config)
+    complete = lambda name, metadata: not metadata.get("again")  # noqa: E731
+    shard_metadata = make_shards(config, jobs, partial(_write_video, config, build), complete=complete, hashes=hashes, crashed=crashed)
     lines = [line for metadata in shard_metadata for line in metadata["report"]]
-    temporary = folder / f".{REPORT}"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.rename(folder / REPORT)
+    with written_temporary(folder / REPORT) as file:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     show(lines)
     entries = [entry for metadata in shard_metadata for entry in metadata["clips"]]
     if not entries:
-        raise ValueError(f"data.source={source} gave no clip: {_reasons(lines)}; {folder / REPORT} has every video")
+        counts = sorted(Counter(line["reason"] for line in lines).items())
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts)
+        raise ValueError(f"data.source={source} gave no clip: {reasons}; {folder / REPORT} has every video")
     metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
     clips.write_index(folder, entries, **metadata)
     if FAMILIES[config.model.family].moves_portrait:
@@ -97,7 +92,8 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
                 features = encoders.encode_audio(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
                 prompt = encoders.read(_prompt(path)) if encoders.read else None
             clip = {name: value if name == "head" else value.half() for name, value in encoders.encode(segment).items()}
-            audio = _columns(features, segment.first, segment.frames)
+            audio = features[..., segment.first : segment.first + segment.frames]
+            audio = F.pad(audio, (0, segment.frames - audio.shape[-1]))  # zeros after the end of the sound
             yield segment, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
 
 
@@ -128,9 +124,9 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
     write_shard(Path(config.folder) / name, tensors, clips=entries, report=report, fps=encoders.fps, **encoders.hashes)
 
 
-def _write_crashed(config: PrecomputeConfig, build: Build, job: tuple[Path, str], *, error: Crashed) -> None:
+def _write_crashed(config: PrecomputeConfig, job: tuple[Path, str], *, error: Crashed) -> None:
     """Write the shard of a video that crashed its worker process."""
-    path, name = job
+    path, _ = job
     message = f"video={path}: the decoder crashed on this file ({error}); convert it, for example: ffmpeg -i {path} converted.mp4"
     _write_fault(config, job, Crashed(message))
 
@@ -162,11 +158,6 @@ def _line(video: str, segment: Segment, fps: int) -> dict:
     return line
 
 
-def _reasons(lines: list[dict]) -> str:
-    counts = {line["reason"]: sum(other["reason"] == line["reason"] for other in lines) for line in lines}
-    return ", ".join(f"{reason} ({count})" for reason, count in sorted(counts.items()))
-
-
 def _name(path: Path, config: PrecomputeConfig) -> str:
     """File name of a video's shard: a hash of the file's state and of everything else that its clips depend on."""
     seen, text_file = path.stat(), path.with_suffix(".txt")
@@ -186,9 +177,3 @@ def _prompt(path: Path) -> str:
         return text_file.read_text(encoding="utf-8").strip() if text_file.is_file() else ""
     except UnicodeDecodeError as error:
         raise NoText(f"{text_file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
-def _columns(features: Tensor, first: int, frames: int) -> Tensor:
-    """Features of `frames` frames from `first` on, padded with zeros after the end of the sound.  [K,E,F] -> [K,E,frames]"""
-    window = features[..., first : first + frames]
-    return torch.nn.functional.pad(window, (0, frames - window.shape[-1]))

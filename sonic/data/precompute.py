@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sonic.data import clips
 from sonic.data.audio import log_mel
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.own_videos import precompute_videos
 from sonic.data.pixels import to_signed
-from sonic.data.shards import (
-    Build,
-    Encoders,
-    HashesOf,
-    begin_again,
-    built,
-    each_made,
-    made_with,
-    outdated,
-    read_metadata,
-    whole,
-    write_shard,
-)
+from sonic.data.shards import Build, Encoders, HashesOf, built, made_with, make_shards, write_shard
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
@@ -40,7 +27,6 @@ from sonic.system.files import save_tensors
 from sonic.types import MotionLayers, pick
 
 LOG = logging.getLogger(__name__)
-Shard = tuple[dict[str, Tensor], list[dict[str, Any]]]  # tensors, and the index entry of each clip
 PER_SHARD = 16  # utterances; a killed run loses at most so many per worker
 
 
@@ -57,16 +43,9 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
         return precompute_videos(config, build, hashes_of(config))
     settings = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
     clips.check_room(folder, source="", mix=asdict(config.mix), **settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, hashes = range(-(-config.utterances // PER_SHARD)), hashes_of(config)
-    missing = [n for n in numbers if _recordings_in(folder / _name(n)) != len(_recordings(config, n))]
-    old = [n for n in numbers if n not in missing and outdated(folder / _name(n), hashes)]
-    begin_again(len(old), folder)
-    missing += old
-    done = each_made(_write_shard, [(config, number, build) for number in missing], config.workers)
-    for _ in tqdm(done, total=len(numbers), initial=len(numbers) - len(missing), unit="shard", desc=folder.name):
-        pass
-    shards = [read_metadata(folder / _name(n)) for n in numbers]
+    jobs = {_name(number): number for number in range(-(-config.utterances // PER_SHARD))}
+    complete = lambda name, metadata: _recordings_in(metadata) == len(_recordings(config, jobs[name]))  # noqa: E731
+    shards = make_shards(config, jobs, partial(_write_shard, config, build), complete=complete, hashes=hashes_of(config))
     entries = [entry for metadata in shards for entry in metadata["clips"]]
     clips.write_index(folder, entries, mix=asdict(config.mix), **settings, **made_with(shards, config))
     if config.kind == "talking":
@@ -126,15 +105,9 @@ def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tens
     return torch.cat(parts, 1), reference.latents[0]
 
 
-def _write_shard(config: PrecomputeConfig, number: int, build: Build) -> None:
-    """Write shard `number` atomically. When only the speech encoder changed, just the audio features are made again."""
-    encoders = built(config, build)
-    tensors, entries = _encoded_again(config, number, encoders) or _made(config, number, encoders)
-    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
-
-
-def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
-    tensors, entries = {}, []
+def _write_shard(config: PrecomputeConfig, build: Build, number: int) -> None:
+    """Write shard `number` atomically."""
+    encoders, tensors, entries = built(config, build), {}, []
     for recording_number in _recordings(config, number):
         rng = np.random.default_rng((config.seed, recording_number))
         for clip in MAKERS[config.kind](config, encoders, rng):
@@ -142,27 +115,7 @@ def _made(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard:
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
             entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    return tensors, entries
-
-
-def _encoded_again(config: PrecomputeConfig, number: int, encoders: Encoders) -> Shard | None:
-    """The existing shard with audio features of the present speech encoder.
-
-    None when there is no shard, when its latents are of another autoencoder, or when its speech differs (as of an older voices.py).
-    """
-    path, ours = Path(config.folder) / _name(number), encoders.hashes.get("autoencoder_hash")
-    metadata = read_metadata(path) if whole(path) and config.kind == "talking" else {}
-    if not ours or metadata.get("autoencoder_hash") != ours:
-        return None
-    tensors, entries = load_file(path), metadata["clips"]
-    for recording_number in _recordings(config, number):
-        samples, visemes = recording(config, np.random.default_rng((config.seed, recording_number)))
-        names = [entry["name"] for entry in entries if entry["name"].startswith(f"{recording_number:06d}_")]
-        if not names or not torch.equal(spoken := torch.cat([tensors[f"{name}/visemes"] for name in names]), visemes):
-            return None
-        features = encoders.encode_audio(samples, len(visemes)).half().split(len(spoken) // len(names), dim=-1)
-        tensors |= {f"{name}/audio": audio.contiguous() for name, audio in zip(names, features, strict=True)}
-    return tensors, entries
+    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:
@@ -170,9 +123,9 @@ def _recordings(config: PrecomputeConfig, number: int) -> range:
     return range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances))
 
 
-def _recordings_in(shard: Path) -> int:
-    """Number of recordings in a shard; 0 when it does not exist."""
-    return len({clip["name"].partition("_")[0] for clip in read_metadata(shard)["clips"]}) if whole(shard) else 0
+def _recordings_in(metadata: Mapping[str, Any]) -> int:
+    """Number of recordings in a shard."""
+    return len({clip["name"].partition("_")[0] for clip in metadata["clips"]})
 
 
 def _name(number: int) -> str:

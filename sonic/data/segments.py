@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
 from sonic.data.audio import SAMPLE_RATE, envelope, frame_levels
@@ -141,9 +142,7 @@ def mouth_opening(frames: Tensor) -> np.ndarray:
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
     """A running mean over an odd number of frames.  [F,...] -> [F,...]"""
-    ends = [(frames // 2, frames // 2), *[(0, 0)] * (track.ndim - 1)]
-    sums = np.cumsum(np.pad(np.pad(track, ends, mode="edge"), [(1, 0), *ends[1:]]), axis=0, dtype=np.float64)
-    return (sums[frames:] - sums[:-frames]) / frames
+    return uniform_filter1d(track.astype(np.float64), frames, axis=0, mode="nearest")
 
 
 def quick(track: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
-from sonic.data.clips import mark_unfinished
+from sonic.data.clips import ENCODERS, mark_unfinished
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.segments import Framing, Segment
 from sonic.geometry import FPS
@@ -26,7 +27,6 @@ from sonic.system.program import written
 from sonic.system.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
-MADE_WITH = {"autoencoder_hash": "autoencoders", "speech_hash": "speech encoders", "fps": "frame rates"}  # key: plural, for messages
 
 
 @dataclass(frozen=True)
@@ -85,46 +85,65 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def whole(path: Path) -> bool:
-    """Whether a shard exists and is intact. A damaged one is reported and removed, so that it is made again."""
+def make_shards(
+    config: PrecomputeConfig,
+    jobs: Mapping[str, Any],
+    make: Callable[[Any], None],
+    *,
+    complete: Callable[[str, dict[str, Any]], bool],
+    hashes: Mapping[str, str],
+    crashed: Callable | None = None,
+) -> list[dict[str, Any]]:
+    """Make the shards that are missing, damaged, not `complete(name, metadata)`, or of encoders of other hashes, each by make(job).
+
+    `jobs` has one job for each shard's file name; `crashed` is for `each_made`. Gives the metadata of all shards, in their order.
+    """
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {name: metadata for name in jobs if (metadata := _intact(folder / name)) is not None}
+    known = {name: metadata for name, metadata in known.items() if complete(name, metadata)}
+    old = [name for name, metadata in known.items() if _outdated(metadata, hashes)]
+    if old:
+        mark_unfinished(folder)
+        LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", len(old), folder)
+    missing = [(job,) for name, job in jobs.items() if name in old or name not in known]
+    done = each_made(make, missing, config.workers, crashed=crashed)
+    for _ in tqdm(done, total=len(jobs), initial=len(jobs) - len(missing), unit="shard", desc=folder.name):
+        pass
+    return [read_metadata(folder / name) for name in jobs]
+
+
+def _intact(path: Path) -> dict[str, Any] | None:
+    """The metadata of a shard; None when there is none. A damaged one is reported and removed, so that it is made again."""
     if not path.is_file():
-        return False
+        return None
     try:
-        read_metadata(path)
+        return read_metadata(path)
     except DamagedShard as error:
         LOG.warning("%s; it is made again", str(error).partition("; ")[0])
         path.unlink()
-        return False
-    return True
+        return None
+
+
+def _outdated(metadata: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
+    """Whether the clips of a shard were made by other encoders; a shard without hashes counts as up to date."""
+    return bool(metadata["clips"]) and any(metadata.get(name) and value and metadata[name] != value for name, value in hashes.items())
 
 
 def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
     """The encoders and frame rate of all these shards, as far as recorded. Raises ValueError when the shards differ in them."""
     common: dict[str, Any] = {"family": config.model.family}
     shards = [metadata for metadata in shard_metadata if metadata["clips"]]
-    for name, what in MADE_WITH.items():
+    for name, what in (ENCODERS | {"fps": "frame rate"}).items():
         values = {metadata[name] for metadata in shards if metadata.get(name)}
         silent = sum(not metadata.get(name) for metadata in shards)
         if len(values) > 1:
-            raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}; name another folder=, or empty this one")
+            raise ValueError(f"folder={config.folder} holds shards of {len(values)} {what}s; name another folder=, or empty this one")
         if values and silent:
             LOG.warning("%d older shards in %s carry no %s; delete them to have them made again", silent, config.folder, name)
         if values:
             common[name] = values.pop()
     return common
-
-
-def outdated(path: Path, hashes: Mapping[str, str]) -> bool:
-    """Whether the clips of a shard were made by other encoders; a shard without hashes counts as up to date."""
-    metadata = read_metadata(path)
-    return bool(metadata["clips"]) and any(metadata.get(name) and value and metadata[name] != value for name, value in hashes.items())
-
-
-def begin_again(count: int, folder: Path) -> None:
-    """Warn that `count` shards will be replaced, and mark the folder's index as unfinished for anyone who reads it meanwhile."""
-    if count:
-        mark_unfinished(folder)
-        LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", count, folder)
 
 
 def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
@@ -136,21 +155,21 @@ def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: C
     if not workers or not jobs:
         yield from (make(*job) for job in jobs)
         return
-    local, started = threading.local(), []
-
-    def begin() -> None:
-        local.worker = Worker(partial(torch.set_num_threads, 1))
-        started.append(local.worker)
+    started = [Worker(partial(torch.set_num_threads, 1)) for _ in range(min(workers, len(jobs)))]
+    idle = deque(started)
 
     def work(job: tuple) -> None:
+        worker = idle.pop()
         try:
-            local.worker.call(make, *job)
+            worker.call(make, *job)
         except Crashed as error:
             if crashed is None:
                 raise
             crashed(*job, error=error)
+        finally:
+            idle.append(worker)
 
-    with ThreadPoolExecutor(min(workers, len(jobs)), initializer=begin) as threads:
+    with ThreadPoolExecutor(len(started)) as threads:
         futures = [threads.submit(work, job) for job in jobs]
         try:
             for future in as_completed(futures):

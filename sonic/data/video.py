@@ -7,40 +7,31 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
 
 import av
 import numpy as np
-from av import AudioLayout
+from av import AudioFifo, AudioLayout
+from av.container import Container
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from sonic.data.audio import resample
 from sonic.data.audio_decode import decode_sound, keep_audible, sound_format
 from sonic.data.media import open_media
 from sonic.geometry import FPS
+from sonic.system.files import written_temporary
 from sonic.system.heartbeat import heartbeat
 from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_SAMPLES = 1024  # per AAC frame
+_CRF = "16"  # constant rate factor of H.264: 0 is lossless, 51 the smallest file
 _SMPTE170M, _BT709, _SRGB, _TV_RANGE = 6, 1, 13, 1  # H.264 code points
 _BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # ten times what talking heads need
-
-
-@dataclass(frozen=True)
-class Coding:
-    """H.264 settings: constant rate factor (lower is better and larger), x264 preset, frames per second."""
-
-    crf: int = 16
-    preset: str = "veryfast"
-    fps: int = FPS
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.crf <= 51:
-            raise ValueError(f"crf={self.crf} is impossible: H.264 knows 0 (lossless) to 51; use about 16")
 
 
 def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
@@ -59,15 +50,10 @@ def check_output(path: str | Path, width: int, height: int, *, num_frames: int, 
     folder = Path(os.path.realpath(target.parent))
     if not folder.is_dir():
         raise ValueError(f"output={path}: the folder {folder} does not exist; make it first or choose another")
-    if width < 2 or height < 2:
-        raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both sides must be at least 2")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output={path}: the folder {folder} cannot be written to ({error.strerror}); choose another") from error
-    longest = os.pathconf(folder, "PC_NAME_MAX") - len(f"..{os.getpid()}.partial")  # the name of the file while it is written
-    if len(os.fsencode(target.name)) > longest:
-        raise ValueError(f"output={path}: the name has {len(os.fsencode(target.name))} bytes, at most {longest} are possible; shorten it")
     needed = width * height * num_frames * _BYTES_PER_PIXEL + _BYTES_PER_SECOND * num_frames / fps + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -86,24 +72,18 @@ class VideoWriter:
     dropped; frames are never rescaled.
     """
 
-    def __init__(
-        self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, coding: Coding | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, fps: int = FPS) -> None:
         """num_frames is the expected length, used only to check the disk space."""
-        self.coding = coding or Coding()
-        self.path = check_output(path, width, height, num_frames=num_frames, fps=self.coding.fps)
-        self.width, self.height, self.frames, self.speech = width - width % 2, height - height % 2, 0, speech
+        self.path = check_output(path, width, height, num_frames=num_frames, fps=fps)
+        self.width, self.height, self.frames, self.speech, self.fps = width - width % 2, height - height % 2, 0, speech, fps
 
     def __enter__(self) -> VideoWriter:
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
-        try:
-            self._container = open_media(self._partial, "w", format="mp4", options={"movflags": "+faststart"})
-            self._video = _video_stream(self._container, self.width, self.height, coding=self.coding)
+        with ExitStack() as files:
+            self._container = files.enter_context(_written_mp4(self.path))
+            self._video = _video_stream(self._container, self.width, self.height, fps=self.fps)
             self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
             self._reformatter = VideoReformatter()
-        except BaseException:
-            self._discard()
-            raise
+            self._files = files.pop_all()
         return self
 
     def write(self, pixels: np.ndarray) -> None:
@@ -113,123 +93,90 @@ class VideoWriter:
             if picture.shape[0] < self.height or picture.shape[1] < self.width:
                 raise ValueError(f"a frame of {picture.shape[1]}x{picture.shape[0]} does not fill a video of {self.width}x{self.height}")
             picture = np.ascontiguousarray(picture[: self.height, : self.width])
-            frame = _to_yuv(self._reformatter, av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            bt601 = {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
+            frame = self._reformatter.reformat(rgb, format="yuv420p", interpolation=Interpolation.BICUBIC, **bt601)
             frame.pts = self.frames
-            self._mux(self._video.encode(frame))
+            self._container.mux(self._video.encode(frame))
             self.frames += 1
             if self._sound is not None:
-                self._mux(self._sound.until(self.frames / self.coding.fps))
+                self._container.mux(self._sound.until(self.frames / self.fps))
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         if kind is not None:
-            self._discard()
+            self._files.__exit__(kind, *error)
             return
-        try:
+        with self._files:
             if self.frames == 0:
                 raise ValueError(f"output={self.path}: no frame was written, so there is no video")
-            self._mux(self._video.encode(None))
+            self._container.mux(self._video.encode(None))
             if self._sound is not None:
-                self._mux(self._sound.finish(self.frames / self.coding.fps))
-            self._close()
-            os.replace(self._partial, self.path)
-        except BaseException:
-            self._discard()
-            raise
-
-    def _mux(self, packets) -> None:
-        try:
-            self._container.mux(packets)
-        except OSError as error:
-            raise _writing_failed(self.path, error) from error
-
-    def _close(self) -> None:
-        try:
-            self._container.close()
-        except OSError as error:
-            raise _writing_failed(self.path, error) from error
-
-    def _discard(self) -> None:
-        """Close the container, whatever its state, and delete the partial file."""
-        container = getattr(self, "_container", None)
-        try:
-            if container is not None:
-                container.close()
-        except (av.FFmpegError, OSError, ValueError):
-            pass  # the error that led here is the one to report
-        finally:
-            self._partial.unlink(missing_ok=True)
+                self._container.mux(self._sound.finish(self.frames / self.fps))
 
 
-def _writing_failed(path: Path, error: OSError) -> Exception:
-    if error.errno == errno.ENOSPC:
-        return ValueError(f"output={path}: the disk is full; free some space or choose another folder")
-    return error
+@contextmanager
+def _written_mp4(path: Path) -> Iterator[Container]:
+    """A new MP4, which gets its name when the `with` block succeeds and is removed when it fails."""
+    try:
+        with written_temporary(path) as partial:
+            container = open_media(partial, "w", format="mp4", options={"movflags": "+faststart"})
+            try:
+                yield container
+            except BaseException:
+                with suppress(av.FFmpegError, OSError, ValueError):  # the error that led here is the one to report
+                    container.close()
+                raise
+            container.close()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ValueError(f"output={path}: the disk is full; free some space or choose another folder") from error
+        raise
 
 
-def _video_stream(container, width: int, height: int, *, coding: Coding):
-    stream = container.add_stream("libx264", rate=coding.fps)
+def _video_stream(container, width: int, height: int, *, fps: int):
+    stream = container.add_stream("libx264", rate=fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     # x264's mbtree reads uninitialised memory when sides are not multiples of 16: one video in a hundred had other bytes
-    stream.options = {"crf": str(coding.crf), "preset": coding.preset, "x264-params": "mbtree=0"}
+    stream.options = {"crf": _CRF, "preset": "veryfast", "x264-params": "mbtree=0"}
     # BT.601 with its tag: players that read tags and players that assume 601 show the same colours
     context = stream.codec_context
     context.colorspace, context.color_primaries, context.color_trc, context.color_range = _SMPTE170M, _BT709, _SRGB, _TV_RANGE
     return stream
 
 
-def _to_yuv(reformatter: VideoReformatter, frame):
-    return reformatter.reformat(
-        frame,
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=Interpolation.BICUBIC,
-    )
-
-
 class _Sound:
     """The AAC track: encodes the recording as a stream, as far as the video has come, and silence after the recording's end."""
 
-    def __init__(self, container, speech: Speech) -> None:
-        self.source, self.rate, self.layout = _recording(speech)
+    def __init__(self, container: Container, speech: Speech) -> None:
+        recording, self.rate, self.layout = _recording(speech)
         channels = AudioLayout(self.layout).nb_channels
-        self.buffer, self.position, self.ended = np.zeros((channels, 0), np.float32), 0, False
+        self.pieces = chain(recording, repeat(np.zeros((channels, _AAC_SAMPLES), np.float32)))
+        self.waiting = AudioFifo()
         self.stream = container.add_stream("aac", rate=self.rate, layout=self.layout)
         self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
 
     def until(self, seconds: float) -> list:
-        """Packets of all whole AAC frames of the recording that end before `seconds`."""
+        """Packets of all whole AAC frames that end before `seconds`."""
         packets = []
-        while self.position + _AAC_SAMPLES <= seconds * self.rate and self._fill(_AAC_SAMPLES):
+        while self.waiting.samples_read + _AAC_SAMPLES <= seconds * self.rate:
             packets += self._encode(_AAC_SAMPLES)
         return packets
 
     def finish(self, seconds: float) -> list:
         """The remaining packets: the track ends at `seconds`."""
         packets, last = self.until(seconds), round(seconds * self.rate)
-        while self.position < last:
-            count = min(_AAC_SAMPLES, last - self.position)
-            self._fill(count)
-            self.buffer = np.pad(self.buffer, ((0, 0), (0, max(0, count - self.buffer.shape[1]))))
-            packets += self._encode(count)
+        if self.waiting.samples_read < last:
+            packets += self._encode(last - self.waiting.samples_read)
         return packets + self.stream.encode(None)
 
     def _encode(self, samples: int) -> list:
-        part, self.buffer = np.ascontiguousarray(self.buffer[:, :samples]), self.buffer[:, samples:]
-        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
-        frame.sample_rate, frame.pts, frame.time_base = self.rate, self.position, Fraction(1, self.rate)
-        self.position += samples
+        while self.waiting.samples < samples:
+            piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(next(self.pieces)), format="fltp", layout=self.layout)
+            piece.sample_rate = self.rate
+            self.waiting.write(piece)
+        position, frame = self.waiting.samples_read, self.waiting.read(samples)
+        frame.pts, frame.time_base = position, Fraction(1, self.rate)
         return self.stream.encode(frame)
-
-    def _fill(self, samples: int) -> bool:
-        """Buffer at least `samples` samples; False when the recording ends before."""
-        while not self.ended and self.buffer.shape[1] < samples:
-            piece = next(self.source, None)
-            if piece is None:
-                self.ended = True
-            else:
-                self.buffer = np.concatenate([self.buffer, piece], axis=1)
-        return self.buffer.shape[1] >= samples
 
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:

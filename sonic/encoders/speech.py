@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sonic.data.audio import COLUMNS_PER_FRAME, MELS, SILENT_COLUMN, log_mel
 from sonic.encoders.wav2vec import Wav2VecEncoder
-from sonic.model.pointwise import gelu
+from sonic.model.cpu import gelu
 
 
 class LogMelEncoder(nn.Module):

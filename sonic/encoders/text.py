@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sonic.checkpoint.weights import translated
 
 log = logging.getLogger("sonic.model")
 
-# umt5-xxl, as published beside Wan2.2-S2V
-XXL = {
-    "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
 # published name -> transformers' name; {i} is the number of the layer
 NAMES = {
     "token_embedding": "shared",
@@ -37,18 +33,11 @@ TIED = "encoder.embed_tokens.weight"  # transformers' second name of "shared.wei
 class TextEncoder(nn.Module):
     """The umT5 encoder, in which every layer has its own relative position bias."""
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         from transformers import UMT5Config, UMT5EncoderModel
 
-        self.encoder = UMT5EncoderModel(UMT5Config(**(config or XXL))).eval()
-
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a published file, .pth or .safetensors.
-
-        Raises ValueError when the file cannot be read safely, or a tensor is missing or unknown.
-        """
-        self.load_tensors(_read(Path(path)), str(path))
+        self.encoder = UMT5EncoderModel(UMT5Config(**config)).eval()
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load weights by their published names, in the precision they have. Raises ValueError when one is missing or unknown."""
@@ -68,47 +57,25 @@ class TextEncoder(nn.Module):
 
 def to_transformers(name: str) -> str:
     """transformers' name of a published tensor; an unknown name is returned as it is."""
-    path, _, leaf = name.rpartition(".")
-    words = path.split(".")
-    number = words[1] if words[0] == "blocks" and len(words) > 1 else ""
-    pattern = NAMES.get(".".join([words[0], "{i}", *words[2:]]) if number else path)
-    return name if pattern is None else f"{pattern.replace('{i}', number)}.{leaf}"
+    return translated(name, NAMES)
 
 
 def to_published(name: str) -> str:
     """The published name of a tensor of transformers' encoder; an unknown name is returned as it is."""
-    words = name.split(".")
-    number = words[2] if words[:2] == ["encoder", "block"] else ""
-    for theirs, pattern in NAMES.items():
-        if f"{pattern.replace('{i}', number)}.weight" == name:
-            return f"{theirs.replace('{i}', number)}.weight"
-    return name
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the published text encoder, such as models_t5_umt5-xxl-enc-bf16.pth")
-    try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen kinds of errors for damaged files
-        raise ValueError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); fetch it again") from error
+    return translated(name, {theirs: published for published, theirs in NAMES.items()})
 
 
 def cleaned(prompt: str) -> str:
-    """The prompt as the published code gives it to its tokenizer: characters repaired, HTML entities resolved, single spaces."""
-    return " ".join(html.unescape(html.unescape(_repaired(prompt))).split())
+    """The prompt as the published code gives it to its tokenizer: characters repaired by ftfy (full-width commas become plain ones, and so
+    on), HTML entities resolved, single spaces."""
+    if not prompt.isascii():
+        try:
+            import ftfy
 
-
-def _repaired(prompt: str) -> str:
-    """The prompt with its characters repaired by ftfy, as in the published code: full-width commas become plain ones, and so on."""
-    if prompt.isascii():
-        return prompt
-    try:
-        import ftfy
-    except ImportError:
-        log.warning("a prompt with characters outside ASCII is used unchanged; the published code repairs it with ftfy: pip install ftfy")
-        return prompt
-    return ftfy.fix_text(prompt)
+            prompt = ftfy.fix_text(prompt)
+        except ImportError:
+            log.warning("a prompt with characters outside ASCII stays as it is; the published code repairs it with ftfy: pip install ftfy")
+    return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
 class Tokenizer:

@@ -5,21 +5,17 @@ Shapes: K hidden layers (the input of the first one included), E their width, F 
 
 from __future__ import annotations
 
-import errno
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.checkpoint.weights import read_tensors
 from sonic.data.audio import SAMPLE_RATE
 from sonic.geometry import FPS
 
@@ -47,15 +43,11 @@ class Wav2VecEncoder(nn.Module):
 
         self.encoder = Wav2Vec2Model(Wav2Vec2Config(**(config or LARGE))).eval()
 
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a Wav2Vec2ForCTC or Wav2Vec2Model file, without its output layer and its training mask.
-
-        Raises ValueError when a tensor is missing or unknown.
-        """
-        self.load_tensors(read_tensors(path), str(path))
-
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Load weights by their published names. Raises ValueError when one is missing or unknown."""
+        """Load the weights of a published Wav2Vec2ForCTC or Wav2Vec2Model by their names, without its output layer and its training mask.
+
+        Raises ValueError when one is missing or unknown.
+        """
         weights = {ours: tensor for name, tensor in tensors.items() if (ours := to_transformers_speech(name))}
         wanted = [name for name in self.encoder.state_dict() if name != "masked_spec_embed"]
         wrong = sorted(set(wanted) ^ set(weights))
@@ -83,7 +75,7 @@ class Wav2VecEncoder(nn.Module):
         picked = frame_positions(out.shape[-1], fps)
         positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # resampling maps the first and last state to themselves
         start, last = 0, None  # `last` is the previous piece's last state, for interpolation across the join; `start` is its index
-        for piece in self._pieces(samples):
+        for piece in self.pieces(samples):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
             inside = np.flatnonzero((positions >= start) & ((positions < stop) | (stop == total - 1)))
@@ -94,13 +86,7 @@ class Wav2VecEncoder(nn.Module):
             out[..., torch.from_numpy(inside)] = interpolated.mT.float().cpu()
             start, last = stop, states[:, -1:]
 
-    @torch.no_grad()
-    def states(self, samples: np.ndarray) -> Tensor:
-        """All hidden states at 50 per second: the input of the first layer, the output of each layer, the last one after its norm.
-        [samples] -> [K,states,E]"""
-        return torch.cat(list(self._pieces(samples)), dim=1)
-
-    def _pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
+    def pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
         """The states of one window after another, each [K,states,E]."""
         wave = torch.from_numpy(normalised(samples))
         window, margin = (seconds * SAMPLE_RATE for seconds in (self.WINDOW_S, self.MARGIN_S))
@@ -119,29 +105,19 @@ class Wav2VecEncoder(nn.Module):
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in memory, or when larger than IN_MEMORY in a deleted temporary file, so that an hour of speech takes disk space instead."""
-    if 4 * prod(shape) <= IN_MEMORY:
+    """Zeros in memory, or when larger than IN_MEMORY in a deleted temporary file, so that an hour of speech takes disk space instead.
+
+    Raises ValueError when the disk has too little space: a write to the mapped file would end the process.
+    """
+    size = 4 * prod(shape)
+    if size <= IN_MEMORY:
         return torch.zeros(shape)
     with tempfile.NamedTemporaryFile(prefix="sonic_speech_") as file:
-        _allocate(file, 4 * prod(shape))
-        return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
-
-
-def _allocate(file: IO[bytes], size: int) -> None:
-    """Reserve `size` bytes of disk for a new file. Raises ValueError when the disk has too little space.
-
-    Without this check, a write to the mapped file would end the process.
-    """
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            folder = Path(file.name).parent
+        folder = Path(file.name).parent
+        if shutil.disk_usage(folder).free < size:
             need = f"{size / 2**30:.1f} GiB are needed in {folder} for the speech features of a recording this long"
-            raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR") from error
-        file.truncate(size)
-    except AttributeError:  # macOS has no posix_fallocate
-        file.truncate(size)
+            raise ValueError(f"{need}; free some space there, or name a larger folder as TMPDIR")
+        return torch.from_file(file.name, shared=True, size=prod(shape)).reshape(shape)
 
 
 def to_transformers_speech(name: str) -> str:
@@ -156,29 +132,10 @@ def normalised(samples: np.ndarray) -> np.ndarray:
     return ((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)).astype(np.float32)
 
 
-def stretch(states: Tensor, rate: int = PICKED_PER_S, *, length: int | None = None) -> Tensor:
-    """Hidden states resampled to another rate, or to `length` states; the first and last stay the first and last.
-    [K,states,E] -> [K,states',E]"""
-    size = int(states.shape[1] / STATES_PER_S * rate) if length is None else length
-    return F.interpolate(states.mT, size=size, mode="linear", align_corners=True).mT
-
-
 def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:
     """Index of the features at `rate` per second nearest to each video frame; halves round to the even index.  -> int64 [F]"""
     seconds = np.linspace(0, num_frames / fps, num_frames, endpoint=False)
     return np.round(seconds * rate).astype(np.int64)
-
-
-def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, stride: int = 1) -> Tensor:
-    """The states at the given indices, concatenated with `around` neighbours on both sides, `stride` apart; zeros after the end.
-
-    states [K,states,E], positions [F] -> [F,K,(2·around+1)·E]
-    """
-    last = states.shape[1] - 1
-    near = torch.from_numpy(positions)[:, None] + stride * torch.arange(-around, around + 1)
-    picked = states[:, near.clamp(0, last)]
-    inside = torch.from_numpy(positions <= last).to(picked)
-    return rearrange(picked, "k f near e -> f k (near e)") * rearrange(inside, "f -> f 1 1")
 
 
 def states_of(samples: int) -> int:

@@ -24,11 +24,11 @@ from rich.table import Table
 from torch import Tensor
 
 from sonic.config import PHOTO_SIZE, parse_size, settled_video
-from sonic.data.image import MOUTH_IN_CROP, MOUTH_IN_FACE
+from sonic.data.image import MOUTH_IN_FACE
 from sonic.data.pixels import to_bytes, to_signed
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
-from sonic.geometry import FPS, FRAMES_PER_LATENT
+from sonic.geometry import FPS, FRAMES_PER_LATENT, MOUTH_ANCHOR
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
 from sonic.pipeline import AvatarPipeline
@@ -165,7 +165,7 @@ def generated_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, s
     side = float(case.person.picture.shape[0])
     size = side / pipe.config.face.expand_ratio
     face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
-    mouth = Mouth(MOUTH_IN_CROP[0] * side, MOUTH_IN_CROP[1] * side, MOUTH_IN_FACE * size)
+    mouth = Mouth(MOUTH_ANCHOR[0] * side, MOUTH_ANCHOR[1] * side, MOUTH_IN_FACE * size)
     inputs = Inputs(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)
     with closing(pipe.generate(inputs)) as chunks:
         pixels = torch.cat([torch.as_tensor(chunk.pixels) for chunk in chunks])
@@ -229,5 +229,5 @@ def _keep(case: Case, make: FrameGenerator, path: Path) -> None:
 def save_video(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:
     """Write a clip with its sound.  frames [F,3,H,W] in [-1,1]"""
     pixels = rearrange(to_bytes(frames), "f c h w -> f h w c").numpy()
-    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, coding=Coding(fps=fps)) as writer:
+    with VideoWriter(path, *pixels.shape[2:0:-1], num_frames=len(pixels), speech=speech, fps=fps) as writer:
         writer.write(pixels)

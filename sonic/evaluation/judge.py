@@ -16,7 +16,7 @@ from rich.table import Table
 from sonic.config import JudgeConfig
 from sonic.data.audio import envelope, load_soundtrack, load_speech
 from sonic.data.audio_decode import NoSound, track_seconds
-from sonic.data.image import load_portrait
+from sonic.data.image import load_image, portrait_of
 from sonic.data.video import timed_frames
 from sonic.evaluation import metrics
 from sonic.geometry import FPS
@@ -42,7 +42,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     those of `sound_figures`. Raises ValueError when video and photograph differ in size.
     """
     _refuse_overwriting(config)
-    portrait = load_portrait(PORTRAITS.get(config.image, config.image), config.face.box, config.face.mouth)
+    portrait = portrait_of(load_image(PORTRAITS.get(config.image, config.image)), config.face.box, config.face.mouth)
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
     motion, photo_psnr, times = measure_video(Path(config.mp4), portrait)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sonic.checkpoint.converted import Checkpoint
+from sonic.checkpoint.official import VAE_FILE
 from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
@@ -124,7 +125,7 @@ class Wan(Family):
         if settings.sound is None:
             frames, live = -(-inputs.num_frames // step) * step, None
             voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
-            features = checkpoint.encode_audio_batch(voices, frames, fps=inputs.fps, device=device)
+            features = checkpoint.speech_encoder(device).encode_audio_batch(voices, frames, inputs.fps)
         else:  # the speech encoder stays in memory until the sound ends
             live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
             features = torch.zeros(1, 0, 0, 0)
@@ -173,7 +174,7 @@ class Wan(Family):
         length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
         rows, autoencoder = checkpoint.reader(length, device), checkpoint.autoencoder(device, torch.float32)
         return Encoders(
-            encode_audio=lambda samples, frames: checkpoint.encode_audio(samples, frames, fps=fps, device=device)[0].cpu(),
+            encode_audio=lambda samples, frames: checkpoint.speech_encoder(device).encode_audio(samples, frames, fps),
             autoencoder=autoencoder,
             read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
             hashes=self.encoder_hashes(config.model),
@@ -187,8 +188,10 @@ class Wan(Family):
         if not config.weights:
             return {"autoencoder_hash": "", "speech_hash": ""}
         checkpoint = _checkpoint(config)
-        speech = next((digest for file, digest in checkpoint.manifest["sources"].items() if file in SPEECH_FILES), "")
-        return {"autoencoder_hash": checkpoint.autoencoder_hash(), "speech_hash": speech[:16]}
+        return {
+            "autoencoder_hash": checkpoint.source_hash(VAE_FILE)[:16],
+            "speech_hash": checkpoint.source_hash(*SPEECH_FILES)[:16],
+        }
 
 
 def _checkpoint(config: ModelConfig) -> Checkpoint:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sonic.checkpoint.load import NO_LORA, Lora
+from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.config import LoraConfig, ModelConfig
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import lora_alpha, read_lora
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
 from sonic.vae.motion_vae import WarpAutoencoder
@@ -59,7 +58,7 @@ class Components:
 def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:
     """The adapters to merge: those of the config, else the student's, else none."""
     path = config.path or student
-    return Lora(read_lora(path), config.alpha or lora_alpha(path)) if path else NO_LORA
+    return read_lora(path, config.alpha) if path else NO_LORA
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sonic.model.dit import AvatarDiT
-from sonic.model.trunk_inputs import ForwardRequest
+from sonic.model.execution import ForwardRequest
 from sonic.parallel.layer_pipeline import PipelineForwards
 from sonic.parallel.parallelize import DistributedContext
 from sonic.types import Conditions

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.video import VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
 from sonic.inference.components import Components
@@ -42,7 +42,7 @@ def make_video(
     recorder = FrameRecorder(inputs)
     height, width = inputs.portrait.pixels.shape[:2]
     begun, first_frame = timer.passed(), 0.0
-    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, coding=Coding(fps=inputs.fps))
+    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, fps=inputs.fps)
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=inputs.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
         stack.enter_context(writer)

@@ -15,8 +15,7 @@ from sonic.config import SamplerConfig
 from sonic.inference.forwards import open_forwards
 from sonic.inference.live_features import LiveConditions
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import LOCAL, Execution
-from sonic.model.trunk_inputs import BlockInputs, ForwardRequest
+from sonic.model.execution import LOCAL, BlockInputs, Execution, ForwardRequest
 from sonic.parallel.parallelize import DistributedContext
 from sonic.sampling.guidance import guidance
 from sonic.sampling.path import velocity_from

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from sonic.checkpoint.weights import to_official
 from sonic.config import AdapterConfig
-from sonic.model.lora import DOWN, PREFIX, UP
 
+DOWN, UP = "lora_A", "lora_B"  # names of the two matrices of an adapter
 ADAPTERS = "adapters"  # the part of a tensor's name on the model that marks it as an adapter's
 SLASH = "/"  # replaces the dot, which keys of a ModuleDict may not contain
 
@@ -85,20 +84,6 @@ class Adapters:
             yield
         finally:
             self.switch.role = before
-
-
-def export_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a role's adapters under peft's names."""
-    return {peft_name(name): tensor for name, tensor in weights.items()}
-
-
-def peft_name(name: str) -> str:
-    """peft's name of an adapter tensor, built from the module's official name where it has one."""
-    path, role, _ = name.rsplit(".", 2)
-    assert role in (DOWN, UP), name
-    module = path.replace(SLASH, ".")
-    official = (to_official(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
-    return f"{PREFIX}{official}.{role}.weight"
 
 
 def _chosen(name: str, targets: Sequence[str]) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic.model.cpu_attention import by_products, products_are_faster
+from sonic.model.cpu import by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate
-from sonic.model.pointwise import slow_here
 from sonic.types import pick
 
 log = logging.getLogger("sonic.model")
@@ -70,48 +70,38 @@ class QKV(NamedTuple):
     values: Tensor
 
 
-class AttentionContext(Protocol):
+class AttentionContext(ABC):
     """Which keys the tokens of one layer attend to, and the rotary positions of both."""
 
+    @abstractmethod
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Self-attention over the allowed keys.  -> [B,N,heads,d]"""
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
-        """Keys and values of the prompt, projected from `rows` or taken from a cache."""
-
-
-class TokenExchange(Protocol):
-    """Redistribution around self-attention: ranks divide the tokens before and after it, and the heads inside it."""
-
-    def to_heads(self, tokens: QKV) -> QKV:
-        """From some tokens with all heads to all tokens with some heads."""
-
-    def tokens(self, attn_out: Tensor) -> Tensor:
-        """From all tokens with some heads to some tokens with all heads.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
-
-
-class NoExchange:
-    """The exchange of a single rank, which has all tokens and all heads."""
-
-    def to_heads(self, tokens: QKV) -> QKV:
-        """The tokens unchanged."""
-        return tokens
-
-    def tokens(self, attn_out: Tensor) -> Tensor:
-        """The attention output unchanged."""
-        return attn_out
-
-
-class UncachedText:
-    """Projects the prompt at every call."""
-
-    def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
-        """Keys and values [B,L,heads,d] of text rows [B,L,D]."""
+        """Keys and values [B,L,heads,d] of the prompt: projected from its rows [B,L,D], or by subclasses taken from a cache."""
         return project(rows)
 
 
+class TokenExchange:
+    """Redistribution around self-attention: ranks divide the tokens before and after it, and the heads inside it.
+
+    This one is of a single rank, which has all tokens and all heads.
+    """
+
+    def to_heads(self, tokens: QKV) -> QKV:
+        """From some tokens with all heads to all tokens with some heads."""
+        return tokens
+
+    def tokens(self, attn_out: Tensor) -> Tensor:
+        """From all tokens with some heads to some tokens with all heads.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
+        return attn_out
+
+
+NO_EXCHANGE = TokenExchange()
+
+
 @dataclass(frozen=True)
-class ClipContext(UncachedText):
+class ClipContext(AttentionContext):
     """Full attention: every token attends to every token of the grid and of the memory."""
 
     positions: Rotation
@@ -122,7 +112,7 @@ class ClipContext(UncachedText):
 
 
 @dataclass(frozen=True)
-class BlockCausalContext(UncachedText):
+class BlockCausalContext(AttentionContext):
     """A whole rollout in one training pass: memory attends to memory; block i to memory and blocks i - window + 1 to i.
 
     The grid's tokens come first, the memory's last. `memory_keys[i]` rotates the memory's keys for block i, because the

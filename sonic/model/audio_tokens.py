@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.model.blocks import MultiHead, modulate
-from sonic.model.linear import Linear, linear
+from sonic.model.cpu import Linear, linear
 
 
 class AudioTokens(NamedTuple):
@@ -22,13 +22,6 @@ class AudioTokens(NamedTuple):
     tokens: Tensor
     summary: Tensor
     masks: Tensor | None = None
-
-
-class Actors(NamedTuple):
-    """Audio of several speakers in one picture: features [B·actors,K,E,F] and masks over the patches [B·actors,T,rows,columns]."""
-
-    audio: Tensor
-    masks: Tensor
 
 
 class CausalConv(nn.Conv1d):

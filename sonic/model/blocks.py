@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues, NoExchange, TokenExchange, sdpa
-from sonic.model.linear import Linear, linear_gelu
-from sonic.model.pointwise import RmsNorm
+from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
+from sonic.model.cpu import Linear, RmsNorm, linear_gelu
 
-NO_EXCHANGE = NoExchange()
 ProvideKV = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
 Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
-from sonic.model.audio_tokens import Actors, AudioEncoder, AudioInjector, AudioTokens
+from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 from sonic.model.blocks import Block, Head, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
-from sonic.model.execution import LOCAL, Execution, SequenceParallel
+from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
 from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
-from sonic.model.trunk_inputs import BlockInputs, TrunkInputs
 from sonic.types import BlockSpan, Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
@@ -49,17 +48,14 @@ class AvatarDiT(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.head.project.weight)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, actors: Actors | None = None, execution: Execution = LOCAL
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, execution: Execution = LOCAL) -> Tensor:
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
-        grid = self._patches(latents, self._pose(conditions, latents.shape))
-        positions = self._grid_rotation(0, grid.shape[1], latents.shape)
+        positions = self._grid_rotation(0, latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
         context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
         encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
-        audio = self._encode_audio(conditions, encode, actors=actors)
-        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
+        audio = self._encode_audio(conditions, encode)
+        return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def forward_blocks(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, first_block: int = 0, execution: Execution = LOCAL
@@ -73,18 +69,17 @@ class AvatarDiT(nn.Module):
         count, rest = divmod(latents.shape[2], rollout.block_frames)
         if rest or not count:
             raise ValueError(f"{latents.shape[2]} latent frames are not whole blocks of {rollout.block_frames}")
-        grid = self._patches(latents, self._pose(conditions, latents.shape))
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
         rotated = {position: self._memory_rotation(conditions, position) for position in positions}
         context = BlockCausalContext(
-            grid=self._grid_rotation(starts[0], grid.shape[1], latents.shape),
+            grid=self._grid_rotation(starts[0], latents.shape),
             memory=self._memory_rotation(conditions, rollout.ref_position),
             memory_keys=tuple(rotated[position] for position in positions),
             window=rollout.window_blocks,
         )
         audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, count))
-        return self._denoise(grid, timestep, conditions, context=context, audio=audio, execution=execution).to(latents.dtype)
+        return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache for these conditions, with one ring per sampling step."""
@@ -117,13 +112,13 @@ class AvatarDiT(nn.Module):
     def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
         """The attention context of each layer for the memory, which attends to itself and is written into the cache."""
         position = self.config.rollout.ref_position
-        positions = rotation(cache.memory_positions(position, cache.token_device), self._head_dim)
+        positions = rotation(memory_positions(cache.buckets, cache.grid, position, device=cache.token_device), self._head_dim)
         return lambda layer: PrefillContext(cache, layer, positions, position)
 
-    def prepare_block(self, conditions: Conditions, span: BlockSpan, *, actors: Actors | None = None) -> BlockInputs:
+    def prepare_block(self, conditions: Conditions, span: BlockSpan) -> BlockInputs:
         """The inputs that all sampling steps of a block share; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
-        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1), actors=actors)
+        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1))
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
     def denoise_block(
@@ -153,7 +148,7 @@ class AvatarDiT(nn.Module):
     ) -> tuple[TrunkInputs, Tensor]:
         """A block's tokens as inputs of the first transformer block, and the time embedding [B,T,D] that `unembed` needs."""
         summary, modulation = self.time_embed(_per_frame(timestep))
-        tokens = [self._patches(latents, inputs.pose)]
+        tokens = [self.patch_embed(latents) + inputs.pose]
         return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
 
     def block_context(
@@ -198,7 +193,7 @@ class AvatarDiT(nn.Module):
 
     def _denoise(
         self,
-        grid: Tensor,
+        latents: Tensor,
         timestep: Tensor,
         conditions: Conditions,
         *,
@@ -206,17 +201,16 @@ class AvatarDiT(nn.Module):
         audio: AudioTokens | None,
         execution: Execution,
     ) -> Tensor:
-        """Run grid and memory through the blocks in one sequence, the memory at noise level 0.  -> [B,C,T,H,W]"""
+        """Run latents and memory through the blocks in one sequence, the memory at noise level 0.  [B,C,T,H,W] -> [B,C,T,H,W]"""
+        grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         timestep = _per_frame(timestep)
         summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
         modulations = (modulation[:, :-1], modulation[:, -1:])
         inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
         (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
-        return self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
-
-    def _patches(self, latents: Tensor, pose: Tensor) -> Tensor:
-        return self.patch_embed(latents) + pose
+        velocity = self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
+        return velocity.to(latents.dtype)
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
         """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""
@@ -236,13 +230,13 @@ class AvatarDiT(nn.Module):
         motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
         return torch.cat((ref, motion), dim=2)
 
-    def _encode_audio(self, conditions: Conditions, encode: Callable, *, actors: Actors | None = None) -> AudioTokens | None:
-        if actors is None and conditions.masks is not None:
-            actors = Actors(conditions.audio, conditions.masks)
-        if actors is not None:
-            masks = rearrange(actors.masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
-            return AudioTokens(*encode(actors.audio), masks)
-        return None if conditions.audio is None else AudioTokens(*encode(conditions.audio))
+    def _encode_audio(self, conditions: Conditions, encode: Callable) -> AudioTokens | None:
+        if conditions.audio is None:
+            return None
+        masks = conditions.masks
+        if masks is not None:
+            masks = rearrange(masks, "b t h w -> b t (h w) 1").to(self.patch_embed.weight.dtype)
+        return AudioTokens(*encode(conditions.audio), masks)
 
     def _encode_blocks(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The audio tokens of each block, encoded without the audio of its neighbours."""
@@ -257,7 +251,8 @@ class AvatarDiT(nn.Module):
         _, rows, columns = self.config.trunk.patch_size
         return shape[-2] // rows, shape[-1] // columns
 
-    def _grid_rotation(self, start: int, frames: int, shape: tuple[int, ...]) -> Rotation:
+    def _grid_rotation(self, start: int, shape: tuple[int, ...]) -> Rotation:
+        frames = shape[2] // self.config.trunk.patch_size[0]
         times = torch.arange(start, start + frames, dtype=torch.float64, device=self.patch_embed.weight.device)
         return rotation(grid_positions(times, *self._grid_size(shape)), self._head_dim)
 

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.counts import PACK_SCALES
-from sonic.model.linear import Linear, linear, linear_gelu
+from sonic.model.cpu import Linear, linear, linear_gelu
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2], one for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
@@ -80,7 +80,7 @@ class TimeEmbed(nn.Module):
         waves = sinusoid(timestep, self.freq_dim).float()
         summary = self.out(F.silu(self.expand(waves)))
         modulation = rearrange(self.project(F.silu(summary)), "b t (six d) -> b t six d", six=6)
-        return summary, modulation + _ones_at(SCALES, modulation)
+        return summary, modulation + modulation.new_tensor([[float(row in SCALES)] for row in range(6)])
 
 
 class FramePack(nn.Module):
@@ -186,8 +186,3 @@ def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:
     time, row, column = torch.meshgrid(times, rows, columns, indexing="ij")
     return time.flatten(), row.flatten(), column.flatten()
-
-
-def _ones_at(rows: Sequence[int], modulation: Tensor) -> Tensor:
-    """[6,1] with ones at the given rows."""
-    return modulation.new_tensor([[float(row in rows)] for row in range(6)])

@@ -1,57 +1,80 @@
-"""How the transformer is executed, as one argument: how tokens are divided among ranks, what runs the blocks, where KV caches are.
-
-This module holds the interface and its implementation for a single device; those for several ranks are in parallel/.
-"""
+"""The arguments of a transformer forward: the inputs of its blocks, and how it is executed (on one device; parallel/ has subclasses)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sonic.model.attention import AttentionContext, TokenExchange
-from sonic.model.blocks import NO_EXCHANGE, Layout
-from sonic.model.trunk_inputs import TrunkInputs
+from sonic.model.attention import NO_EXCHANGE, AttentionContext, TokenExchange
+from sonic.model.audio_tokens import AudioTokens
+from sonic.model.blocks import Layout
+from sonic.types import BlockSpan
+
+
+class BlockInputs(NamedTuple):
+    """The inputs that all sampling steps of a block share: pose tokens, audio tokens, time id of the reference (None = by the
+    configured rule)."""
+
+    span: BlockSpan
+    pose: Tensor
+    audio: AudioTokens | None
+    ref_position: int | None = None
+
+
+class TrunkInputs(NamedTuple):
+    """Inputs to the transformer blocks: tokens, layout, modulation, text, audio.
+
+    tokens [B,N,D], the parts of `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    modulations: tuple[Tensor, ...]
+    text: Tensor | None
+    audio: AudioTokens | None
+    exchange: TokenExchange = NO_EXCHANGE
+
+
+class ForwardRequest(NamedTuple):
+    """One forward of one block: noisy latents [B,C,T,H,W] and their timestep.
+
+    `cond_index` selects the set of conditions (guidance has two), `step` the KV ring of this sampling step.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    inputs: BlockInputs
+    cond_index: int
+    step: int
+
 
 RunBlocks = Callable[[nn.Module, Sequence[TrunkInputs], Sequence[Callable[[int], AttentionContext]]], list[TrunkInputs]]
 
 
-class SequenceParallel(Protocol):
-    """The division of every latent frame's tokens among ranks, and the exchange of tokens for heads around self-attention."""
+class SequenceParallel:
+    """The division of every latent frame's tokens among ranks, and the exchange of tokens for heads around self-attention.
+
+    This one is of a single rank, which has all tokens.
+    """
 
     def split(self, tokens: Tensor) -> Tensor:
         """This rank's tokens of each frame.  [B,T,S,D] -> [B,T,some,D]"""
+        return tokens
 
     def gather(self, tokens: Tensor, size: int) -> Tensor:
         """The tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
+        return tokens
 
     def local_heads(self, num_heads: int) -> int:
         """Number of heads that this rank computes in self-attention."""
-
-    def exchange(self, layout: Layout) -> TokenExchange:
-        """The exchange of tokens for heads for a packed sequence; `layout` counts the tokens of all ranks."""
-
-
-class WholeSequence:
-    """The `SequenceParallel` of a single rank, which has all tokens."""
-
-    def split(self, tokens: Tensor) -> Tensor:
-        """The tokens unchanged."""
-        return tokens
-
-    def gather(self, tokens: Tensor, size: int) -> Tensor:
-        """The tokens unchanged."""
-        return tokens
-
-    def local_heads(self, num_heads: int) -> int:
-        """All heads of the model."""
         return num_heads
 
     def exchange(self, layout: Layout) -> TokenExchange:
-        """The exchange that changes nothing."""
+        """The exchange of tokens for heads for a packed sequence; `layout` counts the tokens of all ranks."""
         return NO_EXCHANGE
 
 
@@ -65,7 +88,7 @@ class Execution:
     """How a forward is executed: `sequence` divides tokens among ranks, `run_blocks` runs this rank's blocks, `cache_device` holds the
     KV caches (None = the device of the inputs)."""
 
-    sequence: SequenceParallel = WholeSequence()
+    sequence: SequenceParallel = SequenceParallel()
     run_blocks: RunBlocks = run_blocks
     cache_device: torch.device | None = None
 

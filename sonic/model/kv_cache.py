@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sonic.config import ModelConfig
-from sonic.model.attention import QKV, Attention, KeysValues
+from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues
 from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotation
 
 
@@ -112,10 +112,6 @@ class KVCache:
         memory = self.rings[0].memory
         return memory.stop - memory.start
 
-    def memory_positions(self, ref_position: float, device: torch.device) -> Positions:
-        """Position ids of the memory tokens with the reference at the given time id."""
-        return memory_positions(self.buckets, self.grid, ref_position, device=device)
-
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
@@ -145,7 +141,7 @@ def _rings_around(memory: int, block: int, window: int, *, count: int, empty: Ca
 
 
 @dataclass(frozen=True)
-class PrefillContext:
+class PrefillContext(AttentionContext):
     """The attention context of prefill in one layer: memory attends to itself and is written to the cache, the reference at `position`."""
 
     cache: KVCache
@@ -171,7 +167,7 @@ class PrefillContext:
 
 
 @dataclass(frozen=True)
-class CachedContext:
+class CachedContext(AttentionContext):
     """The attention context of one block in one layer: the block itself, the blocks in the ring, and the memory.
 
     Gradients flow through the block itself only.

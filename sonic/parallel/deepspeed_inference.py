@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import Execution
-from sonic.model.trunk_inputs import TrunkInputs
+from sonic.model.execution import Execution, TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.shard_units import ENDS

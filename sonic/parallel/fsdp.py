@@ -17,8 +17,7 @@ from torch.distributed.fsdp import (
 )
 
 from sonic.model.dit import ENTRY_POINTS, STAGES, AvatarDiT
-from sonic.model.execution import LOCAL, Execution
-from sonic.model.trunk_inputs import TrunkInputs
+from sonic.model.execution import LOCAL, Execution, TrunkInputs
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.shard_units import WHOLE, Unit, all_units

@@ -19,9 +19,8 @@ from sonic.config import ModelConfig
 from sonic.geometry import BlockSpan
 from sonic.model.audio_tokens import AudioTokens
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import Execution
+from sonic.model.execution import Execution, ForwardRequest, TrunkInputs
 from sonic.model.kv_cache import KVCache
-from sonic.model.trunk_inputs import ForwardRequest, TrunkInputs
 from sonic.parallel.channel import P2PChannel
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_ranges import best_ranges, ranges_of

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from sonic.checkpoint.load import Lora, fill, fill_randomly, shapes_of, without_memory
+from sonic.checkpoint.load import fill, fill_randomly, shapes_of, without_memory
+from sonic.checkpoint.lora import Lora
 from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sonic.model.attention import QKV, TokenExchange
 from sonic.model.blocks import Layout
-from sonic.model.execution import SequenceParallel, WholeSequence
+from sonic.model.execution import SequenceParallel
 from sonic.parallel.mesh import World
 
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name, its old name
@@ -35,7 +35,7 @@ class Group(NamedTuple):
         return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
 
 
-class UlyssesSequence:
+class UlyssesSequence(SequenceParallel):
     """The `SequenceParallel` that divides every frame's tokens, and those of the memory, among the ranks of a group."""
 
     def __init__(self, group: Group, num_heads: int) -> None:
@@ -62,7 +62,7 @@ class UlyssesSequence:
         return Ulysses(self.group, layout, self.group.shares(self.num_heads))
 
 
-class Ulysses:
+class Ulysses(TokenExchange):
     """The exchange: one all-to-all before attention and one after it. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
 
     def __init__(self, group: Group, layout: Layout, heads: Sequence[int]) -> None:
@@ -111,5 +111,5 @@ def sequence_parallel(world: World, num_heads: int) -> SequenceParallel:
     mean counts each of these ranks.
     """
     if world.size("cp") == 1:
-        return WholeSequence()
+        return SequenceParallel()
     return UlyssesSequence(Group(world.group("cp"), world.coordinate("cp"), world.size("cp")), num_heads)

@@ -64,7 +64,8 @@ class EspeakEngine:
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice={voice} is unknown to espeak-ng; choose an accent and a speaker of sonic/synthetic/speakers.py")
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-        _c_library().srand(ctypes.c_uint(seed))  # breathy voices take their noise from rand()
+        c_library = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
+        c_library.srand(ctypes.c_uint(seed))  # breathy voices take their noise from rand()
         self.library.espeak_SetParameter(_VOLUME, _VOLUME_VALUE, 0)
         for name, value in manner.items():
             self.library.espeak_SetParameter(pick(_PARAMETERS, name, "manner"), value, 0)
@@ -73,10 +74,6 @@ class EspeakEngine:
         self.library.espeak_Synchronize()
         sound = np.concatenate(self.sound).astype(np.float32) / 32768 if self.sound else np.zeros(0, np.float32)
         return sound, [event for event in self.events if not event[1].startswith("(")], self.rate
-
-
-def _c_library() -> ctypes.CDLL:
-    return ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sonic.types import MotionLayers
@@ -75,12 +76,15 @@ def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, reso
 
 def apply(picture: Tensor, motion: MotionLayers) -> Tensor:
     """Render a picture with the motion applied.  [3,R,R] in [0,1] -> [F,3,R,R] in [0,1]"""
-    resolution = picture.shape[-1]
-    centres = (torch.arange(resolution) + 0.5) / resolution
+    return torch.lerp(warped(picture, motion.flow), motion.interior, motion.opacity)
+
+
+def warped(picture: Tensor, flow: Tensor) -> Tensor:
+    """Displace the pixels of a picture.  [3,R,R], flow [F,2,R,R] -> [F,3,R,R]"""
+    centres = (torch.arange(picture.shape[-1]) + 0.5) / picture.shape[-1]
     points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
-    grid = (points + motion.flow).permute(0, 2, 3, 1) * 2 - 1
-    warped = F.grid_sample(picture.expand(grid.shape[0], -1, -1, -1), grid, padding_mode="border", align_corners=False)
-    return torch.lerp(warped, motion.interior, motion.opacity)
+    grid = rearrange(points + flow, "f c h w -> f h w c") * 2 - 1
+    return F.grid_sample(picture.expand(len(flow), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 
 def _column(values: Tensor) -> Tensor:

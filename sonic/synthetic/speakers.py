@@ -1,6 +1,9 @@
-"""Voices of synthesised speech: accents and speakers of espeak-ng, disjoint between splits, and random speakers."""
+"""Voices of synthesised speech: accents and speakers of espeak-ng, random speakers, and the words they say. Splits share none of them."""
 
 from __future__ import annotations
+
+from configparser import ConfigParser
+from importlib.resources import files
 
 import numpy as np
 
@@ -27,6 +30,16 @@ SPEED = {"train": (0.86, 1.16), "test": (0.92, 1.08)}  # playback speed also shi
 DRAWN_SHARE = 0.6  # of the train split's recordings: espeak-ng's own speakers vary too little
 _FORMANTS = 9
 _KLATT_KINDS = 5  # voicing sources of espeak-ng's second (Klatt) synthesiser
+
+
+def _read_words() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The words of each split and language."""
+    parser = ConfigParser(interpolation=None)
+    parser.read_string((files("sonic.assets") / "words.ini").read_text(encoding="utf-8"))
+    return {split: {language: tuple(words.split()) for language, words in parser[split].items()} for split in parser.sections()}
+
+
+WORDS = _read_words()
 
 
 def draw_speaker(rng: np.random.Generator) -> str:

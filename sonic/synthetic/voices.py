@@ -13,12 +13,10 @@ from scipy.fft import next_fast_len
 from sonic.data.audio import SAMPLE_RATE, resample
 from sonic.geometry import FPS
 from sonic.synthetic.espeak import DRAWN, espeak
-from sonic.synthetic.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, draw_speaker
-from sonic.synthetic.words import WORDS
+from sonic.synthetic.speakers import ACCENTS, DRAWN_SHARE, SPEAKERS, SPEED, WORDS, draw_speaker
 from sonic.types import pick
 
 Phoneme = tuple[float, float, str]  # start s, end s, IPA name
-VISEME_NAMES = ("open", "width", "press", "teeth", "tongue")
 
 _LEFT_TO_THE_NEIGHBOURS = "hɦkɡgŋxɣχqʁʀʔ"  # articulated behind the lips: they take the mouth shape of their neighbours
 _VISEMES = {
@@ -50,11 +48,8 @@ _VISEMES = {
 _VOICELESS_STOPS, _CLOSURE_BEFORE_BURST_S = "ptkcqʈ", 0.050
 VISEMES = {sound: np.array(shape, np.float32) for sounds, shape in _VISEMES.items() for sound in sounds}
 
-SAMPLE_VOICE = "en-us+f2"
-SAMPLE_TEXT = "Hello, and welcome. A moment ago I was only a photograph. Now my mouth moves with every word you bring me."
-
 _GRID_HZ = 200  # internal rate of the track; a frame centre (k + 1/2) / 25 s falls on sample 8k + 4
-_SPREAD_S = (0.026, 0.040, 0.012, 0.024, 0.020)  # gaussian width of coarticulation for each of VISEME_NAMES
+_SPREAD_S = (0.026, 0.040, 0.012, 0.024, 0.020)  # gaussian width of coarticulation for each number of a viseme
 _CLOSURE_S = 0.070  # shortest hold of a bilabial: longer than a video frame, so every closure is seen
 _QUIET_DB = 20.0  # dB below the loud parts at which the relative loudness is zero
 
@@ -108,15 +103,6 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
         sound, phonemes = _cut(sound, phonemes, seconds)
     level = float(rng.uniform(0.4, 0.9)) / max(1e-4, float(np.abs(sound).max()))
     return Utterance(sound * np.float32(level), tuple(phonemes), " ".join(texts), f"{voice} {manner} speed {speed:.3f}")
-
-
-def sample_speech() -> Utterance:
-    """Synthesise the recording that is bundled as sonic/assets/sample_speech.flac."""
-    pause = np.zeros(SAMPLE_RATE * 3 // 10, np.float32)
-    sound, phonemes = speak(SAMPLE_TEXT, SAMPLE_VOICE, seed=0, manner={"rate": 150, "pitch": 55, "range": 60})
-    shift = len(pause) / SAMPLE_RATE
-    samples = np.concatenate([pause, sound * np.float32(0.8 / np.abs(sound).max()), pause])
-    return Utterance(samples, tuple((start + shift, stop + shift, name) for start, stop, name in phonemes), SAMPLE_TEXT, SAMPLE_VOICE)
 
 
 def sentence(rng: np.random.Generator, words: tuple[str, ...]) -> str:
@@ -174,7 +160,7 @@ def _cut(samples: np.ndarray, phonemes: list[Phoneme], seconds: float) -> tuple[
 
 
 def viseme_track(utterance: Utterance, num_frames: int) -> np.ndarray:
-    """Visemes of every video frame, float32 [F,5] in the order of VISEME_NAMES; frame k is the instant (k + 1/2) / 25 s.
+    """Visemes of every video frame, float32 [F,5] (open, width, press, teeth, tongue); frame k is the instant (k + 1/2) / 25 s.
 
     The mouth shapes of the phonemes, smoothed by small gaussians (coarticulation); the opening is scaled by 0.45 + 0.55 · relative
     loudness. Silence is exactly zero, and bilabials close fully.

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sonic.checkpoint.load import shape_of, slice_of
-from sonic.model.adapters import LowRank, peft_name
-from sonic.model.lora import ALPHA, DOWN, UP
+from sonic.checkpoint.lora import ALPHA, peft_name
+from sonic.model.adapters import DOWN, UP, LowRank
 
 LOG = logging.getLogger(__name__)
 

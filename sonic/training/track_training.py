@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from sonic.model import pointwise
+from sonic.model import cpu
 from sonic.model.blocks import attend_by
 from sonic.model.execution import Execution
 from sonic.parallel.mesh import make_world
@@ -226,11 +226,11 @@ def _as_on_devices() -> Iterator[None]:
 
         return widened
 
-    kept, slow_here = (F.layer_norm, F.rms_norm), pointwise.slow_here
+    kept, slow_here = (F.layer_norm, F.rms_norm), cpu.slow_here
     F.layer_norm, F.rms_norm = (wide(norm) for norm in kept)
-    pointwise.slow_here = lambda x: slow_here(x) and not torch.is_grad_enabled()
+    cpu.slow_here = lambda x: slow_here(x) and not torch.is_grad_enabled()
     try:
         yield
     finally:
         F.layer_norm, F.rms_norm = kept
-        pointwise.slow_here = slow_here
+        cpu.slow_here = slow_here

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
 
 T = TypeVar("T")
 
-# modules of the published files, and the parts that a module may have
-CONV_NAMES = ["conv1", "conv2"] + [
-    f"{side}.{conv}"
-    for side, ladder in (("encoder", "downsamples"), ("decoder", "upsamples"))
-    for conv in ("conv1", "head.0", "head.2", *(f"middle.{i}" for i in range(3)), *(f"{ladder}.{i}" for i in range(15)))
-]
-PARTS = ["", *(f"residual.{i}." for i in (0, 2, 3, 6)), "shortcut.", "resample.1.", "time_conv.", "norm.", "to_qkv.", "proj."]
 Cache = tuple  # the last input of each causal convolution; its contents are diffusers' own
 
 
@@ -35,21 +26,6 @@ class WanAutoencoder(nn.Module):
         self.blocks = AutoencoderKLWan(**(config or {})).eval()
         for name in ("latents_mean", "latents_std"):
             self.register_buffer(name, torch.tensor(getattr(self.blocks.config, name)), persistent=False)
-
-    def load(self, path: str | Path) -> None:
-        """Load the weights from a published file, .pth or .safetensors.
-
-        Raises ValueError when the file cannot be read safely, or a tensor is missing or unknown.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; give the published Wan2.1_VAE.pth")
-        try:
-            tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-            self.load_tensors(tensors)
-        except Exception as error:  # torch and diffusers raise many kinds of errors for damaged files
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} is damaged or not a Wan VAE ({type(error).__name__}: {first}); fetch it again") from error
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load weights by their published names. Raises RuntimeError when one is missing, unknown, or of another shape."""
@@ -99,10 +75,3 @@ def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     return convert_wan_vae_to_diffusers(dict(tensors))
-
-
-def from_diffusers(name: str) -> str:
-    """The published name of a tensor of diffusers' model; an unknown name is returned as it is."""
-    leaves = [f"{part}{leaf}" for part in PARTS for leaf in ("weight", "bias", "gamma")]
-    known = to_diffusers({f"{conv}.{leaf}": f"{conv}.{leaf}" for conv in CONV_NAMES for leaf in leaves})
-    return known.get(name, name)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from sonic.geometry import pixels_around
 from sonic.types import Crop, MotionLayers
 
 BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
@@ -55,7 +56,7 @@ class Canvas:
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
         radius = crop.side * (abs(sin) + abs(cos)) / 2
-        rows, columns = _span(crop.center_y, radius, pixels.shape[0]), _span(crop.center_x, radius, pixels.shape[1])
+        rows, columns = pixels_around(crop.center_y, radius, pixels.shape[0]), pixels_around(crop.center_x, radius, pixels.shape[1])
         self.top, self.left = rows.start, columns.start
         self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
 
@@ -108,9 +109,3 @@ class Canvas:
         opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
         composed = torch.lerp(warped, interior * 255, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
-
-
-def _span(middle: float, radius: float, size: int) -> slice:
-    """The rows or columns of a picture within `radius` of `middle`, at least one."""
-    start = min(max(0, math.floor(middle - radius)), size - 1)
-    return slice(start, max(start + 1, min(size, math.ceil(middle + radius))))

@@ -12,9 +12,9 @@ from official_folder import GIVEN, tiny_model
 from safetensors.torch import load_file
 
 from sonic.checkpoint import official
+from sonic.checkpoint.lora import PUBLISHED as LORA_FILE
 from sonic.checkpoint.weights import export, save_weights
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import PUBLISHED as LORA_FILE
 
 
 def test_a_converted_checkpoint_records_its_sources(ready):

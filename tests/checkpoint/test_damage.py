@@ -17,7 +17,7 @@ from official_folder import UMT5, write_text_encoder
 from safetensors.torch import load_file, save_file
 
 from sonic.checkpoint import official
-from sonic.model.lora import PUBLISHED as LORA_FILE
+from sonic.checkpoint.lora import PUBLISHED as LORA_FILE
 
 Damage = Callable[[Path], tuple[str, ...]]  # damages a folder and gives the words that the error must contain
 TENSOR = "blocks.0.modulation"
@@ -130,7 +130,9 @@ DAMAGE: dict[str, Damage] = {
     "text tensor too many": changed_pickle(official.TEXT_FILE, lambda held, name: {**held, "surprise": held[name]}, "surprise"),
     "text file missing": missing(official.TEXT_FILE),
     "text file with code": code_in(official.TEXT_FILE, torch.save),
-    "vae tensor missing": changed_pickle(official.VAE_FILE, without),
+    "text file cut off": cut(official.TEXT_FILE, -100),
+    "text file empty": cut(official.TEXT_FILE, 0),
+    "vae tensor missing": changed_pickle(official.VAE_FILE, without, "of the VAE is missing"),
     "vae tensor in another precision": changed_pickle(official.VAE_FILE, lambda held, name: {**held, name: held[name].half()}),
     "vae of whole numbers": changed_pickle(official.VAE_FILE, lambda held, name: {**held, name: held[name].int()}),
     "vae cut off": cut(official.VAE_FILE, -100),

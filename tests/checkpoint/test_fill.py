@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sonic.checkpoint.load import NO_LORA, Lora, fill, fill_randomly, without_memory
+from sonic.checkpoint.load import fill, fill_randomly, without_memory
+from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.weights import load_weights, save_weights
-from sonic.model.lora import Adapter, merge_lora
 from sonic.parallel.fsdp import shard
 from sonic.parallel.mesh import make_world
 from sonic.parallel.parallel_config import ParallelConfig
@@ -28,18 +29,24 @@ def path(tmp_path) -> Path:
 
 
 @pytest.fixture
-def lora(rng) -> Lora:
+def lora(rng, tmp_path) -> Lora:
     shapes = {name: tuple(weight.shape) for name, weight in tiny_model().named_parameters()}
     draw = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
-    return Lora({name: Adapter(draw(2, shapes[name][1]), draw(shapes[name][0], 2)) for name in ADAPTED}, alpha=3.0)
+    halves = {"lora_A": lambda name: draw(2, shapes[name][1]), "lora_B": lambda name: draw(shapes[name][0], 2)}
+    tensors = {name.replace("weight", f"{half}.weight"): make(name) for name in ADAPTED for half, make in halves.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return read_lora(tmp_path / "lora.safetensors", alpha=3.0)
 
 
 def merged(path: Path, lora: Lora, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights of one rank: loaded, then adapted."""
     model = tiny_model().to(dtype)
     load_weights(model, path)
-    merge_lora(model, lora.adapters, lora.alpha)
-    return dict(model.named_parameters())
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, adapter in lora.adapters.items():
+            weights[name].copy_(weights[name].float() + adapter.delta(lora.alpha))
+    return weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,8 @@ from ranks import on_ranks
 from safetensors.torch import save_file
 from tiny import tiny_config
 
-from sonic.checkpoint.load import NO_LORA, shapes_of, without_memory
+from sonic.checkpoint.load import shapes_of, without_memory
+from sonic.checkpoint.lora import NO_LORA
 from sonic.checkpoint.weights import to_official
 from sonic.config import ModelConfig
 from sonic.parallel.context import context_of
@@ -42,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
     shapes = shapes_of(without_memory(deep_config()))
     rng, names = torch.Generator().manual_seed(0), list(shapes)
     for index in range(FILES):
-        stored = {to_official(name) or name: torch.rand(shapes[name], generator=rng) for name in names[index::FILES]}
+        stored = {to_official(name): torch.rand(shapes[name], generator=rng) for name in names[index::FILES]}
         save_file(stored, folder / f"model-{index}.safetensors")
     return folder
 

@@ -71,13 +71,13 @@ def test_text_features_of_another_length_or_damaged_ones_are_encoded_and_stored_
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     for _ in range(2):
-        assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
+        assert [checkpoint.reader(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
     files = sorted((tmp_path / "prompts").iterdir())
     assert len(files) == 2
     whole = [path.read_bytes() for path in files]
     for path in files:
         path.write_bytes(path.read_bytes()[:20])  # cut off
-    assert [checkpoint.rows("calm", length, torch.device("cpu")).shape[1] for length in (3, 5)] == [3, 5]
+    assert [checkpoint.reader(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
     assert [path.read_bytes() for path in files] == whole
 
 
@@ -85,11 +85,11 @@ def test_a_damaged_file_of_text_features_is_written_again(tmp_path, monkeypatch)
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(3, 4)])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     checkpoint = Checkpoint(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
-    rows = checkpoint.rows("calm", 3, torch.device("cpu"))
+    rows = checkpoint.reader(3, torch.device("cpu"))("calm")
     (file,) = (tmp_path / "prompts").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
-    assert torch.equal(checkpoint.rows("calm", 3, torch.device("cpu")), rows)
+    assert torch.equal(checkpoint.reader(3, torch.device("cpu"))("calm"), rows)
     assert file.read_bytes() == whole
 
 

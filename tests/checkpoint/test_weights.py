@@ -79,7 +79,7 @@ def spoiled(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("blocks.1.ffn.0.weight"), r"tensor blocks\.1\.ffn\.0\.weight is missing"),
+        (lambda tensors: tensors.pop("blocks.1.ffn.0.weight"), r"tensor blocks\.1\.ffn\.0\.weight of the model is missing"),
         (
             lambda tensors: tensors.update({"head.head.bias": torch.zeros(3)}),
             r"tensor head\.head\.bias has shape \[3\], the model needs \[64\]",

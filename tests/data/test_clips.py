@@ -127,7 +127,7 @@ def test_clips_at_another_rate_are_reported(latents, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("autoencoder_hash", "latents of another autoencoder"), ("speech_hash", "speech features of another encoder")]
+    ("name", "expected"), [("autoencoder_hash", "clips of another autoencoder"), ("speech_hash", "clips of another speech encoder")]
 )
 def test_clips_of_other_weights_are_reported(latents, name, expected, tmp_path):
     own = {"autoencoder_hash": "aaaa", "speech_hash": "bbbb"}

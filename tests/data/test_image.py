@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sonic.data.image import crop_around, crop_to_photo, cut, face_crop, load_image, load_portrait
+from sonic.data.image import crop_around, crop_to_photo, cut, face_crop, load_image, portrait_of
 from sonic.geometry import MOUTH_ANCHOR
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
@@ -146,13 +146,13 @@ def test_a_decompression_bomb_is_refused_unopened(tmp_path, monkeypatch):
 def test_an_impossible_face_box_is_refused(face_box, words, scene, tmp_path):
     Image.fromarray(scene).save(tmp_path / "scene.png")
     with pytest.raises(ValueError, match=words) as caught:
-        load_portrait(tmp_path / "scene.png", face_box)
+        portrait_of(load_image(tmp_path / "scene.png"), face_box)
     assert "face_box=[x,y,w,h]" in str(caught.value)
 
 
 def test_face_and_mouth_can_be_given(scene, tmp_path):
     Image.fromarray(scene).save(tmp_path / "scene.png")
-    portrait = load_portrait(tmp_path / "scene.png", [40, 30, 80, 90], [82, 101.5, 14, 0.1])
+    portrait = portrait_of(load_image(tmp_path / "scene.png"), [40, 30, 80, 90], [82, 101.5, 14, 0.1])
     assert portrait.face == FaceBox(40, 30, 80, 90) and portrait.mouth == Mouth(82, 101.5, 14, 0.1)
 
 
@@ -160,7 +160,7 @@ def test_face_and_mouth_can_be_given(scene, tmp_path):
 def test_an_impossible_mouth_is_refused(mouth, scene, tmp_path):
     Image.fromarray(scene).save(tmp_path / "scene.png")
     with pytest.raises(ValueError, match="mouth="):
-        load_portrait(tmp_path / "scene.png", [40, 30, 80, 90], mouth)
+        portrait_of(load_image(tmp_path / "scene.png"), [40, 30, 80, 90], mouth)
 
 
 def back(crop, xy):

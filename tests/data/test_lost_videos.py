@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from video_files import FPS, speech, talking, write
 
 from sonic.checkpoint.bundled import weights_hash
-from sonic.checkpoint.weights import read_tensors
+from sonic.checkpoint.tensor_files import survey
 from sonic.config import ModelConfig
 from sonic.data import clips, own_videos
 from sonic.data.clips import ClipDataset
@@ -126,7 +126,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DamagedShard, match=r"a\.safetensors is no shard"):
         read_metadata(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-10])
-    for read in (read_metadata, weights_hash, read_tensors):
+    for read in (read_metadata, weights_hash, survey):
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             read(tmp_path / "a.safetensors")
     for content in ("{", "[]", "{}", '{"clips": 3}'):

@@ -148,7 +148,7 @@ def test_clips_of_another_speech_encoder_are_refused_and_made_again(config, tmp_
         save_file(tensors, shard, metadata={**expected, "speech_hash": json.dumps(older)})
     clips.write_index(tmp_path, **{**index, "speech_hash": older})
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("video_*")}
-    with pytest.raises(ValueError, match=f"another encoder .*{older}.*{index['speech_hash']}.*in place"):
+    with pytest.raises(ValueError, match=f"another speech encoder .*{older}.*{index['speech_hash']}.*in place"):
         run_training(training(own, viseme_weight=0.0), tmp_path / "run")
     assert precompute(own, build_encoders, clip_hashes) == 2
     made = [name for name, modified in before.items() if (tmp_path / name).stat().st_mtime_ns != modified]

@@ -78,7 +78,7 @@ def test_each_clip_has_the_prompt_of_its_video(config):
     data = ClipDataset(config.folder, window=7)
     spoken, silent = (data[number, 0]["text"] for number in range(2))
     assert spoken.shape == silent.shape and not torch.equal(spoken, silent)
-    rows = Checkpoint.open(Path(config.model.weights)).rows("a person speaks to the camera", 12, torch.device("cpu"))[0]
+    rows = Checkpoint.open(Path(config.model.weights)).reader(12, torch.device("cpu"))("a person speaks to the camera")[0]
     torch.testing.assert_close(spoken[: len(rows)], rows, atol=1e-3, rtol=1e-3)
 
 
@@ -110,7 +110,7 @@ def test_clips_of_another_frame_rate_are_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "expected"), [("VAE", "latents of another autoencoder"), ("model.safetensors", "speech features of another encoder")]
+    ("file", "expected"), [("VAE", "clips of another autoencoder"), ("model.safetensors", "clips of another speech encoder")]
 )
 def test_clips_of_other_encoders_are_refused(config, file, expected, tmp_path):
     manifest = Path(config.model.weights) / "manifest.json"

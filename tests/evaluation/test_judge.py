@@ -7,13 +7,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from recordings import voice
+from recordings import save_speech, voice
 
 from sonic.cli import run_command
 from sonic.commands import judge_command
 from sonic.config import FaceLocationConfig, JudgeConfig
-from sonic.data.audio import envelope, load_speech, save_speech
-from sonic.data.video import Coding, VideoWriter
+from sonic.data.audio import envelope, load_speech
+from sonic.data.video import VideoWriter
 from sonic.evaluation.judge import judge, pauses, sound_fault
 from sonic.types import Speech
 
@@ -39,7 +39,7 @@ MOUTH = np.s_[72:90, 58:82]  # rows and columns
 def write_and_configure(folder, name, motion, fps=25, where=MOUTH):
     """A config for a video of the photograph whose mouth (or another part) is brighter by motion[k] grey levels in frame k."""
     photo = np.array(Image.open(folder / "face.png"))
-    with VideoWriter(folder / name, 160, 128, num_frames=len(motion), coding=Coding(fps=fps)) as writer:
+    with VideoWriter(folder / name, 160, 128, num_frames=len(motion), fps=fps) as writer:
         for strength in motion:
             frame = photo.astype(np.float32)
             frame[where] += strength

@@ -17,7 +17,6 @@ from sonic.data.video import VideoWriter, frames_at
 from sonic.families.wan import _over_patches
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
-from sonic.model.audio_tokens import Actors
 
 HALVES = ("left", "right")
 
@@ -65,13 +64,13 @@ def test_the_preview_refuses_masks_and_poses():
             open_inputs(compose(Entry("infer", InferConfig), [argv]))
 
 
-def test_masks_of_the_picture_become_actors_of_the_model():
+def test_a_mask_of_the_picture_counts_for_every_frame():
     model, frames = tiny_model(), 2
     given = conditions(frames)
     voices, masks = torch.randn(2, *given.audio.shape[1:]), torch.zeros(2, 1, 4, 4)
     masks[0, :, :, :2], masks[1, :, :, 2:] = 1, 1
     latents, time = torch.randn(1, 4, frames, 16, 16), torch.tensor([500.0])
-    expected = model(latents, time, given, actors=Actors(voices, masks.expand(-1, frames, -1, -1)))
+    expected = model(latents, time, replace(given, audio=voices, masks=masks.expand(-1, frames, -1, -1)))
     assert_close(model(latents, time, replace(given, audio=voices, masks=masks)), expected)
 
 

@@ -146,8 +146,8 @@ def test_what_needs_the_whole_recording_refuses_an_iterator(given, sentence):
 @pytest.mark.parametrize(
     ("chunks", "sentence"),
     [
-        ([], r"audio ends after 0.00 s, the shortest recording is 0.2 s"),
-        ([(np.zeros(900, np.float32), RATE)], r"audio ends after 0.06 s"),
+        ([], r"audio lasts 0.00 s, the shortest recording is 0.2 s"),
+        ([(np.zeros(900, np.float32), RATE)], r"audio lasts 0.06 s"),
         ([(np.full(9000, np.nan, np.float32), RATE)], "chunk 0 of audio holds numbers that are not finite"),
         (
             [(np.zeros(900, np.float32), RATE), (np.zeros(900, np.float32), 8000)],

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from sonic.config import SamplerConfig
 from sonic.inference.forwards import Forwards, open_forwards
 from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
-from sonic.model.trunk_inputs import ForwardRequest
+from sonic.model.execution import ForwardRequest
 from sonic.sampling.samplers import SAMPLERS
 from sonic.types import BlockSpan
 

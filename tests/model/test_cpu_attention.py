@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from sonic.model import attention, cpu_attention
-from sonic.model.cpu_attention import by_products
+from sonic.model import attention, cpu
+from sonic.model.cpu import by_products
 
 
 def softmax_attention(*rows: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def rows(rng):
 @pytest.mark.parametrize("scores", [1, 7, 30, 70, 200, 1 << 22])
 def test_it_is_softmax_attention_however_few_scores_are_held(scores, rows, monkeypatch):
     """One row at a time, some rows of a head, a head, some heads, all."""
-    monkeypatch.setattr(cpu_attention, "SCORES", scores)
+    monkeypatch.setattr(cpu, "SCORES", scores)
     assert_close(by_products(*rows), softmax_attention(*rows), atol=1e-5, rtol=1e-5)
 
 
@@ -37,7 +37,7 @@ def test_in_bfloat16_it_is_as_near_as_its_scores_are_rounded(rows):
 def test_attention_by_products_is_chosen_where_it_is_faster(able, chosen, rows, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     monkeypatch.setattr(attention, "by_products", lambda *given: "by products")
-    cpu_attention.products_are_faster.cache_clear()
+    cpu.products_are_faster.cache_clear()
     try:
         narrow = [each.bfloat16() for each in rows]
         assert (not torch.is_tensor(attention.sdpa(*narrow))) is chosen
@@ -47,7 +47,7 @@ def test_attention_by_products_is_chosen_where_it_is_faster(able, chosen, rows, 
             found = attention.sdpa(*given)
             assert torch.is_tensor(found) and found.requires_grad
     finally:
-        cpu_attention.products_are_faster.cache_clear()
+        cpu.products_are_faster.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

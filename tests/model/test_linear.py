@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from sonic.model.linear import Linear, linear, linear_gelu
+from sonic.model.cpu import Linear, linear, linear_gelu
 
 EXACT = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sonic.model.pointwise import RmsNorm, gelu
+from sonic.model.cpu import RmsNorm, gelu
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ranks import PRELOAD, on_ranks
 from tiny import spans_of
 from torch import nn
 
-from sonic.checkpoint.weights import LazyTensor
+from sonic.checkpoint.tensor_files import StoredTensor
 from sonic.cli import Entry, compose, run_command
 from sonic.config import OtherRank, Ranks, SamplerConfig
 from sonic.inference.batch import open_components
@@ -45,7 +45,7 @@ def broken() -> None:
     raise RuntimeError("the weights fell over")
 
 
-STAGES = {"moves": (AvatarDiT, "run_blocks"), "loads": (LazyTensor, "part")}  # what the victim is about
+STAGES = {"moves": (AvatarDiT, "run_blocks"), "loads": (StoredTensor, "part")}  # what the victim is about
 WAYS = {  # what happens to a rank in the middle of a video, and what is said of it
     "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "gives no more signs of life"),
     "freezes": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "gives no more signs of life"),

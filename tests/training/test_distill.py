@@ -9,11 +9,12 @@ from test_objectives import batch as batch
 from test_objectives import config_of
 from torch.testing import assert_close
 
+from sonic.checkpoint.load import fill
+from sonic.checkpoint.lora import read_lora
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.geometry import BlockSpan
 from sonic.inference.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import lora_alpha, merge_lora, read_lora
 from sonic.sampling.schedules import sigmas_of
 from sonic.training.build import save_weights
 from sonic.training.initial_weights import start_from
@@ -195,10 +196,11 @@ def test_exported_adapters_are_the_student_and_state_their_alpha(batch, tmp_path
     objective = away(made("consistency"))
     path = tmp_path / "student.safetensors"
     save_weights(objective.export(objective.roles["student"].state_dict()), path, objective.metadata)
-    assert lora_alpha(path) == LORA.alpha
+    assert read_lora(path).alpha == LORA.alpha
     alone = AvatarDiT(objective.model_config)
     alone.load_state_dict({n: w for n, w in objective.modules["base"].state_dict().items() if "adapters" not in n})
-    merge_lora(alone, read_lora(path), lora_alpha(path))
+    save_weights(alone.state_dict(), tmp_path / "base.safetensors")
+    fill(alone, tmp_path / "base.safetensors", lora=read_lora(path))
     given, noise = conditions_of(batch, objective.model_config), batch["latents"]
     with objective.networks.use_role("student") as model, torch.no_grad():
         expected = model.forward_blocks(noise, torch.full((2,), 700.0), given)

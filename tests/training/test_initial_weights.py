@@ -15,7 +15,7 @@ from test_engines import launched
 from test_objectives import config_of
 from torch.testing import assert_close
 
-from sonic.checkpoint import weights as weights_module
+from sonic.checkpoint import tensor_files
 from sonic.checkpoint.converted import FORMAT
 from sonic.checkpoint.load import without_memory
 from sonic.checkpoint.weights import save_weights
@@ -82,12 +82,12 @@ def config(goal, ready, clips, **speed):
 
 def train_here(folder, settings, export=""):
     """Train, and count the bytes read from the file; runs on every rank."""
-    read, part = [], weights_module.LazyTensor.part
-    weights_module.LazyTensor.part = lambda stored, index: read.append(part(stored, index)) or read[-1]
+    read, part = [], tensor_files.StoredTensor.part
+    tensor_files.StoredTensor.part = lambda stored, index: read.append(part(stored, index)) or read[-1]
     try:
         run_training(replace(settings, export=export), Path(folder))
     finally:
-        weights_module.LazyTensor.part = part
+        tensor_files.StoredTensor.part = part
     return sum(tensor.numel() for tensor in read)
 
 

@@ -55,11 +55,3 @@ def test_weights_in_half_precision_accept_float32_pictures():
 def test_frames_that_would_be_lost_are_refused(vae):
     with pytest.raises(ValueError, match="12 frames"):
         vae.encode(torch.zeros(1, 3, 12, 16, 16))
-
-
-def test_a_damaged_file_is_named(vae, tmp_path):
-    (tmp_path / "vae.pth").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"vae\.pth is damaged"):
-        vae.load(tmp_path / "vae.pth")
-    with pytest.raises(ValueError, match="does not exist"):
-        vae.load(tmp_path / "other.pth")

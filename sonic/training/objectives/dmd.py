@@ -16,9 +16,8 @@ from torch import Tensor
 
 from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import LOCAL, Execution
+from sonic.model.execution import LOCAL, BlockInputs, Execution
 from sonic.model.kv_cache import KVCache
-from sonic.model.trunk_inputs import BlockInputs
 from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DmdConfig

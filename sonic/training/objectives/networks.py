@@ -8,10 +8,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from sonic.checkpoint.lora import ALPHA, peft_name
 from sonic.config import AdapterConfig, ModelConfig
-from sonic.model.adapters import Adapters, export_adapters
+from sonic.model.adapters import Adapters
 from sonic.model.dit import AvatarDiT
-from sonic.model.lora import ALPHA
 
 STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
 Make = Callable[[ModelConfig], AvatarDiT]  # builds a transformer, perhaps on the meta device
@@ -46,7 +46,7 @@ class SharedBase:
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapters in peft's format."""
-        return export_adapters(weights)
+        return {peft_name(name): tensor for name, tensor in weights.items()}
 
 
 class OwnModels:

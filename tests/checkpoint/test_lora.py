@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from torch.testing import assert_close
 
-from sonic.model.lora import ALPHA as STORED_ALPHA
-from sonic.model.lora import USUAL_ALPHA, lora_alpha, merge_lora, read_lora
+from sonic.checkpoint.load import fill
+from sonic.checkpoint.lora import ALPHA as STORED_ALPHA
+from sonic.checkpoint.lora import USUAL_ALPHA, read_lora
+from sonic.checkpoint.weights import save_weights
 
 RANK, ALPHA = 2, 6.0
 MODULE = "blocks.0.self_attn.q"
@@ -19,6 +21,12 @@ def pair(model, module=MODULE, *, pattern="{module}.{role}.weight"):
     dim = model.config.trunk.hidden_dim
     halves = {"lora_A": torch.randn(RANK, dim), "lora_B": torch.randn(dim, RANK)}
     return {pattern.format(module=module, role=role): tensor for role, tensor in halves.items()}
+
+
+def merge_lora(model, folder):
+    """Fill the model with its own weights and the adapter in `folder`."""
+    save_weights(model, folder / "weights.safetensors")
+    fill(model, folder / "weights.safetensors", lora=read_lora(folder / "lora.safetensors", ALPHA))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,7 @@ def test_every_spelling_of_a_key_is_merged(pattern, module, tmp_path):
     tensors = pair(model, module, pattern=pattern)
     save_file(tensors, tmp_path / "lora.safetensors")
     before, other = model.blocks[0].self_attention.to_q.weight.clone(), model.blocks[0].self_attention.to_k.weight.clone()
-    merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+    merge_lora(model, tmp_path)
     down, up = tensors.values()
     assert_close(model.blocks[0].self_attention.to_q.weight, before + ALPHA / RANK * up @ down)
     assert torch.equal(model.blocks[0].self_attention.to_k.weight, other)
@@ -51,14 +59,14 @@ def test_a_weight_in_bfloat16_is_rounded_once_after_it_is_merged(tmp_path):
     weight = model.blocks[0].self_attention.to_q.weight
     down, up = (tensor.float() for tensor in tensors.values())
     expected = (weight.float() + ALPHA / RANK * up @ down).bfloat16()
-    merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+    merge_lora(model, tmp_path)
     assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize(("stored", "alpha"), [({STORED_ALPHA: "12"}, 12.0), ({}, USUAL_ALPHA), (None, USUAL_ALPHA)])
 def test_the_strength_is_the_one_that_the_file_states_or_the_usual_one(stored, alpha, tmp_path):
     save_file(pair(tiny_model()), tmp_path / "lora.safetensors", metadata=stored)
-    assert lora_alpha(tmp_path / "lora.safetensors") == alpha
+    assert read_lora(tmp_path / "lora.safetensors").alpha == alpha
 
 
 def test_a_lora_of_another_model_changes_nothing_and_names_the_tensors_that_do_not_fit(tmp_path):
@@ -66,7 +74,7 @@ def test_a_lora_of_another_model_changes_nothing_and_names_the_tensors_that_do_n
     save_file({**pair(model), **pair(model, "blocks.77.self_attn.q")}, tmp_path / "lora.safetensors")
     before = model.blocks[0].self_attention.to_q.weight.clone()
     with pytest.raises(ValueError, match=r"1 of 2 .*blocks\.77"):
-        merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+        merge_lora(model, tmp_path)
     assert torch.equal(model.blocks[0].self_attention.to_q.weight, before)
 
 
@@ -76,7 +84,7 @@ def test_a_lora_of_another_width_names_both_shapes(tmp_path):
         {f"{MODULE}.lora_A.weight": torch.zeros(RANK, 7), f"{MODULE}.lora_B.weight": torch.zeros(5, RANK)}, tmp_path / "lora.safetensors"
     )
     with pytest.raises(ValueError, match=r"\[5, 7\]"):
-        merge_lora(model, read_lora(tmp_path / "lora.safetensors"), ALPHA)
+        merge_lora(model, tmp_path)
 
 
 @pytest.mark.parametrize("left_over", [{"something.else": torch.zeros(1)}, {"blocks.1.self_attn.q.lora_A.weight": torch.zeros(2, 4)}])
@@ -114,5 +122,5 @@ def test_a_missing_or_truncated_adapter_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_lora(tmp_path / "lora.safetensors")
     (tmp_path / "lora.safetensors").write_bytes(b"123")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cut short or not safetensors"):
         read_lora(tmp_path / "lora.safetensors")

@@ -1,0 +1,108 @@
+"""Low-rank adapters in files of peft's format: reading them, and the names under which ours are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sonic.checkpoint.tensor_files import StoredTensor, survey
+from sonic.checkpoint.weights import to_official, to_ours
+from sonic.model.adapters import DOWN, SLASH, UP
+
+PREFIX = "base_model.model."
+PUBLISHED = "liveavatar.safetensors"
+ALPHA, USUAL_ALPHA = "alpha", 64.0  # the metadata key of alpha in our files; the alpha that published adapters were trained with
+SHOWN = 5  # number of names that an error lists
+
+
+class Adapter(NamedTuple):
+    """The low-rank change of one weight: scale · up @ down, with down [rank,in] and up [out,rank], which are read when they are used."""
+
+    down: StoredTensor
+    up: StoredTensor
+
+    def delta(self, alpha: float) -> Tensor:
+        """alpha / rank · up @ down, in float32.  -> [out, in]"""
+        return (alpha / self.down.shape[0]) * (self.up.whole().float() @ self.down.whole().float())
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters by our names of the weights that they change, the alpha that they were trained with, and their file."""
+
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    alpha: float = 0.0
+    file: Path | None = None
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError unless the model has a weight of the right shape for every adapter."""
+        lacking = [name for name in self.adapters if name not in shapes]
+        if lacking:
+            share = f"{len(lacking)} of {len(self.adapters)}"
+            raise ValueError(f"the lora adapts {share} weights that the model lacks: {_listed(lacking)}; use the lora of this model")
+        for name, (down, up) in self.adapters.items():
+            ours, wanted = [up.shape[0], down.shape[1]], list(shapes[name])
+            if ours != wanted:
+                raise ValueError(f"the lora's {name} is for a weight of shape {ours}, the model's has {wanted}; use the lora of this model")
+
+
+NO_LORA = Lora()
+
+
+def read_lora(path: str | Path, alpha: float = 0.0) -> Lora:
+    """The adapters in a file, or in the published file of a folder. Source: LoRA, arXiv 2106.09685.
+
+    Without `alpha` it is the one in the file's metadata, or else USUAL_ALPHA. Keys may begin with `base_model.model.` and contain an
+    adapter's name (`.default`); modules may have official names or ours.
+    Raises ValueError when the file cannot be read, holds a tensor that is not one of a pair, or two for the same weight.
+    """
+    path = Path(path) / PUBLISHED if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"lora {path} does not exist; give the path of a safetensors file in peft's format")
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    unpaired = []
+    for name, stored in survey(path).items():
+        module, role = _split(name)
+        if not role:
+            unpaired.append(name)
+            continue
+        weight = to_ours(f"{module}.weight")
+        if (other := halves.setdefault(weight, {}).setdefault(role, stored)) is not stored:
+            raise ValueError(f"lora {path} holds {other.name} and {name}, both for {weight}; give a file with one adapter")
+    for pair in halves.values():
+        if len(pair) < 2 or pair[DOWN].shape[0] != pair[UP].shape[1]:
+            unpaired.append(_split(next(iter(pair.values())).name)[0])
+    if unpaired or not halves:
+        raise ValueError(
+            f"lora {path} holds no whole pair of {DOWN} and {UP} for: {_listed(unpaired or ['anything'])}; give a file in peft's format"
+        )
+    adapters = {weight: Adapter(pair[DOWN], pair[UP]) for weight, pair in halves.items()}
+    with safe_open(str(path), framework="pt") as file:
+        return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path)
+
+
+def peft_name(name: str) -> str:
+    """peft's name of an adapter tensor, built from the module's official name where it has one."""
+    path, role, _ = name.rsplit(".", 2)
+    assert role in (DOWN, UP), name
+    official = to_official(f"{path.replace(SLASH, '.')}.weight").removesuffix(".weight")
+    return f"{PREFIX}{official}.{role}.weight"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "base_model.model.blocks.0.q.lora_A.default.weight" -> ("blocks.0.q", "lora_A"); ("", "") for anything else."""
+    words = name.removeprefix(PREFIX).split(".")
+    for role in (DOWN, UP):
+        if role in words and words[-1] == "weight" and len(words) - words.index(role) in (2, 3):
+            return ".".join(words[: words.index(role)]), role
+    return "", ""
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
