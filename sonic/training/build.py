@@ -26,7 +26,7 @@ from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
 from sonic.training.clip_encoders import hashes_of
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
-from sonic.training.engine import Engine, LocalEngine
+from sonic.training.engine import Engine
 from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.initial_weights import begin_adapters, start_from
 from sonic.training.log import RunLog
@@ -52,7 +52,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
+ENGINES: dict[str, Callable[..., Engine]] = {"local": Engine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
 
 
 def run_training(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,51 +17,19 @@ from sonic.model.dit import AvatarDiT
 from sonic.parallel.mesh import World
 from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
-from sonic.training.ema import Ema
 from sonic.training.objectives import Objective
-from sonic.training.optim import adamw
-from sonic.training.train_config import OptimConfig, TrainConfig
+from sonic.training.optim import Ema, adamw, allocate_moments
+from sonic.training.train_config import TrainConfig
 
 EXPORTED = "student"
 
 
-class Engine(Protocol):
-    """The interface of an engine to the training loop."""
-
-    world: World
-
-    def allocate(self, objective: Objective) -> None: ...
-
-    def prepare(self, objective: Objective) -> None: ...
-
-    def precision(self) -> AbstractContextManager: ...
-
-    def backward(self, role: str, loss: Tensor) -> None: ...
-
-    def step(self, role: str, *, rate: float, step: int) -> Tensor: ...
-
-    def weights(self) -> dict[str, Tensor]: ...
-
-    def save(self, step: int, metadata: dict) -> None: ...
-
-    def load(self) -> dict: ...
-
-    def settle(self) -> None: ...
-
-
-class LocalEngine:
-    """Training in one process on one device, with unsharded float32 parameters."""
+class Engine:
+    """Training in one process on one device, with unsharded float32 parameters; the base of the other engines."""
 
     def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
         self.config, self.world = config, world
-        if world.ranks > 1 and type(self) is LocalEngine:
-            raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, world=world)
-
-    @property
-    def optim(self) -> OptimConfig:
-        """The optimizer's options."""
-        return self.config.optim
 
     def allocate(self, objective: Objective) -> None:
         """Allocate memory for transformers on the meta device, before their weights are loaded."""
@@ -79,8 +46,10 @@ class LocalEngine:
                 recompute_layers(module)
         for module in self.roles.values():
             module.train()
-        self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
-        self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
+        self.optimizers = {role: adamw(module.parameters(), self.config.optim) for role, module in self.roles.items()}
+        for role, optimizer in self.optimizers.items():
+            allocate_moments(optimizer, trainable(self.roles[role]).values())
+        self.ema = Ema(trainable(self.roles[EXPORTED]), self.config.optim.ema_decay)
 
     def to_device(self, module: nn.Module) -> None:
         """Move a module to the device, unsharded."""
@@ -99,13 +68,13 @@ class LocalEngine:
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
         """Take an optimizer step of `role` at learning rate `rate`, unless the gradients are not finite. Returns their norm."""
-        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.optim.clip_norm)
+        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.config.optim.clip_norm)
         if torch.isfinite(norm):
             for group in self.optimizers[role].param_groups:
                 group["lr"] = rate
             self.optimizers[role].step()
             if role == EXPORTED:
-                self.ema.update(self.roles[EXPORTED], step)
+                self.ema.update(step)
         for module in self.roles.values():
             module.zero_grad(set_to_none=True)
         return norm
@@ -113,8 +82,8 @@ class LocalEngine:
     def weights(self) -> dict[str, Tensor]:
         """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
         found = {}
-        for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
-            gathered = whole(tensor)  # one at a time, because all of them together may not fit
+        for name, tensor in self.roles[EXPORTED].state_dict().items():
+            gathered = whole(self.ema.averages.get(name, tensor))  # one at a time, because all of them together may not fit
             if self.world.main:
                 found[name] = gathered.cpu()
         return found
@@ -128,35 +97,28 @@ class LocalEngine:
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Load the newest valid checkpoint (checkpoint.resume=auto), or the named one and rename those that are newer. Returns its
-        metadata; {} = the training starts from the beginning."""
-        resume = self.config.checkpoint.resume
-        if resume == "auto":
-            return self.checkpoints.load(self._to_fill)
-        metadata = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
-        self.checkpoints.leave_behind(int(metadata.get("step", 0)))
-        return metadata
+        """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
+        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._take)
 
     def _state(self) -> State:
         """Trainable weights, their averages and optimizer moments. Frozen weights are not saved: they come from the weights file."""
         tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
         for role, module in self.roles.items():
-            frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+            learning = trainable(module)
+            frozen = {name for name, _ in module.named_parameters()} - set(learning)
             tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
-            for name, parameter in module.named_parameters():
-                adam_moments = self.optimizers[role].state.get(parameter, {})
+            for name, parameter in learning.items():
+                adam_moments = self.optimizers[role].state[parameter]
                 tensors |= {f"moments.{role}.{name}.{key}": value for key, value in adam_moments.items()}
         return tensors
 
-    def _to_fill(self, names: set[str]) -> State:
-        """Tensors to load a checkpoint into: the state, and the optimizer moments that the checkpoint has."""
-        for role, module in self.roles.items():
-            for name, parameter in module.named_parameters():
-                start, memory = f"moments.{role}.{name}.", self.optimizers[role].state
-                for key in sorted(found.removeprefix(start) for found in names if found.startswith(start)):
-                    empty = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
-                    memory[parameter].setdefault(key, empty)
-        return self._state()
+    def _take(self, state: State) -> None:
+        """Use a loaded state. Here its tensors are the very ones that train."""
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def transformers(objective: Objective) -> list[AvatarDiT]:

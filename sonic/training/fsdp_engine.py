@@ -9,11 +9,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from sonic.model.dit import ENTRY_POINTS
 from sonic.parallel.fsdp import Sharding
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
-from sonic.training.engine import LocalEngine, is_sharded, transformers
+from sonic.training.engine import Engine, is_sharded, transformers
 from sonic.training.objectives import Objective
 
 
-class ShardedEngine(LocalEngine):
+class ShardedEngine(Engine):
     """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
@@ -31,7 +31,7 @@ class ShardedEngine(LocalEngine):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
 
     def prepare(self, objective: Objective) -> None:
-        """Shard transformers that are not sharded yet, then as LocalEngine. Weights loaded before must be equal on all processes."""
+        """Shard transformers that are not sharded yet, then as Engine. Weights loaded before must be equal on all processes."""
         self.allocate(objective)
         super().prepare(objective)
 
@@ -45,7 +45,7 @@ class ShardedEngine(LocalEngine):
                 part._buffers[name] = buffer.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
-        """As LocalEngine, after averaging the gradients and buffers of replicated modules over all processes."""
+        """As Engine, after averaging the gradients and buffers of replicated modules over all processes."""
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)
