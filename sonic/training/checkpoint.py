@@ -21,6 +21,7 @@ from sonic.system.heartbeat import heartbeat, pause_watchdog
 
 LOG = logging.getLogger(__name__)
 METADATA, TEMPORARY, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
+OPTIONAL = "moments."  # older checkpoints lack the optimizer moments of weights that no gradient has reached; they are zero
 
 State = dict[str, Tensor]
 
@@ -53,10 +54,10 @@ class Checkpoints:
         self.world.wait()
 
     def load(self, resume: str, state_of: Callable[[], State], take: Callable[[State], None]) -> dict:
-        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto), or from the named one, and give them to `take`.
+        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto) or the named one, and give them to `take`.
 
-        If one is named, newer ones are renamed. Returns the metadata; {} = the training starts from the beginning. Raises ValueError when the named
-        one is damaged, or the checkpoint is of another model.
+        Checkpoints newer than a named one are renamed. Returns the metadata; {} = the training starts from the beginning. Raises
+        ValueError when the named checkpoint is damaged, or the checkpoint is of another model.
         """
         found = self.world.from_first_rank(self._chosen(resume) if self.world.main else None)
         if isinstance(found, str):
@@ -87,11 +88,14 @@ class Checkpoints:
         return self.folder, {}
 
     def _fill(self, state: State, checkpoint: Path) -> None:
+        unfit = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
+        stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+        if missing := sorted(name for name in state if name not in stored and not name.startswith(OPTIONAL)):
+            raise ValueError(unfit.format(f"it lacks {missing[0]} and {len(missing) - 1} more"))
         try:
-            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
+            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(allow_partial_load=True), no_dist=self.world.ranks == 1)
         except (CheckpointException, ValueError) as error:
-            way_out = "use a new name=, or the recipe that wrote it"
-            raise ValueError(f"checkpoint {checkpoint} is of another model or objective ({_last_line(error)}); {way_out}") from error
+            raise ValueError(unfit.format(_last_line(error))) from error
 
     def _leave_behind(self, step: int) -> None:
         """Rename the checkpoints of steps after `step`, from which training continues, so that they do not count as the newest."""
