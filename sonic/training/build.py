@@ -31,7 +31,8 @@ from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.initial_weights import begin_adapters, start_from
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
-from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch
+from sonic.training.objectives import OBJECTIVES
+from sonic.training.objectives.objective import Batch
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
 from sonic.training.world import batch_share, join_world
@@ -79,14 +80,14 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
         dataset.check(config.model, hashes_of)
     engine = engine_of(config, world, folder)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
-    made = {"make": without_memory, "execution": execution} if config.objective.name in TAKES_MAKE else {}
-    objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
+    kind = pick(OBJECTIVES, config.objective.name, "objective.name")
+    objective = kind(config, dataset, make=without_memory, execution=execution)
     engine.allocate(objective)
     for model in objective.pretrained:
         fill(model, transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective.roles["student"], named_weights(config.init_from), objective.metadata)
+        start_from(objective, named_weights(config.init_from))
     look = sample_maker(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,8 @@ def sized(config: TrainConfig) -> TrainConfig:
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """Build the engine of speed.engine; auto = local for one process, fsdp for several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if name == "local" and world.ranks > 1:
+        raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
     if name != "local" and world.mesh is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")

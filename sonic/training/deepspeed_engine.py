@@ -20,8 +20,9 @@ from sonic.model.dit import AvatarDiT
 from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
-from sonic.training.engine import EXPORTED, Engine, recompute_layers, trainable, transformers, whole
-from sonic.training.objectives import Objective
+from sonic.training.engine import Engine, recompute_layers, trainable, transformers, whole
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Objective
 from sonic.training.optim import MOMENTS, Ema, adamw, allocate_moments
 from sonic.training.train_config import TrainConfig
 
@@ -91,13 +92,13 @@ class ZeroEngine(Engine):
             group["lr"] = rate
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
-        if role == EXPORTED and torch.isfinite(norm):
+        if role == STUDENT and torch.isfinite(norm):
             self.ema.update(step)
         return norm
 
     def weights(self) -> dict[str, Tensor]:
         """The student's averaged weights, unsharded, by its parameter names, on the main process; {} on the others."""
-        found, module = {}, self.roles[EXPORTED]
+        found, module = {}, self.roles[STUDENT]
         parameters, learning = dict(module.named_parameters()), trainable(module)
         for name, value in module.state_dict().items():
             value = _read(learning[name], AVERAGE) if name in learning else _unsharded(parameters.get(name, value))
@@ -138,7 +139,7 @@ class ZeroEngine(Engine):
             flat = _flat_weights(engine)
             memory = engine.optimizer.optimizer
             allocate_moments(memory, flat)
-            if role == EXPORTED:
+            if role == STUDENT:
                 self.ema = Ema(dict(enumerate(flat)), self.config.optim.ema_decay)
                 for number, weights in enumerate(flat):
                     memory.state[weights][AVERAGE] = self.ema.averages[number]
@@ -151,7 +152,7 @@ class ZeroEngine(Engine):
             for name, parameter in trainable(module).items():
                 yield f"weights.{role}.{name}", parameter, ""
                 yield from ((f"moments.{role}.{name}.{key}", parameter, key) for key in MOMENTS)
-                if role == EXPORTED:
+                if role == STUDENT:
                     yield f"average.{name}", parameter, AVERAGE
 
     def _state(self) -> State:

@@ -17,11 +17,10 @@ from sonic.model.dit import AvatarDiT
 from sonic.parallel.mesh import World
 from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
-from sonic.training.objectives import Objective
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Objective
 from sonic.training.optim import Ema, adamw, allocate_moments
 from sonic.training.train_config import TrainConfig
-
-EXPORTED = "student"
 
 
 class Engine:
@@ -49,7 +48,7 @@ class Engine:
         self.optimizers = {role: adamw(module.parameters(), self.config.optim) for role, module in self.roles.items()}
         for role, optimizer in self.optimizers.items():
             allocate_moments(optimizer, trainable(self.roles[role]).values())
-        self.ema = Ema(trainable(self.roles[EXPORTED]), self.config.optim.ema_decay)
+        self.ema = Ema(trainable(self.roles[STUDENT]), self.config.optim.ema_decay)
 
     def to_device(self, module: nn.Module) -> None:
         """Move a module to the device, unsharded."""
@@ -73,7 +72,7 @@ class Engine:
             for group in self.optimizers[role].param_groups:
                 group["lr"] = rate
             self.optimizers[role].step()
-            if role == EXPORTED:
+            if role == STUDENT:
                 self.ema.update(step)
         for module in self.roles.values():
             module.zero_grad(set_to_none=True)
@@ -82,7 +81,7 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
         found = {}
-        for name, tensor in self.roles[EXPORTED].state_dict().items():
+        for name, tensor in self.roles[STUDENT].state_dict().items():
             gathered = whole(self.ema.averages.get(name, tensor))  # one at a time, because all of them together may not fit
             if self.world.main:
                 found[name] = gathered.cpu()

@@ -10,7 +10,7 @@ from sonic.model.dit import ENTRY_POINTS
 from sonic.parallel.fsdp import Sharding
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
 from sonic.training.engine import Engine, is_sharded, transformers
-from sonic.training.objectives import Objective
+from sonic.training.objectives.objective import Objective
 
 
 class ShardedEngine(Engine):

@@ -17,7 +17,7 @@ from sonic.system.files import save_tensors
 from sonic.training.engine import Engine
 from sonic.training.guard import Guard
 from sonic.training.log import RunLog, SampleMaker
-from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.optim import rate
 from sonic.training.train_config import TrainConfig
 from sonic.training.world import batch_share
@@ -116,7 +116,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
             if last or world.from_first_rank(_due(config, step, saved_at)):
-                totals = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": sums}
+                totals = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": dict(sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved_at = time.monotonic()
     engine.settle()

@@ -19,13 +19,13 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.kv_cache import KVCache
 from sonic.model.trunk_inputs import BlockInputs
-from sonic.sampling.path import expand_like, interpolate
+from sonic.sampling.path import interpolate
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DmdConfig
-from sonic.training.objectives import Batch, Losses
-from sonic.training.objectives.distill import Distillation, motion_ratio
-from sonic.training.objectives.flow_match import clip_error, conditions_of, need_blocks
-from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER, Make
+from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
+from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
+from sonic.training.objectives.objective import Batch, Losses
+from sonic.training.objectives.transformer import conditions_of, need_blocks
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions
 
@@ -50,10 +50,12 @@ class DistributionMatching(Distillation):
     """Trains the student and the critic, the critic more often."""
 
     config: DmdConfig
+    learners = (STUDENT, CRITIC)
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
+    def build(self, config: TrainConfig, dataset: object) -> None:
+        """Raises ValueError when the clips of the dataset do not fit the options."""
         need_blocks(config, dataset)  # the student rolls out by blocks, whatever the teacher's attention span
-        super().__init__(config, dataset, (STUDENT, CRITIC), make=make, execution=execution)
+        super().build(config, dataset)
         self.rates = {CRITIC: self.config.critic_rate}
 
     def turn(self, step: int) -> Sequence[str]:
@@ -85,20 +87,17 @@ class DistributionMatching(Distillation):
     def _critic(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]
         noisy, noise, sigma = self._noised(generated, rng)
-        level, cap = expand_like(sigma, generated), self.config.error.weight_cap
         with self.networks.use_role(CRITIC):
             v = self.velocity(CRITIC, start.conditions, start.first_block)(noisy, sigma)
-            prediction, _ = self.target(noisy - level * v, noisy + (1 - level) * v, level, cap=cap)
-            target, weight = self.target(generated, noise, level, cap=cap)
-            yield clip_error(prediction, target, weight, cells=self.cells, config=self.config.error)
+            yield self.error(self.head_prediction(noisy, v, sigma), generated, noise, sigma)
 
     def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]
-        pull = self._pull(start, generated, rng)
-        figures = {"pull": pull.abs().mean(), "liveliness": motion_ratio(rolled.clean[-1], batch["latents"])}
+        gradient = self._gradient(start, generated, rng)
+        figures = {"dmd_gradient": gradient.abs().mean(), "motion_ratio": motion_ratio(rolled.clean[-1], batch["latents"])}
         block = self.model_config.rollout.block_frames
         if start.anchor is not None:
-            pull[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
+            gradient[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
         with self.networks.use_role(STUDENT) as model:
             cache = _cache(model, start, self.execution)
             for index, part in enumerate(_parts(generated.shape[2], block)):
@@ -106,18 +105,18 @@ class DistributionMatching(Distillation):
                 clean = _clean(
                     model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step], execution=self.execution
                 )
-                aim = (clean - pull[:, :, part]).detach()
+                aim = (clean - gradient[:, :, part]).detach()
                 yield 0.5 * (clean - aim).square().sum() / generated.numel(), figures
 
     @torch.no_grad()
-    def _pull(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
+    def _gradient(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
         """The DMD gradient: the critic's minus the teacher's clean prediction, normalised by the teacher's mean error.  [B,C,T,h,w]"""
         noisy, _, sigma = self._noised(generated, rng)
-        level = expand_like(sigma, generated)
-        fake, real = (noisy - level * self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
+        critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
+        (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        pull = (fake - real) / size
-        return pull if self.cells is None else pull * self.cells.to(pull)
+        gradient = (fake - real) / size
+        return gradient if self.cells is None else gradient * self.cells.to(gradient)
 
 
 def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution = LOCAL) -> Rolled:
