@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.converted import Checkpoint
@@ -35,7 +36,7 @@ from sonic.training.objectives import OBJECTIVES
 from sonic.training.objectives.objective import Batch
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
-from sonic.training.world import batch_share, join_world
+from sonic.training.world import join_world
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -95,20 +96,16 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     outcome = train(TrainingRun(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
-        path, size = Path(config.export), sum(t.numel() for t in weights.values())
-        card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
+        path, halves = Path(config.export), {name: _half(tensor) for name, tensor in weights.items()}
+        if not outcome.made and path.with_suffix(".md").is_file() and _holds(path, halves):
+            LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
+            return outcome
+        size = sum(tensor.numel() for tensor in halves.values())
+        card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
         with pause_watchdog():  # writing may take any time
-            _export(path, weights, card, metadata=objective.metadata, trained=outcome.made > 0)
+            save_weights(halves, path, objective.metadata)
+            path.with_suffix(".md").write_text(card)
     return outcome
-
-
-def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata: Mapping[str, str], trained: bool) -> None:
-    """Write weights and their card; both stay as they are when this run made no step and the file holds the same weights."""
-    if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
-        LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
-        return
-    save_weights(weights, path, metadata)
-    path.with_suffix(".md").write_text(card)
 
 
 def sized(config: TrainConfig) -> TrainConfig:
@@ -133,7 +130,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
 
 def check_shares(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless every process, or group of processes that share tokens, gets the same number of batches per step."""
-    accumulate, ranks, size = config.budget.accumulate, batch_share(world).count, config.budget.batch_size
+    accumulate, ranks, size = config.budget.accumulate, world.size("layers"), config.budget.batch_size
     if accumulate % ranks:
         processes = "processes" if config.speed.context == 1 else f"rows of {config.speed.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
@@ -145,16 +142,15 @@ def check_shares(config: TrainConfig, world: World) -> None:
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """A function that gives this process's batches after the first `start` batches of all processes together."""
-    speed, share = config.speed, batch_share(world)
-    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, rank=share.index, ranks=share.count)
+    speed, share = config.speed, {"rank": world.coordinate("layers"), "ranks": world.size("layers")}
+    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write weights in half precision, with the file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    halves = {name: _half(tensor) for name, tensor in weights.items()}
-    save_tensors(halves, path, metadata or {})
+    save_tensors({name: _half(tensor) for name, tensor in weights.items()}, path, metadata or {})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,26 +158,19 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a file contains exactly these weights."""
-    if not path.is_file():
-        return False
+    """Whether a file contains exactly these weights; a damaged one does not."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
-    except SafetensorError:  # a damaged file is written again
+        found = load_file(path)
+    except (FileNotFoundError, SafetensorError):
         return False
-
-
-def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
-    """The seed of the data: that of the clips' index (None for clips of videos), else the run's."""
-    return dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed
+    return found.keys() == weights.keys() and all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
 def describe(
-    config: TrainConfig, outcome: TrainingResult, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
+    config: TrainConfig, outcome: TrainingResult, dataset: Dataset, *, parameters: int, origin: tuple[str, str], device: torch.device
 ) -> str:
-    """The text of the card beside exported weights. origin = (git commit, command); seed of the data, or None."""
+    """The text of the card beside exported weights. origin = (git commit, command)."""
+    seed = dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed  # None for clips of videos
     commit, command = origin
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu

@@ -16,7 +16,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from sonic.model.adapters import AdaptedLinear
-from sonic.model.dit import AvatarDiT
 from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
@@ -60,7 +59,7 @@ class ZeroEngine(Engine):
                 self.to_device(module)
         self.engines = {}
         for role, module in self.roles.items():
-            stage = self.stage if _transformers(module) else 2
+            stage = self.stage if transformers([module]) else 2
             self.engines[role] = self._engine(module, stage, optimizer=adamw(module.parameters(), self.config.optim))
             self.sharded += [self.engines[role]] if stage == 3 else []
             module.train()
@@ -193,29 +192,26 @@ class Zero3Engine(ZeroEngine):
 
     def allocate(self, objective: Objective) -> None:
         """Allocate a transformer on the meta device module by module and keep this process's slices; adapters are not sharded."""
-        for model in transformers(objective):
+        from deepspeed.runtime.zero import Init
+
+        for model in transformers(objective.modules.values()):
             if not any(weight.is_meta for weight in model.parameters()):
                 continue
             with _without_adapters(model) as adapters:
                 if self.config.speed.precision == "bfloat16":
                     model.bfloat16()
                 for module in reversed(list(model.modules())):  # submodules first, because DeepSpeed also visits the submodules of a module
-                    self._slice_up(module)
+                    if list(module.parameters(recurse=False)):
+                        module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
+                        Init(module=module, config_dict_or_path=self._settings(3))
             adapters.to_empty(device="cpu")
-
-    def _slice_up(self, module: nn.Module) -> None:
-        from deepspeed.runtime.zero import Init
-
-        if list(module.parameters(recurse=False)):
-            module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
-            Init(module=module, config_dict_or_path=self._settings(3))
 
 
 def _check_installed(engine: str, device: torch.device) -> None:
     """Raise ValueError unless DeepSpeed is installed. Selects its CPU backend when training on the CPU of a machine with a GPU."""
     try:
+        from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-        from deepspeed.accelerator.real_accelerator import set_accelerator
     except ImportError:
         raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install deepspeed; fsdp needs nothing") from None
     from deepspeed.utils import logger
@@ -224,10 +220,6 @@ def _check_installed(engine: str, device: torch.device) -> None:
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
         use_gloo()
-
-
-def _transformers(module: nn.Module) -> list[AvatarDiT]:
-    return [part for part in module.modules() if isinstance(part, AvatarDiT)]
 
 
 def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
@@ -255,7 +247,7 @@ def _begin_pass(engine: Any) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator().reset_step()
-    read = [weight for model in _transformers(engine.module) for weight in (model.roles.weight, model.pose_embed.bias)]
+    read = [weight for model in transformers([engine.module]) for weight in (model.roles.weight, model.pose_embed.bias)]
     missing = [weight for weight in read if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if missing:
         missing[0].all_gather(missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Engine:
 
     def allocate(self, objective: Objective) -> None:
         """Allocate memory for transformers on the meta device, before their weights are loaded."""
-        for model in transformers(objective):
+        for model in transformers(objective.modules.values()):
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu")
 
@@ -120,10 +120,9 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def transformers(objective: Objective) -> list[AvatarDiT]:
-    """Every transformer among the objective's modules, once."""
-    found = (module for network in {**objective.modules, **objective.roles}.values() for module in network.modules())
-    return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
+def transformers(modules: Iterable[nn.Module]) -> list[AvatarDiT]:
+    """Every transformer among these modules and their parts, once."""
+    return list(dict.fromkeys(part for module in modules for part in module.modules() if isinstance(part, AvatarDiT)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ class ShardedEngine(Engine):
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
         sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
-        for model in transformers(objective):
+        for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
                 if half:
                     halve_frozen(model)

@@ -20,7 +20,6 @@ from sonic.training.log import RunLog, SampleMaker
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.optim import rate
 from sonic.training.train_config import TrainConfig
-from sonic.training.world import batch_share
 
 
 class Diverged(ValueError):
@@ -139,14 +138,15 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     The batches of an update are numbered over all processes together and a batch's random generator depends on its number, so that
     the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
     """
-    config, world, share = run.config, run.engine.world, batch_share(run.engine.world)
-    count = config.budget.accumulate // share.count
+    config, world = run.config, run.engine.world
+    ranks, rank = world.size("layers"), world.coordinate("layers")  # of those that have batches of their own
+    count = config.budget.accumulate // ranks
     figures: list[dict[str, Tensor]] = []
     used: list[Batch] = []  # in host memory
     for index in range(count):
         used.append(next(stream))
         batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
-        part = number * config.budget.accumulate + index * share.count + share.index
+        part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = float(run.engine.step(role, rate=lr, step=step))

@@ -111,7 +111,9 @@ def test_the_gradient_points_from_the_critics_prediction_to_the_teachers(batch, 
     start = Start(conditions_of(batch, objective.model_config), batch["latents"], 0, None)
     latents = torch.zeros_like(batch["latents"])
     gradient = objective._gradient(start, latents, seeded())
-    assert_close(gradient, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: video - gradient, on the teacher's side
+    assert_close(
+        gradient, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4
+    )  # the step is against it: video - gradient, on the teacher's side
 
 
 def test_a_critic_equal_to_the_teacher_gives_no_gradient(batch):
