@@ -19,13 +19,11 @@ from sonic.model.adapters import AdaptedLinear
 from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
-from sonic.training.engine import Engine, recompute_layers, trainable, transformers, whole
+from sonic.training.engine import Engine, recompute_layers, transformers, whole
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Objective
-from sonic.training.optim import MOMENTS, Ema, adamw, allocate_moments
+from sonic.training.optim import adamw
 from sonic.training.train_config import TrainConfig
-
-AVERAGE = "average"  # where the optimizer's state has the running average of a parameter
 
 
 class ZeroEngine(Engine):
@@ -63,7 +61,11 @@ class ZeroEngine(Engine):
             self.engines[role] = self._engine(module, stage, optimizer=adamw(module.parameters(), self.config.optim))
             self.sharded += [self.engines[role]] if stage == 3 else []
             module.train()
-        self._allocate_state()
+        self.optimizers = {role: engine.optimizer.optimizer for role, engine in self.engines.items()}
+        for role, engine in self.engines.items():
+            self._allocate_state(role, dict(enumerate(_flat_weights(engine))))
+            if engine.zero_optimization_stage() < 3:  # links parameters to their slices of this state
+                engine.optimizer._lazy_init_hp_params_optimizer_state()
         self.shards = DeviceMesh.from_group(self.world.writers, "cpu")
 
     def to_device(self, module: nn.Module) -> None:
@@ -95,16 +97,6 @@ class ZeroEngine(Engine):
             self.ema.update(step)
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
-        """The student's averaged weights, unsharded, by its parameter names, on the main process; {} on the others."""
-        found, module = {}, self.roles[STUDENT]
-        parameters, learning = dict(module.named_parameters()), trainable(module)
-        for name, value in module.state_dict().items():
-            value = _read(learning[name], AVERAGE) if name in learning else _unsharded(parameters.get(name, value))
-            if self.world.main:
-                found[name] = value.detach().to("cpu", copy=True)
-        return found
-
     def _engine(self, module: nn.Module, stage: int, **optimizer: torch.optim.Optimizer) -> Any:
         import deepspeed
 
@@ -132,57 +124,42 @@ class ZeroEngine(Engine):
             **half,
         }
 
-    def _allocate_state(self) -> None:
-        """Allocate the optimizer moments of every role, and the student's averages as if they were another moment."""
-        for role, engine in self.engines.items():
-            flat = _flat_weights(engine)
-            memory = engine.optimizer.optimizer
-            allocate_moments(memory, flat)
-            if role == STUDENT:
-                self.ema = Ema(dict(enumerate(flat)), self.config.optim.ema_decay)
-                for number, weights in enumerate(flat):
-                    memory.state[weights][AVERAGE] = self.ema.averages[number]
-            if engine.zero_optimization_stage() < 3:  # parameters must be linked to their slices of this state
-                engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _parts(self) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """What a checkpoint has of each parameter: name in the checkpoint, parameter, and key in the optimizer's state, "" = weight."""
-        for role, module in self.roles.items():
-            for name, parameter in trainable(module).items():
-                yield f"weights.{role}.{name}", parameter, ""
-                yield from ((f"moments.{role}.{name}.{key}", parameter, key) for key in MOMENTS)
-                if role == STUDENT:
-                    yield f"average.{name}", parameter, AVERAGE
-
-    def _state(self) -> State:
-        """The state for a checkpoint: this process's slice of each tensor, in host memory; one tensor is gathered at a time."""
-        tensors = {name: self._slice(_read(parameter, key)) for name, parameter, key in self._parts()}
-        for role, module in self.roles.items():
-            step = next(iter(self.engines[role].optimizer.optimizer.state.values()))["step"]
-            tensors |= {f"moments.{role}.{name}.step": step.clone() for name in trainable(module)}
-            tensors |= {f"weights.{role}.{name}": buffer.detach().cpu().clone() for name, buffer in _buffers(module)}
-        return tensors
-
     @torch.no_grad()
     def _take(self, state: State) -> None:
-        """Copy a checkpoint's state into DeepSpeed's tensors."""
-        for name, parameter, key in self._parts():
-            _write(parameter, whole(state[name]), key)
-        for role, module in self.roles.items():
-            engine = self.engines[role]
-            step = max(state[f"moments.{role}.{name}.step"] for name in trainable(module))
-            for memory in engine.optimizer.optimizer.state.values():
-                memory["step"].copy_(step)
-            for name, buffer in _buffers(module):
-                buffer.copy_(state[f"weights.{role}.{name}"])
+        """Copy a loaded state into DeepSpeed's tensors."""
+        for name, role, parameter, key in self._parts():
+            if key == "step":
+                for memory in self.optimizers[role].state.values():
+                    memory[key].copy_(torch.maximum(memory[key], state[name]))
+            else:
+                _write(parameter, whole(state[name]), key)
+        for engine in self.engines.values():
             _spread(engine)
 
-    def _slice(self, value: Tensor) -> Tensor:
-        """This process's slice of a tensor that is complete on all processes."""
+    def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """This process's slice of a tensor, in host memory."""
+        value = self._whole(role, parameter, key).detach().cpu()
         if not value.ndim:
-            return value.detach().cpu().clone()
-        part = distribute_tensor(value.detach().cpu(), self.shards, [Shard(0)], src_data_rank=None)
+            return value.clone()
+        part = distribute_tensor(value, self.shards, [Shard(0)], src_data_rank=None)
         return part.clone()  # a view would keep the whole tensor alive
+
+    def _whole(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """A parameter, or what the optimizer's state has of it under `key`, gathered in float32."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key == "step":
+            return next(iter(self.optimizers[role].state.values()))[key]
+        return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+
+    def _unsharded(self, tensor: Tensor) -> Tensor:
+        """A frozen parameter or a buffer, gathered if it is sharded."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        if not hasattr(tensor, "ds_tensor"):
+            return tensor
+        with GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
 
 
 class Zero3Engine(ZeroEngine):
@@ -259,19 +236,6 @@ def _flat_weights(engine: Any) -> Sequence[Tensor]:
     return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a module's state has besides parameters."""
-    parameters = dict(module.named_parameters())
-    return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
-
-
-def _read(parameter: nn.Parameter, key: str) -> Tensor:
-    """A parameter, or what the optimizer's state has of it under `key`, gathered in float32."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
-
-
 def _write(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter, or what the optimizer's state has of it under `key`, to an unsharded value that all processes have."""
     from deepspeed import utils
@@ -295,13 +259,3 @@ def _spread(engine: Any) -> None:
     engine.empty_partition_cache()
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-
-
-def _unsharded(tensor: Tensor) -> Tensor:
-    """A tensor that may be a sharded parameter."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    if not hasattr(tensor, "ds_tensor"):
-        return tensor
-    with GatheredParameters([tensor]):
-        return tensor.detach().to("cpu", copy=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Objective
-from sonic.training.optim import Ema, adamw, allocate_moments
+from sonic.training.optim import MOMENTS, Ema, adam_state, adamw
 from sonic.training.train_config import TrainConfig
+
+AVERAGE = "average"  # the running average of a parameter in the state of its optimizer
 
 
 class Engine:
@@ -46,9 +48,8 @@ class Engine:
         for module in self.roles.values():
             module.train()
         self.optimizers = {role: adamw(module.parameters(), self.config.optim) for role, module in self.roles.items()}
-        for role, optimizer in self.optimizers.items():
-            allocate_moments(optimizer, trainable(self.roles[role]).values())
-        self.ema = Ema(trainable(self.roles[STUDENT]), self.config.optim.ema_decay)
+        for role, module in self.roles.items():
+            self._allocate_state(role, trainable(module))
 
     def to_device(self, module: nn.Module) -> None:
         """Move a module to the device, unsharded."""
@@ -80,11 +81,12 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
-        found = {}
-        for name, tensor in self.roles[STUDENT].state_dict().items():
-            gathered = whole(self.ema.averages.get(name, tensor))  # one at a time, because all of them together may not fit
+        found, module = {}, self.roles[STUDENT]
+        parameters, learning = dict(module.named_parameters()), trainable(module)
+        for name, value in module.state_dict().items():  # one at a time, because all of them together may not fit
+            value = self._whole(STUDENT, learning[name], AVERAGE) if name in learning else self._unsharded(parameters.get(name, value))
             if self.world.main:
-                found[name] = gathered.cpu()
+                found[name] = value.detach().to("cpu", copy=True)
         return found
 
     def save(self, step: int, metadata: dict) -> None:
@@ -99,20 +101,47 @@ class Engine:
         """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
         return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._take)
 
-    def _state(self) -> State:
-        """Trainable weights, their averages and optimizer moments. Frozen weights are not saved: they come from the weights file."""
-        tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
+    def _allocate_state(self, role: str, parameters: Mapping[str, Tensor]) -> None:
+        """Allocate a role's optimizer moments and the student's averages, so that a checkpoint can be loaded into them."""
+        state = self.optimizers[role].state
+        state |= {parameter: adam_state(parameter) for parameter in parameters.values()}
+        if role == STUDENT:
+            self.ema = Ema(parameters, self.config.optim.ema_decay)
+            for name, average in self.ema.averages.items():
+                state[parameters[name]][AVERAGE] = average
+
+    def _parts(self) -> Iterator[tuple[str, str, nn.Parameter, str]]:
+        """What a checkpoint has of each trainable parameter: name there, role, parameter, key in the optimizer's state ("" = weight)."""
         for role, module in self.roles.items():
-            learning = trainable(module)
-            frozen = {name for name, _ in module.named_parameters()} - set(learning)
-            tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
-            for name, parameter in learning.items():
-                adam_moments = self.optimizers[role].state[parameter]
-                tensors |= {f"moments.{role}.{name}.{key}": value for key, value in adam_moments.items()}
+            for name, parameter in trainable(module).items():
+                yield f"weights.{role}.{name}", role, parameter, ""
+                for key in ("step", *MOMENTS):
+                    yield f"moments.{role}.{name}.{key}", role, parameter, key
+                if role == STUDENT:
+                    yield f"average.{name}", role, parameter, AVERAGE
+
+    def _state(self) -> State:
+        """The tensors of a checkpoint. Frozen weights are not among them: they come from the weights file."""
+        tensors = {name: self._slice(role, parameter, key) for name, role, parameter, key in self._parts()}
+        for role, module in self.roles.items():
+            parameters = dict(module.named_parameters())
+            tensors |= {f"weights.{role}.{name}": buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return tensors
 
     def _take(self, state: State) -> None:
         """Use a loaded state. Here its tensors are the very ones that train."""
+
+    def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """This process's part of a parameter, or of what the optimizer's state has of it under `key`."""
+        return self.optimizers[role].state[parameter][key] if key else parameter.detach()
+
+    def _whole(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """The same, unsharded. Collective: every process must call it."""
+        return whole(self._slice(role, parameter, key))
+
+    def _unsharded(self, tensor: Tensor) -> Tensor:
+        """A frozen parameter or a buffer, unsharded. Collective."""
+        return whole(tensor)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

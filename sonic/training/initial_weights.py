@@ -41,7 +41,10 @@ def start_from(objective: Objective, path: Path) -> None:
     taken, state = 0, objective.export({**student.state_dict(), **dict(student.named_parameters())})
     try:
         with safe_open(str(path), framework="pt") as file:
-            _check_alpha((file.metadata() or {}).get(ALPHA), objective.metadata.get(ALPHA), path)
+            saved, ours = (file.metadata() or {}).get(ALPHA), objective.metadata.get(ALPHA)
+            if saved is not None and ours is not None and float(saved) != float(ours):
+                way_out = f"use objective.learn.alpha={saved}"
+                raise ValueError(f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; {way_out}")
             stored = set(file.keys())
             for name, value in state.items():
                 if name in stored and tuple(file.get_slice(name).get_shape()) == shape_of(value):
@@ -53,11 +56,3 @@ def start_from(objective: Objective, path: Path) -> None:
     if not taken:
         raise ValueError(f"init_from={path} has no tensor that fits this model; train from the start or name other weights")
     LOG.info("took %d of %d tensors from %s", taken, len(state), path)
-
-
-def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
-    """Raise ValueError when the file's adapters were trained with another alpha."""
-    if saved is not None and ours is not None and float(saved) != float(ours):
-        raise ValueError(
-            f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; use objective.learn.alpha={saved}"
-        )

@@ -19,7 +19,7 @@ from sonic.training.guard import Guard
 from sonic.training.log import RunLog, SampleMaker
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.optim import rate
-from sonic.training.train_config import TrainConfig
+from sonic.training.train_config import BudgetConfig, TrainConfig
 
 
 class Diverged(ValueError):
@@ -37,20 +37,9 @@ class TrainingResult:
     figures: dict[str, float]
 
 
-class TrainingClock:
-    """Elapsed seconds of a run, including those before a restart, and the share of the budget that is used."""
-
-    def __init__(self, config: TrainConfig, before: float) -> None:
-        self.budget, self.before, self.start = config.budget, before, time.monotonic()
-
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-    def progress(self, step: int) -> float:
-        """Share of the budget used before `step`; 1.0 = done."""
-        if self.budget.max_steps:
-            return min(1.0, step / self.budget.max_steps)
-        return min(1.0, self.seconds() / (60 * self.budget.max_minutes))
+def used_share(budget: BudgetConfig, step: int, seconds: float) -> float:
+    """Share of the budget used before `step`, after so many seconds; 1.0 = done."""
+    return min(1.0, step / budget.max_steps if budget.max_steps else seconds / (60 * budget.max_minutes))
 
 
 def step_rng(seed: int, step: int, *, part: int, device: torch.device) -> torch.Generator:
@@ -90,9 +79,10 @@ def train(run: TrainingRun) -> TrainingResult:
     first = step = kept.get("step", 0)
     used = kept.get("batches", 0)
     figures, sums = kept.get("figures", {}), kept.get("meter", {})  # of the last log line; since then (sum, count) by name
-    clock, saved_at = TrainingClock(config, kept.get("seconds", 0.0)), time.monotonic()
+    start = saved_at = time.monotonic()
+    began = start - kept.get("seconds", 0.0)  # as if the training had never been interrupted
     stream = run.batches(used)
-    progress = world.from_first_rank(clock.progress(step))
+    progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
     with log.open(step, progress):
         while progress < 1:
             lr = rate(step, progress, config.optim)
@@ -103,11 +93,11 @@ def train(run: TrainingRun) -> TrainingResult:
                     sums[name] = total + value, count + 1
                 used += config.budget.accumulate
             step += 1
-            progress = world.from_first_rank(clock.progress(step))
+            progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
             last = progress >= 1
             if last or step % config.log.every_steps == 0:
                 figures, sums = {name: total / count for name, (total, count) in sums.items()}, {}
-                pace = (step - first) / (time.monotonic() - clock.start)
+                pace = (step - first) / (time.monotonic() - start)
                 samples = pace * config.budget.batch_size * config.budget.accumulate
                 figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
                 figures |= {"perf/peak_gib": peak_gib(world.device), "train/lr": lr}
@@ -115,11 +105,11 @@ def train(run: TrainingRun) -> TrainingResult:
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
             if last or world.from_first_rank(_due(config, step, saved_at)):
-                totals = {"seconds": clock.seconds(), "seed": config.seed, "figures": figures, "meter": dict(sums)}
+                totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved_at = time.monotonic()
     engine.settle()
-    return TrainingResult(step, step - first, seconds=clock.seconds(), samples=used * config.budget.batch_size, figures=figures)
+    return TrainingResult(step, step - first, seconds=time.monotonic() - began, samples=used * config.budget.batch_size, figures=figures)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -28,10 +28,9 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
     )
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Allocate what AdamW itself allocates in its first step, so that a checkpoint can be loaded into it before."""
-    for parameter in parameters:
-        optimizer.state[parameter] = {"step": torch.zeros(()), **{key: torch.zeros_like(parameter).detach() for key in MOMENTS}}
+def adam_state(parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW itself allocates for a parameter in its first step."""
+    return {"step": torch.zeros(()), **{key: torch.zeros_like(parameter).detach() for key in MOMENTS}}
 
 
 def rate(step: int, progress: float, config: OptimConfig) -> float:
