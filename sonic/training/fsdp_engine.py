@@ -24,8 +24,9 @@ class ShardedEngine(Engine):
         sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
-                if half:
-                    halve_frozen(model)
+                for parameter in model.parameters() if half else ():
+                    if not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
+                        parameter.data = parameter.data.to(torch.bfloat16)
                 sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
@@ -37,12 +38,9 @@ class ShardedEngine(Engine):
 
     def to_device(self, module: nn.Module) -> None:
         """Move what is not sharded to the device."""
-        for part in module.modules():
-            for name, tensor in part.named_parameters(recurse=False):
-                if not is_sharded(tensor):
-                    part._parameters[name] = nn.Parameter(tensor.detach().to(self.world.device), tensor.requires_grad)
-            for name, buffer in part.named_buffers(recurse=False):
-                part._buffers[name] = buffer.to(self.world.device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not is_sharded(tensor):
+                tensor.data = tensor.data.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
         """As Engine, after averaging the gradients and buffers of replicated modules over all processes."""
@@ -54,10 +52,3 @@ class ShardedEngine(Engine):
             if buffer.is_floating_point() and not is_sharded(buffer):
                 self.world.mean(buffer)
         return norm
-
-
-def halve_frozen(model: nn.Module) -> None:
-    """Convert frozen parameters to bfloat16, the precision they compute in, which halves their memory."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)

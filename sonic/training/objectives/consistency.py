@@ -49,7 +49,7 @@ class Consistency(Distillation):
         with self.networks.use_role(STUDENT):
             v = student(x, sigma)
             prediction = self.head_prediction(x, v, sigma)
-            loss, figures = self.error(prediction, *path_ends(x, aim_velocity, sigma), sigma)
+            loss, figures = self.error(prediction, *path_ends(x, aim_velocity, sigma), sigma=sigma)
             student_clean, _ = path_ends(x, v, sigma)
             yield loss, {**figures, "motion_ratio": motion_ratio(student_clean, clean)}
 

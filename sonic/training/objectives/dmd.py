@@ -88,7 +88,7 @@ class DistributionMatching(Distillation):
         noisy, noise, sigma = self._noised(generated, rng)
         with self.networks.use_role(CRITIC):
             v = self.velocity(CRITIC, start.conditions, start.first_block)(noisy, sigma)
-            yield self.error(self.head_prediction(noisy, v, sigma), generated, noise, sigma)
+            yield self.error(self.head_prediction(noisy, v, sigma), generated, noise, sigma=sigma)
 
     def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]

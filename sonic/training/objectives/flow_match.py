@@ -65,8 +65,8 @@ class FlowMatch(TransformerObjective):
         with self.networks.use_role(role) as model:
             noisy = interpolate(clean, noise, sigma)
             prediction = self.predict(model, noisy, sigma, conditions=conditions, first_block=first_block)
-            loss, figures = self.error(prediction, clean, noise, sigma)
-            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma)
+            loss, figures = self.error(prediction, clean, noise, sigma=sigma)
+            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma=sigma)
             if config.viseme_weight:
                 encoded = encode_audio_blocks(model.audio_encoder, batch["audio"], self.model_config)
                 viseme_error, viseme_figures = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])
@@ -93,7 +93,7 @@ class FlowMatch(TransformerObjective):
         kept = torch.rand(conditions.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
         return replace(conditions, audio=conditions.audio * kept)
 
-    def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
         """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect (or no such
         clip in the batch)."""
         level = expand_like(sigma, clean)

@@ -36,7 +36,6 @@ class Objective:
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Set `roles`, and what else the objective has of its own."""
-        raise NotImplementedError
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -52,7 +51,6 @@ class Objective:
 
         Each part is backpropagated before the next is computed, so that one graph is held at a time.
         """
-        raise NotImplementedError
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the student's weights that are written, by their names in the file."""

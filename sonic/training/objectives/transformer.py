@@ -33,7 +33,7 @@ TARGETS = {"clean": clean_target, "velocity": velocity_target}
 
 
 class TransformerObjective(Objective):
-    """Trains transformers, by role, to predict what a window of latents is before noise."""
+    """Trains transformers, one for each role, to denoise windows of latents."""
 
     config: FlowMatchConfig | DistillConfig
     networks: Networks
@@ -68,7 +68,7 @@ class TransformerObjective(Objective):
             return model.forward_blocks(noisy, timestep, conditions, first_block=first_block, execution=self.execution).float()
         return model(noisy, timestep, conditions, execution=self.execution).float()
 
-    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
         target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
         weight = weight if self.cells is None else weight * self.cells.to(prediction)
