@@ -171,4 +171,4 @@ def _flush(path: Path) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip() or repr(error)).splitlines()[-1]

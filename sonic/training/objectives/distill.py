@@ -36,8 +36,9 @@ class Distillation(TransformerObjective):
         """The velocity function of `role` for a whole window; the teacher's uses guidance and no gradient."""
         if role != TEACHER:
             return self._plain(role, conditions, first_block)
-        both = (self._plain(TEACHER, c, first_block) for c in (conditions.drop("audio"), conditions))
-        return torch.no_grad()(guidance(next(both), self.config.teacher_guide_scale)(next(both)))
+        without_audio = self._plain(TEACHER, conditions.drop("audio"), first_block)
+        with_audio = self._plain(TEACHER, conditions, first_block)
+        return torch.no_grad()(guidance(without_audio, self.config.teacher_guide_scale)(with_audio))
 
     def head_prediction(self, x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
         """What the model's head predicts where its velocity at x is this one."""
@@ -60,5 +61,5 @@ def path_ends(x: Tensor, velocity: Tensor, sigma: Tensor) -> tuple[Tensor, Tenso
 
 def motion_ratio(generated: Tensor, truth: Tensor) -> Tensor:
     """Standard deviation of latents over time, relative to the true latents': 1.0 = equal motion, 0.0 = frozen."""
-    size = lambda latents: latents.detach().float().std(dim=2).mean()  # noqa: E731
-    return size(generated) / size(truth).clamp(min=1e-6)
+    size, true_size = (latents.detach().float().std(dim=2).mean() for latents in (generated, truth))
+    return size / true_size.clamp(min=1e-6)

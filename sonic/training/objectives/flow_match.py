@@ -94,8 +94,7 @@ class FlowMatch(TransformerObjective):
         return replace(conditions, audio=conditions.audio * kept)
 
     def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
-        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect (or no such
-        clip in the batch)."""
+        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
         pure = (level >= 0.999).float() * (1.0 if self.cells is None else self.cells.to(prediction))
