@@ -97,13 +97,13 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
         path, halves = Path(config.export), {name: _half(tensor) for name, tensor in weights.items()}
-        if not outcome.made and path.with_suffix(".md").is_file() and _holds(path, halves):
-            LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
-            return outcome
-        size = sum(tensor.numel() for tensor in halves.values())
-        card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
-        with pause_watchdog():  # writing may take any time
+        with pause_watchdog():  # files may take any time
+            if not outcome.made and path.with_suffix(".md").is_file() and _holds(path, halves):
+                LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
+                return outcome
+            size = sum(tensor.numel() for tensor in halves.values())
             save_weights(halves, path, objective.metadata)
+            card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
             path.with_suffix(".md").write_text(card)
     return outcome
 

@@ -59,6 +59,14 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
     assert "video" not in first and (tmp_path / last["video"]).is_file() and last["eval/sync_correlation"] == 1.0
 
 
+def test_the_progress_bar_shows_the_share_of_the_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with RunLog(tmp_path, LogConfig(), name="details").open(2, 0.25) as log:
+        log.tick(5, 0.5, "loss 1.0")
+    shown = capsys.readouterr().err
+    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0" in shown
+
+
 class Full:
     """A file on a disk with `room` free bytes."""
 

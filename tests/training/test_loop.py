@@ -140,6 +140,18 @@ def test_a_checkpoint_of_an_older_format_is_skipped(tmp_path, caplog):
     assert "step_00000003 cannot be read" in caplog.text
 
 
+def test_a_checkpoint_without_the_moments_of_weights_that_no_gradient_reached_is_loaded(tmp_path):
+    """As earlier versions wrote it."""
+    run = make(tmp_path)
+    run.engine.prepare(run.objective)
+    state = {name: value for name, value in run.engine._state().items() if not name.startswith("moments.critic.")}
+    state["weights.critic.bias"] = torch.full((1,), 3.0)
+    run.engine.checkpoints.save(1, state, {})
+    run.engine.settle()
+    assert run.engine.load()["step"] == 1 and run.objective.roles["critic"].bias.item() == 3.0
+    assert not any(value.any() for name, value in run.engine._state().items() if name.startswith("moments.critic."))
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path):
     train(make(tmp_path, steps=11, every=2))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000011"]
