@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from sonic.checkpoint.bundled import named_weights
@@ -26,15 +27,16 @@ from sonic.system.files import save_tensors
 from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
-from sonic.training.engine import Engine, LocalEngine
+from sonic.training.engine import Engine
 from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.initial_weights import begin_adapters, start_from
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
-from sonic.training.objectives import OBJECTIVES, TAKES_MAKE, Batch
+from sonic.training.objectives import OBJECTIVES
+from sonic.training.objectives.objective import Batch
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
-from sonic.training.world import batch_share, join_world
+from sonic.training.world import join_world
 from sonic.types import pick
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": LocalEngine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
+ENGINES: dict[str, Callable[..., Engine]] = {"local": Engine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
 
 
 def run_training(
@@ -79,14 +81,14 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
         dataset.check(config.model, family.encoder_hashes)
     engine = engine_of(config, world, folder)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
-    made = {"make": without_memory, "execution": execution} if config.objective.name in TAKES_MAKE else {}
-    objective = pick(OBJECTIVES, config.objective.name, "objective.name")(config, dataset, **made)
+    kind = pick(OBJECTIVES, config.objective.name, "objective.name")
+    objective = kind(config, dataset, make=without_memory, execution=execution)
     engine.allocate(objective)
     for model in objective.pretrained:
         fill(model, family.transformer_weights(config.model))
     begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective.roles["student"], named_weights(config.init_from), objective.metadata)
+        start_from(objective, named_weights(config.init_from))
     look = sample_maker(Student(config, objective, engine, folder))
     opened()
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,20 +96,16 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     outcome = train(TrainingRun(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
     weights = objective.export(engine.weights()) if config.export else {}
     if config.export and world.main:
-        path, size = Path(config.export), sum(t.numel() for t in weights.values())
-        card = describe(config, outcome, parameters=size, origin=origin, device=world.device, seed=data_seed(config, dataset))
-        with pause_watchdog():  # writing may take any time
-            _export(path, weights, card, metadata=objective.metadata, trained=outcome.made > 0)
+        path, halves = Path(config.export), {name: _half(tensor) for name, tensor in weights.items()}
+        with pause_watchdog():  # files may take any time
+            if not outcome.made and path.with_suffix(".md").is_file() and _holds(path, halves):
+                LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
+                return outcome
+            size = sum(tensor.numel() for tensor in halves.values())
+            save_weights(halves, path, objective.metadata)
+            card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
+            path.with_suffix(".md").write_text(card)
     return outcome
-
-
-def _export(path: Path, weights: dict[str, torch.Tensor], card: str, *, metadata: Mapping[str, str], trained: bool) -> None:
-    """Write weights and their card; both stay as they are when this run made no step and the file holds the same weights."""
-    if not trained and path.with_suffix(".md").is_file() and _holds(path, weights):
-        LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
-        return
-    save_weights(weights, path, metadata)
-    path.with_suffix(".md").write_text(card)
 
 
 def sized(config: TrainConfig) -> TrainConfig:
@@ -118,6 +116,8 @@ def sized(config: TrainConfig) -> TrainConfig:
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     """Build the engine of speed.engine; auto = local for one process, fsdp for several."""
     name = config.speed.engine if config.speed.engine != "auto" else "local" if world.ranks == 1 else "fsdp"
+    if name == "local" and world.ranks > 1:
+        raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
     if name != "local" and world.mesh is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
@@ -128,7 +128,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
 
 def check_shares(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless every process, or group of processes that share tokens, gets the same number of batches per step."""
-    accumulate, ranks, size = config.budget.accumulate, batch_share(world).count, config.budget.batch_size
+    accumulate, ranks, size = config.budget.accumulate, world.size("layers"), config.budget.batch_size
     if accumulate % ranks:
         processes = "processes" if config.speed.context == 1 else f"rows of {config.speed.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
@@ -140,16 +140,15 @@ def check_shares(config: TrainConfig, world: World) -> None:
 
 def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """A function that gives this process's batches after the first `start` batches of all processes together."""
-    speed, share = config.speed, batch_share(world)
-    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, rank=share.index, ranks=share.count)
+    speed, share = config.speed, {"rank": world.coordinate("layers"), "ranks": world.size("layers")}
+    order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write weights in half precision, with the file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    halves = {name: _half(tensor) for name, tensor in weights.items()}
-    save_tensors(halves, path, metadata or {})
+    save_tensors({name: _half(tensor) for name, tensor in weights.items()}, path, metadata or {})
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,26 +156,19 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a file contains exactly these weights."""
-    if not path.is_file():
-        return False
+    """Whether a file contains exactly these weights; a damaged one does not."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            return names == set(weights) and all(torch.equal(file.get_tensor(name), _half(weights[name])) for name in names)
-    except SafetensorError:  # a damaged file is written again
+        found = load_file(path)
+    except (FileNotFoundError, SafetensorError):
         return False
-
-
-def data_seed(config: TrainConfig, dataset: Dataset) -> int | None:
-    """The seed of the data: that of the clips' index (None for clips of videos), else the run's."""
-    return dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed
+    return found.keys() == weights.keys() and all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
 def describe(
-    config: TrainConfig, outcome: TrainingResult, *, parameters: int, origin: tuple[str, str], device: torch.device, seed: int | None
+    config: TrainConfig, outcome: TrainingResult, dataset: Dataset, *, parameters: int, origin: tuple[str, str], device: torch.device
 ) -> str:
-    """The text of the card beside exported weights. origin = (git commit, command); seed of the data, or None."""
+    """The text of the card beside exported weights. origin = (git commit, command)."""
+    seed = dataset.index.get("seed") if isinstance(dataset, ClipDataset) else config.seed  # None for clips of videos
     commit, command = origin
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
@@ -21,9 +21,9 @@ from sonic.system.heartbeat import heartbeat, pause_watchdog
 
 LOG = logging.getLogger(__name__)
 METADATA, TEMPORARY, DAMAGED, LEFT = "facts.json", ".aside_", "damaged_", "left_"
+OPTIONAL = "moments."  # older checkpoints lack the optimizer moments of weights that no gradient has reached; they are zero
 
 State = dict[str, Tensor]
-StateOf = Callable[[set[str]], State]  # names in a checkpoint -> our tensors to fill
 
 
 class Checkpoints:
@@ -36,15 +36,8 @@ class Checkpoints:
     def save(self, step: int, state: State, metadata: Mapping[str, object]) -> None:
         """Copy `state` and write it in the background. A failure to write is logged as a warning; earlier checkpoints stay."""
         self.settle()
-        temporary = self.folder / f"{TEMPORARY}{step:08d}"
-        fault = _make_anew(temporary) if self.world.main else None
-        if self.world.from_first_rank(fault is not None):
-            self._report_lost(step, fault)
-            return
-        written: Future = dcp.async_save(
-            state, checkpoint_id=str(temporary), process_group=self.world.writers, no_dist=self.world.ranks == 1
-        )
-        done: Future = Future()
+        temporary, done = self.folder / f"{TEMPORARY}{step:08d}", Future()
+        written = dcp.async_save(state, checkpoint_id=str(temporary), process_group=self.world.writers, no_dist=self.world.ranks == 1)
         written.add_done_callback(lambda future: self._publish(future, done, temporary, record={"step": step, **metadata}))
         self._under_way = (step, done)
 
@@ -56,80 +49,85 @@ class Checkpoints:
         with pause_watchdog():  # the disk may take long
             error = done.exception()
         if error is not None:
-            self._report_lost(step, error)
+            reason = _last_line(error)
+            LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, reason)
         self.world.wait()
 
-    def _report_lost(self, step: int, error: BaseException | None) -> None:
-        LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, error)
+    def load(self, resume: str, state_of: Callable[[], State], take: Callable[[State], None]) -> dict:
+        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto) or the named one, and give them to `take`.
 
-    def load(self, state_of: StateOf) -> dict:
-        """Fill our tensors from the newest good checkpoint. Returns its metadata, {} when there is none."""
-        name = self._from_main(self._newest_good)
-        return self.read(self.folder / str(name), state_of) if name else {}
-
-    def read(self, checkpoint: Path, state_of: StateOf) -> dict:
-        """Fill our tensors from one checkpoint and return its metadata. Raises ValueError when it is damaged or does not fit."""
-        metadata = self._from_main(lambda: _checked(checkpoint))
-        if isinstance(metadata, str):
-            raise ValueError(metadata)
-        names = set(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
-        state = state_of(names)
-        unfit = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
-        if missing := sorted(set(state) - names):
-            raise ValueError(unfit.format(f"it lacks {missing[0]} and {len(missing) - 1} more"))
-        try:
-            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(), no_dist=self.world.ranks == 1)
-        except (CheckpointException, ValueError) as error:
-            raise ValueError(unfit.format(str(error).strip().splitlines()[-1])) from error
+        Checkpoints newer than a named one are renamed. Returns the metadata; {} = the training starts from the beginning. Raises
+        ValueError when the named checkpoint is damaged, or the checkpoint is of another model.
+        """
+        found = self.world.from_first_rank(self._chosen(resume) if self.world.main else None)
+        if isinstance(found, str):
+            raise ValueError(found)
+        checkpoint, metadata = found
+        if metadata:
+            state = state_of()
+            self._fill(state, checkpoint)
+            take(state)
+        if resume != "auto" and self.world.main:
+            self._leave_behind(metadata.get("step", 0))
+        self.world.wait()
         return metadata
 
-    def leave_behind(self, step: int) -> None:
+    def _chosen(self, resume: str) -> tuple[Path, dict] | str:
+        """The checkpoint to load and its metadata ({} = none), or a sentence about what is wrong with the named one."""
+        for unfinished in self.folder.glob(f"{TEMPORARY}*"):  # by a run that crashed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if resume not in ("auto", "never"):
+            metadata = _checked(Path(resume))
+            return metadata if isinstance(metadata, str) else (Path(resume), metadata)
+        for checkpoint in newest_first(self.folder) if resume == "auto" else ():
+            metadata = _checked(checkpoint)
+            if not isinstance(metadata, str):
+                return checkpoint, metadata
+            LOG.warning("%s; falling back to the one before", metadata)
+            self._rename(checkpoint, DAMAGED)
+        return self.folder, {}
+
+    def _fill(self, state: State, checkpoint: Path) -> None:
+        unfit = f"checkpoint {checkpoint} is of another model or objective ({{}}); use a new name=, or the recipe that wrote it"
+        stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+        if missing := sorted(name for name in state if name not in stored and not name.startswith(OPTIONAL)):
+            raise ValueError(unfit.format(f"it lacks {missing[0]} and {len(missing) - 1} more"))
+        try:
+            dcp.load(state, checkpoint_id=str(checkpoint), planner=_Reading(allow_partial_load=True), no_dist=self.world.ranks == 1)
+        except (CheckpointException, ValueError) as error:
+            raise ValueError(unfit.format(_last_line(error))) from error
+
+    def _leave_behind(self, step: int) -> None:
         """Rename the checkpoints of steps after `step`, from which training continues, so that they do not count as the newest."""
-        if self.world.main:
-            beyond = [path for path in newest_first(self.folder) if int(path.name.removeprefix("step_")) > step]
-            for checkpoint in beyond:
-                self._rename(checkpoint, LEFT)
-            if beyond:
-                LOG.warning("training goes on from step %d; %d checkpoints beyond it are now %s/%s*", step, len(beyond), self.folder, LEFT)
-        self.world.wait()
+        beyond = [path for path in newest_first(self.folder) if int(path.name.removeprefix("step_")) > step]
+        for checkpoint in beyond:
+            self._rename(checkpoint, LEFT)
+        if beyond:
+            LOG.warning("training goes on from step %d; %d checkpoints beyond it are now %s/%s*", step, len(beyond), self.folder, LEFT)
 
     def _publish(self, written: Future, done: Future, temporary: Path, *, record: dict) -> None:
-        """On the main process: write the metadata with digests, and rename the finished checkpoint to its final name."""
+        """On the main process: write the metadata with digests, rename the finished checkpoint to its final name, delete old ones."""
         try:
             written.result()
             if self.world.main:
-                files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
-                (temporary / METADATA).write_text(json.dumps({**record, "sha256": {path.name: _digest(path) for path in files}}, indent=1))
+                digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+                (temporary / METADATA).write_text(json.dumps({**record, "sha256": digests}, indent=1))
                 _flush(temporary / METADATA)
                 final = self.folder / f"step_{record['step']:08d}"
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 _flush(self.folder)
-                prune(self.folder, self.keep)
+                for old in newest_first(self.folder)[self.keep :]:
+                    shutil.rmtree(old, ignore_errors=True)
             done.set_result(None)
         except BaseException as error:  # reported by `settle`
             shutil.rmtree(temporary, ignore_errors=True)
             done.set_exception(error)
 
-    def _newest_good(self) -> str:
-        for checkpoint in newest_first(self.folder):
-            metadata = _checked(checkpoint)
-            if not isinstance(metadata, str):
-                return checkpoint.name
-            self._mark_damaged(checkpoint, metadata)
-        return ""
-
-    def _mark_damaged(self, checkpoint: Path, reason: object) -> None:
-        LOG.warning("%s; falling back to the one before", reason)
-        self._rename(checkpoint, DAMAGED)
-
     def _rename(self, checkpoint: Path, start: str) -> None:
         """Rename a checkpoint so that `newest_first` skips it, replacing an older one of the same name."""
         shutil.rmtree(self.folder / f"{start}{checkpoint.name}", ignore_errors=True)
         checkpoint.rename(self.folder / f"{start}{checkpoint.name}")
-
-    def _from_main(self, ask: Callable[[], object]) -> object:
-        return self.world.from_first_rank(ask() if self.world.main else None)
 
 
 class _Reading(dcp.DefaultLoadPlanner):
@@ -140,25 +138,9 @@ class _Reading(dcp.DefaultLoadPlanner):
         super().commit_tensor(read_item, tensor)
 
 
-def newest_first(folder: Path) -> Iterator[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """Finished checkpoints of a folder, newest first."""
-    return iter(sorted(folder.glob("step_*"), reverse=True))
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what crashed runs left half-written."""
-    for old in [*list(newest_first(folder))[keep:], *folder.glob(f"{TEMPORARY}*")]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _make_anew(folder: Path) -> OSError | None:
-    """Make an empty folder; returns the error when that fails."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        return error
-    return None
+    return sorted(folder.glob("step_*"), reverse=True)
 
 
 def _checked(checkpoint: Path) -> dict | str:
@@ -186,3 +168,7 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[-1]

@@ -1,42 +1,32 @@
-"""Training with DeepSpeed through accelerate: ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights as well."""
+"""Training with DeepSpeed: ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights as well."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor, zeros
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional as F
 
 from sonic.model.adapters import AdaptedLinear
-from sonic.model.dit import AvatarDiT
 from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
-from sonic.training.deepspeed_masters import (
-    MOMENTS,
-    gathered,
-    link_moments,
-    make_moments,
-    masters_of,
-    put_master,
-    spread_masters,
-    whole_master,
-)
-from sonic.training.ema import Ema
-from sonic.training.engine import EXPORTED, LocalEngine, recompute_layers, transformers, whole
-from sonic.training.objectives import Objective
+from sonic.training.engine import Engine, recompute_layers, transformers, whole
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Objective
 from sonic.training.optim import adamw
 from sonic.training.train_config import TrainConfig
 
 
-class ZeroEngine(LocalEngine):
+class ZeroEngine(Engine):
     """Wraps each role's module in a DeepSpeed engine; under ZeRO-3 frozen transformers are sharded too.
 
     Checkpoints have the same names and shapes as those of the other engines, so that any engine can continue from them.
@@ -52,29 +42,30 @@ class ZeroEngine(LocalEngine):
         """Give every role its DeepSpeed engine, place the other modules, and start the student's running average."""
         self.allocate(objective)
         self.roles = dict(objective.roles)
-        others = {name: network for name, network in objective.modules.items() if all(network is not role for role in self.roles.values())}
-        for module in {**others, **self.roles}.values():
+        others = [module for module in objective.modules.values() if all(module is not role for role in self.roles.values())]
+        for module in (*others, *self.roles.values()):
             if self.config.speed.recompute:
                 recompute_layers(module)
-        stages = {role: self.stage if _transformers(module) else 2 for role, module in self.roles.items()}
-        stages |= dict.fromkeys(others, 3) if self.stage == 3 else {}
         if self.config.speed.precision == "bfloat16":
             _halve_beside_slices(self.roles.values())
-        accelerator = self._accelerator(stages)
-        if self.stage == 3:
-            shared = {name: _prepared(accelerator, name, network) for name, network in others.items()}
-        else:
-            shared = {}
-            for network in others.values():
-                self.to_device(network)
-        self.engines = {
-            role: _prepared(accelerator, role, module, adamw(module.parameters(), self.optim)) for role, module in self.roles.items()
-        }
-        self.sharded = [engine for name, engine in {**shared, **self.engines}.items() if stages[name] == 3]
-        for module in self.roles.values():
+        self.sharded = []
+        for module in others:
+            if self.stage == 3:
+                with _without_adapters(module):  # these are left to the engines of their roles
+                    self.sharded.append(self._engine(module, 3))
+            else:
+                self.to_device(module)
+        self.engines = {}
+        for role, module in self.roles.items():
+            stage = self.stage if transformers([module]) else 2
+            self.engines[role] = self._engine(module, stage, optimizer=adamw(module.parameters(), self.config.optim))
+            self.sharded += [self.engines[role]] if stage == 3 else []
             module.train()
-        self.masters = nn.ParameterList(masters_of(self.engines[EXPORTED]))
-        self.ema = Ema(self.masters, self.optim.ema_decay)
+        self.optimizers = {role: engine.optimizer.optimizer for role, engine in self.engines.items()}
+        for role, engine in self.engines.items():
+            self._allocate_state(role, dict(enumerate(_flat_weights(engine))))
+            if engine.zero_optimization_stage() < 3:  # links parameters to their slices of this state
+                engine.optimizer._lazy_init_hp_params_optimizer_state()
         self.shards = DeviceMesh.from_group(self.world.writers, "cpu")
 
     def to_device(self, module: nn.Module) -> None:
@@ -102,36 +93,14 @@ class ZeroEngine(LocalEngine):
             group["lr"] = rate
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
-        if role == EXPORTED and torch.isfinite(norm):
-            self.ema.update(self.masters, step)
+        if role == STUDENT and torch.isfinite(norm):
+            self.ema.update(step)
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
-        """The student's averaged weights, unsharded, by its parameter names, on the main process; {} on the others."""
-        found = {}
-        with self._averages_in_force():
-            for name, value in self._named_values(EXPORTED):
-                if self.world.main:
-                    found[name] = value.detach().to("cpu", copy=True)
-        return found
+    def _engine(self, module: nn.Module, stage: int, **optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
 
-    def load(self) -> dict:
-        """As LocalEngine.load; then copies the loaded state into DeepSpeed's tensors."""
-        self.read: State = {}
-        metadata = super().load()
-        if self.read:
-            self._take(self.read)
-        self.read = {}
-        return metadata
-
-    def _accelerator(self, stages: dict[str, int]) -> Any:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DeepSpeedPlugin
-
-        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in the same process
-        plugins = {name: DeepSpeedPlugin(hf_ds_config=deepcopy(self._settings(stage))) for name, stage in stages.items()}
-        return Accelerator(deepspeed_plugins=plugins, mixed_precision="bf16" if self.config.speed.precision == "bfloat16" else "no")
+        return deepspeed.initialize(model=module, config=self._settings(stage), dist_init_required=False, **optimizer)[0]
 
     def _settings(self, stage: int) -> dict:
         """DeepSpeed's config. The training loop decides when to step and scales the losses, so no accumulation is set here."""
@@ -148,103 +117,49 @@ class ZeroEngine(LocalEngine):
             "train_micro_batch_size_per_gpu": self.config.budget.batch_size,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            "gradient_clipping": self.optim.clip_norm,
+            "gradient_clipping": self.config.optim.clip_norm,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
             **half,
         }
 
-    @contextmanager
-    def _averages_in_force(self) -> Iterator[None]:
-        """Context in which the student's weights are swapped with their averages."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     @torch.no_grad()
-    def _swap(self) -> None:
-        for name, live in self.masters.named_parameters():
-            kept = live.detach().clone()
-            live.copy_(self.ema.averages[name])
-            self.ema.averages[name].copy_(kept)
+    def _take(self, state: State) -> None:
+        """Copy a loaded state into DeepSpeed's tensors."""
+        for name, role, parameter, key in self._parts():
+            if key == "step":
+                for memory in self.optimizers[role].state.values():
+                    memory[key].copy_(torch.maximum(memory[key], state[name]))
+            else:
+                _write(parameter, whole(state[name]), key)
+        for engine in self.engines.values():
+            _spread(engine)
 
-    def _named_values(self, role: str, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """All of a role's state in float32, one unsharded tensor at a time. Collective: every process must call it."""
-        module = self.roles[role]
-        parameters = dict(module.named_parameters())
-        for name, parameter in parameters.items():
-            if parameter.requires_grad:
-                yield name, whole_master(parameter)
-            elif frozen:
-                with gathered(parameter):
-                    yield name, parameter.detach()
-        yield from ((name, value) for name, value in module.state_dict().items() if name not in parameters)
-
-    def _state(self) -> State:
-        """The state for a checkpoint: this process's slice of each tensor, in host memory; one tensor is gathered at a time."""
-        tensors: State = {}
-        with self._averages_in_force():
-            averages = self._named_values(EXPORTED, frozen=False)
-            tensors |= {f"average.{name}": self._slice(value) for name, value in averages if name in self._learning(EXPORTED)}
-        for role in self.roles:
-            tensors |= {f"weights.{role}.{name}": self._slice(value) for name, value in self._named_values(role, frozen=False)}
-            steps = [memory["step"] for memory in self.engines[role].optimizer.optimizer.state.values() if "step" in memory]
-            if not steps:
-                continue
-            link_moments(self.engines[role])
-            for name, parameter in self._learning(role).items():
-                start = f"moments.{role}.{name}."
-                tensors[f"{start}step"] = steps[0].detach().cpu().clone()
-                tensors |= {f"{start}{key}": self._slice(whole_master(parameter, key)) for key in MOMENTS}
-        return tensors
-
-    def _to_fill(self, names: set[str]) -> State:
-        """Tensors to load a checkpoint into: all of the state, and the optimizer moments that the checkpoint has."""
-        for role, module in self.roles.items():
-            shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._learning(role).items()}
-            parameters = {name for name, _ in module.named_parameters()}
-            kept = {name: value.detach().cpu().clone() for name, value in module.state_dict().items() if name not in parameters}
-            self.read |= {f"weights.{role}.{name}": value for name, value in kept.items()}
-            for name, shape in shapes.items():
-                start = f"moments.{role}.{name}."
-                wanted = [f"weights.{role}.{name}", *(f"{start}{key}" for key in MOMENTS if f"{start}{key}" in names)]
-                wanted += [f"average.{name}"] if role == EXPORTED else []
-                self.read |= {key: zeros(shape, device_mesh=self.shards, placements=[Shard(0)]) for key in wanted}
-                self.read |= {f"{start}step": torch.zeros(())} if f"{start}step" in names else {}
-        return self.read
-
-    @torch.no_grad()
-    def _take(self, read: State) -> None:
-        """Copy the loaded state into DeepSpeed's tensors. The averages come first, because they are written through the weights."""
-        for name, parameter in self._learning(EXPORTED).items():
-            put_master(parameter, whole(read[f"average.{name}"]))
-        self.ema = Ema(self.masters, self.optim.ema_decay)
-        for role, module in self.roles.items():
-            engine, learning = self.engines[role], self._learning(role)
-            for name, value in module.state_dict().items():
-                if f"weights.{role}.{name}" in read and name not in learning:
-                    value.copy_(read[f"weights.{role}.{name}"])
-            steps = [read[key] for key in (f"moments.{role}.{name}.step" for name in learning) if key in read]
-            if steps:
-                make_moments(engine, steps[0])
-            for name, parameter in learning.items():
-                put_master(parameter, whole(read[f"weights.{role}.{name}"]))
-                for key in MOMENTS:
-                    if (found := read.get(f"moments.{role}.{name}.{key}")) is not None:
-                        put_master(parameter, whole(found), key)
-            spread_masters(engine)
-
-    def _learning(self, role: str) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.roles[role].named_parameters() if p.requires_grad}
-
-    def _slice(self, value: Tensor) -> Tensor:
-        """This process's slice of a tensor that is complete on all processes."""
+    def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """This process's slice of a tensor, in host memory."""
+        value = self._whole(role, parameter, key).detach().cpu()
         if not value.ndim:
-            return value.detach().cpu().clone()
-        part = distribute_tensor(value.detach().cpu(), self.shards, [Shard(0)], src_data_rank=None)
+            return value.clone()
+        part = distribute_tensor(value, self.shards, [Shard(0)], src_data_rank=None)
         return part.clone()  # a view would keep the whole tensor alive
+
+    def _whole(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """A parameter, or what the optimizer's state has of it under `key`, gathered in float32."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key == "step":
+            return next(iter(self.optimizers[role].state.values()))[key]
+        return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+
+    def _unsharded(self, tensor: Tensor) -> Tensor:
+        """A frozen parameter or a buffer, gathered if it is sharded."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        if not hasattr(tensor, "ds_tensor"):
+            return tensor
+        with GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
 
 
 class Zero3Engine(ZeroEngine):
@@ -254,29 +169,26 @@ class Zero3Engine(ZeroEngine):
 
     def allocate(self, objective: Objective) -> None:
         """Allocate a transformer on the meta device module by module and keep this process's slices; adapters are not sharded."""
-        for model in transformers(objective):
+        from deepspeed.runtime.zero import Init
+
+        for model in transformers(objective.modules.values()):
             if not any(weight.is_meta for weight in model.parameters()):
                 continue
             with _without_adapters(model) as adapters:
                 if self.config.speed.precision == "bfloat16":
                     model.bfloat16()
                 for module in reversed(list(model.modules())):  # submodules first, because DeepSpeed also visits the submodules of a module
-                    self._slice_up(module)
+                    if list(module.parameters(recurse=False)):
+                        module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
+                        Init(module=module, config_dict_or_path=self._settings(3))
             adapters.to_empty(device="cpu")
-
-    def _slice_up(self, module: nn.Module) -> None:
-        from deepspeed.runtime.zero import Init
-
-        if list(module.parameters(recurse=False)):
-            module.to_empty(device="cpu" if self.config.speed.cpu_offload else self.world.device, recurse=False)
-            Init(module=module, config_dict_or_path=self._settings(3))
 
 
 def _check_installed(engine: str, device: torch.device) -> None:
     """Raise ValueError unless DeepSpeed is installed. Selects its CPU backend when training on the CPU of a machine with a GPU."""
     try:
+        from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-        from deepspeed.accelerator.real_accelerator import set_accelerator
     except ImportError:
         raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install deepspeed; fsdp needs nothing") from None
     from deepspeed.utils import logger
@@ -287,26 +199,12 @@ def _check_installed(engine: str, device: torch.device) -> None:
         use_gloo()
 
 
-def _transformers(module: nn.Module) -> list[AvatarDiT]:
-    return [part for part in module.modules() if isinstance(part, AvatarDiT)]
-
-
 def _halve_beside_slices(modules: Iterable[nn.Module]) -> None:
     """Convert unsharded weights to bfloat16 in modules that also have sharded ones, for which DeepSpeed does not do it."""
     for module in modules:
         if any(hasattr(weight, "ds_tensor") for weight in module.parameters()):
             for weight in module.parameters():
                 weight.data = weight.data.bfloat16()
-
-
-def _prepared(accelerator: Any, name: str, module: nn.Module, *optimizer: torch.optim.Optimizer) -> Any:
-    """Wrap a module in a DeepSpeed engine. Adapters on a frozen transformer are left to the engines of their roles."""
-    accelerator.state.select_deepspeed_plugin(name)
-    if optimizer:
-        engine, _ = accelerator.prepare(module, *optimizer)
-        return engine
-    with _without_adapters(module):
-        return accelerator.prepare(module)
 
 
 @contextmanager
@@ -326,7 +224,38 @@ def _begin_pass(engine: Any) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator().reset_step()
-    read = [weight for model in _transformers(engine.module) for weight in (model.roles.weight, model.pose_embed.bias)]
+    read = [weight for model in transformers([engine.module]) for weight in (model.roles.weight, model.pose_embed.bias)]
     missing = [weight for weight in read if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if missing:
         missing[0].all_gather(missing)
+
+
+def _flat_weights(engine: Any) -> Sequence[Tensor]:
+    """This process's float32 slices of the parameters that an engine trains, which are the keys of its optimizer's state."""
+    zero = engine.optimizer
+    return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+
+
+def _write(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    """Set a parameter, or what the optimizer's state has of it under `key`, to an unsharded value that all processes have."""
+    from deepspeed import utils
+
+    if hasattr(parameter, "ds_tensor"):  # of a value that cannot be cut into equal slices, DeepSpeed's own function fails to cut the last
+        size = parameter.partition_numel()
+        padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+        where, value = "local", padded.split(size)[dist.get_rank()]
+    else:
+        where = "full"
+    kind, keys = ("optimizer_state", [key]) if key else ("fp32_param", [])
+    getattr(utils, f"safe_set_{where}_{kind}")(parameter, value.to(parameter.device), *keys)
+
+
+def _spread(engine: Any) -> None:
+    """Update the low-precision weights from the float32 slices."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        zero.update_lp_params()
+        return
+    engine.empty_partition_cache()
+    for group in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +17,24 @@ from sonic.model.dit import AvatarDiT
 from sonic.parallel.mesh import World
 from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
-from sonic.training.ema import Ema
-from sonic.training.objectives import Objective
-from sonic.training.optim import adamw
-from sonic.training.train_config import OptimConfig, TrainConfig
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Objective
+from sonic.training.optim import MOMENTS, Ema, adam_state, adamw
+from sonic.training.train_config import TrainConfig
 
-EXPORTED = "student"
-
-
-class Engine(Protocol):
-    """The interface of an engine to the training loop."""
-
-    world: World
-
-    def allocate(self, objective: Objective) -> None: ...
-
-    def prepare(self, objective: Objective) -> None: ...
-
-    def precision(self) -> AbstractContextManager: ...
-
-    def backward(self, role: str, loss: Tensor) -> None: ...
-
-    def step(self, role: str, *, rate: float, step: int) -> Tensor: ...
-
-    def weights(self) -> dict[str, Tensor]: ...
-
-    def save(self, step: int, metadata: dict) -> None: ...
-
-    def load(self) -> dict: ...
-
-    def settle(self) -> None: ...
+AVERAGE = "average"  # the running average of a parameter in the state of its optimizer
 
 
-class LocalEngine:
-    """Training in one process on one device, with unsharded float32 parameters."""
+class Engine:
+    """Training in one process on one device, with unsharded float32 parameters; the base of the other engines."""
 
     def __init__(self, config: TrainConfig, world: World, folder: Path) -> None:
         self.config, self.world = config, world
-        if world.ranks > 1 and type(self) is LocalEngine:
-            raise ValueError(f"speed.engine=local trains in one process, but {world.ranks} were started; use speed.engine=fsdp")
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, world=world)
-
-    @property
-    def optim(self) -> OptimConfig:
-        """The optimizer's options."""
-        return self.config.optim
 
     def allocate(self, objective: Objective) -> None:
         """Allocate memory for transformers on the meta device, before their weights are loaded."""
-        for model in transformers(objective):
+        for model in transformers(objective.modules.values()):
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu")
 
@@ -79,8 +47,9 @@ class LocalEngine:
                 recompute_layers(module)
         for module in self.roles.values():
             module.train()
-        self.optimizers = {role: adamw(module.parameters(), self.optim) for role, module in self.roles.items()}
-        self.ema = Ema(self.roles[EXPORTED], self.optim.ema_decay)
+        self.optimizers = {role: adamw(module.parameters(), self.config.optim) for role, module in self.roles.items()}
+        for role, module in self.roles.items():
+            self._allocate_state(role, trainable(module))
 
     def to_device(self, module: nn.Module) -> None:
         """Move a module to the device, unsharded."""
@@ -99,24 +68,25 @@ class LocalEngine:
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
         """Take an optimizer step of `role` at learning rate `rate`, unless the gradients are not finite. Returns their norm."""
-        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.optim.clip_norm)
+        norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.config.optim.clip_norm)
         if torch.isfinite(norm):
             for group in self.optimizers[role].param_groups:
                 group["lr"] = rate
             self.optimizers[role].step()
-            if role == EXPORTED:
-                self.ema.update(self.roles[EXPORTED], step)
+            if role == STUDENT:
+                self.ema.update(step)
         for module in self.roles.values():
             module.zero_grad(set_to_none=True)
         return norm
 
     def weights(self) -> dict[str, Tensor]:
         """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
-        found = {}
-        for name, tensor in self.ema.weights(self.roles[EXPORTED]).items():
-            gathered = whole(tensor)  # one at a time, because all of them together may not fit
+        found, module = {}, self.roles[STUDENT]
+        parameters, learning = dict(module.named_parameters()), trainable(module)
+        for name, value in module.state_dict().items():  # one at a time, because all of them together may not fit
+            value = self._whole(STUDENT, learning[name], AVERAGE) if name in learning else self._unsharded(parameters.get(name, value))
             if self.world.main:
-                found[name] = gathered.cpu()
+                found[name] = value.detach().to("cpu", copy=True)
         return found
 
     def save(self, step: int, metadata: dict) -> None:
@@ -128,41 +98,60 @@ class LocalEngine:
         self.checkpoints.settle()
 
     def load(self) -> dict:
-        """Load the newest valid checkpoint (checkpoint.resume=auto), or the named one and rename those that are newer. Returns its
-        metadata; {} = the training starts from the beginning."""
-        resume = self.config.checkpoint.resume
-        if resume == "auto":
-            return self.checkpoints.load(self._to_fill)
-        metadata = {} if resume == "never" else self.checkpoints.read(Path(resume), self._to_fill)
-        self.checkpoints.leave_behind(int(metadata.get("step", 0)))
-        return metadata
+        """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
+        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._take)
+
+    def _allocate_state(self, role: str, parameters: Mapping[str, Tensor]) -> None:
+        """Allocate a role's optimizer moments and the student's averages, so that a checkpoint can be loaded into them."""
+        state = self.optimizers[role].state
+        state |= {parameter: adam_state(parameter) for parameter in parameters.values()}
+        if role == STUDENT:
+            self.ema = Ema(parameters, self.config.optim.ema_decay)
+            for name, average in self.ema.averages.items():
+                state[parameters[name]][AVERAGE] = average
+
+    def _parts(self) -> Iterator[tuple[str, str, nn.Parameter, str]]:
+        """What a checkpoint has of each trainable parameter: name there, role, parameter, key in the optimizer's state ("" = weight)."""
+        for role, module in self.roles.items():
+            for name, parameter in trainable(module).items():
+                yield f"weights.{role}.{name}", role, parameter, ""
+                for key in ("step", *MOMENTS):
+                    yield f"moments.{role}.{name}.{key}", role, parameter, key
+                if role == STUDENT:
+                    yield f"average.{name}", role, parameter, AVERAGE
 
     def _state(self) -> State:
-        """Trainable weights, their averages and optimizer moments. Frozen weights are not saved: they come from the weights file."""
-        tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
+        """The tensors of a checkpoint. Frozen weights are not among them: they come from the weights file."""
+        tensors = {name: self._slice(role, parameter, key) for name, role, parameter, key in self._parts()}
         for role, module in self.roles.items():
-            frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-            tensors |= {f"weights.{role}.{name}": t.detach() for name, t in module.state_dict().items() if name not in frozen}
-            for name, parameter in module.named_parameters():
-                adam_moments = self.optimizers[role].state.get(parameter, {})
-                tensors |= {f"moments.{role}.{name}.{key}": value for key, value in adam_moments.items()}
+            parameters = dict(module.named_parameters())
+            tensors |= {f"weights.{role}.{name}": buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return tensors
 
-    def _to_fill(self, names: set[str]) -> State:
-        """Tensors to load a checkpoint into: the state, and the optimizer moments that the checkpoint has."""
-        for role, module in self.roles.items():
-            for name, parameter in module.named_parameters():
-                start, memory = f"moments.{role}.{name}.", self.optimizers[role].state
-                for key in sorted(found.removeprefix(start) for found in names if found.startswith(start)):
-                    empty = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
-                    memory[parameter].setdefault(key, empty)
-        return self._state()
+    def _take(self, state: State) -> None:
+        """Use a loaded state. Here its tensors are the very ones that train."""
+
+    def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """This process's part of a parameter, or of what the optimizer's state has of it under `key`."""
+        return self.optimizers[role].state[parameter][key] if key else parameter.detach()
+
+    def _whole(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:
+        """The same, unsharded. Collective: every process must call it."""
+        return whole(self._slice(role, parameter, key))
+
+    def _unsharded(self, tensor: Tensor) -> Tensor:
+        """A frozen parameter or a buffer, unsharded. Collective."""
+        return whole(tensor)
 
 
-def transformers(objective: Objective) -> list[AvatarDiT]:
-    """Every transformer among the objective's modules, once."""
-    found = (module for network in {**objective.modules, **objective.roles}.values() for module in network.modules())
-    return list(dict.fromkeys(module for module in found if isinstance(module, AvatarDiT)))
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def transformers(modules: Iterable[nn.Module]) -> list[AvatarDiT]:
+    """Every transformer among these modules and their parts, once."""
+    return list(dict.fromkeys(part for module in modules for part in module.modules() if isinstance(part, AvatarDiT)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -9,11 +9,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from sonic.model.dit import ENTRY_POINTS
 from sonic.parallel.fsdp import Sharding
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
-from sonic.training.engine import LocalEngine, is_sharded, transformers
-from sonic.training.objectives import Objective
+from sonic.training.engine import Engine, is_sharded, transformers
+from sonic.training.objectives.objective import Objective
 
 
-class ShardedEngine(LocalEngine):
+class ShardedEngine(Engine):
     """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
 
     def allocate(self, objective: Objective) -> None:
@@ -22,30 +22,28 @@ class ShardedEngine(LocalEngine):
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
         sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
-        for model in transformers(objective):
+        for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
-                if half:
-                    halve_frozen(model)
+                for parameter in model.parameters() if half else ():
+                    if not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
+                        parameter.data = parameter.data.to(torch.bfloat16)
                 sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
 
     def prepare(self, objective: Objective) -> None:
-        """Shard transformers that are not sharded yet, then as LocalEngine. Weights loaded before must be equal on all processes."""
+        """Shard transformers that are not sharded yet, then as Engine. Weights loaded before must be equal on all processes."""
         self.allocate(objective)
         super().prepare(objective)
 
     def to_device(self, module: nn.Module) -> None:
         """Move what is not sharded to the device."""
-        for part in module.modules():
-            for name, tensor in part.named_parameters(recurse=False):
-                if not is_sharded(tensor):
-                    part._parameters[name] = nn.Parameter(tensor.detach().to(self.world.device), tensor.requires_grad)
-            for name, buffer in part.named_buffers(recurse=False):
-                part._buffers[name] = buffer.to(self.world.device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not is_sharded(tensor):
+                tensor.data = tensor.data.to(self.world.device)
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
-        """As LocalEngine, after averaging the gradients and buffers of replicated modules over all processes."""
+        """As Engine, after averaging the gradients and buffers of replicated modules over all processes."""
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)
@@ -54,10 +52,3 @@ class ShardedEngine(LocalEngine):
             if buffer.is_floating_point() and not is_sharded(buffer):
                 self.world.mean(buffer)
         return norm
-
-
-def halve_frozen(model: nn.Module) -> None:
-    """Convert frozen parameters to bfloat16, the precision they compute in, which halves their memory."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)

@@ -13,17 +13,15 @@ class Guard:
     """Running mean of each role's loss. Not saved in checkpoints, since it does not affect the training itself."""
 
     def __init__(self) -> None:
-        self._usual: dict[str, float] = {}
-        self._updates: dict[str, int] = {}
+        self._usual: dict[str, tuple[int, float]] = {}  # by role: number of updates, and running mean
 
     def fault(self, role: str, loss: float, norm: float) -> str:
         """What is wrong with a loss and the norm of its gradient; empty when nothing is."""
         if not math.isfinite(loss + norm):
             return "is not finite"
-        updates, usual = self._updates.get(role, 0), self._usual.get(role, 0.0)
+        updates, usual = self._usual.get(role, (0, 0.0))
         if updates >= WARM and abs(loss) > FAR * usual:
             return f"exploded from {usual:.4g}"
-        self._updates[role] = updates + 1
         share = min(MEMORY, updates / (updates + 1))
-        self._usual[role] = share * usual + (1 - share) * abs(loss)
+        self._usual[role] = updates + 1, share * usual + (1 - share) * abs(loss)
         return ""

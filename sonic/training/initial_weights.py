@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sonic.checkpoint.load import shape_of, slice_of
-from sonic.checkpoint.lora import ALPHA, peft_name
-from sonic.model.adapters import DOWN, UP, LowRank
+from sonic.checkpoint.lora import ALPHA
+from sonic.model.adapters import LowRank
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Objective
 
 LOG = logging.getLogger(__name__)
 
@@ -30,43 +32,27 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def start_from(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Load every tensor of `path` whose name and shape match; of sharded parameters, this process's slice.
+def start_from(objective: Objective, path: Path) -> None:
+    """Load every tensor of exported weights whose name and shape match the student's; of sharded parameters, this process's slice.
 
-    Names in the file may lack leading module names; adapters may have their exported names.
-
-    `metadata` is the objective's. Raises ValueError when the file cannot be read, no tensor matches, or its adapters have another alpha.
+    Raises ValueError when the file cannot be read, no tensor matches, or its adapters have another alpha.
     """
-    taken, state = 0, {**module.state_dict(), **dict(module.named_parameters())}
+    student = objective.roles[STUDENT]
+    taken, state = 0, objective.export({**student.state_dict(), **dict(student.named_parameters())})
     try:
         with safe_open(str(path), framework="pt") as file:
-            _check_alpha((file.metadata() or {}).get(ALPHA), metadata.get(ALPHA), path)
+            saved, ours = (file.metadata() or {}).get(ALPHA), objective.metadata.get(ALPHA)
+            if saved is not None and ours is not None and float(saved) != float(ours):
+                way_out = f"use objective.learn.alpha={saved}"
+                raise ValueError(f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; {way_out}")
             stored = set(file.keys())
             for name, value in state.items():
-                found = next((each for each in _called(name) if each in stored), None)
-                if found is not None and tuple(file.get_slice(found).get_shape()) == shape_of(value):
+                if name in stored and tuple(file.get_slice(name).get_shape()) == shape_of(value):
                     part = slice_of(value)
-                    part.copy_from(file.get_slice(found)[part.index] if part.index else file.get_tensor(found))
+                    part.copy_from(file.get_slice(name)[part.index] if part.index else file.get_tensor(name))
                     taken += 1
     except (OSError, SafetensorError) as error:
         raise ValueError(f"init_from={path} cannot be read: {error}") from error
     if not taken:
         raise ValueError(f"init_from={path} has no tensor that fits this model; train from the start or name other weights")
     LOG.info("took %d of %d tensors from %s", taken, len(state), path)
-
-
-def _check_alpha(saved: str | None, ours: str | None, path: Path) -> None:
-    """Raise ValueError when the file's adapters were trained with another alpha."""
-    if saved is not None and ours is not None and float(saved) != float(ours):
-        raise ValueError(
-            f"init_from={path} was learnt with alpha {saved}, not with objective.learn.alpha={ours}; use objective.learn.alpha={saved}"
-        )
-
-
-def _called(name: str) -> list[str]:
-    """The names that a file may have for a tensor: without some leading module names, or an adapter's exported name."""
-    parts = name.split(".")
-    names = [".".join(parts[n:]) for n in range(len(parts))]
-    if parts[-2:-1] not in ([DOWN], [UP]):
-        return names
-    return [*names, *(peft_name(each) for each in names[:-2])]

@@ -18,11 +18,13 @@ from types import TracebackType
 from tqdm import tqdm
 
 from sonic.evaluation.sweep import Cell
+from sonic.system.files import written_temporary
 from sonic.training.train_config import LogConfig
 
 PATIENCE_S = 30  # how long to wait for W&B before the run continues offline
 LOG = logging.getLogger(__name__)
 SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,18 @@ class RunLog:
         self.folder, self.config, self.name, self.main = folder, config, name, main
         self._file = self._bar = self._wandb = None
 
-    def open(self, step: int, total: int | None) -> RunLog:
-        """Open the log at `step` of `total` (None = limited by time). Lines of later steps, from a run that crashed, are dropped."""
+    def open(self, step: int, progress: float = 0.0) -> RunLog:
+        """Open the log at `step`, at this share of the budget. Lines of later steps, from a run that crashed, are dropped."""
         if not self.main:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SCALARS
         kept = "".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
-        if not path.exists() or path.read_text() != kept:
-            temporary = path.with_name(f".{SCALARS}")
-            temporary.write_text(kept)
-            temporary.rename(path)  # a full disk must not lose the existing lines
+        with written_temporary(path) as partial:  # a full disk must not lose the existing lines
+            partial.write_text(kept)
         self._file = path.open("ab", buffering=0)
         if self.config.bar and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=step, unit="step", desc=self.name, dynamic_ncols=True)
+            self._bar = tqdm(total=1.0, initial=progress, desc=self.name, dynamic_ncols=True, bar_format=BAR)
         if self.config.wandb != "off":
             self._wandb = _open_wandb(self.folder, self.config, self.name)
         return self
@@ -68,7 +68,10 @@ class RunLog:
         shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
         self._append(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
         if self._wandb is not None:
-            self._wandb.log({**values, **_as_media(video)}, step=step)
+            import wandb
+
+            media = {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
+            self._wandb.log({**values, **media}, step=step)
         if self._bar is None:
             LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
 
@@ -83,12 +86,11 @@ class RunLog:
             with suppress(OSError):
                 self._file.truncate(end)
 
-    def tick(self, step: int, loss: float, *, samples_per_second: float, seconds_left: float) -> None:
-        """Move the progress bar to `step`."""
+    def tick(self, step: int, progress: float, text: str) -> None:
+        """Move the progress bar to a share of the budget, and show `step` and `text` beside it."""
         if self._bar is not None:
-            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {samples_per_second:.1f} samples/s, {left} left", refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"step {step}, {text}", refresh=False)
+            self._bar.update(progress - self._bar.n)
 
     def __enter__(self) -> RunLog:
         return self
@@ -114,25 +116,16 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def _as_media(video: Path | None) -> dict[str, object]:
-    """A video as a W&B media object."""
-    import wandb
+def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
+    """Start a W&B run, or continue the one whose id is in the folder. Falls back to offline mode when W&B cannot be reached.
 
-    return {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
-
-
-def _need_wandb(mode: str):
-    """Import wandb. Raises ValueError when it is not installed."""
+    Raises ValueError when W&B is not installed.
+    """
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"log.wandb={mode} needs W&B, which is not installed; run: pip install wandb, or use log.wandb=off") from error
-    return wandb
-
-
-def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
-    """Start a W&B run, or continue the one whose id is in the folder. Falls back to offline mode when W&B cannot be reached."""
-    wandb = _need_wandb(config.wandb)
+        way_out = "run: pip install wandb, or use log.wandb=off"
+        raise ValueError(f"log.wandb={config.wandb} needs W&B, which is not installed; {way_out}") from error
     id_file = folder / "wandb_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
     id_file.write_text(run_id)

@@ -1,27 +1,17 @@
-"""The process group of a training: FSDP shards over all ranks, and each group of `speed.context` consecutive ranks shares a batch."""
+"""Joins the process group of a training: FSDP shards over all ranks, and `speed.context` consecutive ranks share a batch.
+
+Ranks along the mesh axis "layers" have batches of their own, those along "cp" share the tokens of one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from sonic.parallel.mesh import World, make_world
 from sonic.parallel.parallel_config import ParallelConfig
-
-
-class BatchShare(NamedTuple):
-    """The index of this rank's batch among the batches computed at the same time, and the number of these."""
-
-    index: int
-    count: int
-
-
-def batch_share(world: World) -> BatchShare:
-    """The batch of this rank, which it has in common with the ranks that share its tokens."""
-    return BatchShare(world.coordinate("layers"), world.size("layers"))
 
 
 def join_world(device: torch.device, *, context: int = 1) -> World:

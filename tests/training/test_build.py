@@ -81,7 +81,7 @@ def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):
     run_training(config, tmp_path / "run")
     config.budget = BudgetConfig(max_steps=6, batch_size=2)
     assert run_training(config, tmp_path / "run").steps == 6
-    assert next(newest_first(tmp_path / "run" / "checkpoints")).name == "step_00000006"
+    assert newest_first(tmp_path / "run" / "checkpoints")[0].name == "step_00000006"
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 

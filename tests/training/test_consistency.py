@@ -28,7 +28,7 @@ def test_exported_weights_say_how_many_steps_the_student_takes(name):
     assert made(name, steps=3).metadata["sample_steps"] == "3"
 
 
-def test_liveliness_is_the_motion_relative_to_the_truth(batch):
+def test_the_motion_ratio_is_relative_to_the_truth(batch):
     truth = batch["latents"]
     assert_close(motion_ratio(0.5 * truth + 3.0, truth), torch.tensor(0.5))
     assert motion_ratio(torch.ones_like(truth), truth) == 0

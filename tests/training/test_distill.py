@@ -21,7 +21,7 @@ from sonic.training.initial_weights import start_from
 from sonic.training.objective_config import ConsistencyConfig, DmdConfig, WindowConfig
 from sonic.training.objectives.consistency import Consistency, teacher_path
 from sonic.training.objectives.dmd import DistributionMatching, Start, roll
-from sonic.training.objectives.flow_match import conditions_of
+from sonic.training.objectives.transformer import conditions_of
 
 LORA, OWN = AdapterConfig(rank=4, alpha=8.0, targets=["self_attention", "mlp_in", "mlp_out"]), AdapterConfig()
 CONFIGS = {"consistency": ConsistencyConfig, "dmd": DmdConfig}
@@ -95,7 +95,7 @@ def test_a_student_follows_its_gradient_to_a_video(batch, monkeypatch):
     """With a gradient towards one video in place of critic and teacher, the student overfits that video."""
     objective = away(made("dmd", steps=1, anchor_share=0.0))
     goal = torch.randn(1, 16, 1, 4, 4, generator=seeded(4)).expand_as(batch["latents"])
-    monkeypatch.setattr(objective, "_pull", lambda start, latents, rng: latents - goal)
+    monkeypatch.setattr(objective, "_gradient", lambda start, latents, rng: latents - goal)
     optimizer = torch.optim.Adam(objective.roles["student"].parameters(), 3e-2)
     losses = []
     for _ in range(40):
@@ -111,8 +111,10 @@ def test_the_gradient_points_from_the_critics_prediction_to_the_teachers(batch, 
     monkeypatch.setattr(objective, "velocity", towards)
     start = Start(conditions_of(batch, objective.model_config), batch["latents"], 0, None)
     latents = torch.zeros_like(batch["latents"])
-    pull = objective._pull(start, latents, seeded())
-    assert_close(pull, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4)  # the step is against it: video - pull, on the teacher's side
+    gradient = objective._gradient(start, latents, seeded())
+    assert_close(
+        gradient, torch.full_like(latents, 2.0), rtol=1e-4, atol=1e-4
+    )  # the step is against it: video - gradient, on the teacher's side
 
 
 def test_a_critic_equal_to_the_teacher_gives_no_gradient(batch):
@@ -173,7 +175,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss_for_one_teacher_step(batch):
     """Without guidance and with as many steps as the teacher the loss is zero."""
     objective = made("consistency", steps=4, teacher_steps=4, leap=4)
     loss, figures = next(objective.losses("student", batch, seeded()))
-    assert loss < 1e-8 and figures["liveliness"] > 0
+    assert loss < 1e-8 and figures["motion_ratio"] > 0
 
 
 def test_the_teachers_path_runs_through_the_students_levels():
@@ -265,7 +267,7 @@ def test_a_student_continues_from_exported_adapters(tmp_path):
     for weight in learnt.values():
         weight.copy_(torch.randn(weight.shape).half())
     save_weights(first.export(learnt), tmp_path / "student.safetensors", first.metadata)
-    start_from(second.roles["student"], tmp_path / "student.safetensors", second.metadata)
+    start_from(second, tmp_path / "student.safetensors")
     for name, weight in second.roles["student"].state_dict().items():
         assert_close(weight, learnt[name])
 
@@ -274,10 +276,10 @@ def test_adapters_learnt_at_another_alpha_are_refused(tmp_path):
     first, second = made("consistency"), made("consistency", AdapterConfig(rank=4, alpha=16.0, targets=LORA.targets))
     save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.metadata)
     with pytest.raises(ValueError, match=r"alpha 8\.0, not with objective\.learn\.alpha=16\.0; use objective\.learn\.alpha=8\.0"):
-        start_from(second.roles["student"], tmp_path / "student.safetensors", second.metadata)
+        start_from(second, tmp_path / "student.safetensors")
 
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     save_file({"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(made("consistency").roles["student"], tmp_path / "other.safetensors", {})
+        start_from(made("consistency"), tmp_path / "other.safetensors")

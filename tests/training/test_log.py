@@ -24,7 +24,7 @@ def video_of_step(folder, step):
 
 
 def logged(folder, wandb, steps=(1, 2)):
-    with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="details").open(steps[0] - 1, None) as log:
+    with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="details").open(steps[0] - 1) as log:
         for step in steps:
             video = video_of_step(folder, step) if step == steps[-1] else None
             log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
@@ -47,7 +47,7 @@ def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_resta
 
 def test_wandb_learns_that_a_run_ended_with_an_error(tmp_path, monkeypatch):
     runs = record_wandb(monkeypatch)
-    with pytest.raises(KeyError), RunLog(tmp_path, LogConfig(wandb="offline", bar=False), name="details").open(0, None):
+    with pytest.raises(KeyError), RunLog(tmp_path, LogConfig(wandb="offline", bar=False), name="details").open(0):
         raise KeyError
     assert runs[0].exit_code == 1
 
@@ -57,6 +57,14 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
     assert not (tmp_path / "wandb").exists()
     first, last = read_scalars(tmp_path)
     assert "video" not in first and (tmp_path / last["video"]).is_file() and last["eval/sync_correlation"] == 1.0
+
+
+def test_the_progress_bar_shows_the_share_of_the_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with RunLog(tmp_path, LogConfig(), name="details").open(2, 0.25) as log:
+        log.tick(5, 0.5, "loss 1.0")
+    shown = capsys.readouterr().err
+    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0" in shown
 
 
 class Full:
@@ -77,7 +85,7 @@ class Full:
 
 @pytest.mark.parametrize("room", [0, 20])
 def test_a_full_disk_loses_lines_but_does_not_end_the_run(room, tmp_path, caplog):
-    with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0, None) as log:
+    with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0) as log:
         log.scalars(1, {"loss": 1.0})
         log._file = Full(log._file, room)
         log.scalars(2, {"loss": 2.0})

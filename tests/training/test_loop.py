@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from sonic.parallel.mesh import World
 from sonic.training.build import stream_of
 from sonic.training.checkpoint import Checkpoints
-from sonic.training.engine import LocalEngine
+from sonic.training.engine import Engine
 from sonic.training.log import RunLog, read_scalars
 from sonic.training.loop import Diverged, TrainingRun, train
 from sonic.training.objectives import Objective
@@ -67,7 +67,7 @@ def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="aut
     )
     world = World()
     stream, log = stream_of(config, Numbers(), world), RunLog(folder, config.log, name="line")
-    return TrainingRun(config, objective or LineObjective(), LocalEngine(config, world, folder), stream, log, folder)
+    return TrainingRun(config, objective or LineObjective(), Engine(config, world, folder), stream, log, folder)
 
 
 class Killed(Exception):
@@ -136,8 +136,20 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
 def test_a_checkpoint_of_an_older_format_is_skipped(tmp_path, caplog):
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "step_00000003/facts.json").write_text('{"step": 3, "sha256": "of one file"}')
-    assert Checkpoints(tmp_path, keep=2, world=World()).load(lambda names: {}) == {}
+    assert Checkpoints(tmp_path, keep=2, world=World()).load("auto", dict, lambda state: None) == {}
     assert "step_00000003 cannot be read" in caplog.text
+
+
+def test_a_checkpoint_without_the_moments_of_weights_that_no_gradient_reached_is_loaded(tmp_path):
+    """As earlier versions wrote it."""
+    run = make(tmp_path)
+    run.engine.prepare(run.objective)
+    state = {name: value for name, value in run.engine._state().items() if not name.startswith("moments.critic.")}
+    state["weights.critic.bias"] = torch.full((1,), 3.0)
+    run.engine.checkpoints.save(1, state, {})
+    run.engine.settle()
+    assert run.engine.load()["step"] == 1 and run.objective.roles["critic"].bias.item() == 3.0
+    assert not any(value.any() for name, value in run.engine._state().items() if name.startswith("moments.critic."))
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
@@ -187,7 +199,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch
     kept.settle()
     assert "step 2 could not be written (disk full)" in caplog.text
     found = {"a": torch.zeros(2)}
-    assert kept.load(lambda names: found)["step"] == 1
+    assert kept.load("auto", lambda: found, lambda state: None)["step"] == 1
     assert_close(found["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
@@ -288,12 +300,12 @@ def test_a_budget_in_minutes_ends_in_time(tmp_path):
 
 def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path):
     log = RunLog(tmp_path, LogConfig(bar=False), name="log")
-    with log.open(0, 10):
+    with log.open(0):
         log.scalars(1, {"loss": 1.0})
         log.scalars(2, {"loss": 2.0})
     path = tmp_path / "scalars.jsonl"
     path.write_text(path.read_text() + '{"step": 3, "lo')
-    with log.open(1, 10):
+    with log.open(1):
         log.scalars(2, {"loss": 5.0})
     assert [(line["step"], line["loss"]) for line in read_scalars(tmp_path)] == [(1, 1.0), (2, 5.0)]
     assert json.loads(path.read_text().splitlines()[0])["loss"] == 1.0

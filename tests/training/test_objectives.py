@@ -7,9 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
-from sonic.training.objective_config import FlowMatchConfig, PortraitConfig, VisemeConfig
-from sonic.training.objectives.flow_match import FlowMatch, cell_weights
+from sonic.training.objective_config import AutoencodeConfig, FlowMatchConfig, PortraitConfig, VisemeConfig
+from sonic.training.objectives.autoencode import Autoencode
+from sonic.training.objectives.flow_match import FlowMatch
 from sonic.training.objectives.portrait_latents import PortraitLatents
+from sonic.training.objectives.transformer import cell_weights
 from sonic.training.objectives.viseme import VisemePretraining, encoder_input
 from sonic.training.train_config import BudgetConfig, OptimConfig, TrainConfig
 from sonic.vae.motion_vae import WarpAutoencoder
@@ -79,6 +81,14 @@ def test_the_portrait_objective_trains_the_portrait_encoder_only(batch):
     assert exported.keys() == WarpAutoencoder().state_dict().keys()
 
 
+def test_an_exported_autoencoder_has_the_measured_size_of_its_latents(batch):
+    objective = Autoencode(config_of(AutoencodeConfig()))
+    next(objective.losses("student", batch, torch.Generator().manual_seed(0)))
+    exported = objective.export(objective.roles["student"].state_dict())
+    assert exported.keys() == WarpAutoencoder().state_dict().keys()
+    assert not torch.equal(exported["latent_scale"], WarpAutoencoder().latent_scale)
+
+
 def test_the_export_has_the_dit_without_the_viseme_head(batch):
     objective = CASES["flow_match clean"]()
     exported = objective.export(objective.roles["student"].state_dict())
@@ -91,12 +101,12 @@ def test_training_can_start_from_weights(tmp_path):
 
     trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
     save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
-    start_from(objective.student, tmp_path / "dit.safetensors", objective.metadata)
+    start_from(objective, tmp_path / "dit.safetensors")
     found = objective.student["model"].state_dict()
     for name, value in trained.student["model"].state_dict().items():
         assert_close(found[name], value.half().float())
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(torch.nn.Conv2d(3, 3, 3), tmp_path / "dit.safetensors", {})
+        start_from(CASES["viseme"](), tmp_path / "dit.safetensors")
 
 
 def test_augmentation_keeps_the_shape_and_changes_the_columns():

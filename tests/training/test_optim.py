@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sonic.training.ema import Ema
-from sonic.training.optim import adamw, rate
+from sonic.training.optim import Ema, adamw, rate
 from sonic.training.train_config import OptimConfig
 
 
@@ -26,12 +25,12 @@ def test_matrices_decay_and_biases_and_gains_do_not():
 @pytest.mark.parametrize(("step", "share"), [(0, 0.9), (10, 0.45), (100_000, 0.001)])
 def test_an_average_has_a_smaller_decay_in_the_first_steps(step, share):
     module = nn.Linear(2, 2)
-    average = Ema(module, decay=0.999)
+    average = Ema(dict(module.named_parameters()), decay=0.999)
     before = module.weight.detach().clone()
     with torch.no_grad():
         module.weight.add_(1.0)
-    average.update(module, step)
-    assert_close(average.weights(module)["weight"], before + share)
+    average.update(step)
+    assert_close(average.averages["weight"], before + share)
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sonic.training.objective_config import AutoencodeConfig
-from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.train_config import TrainConfig
 from sonic.types import MotionLayers
 from sonic.vae.motion_vae import WarpAutoencoder
@@ -19,11 +18,11 @@ from sonic.vae.motion_vae import WarpAutoencoder
 class Autoencode(Objective):
     """Trains the autoencoder with noise on the latents, so that small errors of the DiT stay small in the picture."""
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
-        assert isinstance(config.objective, AutoencodeConfig)
-        self.config = config.objective
+    config: AutoencodeConfig
+
+    def build(self, config: TrainConfig, dataset: object) -> None:
         self.autoencoder = WarpAutoencoder()
-        self.roles: Mapping[str, nn.Module] = {"student": self.autoencoder}
+        self.roles = {STUDENT: self.autoencoder}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Distance of the decoded motion from the true motion.  batch: see synthetic/drawn_people.py"""
@@ -38,10 +37,6 @@ class Autoencode(Objective):
             exact = MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float())
             distances = self._distances(batch, exact, latents.float())
         yield distances
-
-    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averaged weights with the measured scale of the latents."""
-        return {**weights, "latent_scale": self.autoencoder.latent_scale.detach().clone()}
 
     def _distances(self, batch: Batch, layers: MotionLayers, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         focus = 1 + self.config.focus * rearrange(batch["focus"], "b h w -> b 1 1 h w")

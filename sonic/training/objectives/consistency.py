@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from sonic.config import FIXED_STEPS, SamplerConfig
-from sonic.model.dit import AvatarDiT
-from sonic.model.execution import LOCAL, Execution
 from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.samplers import Velocity
 from sonic.sampling.schedules import sigmas_of
 from sonic.training.objective_config import ConsistencyConfig
-from sonic.training.objectives import Batch, Losses
-from sonic.training.objectives.distill import Distillation, motion_ratio
-from sonic.training.objectives.flow_match import clip_error, conditions_of
-from sonic.training.objectives.networks import STUDENT, TEACHER, Make
+from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
+from sonic.training.objectives.networks import STUDENT, TEACHER
+from sonic.training.objectives.objective import Batch, Losses
+from sonic.training.objectives.transformer import conditions_of
 from sonic.training.train_config import TrainConfig
 
 
@@ -31,8 +29,9 @@ class Consistency(Distillation):
 
     config: ConsistencyConfig
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
-        super().__init__(config, dataset, (STUDENT,), make=make, execution=execution)
+    def build(self, config: TrainConfig, dataset: object) -> None:
+        """Raises ValueError when the clips of the dataset do not fit the options."""
+        super().build(config, dataset)
         self.path, self.stride = teacher_path(self.config.sampler, self.config.teacher_steps)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
@@ -49,11 +48,10 @@ class Consistency(Distillation):
         aim_velocity = (aim - x) / expand_like(last - sigma, x)  # the velocity that leads to `aim` in one step
         with self.networks.use_role(STUDENT):
             v = student(x, sigma)
-            here = expand_like(sigma, x)
-            prediction, _ = self.target(x - here * v, x + (1 - here) * v, here, cap=self.config.error.weight_cap)
-            target, weight = self.target(x - here * aim_velocity, x + (1 - here) * aim_velocity, here, cap=self.config.error.weight_cap)
-            loss, figures = clip_error(prediction, target, weight, cells=self.cells, config=self.config.error)
-            yield loss, {**figures, "liveliness": motion_ratio(x - here * v, clean)}
+            prediction = self.head_prediction(x, v, sigma)
+            loss, figures = self.error(prediction, *path_ends(x, aim_velocity, sigma), sigma=sigma)
+            student_clean, _ = path_ends(x, v, sigma)
+            yield loss, {**figures, "motion_ratio": motion_ratio(student_clean, clean)}
 
     @torch.no_grad()
     def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:

@@ -17,14 +17,13 @@ from torch import Tensor
 from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, BlockInputs, Execution
-from sonic.model.kv_cache import KVCache
-from sonic.sampling.path import expand_like, interpolate
+from sonic.sampling.path import interpolate
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DmdConfig
-from sonic.training.objectives import Batch, Losses
-from sonic.training.objectives.distill import Distillation, motion_ratio
-from sonic.training.objectives.flow_match import clip_error, conditions_of, need_blocks
-from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER, Make
+from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
+from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
+from sonic.training.objectives.objective import Batch, Losses
+from sonic.training.objectives.transformer import conditions_of, need_blocks
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions
 
@@ -49,10 +48,12 @@ class DistributionMatching(Distillation):
     """Trains the student and the critic, the critic more often."""
 
     config: DmdConfig
+    learners = (STUDENT, CRITIC)
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
+    def build(self, config: TrainConfig, dataset: object) -> None:
+        """Raises ValueError when the clips of the dataset do not fit the options."""
         need_blocks(config, dataset)  # the student rolls out by blocks, whatever the teacher's attention span
-        super().__init__(config, dataset, (STUDENT, CRITIC), make=make, execution=execution)
+        super().build(config, dataset)
         self.rates = {CRITIC: self.config.critic_rate}
 
     def turn(self, step: int) -> Sequence[str]:
@@ -84,39 +85,57 @@ class DistributionMatching(Distillation):
     def _critic(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]
         noisy, noise, sigma = self._noised(generated, rng)
-        level, cap = expand_like(sigma, generated), self.config.error.weight_cap
         with self.networks.use_role(CRITIC):
             v = self.velocity(CRITIC, start.conditions, start.first_block)(noisy, sigma)
-            prediction, _ = self.target(noisy - level * v, noisy + (1 - level) * v, level, cap=cap)
-            target, weight = self.target(generated, noise, level, cap=cap)
-            yield clip_error(prediction, target, weight, cells=self.cells, config=self.config.error)
+            yield self.error(self.head_prediction(noisy, v, sigma), generated, noise, sigma=sigma)
 
     def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]
-        pull = self._pull(start, generated, rng)
-        figures = {"pull": pull.abs().mean(), "liveliness": motion_ratio(rolled.clean[-1], batch["latents"])}
+        gradient = self._gradient(start, generated, rng)
+        figures = {"dmd_gradient": gradient.abs().mean(), "motion_ratio": motion_ratio(rolled.clean[-1], batch["latents"])}
         block = self.model_config.rollout.block_frames
         if start.anchor is not None:
-            pull[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
+            gradient[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
         with self.networks.use_role(STUDENT) as model:
-            cache = _cache(model, start, self.execution)
-            for index, part in enumerate(_parts(generated.shape[2], block)):
-                inputs = _inputs(model, start, index)
-                clean = _clean(
-                    model, rolled.before[step][:, :, part], inputs, cache=cache, sigma=self.sigmas[step], execution=self.execution
-                )
-                aim = (clean - pull[:, :, part]).detach()
+            blocks = BlockByBlock(model, start, self.execution)
+            for index, part in enumerate(blocks.parts):
+                clean = blocks.clean(rolled.before[step][:, :, part], blocks.inputs(index), self.sigmas[step])
+                aim = (clean - gradient[:, :, part]).detach()
                 yield 0.5 * (clean - aim).square().sum() / generated.numel(), figures
 
     @torch.no_grad()
-    def _pull(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
+    def _gradient(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
         """The DMD gradient: the critic's minus the teacher's clean prediction, normalised by the teacher's mean error.  [B,C,T,h,w]"""
         noisy, _, sigma = self._noised(generated, rng)
-        level = expand_like(sigma, generated)
-        fake, real = (noisy - level * self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
+        critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
+        (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        pull = (fake - real) / size
-        return pull if self.cells is None else pull * self.cells.to(pull)
+        gradient = (fake - real) / size
+        return gradient if self.cells is None else gradient * self.cells.to(gradient)
+
+
+class BlockByBlock:
+    """A transformer's forward passes over the blocks of a video, in turn, at one noise level: with one ring of keys and values."""
+
+    def __init__(self, model: AvatarDiT, start: Start, execution: Execution) -> None:
+        self.model, self.start, self.execution = model, start, execution
+        self.block, frames = model.config.rollout.block_frames, start.noise.shape[2]
+        assert frames % self.block == 0, (frames, self.block)
+        self.parts = [slice(first, first + self.block) for first in range(0, frames, self.block)]
+        cache = model.new_cache(start.conditions, steps=1, execution=execution)
+        self.cache = model.prefill(start.conditions, cache, execution=execution)
+
+    def inputs(self, index: int) -> BlockInputs:
+        """What the model gets of a block's conditions."""
+        here, there = (BlockSpan(number, number * self.block, self.block) for number in (index, self.start.first_block + index))
+        return self.model.prepare_block(self.start.conditions.at(here), there)
+
+    def clean(self, x: Tensor, inputs: BlockInputs, sigma: Tensor) -> Tensor:
+        """The clean latents that the model predicts for a block at noise level `sigma`."""
+        timestep = TIMESTEPS * torch.full((x.shape[0],), float(sigma), device=x.device)
+        ring = self.cache.rings[0]
+        prediction = self.model.denoise_block(x, timestep, inputs, cache=self.cache, ring=ring, execution=self.execution)
+        return prediction if self.model.config.prediction == "clean" else x - float(sigma) * prediction
 
 
 def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution = LOCAL) -> Rolled:
@@ -126,44 +145,18 @@ def roll(model: AvatarDiT, start: Start, sigmas: Tensor, *, execution: Execution
     block by block, with one ring for all steps. In an anchored rollout the first block is the true one, noised to the level of each
     step.
     """
-    parts = _parts(start.noise.shape[2], model.config.rollout.block_frames)
-    cache = _cache(model, start, execution)
-    inputs = [_inputs(model, start, index) for index in range(len(parts))]
-    rolled, latents, given = Rolled([], []), start.noise, parts[0]
+    blocks = BlockByBlock(model, start, execution)
+    inputs = [blocks.inputs(index) for index in range(len(blocks.parts))]
+    rolled, latents, given = Rolled([], []), start.noise, blocks.parts[0]
     for now, then in pairwise(sigmas):
-        cache.rings[0].rewind()
+        blocks.cache.rings[0].rewind()
         if start.anchor is not None:
             noised = interpolate(start.anchor[:, :, given], start.noise[:, :, given], now.float().expand(latents.shape[0]))
             latents = torch.cat((noised, latents[:, :, given.stop :]), dim=2)
-        level = {"cache": cache, "sigma": now, "execution": execution}
-        blocks = [_clean(model, latents[:, :, part], block_inputs, **level) for part, block_inputs in zip(parts, inputs, strict=True)]
-        clean = torch.cat(blocks, dim=2)
+        clean = torch.cat([blocks.clean(latents[:, :, part], each, now) for part, each in zip(blocks.parts, inputs, strict=True)], dim=2)
         if start.anchor is not None:
             clean[:, :, given] = start.anchor[:, :, given]
         rolled.before.append(latents)
         rolled.clean.append(clean)
         latents = latents + (float(then) - float(now)) * ((latents - clean) / float(now))
     return rolled
-
-
-def _cache(model: AvatarDiT, start: Start, execution: Execution) -> KVCache:
-    """A KV cache with one ring, prefilled with reference, motion and prompt."""
-    return model.prefill(start.conditions, model.new_cache(start.conditions, steps=1, execution=execution), execution=execution)
-
-
-def _clean(model: AvatarDiT, x: Tensor, inputs: BlockInputs, *, cache: KVCache, sigma: Tensor, execution: Execution) -> Tensor:
-    """The clean latents that the model predicts for a block at noise level `sigma`; the cache has one ring."""
-    level = torch.full((x.shape[0],), float(sigma), device=x.device)
-    prediction = model.denoise_block(x, TIMESTEPS * level, inputs, cache=cache, ring=cache.rings[0], execution=execution)
-    return prediction if model.config.prediction == "clean" else x - float(sigma) * prediction
-
-
-def _inputs(model: AvatarDiT, start: Start, index: int) -> BlockInputs:
-    block = model.config.rollout.block_frames
-    here, there = (BlockSpan(number, number * block, block) for number in (index, start.first_block + index))
-    return model.prepare_block(start.conditions.at(here), there)
-
-
-def _parts(frames: int, block: int) -> list[slice]:
-    assert frames % block == 0, (frames, block)
-    return [slice(first, first + block) for first in range(0, frames, block)]

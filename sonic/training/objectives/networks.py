@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,44 +16,15 @@ STUDENT, CRITIC, TEACHER = "student", "critic", "teacher"
 Make = Callable[[ModelConfig], AvatarDiT]  # builds a transformer, perhaps on the meta device
 
 
-class Networks(Protocol):
-    """The trainable modules by role, all modules that compute, and `use_role`, a context that gives a role's transformer."""
+class Networks:
+    """A separate transformer for every role; the teacher's is frozen.
 
-    roles: Mapping[str, nn.Module]
-    modules: Mapping[str, nn.Module]
-    metadata: Mapping[str, str]
-
-    def use_role(self, role: str): ...
-
-    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
-
-
-class SharedBase:
-    """One frozen transformer, the teacher, with a set of adapters for every other role, so that memory holds one transformer."""
+    `roles` are the trainable modules, by role, `modules` all modules that compute; `metadata` goes into the exported file.
+    """
 
     def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
-        self.base = make(config)
-        self.adapters = Adapters(self.base, [role for role in roles if role != TEACHER], learn)
-        self.roles, self.modules = self.adapters.roles, {"base": self.base}
-        self.metadata = {ALPHA: str(learn.alpha)}
-
-    @contextmanager
-    def use_role(self, role: str) -> Iterator[AvatarDiT]:
-        """Context that gives the base with the role's adapters active, for forward and backward passes."""
-        with self.adapters.use_role(None if role == TEACHER else role):
-            yield self.base
-
-    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapters in peft's format."""
-        return {peft_name(name): tensor for name, tensor in weights.items()}
-
-
-class OwnModels:
-    """A separate transformer for every role; the teacher's is frozen."""
-
-    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
-        self.modules = {role: make(config) for role in roles}
-        self.roles = {role: model for role, model in self.modules.items() if role != TEACHER}
+        self.modules: Mapping[str, nn.Module] = {role: make(config) for role in roles}
+        self.roles: Mapping[str, nn.Module] = {role: model for role, model in self.modules.items() if role != TEACHER}
         self.metadata: Mapping[str, str] = {}
         for role, model in self.modules.items():
             for name, parameter in model.named_parameters():
@@ -65,14 +35,34 @@ class OwnModels:
 
     @contextmanager
     def use_role(self, role: str) -> Iterator[AvatarDiT]:
-        """Context that gives the role's own transformer."""
+        """Context that gives the role's transformer, for forward and backward passes."""
         yield self.modules[role]
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole transformer."""
+        """The student's weights by their names in a file: the whole transformer."""
         return dict(weights)
+
+
+class SharedNetworks(Networks):
+    """One frozen transformer, the teacher, with a set of adapters for every other role, so that memory holds one transformer."""
+
+    def __init__(self, config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> None:
+        self.base = make(config)
+        self.adapters = Adapters(self.base, [role for role in roles if role != TEACHER], learn)
+        self.roles, self.modules = self.adapters.roles, {"base": self.base}
+        self.metadata = {ALPHA: str(learn.alpha)}
+
+    @contextmanager
+    def use_role(self, role: str) -> Iterator[AvatarDiT]:
+        """Context that gives the base with the role's adapters active."""
+        with self.adapters.use_role(None if role == TEACHER else role):
+            yield self.base
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapters in peft's format."""
+        return {peft_name(name): tensor for name, tensor in weights.items()}
 
 
 def build_networks(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Networks:
     """The networks of these roles: adapters on a shared base if `learn.rank` is set, else a transformer each."""
-    return (SharedBase if learn.rank else OwnModels)(config, learn, roles, make=make)
+    return (SharedNetworks if learn.rank else Networks)(config, learn, roles, make=make)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -11,7 +9,8 @@ from torch.nn import functional as F
 
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.training.objective_config import PortraitConfig
-from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.objectives.viseme import VISEMES
 from sonic.training.train_config import TrainConfig
 from sonic.types import MotionLayers
@@ -39,13 +38,14 @@ class MotionPredictor(nn.Module):
 class PortraitLatents(Objective):
     """Trains the autoencoder's portrait encoder together with a motion predictor; the rest of the autoencoder is frozen."""
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
-        assert isinstance(config.objective, PortraitConfig)
-        self.config = config.objective
+    config: PortraitConfig
+    exported = "autoencoder."
+
+    def build(self, config: TrainConfig, dataset: object) -> None:
         autoencoder = WarpAutoencoder().requires_grad_(False)
         autoencoder.portrait.requires_grad_(True)
-        self.student = nn.ModuleDict({"autoencoder": autoencoder, "foretell": MotionPredictor(autoencoder.latent_scale.numel())})
-        self.roles: Mapping[str, nn.Module] = {"student": self.student}
+        self.student = nn.ModuleDict({"autoencoder": autoencoder, "predictor": MotionPredictor(autoencoder.latent_scale.numel())})
+        self.roles = {STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Weighted error of the predicted motion latents.  batch: see synthetic/drawn_people.py"""
@@ -54,7 +54,7 @@ class PortraitLatents(Objective):
             moved = autoencoder.encode(MotionLayers(batch["flow"], batch["opacity"], batch["interior"]))
         visemes_and_pose = torch.cat([batch["visemes"], batch["head"]], dim=-1)
         portrait = autoencoder.portrait(batch["picture"])
-        prediction = self.student["foretell"](
+        prediction = self.student["predictor"](
             repeat(portrait, "b c h w -> (b t) c h w", t=moved.shape[2]),
             rearrange(visemes_and_pose, "b (t f) k -> (b t) (f k)", f=FRAMES_PER_LATENT),
         )
@@ -64,8 +64,3 @@ class PortraitLatents(Objective):
         error = (weight * (prediction.float() - target).square()).mean()
         unexplained = error.detach() / (weight * target.square()).mean()
         yield error + 1e-3 * portrait.float().square().mean(), {"motion_error": error.detach(), "motion_unexplained": unexplained}
-
-    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole autoencoder."""
-        start = "autoencoder."
-        return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -14,7 +12,8 @@ from sonic.encoders.speech import SPEECH_ENCODERS, vary_throat
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
 from sonic.training.objective_config import VisemeConfig
-from sonic.training.objectives import Batch, Losses, Objective
+from sonic.training.objectives.networks import STUDENT
+from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.train_config import TrainConfig
 from sonic.types import pick
 
@@ -57,23 +56,19 @@ def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, 
 class VisemePretraining(Objective):
     """Trains the speech encoder together with a viseme head that is not exported."""
 
-    def __init__(self, config: TrainConfig, dataset: object = None) -> None:
-        assert isinstance(config.objective, VisemeConfig)
-        self.config = config.objective
+    config: VisemeConfig
+    exported = "speech_encoder."
+
+    def build(self, config: TrainConfig, dataset: object) -> None:
         encoder = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
         self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
-        self.roles: Mapping[str, nn.Module] = {"student": self.student}
+        self.roles = {STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Viseme loss on augmented log-mel columns.  batch: mel [B,8T,40], visemes [B,4T,5]"""
         encoder, columns = self.student["speech_encoder"], encoder_input(batch["mel"], self.config, rng)
         features = encoder(encoder.with_margin(columns))[:, encoder.MARGIN : -encoder.MARGIN]
         yield viseme_loss(self.student["viseme_head"](features), batch["visemes"])
-
-    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The speech encoder without the viseme head."""
-        start = "speech_encoder."
-        return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
 
 def encoder_input(columns: Tensor, config: VisemeConfig, rng: torch.Generator) -> Tensor:

@@ -1,0 +1,57 @@
+"""The base of all training objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sonic.model.dit import AvatarDiT
+from sonic.model.execution import LOCAL, Execution
+from sonic.training.objectives.networks import STUDENT, Make
+from sonic.training.train_config import TrainConfig
+
+Batch = Mapping[str, Tensor]
+Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
+
+
+class Objective:
+    """The modules to train, by role, and their losses.
+
+    `roles` are the modules that have an optimizer (the student is averaged and exported), `pretrained` the transformers that start
+    from the model's weights, `metadata` goes into the exported file.
+    """
+
+    roles: Mapping[str, nn.Module]
+    pretrained: Sequence[nn.Module] = ()
+    metadata: Mapping[str, str] = {}
+    rates: Mapping[str, float] = {}  # learning rates of roles as shares of optim.lr, where not 1
+    exported = ""  # beginning of the names of the student's weights that are exported, and not part of their exported names
+
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
+        """Build the modules in host memory. `make` builds a pretrained transformer, maybe without memory; `execution` runs it."""
+        self.config, self.model_config, self.make, self.execution = config.objective, config.model, make, execution
+        self.build(config, dataset)
+
+    def build(self, config: TrainConfig, dataset: object) -> None:
+        """Set `roles`, and what else the objective has of its own."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules that compute; by default the roles only."""
+        return self.roles
+
+    def turn(self, step: int) -> Sequence[str]:
+        """The roles to update in a step, in order; by default the student."""
+        return (STUDENT,)
+
+    def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
+        """The loss in one or several parts, each with metrics to log, with all randomness from `rng`.
+
+        Each part is backpropagated before the next is computed, so that one graph is held at a time.
+        """
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the student's weights that are written, by their names in the file."""
+        return {name.removeprefix(self.exported): tensor for name, tensor in weights.items() if name.startswith(self.exported)}

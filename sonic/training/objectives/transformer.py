@@ -1,0 +1,114 @@
+"""The base of the objectives that train the transformer on windows of latents, from noise level to weighted error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sonic.config import ModelConfig
+from sonic.data.clips import ClipDataset, pose_latents
+from sonic.model.dit import AvatarDiT
+from sonic.sampling.path import expand_like
+from sonic.sampling.schedules import TIMESTEPS
+from sonic.training.objective_config import DistillConfig, ErrorConfig, FlowMatchConfig
+from sonic.training.objectives.networks import Networks, build_networks
+from sonic.training.objectives.objective import Batch, Objective
+from sonic.training.train_config import TrainConfig
+from sonic.types import Conditions, pick
+
+
+def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
+    """Target and weight of a model that predicts clean latents: weight 1/sigma², as for the velocity, but at most `cap`."""
+    return clean, sigma.square().reciprocal().clamp(max=cap)
+
+
+def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
+    """Target and weight of a model that predicts the velocity noise - clean: weight 1."""
+    return noise - clean, torch.ones_like(sigma)
+
+
+TARGETS = {"clean": clean_target, "velocity": velocity_target}
+
+
+class TransformerObjective(Objective):
+    """Trains transformers, one for each role, to denoise windows of latents."""
+
+    config: FlowMatchConfig | DistillConfig
+    networks: Networks
+
+    def build_transformers(self, config: TrainConfig, dataset: object, roles: Sequence[str]) -> None:
+        """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
+        if self.config.window.reach == "blocks":
+            need_blocks(config, dataset)
+        self.networks = build_networks(config.model, self.config.learn, roles, make=self.make)
+        self.roles, self.metadata = self.networks.roles, self.networks.metadata
+        self.pretrained = tuple(self.networks.modules.values())
+        self.target = pick(TARGETS, config.model.prediction, "model.prediction")
+        self.cells = cells_of(dataset, self.config.error)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The transformers."""
+        return self.networks.modules
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's adapters in peft's format, or its transformer."""
+        return self.networks.export(super().export(weights))
+
+    def first_block(self, rng: torch.Generator) -> int:
+        """A random position of the window in a video, in blocks."""
+        return int(torch.randint(self.config.window.max_first_block + 1, (), generator=rng, device=rng.device))
+
+    def predict(self, model: AvatarDiT, noisy: Tensor, sigma: Tensor, *, conditions: Conditions, first_block: int) -> Tensor:
+        """The model's prediction for a window: as in a rollout from `first_block` on, or with full attention over the clip."""
+        timestep = TIMESTEPS * sigma
+        if self.config.window.reach == "blocks":
+            return model.forward_blocks(noisy, timestep, conditions, first_block=first_block, execution=self.execution).float()
+        return model(noisy, timestep, conditions, execution=self.execution).float()
+
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
+        target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
+        weight = weight if self.cells is None else weight * self.cells.to(prediction)
+        difference = prediction - target
+        error = (weight * difference.square()).mean()
+        later = weight[:, :, 1:] if weight.shape[2] > 1 else weight
+        jerk = (later * difference.diff(dim=2).square()).mean()
+        figures = {"flow_error": error.detach(), "change_error": jerk.detach()}
+        return error + self.config.error.change_weight * jerk, figures
+
+
+def need_blocks(config: TrainConfig, dataset: object) -> None:
+    """Raise ValueError when a window of the dataset's clips is not a whole number of rollout blocks."""
+    if not isinstance(dataset, ClipDataset):
+        return
+    block, past = config.model.rollout.block_frames, config.objective.window.past
+    for length in sorted({config.data.window or clip["latent_frames"] for clip in dataset.clips}):
+        if (length - past) % block or length <= past:
+            below, suffix = max(1, (length - past) // block) * block + past, f" after {past} of past" if past else ""
+            raise ValueError(
+                f"data.window={config.data.window} makes windows of {length} latent frames, which are not whole blocks of {block}{suffix}; "
+                f"use data.window={below} or {below + block}"
+            )
+
+
+def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
+    """Conditions of a batch of windows: portrait, audio, and head motion and prompt if the clips have them; no motion memory."""
+    clean, text = batch["latents"], config.text
+    rows = batch["text"] if "text" in batch else clean.new_zeros(clean.shape[0], text.text_len, text.text_dim)
+    pose = pose_latents(batch["head"], *clean.shape[-2:]) if "head" in batch else None
+    return Conditions(ref=batch["ref"], text=rows, audio=batch["audio"], pose=pose)
+
+
+def cells_of(dataset: object, config: ErrorConfig) -> Tensor | None:
+    """Loss weights of the latent cells from the dataset's statistics; None if it has none."""
+    std = getattr(dataset, "statistics", dict)().get("cell_std")
+    return None if std is None else cell_weights(std, config.cell_gain)
+
+
+def cell_weights(std: Tensor, gain: float) -> Tensor:
+    """Loss weight of each latent cell by its standard deviation: 1 + gain · std / max std, scaled to mean 1.  [h,w] -> [h,w]"""
+    weights = 1 + gain * std / std.max().clamp(min=1e-6)
+    return weights / weights.mean()
