@@ -5,19 +5,24 @@ The options of a training run are in training/train_config.py, those of running 
 
 from __future__ import annotations
 
+import ast
 import difflib
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
-SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
-SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar", "live_avatar_4step", "live_avatar_3step")
-FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are a table for one number of steps
-OWN_SHIFT = ("live_avatar", *FIXED_STEPS)  # schedules that contain their shift and do not read sampler.sample_shift
+OWN_SHIFT = "live_avatar"  # the schedule that contains its shift and does not read sampler.sample_shift
 SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
+
+# tables of variants, as MODULE.TABLE in sonic
+SAMPLERS, SCHEDULES, PREDICTIONS = "sampling.samplers.SAMPLERS", "sampling.schedules.SCHEDULES", "sampling.path.PREDICTIONS"
+ATTENTION, SPEECH_ENCODERS = "model.attention.ATTENTION", "encoders.speech.SPEECH_ENCODERS"
 
 
 class Ranks(NamedTuple):
@@ -33,13 +38,36 @@ class OtherRank(RuntimeError):
     """This rank ended because another one failed; that rank has logged the details."""
 
 
-def option(default, help: str = ""):
-    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`."""
+def option(default, help: str = "", *, table: str = ""):
+    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`, which ends with the names in `table`."""
+    metadata = {"help": help, "table": table}
     if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
     if isinstance(default, type):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def help_of(option: Field) -> str:
+    """The line about an option in `--help`."""
+    text, table = option.metadata.get("help", ""), option.metadata.get("table")
+    return f"{text}: {', '.join(names_in(table))}" if table else text
+
+
+def names_in(table: str) -> tuple[str, ...]:
+    """The names in a table of variants, which is read from its source while its module is not imported, because that imports torch."""
+    module, _, name = table.rpartition(".")
+    loaded = sys.modules.get(f"sonic.{module}")
+    return tuple(getattr(loaded, name)) if loaded else names_in_source(module, name)
+
+
+@cache
+def names_in_source(module: str, name: str) -> tuple[str, ...]:
+    """The keys of the dict that a module of sonic assigns to `name`."""
+    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    tree = ast.parse(source.read_text())
+    assigned = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
+    return tuple(ast.literal_eval(key) for key in next(assigned).keys)
 
 
 def closest_first(name: str, choices: Sequence[str]) -> list[str]:
@@ -189,9 +217,9 @@ class ModelConfig:
     text: TextConfig = option(TextConfig)
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
-    prediction: str = option("velocity", "quantity that the transformer predicts: velocity or clean (latents)")
+    prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTIONS)
     autoencoder: str = option("warp", "warp (moves the photograph) or wan (generates the whole picture)")
-    speech_encoder: str = option("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
+    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODERS)
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
@@ -199,9 +227,9 @@ class ModelConfig:
     lora: LoraConfig = option(LoraConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.prediction, ("velocity", "clean"), "model.prediction")
+        one_of(self.prediction, names_in(PREDICTIONS), "model.prediction")
         one_of(self.autoencoder, ("warp", "wan"), "model.autoencoder")
-        one_of(self.speech_encoder, ("logmel", "wav2vec2"), "model.speech_encoder")
+        one_of(self.speech_encoder, names_in(SPEECH_ENCODERS), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
         require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")
@@ -211,27 +239,22 @@ class ModelConfig:
 class SamplerConfig:
     """How latents are sampled from noise."""
 
-    name: str = option("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = option("linear", f"schedule of the noise levels: {', '.join(SCHEDULE_NAMES)}")
-    sample_steps: int = option(4, "sampling steps per block; more are slower and better; 0 = those of live_avatar_4step or _3step")
+    name: str = option("euler", "solver", table=SAMPLERS)
+    schedule: str = option("linear", "schedule of the noise levels", table=SCHEDULES)
+    sample_steps: int = option(4, "sampling steps per block; more are slower and better")
     sample_guide_scale: float = option(1.0, "guidance towards the audio; 1 = off, twice as fast; so is 0, as in published commands")
-    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the live_avatar schedules contain 3")
+    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the schedule live_avatar contains 3")
     negative_prompt: str = option("", "what guidance leads away from, for models that read text")
 
     def __post_init__(self) -> None:
-        one_of(self.name, SAMPLER_NAMES, "sampler.name")
-        one_of(self.schedule, SCHEDULE_NAMES, "sampler.schedule")
-        fixed = FIXED_STEPS.get(self.schedule, 0)
-        agree = self.sample_steps in (0, fixed) or not fixed
-        sentence = f"sampler.schedule={self.schedule} is a table of {fixed} steps, not of sampler.sample_steps={self.sample_steps}"
-        require(agree, f"{sentence}; leave one of them out: sampler.schedule=live_avatar takes any number of steps")
-        self.sample_steps = fixed or self.sample_steps
+        one_of(self.name, names_in(SAMPLERS), "sampler.name")
+        one_of(self.schedule, names_in(SCHEDULES), "sampler.schedule")
         self.sample_guide_scale = self.sample_guide_scale or 1.0
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
         require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
         require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
-        movable = shift == SHIFT or self.schedule not in OWN_SHIFT
+        movable = shift == SHIFT or self.schedule != OWN_SHIFT
         require(movable, f"sampler.sample_shift={shift} is not read by schedule={self.schedule}: use {SHIFT}, or schedule=twice_shifted")
 
 
@@ -342,14 +365,14 @@ class RunConfig:
     folder: str = option("runs", "folder in which run folders are made")
     device: str = option("auto", "auto, cpu or cuda; auto = cuda when there is one")
     dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 for the 14B models")
-    attention: str = option("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
+    attention: str = option("sdpa", "kernel (sdpa = torch's own; xformers needs CUDA and falls back to sdpa without it)", table=ATTENTION)
     threads: int = option(0, "CPU threads; 0 = torch's default")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
         one_of(self.dtype, (OWN, *PRECISIONS), "run.dtype")
-        one_of(self.attention, ("sdpa", "xformers"), "run.attention")
+        one_of(self.attention, names_in(ATTENTION), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
 
