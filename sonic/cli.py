@@ -65,14 +65,15 @@ class Entry:
     """A command: its YAML file `name` in conf/, its schema, and its config groups.
 
     `collections` are groups whose files override the whole config (preset=NAME); `variants` has the schemas of groups whose members
-    have different options (objective: {flow_match: FlowMatchConfig}); `location` gives the (folder, name) of a config's run; `example`
-    is an example of the command's arguments.
+    have different options (objective: {flow_match: FlowMatchConfig}); `rewrite` turns its arguments into options; `location` gives the
+    (folder, name) of a config's run; `example` is an example of the command's arguments.
     """
 
     name: str
     schema: type
     collections: tuple[str, ...] = ("preset",)
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
+    rewrite: Callable[[list[str]], list[str]] = list
     location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
@@ -240,7 +241,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
     selections: dict[str, str] = {}
     values: dict[str, str] = {}
     known, chooseable = entry_options(entry), groups(entry)
-    for item in argv:
+    for item in entry.rewrite(argv):
         key, equals, text = item.lstrip("+").partition("=")
         key = _full_name(key, known)
         if not equals or item.startswith("-"):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-OWN_SHIFT = "live_avatar"  # the schedule that contains its shift and does not read sampler.sample_shift
 SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
@@ -41,10 +40,8 @@ class OtherRank(RuntimeError):
 def option(default, help: str = "", *, table: str = ""):
     """A dataclass field with a default, which is copied if it is a list, and a line for `--help`, which ends with the names in `table`."""
     metadata = {"help": help, "table": table}
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, type | list):
+        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -54,20 +51,15 @@ def help_of(option: Field) -> str:
     return f"{text}: {', '.join(names_in(table))}" if table else text
 
 
-def names_in(table: str) -> tuple[str, ...]:
-    """The names in a table of variants, which is read from its source while its module is not imported, because that imports torch."""
+def names_in(table: str) -> list[str]:
+    """The names in a table of variants. It is read from its source while its module is not imported, because that imports torch."""
     module, _, name = table.rpartition(".")
-    loaded = sys.modules.get(f"sonic.{module}")
-    return tuple(getattr(loaded, name)) if loaded else names_in_source(module, name)
-
-
-@cache
-def names_in_source(module: str, name: str) -> tuple[str, ...]:
-    """The keys of the dict that a module of sonic assigns to `name`."""
-    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
-    tree = ast.parse(source.read_text())
-    assigned = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
-    return tuple(ast.literal_eval(key) for key in next(assigned).keys)
+    if loaded := sys.modules.get(f"sonic.{module}"):
+        return list(getattr(loaded, name))
+    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
+    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign))
+    entries = next(node.value for node in assigned if ast.unparse(node.target) == name)
+    return [ast.literal_eval(key) for key in entries.keys]
 
 
 def closest_first(name: str, choices: Sequence[str]) -> list[str]:
@@ -97,17 +89,12 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
 
     Raises ValueError when it is not a size, or a side is not between 64 and 8192 pixels.
     """
-    parts = [part.strip() for part in str(size).lower().replace("*", "x").split("x")]
-    sides = [int(part) for part in parts if part.isdigit()]
-    require(
-        len(parts) == len(sides) == 2,
-        f"{option}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for the photograph's own",
-    )
-    require(
-        all(64 <= side <= 8192 for side in sides),
-        f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual",
-    )
-    return sides[0], sides[1]
+    found = re.fullmatch(r"(\d+)[x*](\d+)", size.lower().replace(" ", ""))
+    require(found is not None, f"{option}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for that of the photo")
+    width, height = int(found[1]), int(found[2])
+    fine = min(width, height) >= 64 and max(width, height) <= 8192
+    require(fine, f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual")
+    return width, height
 
 
 @dataclass
@@ -254,7 +241,7 @@ class SamplerConfig:
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
         require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
         require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
-        movable = shift == SHIFT or self.schedule != OWN_SHIFT
+        movable = shift == SHIFT or self.schedule != "live_avatar"  # which contains its shift
         require(movable, f"sampler.sample_shift={shift} is not read by schedule={self.schedule}: use {SHIFT}, or schedule=twice_shifted")
 
 
@@ -263,9 +250,7 @@ class VideoConfig:
     """The generated video."""
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
-    infer_frames: int = option(
-        0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for other models, only as the unit of num_clip"
-    )
+    infer_frames: int = option(0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for others, only to count clips")
     num_clip: int = option(0, "clips of infer_frames frames to make at most; 0 = until the audio ends")
     fps: int = option(0, "frames per second; only the model's own rate is possible; 0 = that rate")
     compat: str = option("", "upstream = reproduce the published pipelines with their faults, to compare with them; empty = off")
@@ -396,9 +381,7 @@ class JudgeConfig:
 class ConvertConfig:
     """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
 
-    source: str = option(
-        "", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or a transformer's .safetensors"
-    )
+    source: str = option("", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or transformer's .safetensors")
     output: str = option("", "the folder to make")
     to: str = option("ready", "ready = the form that this program loads, or official = the transformer under its published names")
     lora: LoraConfig = option(LoraConfig)

@@ -60,16 +60,10 @@ def latent_frames(num_frames: int, stride: int = FRAMES_PER_LATENT) -> int:
     return 1 + whole
 
 
-def blocks_for_frames(num_frames: int, block_frames: int = 3) -> int:
-    """Number of blocks of `block_frames` latent frames that cover `num_frames` video frames; the last block may be longer than needed."""
-    if num_frames < 1 or block_frames < 1:
-        raise ValueError(f"num_frames={num_frames} in blocks of {block_frames} latent frames: both must be at least 1")
-    return math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames))
-
-
 def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[BlockSpan]:
-    """The blocks of a video of `num_frames` frames, in order; an endless iterator when it is None."""
-    indices = itertools.count() if num_frames is None else range(blocks_for_frames(num_frames, block_frames))
+    """The blocks of a video of `num_frames` frames, in order, the last one perhaps longer than needed; an endless iterator when it is
+    None."""
+    indices = itertools.count() if num_frames is None else range(math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames)))
     return (BlockSpan(index, index * block_frames, block_frames) for index in indices)
 
 

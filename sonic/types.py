@@ -5,7 +5,6 @@ Shapes: H and W are rows and columns of latents or pixels, rows and columns alon
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sonic.config import one_of
 from sonic.geometry import FPS
 from sonic.geometry import BlockSpan as BlockSpan
 
@@ -24,11 +24,8 @@ T = TypeVar("T")
 
 def pick(table: Mapping[str, T], name: str, option: str) -> T:
     """The entry of `table` called `name`. Raises ValueError with the choices, closest first, when there is none."""
-    if name in table:
-        return table[name]
-    close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
-    choices = close + sorted(set(table) - set(close))
-    raise ValueError(f"{option}={name} is unknown; choose one of: {', '.join(choices)}")
+    one_of(name, list(table), option)
+    return table[name]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "geometry": set(),
     "system": {"config"},
     "assets": set(),
-    "types": {"geometry"},
+    "types": {"config", "geometry"},
     "sampling": {"types"},
     "model": {*GROUND, "checkpoint.weights"},
     "encoders": {*GROUND, "model.pointwise", "data.audio", "checkpoint.weights"},

@@ -11,8 +11,6 @@ import re
 import stat
 from pathlib import Path
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a file name that is not UTF-8 (U+DC80 to U+DCFF), or half a character
-_ESCAPED = 0xDC80, 0xDCFF
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -23,12 +21,8 @@ def expanded(name: str) -> str:
 
 def shown(text: str) -> str:
     """The text in a form that any terminal, log and JSON file can hold: bytes that are not UTF-8 become \\xNN."""
-
-    def escaped(match: re.Match) -> str:
-        code = ord(match[0])
-        return f"\\x{code - 0xDC00:02x}" if _ESCAPED[0] <= code <= _ESCAPED[1] else f"\\u{code:04x}"
-
-    return _SURROGATE.sub(escaped, text)
+    escaped = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"\\udc([89a-f].)", r"\\x\1", escaped)  # which is how Python holds such a byte
 
 
 def check_name(name: str | Path, option: str) -> None:

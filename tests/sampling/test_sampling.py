@@ -100,14 +100,6 @@ def test_the_twice_shifted_schedule_has_the_published_sigmas():
     assert_close(sigmas_of("twice_shifted", 4, 3.0).float(), torch.tensor([1, 0.857692, 0.602151, 0.008929, 0]), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shift", "words"), [(0, 3.0, "sample_steps=0"), (4, 0.0, "sample_shift=0.0"), (-1, 1.0, "sample_steps=-1")]
-)
-def test_an_impossible_schedule_names_the_option(steps, shift, words):
-    with pytest.raises(ValueError, match=words):
-        sigmas_of("linear", steps, shift)
-
-
 def test_the_schedule_of_live_avatar_gives_its_published_tables():
     published = [1.0, 0.8576923076923076, 0.6021505376344086]
     assert sigmas_of("live_avatar", 3, 3.0).tolist() == [*published, 0.0]
