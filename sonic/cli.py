@@ -243,7 +243,8 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
     known, chooseable = entry_options(entry), groups(entry)
     for item in entry.rewrite(argv):
         key, equals, text = item.lstrip("+").partition("=")
-        key = _full_name(key, known)
+        if key not in known and SHORT.get(key) in known:
+            key = SHORT[key]
         if not equals or item.startswith("-"):
             word = key.strip("- ").partition(" ")[0]
             name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
@@ -286,11 +287,6 @@ def _own_sampler(selection: str) -> dict[str, str]:
     defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
     chosen = [each["override /sampler"] for each in defaults if "override /sampler" in each]
     return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
-
-
-def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
-    full = SHORT.get(key, key)
-    return full if key not in known and full in known else key
 
 
 def _unknown_key(entry: Entry, key: str) -> str:

@@ -23,10 +23,6 @@ class BlockSpan:
     start: int
     latent_frames: int
 
-    def __post_init__(self) -> None:
-        if self.index < 0 or self.start < 0 or self.latent_frames < 1:
-            raise ValueError(f"{self}: index and start count from 0, and a block has at least one latent frame")
-
     @property
     def stop(self) -> int:
         """First latent frame after the block."""

@@ -5,13 +5,10 @@ Standard library only.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from pathlib import Path
-
-_MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 
 def expanded(name: str) -> str:
@@ -40,14 +37,8 @@ def check_input(name: str | Path, option: str) -> None:
 
     A missing input is accepted here; the code that reads it raises the error.
     """
-    check_name(name, option)
-    try:
-        mode = os.stat(name).st_mode
-    except OSError as error:
-        if error.errno in _MISSING:
-            return
-        raise ValueError(f"{option}={name} cannot be read ({error.strerror}); name another file") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    mode = _mode(name, option, "cannot be read")
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{option}={name} is a {_kind(mode)}, not a file; save its content to a file and name that")
 
 
@@ -68,18 +59,23 @@ def write_target(path: Path, option: str) -> Path:
 
     Raises ValueError when the name is taken by something other than a file, or by a read-only file.
     """
-    check_name(path, option)
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        if error.errno not in _MISSING:
-            raise ValueError(f"{option}={path} cannot be written ({error.strerror}); choose another name") from error
-    else:
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{option}={path} is a {_kind(mode)}, not a file; choose another name")
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{option}={path} exists and is read-only; choose another name, or make it writable")
+    mode = _mode(path, option, "cannot be written")
+    if mode and not stat.S_ISREG(mode):
+        raise ValueError(f"{option}={path} is a {_kind(mode)}, not a file; choose another name")
+    if mode and not os.access(path, os.W_OK):
+        raise ValueError(f"{option}={path} exists and is read-only; choose another name, or make it writable")
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _mode(name: str | Path, option: str, fault: str) -> int:
+    """The mode of what a name leads to; 0 when that does not exist. Raises ValueError when it cannot be found out."""
+    check_name(name, option)
+    try:
+        return os.stat(name).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise ValueError(f"{option}={name} {fault} ({error.strerror}); choose another name") from error
 
 
 def _kind(mode: int) -> str:
