@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
-import io
 import logging
 import os
 import re
@@ -100,9 +99,6 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
     ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     run = None
     try:
         if {"--help", "-h"} & set(argv):

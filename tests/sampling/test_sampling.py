@@ -40,7 +40,7 @@ def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_sampler_queries_the_steps_that_its_entry_says(name, steps, rng):
+def test_a_sampler_queries_the_steps_that_its_trial_found(name, steps, rng):
     sampler, queried = SAMPLERS[name], []
     sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas_of("linear", steps, 3.0), rng)
     query = next(sampling)
