@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sonic import cli  # noqa: E402  (of this checkout, installed or not)
+from sonic.config import help_of  # noqa: E402
 from sonic.main import COMMANDS  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -54,7 +55,7 @@ def _row(name: str, kind: object, field: dataclasses.Field) -> Row:
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
     text = "" if default in (None, "") else str(default)
     type_name = (kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)).replace(" | None", "")
-    return name, type_name.replace("typing.", ""), text, field.metadata.get("help", "")
+    return name, type_name.replace("typing.", ""), text, help_of(field)
 
 
 # --- docs/options.md -------------------------------------------------------------------------------------------------------------

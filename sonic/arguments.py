@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sonic.checkpoint.converted import MANIFEST, Checkpoint
-from sonic.cli import KINDS, config_options, group_choices
+from sonic.cli import group_choices, typed_values
 from sonic.inference.infer_config import InferConfig
 from sonic.system.paths import expanded
 
@@ -64,30 +64,12 @@ def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
 
     Raises ValueError for a value of the wrong type or outside its range.
     """
-    kinds = config_options(InferConfig)
     top: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
+    for name, value in typed_values(InferConfig, {name: spelled(value) for name, value in values.items()}).items():
         group, _, field = name.rpartition(".")
-        (groups.setdefault(group, {}) if group else top)[field] = _of_kind(name, value, kinds[name][0])
+        (groups.setdefault(group, {}) if group else top)[field] = value
     return replace(config, **top, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
-
-
-def _of_kind(name: str, value: Any, kind: Any) -> Any:
-    """The value converted to the type of the option. Raises ValueError when it cannot be converted."""
-    if name == "video.size" and isinstance(value, tuple | list):
-        return "x".join(map(str, value))
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind in KINDS:
-        number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        fits = number if kind is int else number or isinstance(value, float | np.floating) if kind is float else isinstance(value, kind)
-        if not fits:
-            raise ValueError(f"{name}={value} is not {KINDS[kind]}")
-        return kind(value)
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value} is not a list")
-    return [os.fspath(each) if isinstance(each, str | os.PathLike) else float(each) for each in value]
 
 
 def model_choice(model: str) -> dict[str, str]:
@@ -104,9 +86,8 @@ def spelled(value: Any) -> str:
     """A value as text for the command line."""
     if isinstance(value, str | os.PathLike | torch.device):
         return str(value)
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(spelled, value))}]"
-    return json.dumps(value)
+    plain = lambda each: each.tolist() if isinstance(each, np.ndarray | np.generic | torch.Tensor) else str(each)  # noqa: E731
+    return json.dumps(value, default=plain, ensure_ascii=False)
 
 
 def seed_of(generator: Any) -> int:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
-import io
 import logging
 import os
 import re
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import reduce
 
 import yaml
 from hydra import compose as hydra_compose
@@ -28,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sonic.config import FIXED_STEPS, OtherRank, Ranks, closest_first, unknown_choice
+from sonic.config import OtherRank, Ranks, closest_first, help_of, unknown_choice
 from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
@@ -38,8 +37,14 @@ from sonic.system.run_folder import Run, start_logging
 from sonic.system.stdio import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
 
 ROOT = data_root()
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-LISTS = {int: "a list of whole numbers such as [1,2,3]", float: "a list of numbers such as [1,2,3]", str: "a list of words such as [a,b]"}
+KINDS = {  # types of options in words; those of others are "of the right kind"
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[int]: "a list of whole numbers such as [1,2,3]",
+    list[float]: "a list of numbers such as [1,2,3]",
+    list[str]: "a list of words such as [a,b]",
+}
 DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
 USER_ERROR, STOPPED, FAULT = 2, 130, 1
 
@@ -48,21 +53,10 @@ Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, Non
 log = logging.getLogger("sonic")
 
 
-class _Numbers(yaml.SafeLoader):
-    """A YAML loader with plain decimal numbers; in YAML 1.1, 010 would be 8, 1:30 would be 90 and 1e-4 a text."""
+class _Texts(yaml.BaseLoader):
+    """A YAML loader of lists whose items stay text, with any characters: a file name may have bytes that are not UTF-8."""
 
-    # names may hold bytes that are not UTF-8, which are these characters in Python
-    NON_PRINTABLE = re.compile(yaml.SafeLoader.NON_PRINTABLE.pattern.replace("\ud7ff", "\ud7ff\udc80-\udcff"))
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Numbers.add_implicit_resolver("!int", re.compile(r"[-+]?[0-9]+$"), [*"-+0123456789"])
-_Numbers.add_implicit_resolver("!float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"), [*"-+.0123456789"])
-_Numbers.add_constructor("!int", lambda loader, node: int(node.value))
-_Numbers.add_constructor("!float", lambda loader, node: float(node.value))
+    NON_PRINTABLE = re.compile("\0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +64,15 @@ class Entry:
     """A command: its YAML file `name` in conf/, its schema, and its config groups.
 
     `collections` are groups whose files override the whole config (preset=NAME); `variants` has the schemas of groups whose members
-    have different options (objective: {flow_match: FlowMatchConfig}); `location` gives the (folder, name) of a config's run; `example`
-    is an example of the command's arguments.
+    have different options (objective: {flow_match: FlowMatchConfig}); `rewrite` turns its arguments into options; `location` gives the
+    (folder, name) of a config's run; `example` is an example of the command's arguments.
     """
 
     name: str
     schema: type
     collections: tuple[str, ...] = ("preset",)
     variants: Mapping[str, Mapping[str, type]] = dataclasses.field(default_factory=dict)
+    rewrite: Callable[[list[str]], list[str]] = list
     location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
@@ -104,15 +99,12 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
     ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     run = None
     try:
         if {"--help", "-h"} & set(argv):
             return _answer(help_text(entry))
         config = compose(entry, [item for item in argv if item != "--cfg"])
-        resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
+        resolved = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
         if "--cfg" in argv:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
@@ -123,14 +115,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if ranks.rank and run:  # the first rank may know nothing of it
             log.critical("rank %d: %s", ranks.rank, _sentence(error))
-        return _given_up(run, _sentence(error), USER_ERROR)
+        return _given_up(_sentence(error), USER_ERROR)
     except OtherRank as error:
-        return _given_up(run, str(error), FAULT)
+        return _given_up(str(error), FAULT)
     except MemoryError as error:
         log.critical("rank %d: %s", ranks.rank, _sentence(error))
         return FAULT
     except KeyboardInterrupt:
-        return _given_up(run, f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
+        return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
     except Exception:
         log.critical("rank %d: a fault of the program, not of the input", ranks.rank, exc_info=True)
         return FAULT
@@ -165,11 +157,20 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
-        for key, text in _with_own_steps(values).items():
+        for key, text in values.items():
             _assign(raw, key, text, kind=entry_options(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
+
+
+def typed_values(schema: type, texts: Mapping[str, str]) -> dict[str, typing.Any]:
+    """The values of options that are written as on the command line. Raises ValueError for one that is not of its option's type."""
+    raw = OmegaConf.structured(schema)
+    for key, text in texts.items():
+        _assign(raw, key, text, kind=config_options(schema)[key][0])
+    plain = OmegaConf.to_container(raw, resolve=True)
+    return {key: reduce(dict.__getitem__, key.split("."), plain) for key in texts}
 
 
 def _recipes() -> str:
@@ -226,7 +227,7 @@ def help_text(entry: Entry) -> str:
     for name, (_, field) in entry_options(entry).items():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         shown = f"{name}={'' if default is None else default}"
-        lines.append(f"  {shown:<44} {field.metadata.get('help', '')}".rstrip())
+        lines.append(f"  {shown:<44} {help_of(field)}".rstrip())
     short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_options(entry)]
     return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
 
@@ -236,9 +237,10 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
     selections: dict[str, str] = {}
     values: dict[str, str] = {}
     known, chooseable = entry_options(entry), groups(entry)
-    for item in argv:
+    for item in entry.rewrite(argv):
         key, equals, text = item.lstrip("+").partition("=")
-        key = _full_name(key, known)
+        if key not in known and SHORT.get(key) in known:
+            key = SHORT[key]
         if not equals or item.startswith("-"):
             word = key.strip("- ").partition(" ")[0]
             name = next((name for name in known if name.rpartition(".")[2] == word), [*_meant(word, [*known]), *known][0])
@@ -283,17 +285,6 @@ def _own_sampler(selection: str) -> dict[str, str]:
     return {"sampler": f"sampler={chosen[0]}"} if chosen else {}
 
 
-def _with_own_steps(values: Mapping[str, str]) -> dict[str, str]:
-    """The values; a schedule on the command line that is a table for one number of steps sets that number, whatever a preset says."""
-    typed = [key.removesuffix("schedule") for key, text in values.items() if key.endswith("sampler.schedule") and text in FIXED_STEPS]
-    return {f"{sampler}sample_steps": "0" for sampler in typed} | dict(values)
-
-
-def _full_name(key: str, known: Mapping[str, typing.Any]) -> str:
-    full = SHORT.get(key, key)
-    return full if key not in known and full in known else key
-
-
 def _unknown_key(entry: Entry, key: str) -> str:
     """The error message for an unknown option: the options of its group, or else similar options, then those at the top level."""
     known = list(entry_options(entry))
@@ -310,7 +301,7 @@ def _unknown_key(entry: Entry, key: str) -> str:
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
     exact = [name for name in close if name.rpartition(".")[2] == last]
-    choices = list(dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])]))
+    choices = dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])])
     return f"{key} is not an option; choose one of: {', '.join(choices)}"
 
 
@@ -321,26 +312,29 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
-    """Set an option to the value on the command line; the value of a text option is not parsed."""
+    """Set an option to the value on the command line, which OmegaConf converts to the type of the option."""
+    types = typing.get_args(kind)
+    if type(None) in types:
+        kind = next(each for each in types if each is not type(None))
     try:
-        value = text if kind is str else yaml.load(text, _Numbers)
-        if key in FILES and isinstance(value, str | list):
-            value = expanded(value) if isinstance(value, str) else [expanded(str(each)) for each in value]
-        value = value.replace("${", r"\${") if kind is str else value
+        value = text if typing.get_origin(kind) is None else yaml.load(text, _Texts if kind in KINDS else yaml.SafeLoader)
+        if type(None) in types and text in ("", "null"):
+            value = None
+        if isinstance(value, str):
+            value = _word(value, key)
+        elif isinstance(value, list):
+            value = [_word(each, key) if isinstance(each, str) else each for each in value]
         with open_dict(raw) if typing.get_origin(kind) is dict else nullcontext():  # the keys of a dict are its own
-            OmegaConf.update(raw, key, value, merge=typing.get_origin(kind) is not dict)
+            OmegaConf.update(raw, key, value, merge=False)
     except (ConfigKeyError, ConfigAttributeError) as error:
         raise ValueError(f"{key} is no option of the chosen {key.partition('.')[0]}; --cfg shows those it has") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{key}={text} is not {_kind_words(kind)}") from error
+        raise ValueError(f"{key}={text} is not {KINDS.get(kind, 'of the right kind')}") from error
 
 
-def _kind_words(kind: typing.Any) -> str:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    if typing.get_origin(kind) is list:
-        return LISTS.get(typing.get_args(kind)[0], "a list")
-    return KINDS.get(kind, "of the right kind")
+def _word(text: str, key: str) -> str:
+    """A text for OmegaConf: a file name with ~ expanded, and no interpolations."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", expanded(text) if key in FILES else text)
 
 
 def _reworded(entry: Entry, error: Exception) -> str:
@@ -359,9 +353,7 @@ def _sentence(error: Exception) -> str:
     return shown(" ".join(str(error).split())) or type(error).__name__
 
 
-def _given_up(run: Run | None, sentence: str, code: int) -> int:
+def _given_up(sentence: str, code: int) -> int:
     log.debug("where it happened", exc_info=True)
-    if run:
-        run.discard()
     log.error(sentence, exc_info="SONIC_DEBUG" in os.environ)
     return code

@@ -5,21 +5,25 @@ The options of a training run are in training/train_config.py, those of running 
 
 from __future__ import annotations
 
+import ast
 import difflib
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from sonic.families import FAMILIES
 
-SAMPLER_NAMES = ("euler", "heun", "unipc", "dpmpp")
-SCHEDULE_NAMES = ("linear", "unipc", "twice_shifted", "live_avatar", "live_avatar_4step", "live_avatar_3step")
-FIXED_STEPS = {"live_avatar_4step": 4, "live_avatar_3step": 3}  # schedules that are a table for one number of steps
-OWN_SHIFT = ("live_avatar", *FIXED_STEPS)  # schedules that contain their shift and do not read sampler.sample_shift
 SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
+
+# tables of variants, as MODULE.TABLE in sonic
+SAMPLERS, SCHEDULES, PREDICTIONS = "sampling.samplers.SAMPLERS", "sampling.schedules.SCHEDULES", "sampling.path.PREDICTIONS"
+ATTENTION, SPEECH_ENCODERS = "model.attention.ATTENTION", "encoders.speech.SPEECH_ENCODERS"
 
 
 class Ranks(NamedTuple):
@@ -35,13 +39,29 @@ class OtherRank(RuntimeError):
     """This rank ended because another one failed; that rank has logged the details."""
 
 
-def option(default, help: str = ""):
-    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`."""
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    if isinstance(default, type):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def option(default, help: str = "", *, table: str = ""):
+    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`, which ends with the names in `table`."""
+    metadata = {"help": help, "table": table}
+    if isinstance(default, type | list):
+        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def help_of(option: Field) -> str:
+    """The line about an option in `--help`."""
+    text, table = option.metadata.get("help", ""), option.metadata.get("table")
+    return f"{text}: {', '.join(names_in(table))}" if table else text
+
+
+def names_in(table: str) -> list[str]:
+    """The names in a table of variants. It is read from its source while its module is not imported, because that imports torch."""
+    module, _, name = table.rpartition(".")
+    if loaded := sys.modules.get(f"sonic.{module}"):
+        return list(getattr(loaded, name))
+    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
+    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign))
+    entries = next(node.value for node in assigned if ast.unparse(node.target) == name)
+    return [ast.literal_eval(key) for key in entries.keys]
 
 
 def closest_first(name: str, choices: Sequence[str]) -> list[str]:
@@ -71,17 +91,12 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
 
     Raises ValueError when it is not a size, or a side is not between 64 and 8192 pixels.
     """
-    parts = [part.strip() for part in str(size).lower().replace("*", "x").split("x")]
-    sides = [int(part) for part in parts if part.isdigit()]
-    require(
-        len(parts) == len(sides) == 2,
-        f"{option}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for the photograph's own",
-    )
-    require(
-        all(64 <= side <= 8192 for side in sides),
-        f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual",
-    )
-    return sides[0], sides[1]
+    found = re.fullmatch(r"(\d+)[x*](\d+)", size.lower().replace(" ", ""))
+    require(found is not None, f"{option}={size} is not a size; write WIDTHxHEIGHT such as 704x384, or {PHOTO_SIZE} for that of the photo")
+    width, height = int(found[1]), int(found[2])
+    fine = min(width, height) >= 64 and max(width, height) <= 8192
+    require(fine, f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual")
+    return width, height
 
 
 @dataclass
@@ -191,9 +206,9 @@ class ModelConfig:
     text: TextConfig = option(TextConfig)
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
-    prediction: str = option("velocity", "quantity that the transformer predicts: velocity or clean (latents)")
+    prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTIONS)
     family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
-    speech_encoder: str = option("logmel", "logmel (a small encoder of log-mel columns) or wav2vec2")
+    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODERS)
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
@@ -201,9 +216,9 @@ class ModelConfig:
     lora: LoraConfig = option(LoraConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.prediction, ("velocity", "clean"), "model.prediction")
+        one_of(self.prediction, names_in(PREDICTIONS), "model.prediction")
         one_of(self.family, list(FAMILIES), "model.family")
-        one_of(self.speech_encoder, ("logmel", "wav2vec2"), "model.speech_encoder")
+        one_of(self.speech_encoder, names_in(SPEECH_ENCODERS), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
         require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")
@@ -213,27 +228,22 @@ class ModelConfig:
 class SamplerConfig:
     """How latents are sampled from noise."""
 
-    name: str = option("euler", "euler, heun, unipc or dpmpp")
-    schedule: str = option("linear", f"schedule of the noise levels: {', '.join(SCHEDULE_NAMES)}")
-    sample_steps: int = option(4, "sampling steps per block; more are slower and better; 0 = those of live_avatar_4step or _3step")
+    name: str = option("euler", "solver", table=SAMPLERS)
+    schedule: str = option("linear", "schedule of the noise levels", table=SCHEDULES)
+    sample_steps: int = option(4, "sampling steps per block; more are slower and better")
     sample_guide_scale: float = option(1.0, "guidance towards the audio; 1 = off, twice as fast; so is 0, as in published commands")
-    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the live_avatar schedules contain 3")
+    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the schedule live_avatar contains 3")
     negative_prompt: str = option("", "what guidance leads away from, for models that read text")
 
     def __post_init__(self) -> None:
-        one_of(self.name, SAMPLER_NAMES, "sampler.name")
-        one_of(self.schedule, SCHEDULE_NAMES, "sampler.schedule")
-        fixed = FIXED_STEPS.get(self.schedule, 0)
-        agree = self.sample_steps in (0, fixed) or not fixed
-        sentence = f"sampler.schedule={self.schedule} is a table of {fixed} steps, not of sampler.sample_steps={self.sample_steps}"
-        require(agree, f"{sentence}; leave one of them out: sampler.schedule=live_avatar takes any number of steps")
-        self.sample_steps = fixed or self.sample_steps
+        one_of(self.name, names_in(SAMPLERS), "sampler.name")
+        one_of(self.schedule, names_in(SCHEDULES), "sampler.schedule")
         self.sample_guide_scale = self.sample_guide_scale or 1.0
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
         require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
         require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
-        movable = shift == SHIFT or self.schedule not in OWN_SHIFT
+        movable = shift == SHIFT or self.schedule != "live_avatar"  # which contains its shift
         require(movable, f"sampler.sample_shift={shift} is not read by schedule={self.schedule}: use {SHIFT}, or schedule=twice_shifted")
 
 
@@ -242,9 +252,7 @@ class VideoConfig:
     """The generated video."""
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
-    infer_frames: int = option(
-        0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for other models, only as the unit of num_clip"
-    )
+    infer_frames: int = option(0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for others, only to count clips")
     num_clip: int = option(0, "clips of infer_frames frames to make at most; 0 = until the audio ends")
     fps: int = option(0, "frames per second; only the model's own rate is possible; 0 = that rate")
     compat: str = option("", "upstream = reproduce the published pipelines with their faults, to compare with them; empty = off")
@@ -344,14 +352,14 @@ class RunConfig:
     folder: str = option("runs", "folder in which run folders are made")
     device: str = option("auto", "auto, cpu or cuda; auto = cuda when there is one")
     dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 for the 14B models")
-    attention: str = option("sdpa", "sdpa (torch's own) or xformers, which needs CUDA and falls back to sdpa without it")
+    attention: str = option("sdpa", "kernel (sdpa = torch's own; xformers needs CUDA and falls back to sdpa without it)", table=ATTENTION)
     threads: int = option(0, "CPU threads; 0 = torch's default")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
         one_of(self.dtype, (OWN, *PRECISIONS), "run.dtype")
-        one_of(self.attention, ("sdpa", "xformers"), "run.attention")
+        one_of(self.attention, names_in(ATTENTION), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")
 
@@ -375,9 +383,7 @@ class JudgeConfig:
 class ConvertConfig:
     """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
 
-    source: str = option(
-        "", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or a transformer's .safetensors"
-    )
+    source: str = option("", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or transformer's .safetensors")
     output: str = option("", "the folder to make")
     to: str = option("ready", "ready = the form that this program loads, or official = the transformer under its published names")
     lora: LoraConfig = option(LoraConfig)

@@ -23,10 +23,6 @@ class BlockSpan:
     start: int
     latent_frames: int
 
-    def __post_init__(self) -> None:
-        if self.index < 0 or self.start < 0 or self.latent_frames < 1:
-            raise ValueError(f"{self}: index and start count from 0, and a block has at least one latent frame")
-
     @property
     def stop(self) -> int:
         """First latent frame after the block."""
@@ -60,16 +56,10 @@ def latent_frames(num_frames: int, stride: int = FRAMES_PER_LATENT) -> int:
     return 1 + whole
 
 
-def blocks_for_frames(num_frames: int, block_frames: int = 3) -> int:
-    """Number of blocks of `block_frames` latent frames that cover `num_frames` video frames; the last block may be longer than needed."""
-    if num_frames < 1 or block_frames < 1:
-        raise ValueError(f"num_frames={num_frames} in blocks of {block_frames} latent frames: both must be at least 1")
-    return math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames))
-
-
 def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[BlockSpan]:
-    """The blocks of a video of `num_frames` frames, in order; an endless iterator when it is None."""
-    indices = itertools.count() if num_frames is None else range(blocks_for_frames(num_frames, block_frames))
+    """The blocks of a video of `num_frames` frames, in order, the last one perhaps longer than needed; an endless iterator when it is
+    None."""
+    indices = itertools.count() if num_frames is None else range(math.ceil(num_frames / (FRAMES_PER_LATENT * block_frames)))
     return (BlockSpan(index, index * block_frames, block_frames) for index in indices)
 
 

@@ -327,6 +327,8 @@ class AvatarPipeline:
         given = {name: value for name, value in options.items() if value is not None}
         generator, callback = given.get("generator"), given.get("callback_on_step_end")
         values = {FIELDS[name]: value for name, value in given.items() if name in FIELDS}
+        if isinstance(given.get("size"), tuple | list):
+            values["video.size"] = "x".join(map(str, given["size"]))
         if generator is not None:
             values["seed"] = seed_of(generator)
         picture = None if is_path(image) else image_in_memory(image)

@@ -1,11 +1,10 @@
-"""The values that the stages of the program pass to each other, frozen and checked when created; and `pick`, for choices by name.
+"""The values that the stages of the program pass to each other, frozen; and `pick`, for choices by name.
 
 Shapes: H and W are rows and columns of latents or pixels, rows and columns alone those of patches.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,19 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sonic.config import one_of
 from sonic.geometry import FPS
 from sonic.geometry import BlockSpan as BlockSpan
 
 T = TypeVar("T")
+AXES = {"ref": "BCTHW", "text": "BLD", "audio": "BKEF", "motion": "BCTHW", "pose": "BCTHW", "masks": "BTHW"}  # of conditions
 
 
 def pick(table: Mapping[str, T], name: str, option: str) -> T:
     """The entry of `table` called `name`. Raises ValueError with the choices, closest first, when there is none."""
-    if name in table:
-        return table[name]
-    close = difflib.get_close_matches(str(name), table, n=len(table), cutoff=0.5)
-    choices = close + sorted(set(table) - set(close))
-    raise ValueError(f"{option}={name} is unknown; choose one of: {', '.join(choices)}")
+    one_of(name, list(table), option)
+    return table[name]
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,11 @@ class Conditions:
     masks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _expect("ref", self.ref, "BCTHW")
-        _expect("text", self.text, "BLD")
-        _expect("audio", self.audio, "BKEF")
-        _expect("motion", self.motion, "BCTHW")
-        _expect("pose", self.pose, "BCTHW")
+        for name, value in self._tensors():
+            if value.ndim != len(AXES[name]):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected the axes [{','.join(AXES[name])}]")
         if self.ref.shape[2] != 1:
             raise ValueError(f"ref has {self.ref.shape[2]} latent frames: a portrait is exactly one")
-        _expect("masks", self.masks, "BTHW")
         voices = ("audio", "masks") if self.masks is not None else ()
         batches = {value.shape[0] for name, value in self._tensors() if name not in voices}
         if voices and (self.audio is None or self.audio.shape[0] != self.masks.shape[0]):
@@ -95,11 +90,6 @@ class LatentBlock:
     latents: Tensor
     span: BlockSpan
 
-    def __post_init__(self) -> None:
-        _expect("latents", self.latents, "BCTHW")
-        if self.latents.shape[2] != self.span.latent_frames:
-            raise ValueError(f"{self.latents.shape[2]} latent frames do not fill {self.span}")
-
 
 @dataclass(frozen=True)
 class FrameChunk:
@@ -107,11 +97,6 @@ class FrameChunk:
 
     pixels: Tensor | np.ndarray
     start: int
-
-    def __post_init__(self) -> None:
-        _expect_picture("pixels", self.pixels, ndim=4)
-        if self.start < 0:
-            raise ValueError(f"start={self.start}: frames count from 0")
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
@@ -155,9 +140,6 @@ class Portrait:
     face: FaceBox | None = None
     mouth: Mouth | None = None
 
-    def __post_init__(self) -> None:
-        _expect_picture("pixels", self.pixels, ndim=3)
-
 
 @dataclass(frozen=True)
 class Crop:
@@ -169,10 +151,6 @@ class Crop:
     angle: float
     resolution: int
 
-    def __post_init__(self) -> None:
-        if self.side <= 0 or self.resolution < 1:
-            raise ValueError(f"{self} is empty: side and resolution must be positive")
-
 
 @dataclass(frozen=True)
 class Speech:
@@ -181,12 +159,6 @@ class Speech:
     samples: np.ndarray
     sample_rate: int = 16_000
     path: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples.ndim != 1 or self.samples.dtype != np.float32:
-            raise ValueError(f"speech must be float32 [n], not {self.samples.dtype} {list(self.samples.shape)}")
-        if self.sample_rate <= 0:
-            raise ValueError(f"sample_rate={self.sample_rate} Hz must be positive")
 
     @property
     def seconds(self) -> float:
@@ -213,24 +185,6 @@ class Inputs:
     voices: tuple[Speech, ...] = ()
     masks: np.ndarray | None = None
     pose: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.voices) != (0 if self.masks is None else len(self.masks)):
-            raise ValueError(f"{len(self.voices)} voices need as many masks")
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames={self.num_frames}: a video has at least one frame")
-
-
-def _expect(name: str, value: Tensor | None, axes: str) -> None:
-    if value is not None and value.ndim != len(axes):
-        raise ValueError(f"{name} has shape {list(value.shape)}, expected the axes [{','.join(axes)}]")
-
-
-def _expect_picture(name: str, value: Tensor | np.ndarray, *, ndim: int) -> None:
-    eight_bit = value.dtype in (torch.uint8, np.uint8)
-    if value.ndim != ndim or value.shape[-1] != 3 or not eight_bit:
-        axes = "[F,H,W,3]" if ndim == 4 else "[H,W,3]"
-        raise ValueError(f"{name} must be uint8 {axes}, not {value.dtype} {list(value.shape)}")
 
 
 @dataclass(frozen=True)

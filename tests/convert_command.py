@@ -16,7 +16,7 @@ PROMPT = "a person speaks to the camera"
 
 def convert(*argv: str) -> int:
     """Run the command convert; its exit code."""
-    return run_command(convert_command.ENTRY, convert_command.convert, convert_command.spelled(list(argv)))
+    return run_command(convert_command.ENTRY, convert_command.convert, list(argv))
 
 
 def infer(folder: Path, *argv: str) -> int:

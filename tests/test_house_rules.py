@@ -27,7 +27,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "geometry": set(),
     "system": {"config"},
     "assets": set(),
-    "types": {"geometry"},
+    "types": {"config", "geometry"},
     "sampling": {"types"},
     "model": GROUND,
     "encoders": {*GROUND, "model.cpu", "data.audio", "checkpoint.weights"},

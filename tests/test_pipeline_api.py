@@ -175,9 +175,9 @@ def test_the_plan_is_that_of_the_command(real):
 WRONG_CALLS = [
     ({"cfg": 3}, "cfg is not an option of a video; choose one of:"),
     ({"num_inference_steps": 0}, "sampler.sample_steps=0 is impossible"),
-    ({"num_inference_steps": "2"}, "sampler.sample_steps=2 is not a whole number"),
+    ({"num_inference_steps": 2.5}, "sampler.sample_steps=2.5 is not a whole number"),
     ({"seed": -1}, "seed=-1 must lie between 0 and 2"),
-    ({"seed": True}, "seed=True is not a whole number"),
+    ({"seed": True}, "seed=true is not a whole number"),
     ({"guidance_scale": 99}, "sampler.sample_guide_scale=99.0 must lie between 0 and 30"),
     ({"size": (1, 1)}, "video.size=1x1 is impossible"),
     ({"face_box": [1, 2, 3]}, r"face.box=\[1.0, 2.0, 3.0\] is not a rectangle"),

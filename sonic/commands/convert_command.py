@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import logging
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.config import ConvertConfig
 from sonic.system.run_folder import Run
 
-EXAMPLE = "source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
-ENTRY = Entry("convert", ConvertConfig, collections=(), location=lambda config: ("runs", "convert"), example=EXAMPLE)
 log = logging.getLogger("sonic")
+
+
+def with_equals(argv: list[str]) -> list[str]:
+    """Replace `--to official`, the spelling of other converters, by to=official."""
+    index = argv.index("--to") if "--to" in argv[:-1] else None
+    return argv if index is None else [*argv[:index], f"to={argv[index + 1]}", *argv[index + 2 :]]
+
+
+ENTRY = Entry(
+    "convert",
+    ConvertConfig,
+    collections=(),
+    rewrite=with_equals,
+    location=lambda config: ("runs", "convert"),
+    example="source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER",
+)
 
 
 def convert(config: ConvertConfig, run: Run) -> None:
@@ -23,12 +37,4 @@ def convert(config: ConvertConfig, run: Run) -> None:
     log.info("%s", made.resolve())
 
 
-def spelled(argv: list[str]) -> list[str]:
-    """Replace `--to official`, the spelling of other converters, by to=official."""
-    index = argv.index("--to") if "--to" in argv[:-1] else None
-    return argv if index is None else [*argv[:index], f"to={argv[index + 1]}", *argv[index + 2 :]]
-
-
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, convert, spelled(argv))
+main = partial(launch, ENTRY, convert)

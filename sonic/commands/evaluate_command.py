@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.system.run_folder import Run
@@ -18,6 +18,4 @@ def score(config: EvaluateConfig, run: Run) -> None:
     evaluate(config)
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, score, argv)
+main = partial(launch, ENTRY, score)

@@ -6,8 +6,8 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from sonic.cli import Entry, launch
 from sonic.inference.infer_config import InferConfig
@@ -73,6 +73,4 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     return 1 if bad and run.main else 0
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, infer, argv)
+main = partial(launch, ENTRY, infer)

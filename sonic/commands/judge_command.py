@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.config import JudgeConfig
@@ -30,6 +30,4 @@ def score(config: JudgeConfig, run: Run) -> int:
     return 1 if fault else 0
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, score, argv)
+main = partial(launch, ENTRY, score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.data.data_config import PrecomputeConfig
@@ -26,6 +26,4 @@ def make(config: PrecomputeConfig, run: Run) -> None:
     precompute(config, build_encoders, clip_hashes)
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, make, argv)
+main = partial(launch, ENTRY, make)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.system.run_folder import Run
@@ -31,6 +31,4 @@ def train(config: TrainConfig, run: Run) -> None:
     run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)
 
 
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, train, argv)
+main = partial(launch, ENTRY, train)

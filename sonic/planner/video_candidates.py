@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sonic.config import FIXED_STEPS
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig, OffloadConfig, ParallelConfig
 from sonic.planner.plans import PLANS, Plan, degree, pipeline_fault
 from sonic.planner.workload import Workload
@@ -90,12 +89,10 @@ def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
 
 
 def fewer_steps(work: Workload) -> Changed:
-    """Changes to fewer sampling steps, which have fewer KV rings; a schedule of fixed steps is replaced by live_avatar."""
-    schedule = "live_avatar" if work.schedule in FIXED_STEPS else work.schedule
-    other = () if schedule == work.schedule else (f"sampler.schedule={schedule}",)
+    """Changes to fewer sampling steps, which have fewer KV rings."""
     for fewer in () if work.clip_frames else range(work.steps - 1, FEWEST_STEPS - 1, -1):
-        changed = replace(work, steps=fewer, schedule=schedule)
-        yield f"{fewer} steps instead of {work.steps}", (*other, f"sampler.sample_steps={fewer}"), changed
+        changed = replace(work, steps=fewer)
+        yield f"{fewer} steps instead of {work.steps}", (f"sampler.sample_steps={fewer}",), changed
 
 
 def shorter_windows(work: Workload) -> Changed:

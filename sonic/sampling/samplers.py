@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,22 +33,11 @@ class Query(NamedTuple):
 SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent the velocity of each, returns the clean latents
 
 
-def every_step(steps: int) -> list[int]:
-    """The steps queried by a sampler that needs one velocity per step."""
-    return list(range(steps))
-
-
-def both_ends(steps: int) -> list[int]:
-    """The steps queried by a sampler that needs the velocity at both ends of each step, except at the end of the last one."""
-    return [step for index in range(steps) for step in (index, index + 1) if step < steps]
-
-
 @dataclass(frozen=True)
 class Sampler:
-    """A coroutine (noise, sigmas [n+1] from 1 to 0, rng), and the function that gives the steps it queries, in order, for n steps."""
+    """A sampler from its coroutine (noise, sigmas [n+1] from 1 to 0, rng)."""
 
     coroutine: Callable[[Tensor, Tensor, torch.Generator], SamplerCoroutine]
-    steps_queried: Callable[[int], list[int]] = every_step
 
     def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
         """Sample with a velocity function that is called at every query."""
@@ -58,6 +48,16 @@ class Sampler:
             except StopIteration as end:
                 return end.value
             answer = velocity(query.x, query.sigma)
+
+    def steps_queried(self, steps: int) -> list[int]:
+        """The sampling steps that are queried, in order, when there are `steps` of them: found by sampling a single zero."""
+        sampling, queried = self.coroutine(torch.zeros(1, 1), torch.linspace(1, 0, steps + 1), torch.Generator()), []
+        with suppress(StopIteration):
+            query = next(sampling)
+            while True:
+                queried.append(query.step)
+                query = sampling.send(torch.zeros(1, 1))
+        return queried
 
 
 def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
@@ -111,7 +111,7 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": Sampler(euler), "heun": Sampler(heun, both_ends), "unipc": Sampler(unipc), "dpmpp": Sampler(dpmpp)}
+SAMPLERS: dict[str, Sampler] = {"euler": Sampler(euler), "heun": Sampler(heun), "unipc": Sampler(unipc), "dpmpp": Sampler(dpmpp)}
 
 
 def _log_snr(sigma: float) -> float:

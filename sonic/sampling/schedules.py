@@ -14,10 +14,7 @@ Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 si
 HIGHEST_UNIPC_SIGMA = 0.9990000128746033  # 1 - 1/1000 in the precision of the published tables
 TIMESTEPS = 1000  # timesteps of the published models; a timestep is 1000·sigma
 LIVE_AVATAR_SHIFT = 3.0
-LIVE_AVATAR_TABLES = {  # sigmas by number of steps; the model was distilled for 4, of which the last changes sigma by only 0.009
-    3: [1.0, 0.8576923076923076, 0.6021505376344086, 0.0],
-    4: [1.0, 0.8576923076923076, 0.6021505376344086, 0.008928571428571334, 0.0],
-}
+LIVE_AVATAR_TABLES = (3, 4)  # numbers of steps for which a table is published with Live Avatar, which was distilled for 4
 TOUCH_UP_FROM = 4  # smallest number of steps of which the last is the short one from 0.009 to 0
 
 
@@ -44,54 +41,24 @@ def twice_shifted(steps: int, shift: float = 3.0) -> list[float]:
 
 
 def live_avatar(steps: int, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
-    """The noise levels of Live Avatar: its table where it has one for this number of steps, else its rule. Both already contain the
-    shift, so `shift` is not read."""
-    return LIVE_AVATAR_TABLES.get(steps) or live_avatar_rule(steps)
+    """The noise levels of Live Avatar, its published tables among them: `twice_shifted` with its very short last step from four steps
+    on, without it below (two steps: 1, .751, 0, where `twice_shifted`, the published program, has 1, .009, 0).
 
-
-def live_avatar_rule(steps: int) -> list[float]:
-    """The rule behind the tables of Live Avatar, for any number of steps: `twice_shifted` with its very short last step from four steps
-    on, without it below (two steps: 1, .751, 0, where `twice_shifted`, the published program, has 1, .009, 0)."""
+    They contain the shift, so `shift` is not read.
+    """
     if steps >= TOUCH_UP_FROM:
         return twice_shifted(steps, LIVE_AVATAR_SHIFT)
     return [*twice_shifted(steps + 1, LIVE_AVATAR_SHIFT)[:steps], 0.0]
 
 
-def live_avatar_4step(steps: int = 4, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
-    """Live Avatar's table of four steps. Raises ValueError for other numbers of steps."""
-    return _table("live_avatar_4step", 4, steps)
-
-
-def live_avatar_3step(steps: int = 3, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
-    """Live Avatar's table of three steps: that of four without its very short last step. Raises ValueError for other numbers of steps."""
-    return _table("live_avatar_3step", 3, steps)
-
-
-def _table(name: str, own: int, steps: int) -> list[float]:
-    if steps != own:
-        raise ValueError(f"sampler.schedule={name} is a table of {own} steps, not of sampler.sample_steps={steps}")
-    return LIVE_AVATAR_TABLES[own]
-
-
 def is_table(name: str, steps: int) -> bool:
     """Whether a schedule with this number of steps is one of the tables published with Live Avatar, not computed."""
-    return SCHEDULES.get(name) in (live_avatar, live_avatar_4step, live_avatar_3step) and steps in LIVE_AVATAR_TABLES
+    return name == "live_avatar" and steps in LIVE_AVATAR_TABLES
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "linear": linear,
-    "unipc": unipc,
-    "twice_shifted": twice_shifted,
-    "live_avatar": live_avatar,
-    "live_avatar_4step": live_avatar_4step,
-    "live_avatar_3step": live_avatar_3step,
-}
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted, "live_avatar": live_avatar}
 
 
 def sigmas_of(name: str, steps: int, shift: float) -> Tensor:
-    """The named schedule as float64 [steps + 1]. Raises ValueError for no steps or a shift that is not positive."""
-    if steps < 1:
-        raise ValueError(f"sampler.sample_steps={steps} makes no video; use 1 or more")
-    if shift <= 0:
-        raise ValueError(f"sampler.sample_shift={shift} must be positive; 1 leaves the schedule as it is")
+    """The named schedule as float64 [steps + 1]."""
     return torch.tensor(pick(SCHEDULES, name, "sampler.schedule")(steps, shift), dtype=torch.float64)

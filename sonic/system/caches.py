@@ -29,17 +29,14 @@ def make_room_for_caches() -> None:
     numba compiles functions of librosa when librosa is imported, and fails when it cannot cache them.
     """
     home = Path(os.path.expanduser("~"))
-    wanted = [name for name, position in HOME_CACHES.items() if not _serves(name, home / position)]
+    readable = {name for name in READ_TOO if (home / HOME_CACHES[name]).is_dir()}
+    wanted = [name for name, position in HOME_CACHES.items() if name not in readable and not _takes_files(home / position)]
     numba = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     if not _takes_files(numba) and not _takes_files(_folder_of("librosa")):
         wanted.append("NUMBA_CACHE_DIR")
     missing = [name for name in wanted if name not in os.environ]
     if missing and (folder := _own_folder()):
         os.environ.update({name: str(folder / name.lower()) for name in missing})
-
-
-def _serves(name: str, folder: Path) -> bool:
-    return _takes_files(folder) or name in READ_TOO and folder.is_dir()
 
 
 def _folder_of(package: str) -> Path:

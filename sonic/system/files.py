@@ -9,26 +9,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = ".partial"
 NAME_CHARACTERS = 40  # of a file's name that its temporary name repeats, so that the longer name stays within the system's limit
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
 
-def temporary(path: Path) -> Path:
-    """A name in the same folder that no other process, thread or machine uses."""
-    return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(6)}{PARTIAL}")
-
-
 @contextmanager
 def written_temporary(path: str | Path) -> Iterator[Path]:
-    """A new empty file, which is renamed to `path` when the `with` block succeeds and removed when it fails.
+    """A new empty file in the same folder, which is renamed to `path` when the `with` block succeeds and removed when it fails.
 
     An OSError from inside, such as that of a full disk, is raised again with `path` as its file name.
     """
     path = Path(path)
-    partial = temporary(path)
+    partial = path.with_name(f".{path.name[:NAME_CHARACTERS]}.{secrets.token_hex(6)}.partial")
     try:
         partial.touch(exist_ok=False)
         yield partial

@@ -5,15 +5,10 @@ Standard library only.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from pathlib import Path
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a file name that is not UTF-8 (U+DC80 to U+DCFF), or half a character
-_ESCAPED = 0xDC80, 0xDCFF
-_MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 
 def expanded(name: str) -> str:
@@ -23,12 +18,8 @@ def expanded(name: str) -> str:
 
 def shown(text: str) -> str:
     """The text in a form that any terminal, log and JSON file can hold: bytes that are not UTF-8 become \\xNN."""
-
-    def escaped(match: re.Match) -> str:
-        code = ord(match[0])
-        return f"\\x{code - 0xDC00:02x}" if _ESCAPED[0] <= code <= _ESCAPED[1] else f"\\u{code:04x}"
-
-    return _SURROGATE.sub(escaped, text)
+    escaped = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"\\udc([89a-f].)", r"\\x\1", escaped)  # which is how Python holds such a byte
 
 
 def check_name(name: str | Path, option: str) -> None:
@@ -46,14 +37,8 @@ def check_input(name: str | Path, option: str) -> None:
 
     A missing input is accepted here; the code that reads it raises the error.
     """
-    check_name(name, option)
-    try:
-        mode = os.stat(name).st_mode
-    except OSError as error:
-        if error.errno in _MISSING:
-            return
-        raise ValueError(f"{option}={name} cannot be read ({error.strerror}); name another file") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    mode = _mode(name, option, "cannot be read")
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{option}={name} is a {_kind(mode)}, not a file; save its content to a file and name that")
 
 
@@ -74,18 +59,23 @@ def write_target(path: Path, option: str) -> Path:
 
     Raises ValueError when the name is taken by something other than a file, or by a read-only file.
     """
-    check_name(path, option)
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        if error.errno not in _MISSING:
-            raise ValueError(f"{option}={path} cannot be written ({error.strerror}); choose another name") from error
-    else:
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{option}={path} is a {_kind(mode)}, not a file; choose another name")
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{option}={path} exists and is read-only; choose another name, or make it writable")
+    mode = _mode(path, option, "cannot be written")
+    if mode and not stat.S_ISREG(mode):
+        raise ValueError(f"{option}={path} is a {_kind(mode)}, not a file; choose another name")
+    if mode and not os.access(path, os.W_OK):
+        raise ValueError(f"{option}={path} exists and is read-only; choose another name, or make it writable")
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _mode(name: str | Path, option: str, fault: str) -> int:
+    """The mode of what a name leads to; 0 when that does not exist. Raises ValueError when it cannot be found out."""
+    check_name(name, option)
+    try:
+        return os.stat(name).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise ValueError(f"{option}={name} {fault} ({error.strerror}); choose another name") from error
 
 
 def _kind(mode: int) -> str:

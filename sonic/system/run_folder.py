@@ -1,4 +1,4 @@
-"""The folder of one run: resolved config, command, git commit and log. It is made late, and removed when the run fails."""
+"""The folder of one run: resolved config, command, git commit and log. A run that fails leaves nothing there."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import errno
 import json
 import logging
 import shlex
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from sonic import __version__
 from sonic.config import Ranks
-from sonic.system.files import PARTIAL, temporary, written_temporary
+from sonic.system.files import written_temporary
 from sonic.system.paths import shown
 
-CONFIG, LOG, ATTEMPTS = "config.yaml", "log.txt", 10_000
+ATTEMPTS = 10_000  # to make a folder that no other run has
+ROOM = 12 << 10  # bytes that a folder must take: config, command and log
+NEVER = sys.maxsize
 
 log = logging.getLogger("sonic")
 
 
 class Run:
-    """The folder of a run's results. `open` makes it on the main rank; `discard` removes what `open` made, unless `keep` was called.
-
-    In a folder that existed before, files have temporary names until `keep` is called, so a run that fails changes nothing there.
-    """
+    """The folder of a run's results. `open` makes it on the main rank, `keep` writes config, command, commit and log into it; before
+    that the log is held in memory, so that a run that fails changes nothing."""
 
     def __init__(self, location: tuple[str, str], config_yaml: str, *, command: list[str], root: Path, ranks: Ranks) -> None:
         folder, self._named = Path(location[0]), location[1]
@@ -37,10 +38,8 @@ class Run:
         self.command = shlex.join(command)
         self.ranks, self.main, self.kept = ranks, ranks.rank == 0, False
         self._root, self._config_yaml = root, config_yaml
-        self._made: list[Path] = []
-        self._temporary: dict[Path, Path] = {}  # final path of a file -> its temporary path
-        self._inode = 0  # of the run's config.yaml, once that is written
-        self._handler: _LogFile | None = None
+        self._made: list[Path] = []  # folders, the innermost first
+        self._log: MemoryHandler | None = None
 
     @property
     def name(self) -> str:
@@ -56,41 +55,31 @@ class Run:
         return f"{commit}+changes" if _git(self._root, "status", "--porcelain", "-uno") else commit
 
     def open(self) -> Path:
-        """Make the folder, write config, command and commit into it, and start logging to it. Gives its path.
+        """Make the folder and start the log. Gives its path.
 
         Without a name the folder is named by the time, with a number when another run has that name. Raises ValueError when it cannot
         be made or written to.
         """
-        if not self.main or self._handler:
+        if not self.main or self._log:
             return self.path
         try:
-            new = self._make_folder()
-            texts = {CONFIG: self._config_yaml, "command.txt": f"{self.command}\n", "git_commit.txt": f"{self.commit}\n"}
-            for name, text in texts.items():
-                self._place(name, new=new).write_text(text)
-            self._inode = self._place(CONFIG, new=new).stat().st_ino
-            self._log_to(self._place(LOG, new=new))
+            self._make_folder()
+            with tempfile.TemporaryFile(dir=self.path) as trial:
+                trial.write(bytes(ROOM))
         except OSError as error:
             message = f"run.folder={self.path.parent}: the folder {self.path} of the run cannot be written ({error.strerror})"
             raise ValueError(f"{message}; free some space there or choose another with run.folder=") from error
+        self._log = MemoryHandler(capacity=NEVER, flushLevel=NEVER)
+        log.addHandler(self._log)
+        if self.kept:
+            self._write()
         return self.path
 
     def keep(self) -> None:
-        """Keep the folder and its files from now on, even if the run fails later."""
+        """Write what belongs into the folder, now or as soon as it is open. It stays even if the run fails later."""
+        if self._log and not self.kept:
+            self._write()
         self.kept = True
-        if self._temporary:
-            log_temporary, handler = self._temporary.pop(self.path / LOG), self._handler
-            with self.sparing(f"config and log of {self.name}", "the result"):
-                self.close()
-                with (self.path / LOG).open("a") as log_file:
-                    log_file.write(log_temporary.read_text())
-                for final, partial in self._temporary.items():
-                    partial.replace(final)
-            for partial in (log_temporary, *self._temporary.values()):
-                partial.unlink(missing_ok=True)
-            self._temporary = {}
-            if handler:
-                self._log_to(self.path / LOG)
 
     @contextmanager
     def sparing(self, what: str, result: str) -> Iterator[None]:
@@ -103,97 +92,63 @@ class Run:
     def write_json(self, name: str, value: dict) -> None:
         """Write a JSON file into the folder, on the main rank only."""
         if self.main:
-            with written_temporary(self.path / name) as partial:
-                partial.write_text(json.dumps(value, indent=2) + "\n")
+            self._write_text(name, json.dumps(value, indent=2))
 
     def close(self) -> None:
-        """Stop logging to the folder, and remove temporary files unless the run is kept."""
-        if self._handler:
-            log.removeHandler(self._handler)
-            self._handler.close()
-            self._handler = None
-        if not self.kept:
-            for partial in self._temporary.values():
-                partial.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Remove every folder that `open` made, unless the run is kept: its own, and `runs/` when nothing else is in it."""
-        self.close()
-        if self.kept:
-            return
+        """Stop logging to the folder, and remove the folders that `open` made if they are empty: nothing was kept."""
+        if self._log:
+            log.removeHandler(self._log)
+            if self._log.target:
+                self._log.target.close()
+            self._log = None
         for folder in self._made:
-            if folder == self.path and not self._taken_over():
-                shutil.rmtree(folder, ignore_errors=True)
-            elif folder.is_dir() and not any(folder.iterdir()):
-                with suppress(OSError):  # another run has started in it meanwhile
-                    folder.rmdir()
-        self._made = []
+            with suppress(OSError):  # it has files, of this run or of another
+                folder.rmdir()
 
-    def _make_folder(self) -> bool:
-        """Make the folder and its parents; False when it existed already, which is allowed only for a run with a name."""
+    def _make_folder(self) -> None:
+        """Make the folder and its parents; that of a run with a name may exist already."""
         first = self.path
         for count in range(1, ATTEMPTS):
             self.path = first if self._named or count == 1 else first.with_name(f"{first.name}-{count}")
             with suppress(FileNotFoundError):  # a parent was just removed, by a run that failed
-                for parent in reversed(self.path.parents):
-                    self._make(parent)
-                if self._make(self.path) or self._named:
-                    return self.path in self._made
+                for folder in (*reversed(self.path.parents), self.path):
+                    with suppress(FileExistsError):
+                        folder.mkdir()
+                        self._made.insert(0, folder)
+                if self._named or self.path in self._made:
+                    return
         raise FileExistsError(errno.EEXIST, "no number is free")
 
-    def _make(self, folder: Path) -> bool:
-        """Make a folder; False when it exists already."""
-        if folder.is_dir():
-            return False
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
-            return False
-        self._made.insert(0, folder)
-        return True
+    def _write(self) -> None:
+        """Write config, command, commit and the log so far, and log to a file from now on."""
+        with self.sparing(f"config and log of {self.name}", "the result"):
+            for name, text in (("config.yaml", self._config_yaml.rstrip()), ("command.txt", self.command), ("git_commit.txt", self.commit)):
+                self._write_text(name, text)
+            file = _LogFile(self.path / "log.txt")
+            file.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            self._log.setTarget(file)
+            self._log.capacity = 1
+            self._log.flush()
 
-    def _place(self, name: str, *, new: bool) -> Path:
-        """The path to write a file to: the final one when the folder is new or the run is kept, a temporary one otherwise."""
-        final = self.path / name
-        if new or self.kept:
-            return final
-        return self._temporary.setdefault(final, temporary(final))
-
-    def _taken_over(self) -> bool:
-        """Whether another run of the same name has written its own files to the folder, or has started to."""
-        config = self.path / CONFIG
-        replaced = self._inode and config.is_file() and config.stat().st_ino != self._inode
-        return bool(replaced) or any(self.path.glob(f".{CONFIG}.*{PARTIAL}"))
-
-    def _log_to(self, path: Path) -> None:
-        self._handler = _LogFile(path)
-        self._handler.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        log.addHandler(self._handler)
+    def _write_text(self, name: str, text: str) -> None:
+        with written_temporary(self.path / name) as partial:
+            partial.write_text(f"{text}\n")
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that is no longer written after its first failure, which is reported once."""
-
-    full = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless writing has failed before."""
-        if not self.full:
-            super().emit(record)
+    """A log file that ends at its first failure, which is reported once."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report the failure of a write as a warning."""
         if isinstance(error := sys.exc_info()[1], OSError):
-            self.full = True
+            self.addFilter(lambda record: False)
             log.warning("%s ends here: %s", self.baseFilename, error.strerror)
         else:
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file; after a reported failure, errors of closing are ignored."""
-        with suppress(OSError) if self.full else nullcontext():
+        """Close the file; what could not be written was reported."""
+        with suppress(OSError):
             super().close()
 
 

@@ -52,7 +52,8 @@ def outlast_readers() -> None:
 def _outlasting(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
     file = io.BufferedWriter(Outlasting(number, "w", closefd=False))
-    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+    errors = "backslashreplace"  # names may hold bytes that are not UTF-8
+    return io.TextIOWrapper(file, stream.encoding, errors, line_buffering=stream.line_buffering)
 
 
 def failure_of_stdout() -> OSError | None:

@@ -43,36 +43,17 @@ class Worker:
             self.close()  # it died between two calls
         if self._process is None:
             self._begin()
-        try:
-            self._pipe.send((function, arguments))
-            done, answer = self._pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            code = self._ended()
-            if code in _STOPPED or self.stopped:
-                raise KeyboardInterrupt from None
-            raise Crashed(_cause(code)) from None
-        except BaseException:
-            self.close()  # otherwise the next call would receive the answer of this one
-            raise
-        if not done:
-            raise answer
-        return answer
+        return self._ask(function, arguments)
 
     def stop(self) -> None:
         """End the process from another thread; the thread that waits in `call` gets KeyboardInterrupt."""
         self.stopped = True
-        process = self._process
-        if process is not None and process.is_alive():
-            process.terminate()
-            if not wait([process.sentinel], GRACE_S):
-                process.kill()
+        _end(self._process)
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.terminate()
-            if not wait([self._process.sentinel], GRACE_S):
-                self._process.kill()
+            _end(self._process)
             self._ended()
 
     def _begin(self) -> None:
@@ -80,18 +61,32 @@ class Worker:
             raise KeyboardInterrupt
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.prepare), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
         try:
-            self._pipe.recv()
-        except EOFError:
+            self._ask(self.prepare, ())
+        except Exception as error:
+            self.close()
+            raise RuntimeError(f"a worker process could not begin ({error})") from error
+
+    def _ask(self, function: Callable, arguments: tuple) -> Any:
+        try:
+            self._pipe.send((function, arguments))
+            done, answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
             code = self._ended()
             if code in _STOPPED or self.stopped:
                 raise KeyboardInterrupt from None
-            raise RuntimeError(f"a worker process could not begin ({_cause(code)})") from None
+            raise Crashed(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
+        except BaseException:
+            self.close()  # otherwise the next call would receive the answer of this one
+            raise
+        if not done:
+            raise answer
+        return answer
 
-    def _ended(self) -> int | None:
+    def _ended(self) -> int:
         """Close the pipe and wait for the process to end. Gives its exit code."""
         process, pipe = self._process, self._pipe
         self._process = self._pipe = None
@@ -100,14 +95,20 @@ class Worker:
         return process.exitcode
 
 
-def _serve(pipe: Connection, prepare: Callable[[], object]) -> None:
+def _end(process: multiprocessing.process.BaseProcess | None) -> None:
+    """End a process, after some time by force. This does not `join` it, which only one thread may do at a time."""
+    if process is not None and process.is_alive():
+        process.terminate()
+        if not wait([process.sentinel], GRACE_S):
+            process.kill()
+
+
+def _serve(pipe: Connection) -> None:
     """Answer calls until the pipe is closed; the process also ends when its parent does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that incomplete files are removed
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
-        prepare()
-        pipe.send(None)
         while True:
             function, arguments = pipe.recv()
             pipe.send_bytes(_answer(function, arguments))
@@ -130,13 +131,3 @@ def _answer(function: Callable, arguments: tuple) -> bytes:
             return answer
         except Exception:
             return pickle.dumps((False, RuntimeError(trace)))
-
-
-def _cause(code: int | None) -> str:
-    """The name of the signal that ended a process, or its exit code."""
-    if code is not None and code < 0:
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
-    return f"exit code {code}"

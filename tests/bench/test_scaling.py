@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from sonic.bench import scaling
 from sonic.cli import compose
-from sonic.commands.bench_command import ENTRY, spelled
+from sonic.commands.bench_command import ENTRY
 from sonic.inference.infer_config import BenchConfig
 from sonic.parallel.parallel_config import ParallelConfig
 
@@ -19,7 +19,7 @@ def test_one_rank_and_two_make_the_same_stream_and_the_best_of_each_counts(monke
     rates, made = iter([10.0, 18.0, 12.0, 15.0]), []
 
     def run(command: list[str], **_) -> SimpleNamespace:
-        config = compose(ENTRY, spelled(command[command.index("fit") :]))
+        config = compose(ENTRY, command[command.index("fit") :])
         ranks = next((int(each.partition("=")[2]) for each in command if each.startswith("--nproc-per-node=")), 1)
         made.append((ranks, config))
         Path(config.json).write_text(json.dumps({"frames_per_second": next(rates)}))

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sonic.config import FIXED_STEPS
 from sonic.sampling.guidance import guidance
 from sonic.sampling.path import PREDICTIONS, interpolate, velocity_from
 from sonic.sampling.samplers import SAMPLERS
-from sonic.sampling.schedules import LIVE_AVATAR_TABLES, SCHEDULES, live_avatar_rule, sigmas_of
+from sonic.sampling.schedules import SCHEDULES, is_table, sigmas_of
 
 ORDER = {
     "euler": 1,
@@ -33,7 +32,7 @@ def curved(x, sigma):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
     clean, noise = torch.randn(2, 1, 4, 3, 8, 8)
-    sigmas = sigmas_of(schedule, FIXED_STEPS.get(schedule, steps), 3.0)
+    sigmas = sigmas_of(schedule, steps, 3.0)
     start = interpolate(clean, noise, sigmas[:1].float())
     found = SAMPLERS[name](lambda x, sigma: noise - clean, start, sigmas, rng)
     assert_close(found, clean, atol=2e-5, rtol=1e-5)
@@ -41,7 +40,7 @@ def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_sampler_queries_the_steps_that_its_entry_says(name, steps, rng):
+def test_a_sampler_queries_the_steps_that_its_trial_found(name, steps, rng):
     sampler, queried = SAMPLERS[name], []
     sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas_of("linear", steps, 3.0), rng)
     query = next(sampling)
@@ -85,17 +84,10 @@ def test_a_sampler_leaves_its_noise_alone(name, rng):
 @pytest.mark.parametrize("steps", [1, 2, 4, 40])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_every_schedule_falls_from_high_noise_to_zero(name, steps, shift):
-    steps = FIXED_STEPS.get(name, steps)
     sigmas = sigmas_of(name, steps, shift)
     assert len(sigmas) == steps + 1
     assert 0.99 < sigmas[0] <= 1 and sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
-
-
-@pytest.mark.parametrize("name", FIXED_STEPS)
-def test_a_table_of_noise_levels_needs_its_own_number_of_steps(name):
-    with pytest.raises(ValueError, match="is a table of"):
-        sigmas_of(name, FIXED_STEPS[name] + 1, 3.0)
 
 
 def test_the_unipc_schedule_has_the_published_timesteps():
@@ -108,18 +100,11 @@ def test_the_twice_shifted_schedule_has_the_published_sigmas():
     assert_close(sigmas_of("twice_shifted", 4, 3.0).float(), torch.tensor([1, 0.857692, 0.602151, 0.008929, 0]), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shift", "words"), [(0, 3.0, "sample_steps=0"), (4, 0.0, "sample_shift=0.0"), (-1, 1.0, "sample_steps=-1")]
-)
-def test_an_impossible_schedule_names_the_option(steps, shift, words):
-    with pytest.raises(ValueError, match=words):
-        sigmas_of("linear", steps, shift)
-
-
-@pytest.mark.parametrize("steps", LIVE_AVATAR_TABLES)
-def test_the_rule_of_live_avatar_gives_its_tables(steps):
-    assert live_avatar_rule(steps) == LIVE_AVATAR_TABLES[steps]
-    assert sigmas_of("live_avatar", steps, 3.0).tolist() == sigmas_of(f"live_avatar_{steps}step", steps, 3.0).tolist()
+def test_the_schedule_of_live_avatar_gives_its_published_tables():
+    published = [1.0, 0.8576923076923076, 0.6021505376344086]
+    assert sigmas_of("live_avatar", 3, 3.0).tolist() == [*published, 0.0]
+    assert sigmas_of("live_avatar", 4, 3.0).tolist() == [*published, 0.008928571428571334, 0.0]
+    assert [steps for steps in range(1, 9) if is_table("live_avatar", steps)] == [3, 4]
 
 
 def test_few_steps_of_live_avatar_all_count_and_many_end_with_the_published_touch_up():

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sonic.config import FIXED_STEPS, SamplerConfig
+from sonic.config import SamplerConfig
 from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.samplers import Velocity
 from sonic.sampling.schedules import sigmas_of
@@ -81,9 +81,8 @@ def teacher_path(sampler: SamplerConfig, teacher_steps: int) -> tuple[Tensor, in
     steps = sampler.sample_steps
     coarse = sigmas_of(sampler.schedule, steps, sampler.sample_shift)
     stride = max(1, round(teacher_steps / steps))
-    if sampler.schedule not in FIXED_STEPS:
-        fine = sigmas_of(sampler.schedule, steps * stride, sampler.sample_shift)
-        if torch.allclose(fine[::stride], coarse):
-            return fine, stride
+    fine = sigmas_of(sampler.schedule, steps * stride, sampler.sample_shift)
+    if torch.allclose(fine[::stride], coarse):
+        return fine, stride
     parts = [torch.linspace(float(a), float(b), stride + 1, dtype=coarse.dtype)[:-1] for a, b in pairwise(coarse)]
     return torch.cat((*parts, coarse[-1:])), stride
