@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from timeit import timeit
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,8 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Work] = []
         self._inputs: dict[tuple[int, ...], Tensor] = {}
 
-    def __torch_function__(self, function: Callable, _types: object, args: tuple = (), kwargs: Mapping | None = None) -> object:
+    def __torch_function__(self, function: Callable, _types: object, *call: Any) -> object:
+        args, kwargs = call
         if function in (F.linear, torch.ops.mkldnn._linear_pointwise):
             x, weight, bias, *_ = args
             self.calls.append(partial(linear, self._like(x), weight, bias))
