@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv with the test extras and runs the whole suite.     usage: ./launch/test.sh [pytest arguments]
-# EXTRAS=dev,voices,deepspeed,slurm,text,heic ./launch/test.sh runs what is skipped without those packages as well.
+# EXTRAS=dev,voices,deepspeed,text,heic ./launch/test.sh runs what is skipped without those packages as well.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up "${EXTRAS:-dev,voices}"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from typing import NoReturn
 
-from sonic.cli import Entry, launch
+from sonic.cli import Entry, compose, launch
+from sonic.commands.evaluate_command import ENTRY as EVALUATE
 from sonic.evaluation.sweep_config import AblateConfig
-from sonic.system.run_folder import Run
+from sonic.system.allocator import keep_freed_memory
+from sonic.system.caches import make_room_for_caches
+from sonic.system.run_folder import Run, start_logging
 
 ENTRY = Entry("ablate", AblateConfig, collections=("ablate",), example="grid.sampler.sample_steps=[2,4] name=mine")
 GRID = "grid."
@@ -22,12 +25,22 @@ def ablate(config: AblateConfig, run: Run) -> None:
 
     run.keep()  # finished cells survive a failed run
     folder = run.open()
-    cells = sweep(config, folder)
+    cells = sweep(config, folder, score)
     report = write_report(cells, folder, title=f"{run.name}: {', '.join(config.grid)}")
     log_cells(cells, folder, config.log, group=run.name)
     log.info("%s", report.resolve())
     if any(cell.failure for cell in cells):
         raise ValueError(f"{sum(bool(cell.failure) for cell in cells)} of {len(cells)} cells failed; see {report}, and retry=true")
+
+
+def score(argv: list[str]) -> None:
+    """Evaluate in this process, which a sweep has started, with the options of the command evaluate."""
+    from sonic.evaluation.evaluate import evaluate
+
+    make_room_for_caches()
+    keep_freed_memory()
+    start_logging(main=True)
+    evaluate(compose(EVALUATE, argv))
 
 
 def gathered(argv: list[str]) -> list[str]:

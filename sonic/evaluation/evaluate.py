@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +34,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet, voices
+from sonic.system.files import written_temporary
 from sonic.system.program import written
 from sonic.training.train_config import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech
@@ -61,12 +63,6 @@ class Case:
         """The person at rest, [3,R,R] in [-1,1]."""
         return to_signed(rearrange(torch.from_numpy(self.person.picture), "h w c -> c h w"))
 
-    @property
-    def mouth_geometry(self) -> metrics.MouthGeometry:
-        """Position and shape of the mouth at rest."""
-        shape = self.person.mouth
-        return metrics.MouthGeometry(shape.x, shape.y, shape.unit, shape.roll, lower=shape.curve + 0.65 * shape.gap, curve=shape.curve)
-
 
 FrameGenerator = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,R] in [-1,1]
 
@@ -90,13 +86,10 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
             rows[name].append(clip.figures)
             if name == "model":
                 openings.append(clip.opening.round(4).tolist())
+                if config.eval.videos:
+                    _keep(clip.frames, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
         r = rows["model"][-1]["sync_correlation"]
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
-        if config.eval.videos:
-            _keep(case, generators["model"], Path(config.eval.videos) / f"clip_{number:03d}.png")
-            if number < config.eval.num_videos:
-                path = Path(config.eval.videos) / f"clip_{number:03d}.mp4"
-                save_video(path, generators["model"](case, case.samples), Speech(case.samples.astype(np.float32)))
     figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     result = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
@@ -104,7 +97,8 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
     result["peak_rss_gib"] = metrics.peak_rss_gib()
     if config.json:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+        with written_temporary(config.json) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -173,10 +167,11 @@ def generated_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, s
 
 
 class Scored(NamedTuple):
-    """All metrics of one clip, and the opening of its mouth in each frame [F]."""
+    """All metrics of one clip, the opening of its mouth in each frame [F], and the frames."""
 
     figures: dict[str, float]
     opening: np.ndarray
+    frames: Tensor
 
 
 def scored(case: Case, make: FrameGenerator, block: int) -> Scored:
@@ -185,10 +180,10 @@ def scored(case: Case, make: FrameGenerator, block: int) -> Scored:
     frames = make(case, case.samples)
     seconds = time.perf_counter() - start
     silent = make(case, np.zeros_like(case.samples))
-    read = lambda pictures: metrics.mouth_opening(pictures, case.rest, case.mouth_geometry)  # noqa: E731
+    read = lambda pictures: metrics.mouth_opening(pictures, case.rest, case.person.mouth)  # noqa: E731
     opening, true, in_silence = read(frames), read(case.truth), read(silent)
     _, lag = metrics.best_lag(opening, case.track)
-    mask = metrics.mouth_mask(case.mouth_geometry, *frames.shape[-2:])
+    mask = metrics.mouth_mask(case.person.mouth, *frames.shape[-2:])
     size = lambda track: float(np.sqrt(np.mean(np.square(track))))  # noqa: E731 - relative to rest, so that a mouth left open counts
     figures = {
         "sync_correlation": metrics.correlation(opening, case.track),
@@ -202,7 +197,7 @@ def scored(case: Case, make: FrameGenerator, block: int) -> Scored:
         "reader_correlation": metrics.correlation(true, case.track),
         "seconds_per_frame": seconds / len(frames),
     }
-    return Scored(figures, opening)
+    return Scored(figures, opening, frames)
 
 
 def show(figures: dict[str, dict]) -> None:
@@ -216,14 +211,14 @@ def show(figures: dict[str, dict]) -> None:
     Console(width=120).print(table)
 
 
-def _keep(case: Case, make: FrameGenerator, path: Path) -> None:
-    """Save eight frames of a clip as a contact sheet, the generated ones above the true ones."""
-    from skimage.io import imsave
-
+def _keep(frames: Tensor, case: Case, path: Path, *, video: bool) -> None:
+    """Save eight frames of a clip as a contact sheet, the generated ones above the true ones; with `video` the clip as an MP4 too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
-    rows = [rearrange(frames[chosen], "f c h w -> h (f w) c") for frames in (make(case, case.samples), case.truth)]
-    imsave(path, to_bytes(torch.cat(rows)).numpy(), check_contrast=False)
+    rows = [rearrange(clip[chosen], "f c h w -> h (f w) c") for clip in (frames, case.truth)]
+    Image.fromarray(to_bytes(torch.cat(rows)).numpy()).save(path.with_suffix(".png"))
+    if video:
+        save_video(path.with_suffix(".mp4"), frames, Speech(case.samples.astype(np.float32)))
 
 
 def save_video(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:

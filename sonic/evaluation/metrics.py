@@ -8,27 +8,14 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from einops import rearrange
-from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class MouthGeometry:
-    """Position of a resting mouth in a frame: middle in px, `unit` half its width in px, roll in radians; `lower` is the distance of
-    the lower lip's inner edge below the middle, in units, and `curve` how much of it is lost towards the corners."""
-
-    x: float
-    y: float
-    unit: float
-    roll: float = 0.0
-    lower: float = 0.0
-    curve: float = 0.0
+from sonic.synthetic.puppet import MouthShape
 
 
 def psnr(found: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
@@ -36,12 +23,6 @@ def psnr(found: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
     error = (found - truth).square()
     mean = error.mean() if mask is None else (error * mask).sum() / (mask.sum() * (error.numel() / mask.numel()))
     return float(10 * torch.log10(4 / mean.clamp(min=1e-12)))
-
-
-def ssim(found: Tensor, truth: Tensor) -> float:
-    """Mean structural similarity of frames."""
-    pairs = zip(_hwc(found), _hwc(truth), strict=True)
-    return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=2.0) for a, b in pairs]))
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -67,7 +48,7 @@ def best_lag(found: np.ndarray, truth: np.ndarray, max_lag: int = 12) -> tuple[f
     return values[best], float(lags[best] + fraction)
 
 
-def mouth_opening(frames: Tensor, rest: Tensor, geometry: MouthGeometry) -> np.ndarray:
+def mouth_opening(frames: Tensor, rest: Tensor, mouth: MouthShape) -> np.ndarray:
     """Displacement of the lower lip from rest in mouth units, measured in the pixels.  -> [F]
 
     The strip from the edge of the lower lip downwards is cut from the resting frame and located in every frame along the mouth's
@@ -78,25 +59,25 @@ def mouth_opening(frames: Tensor, rest: Tensor, geometry: MouthGeometry) -> np.n
     shifts = torch.arange(-0.6, 1.3, step)
     across = torch.linspace(-0.42, 0.42, 11)
     arch = (1 - (across / 0.97) ** 2) ** 0.7
-    edge = geometry.lower - geometry.curve * across**2
+    edge = mouth.curve + 0.65 * mouth.gap - mouth.curve * across**2  # of the lower lip at rest, below the middle of the mouth
     down = torch.linspace(0.04, 0.9, 29)
     x = across.expand(len(down), -1)
     y = down.unsqueeze(1) + edge
-    template = _sample(rest.unsqueeze(0), geometry, x=x, y=y)[0]
+    template = _sample(rest.unsqueeze(0), mouth, x=x, y=y)[0]
     moved = rearrange(shifts, "k -> k 1 1") * arch + y
     weight = torch.exp(-((across / 0.35) ** 2)) * torch.linspace(1.0, 0.5, len(down)).unsqueeze(1)
     costs = []
     for part in frames.split(32):
-        strips = _sample(part, geometry, x=x.expand_as(moved), y=moved)  # [part's frames, 3, shifts, rows, columns]
+        strips = _sample(part, mouth, x=x.expand_as(moved), y=moved)  # [part's frames, 3, shifts, rows, columns]
         costs.append(((strips - rearrange(template, "c v x -> c 1 v x")).square() * weight).mean((1, 3, 4)))
     return _lowest(torch.cat(costs), shifts, step)
 
 
-def mouth_mask(geometry: MouthGeometry, height: int, width: int) -> Tensor:
+def mouth_mask(mouth: MouthShape, height: int, width: int) -> Tensor:
     """Mask that is 0 where the mouth can move, 1 everywhere else.  -> [H,W]"""
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    cos, sin = np.cos(geometry.roll), np.sin(geometry.roll)
-    dx, dy = (xs - geometry.x) / geometry.unit, (ys - geometry.y) / geometry.unit
+    cos, sin = np.cos(mouth.roll), np.sin(mouth.roll)
+    dx, dy = (xs - mouth.x) / mouth.unit, (ys - mouth.y) / mouth.unit
     across, down = dx * cos + dy * sin, dy * cos - dx * sin
     return ((across.abs() > 1.35) | (down < -0.7) | (down > 1.6)).float()
 
@@ -138,17 +119,12 @@ def peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _hwc(frames: Tensor) -> np.ndarray:
-    frames = frames if frames.ndim == 4 else frames.unsqueeze(0)
-    return rearrange(frames, "f c h w -> f h w c").numpy()
-
-
-def _sample(frames: Tensor, geometry: MouthGeometry, *, x: Tensor, y: Tensor) -> Tensor:
+def _sample(frames: Tensor, mouth: MouthShape, *, x: Tensor, y: Tensor) -> Tensor:
     """Sample frames [F,3,H,W] at mouth coordinates x, y in units, of any shape [...].  -> [F,3,...]"""
     height, width = frames.shape[-2:]
-    cos, sin = float(np.cos(geometry.roll)), float(np.sin(geometry.roll))
-    px = geometry.x + geometry.unit * (x * cos - y * sin)
-    py = geometry.y + geometry.unit * (x * sin + y * cos)
+    cos, sin = float(np.cos(mouth.roll)), float(np.sin(mouth.roll))
+    px = mouth.x + mouth.unit * (x * cos - y * sin)
+    py = mouth.y + mouth.unit * (x * sin + y * cos)
     grid = torch.stack([px / width, py / height], -1) * 2 - 1
     flat = grid.reshape(1, 1, -1, 2).expand(frames.shape[0], -1, -1, -1)
     sampled = F.grid_sample(frames, flat, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,17 +1,18 @@
-"""Ablation sweeps: every combination (cell) of a grid of options is evaluated in processes of its own; finished cells are kept."""
+"""Sweeps: every combination (cell) of a grid of options is evaluated once per seed, in a process that submitit or Ray starts."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
+import os
 import re
-import shutil
-import signal
-import subprocess
+import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,25 @@ from tqdm import tqdm
 from sonic.config import RunConfig
 from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
-from sonic.system.program import process
+from sonic.system.program import interpreter
 
 LOG = logging.getLogger("sonic.training")
-PROGRAM = process("evaluate")
-DONE, FAILED, ASKED, LEFT = "figures.json", "failed.txt", "arguments.json", "left_"
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
-STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # return codes of an interrupted process; 130 is this program's own
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
-TAIL = 12  # lines of a failed cell's log that are shown
+POLL_S = 0.2  # seconds between two looks at the running jobs
 
-Jobs = Sequence[tuple[Path, list[list[str]]]]  # a cell's folder and its processes
+Score = Callable[[list[str]], None]  # evaluates with the options of a command line
+Submit = Callable[[list[str]], Any]  # starts `score`; gives a job with done(), exception() and cancel(), as submitit and futures have
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the grid, and its folder."""
+    """One combination of the grid, the options that it is evaluated with, and the folder and seeds of its results."""
 
     choices: dict[str, Any]
+    options: list[str]
     folder: Path
+    seeds: list[int]
 
     @property
     def name(self) -> str:
@@ -47,185 +48,119 @@ class Cell:
 
     @property
     def figures(self) -> dict[str, Any] | None:
-        """The metrics of the cell; None until it is finished."""
-        file = self.folder / DONE
-        return json.loads(file.read_text()) if file.is_file() else None
+        """The metrics over the clips of all seeds; None until all seeds are evaluated."""
+        if not all(self.result_file(seed).is_file() for seed in self.seeds):
+            return None
+        results = [json.loads(self.result_file(seed).read_text()) for seed in self.seeds]
+        joined = {name: metrics.interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
+        openings = [track for result in results for track in result["openings"]]
+        return {**joined, "openings": openings, "peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
 
     @property
     def failure(self) -> str:
-        """The end of the log of a failed cell; empty for others."""
-        file = self.folder / FAILED
-        return file.read_text() if file.is_file() else ""
+        """The errors of the seeds that failed; empty when none did."""
+        return "\n".join(file.read_text() for seed in self.seeds if (file := self.failure_file(seed)).is_file())
 
-    @property
-    def asked(self) -> list[str] | None:
-        """The options of the last evaluation; None when there is no record of them."""
-        file = self.folder / ASKED
-        return json.loads(file.read_text()) if file.is_file() else None
+    def result_file(self, seed: int) -> Path:
+        """The JSON of one evaluation, which appears when it is finished."""
+        return self.folder / f"seed_{seed}.json"
 
-    def begin(self, asked: list[str]) -> None:
-        """Record the options of the evaluation that begins."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
+    def failure_file(self, seed: int) -> Path:
+        """The error of one evaluation, which appears when it has failed."""
+        return self.folder / f"seed_{seed}_failed.txt"
 
-    def leave(self) -> Path:
-        """Rename the folder to keep the old results, replacing those kept before. Returns the new path."""
-        temporary = self.folder.with_name(f"{LEFT}{self.folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.folder.rename(temporary)
-        return temporary
-
-    def forget(self) -> None:
-        """Remove the folder of an earlier attempt."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def command(self, seed: int) -> list[str]:
+        """The options of one evaluation."""
+        return [*self.options, f"eval.seed={seed}", f"json={self.result_file(seed)}", f"eval.videos={self.folder / f'videos_{seed}'}"]
 
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
-    """All combinations of the grid except the excluded ones, in the order of the grid."""
-    options = list(config.grid)
-    combinations = (dict(zip(options, values, strict=True)) for values in itertools.product(*config.grid.values()))
-    wanted = (choices for choices in combinations if not any(choices.items() >= out.items() for out in config.exclude))
-    return [Cell(choices, folder / "cells" / _slug(choices)) for choices in wanted]
+    """All combinations of the grid except the excluded ones, in the order of the grid.
 
-
-def sweep(config: AblateConfig, folder: Path) -> list[Cell]:
-    """Evaluate every cell that is not finished with the present options, `config.jobs` at once; failed ones only with retry=true."""
-    cells = cells_of(config, folder)
-    if config.retry:
-        for cell in cells:
-            if cell.failure:
-                cell.forget()
-    for cell in cells:
-        if (cell.figures or cell.failure) and cell.asked not in (None, asked(config, cell)):
-            LOG.info("%s was scored with other options; it is scored again, the old results are in %s", cell.name, cell.leave())
-    waiting = [cell for cell in cells if cell.figures is None and not cell.failure]
-    if len(waiting) < len(cells):
-        LOG.info("%d of %d cells are finished already", len(cells) - len(waiting), len(cells))
-    for cell in waiting:
-        cell.begin(asked(config, cell))
-    jobs = [(cell.folder, commands(config, cell)) for cell in waiting]
-    for _ in tqdm(ENGINES[config.engine](jobs, config), total=len(jobs), desc="cells", unit=" cells", disable=not jobs):
-        pass
-    for cell in cells:
-        if cell.figures is None and not cell.failure:
-            LOG.warning("%s was stopped; run the same command again to score it", cell.name)
-        if cell.failure:
-            LOG.warning("%s failed: %s (retry=true tries it again)", cell.name, cell.failure.strip().splitlines()[-1])
+    The name of a cell's folder contains a hash of its options, so that results are found again only for the same options.
+    """
+    machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
+    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
+    cells = []
+    for values in itertools.product(*config.grid.values()):
+        choices = dict(zip(config.grid, values, strict=True))
+        if any(choices.items() >= excluded.items() for excluded in config.exclude):
+            continue
+        options = [*config.common, *machine, *(f"{option}={_typed(value)}" for option, value in choices.items()), *scored]
+        words = [f"{option.rpartition('.')[2]}-{value}" for option, value in choices.items()]
+        words.append(hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8])
+        cells.append(Cell(choices, options, folder / "cells" / re.sub(r"[^A-Za-z0-9_.-]+", "-", "__".join(words)), config.seeds))
     return cells
 
 
-def commands(config: AblateConfig, cell: Cell) -> list[list[str]]:
-    """The command lines of a cell, one for each seed."""
-    where = lambda seed: [f"eval.seed={seed}", f"json={cell.folder / f'seed_{seed}.json'}", f"eval.videos={cell.folder / f'videos_{seed}'}"]  # noqa: E731
-    return [[*PROGRAM, *_arguments(config, cell), *where(seed)] for seed in config.seeds]
+def sweep(config: AblateConfig, folder: Path, score: Score) -> list[Cell]:
+    """Evaluate every seed of every cell that is not finished, `config.jobs` at once; failed ones only with retry=true.
+
+    Raises ValueError when a package is missing.
+    """
+    needed = ("submitit", "matplotlib", *["ray"] * (config.engine == "ray"))
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ValueError(f"a sweep needs packages that are not installed here; run: pip install {' '.join(missing)}")
+    cells = cells_of(config, folder.absolute())
+    waiting = [(cell, seed) for cell in cells for seed in cell.seeds if not cell.result_file(seed).is_file()]
+    waiting = [(cell, seed) for cell, seed in waiting if config.retry or not cell.failure_file(seed).is_file()]
+    LOG.info("%d of %d cells are finished", sum(cell.figures is not None for cell in cells), len(cells))
+    submit = ENGINES[config.engine](score, config, folder.absolute() / "jobs")
+    for cell, seed, error in tqdm(run_jobs(waiting, submit, config.jobs), total=len(waiting), desc="evaluations", disable=not waiting):
+        cell.failure_file(seed).unlink(missing_ok=True)
+        if error is not None:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            cell.failure_file(seed).write_text(f"seed {seed}: {error}\n")
+            LOG.warning("%s failed, see %s (retry=true tries it again)", cell.name, cell.failure_file(seed))
+    return cells
 
 
-def asked(config: AblateConfig, cell: Cell) -> list[str]:
-    """The options that a cell's metrics depend on."""
-    return [*_arguments(config, cell), f"seeds={_typed(config.seeds)}"]
+def run_jobs(waiting: Sequence[tuple[Cell, int]], submit: Submit, at_once: int) -> Iterator[tuple[Cell, int, BaseException | None]]:
+    """Evaluate seeds of cells in order, `at_once` at a time; yields each with its error when it has ended.
 
-
-def _arguments(config: AblateConfig, cell: Cell) -> list[str]:
-    """The options of every process of a cell, apart from the seed and the outputs."""
-    fixed = [f"{option}={_typed(value)}" for option, value in cell.choices.items()]
-    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
-    machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
-    return [*config.common, *machine, *fixed, *scored]
-
-
-def score(folder: Path, processes: Sequence[Sequence[str]]) -> None:
-    """Run a cell's processes and join their metrics. A failure is recorded in the cell's folder; an interruption is not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("seed_*.json"):  # of an interrupted attempt, perhaps with other seeds
-        old.unlink()
-    for old in folder.glob("videos_*"):
-        shutil.rmtree(old)
-    with (folder / "log.txt").open("w") as log:
-        for command in processes:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-            if done.returncode in STOPPED:
-                return
-            if done.returncode:
-                log.flush()
-                fail(folder, f"exit code {done.returncode}", (folder / "log.txt").read_text())
-                return
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("seed_*.json"))]
-    partial = folder / f"{DONE}.partial"
-    partial.write_text(json.dumps(_joined(results), indent=1) + "\n")
-    partial.rename(folder / DONE)
-
-
-def fail(folder: Path, reason: str, output: str) -> None:
-    """Record that a cell failed, with the end of its output."""
-    (folder / FAILED).write_text("\n".join([reason, *output.strip().splitlines()[-TAIL:]]) + "\n")
-
-
-def lost(folder: Path, error: Exception) -> None:
-    """Record that a cell's job was killed or its machine lost, which the job itself could not; the sweep goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fail(folder, f"its job ended with {type(error).__name__}", str(error))
-
-
-def _locally(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
-    with ThreadPoolExecutor(config.jobs) as pool:
-        yield from pool.map(lambda job: score(*job), jobs)
-
-
-def _submitit(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
+    When the caller is interrupted, the running ones are cancelled.
+    """
+    queue, running = list(waiting), {}
     try:
-        import submitit
-    except ImportError:
-        raise ValueError("engine=submitit needs the package submitit: pip install submitit; engine=local needs nothing") from None
-    executor = submitit.AutoExecutor(folder=jobs[0][0].parents[1] / "slurm") if jobs else None
-    if executor is not None:
-        executor.update_parameters(slurm_array_parallelism=config.jobs, timeout_min=config.minutes)
-        for (folder, _), job in zip(jobs, executor.map_array(score, *zip(*jobs, strict=True)), strict=True):
-            error = job.exception()  # when it is done; Slurm may have killed it
-            if error is not None:
-                lost(folder, error)
-            yield
+        while queue or running:
+            while queue and len(running) < at_once:
+                cell, seed = queue.pop(0)
+                running[submit(cell.command(seed))] = cell, seed
+            for job in [job for job in running if job.done()]:
+                yield *running.pop(job), job.exception()
+            time.sleep(POLL_S)
+    finally:
+        for job in running:
+            job.cancel()
 
 
-def _ray(jobs: Jobs, config: AblateConfig) -> Iterator[None]:
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("engine=ray needs the package ray: pip install ray; engine=local needs nothing") from None
-    ray.init(ignore_reinit_error=True)
-    remote = ray.remote(max_retries=0)(score)
-    waiting, running = list(jobs), {}
-    while waiting or running:
-        while waiting and len(running) < config.jobs:
-            job = waiting.pop(0)
-            running[remote.remote(*job)] = job[0]
-        [done], _ = ray.wait(list(running))
-        folder = running.pop(done)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            lost(folder, error)
-        yield
+def _submitit(score: Score, config: AblateConfig, folder: Path) -> Submit:
+    """Jobs of submitit: processes on this machine with engine=local, otherwise jobs of Slurm where there is one."""
+    import submitit
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = ["-u", "CUDA_VISIBLE_DEVICES"] if gpus is None else [f"CUDA_VISIBLE_DEVICES={gpus}"]  # which submitit hides from local jobs
+    executor = submitit.AutoExecutor(
+        folder,
+        "local" if config.engine == "local" else None,
+        local_python=shlex.join(["env", *visible, *interpreter()]),
+        slurm_python=shlex.join(interpreter()),
+    )
+    executor.update_parameters(timeout_min=config.minutes)
+    return lambda command: executor.submit(score, command)
 
 
-ENGINES: dict[str, Callable[[Jobs, AblateConfig], Iterator[None]]] = {
-    "local": _locally,
-    "submitit": _submitit,
-    "ray": _ray,
-}
+def _ray(score: Score, config: AblateConfig, folder: Path) -> Submit:
+    """Tasks of Ray, each in a process of its own."""
+    import ray
+
+    _, *variables, _ = interpreter()
+    ray.init(ignore_reinit_error=True, runtime_env={"env_vars": dict(variable.split("=", 1) for variable in variables)})
+    remote = ray.remote(max_calls=1, max_retries=0)(score)
+    return lambda command: remote.remote(command).future()
 
 
-def _joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics over the clips of all seeds: mean, half width of the 95 % interval, values of the clips; and all mouth openings."""
-    joined: dict[str, Any] = {"peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
-    joined["openings"] = [track for result in results for track in result["openings"]]
-    for figure in FIGURES:
-        joined[figure] = metrics.interval([value for result in results for value in result[figure]["clips"]])
-    return joined
-
-
-def _slug(choices: dict[str, Any]) -> str:
-    text = "__".join(f"{option.rpartition('.')[2]}-{value}" for option, value in choices.items())
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+ENGINES: dict[str, Callable[[Score, AblateConfig, Path], Submit]] = {"local": _submitit, "submitit": _submitit, "ray": _ray}
 
 
 def _typed(value: Any) -> str:

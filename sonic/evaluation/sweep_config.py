@@ -13,10 +13,10 @@ from sonic.training.train_config import LogConfig
 class CellsConfig:
     """How the cells of a sweep are run."""
 
-    jobs: int = option(1, "cells that run at once")
-    engine: str = option("local", "what runs the cells: local, submitit (Slurm) or ray")
-    minutes: int = option(240, "minutes that Slurm gives a cell (engine=submitit)")
-    retry: bool = option(False, "try failed cells again")
+    jobs: int = option(1, "evaluations (a cell with one seed) that run at once")
+    engine: str = option("local", "what runs them: local (processes here), submitit (Slurm) or ray")
+    minutes: int = option(240, "minutes after which an evaluation is stopped (engine=local and submitit)")
+    retry: bool = option(False, "try failed evaluations again")
 
     def __post_init__(self) -> None:
         one_of(self.engine, ("local", "submitit", "ray"), "engine")
