@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.report import StageTimer
+from sonic.system.heartbeat import waiting_for_others
 from sonic.types import FrameChunk, LatentBlock, MotionLayers
 from sonic.vae.motion_vae import Reference
 from sonic.vae.warp import Canvas
@@ -46,11 +47,16 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
     def hand_over(item: object) -> bool:
         while not unwanted.is_set():
             try:
-                waiting.put(item, timeout=_PATIENCE_S)
+                with waiting_for_others():
+                    waiting.put(item, timeout=_PATIENCE_S)
                 return True
             except queue.Full:
                 continue
         return False
+
+    def next_item() -> object:
+        with waiting_for_others():
+            return waiting.get()
 
     def work() -> None:
         source = iter(items)
@@ -69,7 +75,7 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not _END:
+        while (item := next_item()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
             yield item
@@ -78,12 +84,12 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
         thread.join()
 
 
-def collect(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """Yield the items after all of them have been produced; the counterpart of `prefetch` without a thread."""
+def buffer_all(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items after all of them have been produced."""
     yield from list(items)
 
 
-HANDOVERS = {True: prefetch, False: collect}  # by decode.online
+HANDOVERS = {True: prefetch, False: lambda items, *queue, **thread: buffer_all(items)}  # by decode.online; all need no queue, no thread
 
 
 def half_the_threads() -> Callable[[], None]:
