@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence

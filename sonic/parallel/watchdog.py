@@ -105,13 +105,7 @@ class Watchdog:
 
     def look(self) -> Fault | None:
         """Tell the peers what this rank does. Gives a fault when any rank has reported one, or when no peer makes progress."""
-        lines = {thread: _lines(frame) for thread, frame in sys._current_frames().items() if thread != get_ident()}
-        idle = not lines.get(self.main)  # as between two calls of the Python interface
-        moved = ACTIVITY.heartbeats != self.heartbeats or bool(ACTIVITY.paused) or idle
-        self.looks, self.heartbeats = self.looks + 1, ACTIVITY.heartbeats
-        working = [line for thread, line in lines.items() if line and thread not in ACTIVITY.waiting]
-        self.shared.set(f"sign/{self.rank}", f"{self.looks} {' and '.join(working)}")
-        progress = self.shared.add("progress", int(moved))
+        progress = self._give_sign()
         if progress != self.progress:
             self.progress, self.since = progress, time.monotonic()
         hangs = time.monotonic() - self.since > self.patience_s
@@ -155,11 +149,12 @@ class Watchdog:
 
     def _hanging_rank(self) -> Fault | None:
         """Report the peers that do not wait for others, and the lines where they hang; None when one makes progress after all."""
-        silent, lines = self._silent_ranks(), {rank: sign.partition(" ")[2] for rank, sign in self._signs().items()}
-        if self.shared.add("progress", int(ACTIVITY.heartbeats != self.heartbeats)) != self.progress:
+        silent = self._silent_ranks()
+        if self._give_sign() != self.progress:
             return None
         if silent:
             return self.report(Fault(silent[0], GONE))
+        lines = {rank: sign.partition(" ")[2] for rank, sign in self._signs().items()}
         hang = {rank: line for rank, line in lines.items() if line} or dict.fromkeys(self.peers, "a message from another rank")
         first, *others = hang
         also = "".join(f"; rank {rank} at {hang[rank]}" for rank in others)
@@ -168,8 +163,20 @@ class Watchdog:
     def _silent_ranks(self) -> list[int]:
         """The other peers that give no signs during some looks."""
         before = self._signs()
-        time.sleep(SILENT_LOOKS * LOOK_S)
+        for _ in range(SILENT_LOOKS):
+            time.sleep(LOOK_S)
+            self._give_sign()
         return [rank for rank, sign in self._signs().items() if rank != self.rank and sign == before.get(rank)]
+
+    def _give_sign(self) -> int:
+        """Tell the peers what this rank does, and count it when it has made progress. Gives the count of all peers."""
+        lines = {thread: _lines(frame) for thread, frame in sys._current_frames().items() if thread != get_ident()}
+        idle = not lines.get(self.main)  # as between two calls of the Python interface
+        moved = ACTIVITY.heartbeats != self.heartbeats or bool(ACTIVITY.paused) or idle
+        self.looks, self.heartbeats = self.looks + 1, ACTIVITY.heartbeats
+        working = [line for thread, line in lines.items() if line and thread not in ACTIVITY.waiting]
+        self.shared.set(f"sign/{self.rank}", f"{self.looks} {' and '.join(working)}")
+        return self.shared.add("progress", int(moved))
 
     def _signs(self) -> dict[int, str]:
         """The last sign of each peer that watches: the number of its looks, and the lines of code that it executes."""
