@@ -24,7 +24,7 @@ from sonic.inference.conditions import encode, fit_portrait, head_pose
 from sonic.inference.generate import generate
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, StageTimer
-from sonic.inference.stream import collect, decode_blocks, half_the_threads, prefetch, smooth_seams
+from sonic.inference.stream import buffer_all, decode_blocks, half_the_threads, prefetch, smooth_seams
 from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
@@ -164,7 +164,7 @@ def test_a_prefetching_stage_keeps_the_order_and_its_queue_length():
     threading.Event().wait(0.3)
     assert next(made) <= 1 + 2 + 1 + 1  # taken, queued, in progress, and this item
     assert list(items)[-1] == 100
-    assert list(collect(iter(range(5)))) == list(range(5))
+    assert list(buffer_all(iter(range(5)))) == list(range(5))
 
 
 def test_stages_that_work_at_once_share_the_threads_evenly_in_every_video():
