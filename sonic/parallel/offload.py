@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,30 +15,7 @@ from sonic.parallel.layer_ranges import resident_layers
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 from sonic.system.heartbeat import heartbeat
 
-PIECE = 2**29  # bytes of host memory that are pinned at a time
 ROOM_GIB = 2.0  # left free for activations when offload.resident_gib=-1 fills the device with weights
-
-
-class PinnedMemory:
-    """Pinned host memory in pieces whose sizes are powers of two.
-
-    torch rounds every pinned allocation up to a power of two, which would take half as much memory again if weights were pinned one by
-    one or layer by layer.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.piece = min(PIECE, _power_of_two(size))
-        self.rests: list[Tensor] = []  # the unused rest of each piece
-
-    def copy_in(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor in this memory."""
-        size, needed = tensor.nbytes, _aligned_bytes(tensor)
-        index = next((index for index, rest in enumerate(self.rests) if rest.numel() >= needed), None)
-        if index is None:
-            index = len(self.rests)
-            self.rests.append(_pinned(max(self.piece, _power_of_two(needed))))
-        copy, self.rests[index] = self.rests[index][:size], self.rests[index][needed:]
-        return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class OffloadedLayer:
@@ -49,24 +27,19 @@ class OffloadedLayer:
         self.bytes = sum(_aligned_bytes(tensor) for tensor in self.home)
 
     def load_into(self, slot: Tensor) -> None:
-        """Copy the weights into a slot of device memory and use the copy."""
+        """Copy the weights into a slot of memory, one after the other, and use the copy."""
         start = 0
         for weight, home in zip(self.weights, self.home, strict=True):
             copy = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
-            copy.copy_(home, non_blocking=True)
-            weight.data = copy
+            weight.data = copy.copy_(home, non_blocking=True)
             start += _aligned_bytes(home)
 
-    def make_resident(self, device: torch.device) -> None:
-        """Move the weights to the device permanently and free their host memory, unless they are there already."""
-        if self.home[0].device.type != device.type:
-            self.load_into(torch.empty(self.bytes, dtype=torch.uint8, device=device))
-            self.home = [weight.data for weight in self.weights]
-
-    def pin(self, memory: PinnedMemory) -> None:
-        """Move the weights from their host memory to pinned memory."""
-        for index, weight in enumerate(self.weights):
-            weight.data = self.home[index] = memory.copy_in(self.home[index])
+    def move(self, device: torch.device) -> Tensor:
+        """Move the weights permanently into one piece of memory, which is returned, and free the memory where they were."""
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        self.load_into(memory)
+        self.home = [weight.data for weight in self.weights]
+        return memory
 
     def release(self) -> None:
         """Use the weights in host memory again instead of the copy."""
@@ -97,15 +70,13 @@ class LayerPrefetcher:
         self.allocated = True
         sizes = [layer.bytes for layer in self.layers]
         self.resident = resident_of(sizes, self.resident_gib if self.resident_gib >= 0 else self._free() - self.count * max(sizes) / GIB)
-        waiting = [layer for index, layer in enumerate(self.layers) if index not in self.resident]
-        memory = PinnedMemory(sum(layer.bytes for layer in waiting))
-        for index in sorted(self.resident):
+        for index, layer in enumerate(self.layers):
             heartbeat()
-            self.layers[index].make_resident(self.device)
-        for layer in waiting if self.pins else ():
-            heartbeat()
-            layer.pin(memory)
-        if waiting:
+            if index not in self.resident and self.pins:
+                _pin(layer.move(torch.device("cpu")), layer)
+            elif index in self.resident and layer.home[0].device.type != self.device.type:
+                layer.move(self.device)
+        if len(self.resident) < len(self.layers):
             self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=self.device) for _ in range(self.count)]
 
     def before_layer(self, index: int) -> None:
@@ -197,10 +168,8 @@ def _aligned_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256
 
 
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+def _pin(memory: Tensor, layer: OffloadedLayer) -> None:
+    """Pin the host memory of a layer where it is, until the layer is freed; `pin_memory` would round its size up to a power of two."""
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    weakref.finalize(layer, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False
