@@ -25,19 +25,15 @@ class Shutdown(NamedTuple):
 
 
 class TensorLayout(NamedTuple):
-    """How a tensor is sent: its dtype, its axes from the largest stride to the smallest, and its shape. Expanded axes are sent once.
+    """How a tensor lies in memory; an expanded axis has stride 0 and is sent once.
 
     With the same memory layout on both ranks results are equal to the last bit: the rounding of a convolution may depend on it.
     """
 
     dtype: torch.dtype
-    order: tuple[int, ...]
+    numel: int
     shape: tuple[int, ...]
-    sent_shape: tuple[int, ...]
-
-    def restore(self, sent: Tensor) -> Tensor:
-        """The tensor with its shape and memory layout, from the dense one that was sent."""
-        return sent.permute(sorted(range(len(self.order)), key=self.order.__getitem__)).expand(self.shape)
+    strides: tuple[int, ...]
 
 
 class P2PChannel:
@@ -109,7 +105,7 @@ class P2PChannel:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
 
         def receive(layout: TensorLayout) -> Tensor:
-            tensor = torch.empty(layout.sent_shape, dtype=layout.dtype, device=self.carrier)
+            tensor = torch.empty(layout.numel, dtype=layout.dtype, device=self.carrier)
             if tensor.numel():
                 dist.recv(tensor, self.ranks[stage], group=self._groups[direction], tag=direction)
             return tensor.to(self.device)
@@ -132,7 +128,7 @@ def broadcast(message: object, group: dist.ProcessGroup) -> Any:
             return message
 
         def receive(layout: TensorLayout) -> Tensor:
-            tensor = torch.empty(layout.sent_shape, dtype=layout.dtype)
+            tensor = torch.empty(layout.numel, dtype=layout.dtype)
             dist.broadcast(tensor, group_src=0, group=group)
             return tensor
 
@@ -140,7 +136,7 @@ def broadcast(message: object, group: dist.ProcessGroup) -> Any:
 
 
 def encode(message: object) -> tuple[bytearray, list[Tensor]]:
-    """A message as bytes, and its tensors: each once, dense, and in the order of its memory."""
+    """A message as bytes, and the elements of its tensors in the order of memory; a tensor that occurs twice is sent once."""
     file, sent = io.BytesIO(), {}
     pickler = pickle.Pickler(file)
 
@@ -148,7 +144,7 @@ def encode(message: object) -> tuple[bytearray, list[Tensor]]:
         if not isinstance(value, Tensor):
             return None
         if id(value) not in sent:
-            sent[id(value)] = (len(sent), *_dense(value))
+            sent[id(value)] = (len(sent), *_layout(value))
         return sent[id(value)][0]
 
     pickler.persistent_id = number
@@ -158,16 +154,17 @@ def encode(message: object) -> tuple[bytearray, list[Tensor]]:
 
 
 def decode(encoded: bytes, receive: Callable[[TensorLayout], Tensor]) -> Any:
-    """A message from its bytes; `receive` is called for each of its tensors, in the order of `encode`."""
+    """A message from its bytes; `receive` gives the elements of each of its tensors, in the order of `encode`."""
     layouts, message = pickle.loads(encoded)
-    tensors = [layout.restore(receive(layout)) for layout in layouts]
+    tensors = [receive(layout).as_strided(layout.shape, layout.strides) for layout in layouts]
     unpickler = pickle.Unpickler(io.BytesIO(message))
     unpickler.persistent_load = tensors.__getitem__
     return unpickler.load()
 
 
-def _dense(tensor: Tensor) -> tuple[TensorLayout, Tensor]:
+def _layout(tensor: Tensor) -> tuple[TensorLayout, Tensor]:
+    """The layout of a tensor, and a copy of its elements in the order of memory."""
     once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    order = tuple(sorted(range(once.ndim), key=lambda axis: -once.stride(axis)))
-    dense = once.permute(order).contiguous()
-    return TensorLayout(tensor.dtype, order, tuple(tensor.shape), tuple(dense.shape)), dense
+    copy = once.clone()  # without gaps, with the axes in the same order
+    strides = tuple(stride if given else 0 for stride, given in zip(copy.stride(), tensor.stride(), strict=True))
+    return TensorLayout(tensor.dtype, copy.numel(), tuple(tensor.shape), strides), copy.as_strided((copy.numel(),), (1,))

@@ -61,8 +61,7 @@ class LayerPrefetcher:
         self.allocated, self.current = False, -1
         self.slots: list[Tensor] = []
         self.resident: set[int] = set()
-        self.holder: list[int | None] = [None] * self.count  # the layer whose weights are in each slot
-        self.ready: dict[int, torch.cuda.Event | None] = {}
+        self.loaded: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> its slot, and when its weights are there
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def allocate(self) -> None:
@@ -89,10 +88,10 @@ class LayerPrefetcher:
         done = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         ahead = self._next(index)
         for wanted in ahead:
-            if wanted not in self.ready:
+            if wanted not in self.loaded:
                 self._fetch(wanted, keep=ahead, after=done)
         if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(self.ready[index])
+            torch.cuda.current_stream(self.device).wait_event(self.loaded[index][1])
 
     def _next(self, index: int) -> list[int]:
         """This layer and the next ones, as many as there are slots, in cyclic order and without resident layers."""
@@ -100,20 +99,18 @@ class LayerPrefetcher:
         return [layer for layer in cycle if layer not in self.resident][: self.count]
 
     def _fetch(self, layer: int, *, keep: Sequence[int], after: torch.cuda.Event | None) -> None:
-        slot = next(index for index, holder in enumerate(self.holder) if holder not in keep)
-        before = self.holder[slot]
-        if before is not None:
-            self.ready.pop(before)
-            self.layers[before].release()
-        self.holder[slot] = layer
-        if self.stream is None:
-            self.layers[layer].load_into(self.slots[slot])
-            self.ready[layer] = None
-            return
-        self.stream.wait_event(after)
+        """Load a layer into an empty slot, or into that of a layer which is not needed now."""
+        if len(self.loaded) < self.count:
+            slot = self.slots[len(self.loaded)]
+        else:
+            old = next(each for each in self.loaded if each not in keep)
+            slot, _ = self.loaded.pop(old)
+            self.layers[old].release()
         with torch.cuda.stream(self.stream):
-            self.layers[layer].load_into(self.slots[slot])
-            self.ready[layer] = self.stream.record_event()
+            if self.stream:
+                self.stream.wait_event(after)
+            self.layers[layer].load_into(slot)
+            self.loaded[layer] = slot, self.stream and self.stream.record_event()
 
     def _free(self) -> float:
         """GiB of the device that weights may take; 0 on a CPU, where a copy gains nothing."""

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Event, Thread, get_ident
@@ -85,7 +85,6 @@ class Watchdog:
         self.rank, self.peers, self.patience_s, self.main = rank, list(peers), patience_s, get_ident()
         self.looks, self.heartbeats = 0, -1  # of this process; the latter at the last look
         self.progress, self.since = -1, time.monotonic()  # looks of all peers that saw heartbeats; when this number last grew
-        self.known: Fault | None = None
         self.failed = False  # an exception ends the main thread
         self.ended, self.thread = Event(), Thread(target=self._watch, name="watchdog", daemon=True)
         self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
@@ -95,8 +94,8 @@ class Watchdog:
         while not self.ended.wait(LOOK_S):
             try:
                 fault = self.look()
-            except dist.DistNetworkError as lost:
-                fault = self.known or _store_lost(lost)
+            except dist.DistNetworkError:
+                return  # the store ends with the launcher, which then ends this process
             hangs = fault and fault.rank == self.rank and not self.failed
             if fault and not self.ended.wait(0 if hangs else HOLD_S):
                 if self.rank in (fault.rank, int(fault.rank == 0)):  # that rank, and the first of the others
@@ -112,25 +111,19 @@ class Watchdog:
         return self.fault() or (self._hanging_rank() if hangs else None)
 
     def fault(self) -> Fault | None:
-        """The first fault that any rank reported; it is remembered, because the store may end with a rank."""
-        if self.known is None and self.store.check(["fault"]):
-            self.known = Fault(*json.loads(self.store.get("fault")))
-        return self.known
+        """The first fault that any rank reported."""
+        return Fault(*json.loads(self.store.get("fault"))) if self.store.check(["fault"]) else None
 
     def report(self, fault: Fault) -> Fault:
         """Report a fault to all ranks. Gives the first fault that any rank reported."""
-        self.known = Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
-        return self.known
+        return Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
 
     def explain(self, error: BaseException) -> None:
         """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it, MemoryError when memory ran out."""
         self.failed = True
+        gone = self._silent_ranks() if _is_lost_connection(error) and not self.fault() else []
         what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped"
-        try:
-            gone = self._silent_ranks() if _is_lost_connection(error) and not self.fault() else []
-            fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
-        except dist.DistNetworkError as lost:
-            fault = self.known or _store_lost(lost)
+        fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
         if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # all ranks may raise these at the same time
             raise OtherRank(str(fault)) from error
         if _is_out_of_memory(error):
@@ -142,10 +135,8 @@ class Watchdog:
         if self.thread.is_alive():
             self.thread.join()
         self.hook.remove()
-        try:
+        with suppress(dist.DistNetworkError):  # the store ends with the launcher
             self.shared.set(f"sign/{self.rank}", "")
-        except dist.DistNetworkError as lost:
-            log.debug("%s", _store_lost(lost))
 
     def _hanging_rank(self) -> Fault | None:
         """Report the peers that do not wait for others, and the lines where they hang; None when one makes progress after all."""
@@ -201,7 +192,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a connection to another rank was lost; for gloo torch raises a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _store_lost(lost: dist.DistNetworkError) -> Fault:
-    return Fault(0, f"is gone, and with it the store that brought the ranks together ({' '.join(str(lost).split())})")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from hanging import every_file_hangs, looking
 from infer_command import small_inputs
 from plan_case import conditions_for
-from ranks import PRELOAD, on_ranks
+from ranks import PRELOAD, on_ranks, store_of_launcher
 from tiny import spans_of
 from torch import nn
 
@@ -69,10 +67,10 @@ def generate(config: InferConfig, run) -> None:
 
 
 def job(arguments: tuple[int, int, Path], plan: str, way: str, *, victim: int, busy: str) -> None:
-    """One process of a job without a supervisor."""
+    """One process of a job, whose launcher does not end it."""
     rank, port, output = arguments
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= store_of_launcher(port)
     sys.stderr = output.open("a", buffering=1)
     torch.set_num_threads(1)
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 2.0
@@ -90,11 +88,6 @@ def job(arguments: tuple[int, int, Path], plan: str, way: str, *, victim: int, b
         setattr(owner, name, sabotaged)
     argv = [f"parallel={plan}", f"parallel.timeout_s={PATIENCE_S}", "model=preview", "device=cpu", f"run.folder={output.parent / 'runs'}"]
     sys.exit(run_command(Entry("infer", InferConfig, max_ranks=RANKS), generate, argv))
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
 
 
 def strike_of(marker: Path) -> float:
@@ -117,9 +110,9 @@ def strike_of(marker: Path) -> float:
 def test_a_rank_that_fails_ends_the_job_and_is_named_first(plan, way, victim, busy, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    output, port = tmp_path / "stderr", free_port()
+    output, store = tmp_path / "stderr", dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        context.Process(target=job, args=((rank, port, output), plan, way), kwargs={"victim": victim, "busy": busy})
+        context.Process(target=job, args=((rank, store.port, output), plan, way), kwargs={"victim": victim, "busy": busy})
         for rank in range(RANKS)
     ]
     for process in processes:
