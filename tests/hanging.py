@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sonic.parallel import watchdog as watchdog_module
 from sonic.parallel.watchdog import Watchdog
 from sonic.system import heartbeat as heartbeat_module
-from sonic.system.heartbeat import PAUSED, heartbeat
+from sonic.system.heartbeat import ACTIVITY
 
 PATIENCE_S = 0.05
 LONG_S = 10.0  # for one hang to be found on a busy machine
@@ -24,26 +24,18 @@ LIBRARY = str(Path(watchdog_module.__file__).parents[1])
 WATCHERS = {watchdog_module.__file__, heartbeat_module.__file__}
 
 
-def looking(watchdog: Watchdog, found: list) -> threading.Thread:
-    """Looks of ours until somebody is at fault."""
+def looking(watchdog: Watchdog, found: list, long_s: float = LONG_S) -> threading.Thread:
+    """A thread that looks until there is a fault; a watchdog's own thread would end this process then."""
 
     def look() -> None:
-        until = time.monotonic() + max(5.0, 20 * watchdog.patience_s)
-        while (fault := watchdog._look()) is None and time.monotonic() < until:
+        until = time.monotonic() + long_s
+        while (fault := watchdog.look()) is None and time.monotonic() < until:
             time.sleep(0.005)
         found.append(str(fault))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     return thread
-
-
-def unwatched(store: dist.Store, rank: int, patience_s: float) -> Watchdog:
-    """One of two that watch each other, whose looks are ours."""
-    watchdog = Watchdog(store, rank, 2, patience_s=patience_s)
-    watchdog.ended.set()
-    watchdog.watching.join()
-    return watchdog
 
 
 @contextmanager
@@ -53,23 +45,21 @@ def every_file_hangs() -> Iterator[dict[str, str]]:
     Where the work may take as long as it likes (`pause_watchdog`) nothing hangs.
     """
     found: dict[str, str] = {}
-    watchdog = unwatched(dist.HashStore(), 0, PATIENCE_S)
-    watchdog.store.set("done/1", "1")
-    one_at_a_time = threading.Lock()
+    store, one_at_a_time = dist.HashStore(), threading.Lock()
+    watchdog_module.LOOK_S = 0.005
 
     def hangs(frame: FrameType, event: str, argument: object) -> None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         ours = event == "call" and file.startswith(LIBRARY) and file not in WATCHERS and name != "<module>"
-        if not ours or PAUSED or file in found or not one_at_a_time.acquire(blocking=False):
+        if not ours or ACTIVITY.paused or file in found or not one_at_a_time.acquire(blocking=False):
             return
         faults, until = [""], time.monotonic() + LONG_S
-        heartbeat()
-        while not re.match(sentence_of(file), faults[-1]) and time.monotonic() < until:  # a thread that is slow now may be blamed first
+        while not says_so(file, faults[-1]) and time.monotonic() < until:  # a thread that is slow now may be blamed first
+            watchdog = Watchdog(store, 0, [0], patience_s=PATIENCE_S)
             looks = looking(watchdog, faults)
             while looks.is_alive():
                 time.sleep(0.005)
-            watchdog.store.delete_key("fault")
-            watchdog.known = None
+            watchdog.close()
         found[file] = faults[-1]
         one_at_a_time.release()
 
@@ -80,11 +70,11 @@ def every_file_hangs() -> Iterator[dict[str, str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-        watchdog.close()
-    wrong = {Path(file).name: each for file, each in found.items() if not re.match(sentence_of(file), each)}
+    wrong = {Path(file).name: each for file, each in found.items() if not says_so(file, each)}
     assert not wrong, wrong
 
 
-def sentence_of(file: str) -> str:
-    """What is said of a hang in a file, as a pattern."""
-    return rf"rank 0: hangs at hanging.py:\d+ hangs, called by {re.escape(Path(file).name)}:\d+ \S+: nothing got on for {PATIENCE_S} s"
+def says_so(file: str, fault: str) -> bool:
+    """Whether a fault is that this process hangs in a file."""
+    line = rf"hanging.py:\d+ hangs, called by {re.escape(Path(file).name)}:\d+ \S+"
+    return re.match(rf"rank 0: hangs at (.* and )?{line}(;| and .*|: )", fault) is not None and "nothing got on for" in fault

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from ranks import PRELOAD
+import torch.distributed as dist
+from ranks import PRELOAD, store_of_launcher
 
 from sonic.cli import run_command
 from sonic.commands import infer_command
@@ -25,11 +24,10 @@ def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[
     """(exit codes of the ranks, their output); `before(rank)` is called on each of them first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "sonic.inference.batch", "librosa.filters"])
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = [*argv, "device=cpu", "run.threads=1", f"run.folder={folder / 'runs'}"]
     output = folder / "said"
-    processes = [context.Process(target=_rank, args=((rank, count, port), arguments, output, before)) for rank in range(count)]
+    processes = [context.Process(target=_rank, args=((rank, count, store.port), arguments, output, before)) for rank in range(count)]
     for process in processes:
         process.start()
     until = time.monotonic() + TIMEOUT_S
@@ -46,7 +44,7 @@ def infer_on(count: int, argv: Sequence[str], folder: Path, *, before: Callable[
 def _rank(rank_of: tuple[int, int, int], argv: Sequence[str], output: Path, before: Callable[[int], object]) -> None:
     rank, count, port = rank_of
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= store_of_launcher(port)
     sys.stdout = sys.stderr = output.open("a", buffering=1)
     torch.set_num_threads(1)
     watchdog.LOOK_S, watchdog.HOLD_S = 0.1, 1.0

@@ -45,6 +45,12 @@ def on_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: f
         return [pickle.loads((folder / f"{rank}.done").read_bytes()) for rank in range(count)]
 
 
+def store_of_launcher(port: int) -> dict[str, str]:
+    """The environment of a rank whose store outlives the ranks, as torchrun's does: it listens on `port` in another process."""
+    store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **store}
+
+
 def _wait(processes: list, folder: Path, until: float) -> None:
     while any(process.is_alive() for process in processes):
         _no_error(folder)

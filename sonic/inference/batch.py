@@ -28,6 +28,7 @@ from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
 from sonic.parallel.mesh import World, open_world
 from sonic.parallel.vae_rank import serve_vae
+from sonic.system.heartbeat import pause_watchdog
 from sonic.system.paths import shown
 from sonic.types import Inputs
 
@@ -169,5 +170,6 @@ def all_outcomes(outcomes: Sequence[Outcome], opened: Opened) -> list[Outcome]:
         shutdown(opened.components.context)
     if world.mesh is not None:
         found = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, list(outcomes))
+        with pause_watchdog():  # the other copies may work for hours longer
+            dist.all_gather_object(found, list(outcomes))
     return sorted((outcome for some in found for outcome in some), key=lambda outcome: outcome.line)

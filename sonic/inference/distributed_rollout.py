@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from enum import Enum, auto
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
+from sonic.parallel.channel import broadcast
 from sonic.parallel.context import DistributedContext
-from sonic.parallel.layer_pipeline import stage_loop, stop_stages
-from sonic.parallel.vae_rank import stop_vae, without_repeats
+from sonic.parallel.layer_pipeline import stage_loop
 from sonic.planner.plans import CLIPS_WAIT
 from sonic.types import BlockSpan, Conditions, LatentBlock
 
-CPU = torch.device("cpu")
-CONTINUE, STOP = True, False
+
+class Command(Enum):
+    """What the leading rank tells its workers about the rollout that runs."""
+
+    NEXT_BLOCK = auto()
+    STOP_ROLLOUT = auto()
+    SHUT_DOWN = auto()
 
 
 class RolloutRequest(NamedTuple):
@@ -54,15 +59,15 @@ def distributed_rollout(
     if source.noise or source.ref_positions:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
     spans = list(spans)
-    _broadcast(context, _request(conditions, sampling, spans=spans))
+    _send(context, _request(conditions, sampling, spans=spans))
     begun = context.rollouts
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
-        while _broadcast(context, CONTINUE) and (block := next(blocks, None)) is not None:
+        while _send(context, Command.NEXT_BLOCK) and (block := next(blocks, None)) is not None:
             try:
                 yield block
             except BaseException:  # the consumer stopped; an error inside `rollout` does not come here
                 if context.rollouts == begun:  # else the other ranks are in a later rollout already
-                    _broadcast(context, STOP)
+                    _send(context, Command.STOP_ROLLOUT)
                 raise
 
 
@@ -78,32 +83,54 @@ def distributed_clip(
     if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
     if not context.alone:
-        _broadcast(context, _request(conditions, sampling, latent_frames=latent_frames))
+        _send(context, _request(conditions, sampling, latent_frames=latent_frames))
     return sample_clip(model, conditions, latent_frames, sampling=sampling, execution=context.execution)
 
 
 def worker_loop(model: AvatarDiT, context: DistributedContext, dtype: torch.dtype) -> None:
-    """Serve the leading rank until it sends the shutdown: run the stage of this rank, or repeat every rollout."""
+    """Serve the leading rank until it shuts this rank down.
+
+    The first stage of a pipeline, and every rank of the other plans, repeats whole rollouts, because its ranks share the tokens or the
+    weights of each forward. A later stage only runs its layers, for the forwards that the stage before it sends.
+    """
     if context.world.stage:
         stage_loop(model, context, dtype=dtype)
+    else:
+        _repeat_rollouts(model, context)
+
+
+def shutdown(context: DistributedContext) -> None:
+    """End the worker loops of the other ranks; a second call does nothing."""
+    if context.closed:
         return
-    message = _broadcast(context)
-    while message is not None:
-        message = _repeat(model, context, message) if isinstance(message, RolloutRequest) else _broadcast(context)
-    _stop_stages(context)
+    context.closed = True
+    if not context.alone:
+        _send(context, Command.SHUT_DOWN)
+    for channel in (context.channel, context.vae_channel):
+        if channel is not None:
+            channel.shut_down()
 
 
-def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutRequest) -> RolloutRequest | bool | None:
-    """Repeat one rollout: a whole clip, or blocks until the leading rank stops. Returns the last message."""
+def _repeat_rollouts(model: AvatarDiT, context: DistributedContext) -> None:
+    """Repeat every rollout of the leading rank."""
+    message = _receive(context)
+    while message is not Command.SHUT_DOWN:
+        message = _repeat(model, context, message) if isinstance(message, RolloutRequest) else _receive(context)
+    if context.channel is not None:
+        context.channel.shut_down()
+
+
+def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutRequest) -> RolloutRequest | Command:
+    """Repeat one rollout: a whole clip, or blocks until the leading rank stops. Returns the message after it."""
     rng = torch.Generator()
     rng.set_state(request.random_state)
     conditions, unconditional = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unconditional))
     sampling = Sampling(request.sampler, NoiseSource(rng), unconditional)
     if request.latent_frames:
         sample_clip(model, conditions, request.latent_frames, sampling=sampling, execution=context.execution)
-        return _broadcast(context)
+        return _receive(context)
     with closing(rollout(model, conditions, request.spans, sampling=sampling, context=context)) as blocks:
-        while (message := _broadcast(context)) is CONTINUE and next(blocks, None) is not None:
+        while (message := _receive(context)) is Command.NEXT_BLOCK and next(blocks, None) is not None:
             pass
     return message
 
@@ -113,48 +140,18 @@ def _request(conditions: Conditions, sampling: Sampling, **length: object) -> Ro
     return RolloutRequest(conditions, sampling.sampler, sampling.unconditional, sampling.source.generator.get_state(), **length)
 
 
-def shutdown(context: DistributedContext) -> None:
-    """End the worker loops of the other ranks; a second call does nothing."""
-    if context.closed:
-        return
-    context.closed = True
-    if not context.alone:
-        _broadcast(context)
-    _stop_stages(context)
-    if context.world.vae_rank:
-        stop_vae(context.vae_channel)
+def _send(context: DistributedContext, message: RolloutRequest | Command) -> RolloutRequest | Command:
+    """Send a message from the leading rank to its workers."""
+    context.rollouts += isinstance(message, RolloutRequest)
+    return broadcast(message, context.world.rollout_group)
 
 
-def _broadcast(context: DistributedContext, message: RolloutRequest | bool | None = None) -> RolloutRequest | bool | None:
-    """Broadcast a message from the leading rank to its workers: a rollout, CONTINUE, STOP, or None for shutdown. Returns the message."""
-    if isinstance(message, RolloutRequest):
-        context.rollouts += 1
-        message = message._replace(
-            conditions=compact(message.conditions), unconditional=message.unconditional and compact(message.unconditional)
-        )
-    messages = [message]
-    dist.broadcast_object_list(messages, group_src=0, group=context.world.rollout_group, device=CPU)
-    return messages[0]
-
-
-def compact(conditions: Conditions) -> Conditions:
-    """The conditions in host memory, ready to be sent. Views are copied, because a view is sent with the whole storage behind it."""
-    return replace(conditions, **{name: _compact(value) for name, value in vars(conditions).items() if value is not None})
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    once = without_repeats(tensor)
-    if once.device == CPU and once.untyped_storage().nbytes() <= once.nbytes:
-        return tensor  # not copied, so that a tensor in both sets of conditions is sent once
-    return once.to(CPU, copy=True).expand(tensor.shape)
+def _receive(context: DistributedContext) -> RolloutRequest | Command:
+    """The next message of the leading rank, which may take any time to come."""
+    return broadcast(None, context.world.rollout_group)
 
 
 def _to_device(conditions: Conditions, device: torch.device) -> Conditions:
     """Received conditions on the device of this rank. Speech features may take gigabytes and stay in host memory until they are encoded."""
     tensors = {name: value.to(device) for name, value in vars(conditions).items() if value is not None and name != "audio"}
     return replace(conditions, **tensors)
-
-
-def _stop_stages(context: DistributedContext) -> None:
-    if context.channel is not None:
-        stop_stages(context.channel)

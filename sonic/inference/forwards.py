@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import ForwardRequest
+from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_pipeline import PipelineForwards
-from sonic.parallel.parallelize import DistributedContext
 from sonic.types import Conditions
 
 
@@ -34,9 +33,6 @@ class Forwards(Protocol):
 
     def close(self) -> None:
         """Discard the forwards in flight."""
-
-
-OpenForwards = Callable[[AvatarDiT, Sequence[Conditions], int], Forwards]  # (model, conditions by cond_index, number of steps)
 
 
 class BatchedForwards:
@@ -85,9 +81,9 @@ class BatchedForwards:
         return self.model.block_context(inputs.span, cache, cache.rings[request.step], ref_position=inputs.ref_position)
 
 
-def open_forwards(context: DistributedContext) -> OpenForwards:
-    """The scheduler for a context: the layer pipeline if the context has one, else batches on this device."""
+def open_forwards(context: DistributedContext, model: AvatarDiT, conditions: Sequence[Conditions], *, steps: int) -> Forwards:
+    """The scheduler of a rollout with these conditions, by cond_index: the layer pipeline if there is one, else batches on this device."""
     if context.channel is not None:
-        return partial(PipelineForwards, context=context)
-    offload = context.parallel.offload if context.world.plan == "offload" else None
-    return partial(BatchedForwards, context=context, width=offload.inflight if offload else 1)
+        return PipelineForwards(model, conditions, steps, context=context)
+    width = context.parallel.offload.inflight if context.world.plan == "offload" else 1
+    return BatchedForwards(model, conditions, steps, context=context, width=width)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -16,10 +18,10 @@ from sonic.inference.forwards import open_forwards
 from sonic.inference.live_features import LiveConditions
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, BlockInputs, Execution, ForwardRequest
-from sonic.parallel.parallelize import DistributedContext
-from sonic.sampling.guidance import guidance
+from sonic.parallel.context import DistributedContext
+from sonic.sampling.guidance import guidance, guided
 from sonic.sampling.path import velocity_from
-from sonic.sampling.samplers import SAMPLERS, Query, Velocity
+from sonic.sampling.samplers import SAMPLERS, Query, SamplerCoroutine, Velocity
 from sonic.sampling.schedules import TIMESTEPS, sigmas_of
 from sonic.types import BlockSpan, Conditions, LatentBlock, pick
 
@@ -52,26 +54,23 @@ class Sampling(NamedTuple):
     on_step: OnStep | None = None
 
 
-class StepReporter:
-    """Counts the queries of a sampler and reports each finished sampling step, with the timestep at which it began."""
+def reporting(sampling: SamplerCoroutine, queried: Sequence[int], report: Callable[[int, float], None]) -> SamplerCoroutine:
+    """The same sampler, which reports each finished sampling step, with the timestep at which it began.
 
-    def __init__(self, queried: Sequence[int], report: Callable[[int, float], None]) -> None:
-        """`queried` holds the sampling step of each query, in order. A step begins with the last query that belongs to it."""
-        self.begins = {query: step for query, step in enumerate(queried) if step not in queried[query + 1 :]}
-        self.report, self.queries, self.begun = report, 0, (0, 0.0)
-
-    def query(self, sigma: Tensor) -> None:
-        """Call this for every query of the sampler, with its noise level."""
-        step = self.begins.get(self.queries)
-        self.queries += 1
-        if step is not None:
-            if step:
-                self.report(*self.begun)
-            self.begun = (step, TIMESTEPS * sigma.flatten()[0].item())
-
-    def finish(self) -> None:
-        """Report the last step. Call this when the sampler has returned."""
-        self.report(*self.begun)
+    `queried` holds the sampling step of each query, in order. A step begins with the last query that belongs to it.
+    """
+    begun, velocity = None, None
+    for index in count():
+        try:
+            query = sampling.send(velocity)
+        except StopIteration as end:
+            report(*begun)
+            return end.value
+        if query.step not in queried[index + 1 :]:
+            if begun:
+                report(*begun)
+            begun = query.step, TIMESTEPS * query.sigma.flatten()[0].item()
+        velocity = yield query
 
 
 @torch.no_grad()
@@ -94,16 +93,13 @@ def rollout(
     in_flight: deque[_BlockState] = deque()  # one entry per request, in the order in which they were submitted
     blocks: list[_BlockState] = []  # unfinished blocks, oldest first
     remaining, live = iter(spans), isinstance(conditions, LiveConditions)
-    forwards_of = open_forwards(context or DistributedContext())
-    with closing(forwards_of(model, condition_sets, len(plan.sigmas) - 1)) as forwards:
+    with closing(open_forwards(context or DistributedContext(), model, condition_sets, steps=len(plan.sigmas) - 1)) as forwards:
         while True:
             spans_now = iter(()) if live and in_flight else remaining  # live sound: finish what is in flight before waiting for more sound
-            while (block_state := plan.next_block(blocks, spans_now)) and all(
-                forwards.accepts(request) for request in block_state.requests
-            ):
-                for request in block_state.take_requests():
+            while (block := plan.next_block(blocks, spans_now)) and all(map(forwards.accepts, block.requests)):
+                for request in block.take_requests():
                     forwards.submit(request)
-                    in_flight.append(block_state)
+                    in_flight.append(block)
                 if live:
                     break
             if not in_flight:
@@ -125,23 +121,15 @@ def sample_clip(
     execution: Execution = LOCAL,
 ) -> Tensor:
     """Sample the clean latents [B,C,latent_frames,H,W] of one clip with full attention, as Wan2.2-S2V does."""
-    sampler, source, unconditional, on_step = sampling
-    sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
-    sample = pick(SAMPLERS, sampler.name, "sampler.name")
+    config, source, unconditional, on_step = sampling
+    sigmas = sigmas_of(config.schedule, config.sample_steps, config.sample_shift)
+    sampler = pick(SAMPLERS, config.name, "sampler.name")
+    if on_step:
+        steps = sampler.steps_queried(len(sigmas) - 1)
+        sampler = replace(sampler, coroutine=lambda *given, run=sampler.coroutine: reporting(run(*given), steps, partial(on_step, 0)))
     unguided_velocity = _clip_velocity(model, unconditional or conditions.drop("audio"), execution)
-    guided = guidance(unguided_velocity, sampler.sample_guide_scale)(_clip_velocity(model, conditions, execution))
-    noise = _noise(conditions.ref, latent_frames, source.generator)
-    if on_step is None:
-        return sample(guided, noise, sigmas, source.generator)
-    reporter = StepReporter(sample.steps_queried(len(sigmas) - 1), partial(on_step, 0))
-
-    def reported(x: Tensor, sigma: Tensor) -> Tensor:
-        reporter.query(sigma)
-        return guided(x, sigma)
-
-    clean = sample(reported, noise, sigmas, source.generator)
-    reporter.finish()
-    return clean
+    velocity = guidance(unguided_velocity, config.sample_guide_scale)(_clip_velocity(model, conditions, execution))
+    return sampler(velocity, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
 
 
 class _RolloutPlan:
@@ -185,10 +173,9 @@ class _BlockState:
         self.ref_positions = positions(span, count)
         self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
         self.sampling = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
+        if plan.on_step:
+            self.sampling = reporting(self.sampling, plan.steps, partial(plan.on_step, span.index))
         self.query: Query = next(self.sampling)
-        self.reporter = plan.on_step and StepReporter(plan.steps, partial(plan.on_step, span.index))
-        if self.reporter:
-            self.reporter.query(self.query.sigma)
         self.requests = self._requests()
         self.velocities: list[Tensor] = []
 
@@ -207,16 +194,12 @@ class _BlockState:
         self.velocities.append(self.plan.to_velocity(prediction, x, sigma))
         if len(self.velocities) < len(self.inputs):
             return None
-        (first, *_, last), self.velocities = (self.velocities[0], self.velocities[-1]), []
-        velocity = guidance(lambda *_: first, scale)(lambda *_: last)
+        velocity = guided(*self.velocities, scale) if len(self.velocities) == 2 else self.velocities[0]
+        self.velocities = []
         try:
-            self.query = self.sampling.send(velocity(x, sigma))
+            self.query = self.sampling.send(velocity)
         except StopIteration as end:
-            if self.reporter:
-                self.reporter.finish()
             return end.value
-        if self.reporter:
-            self.reporter.query(self.query.sigma)
         self.requests = self._requests()
         return None
 

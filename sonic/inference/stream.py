@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.report import StageTimer
+from sonic.system.heartbeat import waiting_for_others
 from sonic.types import FrameChunk, LatentBlock, MotionLayers
 from sonic.vae.motion_vae import Reference
 from sonic.vae.warp import Canvas
@@ -23,67 +24,45 @@ T = TypeVar("T")
 SEAM = 0.15  # weight of the previous frame in the first frame of every latent frame
 CHUNK_BYTES = 64 << 20  # upper limit for the pixels of one chunk, which bounds memory
 _END = object()
-_PATIENCE_S = 0.1  # how often a thread blocked on a full queue checks whether the consumer has stopped
-
-
-class _Failure:
-    """Wraps an exception of the background thread to raise it again in the caller's thread."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
 
 
 def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """Yield the items in order, produced in a background thread; at most `size` of them wait in the queue.
+    """Yield the items in order, produced in a background thread; at most `size` of them wait while the thread produces another one.
 
     An exception in the thread is raised here. When the caller stops early (an error, Ctrl-C, `close`), the thread ends after the current
     item. `prepare` runs first in the thread.
     """
-    waiting: queue.Queue = queue.Queue(size)
+    source = iter(items)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # the current device is per thread and starts at GPU 0
-    unwanted = threading.Event()
 
-    def hand_over(item: object) -> bool:
-        while not unwanted.is_set():
-            try:
-                waiting.put(item, timeout=_PATIENCE_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def begin() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        prepare()
 
-    def work() -> None:
-        source = iter(items)
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            prepare()
-            if all(hand_over(item) for item in source):
-                hand_over(_END)
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
-            hand_over(_Failure(error))
-        finally:
-            if isinstance(source, Iterator) and hasattr(source, "close"):
-                source.close()
+    def next_item() -> object:
+        with waiting_for_others():
+            return waiting.popleft().result()
 
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, name)
     try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Failure):
-                raise item.error
+        thread.submit(begin).result()
+        waiting = deque(thread.submit(next, source, _END) for _ in range(size + 1))
+        while (item := next_item()) is not _END:
+            waiting.append(thread.submit(next, source, _END))
             yield item
     finally:
-        unwanted.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
+        if isinstance(source, Generator):
+            source.close()
 
 
-def collect(items: Iterable[T], size: int = 0, *, name: str = "", prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """Yield the items after all of them have been produced; the counterpart of `prefetch` without a thread."""
+def buffer_all(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items after all of them have been produced."""
     yield from list(items)
 
 
-HANDOVERS = {True: prefetch, False: collect}  # by decode.online
+HANDOVERS = {True: prefetch, False: lambda items, *queue, **thread: buffer_all(items)}  # by decode.online; all need no queue, no thread
 
 
 def half_the_threads() -> Callable[[], None]:

@@ -1,4 +1,20 @@
-"""The KV cache of a rollout: keys and values of the memory tokens and of the last blocks. It is an argument, not state of the model."""
+"""The KV cache of a rollout: keys and values of the memory tokens and of the last blocks. It is an argument, not state of the model.
+
+Each sampling step has a ring of `window` slots, and block b is written to slot b mod window. A block attends to the memory, to itself,
+and to the window - 1 blocks before it: to the range `filled`, in which `own` is its slot. With a window of 4:
+
+                 |  memory  |  slot 0  |  slot 1  |  slot 2  |  slot 3  |
+    in block 1   |          |  block 0 | [block 1]|  empty   |  empty   |
+                 |<------------ filled ---------->|
+    in block 6   |          |  block 4 |  block 5 | [block 6]|  block 3 |      block 6 has replaced block 2
+                 |<------------------------ filled -------------------->|
+
+Two sampling steps share one copy of the memory; the slots of the second one lie before it:
+
+    |  slot 3  |  slot 2  |  slot 1  |  slot 0  |  memory  |  slot 0  |  slot 1  |  slot 2  |  slot 3  |
+    |<------------------ ring of step 1 ------------------>|
+                                                |<------------------ ring of step 0 ------------------>|
+"""
 
 from __future__ import annotations
 

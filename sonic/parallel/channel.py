@@ -1,30 +1,47 @@
-"""Point-to-point messages between ranks of a pipeline: a header with a small value, and tensors as one buffer of bytes."""
+"""Messages between ranks: any picklable value with tensors anywhere inside, from one rank to another or to all ranks of a group."""
 
 from __future__ import annotations
 
-import math
+import io
 import pickle
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HEADER_BYTES = 2048
+from sonic.system.heartbeat import waiting_for_others
+
+CPU = torch.device("cpu")
+HEADER_BYTES = 8192
 FORWARD, BACKWARD = 0, 1  # the directions of a channel
-ALIGN = 16  # bytes at which each tensor of a message begins
 KEPT = 8  # messages beyond one per rank whose send buffers are held
+
+
+class Shutdown(NamedTuple):
+    """The message that ends the loop of a rank that serves another one."""
+
+
+class TensorLayout(NamedTuple):
+    """How a tensor lies in memory; an expanded axis has stride 0 and is sent once.
+
+    With the same memory layout on both ranks results are equal to the last bit: the rounding of a convolution may depend on it.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class P2PChannel:
     """Point-to-point messages from each rank of a group to the next one, and from the last to the first.
 
-    The group is the stages of a pipeline, or two ranks. A message is a header of fixed size, which contains a small picklable value,
-    and one buffer of bytes. Sends return at once; their buffers are held until they are done. The two directions of a channel, and
-    those of other channels of the same rank, must not block each other: gloo separates `directions` by tags, NCCL needs a process
-    group for each, which is `lanes[direction]`.
+    The group is the stages of a pipeline, or two ranks. A message is a header of fixed size and its tensors. Sends return at once; their
+    buffers are held until they are done. The two directions of a channel, and those of other channels of the same rank, must not block
+    each other: gloo separates `directions` by tags, NCCL needs a process group for each, which is `lanes[direction]`.
     """
 
     def __init__(
@@ -37,80 +54,117 @@ class P2PChannel:
     ) -> None:
         self.ranks, self.device = list(ranks), device
         self.stage, self.stages = self.ranks.index(dist.get_rank()), len(self.ranks)
-        self.carrier = device if lanes else torch.device("cpu")
+        self.carrier = device if lanes else CPU
         self._forward, self._backward = directions
         self._groups = {direction: lanes[direction] if lanes else None for direction in directions}
-        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()  # by message
         self.forwards: object | None = None  # the `PipelineForwards` of the rollout that uses the channel
 
-    def send_next(self, message: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
+    def send_next(self, message: object) -> None:
         """Send to the next rank."""
-        self._send(message, tensors, self.stage + 1, direction=self._forward)
+        self._send(message, self.stage + 1, direction=self._forward)
 
-    def recv_previous(self) -> tuple[NamedTuple, list[Tensor | None]]:
+    def recv_previous(self) -> Any:
         """Receive from the previous rank."""
         return self._recv(self.stage - 1, direction=self._forward)
 
-    def send_first(self, message: NamedTuple, tensors: Sequence[Tensor | None]) -> None:
+    def send_first(self, message: object) -> None:
         """Send from the last rank to the first."""
-        self._send(message, tensors, 0, direction=self._backward)
+        self._send(message, 0, direction=self._backward)
 
-    def recv_last(self) -> tuple[NamedTuple, list[Tensor | None]]:
+    def recv_last(self) -> Any:
         """Receive what the last rank sends to the first."""
         return self._recv(self.stages - 1, direction=self._backward)
+
+    def shut_down(self) -> None:
+        """End the loops of the ranks after this one."""
+        self.send_next(Shutdown())
+        self.flush()
 
     def flush(self) -> None:
         """Wait until all sends are done."""
         while self._sent:
-            self._sent.popleft()[0].wait()
+            self._wait_for_oldest()
 
-    def _send(self, message: NamedTuple, tensors: Sequence[Tensor | None], stage: int, *, direction: int) -> None:
-        specs = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        encoded = pickle.dumps((message, specs))
+    def _wait_for_oldest(self) -> None:
+        with waiting_for_others():
+            for work, _ in self._sent.popleft():
+                work.wait()
+
+    def _send(self, message: object, stage: int, *, direction: int) -> None:
+        encoded, tensors = encode(message)
         assert len(encoded) <= HEADER_BYTES, f"a header of {len(encoded)} bytes"
-        header[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        payload = _packed([tensor for tensor in tensors if tensor is not None], self.carrier)
-        while len(self._sent) > 2 * (self.stages + KEPT):  # more than can be in flight, so the oldest have arrived
-            self._sent.popleft()[0].wait()
-        for part, group in ((header, None), (payload, self._groups[direction])):
-            if part.numel():
-                self._sent.append((dist.isend(part, self.ranks[stage], group=group, tag=direction), part))
+        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        header[: len(encoded)] = torch.frombuffer(encoded, dtype=torch.uint8)
+        parts = [(header, None), *((tensor.to(self.carrier), self._groups[direction]) for tensor in tensors if tensor.numel())]
+        while len(self._sent) > self.stages + KEPT:  # more than can be in flight, so the oldest has arrived
+            self._wait_for_oldest()
+        self._sent.append([(dist.isend(part, self.ranks[stage], group=group, tag=direction), part) for part, group in parts])
 
-    def _recv(self, stage: int, *, direction: int) -> tuple[NamedTuple, list[Tensor | None]]:
+    def _recv(self, stage: int, *, direction: int) -> Any:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        dist.recv(header, self.ranks[stage], tag=direction)
-        message, specs = pickle.loads(header.numpy().tobytes())
-        payload = torch.empty(sum(_room(*spec) for spec in specs if spec), dtype=torch.uint8, device=self.carrier)
-        if payload.numel():
-            dist.recv(payload, self.ranks[stage], group=self._groups[direction], tag=direction)
-        return message, _unpacked(payload.to(self.device), specs)
+
+        def receive(layout: TensorLayout) -> Tensor:
+            tensor = torch.empty(layout.numel, dtype=layout.dtype, device=self.carrier)
+            if tensor.numel():
+                dist.recv(tensor, self.ranks[stage], group=self._groups[direction], tag=direction)
+            return tensor.to(self.device)
+
+        with waiting_for_others():
+            dist.recv(header, self.ranks[stage], tag=direction)
+            return decode(header.numpy(), receive)
 
 
-def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One buffer with the bytes of all tensors, each starting at a multiple of ALIGN."""
-    packed = torch.empty(sum(_room(tensor.dtype, tensor.shape) for tensor in tensors), dtype=torch.uint8, device=device)
-    start = 0
-    for tensor in tensors:
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        packed[start : start + data.numel()].copy_(data)
-        start += _room(tensor.dtype, tensor.shape)
-    return packed
+def broadcast(message: object, group: dist.ProcessGroup) -> Any:
+    """Send a message from the first rank of a group to all others through host memory; every rank must call this. Gives the message."""
+    first = dist.get_rank(group) == 0
+    encoded, tensors = encode(message) if first else (b"", [])
+    box = [encoded]
+    with waiting_for_others():
+        dist.broadcast_object_list(box, group_src=0, group=group, device=CPU)
+        if first:
+            for tensor in tensors:
+                dist.broadcast(tensor.to(CPU), group_src=0, group=group)
+            return message
+
+        def receive(layout: TensorLayout) -> Tensor:
+            tensor = torch.empty(layout.numel, dtype=layout.dtype)
+            dist.broadcast(tensor, group_src=0, group=group)
+            return tensor
+
+        return decode(box[0], receive)
 
 
-def _unpacked(packed: Tensor, specs: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> list[Tensor | None]:
-    """The tensors in a buffer of `_packed`, as views."""
-    found, start = [], 0
-    for spec in specs:
-        if spec is None:
-            found.append(None)
-            continue
-        dtype, shape = spec
-        size = math.prod(shape) * dtype.itemsize
-        found.append(packed[start : start + size].view(dtype).view(shape))
-        start += _room(dtype, shape)
-    return found
+def encode(message: object) -> tuple[bytearray, list[Tensor]]:
+    """A message as bytes, and the elements of its tensors in the order of memory; a tensor that occurs twice is sent once."""
+    file, sent = io.BytesIO(), {}
+    pickler = pickle.Pickler(file)
+
+    def number(value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        if id(value) not in sent:
+            sent[id(value)] = (len(sent), *_layout(value))
+        return sent[id(value)][0]
+
+    pickler.persistent_id = number
+    pickler.dump(message)
+    layouts, tensors = [layout for _, layout, _ in sent.values()], [tensor for _, _, tensor in sent.values()]
+    return bytearray(pickle.dumps((layouts, file.getvalue()))), tensors
 
 
-def _room(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+def decode(encoded: bytes, receive: Callable[[TensorLayout], Tensor]) -> Any:
+    """A message from its bytes; `receive` gives the elements of each of its tensors, in the order of `encode`."""
+    layouts, message = pickle.loads(encoded)
+    tensors = [receive(layout).as_strided(layout.shape, layout.strides) for layout in layouts]
+    unpickler = pickle.Unpickler(io.BytesIO(message))
+    unpickler.persistent_load = tensors.__getitem__
+    return unpickler.load()
+
+
+def _layout(tensor: Tensor) -> tuple[TensorLayout, Tensor]:
+    """The layout of a tensor, and a copy of its elements in the order of memory."""
+    once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    copy = once.clone()  # without gaps, with the axes in the same order
+    strides = tuple(stride if given else 0 for stride, given in zip(copy.stride(), tensor.stride(), strict=True))
+    return TensorLayout(tensor.dtype, copy.numel(), tuple(tensor.shape), strides), copy.as_strided((copy.numel(),), (1,))

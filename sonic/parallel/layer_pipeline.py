@@ -17,11 +17,10 @@ from torch import Tensor
 
 from sonic.config import ModelConfig
 from sonic.geometry import BlockSpan
-from sonic.model.audio_tokens import AudioTokens
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import Execution, ForwardRequest, TrunkInputs
+from sonic.model.execution import ForwardRequest, TrunkInputs
 from sonic.model.kv_cache import KVCache
-from sonic.parallel.channel import P2PChannel
+from sonic.parallel.channel import P2PChannel, Shutdown
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_ranges import best_ranges, ranges_of
 from sonic.parallel.mesh import World
@@ -31,21 +30,26 @@ FIRST = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text
 SPARE = 1  # forwards in flight beyond one per rank, so that no rank waits for a message
 
 
-class Message(NamedTuple):
-    """A message along the pipeline: the memory of a new rollout ("memory"), one forward ("block"), or the end ("stop").
+class MemoryMessage(NamedTuple):
+    """The memory of a new rollout: [batch, rows, columns] of patches, whether it has motion, and the inputs of the next layer."""
 
-    `shape` is [batch, rows, columns] of patches; `latents` is the dtype in which the prediction is sent back.
-    """
+    cond_index: int
+    steps: int
+    shape: tuple[int, int, int]
+    motion: bool
+    inputs: TrunkInputs
 
-    kind: str
-    cond_index: int = 0
-    steps: int = 0
-    step: int = 0
-    ref_position: int | None = None
-    span: BlockSpan | None = None
-    shape: tuple[int, int, int] = (0, 0, 0)
-    motion: bool = False
-    latents: torch.dtype = torch.float32
+
+class BlockMessage(NamedTuple):
+    """One forward of a block: the inputs of the next layer, and for the last stage the time embedding and the prediction's dtype."""
+
+    cond_index: int
+    step: int
+    span: BlockSpan
+    ref_position: int | None
+    inputs: TrunkInputs
+    summary: Tensor
+    latents_dtype: torch.dtype
 
 
 def layer_ranges(config: ModelConfig, stages: int, sizes: Sequence[int] | None = None) -> list[range]:
@@ -99,8 +103,7 @@ class PipelineForwards:
             inputs = model.embed_memory(each, self.execution.sequence)
             (outputs,) = self.execution.run_blocks(model, [inputs], [model.memory_context(cache)])
             shape = (each.ref.shape[0], *cache.grid)
-            message = Message("memory", index, steps, shape=shape, motion=each.motion is not None)
-            self.channel.send_next(message, _tensors(outputs, None))
+            self.channel.send_next(MemoryMessage(index, steps, shape, each.motion is not None, _sendable(outputs)))
             self.caches.append(cache)
 
     def accepts(self, request: ForwardRequest) -> bool:
@@ -114,14 +117,16 @@ class PipelineForwards:
         context = model.block_context(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
         inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
         (outputs,) = self.execution.run_blocks(model, [inputs], [context])
-        fields = {"step": request.step, "ref_position": request.inputs.ref_position, "span": span, "latents": request.latents.dtype}
-        self.channel.send_next(Message("block", request.cond_index, **fields), _tensors(outputs, summary))
+        ref_position, dtype = request.inputs.ref_position, request.latents.dtype
+        self.channel.send_next(BlockMessage(request.cond_index, request.step, span, ref_position, _sendable(outputs), summary, dtype))
         self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
         """Receive the prediction of the oldest request."""
-        self.in_flight -= 1
-        return self.channel.recv_last()[1]
+        in_flight, self.in_flight = self.in_flight, 0  # it stays 0 when the connection is lost
+        prediction = self.channel.recv_last()
+        self.in_flight = in_flight - 1
+        return [prediction]
 
     def close(self) -> None:
         """Receive all predictions in flight, so that the channel is empty for the next rollout, and free the KV caches."""
@@ -132,20 +137,14 @@ class PipelineForwards:
 
 @torch.no_grad()
 def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dtype) -> None:
-    """The loop of every stage but the first: receive inputs, run this rank's layers, send the outputs, until a "stop" message."""
+    """The loop of every stage but the first: receive inputs, run this rank's layers, send the outputs, until it is shut down."""
     channel, execution = context.channel, context.execution
     caches: dict[int, KVCache] = {}
     like = torch.empty(0, dtype=dtype, device=channel.device)
     heads = execution.sequence.local_heads(model.config.trunk.num_heads)
     last = channel.stage == channel.stages - 1
-    while True:
-        message, tensors = channel.recv_previous()
-        if message.kind == "stop":
-            if not last:
-                channel.send_next(message, ())
-            channel.flush()
-            return
-        if message.kind == "memory":
+    while not isinstance(message := channel.recv_previous(), Shutdown):
+        if isinstance(message, MemoryMessage):
             cache = attention_context = None  # frees the previous rollout's cache before this one's is allocated
             if message.cond_index == 0:
                 caches.clear()
@@ -156,18 +155,15 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
             cache = caches[message.cond_index]
             grid = (message.span.latent_frames // model.config.trunk.patch_size[0], math.prod(cache.grid))
             attention_context = model.block_context(message.span, cache, cache.rings[message.step], ref_position=message.ref_position)
-        inputs, summary = _trunk_inputs(tensors, execution, grid)
+        inputs = message.inputs._replace(exchange=execution.sequence.exchange((grid,)))  # grid counts the tokens of all ranks
         (outputs,) = execution.run_blocks(model, [inputs], [attention_context])
         if not last:
-            channel.send_next(message, _tensors(outputs, summary))
-        elif message.kind == "block":
-            prediction = model.unembed(outputs, summary, cache.grid, sequence=execution.sequence)
-            channel.send_first(message, (prediction.to(message.latents),))
-
-
-def stop_stages(channel: P2PChannel) -> None:
-    """End the loops of all other stages; called by the first rank."""
-    channel.send_next(Message("stop"), ())
+            channel.send_next(message._replace(inputs=_sendable(outputs)))
+        elif isinstance(message, BlockMessage):
+            prediction = model.unembed(outputs, message.summary, cache.grid, sequence=execution.sequence)
+            channel.send_first(prediction.to(message.latents_dtype))
+    if not last:
+        channel.send_next(message)
     channel.flush()
 
 
@@ -176,16 +172,6 @@ def pipeline_channel(world: World) -> P2PChannel:
     return P2PChannel(dist.get_process_group_ranks(world.group("layers"))[: world.stages], world.device, lanes=world.lanes)
 
 
-def _tensors(inputs: TrunkInputs, summary: Tensor | None) -> list[Tensor | None]:
-    """The tensors of a message, in the order of `_trunk_inputs`."""
-    (modulation,) = inputs.modulations
-    audio = (None, None, None) if inputs.audio is None else tuple(inputs.audio)
-    return [inputs.tokens, modulation, inputs.text, *audio, summary]
-
-
-def _trunk_inputs(tensors: Sequence[Tensor | None], execution: Execution, grid: tuple[int, int]) -> tuple[TrunkInputs, Tensor | None]:
-    """The inputs and the time embedding in a message's tensors; `grid` is (T, S), S over all ranks that share the tokens."""
-    tokens, modulation, text, audio_tokens, audio_summary, masks, summary = tensors
-    layout = ((grid[0], tokens.shape[1] // grid[0]),)
-    audio = None if audio_tokens is None else AudioTokens(audio_tokens, audio_summary, masks)
-    return TrunkInputs(tokens, layout, (modulation,), text, audio, execution.sequence.exchange((grid,))), summary
+def _sendable(outputs: TrunkInputs) -> TrunkInputs:
+    """The outputs of a stage without the exchange of its tokens, which each rank has its own of."""
+    return outputs._replace(exchange=None)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sonic.config import Ranks
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, ParallelConfig
 from sonic.parallel.watchdog import watch_ranks
+from sonic.system.heartbeat import waiting_for_others
 
 T = TypeVar("T")
 
@@ -72,20 +73,23 @@ class World:
         """The first rank's `thing`, sent to all ranks; every rank must call this."""
         box = [thing]
         if self.mesh is not None:
-            dist.broadcast_object_list(box, src=0)
+            with waiting_for_others():
+                dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def mean(self, values: Tensor) -> Tensor:
         """Replace a tensor by its mean over all ranks, in place. Collective."""
         if self.ranks > 1:
-            dist.all_reduce(values)
+            with waiting_for_others():
+                dist.all_reduce(values)
             values /= self.ranks
         return values
 
     def wait(self) -> None:
         """Barrier: wait until all ranks have called this."""
         if self.ranks > 1:
-            dist.barrier()
+            with waiting_for_others():
+                dist.barrier()
 
     @property
     def stages(self) -> int:
@@ -160,8 +164,11 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world == 1 else {}
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # NCCL does not let ranks share a device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
+    size = ranks.world // degrees(config, plan, ranks.world)[0]
+    first = ranks.rank // size * size  # of the ranks with this copy of the model
+    peers = range(first, first + size)
     dist.init_process_group(backend, timeout=PATIENCE, **own)
-    with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, leave=dist.destroy_process_group):
+    with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, peers=peers, leave=dist.destroy_process_group):
         yield _be_patient(make_world(config, plan, device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,30 +15,7 @@ from sonic.parallel.layer_ranges import resident_layers
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 from sonic.system.heartbeat import heartbeat
 
-PIECE = 2**29  # bytes of host memory that are pinned at a time
 ROOM_GIB = 2.0  # left free for activations when offload.resident_gib=-1 fills the device with weights
-
-
-class PinnedMemory:
-    """Pinned host memory in pieces whose sizes are powers of two.
-
-    torch rounds every pinned allocation up to a power of two, which would take half as much memory again if weights were pinned one by
-    one or layer by layer.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.piece = min(PIECE, _power_of_two(size))
-        self.rests: list[Tensor] = []  # the unused rest of each piece
-
-    def copy_in(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor in this memory."""
-        size, needed = tensor.nbytes, _aligned_bytes(tensor)
-        index = next((index for index, rest in enumerate(self.rests) if rest.numel() >= needed), None)
-        if index is None:
-            index = len(self.rests)
-            self.rests.append(_pinned(max(self.piece, _power_of_two(needed))))
-        copy, self.rests[index] = self.rests[index][:size], self.rests[index][needed:]
-        return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class OffloadedLayer:
@@ -49,24 +27,19 @@ class OffloadedLayer:
         self.bytes = sum(_aligned_bytes(tensor) for tensor in self.home)
 
     def load_into(self, slot: Tensor) -> None:
-        """Copy the weights into a slot of device memory and use the copy."""
+        """Copy the weights into a slot of memory, one after the other, and use the copy."""
         start = 0
         for weight, home in zip(self.weights, self.home, strict=True):
             copy = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
-            copy.copy_(home, non_blocking=True)
-            weight.data = copy
+            weight.data = copy.copy_(home, non_blocking=True)
             start += _aligned_bytes(home)
 
-    def make_resident(self, device: torch.device) -> None:
-        """Move the weights to the device permanently and free their host memory, unless they are there already."""
-        if self.home[0].device.type != device.type:
-            self.load_into(torch.empty(self.bytes, dtype=torch.uint8, device=device))
-            self.home = [weight.data for weight in self.weights]
-
-    def pin(self, memory: PinnedMemory) -> None:
-        """Move the weights from their host memory to pinned memory."""
-        for index, weight in enumerate(self.weights):
-            weight.data = self.home[index] = memory.copy_in(self.home[index])
+    def move(self, device: torch.device) -> Tensor:
+        """Move the weights permanently into one piece of memory, which is returned, and free the memory where they were."""
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        self.load_into(memory)
+        self.home = [weight.data for weight in self.weights]
+        return memory
 
     def release(self) -> None:
         """Use the weights in host memory again instead of the copy."""
@@ -88,8 +61,7 @@ class LayerPrefetcher:
         self.allocated, self.current = False, -1
         self.slots: list[Tensor] = []
         self.resident: set[int] = set()
-        self.holder: list[int | None] = [None] * self.count  # the layer whose weights are in each slot
-        self.ready: dict[int, torch.cuda.Event | None] = {}
+        self.loaded: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> its slot, and when its weights are there
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def allocate(self) -> None:
@@ -97,15 +69,13 @@ class LayerPrefetcher:
         self.allocated = True
         sizes = [layer.bytes for layer in self.layers]
         self.resident = resident_of(sizes, self.resident_gib if self.resident_gib >= 0 else self._free() - self.count * max(sizes) / GIB)
-        waiting = [layer for index, layer in enumerate(self.layers) if index not in self.resident]
-        memory = PinnedMemory(sum(layer.bytes for layer in waiting))
-        for index in sorted(self.resident):
+        for index, layer in enumerate(self.layers):
             heartbeat()
-            self.layers[index].make_resident(self.device)
-        for layer in waiting if self.pins else ():
-            heartbeat()
-            layer.pin(memory)
-        if waiting:
+            if index not in self.resident and self.pins:
+                _pin(layer.move(torch.device("cpu")), layer)
+            elif index in self.resident and layer.home[0].device.type != self.device.type:
+                layer.move(self.device)
+        if len(self.resident) < len(self.layers):
             self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=self.device) for _ in range(self.count)]
 
     def before_layer(self, index: int) -> None:
@@ -118,10 +88,10 @@ class LayerPrefetcher:
         done = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         ahead = self._next(index)
         for wanted in ahead:
-            if wanted not in self.ready:
+            if wanted not in self.loaded:
                 self._fetch(wanted, keep=ahead, after=done)
         if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(self.ready[index])
+            torch.cuda.current_stream(self.device).wait_event(self.loaded[index][1])
 
     def _next(self, index: int) -> list[int]:
         """This layer and the next ones, as many as there are slots, in cyclic order and without resident layers."""
@@ -129,20 +99,18 @@ class LayerPrefetcher:
         return [layer for layer in cycle if layer not in self.resident][: self.count]
 
     def _fetch(self, layer: int, *, keep: Sequence[int], after: torch.cuda.Event | None) -> None:
-        slot = next(index for index, holder in enumerate(self.holder) if holder not in keep)
-        before = self.holder[slot]
-        if before is not None:
-            self.ready.pop(before)
-            self.layers[before].release()
-        self.holder[slot] = layer
-        if self.stream is None:
-            self.layers[layer].load_into(self.slots[slot])
-            self.ready[layer] = None
-            return
-        self.stream.wait_event(after)
+        """Load a layer into an empty slot, or into that of a layer which is not needed now."""
+        if len(self.loaded) < self.count:
+            slot = self.slots[len(self.loaded)]
+        else:
+            old = next(each for each in self.loaded if each not in keep)
+            slot, _ = self.loaded.pop(old)
+            self.layers[old].release()
         with torch.cuda.stream(self.stream):
-            self.layers[layer].load_into(self.slots[slot])
-            self.ready[layer] = self.stream.record_event()
+            if self.stream:
+                self.stream.wait_event(after)
+            self.layers[layer].load_into(slot)
+            self.loaded[layer] = slot, self.stream and self.stream.record_event()
 
     def _free(self) -> float:
         """GiB of the device that weights may take; 0 on a CPU, where a copy gains nothing."""
@@ -197,10 +165,8 @@ def _aligned_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256
 
 
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+def _pin(memory: Tensor, layer: OffloadedLayer) -> None:
+    """Pin the host memory of a layer where it is, until the layer is freed; `pin_memory` would round its size up to a power of two."""
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    weakref.finalize(layer, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False

@@ -19,6 +19,7 @@ from sonic.model.attention import QKV, TokenExchange
 from sonic.model.blocks import Layout
 from sonic.model.execution import SequenceParallel
 from sonic.parallel.mesh import World
+from sonic.system.heartbeat import waiting_for_others
 
 _all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # its new name, its old name
 
@@ -29,6 +30,7 @@ class Group(NamedTuple):
     group: dist.ProcessGroup
     rank: int
     size: int
+    device: torch.device = torch.device("cpu")
 
     def shares(self, total: int) -> list[int]:
         """The number of tokens or heads of each rank when there are `total`."""
@@ -49,8 +51,8 @@ class UlyssesSequence(SequenceParallel):
         """The tokens of all ranks.  [B,T,some,D] -> [B,T,size,D]"""
         shares = self.group.shares(size)
         padded = F.pad(tokens, (0, 0, 0, shares[0] - tokens.shape[2])).contiguous()
-        gathered = _all_gather(padded, gather_dim=2, group=self.group.group)
-        parts = gathered.chunk(self.group.size, dim=2)
+        with waiting_for_others():
+            parts = _all_gather(padded, gather_dim=2, group=self.group.group).chunk(self.group.size, dim=2)
         return torch.cat([part[:, :, :share] for part, share in zip(parts, shares, strict=True)], dim=2)
 
     def local_heads(self, num_heads: int) -> int:
@@ -66,33 +68,25 @@ class Ulysses(TokenExchange):
     """The exchange: one all-to-all before attention and one after it. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
 
     def __init__(self, group: Group, layout: Layout, heads: Sequence[int]) -> None:
-        self.group, self.layout, self.head_counts = group, layout, list(heads)
-        self.sizes = [[shares[rank] for shares in (group.shares(size) for _, size in layout)] for rank in range(group.size)]
-        self.lengths = [sum(frames * size for (frames, _), size in zip(layout, sizes, strict=True)) for sizes in self.sizes]
+        self.group, self.head_counts = group, list(heads)
+        lengths = [frames * size for frames, size in layout]
+        parts = torch.arange(sum(lengths), device=group.device).split(lengths)
+        shares = [part.view(shape).split(group.shares(shape[1]), dim=1) for part, shape in zip(parts, layout, strict=True)]
+        owned = [torch.cat([share[rank].flatten() for share in shares]) for rank in range(group.size)]
+        self.lengths = [len(tokens) for tokens in owned]
+        self.by_rank = torch.cat(owned)  # the tokens of all ranks, those of a rank one after the other, as positions in the sequence
+        self.whole = self.by_rank.argsort()
 
     def to_heads(self, tokens: QKV) -> QKV:
         """[B,some,heads,d] -> [B,N,some heads,d], with the tokens in the order of a single rank."""
         ours = torch.stack(tokens)  # [3,B,some,heads,d]
         shapes = [(*ours.shape[:2], length, self.head_counts[self.group.rank], ours.shape[4]) for length in self.lengths]
-        parts = [
-            received.split([frames * size for (frames, _), size in zip(self.layout, sizes, strict=True)], dim=2)
-            for received, sizes in zip(self._swap(ours.split(self.head_counts, dim=3), shapes), self.sizes, strict=True)
-        ]
-        joined = [
-            torch.cat([part.unflatten(2, (frames, -1) if part.shape[2] else (frames, 0)) for part in column], dim=3).flatten(2, 3)
-            for column, (frames, _) in zip(zip(*parts, strict=True), self.layout, strict=True)
-        ]
-        return QKV(*torch.cat(joined, dim=2))
+        received = self._swap(ours.split(self.head_counts, dim=3), shapes)
+        return QKV(*torch.cat(received, dim=2).index_select(2, self.whole))
 
     def tokens(self, attn_out: Tensor) -> Tensor:
         """[B,N,some heads,d] -> [B,some,heads,d]"""
-        columns = [
-            part.unflatten(1, (frames, size)).split([sizes[index] for sizes in self.sizes], dim=2)
-            for index, (part, (frames, size)) in enumerate(
-                zip(attn_out.split([frames * size for frames, size in self.layout], dim=1), self.layout, strict=True)
-            )
-        ]
-        sent = [torch.cat([piece.flatten(1, 2) for piece in row], dim=1) for row in zip(*columns, strict=True)]
+        sent = attn_out.index_select(1, self.by_rank).split(self.lengths, dim=1)
         shapes = [(attn_out.shape[0], self.lengths[self.group.rank], count, attn_out.shape[3]) for count in self.head_counts]
         return torch.cat(self._swap(sent, shapes), dim=2)
 
@@ -100,8 +94,9 @@ class Ulysses(TokenExchange):
         """Send `sent[i]` to rank i and receive a tensor of shape `shapes[i]` from it."""
         flat = torch.cat([part.flatten() for part in sent])
         sizes = [math.prod(shape) for shape in shapes]
-        received = funcol.all_to_all_single_autograd(flat, sizes, [part.numel() for part in sent], self.group.group)
-        return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+        with waiting_for_others():
+            received = funcol.all_to_all_single_autograd(flat, sizes, [part.numel() for part in sent], self.group.group).split(sizes)
+        return [part.view(shape) for part, shape in zip(received, shapes, strict=True)]
 
 
 def sequence_parallel(world: World, num_heads: int) -> SequenceParallel:
@@ -112,4 +107,4 @@ def sequence_parallel(world: World, num_heads: int) -> SequenceParallel:
     """
     if world.size("cp") == 1:
         return SequenceParallel()
-    return UlyssesSequence(Group(world.group("cp"), world.coordinate("cp"), world.size("cp")), num_heads)
+    return UlyssesSequence(Group(world.group("cp"), world.coordinate("cp"), world.size("cp"), world.device), num_heads)

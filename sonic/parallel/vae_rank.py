@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -15,34 +14,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sonic.parallel.channel import BACKWARD, P2PChannel
+from sonic.parallel.channel import BACKWARD, P2PChannel, Shutdown
 from sonic.parallel.mesh import World
+from sonic.system.heartbeat import waiting_for_others
 from sonic.types import MotionLayers
 from sonic.vae.motion_vae import Reference
 
 DIRECTIONS = (BACKWARD + 1, BACKWARD + 2)  # tags of these messages; the layer pipeline uses others
 
 
-class TensorLayout(NamedTuple):
-    """The memory layout of a tensor: its axes from the largest stride to the smallest, and its shape. Expanded axes are sent once."""
-
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 class RemoteCall(NamedTuple):
-    """A call of the autoencoder: the method ("" ends the loop), for each argument a tensor's layout, a handle's number or None, and
-    the numbers of handles to release."""
+    """A call of a method of the autoencoder, and the numbers of handles to release; an argument that is a number stands for a handle."""
 
     method: str
-    arguments: tuple[TensorLayout | int | None, ...] = ()
-    released: tuple[int, ...] = ()
+    arguments: tuple[Tensor | int | None, ...]
+    released: tuple[int, ...]
 
 
 class Reply(NamedTuple):
-    """The reply to a call: the layouts of the tensors and the number of the new handle, or `fault`, the message of a ValueError."""
+    """The reply to a call: its result and the number of the new handle, or `fault`, the message of a ValueError."""
 
-    layouts: tuple[TensorLayout, ...] = ()
+    result: Tensor | MotionLayers | None = None
     handle: int = 0
     fault: str = ""
 
@@ -63,59 +55,44 @@ class RemoteAutoencoder:
 
     def reference(self, picture: Tensor) -> RemoteHandle:
         """What the autoencoder computes once from a portrait, as a handle."""
-        (latents,), number = self._call("reference", picture)
-        return self._handle(number, latents)
+        latents, handle = self._call("reference", picture)
+        handle.latents = latents
+        return handle
 
     def encode(self, frames: Tensor, cache: RemoteHandle | None = None) -> tuple[Tensor, RemoteHandle]:
         """Latents of frames, and the cache for the frames that follow. Raises the autoencoder's ValueError for a wrong number of frames."""
-        (latents,), number = self._call("encode", frames, cache)
-        return latents, self._handle(number)
+        return self._call("encode", frames, cache)
 
     def decode(self, latents: Tensor, *known: RemoteHandle | None) -> tuple[Tensor | MotionLayers, RemoteHandle]:
         """Frames or motion of latents, and the cache for the latents that follow; `known` are the handles of decode's other arguments."""
-        made, number = self._call("decode", latents, *known)
-        return made[0] if len(made) == 1 else MotionLayers(*made), self._handle(number)
+        return self._call("decode", latents, *known)
 
-    def _handle(self, number: int, latents: Tensor | None = None) -> RemoteHandle:
-        handles = RemoteHandle(number, latents)
-        weakref.finalize(handles, self.released.append, number).atexit = False
-        return handles
-
-    def _call(self, method: str, *arguments: Tensor | RemoteHandle | None) -> tuple[list[Tensor], int]:
-        layouts, tensors = _packed([each for each in arguments if isinstance(each, Tensor)])
-        rest = iter(layouts)
-        sent = tuple(next(rest) if isinstance(each, Tensor) else each and each.number for each in arguments)
-        with self.lock:
+    def _call(self, method: str, *arguments: Tensor | RemoteHandle | None) -> tuple[Tensor | MotionLayers, RemoteHandle]:
+        sent = tuple(each.number if isinstance(each, RemoteHandle) else each for each in arguments)
+        with waiting_for_others(), self.lock:
             released = tuple(self.released.popleft() for _ in range(len(self.released)))
-            self.channel.send_next(RemoteCall(method, sent, released), tensors)
-            reply, made = self.channel.recv_last()
+            self.channel.send_next(RemoteCall(method, sent, released))
+            reply = self.channel.recv_last()
             self.channel.flush()  # the reply shows that the call has arrived
         if reply.fault:
             raise ValueError(reply.fault)
-        return _restored(reply.layouts, made), reply.handle
+        handle = RemoteHandle(reply.handle)
+        weakref.finalize(handle, self.released.append, handle.number).atexit = False
+        return reply.result, handle
 
 
 @torch.no_grad()
 def serve_vae(autoencoder: nn.Module, channel: P2PChannel) -> None:
-    """The loop of the autoencoder's rank: answer calls until the first rank calls `stop_vae`."""
+    """The loop of the autoencoder's rank: answer calls until the first rank shuts it down."""
     handles: dict[int, Any] = {}
     number = 0
-    while True:
-        call, tensors = channel.recv_previous()
-        channel.flush()  # the next call shows that the last reply has arrived
-        if not call.method:
-            return
+    while not isinstance(call := channel.recv_previous(), Shutdown):
+        channel.flush()  # the call shows that the last reply has arrived
         for each in call.released:
             handles.pop(each, None)
         number += 1
-        reply, made = _compute_reply(autoencoder, call, tensors, handles=handles, number=number)
-        channel.send_first(reply, made)
-        del tensors, made
-
-
-def stop_vae(channel: P2PChannel) -> None:
-    """End the loop of the autoencoder's rank; called by the first rank."""
-    channel.send_next(RemoteCall(""), ())
+        channel.send_first(_reply(autoencoder, call, handles, number=number))
+        del call
     channel.flush()
 
 
@@ -125,42 +102,12 @@ def make_vae_channel(world: World) -> P2PChannel:
     return P2PChannel([ranks[0], ranks[-1]], world.device, DIRECTIONS, lanes=world.lanes)
 
 
-def without_repeats(tensor: Tensor) -> Tensor:
-    """A view of the tensor in which every expanded axis has one entry."""
-    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-
-
-def _compute_reply(
-    autoencoder: nn.Module, call: RemoteCall, tensors: Sequence[Tensor], *, handles: dict[int, Any], number: int
-) -> tuple[Reply, list[Tensor]]:
-    """Run a call and give its reply and the tensors with it. The value for later calls is stored in `handles`; a ValueError becomes the
-    reply's `fault`, to be raised on the first rank."""
-    sent = iter(_restored([each for each in call.arguments if isinstance(each, TensorLayout)], tensors))
-    arguments = [next(sent) if isinstance(each, TensorLayout) else each and handles[each] for each in call.arguments]
+def _reply(autoencoder: nn.Module, call: RemoteCall, handles: dict[int, Any], *, number: int) -> Reply:
+    """Run a call. The value for later calls is stored in `handles`; a ValueError is to be raised on the first rank."""
+    arguments = [handles[each] if isinstance(each, int) else each for each in call.arguments]
     try:
         found = getattr(autoencoder, call.method)(*arguments)
     except ValueError as error:
-        return Reply(fault=str(error)), []
-    made, handles[number] = (found.latents, found) if isinstance(found, Reference) else found
-    layouts, parts = _packed(list(vars(made).values()) if isinstance(made, MotionLayers) else [made])
-    return Reply(layouts, number), parts
-
-
-def _packed(tensors: Sequence[Tensor]) -> tuple[tuple[TensorLayout, ...], list[Tensor]]:
-    """Tensors as they are sent: expanded axes once, elements in the order of memory.
-
-    With the same memory layout on both ranks results are equal to the last bit: the rounding of a convolution may depend on it.
-    """
-    layouts, parts = [], []
-    for tensor in tensors:
-        once = without_repeats(tensor)
-        order = tuple(sorted(range(once.ndim), key=lambda axis: -once.stride(axis)))  # noqa: B023
-        layouts.append(TensorLayout(order, tuple(tensor.shape)))
-        parts.append(once.permute(order))
-    return tuple(layouts), parts
-
-
-def _restored(layouts: Sequence[TensorLayout], parts: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of `_packed` with their shapes and memory layouts."""
-    back = [sorted(range(len(form.order)), key=form.order.__getitem__) for form in layouts]
-    return [part.permute(order).expand(form.shape) for form, order, part in zip(layouts, back, parts, strict=True)]
+        return Reply(fault=str(error))
+    result, handles[number] = (found.latents, found) if isinstance(found, Reference) else found
+    return Reply(result, number)

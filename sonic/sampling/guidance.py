@@ -11,17 +11,20 @@ from sonic.sampling.samplers import Velocity
 Wrapper = Callable[[Velocity], Velocity]
 
 
-def guidance(unconditional: Velocity, scale: float) -> Wrapper:
-    """A wrapper that turns the conditional velocity c into u + scale·(c - u), u the unconditional one; at scale 1 u is not evaluated.
+def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """u + scale·(c - u) of the unconditional velocity u and the conditional one c.
 
     Source: classifier-free guidance, arXiv 2207.12598.
     """
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guidance(unconditional: Velocity, scale: float) -> Wrapper:
+    """A wrapper that turns the conditional velocity into the guided one; at scale 1 the unconditional one is not evaluated."""
 
     def wrap(conditional: Velocity) -> Velocity:
-        def guided(x: Tensor, sigma: Tensor) -> Tensor:
-            base = unconditional(x, sigma)
-            return base + scale * (conditional(x, sigma) - base)
-
-        return conditional if scale == 1 else guided
+        if scale == 1:
+            return conditional
+        return lambda x, sigma: guided(unconditional(x, sigma), conditional(x, sigma), scale)
 
     return wrap

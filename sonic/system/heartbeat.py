@@ -1,30 +1,50 @@
-"""Heartbeats of the threads of this process, which the watchdog reads (sonic/parallel/watchdog.py).
+"""What the threads of this process tell the watchdog (sonic/parallel/watchdog.py): that they progress, or why they may not.
 
-While a watchdog runs, every call of a torch module gives one; other work that may take long calls `heartbeat`.
+While a watchdog runs, every call of a torch module is a heartbeat; other work that may take long calls `heartbeat`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
-LAST_HEARTBEAT: dict[int, float] = {}  # by thread: time.monotonic() of its last heartbeat
-PAUSED: set[int] = set()  # threads inside `pause_watchdog`
+
+class Activity:
+    """The number of heartbeats of this process, and its threads inside `pause_watchdog` and `waiting_for_others`."""
+
+    def __init__(self) -> None:
+        self.heartbeats = 0
+        self.paused: list[int] = []
+        self.waiting: list[int] = []
+
+
+ACTIVITY = Activity()
 
 
 def heartbeat() -> None:
-    """Record that this thread makes progress."""
-    LAST_HEARTBEAT[get_ident()] = time.monotonic()
+    """Record that this process makes progress."""
+    ACTIVITY.heartbeats += 1
 
 
 @contextmanager
 def pause_watchdog() -> Iterator[None]:
-    """Inside the `with` block this thread needs no heartbeats, because it waits for something that may take any time."""
-    PAUSED.add(get_ident())
+    """Inside the `with` block nothing counts as a hang, because this thread does something that may take any time."""
+    with _listed_in(ACTIVITY.paused):
+        yield
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Inside the `with` block this thread waits for another rank or thread, so a hang is not its fault."""
+    with _listed_in(ACTIVITY.waiting):
+        yield
+
+
+@contextmanager
+def _listed_in(threads: list[int]) -> Iterator[None]:
+    threads.append(get_ident())
     try:
         yield
     finally:
-        PAUSED.discard(get_ident())
-        heartbeat()
+        threads.remove(get_ident())

@@ -129,8 +129,8 @@ def test_queued_forwards_give_the_same_video_as_sequential_ones(room, scale, nam
     """Blocks are written to the rings in order, although several are started."""
     given, queues = conditions(8), []
 
-    def queued(context):
-        return lambda *given: queues.append(Queue(room, open_forwards(context)(*given))) or queues[-1]
+    def queued(*given, **settings):
+        return queues.append(Queue(room, open_forwards(*given, **settings))) or queues[-1]
 
     model = tiny_model()
     expected = latents_of(model, given, 4, sample_steps=3, name=name, sample_guide_scale=scale)

@@ -14,7 +14,7 @@ from tiny import conditions, latents_of, tiny_model
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
 from sonic.parallel.channel import P2PChannel
 from sonic.parallel.context import DistributedContext
-from sonic.parallel.layer_pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop, stop_stages
+from sonic.parallel.layer_pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop
 
 COUNTS = range(1, 9)
 BLOCKS = 3
@@ -36,7 +36,7 @@ def videos_on_every_number_of_ranks() -> list[tuple[int, int]]:
             continue
         found = {steps: latents_of(model, given, BLOCKS, context=context, sample_steps=steps) for steps in COUNTS}
         wrong += [(count, steps) for steps in COUNTS if not torch.equal(found[steps], alone[steps])]
-        stop_stages(context.channel)
+        context.channel.shut_down()
     return wrong
 
 
@@ -53,7 +53,7 @@ def caches_alive() -> list[int]:
         for scale in (2.0, 1.0, 1.0):  # the first video has two caches
             latents_of(model, conditions(2), 1, context=context, sample_guide_scale=scale)
             kept.append(len(context.channel.forwards.caches))
-        stop_stages(context.channel)
+        context.channel.shut_down()
         return kept
     make, made, alive = model.cache_of, [], []
 
@@ -89,7 +89,7 @@ def half_precision() -> tuple[set[torch.dtype], bool]:
 
     with patch.object(PipelineForwards, "collect", collected):
         same = torch.equal(latents_of(model, conditions(4), 2, context=context), latents_of(alone, conditions(4), 2))
-    stop_stages(context.channel)
+    context.channel.shut_down()
     return found, same
 
 

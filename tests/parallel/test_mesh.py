@@ -9,7 +9,7 @@ from ranks import on_ranks
 
 from sonic.config import Ranks
 from sonic.parallel import mesh
-from sonic.parallel.layer_pipeline import Message, pipeline_channel
+from sonic.parallel.layer_pipeline import pipeline_channel
 from sonic.parallel.mesh import make_world, open_world
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.vae_rank import make_vae_channel
@@ -43,13 +43,13 @@ def sent_each_way() -> list[float]:
     assert {group.group_name for channel in channels for group in channel._groups.values()} <= groups
     for number, channel in enumerate(channels):  # all requests are sent before the first reply
         if rank == 0:
-            channel.send_next(Message("block"), [torch.full((3,), 1.0 + number)])
+            channel.send_next(torch.full((3,), 1.0 + number))
     if rank:
-        _, (received,) = channels[0].recv_previous()
-        channels[0].send_first(Message("block"), [10 * received])
+        received = channels[0].recv_previous()
+        channels[0].send_first(10 * received)
         found = [received[2].item()]
     else:
-        found = [channel.recv_last()[1][0][2].item() for channel in reversed(channels)]
+        found = [channel.recv_last()[2].item() for channel in reversed(channels)]
     for channel in channels:
         channel.flush()
     return found

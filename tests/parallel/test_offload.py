@@ -8,35 +8,21 @@ from tiny import tiny_config, tiny_model
 
 from sonic.checkpoint.load import without_memory
 from sonic.parallel import offload as module
-from sonic.parallel.offload import PinnedMemory, allocate, offload
-from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
+from sonic.parallel.offload import allocate
+from sonic.parallel.parallel_config import OffloadConfig
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def pieces(monkeypatch) -> list[int]:
-    """Sizes of the pinned pieces, on a machine that cannot pin."""
-    sizes = []
-
-    def pinned(size: int) -> torch.Tensor:
-        sizes.append(size)
-        return torch.empty(size, dtype=torch.uint8)
-
-    monkeypatch.setattr(module, "_pinned", pinned)
-    return sizes
-
-
-def test_pinned_weights_are_unchanged_in_pieces_that_torch_does_not_round_up(pieces, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 2**14)
-    tensors = [torch.randn(size, 3).to(dtype) for size in (700, 5, 900, 2000, 40) for dtype in (torch.float32, torch.bfloat16)]
-    memory = PinnedMemory(sum(tensor.nbytes for tensor in tensors))
-    kept = [memory.copy_in(tensor) for tensor in tensors]
-    assert all(there.dtype == tensor.dtype and torch.equal(there, tensor) for there, tensor in zip(kept, tensors, strict=True))
-    assert all(there.data_ptr() != tensor.data_ptr() for there, tensor in zip(kept, tensors, strict=True))
-    assert all(size & (size - 1) == 0 for size in pieces)
-    assert max(pieces) == 2**15  # one weight is larger than a piece
-    assert len(pieces) < len(tensors)
+def test_weights_that_move_are_unchanged_and_in_one_piece_of_memory():
+    layer = prefetcher_of().layers[1]
+    before = [weight.clone() for weight in layer.weights]
+    memory = layer.move(CPU)
+    within = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+    assert memory.nbytes == layer.bytes
+    assert all(weight.data_ptr() in within and weight.data_ptr() % 64 == 0 for weight in layer.weights)
+    assert all(map(torch.equal, layer.weights, before))
+    assert [weight.data_ptr() for weight in layer.weights] == [home.data_ptr() for home in layer.home]
 
 
 def test_resident_layers_are_never_in_host_memory():
@@ -48,18 +34,25 @@ def test_resident_layers_are_never_in_host_memory():
     assert not any(weight.is_meta for name, weight in model.named_parameters() if not name.startswith(("blocks", "audio_injectors")))
 
 
-def test_only_offloaded_layers_are_pinned(pieces, monkeypatch):
-    model, prefetchers = tiny_model(), []
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only memory for a GPU is pinned")
+def test_only_offloaded_layers_are_pinned_and_only_while_they_are_used():
+    model, device = tiny_model().requires_grad_(False), torch.device("cuda")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    monkeypatch.setattr(module, "LayerPrefetcher", lambda *given: prefetchers.append(pinning(*given)) or prefetchers[0])
-    largest = max(sum(module._aligned_bytes(weight) for weight in part.parameters()) for part in model.blocks) * 2
-    offload(model, CPU, ParallelConfig("offload", offload=OffloadConfig(resident_gib=largest / 2**30)))
-    (prefetcher,) = prefetchers
-    waiting = [layer for index, layer in enumerate(prefetcher.layers) if index not in prefetcher.resident]
-    assert prefetcher.resident
-    assert len(waiting) + len(prefetcher.resident) == 3
-    assert sum(layer.bytes for layer in waiting) <= sum(pieces) < 2 * sum(layer.bytes for layer in waiting)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    layers = [module.OffloadedLayer(modules) for modules in module.layers_of(model)]
+    largest = max(layer.bytes for layer in layers)
+    prefetcher = module.LayerPrefetcher(layers, device, OffloadConfig(resident_gib=1.5 * largest / 2**30, store="pinned"))
+    prefetcher.allocate()
+    assert len(prefetcher.resident) == 1
+    for index, layer in enumerate(prefetcher.layers):
+        assert all(home.is_cuda == (index in prefetcher.resident) != home.is_pinned() for home in layer.home)
+    for index in range(len(layers)):
+        prefetcher.before_layer(index)
+        torch.cuda.synchronize()
+        assert all(weight.is_cuda for weight in layers[index].weights)
+    assert all(torch.equal(weight.cpu(), before[name]) for name, weight in model.named_parameters())
+    homes = [home for index, layer in enumerate(layers) if index not in prefetcher.resident for home in layer.home]
+    del prefetcher, layers, layer
+    assert not any(home.is_pinned() for home in homes)
 
 
 def prefetcher_of(**settings) -> module.LayerPrefetcher:
@@ -87,13 +80,3 @@ def test_resident_weights_leave_room_for_the_slots(monkeypatch):
         prefetcher = prefetcher_of(slots=slots)
         prefetcher.allocate()
         assert (len(prefetcher.resident), len(prefetcher.slots)) == (stay, slots)
-
-
-def pinning(layers, device, config) -> module.LayerPrefetcher:
-    """A prefetcher that pins memory as on a GPU."""
-    prefetcher = PREFETCHER(layers, device, config)
-    prefetcher.pins = True
-    return prefetcher
-
-
-PREFETCHER = module.LayerPrefetcher

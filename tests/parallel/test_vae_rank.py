@@ -21,8 +21,8 @@ from ranks import on_ranks
 from torch import nn
 
 from sonic.data.audio import SAMPLE_RATE, log_mel
-from sonic.parallel.channel import P2PChannel
-from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae, stop_vae
+from sonic.parallel.channel import P2PChannel, Shutdown
+from sonic.parallel.vae_rank import DIRECTIONS, RemoteAutoencoder, serve_vae
 from sonic.vae.motion_vae import WarpAutoencoder
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def asked() -> list:
     for _ in range(30):
         frames, cache = far.decode(torch.ones(1, 1, 1), cache)
     unsent = bool(channel._sent)
-    stop_vae(channel)
+    channel.shut_down()
     return [found, twice, frames[1, 2].item(), frames.dtype, unsent]
 
 
@@ -119,14 +119,14 @@ class OneProcessChannel:
     def __init__(self) -> None:
         self.questions, self.answers, self.asked = Queue(), Queue(), threading.Event()
 
-    def send_next(self, call, tensors) -> None:
-        self.questions.put((call, tensors))
+    def send_next(self, call) -> None:
+        self.questions.put(call)
         slow = not self.asked.is_set()
         self.asked.set()
         time.sleep(0.2 * slow)
 
-    def send_first(self, output, made) -> None:
-        self.answers.put((output, made))
+    def send_first(self, output) -> None:
+        self.answers.put(output)
 
     def recv_previous(self):
         return self.questions.get()
@@ -147,7 +147,7 @@ def answered(autoencoder: nn.Module) -> Iterator[RemoteAutoencoder]:
     try:
         yield RemoteAutoencoder(vae_channel)
     finally:
-        stop_vae(vae_channel)
+        vae_channel.send_next(Shutdown())
         keeper.join()
 
 
