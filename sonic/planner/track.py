@@ -27,7 +27,7 @@ from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger, total_bytes
 from sonic.planner.memory import GIB, PAST_LATENTS, VAE_NUMBERS, encoder_bytes, frame_bytes, vae_bytes
-from sonic.planner.plans import MESSAGES, Plan, degree
+from sonic.planner.plans import MESSAGES, Plan, token_ranks
 from sonic.planner.workload import Workload
 from sonic.types import Conditions
 from sonic.vae.wan_vae import WanAutoencoder
@@ -66,7 +66,7 @@ def untracked(hardware: HardwareConfig, plan: Plan) -> str:
     """The reason why a plan cannot be tracked; "" when it can."""
     if plan.parallel.name == "zero3":
         return "zero3 is predicted only, because DeepSpeed does not run on fake ranks"
-    return f"{plan.name} is predicted only: ranks share tokens, which fake ranks do not" if degree(plan.parallel, hardware) > 1 else ""
+    return f"{plan.name} is predicted only: ranks share tokens, which fake ranks do not" if token_ranks(plan.parallel, hardware) > 1 else ""
 
 
 @contextmanager

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sonic.config import FIXED_STEPS
-from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig, OffloadConfig, ParallelConfig
-from sonic.planner.plans import PLANS, Plan, degree, pipeline_fault
+from sonic.parallel.parallel_config import PLANS, HardwareConfig, OffloadConfig, ParallelConfig
+from sonic.planner.plans import Plan, estimated, pipeline_fault, token_ranks
 from sonic.planner.workload import Workload
 
-OPTIONAL = ("zero3",)  # plans that need an optional package
 FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
 
 Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
@@ -18,13 +17,14 @@ Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the opt
 
 def video_plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """The plan of this config, with the command-line options that select it."""
-    plan = PLANS[parallel.name](work, hardware, parallel)
+    plan = estimated(work, hardware, parallel)
     return replace(plan, options=instead(plan.parallel, ParallelConfig()))
 
 
 def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
     """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
-    return parallel.name in OPTIONAL or (parallel.name in SINGLE_RANK_PLANS and hardware.devices > 1)
+    plan = PLANS[parallel.name]
+    return plan.optional or (plan.one_rank and hardware.devices > 1)
 
 
 def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
@@ -45,7 +45,7 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, 
     away = {"kv": "host"}
     every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
     wanted = (parallel for parallel in every if idle or not by_name(parallel, hardware))
-    yield from (parallel for parallel in wanted if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
+    yield from (parallel for parallel in wanted if not why_not(parallel, work, hardware) and _even(token_ranks(parallel, hardware), work))
 
 
 def _even(share: int, work: Workload) -> bool:
@@ -55,7 +55,7 @@ def _even(share: int, work: Workload) -> bool:
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
     """The reason why a plan is not possible here; "" when it is."""
-    name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
+    name, devices, share = parallel.name, hardware.devices, token_ranks(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.query_tokens // work.latent_frames
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"
