@@ -5,13 +5,12 @@ Standard library only, so that it runs without torch and without delay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE
-from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
 from sonic.planner.memory import GIB, union
@@ -23,15 +22,7 @@ EQUAL = 1.02
 
 Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that make this change, the changed job
 Tracked = Sequence[Mapping[str, float]]  # GiB of every rank by phase, measured in a run on fake tensors
-
-
-class JobKind(NamedTuple):
-    """The functions that differ between videos and trainings: how to plan, which configs to try, which changes reduce memory."""
-
-    plan: Callable[[Work, HardwareConfig, ParallelConfig], Plan]
-    candidates: Callable[..., Iterator[ParallelConfig]]
-    instead: Callable[[ParallelConfig, ParallelConfig], tuple[str, ...]]  # options that select the first config instead of the second
-    changes: tuple[Callable[[Work], Changed], ...]
+KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,14 @@ def search(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle:
 def _plans(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
     """The plans of all candidate configs, the best one first."""
     kind = KINDS[type(work)]
-    return ranked([kind.plan(work, hardware, each) for each in kind.candidates(asked, work, hardware, idle=idle)], hardware, work.display_s)
+    tried = [each for each in kind.candidates(asked, work, hardware) if idle or asked.name != "auto" or not by_name(each, hardware)]
+    return ranked([kind.plan(work, hardware, each) for each in tried], hardware, work.display_s)
+
+
+def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
+    """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
+    plan = PLANS[parallel.name]
+    return plan.optional or (plan.one_rank and hardware.devices > 1)
 
 
 def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0.0) -> tuple[Plan, ...]:
@@ -98,7 +96,7 @@ def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0
 
     def order(plan: Plan) -> tuple:
         last = plan.parallel.context if plan.unit == "step" else max(plan.peak_gib)
-        before = plan.missing_gib(hardware), plan.unit != "step" and videos.by_name(plan.parallel, hardware)
+        before = plan.missing_gib(hardware), by_name(plan.parallel, hardware)
         return *before, max(needed[id(plan)], enough), plan.uses_host_memory, last
 
     return tuple(sorted(plans, key=order))
@@ -111,7 +109,7 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
         best = _plans(work, hardware, replace(asked, name="auto", context=1, vae_rank=None), idle=idle)[0]
         if not best.missing_gib(hardware):
             yield Change(f"another plan: {best.name}", KINDS[type(work)].instead(best.parallel, asked), best)
-    for kind in (*KINDS[type(work)].changes, _smaller_sizes):
+    for kind in (*KINDS[type(work)].CHANGES, _smaller_sizes):
         for sentence, options, changed in kind(work):
             best = _plans(changed, hardware, asked, idle=idle)[0]
             if not best.missing_gib(hardware):
@@ -129,19 +127,6 @@ def _smaller_sizes(work: Work) -> Changed:
             seen.add(sides)
             size = "x".join(map(str, sides))
             yield f"{size} instead of {width}x{height}", (f"video.size={size}",), work.resized(*sides)
-
-
-KINDS: Mapping[type[Work], JobKind] = {
-    Workload: JobKind(
-        videos.video_plan, videos.candidates, videos.instead, (videos.fewer_steps, videos.shorter_windows, videos.shorter_clips)
-    ),
-    Training: JobKind(
-        trainings.training_plan,
-        trainings.candidates,
-        trainings.instead,
-        (trainings.smaller_batches, trainings.recomputing, trainings.smaller_adapters, trainings.shorter_samples),
-    ),
-}
 
 
 def as_json(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "") -> dict:

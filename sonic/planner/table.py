@@ -52,7 +52,7 @@ def _job(work: Work) -> str:
     of = f"{work.model.name}, {work.width}x{work.height}"
     if isinstance(work, Workload):
         return f"{of}, {work.tokens} tokens, {work.steps} steps"
-    return f"{work.job.name} ({work.job.objective}) of {of}, {work.clip} tokens in a clip"
+    return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.clip} tokens in a clip"
 
 
 def _plans(found: PlanResult) -> Table:

@@ -15,20 +15,14 @@ FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
 Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 
 
-def video_plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """The plan of this config, with the command-line options that select it."""
-    plan = estimated(work, hardware, parallel)
-    return replace(plan, options=instead(plan.parallel, ParallelConfig()))
+    found = estimated(work, hardware, parallel)
+    return replace(found, options=instead(found.parallel, ParallelConfig()))
 
 
-def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
-    """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
-    plan = PLANS[parallel.name]
-    return plan.optional or (plan.one_rank and hardware.devices > 1)
-
-
-def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
-    """The configs to try: the named one, or for auto every plan that is possible; idle=False leaves out those of `by_name`.
+def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
+    """The configs to try: the named one, or for auto every plan that is possible.
 
     parallel.vae_rank=true selects the pipeline. Raises ValueError when the named plan is not possible."""
     if asked.name == "auto" and asked.vae_rank:
@@ -44,8 +38,7 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, 
     every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
     away = {"kv": "host"}
     every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
-    wanted = (parallel for parallel in every if idle or not by_name(parallel, hardware))
-    yield from (parallel for parallel in wanted if not why_not(parallel, work, hardware) and _even(token_ranks(parallel, hardware), work))
+    yield from (parallel for parallel in every if not why_not(parallel, work, hardware) and _even(token_ranks(parallel, hardware), work))
 
 
 def _even(share: int, work: Workload) -> bool:
@@ -112,3 +105,6 @@ def shorter_clips(work: Workload) -> Changed:
     for fewer in range(work.clip_frames - 4, FEWEST_FRAMES - 1, -4):
         sentence = f"clips of {fewer} frames instead of {work.clip_frames}"
         yield sentence, (f"video.infer_frames={fewer}",), replace(work, clip_frames=fewer)
+
+
+CHANGES = (fewer_steps, shorter_windows, shorter_clips)

@@ -11,6 +11,8 @@ from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, pa
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
 from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
+from sonic.training.objective_config import DmdConfig
+from sonic.training.train_config import TrainConfig
 
 ASSUMED_SIZE = "704x384"  # planned for video.size=photo when the photograph is not known
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -127,48 +129,40 @@ class Workload(Work):
 
 
 @dataclass(frozen=True)
-class TrainingJob:
-    """The fields of a training recipe on which memory and time depend."""
-
-    name: str
-    objective: str  # dmd or flow_match
-    window: int  # latent frames of a sample
-    past: int  # of these, the first ones are motion memory
-    batch_size: int  # samples in a batch, which a rank computes at once
-    accumulate: int  # batches per step, of all ranks together
-    precision: str
-    recompute: bool
-    learn: AdapterConfig
-    steps: int = 1  # dmd: sampling steps of a rollout
-    critic_turns: int = 0  # dmd: updates of the critic before each of the student
-    teacher_guide_scale: float = 1.0  # dmd: 1 = off, with one forward of the teacher instead of two
-
-
-@dataclass(frozen=True)
 class Training(Work):
-    """A training on samples of one size."""
+    """A training by a recipe, on samples of one size."""
 
-    job: TrainingJob
+    recipe: TrainConfig
+
+    @property
+    def distils(self) -> bool:
+        """Whether the student learns from its own rollouts (dmd), beside a critic; otherwise from clips (flow_match)."""
+        return isinstance(self.recipe.objective, DmdConfig)
+
+    @property
+    def learn(self) -> AdapterConfig:
+        """What is trained: adapters, or weights."""
+        return self.recipe.objective.learn
+
+    @property
+    def roles(self) -> int:
+        """Number of roles that are trained: the student, and under dmd the critic."""
+        return 2 if self.distils else 1
 
     @property
     def dtype_bytes(self) -> int:
         """Bytes per element in the computing precision."""
-        return DTYPE_BYTES[self.job.precision]
+        return DTYPE_BYTES[self.recipe.speed.precision]
 
     @property
     def latent_frames(self) -> int:
         """Latent frames of a sample that are denoised, without its motion memory."""
-        return self.job.window - self.job.past
+        return self.recipe.data.window - self.recipe.objective.window.past
 
     @property
     def motion(self) -> bool:
         """Whether the memory has motion tokens."""
-        return bool(self.job.past)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of a rollout."""
-        return self.latent_frames // self.model.rollout.block_frames
+        return bool(self.recipe.objective.window.past)
 
     @property
     def clip(self) -> int:
@@ -188,17 +182,16 @@ class Training(Work):
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's activations, times the samples of a batch."""
-        return self.job.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
+        return self.recipe.budget.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
     def frames(self) -> int:
         """Video frames of all samples of a step."""
-        return FRAMES_PER_LATENT * self.latent_frames * self.job.batch_size * self.job.accumulate
+        return FRAMES_PER_LATENT * self.latent_frames * self.recipe.budget.batch_size * self.recipe.budget.accumulate
 
-    @property
-    def learners(self) -> int:
-        """Number of roles that are trained."""
-        return 2 if self.job.objective == "dmd" else 1
+    def changed(self, section: str, **fields: object) -> Training:
+        """The same training with other fields in a section of its recipe, such as budget."""
+        return replace(self, recipe=replace(self.recipe, **{section: replace(getattr(self.recipe, section), **fields)}))
 
 
 def workload(config: PlanConfig) -> Workload:
@@ -226,7 +219,7 @@ def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
 
 
 class WeightGroup(NamedTuple):
-    """Parameters of the transformer under a name: how many, and the FSDP unit that gathers them; `linear` = (in, out) of a linear layer."""
+    """Parameters of the transformer under a name: how many, and the unit that gathers them; `linear` = (in, out) of a linear layer."""
 
     name: str
     unit: str
@@ -267,7 +260,7 @@ def parts(config: ModelConfig) -> Iterator[WeightGroup]:
 
 def learnt(work: Training) -> dict[str, int]:
     """Number of trainable parameters of one role in each unit: its adapters, or the weights themselves."""
-    learn, found = work.job.learn, {}
+    learn, found = work.learn, {}
     for part in parts(work.model):
         words = part.name.split(".")
         if learn.targets and not any(target in words for target in learn.targets):

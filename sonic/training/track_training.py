@@ -184,13 +184,13 @@ STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow
 
 def _batch(work: Training) -> dict[str, Tensor]:
     """A batch of one rank, without values."""
-    job, model = work.job, work.model
+    recipe, model = work.recipe, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
-    empty = lambda *shape: torch.empty(job.batch_size, *shape)  # noqa: E731
+    empty = lambda *shape: torch.empty(recipe.budget.batch_size, *shape)  # noqa: E731
     return {
-        "latents": empty(channels, job.window, *size),
+        "latents": empty(channels, recipe.data.window, *size),
         "ref": empty(channels, 1, *size),
-        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * job.window),
+        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * recipe.data.window),
         "text": empty(model.text.text_len, model.text.text_dim),
     }
 
