@@ -40,7 +40,7 @@ def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
     if config.verify and isinstance(config, PlanConfig):
         from sonic.planner.track import track, untracked  # imports torch
 
-        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
+        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.chosen)
     elif config.verify:
         from sonic.training.track_training import track_training, untracked_training  # imports torch
 

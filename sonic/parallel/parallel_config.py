@@ -24,11 +24,11 @@ class PlanCode(NamedTuple):
 
 
 PLANS: Mapping[str, PlanCode] = {  # by parallel.name
-    "single": PlanCode("WHOLE_MODEL", "whole_model", "whole_model", one_rank=True),
-    "fsdp": PlanCode("SHARDED", "sharded", "sharded"),
+    "single": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks", one_rank=True),
+    "fsdp": PlanCode("SHARDED", "sharded", "equal_ranks"),
     "offload": PlanCode("OFFLOADED", "offloaded", "offloaded", one_rank=True),
     "pipeline": PlanCode("STAGES", "stages", "stages"),
-    "context": PlanCode("WHOLE_MODEL", "whole_model"),
+    "context": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks"),
     "zero3": PlanCode("ZERO3", "zero3", optional=True),
 }
 PLAN_NAMES = tuple(PLANS)

@@ -61,6 +61,11 @@ STAGES = Parallelizer(_cut_to_range)
 ZERO3 = Parallelizer(check_installed, allocate_slices, start_engines)
 
 
+def parallelizer_of(plan: str) -> Parallelizer:
+    """The parallelizer of a plan."""
+    return resolve_name(f"{__name__}:{pick(PLANS, plan, 'parallel.name').parallelizer}")
+
+
 def build_parallel_model(
     config: ModelConfig, weights: str | Path | None, context: DistributedContext, *, lora: Lora, dtype: torch.dtype
 ) -> AvatarDiT:
@@ -69,7 +74,7 @@ def build_parallel_model(
     Sets the execution and the channel of `context`. Without a file of weights they are random.
     """
     world, parallel = context.world, context.parallel
-    parallelizer: Parallelizer = resolve_name(f"{__name__}:{pick(PLANS, world.plan, 'parallel.name').parallelizer}")
+    parallelizer = parallelizer_of(world.plan)
     model = without_memory(config).to(dtype).eval().requires_grad_(False)
     shapes = shapes_of(model)
     parallelizer.cut(model, world, parallel)

@@ -239,7 +239,7 @@ def _memories(work: Workload, share: int = 1) -> dict[str, float]:
 
 def _leader(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float]) -> Phases:
     """Phases of a rank that also has the encoders and the autoencoder."""
-    vae = m.vae_bytes(work, idle=generation["activations"])
+    vae = m.vae_bytes(work, idle=generation["activations"] + generation.get("unshard_prefetch", 0.0))
     return m.video_phases(hardware, first=m.encoder_bytes(work), vae=vae, **generation)
 
 
