@@ -30,15 +30,11 @@ CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and
 HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
 
 
-def block_bytes(work: Workload) -> float:
-    """Bytes of the weights of one block."""
-    return sum(block_weights(work.model).values()) * work.dtype_bytes
-
-
 def layer_bytes(work: Workload, layers: range) -> float:
     """Bytes of the weights of these blocks and their audio injectors."""
     injectors = sum(layer in layers for layer in work.model.audio.inject_layers)
-    return len(layers) * block_bytes(work) + injectors * sum(injector_weights(work.model).values()) * work.dtype_bytes
+    numbers = len(layers) * sum(block_weights(work.model).values()) + injectors * sum(injector_weights(work.model).values())
+    return numbers * work.dtype_bytes
 
 
 def end_bytes(work: Workload) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE
 from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig, PlanConfig
@@ -21,8 +22,14 @@ SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multi
 EQUAL = 1.02
 
 Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that make this change, the changed job
-Tracked = Sequence[Mapping[str, float]]  # GiB of every rank by phase, measured in a run on fake tensors
 KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
+
+
+class Tracked(NamedTuple):
+    """GiB of every rank by phase, measured in a run on fake tensors; or no ranks, and the reason why this plan cannot be measured."""
+
+    ranks: Sequence[Mapping[str, float]] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,16 +136,15 @@ def _smaller_sizes(work: Work) -> Changed:
             yield f"{size} instead of {width}x{height}", (f"video.size={size}",), work.resized(*sides)
 
 
-def as_json(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "") -> dict:
-    """The result as JSON values; `tracked` is the memory of the chosen plan measured on fake tensors, `untracked` the reason why the
-    requested measurement is missing."""
+def as_json(found: PlanResult, tracked: Tracked | None = None) -> dict:
+    """The result as JSON values, with the tracked memory of the chosen plan if that was asked for."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
-    if tracked is not None:
-        fullest = max(tracked, key=lambda rank: max(rank.values()))
-        plans[0]["tracked_gib_per_rank"] = [round(max(rank.values()), 3) for rank in tracked]
+    if tracked and tracked.reason:
+        plans[0].update(tracked=None, tracked_reason=tracked.reason)
+    elif tracked:
+        fullest = max(tracked.ranks, key=lambda rank: max(rank.values()))
+        plans[0]["tracked_gib_per_rank"] = [round(max(rank.values()), 3) for rank in tracked.ranks]
         plans[0]["tracked_phases_gib"] = {phase: round(size, 3) for phase, size in fullest.items()}
-    if untracked:
-        plans[0].update(tracked=None, tracked_reason=untracked)
     return {
         "chosen": plans[0],
         "plans": plans,

@@ -21,7 +21,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.kv_cache import KVCache
 from sonic.parallel.mesh import World, make_world
-from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig
+from sonic.parallel.parallel_config import PLANS, ParallelConfig
 from sonic.parallel.parallelize import parallelizer_of
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
@@ -38,6 +38,7 @@ from sonic.planner.memory import (
     vae_bytes,
 )
 from sonic.planner.plans import MESSAGES, Plan
+from sonic.planner.search import PlanResult, Tracked
 from sonic.planner.workload import Workload
 from sonic.types import Conditions
 from sonic.vae.wan_vae import WanAutoencoder
@@ -58,34 +59,19 @@ class Footprint(NamedTuple):
         return Footprint(self.stays + size, self.peak + size)
 
 
-def track(work: Workload, hardware: HardwareConfig, plan: Plan) -> list[dict[str, float]] | None:
-    """GiB of every rank of a plan by phase; None for a plan that cannot be tracked."""
-    if untracked(plan):
-        return None
-    with fake(work):
-        transformer = resolve_name(f"{__name__}:{PLANS[plan.parallel.name].tracker}")(work, plan)
-        vae = _vae(work)
-    first = sum(encoder_bytes(work).values())
-    found = []
-    for rank, part in zip(plan.ranks, transformer, strict=True):
-        sizes = {
-            "encode": first * bool(rank["encode"]["speech_encoder"]),
-            "generate": _combined_peak(work, part, vae) if rank["generate"]["vae"] else part.peak,
-        }
-        found.append({phase: size / GIB + hardware.reserve_gib for phase, size in sizes.items()})
-    return found
-
-
-def untracked(plan: Plan) -> str:
-    """The reason why a plan cannot be tracked; "" when it can."""
-    return "" if PLANS[plan.parallel.name].tracker else f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks"
-
-
-@contextmanager
-def fake(work: Workload) -> Iterator[None]:
-    """Context in which new tensors are fake, have the job's precision, and record no gradients."""
+def track(found: PlanResult) -> Tracked:
+    """The memory of the chosen plan of a video."""
+    work, plan = found.work, found.chosen
+    if not (tracker := PLANS[plan.parallel.name].tracker):
+        return Tracked(reason=f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks")
     with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
-        yield
+        transformer, vae = resolve_name(f"{__name__}:{tracker}")(work, plan), _vae(work)
+    encode, reserve = sum(encoder_bytes(work).values()) / GIB, found.hardware.reserve_gib
+    ranks = []
+    for rank, part in zip(plan.ranks, transformer, strict=True):
+        generate = _combined_peak(work, part, vae) if rank["generate"]["vae"] else part.peak
+        ranks.append({"encode": encode * bool(rank["encode"]["speech_encoder"]) + reserve, "generate": generate / GIB + reserve})
+    return Tracked(ranks)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
 from sonic.planner.plans import Plan
+from sonic.planner.search import Tracked
 from sonic.planner.track import fake_world
 from sonic.planner.workload import Training
 from sonic.training.fsdp_engine import ShardedEngine
@@ -36,17 +37,12 @@ from sonic.training.plan_training import PlanTrainingConfig, training
 from sonic.training.train_config import TrainConfig
 
 
-def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, float]] | None:
-    """GiB of every rank by phase; None for a plan that cannot be tracked."""
-    if untracked_training(plan):
-        return None
+def track_training(config: PlanTrainingConfig, plan: Plan) -> Tracked:
+    """The memory of a plan of a training."""
+    if plan.parallel.cpu_offload:
+        return Tracked(reason=f"{plan.name} is predicted only: a fake rank's device and host memory are one")
     found = of_all_layers(config.model, lambda model: _peaks(replace(config, model=model), plan))
-    return [{phase: size / GIB + config.hardware.reserve_gib for phase, size in found.items()}] * len(plan.ranks)
-
-
-def untracked_training(plan: Plan) -> str:
-    """The reason why a plan cannot be tracked on fake tensors; "" when it can."""
-    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
+    return Tracked([{phase: size / GIB + config.hardware.reserve_gib for phase, size in found.items()}] * len(plan.ranks))
 
 
 def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:

@@ -15,7 +15,7 @@ from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner import extrapolate
 from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, VAE_NUMBERS, memory_bytes, ring_bytes
 from sonic.planner.search import search_plans
-from sonic.planner.track import track, untracked
+from sonic.planner.track import track
 from sonic.planner.workload import Workload
 from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
@@ -39,7 +39,7 @@ WIDE = (
 
 def tracked_gib(found):
     """The peak of every rank of the chosen plan, on fake tensors."""
-    return [max(rank.values()) for rank in track(found.work, found.hardware, found.chosen)]
+    return [max(rank.values()) for rank in track(found).ranks]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_encoders_and_autoencoders_have_the_estimated_size():
 
 def test_a_plan_that_cannot_be_tracked_is_reported_as_an_estimate_only():
     found = search_plans(compose(PLAN, [*WIDE, "hardware=4x24gb", "parallel=zero3"]))
-    assert track(found.work, found.hardware, found.chosen) is None
-    assert "predicted only" in untracked(found.chosen)
+    assert not track(found).ranks
+    assert "predicted only" in track(found).reason
 
 
 @pytest.mark.parametrize(

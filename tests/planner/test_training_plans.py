@@ -56,7 +56,7 @@ def tracked_gib(*items):
     config = compose(PLAN, items)
     chosen = plan_training(config).chosen
     assert len(set(chosen.peak_gib)) == 1
-    return chosen.peak_gib[0], track_training(config, chosen)[0]
+    return chosen.peak_gib[0], track_training(config, chosen).ranks[0]
 
 
 def peak(*items):
