@@ -16,12 +16,12 @@ from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
 from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
-from sonic.planner.workload import ASSUMED_SIZE, Training, Work, Workload, workload
+from sonic.planner.workload import ASSUMED_SIZE, Training, Workload, workload
 
 SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
 
-Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that make this change, the changed job
+Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
 
 
@@ -45,7 +45,7 @@ class Change:
 class PlanResult:
     """Result of a search: all plans, the best one first, and, when none fits, the changes that make the job fit."""
 
-    work: Work
+    work: Workload
     hardware: HardwareConfig
     plans: tuple[Plan, ...]
     changes: tuple[Change, ...] = ()
@@ -71,13 +71,13 @@ def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
     return replace(search(work, config.hardware, config.parallel, idle=idle), notes=tuple(_notes(config, work)))
 
 
-def search(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
+def search(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
     """Ranked plans for a video or a training, without notes; `idle` as in `search_plans`."""
     found = PlanResult(work, hardware, _plans(work, hardware, asked, idle=idle))
     return found if found.fits else replace(found, changes=tuple(_changes(found, asked, idle=idle)))
 
 
-def _plans(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
+def _plans(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
     """The plans of all candidate configs, the best one first."""
     kind = KINDS[type(work)]
     tried = [each for each in kind.candidates(asked, work, hardware) if idle or asked.name != "auto" or not by_name(each, hardware)]
@@ -124,7 +124,7 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
                 break
 
 
-def _smaller_sizes(work: Work) -> Changed:
+def _smaller_sizes(work: Workload) -> Changed:
     """Smaller sizes of about the same shape; none for a model that has one size only."""
     width, height = work.width, work.height
     seen = {(width, height)}

@@ -12,7 +12,7 @@ from rich.table import Table
 from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, Tracked, reason
-from sonic.planner.workload import Work, Workload
+from sonic.planner.workload import Training, Workload
 from sonic.system.program import written
 
 Ranks = Sequence[Mapping[str, float]]  # GiB of every rank by phase; empty when it was not tracked
@@ -38,7 +38,7 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console 
     if tracked and tracked.reason:
         console.print(f"not tracked: {tracked.reason}")
     if found.fits:
-        console.print(f"{written('infer' if isinstance(found.work, Workload) else 'train')} with: {' '.join(plan.options)}")
+        console.print(f"{written('train' if isinstance(found.work, Training) else 'infer')} with: {' '.join(plan.options)}")
         return
     console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {plan.name}, lacks {plan.missing_gib(hardware):.2f} GiB")
     for change in found.changes:
@@ -49,12 +49,12 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console 
         console.print("  no single change of plan, length, size or what else can be less makes it fit; it needs more memory")
 
 
-def _job(work: Work) -> str:
+def _job(work: Workload) -> str:
     """The planned job in a few words."""
     of = f"{work.model.name}, {work.width}x{work.height}"
-    if isinstance(work, Workload):
-        return f"{of}, {work.tokens} tokens, {work.steps} steps"
-    return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.clip} tokens in a clip"
+    if isinstance(work, Training):
+        return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.tokens} tokens in a clip"
+    return f"{of}, {work.tokens} tokens, {work.steps} steps"
 
 
 def _plans(found: PlanResult) -> Table:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 from sonic.model.counts import weights
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
-from sonic.planner.memory import GIB
+from sonic.planner.memory import GIB, memory_bytes, ring_bytes
 from sonic.planner.workload import Training, learnt
 
 PERSISTENT = ("frozen_weights", "learning_weights", "optimizer_states", "average")  # kept between steps
@@ -106,15 +105,16 @@ def host_bytes(work: Training, ranks: int) -> float:
 
 def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Phases of a DMD step: rollout of the student with one KV ring, critic on the clip, teacher and critic on it, student by blocks."""
-    clip, block, query_share = work.clip / share, work.block / share, work.query_tokens / work.clip
-    ring = {"kv_ring": work.model.trunk.num_layers * _ring_bytes(work) / share}
+    stream = work.block
+    clip, block, query_share = work.tokens / share, stream.tokens / share, work.query_tokens / work.tokens
+    ring = {"kv_ring": work.model.trunk.num_layers * (ring_bytes(stream) + memory_bytes(stream)) / share}
     gradients = {"gradients": MASTER * size.learning}
     forward = _forward(size, _copied(work, FORWARD, block, query_share=1))
     yield "rollout", ring | forward
     graph = _graph_bytes(work, clip, query_share=query_share)
     yield "critic", gradients | _backward(work, size, graph) | _kept_by_layers(work, clip, graph)
     yield "scores", gradients | _forward(size, _copied(work, FORWARD, clip, query_share=query_share))
-    graph = _graph_bytes(work, block, query_share=1) + 2 * work.ring / share * work.token_bytes  # keys and values, old and new
+    graph = _graph_bytes(work, block, query_share=1) + 2 * (stream.memory + stream.window) / share * work.token_bytes  # old and new keys
     replay = gradients | ring | _kept_by_layers(work, block, graph)
     yield "student", max((replay | each for each in (forward, _backward(work, size, graph))), key=_sum)
     yield "update", _update(size)
@@ -122,17 +122,12 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
 
 def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Phases of a flow-matching step: forward and backward of a clip, and the update."""
-    clip = work.clip / share
-    graph = _graph_bytes(work, clip, query_share=work.query_tokens / work.clip)
+    clip = work.tokens / share
+    graph = _graph_bytes(work, clip, query_share=work.query_tokens / work.tokens)
     rest = {"gradients": MASTER * size.learning} | _kept_by_layers(work, clip, graph)
     forward = _forward(size, _copied(work, FORWARD, clip, query_share=1))
     yield "gradient", max((rest | each for each in (forward, _backward(work, size, graph))), key=_sum)
     yield "update", _update(size)
-
-
-def _ring_bytes(work: Training) -> float:
-    """Bytes of one layer's KV cache: the ring, the reference's keys before rotary embedding, and the prompt's keys and values."""
-    return (2 * work.ring + prod(work.grid) + 2 * work.model.text.text_len) * work.token_bytes
 
 
 def _copied(work: Training, copies: Copies, tokens: float, *, query_share: float) -> float:

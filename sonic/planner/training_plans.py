@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from sonic.model.counts import block_multiply_adds, forward_multiply_adds
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
@@ -28,8 +27,8 @@ def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if away else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.devices
     options = ("speed.engine=fsdp", *(f"speed.context={share}",) * (share > 1), *("speed.cpu_offload=true",) * away)
-    seconds = _seconds(work, hardware, parallel)
-    return Plan(full_name(parallel, share), parallel, ranks, host, seconds, work.frames, unit="step", options=options)
+    seconds, frames = _seconds(work, hardware, parallel), work.frames * work.batch_size * work.recipe.budget.accumulate
+    return Plan(full_name(parallel, share), parallel, ranks, host, seconds, frames, unit="step", options=options)
 
 
 def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
@@ -82,8 +81,8 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig)
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
         weights += s.host_seconds(moved / ranks, hardware)
         stepping = count.updates * UPDATE_BYTES * learning / (HOST_MEMORY_GBPS * s.GIGA)
-    exchanged = 4 * count.forwards * work.clip * work.token_bytes * work.model.trunk.num_layers / share * (share - 1) / share
-    operations = 2 * count.forwards * _forward(work) * budget.batch_size / share
+    exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share * (share - 1) / share
+    operations = count.forwards * work.forward_flops * work.batch_size / share
     compute, activations = operations / s.rate(hardware), s.link_seconds(exchanged, hardware)
     found = s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
     return replace(found, first=found.total)
@@ -109,21 +108,16 @@ def _dmd_passes(work: Training) -> Passes:
     goal, blocks = work.recipe.objective, work.latent_frames // work.model.rollout.block_frames
     steps, turns, again = goal.sampler.sample_steps, goal.critic_turns, work.recipe.speed.recompute
     guided = 2 if goal.teacher_guide_scale != 1 else 1
-    block = block_multiply_adds(work.model, work.grid, blocks=work.model.rollout.window_blocks) / _forward(work)
+    block = work.block.forward_flops / work.forward_flops
     rollout = steps * blocks * block
     critic, student = rollout + 2 + again, rollout + 1 + guided + blocks * block * (2 + again)
     passes = turns * (steps * blocks + 3) + steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
     return Passes(turns * critic + student, passes, turns + blocks, turns + 1)
 
 
-def _forward(work: Training) -> int:
-    """Multiply-adds of the forward of one sample as a clip."""
-    return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=work.motion)
-
-
 def smaller_batches(work: Training) -> Changed:
     """Changes to smaller batches."""
-    size = work.recipe.budget.batch_size
+    size = work.batch_size
     for fewer in range(size - 1, 0, -1):
         yield f"{fewer} samples at once instead of {size}", (f"budget.batch_size={fewer}",), work.changed("budget", batch_size=fewer)
 

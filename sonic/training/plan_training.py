@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from sonic.config import PHOTO_SIZE, VideoConfig, option, require
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner.search import PlanResult, search
-from sonic.planner.workload import ASSUMED_SIZE, Training, learnt, size_for
+from sonic.planner.workload import ASSUMED_SIZE, Training, learnt, size_for, training_of
 from sonic.system.program import written
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig
 from sonic.training.train_config import TrainConfig
@@ -62,7 +62,7 @@ def training(config: PlanTrainingConfig) -> Training:
         require(window % block == 0, f"data.window={window} is not whole blocks of {block} latent frames; use {below} or {below + block}")
         sentence = "each role would be a transformer of its own; the planner knows adapters on a shared one, of rank 128 in the recipes"
         require(goal.learn.rank > 0, f"objective.learn.rank=0: {sentence}")
-    found = Training(model, *size_for(model, config.video), recipe=config)
+    found = training_of(config, *size_for(model, config.video))
     targets = goal.learn.targets
     require(bool(learnt(found)), f"objective.learn.targets={targets} names nothing of this model; use such as audio_injectors")
     return found
