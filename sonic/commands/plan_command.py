@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from sonic.cli import Entry, launch
 from sonic.parallel.parallel_config import PlanConfig
-from sonic.planner.search import as_json, search_plans
+from sonic.planner.search import PlanResult, Tracked, as_json, search_plans
 from sonic.system.run_folder import Run
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.plan_training import PlanTrainingConfig, plan_training
@@ -36,19 +36,22 @@ def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
 
         config = replace(config, hardware=machine_here(config.hardware))
     found = search_plans(config) if isinstance(config, PlanConfig) else plan_training(config)
-    tracked, why_not = None, ""
-    if config.verify and isinstance(config, PlanConfig):
-        from sonic.planner.track import track, untracked  # imports torch
-
-        tracked, why_not = track(found.work, found.hardware, found.chosen), untracked(found.hardware, found.chosen)
-    elif config.verify:
-        from sonic.training.track_training import track_training, untracked_training  # imports torch
-
-        tracked, why_not = track_training(config, found.chosen), untracked_training(found.chosen)
-    show(found, tracked, untracked=why_not)
+    tracked = _tracked(config, found) if config.verify else None
+    show(found, tracked)
     if config.json:
-        Path(config.json).write_text(json.dumps(as_json(found, tracked, untracked=why_not), indent=2) + "\n")
+        Path(config.json).write_text(json.dumps(as_json(found, tracked), indent=2) + "\n")
     return 0 if found.fits else NOTHING_FITS
+
+
+def _tracked(config: PlanConfig | PlanTrainingConfig, found: PlanResult) -> Tracked:
+    """The memory of the chosen plan in a run on fake tensors. Imports torch."""
+    if isinstance(config, PlanConfig):
+        from sonic.planner.track import track
+
+        return track(found)
+    from sonic.training.track_training import track_training
+
+    return track_training(config, found.chosen)
 
 
 def entry_of(argv: list[str]) -> Entry:

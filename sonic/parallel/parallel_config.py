@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
 
-PLAN_NAMES = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
-SINGLE_RANK_PLANS = ("single", "offload")  # plans for one rank in each copy of the model
+
+class PlanCode(NamedTuple):
+    """The parts of a plan, by their names in the modules that hold them: the table can be read without torch.
+
+    `parallelizer` is a name in parallel/parallelize.py, `estimate` in planner/plans.py, `tracker` in planner/track.py; without a tracker
+    the memory is only estimated. `one_rank`: each copy of the model is on one rank; `optional`: it needs an optional package.
+    """
+
+    parallelizer: str
+    estimate: str
+    tracker: str = ""
+    one_rank: bool = False
+    optional: bool = False
+
+
+PLANS: Mapping[str, PlanCode] = {  # by parallel.name
+    "single": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks", one_rank=True),
+    "fsdp": PlanCode("SHARDED", "sharded", "equal_ranks"),
+    "offload": PlanCode("OFFLOADED", "offloaded", "offloaded", one_rank=True),
+    "pipeline": PlanCode("STAGES", "stages", "stages"),
+    "context": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks"),
+    "zero3": PlanCode("ZERO3", "zero3", optional=True),
+}
+PLAN_NAMES = tuple(PLANS)
+SINGLE_RANK_PLANS = tuple(name for name, plan in PLANS.items() if plan.one_rank)
 UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_DEVICES = ("device", "host")

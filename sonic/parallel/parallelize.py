@@ -1,10 +1,11 @@
-"""The table of plans: how each shards a model before its weights are loaded, where it allocates them, and how the model then runs."""
+"""How each plan shards a model before its weights are loaded, where it allocates them, and how the model then runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from sonic.parallel.fsdp import prefetch_in_order, shard
 from sonic.parallel.layer_pipeline import keep_range, layer_ranges, pipeline_channel
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import allocate, offload
-from sonic.parallel.parallel_config import ParallelConfig
+from sonic.parallel.parallel_config import PLANS, ParallelConfig
 from sonic.parallel.shard_units import WHOLE
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.types import pick
@@ -51,17 +52,19 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
     keep_range(model, world.stage, layer_ranges(model.config, world.stages, config.layers))
 
 
-PARALLELIZERS: Mapping[str, Parallelizer] = {  # by parallel.name: one for each of PLAN_NAMES
-    "single": Parallelizer(),
-    "fsdp": Parallelizer(shard, _allocate_shards, prefetch_in_order),
-    "offload": Parallelizer(
-        allocate=lambda model, world, config: allocate(model, world.device, config.offload),
-        start=lambda model, world, config: offload(model, world.device, config),
-    ),
-    "pipeline": Parallelizer(_cut_to_range),
-    "context": Parallelizer(),
-    "zero3": Parallelizer(check_installed, allocate_slices, start_engines),
-}
+WHOLE_MODEL = Parallelizer()
+SHARDED = Parallelizer(shard, _allocate_shards, prefetch_in_order)
+OFFLOADED = Parallelizer(
+    allocate=lambda model, world, config: allocate(model, world.device, config.offload),
+    start=lambda model, world, config: offload(model, world.device, config),
+)
+STAGES = Parallelizer(_cut_to_range)
+ZERO3 = Parallelizer(check_installed, allocate_slices, start_engines)
+
+
+def parallelizer_of(plan: str) -> Parallelizer:
+    """The parallelizer of a plan."""
+    return resolve_name(f"{__name__}:{pick(PLANS, plan, 'parallel.name').parallelizer}")
 
 
 def build_parallel_model(
@@ -72,7 +75,7 @@ def build_parallel_model(
     Sets the execution and the channel of `context`. Without a file of weights they are random.
     """
     world, parallel = context.world, context.parallel
-    parallelizer = pick(PARALLELIZERS, world.plan, "parallel.name")
+    parallelizer = parallelizer_of(world.plan)
     model = without_memory(config).to(dtype).eval().requires_grad_(False)
     shapes = shapes_of(model)
     parallelizer.cut(model, world, parallel)

@@ -15,14 +15,8 @@ class Ledger(MemTracker):
     """Tracks the bytes of all live tensors, in total and not by module, because modules are called through methods other than forward.
 
     Fake tensors have no values, so `item()` gives a constant from ANSWERS; the program then runs unchanged.
-
-    `skip_views` saves time by not tracking views. It is correct only if every tensor is registered or created under the ledger: otherwise
-    a view is how the ledger first sees an older tensor.
+    Views are not tracked, which saves time: every tensor is registered, or created under the ledger.
     """
-
-    def __init__(self, *, skip_views: bool = False) -> None:
-        super().__init__()
-        self.skip_views = skip_views
 
     def _pre_fw_hook(self, *_: Any) -> None:
         """Does nothing: no statistics by module are kept."""
@@ -35,18 +29,17 @@ class Ledger(MemTracker):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return ANSWERS.get(args[0].dtype, 0)
-        if self.skip_views and func.is_view and DTensor not in types:
+        if func.is_view and DTensor not in types:
             return func(*args, **(named or {}))
         return super().__torch_dispatch__(func, types, args, named or {})
 
     def lap(self) -> int:
         """Peak bytes since the last call of `lap`; resets the peak to the present value."""
-        peak = total_bytes(self, "peak")
+        peak = self.total("peak")
         self._peak_mem_snap = self.get_tracker_snapshot()
         self._peak_mem = {device: each["Total"] for device, each in self._peak_mem_snap.items()}
         return peak
 
-
-def total_bytes(tracker: MemTracker, when: str) -> int:
-    """Bytes on all devices together; `when` is "current" or "peak"."""
-    return sum(device["Total"] for device in tracker.get_tracker_snapshot(when).values())
+    def total(self, when: str) -> int:
+        """Bytes on all devices together; `when` is "current" or "peak"."""
+        return sum(device["Total"] for device in self.get_tracker_snapshot(when).values())

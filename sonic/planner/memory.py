@@ -22,19 +22,17 @@ TEXT_NUMBERS = {4096: 5_680_910_336}  # parameters of umT5-xxl's encoder, by the
 SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
 PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
 COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
+EXCHANGE_COPIES = 7  # additional copies in attention when ranks exchange tokens for heads
+GATHERED_COPIES = 6  # of the outputs of all ranks that share tokens: each of these ranks projects all of them to latents
 CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and its keys are not in a KV ring
 HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
-
-
-def block_bytes(work: Workload) -> float:
-    """Bytes of the weights of one block."""
-    return sum(block_weights(work.model).values()) * work.dtype_bytes
 
 
 def layer_bytes(work: Workload, layers: range) -> float:
     """Bytes of the weights of these blocks and their audio injectors."""
     injectors = sum(layer in layers for layer in work.model.audio.inject_layers)
-    return len(layers) * block_bytes(work) + injectors * sum(injector_weights(work.model).values()) * work.dtype_bytes
+    numbers = len(layers) * sum(block_weights(work.model).values()) + injectors * sum(injector_weights(work.model).values())
+    return numbers * work.dtype_bytes
 
 
 def end_bytes(work: Workload) -> float:
@@ -83,10 +81,11 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
     widened = 4 * trunk.hidden_dim**2 if work.dtype_bytes == 2 else 0
+    gathered = GATHERED_COPIES * work.query_tokens * work.token_bytes * (share > 1)
     other = (COPIES["other"] + more) * activations + rotations
     return {
-        "ends": activations + widened,
-        "attention": (COPIES["attention"] + more) * activations + rotations,
+        "ends": activations + max(widened, gathered),
+        "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations,
         "text": other,
         "prompt": other,
         "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations,

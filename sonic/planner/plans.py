@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 from sonic.parallel.layer_ranges import best_ranges, ranges_of, resident_layers
-from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig
 from sonic.planner import memory as m
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, Phases
@@ -76,94 +77,63 @@ class Plan:
         return max(0.0, device, host)
 
 
-Maker = Callable[[Workload, HardwareConfig, ParallelConfig], Plan]
+def estimated(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+    """The plan of a video under these options, by the function that PLANS names."""
+    return resolve_name(f"{__name__}:{PLANS[parallel.name].estimate}")(work, hardware, parallel)
 
 
-def single(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan of one device that holds all weights and KV rings."""
-    busy = max(m.activation_bytes(work).values())
-    rank = _rank(work, hardware, weights=m.model_bytes(work), activations=busy, **_memories(work))
-    weights, rings = s.read_seconds(work, hardware)
-    seconds = _seconds(work, hardware, compute=s.compute_seconds(work, hardware), weights=weights, activations=rings)
-    return Plan("single", parallel, (rank,), m.HOST_GIB * GIB, seconds, work.frames)
+def whole_model(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+    """Plan in which a rank holds all weights: one rank alone, or all ranks, each of which computes a share of each frame's tokens."""
+    share = 1 if PLANS[parallel.name].one_rank else hardware.devices
+    items = {"weights": m.model_bytes(work), "activations": max(m.activation_bytes(work, share=share).values())}
+    ranks = _ranks(work, hardware, items, count=share, share=share)
+    return Plan(parallel.name, parallel, ranks, m.HOST_GIB * GIB, _shared_seconds(work, hardware, share), work.frames)
 
 
-def fsdp(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def sharded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan with weights sharded over all ranks; groups of `parallel.context` ranks divide the tokens of one video."""
-    world, share = hardware.devices, degree(parallel, hardware)
-    shards = world // max(1, parallel.replicas)
+    share, away = token_ranks(parallel, hardware), parallel.cpu_offload
+    shards = hardware.devices // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
     gathered = m.gathered_bytes(work, parallel, shards)
     phase = max(gathered, key=lambda name: gathered[name] + busy[name])
-    piece, away = m.slice_bytes(work, shards), parallel.cpu_offload
+    piece = m.slice_bytes(work, shards)
     weights = m.whole_bytes(work) + (0 if away else piece)
-    loads = {"weights": weights, "unshard_prefetch": gathered[phase], "activations": busy[phase]}
-    ranks = _ranks(work, hardware, loads | _memories(work, share), count=world, leaders=world // share)
-    moved = s.forwards(work) * s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
-    if away:
-        moved = max(moved, s.forwards(work) * s.host_seconds(piece, hardware))
-    read, rings = s.read_seconds(work, hardware, share=1 / share)
-    seconds = _seconds(
-        work,
-        hardware,
-        compute=s.compute_seconds(work, hardware) / share,
-        weights=max(moved, read * share),
-        activations=rings + s.exchange_seconds(work, hardware, share),
-    )
-    name = f"fsdp{'+context' if share > 1 else ''}{'+cpu_offload' if away else ''}"
+    items = {"weights": weights, "unshard_prefetch": gathered[phase], "activations": busy[phase]}
+    moved = s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
+    seconds = _shared_seconds(work, hardware, share, copying=max(moved, s.host_seconds(piece, hardware) if away else 0.0))
     host = m.HOST_GIB * GIB + (piece if away else 0.05 * piece)
-    return Plan(name, parallel, ranks, host, seconds, work.frames)
-
-
-def context(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan in which every rank holds all weights and computes a share of each frame's tokens."""
-    share = hardware.devices
-    busy = max(m.activation_bytes(work, share=share).values())
-    loads = {"weights": m.model_bytes(work), "activations": busy}
-    ranks = _ranks(work, hardware, loads | _memories(work, share), count=share, leaders=1)
-    read, rings = s.read_seconds(work, hardware, share=1 / share)
-    seconds = _seconds(
-        work,
-        hardware,
-        compute=s.compute_seconds(work, hardware) / share,
-        weights=read * share,
-        activations=rings + s.exchange_seconds(work, hardware, share),
-    )
-    return Plan("context", parallel, ranks, m.HOST_GIB * GIB, seconds, work.frames)
+    ranks = _ranks(work, hardware, items, count=hardware.devices, share=share)
+    return Plan(full_name(parallel, share), parallel, ranks, host, seconds, work.frames)
 
 
 def zero3(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan with DeepSpeed ZeRO-3: as `fsdp` with units of one matrix, plus DeepSpeed's buffer of prefetched weights."""
-    like = replace(parallel, unshard_unit="linear", prefetch=0, replicas=1)
-    plan = fsdp(work, hardware, like)
+    """Plan with DeepSpeed ZeRO-3: as `sharded` with units of one matrix, plus DeepSpeed's buffer of prefetched weights."""
+    plan = sharded(work, hardware, replace(parallel, unshard_unit="linear", prefetch=0, replicas=1))
     bucket = ZERO_BUCKET * parallel.prefetch * work.dtype_bytes
-    ranks = tuple(m.with_more(rank, unshard_prefetch=bucket) for rank in plan.ranks)
-    return replace(plan, name=plan.name.replace("fsdp", "zero3"), parallel=parallel, ranks=ranks)
+    return replace(plan, parallel=parallel, ranks=tuple(m.with_more(rank, unshard_prefetch=bucket) for rank in plan.ranks))
 
 
-def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan of one device with most layers' weights in host memory; `inflight` forwards run through each layer while it is loaded."""
     options = parallel.offload
     together = 1 if work.clip_frames else options.inflight or work.steps
     memories, rings_away = _memories(work), 0.0
     if options.kv == "host":
-        rings_away = memories["kv_rings"] + memories["memory_tokens"]
+        rings_away = sum(memories.values())
         one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
         memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # rings of the current forward and of the next one
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.activation_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
-    rank = _rank(work, hardware, weights=m.end_bytes(work) + options.slots * max(layers), activations=busy, **memories)
+    rank = _leader(work, hardware, {"weights": m.end_bytes(work) + options.slots * max(layers), "activations": busy, **memories})
     room = (hardware.usable_gib - SPARE_GIB) * GIB - sum(rank["generate"].values())
     number = int(max(0.0, room if options.resident_gib == -1 else options.resident_gib * GIB) // max(layers))
     stay = sum(layers[layer] for layer in resident_layers(len(layers), number))
     waiting = sum(layers) - stay
     rank = m.with_more(rank, weights=stay - (0 if waiting else options.slots * max(layers)))
-    speed = hardware.disk_gbps if options.store == "mmap" else hardware.host_gbps
-    seconds = _seconds(
-        work,
-        hardware,
+    seconds = s.Seconds(
         compute=s.compute_seconds(work, hardware),
-        weights=s.forwards(work) / together * waiting / (speed * s.GIGA),
+        weights=s.forwards(work) / together * waiting / s.GIGA / (hardware.disk_gbps if options.store == "mmap" else hardware.host_gbps),
         activations=s.host_seconds(rings_away, hardware),
     )
     host = m.HOST_GIB * GIB + rings_away + (waiting if options.store == "pinned" else 0)
@@ -172,15 +142,16 @@ def offload(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
             "of KV rings wait in host memory": rings_away}  # fmt: skip
     given_up = ", ".join(f"{size / GIB:.1f} GiB {where}" for where, size in away.items() if size)
     settled = replace(options, resident_gib=round(number * max(layers) / GIB + 0.001, 3), inflight=together)
+    seconds = s.with_decoding(work, hardware, seconds)
     return Plan(name, replace(parallel, offload=settled), (rank,), host, seconds, work.frames, given_up=given_up)
 
 
-def pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan in which each rank has a range of blocks and their KV rings; the first rank also has the embeddings and the encoders.
+def stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+    """Plan of a pipeline: each rank has a range of blocks and their KV rings, the first also the embeddings and the encoders.
 
     The first rank also decodes, unless the last rank has the autoencoder. parallel.vae_rank decides which; when it is None, the
     autoencoder has its own rank if that fits and is faster, or if it is the only way that fits."""
-    first, *others = [_pipeline(work, hardware, way) for way in _ways(parallel) if not _stages_fault(way, work, hardware)]
+    first, *others = [_stages(work, hardware, way) for way in _ways(parallel) if not _stages_fault(way, work, hardware)]
     fitting = [plan for plan in others if not plan.missing_gib(hardware)]
     if not fitting:
         return first
@@ -201,59 +172,64 @@ def _ways(parallel: ParallelConfig) -> list[ParallelConfig]:
     return [replace(parallel, vae_rank=vae_apart) for vae_apart in ways if parallel.context == 1 or not vae_apart]
 
 
+class Split(NamedTuple):
+    """Number of stages of a pipeline, ranks that divide the tokens in each stage, and whether the autoencoder has its own rank."""
+
+    stages: int
+    share: int = 1
+    vae_apart: bool = False
+
+
+def _split(parallel: ParallelConfig, hardware: HardwareConfig) -> Split:
+    share, vae_apart = token_ranks(parallel, hardware), bool(parallel.vae_rank)
+    return Split(hardware.devices // share - vae_apart, share, vae_apart)
+
+
 def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
     """The reason why the pipeline cannot have these stages; "" when it can."""
-    share, layers = degree(parallel, hardware), work.model.trunk.num_layers
-    stages = hardware.devices // share - bool(parallel.vae_rank)
-    if parallel.layers and (len(parallel.layers) != stages or sum(parallel.layers) != layers):
-        return f"parallel.layers={parallel.layers} must be {stages} numbers whose sum is {layers}"
-    if stages == 1 and not parallel.vae_rank:
+    count, layers = _split(parallel, hardware).stages, work.model.trunk.num_layers
+    if parallel.layers and (len(parallel.layers) != count or sum(parallel.layers) != layers):
+        return f"parallel.layers={parallel.layers} must be {count} numbers whose sum is {layers}"
+    if count == 1 and not parallel.vae_rank:
         return "all ranks share the tokens, so that there is one stage; use context"
-    if stages > 1 and work.clip_frames:
+    if count > 1 and work.clip_frames:
         return CLIPS_WAIT
-    return f"{layers} blocks are fewer than {stages} stages" if layers < stages else ""
+    return f"{layers} blocks are fewer than {count} stages" if layers < count else ""
 
 
-def _pipeline(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def _stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan of a pipeline; a rank for the autoencoder is a last rank with an empty range of layers."""
-    share, vae_apart = degree(parallel, hardware), bool(parallel.vae_rank)
-    stages, layers = hardware.devices // share - vae_apart, work.model.trunk.num_layers
-    times = [each / share for each in s.layer_seconds(work, hardware)]
-    vae = s.vae_seconds(work, hardware) + s.link_seconds(m.frame_bytes(work) * vae_apart, hardware)
-    split = Split(stages, share, vae_apart)
+    split, layers = _split(parallel, hardware), work.model.trunk.num_layers
+    times = [each / split.share for each in s.layer_seconds(work, hardware)]
+    vae = s.vae_seconds(work, hardware) + s.link_seconds(m.frame_bytes(work) * split.vae_apart, hardware)
     ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, split=split)
-    ranks = [_stage(work, hardware, found, stage=stage, split=split) for stage, found in enumerate(ranges) for _ in range(share)]
+    ranks = [_stage(work, hardware, found, stage=stage, split=split) for stage, found in enumerate(ranges) for _ in range(split.share)]
     busiest = max(_over(times, found) for found in ranges)
-    hops = s.link_seconds(s.forwards(work) * work.activation_bytes / share * (stages > 1), hardware)
+    hops = s.link_seconds(s.forwards(work) * work.activation_bytes / split.share * (split.stages > 1), hardware)
     seconds = s.Seconds(
         compute=busiest,
-        activations=hops + s.exchange_seconds(work, hardware, share) * max(len(found) for found in ranges) / layers,
-        vae=max(0.0, (0.0 if vae_apart else _over(times, ranges[0])) + vae - busiest),
+        activations=hops + s.exchange_seconds(work, hardware, split.share) * max(len(found) for found in ranges) / layers,
+        vae=max(0.0, (0.0 if split.vae_apart else _over(times, ranges[0])) + vae - busiest),
         first=s.before_seconds(work, hardware) + sum(times) + vae,
     )
     if work.clip_frames:  # there is one stage, and a clip is decoded only after its denoising
         seconds = replace(seconds, vae=vae)
-    name = f"pipeline{'+context' if share > 1 else ''}{'+vae_rank' if vae_apart else ''}"
+    name = f"pipeline{'+context' if split.share > 1 else ''}{'+vae_rank' if split.vae_apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
-    if vae_apart:
+    if split.vae_apart:
         frames = {"vae": m.vae_bytes(work), "activations": MESSAGES * m.frame_bytes(work)}
         ranks, ranges = [*ranks, m.video_phases(hardware, **frames)], [*ranges, range(layers, layers)]
     return Plan(name, fixed, tuple(ranks), m.HOST_GIB * GIB, seconds, work.frames, tuple(ranges))
 
 
-PLANS: Mapping[str, Maker] = {
-    "single": single,
-    "fsdp": fsdp,
-    "offload": offload,
-    "pipeline": pipeline,
-    "context": context,
-    "zero3": zero3,
-}
-
-
-def degree(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
+def token_ranks(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
     """Number of ranks that divide the tokens of one video."""
     return hardware.devices // max(1, parallel.replicas) if parallel.context == -1 else parallel.context
+
+
+def full_name(parallel: ParallelConfig, share: int) -> str:
+    """The name of a plan with sharded weights: also whether ranks divide tokens, and whether shards are in host memory."""
+    return f"{parallel.name}{'+context' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
 
 
 def _memories(work: Workload, share: int = 1) -> dict[str, float]:
@@ -261,24 +237,28 @@ def _memories(work: Workload, share: int = 1) -> dict[str, float]:
     return {"kv_rings": layers * m.ring_bytes(work) / share, "memory_tokens": layers * m.memory_bytes(work) / share}
 
 
-def _rank(work: Workload, hardware: HardwareConfig, *, activations: float, **generation: float) -> Phases:
+def _leader(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float]) -> Phases:
     """Phases of a rank that also has the encoders and the autoencoder."""
-    vae = m.vae_bytes(work, idle=activations)
-    return m.video_phases(hardware, first=m.encoder_bytes(work), vae=vae, activations=activations, **generation)
+    vae = m.vae_bytes(work, idle=generation["activations"] + generation.get("unshard_prefetch", 0.0))
+    return m.video_phases(hardware, first=m.encoder_bytes(work), vae=vae, **generation)
 
 
-def _ranks(work: Workload, hardware: HardwareConfig, generation: Mapping[str, float], *, count: int, leaders: int) -> tuple[Phases, ...]:
-    """Phases of `count` ranks in `leaders` equal groups; the first rank of each group also has the encoders and the autoencoder."""
-    leader, follower = _rank(work, hardware, **generation), m.video_phases(hardware, **generation)
-    return tuple(leader if rank % (count // leaders) == 0 else follower for rank in range(count))
+def _ranks(work: Workload, hardware: HardwareConfig, items: Mapping[str, float], *, count: int, share: int) -> tuple[Phases, ...]:
+    """Phases of `count` ranks; the first of every `share` ranks, which make a video together, has the encoders and the autoencoder."""
+    generation = {**items, **_memories(work, share)}
+    leader, follower = _leader(work, hardware, generation), m.video_phases(hardware, **generation)
+    return tuple(follower if rank % share else leader for rank in range(count))
 
 
-class Split(NamedTuple):
-    """Number of stages of a pipeline, ranks that divide the tokens in each stage, and whether the autoencoder has its own rank."""
-
-    stages: int
-    share: int = 1
-    vae_apart: bool = False
+def _shared_seconds(work: Workload, hardware: HardwareConfig, share: int, *, copying: float = 0.0) -> s.Seconds:
+    """Times when `share` ranks divide the tokens; `copying` is the seconds in which a rank gets the weights of a forward from elsewhere."""
+    forwards, rings = s.forwards(work), work.model.trunk.num_layers * m.ring_bytes(work)
+    seconds = s.Seconds(
+        compute=s.compute_seconds(work, hardware) / share,
+        weights=forwards * max(copying, s.memory_seconds(m.model_bytes(work), hardware)),
+        activations=s.memory_seconds(rings / share, hardware) + s.exchange_seconds(work, hardware, share),
+    )
+    return s.with_decoding(work, hardware, seconds)
 
 
 def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: int, split: Split) -> Phases:
@@ -328,10 +308,3 @@ def _stage_ranges(work: Workload, hardware: HardwareConfig, times: Sequence[floa
 
 def _over(values: Sequence[float], layers: range) -> float:
     return sum(values[layers.start : layers.stop])
-
-
-def _seconds(work: Workload, hardware: HardwareConfig, **parts: float) -> s.Seconds:
-    """Times of a plan in which all ranks work on the same hand-over."""
-    vae = s.vae_seconds(work, hardware)
-    found = s.Seconds(vae=vae, **parts)
-    return replace(found, first=s.before_seconds(work, hardware) + found.total)

@@ -5,33 +5,31 @@ Standard library only, so that it runs without torch and without delay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE
-from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
+from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
 from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
-from sonic.planner.workload import ASSUMED_SIZE, Training, Work, Workload, workload
+from sonic.planner.workload import ASSUMED_SIZE, Training, Workload, workload
 
 SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
 
-Changed = Iterator[tuple[str, tuple[str, ...], Work]]  # a sentence, the options that make this change, the changed job
-Tracked = Sequence[Mapping[str, float]]  # GiB of every rank by phase, measured in a run on fake tensors
+Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
+KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
 
 
-class JobKind(NamedTuple):
-    """The functions that differ between videos and trainings: how to plan, which configs to try, which changes reduce memory."""
+class Tracked(NamedTuple):
+    """GiB of every rank by phase, measured in a run on fake tensors; or no ranks, and the reason why this plan cannot be measured."""
 
-    plan: Callable[[Work, HardwareConfig, ParallelConfig], Plan]
-    candidates: Callable[..., Iterator[ParallelConfig]]
-    instead: Callable[[ParallelConfig, ParallelConfig], tuple[str, ...]]  # options that select the first config instead of the second
-    changes: tuple[Callable[[Work], Changed], ...]
+    ranks: Sequence[Mapping[str, float]] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Change:
 class PlanResult:
     """Result of a search: all plans, the best one first, and, when none fits, the changes that make the job fit."""
 
-    work: Work
+    work: Workload
     hardware: HardwareConfig
     plans: tuple[Plan, ...]
     changes: tuple[Change, ...] = ()
@@ -73,16 +71,23 @@ def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
     return replace(search(work, config.hardware, config.parallel, idle=idle), notes=tuple(_notes(config, work)))
 
 
-def search(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
+def search(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
     """Ranked plans for a video or a training, without notes; `idle` as in `search_plans`."""
     found = PlanResult(work, hardware, _plans(work, hardware, asked, idle=idle))
     return found if found.fits else replace(found, changes=tuple(_changes(found, asked, idle=idle)))
 
 
-def _plans(work: Work, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
+def _plans(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
     """The plans of all candidate configs, the best one first."""
     kind = KINDS[type(work)]
-    return ranked([kind.plan(work, hardware, each) for each in kind.candidates(asked, work, hardware, idle=idle)], hardware, work.display_s)
+    tried = [each for each in kind.candidates(asked, work, hardware) if idle or asked.name != "auto" or not by_name(each, hardware)]
+    return ranked([kind.plan(work, hardware, each) for each in tried], hardware, work.display_s)
+
+
+def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
+    """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
+    plan = PLANS[parallel.name]
+    return plan.optional or (plan.one_rank and hardware.devices > 1)
 
 
 def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0.0) -> tuple[Plan, ...]:
@@ -98,7 +103,7 @@ def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0
 
     def order(plan: Plan) -> tuple:
         last = plan.parallel.context if plan.unit == "step" else max(plan.peak_gib)
-        before = plan.missing_gib(hardware), plan.unit != "step" and videos.by_name(plan.parallel, hardware)
+        before = plan.missing_gib(hardware), by_name(plan.parallel, hardware)
         return *before, max(needed[id(plan)], enough), plan.uses_host_memory, last
 
     return tuple(sorted(plans, key=order))
@@ -111,7 +116,7 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
         best = _plans(work, hardware, replace(asked, name="auto", context=1, vae_rank=None), idle=idle)[0]
         if not best.missing_gib(hardware):
             yield Change(f"another plan: {best.name}", KINDS[type(work)].instead(best.parallel, asked), best)
-    for kind in (*KINDS[type(work)].changes, _smaller_sizes):
+    for kind in (*KINDS[type(work)].CHANGES, _smaller_sizes):
         for sentence, options, changed in kind(work):
             best = _plans(changed, hardware, asked, idle=idle)[0]
             if not best.missing_gib(hardware):
@@ -119,7 +124,7 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
                 break
 
 
-def _smaller_sizes(work: Work) -> Changed:
+def _smaller_sizes(work: Workload) -> Changed:
     """Smaller sizes of about the same shape; none for a model that has one size only."""
     width, height = work.width, work.height
     seen = {(width, height)}
@@ -131,29 +136,15 @@ def _smaller_sizes(work: Work) -> Changed:
             yield f"{size} instead of {width}x{height}", (f"video.size={size}",), work.resized(*sides)
 
 
-KINDS: Mapping[type[Work], JobKind] = {
-    Workload: JobKind(
-        videos.video_plan, videos.candidates, videos.instead, (videos.fewer_steps, videos.shorter_windows, videos.shorter_clips)
-    ),
-    Training: JobKind(
-        trainings.training_plan,
-        trainings.candidates,
-        trainings.instead,
-        (trainings.smaller_batches, trainings.recomputing, trainings.smaller_adapters, trainings.shorter_samples),
-    ),
-}
-
-
-def as_json(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "") -> dict:
-    """The result as JSON values; `tracked` is the memory of the chosen plan measured on fake tensors, `untracked` the reason why the
-    requested measurement is missing."""
+def as_json(found: PlanResult, tracked: Tracked | None = None) -> dict:
+    """The result as JSON values, with the tracked memory of the chosen plan if that was asked for."""
     plans = [plan_json(plan, found.hardware) for plan in found.plans]
-    if tracked is not None:
-        fullest = max(tracked, key=lambda rank: max(rank.values()))
-        plans[0]["tracked_gib_per_rank"] = [round(max(rank.values()), 3) for rank in tracked]
+    if tracked and tracked.reason:
+        plans[0].update(tracked=None, tracked_reason=tracked.reason)
+    elif tracked:
+        fullest = max(tracked.ranks, key=lambda rank: max(rank.values()))
+        plans[0]["tracked_gib_per_rank"] = [round(max(rank.values()), 3) for rank in tracked.ranks]
         plans[0]["tracked_phases_gib"] = {phase: round(size, 3) for phase, size in fullest.items()}
-    if untracked:
-        plans[0].update(tracked=None, tracked_reason=untracked)
     return {
         "chosen": plans[0],
         "plans": plans,

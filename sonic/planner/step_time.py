@@ -6,12 +6,11 @@ with computing completely, so the larger of the two sums counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sonic.families import FAMILIES
 from sonic.model.counts import injector_multiply_adds, layer_multiply_adds
 from sonic.parallel.parallel_config import HardwareConfig
-from sonic.planner.memory import model_bytes, ring_bytes
 from sonic.planner.workload import Workload
 
 GIGA, TERA = 1e9, 1e12
@@ -68,11 +67,9 @@ def vae_seconds(work: Workload, hardware: HardwareConfig, frames: int | None = N
     return operations / (hardware.tflops * TERA * VAE_EFFICIENCY)
 
 
-def read_seconds(work: Workload, hardware: HardwareConfig, *, share: float = 1.0) -> tuple[float, float]:
-    """Seconds to read (the weights in every forward, all KV rings once) from device memory; `share` is the fraction on this device."""
-    rings = work.model.trunk.num_layers * ring_bytes(work)  # each ring is read in its own step: once per hand-over
-    once = forwards(work) * model_bytes(work)
-    return (share * size / (hardware.memory_gbps * GIGA) for size in (once, rings))
+def memory_seconds(size: float, hardware: HardwareConfig) -> float:
+    """Seconds to read `size` bytes from device memory."""
+    return size / (hardware.memory_gbps * GIGA)
 
 
 def link_seconds(size: float, hardware: HardwareConfig) -> float:
@@ -100,3 +97,9 @@ def before_seconds(work: Workload, hardware: HardwareConfig) -> float:
     prefill = work.passes * 2 * work.model.trunk.num_layers * layer_multiply_adds(work.model, work.memory, keys=work.memory)
     past = vae_seconds(work, hardware, PAST_FRAMES + WARM_FRAMES)
     return text + past + (0 if work.clip_frames else prefill / rate(hardware))
+
+
+def with_decoding(work: Workload, hardware: HardwareConfig, seconds: Seconds) -> Seconds:
+    """The times of a plan in which all ranks work on the same hand-over, which is decoded after its denoising."""
+    found = replace(seconds, vae=vae_seconds(work, hardware))
+    return replace(found, first=before_seconds(work, hardware) + found.total)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from rich.console import Console
@@ -11,8 +12,10 @@ from rich.table import Table
 from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, Tracked, reason
-from sonic.planner.workload import Work, Workload
+from sonic.planner.workload import Training, Workload
 from sonic.system.program import written
+
+Ranks = Sequence[Mapping[str, float]]  # GiB of every rank by phase; empty when it was not tracked
 
 
 class Column(NamedTuple):
@@ -24,19 +27,18 @@ class Column(NamedTuple):
     blocks: range | None = None
 
 
-def show(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = "", console: Console | None = None) -> None:
-    """Print the result; `tracked` is the memory of the chosen plan measured on fake tensors, `untracked` the reason why the requested
-    measurement is missing."""
+def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console | None = None) -> None:
+    """Print the result, with the tracked memory of the chosen plan if that was asked for."""
     console, hardware, plan = console or Console(width=None if Console().is_terminal else 150), found.hardware, found.chosen
     console.print(f"{_job(found.work)} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
     for note in found.notes:
         console.print(f"[dim]{note}[/dim]")
     console.print(_plans(found))
-    console.print(_items(plan, tracked))
-    if untracked:
-        console.print(f"not tracked: {untracked}")
+    console.print(_items(plan, tracked.ranks if tracked else ()))
+    if tracked and tracked.reason:
+        console.print(f"not tracked: {tracked.reason}")
     if found.fits:
-        console.print(f"{written('infer' if isinstance(found.work, Workload) else 'train')} with: {' '.join(plan.options)}")
+        console.print(f"{written('train' if isinstance(found.work, Training) else 'infer')} with: {' '.join(plan.options)}")
         return
     console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {plan.name}, lacks {plan.missing_gib(hardware):.2f} GiB")
     for change in found.changes:
@@ -47,12 +49,12 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, untracked: str = 
         console.print("  no single change of plan, length, size or what else can be less makes it fit; it needs more memory")
 
 
-def _job(work: Work) -> str:
+def _job(work: Workload) -> str:
     """The planned job in a few words."""
     of = f"{work.model.name}, {work.width}x{work.height}"
-    if isinstance(work, Workload):
-        return f"{of}, {work.tokens} tokens, {work.steps} steps"
-    return f"{work.job.name} ({work.job.objective}) of {of}, {work.clip} tokens in a clip"
+    if isinstance(work, Training):
+        return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.tokens} tokens in a clip"
+    return f"{of}, {work.tokens} tokens, {work.steps} steps"
 
 
 def _plans(found: PlanResult) -> Table:
@@ -66,7 +68,7 @@ def _plans(found: PlanResult) -> Table:
     return table
 
 
-def _items(plan: Plan, tracked: Tracked | None) -> Table:
+def _items(plan: Plan, tracked: Ranks) -> Table:
     """The table of items by rank for a video, and by phase for a training, whose ranks are equal."""
     columns = _phases(plan, tracked) if plan.unit == "step" else _ranks(plan, tracked)
     table = Table("GiB", *columns, title=f"{plan.name}, {'phase by phase' if plan.unit == 'step' else 'rank by rank'}")
@@ -76,7 +78,7 @@ def _items(plan: Plan, tracked: Tracked | None) -> Table:
             first = " (first)" if item.endswith("encoder") else ""
             table.add_row(item.replace("_", " ") + first, *(f"{size:.2f}" for size in sizes))
     table.add_row("predicted peak", *(f"{column.predicted:.2f}" for column in columns.values()), style="bold")
-    if tracked is not None:
+    if tracked:
         known = [column.tracked for column in columns.values()]
         table.add_row("tracked peak", *("" if each is None else f"{each:.2f}" for each in known), style="bold")
         errors = ["" if column.tracked is None else f"{column.predicted / column.tracked - 1:+.1%}" for column in columns.values()]
@@ -87,23 +89,18 @@ def _items(plan: Plan, tracked: Tracked | None) -> Table:
     return table
 
 
-def _phases(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
+def _phases(plan: Plan, tracked: Ranks) -> dict[str, Column]:
     found = tracked[0] if tracked else {}
     return {phase: Column(items, sum(items.values()) / GIB, found.get(phase)) for phase, items in plan.ranks[0].items()}
 
 
-def _ranks(plan: Plan, tracked: Tracked | None) -> dict[str, Column]:
+def _ranks(plan: Plan, tracked: Ranks) -> dict[str, Column]:
     """One column for each group of equal consecutive ranks, by a heading such as "rank 0" or "ranks 1-3"."""
-    groups: list[list[int]] = []
-    for rank, phases in enumerate(plan.ranks):
-        if groups and plan.ranks[groups[-1][0]] == phases:
-            groups[-1].append(rank)
-        else:
-            groups.append([rank])
     share = len(plan.ranks) // max(1, len(plan.ranges))
     found = {}
-    for first, *others in groups:
-        phases, blocks = plan.ranks[first], plan.ranges[first // share] if plan.ranges else None
+    for phases, group in groupby(range(len(plan.ranks)), key=plan.ranks.__getitem__):
+        first, *others = group
+        blocks = plan.ranges[first // share] if plan.ranges else None
         column = Column(union(phases), peak(phases) / GIB, max(tracked[first].values()) if tracked else None, blocks)
         found[f"ranks {first}-{others[-1]}" if others else f"rank {first}"] = column
     return found

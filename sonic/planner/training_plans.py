@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
-from sonic.model.counts import block_multiply_adds, forward_multiply_adds
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
-from sonic.planner.plans import Plan
+from sonic.planner.plans import Plan, full_name
 from sonic.planner.training_memory import host_bytes, phases, sizes
 from sonic.planner.workload import Training
 
@@ -21,23 +21,20 @@ HOST_MEMORY_GBPS = 40  # bandwidth of host memory, for all ranks together
 Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the options that make this change, the changed job
 
 
-def training_plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan with FSDP2 over all ranks; groups of `parallel.context` ranks divide the tokens of a batch."""
-    name = f"fsdp{'+context' if parallel.context > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
-    host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if parallel.cpu_offload else 0)
+    share, away = parallel.context, parallel.cpu_offload
+    host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if away else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.devices
-    seconds = _seconds(work, hardware, parallel)
-    options = ["speed.engine=fsdp"]
-    options += [f"speed.context={parallel.context}"] * (parallel.context > 1)
-    options += ["speed.cpu_offload=true"] * parallel.cpu_offload
-    found = Plan(name, parallel, ranks, host, replace(seconds, first=seconds.total), work.frames)
-    return replace(found, unit="step", options=tuple(options))
+    options = ("speed.engine=fsdp", *(f"speed.context={share}",) * (share > 1), *("speed.cpu_offload=true",) * away)
+    seconds, frames = _seconds(work, hardware, parallel), work.frames * work.batch_size * work.recipe.budget.accumulate
+    return Plan(full_name(parallel, share), parallel, ranks, host, seconds, frames, unit="step", options=options)
 
 
-def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
+def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
     """The configs to try: the named one, or for auto every possible combination of token sharing and cpu_offload.
 
-    `idle` has no effect: no config leaves a device idle. Raises ValueError when no config is possible, or another plan is named."""
+    Raises ValueError when no config is possible, or another plan is named."""
     devices = hardware.devices
     if asked.name not in ("auto", "fsdp"):
         raise ValueError(f"parallel={asked.name}: trainings are planned for fsdp alone; leave it out, or use parallel=fsdp")
@@ -61,7 +58,7 @@ def why_not(work: Training, devices: int, share: int) -> str:
     if devices % share or heads % share or rows * columns % share:
         whole = f"{heads} heads and {rows * columns} tokens of a frame evenly on {devices} devices"
         return f"parallel.context={share}: {share} ranks cannot share {whole}; use 1"
-    readers, batches = devices // share, work.job.accumulate
+    readers, batches = devices // share, work.recipe.budget.accumulate
     if not batches % readers:
         return ""
     below = batches // readers * readers
@@ -75,80 +72,78 @@ def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
 
 def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
     """Seconds of a step: forwards, recomputed layers and gradients; and the communication of each pass over the weights."""
-    forwards, passes, gradients = PASSES[work.job.objective](work)
-    share, ranks = parallel.context, hardware.devices
-    batches = work.job.accumulate // (ranks // share)  # that a rank computes one after the other
-    size = sizes(work, ranks)
-    model = size.root + sum(numbers for _, numbers in size.units)
-    moved = passes * model + gradients * 4 * sum(size.learnt.values())
-    weights = s.link_seconds(moved * (ranks - 1) / ranks, hardware)
-    updates = work.job.critic_turns + 1 if work.job.objective == "dmd" else 1
-    stepping = 0.0
+    count, share, budget = (_dmd_passes if work.distils else _flow_match_passes)(work), parallel.context, work.recipe.budget
+    size, ranks = sizes(work, hardware.devices), hardware.devices
+    batches = budget.accumulate // (ranks // share)  # that a rank computes one after the other
+    learning = sum(size.learnt.values())
+    moved = count.passes * size.gathered + count.gradients * 4 * learning
+    weights, stepping = s.link_seconds(moved * (ranks - 1) / ranks, hardware), 0.0
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
-        weights += s.host_seconds((passes * model + 4 * gradients * sum(size.learnt.values())) / ranks, hardware)
-        stepping = updates * UPDATE_BYTES * sum(size.learnt.values()) / (HOST_MEMORY_GBPS * s.GIGA)
-    exchanged = 4 * forwards * work.clip * work.token_bytes * work.model.trunk.num_layers / share * (share - 1) / share
-    operations = 2 * forwards * _forward(work) * work.job.batch_size / share
+        weights += s.host_seconds(moved / ranks, hardware)
+        stepping = count.updates * UPDATE_BYTES * learning / (HOST_MEMORY_GBPS * s.GIGA)
+    exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share * (share - 1) / share
+    operations = count.forwards * work.forward_flops * work.batch_size / share
     compute, activations = operations / s.rate(hardware), s.link_seconds(exchanged, hardware)
-    return s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
+    found = s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
+    return replace(found, first=found.total)
 
 
-def _flow_match_passes(work: Training) -> tuple[float, float, float]:
-    """(forwards of a clip, passes over the weights, gradient reductions) per batch; a backward pass counts as two forwards."""
-    again = 1 if work.job.recompute else 0
-    return 3 + again, 2, 1
+class Passes(NamedTuple):
+    """What a step computes for each batch, in forwards of a clip (a backward pass counts as two); how often the weights are gathered and
+    gradients are reduced; and the updates of a step."""
+
+    forwards: float
+    passes: float
+    gradients: float
+    updates: int
 
 
-def _dmd_passes(work: Training) -> tuple[float, float, float]:
-    """As `_flow_match_passes` for DMD: the critic's updates, each with a rollout, and the student's update with a rollout, forwards of
-    teacher and critic, and a replay of the rollout with gradients."""
-    job, blocks = work.job, work.blocks
-    again, guided = 1 if job.recompute else 0, 2 if job.teacher_guide_scale != 1 else 1
-    block = block_multiply_adds(work.model, work.grid, blocks=work.model.rollout.window_blocks) / _forward(work)
-    rollout = job.steps * blocks * block
+def _flow_match_passes(work: Training) -> Passes:
+    return Passes(3 + work.recipe.speed.recompute, 2, 1, 1)
+
+
+def _dmd_passes(work: Training) -> Passes:
+    """The critic's updates, each with a rollout, and the student's update with a rollout, forwards of teacher and critic, and a replay of
+    the rollout with gradients."""
+    goal, blocks = work.recipe.objective, work.latent_frames // work.model.rollout.block_frames
+    steps, turns, again = goal.sampler.sample_steps, goal.critic_turns, work.recipe.speed.recompute
+    guided = 2 if goal.teacher_guide_scale != 1 else 1
+    block = work.block.forward_flops / work.forward_flops
+    rollout = steps * blocks * block
     critic, student = rollout + 2 + again, rollout + 1 + guided + blocks * block * (2 + again)
-    passes = job.critic_turns * (job.steps * blocks + 3) + job.steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
-    return job.critic_turns * critic + student, passes, job.critic_turns + blocks
-
-
-PASSES: Mapping[str, Callable[[Training], tuple[float, float, float]]] = {"dmd": _dmd_passes, "flow_match": _flow_match_passes}
-
-
-def _forward(work: Training) -> int:
-    """Multiply-adds of the forward of one sample as a clip."""
-    return forward_multiply_adds(work.model, work.latent_frames, work.grid, motion=work.motion)
+    passes = turns * (steps * blocks + 3) + steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
+    return Passes(turns * critic + student, passes, turns + blocks, turns + 1)
 
 
 def smaller_batches(work: Training) -> Changed:
     """Changes to smaller batches."""
-    size = work.job.batch_size
+    size = work.batch_size
     for fewer in range(size - 1, 0, -1):
-        yield f"{fewer} samples at once instead of {size}", (f"budget.batch_size={fewer}",), _changed(work, batch_size=fewer)
+        yield f"{fewer} samples at once instead of {size}", (f"budget.batch_size={fewer}",), work.changed("budget", batch_size=fewer)
 
 
 def recomputing(work: Training) -> Changed:
     """The change to recompute layers in the backward pass."""
-    if not work.job.recompute:
+    if not work.recipe.speed.recompute:
         sentence = "layers made again for the gradient instead of remembered"
-        yield sentence, ("speed.recompute=true",), _changed(work, recompute=True)
+        yield sentence, ("speed.recompute=true",), work.changed("speed", recompute=True)
 
 
 def smaller_adapters(work: Training) -> Changed:
     """Changes to adapters of half the rank, a quarter, and so on, down to SMALLEST_RANK."""
-    learn = work.job.learn
-    rank = learn.rank // 2
+    rank = work.learn.rank // 2
     while rank >= SMALLEST_RANK:
-        smaller = _changed(work, learn=replace(learn, rank=rank))
-        yield f"adapters of rank {rank} instead of {learn.rank}", (f"objective.learn.rank={rank}",), smaller
+        smaller = work.changed("objective", learn=replace(work.learn, rank=rank))
+        yield f"adapters of rank {rank} instead of {work.learn.rank}", (f"objective.learn.rank={rank}",), smaller
         rank //= 2
 
 
 def shorter_samples(work: Training) -> Changed:
     """Changes to fewer latent frames per sample; for DMD a whole number of blocks."""
-    job, step = work.job, work.model.rollout.block_frames if work.job.objective == "dmd" else 1
-    for fewer in range(job.window - step, job.past, -step):
-        yield f"samples of {fewer} latent frames instead of {job.window}", (f"data.window={fewer}",), _changed(work, window=fewer)
+    window, step = work.recipe.data.window, work.model.rollout.block_frames if work.distils else 1
+    for fewer in range(window - step, work.recipe.objective.window.past, -step):
+        sentence = f"samples of {fewer} latent frames instead of {window}"
+        yield sentence, (f"data.window={fewer}",), work.changed("data", window=fewer)
 
 
-def _changed(work: Training, **changes: object) -> Training:
-    return replace(work, job=replace(work.job, **changes))
+CHANGES = (smaller_batches, recomputing, smaller_adapters, shorter_samples)

@@ -5,29 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig, OffloadConfig, ParallelConfig
-from sonic.planner.plans import PLANS, Plan, degree, pipeline_fault
+from sonic.parallel.parallel_config import PLANS, HardwareConfig, OffloadConfig, ParallelConfig
+from sonic.planner.plans import Plan, estimated, pipeline_fault, token_ranks
 from sonic.planner.workload import Workload
 
-OPTIONAL = ("zero3",)  # plans that need an optional package
 FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
 
 Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 
 
-def video_plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
+def plan(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """The plan of this config, with the command-line options that select it."""
-    plan = PLANS[parallel.name](work, hardware, parallel)
-    return replace(plan, options=instead(plan.parallel, ParallelConfig()))
+    found = estimated(work, hardware, parallel)
+    return replace(found, options=instead(found.parallel, ParallelConfig()))
 
 
-def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
-    """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
-    return parallel.name in OPTIONAL or (parallel.name in SINGLE_RANK_PLANS and hardware.devices > 1)
-
-
-def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, *, idle: bool = True) -> Iterator[ParallelConfig]:
-    """The configs to try: the named one, or for auto every plan that is possible; idle=False leaves out those of `by_name`.
+def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
+    """The configs to try: the named one, or for auto every plan that is possible.
 
     parallel.vae_rank=true selects the pipeline. Raises ValueError when the named plan is not possible."""
     if asked.name == "auto" and asked.vae_rank:
@@ -43,8 +37,7 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig, 
     every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
     away = {"kv": "host"}
     every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
-    wanted = (parallel for parallel in every if idle or not by_name(parallel, hardware))
-    yield from (parallel for parallel in wanted if not why_not(parallel, work, hardware) and _even(degree(parallel, hardware), work))
+    yield from (parallel for parallel in every if not why_not(parallel, work, hardware) and _even(token_ranks(parallel, hardware), work))
 
 
 def _even(share: int, work: Workload) -> bool:
@@ -54,7 +47,7 @@ def _even(share: int, work: Workload) -> bool:
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
     """The reason why a plan is not possible here; "" when it is."""
-    name, devices, share = parallel.name, hardware.devices, degree(parallel, hardware)
+    name, devices, share = parallel.name, hardware.devices, token_ranks(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.query_tokens // work.latent_frames
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"
@@ -109,3 +102,6 @@ def shorter_clips(work: Workload) -> Changed:
     for fewer in range(work.clip_frames - 4, FEWEST_FRAMES - 1, -4):
         sentence = f"clips of {fewer} frames instead of {work.clip_frames}"
         yield sentence, (f"video.infer_frames={fewer}",), replace(work, clip_frames=fewer)
+
+
+CHANGES = (fewer_steps, shorter_windows, shorter_clips)

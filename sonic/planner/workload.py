@@ -11,18 +11,27 @@ from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, pa
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
 from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
+from sonic.training.objective_config import DmdConfig
+from sonic.training.train_config import TrainConfig
 
 ASSUMED_SIZE = "704x384"  # planned for video.size=photo when the photograph is not known
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Work:
-    """What videos and trainings have in common; `width` and `height` are the pixels that the model generates."""
+class Workload:
+    """A video of `width` x `height` pixels: a stream of blocks (clip_frames=0), or clips of `clip_frames` frames."""
 
     model: ModelConfig
     width: int
     height: int
+    steps: int
+    guided: bool = False
+    clip_frames: int = 0
+    dtype_bytes: int = 2
+    schedule: str = ""
+    batch_size: int = 1
+    motion_memory: bool = True  # whether the past is given, to a model that has a memory of it
 
     @property
     def grid(self) -> Grid:
@@ -39,27 +48,6 @@ class Work:
     def query_tokens(self) -> int:
         """Number of tokens that are denoised at once."""
         return self.latent_frames * prod(self.grid)
-
-    @property
-    def display_s(self) -> float:
-        """Seconds for which one hand-over is displayed; 0 when nothing is displayed."""
-        return 0.0
-
-    def resized(self, width: int, height: int) -> Work:
-        """The same job at the nearest size that the model can generate."""
-        width, height = wan_size(width, height, width * height)
-        return replace(self, width=width, height=height)
-
-
-@dataclass(frozen=True)
-class Workload(Work):
-    """A video. clip_frames=0 generates a stream of blocks, else clips of `clip_frames` frames."""
-
-    steps: int
-    guided: bool = False
-    clip_frames: int = 0
-    dtype_bytes: int = 2
-    schedule: str = ""
 
     @property
     def frames(self) -> int:
@@ -79,7 +67,7 @@ class Workload(Work):
     @property
     def motion(self) -> bool:
         """Whether the memory has motion tokens."""
-        return bool(self.model.motion.buckets)
+        return self.motion_memory and bool(self.model.motion.buckets)
 
     @property
     def tokens(self) -> int:
@@ -98,8 +86,8 @@ class Workload(Work):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's activations."""
-        return self.model.trunk.hidden_dim * self.dtype_bytes
+        """Bytes of one token's activations, in all samples of a batch."""
+        return self.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -108,7 +96,7 @@ class Workload(Work):
 
     @property
     def forward_flops(self) -> int:
-        """Operations of a forward with full KV rings."""
+        """Operations of a forward of one sample, with full KV rings."""
         if self.clip_frames:
             return 2 * forward_multiply_adds(self.model, self.latent_frames, self.grid, motion=self.motion)
         return 2 * block_multiply_adds(self.model, self.grid, blocks=self.model.rollout.window_blocks, motion=self.motion)
@@ -118,6 +106,11 @@ class Workload(Work):
         """Pixels of a frame."""
         return self.width * self.height
 
+    def resized(self, width: int, height: int) -> Workload:
+        """The same job at the nearest size that the model can generate."""
+        width, height = wan_size(width, height, width * height)
+        return replace(self, width=width, height=height)
+
     def with_layers(self, layers: range) -> Workload:
         """The same job for a model of these layers only; of one layer when the range is empty."""
         audio, trunk = self.model.audio, self.model.trunk
@@ -126,79 +119,57 @@ class Workload(Work):
         return replace(self, model=model)
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """The fields of a training recipe on which memory and time depend."""
+@dataclass(frozen=True, kw_only=True)
+class Training(Workload):
+    """A training by a recipe; as a workload it is the forward of a batch of samples as clips."""
 
-    name: str
-    objective: str  # dmd or flow_match
-    window: int  # latent frames of a sample
-    past: int  # of these, the first ones are motion memory
-    batch_size: int  # samples in a batch, which a rank computes at once
-    accumulate: int  # batches per step, of all ranks together
-    precision: str
-    recompute: bool
-    learn: AdapterConfig
-    steps: int = 1  # dmd: sampling steps of a rollout
-    critic_turns: int = 0  # dmd: updates of the critic before each of the student
-    teacher_guide_scale: float = 1.0  # dmd: 1 = off, with one forward of the teacher instead of two
-
-
-@dataclass(frozen=True)
-class Training(Work):
-    """A training on samples of one size."""
-
-    job: TrainingJob
+    recipe: TrainConfig
 
     @property
-    def dtype_bytes(self) -> int:
-        """Bytes per element in the computing precision."""
-        return DTYPE_BYTES[self.job.precision]
+    def display_s(self) -> float:
+        """Nothing is displayed."""
+        return 0.0
 
     @property
-    def latent_frames(self) -> int:
-        """Latent frames of a sample that are denoised, without its motion memory."""
-        return self.job.window - self.job.past
+    def block(self) -> Training:
+        """The forward of one block of the student's rollout, with one KV ring."""
+        return replace(self, clip_frames=0)
 
     @property
-    def motion(self) -> bool:
-        """Whether the memory has motion tokens."""
-        return bool(self.job.past)
+    def distils(self) -> bool:
+        """Whether the student learns from its own rollouts (dmd), beside a critic; otherwise from clips (flow_match)."""
+        return isinstance(self.recipe.objective, DmdConfig)
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks of a rollout."""
-        return self.latent_frames // self.model.rollout.block_frames
+    def learn(self) -> AdapterConfig:
+        """What is trained: adapters, or weights."""
+        return self.recipe.objective.learn
 
     @property
-    def clip(self) -> int:
-        """Number of tokens in the forward of a sample as a clip."""
-        return self.query_tokens + self.memory
+    def roles(self) -> int:
+        """Number of roles that are trained: the student, and under dmd the critic."""
+        return 2 if self.distils else 1
 
-    @property
-    def block(self) -> int:
-        """Number of tokens in the forward of one block of a rollout."""
-        return self.model.rollout.block_frames * prod(self.grid)
+    def changed(self, section: str, **fields: object) -> Training:
+        """The same training with other fields in a section of its recipe, such as budget."""
+        recipe = replace(self.recipe, **{section: replace(getattr(self.recipe, section), **fields)})
+        return training_of(recipe, self.width, self.height)
 
-    @property
-    def ring(self) -> int:
-        """Number of tokens in a full KV ring of a rollout."""
-        return self.memory + self.model.rollout.window_blocks * self.block
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's activations, times the samples of a batch."""
-        return self.job.batch_size * self.model.trunk.hidden_dim * self.dtype_bytes
-
-    @property
-    def frames(self) -> int:
-        """Video frames of all samples of a step."""
-        return FRAMES_PER_LATENT * self.latent_frames * self.job.batch_size * self.job.accumulate
-
-    @property
-    def learners(self) -> int:
-        """Number of roles that are trained."""
-        return 2 if self.job.objective == "dmd" else 1
+def training_of(recipe: TrainConfig, width: int, height: int) -> Training:
+    """The training by a recipe on samples of this size, of which the first latent frames may be motion memory."""
+    past = recipe.objective.window.past
+    return Training(
+        recipe.model,
+        width,
+        height,
+        steps=1,
+        clip_frames=FRAMES_PER_LATENT * (recipe.data.window - past),
+        dtype_bytes=DTYPE_BYTES[recipe.speed.precision],
+        batch_size=recipe.budget.batch_size,
+        motion_memory=past > 0,
+        recipe=recipe,
+    )
 
 
 def workload(config: PlanConfig) -> Workload:
@@ -226,7 +197,7 @@ def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
 
 
 class WeightGroup(NamedTuple):
-    """Parameters of the transformer under a name: how many, and the FSDP unit that gathers them; `linear` = (in, out) of a linear layer."""
+    """Parameters of the transformer under a name: how many, and the unit that gathers them; `linear` = (in, out) of a linear layer."""
 
     name: str
     unit: str
@@ -267,7 +238,7 @@ def parts(config: ModelConfig) -> Iterator[WeightGroup]:
 
 def learnt(work: Training) -> dict[str, int]:
     """Number of trainable parameters of one role in each unit: its adapters, or the weights themselves."""
-    learn, found = work.job.learn, {}
+    learn, found = work.learn, {}
     for part in parts(work.model):
         words = part.name.split(".")
         if learn.targets and not any(target in words for target in learn.targets):

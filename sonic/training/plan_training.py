@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from sonic.config import PHOTO_SIZE, VideoConfig, option, require
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner.search import PlanResult, search
-from sonic.planner.training_plans import PASSES
-from sonic.planner.workload import ASSUMED_SIZE, Training, TrainingJob, learnt, size_for
+from sonic.planner.workload import ASSUMED_SIZE, Training, learnt, size_for, training_of
 from sonic.system.program import written
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig
 from sonic.training.train_config import TrainConfig
@@ -48,38 +47,22 @@ def plan_training(config: PlanTrainingConfig) -> PlanResult:
 
 
 def training(config: PlanTrainingConfig) -> Training:
-    """The fields of a recipe on which memory and time depend. Raises ValueError when the size cannot be cut into patches, the window is
-    not whole blocks, or the planner does not support the recipe."""
+    """The training of a recipe. Raises ValueError when the size cannot be cut into patches, the window is not whole blocks, or the
+    planner does not support the recipe."""
     goal, model, window = config.objective, config.model, config.data.window
     known = "the planner knows dmd and flow_match, as in +distill=live_avatar_4step and +train=audio_adapter"
-    require(goal.name in PASSES, f"objective={goal.name} is not planned; {known}")
-    assert isinstance(goal, DmdConfig | FlowMatchConfig)
-    past, block = goal.window.past, model.rollout.block_frames
-    reach = goal.window.reach
+    require(isinstance(goal, DmdConfig | FlowMatchConfig), f"objective={goal.name} is not planned; {known}")
+    past, reach, block = goal.window.past, goal.window.reach, model.rollout.block_frames
     require(reach == "clip", f"objective.window.reach={reach} is not planned; the planner knows windows of full attention: clip")
     require(window > 0, "data.window=0: the planner knows no whole clips; set the latent frames of a sample")
     require(past < window, f"objective.window.past={past} must lie between 0 and data.window={window}")
     require(not past or bool(model.motion.buckets), f"objective.window.past={past}: model={model.name} has no motion memory; use 0")
-    rollout = {}
     if isinstance(goal, DmdConfig):
         below = max(block, window // block * block)
         require(window % block == 0, f"data.window={window} is not whole blocks of {block} latent frames; use {below} or {below + block}")
         sentence = "each role would be a transformer of its own; the planner knows adapters on a shared one, of rank 128 in the recipes"
         require(goal.learn.rank > 0, f"objective.learn.rank=0: {sentence}")
-        rollout = {"critic_turns": goal.critic_turns, "teacher_guide_scale": goal.teacher_guide_scale, "steps": goal.sampler.sample_steps}
-    job = TrainingJob(
-        name=config.name,
-        objective=goal.name,
-        window=window,
-        past=past,
-        batch_size=config.budget.batch_size,
-        accumulate=config.budget.accumulate,
-        precision=config.speed.precision,
-        recompute=config.speed.recompute,
-        learn=goal.learn,
-        **rollout,
-    )
-    found = Training(model, *size_for(model, config.video), job=job)
+    found = training_of(config, *size_for(model, config.video))
     targets = goal.learn.targets
     require(bool(learnt(found)), f"objective.learn.targets={targets} names nothing of this model; use such as audio_injectors")
     return found
@@ -87,9 +70,9 @@ def training(config: PlanTrainingConfig) -> Training:
 
 def _notes(config: PlanTrainingConfig, work: Training) -> Iterator[str]:
     """Sentences on the assumptions of the plans."""
-    job = work.job
-    learns = f"adapters of rank {job.learn.rank}" if job.learn.rank else "weights themselves"
-    yield f"a 'block' below is a step of {job.accumulate} batches of {job.batch_size}; {learns} learn, in {job.precision}"
+    rank, budget = work.learn.rank, config.budget
+    learns = f"adapters of rank {rank}" if rank else "weights themselves"
+    yield f"a 'block' below is a step of {budget.accumulate} batches of {budget.batch_size}; {learns} learn, in {config.speed.precision}"
     if not config.model.resolution and config.video.size == PHOTO_SIZE:
         usual = f"a training has no photograph, so the usual {ASSUMED_SIZE} is planned"
         yield f"video.size=photo: {usual}; video.size=WIDTHxHEIGHT plans another"

@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import cpu
 from sonic.model.blocks import attend_by
 from sonic.model.execution import Execution
-from sonic.parallel.mesh import make_world
-from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
 from sonic.planner.plans import Plan
+from sonic.planner.search import Tracked
+from sonic.planner.track import fake_world
 from sonic.planner.workload import Training
 from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig
@@ -39,33 +37,24 @@ from sonic.training.plan_training import PlanTrainingConfig, training
 from sonic.training.train_config import TrainConfig
 
 
-def track_training(config: PlanTrainingConfig, plan: Plan) -> list[dict[str, float]] | None:
-    """GiB of every rank by phase; None for a plan that cannot be tracked."""
-    if untracked_training(plan):
-        return None
-    ranks, reserve = len(plan.ranks), config.hardware.reserve_gib
-    found = of_all_layers(config.model, lambda model: track(replace(config, model=model), ranks, plan.parallel.context))
-    return [{phase: size / GIB + reserve for phase, size in found.items()}] * ranks
+def track_training(config: PlanTrainingConfig, plan: Plan) -> Tracked:
+    """The memory of a plan of a training."""
+    if plan.parallel.cpu_offload:
+        return Tracked(reason=f"{plan.name} is predicted only: a fake rank's device and host memory are one")
+    found = of_all_layers(config.model, lambda model: _peaks(replace(config, model=model), plan))
+    return Tracked([{phase: size / GIB + config.hardware.reserve_gib for phase, size in found.items()}] * len(plan.ranks))
 
 
-def untracked_training(plan: Plan) -> str:
-    """The reason why a plan cannot be tracked on fake tensors; "" when it can."""
-    return f"{plan.name} is predicted only: a fake rank's device and host memory are one" if plan.parallel.cpu_offload else ""
-
-
-def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
-    """Peak bytes of a rank in each phase of any step after the first, when `share` ranks divide a batch and devices compute as CUDA does.
+def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:
+    """Peak bytes of a rank in each phase of any step after the first, on devices that compute as CUDA does.
 
     Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
     the first and the last; the in-place update of the averages.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        world = make_world(ParallelConfig("fsdp", context=share), "fsdp", torch.device("cpu"))
+    with fake_world(plan.parallel, len(plan.ranks)) as world:
+        mode, tracked = FakeTensorMode(allow_non_fake_inputs=True), tracked_config(config)
         execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
         with mode:
-            tracked = tracked_config(config)
             objective = OBJECTIVES[tracked.objective.name](tracked, execution=execution)
             batch = _batch(training(config))
         for network in objective.modules.values():
@@ -74,15 +63,14 @@ def track(config: PlanTrainingConfig, ranks: int, share: int) -> dict[str, int]:
         engine.prepare(objective)
         with mode:
             updates = {role: Update(module, tracked) for role, module in engine.roles.items()}
-        ledger, found = Ledger(skip_views=True), {}
+        ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
+        step = _distil if isinstance(tracked.objective, DmdConfig) else _match_flow
         with mode, _as_on_devices(), _no_collection(), ledger:
-            for phase in STEPS[tracked.objective.name](TrackedRun(objective, engine, batch, updates)):
+            for phase in step(TrackedRun(objective, engine, batch, updates)):
                 found[phase] = max(found.get(phase, 0), ledger.lap())
         return found
-    finally:
-        dist.destroy_process_group()
 
 
 def tracked_config(config: PlanTrainingConfig) -> TrainConfig:
@@ -179,18 +167,15 @@ def _descend(engine: ShardedEngine, role: str, losses: Losses) -> None:
         engine.backward(role, loss)
 
 
-STEPS: dict[str, Callable[[TrackedRun], Iterator[str]]] = {"dmd": _distil, "flow_match": _match_flow}
-
-
 def _batch(work: Training) -> dict[str, Tensor]:
     """A batch of one rank, without values."""
-    job, model = work.job, work.model
+    recipe, model = work.recipe, work.model
     size, channels = (work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT), model.trunk.latent_channels
-    empty = lambda *shape: torch.empty(job.batch_size, *shape)  # noqa: E731
+    empty = lambda *shape: torch.empty(recipe.budget.batch_size, *shape)  # noqa: E731
     return {
-        "latents": empty(channels, job.window, *size),
+        "latents": empty(channels, recipe.data.window, *size),
         "ref": empty(channels, 1, *size),
-        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * job.window),
+        "audio": empty(model.audio.num_audio_layers, model.audio.audio_dim, FRAMES_PER_LATENT * recipe.data.window),
         "text": empty(model.text.text_len, model.text.text_dim),
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from sonic.checkpoint.load import shapes_of, without_memory
 from sonic.checkpoint.lora import NO_LORA
 from sonic.checkpoint.weights import to_official
 from sonic.config import ModelConfig
+from sonic.parallel import parallelize
 from sonic.parallel.context import context_of
 from sonic.parallel.mesh import make_world
-from sonic.parallel.parallel_config import ParallelConfig
-from sonic.parallel.parallelize import PARALLELIZERS, build_parallel_model
+from sonic.parallel.parallel_config import PLANS, ParallelConfig
+from sonic.parallel.parallelize import build_parallel_model
 
 RANKS, FILES, MIB = 4, 3, 2**20
 SAMPLE_S = 0.002
@@ -76,22 +78,19 @@ def sampled() -> Iterator[list[int]]:
 def growth(parallel: ParallelConfig, checkpoint: Path) -> tuple[int, int]:
     """How much the private memory of this rank grows from the empty model, cut for this rank, to the model with its weights; and
     the same at the worst moment on the way."""
-    world, plan, before = make_world(parallel, parallel.name, CPU), PARALLELIZERS[parallel.name], []
+    name = PLANS[parallel.name].parallelizer
+    world, plan, before = make_world(parallel, parallel.name, CPU), getattr(parallelize, name), []
 
     def allocate(*arguments) -> None:
         dist.barrier()
         before.append(private_memory())
         plan.allocate(*arguments)
 
-    PARALLELIZERS[parallel.name] = plan._replace(allocate=allocate)
-    try:
-        with sampled() as seen:
-            model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=NO_LORA, dtype=torch.float32)
-            dist.barrier()
-        assert next(model.parameters()).device == CPU  # the model is still there when memory is read
-        return seen[-1] - before[0], max(seen) - before[0]
-    finally:
-        PARALLELIZERS[parallel.name] = plan
+    with patch.object(parallelize, name, plan._replace(allocate=allocate)), sampled() as seen:
+        model = build_parallel_model(deep_config(), checkpoint, context_of(world, parallel), lora=NO_LORA, dtype=torch.float32)
+        dist.barrier()
+    assert next(model.parameters()).device == CPU  # the model is still there when memory is read
+    return seen[-1] - before[0], max(seen) - before[0]
 
 
 PARALLEL = {

@@ -9,7 +9,7 @@ import pytest
 
 from sonic.cli import Entry, compose
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
-from sonic.planner.plans import degree
+from sonic.planner.plans import token_ranks
 from sonic.planner.search import ranked, reason, search_plans
 from sonic.planner.step_time import Seconds
 from sonic.planner.video_candidates import candidates, fewer_steps
@@ -63,7 +63,7 @@ def test_ranks_that_share_tokens_have_equal_work_by_default():
     work = replace(workload(config), width=16 * 13, height=16 * 10)
     tokens, heads = work.query_tokens // work.latent_frames, work.model.trunk.num_heads
     assert tokens % 8 and not heads % 8
-    shares = {degree(parallel, config.hardware) for parallel in candidates(config.parallel, work, config.hardware)}
+    shares = {token_ranks(parallel, config.hardware) for parallel in candidates(config.parallel, work, config.hardware)}
     assert 2 in shares and not any(tokens % share or heads % share for share in shares)
 
 

@@ -16,7 +16,7 @@ from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner import extrapolate
 from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, memory_bytes, ring_bytes
 from sonic.planner.search import search_plans
-from sonic.planner.track import track, untracked
+from sonic.planner.track import track
 from sonic.planner.workload import Workload
 from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
@@ -46,7 +46,7 @@ XXL = {
 
 def tracked_gib(found):
     """The peak of every rank of the chosen plan, on fake tensors."""
-    return [max(rank.values()) for rank in track(found.work, found.hardware, found.chosen)]
+    return [max(rank.values()) for rank in track(found).ranks]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,11 @@ def tracked_gib(found):
         ("hardware=4x24gb", "parallel=fsdp", "parallel.cpu_offload=true"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=1", "parallel.unshard_unit=block"),
         ("hardware=4x24gb", "parallel=fsdp", "parallel.prefetch=2", "parallel.unshard_unit=linear"),
+        ("hardware=2x24gb", "parallel=pipeline", "sampler.sample_guide_scale=4"),
+        ("hardware=4x24gb", "parallel=context"),
+        ("hardware=2x24gb", "parallel=context", "model.rollout.clip_frames=24"),
+        ("hardware=4x24gb", "parallel=fsdp", "parallel.context=2"),
+        ("hardware=4x24gb", "parallel=pipeline", "parallel.context=2"),
     ],
 )
 def test_the_estimate_of_a_video_equals_the_tracked_memory(items):
@@ -96,11 +101,10 @@ def test_encoders_and_autoencoders_have_the_estimated_size():
         assert sizes({XXL["d_model"]: lambda: TextEncoder(XXL)}) == TEXT_NUMBERS
 
 
-@pytest.mark.parametrize("asked", [("parallel=zero3",), ("parallel=context",), ("parallel=fsdp", "parallel.context=2")])
-def test_plans_that_cannot_be_tracked_are_reported_as_estimates_only(asked):
-    found = search_plans(compose(PLAN, [*WIDE, "hardware=4x24gb", *asked]))
-    assert track(found.work, found.hardware, found.chosen) is None
-    assert "predicted only" in untracked(found.hardware, found.chosen)
+def test_a_plan_that_cannot_be_tracked_is_reported_as_an_estimate_only():
+    found = search_plans(compose(PLAN, [*WIDE, "hardware=4x24gb", "parallel=zero3"]))
+    assert not track(found).ranks
+    assert "predicted only" in track(found).reason
 
 
 @pytest.mark.parametrize(
