@@ -15,8 +15,8 @@ from skimage import data
 
 from sonic.cli import Entry, run_command
 from sonic.commands import convert_command, infer_command
-from sonic.config import JudgeConfig
 from sonic.data.video import VideoWriter
+from sonic.evaluation.judge_config import JudgeConfig
 
 
 @pytest.fixture(scope="module")

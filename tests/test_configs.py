@@ -15,6 +15,7 @@ import yaml
 
 import sonic.cli
 from sonic import option_names
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text, run_command
 from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import (
@@ -23,11 +24,10 @@ from sonic.config import (
     SAMPLERS,
     SCHEDULES,
     SPEECH_ENCODERS,
-    ConvertConfig,
-    JudgeConfig,
     parse_size,
 )
 from sonic.data.data_config import PrecomputeConfig
+from sonic.evaluation.judge_config import JudgeConfig
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.inference.components import DTYPES
 from sonic.inference.infer_config import BenchConfig, InferConfig

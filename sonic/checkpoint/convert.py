@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sonic.checkpoint import official
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Checkpoint
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.official import Component
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, write
 from sonic.checkpoint.weights import to_ours
-from sonic.config import ConvertConfig, ModelConfig
+from sonic.config import ModelConfig
 
 log = logging.getLogger("sonic.checkpoint")
 

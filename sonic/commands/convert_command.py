@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, launch
-from sonic.config import ConvertConfig
 from sonic.system.run_folder import Run
 
 log = logging.getLogger("sonic")

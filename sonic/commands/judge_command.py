@@ -6,7 +6,7 @@ import logging
 from functools import partial
 
 from sonic.cli import Entry, launch
-from sonic.config import JudgeConfig
+from sonic.evaluation.judge_config import JudgeConfig
 from sonic.system.run_folder import Run
 
 ENTRY = Entry(

@@ -13,12 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sonic.config import JudgeConfig
 from sonic.data.audio import envelope, load_soundtrack, load_speech
 from sonic.data.audio_decode import NoSound, track_seconds
 from sonic.data.image import load_image, portrait_of
 from sonic.data.video import timed_frames
 from sonic.evaluation import metrics
+from sonic.evaluation.judge_config import JudgeConfig
 from sonic.geometry import FPS
 from sonic.inference.conditions import fit_portrait
 from sonic.inference.inputs import PORTRAITS, RECORDINGS

@@ -13,9 +13,9 @@ from official_folder import write_official
 from video_files import read_frames, speech, talking, write
 
 from sonic.checkpoint.convert import DIRECTIONS
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.checkpoint.converted import Checkpoint
 from sonic.cli import Entry, compose
-from sonic.config import ConvertConfig
 from sonic.data import clips
 from sonic.data.clips import ClipDataset
 from sonic.data.data_config import PrecomputeConfig

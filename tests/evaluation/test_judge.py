@@ -11,10 +11,11 @@ from recordings import save_speech, voice
 
 from sonic.cli import run_command
 from sonic.commands import judge_command
-from sonic.config import FaceLocationConfig, JudgeConfig
+from sonic.config import FaceLocationConfig
 from sonic.data.audio import envelope, load_speech
 from sonic.data.video import VideoWriter
 from sonic.evaluation.judge import judge, pauses, sound_fault
+from sonic.evaluation.judge_config import JudgeConfig
 from sonic.types import Speech
 
 FACE = FaceLocationConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])

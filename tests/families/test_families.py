@@ -7,8 +7,9 @@ from dataclasses import fields
 import pytest
 from infer_command import untrained_components
 
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, group_choices
-from sonic.config import ConvertConfig, ModelConfig
+from sonic.config import ModelConfig
 from sonic.families import FAMILIES
 from sonic.families.family import Family, family_of
 from sonic.inference.infer_config import InferConfig

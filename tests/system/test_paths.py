@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, run_command
-from sonic.config import ConvertConfig, JudgeConfig
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.video import VideoWriter, check_output
+from sonic.evaluation.judge_config import JudgeConfig
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.system.paths import check_input, expanded, file_key, shown

@@ -1,0 +1,30 @@
+"""The options of the command convert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import LoraConfig, ModelConfig, one_of, option, require
+from sonic.families import FAMILIES
+
+
+@dataclass
+class ConvertConfig:
+    """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
+
+    source: str = option("", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or transformer's .safetensors")
+    output: str = option("", "the folder to make")
+    to: str = option("ready", "ready = the form that this program loads, or official = the transformer under its published names")
+    lora: LoraConfig = option(LoraConfig)
+    model: ModelConfig = option(ModelConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.to, ("ready", "official"), "to")
+        for name in ("source", "output"):
+            require(getattr(self, name) != "", f"{name}= is empty; name a folder")
+        lora = self.model.lora
+        unread = ("weights", self.model.weights, "source"), ("lora.path", lora.path, "lora.path"), ("lora.alpha", lora.alpha, "lora.alpha")
+        for name, value, instead in unread:
+            require(not value, f"model.{name}={value} is not read by a conversion; write {instead}={value}")
+        bare = self.to == "ready" and self.model.name in FAMILIES[self.model.family].adapted and not self.lora.path
+        require(not bare, f"model={self.model.name} is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")

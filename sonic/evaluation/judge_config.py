@@ -1,0 +1,22 @@
+"""The options of the command judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import PHOTO_SIZE, FaceLocationConfig, option, require
+
+
+@dataclass
+class JudgeConfig:
+    """Compare a finished video with the photograph and the recording it was made from; exit code 1 when its sound does not match."""
+
+    mp4: str = option("", "the MP4 to judge")
+    image: str = option("astronaut", "the photograph it was made from")
+    audio: str = option("sample", "the recording it was made from")
+    size: str = option(PHOTO_SIZE, "video.size it was made with")
+    json: str = option("", "JSON file to write the results to")
+    face: FaceLocationConfig = option(FaceLocationConfig)
+
+    def __post_init__(self) -> None:
+        require(self.mp4 != "", "mp4= is empty; name the MP4 to judge")
