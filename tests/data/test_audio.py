@@ -117,10 +117,6 @@ def test_a_bad_recording_gets_one_sentence_with_a_way_out(bad_files, name):
     assert str(caught.value).startswith("audio=") and ";" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_silence_can_be_allowed(tmp_path):
-    assert not load_speech(write_wav(tmp_path / "silent.wav", np.zeros(16_000)), allow_silence=True).samples.any()
-
-
 def test_a_cover_picture_does_not_make_a_recording_a_video(tmp_path):
     path = tmp_path / "cover.m4a"
     samples = tone(0.5, 44_100)
