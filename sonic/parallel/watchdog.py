@@ -29,7 +29,7 @@ from sonic.system.heartbeat import ACTIVITY, heartbeat
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
 HOLD_S = 5.0  # seconds that a rank has to end by itself after a fault
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 GONE = "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone"
 
 log = logging.getLogger("sonic")
