@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Event, Thread, get_ident
-from traceback import walk_stack
 from types import FrameType
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from sonic.system.heartbeat import ACTIVITY, heartbeat
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
 HOLD_S = 5.0  # seconds that a rank has to end by itself after a fault
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 GONE = "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone"
 
 log = logging.getLogger("sonic")
@@ -176,12 +175,14 @@ class Watchdog:
         return {rank: sign for rank, sign in signs.items() if sign}
 
 
-def _lines(frame: FrameType) -> str:
+def _lines(frame: FrameType | None) -> str:
     """The line that a thread executes, and the line of this package that called it; empty for a thread outside of this package."""
-    stack = [(os.path.basename(each.f_code.co_filename), line, each.f_code) for each, line in walk_stack(frame)]
-    ours = [each for each in stack if each[2].co_filename.startswith(PACKAGE)]
-    named = [f"{file}:{line} {code.co_name}" for file, line, code in (stack[0], *ours[:1])]
-    return ", called by ".join(dict.fromkeys(named)) if ours else ""
+    innermost = []
+    while frame and not frame.f_code.co_filename.startswith(PACKAGE):
+        innermost = innermost or [frame]
+        frame = frame.f_back
+    named = [f"{os.path.basename(each.f_code.co_filename)}:{each.f_lineno} {each.f_code.co_name}" for each in (*innermost, frame) if each]
+    return ", called by ".join(named) if frame else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
