@@ -134,7 +134,7 @@ def _of_all_layers(work: Workload, measure: Callable[[Workload], Footprint]) -> 
 def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL) -> Footprint:
     """Memory of a complete transformer that generates a block after prefill, or a clip. It runs twice: prefetching starts at the second."""
     latents, timestep, conditions = _inputs(work)
-    caches = _caches(model, work, conditions, execution)
+    caches = _caches(model, work, conditions=conditions, execution=execution)
 
     def run() -> None:
         for cache in caches[:1]:
@@ -152,7 +152,7 @@ def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL)
 def _blocks(work: Workload, execution: Execution) -> Footprint:
     """Memory of blocks alone, without embeddings and head, that run on the memory and then on a block."""
     model, (latents, timestep, conditions) = AvatarDiT(work.model), _inputs(work)
-    caches = _caches(model, work, conditions, execution)
+    caches = _caches(model, work, conditions=conditions, execution=execution)
     memory = model.embed_memory(conditions, execution.sequence)
     block, _ = model.embed_block(latents, timestep, model.prepare_block(conditions, _span(work)), sequence=execution.sequence)
 
@@ -216,7 +216,7 @@ def _inputs(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
     return torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32), torch.zeros(1), conditions
 
 
-def _caches(model: AvatarDiT, work: Workload, conditions: Conditions, execution: Execution) -> list[KVCache]:
+def _caches(model: AvatarDiT, work: Workload, *, conditions: Conditions, execution: Execution) -> list[KVCache]:
     """The KV caches of a stream, one for each guidance pass; none for clips."""
     passes = 0 if work.clip_frames else work.passes
     return [model.new_cache(conditions, steps=work.steps, execution=execution) for _ in range(passes)]
