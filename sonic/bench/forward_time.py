@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
         self._inputs: dict[tuple[int, ...], Tensor] = {}
 
     def __torch_function__(self, function: Callable, _types: object, *call: Any) -> object:
-        args, kwargs = call
+        args, kwargs = call if len(call) == 2 else (*call, {})  # torch leaves out keywords where there are none
         if function in (F.linear, torch.ops.mkldnn._linear_pointwise):
             x, weight, bias, *_ = args
             self.calls.append(partial(linear, self._like(x), weight, bias))
