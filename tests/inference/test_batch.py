@@ -185,13 +185,14 @@ def test_a_tilde_in_a_request_is_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_finished_videos_stay_when_a_job_is_stopped(keeps, tmp_path, capsys):
     def job(config, run) -> None:
-        (run.open() / "0001.mp4").touch()
+        folder = run.open()
         if keeps:
             run.keep()
+            (folder / "0001.mp4").touch()
         raise KeyboardInterrupt
 
     assert run_command(ENTRY, job, [f"run.folder={tmp_path / 'runs'}", "name=videos"]) == 130
-    assert (tmp_path / "runs/videos/0001.mp4").exists() == keeps
+    assert (tmp_path / "runs/videos/0001.mp4").exists() == (tmp_path / "runs").exists() == keeps
     assert ("what was finished stays" if keeps else "nothing was kept") in capsys.readouterr().err
 
 
