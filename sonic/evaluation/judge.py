@@ -16,7 +16,7 @@ from rich.table import Table
 from sonic.config import JudgeConfig
 from sonic.data.audio import envelope, load_soundtrack, load_speech
 from sonic.data.audio_decode import NoSound, track_seconds
-from sonic.data.image import load_portrait
+from sonic.data.faces import load_portrait
 from sonic.data.video import timed_frames
 from sonic.evaluation import metrics
 from sonic.geometry import FPS

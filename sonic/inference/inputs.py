@@ -16,7 +16,8 @@ import torch
 
 from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig
 from sonic.data.audio import load_speech
-from sonic.data.image import covering, load_image, portrait_of
+from sonic.data.faces import portrait_of
+from sonic.data.image import covering, load_image
 from sonic.data.live_audio import LiveAudio
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import clips_of, states_of

@@ -1,0 +1,245 @@
+"""The face that speaks in a photograph: where it is, where its mouth is, and why there is none.
+
+Views of the photograph are searched with BlazeFace, every face that it finds is read by FaceMesh, and confirmed by looking at it once
+more, upright and at the size that the detectors see best.  What is no face for the mesh is none: no video is better than a mouth on
+a meadow.  All coordinates are photo pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sonic.data.face_detector import LAYOUTS, Detection, FaceDetector, FaceMesh, Landmarks
+from sonic.data.image import load_image
+from sonic.types import Crop, FaceBox, Mouth, Portrait
+
+# Fitted by `sonic bench faces` to 500 drawn people of the training split, whose mouths and crops are known, so that the preview sees
+# real faces as it saw those in training (medians; the spread of the size is 5 %, that of the mouth's width 7 %)
+SIZE = 1.93  # side of the face box, in geometric means of the distance of the eyes and that from the eyes to the mouth
+WIDTH = 0.98  # the mouth's width in distances of the mesh's corners of it
+INNER = 0.3  # the middle of the mouth lies between the middle of its corners (0) and that of the inner edges of the lips (1)
+BOX_MIDDLE = 0.25  # the face box ends at the chin when its middle lies this far from the mouth to the eyes
+
+CANDIDATE, TRIED = 0.3, 6  # least score of a face that is read at all, and how many are read in a view
+CONFIDENT, CERTAIN = 0.5, 0.7  # confidence to accept a face, and to end the search
+NEAR = 0.3  # detections whose middles are closer, in sides of their boxes, are the same face
+TIE = 0.8  # a second face with at least this share of the first one's merit causes a warning
+TILES = (0.5, 0.25)  # sides of the enlarged views, in sides of the photo, for faces below 8 % and below 4 % of it
+SMALLEST_TILE = 200  # px: faces that need a smaller one have less than 32 px
+MARGINS = (1.0, 1.6)  # sides of the views of the whole photo: a face that fills it is seen better with a margin
+QUARTER_TURNS = (0.0, math.pi / 2, math.pi, -math.pi / 2)
+SMALLEST_FACE = 16  # px: least side of a given face box
+OVERRIDE = "face_box=[x,y,w,h] face.mouth=[x,y,half_width] in pixels of the photo"
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in a photo: its landmarks, and the confidence 0..1 that it is one."""
+
+    landmarks: Landmarks
+    confidence: float
+
+    @property
+    def angle(self) -> float:
+        """Roll in radians: the mean direction of the lines through the eyes and through the corners of the mouth."""
+        across = np.diff(self.landmarks.eye_centres, axis=0)[0] + np.diff(self.landmarks.corners, axis=0)[0]
+        return math.atan2(across[1], across[0])
+
+    @property
+    def mouth(self) -> Mouth:
+        """The mouth; of an open one, the middle between the lips."""
+        found = self.landmarks
+        x, y = (1 - INNER) * found.corners.mean(axis=0) + INNER * (found.upper_lip + found.lower_lip) / 2
+        return Mouth(float(x), float(y), WIDTH / 2 * math.dist(*found.corners), self.angle)
+
+    @property
+    def box(self) -> FaceBox:
+        """The square from the brows to the chin."""
+        eyes, mouth = self.landmarks.eye_centres, np.array([self.mouth.x, self.mouth.y])
+        down = math.dist(eyes.mean(axis=0), mouth)
+        side = SIZE * math.sqrt(math.dist(*eyes) * down)
+        x, y = mouth + BOX_MIDDLE * (eyes.mean(axis=0) - mouth) - side / 2
+        return FaceBox(float(x), float(y), side, side)
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The middle of the face box."""
+        return self.box.x + self.box.width / 2, self.box.y + self.box.height / 2
+
+
+class FaceFinder:
+    """Finds the faces of photos; holds the networks, so one thread uses it at a time."""
+
+    def __init__(self) -> None:
+        self._detectors, self._mesh = [FaceDetector(name) for name in LAYOUTS], FaceMesh()
+
+    def faces(self, pixels: np.ndarray) -> list[Face]:
+        """All faces of a photo, the surest first; the search ends as soon as one is certain.  pixels uint8 [H,W,3]"""
+        picture, found = Image.fromarray(pixels), []
+        for views in _search_order(*picture.size):
+            found = _distinct([*found, *self._seen(picture, views)])
+            if found and found[0].confidence >= CERTAIN:
+                break
+        return found
+
+    def face_in(self, pixels: np.ndarray, box: FaceBox) -> Face | None:
+        """The surest face whose middle lies in a box; None when there is none."""
+        middle, side = (box.x + box.width / 2, box.y + box.height / 2), max(box.width, box.height)
+        picture, inside = Image.fromarray(pixels), []
+        for turn in QUARTER_TURNS:
+            faces = self._seen(picture, [Crop(*middle, 2 * side, turn, 1)])
+            inside += [
+                face
+                for face in faces
+                if abs(face.middle[0] - middle[0]) < box.width / 2 and abs(face.middle[1] - middle[1]) < box.height / 2
+            ]
+            if any(face.confidence >= CERTAIN for face in inside):
+                break
+        return max(inside, key=lambda face: face.confidence, default=None)
+
+    def follow(self, pixels: np.ndarray, last: Landmarks) -> Landmarks:
+        """The landmarks of a face in the next frame of a video."""
+        return self._mesh(Image.fromarray(pixels), last.view, rounds=1)
+
+    def _seen(self, picture: Image.Image, views: Iterable[Crop]) -> list[Face]:
+        """The faces in these views."""
+        detections = (found for view in views for detector in self._detectors for found in detector(picture, view, CANDIDATE)[:TRIED])
+        kept: list[Detection] = []
+        for found in sorted(detections, key=lambda found: -found.score):
+            if all(math.dist(found.middle, other.middle) > NEAR * max(found.side, other.side) for other in kept):
+                kept.append(found)
+        read = (self._mesh(picture, found.view()) for found in kept)
+        return [Face(landmarks, landmarks.presence * self._confirmed(picture, landmarks)) for landmarks in read]
+
+    def _confirmed(self, picture: Image.Image, landmarks: Landmarks) -> float:
+        """Score of a face in its own upright view; 0 when the detector sees its eyes elsewhere than the mesh."""
+        if landmarks.presence < CONFIDENT:
+            return landmarks.presence  # is refused anyway
+        view, eyes = replace(landmarks.view, side=2 * landmarks.view.side), landmarks.eye_centres
+        again = self._detectors[0](picture, view, CANDIDATE)
+        return max((found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2), default=0.0)
+
+
+def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
+    """A photo with its face and mouth, which can be given: [x, y, w, h], and [x, y, half_width(, angle in radians)].
+
+    Without them the largest, most central face speaks, with a warning when several are equally good.
+    Raises ValueError when no face is certain enough, or what is given is no box or mouth in the photo.
+    """
+    box = None if face_box is None else _checked_box(pixels, face_box)
+    given = None if mouth is None else _checked_mouth(pixels, mouth)
+    if box is None or given is None or len(mouth) == 3:
+        face = _face_of(pixels) if box is None else FaceFinder().face_in(pixels, box)
+        box = box or face.box
+        if given is not None and len(mouth) == 3:
+            given = replace(given, angle=0.0 if face is None else face.angle)
+        if given is None and (face is None or face.confidence < CONFIDENT):
+            raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
+        given = given or face.mouth
+    # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
+    face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
+    x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
+    return Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)))
+
+
+def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
+    """The photo in a file with its face and mouth, as in `portrait_of`."""
+    return portrait_of(load_image(path), face_box, mouth)
+
+
+def _face_of(pixels: np.ndarray) -> Face:
+    """The face of a photo that speaks. Raises ValueError when none is certain enough; warns when several are equally good."""
+    found = FaceFinder().faces(pixels)
+    faces = [face for face in found if face.confidence >= CONFIDENT]
+    if not faces:
+        seen = f", but something like one{_seen_there(found[0])}" if found else ""
+        size = f"{pixels.shape[1]}x{pixels.shape[0]} px"
+        raise ValueError(f"no face is seen in the photo ({size}){seen}; use a photo in which a face is clearly visible, or give {OVERRIDE}")
+    return _choose(faces, pixels.shape[1], pixels.shape[0])
+
+
+def _seen_there(face: Face | None) -> str:
+    if face is None:
+        return ""
+    return f" at {_in_words(face.box)} with confidence {face.confidence:.2f} (at least {CONFIDENT} is needed)"
+
+
+def _in_words(box: FaceBox) -> str:
+    return "[" + ",".join(f"{value:.0f}" for value in astuple(box)) + "]"
+
+
+def _choose(faces: Sequence[Face], wide: int, high: int) -> Face:
+    """Choose the largest, most central, surest face; the leftmost of equally good ones."""
+
+    def merit(face: Face) -> float:
+        off = math.hypot((face.middle[0] - wide / 2) / wide, (face.middle[1] - high / 2) / high)
+        return face.box.width * face.confidence * math.exp(-2 * off**2)
+
+    best = max(merit(face) for face in faces)
+    equals = sorted((face for face in faces if merit(face) >= TIE * best), key=lambda face: face.middle[0])
+    if len(equals) > 1:
+        warnings.warn(
+            f"{len(equals)} faces are equally good: the leftmost, {_in_words(equals[0].box)}, was taken; face_box=[x,y,w,h] chooses",
+            stacklevel=4,
+        )
+    return equals[0]
+
+
+def _distinct(faces: Iterable[Face]) -> list[Face]:
+    """The faces, the surest first, without those that were found before in another view."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: -face.confidence):
+        if all(math.dist(face.middle, other.middle) > max(face.box.width, other.box.width) / 2 for other in kept):
+            kept.append(face)
+    return kept
+
+
+def _search_order(wide: int, high: int) -> Iterator[list[Crop]]:
+    """Views of a photo, in groups that are searched one after the other: whole, enlarged parts, and whole after quarter turns."""
+    side = max(wide, high)
+    for margin in MARGINS:
+        yield [Crop(wide / 2, high / 2, margin * side, 0.0, 1)]
+    yield [
+        Crop(x, y, share * side, 0.0, 1)
+        for share in TILES
+        if share * side >= SMALLEST_TILE
+        for y in _middles(high, share * side)
+        for x in _middles(wide, share * side)
+    ]
+    yield [Crop(wide / 2, high / 2, margin * side, turn, 1) for turn in QUARTER_TURNS[1:] for margin in MARGINS[:1]]
+
+
+def _middles(length: int, tile: float) -> np.ndarray:
+    """Middles of tiles that cover a length and overlap by half."""
+    count = max(1, math.ceil(2 * length / tile) - 1)
+    return np.linspace(tile / 2, length - tile / 2, count) if count > 1 else np.array([length / 2])
+
+
+def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
+    give = "give it as face_box=[x,y,w,h] in pixels of the photo"
+    if len(face_box) != 4:
+        raise ValueError(f"face_box={list(face_box)} has {len(face_box)} numbers; {give}")
+    box = FaceBox(*(float(number) for number in face_box))
+    high, wide = pixels.shape[:2]
+    if not (0 <= box.x + box.width / 2 <= wide and 0 <= box.y + box.height / 2 <= high and max(box.width, box.height) <= 2 * max(wide, high)):
+        raise ValueError(f"face_box={list(face_box)} leaves the photo, which is {wide}x{high} px; {give}")
+    if min(box.width, box.height) < SMALLEST_FACE:
+        raise ValueError(f"face_box={list(face_box)} is too small for a face: at least {SMALLEST_FACE} px a side; {give}")
+    return box
+
+
+def _checked_mouth(pixels: np.ndarray, mouth: Sequence[float]) -> Mouth:
+    high, wide = pixels.shape[:2]
+    if len(mouth) not in (3, 4):
+        raise ValueError(f"mouth={list(mouth)} has {len(mouth)} numbers; give [x, y, half_width] in pixels of the photo")
+    given = Mouth(*(float(number) for number in mouth))
+    if not (0 <= given.x <= wide and 0 <= given.y <= high) or not 2 <= given.half_width <= wide / 2:
+        raise ValueError(f"mouth={list(mouth)} does not lie in the photo ({wide}x{high} px); give [x, y, half_width] in its pixels")
+    return given
