@@ -17,6 +17,7 @@ from rich.table import Table
 
 from sonic.bench.arithmetic import gemm_fraction
 from sonic.bench.dit_forward import bench_dit
+from sonic.bench.face_finding import bench_faces
 from sonic.bench.plan_check import bench_fit
 from sonic.bench.scaling import bench_scaling
 from sonic.config import ModelConfig, Ranks, parse_size
@@ -73,7 +74,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     }
 
 
-BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling}
+BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling, "faces": bench_faces}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -151,7 +151,10 @@ class FaceMesh:
             points, presence = self._read(shown)
             if last == 0:
                 mirrored, _ = self._read(shown[:, ::-1])
-        one, other = _landmarks(points, view, presence), _landmarks(mirrored * (-1, 1) + (1, 0), view, presence, order=slice(None, None, -1))
+        one, other = (
+            _landmarks(points, view, presence),
+            _landmarks(mirrored * (-1, 1) + (1, 0), view, presence, order=slice(None, None, -1)),
+        )
         means = {name: (getattr(one, name) + getattr(other, name)) / 2 for name in ("eyes", "corners", "upper_lip", "lower_lip")}
         return replace(one, **means)
 

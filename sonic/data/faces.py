@@ -27,9 +27,11 @@ WIDTH = 0.98  # the mouth's width in distances of the mesh's corners of it
 INNER = 0.3  # the middle of the mouth lies between the middle of its corners (0) and that of the inner edges of the lips (1)
 BOX_MIDDLE = 0.25  # the face box ends at the chin when its middle lies this far from the mouth to the eyes
 
+FULL_RANGE, BOTH = "face_detection_full_range", tuple(LAYOUTS)
 CANDIDATE, TRIED = 0.3, 6  # least score of a face that is read at all, and how many are read in a view
 CONFIDENT, CERTAIN = 0.5, 0.7  # confidence to accept a face, and to end the search
 NEAR = 0.3  # detections whose middles are closer, in sides of their boxes, are the same face
+HARDLY = 0.05  # confidence below which an error does not speak of what was seen
 TIE = 0.8  # a second face with at least this share of the first one's merit causes a warning
 TILES = (0.5, 0.25)  # sides of the enlarged views, in sides of the photo, for faces below 8 % and below 4 % of it
 SMALLEST_TILE = 200  # px: faces that need a smaller one have less than 32 px
@@ -78,13 +80,13 @@ class FaceFinder:
     """Finds the faces of photos; holds the networks, so one thread uses it at a time."""
 
     def __init__(self) -> None:
-        self._detectors, self._mesh = [FaceDetector(name) for name in LAYOUTS], FaceMesh()
+        self._detectors, self._mesh = {name: FaceDetector(name) for name in LAYOUTS}, FaceMesh()
 
     def faces(self, pixels: np.ndarray) -> list[Face]:
         """All faces of a photo, the surest first; the search ends as soon as one is certain.  pixels uint8 [H,W,3]"""
         picture, found = Image.fromarray(pixels), []
-        for views in _search_order(*picture.size):
-            found = _distinct([*found, *self._seen(picture, views)])
+        for names, views in _search_order(*picture.size):
+            found = _distinct([*found, *self._seen(picture, views, names)])
             if found and found[0].confidence >= CERTAIN:
                 break
         return found
@@ -94,7 +96,7 @@ class FaceFinder:
         middle, side = (box.x + box.width / 2, box.y + box.height / 2), max(box.width, box.height)
         picture, inside = Image.fromarray(pixels), []
         for turn in QUARTER_TURNS:
-            faces = self._seen(picture, [Crop(*middle, 2 * side, turn, 1)])
+            faces = self._seen(picture, [Crop(*middle, 2 * side, turn, 1)], BOTH)
             inside += [
                 face
                 for face in faces
@@ -104,27 +106,31 @@ class FaceFinder:
                 break
         return max(inside, key=lambda face: face.confidence, default=None)
 
-    def follow(self, pixels: np.ndarray, last: Landmarks) -> Landmarks:
-        """The landmarks of a face in the next frame of a video."""
-        return self._mesh(Image.fromarray(pixels), last.view, rounds=1)
+    def follow(self, frame: np.ndarray, last: Landmarks) -> Landmarks | None:
+        """The landmarks of a face in a frame of a video near the one that has the landmarks `last`; None when it is not seen there."""
+        seen = self._mesh(Image.fromarray(frame), last.view, rounds=1)
+        return seen if seen.presence >= CONFIDENT else None
 
-    def _seen(self, picture: Image.Image, views: Iterable[Crop]) -> list[Face]:
-        """The faces in these views."""
-        detections = (found for view in views for detector in self._detectors for found in detector(picture, view, CANDIDATE)[:TRIED])
+    def _seen(self, picture: Image.Image, views: Sequence[Crop], names: Sequence[str]) -> list[Face]:
+        """The faces that these detectors find in these views."""
+        looks = [(self._detectors[name], view) for view in views for name in names]
+        detections = (found for detector, view in looks for found in detector(picture, view, CANDIDATE)[:TRIED])
         kept: list[Detection] = []
         for found in sorted(detections, key=lambda found: -found.score):
             if all(math.dist(found.middle, other.middle) > NEAR * max(found.side, other.side) for other in kept):
                 kept.append(found)
         read = (self._mesh(picture, found.view()) for found in kept)
-        return [Face(landmarks, landmarks.presence * self._confirmed(picture, landmarks)) for landmarks in read]
+        return [Face(landmarks, self._confidence(picture, landmarks)) for landmarks in read]
 
-    def _confirmed(self, picture: Image.Image, landmarks: Landmarks) -> float:
-        """Score of a face in its own upright view; 0 when the detector sees its eyes elsewhere than the mesh."""
+    def _confidence(self, picture: Image.Image, landmarks: Landmarks) -> float:
+        """The lesser of the mesh's presence and the detector's score for the face in its own upright view, where it must see the same
+        eyes."""
         if landmarks.presence < CONFIDENT:
-            return landmarks.presence  # is refused anyway
+            return landmarks.presence
         view, eyes = replace(landmarks.view, side=2 * landmarks.view.side), landmarks.eye_centres
-        again = self._detectors[0](picture, view, CANDIDATE)
-        return max((found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2), default=0.0)
+        again = self._detectors[FULL_RANGE](picture, view, CANDIDATE)
+        same = (found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2)
+        return min(landmarks.presence, max(same, default=0.0))
 
 
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
@@ -136,7 +142,8 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     box = None if face_box is None else _checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
     if box is None or given is None or len(mouth) == 3:
-        face = _face_of(pixels) if box is None else FaceFinder().face_in(pixels, box)
+        finder = FaceFinder()
+        face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
         box = box or face.box
         if given is not None and len(mouth) == 3:
             given = replace(given, angle=0.0 if face is None else face.angle)
@@ -154,12 +161,15 @@ def load_portrait(path: str | Path, face_box: Sequence[float] | None = None, mou
     return portrait_of(load_image(path), face_box, mouth)
 
 
-def _face_of(pixels: np.ndarray) -> Face:
-    """The face of a photo that speaks. Raises ValueError when none is certain enough; warns when several are equally good."""
-    found = FaceFinder().faces(pixels)
+def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:
+    """The largest, most central face of a photo, uint8 [H,W,3].
+
+    Raises ValueError when none is certain enough; warns when several are equally good, and takes the leftmost.
+    """
+    found = finder.faces(pixels)
     faces = [face for face in found if face.confidence >= CONFIDENT]
     if not faces:
-        seen = f", but something like one{_seen_there(found[0])}" if found else ""
+        seen = f", but something like one{_seen_there(found[0])}" if found and found[0].confidence >= HARDLY else ""
         size = f"{pixels.shape[1]}x{pixels.shape[0]} px"
         raise ValueError(f"no face is seen in the photo ({size}){seen}; use a photo in which a face is clearly visible, or give {OVERRIDE}")
     return _choose(faces, pixels.shape[1], pixels.shape[0])
@@ -201,19 +211,23 @@ def _distinct(faces: Iterable[Face]) -> list[Face]:
     return kept
 
 
-def _search_order(wide: int, high: int) -> Iterator[list[Crop]]:
-    """Views of a photo, in groups that are searched one after the other: whole, enlarged parts, and whole after quarter turns."""
+def _search_order(wide: int, high: int) -> Iterator[tuple[Sequence[str], list[Crop]]]:
+    """The detectors and the views of a photo that are searched with them, one group after the other: whole, enlarged parts, and whole
+    after quarter turns. Where the views are many, only the faster detector looks, which sees faces of every size."""
     side = max(wide, high)
     for margin in MARGINS:
-        yield [Crop(wide / 2, high / 2, margin * side, 0.0, 1)]
-    yield [
-        Crop(x, y, share * side, 0.0, 1)
-        for share in TILES
-        if share * side >= SMALLEST_TILE
-        for y in _middles(high, share * side)
-        for x in _middles(wide, share * side)
-    ]
-    yield [Crop(wide / 2, high / 2, margin * side, turn, 1) for turn in QUARTER_TURNS[1:] for margin in MARGINS[:1]]
+        yield BOTH, [Crop(wide / 2, high / 2, margin * side, 0.0, 1)]
+    yield (
+        [FULL_RANGE],
+        [
+            Crop(x, y, share * side, 0.0, 1)
+            for share in TILES
+            if share * side >= SMALLEST_TILE
+            for y in _middles(high, share * side)
+            for x in _middles(wide, share * side)
+        ],
+    )
+    yield [FULL_RANGE], [Crop(wide / 2, high / 2, margin * side, turn, 1) for turn in QUARTER_TURNS[1:] for margin in MARGINS]
 
 
 def _middles(length: int, tile: float) -> np.ndarray:
@@ -228,7 +242,9 @@ def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
         raise ValueError(f"face_box={list(face_box)} has {len(face_box)} numbers; {give}")
     box = FaceBox(*(float(number) for number in face_box))
     high, wide = pixels.shape[:2]
-    if not (0 <= box.x + box.width / 2 <= wide and 0 <= box.y + box.height / 2 <= high and max(box.width, box.height) <= 2 * max(wide, high)):
+    if not (
+        0 <= box.x + box.width / 2 <= wide and 0 <= box.y + box.height / 2 <= high and max(box.width, box.height) <= 2 * max(wide, high)
+    ):
         raise ValueError(f"face_box={list(face_box)} leaves the photo, which is {wide}x{high} px; {give}")
     if min(box.width, box.height) < SMALLEST_FACE:
         raise ValueError(f"face_box={list(face_box)} is too small for a face: at least {SMALLEST_FACE} px a side; {give}")

@@ -59,6 +59,7 @@ def write_video(
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
         sampling=sampling_of(settings.sampler, components.weights, components.dtype),
+        face=inputs.location,
     )
 
 

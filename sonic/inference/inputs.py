@@ -100,9 +100,10 @@ def open_portrait(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Input
             raise ValueError(f"{option}={value}: model={config.model.name} moves one face and follows no video; use a published model")
     speech = memory.speech_of(config)
     portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
-    locations = (",".join(f"{value:.10g}" for value in astuple(location)) for location in (portrait.face, portrait.mouth))
-    log.info("face_box=[%s] face.mouth=[%s]", *locations)
-    return Inputs(fit_portrait(portrait, config.video.size), speech, _length(config, memory, speech), config.seed)
+    location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
+    log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
+    fitted, frames = fit_portrait(portrait, config.video.size), _length(config, memory, speech)
+    return Inputs(fitted, speech, frames, config.seed, location=location)
 
 
 def open_picture(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
