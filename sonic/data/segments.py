@@ -27,8 +27,8 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 FACE_CROP = 96  # side of the face crop in which changes of the scene are measured
 SMOOTH, SLOW = 3, 25  # frames of the running mean over the tracks, and of the one that is subtracted to remove changes of posture
 CUT = 25.0  # mean change of the face crop between frames, in grey levels, above which a new scene begins
-BETTER, ENOUGH_S = 0.15, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
-MOVES = 0.01  # standard deviation of the mouth's opening, in distances of the eyes, below which the mouth is still
+BETTER, ENOUGH_S = 0.25, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
+MOVES = 0.004  # standard deviation of the mouth's opening, in distances of the eyes, below which the mouth is still
 SPAN_S = 1.0  # largest lag that is tried, in seconds, in both directions
 
 
