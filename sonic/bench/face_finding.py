@@ -34,7 +34,7 @@ WITHOUT_FACES = [name for name in TEXTURES if name != "camera"]  # the bundled p
 
 
 @dataclass(frozen=True)
-class Sample:
+class VariedPortrait:
     """A picture with a face: where its mouth is [2] and how wide the face is, in px."""
 
     picture: Image.Image
@@ -86,7 +86,7 @@ def varied_portraits(finder: FaceFinder, folder: str) -> dict:
         if face is None:
             figures[path.name], tried = "not found", tried + VARIATIONS
             continue
-        sample = Sample(Image.fromarray(pixels), np.array([face.mouth.x, face.mouth.y]), face.box.width)
+        sample = VariedPortrait(Image.fromarray(pixels), np.array([face.mouth.x, face.mouth.y]), face.box.width)
         for name, varied in variations(sample):
             upright = image_in_memory if "exif" in varied.picture.info else np.array  # which takes smaller pictures too
             seen = _speaker(finder, upright(varied.picture))
@@ -131,7 +131,7 @@ def fitted_constants(finder: FaceFinder) -> dict:
     return {**words, "INNER": f"{towards @ wanted / (towards @ towards):.2f}", "share of the crop": f"{MOUTH_UNIT}"}
 
 
-def variations(sample: Sample) -> Iterator[tuple[str, Sample]]:
+def variations(sample: VariedPortrait) -> Iterator[tuple[str, VariedPortrait]]:
     """VARIATIONS of a portrait by name: each of CHANGES, then random pairs of them."""
     rng, names = np.random.default_rng(0), list(CHANGES)
     for number in range(VARIATIONS):
@@ -143,7 +143,7 @@ def variations(sample: Sample) -> Iterator[tuple[str, Sample]]:
         yield " + ".join(chosen), varied
 
 
-def _turned(sample: Sample, degrees: float) -> Sample:
+def _turned(sample: VariedPortrait, degrees: float) -> VariedPortrait:
     """Turn a portrait clockwise."""
     picture = sample.picture.rotate(-degrees, Image.Resampling.BICUBIC, expand=True, fillcolor=(120, 120, 120))
     angle, old, new = math.radians(degrees), np.array(sample.picture.size) / 2, np.array(picture.size) / 2
@@ -155,7 +155,7 @@ def _turned(sample: Sample, degrees: float) -> Sample:
     )
 
 
-def _by_exif(sample: Sample, tag: int, turn: Image.Transpose) -> Sample:
+def _by_exif(sample: VariedPortrait, tag: int, turn: Image.Transpose) -> VariedPortrait:
     """The same portrait, stored turned, with the EXIF orientation that undoes it."""
     picture = sample.picture.transpose(turn)
     exif = Image.Exif()
@@ -164,45 +164,45 @@ def _by_exif(sample: Sample, tag: int, turn: Image.Transpose) -> Sample:
     return replace(sample, picture=picture)
 
 
-def _mirrored(sample: Sample) -> Sample:
+def _mirrored(sample: VariedPortrait) -> VariedPortrait:
     picture = sample.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return replace(sample, picture=picture, mouth=np.array([picture.width - sample.mouth[0], sample.mouth[1]]))
 
 
-def _sized(sample: Sample, longest: int) -> Sample:
+def _sized(sample: VariedPortrait, longest: int) -> VariedPortrait:
     """Scale a portrait to this longer side in px."""
     scale = longest / max(sample.picture.size)
     size = [max(1, round(length * scale)) for length in sample.picture.size]
-    return Sample(sample.picture.resize(size, Image.Resampling.LANCZOS), sample.mouth * scale, sample.width * scale)
+    return VariedPortrait(sample.picture.resize(size, Image.Resampling.LANCZOS), sample.mouth * scale, sample.width * scale)
 
 
-def _near_head(sample: Sample, margins: tuple[float, float, float, float]) -> Sample:
+def _near_head(sample: VariedPortrait, margins: tuple[float, float, float, float]) -> VariedPortrait:
     """Cut a portrait at these distances from the mouth to the left, top, right and bottom, in widths of the face."""
     left, top, right, bottom = (margin * sample.width for margin in margins)
     x, y = sample.mouth
     low = np.maximum(0, [x - left, y - top]).astype(int)
     high = np.minimum(sample.picture.size, [x + right, y + bottom]).astype(int)
-    return Sample(sample.picture.crop((*low.tolist(), *high.tolist())), sample.mouth - low, sample.width)
+    return VariedPortrait(sample.picture.crop((*low.tolist(), *high.tolist())), sample.mouth - low, sample.width)
 
 
-def _pixelwise(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sample], Sample]:
+def _pixelwise(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[VariedPortrait], VariedPortrait]:
     """A change of all pixels, float [H,W,3] in 0..255."""
 
-    def changed(sample: Sample) -> Sample:
+    def changed(sample: VariedPortrait) -> VariedPortrait:
         pixels = change(np.asarray(sample.picture, np.float32)).clip(0, 255).astype(np.uint8)
         return replace(sample, picture=Image.fromarray(pixels))
 
     return changed
 
 
-def _compressed(sample: Sample, quality: int) -> Sample:
+def _compressed(sample: VariedPortrait, quality: int) -> VariedPortrait:
     file = io.BytesIO()
     sample.picture.save(file, "JPEG", quality=quality)
     return replace(sample, picture=Image.open(file).convert("RGB"))
 
 
 HEAD = (1.6, 2.2, 1.6, 1.4)  # margins around the head
-CHANGES: dict[str, Callable[[Sample], Sample]] = {
+CHANGES: dict[str, Callable[[VariedPortrait], VariedPortrait]] = {
     "mirrored": _mirrored,
     "grey": _pixelwise(lambda pixels: pixels.mean(-1, keepdims=True).repeat(3, -1)),
     "3 stops darker": _pixelwise(lambda pixels: 255 * (((pixels / 255) ** 2.2 / 8) ** (1 / 2.2))),

@@ -102,7 +102,7 @@ def test_the_lips_of_a_real_face_are_read_as_they_move(tmp_path, angle):
     motion, _, _ = measure_video(tmp_path / "talks.mp4", portrait)
     pixels = [np.abs(frame.astype(float) - portrait.pixels)[mouth_window(portrait)].mean() for frame in read_frames(tmp_path / "talks.mp4")]
     assert metrics.correlation(motion, visemes[:, 0].numpy()) > 0.95 and metrics.correlation(motion, np.array(pixels)) > 0.8
-    assert motion.max() > 0.1 and abs(motion[0]) < 0.03  # in distances of the eyes, from rest
+    assert motion.max() > 0.05 and abs(motion[0]) < 0.03  # in distances of the eyes, from rest
 
 
 def test_damage_counts_by_its_mean_square_over_all_frames(folder):
