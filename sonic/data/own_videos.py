@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sonic.data import clips
 from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
+from sonic.data.faces import FaceFinder
 from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_signed
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
@@ -60,6 +61,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     added. Raises ValueError when there is no video, or when no video gives a clip (the report says why).
     """
     source, folder = Path(config.data.source), Path(config.folder)
+    FaceFinder()  # raises when the networks are missing, which would look like damage in every video
     shards = {_name(path, config): path for path in find_videos(source)}
     folder.mkdir(parents=True, exist_ok=True)
     existing = {name for name in shards if whole(folder / name)}

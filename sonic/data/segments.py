@@ -108,11 +108,11 @@ def _inspect(pictures: list[np.ndarray], samples: np.ndarray, *, first: int, con
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
         return Segment(first, frames, "silent")
-    middle = pictures[1 + frames // 2]
+    middle, finder = pictures[1 + frames // 2], FaceFinder()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about several faces: the same one is taken as in a photograph
-            face = find_speaker(middle, finder := FaceFinder())
+            face = find_speaker(middle, finder)
     except ValueError:
         return Segment(first, frames, "no face")
     portrait = Portrait(middle, face.box, face.mouth)
