@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,9 @@ MARGINS = (1.0, 1.6)  # sides of the views of the whole photo: a face that fills
 QUARTER_TURNS = (0.0, math.pi / 2, math.pi, -math.pi / 2)
 SMALLEST_FACE = 16  # px: least side of a given face box
 OVERRIDE = "face_box=[x,y,w,h] face.mouth=[x,y,half_width] in pixels of the photo"
+
+
+Views = tuple[Sequence[str], Sequence[Crop]]  # names of detectors, and what they look at
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Face:
     @property
     def middle(self) -> tuple[float, float]:
         """The middle of the face box."""
-        return self.box.x + self.box.width / 2, self.box.y + self.box.height / 2
+        return _middle(self.box)
 
 
 class FaceFinder:
@@ -84,32 +87,30 @@ class FaceFinder:
 
     def faces(self, pixels: np.ndarray) -> list[Face]:
         """All faces of a photo, the surest first; the search ends as soon as one is certain.  pixels uint8 [H,W,3]"""
-        picture, found = Image.fromarray(pixels), []
-        for names, views in _search_order(*picture.size):
-            found = _distinct([*found, *self._seen(picture, views, names)])
-            if found and found[0].confidence >= CERTAIN:
-                break
-        return found
+        picture = Image.fromarray(pixels)
+        return self._search(picture, _search_order(*picture.size), lambda face: True)
 
     def face_in(self, pixels: np.ndarray, box: FaceBox) -> Face | None:
         """The surest face whose middle lies in a box; None when there is none."""
-        middle, side = (box.x + box.width / 2, box.y + box.height / 2), max(box.width, box.height)
-        picture, inside = Image.fromarray(pixels), []
-        for turn in QUARTER_TURNS:
-            faces = self._seen(picture, [Crop(*middle, 2 * side, turn, 1)], BOTH)
-            inside += [
-                face
-                for face in faces
-                if abs(face.middle[0] - middle[0]) < box.width / 2 and abs(face.middle[1] - middle[1]) < box.height / 2
-            ]
-            if any(face.confidence >= CERTAIN for face in inside):
-                break
-        return max(inside, key=lambda face: face.confidence, default=None)
+        picture, middle, side = Image.fromarray(pixels), np.array(_middle(box)), max(box.width, box.height)
+        order = [next(_search_order(*picture.size))]  # which gives the same numbers as a search without the box
+        order += [(BOTH, [Crop(*middle, 2 * side, turn, 1)]) for turn in QUARTER_TURNS]
+        inside = lambda face: (np.abs(face.middle - middle) < np.array([box.width, box.height]) / 2).all()  # noqa: E731 - a predicate
+        return next(iter(self._search(picture, order, inside)), None)
 
     def follow(self, frame: np.ndarray, last: Landmarks) -> Landmarks | None:
         """The landmarks of a face in a frame of a video near the one that has the landmarks `last`; None when it is not seen there."""
         seen = self._mesh(Image.fromarray(frame), last.view)
         return seen if seen.presence >= CONFIDENT else None
+
+    def _search(self, picture: Image.Image, order: Iterable[Views], wanted: Callable[[Face], bool]) -> list[Face]:
+        """The wanted faces of the groups of views until one is certain, the surest first."""
+        found: list[Face] = []
+        for names, views in order:
+            found = _distinct([*found, *filter(wanted, self._seen(picture, views, names))])
+            if found and found[0].confidence >= CERTAIN:
+                break
+        return found
 
     def _seen(self, picture: Image.Image, views: Sequence[Crop], names: Sequence[str]) -> list[Face]:
         """The faces that these detectors find in these views."""
@@ -123,14 +124,13 @@ class FaceFinder:
         return [Face(landmarks, self._confidence(picture, landmarks)) for landmarks in read]
 
     def _confidence(self, picture: Image.Image, landmarks: Landmarks) -> float:
-        """The lesser of the mesh's presence and the detector's score for the face in its own upright view, where it must see the same
-        eyes."""
+        """The mesh's presence times the detector's score for the face in its own upright view, where it must see the same eyes."""
         if landmarks.presence < CONFIDENT:
-            return landmarks.presence
+            return landmarks.presence  # too little, whatever the detector says
         view, eyes = replace(landmarks.view, side=2 * landmarks.view.side), landmarks.eye_centres
         again = self._detectors[FULL_RANGE](picture, view, CANDIDATE)
         same = (found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2)
-        return min(landmarks.presence, max(same, default=0.0))
+        return landmarks.presence * max(same, default=0.0)
 
 
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
@@ -202,6 +202,10 @@ def _choose(faces: Sequence[Face], wide: int, high: int) -> Face:
     return equals[0]
 
 
+def _middle(box: FaceBox) -> tuple[float, float]:
+    return box.x + box.width / 2, box.y + box.height / 2
+
+
 def _distinct(faces: Iterable[Face]) -> list[Face]:
     """The faces, the surest first, without those that were found before in another view."""
     kept: list[Face] = []
@@ -211,7 +215,7 @@ def _distinct(faces: Iterable[Face]) -> list[Face]:
     return kept
 
 
-def _search_order(wide: int, high: int) -> Iterator[tuple[Sequence[str], list[Crop]]]:
+def _search_order(wide: int, high: int) -> Iterator[Views]:
     """The detectors and the views of a photo that are searched with them, one group after the other: whole, enlarged parts, and whole
     after quarter turns. Where the views are many, only the faster detector looks, which sees faces of every size."""
     side = max(wide, high)
