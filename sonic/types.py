@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -172,7 +172,7 @@ class Inputs:
     prompts for models that read text.
 
     With several speakers `speech` is their mix, `voices` the separate recordings, and `masks` [voices,H,W] the area of each speaker;
-    `pose` uint8 [F,H,W,3] is a video of poses to follow.
+    `pose` uint8 [F,H,W,3] is a video of poses to follow. `location` is where face and mouth are in the photograph, as options.
     """
 
     portrait: Portrait
@@ -185,6 +185,7 @@ class Inputs:
     voices: tuple[Speech, ...] = ()
     masks: np.ndarray | None = None
     pose: np.ndarray | None = None
+    location: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

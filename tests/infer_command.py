@@ -33,7 +33,7 @@ TINY = (
     "sampler.sample_steps=1",
     "device=cpu",
 )
-FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22]")  # of the astronaut, to skip the detection
+FACE = ("face_box=[165,70,115,115]", "face.mouth=[223,160,22,0.0]")  # of the astronaut, to skip the detection
 
 
 def untrained_components(config: ModelConfig) -> PreviewComponents:

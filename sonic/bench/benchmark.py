@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from sonic.bench.face_finding import bench_faces
 from sonic.bench.forward_time import DTYPES, bench_dit, gemm_fraction
 from sonic.bench.plan_check import bench_fit
 from sonic.bench.scaling import bench_scaling
@@ -79,7 +80,7 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     }
 
 
-BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling}
+BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling, "faces": bench_faces}
 
 
 def _inputs(config: BenchConfig, asked: InferConfig) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
         result, recorder = pipe.write(inputs, output, timer=timer)
         run.keep()
     with run.sparing("result.json", f"the video {shown(str(output))}"):
-        run.write_json("result.json", asdict(replace(result, plan=pipe.plan_report())))
+        run.write_json("result.json", {**asdict(result), "plan": pipe.plan_report()})
     with run.sparing("the contact sheet", f"the video {shown(str(output))}"):
         draw_contact_sheet(recorder, run.path / SHEET)
     log.info("%s\nresults in %s", shown(result.summary()), shown(str(run.path)))
@@ -64,7 +64,7 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     be before the first rank has written its report.
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
-    results = {each.line: {"error": each.fault} if each.fault else asdict(replace(each.result, plan=plan)) for each in outcomes}
+    results = {each.line: {"error": each.fault} if each.fault else {**asdict(each.result), "plan": plan} for each in outcomes}
     with run.sparing("videos.json", "every video that was made"):
         run.write_json("videos.json", results)
     log.info("%d videos made, %d requests bad; results in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))

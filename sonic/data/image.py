@@ -1,7 +1,7 @@
 """Photographs: loading (oriented, sRGB, no alpha), the square face crop that the model works on, and its coordinates.
 
 Coordinates are continuous everywhere: pixel k of a row covers [k, k+1), so its centre is k + 0.5.  Finding the face and the
-mouth is in landmarks.py.
+mouth is in faces.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +20,9 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from sonic.data.colors import MODE_OF, in_srgb
-from sonic.data.face_filter import blur
-from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.pixels import to_signed
 from sonic.geometry import MOUTH_ANCHOR, pixels_around
-from sonic.types import Crop, FaceBox, Mouth, Portrait
+from sonic.types import Crop, Mouth, Portrait
 
 SMALLEST_SIDE = 128
 LARGEST_AREA = 50 * 1024 * 1024
@@ -93,16 +89,6 @@ def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
-    """A photograph uint8 [H,W,3] with its face and mouth; both can be given, [x, y, w, h] and [x, y, half_width(, angle)] in px."""
-    # the last digits depend on where arrays happen to lie in memory: without them the same photograph gives the same video, and
-    # so does what the log says of it, given as an override
-    face = FaceBox(*(round(value, 2) for value in astuple(find_face(pixels, face_box))))
-    located = locate_mouth(pixels, face, mouth)
-    x, y, half_width = (round(value, 2) for value in (located.x, located.y, located.half_width))
-    return Portrait(pixels, face, Mouth(x, y, half_width, round(located.angle, 4)))
-
-
 def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:
     """The square crop of the face, rotated with it: the mouth is always at MOUTH_ANCHOR and about equally wide.
 
@@ -154,6 +140,19 @@ def cut(pixels: np.ndarray | Tensor, crop: Crop) -> Tensor:
     mode = "bicubic" if shrink < 1 else "bilinear"
     sampled = F.grid_sample(picture, grid[None], mode=mode, padding_mode="border", align_corners=False)
     return rearrange(sampled, "1 c h w -> c h w").clamp(-1, 1)
+
+
+def blur(picture: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur with the border repeated.  [B,C,H,W]"""
+    if sigma < 0.1:
+        return picture
+    radius = math.ceil(3 * sigma)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2).to(picture)
+    taps = taps / taps.sum()
+    count = picture.shape[1]
+    padded = F.pad(picture, (radius, radius, radius, radius), mode="replicate")
+    columns = F.conv2d(padded, taps.reshape(1, 1, -1, 1).expand(count, 1, -1, 1), groups=count)
+    return F.conv2d(columns, taps.reshape(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)
 
 
 def covering(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

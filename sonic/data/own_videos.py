@@ -21,6 +21,7 @@ from torch import Tensor
 from sonic.data import clips
 from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
+from sonic.data.faces import FaceFinder
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
 from sonic.data.shards import Build, Encoders, built, made_with, make_shards, write_shard
 from sonic.families import FAMILIES
@@ -57,6 +58,7 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     added. Raises ValueError when there is no video, or when no video gives a clip (the report says why).
     """
     source, folder = Path(config.data.source), Path(config.folder)
+    FaceFinder()  # raises when the networks are missing, which would look like damage in every video
     jobs = {(name := _name(path, config)): (path, name) for path in find_videos(source)}
     crashed = partial(_write_crashed, config)
     complete = lambda name, metadata: not metadata.get("again")  # noqa: E731

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,20 +14,19 @@ from torch import Tensor
 
 from sonic.data.audio import SAMPLE_RATE, envelope, frame_levels
 from sonic.data.data_config import PrecomputeConfig
+from sonic.data.faces import Face, FaceFinder, find_speaker
 from sonic.data.image import cut, face_crop
-from sonic.data.landmarks import find_face, locate_mouth
 from sonic.data.video import frames_at
 from sonic.evaluation import metrics
-from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.geometry import FRAMES_PER_LATENT
 from sonic.types import Portrait
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-MOUTH_CROP = 96  # side of the face crop in which the mouth's motion is measured
+FACE_CROP = 96  # side of the face crop in which changes of the scene are measured
 SMOOTH, SLOW = 3, 25  # frames of the running mean over the tracks, and of the one that is subtracted to remove changes of posture
-DARK = 0.05  # quantile of the mouth's pixels that tells whether the dark inside is visible
 CUT = 25.0  # mean change of the face crop between frames, in grey levels, above which a new scene begins
-BETTER, ENOUGH_S = 0.15, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
-MOVES = 0.01  # standard deviation of the mouth's pixels (black to white = 2) below which the mouth is still
+BETTER, ENOUGH_S = 0.25, 5.0  # by how much another lag must correlate better; more is asked of less than ENOUGH_S seconds
+MOVES = 0.004  # standard deviation of the mouth's opening, in distances of the eyes, below which the mouth is still
 SPAN_S = 1.0  # largest lag that is tried, in seconds, in both directions
 
 Framing = Callable[[list[np.ndarray], Portrait, PrecomputeConfig], Tensor | None]  # frames as the model needs them; None = the face is cut
@@ -109,35 +108,37 @@ def _inspect(pictures: list[np.ndarray], samples: np.ndarray, config: Precompute
     sound = samples[first * SAMPLE_RATE // fps : (first + frames) * SAMPLE_RATE // fps]
     if not len(sound) or frame_levels(sound).max() < config.data.least_level_db:
         return Segment(first, frames, "silent")
-    middle = pictures[1 + frames // 2]
+    middle, finder = pictures[1 + frames // 2], FaceFinder()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about several faces: the same one is taken as in a photograph
-            face = find_face(middle)
+            face = find_speaker(middle, finder)
     except ValueError:
         return Segment(first, frames, "no face")
-    portrait = Portrait(middle, face, locate_mouth(middle, face))
-    mouth_frames = torch.stack([cut(picture, face_crop(portrait, resolution=MOUTH_CROP)) for picture in pictures])
-    if float((mouth_frames[1:] - mouth_frames[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
+    portrait = Portrait(middle, face.box, face.mouth)
+    faces = torch.stack([cut(picture, face_crop(portrait, resolution=FACE_CROP)) for picture in pictures])
+    if float((faces[1:] - faces[:-1]).abs().mean((1, 2, 3)).max()) * 127.5 > CUT:
         return Segment(first, frames, "another scene begins")
     pixels = frame(pictures, portrait, config)
     if pixels is None:
         return Segment(first, frames, f"the face does not fit into data.size={config.data.size}")
-    level = quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
-    return Segment(first, frames, "", pixels, mouth_opening(mouth_frames[1:]), level)
+    mouth = mouth_opening(pictures[1:], face, finder)
+    if np.isnan(mouth).any():
+        return Segment(first, frames, "no face")
+    return Segment(first, frames, "", pixels, mouth, quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps))))
 
 
-def mouth_opening(frames: Tensor) -> np.ndarray:
-    """Opening of the mouth in each frame of a face crop, minus its running mean over a second: the first principal component of the
-    mouth's pixels (in units of a pixel's change), positive where the dark inside shows.  [F,3,R,R] -> [F]"""
-    side = frames.shape[-1]
-    x, y, unit = (side * share for share in (*MOUTH_ANCHOR, MOUTH_UNIT))
-    mouth = frames[..., int(y - 0.7 * unit) : int(y + 1.3 * unit), int(x - 1.2 * unit) : int(x + 1.2 * unit)].mean(1).flatten(1).numpy()
-    changes = quick(_smooth(mouth))
-    components, sizes, _ = np.linalg.svd(changes - changes.mean(0), full_matrices=False)
-    dark = quick(_smooth(np.quantile(mouth, DARK, axis=1)))
-    opening = components[:, 0] * sizes[0] / np.sqrt(mouth.shape[1])
-    return -opening if metrics.correlation(opening, dark) > 0 else opening
+def mouth_opening(frames: Sequence[np.ndarray], face: Face, finder: FaceFinder) -> np.ndarray:
+    """Opening of the mouth in each frame, in distances of the eyes, minus its running mean over a second; nan around frames in which
+    the face of the middle frame is not seen.  frames uint8 [H,W,3] -> [F]"""
+    middle, opening = len(frames) // 2, np.full(len(frames), np.nan)
+    for order in (range(middle, len(frames)), range(middle - 1, -1, -1)):
+        last = face.landmarks
+        for index in order:
+            seen = finder.follow(frames[index], last)
+            if seen is not None:
+                opening[index], last = seen.opening, seen
+    return quick(_smooth(opening))
 
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:

@@ -7,6 +7,8 @@ All metrics are computed from the decoded file, so they include the losses of co
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from rich.table import Table
 
 from sonic.data.audio import envelope, load_soundtrack, load_speech
 from sonic.data.audio_decode import NoSound, track_seconds
-from sonic.data.image import load_image, portrait_of
+from sonic.data.faces import CONFIDENT, FaceFinder, portrait_of
+from sonic.data.image import load_image
 from sonic.data.video import timed_frames
 from sonic.evaluation import metrics
 from sonic.evaluation.judge_config import JudgeConfig
@@ -26,11 +29,13 @@ from sonic.inference.report import mouth_window
 from sonic.system.paths import file_key
 from sonic.types import Portrait, Speech
 
+LOG = logging.getLogger(__name__)
 QUIET_DB = -38.0  # level relative to the loud parts below which there is no speech
 REST_FRAMES = 5  # frames after which the mouth is at rest in a pause
 MAX_LAG = 12  # largest lag that is tried, in frames, in both directions
 SOUND_REACH_S = 2.0  # largest offset of the sound that is tried, in both directions
 LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # limits for a sound track that matches its recording
+ABOVE_MOUTH, BELOW_MOUTH, BESIDE_MOUTH = -1.5, 3.25, 3.0  # what speech may move, from the mouth, in halves of its width
 _BLOCK = 1 << 16  # samples of the recording that are correlated at a time
 
 
@@ -46,6 +51,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     portrait = fit_portrait(portrait, config.size)
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
     motion, photo_psnr, times = measure_video(Path(config.mp4), portrait)
+    mouth = np.abs(motion)
     fps = frame_rate(times)
     level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
     best, lag = metrics.best_lag(motion, level, max_lag=MAX_LAG)
@@ -54,7 +60,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
         "photo_psnr_db": photo_psnr,
         "speech_correlation": best,
         "lag_frames": lag,
-        "rest_ratio": float(motion[rests].mean() / motion[speaks].mean()) if rests.any() else 0.0,
+        "rest_ratio": float(mouth[rests].mean() / mouth[speaks].mean()) if rests.any() else 0.0,
         "frames": float(len(motion)),
         "frame_ms": 1000 / fps,
         **sound_figures(Path(config.mp4), speech, times),
@@ -129,30 +135,44 @@ def frame_rate(times: np.ndarray) -> int:
 
 
 def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, np.ndarray]:
-    """Compare a video with its photograph: mean difference in the mouth region of each frame [F] in grey levels, PSNR in dB outside
-    the lower half of the face over all frames, and the time in seconds of each frame [F]."""
-    still = portrait.pixels.astype(np.int16)
-    mouth, kept = mouth_window(portrait), outside_lower_face(portrait)
-    motion, error, times = [], 0.0, []
+    """Compare a video with its photograph: motion of the mouth in each frame [F], PSNR in dB outside the lower half of the face over
+    all frames, and the time in seconds of each frame [F].
+
+    The motion is by how much further than in the photograph the mouth is open, in distances of the eyes; where the landmarks of the
+    photograph's face cannot be read, as in a cartoon, it is the mean change of the mouth region in grey levels.
+    """
+    still, mouth, kept = portrait.pixels.astype(np.int16), mouth_window(portrait), outside_lower_face(portrait)
+    finder = FaceFinder()
+    face = finder.face_in(portrait.pixels, portrait.face)
+    last = face.landmarks if face and face.confidence >= CONFIDENT else None
+    changes, openings, error, times = [], [], 0.0, []
     for time, frame in timed_frames(video):
         if frame.shape != still.shape:
             found, given = (f"{shape[1]}x{shape[0]}" for shape in (frame.shape, still.shape))
             raise ValueError(f"mp4={video} is {found}, the photograph {given}; give image= and size= that it was made with")
         change = frame.astype(np.int16) - still
-        motion.append(np.abs(change[mouth]).mean())
+        changes.append(np.abs(change[mouth]).mean())
+        if last is not None:
+            last = finder.follow(frame, last) or last
+            openings.append(last.opening)
         error += float(np.square(change[kept], dtype=np.float32).mean())
         times.append(time)
     if not times:
         raise ValueError(f"mp4={video} holds no frames")
-    return np.array(motion), float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), np.array(times)
+    if last is None:
+        LOG.warning("no face is seen in the photograph: the motion of the mouth is the change of its pixels")
+    motion = np.array(changes) if last is None else np.array(openings) - face.landmarks.opening
+    return motion, float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), np.array(times)
 
 
 def outside_lower_face(portrait: Portrait) -> np.ndarray:
-    """Mask that excludes the face from its middle down to below the chin, which speech may move.  -> bool [H,W]"""
-    face, (height, width) = portrait.face, portrait.pixels.shape[:2]
+    """Mask that excludes what speech may move: the face from its middle down to below the chin.  -> bool [H,W]"""
+    mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
     rows, columns = np.ogrid[:height, :width]
-    lower = (rows > face.y + face.height / 2) & (rows < face.y + 1.45 * face.height)
-    return ~(lower & (columns > face.x - 0.1 * face.width) & (columns < face.x + 1.1 * face.width))
+    cos, sin = math.cos(mouth.angle) / mouth.half_width, math.sin(mouth.angle) / mouth.half_width
+    x, y = columns - mouth.x, rows - mouth.y
+    across, down = cos * x + sin * y, cos * y - sin * x
+    return ~((down > ABOVE_MOUTH) & (down < BELOW_MOUTH) & (np.abs(across) < BESIDE_MOUTH))
 
 
 def pauses(level: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, we
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.data.data_config import PrecomputeConfig
-from sonic.data.image import cut, face_crop, portrait_of
+from sonic.data.faces import portrait_of
+from sonic.data.image import cut, face_crop
 from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
@@ -80,9 +81,10 @@ class Preview(Family):
             log.warning("prompt is not read: the preview was trained without text")
         speech = memory.speech_of(config)
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
-        locations = (",".join(f"{value:.10g}" for value in astuple(location)) for location in (portrait.face, portrait.mouth))
-        log.info("face_box=[%s] face.mouth=[%s]", *locations)
-        return Inputs(fit_portrait(portrait, config.video.size), speech, video_length(config, memory, speech), config.seed)
+        location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
+        log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
+        fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
+        return Inputs(fitted, speech, frames, config.seed, location=location)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:
         """The config itself."""

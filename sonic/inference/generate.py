@@ -66,6 +66,7 @@ def make_video(
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
         sampling=sampling_of(config.sampler, components.weights, components.dtype),
+        face=inputs.location,
     )
     return result, recorder
 

@@ -85,11 +85,12 @@ class FitConfig:
 
 @dataclass
 class TimingConfig:
-    """Options of bench preview: the video that it makes, and the transformer whose matrix products it measures."""
+    """Options of bench preview (the video that it makes, and the transformer whose matrix products it measures) and of bench faces."""
 
     photo: str = option("720x400", "the bundled portrait is scaled and cut to this before timing")
     seconds: float = option(8.0, "length of the video")
     gemm_dim: int = option(4096, "hidden_dim of the transformer that is held against a plain matrix product; the published one has 5120")
+    portraits: str = option("", "folder of portraits whose faces bench faces looks for, besides the bundled one")
 
     def __post_init__(self) -> None:
         parse_size(self.photo, "timing.photo")
@@ -104,7 +105,8 @@ class BenchConfig:
 
     target: str = option(
         "preview",
-        "preview = a video; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks",
+        "preview = a video; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks; "
+        "faces = what the face finder sees",
     )
     json: str = option("", "where the figures go as JSON")
     timing: TimingConfig = option(TimingConfig)
@@ -119,6 +121,6 @@ class BenchConfig:
     hardware: HardwareConfig = option(HardwareConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview", "dit_medium", "fit", "scaling"), "target")
+        one_of(self.target, ("preview", "dit_medium", "fit", "scaling", "faces"), "target")
         self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

@@ -29,7 +29,7 @@ INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one video, as written to result.json.
+    """The result of one video, as written to result.json, where the plan of the job is added to it.
 
     frames_per_second is measured from the loaded inputs to the finished file; first_frame_s from the start of the command, including
     imports.
@@ -46,7 +46,7 @@ class Result:
     stages_s: dict[str, float]
     versions: dict[str, str]
     sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
-    plan: dict = field(default_factory=dict)  # the plan, with estimated and measured memory and speed
+    face: dict = field(default_factory=dict)  # face_box and face.mouth in px of the photograph, for a preview
 
     def summary(self) -> str:
         """The result in two lines for the log."""
@@ -196,7 +196,7 @@ def sampling_words(found: dict) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the software that the result depends on."""
-    packages = {name: metadata.version(name) for name in ("torch", "numpy", "av", "librosa", "scikit-image")}
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "av", "librosa", "scikit-image", "ai-edge-litert")}
     return {"sonic": sonic.__version__, "python": platform.python_version(), **packages}
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
-from sonic.data.image import cut, face_crop, load_image
-from sonic.data.landmarks import find_face, locate_mouth
+from sonic.data.faces import FaceFinder, find_speaker
+from sonic.data.image import load_image
 from sonic.data.pixels import to_signed
-from sonic.data.segments import MOUTH_CROP, mouth_opening, quick
+from sonic.data.segments import mouth_opening, quick
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
 from sonic.families import FAMILIES
@@ -122,8 +122,8 @@ def portrait_sampler(student: Student, components: Components, sampler: SamplerC
     There is no reference video, so the metrics are the correlation of mouth opening and loudness, and the amount of mouth motion."""
     config = student.config
     pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
-    face = find_face(pixels)
-    crop = face_crop(Portrait(pixels, face, locate_mouth(pixels, face)), resolution=MOUTH_CROP)
+    finder = FaceFinder()
+    face = find_speaker(pixels, finder)
     fps = config.model.rollout.fps
     recording = load_speech(RECORDINGS["sample"])
     speech = Speech(recording.samples[: round(config.log.sample_seconds * recording.sample_rate)])
@@ -135,7 +135,7 @@ def portrait_sampler(student: Student, components: Components, sampler: SamplerC
             pipe = AvatarPipeline(asked, components.with_model(model))
             with closing(pipe.generate(inputs)) as chunks:
                 frames_out = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
-        mouth = mouth_opening(torch.stack([cut(frame, crop) for frame in frames_out]))
+        mouth = np.nan_to_num(mouth_opening(frames_out.numpy(), face, finder))  # a face that is not seen does not move its mouth
         level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
         figures = {"eval/sync_correlation": metrics.best_lag(mouth, level, MAX_LAG)[0], "eval/mouth_motion": float(np.std(mouth))}
         frames = to_signed(rearrange(frames_out, "f h w c -> f c h w"))

@@ -1,21 +1,28 @@
 """Judging of a finished video."""
 
 import json
+import math
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from recordings import save_speech, voice
+from video_files import MOUTH as MOUTH_OF
+from video_files import astronaut, read_frames, talking, write
 
 from sonic.cli import run_command
 from sonic.commands import judge_command
 from sonic.config import FaceLocationConfig
 from sonic.data.audio import envelope, load_speech
+from sonic.data.faces import portrait_of
 from sonic.data.video import VideoWriter
-from sonic.evaluation.judge import judge, pauses, sound_fault
+from sonic.evaluation import metrics
+from sonic.evaluation.judge import judge, measure_video, pauses, sound_fault
 from sonic.evaluation.judge_config import JudgeConfig
+from sonic.inference.report import mouth_window
 from sonic.types import Speech
 
 FACE = FaceLocationConfig(box=[40.0, 30.0, 60.0, 60.0], mouth=[70.0, 78.0, 12.0])
@@ -81,6 +88,22 @@ def test_the_mouth_itself_does_not_count_as_damage_to_the_photograph(folder):
         judge(write_and_configure(folder, name, level * np.ones(FRAMES)))["photo_psnr_db"] for name, level in (("a.mp4", 0), ("b.mp4", 60))
     )
     assert still > 38 and moving > 36
+
+
+@pytest.mark.parametrize("angle", [0.0, math.pi])
+def test_the_lips_of_a_real_face_are_read_as_they_move(tmp_path, angle):
+    """The true opening, the landmarks' reading and the change of the pixels, which knows nothing of landmarks, agree."""
+    visemes = torch.zeros(24, 5)
+    visemes[:, 0] = torch.linspace(0, 3 * math.pi, 24).sin() ** 2
+    turned = (lambda pixels: pixels[:, ::-1, ::-1].copy()) if angle else np.array
+    write(tmp_path / "talks.mp4", turned(talking(visemes)), None)
+    x, y = (260 - MOUTH_OF.x, 260 - MOUTH_OF.y) if angle else (MOUTH_OF.x, MOUTH_OF.y)
+    box = [80, 80, 90, 90] if angle else [90, 90, 90, 90]
+    portrait = portrait_of(turned(astronaut()[None])[0], box, [x, y, MOUTH_OF.unit, MOUTH_OF.roll + angle])
+    motion, _, _ = measure_video(tmp_path / "talks.mp4", portrait)
+    pixels = [np.abs(frame.astype(float) - portrait.pixels)[mouth_window(portrait)].mean() for frame in read_frames(tmp_path / "talks.mp4")]
+    assert metrics.correlation(motion, visemes[:, 0].numpy()) > 0.95 and metrics.correlation(motion, np.array(pixels)) > 0.8
+    assert motion.max() > 0.05 and abs(motion[0]) < 0.03  # in distances of the eyes, from rest
 
 
 def test_damage_counts_by_its_mean_square_over_all_frames(folder):
