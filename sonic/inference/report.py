@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 import sonic
 from sonic.config import SamplerConfig
 from sonic.sampling.samplers import SAMPLERS
-from sonic.sampling.schedules import TIMESTEPS, is_table, sigmas_of
+from sonic.sampling.schedules import is_table, sigmas_of
 from sonic.system.files import written_temporary
 from sonic.types import FrameChunk, Inputs, Portrait
 
@@ -164,20 +164,14 @@ def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
 
 def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
     """The sampling section of result.json: solver, schedule, noise levels, timesteps passed to the model, guidance, weights and dtype."""
-    sigmas, asked = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift), []
-
-    def no_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        asked.append(round(TIMESTEPS * sigma[0].item(), 3))
-        return torch.zeros_like(x)
-
-    SAMPLERS[sampler.name](no_velocity, torch.zeros(1, 1), sigmas, torch.Generator())
+    sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     return {
         "solver": sampler.name,
         "schedule": sampler.schedule,
         "table": is_table(sampler.schedule, sampler.sample_steps),
         "steps": sampler.sample_steps,
         "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()],
-        "timesteps": asked,
+        "timesteps": [round(timestep, 3) for timestep in SAMPLERS[sampler.name].timesteps(sigmas)],
         "guide_scale": sampler.sample_guide_scale,
         "weights": weights,
         "dtype": str(dtype).removeprefix("torch."),

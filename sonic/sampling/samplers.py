@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sonic.sampling.schedules import TIMESTEPS
+from sonic.sampling.schedules import HIGHEST_UNIPC_SIGMA, TIMESTEPS
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B,T] in [0,1]) -> noise - clean
 
@@ -33,11 +32,39 @@ class Query(NamedTuple):
 SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent the velocity of each, returns the clean latents
 
 
+def every_step(steps: int) -> list[int]:
+    """The steps queried by a sampler that needs one velocity per step."""
+    return list(range(steps))
+
+
+def both_ends(steps: int) -> list[int]:
+    """The steps queried by a sampler that needs the velocity at both ends of each step, except at the end of the last one."""
+    return [step for index in range(steps) for step in (index, index + 1) if step < steps]
+
+
+def exact(sigma: float) -> float:
+    """The timestep of a noise level."""
+    return TIMESTEPS * sigma
+
+
+def rounded_down(sigma: float) -> float:
+    """The whole timestep at or below a noise level, which Wan's solvers give to the model."""
+    return float(int(TIMESTEPS * sigma))
+
+
+def below_noise(sigma: float) -> float:
+    """The same, at most 999: diffusers' UniPC starts one timestep below pure noise."""
+    return rounded_down(min(sigma, HIGHEST_UNIPC_SIGMA))
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler from its coroutine (noise, sigmas [n+1] from 1 to 0, rng)."""
+    """A sampler: its coroutine (noise, sigmas [n+1] from 1 to 0, rng), the steps it queries, in order, for n steps, and the timestep
+    that the model is given at a noise level."""
 
     coroutine: Callable[[Tensor, Tensor, torch.Generator], SamplerCoroutine]
+    steps_queried: Callable[[int], list[int]] = every_step
+    timestep: Callable[[float], float] = exact
 
     def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
         """Sample with a velocity function that is called at every query."""
@@ -49,15 +76,10 @@ class Sampler:
                 return end.value
             answer = velocity(query.x, query.sigma)
 
-    def steps_queried(self, steps: int) -> list[int]:
-        """The sampling steps that are queried, in order, when there are `steps` of them: found by sampling a single zero."""
-        sampling, queried = self.coroutine(torch.zeros(1, 1), torch.linspace(1, 0, steps + 1), torch.Generator()), []
-        with suppress(StopIteration):
-            query = next(sampling)
-            while True:
-                queried.append(query.step)
-                query = sampling.send(torch.zeros(1, 1))
-        return queried
+    def timesteps(self, sigmas: Tensor) -> list[float]:
+        """The timesteps that the model is given, in order.  sigmas [n+1]"""
+        levels = sigmas.tolist()
+        return [self.timestep(levels[step]) for step in self.steps_queried(len(levels) - 1)]
 
 
 def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
@@ -102,7 +124,7 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
     """
     x, previous, last_stride = noise, None, math.inf
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
-        clean = x - now * (yield Query(x, _level(int(TIMESTEPS * now) / TIMESTEPS, x), step))
+        clean = x - now * (yield Query(x, _level(rounded_down(now) / TIMESTEPS, x), step))
         stride = _log_snr(then) - _log_snr(now)
         bend = stride / last_stride if math.isfinite(last_stride) and then > 0 else 0.0
         ahead = clean if previous is None or bend == 0 else clean + bend / 2 * (clean - previous)
@@ -111,7 +133,12 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": Sampler(euler), "heun": Sampler(heun), "unipc": Sampler(unipc), "dpmpp": Sampler(dpmpp)}
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler(euler),
+    "heun": Sampler(heun, both_ends),
+    "unipc": Sampler(unipc, timestep=below_noise),
+    "dpmpp": Sampler(dpmpp, timestep=rounded_down),
+}
 
 
 def _log_snr(sigma: float) -> float:

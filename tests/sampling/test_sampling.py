@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from sonic.sampling.guidance import guidance
 from sonic.sampling.path import PREDICTIONS, interpolate, velocity_from
 from sonic.sampling.samplers import SAMPLERS
-from sonic.sampling.schedules import SCHEDULES, is_table, sigmas_of
+from sonic.sampling.schedules import SCHEDULES, TIMESTEPS, is_table, sigmas_of
 
 ORDER = {
     "euler": 1,
@@ -39,17 +39,21 @@ def test_every_sampler_is_exact_on_a_straight_path(name, schedule, steps, rng):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_sampler_queries_the_steps_that_its_trial_found(name, steps, rng):
-    sampler, queried = SAMPLERS[name], []
-    sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas_of("linear", steps, 3.0), rng)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 20])
+def test_a_sampler_queries_the_steps_and_timesteps_that_its_entry_says(name, schedule, steps, rng):
+    sampler, queried, timesteps = SAMPLERS[name], [], []
+    sigmas = sigmas_of(schedule, steps, 3.0)
+    sampling = sampler.coroutine(torch.randn(1, 2, 3, 4, 4), sigmas, rng)
     query = next(sampling)
     try:
         while True:
             queried.append(query.step)
+            timesteps.append(TIMESTEPS * query.sigma[0].item())
             query = sampling.send(torch.zeros_like(query.x))
     except StopIteration:
         assert queried == sampler.steps_queried(steps)
+        assert timesteps == pytest.approx(sampler.timesteps(sigmas), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
