@@ -21,7 +21,6 @@ from skimage import data
 
 from sonic.data.faces import CONFIDENT, Face, FaceFinder, find_speaker
 from sonic.data.image import ORIENTATION_TAG, image_in_memory, load_image
-from sonic.geometry import MOUTH_UNIT
 from sonic.inference.infer_config import BenchConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.synthetic.draw_face import TEXTURES, draw_identity
@@ -128,7 +127,7 @@ def fitted_constants(finder: FaceFinder) -> dict:
     towards, wanted = (np.stack(part)[:, 1] for part in zip(*inner, strict=True))  # the faces are upright
     rows = {"SIZE": np.array(size), "WIDTH": np.array(width)}
     words = {name: f"{np.median(values):.3f} ± {values.std() / values.mean():.1%}" for name, values in rows.items()}
-    return {**words, "INNER": f"{towards @ wanted / (towards @ towards):.2f}", "share of the crop": f"{MOUTH_UNIT}"}
+    return {**words, "INNER": f"{towards @ wanted / (towards @ towards):.2f}"}
 
 
 def variations(sample: VariedPortrait) -> Iterator[tuple[str, VariedPortrait]]:

@@ -152,11 +152,13 @@ def test_a_rank_for_the_vae_needs_a_second_rank(ranks, asked):
         estimate(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
 
 
-def test_the_result_has_estimate_and_measurement_side_by_side(tmp_path):
+def test_the_result_has_estimate_and_measurement_side_by_side_and_the_place_of_the_face(tmp_path):
     recording, weights = write_wav(tmp_path / "babble.wav", babble(1.0)), write_weights(tmp_path / "weights")
     assert infer(*TINY, *FACE, f"weights={weights}", f"audio={recording}", f"run.folder={tmp_path}", "name=here") == 0
-    plan = json.loads((tmp_path / "here" / "result.json").read_text())["plan"]
+    result = json.loads((tmp_path / "here" / "result.json").read_text())
+    plan = result["plan"]
     assert plan["plan"] == "single"
+    assert result["face"] == {"face_box": [165, 70, 115, 115], "face.mouth": [223, 160, 22, 0]}
     assert len(plan["predicted_gib_per_rank"]) == len(plan["measured_gib_per_rank"]) == 1
     assert 0 <= plan["measured_gib_per_rank"][0] < 2
 
