@@ -1,4 +1,4 @@
-"""Training with DeepSpeed: ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights as well."""
+"""Training with DeepSpeed through accelerate: ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights as well."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class ZeroEngine(Engine):
                 recompute_layers(module)
         if self.config.speed.precision == "bfloat16":
             _halve_beside_slices(self.roles.values())
-        self.sharded = []
+        self.sharded, self.accelerator = [], self._accelerator()
         for module in others:
             if self.stage == 3:
                 with _without_adapters(module):  # these are left to the engines of their roles
-                    self.sharded.append(self._engine(module, 3))
+                    self.sharded.append(self._engine(module, stage=3))
             else:
                 self.to_device(module)
         self.engines = {}
         for role, module in self.roles.items():
             stage = self.stage if transformers([module]) else 2
-            self.engines[role] = self._engine(module, stage, optimizer=adamw(module.parameters(), self.config.optim))
+            self.engines[role], _ = self._engine(module, adamw(module.parameters(), self.config.optim), stage=stage)
             self.sharded += [self.engines[role]] if stage == 3 else []
             module.train()
         self.optimizers = {role: engine.optimizer.optimizer for role, engine in self.engines.items()}
@@ -97,10 +97,20 @@ class ZeroEngine(Engine):
             self.ema.update(step)
         return norm
 
-    def _engine(self, module: nn.Module, stage: int, **optimizer: torch.optim.Optimizer) -> Any:
-        import deepspeed
+    def _accelerator(self) -> Any:
+        """Accelerate's Accelerator, with a DeepSpeed plugin for each stage."""
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DeepSpeedPlugin
 
-        return deepspeed.initialize(model=module, config=self._settings(stage), dist_init_required=False, **optimizer)[0]
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in the same process
+        plugins = {str(stage): DeepSpeedPlugin(hf_ds_config=self._settings(stage)) for stage in (2, 3)}
+        return Accelerator(deepspeed_plugins=plugins, mixed_precision="bf16" if self.config.speed.precision == "bfloat16" else "no")
+
+    def _engine(self, *module: nn.Module | torch.optim.Optimizer, stage: int) -> Any:
+        """The DeepSpeed engine of a module; with its optimizer, both as they were prepared."""
+        self.accelerator.state.select_deepspeed_plugin(str(stage))
+        return self.accelerator.prepare(*module)
 
     def _settings(self, stage: int) -> dict:
         """DeepSpeed's config. The training loop decides when to step and scales the losses, so no accumulation is set here."""
@@ -187,10 +197,12 @@ class Zero3Engine(ZeroEngine):
 def _check_installed(engine: str, device: torch.device) -> None:
     """Raise ValueError unless DeepSpeed is installed. Selects its CPU backend when training on the CPU of a machine with a GPU."""
     try:
+        import accelerate  # noqa: F401
         from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     except ImportError:
-        raise ValueError(f"speed.engine={engine} needs the package deepspeed: pip install deepspeed; fsdp needs nothing") from None
+        ways = "pip install deepspeed accelerate, or choose speed.engine=fsdp"
+        raise ValueError(f"speed.engine={engine} needs the packages deepspeed and accelerate: {ways}") from None
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
