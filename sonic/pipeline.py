@@ -256,7 +256,7 @@ class AvatarPipeline:
     def _open(self, config: InferConfig, size: tuple[int, int] | None = None) -> None:
         """Set `opened` to the given components, or build those of `config`."""
         if self._given is not None:
-            self._opened = Opened(self._given, self._given.context.world, None, self._folder)
+            self._opened = Opened(self._given, None, self._folder)
         else:
             self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder, size=size))
         self._estimate, self._by_student = self._opened.estimate, {}
@@ -347,7 +347,7 @@ class AvatarPipeline:
 
     def _refuse_live_ranks(self) -> None:
         world = self.opened.world
-        if world.vae_rank or world.stages > 1 or world.rollout_group is not None:
+        if not world.alone:
             raise ValueError(
                 f"parallel={world.plan}: sound that is still arriving cannot be sent to other ranks; use parallel=single or offload"
             )

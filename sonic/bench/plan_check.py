@@ -47,7 +47,7 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
     asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
     estimated = estimate(asked, ranks, device, trained=False)
-    with open_world(estimated.parallel, estimated.parallel.name, ranks, device=device) as world:
+    with open_world(estimated.parallel, ranks, device) as world:
         dtype, context = _dtype(config), context_of(world, estimated.parallel)
         model = build_parallel_model(config.model, None, context, lora=NO_LORA, dtype=dtype)
         loaded = time.perf_counter() - begun

@@ -44,12 +44,16 @@ class Outcome(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The components of this rank, its world of ranks, the plan that it runs under, and the folder for the videos of the job."""
+    """The components of this rank, the plan that they run under, and the folder for the videos of the job."""
 
     components: Components
-    world: World
     estimate: Estimate | None  # None when the caller passed its own components
     folder: Path
+
+    @property
+    def world(self) -> World:
+        """The ranks of the job as seen by this one."""
+        return self.components.context.world
 
     def output_of(self, line: int) -> Path:
         """The path of the video for a request that names no output."""
@@ -74,12 +78,12 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(),
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     found = estimate(config, ranks, device, size=size)
     parallel = replace(found.parallel, replicas=config.parallel.replicas)
-    with open_world(parallel, parallel.name, ranks, device=device) as world:
+    with open_world(parallel, ranks, device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
         if not world.leads:  # the leading rank may load after encoding
             components.load()
-        yield Opened(components, world, found, folder)
+        yield Opened(components, found, folder)
         if world.leads:
             shutdown(context)
         found.measure(world)
@@ -126,15 +130,10 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
                 outcomes.append(Outcome(request.line, result))
                 log.info("line %d: %s", request.line, shown(result.summary()))
             except Exception as error:
-                if generating and not _is_single(world) and not isinstance(error, ValueError | OSError):
+                if generating and not world.alone and not isinstance(error, ValueError | OSError):
                     raise
                 outcomes.append(Outcome(request.line, fault=_fault(error, request.line)))
     return outcomes
-
-
-def _is_single(world: World) -> bool:
-    """Whether this rank makes its videos alone, so that an error cannot leave other ranks in a different step."""
-    return world.rollout_mesh is None or world.rollout_mesh.size() == 1
 
 
 def _fault(error: Exception, line: int) -> str:

@@ -132,7 +132,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
                 f"parallel.replicas={parallel.replicas} needs a plan by name on {hardware.devices} ranks, such as parallel=single"
             )
     else:
-        sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
+        sharing, _, context = degrees(parallel, hardware.devices)
         parallel = replace(parallel, context=context)
     copies_here = max(1, sharing * ranks.local_world // ranks.world)
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)

@@ -52,7 +52,7 @@ def distributed_rollout(
 
     Raises ValueError when the noise or the reference positions are overridden, because the other ranks cannot repeat them.
     """
-    if context.alone:
+    if context.world.rollout_group is None:
         yield from rollout(model, conditions, spans, sampling=sampling, context=context)
         return
     source = sampling.source
@@ -82,7 +82,7 @@ def distributed_clip(
     """`sample_clip` on all ranks that share the model. Raises ValueError under a layer pipeline, which cannot make clips."""
     if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
-    if not context.alone:
+    if context.world.rollout_group is not None:
         _send(context, _request(conditions, sampling, latent_frames=latent_frames))
     return sample_clip(model, conditions, latent_frames, sampling=sampling, execution=context.execution)
 
@@ -104,7 +104,7 @@ def shutdown(context: DistributedContext) -> None:
     if context.closed:
         return
     context.closed = True
-    if not context.alone:
+    if context.world.rollout_group is not None:
         _send(context, Command.SHUT_DOWN)
     for channel in (context.channel, context.vae_channel):
         if channel is not None:

@@ -21,13 +21,11 @@ from sonic.parallel.shard_units import ENDS
 PREFETCH_NUMBERS = 50_000_000  # parameters per unit of parallel.prefetch; DeepSpeed's default
 
 
-def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Raise ValueError when DeepSpeed is not installed. The model is sharded later, while its weights are allocated."""
-    _deepspeed()
-
-
 def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole."""
+    """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole.
+
+    Raises ValueError when DeepSpeed is not installed.
+    """
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed reads its device from here
     shared = _shared(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
+from sonic.parallel.shard_units import UNITS
 
 
 class PlanCode(NamedTuple):
@@ -33,7 +34,6 @@ PLANS: Mapping[str, PlanCode] = {  # by parallel.name
 }
 PLAN_NAMES = tuple(PLANS)
 SINGLE_RANK_PLANS = tuple(name for name, plan in PLANS.items() if plan.one_rank)
-UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_DEVICES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
@@ -76,7 +76,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         one_of(self.name, ("auto", *PLAN_NAMES), "parallel.name")
-        one_of(self.unshard_unit, UNSHARD_UNITS, "parallel.unshard_unit")
+        one_of(self.unshard_unit, list(UNITS), "parallel.unshard_unit")
         for degree in ("context", "replicas"):
             value = getattr(self, degree)
             require(value == -1 or value >= 1, f"parallel.{degree}={value}: need 1 or more, or -1 for the ranks that are left")
