@@ -81,12 +81,13 @@ class ParallelConfig:
             value = getattr(self, degree)
             require(value == -1 or value >= 1, f"parallel.{degree}={value}: need 1 or more, or -1 for the ranks that are left")
         require(self.context != -1 or self.replicas != -1, "parallel.context=-1 and parallel.replicas=-1: only one can take what is left")
-        apart = bool(self.vae_rank)
         require(
-            not apart or self.name in ("auto", "pipeline"),
+            not self.vae_rank or self.name in ("auto", "pipeline"),
             f"parallel.vae_rank=true goes with parallel=pipeline; under parallel={self.name} leave it out",
         )
-        require(not apart or self.context == 1, "parallel.vae_rank=true needs a rank that shares no tokens: leave parallel.context at 1")
+        require(
+            not self.vae_rank or self.context == 1, "parallel.vae_rank=true needs a rank that shares no tokens: leave parallel.context at 1"
+        )
         require(all(size >= 0 for size in self.layers or []), f"parallel.layers={self.layers}: a stage has 0 blocks or more")
         require(0 <= self.prefetch <= 16, f"parallel.prefetch={self.prefetch} must lie between 0 and 16; 1 is usual")
         require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")
