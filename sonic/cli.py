@@ -313,7 +313,10 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
-    """Set an option to the value on the command line, which OmegaConf converts to the type of the option."""
+    """Set an option to its text on the command line, converted to the option's type.
+
+    Hydra's own overrides are not used for values: their grammar gives spaces, commas and `=` in file names and prompts a meaning.
+    """
     types = typing.get_args(kind)
     if type(None) in types:
         kind = next(each for each in types if each is not type(None))
