@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -86,8 +86,12 @@ def spelled(value: Any) -> str:
     """A value as text for the command line."""
     if isinstance(value, str | os.PathLike | torch.device):
         return str(value)
-    plain = lambda each: each.tolist() if isinstance(each, np.ndarray | np.generic | torch.Tensor) else str(each)  # noqa: E731
-    return json.dumps(value, default=plain, ensure_ascii=False)
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of an array or a tensor; the text of anything else that JSON has no form for."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else str(value)
 
 
 def seed_of(generator: Any) -> int:
@@ -98,22 +102,3 @@ def seed_of(generator: Any) -> int:
             f"generator is {given}; use torch.Generator().manual_seed(...): noise comes from the CPU, to be the same everywhere"
         )
     return generator.initial_seed() % 2**63
-
-
-def is_path(thing: Any) -> bool:
-    """Whether the argument is a path."""
-    return isinstance(thing, str | os.PathLike)
-
-
-def pair_of(audio: tuple) -> tuple[Any, Any]:
-    """The tuple (samples, sample rate) itself. Raises ValueError for a tuple of another length."""
-    if len(audio) != 2:
-        raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
-    return audio
-
-
-def chunks_of(audio: Any) -> Iterable[Any]:
-    """The iterable of sound chunks itself. Raises ValueError for an array, a tensor, or anything that is not iterable."""
-    if isinstance(audio, np.ndarray | torch.Tensor) or not isinstance(audio, Iterable):
-        raise ValueError(f"audio is {type(audio).__name__}; give a path, (samples, sample_rate), or an iterator of such chunks")
-    return audio

@@ -31,10 +31,10 @@ from sonic.config import OtherRank, Ranks, closest_first, help_of, unknown_choic
 from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
-from sonic.system.paths import expanded, shown
+from sonic.system.paths import expanded, printable
 from sonic.system.program import data_root, written
 from sonic.system.run_folder import Run, start_logging
-from sonic.system.stdio import end_as_with_ctrl_c, failure_of_stdout, outlast_readers
+from sonic.system.stdio import failure_of_stdout, interrupt_on_signals, keep_streams_usable
 
 ROOT = data_root()
 KINDS = {  # types of options in words; those of others are "of the right kind"
@@ -76,18 +76,18 @@ class Entry:
     location: Callable[[typing.Any], tuple[str, str]] = lambda config: (config.run.folder, config.run.name)
     max_ranks: int = 1
     example: str = ""
-    command: str = ""  # that it is a second form of, where it is one
+    command: str = ""  # the command that it is a form of, where that has another name
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run `job(config, run)` with the config of the command line, or of `argv`, and end the process with its exit code."""
-    end_as_with_ctrl_c()
-    outlast_readers()
+    interrupt_on_signals()
+    keep_streams_usable()
     make_room_for_caches()
     keep_freed_memory()
     code = run_command(entry, job, sys.argv[1:] if argv is None else argv)
     if ranks_here().world > 1:
-        # all is written and said, and threads of the connections between ranks abort a process now and then that Python takes apart
+        # without Python's own teardown, during which threads of the connections between ranks sometimes abort the process
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,7 +109,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
             return _answer(resolved)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
-        command = [shown(word) for word in (*shlex.split(written(entry.command or entry.name)), *argv)]
+        command = [printable(word) for word in (*shlex.split(written(entry.command or entry.name)), *argv)]
         run = Run(entry.location(config), resolved, command=command, root=ROOT, ranks=ranks)
         return job(config, run) or 0
     except (ValueError, OSError) as error:
@@ -213,11 +213,12 @@ def groups(entry: Entry) -> dict[str, list[str]]:
 
 def help_text(entry: Entry) -> str:
     """The text of `--help`: usage, choices, and every option with its default."""
+    command = written(entry.command or entry.name)
     lines = [
         (entry.schema.__doc__ or "").strip(),
         "",
-        f"usage: {written(entry.command or entry.name)} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
-        *([f"example: {written(entry.command or entry.name)} {entry.example}"] if entry.example else []),
+        f"usage: {command} [choice=name ...] [option=value ...]     --cfg shows the config and stops",
+        *([f"example: {command} {entry.example}"] if entry.example else []),
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
@@ -226,8 +227,8 @@ def help_text(entry: Entry) -> str:
     ]
     for name, (_, field) in entry_options(entry).items():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        shown = f"{name}={'' if default is None else default}"
-        lines.append(f"  {shown:<44} {help_of(field)}".rstrip())
+        assignment = f"{name}={'' if default is None else default}"
+        lines.append(f"  {assignment:<44} {help_of(field)}".rstrip())
     short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_options(entry)]
     return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
 
@@ -299,8 +300,8 @@ def _unknown_key(entry: Entry, key: str) -> str:
         return f"{key} is not an option; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
     top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    exact = [ends[last]] if last in ends else []
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]
-    exact = [name for name in close if name.rpartition(".")[2] == last]
     choices = dict.fromkeys([*exact, *meant, *closest_first(key, [*top, *close])])
     return f"{key} is not an option; choose one of: {', '.join(choices)}"
 
@@ -312,7 +313,10 @@ def _meant(word: str, known: Sequence[str]) -> list[str]:
 
 
 def _assign(raw: DictConfig, key: str, text: str, *, kind: typing.Any) -> None:
-    """Set an option to the value on the command line, which OmegaConf converts to the type of the option."""
+    """Set an option to its text on the command line, converted to the option's type.
+
+    Hydra's own overrides are not used for values: their grammar gives spaces, commas and `=` in file names and prompts a meaning.
+    """
     types = typing.get_args(kind)
     if type(None) in types:
         kind = next(each for each in types if each is not type(None))
@@ -349,8 +353,8 @@ def _reworded(entry: Entry, error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     """The message of an error, on one line."""
     if isinstance(error, OSError) and error.strerror:
-        return shown(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    return shown(" ".join(str(error).split())) or type(error).__name__
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _given_up(sentence: str, code: int) -> int:

@@ -19,16 +19,13 @@ from sonic.arguments import (
     Picture,
     Sound,
     VideoOptions,
-    chunks_of,
-    is_path,
     model_choice,
-    pair_of,
     seed_of,
     spelled,
     with_options,
 )
 from sonic.cli import Entry, compose, ranks_here
-from sonic.config import Ranks, closest_first
+from sonic.config import Ranks, VideoConfig, closest_first
 from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
 from sonic.data.video import VideoWriter
@@ -256,7 +253,7 @@ class AvatarPipeline:
     def _open(self, config: InferConfig, size: tuple[int, int] | None = None) -> None:
         """Set `opened` to the given components, or build those of `config`."""
         if self._given is not None:
-            self._opened = Opened(self._given, self._given.context.world, None, self._folder)
+            self._opened = Opened(self._given, None, self._folder)
         else:
             self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder, size=size))
         self._estimate, self._by_student = self._opened.estimate, {}
@@ -331,23 +328,26 @@ class AvatarPipeline:
             values["video.size"] = "x".join(map(str, given["size"]))
         if generator is not None:
             values["seed"] = seed_of(generator)
-        picture = None if is_path(image) else image_in_memory(image)
-        values |= {name: expanded(os.fspath(each)) for name, each in (("image", image), ("audio", audio)) if is_path(each)}
-        config = with_options(self.config, values)
-        memory = InMemory(picture)
+        files = {name: each for name, each in (("image", image), ("audio", audio)) if isinstance(each, str | os.PathLike)}
+        memory = InMemory(None if "image" in files else image_in_memory(image))
+        config = with_options(self.config, values | {name: expanded(os.fspath(file)) for name, file in files.items()})
         if isinstance(audio, tuple):
-            speech, original = speech_in_memory(*pair_of(audio))
+            if len(audio) != 2:
+                raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
+            speech, original = speech_in_memory(*audio)
             memory = memory._replace(speech=speech, original=original)
-        elif not is_path(audio):
-            self._refuse_live_ranks()
-            limit = config.video.num_clip * config.video.infer_frames
-            memory = memory._replace(sound=LiveAudio(chunks_of(audio), fps=config.video.fps, max_frames=limit))
+        elif "audio" not in files:
+            memory = memory._replace(sound=self._live_audio(audio, config.video))
         on_step = callback and (lambda block, step, timestep: callback(self, step, timestep, {"block": block}))
         return Settings(config, generator, on_step, memory.sound), memory
 
-    def _refuse_live_ranks(self) -> None:
+    def _live_audio(self, chunks: Any, video: VideoConfig) -> LiveAudio:
+        """Sound that is still arriving. Raises ValueError when several ranks make the video, or it does not come from an iterator."""
         world = self.opened.world
-        if world.vae_rank or world.stages > 1 or world.rollout_group is not None:
+        if not world.alone:
             raise ValueError(
                 f"parallel={world.plan}: sound that is still arriving cannot be sent to other ranks; use parallel=single or offload"
             )
+        if isinstance(chunks, np.ndarray | torch.Tensor) or not isinstance(chunks, Iterable):
+            raise ValueError(f"audio is {type(chunks).__name__}; give a path, (samples, sample_rate), or an iterator of such chunks")
+        return LiveAudio(chunks, fps=video.fps, max_frames=video.num_clip * video.infer_frames)

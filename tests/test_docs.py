@@ -78,9 +78,8 @@ def command_of(line: str) -> tuple[str, list[str]] | None:
 
 def composed(name: str, argv: list[str]) -> object:
     module = importlib.import_module(f"sonic.commands.{name}_command")
-    words = module.gathered(argv) if hasattr(module, "gathered") else argv
-    entry = module.entry_of(words) if hasattr(module, "entry_of") else module.ENTRY  # of a video or of a training
-    return compose(entry, [item for item in words if item not in ("--help", "--cfg")])
+    entry = module.entry_of(argv) if hasattr(module, "entry_of") else module.ENTRY  # of a video or of a training
+    return compose(entry, [item for item in argv if item not in ("--help", "--cfg")])
 
 
 def test_there_are_command_lines():

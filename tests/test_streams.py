@@ -12,8 +12,8 @@ from mounts import ROOT, ran, script
 
 SAYS = """
 import os, sys
-from sonic.system.stdio import outlast_readers
-outlast_readers()
+from sonic.system.stdio import keep_streams_usable
+keep_streams_usable()
 from sonic.system.run_folder import start_logging
 import logging
 start_logging(main=True)

@@ -90,7 +90,8 @@ def test_an_installed_wheel_makes_a_video_in_an_empty_folder(programs, tmp_path)
 def test_an_installed_wheel_has_every_recipe_and_starts_its_cells_from_itself(programs, tmp_path):
     (tmp_path / "sonic").mkdir()
     (tmp_path / "sonic/__init__.py").write_text("raise RuntimeError('another package of that name')\n")
-    script = "from sonic.system.program import process; import subprocess, sys; sys.exit(subprocess.call([*process('evaluate'), '--cfg']))"
+    words = "from sonic.system.program import command_words; import subprocess, sys"
+    script = f"{words}; sys.exit(subprocess.call([*command_words('evaluate'), '--cfg']))"
     assert "clips: 20" in run(programs / "python", "-P", "-c", script, cwd=tmp_path).stdout
     found = run(programs / "sonic", "train", "+distill=preview_2step", "--cfg", cwd=tmp_path).stdout
     assert "export: runs/preview_2step/preview_2step.safetensors" in found

@@ -13,7 +13,7 @@ from sonic.checkpoint.lora import NO_LORA
 from sonic.config import Ranks, precision_of
 from sonic.families import FAMILIES
 from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
-from sonic.inference.choose_plan import Estimate, estimate
+from sonic.inference.choose_plan import Estimate, choose_plan
 from sonic.inference.components import DTYPES, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate_wan import EncodedInputs, Vae, WanNetworks, generate_blocks, generate_clips
@@ -46,9 +46,9 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
         torch.set_num_threads(config.run.threads)
     asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
                         parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
-    estimated = estimate(asked, ranks, device, trained=False)
-    with open_world(estimated.parallel, estimated.parallel.name, ranks, device=device) as world:
-        dtype, context = _dtype(config), context_of(world, estimated.parallel)
+    estimated = choose_plan(asked, ranks, device, trained=False)
+    with open_world(estimated.plan.parallel, ranks, device) as world:
+        dtype, context = _dtype(config), context_of(world, estimated.plan.parallel)
         model = build_parallel_model(config.model, None, context, lora=NO_LORA, dtype=dtype)
         loaded = time.perf_counter() - begun
         if world.leads:

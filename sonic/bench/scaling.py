@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from sonic.inference.infer_config import BenchConfig
-from sonic.system.program import process
+from sonic.system.program import command_words
 
 STREAM = (  # a transformer wide enough for matrix products to dominate, and a video long enough for a steady state
     "model=live_avatar_14b",
@@ -56,7 +56,7 @@ def _frames_per_second(ranks: int, *arguments: str) -> float:
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "fit.json"
-        command = ["env", "OMP_NUM_THREADS=1", *process("bench", *starter), "fit", *STREAM, *arguments, f"json={found}"]
+        command = ["env", "OMP_NUM_THREADS=1", *command_words("bench", *starter), "fit", *STREAM, *arguments, f"json={found}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"bench fit on {ranks} ranks ended with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")

@@ -31,16 +31,20 @@ def weight_files(config: ModelConfig) -> WeightFiles:
     If model.weights is a folder, all files are in it; if it is a file, that replaces the bundled transformer. Raises ValueError when
     it does not exist.
     """
-    bundled, named = (WeightFiles(*(folder / f"{config.name}_{part}.safetensors" for part in WeightFiles._fields))
-                      for folder in (BUNDLED, Path(config.weights)))  # fmt: skip
+    given = Path(config.weights)
     if config.weights in ("", STUDENT, TEACHER):
-        return bundled
-    if Path(config.weights).is_file():
-        return bundled._replace(dit=Path(config.weights))
-    if not Path(config.weights).is_dir():
+        return _files_in(BUNDLED, config.name)
+    if given.is_file():
+        return _files_in(BUNDLED, config.name)._replace(dit=given)
+    named = _files_in(given, config.name)
+    if not given.is_dir():
         names = ", ".join(file.name for file in named)
         raise ValueError(f"model.weights={config.weights} does not exist; name a folder with {names}, or leave it out")
     return named
+
+
+def _files_in(folder: Path, model: str) -> WeightFiles:
+    return WeightFiles(*(folder / f"{model}_{part}.safetensors" for part in WeightFiles._fields))
 
 
 def named_weights(name: str) -> Path:

@@ -75,10 +75,10 @@ class Checkpoint:
         """The Wan VAE, loaded. Against float32, its frames in bfloat16 have a PSNR of 50 dB (0.8 of 255 levels, root mean square; random
         weights of the published size); latents rounded to bfloat16 once and decoded in float32 have 70 dB."""
         vae = WanAutoencoder(self._config("vae"))
-        vae.load_tensors(self._moved("vae", CPU))
+        vae.load_tensors(self._loaded("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
-    def reader(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
+    def prompt_encoder(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
         """A function that gives the text rows [1,L,text_dim] of a prompt; it loads the text encoder at the first prompt that is not in
         the cache, and holds it as long as the function exists."""
         loaded: list[tuple[TextEncoder, Tokenizer]] = []
@@ -104,16 +104,16 @@ class Checkpoint:
     def _text_encoder(self, device: torch.device) -> TextEncoder:
         with torch.device("meta"):
             encoder = TextEncoder(self._config("text_encoder"))
-        encoder.load_tensors(self._moved("text_encoder", device), str(self.folder))
+        encoder.load_tensors(self._loaded("text_encoder", device), str(self.folder))
         return encoder.to(device)
 
     def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
         """The speech encoder with its weights."""
         encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
-        encoder.load_tensors(self._moved("speech_encoder", device), str(self.folder))
+        encoder.load_tensors(self._loaded("speech_encoder", device), str(self.folder))
         return encoder.eval()
 
-    def _moved(self, component: str, device: torch.device) -> dict[str, Tensor]:
+    def _loaded(self, component: str, device: torch.device) -> dict[str, Tensor]:
         """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""
         return {stored.name: tensor.to(device) for stored, tensor in read(self.tensors(component).values())}
 

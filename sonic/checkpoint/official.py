@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ class Component:
 
     def nbytes(self, stored: StoredTensor) -> int:
         """Bytes of a tensor in the precision in which it is written."""
-        return stored.numel * FLOATS[self.dtype(stored)].itemsize
+        return prod(stored.shape) * FLOATS[self.dtype(stored)].itemsize
 
 
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
@@ -67,7 +69,7 @@ def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig
         if given.get(name, value) != value:
             raise ValueError(f"{folder / 'config.json'}: {name}={given[name]} is another network than the published one, which has {value}")
     try:
-        config = _model_config(given, lambda name: _shape(tensors, name, folder), base)
+        config = _model_config(given, partial(_shape, tensors, folder), base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
     _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
@@ -95,7 +97,7 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
 def text_encoder(folder: Path) -> Component:
     """The umT5 encoder, with its sizes read from the shapes of its tensors."""
     tensors = survey(folder / TEXT_FILE)
-    shape = lambda name: _shape(tensors, name, folder / TEXT_FILE)  # noqa: E731
+    shape = partial(_shape, tensors, folder / TEXT_FILE)
     vocab_size, width = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
     config = {
@@ -118,7 +120,7 @@ def text_encoder(folder: Path) -> Component:
 def autoencoder(folder: Path) -> Component:
     """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
-    config = {"base_dim": _shape(tensors, "encoder.conv1.weight", folder / VAE_FILE)[0], "z_dim": VAE_LATENTS}
+    config = {"base_dim": _shape(tensors, folder / VAE_FILE, "encoder.conv1.weight")[0], "z_dim": VAE_LATENTS}
     _check_published(to_diffusers(tensors), _shapes(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
     return Component(tensors, config)
 
@@ -195,7 +197,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
-def _shape(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, StoredTensor], path: Path, name: str) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(f"{path}: tensor {name} is missing; the file is for another model")
     return tensors[name].shape

@@ -36,11 +36,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
     def whole(self) -> Tensor:
         """The tensor as a memory map of its safetensors file, whose pages are read when they are used."""
         heartbeat()
@@ -59,9 +54,10 @@ def survey(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; fetch it again")
     if path.suffix in PICKLES:
-        tensors = _pickled(path)
-        dtype = lambda tensor: SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))  # noqa: E731
-        return {name: StoredTensor(path, name, tuple(tensor.shape), dtype(tensor)) for name, tensor in tensors.items()}
+        return {
+            name: StoredTensor(path, name, tuple(tensor.shape), SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in _pickled(path).items()
+        }
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NoReturn
+from functools import partial
 
 from sonic.cli import Entry, compose, launch
 from sonic.commands.evaluate_command import ENTRY as EVALUATE
@@ -12,9 +12,18 @@ from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
 from sonic.system.run_folder import Run, start_logging
 
-ENTRY = Entry("ablate", AblateConfig, collections=("ablate",), example="grid.sampler.sample_steps=[2,4] name=mine")
 GRID = "grid."
 log = logging.getLogger("sonic")
+
+
+def with_grid(argv: list[str]) -> list[str]:
+    """Join all arguments of the form grid.OPTION=[...] into one argument grid={OPTION: [...]}."""
+    own = [item.removeprefix(GRID).partition("=") for item in argv if item.startswith(GRID)]
+    rest = [item for item in argv if not item.startswith(GRID)]
+    return [*rest, "grid={" + ", ".join(f"{name}: {values}" for name, _, values in own) + "}"] if own else rest
+
+
+ENTRY = Entry("ablate", AblateConfig, collections=("ablate",), rewrite=with_grid, example="grid.sampler.sample_steps=[2,4] name=mine")
 
 
 def ablate(config: AblateConfig, run: Run) -> None:
@@ -26,8 +35,8 @@ def ablate(config: AblateConfig, run: Run) -> None:
     run.keep()  # finished cells survive a failed run
     folder = run.open()
     cells = sweep(config, folder, score)
-    report = write_report(cells, folder, title=f"{run.name}: {', '.join(config.grid)}")
-    log_cells(cells, folder, config.log, group=run.name)
+    report = write_report(cells, folder, title=f"{folder.name}: {', '.join(config.grid)}")
+    log_cells(cells, folder, config.log, group=folder.name)
     log.info("%s", report.resolve())
     if any(cell.failure for cell in cells):
         raise ValueError(f"{sum(bool(cell.failure) for cell in cells)} of {len(cells)} cells failed; see {report}, and retry=true")
@@ -43,13 +52,4 @@ def score(argv: list[str]) -> None:
     evaluate(compose(EVALUATE, argv))
 
 
-def gathered(argv: list[str]) -> list[str]:
-    """Join all arguments of the form grid.OPTION=[...] into one argument grid={OPTION: [...]}."""
-    own = [item.removeprefix(GRID).partition("=") for item in argv if item.startswith(GRID)]
-    rest = [item for item in argv if not item.startswith(GRID)]
-    return [*rest, "grid={" + ", ".join(f"{name}: {values}" for name, _, values in own) + "}"] if own else rest
-
-
-def main(argv: list[str]) -> NoReturn:
-    """Run the command and exit the process with its exit code."""
-    launch(ENTRY, ablate, gathered(argv))
+main = partial(launch, ENTRY, ablate)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sonic.cli import Entry, launch
 from sonic.inference.infer_config import InferConfig
-from sonic.system.paths import shown
+from sonic.system.paths import printable
 from sonic.system.run_folder import Run
 
 ENTRY = Entry("infer", InferConfig, max_ranks=4096, example="+preset=fast_preview image=me.jpg audio=me.wav output=me.mp4")
@@ -49,11 +49,11 @@ def infer(config: InferConfig, run: Run) -> int | None:
         pipe.announce()
         result, recorder = pipe.write(inputs, output, timer=timer)
         run.keep()
-    with run.sparing("result.json", f"the video {shown(str(output))}"):
+    with run.warn_if_unwritten("result.json", f"the video {printable(str(output))}"):
         run.write_json("result.json", {**asdict(result), "plan": pipe.plan_report()})
-    with run.sparing("the contact sheet", f"the video {shown(str(output))}"):
+    with run.warn_if_unwritten("the contact sheet", f"the video {printable(str(output))}"):
         draw_contact_sheet(recorder, run.path / SHEET)
-    log.info("%s\nresults in %s", shown(result.summary()), shown(str(run.path)))
+    log.info("%s\nresults in %s", printable(result.summary()), printable(str(run.path)))
     return None
 
 
@@ -65,9 +65,9 @@ def report(outcomes: list, run: Run, *, plan: dict) -> int:
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
     results = {each.line: {"error": each.fault} if each.fault else {**asdict(each.result), "plan": plan} for each in outcomes}
-    with run.sparing("videos.json", "every video that was made"):
+    with run.warn_if_unwritten("videos.json", "every video that was made"):
         run.write_json("videos.json", results)
-    log.info("%d videos made, %d requests bad; results in %s", len(outcomes) - len(bad), len(bad), shown(str(run.path)))
+    log.info("%d videos made, %d requests bad; results in %s", len(outcomes) - len(bad), len(bad), printable(str(run.path)))
     for outcome in bad:
         log.error("line %d: %s", outcome.line, outcome.fault)
     return 1 if bad and run.main else 0

@@ -25,7 +25,7 @@ from sonic.geometry import MOUTH_ANCHOR, pixels_around
 from sonic.types import Crop, Mouth, Portrait
 
 SMALLEST_SIDE = 128
-LARGEST_AREA = 50 * 1024 * 1024
+LARGEST_PICTURE = 50 * 1024 * 1024
 PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits are meant for a white page
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
 
@@ -62,7 +62,7 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
         except PermissionError as error:
             raise ValueError(f"{called} cannot be read: permission denied") from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{called} is too large: at most {LARGEST_AREA / 2**20:.0f} megapixels; make it smaller") from error
+            raise ValueError(f"{called} is too large: at most {LARGEST_PICTURE / 2**20:.0f} megapixels; make it smaller") from error
         except BROKEN_FILE as error:
             raise ValueError(f"{called} is {UNREAD[kind]}") from error
         with image:
@@ -174,8 +174,8 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 def _check_size(called: str, width: int, height: int) -> None:
     if min(width, height) < SMALLEST_SIDE:
         raise ValueError(f"{called} is {width}x{height} px, too small: at least {SMALLEST_SIDE} px a side; use a larger picture")
-    if width * height > LARGEST_AREA:
-        limit = LARGEST_AREA / 2**20
+    if width * height > LARGEST_PICTURE:
+        limit = LARGEST_PICTURE / 2**20
         raise ValueError(f"{called} has {width * height / 2**20:.0f} megapixels, too large: at most {limit:.0f}; make it smaller")
 
 

@@ -26,7 +26,7 @@ from sonic.data.segments import Segment, checked_sync, find_videos, read_segment
 from sonic.data.shards import Build, Encoders, built, made_with, make_shards, write_shard
 from sonic.families import FAMILIES
 from sonic.system.files import save_tensors, written_temporary
-from sonic.system.paths import shown
+from sonic.system.paths import printable
 from sonic.system.worker import Crashed
 
 LOG = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Excepti
     """Write the shard of a video that gives no clip because of an error, with the error in its report line."""
     path, name = job
     reason = next(text for kind, text in REASONS.items() if isinstance(error, kind))
-    message = shown(" ".join(str(error).split())) or type(error).__name__
+    message = printable(" ".join(str(error).split())) or type(error).__name__
     if reason == REASONS[Exception]:
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
@@ -148,7 +148,7 @@ def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Excepti
 
 def _video(path: Path, config: PrecomputeConfig) -> str:
     """Name of a video in the report: its path inside data.source."""
-    return shown(str(path.relative_to(config.data.source)))
+    return printable(str(path.relative_to(config.data.source)))
 
 
 def _line(video: str, segment: Segment, fps: int) -> dict:

@@ -108,7 +108,7 @@ class Wan(Family):
 
         A prompt that cannot be encoded is skipped here; the error is reported when its video is made.
         """
-        read = components.checkpoint.reader(components.config.text.text_len, components.device)
+        read = components.checkpoint.prompt_encoder(components.config.text.text_len, components.device)
         for prompt in dict.fromkeys(prompts):
             with suppress(ValueError, OSError):
                 read(prompt)
@@ -129,7 +129,7 @@ class Wan(Family):
         else:  # the speech encoder stays in memory until the sound ends
             live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
             features = torch.zeros(1, 0, 0, 0)
-        read = checkpoint.reader(length, device)
+        read = checkpoint.prompt_encoder(length, device)
         text = read(inputs.prompt)
         patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
         return EncodedInputs(
@@ -172,7 +172,7 @@ class Wan(Family):
         if not config.data.source:
             raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")
         length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
-        rows, autoencoder = checkpoint.reader(length, device), checkpoint.autoencoder(device, torch.float32)
+        rows, autoencoder = checkpoint.prompt_encoder(length, device), checkpoint.autoencoder(device, torch.float32)
         return Encoders(
             encode_audio=lambda samples, frames: checkpoint.speech_encoder(device).encode_audio(samples, frames, fps),
             autoencoder=autoencoder,

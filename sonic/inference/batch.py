@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.families.family import build_components, family_of
-from sonic.inference.choose_plan import Estimate, estimate
+from sonic.inference.choose_plan import Estimate, choose_plan
 from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import make_video
@@ -29,7 +29,7 @@ from sonic.parallel.context import context_of
 from sonic.parallel.mesh import World, open_world
 from sonic.parallel.vae_rank import serve_vae
 from sonic.system.heartbeat import pause_watchdog
-from sonic.system.paths import shown
+from sonic.system.paths import printable
 from sonic.types import Inputs
 
 log = logging.getLogger("sonic.inference")
@@ -44,12 +44,16 @@ class Outcome(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The components of this rank, its world of ranks, the plan that it runs under, and the folder for the videos of the job."""
+    """The components of this rank, the plan that they run under, and the folder for the videos of the job."""
 
     components: Components
-    world: World
     estimate: Estimate | None  # None when the caller passed its own components
     folder: Path
+
+    @property
+    def world(self) -> World:
+        """The ranks of the job as seen by this one."""
+        return self.components.context.world
 
     def output_of(self, line: int) -> Path:
         """The path of the video for a request that names no output."""
@@ -72,14 +76,14 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(),
     the time, which differs between ranks. `size` is (width, height) of the video where this rank knows it already.
     """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
-    found = estimate(config, ranks, device, size=size)
-    parallel = replace(found.parallel, replicas=config.parallel.replicas)
-    with open_world(parallel, parallel.name, ranks, device=device) as world:
+    found = choose_plan(config, ranks, device, size=size)
+    parallel = replace(found.plan.parallel, replicas=config.parallel.replicas)
+    with open_world(parallel, ranks, device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
         if not world.leads:  # the leading rank may load after encoding
             components.load()
-        yield Opened(components, world, found, folder)
+        yield Opened(components, found, folder)
         if world.leads:
             shutdown(context)
         found.measure(world)
@@ -118,28 +122,23 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
                 if request.wanted is None:
                     raise ValueError(request.fault)
                 if os.path.isfile(request.wanted.output):
-                    log.info("line %d: %s is there already", request.line, shown(request.wanted.output))
+                    log.info("line %d: %s is there already", request.line, printable(request.wanted.output))
                     continue
                 inputs = checked_inputs(request.wanted, read=reader.open)
                 generating = True
                 result, _ = make_video(inputs, components, request.wanted, output=Path(request.wanted.output), timer=StageTimer())
                 outcomes.append(Outcome(request.line, result))
-                log.info("line %d: %s", request.line, shown(result.summary()))
+                log.info("line %d: %s", request.line, printable(result.summary()))
             except Exception as error:
-                if generating and not _is_single(world) and not isinstance(error, ValueError | OSError):
+                if generating and not world.alone and not isinstance(error, ValueError | OSError):
                     raise
                 outcomes.append(Outcome(request.line, fault=_fault(error, request.line)))
     return outcomes
 
 
-def _is_single(world: World) -> bool:
-    """Whether this rank makes its videos alone, so that an error cannot leave other ranks in a different step."""
-    return world.rollout_mesh is None or world.rollout_mesh.size() == 1
-
-
 def _fault(error: Exception, line: int) -> str:
     """Log an error of one request and return it as one sentence; an error of the program is logged with its traceback."""
-    sentence = shown(" ".join(str(error).split())) or type(error).__name__
+    sentence = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ValueError | OSError):
         log.warning("line %d: %s", line, sentence)
         return sentence

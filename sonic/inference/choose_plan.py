@@ -13,19 +13,17 @@ import torch.distributed as dist
 from PIL import Image
 
 from sonic.config import PHOTO_SIZE, Ranks, parse_size
-from sonic.data.image import BROKEN_FILE, SMALLEST_SIDE, load_image
-from sonic.data.image import LARGEST_AREA as LARGEST_PICTURE
+from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_image
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
-from sonic.geometry import wan_size
-from sonic.inference.conditions import LARGEST_AREA
+from sonic.geometry import GIB, wan_size
+from sonic.inference.conditions import LARGEST_VIDEO
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.inference.requests import read_requests, request_of
 from sonic.parallel.mesh import World, degrees
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner.hardware import hardware_here
-from sonic.planner.memory import GIB
 from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, search_plans
 from sonic.system.paths import check_input
@@ -44,11 +42,6 @@ class Estimate:
     config: PlanConfig
     started: float = field(default_factory=lambda: peak_rss_gib() * GIB)
     measured_gib: list[float] = field(default_factory=list)
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """The parallel options of the plan."""
-        return self.plan.parallel
 
     def measure(self, world: World) -> None:
         """Store the peak memory of every rank in GiB. A collective call: every rank must make it."""
@@ -71,7 +64,7 @@ class Estimate:
         }
 
 
-def estimate(
+def choose_plan(
     config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True, size: tuple[int, int] | None = None
 ) -> Estimate:
     """The plan of a job with its estimates: the planner's choice for parallel=auto, else the plan that the options name.
@@ -92,7 +85,7 @@ def estimate(
     plan, asked = found.chosen, config.parallel
     if asked.name == "auto" and ranks.world > 1:
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
-    if asked.name not in ("auto", "pipeline"):
+    if asked.name not in ("auto", "pipeline"):  # the planner has also chosen the stages of a pipeline
         plan = replace(plan, parallel=_with_residents(asked, plan, device))
     return Estimate(plan, plan_config)
 
@@ -103,7 +96,7 @@ def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> Non
     if video.size == PHOTO_SIZE or height * width <= prod(parse_size(video.size)):
         return
     larger = replace(found.config, video=replace(video, size=f"{width}x{height}"))
-    answer = search_plans(replace(larger, parallel=replace(found.parallel, replicas=1)), idle=False)
+    answer = search_plans(replace(larger, parallel=replace(found.plan.parallel, replicas=1)), idle=False)
     if not answer.fits and not force:
         raise ValueError(_refusal(answer))
 
@@ -132,7 +125,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
                 f"parallel.replicas={parallel.replicas} needs a plan by name on {hardware.devices} ranks, such as parallel=single"
             )
     else:
-        sharing, _, context = degrees(parallel, parallel.name, hardware.devices)
+        sharing, _, context = degrees(parallel, hardware.devices)
         parallel = replace(parallel, context=context)
     copies_here = max(1, sharing * ranks.local_world // ranks.world)
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
@@ -153,7 +146,7 @@ def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
     else:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
         pictures = [(pixels.shape[1], pixels.shape[0])]
-    sizes = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
+    sizes = [wan_size(width, height, min(LARGEST_VIDEO, width * height)) for width, height in pictures]
     return "x".join(map(str, max(sizes, key=prod))) if sizes else PHOTO_SIZE
 
 

@@ -52,17 +52,21 @@ def distributed_rollout(
 
     Raises ValueError when the noise or the reference positions are overridden, because the other ranks cannot repeat them.
     """
-    if context.alone:
+    if context.world.rollout_group is None:
         yield from rollout(model, conditions, spans, sampling=sampling, context=context)
         return
     source = sampling.source
     if source.noise or source.ref_positions:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
     spans = list(spans)
-    _send(context, _request(conditions, sampling, spans=spans))
+    _start_others(context, conditions, sampling, spans=spans)
     begun = context.rollouts
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
-        while _send(context, Command.NEXT_BLOCK) and (block := next(blocks, None)) is not None:
+        while True:
+            _send(context, Command.NEXT_BLOCK)
+            block = next(blocks, None)
+            if block is None:
+                return
             try:
                 yield block
             except BaseException:  # the consumer stopped; an error inside `rollout` does not come here
@@ -82,8 +86,8 @@ def distributed_clip(
     """`sample_clip` on all ranks that share the model. Raises ValueError under a layer pipeline, which cannot make clips."""
     if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
-    if not context.alone:
-        _send(context, _request(conditions, sampling, latent_frames=latent_frames))
+    if context.world.rollout_group is not None:
+        _start_others(context, conditions, sampling, latent_frames=latent_frames)
     return sample_clip(model, conditions, latent_frames, sampling=sampling, execution=context.execution)
 
 
@@ -104,7 +108,7 @@ def shutdown(context: DistributedContext) -> None:
     if context.closed:
         return
     context.closed = True
-    if not context.alone:
+    if context.world.rollout_group is not None:
         _send(context, Command.SHUT_DOWN)
     for channel in (context.channel, context.vae_channel):
         if channel is not None:
@@ -135,15 +139,18 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
     return message
 
 
-def _request(conditions: Conditions, sampling: Sampling, **length: object) -> RolloutRequest:
-    """The request for the other ranks, with the state of the random generator before the rollout."""
-    return RolloutRequest(conditions, sampling.sampler, sampling.unconditional, sampling.source.generator.get_state(), **length)
+def _start_others(
+    context: DistributedContext, conditions: Conditions, sampling: Sampling, *, spans: Sequence[BlockSpan] = (), latent_frames: int = 0
+) -> None:
+    """Start a rollout on the other ranks, with the state of the random generator before it."""
+    state = sampling.source.generator.get_state()
+    context.rollouts += 1
+    _send(context, RolloutRequest(conditions, sampling.sampler, sampling.unconditional, state, spans, latent_frames))
 
 
-def _send(context: DistributedContext, message: RolloutRequest | Command) -> RolloutRequest | Command:
+def _send(context: DistributedContext, message: RolloutRequest | Command) -> None:
     """Send a message from the leading rank to its workers."""
-    context.rollouts += isinstance(message, RolloutRequest)
-    return broadcast(message, context.world.rollout_group)
+    broadcast(message, context.world.rollout_group)
 
 
 def _receive(context: DistributedContext) -> RolloutRequest | Command:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sonic.inference.infer_config import InferConfig, RequestConfig
 from sonic.inference.inputs import BUNDLED_INPUTS, inputs_of
-from sonic.system.paths import check_input, check_name, expanded, file_key, shown
+from sonic.system.paths import check_input, check_name, expanded, file_key, printable
 
 LINE_END = re.compile("\r\n|\r|\n")  # not str.splitlines: U+2028 is allowed inside a JSON string
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # surrogates that stand for bytes that could not be decoded
@@ -91,7 +91,7 @@ def _parsed(text: str) -> dict[str, Any]:
     kinds = typing.get_type_hints(RequestConfig)
     known = [field.name for field in dataclasses.fields(RequestConfig)]
     if wrong := NOT_TEXT.search(text):
-        given = f"character {wrong.start() + 1} is {shown(wrong[0])}"
+        given = f"character {wrong.start() + 1} is {printable(wrong[0])}"
         raise ValueError(f"the line is not UTF-8 text ({given}); save the file of requests as UTF-8")
     try:
         given = json.loads(text, object_pairs_hook=_once)
@@ -133,7 +133,7 @@ def _found(names: str, option: str, config: InferConfig) -> str:
             found.append(name)
         elif os.path.lexists(folder / name):
             found.append(str(folder / name))
-            log.info("%s=%s is taken from %s, beside the file of requests", option, shown(name), shown(str(folder)))
+            log.info("%s=%s is taken from %s, beside the file of requests", option, printable(name), printable(str(folder)))
         else:
             raise ValueError(
                 f"{option}={name} is neither in the working folder nor in {folder}, beside the file of requests; check the name"

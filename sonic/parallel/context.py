@@ -27,13 +27,8 @@ class DistributedContext:
     rollouts: int = 0
     closed: bool = False
 
-    @property
-    def alone(self) -> bool:
-        """Whether this rank samples its videos without other ranks."""
-        return self.world.rollout_group is None
-
 
 def context_of(world: World, parallel: ParallelConfig) -> DistributedContext:
     """The context of this rank, before `build_parallel_model` sets its execution and channel."""
-    asks = world.vae_rank and (world.leads or world.holds_vae)
-    return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if asks else None)
+    calls_vae = world.vae_rank and (world.leads or world.holds_vae)
+    return DistributedContext(world, parallel, vae_channel=make_vae_channel(world) if calls_vae else None)

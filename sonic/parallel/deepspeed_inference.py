@@ -21,24 +21,22 @@ from sonic.parallel.shard_units import ENDS
 PREFETCH_NUMBERS = 50_000_000  # parameters per unit of parallel.prefetch; DeepSpeed's default
 
 
-def check_installed(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Raise ValueError when DeepSpeed is not installed. The model is sharded later, while its weights are allocated."""
-    _deepspeed()
-
-
 def allocate_slices(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole."""
+    """Allocate every weight and keep this rank's slice of it; weights outside blocks, injectors and ENDS stay whole.
+
+    Raises ValueError when DeepSpeed is not installed.
+    """
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed reads its device from here
-    shared = _shared(model)
-    for part in shared:
+    sliced = [*_ends(model), *model.blocks, *model.audio_injectors]
+    for part in sliced:
         for module in reversed(list(part.modules())):  # submodules first, because DeepSpeed also visits the submodules of a module
             if list(module.parameters(recurse=False)):
                 module.to_empty(device=world.device, recurse=False)
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings)
-    sliced = {id(module) for part in shared for module in part.modules()}
+    done = {id(module) for part in sliced for module in part.modules()}
     for module in model.modules():
-        if id(module) not in sliced:
+        if id(module) not in done:
             module.to_empty(device=world.device, recurse=False)
 
 
@@ -49,8 +47,7 @@ def start_engines(model: AvatarDiT, world: World, config: ParallelConfig) -> Exe
     """
     deepspeed, settings = _deepspeed(), _settings(model, world, config)
     layers = Layers(model)
-    ends = nn.ModuleList(getattr(model, name) for name in ENDS if getattr(model, name) is not None)
-    for part in (layers, ends):
+    for part in (layers, nn.ModuleList(_ends(model))):
         deepspeed.initialize(model=part, config=settings, dist_init_required=False)
     model.eval()
 
@@ -73,9 +70,9 @@ class Layers(nn.Module):
         return [outputs.tokens for outputs in self.run(inputs, contexts)]
 
 
-def _shared(model: AvatarDiT) -> list[nn.Module]:
-    ends = [getattr(model, name) for name in ENDS]
-    return [*(end for end in ends if end is not None), *model.blocks, *model.audio_injectors]
+def _ends(model: AvatarDiT) -> list[nn.Module]:
+    """The modules named ENDS that the model has."""
+    return [module for name in ENDS if (module := getattr(model, name)) is not None]
 
 
 def _settings(model: AvatarDiT, world: World, config: ParallelConfig) -> dict:

@@ -26,7 +26,7 @@ from sonic.parallel.layer_ranges import best_ranges, ranges_of
 from sonic.parallel.mesh import World
 from sonic.types import Conditions
 
-FIRST = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text_embed", "audio_encoder")
+FIRST_STAGE = ("patch_embed", "pose_embed", "frame_pack", "roles", "time_embed", "text_embed", "audio_encoder")
 SPARE = 1  # forwards in flight beyond one per rank, so that no rank waits for a message
 
 
@@ -82,7 +82,7 @@ def keep_range(model: AvatarDiT, stage: int, ranges: Sequence[range]) -> None:
     for index, layer in enumerate(model.config.audio.inject_layers):
         if layer not in own:
             model.audio_injectors[index] = None
-    for name in FIRST if stage else ():
+    for name in FIRST_STAGE if stage else ():
         setattr(model, name, None)
     if stage != len(ranges) - 1:
         model.head = None

@@ -22,11 +22,8 @@ def best_ranges(num_layers: int, stages: int, cost: Cost) -> list[range]:
             row.append(min(options, key=lambda option: option[0], default=(inf, ())))
         table.append(row)
     value, found = table[-1][num_layers]
-    return list(found) if value < inf else even_ranges(num_layers, stages)
-
-
-def even_ranges(num_layers: int, stages: int) -> list[range]:
-    """Ranges whose lengths differ by one at most, the longer ones first."""
+    if value < inf:
+        return list(found)
     return ranges_of([num_layers // stages + (stage < num_layers % stages) for stage in range(stages)])
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
 GROUPED = ("fsdp", "zero3")  # plans that need a process group even with one rank
 LANES = 4  # directions of messages: two along the stages, two between the first rank and the autoencoder's
-PATIENCE = timedelta(hours=24)  # timeout of collectives: the first rank may take long to encode a video
+COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the first rank may take long to encode a video
 
 
 @dataclass(frozen=True)
@@ -112,36 +112,44 @@ class World:
         return self.coordinate("layers") == 0 and self.coordinate("cp") == 0
 
     @property
+    def alone(self) -> bool:
+        """Whether this rank makes its videos without other ranks."""
+        return self.size("layers") * self.size("cp") == 1
+
+    @property
     def rollout_group(self) -> dist.ProcessGroup | None:
-        """The ranks that sample the same video together with this one; None when it samples without others."""
+        """The ranks that run the same forwards as this one, each on its share of tokens or weights; None when there are no others.
+
+        In a pipeline these are the ranks of one stage.
+        """
         if self.mesh is None:
             return None
         ranks = self.mesh["cp"] if self.plan == "pipeline" else self.rollout_mesh
         return ranks.get_group() if ranks.size() > 1 else None
 
 
-def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, int]:
-    """Sizes of the axes AXES for `world` ranks; a degree of -1 takes the ranks that the others leave.
+def degrees(config: ParallelConfig, ranks: int) -> tuple[int, int, int]:
+    """Sizes of the axes AXES for `ranks` ranks; a degree of -1 takes the ranks that the others leave.
 
     Raises ValueError when the degrees do not divide the ranks, or the plan cannot use so many.
     """
-    replicas, context = config.replicas, config.context
+    plan, replicas, context = config.name, config.replicas, config.context
     if plan == "zero3" and replicas != 1:
         raise ValueError(f"parallel=zero3 slices weights over all ranks: leave parallel.replicas={replicas} out, or use parallel=fsdp")
     if plan == "context" and replicas != -1:
         context = -1
-    left = world // (max(1, replicas) * max(1, context))
+    left = ranks // (max(1, replicas) * max(1, context))
     replicas, context = (left if degree == -1 else degree for degree in (replicas, context))
     taken = replicas * context
-    if taken < 1 or world % taken:
+    if taken < 1 or ranks % taken:
         raise ValueError(
-            f"parallel.replicas={config.replicas} and parallel.context={config.context} do not divide {world} ranks; "
+            f"parallel.replicas={config.replicas} and parallel.context={config.context} do not divide {ranks} ranks; "
             "choose degrees whose product does"
         )
-    inner = world // taken
+    inner = ranks // taken
     if plan in SINGLE_RANK_PLANS and inner * context > 1:
         raise ValueError(
-            f"parallel={plan} makes a video on one rank but {world} were started; start one, choose another plan, "
+            f"parallel={plan} makes a video on one rank but {ranks} were started; start one, choose another plan, "
             "or give parallel.replicas=-1 for requests side by side"
         )
     if config.vae_rank and inner < 2:
@@ -150,7 +158,7 @@ def degrees(config: ParallelConfig, plan: str, world: int) -> tuple[int, int, in
 
 
 @contextmanager
-def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch.device) -> Iterator[World]:
+def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Iterator[World]:
     """Join the process group, where there is one, and leave it at the end of the `with` block.
 
     Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
@@ -158,27 +166,29 @@ def open_world(config: ParallelConfig, plan: str, ranks: Ranks, *, device: torch
     """
     if device.type == "cuda":  # FSDP shards onto the current device; if none is set, DeviceMesh would set one itself
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
-    if ranks.world == 1 and plan not in GROUPED:
-        yield World(plan, device)
+    if ranks.world == 1 and config.name not in GROUPED:
+        yield World(config.name, device)
         return
     own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world == 1 else {}
     shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # NCCL does not let ranks share a device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
-    size = ranks.world // degrees(config, plan, ranks.world)[0]
+    size = ranks.world // degrees(config, ranks.world)[0]
     first = ranks.rank // size * size  # of the ranks with this copy of the model
     peers = range(first, first + size)
-    dist.init_process_group(backend, timeout=PATIENCE, **own)
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **own)
     with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, peers=peers, leave=dist.destroy_process_group):
-        yield _be_patient(make_world(config, plan, device))
+        world = make_world(config, config.name, device)
+        for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):  # to which torch gives 30 minutes
+            dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+        yield world
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:
     """The world of the current process group."""
-    mesh = init_device_mesh(device.type, degrees(config, plan, dist.get_world_size()), mesh_dim_names=AXES)
+    mesh = init_device_mesh(device.type, degrees(config, dist.get_world_size()), mesh_dim_names=AXES)
     rollout_mesh = mesh["layers", "cp"]._flatten("rollout")
-    return World(
-        plan, device, mesh, rollout_mesh, vae_rank=bool(config.vae_rank), lanes=_lanes() if plan == "pipeline" and direct(device) else ()
-    )
+    lanes = _lanes() if plan == "pipeline" and direct(device) else ()
+    return World(plan, device, mesh, rollout_mesh, vae_rank=bool(config.vae_rank), lanes=lanes)
 
 
 def direct(device: torch.device) -> bool:
@@ -192,11 +202,4 @@ def _lanes() -> tuple[dist.ProcessGroup, ...]:
     All ranks create all of them at the same point: torch names a group by the number of groups before it, so ranks that have created
     different numbers would wait for each other forever. Two ranks connect at their first message.
     """
-    return tuple(dist.new_group(timeout=PATIENCE) for _ in range(LANES))
-
-
-def _be_patient(world: World) -> World:
-    """The same world, with the timeout PATIENCE for its smaller groups too, instead of torch's 30 minutes."""
-    for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
-    return world
+    return tuple(dist.new_group(timeout=COLLECTIVE_TIMEOUT) for _ in range(LANES))

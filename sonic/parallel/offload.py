@@ -12,6 +12,7 @@ from sonic.geometry import GIB
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import Execution
 from sonic.parallel.layer_ranges import resident_layers
+from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 from sonic.system.heartbeat import heartbeat
 
@@ -120,7 +121,7 @@ class LayerPrefetcher:
         return torch.cuda.mem_get_info(self.device)[0] / GIB - ROOM_GIB
 
 
-def allocate(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> None:
+def allocate_layers(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Allocate the weights of a model on the meta device.
 
     Layers that are known to stay resident get memory on the device, so that they never take host memory; others get host memory, or
@@ -128,20 +129,19 @@ def allocate(model: AvatarDiT, device: torch.device, config: OffloadConfig) -> N
     """
     for name, child in model.named_children():
         if name not in ("blocks", "audio_injectors"):
-            child.to_empty(device=device)
+            child.to_empty(device=world.device)
     layers = layers_of(model)
-    resident = resident_of([OffloadedLayer(modules).bytes for modules in layers], config.resident_gib)
+    resident = resident_of([OffloadedLayer(modules).bytes for modules in layers], config.offload.resident_gib)
     for index, modules in enumerate(layers):
-        if index in resident or config.store != "mmap":
+        if index in resident or config.offload.store != "mmap":
             for module in modules:
-                module.to_empty(device=device if index in resident else "cpu")
+                module.to_empty(device=world.device if index in resident else "cpu")
 
 
-def offload(model: AvatarDiT, device: torch.device, config: ParallelConfig) -> Execution:
-    """Add hooks that load every layer's weights to `device` before it runs. Gives an execution with the device of the KV caches."""
+def load_before_use(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
+    """Add hooks that load the weights of every layer before it runs. Gives an execution with the device of the KV caches."""
     settings = config.offload
-    offloaded = [OffloadedLayer(modules) for modules in layers_of(model)]
-    prefetcher = LayerPrefetcher(offloaded, device, settings)
+    prefetcher = LayerPrefetcher([OffloadedLayer(modules) for modules in layers_of(model)], world.device, settings)
     if settings.resident_gib >= 0:  # else it is known only after the first video's KV caches are allocated
         prefetcher.allocate()
     for layer, block in enumerate(model.blocks):

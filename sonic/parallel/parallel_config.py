@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
+from sonic.parallel.shard_units import UNITS
 
 
 class PlanCode(NamedTuple):
@@ -33,7 +34,6 @@ PLANS: Mapping[str, PlanCode] = {  # by parallel.name
 }
 PLAN_NAMES = tuple(PLANS)
 SINGLE_RANK_PLANS = tuple(name for name, plan in PLANS.items() if plan.one_rank)
-UNSHARD_UNITS = ("block", "sublayer", "linear")
 STORES = ("pinned", "mmap")
 KV_DEVICES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
@@ -76,17 +76,18 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         one_of(self.name, ("auto", *PLAN_NAMES), "parallel.name")
-        one_of(self.unshard_unit, UNSHARD_UNITS, "parallel.unshard_unit")
+        one_of(self.unshard_unit, list(UNITS), "parallel.unshard_unit")
         for degree in ("context", "replicas"):
             value = getattr(self, degree)
             require(value == -1 or value >= 1, f"parallel.{degree}={value}: need 1 or more, or -1 for the ranks that are left")
         require(self.context != -1 or self.replicas != -1, "parallel.context=-1 and parallel.replicas=-1: only one can take what is left")
-        apart = bool(self.vae_rank)
         require(
-            not apart or self.name in ("auto", "pipeline"),
+            not self.vae_rank or self.name in ("auto", "pipeline"),
             f"parallel.vae_rank=true goes with parallel=pipeline; under parallel={self.name} leave it out",
         )
-        require(not apart or self.context == 1, "parallel.vae_rank=true needs a rank that shares no tokens: leave parallel.context at 1")
+        require(
+            not self.vae_rank or self.context == 1, "parallel.vae_rank=true needs a rank that shares no tokens: leave parallel.context at 1"
+        )
         require(all(size >= 0 for size in self.layers or []), f"parallel.layers={self.layers}: a stage has 0 blocks or more")
         require(0 <= self.prefetch <= 16, f"parallel.prefetch={self.prefetch} must lie between 0 and 16; 1 is usual")
         require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")

@@ -16,11 +16,11 @@ from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.parallel.context import DistributedContext
-from sonic.parallel.deepspeed_inference import allocate_slices, check_installed, start_engines
+from sonic.parallel.deepspeed_inference import allocate_slices, start_engines
 from sonic.parallel.fsdp import prefetch_in_order, shard
 from sonic.parallel.layer_pipeline import keep_range, layer_ranges, pipeline_channel
 from sonic.parallel.mesh import World
-from sonic.parallel.offload import allocate, offload
+from sonic.parallel.offload import allocate_layers, load_before_use
 from sonic.parallel.parallel_config import PLANS, ParallelConfig
 from sonic.parallel.shard_units import WHOLE
 from sonic.parallel.ulysses import sequence_parallel
@@ -30,16 +30,30 @@ Step = Callable[[AvatarDiT, World, ParallelConfig], None]  # changes the model i
 Start = Callable[[AvatarDiT, World, ParallelConfig], Execution]
 
 
-def nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """The `cut` of a plan that does not shard the model."""
+def cut_nothing(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """Keep the whole model on this rank."""
+
+
+def allocate_on_device(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
+    """Allocate all weights on the device of this rank."""
+    model.to_empty(device=world.device)
+
+
+def run_unchanged(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
+    """The execution of layers that run as they are, on the device of this rank."""
+    return LOCAL
 
 
 class Parallelizer(NamedTuple):
-    """`cut` works on the model without memory, `allocate` gives its parameters memory, `start` says how the filled model is executed."""
+    """What a plan does to a model before and after its weights are loaded.
 
-    cut: Step = nothing
-    allocate: Step = lambda model, world, config: model.to_empty(device=world.device)
-    start: Start = lambda model, world, config: LOCAL
+    `cut` divides the model among the ranks while it has no memory, `allocate` gives its parameters memory, and `start`, once they are
+    filled, says how the model is executed.
+    """
+
+    cut: Step = cut_nothing
+    allocate: Step = allocate_on_device
+    start: Start = run_unchanged
 
 
 def _allocate_shards(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
@@ -54,12 +68,9 @@ def _cut_to_range(model: AvatarDiT, world: World, config: ParallelConfig) -> Non
 
 WHOLE_MODEL = Parallelizer()
 SHARDED = Parallelizer(shard, _allocate_shards, prefetch_in_order)
-OFFLOADED = Parallelizer(
-    allocate=lambda model, world, config: allocate(model, world.device, config.offload),
-    start=lambda model, world, config: offload(model, world.device, config),
-)
+OFFLOADED = Parallelizer(allocate=allocate_layers, start=load_before_use)
 STAGES = Parallelizer(_cut_to_range)
-ZERO3 = Parallelizer(check_installed, allocate_slices, start_engines)
+ZERO3 = Parallelizer(allocate=allocate_slices, start=start_engines)
 
 
 def parallelizer_of(plan: str) -> Parallelizer:

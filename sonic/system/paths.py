@@ -16,7 +16,7 @@ def expanded(name: str) -> str:
     return "+".join(os.path.expanduser(part) for part in name.split("+"))
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """The text in a form that any terminal, log and JSON file can hold: bytes that are not UTF-8 become \\xNN."""
     escaped = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"\\udc([89a-f].)", r"\\x\1", escaped)  # which is how Python holds such a byte

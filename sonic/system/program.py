@@ -31,6 +31,6 @@ def interpreter() -> list[str]:
     return ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={import_path}", sys.executable]
 
 
-def process(command: str, *starter: str) -> list[str]:
+def command_words(command: str, *starter: str) -> list[str]:
     """The words that run a command in a new process; `starter` such as -m torch.distributed.run precedes it."""
     return [*interpreter(), *starter, "-m", "sonic", command]

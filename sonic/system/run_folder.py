@@ -19,7 +19,7 @@ from pathlib import Path
 from sonic import __version__
 from sonic.config import Ranks
 from sonic.system.files import written_temporary
-from sonic.system.paths import shown
+from sonic.system.paths import printable
 
 ATTEMPTS = 10_000  # to make a folder that no other run has
 ROOM = 12 << 10  # bytes that a folder must take: config, command and log
@@ -40,11 +40,6 @@ class Run:
         self._root, self._config_yaml = root, config_yaml
         self._made: list[Path] = []  # folders, the innermost first
         self._log: MemoryHandler | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.path.name
 
     @property
     def commit(self) -> str:
@@ -82,7 +77,7 @@ class Run:
         self.kept = True
 
     @contextmanager
-    def sparing(self, what: str, result: str) -> Iterator[None]:
+    def warn_if_unwritten(self, what: str, result: str) -> Iterator[None]:
         """Inside the `with` block, an OSError while writing `what` becomes a warning, because `result` itself is already written."""
         try:
             yield
@@ -121,11 +116,11 @@ class Run:
 
     def _write(self) -> None:
         """Write config, command, commit and the log so far, and log to a file from now on."""
-        with self.sparing(f"config and log of {self.name}", "the result"):
+        with self.warn_if_unwritten(f"config and log of {self.path.name}", "the result"):
             for name, text in (("config.yaml", self._config_yaml.rstrip()), ("command.txt", self.command), ("git_commit.txt", self.commit)):
                 self._write_text(name, text)
             file = _LogFile(self.path / "log.txt")
-            file.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            file.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             self._log.setTarget(file)
             self._log.capacity = 1
             self._log.flush()
@@ -159,7 +154,7 @@ def start_logging(*, main: bool) -> None:
     log.setLevel(logging.INFO if main else logging.CRITICAL)
     info, warning = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     info.addFilter(lambda record: record.levelno < logging.WARNING)
-    info.setFormatter(_Shown())
+    info.setFormatter(_Printable())
     warning.setLevel(logging.WARNING)
     warning.setFormatter(_OneLine())
     for handler in (info, warning):
@@ -174,14 +169,14 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     log.log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
-class _Shown(logging.Formatter):
+class _Printable(logging.Formatter):
     """The message in a form that any terminal and file can hold, whatever file names it contains."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return printable(super().format(record))
 
 
-class _OneLine(_Shown):
+class _OneLine(_Printable):
     """The level and the message on one line, with a traceback below it where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -31,7 +31,7 @@ class Worker:
     It ends when this process ends, in whatever way.
     """
 
-    def __init__(self, prepare: Callable[[], object] = int) -> None:
+    def __init__(self, prepare: Callable[[], object]) -> None:
         self.prepare, self.stopped = prepare, False
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None

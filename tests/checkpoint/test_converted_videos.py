@@ -20,7 +20,7 @@ from PIL import Image
 from video_files import read_frames
 
 from sonic.data.video import VideoWriter
-from sonic.system.program import process
+from sonic.system.program import command_words
 from sonic.vae.wan_vae import WanAutoencoder
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32")  # as exact as the tests
@@ -28,7 +28,7 @@ SHORT = {  # a video of two blocks or clips
     "live": ("model=live_avatar_14b", "sampler=live_avatar_3step", "video.infer_frames=12", "video.num_clip=2"),
     "wan": ("model=wan_s2v_14b", "sampler=unipc", "sampler.sample_steps=2", "video.infer_frames=8", "video.num_clip=2"),
 }
-TWO_RANKS = process("infer", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO_RANKS = command_words("infer", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from convert_command import infer
 
 from sonic.checkpoint import converted as converted_module
 from sonic.checkpoint.converted import Checkpoint
-from sonic.inference import components
+from sonic.families import family
 
 SMALL = ("video.size=64x64", "run.threads=1", "run.dtype=float32", "video.num_clip=1", "parallel=single")
 MODELS = {
@@ -25,10 +25,10 @@ MODELS = {
 def events(monkeypatch) -> list[str]:
     """Names of loaded networks and encoded prompts, in order."""
     seen: list[str] = []
-    make, build, tokens = Checkpoint._text_encoder, components.build_parallel_model, converted_module.Tokenizer.__call__
+    make, build, tokens = Checkpoint._text_encoder, family.build_parallel_model, converted_module.Tokenizer.__call__
     noted = lambda name, work: lambda *given, **named: (seen.append(name), work(*given, **named))[1]  # noqa: E731
     monkeypatch.setattr(Checkpoint, "_text_encoder", noted("encoder", make))
-    monkeypatch.setattr(components, "build_parallel_model", noted("transformer", build))
+    monkeypatch.setattr(family, "build_parallel_model", noted("transformer", build))
     monkeypatch.setattr(
         converted_module.Tokenizer, "__call__", lambda self, some, length: (seen.append(*some), tokens(self, some, length))[1]
     )
@@ -71,13 +71,13 @@ def test_text_features_of_another_length_or_damaged_ones_are_encoded_and_stored_
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(each, 4) for each in ids.tolist()])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     for _ in range(2):
-        assert [checkpoint.reader(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
+        assert [checkpoint.prompt_encoder(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
     files = sorted((tmp_path / "prompts").iterdir())
     assert len(files) == 2
     whole = [path.read_bytes() for path in files]
     for path in files:
         path.write_bytes(path.read_bytes()[:20])  # cut off
-    assert [checkpoint.reader(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
+    assert [checkpoint.prompt_encoder(length, torch.device("cpu"))("calm").shape[1] for length in (3, 5)] == [3, 5]
     assert [path.read_bytes() for path in files] == whole
 
 
@@ -85,11 +85,11 @@ def test_a_damaged_file_of_text_features_is_written_again(tmp_path, monkeypatch)
     monkeypatch.setattr(Checkpoint, "_text_encoder", lambda self, device: lambda ids: [torch.ones(3, 4)])
     monkeypatch.setattr(converted_module, "Tokenizer", lambda folder: lambda prompts, length: (torch.tensor([length]),))
     checkpoint = Checkpoint(tmp_path, {"sources": {"models_t5_umt5-xxl-enc-bf16.pth": "abc"}})
-    rows = checkpoint.reader(3, torch.device("cpu"))("calm")
+    rows = checkpoint.prompt_encoder(3, torch.device("cpu"))("calm")
     (file,) = (tmp_path / "prompts").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
-    assert torch.equal(checkpoint.reader(3, torch.device("cpu"))("calm"), rows)
+    assert torch.equal(checkpoint.prompt_encoder(3, torch.device("cpu"))("calm"), rows)
     assert file.read_bytes() == whole
 
 
@@ -127,7 +127,7 @@ def test_a_missing_encoder_fails_only_the_videos_that_need_it(ready, tmp_path, c
 
 
 @pytest.mark.parametrize("load", [lambda checkpoint: checkpoint._text_encoder(torch.device("cpu")),
-                                  lambda checkpoint: checkpoint._moved("speech_encoder", torch.device("cpu"))])  # fmt: skip
+                                  lambda checkpoint: checkpoint._loaded("speech_encoder", torch.device("cpu"))])  # fmt: skip
 def test_an_encoder_gives_a_heartbeat_with_every_tensor_that_is_moved(load, ready, monkeypatch):
     moved, heartbeats = [], []
     to = torch.Tensor.to

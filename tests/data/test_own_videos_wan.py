@@ -78,7 +78,7 @@ def test_each_clip_has_the_prompt_of_its_video(config):
     data = ClipDataset(config.folder, window=7)
     spoken, silent = (data[number, 0]["text"] for number in range(2))
     assert spoken.shape == silent.shape and not torch.equal(spoken, silent)
-    rows = Checkpoint.open(Path(config.model.weights)).reader(12, torch.device("cpu"))("a person speaks to the camera")[0]
+    rows = Checkpoint.open(Path(config.model.weights)).prompt_encoder(12, torch.device("cpu"))("a person speaks to the camera")[0]
     torch.testing.assert_close(spoken[: len(rows)], rows, atol=1e-3, rtol=1e-3)
 
 

@@ -303,8 +303,7 @@ def test_a_lost_ray_worker_fails_its_cell_and_not_the_sweep(tmp_path):
 
 
 def test_grid_items_of_the_command_line_are_gathered():
-    made = compose(
-        ENTRY, ablate_command.gathered(["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "num_videos=1"])
-    )
+    argv = ["grid.sampler.sample_steps=[2,3]", "grid.video.size=[64x64,128x128]", "clips=2", "num_videos=1"]
+    made = compose(ablate_command.ENTRY, argv)
     assert made.grid == {"sampler.sample_steps": [2, 3], "video.size": ["64x64", "128x128"]}
     assert json.dumps(made.grid)

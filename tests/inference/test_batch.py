@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,8 +281,8 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
 
         return broken
 
-    with open_components(config, Ranks(), folder=tmp_path) as single:
-        opened = single._replace(world=replace(single.world, rollout_mesh=SimpleNamespace(size=lambda: 2)))
+    with open_components(config, Ranks(), folder=tmp_path) as opened:
+        monkeypatch.setattr("sonic.parallel.mesh.World.alone", False)
         for name, error, ends in kinds:
             with monkeypatch.context() as patch:
                 patch.setattr(batch, "checked_inputs", lambda *_, **__: None)

@@ -16,7 +16,7 @@ from sonic.cli import compose, run_command
 from sonic.commands import infer_command
 from sonic.config import Ranks
 from sonic.families.wan import Wan
-from sonic.inference.choose_plan import estimate
+from sonic.inference.choose_plan import choose_plan
 from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.hardware import hardware_here, host_bytes
 
@@ -36,17 +36,17 @@ def infer(*overrides: str) -> int:
 
 @pytest.mark.parametrize(("ranks", "plan"), [(1, "single"), (2, "pipeline"), (4, "pipeline")])
 def test_parallel_auto_is_the_plan_that_the_planner_chooses(ranks, plan):
-    found = estimate(config(), Ranks(0, ranks, 0, ranks), CPU)
-    assert found.parallel.name == plan
-    assert sum(found.parallel.layers or [6]) == 6
+    found = choose_plan(config(), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.plan.parallel.name == plan
+    assert sum(found.plan.parallel.layers or [6]) == 6
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("model", "plans"), [("preview", STREAM), ("wan_s2v_14b", CLIPS), ("live_avatar_14b", STREAM)])
 def test_auto_leaves_no_rank_idle_where_one_alone_would_do(without_weights, model, plans, ranks):
     tiny = [*TINY[:7], "hardware=cpu", "hardware.usable_gib=1000", "video.size=64x64", "model.audio.audio_dim=16", "model.text.text_dim=8"]
-    found = estimate(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
-    assert found.parallel.name in plans
+    found = choose_plan(config(f"model={model}", *tiny), Ranks(0, ranks, 0, ranks), CPU)
+    assert found.plan.parallel.name in plans
 
 
 @pytest.fixture
@@ -56,16 +56,16 @@ def without_weights(monkeypatch):
 
 
 def test_clips_on_several_ranks_share_their_tokens_or_weights(without_weights):
-    found = estimate(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
-    assert found.parallel.name in CLIPS
+    found = choose_plan(config("model=wan_s2v_14b", "hardware=8x80gb", "+preset=standard"), Ranks(0, 8, 0, 8), CPU)
+    assert found.plan.parallel.name in CLIPS
 
 
 @pytest.mark.parametrize("ranks", [4, 7])
 def test_clips_in_a_pipeline_are_refused_before_anything_is_loaded(without_weights, ranks):
     asked = ["model=wan_s2v_14b", "+preset=standard", "hardware=8x24gb"]
     with pytest.raises(ValueError, match="a clip with full attention"):
-        estimate(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
-    assert estimate(config(*asked), Ranks(0, ranks, 0, ranks), CPU).parallel.name in CLIPS
+        choose_plan(config(*asked, "parallel=pipeline"), Ranks(0, ranks, 0, ranks), CPU)
+    assert choose_plan(config(*asked), Ranks(0, ranks, 0, ranks), CPU).plan.parallel.name in CLIPS
 
 
 def test_a_file_of_requests_is_planned_for_its_largest_picture(without_weights, tmp_path):
@@ -80,38 +80,38 @@ def test_a_file_of_requests_is_planned_for_its_largest_picture(without_weights, 
     def size(*overrides: str, lines: Sequence[str] = ()) -> str:
         (tmp_path / "requests.jsonl").write_text("\n".join(lines))
         given = (f"requests={tmp_path / 'requests.jsonl'}",) if lines else ()
-        return estimate(config(*asked, *overrides, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
+        return choose_plan(config(*asked, *overrides, *given, "plan.force=true"), Ranks(0, 8, 0, 8), CPU).config.video.size
 
     assert size(lines=['{"seed": 1}', *bad]) == size()
     assert size(lines=['{"seed": 1}', *bad, *named]) == size(f"image={tmp_path / 'large.jpg'}") != size()
     assert size(lines=bad) == "photo"
     with pytest.raises(ValueError, match="GiB are missing"):
-        estimate(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
+        choose_plan(config(*asked, "hardware=4x24gb", f"image={tmp_path / 'large.jpg'}"), Ranks(0, 4, 0, 4), CPU)
     (tmp_path / "requests.jsonl").write_text(named[1])
     with pytest.raises(ValueError, match="GiB are missing"):
-        estimate(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
+        choose_plan(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
 def test_a_size_that_is_known_is_planned_and_no_photograph_is_opened(without_weights):
     asked = config("model=live_avatar_14b", "hardware=8x80gb", "video.size=photo", "image=nobody.png")
-    assert estimate(asked, Ranks(0, 8, 0, 8), CPU, size=(704, 384)).config.video.size == "704x384"
+    assert choose_plan(asked, Ranks(0, 8, 0, 8), CPU, size=(704, 384)).config.video.size == "704x384"
     with pytest.raises(ValueError, match="nobody.png does not exist"):
-        estimate(asked, Ranks(0, 8, 0, 8), CPU)
+        choose_plan(asked, Ranks(0, 8, 0, 8), CPU)
 
 
 def test_a_job_that_does_not_fit_its_ranks_is_refused_with_a_plan_that_does(without_weights):
     asked = ["model=live_avatar_14b", "+preset=standard", "hardware=2x24gb", "video.size=704x384"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 2 x 22\.2 GiB; would fit: ") as refusal:
-        estimate(config(*asked), Ranks(0, 2, 0, 2), CPU)
+        choose_plan(config(*asked), Ranks(0, 2, 0, 2), CPU)
     for change in re.findall(r"\(([\w.]+=[^()]*)\)", str(refusal.value).partition("plan.force")[0]):
-        assert estimate(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).parallel.name in STREAM
+        assert choose_plan(config(*asked, *change.split()), Ranks(0, 2, 0, 2), CPU).plan.parallel.name in STREAM
 
 
 def test_a_job_that_does_not_fit_is_refused_with_a_way_out_unless_forced(without_weights):
     small = ["hardware=4x24gb", "hardware.usable_gib=13", "model=live_avatar_14b", "video.size=704x384", "parallel=pipeline"]
     with pytest.raises(ValueError, match=r"GiB are missing for parallel=pipeline on 4 x 13\.0 GiB; would fit: .*plan\.force=true"):
-        estimate(config(*small), Ranks(0, 4, 0, 4), CPU)
-    assert estimate(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
+        choose_plan(config(*small), Ranks(0, 4, 0, 4), CPU)
+    assert choose_plan(config(*small, "plan.force=true"), Ranks(0, 4, 0, 4), CPU).plan.name == "pipeline"
 
 
 @pytest.mark.parametrize(
@@ -119,15 +119,15 @@ def test_a_job_that_does_not_fit_is_refused_with_a_way_out_unless_forced(without
 )
 def test_offload_keeps_on_a_gpu_as_much_as_fits_or_as_is_set(overrides, device, resident, without_weights):
     plan = ["hardware=1x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "offload.kv=host", "plan.force=true"]
-    found = estimate(config(*plan, *overrides), Ranks(), torch.device(device))
-    assert found.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
-    assert found.parallel.offload.kv == "host"
+    found = choose_plan(config(*plan, *overrides), Ranks(), torch.device(device))
+    assert found.plan.parallel.offload.resident_gib == pytest.approx(resident, abs=0.3)
+    assert found.plan.parallel.offload.kv == "host"
 
 
 @pytest.mark.parametrize(("local", "copies"), [(4, 4), (2, 2)])
 def test_copies_on_a_machine_share_its_host_memory(local, copies, without_weights):
     plan = ["hardware=4x24gb", "model=live_avatar_14b", "video.size=704x384", "parallel=offload", "parallel.replicas=-1", "plan.force=true"]
-    found = estimate(config(*plan), Ranks(0, 4, 0, local), CPU)
+    found = choose_plan(config(*plan), Ranks(0, 4, 0, local), CPU)
     assert found.config.hardware.devices == 1
     assert found.config.hardware.host_gib == 224 / copies
 
@@ -142,14 +142,14 @@ def test_the_command_refuses_without_making_files(tmp_path, capsys):
     ("plan", "asked"), [("fsdp", "context=2"), ("fsdp", "replicas=2"), ("zero3", "context=2"), ("single", "replicas=-1")]
 )
 def test_a_plan_given_by_name_is_run(plan, asked):
-    found = estimate(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
-    assert found.parallel.name == plan
+    found = choose_plan(config(f"parallel={plan}", f"parallel.{asked}", "model.trunk.num_heads=2"), Ranks(0, 2, 0, 2), CPU)
+    assert found.plan.parallel.name == plan
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(2, "replicas=2"), (1, "replicas=1")])
 def test_a_rank_for_the_vae_needs_a_second_rank(ranks, asked):
     with pytest.raises(ValueError, match=r"vae_rank=true needs 2 ranks or more for a video and there is 1"):
-        estimate(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
+        choose_plan(config("parallel=pipeline", "parallel.vae_rank=true", f"parallel.{asked}"), Ranks(0, ranks, 0, ranks), CPU)
 
 
 def test_the_result_has_estimate_and_measurement_side_by_side_and_the_place_of_the_face(tmp_path):

@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from sonic.checkpoint.weights import save_weights
 from sonic.inference.distributed_rollout import shutdown, worker_loop
-from sonic.parallel.deepspeed_inference import check_installed
+from sonic.parallel.deepspeed_inference import allocate_slices
 from sonic.parallel.mesh import World, degrees
 from sonic.parallel.parallel_config import ParallelConfig
 
@@ -64,9 +64,9 @@ def test_weights_in_half_precision_are_gathered_only_while_they_are_used(weights
 def test_without_deepspeed_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match="pip install deepspeed"):
-        check_installed(tiny_model(), World("zero3", torch.device("cpu")), ParallelConfig("zero3"))
+        allocate_slices(tiny_model(), World("zero3", torch.device("cpu")), ParallelConfig("zero3"))
 
 
 def test_copies_of_the_model_are_refused_with_the_plan_that_has_them():
     with pytest.raises(ValueError, match="use parallel=fsdp"):
-        degrees(ParallelConfig("zero3", replicas=2), "zero3", 4)
+        degrees(ParallelConfig("zero3", replicas=2), 4)

@@ -22,14 +22,14 @@ def test_the_device_of_a_rank_is_the_current_one_whoever_has_looked_at_cuda_befo
     seen = []
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with open_world(ParallelConfig("single"), "single", Ranks(), device=torch.device(device)) as world:
+    with open_world(ParallelConfig("single"), Ranks(), torch.device(device)) as world:
         assert world.device == torch.device(device)
     assert seen == [chosen]
 
 
 def test_a_cpu_has_no_current_device_to_choose(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("there is none"))
-    with open_world(ParallelConfig("single"), "single", Ranks(), device=CPU):
+    with open_world(ParallelConfig("single"), Ranks(), CPU):
         pass
 
 

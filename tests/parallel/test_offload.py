@@ -8,8 +8,9 @@ from tiny import tiny_config, tiny_model
 
 from sonic.checkpoint.load import without_memory
 from sonic.parallel import offload as module
-from sonic.parallel.offload import allocate
-from sonic.parallel.parallel_config import OffloadConfig
+from sonic.parallel.mesh import World
+from sonic.parallel.offload import allocate_layers
+from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,8 @@ def test_weights_that_move_are_unchanged_and_in_one_piece_of_memory():
 def test_resident_layers_are_never_in_host_memory():
     model = without_memory(tiny_config()).requires_grad_(False)
     size = max(module.OffloadedLayer(modules).bytes for modules in module.layers_of(model))
-    allocate(model, CPU, OffloadConfig(resident_gib=size / 2**30, store="mmap"))  # what waits has no memory but the file
+    config = ParallelConfig("offload", offload=OffloadConfig(resident_gib=size / 2**30, store="mmap"))
+    allocate_layers(model, World("offload", CPU), config)  # what waits has no memory but the file
     nowhere = [[weight.is_meta for part in modules for weight in part.parameters()] for modules in module.layers_of(model)]
     assert [set(each) for each in nowhere] == [{False}, {True}, {True}]
     assert not any(weight.is_meta for name, weight in model.named_parameters() if not name.startswith(("blocks", "audio_injectors")))

@@ -12,7 +12,7 @@ from infer_command import FACE
 from infer_command_ranks import infer_on
 
 from sonic.data.video import VideoWriter
-from sonic.system.program import process
+from sonic.system.program import command_words
 
 ARGUMENTS = ("+preset=fast_preview", "video.num_clip=1", "video.infer_frames=12", "run.threads=1", "device=cpu", *FACE)
 APART = ("parallel=pipeline", "parallel.vae_rank=true")
@@ -23,7 +23,7 @@ def generate(folder: Path, plan: str, starter: tuple[str, ...] = ()) -> bytes:
     output = folder / f"{plan}.mp4"
     arguments = (f"parallel={plan}", f"output={output}", f"run.folder={folder / 'runs'}", f"name={plan}", *ARGUMENTS)
     done = subprocess.run(
-        [*process("infer", *starter), *arguments],
+        [*command_words("infer", *starter), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -61,7 +61,7 @@ def test_a_bad_request_between_two_videos_changes_neither(alone, tmp_path):
     lines = [{"output": str(tmp_path / "one.mp4")}, {"image": str(tmp_path / "nobody.jpg")}, {"output": str(tmp_path / "two.mp4")}]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ("parallel=pipeline", f"requests={tmp_path / 'requests.jsonl'}", f"run.folder={tmp_path / 'runs'}", *ARGUMENTS)
-    done = subprocess.run([*process("infer", *TWO_RANKS), *arguments], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([*command_words("infer", *TWO_RANKS), *arguments], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1, done.stderr
     assert "2 videos made, 1 requests bad" in done.stdout
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes() == alone

@@ -20,7 +20,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.planner import extrapolate
 from sonic.planner.search import as_json
 from sonic.planner.workload import learnt, parts
-from sonic.system.program import interpreter, process
+from sonic.system.program import command_words, interpreter
 from sonic.training.plan_training import plan_training, training
 from sonic.training.track_training import track_training
 
@@ -288,7 +288,7 @@ def test_the_command_reports_when_its_estimate_cannot_be_tracked(tmp_path, asked
 
 def test_the_command_holds_its_prediction_against_the_program(tmp_path):
     asked = [*WIDE, *WHOLE, "hardware=8x80gb", "verify=true", f"json={tmp_path / 'plan.json'}"]
-    done = subprocess.run([*process("plan"), *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([*command_words("plan"), *asked], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tracked" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())["chosen"]

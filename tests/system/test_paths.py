@@ -14,7 +14,7 @@ from sonic.data.video import VideoWriter, check_output
 from sonic.evaluation.judge_config import JudgeConfig
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import PlanConfig
-from sonic.system.paths import check_input, expanded, file_key, shown
+from sonic.system.paths import check_input, expanded, file_key, printable
 
 INFER = Entry("infer", InferConfig)
 BYTES = os.fsdecode(b"caf\xe9")
@@ -81,8 +81,8 @@ def test_a_list_may_hold_names_that_are_not_utf8():
 
 
 def test_any_file_name_can_be_printed():
-    assert shown(f"{BYTES}.png") == "caf\\xe9.png" and shown("é \ud800") == "é \\ud800"
-    shown(BYTES).encode()
+    assert printable(f"{BYTES}.png") == "caf\\xe9.png" and printable("é \ud800") == "é \\ud800"
+    printable(BYTES).encode()
 
 
 def test_a_name_that_is_not_utf8_in_an_error_is_shown(capsys):
@@ -141,11 +141,11 @@ def test_what_cannot_become_a_video_is_refused_with_the_option(tmp_path, monkeyp
     os.symlink("nowhere/a.mp4", "lost.mp4")
     os.symlink(".", "around")
     before = sorted(os.listdir())
-    for name in ("pipe.mp4", "null.mp4", "loop.mp4", "lost.mp4", "x" * 251 + ".mp4", "x" * 300 + ".mp4", "a\0.mp4", "\ud800.mp4"):
+    for name in ("pipe.mp4", "null.mp4", "loop.mp4", "lost.mp4", "x" * 252 + ".mp4", "x" * 300 + ".mp4", "a\0.mp4", "\ud800.mp4"):
         with pytest.raises(ValueError, match=r"^output="):
             writable(Path(name))
     assert writable(Path("around/around/a.mp4"))
-    assert writable(Path("x" * 200 + ".mp4"))
+    assert writable(Path("x" * 251 + ".mp4"))
     assert sorted(os.listdir()) == before
 
 

@@ -29,7 +29,7 @@ def be_strange() -> None:
 
 @pytest.fixture
 def worker():
-    found = Worker()
+    found = Worker(os.getpid)
     yield found
     found.close()
 
