@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sonic.config import SamplerConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.channel import broadcast
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_pipeline import stage_loop
 from sonic.planner.plans import CLIPS_WAIT
-from sonic.types import BlockSpan, Conditions, LatentBlock
+from sonic.types import Conditions, LatentBlock
 
 
 class Command(Enum):
@@ -62,7 +63,10 @@ def distributed_rollout(
     _send(context, _request(conditions, sampling, spans=spans))
     begun = context.rollouts
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
-        while _send(context, Command.NEXT_BLOCK) and (block := next(blocks, None)) is not None:
+        while True:
+            _send(context, Command.NEXT_BLOCK)
+            if (block := next(blocks, None)) is None:
+                return
             try:
                 yield block
             except BaseException:  # the consumer stopped; an error inside `rollout` does not come here
@@ -140,10 +144,10 @@ def _request(conditions: Conditions, sampling: Sampling, **length: object) -> Ro
     return RolloutRequest(conditions, sampling.sampler, sampling.unconditional, sampling.source.generator.get_state(), **length)
 
 
-def _send(context: DistributedContext, message: RolloutRequest | Command) -> RolloutRequest | Command:
+def _send(context: DistributedContext, message: RolloutRequest | Command) -> None:
     """Send a message from the leading rank to its workers."""
     context.rollouts += isinstance(message, RolloutRequest)
-    return broadcast(message, context.world.rollout_group)
+    broadcast(message, context.world.rollout_group)
 
 
 def _receive(context: DistributedContext) -> RolloutRequest | Command:

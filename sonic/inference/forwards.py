@@ -67,8 +67,8 @@ class BatchedForwards:
         embedded = [model.embed_block(each.latents, each.timestep, each.inputs, sequence=execution.sequence) for each in requests]
         outputs = execution.run_blocks(model, [inputs for inputs, _ in embedded], contexts)
         predictions = [
-            model.unembed(output, summary, self.caches[request.cond_index].grid, sequence=execution.sequence)
-            for output, (_, summary), request in zip(outputs, embedded, requests, strict=True)
+            model.unembed(output, time_embedding, self.caches[request.cond_index].grid, sequence=execution.sequence)
+            for output, (_, time_embedding), request in zip(outputs, embedded, requests, strict=True)
         ]
         return [prediction.to(requests[0].latents.dtype) for prediction in predictions]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.data.pixels import to_signed
-from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
+from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout
 from sonic.inference.live_features import LiveFeatures
 from sonic.inference.rollout import NoiseSource, OnStep, Sampling
@@ -24,7 +24,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
-from sonic.types import BlockSpan, Conditions, LatentBlock
+from sonic.types import Conditions, LatentBlock
 from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank

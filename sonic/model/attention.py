@@ -92,7 +92,7 @@ class TokenExchange:
         """From some tokens with all heads to all tokens with some heads."""
         return tokens
 
-    def tokens(self, attn_out: Tensor) -> Tensor:
+    def to_tokens(self, attn_out: Tensor) -> Tensor:
         """From all tokens with some heads to some tokens with all heads.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
         return attn_out
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sonic.geometry import BlockSpan
 from sonic.model.attention import NO_EXCHANGE, AttentionContext, TokenExchange
 from sonic.model.audio_tokens import AudioTokens
 from sonic.model.blocks import Layout
-from sonic.types import BlockSpan
 
 
 class BlockInputs(NamedTuple):

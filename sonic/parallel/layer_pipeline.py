@@ -48,7 +48,7 @@ class BlockMessage(NamedTuple):
     span: BlockSpan
     ref_position: int | None
     inputs: TrunkInputs
-    summary: Tensor
+    time_embedding: Tensor
     latents_dtype: torch.dtype
 
 
@@ -115,10 +115,10 @@ class PipelineForwards:
         """Run this rank's layers and send the outputs to the next stage."""
         cache, span, model = self.caches[request.cond_index], request.inputs.span, self.model
         context = model.block_context(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
-        inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
+        inputs, embedding = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
         (outputs,) = self.execution.run_blocks(model, [inputs], [context])
         ref_position, dtype = request.inputs.ref_position, request.latents.dtype
-        self.channel.send_next(BlockMessage(request.cond_index, request.step, span, ref_position, _sendable(outputs), summary, dtype))
+        self.channel.send_next(BlockMessage(request.cond_index, request.step, span, ref_position, _sendable(outputs), embedding, dtype))
         self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
@@ -160,7 +160,7 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
         if not last:
             channel.send_next(message._replace(inputs=_sendable(outputs)))
         elif isinstance(message, BlockMessage):
-            prediction = model.unembed(outputs, message.summary, cache.grid, sequence=execution.sequence)
+            prediction = model.unembed(outputs, message.time_embedding, cache.grid, sequence=execution.sequence)
             channel.send_first(prediction.to(message.latents_dtype))
     if not last:
         channel.send_next(message)
