@@ -25,11 +25,11 @@ from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
-from sonic.encoders.wav2vec import clips_of, states_of
+from sonic.encoders.wav2vec import num_resampled, num_states, published_clips
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.inference.components import Components, find_device
-from sonic.inference.conditions import generated_area, published_picture, signed, whole_picture
+from sonic.inference.fit_picture import generated_area, published_picture, signed, whole_picture
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -42,7 +42,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
 from sonic.inference.report import StageTimer
-from sonic.inference.stream import HANDOVERS
+from sonic.inference.stream import hand_over
 from sonic.parallel.context import DistributedContext
 from sonic.system.program import written
 from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
@@ -74,7 +74,8 @@ class Wan(Family):
         voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
-        fit, area = published_picture if config.video.compat else whole_picture, generated_area(pixels, config.video.size)
+        area = generated_area(pixels, config.video.size)
+        fit = published_picture if config.video.compat else whole_picture
         picture = Portrait(fit(pixels, area))
         length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
         inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
@@ -119,9 +120,9 @@ class Wan(Family):
         Speech features and poses cover the last block or clip to its end.
         """
         config, checkpoint, device = components.config, components.checkpoint, components.device
-        length, asked = config.text.text_len, settings.config
-        whole = config.rollout.clip_frames or asked.video.compat
-        step = asked.video.infer_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
+        options = settings.config
+        whole = config.rollout.clip_frames or options.video.compat
+        step = options.video.infer_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
         if settings.sound is None:
             frames, live = -(-inputs.num_frames // step) * step, None
             voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
@@ -129,15 +130,15 @@ class Wan(Family):
         else:  # the speech encoder stays in memory until the sound ends
             live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
             features = torch.zeros(1, 0, 0, 0)
-        read = checkpoint.reader(length, device)
+        read = checkpoint.reader(config.text.text_len, device)
         text = read(inputs.prompt)
         patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
         return EncodedInputs(
             picture=signed(inputs.portrait.pixels).to(device),
             text=text,
-            negative=read(inputs.negative_prompt) if asked.sampler.sample_guide_scale != 1 else text,
+            negative=read(inputs.negative_prompt) if options.sampler.sample_guide_scale != 1 else text,
             audio=features,
-            clip_frames=asked.video.infer_frames,
+            clip_frames=options.video.infer_frames,
             seed=inputs.seed,
             pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
             masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
@@ -150,18 +151,18 @@ class Wan(Family):
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video, clip by clip or block by block."""
         networks = WanNetworks(components.model, components.autoencoder, components.context)
-        asked, on_step, stage = settings.config, settings.on_step, timer.stage
-        sampler, compat = asked.sampler, asked.video.compat
+        options, on_step, stage = settings.config, settings.on_step, timer.stage
+        sampler, compat = options.sampler, options.video.compat
 
-        def hand_over(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
-            return HANDOVERS[asked.decode.online](timer.each("denoise", blocks), asked.decode.queue, name="denoise")
+        def queued(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
+            return hand_over(timer.each("denoise", blocks), options.decode, name="denoise")
 
         if components.config.rollout.clip_frames:
             frames = generate_clips(networks, encoded, sampler=sampler, upstream=bool(compat), stage=stage, on_step=on_step)
         elif compat:
             frames = generate_blocks_upstream(networks, encoded, sampler=sampler, stage=stage, on_step=on_step)
         else:
-            frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=hand_over, stage=stage, on_step=on_step)
+            frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=queued, stage=stage, on_step=on_step)
         with closing(frames):
             chunks = _chunks(frames, inputs.num_frames)
             yield from chunks if encoded.live is None else encoded.live.cut(chunks)
@@ -252,7 +253,8 @@ def _published_length(config: InferConfig, speech: Speech) -> int:
 
     These are whole clips, sometimes one more than the sound needs, minus the three frames dropped from the first clip.
     """
-    clips = clips_of(states_of(len(speech.samples)), config.video.infer_frames, config.video.fps)
+    resampled = num_resampled(num_states(len(speech.samples)))
+    clips = published_clips(resampled, config.video.infer_frames, config.video.fps)
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
 
 

@@ -18,7 +18,7 @@ from sonic.data.image import LARGEST_AREA as LARGEST_PICTURE
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
 from sonic.geometry import wan_size
-from sonic.inference.conditions import LARGEST_AREA
+from sonic.inference.fit_picture import LARGEST_AREA
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.inference.requests import read_requests, request_of

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.config import DecodeConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.report import StageTimer
 from sonic.system.heartbeat import waiting_for_others
@@ -62,7 +63,9 @@ def buffer_all(items: Iterable[T]) -> Iterator[T]:
     yield from list(items)
 
 
-HANDOVERS = {True: prefetch, False: lambda items, *queue, **thread: buffer_all(items)}  # by decode.online; all need no queue, no thread
+def hand_over(items: Iterable[T], decode: DecodeConfig, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+    """The items from a background thread (see `prefetch`), or without decode.online after all of them have been produced."""
+    return prefetch(items, decode.queue, name=name, prepare=prepare) if decode.online else buffer_all(items)
 
 
 def half_the_threads() -> Callable[[], None]:

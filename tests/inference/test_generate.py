@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from sonic.cli import run_command
 from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
-from sonic.families.preview import Preview
+from sonic.families.preview import Preview, head_pose
 from sonic.geometry import BlockSpan
-from sonic.inference.conditions import fit_portrait, head_pose
+from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings

@@ -1,4 +1,4 @@
-"""Fits pictures to the size of a video, and draws head poses."""
+"""Fits portraits to the size of a video."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from sonic.config import PHOTO_SIZE, HeadConfig, parse_size
-from sonic.data.clips import pose_latents
+from sonic.config import PHOTO_SIZE, parse_size
 from sonic.data.image import covering, resized
 from sonic.data.pixels import to_signed
-from sonic.geometry import FRAMES_PER_LATENT, fit_area, wan_size
-from sonic.synthetic.draw_face import head_motion
+from sonic.geometry import fit_area, wan_size
 from sonic.types import FaceBox, Mouth, Portrait
 
 LARGEST_AREA = 3840 * 2160
@@ -72,26 +70,6 @@ def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     filled = np.pad(small, [*bars, (0, 0)])
     top, left = (round((have - size) / 2) for size, have in ((height, filled.shape[0]), (width, filled.shape[1])))
     return np.ascontiguousarray(filled[top : top + height, left : left + width])
-
-
-def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
-    """Pose latents [1,16,T,h,w] of a random head motion that starts in the pose of the photograph; None without head motion.
-
-    The values do not depend on the position in the picture, so h and w are expanded axes that take no memory.
-    """
-    if motion.head == "off" or motion.strength == 0:
-        return None
-    track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
-    settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
-    track[:, :3] *= rearrange(settle_in, "f -> f 1")
-    constant = pose_latents(rearrange(track, "f j -> 1 f j"), 1, 1)
-    return constant.expand(-1, -1, -1, *grid)
-
-
-def whole_blocks(num_frames: int, block_frames: int) -> int:
-    """`num_frames` rounded up to whole blocks, in video frames."""
-    step = FRAMES_PER_LATENT * block_frames
-    return math.ceil(num_frames / step) * step
 
 
 def signed(pixels: np.ndarray) -> Tensor:
