@@ -66,7 +66,7 @@ def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
     """
     top: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
-    for name, value in typed_values(InferConfig, {name: spelled(value) for name, value in values.items()}).items():
+    for name, value in typed_values(InferConfig, {name: option_text(value) for name, value in values.items()}).items():
         group, _, field = name.rpartition(".")
         (groups.setdefault(group, {}) if group else top)[field] = value
     return replace(config, **top, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
@@ -82,12 +82,16 @@ def model_choice(model: str) -> dict[str, str]:
     return {"model": Checkpoint.open(folder).manifest["model"], "model.weights": str(folder)}
 
 
-def spelled(value: Any) -> str:
+def option_text(value: Any) -> str:
     """A value as text for the command line."""
     if isinstance(value, str | os.PathLike | torch.device):
         return str(value)
-    plain = lambda each: each.tolist() if isinstance(each, np.ndarray | np.generic | torch.Tensor) else str(each)  # noqa: E731
-    return json.dumps(value, default=plain, ensure_ascii=False)
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as numbers if it is an array, else as text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else str(value)
 
 
 def seed_of(generator: Any) -> int:
@@ -105,15 +109,9 @@ def is_path(thing: Any) -> bool:
     return isinstance(thing, str | os.PathLike)
 
 
-def pair_of(audio: tuple) -> tuple[Any, Any]:
-    """The tuple (samples, sample rate) itself. Raises ValueError for a tuple of another length."""
-    if len(audio) != 2:
+def check_sound(audio: Any) -> None:
+    """Raise ValueError unless this is a path, a pair (samples, sample rate), or an iterable of chunks that is not an array."""
+    if isinstance(audio, tuple) and len(audio) != 2:
         raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
-    return audio
-
-
-def chunks_of(audio: Any) -> Iterable[Any]:
-    """The iterable of sound chunks itself. Raises ValueError for an array, a tensor, or anything that is not iterable."""
-    if isinstance(audio, np.ndarray | torch.Tensor) or not isinstance(audio, Iterable):
+    if isinstance(audio, np.ndarray | torch.Tensor) or not isinstance(audio, os.PathLike | Iterable):
         raise ValueError(f"audio is {type(audio).__name__}; give a path, (samples, sample_rate), or an iterator of such chunks")
-    return audio

@@ -19,12 +19,11 @@ from sonic.arguments import (
     Picture,
     Sound,
     VideoOptions,
-    chunks_of,
+    check_sound,
     is_path,
     model_choice,
-    pair_of,
+    option_text,
     seed_of,
-    spelled,
     with_options,
 )
 from sonic.cli import Entry, compose, ranks_here
@@ -39,7 +38,7 @@ from sonic.inference.components import Components, find_device, lora_of
 from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
-from sonic.inference.inputs import InMemory, Settings, inputs_of, refuse_overwriting
+from sonic.inference.inputs import InMemory, Settings, input_files, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
@@ -132,7 +131,7 @@ class AvatarPipeline:
         """
         chosen = {**model_choice(os.fspath(model)), "preset": preset, "parallel": parallel, "model.lora.path": lora}
         chosen |= {"run.device": device, "run.dtype": torch_dtype and str(torch_dtype).removeprefix("torch.")}
-        argv = [f"{name}={spelled(value)}" for name, value in {**chosen, **options}.items() if value is not None]
+        argv = [f"{name}={option_text(value)}" for name, value in {**chosen, **options}.items() if value is not None]
         return cls(compose(INFER, argv), ranks=ranks_here())
 
     def __call__(self, image: Picture, audio: Sound, **options: Unpack[VideoOptions]) -> Video:
@@ -149,7 +148,7 @@ class AvatarPipeline:
         with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
             frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
         speech = memory.original or inputs.speech
-        return Video(frames, inputs.fps, speech, tuple(inputs_of(settings.config, memory)))
+        return Video(frames, inputs.fps, speech, tuple(input_files(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
@@ -219,8 +218,7 @@ class AvatarPipeline:
 
     def close(self) -> None:
         """Shut the other ranks down and leave the process group. Needed with several ranks only; a `with` block does it."""
-        self._stack.close()
-        self._opened, self._by_student = None, {}
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
         return self
@@ -256,7 +254,7 @@ class AvatarPipeline:
     def _open(self, config: InferConfig, size: tuple[int, int] | None = None) -> None:
         """Set `opened` to the given components, or build those of `config`."""
         if self._given is not None:
-            self._opened = Opened(self._given, self._given.context.world, None, self._folder)
+            self._opened = Opened(self._given, None, self._folder)
         else:
             self._opened = self._stack.enter_context(open_components(config, self.ranks, folder=self._folder, size=size))
         self._estimate, self._by_student = self._opened.estimate, {}
@@ -335,13 +333,14 @@ class AvatarPipeline:
         values |= {name: expanded(os.fspath(each)) for name, each in (("image", image), ("audio", audio)) if is_path(each)}
         config = with_options(self.config, values)
         memory = InMemory(picture)
+        check_sound(audio)
         if isinstance(audio, tuple):
-            speech, original = speech_in_memory(*pair_of(audio))
+            speech, original = speech_in_memory(*audio)
             memory = memory._replace(speech=speech, original=original)
         elif not is_path(audio):
             self._refuse_live_ranks()
             limit = config.video.num_clip * config.video.infer_frames
-            memory = memory._replace(sound=LiveAudio(chunks_of(audio), fps=config.video.fps, max_frames=limit))
+            memory = memory._replace(sound=LiveAudio(audio, fps=config.video.fps, max_frames=limit))
         on_step = callback and (lambda block, step, timestep: callback(self, step, timestep, {"block": block}))
         return Settings(config, generator, on_step, memory.sound), memory
 

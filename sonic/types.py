@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -187,8 +187,7 @@ class Inputs:
     location: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class MotionLayers:
+class MotionLayers(NamedTuple):
     """The motion of a picture in each frame.
 
     flow [...,F,2,h,w] (x, y; source minus output position, in widths of the picture); interior [...,F,3,h,w], the inside of the mouth

@@ -89,10 +89,6 @@ class Preview(Family):
         fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 
-    def settled_model(self, config: ModelConfig) -> ModelConfig:
-        """The config itself."""
-        return config
-
     def transformer_weights(self, config: ModelConfig) -> Path:
         """The file that model.weights names, or the bundled one. Raises ValueError when it does not exist."""
         return weight_files(config).dit

@@ -81,7 +81,7 @@ class Wan(Family):
         inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
         masks = None
         if voices:
-            masks = np.stack([fit(_mask(name, pixels.shape), area)[..., 0] > WHITE for name in _one_each(config.face.masks, voices)])
+            masks = np.stack([fit(mask, area)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
         return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:
@@ -225,19 +225,16 @@ def _mixed(voices: tuple[Speech, ...]) -> Speech:
     return Speech(np.clip(mixed, -1, 1), voices[0].sample_rate)
 
 
-def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
-    if len(masks) != len(voices):
-        raise ValueError(f"face.masks names {len(masks)} pictures for {len(voices)} recordings; give one for each of audio=a.wav+b.wav")
+def _masks(names: list[str], voices: int, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """The masks as uint8 [H,W,3]. Raises ValueError unless there is one for each voice, of the size of the portrait."""
+    if len(names) != voices:
+        raise ValueError(f"face.masks names {len(names)} pictures for {voices} recordings; give one for each of audio=a.wav+b.wav")
+    masks = [load_image(name, "face.masks") for name in names]
+    for name, mask in zip(names, masks, strict=True):
+        if mask.shape != shape:
+            sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
+            raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
     return masks
-
-
-def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask as uint8 [H,W,3]. Raises ValueError unless it has the size of the portrait."""
-    pixels = load_image(name, "face.masks")
-    if pixels.shape != shape:
-        sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
-        raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
-    return pixels
 
 
 def _poses(path: str, inputs: Inputs) -> np.ndarray:

@@ -22,7 +22,7 @@ from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import InputReader, open_inputs
-from sonic.inference.inputs import inputs_of, refuse_overwriting
+from sonic.inference.inputs import input_files, refuse_overwriting
 from sonic.inference.report import Result, StageTimer
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
@@ -44,12 +44,16 @@ class Outcome(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The components of this rank, its world of ranks, the plan that it runs under, and the folder for the videos of the job."""
+    """The components of this rank, the plan that it runs under, and the folder for the videos of the job."""
 
     components: Components
-    world: World
     estimate: Estimate | None  # None when the caller passed its own components
     folder: Path
+
+    @property
+    def world(self) -> World:
+        """The ranks of the job."""
+        return self.components.context.world
 
     def output_of(self, line: int) -> Path:
         """The path of the video for a request that names no output."""
@@ -79,7 +83,7 @@ def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(),
         components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
         if not world.leads:  # the leading rank may load after encoding
             components.load()
-        yield Opened(components, world, found, folder)
+        yield Opened(components, found, folder)
         if world.leads:
             shutdown(context)
         found.measure(world)
@@ -91,7 +95,7 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
     Raises ValueError or OSError for bad inputs, for an output that cannot be written, and when the output or one of the files `written`
     would overwrite an input.
     """
-    refuse_overwriting(inputs_of(config), *([Path(config.output)] if config.output else []), *written)
+    refuse_overwriting(input_files(config), *([Path(config.output)] if config.output else []), *written)
     inputs = read(config)
     height, width = inputs.portrait.pixels.shape[:2]
     if config.output:
@@ -109,6 +113,7 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
     outcomes: list[Outcome] = []
     components, world = opened.components, opened.world
     copies, replica = world.size("dp_replicate"), world.coordinate("dp_replicate")
+    several = world.rollout_mesh is not None and world.rollout_mesh.size() > 1  # ranks make each video together
     share = all_requests(requests, config, opened.output_of)[replica::copies] if world.leads else ()
     family_of(components.config).preload_prompts(components, _prompts(share))
     with closing(InputReader()) as reader:
@@ -126,15 +131,10 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
                 outcomes.append(Outcome(request.line, result))
                 log.info("line %d: %s", request.line, shown(result.summary()))
             except Exception as error:
-                if generating and not _is_single(world) and not isinstance(error, ValueError | OSError):
+                if generating and several and not isinstance(error, ValueError | OSError):
                     raise
                 outcomes.append(Outcome(request.line, fault=_fault(error, request.line)))
     return outcomes
-
-
-def _is_single(world: World) -> bool:
-    """Whether this rank makes its videos alone, so that an error cannot leave other ranks in a different step."""
-    return world.rollout_mesh is None or world.rollout_mesh.size() == 1
 
 
 def _fault(error: Exception, line: int) -> str:

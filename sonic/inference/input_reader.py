@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -17,7 +16,7 @@ from sonic.data.image import load_image
 from sonic.data.video import timed_frames
 from sonic.families.family import family_of
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import ALL_IN_FILES, InMemory, inputs_of
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, input_files
 from sonic.system.paths import check_input
 from sonic.system.worker import Crashed, Worker
 from sonic.types import Inputs
@@ -30,7 +29,7 @@ READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "f
 def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     """Read and check the inputs of a video. Raises ValueError with one sentence for anything that is wrong with them."""
     _refuse_with_memory(config, memory)
-    for option, name in inputs_of(config, memory):
+    for option, name in input_files(config, memory):
         check_input(name, option)
     return family_of(config.model).open(config, memory)
 
@@ -58,14 +57,6 @@ def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
             raise ValueError(f"{option}={value} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
 
 
-class ReadInputs(NamedTuple):
-    """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
-
-    scene: Inputs
-    records: list[logging.LogRecord]
-    warned: list[tuple[str, type[Warning], str, int]]
-
-
 class InputReader:
     """Opens the inputs of requests in a child process that has as many torch threads as this one, so that the result is bit-identical."""
 
@@ -78,14 +69,14 @@ class InputReader:
         Raises what `open_inputs` raises, and ValueError for a file that crashes its decoder.
         """
         try:
-            scene, records, warned = self.worker.call(_read, config)
+            inputs, records, warned = self.worker.call(_read, config)
         except Crashed as crash:
             raise ValueError(self._blame(config, crash)) from crash
         for record in records:
             logging.getLogger(record.name).handle(record)
         for given in warned:
             warnings.warn_explicit(*given)
-        return scene
+        return inputs
 
     def close(self) -> None:
         """End the child process."""
@@ -93,7 +84,7 @@ class InputReader:
 
     def _blame(self, config: InferConfig, crash: Crashed) -> str:
         """The error message for a crash. Each input is read once more on its own to find the one that crashes."""
-        given = [(option, name) for option, name in inputs_of(config) if option in READERS]
+        given = [(option, name) for option, name in input_files(config) if option in READERS]
         for option, name in given:
             if self._crashes(option, name):
                 format = "png" if READERS[option] is load_image else "wav" if option == "audio" else "mp4"
@@ -130,17 +121,18 @@ def _prepare(threads: int) -> None:
     logging.getLogger("sonic").setLevel(logging.INFO)
 
 
-def _read(config: InferConfig) -> ReadInputs:
+def _read(config: InferConfig) -> tuple[Inputs, list[logging.LogRecord], list[tuple[str, type[Warning], str, int]]]:
+    """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
     log, collected = logging.getLogger("sonic"), _Collected()
     log.addHandler(collected)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            scene = open_inputs(config)
+            inputs = open_inputs(config)
     finally:
         log.removeHandler(collected)
     warned = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]
-    return ReadInputs(scene, collected.records, warned)
+    return inputs, collected.records, warned
 
 
 def _probe(option: str, name: str) -> None:

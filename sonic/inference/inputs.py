@@ -67,7 +67,7 @@ class InMemory(NamedTuple):
 ALL_IN_FILES = InMemory()
 
 
-def inputs_of(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
+def input_files(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
     """(option, file) for every file that a video is made from, without the files bundled with the package."""
     audio = config.audio.split("+") if config.face.masks else [config.audio]
     named = [("image", config.image)] if memory.picture is None else []

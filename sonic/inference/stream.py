@@ -85,7 +85,7 @@ def decode_blocks(
     for block in blocks:
         with timer.stage("decode"):
             found, cache = autoencoder.decode(block.latents, reference, cache)
-            layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas renders in host memory
+            layers = MotionLayers(*(track.cpu() for track in found))  # the canvas renders in host memory
             layers = smooth_seams(layers, last)
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
@@ -107,13 +107,11 @@ def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLay
         seam[::FRAMES_PER_LATENT] = SEAM
         return torch.lerp(track, shifted, rearrange(seam, "f -> f 1 1 1"))
 
-    names = ("flow", "opacity", "interior")
-    return MotionLayers(*(closed(getattr(layers, name), before and getattr(before, name)) for name in names))
+    return MotionLayers(*(closed(track, past) for track, past in zip(layers, before or (None, None, None), strict=True)))
 
 
 def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:
     """Split the first `count` frames of the layers so that the pixels of each part take at most CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // frame_bytes)
     for first in range(0, count, size):
-        last = min(first + size, count)
-        yield MotionLayers(layers.flow[:, first:last], layers.opacity[:, first:last], layers.interior[:, first:last])
+        yield MotionLayers(*(track[:, first : min(first + size, count)] for track in layers))

@@ -23,7 +23,7 @@ class MultiHead(nn.Module):
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v, self.to_out = (Linear(hidden_dim, hidden_dim) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(hidden_dim, eps), RmsNorm(hidden_dim, eps)
-        self.attention: Attention = sdpa  # `attend_by` replaces it
+        self.attention: Attention = sdpa  # `set_attention` replaces it
 
     def queries(self, tokens: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,heads,d]"""
@@ -45,7 +45,7 @@ class MultiHead(nn.Module):
         return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
 
 
-def attend_by(model: nn.Module, attention: Attention) -> None:
+def set_attention(model: nn.Module, attention: Attention) -> None:
     """Make every attention layer of a model use the function `attention`."""
     for module in model.modules():
         if isinstance(module, MultiHead):

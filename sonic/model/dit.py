@@ -90,11 +90,10 @@ class AvatarDiT(nn.Module):
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
         return replace(cache, token_device=device)
 
-    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
-        """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks of this rank and `heads` heads (None = all)."""
+    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int) -> KVCache:
+        """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks that this model has and `heads` heads."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
-        shard = CacheShard(layers, self.config.trunk.num_heads if heads is None else heads)
-        return KVCache.allocate(self.config, shape, shard, steps=steps, motion=motion, like=like)
+        return KVCache.allocate(self.config, shape, CacheShard(layers, heads), steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, cache: KVCache, *, execution: Execution = LOCAL) -> KVCache:

@@ -284,7 +284,9 @@ def test_errors_in_the_middle_of_a_video_of_several_ranks_end_the_job(monkeypatc
         return broken
 
     with open_components(config, Ranks(), folder=tmp_path) as single:
-        opened = single._replace(world=replace(single.world, rollout_mesh=SimpleNamespace(size=lambda: 2)))
+        context = single.components.context
+        shared = replace(context, world=replace(context.world, rollout_mesh=SimpleNamespace(size=lambda: 2)))
+        opened = single._replace(components=replace(single.components, context=shared))
         for name, error, ends in kinds:
             with monkeypatch.context() as patch:
                 patch.setattr(batch, "checked_inputs", lambda *_, **__: None)
