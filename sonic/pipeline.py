@@ -108,7 +108,7 @@ class AvatarPipeline:
         self._opened: Opened | None = None
         self._open(config, size)
         with ExitStack() as on_error:
-            on_error.push(self)
+            on_error.push(self)  # closes this pipeline when serving fails
             self._opened.serve()
             on_error.pop_all()
 

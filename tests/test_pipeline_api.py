@@ -168,8 +168,8 @@ def test_to_a_precision_is_as_made_in_it_and_to_an_unknown_one_changes_nothing(f
 
 def test_the_plan_is_that_of_the_command(real):
     given = ["model=preview", "sampler.sample_steps=4", "device=cpu", "run.threads=1", "hardware=4x24gb"]
-    wanted = as_json(search_plans(compose(Entry("plan", PlanConfig), given)), None, untracked="")
-    assert json.dumps(as_json(real.plan(hardware="4x24gb"), None, untracked="")) == json.dumps(wanted)
+    wanted = as_json(search_plans(compose(Entry("plan", PlanConfig), given)), None)
+    assert json.dumps(as_json(real.plan(hardware="4x24gb"), None)) == json.dumps(wanted)
 
 
 WRONG_CALLS = [

@@ -37,7 +37,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveLogMel
 from sonic.inference.report import StageTimer
-from sonic.inference.rollout import NoiseSource, Sampling
+from sonic.inference.rollout import NoiseSource, Sampling, seeded
 from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
@@ -151,7 +151,7 @@ class Preview(Family):
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
         conditions, spans, reference, canvas, live = encoded
-        sampling = Sampling(settings.config.sampler, NoiseSource(settings.random(inputs.seed)), on_step=settings.on_step)
+        sampling = Sampling(settings.config.sampler, NoiseSource(settings.generator or seeded(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
         decode, prepare = settings.config.decode, half_the_threads()
         latents = hand_over(timer.each("denoise", blocks), decode, name="denoise", prepare=prepare)

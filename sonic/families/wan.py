@@ -29,7 +29,7 @@ from sonic.encoders.wav2vec import num_resampled, num_states, published_clips
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.inference.components import Components, find_device
-from sonic.inference.fit_picture import generated_area, published_picture, signed, whole_picture
+from sonic.inference.fit_picture import published_picture, requested_area, signed, whole_picture
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -74,7 +74,7 @@ class Wan(Family):
         voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
-        area = generated_area(pixels, config.video.size)
+        area = requested_area(pixels, config.video.size)
         fit = published_picture if config.video.compat else whole_picture
         picture = Portrait(fit(pixels, area))
         length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
@@ -101,7 +101,7 @@ class Wan(Family):
         checkpoint = _checkpoint(config)
         config = checkpoint.config(config)
         precision = torch.float32 if config.rollout.clip_frames else dtype
-        make_autoencoder = lambda: checkpoint.autoencoder(context.world.device, precision)  # noqa: E731
+        make_autoencoder = partial(checkpoint.autoencoder, context.world.device, precision)
         return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint)
 
     def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
@@ -241,8 +241,7 @@ def _poses(path: str, inputs: Inputs) -> np.ndarray:
     """The frames of the pose video, uint8 [F,H,W,3] at the size and frame rate of the output, padded with black after its end."""
     height, width = inputs.portrait.pixels.shape[:2]
     found = [covering(frame, width, height) for frame in islice(frames_at(path, inputs.fps), inputs.num_frames)]
-    black = np.zeros((inputs.num_frames - len(found), height, width, 3), np.uint8)
-    return np.concatenate([np.stack(found), black]) if found else black
+    return _lengthened(np.array(found, np.uint8).reshape(-1, height, width, 3), inputs.num_frames)
 
 
 def _published_length(config: InferConfig, speech: Speech) -> int:

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from PIL import Image
 
 from sonic.config import PHOTO_SIZE, Ranks, parse_size
-from sonic.data.image import BROKEN_FILE, SMALLEST_SIDE, load_image
-from sonic.data.image import LARGEST_AREA as LARGEST_PICTURE
+from sonic.data.image import BROKEN_FILE, LARGEST_AREA, SMALLEST_SIDE, load_image
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
 from sonic.geometry import wan_size
-from sonic.inference.fit_picture import LARGEST_AREA
+from sonic.inference.fit_picture import LARGEST_VIDEO
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.inference.requests import read_requests, request_of
@@ -153,7 +152,7 @@ def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
     else:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
         pictures = [(pixels.shape[1], pixels.shape[0])]
-    sizes = [wan_size(width, height, min(LARGEST_AREA, width * height)) for width, height in pictures]
+    sizes = [wan_size(width, height, min(LARGEST_VIDEO, width * height)) for width, height in pictures]
     return "x".join(map(str, max(sizes, key=prod))) if sizes else PHOTO_SIZE
 
 
@@ -172,7 +171,7 @@ def _size_of_picture(name: str) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(PORTRAITS.get(name, name)) as image:
-                return image.size if min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_PICTURE else None
+                return image.size if min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_AREA else None
     except (*BROKEN_FILE, Image.DecompressionBombError):
         return None
 

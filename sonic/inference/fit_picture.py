@@ -16,15 +16,14 @@ from sonic.data.pixels import to_signed
 from sonic.geometry import fit_area, wan_size
 from sonic.types import FaceBox, Mouth, Portrait
 
-LARGEST_AREA = 3840 * 2160
+LARGEST_VIDEO = 3840 * 2160  # pixels of a frame
 EVEN = 2  # H.264 with 4:2:0 colour needs even sides
 
 
 def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     """The portrait at the size of the video: scaled down to the area of `size` if it is larger, with even sides."""
     height, width = portrait.pixels.shape[:2]
-    wide, high = (width, height) if size == PHOTO_SIZE else parse_size(size)
-    area = min(LARGEST_AREA, width * height if size == PHOTO_SIZE else wide * high)
+    area = min(LARGEST_VIDEO, requested_area(portrait.pixels, size))
     new_width, new_height = fit_area(width, height, area, multiple=EVEN)
     if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
         return Portrait(np.ascontiguousarray(portrait.pixels[:new_height, :new_width]), portrait.face, portrait.mouth)
@@ -37,10 +36,10 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     )
 
 
-def generated_area(pixels: np.ndarray, size: str) -> int:
-    """The largest area in pixels that a Wan video of `size` may have."""
+def requested_area(pixels: np.ndarray, size: str) -> int:
+    """The area in pixels that a video of `size` may have at most."""
     if size == PHOTO_SIZE:
-        return min(LARGEST_AREA, pixels.shape[0] * pixels.shape[1])
+        return min(LARGEST_VIDEO, pixels.shape[0] * pixels.shape[1])
     width, height = parse_size(size)
     return width * height
 

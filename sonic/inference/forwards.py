@@ -48,10 +48,10 @@ class BatchedForwards:
         model, execution = self.model, self.execution
         contexts = [self._block_context(request) for request in requests]
         embedded = [model.embed_block(each.latents, each.timestep, each.inputs, sequence=execution.sequence) for each in requests]
-        outputs = execution.run_blocks(model, [inputs for inputs, _ in embedded], contexts)
+        outputs = execution.run_blocks(model, embedded, contexts)
         predictions = [
-            model.unembed(output, time_embedding, self.caches[request.cond_index].grid, sequence=execution.sequence)
-            for output, (_, time_embedding), request in zip(outputs, embedded, requests, strict=True)
+            model.unembed(output, self.caches[request.cond_index].grid, sequence=execution.sequence)
+            for output, request in zip(outputs, requests, strict=True)
         ]
         return [prediction.to(requests[0].latents.dtype) for prediction in predictions]
 

@@ -23,7 +23,12 @@ from sonic.types import Inputs
 
 log = logging.getLogger("sonic.inference")
 
-READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "face.masks": load_image, "motion.pose": timed_frames}
+READERS: Mapping[str, tuple[Callable, str]] = {  # option -> what reads its files, and the format that damaged ones are converted to
+    "image": (load_image, "png"),
+    "audio": (load_speech, "wav"),
+    "face.masks": (load_image, "png"),
+    "motion.pose": (timed_frames, "mp4"),
+}
 
 
 def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
@@ -47,14 +52,14 @@ def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
             "(samples, sample_rate), or use a model that goes block by block: preview or live_avatar_14b"
         )
     needed_whole = (
-        ("video.compat", config.video.compat, "its clips need their sound whole"),
-        ("motion.pose", config.motion.pose, "the poses are read for a length that is known"),
-        ("motion.head", config.motion.head.removeprefix("off"), "the motion is drawn for a length that is known"),
-        ("decode.online", "" if config.decode.online else "false", "nothing would be decoded before the sound ends"),
+        (config.video.compat, f"video.compat={config.video.compat}", "its clips need their sound whole"),
+        (config.motion.pose, f"motion.pose={config.motion.pose}", "the poses are read for a length that is known"),
+        (config.motion.head != "off", f"motion.head={config.motion.head}", "the motion is drawn for a length that is known"),
+        (not config.decode.online, "decode.online=false", "nothing would be decoded before the sound ends"),
     )
-    for option, value, why in needed_whole:
-        if value:
-            raise ValueError(f"{option}={value} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
+    for asked, option, why in needed_whole:
+        if asked:
+            raise ValueError(f"{option} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
 
 
 class InputReader:
@@ -87,8 +92,7 @@ class InputReader:
         given = [(option, name) for option, name in input_files(config) if option in READERS]
         for option, name in given:
             if self._crashes(option, name):
-                format = "png" if READERS[option] is load_image else "wav" if option == "audio" else "mp4"
-                other = Path(name).with_suffix(f".converted.{format}")
+                other = Path(name).with_suffix(f".converted.{READERS[option][1]}")
                 return f"{option}={name}: the decoder crashed on this file ({crash}); convert it, for example: ffmpeg -i {name} {other}"
         named = " ".join(f"{option}={name}" for option, name in given)
         return f"{named}: the process that reads them died ({crash}), though each can be read alone; is there enough memory?"
@@ -137,6 +141,6 @@ def _read(config: InferConfig) -> tuple[Inputs, list[logging.LogRecord], list[tu
 
 def _probe(option: str, name: str) -> None:
     """Read one input completely."""
-    found = READERS[option](name)
+    found = READERS[option][0](name)
     if option == "motion.pose":
         deque(found, maxlen=0)

@@ -40,10 +40,6 @@ class Settings:
     on_step: OnStep | None = None
     sound: LiveAudio | None = None
 
-    def random(self, seed: int) -> torch.Generator:
-        """The generator of the noise: the given one, or a new one with the seed of the video."""
-        return self.generator or torch.Generator().manual_seed(seed)
-
 
 class InMemory(NamedTuple):
     """Inputs passed as arrays or as live sound; each replaces the file that the config names."""

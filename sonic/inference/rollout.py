@@ -38,6 +38,11 @@ class NoiseSource(NamedTuple):
     ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A new generator with this seed, on the CPU, so that it draws the same everywhere."""
+    return torch.Generator().manual_seed(seed)
+
+
 OnStep = Callable[[int, int, float], None]  # called after a step with (block or 0, sampling step, timestep 0..1000)
 
 

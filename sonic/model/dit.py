@@ -105,8 +105,9 @@ class AvatarDiT(nn.Module):
     def embed_memory(self, conditions: Conditions, sequence: SequenceParallel) -> TrunkInputs:
         """The memory tokens as inputs of the first transformer block."""
         memory = self._memory(conditions)
-        _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
-        return _trunk_inputs([memory], (modulation,), self.text_embed(conditions.text), sequence=sequence)
+        time_embedding, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
+        text = self.text_embed(conditions.text)
+        return _trunk_inputs([memory], (modulation,), text, time_embedding=time_embedding, audio=None, sequence=sequence)
 
     def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
         """The attention context of each layer for the memory, which attends to itself and is written into the cache."""
@@ -138,17 +139,15 @@ class AvatarDiT(nn.Module):
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
         context = self.block_context(span, cache, ring, ref_position=inputs.ref_position)
-        trunk_inputs, time_embedding = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
+        trunk_inputs = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
         (outputs,) = execution.run_blocks(self, [trunk_inputs], [context])
-        return self.unembed(outputs, time_embedding, cache.grid, sequence=execution.sequence).to(latents.dtype)
+        return self.unembed(outputs, cache.grid, sequence=execution.sequence).to(latents.dtype)
 
-    def embed_block(
-        self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel
-    ) -> tuple[TrunkInputs, Tensor]:
-        """A block's tokens as inputs of the first transformer block, and the time embedding [B,T,D] that `unembed` needs."""
+    def embed_block(self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel) -> TrunkInputs:
+        """A block's tokens as inputs of the first transformer block."""
         time_embedding, modulation = self.time_embed(_per_frame(timestep))
         tokens = [self.patch_embed(latents) + inputs.pose]
-        return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), time_embedding
+        return _trunk_inputs(tokens, (modulation,), None, time_embedding=time_embedding, audio=inputs.audio, sequence=sequence)
 
     def block_context(
         self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None
@@ -179,11 +178,11 @@ class AvatarDiT(nn.Module):
             tokens = join_parts([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
         return inputs._replace(tokens=tokens)
 
-    def unembed(self, outputs: TrunkInputs, time_embedding: Tensor, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
+    def unembed(self, outputs: TrunkInputs, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
         """The latents of the last block's outputs: of the first part of their layout, which holds the noisy tokens.  -> [B,C,T,H,W]"""
         rows, columns = grid
         tokens = sequence.gather(split_parts(outputs.tokens, outputs.layout)[0], rows * columns)
-        return self.head(tokens, time_embedding, columns)
+        return self.head(tokens, outputs.time_embedding, columns)
 
     def ref_position(self, start: int) -> int:
         """The time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
@@ -205,11 +204,11 @@ class AvatarDiT(nn.Module):
         timestep = _per_frame(timestep)
         time_embedding, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
-        modulations = (modulation[:, :-1], modulation[:, -1:])
-        inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
+        modulations, text = (modulation[:, :-1], modulation[:, -1:]), self.text_embed(conditions.text)
+        sequence, time_embedding = execution.sequence, time_embedding[:, :-1]
+        inputs = _trunk_inputs(parts, modulations, text, time_embedding=time_embedding, audio=audio, sequence=sequence)
         (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
-        patches = self._grid_size(latents.shape)
-        return self.unembed(outputs, time_embedding[:, :-1], patches, sequence=execution.sequence).to(latents.dtype)
+        return self.unembed(outputs, self._grid_size(latents.shape), sequence=sequence).to(latents.dtype)
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
         """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""
@@ -271,7 +270,8 @@ def _trunk_inputs(
     modulations: tuple[Tensor, ...],
     text: Tensor | None,
     *,
-    audio: AudioTokens | None = None,
+    time_embedding: Tensor,
+    audio: AudioTokens | None,
     sequence: SequenceParallel,
 ) -> TrunkInputs:
     """The inputs of the blocks: this rank's tokens of the parts [B,T,S,D], each with its modulation."""
@@ -279,7 +279,8 @@ def _trunk_inputs(
     local = [sequence.split(part) for part in parts]
     if audio is not None and audio.masks is not None:
         audio = audio._replace(masks=sequence.split(audio.masks))
-    return TrunkInputs(join_parts(local), tuple(tuple(part.shape[1:3]) for part in local), modulations, text, audio, exchange)
+    layout = tuple(tuple(part.shape[1:3]) for part in local)
+    return TrunkInputs(join_parts(local), layout, modulations, text, audio, time_embedding, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:
