@@ -66,7 +66,7 @@ def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
     """
     top: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
-    for name, value in typed_values(InferConfig, {name: spelled(value) for name, value in values.items()}).items():
+    for name, value in typed_values(InferConfig, {name: option_text(value) for name, value in values.items()}).items():
         group, _, field = name.rpartition(".")
         (groups.setdefault(group, {}) if group else top)[field] = value
     return replace(config, **top, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
@@ -82,7 +82,7 @@ def model_choice(model: str) -> dict[str, str]:
     return {"model": Checkpoint.open(folder).manifest["model"], "model.weights": str(folder)}
 
 
-def spelled(value: Any) -> str:
+def option_text(value: Any) -> str:
     """A value as text for the command line."""
     if isinstance(value, str | os.PathLike | torch.device):
         return str(value)

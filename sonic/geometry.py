@@ -44,18 +44,6 @@ def frames_of_audio(num_samples: int, sample_rate: int, fps: int = FPS) -> int:
     return max(1, round(num_samples * fps / sample_rate))
 
 
-def latent_frames(num_frames: int, stride: int = FRAMES_PER_LATENT) -> int:
-    """Latent frames the causal Wan VAE makes of `num_frames` pixel frames: 1 + (F - 1) / stride.
-
-    Raises ValueError when `num_frames` is not 1 + k·stride.
-    """
-    whole, rest = divmod(num_frames - 1, stride)
-    if num_frames < 1 or rest:
-        below = max(1, num_frames - rest)
-        raise ValueError(f"num_frames={num_frames} cannot be encoded: the VAE needs 1 + {stride}k frames; use {below} or {below + stride}")
-    return 1 + whole
-
-
 def plan_blocks(num_frames: int | None, block_frames: int = 3) -> Iterator[BlockSpan]:
     """The blocks of a video of `num_frames` frames, in order, the last one perhaps longer than needed; an endless iterator when it is
     None."""

@@ -20,8 +20,8 @@ from sonic.arguments import (
     Sound,
     VideoOptions,
     model_choice,
+    option_text,
     seed_of,
-    spelled,
     with_options,
 )
 from sonic.cli import Entry, compose, ranks_here
@@ -36,7 +36,7 @@ from sonic.inference.components import Components, find_device, lora_of
 from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
-from sonic.inference.inputs import InMemory, Settings, inputs_of, refuse_overwriting
+from sonic.inference.inputs import InMemory, Settings, input_files, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
@@ -106,7 +106,7 @@ class AvatarPipeline:
         self._opened: Opened | None = None
         self._open(config, size)
         with ExitStack() as on_error:
-            on_error.push(self)
+            on_error.push(self)  # closes this pipeline when serving fails
             self._opened.serve()
             on_error.pop_all()
 
@@ -129,7 +129,7 @@ class AvatarPipeline:
         """
         chosen = {**model_choice(os.fspath(model)), "preset": preset, "parallel": parallel, "model.lora.path": lora}
         chosen |= {"run.device": device, "run.dtype": torch_dtype and str(torch_dtype).removeprefix("torch.")}
-        argv = [f"{name}={spelled(value)}" for name, value in {**chosen, **options}.items() if value is not None]
+        argv = [f"{name}={option_text(value)}" for name, value in {**chosen, **options}.items() if value is not None]
         return cls(compose(INFER, argv), ranks=ranks_here())
 
     def __call__(self, image: Picture, audio: Sound, **options: Unpack[VideoOptions]) -> Video:
@@ -146,7 +146,7 @@ class AvatarPipeline:
         with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
             frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
         speech = memory.original or inputs.speech
-        return Video(frames, inputs.fps, speech, tuple(inputs_of(settings.config, memory)))
+        return Video(frames, inputs.fps, speech, tuple(input_files(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
@@ -216,8 +216,7 @@ class AvatarPipeline:
 
     def close(self) -> None:
         """Shut the other ranks down and leave the process group. Needed with several ranks only; a `with` block does it."""
-        self._stack.close()
-        self._opened, self._by_student = None, {}
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
         return self

@@ -9,15 +9,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sonic.config import one_of
-from sonic.geometry import FPS
-from sonic.geometry import BlockSpan as BlockSpan
+from sonic.geometry import FPS, BlockSpan
 
 T = TypeVar("T")
 AXES = {"ref": "BCTHW", "text": "BLD", "audio": "BKEF", "motion": "BCTHW", "pose": "BCTHW", "masks": "BTHW"}  # of conditions
@@ -69,7 +68,7 @@ class Conditions:
 
     def drop(self, name: str) -> Conditions:
         """The conditions without one of them: audio, text or pose become zeros, motion becomes None."""
-        pick({"audio": 0, "text": 0, "pose": 0, "motion": 0}, name, "condition")
+        one_of(name, ("audio", "text", "pose", "motion"), "condition")
         value = getattr(self, name)
         becomes_none = name == "motion" or value is None
         return replace(self, **{name: None if becomes_none else value.new_zeros(1).expand(value.shape)})
@@ -188,8 +187,7 @@ class Inputs:
     location: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class MotionLayers:
+class MotionLayers(NamedTuple):
     """The motion of a picture in each frame.
 
     flow [...,F,2,h,w] (x, y; source minus output position, in widths of the picture); interior [...,F,3,h,w], the inside of the mouth

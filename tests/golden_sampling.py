@@ -9,7 +9,7 @@ from golden_case import Case, model_of
 from torch.testing import assert_close
 
 from sonic.geometry import wan_size
-from sonic.sampling.guidance import guidance
+from sonic.sampling.guidance import guided_velocity
 from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import SCHEDULES, sigmas_of
 from sonic.types import Conditions
@@ -68,7 +68,7 @@ def guided_clip(case: Case) -> None:
         recorded[name] = Conditions(ref=inputs["ref_latents"], text=text, audio=audio, motion=motion, pose=inputs["cond_states"])
     seen, predictions = [], []
     ask = lambda conditions: lambda x, sigma: model(x, 1000 * sigma, conditions)  # noqa: E731
-    guided = guidance(ask(recorded["context_null"]), call["guide_scale"])(ask(recorded["context"]))
+    guided = guided_velocity(ask(recorded["context_null"]), ask(recorded["context"]), call["guide_scale"])
 
     def velocity(x, sigma):
         seen.append(x)

@@ -9,7 +9,7 @@ from einops import rearrange
 from golden_case import Case, tensors_of
 from torch import Tensor
 
-from sonic.encoders.wav2vec import PICKED_PER_S, STATES_PER_S, Wav2VecEncoder, clips_of, frame_positions, normalised
+from sonic.encoders.wav2vec import PICKED_PER_S, STATES_PER_S, Wav2VecEncoder, frame_positions, normalised, published_clips
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def wav2vec_features(case: Case) -> None:
     name, expected = next((name, tensor) for name, tensor in case.outputs.items() if name.startswith("bucket_"))
     _, fps, frames = name.split("_")
     fps, frames = int(fps.removeprefix("fps")), int(frames.removeprefix("bf"))
-    count = frames * clips_of(spread.shape[1], frames, fps)
-    assert clips_of(spread.shape[1], frames, fps) == case.manifest["num_repeat"]
+    count = frames * published_clips(spread.shape[1], frames, fps)
+    assert published_clips(spread.shape[1], frames, fps) == case.manifest["num_repeat"]
     case.close(encoder.encode_audio(samples, count, fps).permute(2, 0, 1), expected)
 
 
@@ -70,7 +70,7 @@ def bucketing(case: Case) -> None:
             case.close(_bucket(name, spread, repeats[name]), expected.unsqueeze(1) if expected.ndim == 2 else expected)
         else:
             fps, frames = (int(word.lstrip("fpsb")) for word in words[1:])
-            count = frames * clips_of(spread.shape[1], frames, fps)
+            count = frames * published_clips(spread.shape[1], frames, fps)
             case.close(pick_frames(spread, frame_positions(count, fps)).permute(1, 2, 0)[None], expected)
 
 
@@ -83,5 +83,5 @@ def _bucket(name: str, spread: torch.Tensor, repeats: int) -> torch.Tensor:
         stride = int(pace.removeprefix("stride"))
         return pick_frames(spread, stride * np.arange(frames * repeats), around=around, stride=stride)
     fps = int(pace.removeprefix("fps"))
-    assert clips_of(spread.shape[1], frames, fps) == repeats, name
+    assert published_clips(spread.shape[1], frames, fps) == repeats, name
     return pick_frames(spread, frame_positions(frames * repeats, fps), around=around, stride=PICKED_PER_S // fps)

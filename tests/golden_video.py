@@ -12,8 +12,8 @@ from golden_vae import vae_of
 from torch import Tensor
 
 from sonic.config import SamplerConfig
-from sonic.encoders.wav2vec import clips_of, frame_positions
-from sonic.inference.conditions import published_picture, signed
+from sonic.encoders.wav2vec import frame_positions, published_clips
+from sonic.inference.fit_picture import published_picture, signed
 from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks_upstream, generate_clips
 from sonic.vae.wan_vae import WanAutoencoder
 
@@ -38,7 +38,7 @@ class Noted(WanAutoencoder):
 def _encode_inputs(case: Case, fps: int) -> EncodedInputs:
     call, inputs = case.call, case.inputs
     states = inputs["feat30"]
-    frames = call["infer_frames"] * clips_of(states.shape[1], call["infer_frames"], fps)
+    frames = call["infer_frames"] * published_clips(states.shape[1], call["infer_frames"], fps)
     audio = pick_frames(states, frame_positions(frames, fps)).permute(1, 2, 0)[None]
     return EncodedInputs(
         picture=signed(published_picture(inputs["image"].numpy(), call["max_area"])),

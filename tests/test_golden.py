@@ -21,11 +21,11 @@ from torch.testing import assert_close
 from sonic.checkpoint.load import fill
 from sonic.checkpoint.lora import read_lora
 from sonic.checkpoint.weights import export
+from sonic.geometry import BlockSpan
 from sonic.model import kv_cache
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id, rotate
 from sonic.sampling.schedules import SCHEDULES
-from sonic.types import BlockSpan
 
 FOLDER = Path(os.environ.get("SONIC_GOLDEN") or Path(__file__).parent / "golden")
 

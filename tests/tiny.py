@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, SamplerConfig, TextConfig, TrunkConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
-from sonic.types import BlockSpan, Conditions
+from sonic.types import Conditions
 
 SIZE = (16, 16)  # latent rows and columns
 BLOCK = 2

@@ -19,10 +19,10 @@ from sonic.evaluation.metrics import peak_rss_gib
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.infer_config import BenchConfig
 from sonic.model.attention import sdpa
-from sonic.model.blocks import attend_by
+from sonic.model.blocks import set_attention
 from sonic.model.counts import forward_multiply_adds, memory_tokens, weights
+from sonic.model.cpu import linear
 from sonic.model.dit import AvatarDiT
-from sonic.model.linear import linear
 from sonic.types import Conditions
 
 # 8·192 noisy tokens, 192 of the reference, 288 of the past: 2016; 49.5 M weights
@@ -118,9 +118,9 @@ class ClipForward:
     def floor(self) -> Work:
         """A function that runs all matrix products and attentions of the forward, and nothing else."""
         with Recorder() as recorder:
-            attend_by(self.model, recorder.attention)
+            set_attention(self.model, recorder.attention)
             self()
-            attend_by(self.model, sdpa)
+            set_attention(self.model, sdpa)
         return torch.no_grad()(lambda: [call() for call in recorder.calls])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sonic.checkpoint.lora import NO_LORA
 from sonic.config import Ranks, precision_of
 from sonic.families import FAMILIES
-from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
+from sonic.geometry import FRAMES_PER_LATENT, GIB, PIXELS_PER_LATENT
 from sonic.inference.choose_plan import Estimate, choose_plan
 from sonic.inference.components import DTYPES, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
@@ -130,7 +130,7 @@ class Undecoded(nn.Module):
         """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
         batch, _, count, height, width = frames.shape
         rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-        return frames.new_zeros(batch, 16, latent_frames(count), rows, columns), cache
+        return frames.new_zeros(batch, 16, 1 + (count - 1) // FRAMES_PER_LATENT, rows, columns), cache
 
     def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Zero frames."""

@@ -63,7 +63,7 @@ class LiveAudio:
     def num_frames(self) -> int | None:
         """Number of video frames: the upper limit while the sound is still arriving, None if there is no limit."""
         known = frames_of_audio(self.received, SAMPLE_RATE, self.fps) if self.ended else None
-        return min(known, self.max_frames) if known and self.max_frames else known or self.max_frames or None
+        return min((limit for limit in (known, self.max_frames) if limit), default=None)
 
     def frames_left(self, start: int, count: int) -> int:
         """How many of the `count` frames from `start` belong to the video; all of them while its length is unknown."""

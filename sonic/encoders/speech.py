@@ -29,7 +29,7 @@ class LogMelEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = Window(MELS, self.FEATURES, self.KERNEL)
+        self.stem = TimeConv(MELS, self.FEATURES, self.KERNEL)
         self.fast = nn.ModuleList(_Residual(self.FEATURES, self.KERNEL, dilation) for dilation in self.FAST)
         self.shrink = nn.Linear(COLUMNS_PER_FRAME * self.FEATURES, self.FEATURES)
         self.slow = nn.ModuleList(_Residual(self.FEATURES, self.KERNEL, dilation) for dilation in self.SLOW)
@@ -60,7 +60,7 @@ class LogMelEncoder(nn.Module):
         return F.pad(columns, (0, 0, *(2 * (COLUMNS_PER_FRAME * self.MARGIN,))), value=SILENT_COLUMN)
 
 
-class Window(nn.Linear):
+class TimeConv(nn.Linear):
     """A dilated convolution over time, centred and padded with zeros, computed as one matrix product.
 
     In bfloat16 on a CPU it is ten times faster, forward and backward, than torch's Conv1d.
@@ -84,7 +84,7 @@ class _Residual(nn.Module):
     def __init__(self, width: int, kernel: int, dilation: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.conv = Window(width, width, kernel, dilation=dilation)
+        self.conv = TimeConv(width, width, kernel, dilation=dilation)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:

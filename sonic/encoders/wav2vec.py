@@ -70,8 +70,8 @@ class Wav2VecEncoder(nn.Module):
 
     def _encode_into(self, samples: np.ndarray, out: Tensor, fps: int) -> None:
         """Write the features of a recording into `out`, zeros [K,E,F]."""
-        total = 1 + max(0, len(samples) - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
-        kept = int(total / STATES_PER_S * PICKED_PER_S)
+        total = num_states(len(samples))
+        kept = num_resampled(total)
         picked = frame_positions(out.shape[-1], fps)
         positions = picked[picked < kept] * ((total - 1) / max(1, kept - 1))  # resampling maps the first and last state to themselves
         start, last = 0, None  # `last` is the previous piece's last state, for interpolation across the join; `start` is its index
@@ -79,11 +79,7 @@ class Wav2VecEncoder(nn.Module):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
             inside = np.flatnonzero((positions >= start) & ((positions < stop) | (stop == total - 1)))
-            within = torch.from_numpy(positions[inside] - start).clamp(max=stop - start)
-            below = within.long()
-            above = (below + 1).clamp(max=stop - start)
-            interpolated = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
-            out[..., torch.from_numpy(inside)] = interpolated.mT.float().cpu()
+            out[..., torch.from_numpy(inside)] = states_at(states, positions[inside] - start)
             start, last = stop, states[:, -1:]
 
     def pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
@@ -94,11 +90,11 @@ class Wav2VecEncoder(nn.Module):
             first, last = max(0, start - margin), min(len(wave), start + window + margin + STATE_RECEPTIVE_FIELD - STATE_SAMPLES)
             if last - first < STATE_RECEPTIVE_FIELD:
                 break
-            states = self.layers(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
+            states = self.hidden_states(wave[first:last])[:, (start - first) // STATE_SAMPLES :]
             yield states[:, : window // STATE_SAMPLES]
 
-    def layers(self, wave: Tensor) -> Tensor:
-        """All hidden states of normalised samples that are encoded at once.  [n] -> [layers+1,T,D]"""
+    def hidden_states(self, wave: Tensor) -> Tensor:
+        """All hidden states of normalised samples that are encoded at once.  [samples] -> [K,states,E]"""
         weight = next(self.encoder.parameters())
         out = self.encoder(wave.to(weight)[None], output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # transformers 5 lists the last one before its norm
@@ -138,13 +134,26 @@ def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.n
     return np.round(seconds * rate).astype(np.int64)
 
 
-def states_of(samples: int) -> int:
-    """Number of features at 30 per second of a recording of `samples` samples."""
-    states = 1 + max(0, samples - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
+def states_at(states: Tensor, positions: np.ndarray) -> Tensor:
+    """Hidden states interpolated at fractional indices, in float32 on the CPU.  [K,states,E] and [n] -> [K,E,n]"""
+    last = states.shape[1] - 1
+    where = torch.from_numpy(positions).clamp(max=last)
+    below = where.long()
+    share = (where - below)[:, None].to(states)
+    return torch.lerp(states[:, below], states[:, (below + 1).clamp(max=last)], share).mT.float().cpu()
+
+
+def num_states(samples: int) -> int:
+    """Number of hidden states, 50 per second, of a recording of `samples` samples."""
+    return 1 + max(0, samples - STATE_RECEPTIVE_FIELD) // STATE_SAMPLES
+
+
+def num_resampled(states: int) -> int:
+    """Number of features at 30 per second that `states` hidden states are resampled to."""
     return int(states / STATES_PER_S * PICKED_PER_S)
 
 
-def clips_of(states: int, clip_frames: int, fps: float) -> int:
-    """Number of clips that the published code makes of `states` features at 30 per second; it adds a clip of silence when they fill
-    a whole number of clips."""
-    return int(states / (clip_frames * PICKED_PER_S / fps)) + 1
+def published_clips(resampled: int, clip_frames: int, fps: float) -> int:
+    """Number of clips that the published code makes of features at 30 per second; it adds a clip of silence when they fill a whole number
+    of clips."""
+    return int(resampled / (clip_frames * PICKED_PER_S / fps)) + 1

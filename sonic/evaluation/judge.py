@@ -23,7 +23,7 @@ from sonic.data.video import timed_frames
 from sonic.evaluation import metrics
 from sonic.evaluation.judge_config import JudgeConfig
 from sonic.geometry import FPS
-from sonic.inference.conditions import fit_portrait
+from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.inference.report import mouth_window
 from sonic.system.paths import file_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, weights_hash
 from sonic.checkpoint.weights import load_weights
-from sonic.config import ModelConfig
+from sonic.config import HeadConfig, ModelConfig
+from sonic.data.clips import pose_latents
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import portrait_of
 from sonic.data.image import cut, face_crop
@@ -27,17 +29,18 @@ from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.families.family import Family
-from sonic.geometry import BlockSpan, plan_blocks
+from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.components import Components
-from sonic.inference.conditions import fit_portrait, head_pose, whole_blocks
 from sonic.inference.distributed_rollout import distributed_rollout
+from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveLogMel
 from sonic.inference.report import StageTimer
-from sonic.inference.rollout import NoiseSource, Sampling
-from sonic.inference.stream import HANDOVERS, decode_blocks, half_the_threads, prefetch
+from sonic.inference.rollout import NoiseSource, Sampling, seeded
+from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
 from sonic.parallel.context import DistributedContext
+from sonic.synthetic.draw_face import head_motion
 from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
@@ -85,10 +88,6 @@ class Preview(Family):
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
         fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
-
-    def settled_model(self, config: ModelConfig) -> ModelConfig:
-        """The config itself."""
-        return config
 
     def transformer_weights(self, config: ModelConfig) -> Path:
         """The file that model.weights names, or the bundled one. Raises ValueError when it does not exist."""
@@ -140,7 +139,8 @@ class Preview(Family):
         if settings.sound is not None:
             live = LiveFeatures(settings.sound, LiveLogMel(components.speech))
             return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas, live)
-        frames = whole_blocks(inputs.num_frames, config.rollout.block_frames)
+        step = FRAMES_PER_LATENT * config.rollout.block_frames
+        frames = math.ceil(inputs.num_frames / step) * step  # whole blocks
         features = components.speech.encode_audio(inputs.speech.samples, frames)
         pose = head_pose(options.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
         whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose).to(device=device, dtype=components.dtype)
@@ -151,15 +151,14 @@ class Preview(Family):
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
         conditions, spans, reference, canvas, live = encoded
-        sampling = Sampling(settings.config.sampler, NoiseSource(settings.random(inputs.seed)), on_step=settings.on_step)
+        sampling = Sampling(settings.config.sampler, NoiseSource(settings.generator or seeded(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
-        decode = settings.config.decode
-        stage = {"prepare": half_the_threads()} if decode.online else {}
-        latents = HANDOVERS[decode.online](timer.each("denoise", blocks), decode.queue, name="denoise", **stage)
+        decode, prepare = settings.config.decode, half_the_threads()
+        latents = hand_over(timer.each("denoise", blocks), decode, name="denoise", prepare=prepare)
         autoencoder = components.autoencoder
         chunks = decode_blocks(latents, inputs.num_frames, autoencoder=autoencoder, reference=reference, canvas=canvas, timer=timer)
         if decode.online:
-            chunks = prefetch(chunks, 1, name="decode", **stage)
+            chunks = prefetch(chunks, 1, name="decode", prepare=prepare)
         with closing(latents), closing(chunks):
             yield from chunks if live is None else live.cut(chunks)
 
@@ -191,6 +190,20 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
     load_weights(autoencoder, file)
     load_weights(speech, weight_files(config).speech)
     return autoencoder, speech
+
+
+def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
+    """Pose latents [1,16,T,h,w] of a random head motion that starts in the pose of the photograph; None without head motion.
+
+    The values do not depend on the position in the picture, so h and w are expanded axes that take no memory.
+    """
+    if motion.head == "off" or motion.strength == 0:
+        return None
+    track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
+    settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
+    track[:, :3] *= rearrange(settle_in, "f -> f 1")
+    constant = pose_latents(rearrange(track, "f j -> 1 f j"), 1, 1)
+    return constant.expand(-1, -1, -1, *grid)
 
 
 def _face_crops(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:

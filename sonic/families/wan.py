@@ -25,11 +25,11 @@ from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
-from sonic.encoders.wav2vec import clips_of, states_of
+from sonic.encoders.wav2vec import num_resampled, num_states, published_clips
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.inference.components import Components, find_device
-from sonic.inference.conditions import generated_area, published_picture, signed, whole_picture
+from sonic.inference.fit_picture import published_picture, requested_area, signed, whole_picture
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -42,7 +42,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
 from sonic.inference.report import StageTimer
-from sonic.inference.stream import HANDOVERS
+from sonic.inference.stream import hand_over
 from sonic.parallel.context import DistributedContext
 from sonic.system.program import written
 from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
@@ -74,13 +74,14 @@ class Wan(Family):
         voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
-        fit, area = published_picture if config.video.compat else whole_picture, generated_area(pixels, config.video.size)
+        area = requested_area(pixels, config.video.size)
+        fit = published_picture if config.video.compat else whole_picture
         picture = Portrait(fit(pixels, area))
         length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
         inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
         masks = None
         if voices:
-            masks = np.stack([fit(_mask(name, pixels.shape), area)[..., 0] > WHITE for name in _one_each(config.face.masks, voices)])
+            masks = np.stack([fit(mask, area)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
         return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:
@@ -100,7 +101,7 @@ class Wan(Family):
         checkpoint = _checkpoint(config)
         config = checkpoint.config(config)
         precision = torch.float32 if config.rollout.clip_frames else dtype
-        make_autoencoder = lambda: checkpoint.autoencoder(context.world.device, precision)  # noqa: E731
+        make_autoencoder = partial(checkpoint.autoencoder, context.world.device, precision)
         return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint)
 
     def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
@@ -119,9 +120,9 @@ class Wan(Family):
         Speech features and poses cover the last block or clip to its end.
         """
         config, checkpoint, device = components.config, components.checkpoint, components.device
-        length, asked = config.text.text_len, settings.config
-        whole = config.rollout.clip_frames or asked.video.compat
-        step = asked.video.infer_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
+        options = settings.config
+        whole = config.rollout.clip_frames or options.video.compat
+        step = options.video.infer_frames if whole else FRAMES_PER_LATENT * config.rollout.block_frames
         if settings.sound is None:
             frames, live = -(-inputs.num_frames // step) * step, None
             voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
@@ -129,15 +130,15 @@ class Wan(Family):
         else:  # the speech encoder stays in memory until the sound ends
             live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
             features = torch.zeros(1, 0, 0, 0)
-        read = checkpoint.prompt_encoder(length, device)
+        read = checkpoint.prompt_encoder(config.text.text_len, device)
         text = read(inputs.prompt)
         patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
         return EncodedInputs(
             picture=signed(inputs.portrait.pixels).to(device),
             text=text,
-            negative=read(inputs.negative_prompt) if asked.sampler.sample_guide_scale != 1 else text,
+            negative=read(inputs.negative_prompt) if options.sampler.sample_guide_scale != 1 else text,
             audio=features,
-            clip_frames=asked.video.infer_frames,
+            clip_frames=options.video.infer_frames,
             seed=inputs.seed,
             pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
             masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
@@ -150,18 +151,18 @@ class Wan(Family):
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video, clip by clip or block by block."""
         networks = WanNetworks(components.model, components.autoencoder, components.context)
-        asked, on_step, stage = settings.config, settings.on_step, timer.stage
-        sampler, compat = asked.sampler, asked.video.compat
+        options, on_step, stage = settings.config, settings.on_step, timer.stage
+        sampler, compat = options.sampler, options.video.compat
 
-        def hand_over(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
-            return HANDOVERS[asked.decode.online](timer.each("denoise", blocks), asked.decode.queue, name="denoise")
+        def queued(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
+            return hand_over(timer.each("denoise", blocks), options.decode, name="denoise")
 
         if components.config.rollout.clip_frames:
             frames = generate_clips(networks, encoded, sampler=sampler, upstream=bool(compat), stage=stage, on_step=on_step)
         elif compat:
             frames = generate_blocks_upstream(networks, encoded, sampler=sampler, stage=stage, on_step=on_step)
         else:
-            frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=hand_over, stage=stage, on_step=on_step)
+            frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=queued, stage=stage, on_step=on_step)
         with closing(frames):
             chunks = _chunks(frames, inputs.num_frames)
             yield from chunks if encoded.live is None else encoded.live.cut(chunks)
@@ -224,27 +225,23 @@ def _mixed(voices: tuple[Speech, ...]) -> Speech:
     return Speech(np.clip(mixed, -1, 1), voices[0].sample_rate)
 
 
-def _one_each(masks: list[str], voices: tuple[Speech, ...]) -> list[str]:
-    if len(masks) != len(voices):
-        raise ValueError(f"face.masks names {len(masks)} pictures for {len(voices)} recordings; give one for each of audio=a.wav+b.wav")
+def _masks(names: list[str], voices: int, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """The masks as uint8 [H,W,3]. Raises ValueError unless there is one for each voice, of the size of the portrait."""
+    if len(names) != voices:
+        raise ValueError(f"face.masks names {len(names)} pictures for {voices} recordings; give one for each of audio=a.wav+b.wav")
+    masks = [load_image(name, "face.masks") for name in names]
+    for name, mask in zip(names, masks, strict=True):
+        if mask.shape != shape:
+            sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
+            raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
     return masks
-
-
-def _mask(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask as uint8 [H,W,3]. Raises ValueError unless it has the size of the portrait."""
-    pixels = load_image(name, "face.masks")
-    if pixels.shape != shape:
-        sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the portrait {shape[1]}x{shape[0]}"
-        raise ValueError(f"face.masks={name} has {sizes}; draw it over the portrait")
-    return pixels
 
 
 def _poses(path: str, inputs: Inputs) -> np.ndarray:
     """The frames of the pose video, uint8 [F,H,W,3] at the size and frame rate of the output, padded with black after its end."""
     height, width = inputs.portrait.pixels.shape[:2]
     found = [covering(frame, width, height) for frame in islice(frames_at(path, inputs.fps), inputs.num_frames)]
-    black = np.zeros((inputs.num_frames - len(found), height, width, 3), np.uint8)
-    return np.concatenate([np.stack(found), black]) if found else black
+    return _lengthened(np.array(found, np.uint8).reshape(-1, height, width, 3), inputs.num_frames)
 
 
 def _published_length(config: InferConfig, speech: Speech) -> int:
@@ -252,7 +249,8 @@ def _published_length(config: InferConfig, speech: Speech) -> int:
 
     These are whole clips, sometimes one more than the sound needs, minus the three frames dropped from the first clip.
     """
-    clips = clips_of(states_of(len(speech.samples)), config.video.infer_frames, config.video.fps)
+    resampled = num_resampled(num_states(len(speech.samples)))
+    clips = published_clips(resampled, config.video.infer_frames, config.video.fps)
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
 
 

@@ -22,7 +22,7 @@ from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import InputReader, open_inputs
-from sonic.inference.inputs import inputs_of, refuse_overwriting
+from sonic.inference.inputs import input_files, refuse_overwriting
 from sonic.inference.report import Result, StageTimer
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
@@ -95,7 +95,7 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
     Raises ValueError or OSError for bad inputs, for an output that cannot be written, and when the output or one of the files `written`
     would overwrite an input.
     """
-    refuse_overwriting(inputs_of(config), *([Path(config.output)] if config.output else []), *written)
+    refuse_overwriting(input_files(config), *([Path(config.output)] if config.output else []), *written)
     inputs = read(config)
     height, width = inputs.portrait.pixels.shape[:2]
     if config.output:

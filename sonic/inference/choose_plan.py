@@ -17,7 +17,7 @@ from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_i
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
 from sonic.geometry import GIB, wan_size
-from sonic.inference.conditions import LARGEST_VIDEO
+from sonic.inference.fit_picture import LARGEST_VIDEO
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.inference.requests import read_requests, request_of

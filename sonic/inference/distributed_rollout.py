@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sonic.config import SamplerConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.channel import broadcast
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_pipeline import stage_loop
 from sonic.planner.plans import CLIPS_WAIT
-from sonic.types import BlockSpan, Conditions, LatentBlock
+from sonic.types import Conditions, LatentBlock
 
 
 class Command(Enum):
@@ -64,8 +65,7 @@ def distributed_rollout(
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
         while True:
             _send(context, Command.NEXT_BLOCK)
-            block = next(blocks, None)
-            if block is None:
+            if (block := next(blocks, None)) is None:
                 return
             try:
                 yield block

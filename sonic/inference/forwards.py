@@ -1,9 +1,12 @@
-"""Schedules the forwards of a rollout on one device: one at a time, or several that share each pass over the transformer blocks."""
+"""Schedules the forwards of a rollout: here one at a time, or several that share each pass over the transformer blocks.
+
+Requests with the same (cond_index, step) must be submitted in the order of their blocks; predictions are returned in the order of
+submission.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,26 +16,6 @@ from sonic.model.execution import ForwardRequest
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_pipeline import PipelineForwards
 from sonic.types import Conditions
-
-
-class Forwards(Protocol):
-    """Schedules the forwards of a rollout, several of which may be in flight.
-
-    Requests with the same (cond_index, step) must be submitted in the order of their blocks; predictions are returned in the order of
-    submission.
-    """
-
-    def accepts(self, request: ForwardRequest) -> bool:
-        """Whether the request can be submitted now."""
-
-    def submit(self, request: ForwardRequest) -> None:
-        """Start a forward."""
-
-    def collect(self) -> Sequence[Tensor]:
-        """Wait for the oldest request in flight and return its prediction, with those of the requests after it that are done too."""
-
-    def close(self) -> None:
-        """Discard the forwards in flight."""
 
 
 class BatchedForwards:
@@ -65,10 +48,10 @@ class BatchedForwards:
         model, execution = self.model, self.execution
         contexts = [self._block_context(request) for request in requests]
         embedded = [model.embed_block(each.latents, each.timestep, each.inputs, sequence=execution.sequence) for each in requests]
-        outputs = execution.run_blocks(model, [inputs for inputs, _ in embedded], contexts)
+        outputs = execution.run_blocks(model, embedded, contexts)
         predictions = [
-            model.unembed(output, summary, self.caches[request.cond_index].grid, sequence=execution.sequence)
-            for output, (_, summary), request in zip(outputs, embedded, requests, strict=True)
+            model.unembed(output, self.caches[request.cond_index].grid, sequence=execution.sequence)
+            for output, request in zip(outputs, requests, strict=True)
         ]
         return [prediction.to(requests[0].latents.dtype) for prediction in predictions]
 
@@ -79,6 +62,9 @@ class BatchedForwards:
     def _block_context(self, request: ForwardRequest) -> Callable:
         cache, inputs = self.caches[request.cond_index], request.inputs
         return self.model.block_context(inputs.span, cache, cache.rings[request.step], ref_position=inputs.ref_position)
+
+
+Forwards = BatchedForwards | PipelineForwards
 
 
 def open_forwards(context: DistributedContext, model: AvatarDiT, conditions: Sequence[Conditions], *, steps: int) -> Forwards:

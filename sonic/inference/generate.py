@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sonic.data.video import VideoWriter
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import family_of
+from sonic.geometry import GIB
 from sonic.inference.components import Components
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
@@ -54,6 +55,7 @@ def make_video(
             bar.update(len(chunk))
         with timer.stage("write"):
             stack.close()
+    peak_vram = torch.cuda.max_memory_allocated(components.device) if components.device.type == "cuda" else 0
     result = Result(
         output=str(output.resolve()),
         frames=inputs.num_frames,
@@ -62,14 +64,10 @@ def make_video(
         frames_per_second=round(inputs.num_frames / (timer.passed() - begun), 2),
         first_frame_s=round(first_frame, 3),
         peak_rss_gib=round(peak_rss_gib(), 3),
-        peak_vram_gib=round(_peak_vram(components.device) / 2**30, 3),
+        peak_vram_gib=round(peak_vram / GIB, 3),
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
         versions=versions(),
         sampling=sampling_of(config.sampler, components.weights, components.dtype),
         face=inputs.location,
     )
     return result, recorder
-
-
-def _peak_vram(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.data.pixels import to_signed
-from sonic.geometry import FRAMES_PER_LATENT, plan_blocks
+from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout
 from sonic.inference.live_features import LiveFeatures
-from sonic.inference.rollout import NoiseSource, OnStep, Sampling
+from sonic.inference.rollout import NoiseSource, OnStep, Sampling, seeded
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
-from sonic.types import BlockSpan, Conditions, LatentBlock
+from sonic.types import Conditions, LatentBlock
 from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank
@@ -66,10 +66,6 @@ class EncodedInputs:
     generator: torch.Generator | None = None
     live: LiveFeatures | None = None
 
-    def random(self) -> torch.Generator:
-        """The generator of the noise: the given one, or a new one with the seed."""
-        return self.generator or torch.Generator().manual_seed(self.seed)
-
     @property
     def num_frames(self) -> int:
         """Number of video frames, which is a multiple of a block or clip; 0 while the sound is still arriving."""
@@ -100,7 +96,7 @@ def generate_clips(
     model, vae, context = networks
     ref, _ = vae.encode(encoded.picture.unsqueeze(2))
     past = torch.zeros(1, 3, PAST_FRAMES, *encoded.picture.shape[-2:], device=ref.device)
-    motion, rng = None, encoded.random()
+    motion, rng = None, encoded.generator or seeded(encoded.seed)
     for index in range(encoded.clips):
         if upstream:
             rng.manual_seed(encoded.seed + index)
@@ -108,7 +104,7 @@ def generate_clips(
             span = slice(index * encoded.clip_frames, (index + 1) * encoded.clip_frames)
             conditions = _conditions(encoded, ref, motion, frames=span, vae=vae, dtype=_dtype(model))
             latent_frames = encoded.clip_frames // FRAMES_PER_LATENT
-            reported = on_step and (lambda _, *step, clip=index: on_step(clip, *step))
+            reported = on_step and (lambda _, step, timestep, clip=index: on_step(clip, step, timestep))
             sampling = Sampling(sampler, NoiseSource(rng), _unconditional(encoded, conditions), reported)
             latents = distributed_clip(model, conditions, latent_frames, sampling=sampling, context=context).to(ref.dtype)
         with stage("decode"):
@@ -146,7 +142,7 @@ def generate_blocks(
     block_frames = model.config.rollout.block_frames
     spans = plan_blocks(encoded.num_frames, block_frames) if encoded.live is None else encoded.live.spans(block_frames)
     _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
-    sampling = Sampling(sampler, NoiseSource(encoded.random()), _unconditional(encoded, conditions), on_step)
+    sampling = Sampling(sampler, NoiseSource(encoded.generator or seeded(encoded.seed)), _unconditional(encoded, conditions), on_step)
     blocks = hand_over(distributed_rollout(model, conditions, spans, sampling=sampling, context=context))
     for block in blocks:
         with stage("decode"):
@@ -177,7 +173,7 @@ def generate_blocks_upstream(
     motion, _ = vae.encode(past)
     conditions = _conditions(encoded, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
     distance_rng = random.Random(encoded.seed)
-    distances = iter(lambda: distance_rng.randint(4, 30), None) if ref_distances is None else ref_distances
+    distances = (distance_rng.randint(4, 30) for _ in count()) if ref_distances is None else ref_distances
 
     def ref_positions(span: BlockSpan, forwards: int) -> list[int]:
         position = model.config.rollout.ref_position
@@ -219,11 +215,14 @@ def _pose_latents(pose: np.ndarray, vae: Vae, *, device: torch.device) -> Tensor
 
     The first frame is encoded once more in front; it becomes a latent frame of its own, which is dropped.
     """
-    still = lambda some: to_signed(rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w"))  # noqa: E731
-    _, cache = vae.encode(still(pose[:1]))
+
+    def frames(some: np.ndarray) -> Tensor:
+        return to_signed(rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w"))
+
+    _, cache = vae.encode(frames(pose[:1]))
     found = []
     for first in range(0, len(pose), POSE_CHUNK):
-        latents, cache = vae.encode(still(pose[first : first + POSE_CHUNK]), cache)
+        latents, cache = vae.encode(frames(pose[first : first + POSE_CHUNK]), cache)
         found.append(latents)
     return torch.cat(found, dim=2)
 
@@ -242,7 +241,7 @@ def _clip_noise(like: Tensor, encoded: EncodedInputs) -> Callable[[BlockSpan], T
 
     def noise(span: BlockSpan) -> Tensor:
         clip, first = divmod(span.start, latent_frames)
-        rng = torch.Generator().manual_seed(encoded.seed + clip)
+        rng = seeded(encoded.seed + clip)
         drawn = torch.randn(like.shape[1], latent_frames, *like.shape[3:], generator=rng)
         return drawn[None, :, first : first + span.latent_frames].to(like.device)
 

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -17,20 +16,25 @@ from sonic.data.image import load_image
 from sonic.data.video import timed_frames
 from sonic.families.family import family_of
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import ALL_IN_FILES, InMemory, inputs_of
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, input_files
 from sonic.system.paths import check_input
 from sonic.system.worker import Crashed, Worker
 from sonic.types import Inputs
 
 log = logging.getLogger("sonic.inference")
 
-READERS: Mapping[str, Callable] = {"image": load_image, "audio": load_speech, "face.masks": load_image, "motion.pose": timed_frames}
+READERS: Mapping[str, tuple[Callable, str]] = {  # option -> what reads its files, and the format that damaged ones are converted to
+    "image": (load_image, "png"),
+    "audio": (load_speech, "wav"),
+    "face.masks": (load_image, "png"),
+    "motion.pose": (timed_frames, "mp4"),
+}
 
 
 def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     """Read and check the inputs of a video. Raises ValueError with one sentence for anything that is wrong with them."""
     _refuse_with_memory(config, memory)
-    for option, name in inputs_of(config, memory):
+    for option, name in input_files(config, memory):
         check_input(name, option)
     return family_of(config.model).open(config, memory)
 
@@ -48,22 +52,14 @@ def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
             "(samples, sample_rate), or use a model that goes block by block: preview or live_avatar_14b"
         )
     needed_whole = (
-        ("video.compat", config.video.compat, "its clips need their sound whole"),
-        ("motion.pose", config.motion.pose, "the poses are read for a length that is known"),
-        ("motion.head", config.motion.head.removeprefix("off"), "the motion is drawn for a length that is known"),
-        ("decode.online", "" if config.decode.online else "false", "nothing would be decoded before the sound ends"),
+        (config.video.compat, f"video.compat={config.video.compat}", "its clips need their sound whole"),
+        (config.motion.pose, f"motion.pose={config.motion.pose}", "the poses are read for a length that is known"),
+        (config.motion.head != "off", f"motion.head={config.motion.head}", "the motion is drawn for a length that is known"),
+        (not config.decode.online, "decode.online=false", "nothing would be decoded before the sound ends"),
     )
-    for option, value, why in needed_whole:
-        if value:
-            raise ValueError(f"{option}={value} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
-
-
-class ReadInputs(NamedTuple):
-    """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
-
-    scene: Inputs
-    records: list[logging.LogRecord]
-    warned: list[tuple[str, type[Warning], str, int]]
+    for asked, option, why in needed_whole:
+        if asked:
+            raise ValueError(f"{option} does not go with audio that is still arriving: {why}; leave it out, or give a recording")
 
 
 class InputReader:
@@ -78,14 +74,14 @@ class InputReader:
         Raises what `open_inputs` raises, and ValueError for a file that crashes its decoder.
         """
         try:
-            scene, records, warned = self.worker.call(_read, config)
+            inputs, records, warned = self.worker.call(_read, config)
         except Crashed as crash:
             raise ValueError(self._blame(config, crash)) from crash
         for record in records:
             logging.getLogger(record.name).handle(record)
         for given in warned:
             warnings.warn_explicit(*given)
-        return scene
+        return inputs
 
     def close(self) -> None:
         """End the child process."""
@@ -93,11 +89,10 @@ class InputReader:
 
     def _blame(self, config: InferConfig, crash: Crashed) -> str:
         """The error message for a crash. Each input is read once more on its own to find the one that crashes."""
-        given = [(option, name) for option, name in inputs_of(config) if option in READERS]
+        given = [(option, name) for option, name in input_files(config) if option in READERS]
         for option, name in given:
             if self._crashes(option, name):
-                format = "png" if READERS[option] is load_image else "wav" if option == "audio" else "mp4"
-                other = Path(name).with_suffix(f".converted.{format}")
+                other = Path(name).with_suffix(f".converted.{READERS[option][1]}")
                 return f"{option}={name}: the decoder crashed on this file ({crash}); convert it, for example: ffmpeg -i {name} {other}"
         named = " ".join(f"{option}={name}" for option, name in given)
         return f"{named}: the process that reads them died ({crash}), though each can be read alone; is there enough memory?"
@@ -130,21 +125,22 @@ def _prepare(threads: int) -> None:
     logging.getLogger("sonic").setLevel(logging.INFO)
 
 
-def _read(config: InferConfig) -> ReadInputs:
+def _read(config: InferConfig) -> tuple[Inputs, list[logging.LogRecord], list[tuple[str, type[Warning], str, int]]]:
+    """The inputs of a video, with the log records and the warnings (text, category, file, line) of reading them."""
     log, collected = logging.getLogger("sonic"), _Collected()
     log.addHandler(collected)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            scene = open_inputs(config)
+            inputs = open_inputs(config)
     finally:
         log.removeHandler(collected)
     warned = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]
-    return ReadInputs(scene, collected.records, warned)
+    return inputs, collected.records, warned
 
 
 def _probe(option: str, name: str) -> None:
     """Read one input completely."""
-    found = READERS[option](name)
+    found = READERS[option][0](name)
     if option == "motion.pose":
         deque(found, maxlen=0)

@@ -40,10 +40,6 @@ class Settings:
     on_step: OnStep | None = None
     sound: LiveAudio | None = None
 
-    def random(self, seed: int) -> torch.Generator:
-        """The generator of the noise: the given one, or a new one with the seed of the video."""
-        return self.generator or torch.Generator().manual_seed(seed)
-
 
 class InMemory(NamedTuple):
     """Inputs passed as arrays or as live sound; each replaces the file that the config names."""
@@ -67,7 +63,7 @@ class InMemory(NamedTuple):
 ALL_IN_FILES = InMemory()
 
 
-def inputs_of(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
+def input_files(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> list[tuple[str, str]]:
     """(option, file) for every file that a video is made from, without the files bundled with the package."""
     audio = config.audio.split("+") if config.face.masks else [config.audio]
     named = [("image", config.image)] if memory.picture is None else []

@@ -2,8 +2,7 @@
 
 A block of frames needs the sound until `look_ahead_s` after its last frame, and is generated as soon as that has arrived. The preview's
 encoder reads MARGIN frames on both sides and half a window of the spectrum; the wav2vec2 of a published model reads CONTEXT_S before
-the block and LOOK_AHEAD_S after it. Loudness is normalized over the last minute before that point, and never over
-later sound.
+the block and LOOK_AHEAD_S after it. Loudness is normalized over the last minute before that point, and never over later sound.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from sonic.data.audio import COLUMNS_PER_FRAME, SAMPLE_RATE, SILENT_COLUMN, log_mel, loudness_gain
 from sonic.data.live_audio import LiveAudio
 from sonic.encoders.speech import LogMelEncoder
-from sonic.encoders.wav2vec import PICKED_PER_S, STATE_RECEPTIVE_FIELD, STATE_SAMPLES, STATES_PER_S, Wav2VecEncoder
+from sonic.encoders.wav2vec import PICKED_PER_S, STATE_RECEPTIVE_FIELD, STATE_SAMPLES, STATES_PER_S, Wav2VecEncoder, states_at
 from sonic.geometry import FPS, BlockSpan, plan_blocks
 from sonic.types import Conditions, FrameChunk
 
@@ -83,15 +82,11 @@ class LiveWav2Vec:
         if len(samples) < STATE_RECEPTIVE_FIELD:
             return out
         wave = (samples - level.mean()) / np.sqrt(level.var() + 1e-7)
-        states = self.encoder.layers(torch.from_numpy(wave.astype(np.float32)))
+        states = self.encoder.hidden_states(torch.from_numpy(wave.astype(np.float32)))
         picked = np.round(np.arange(span.first_frame, span.first_frame + span.frames) / sound.fps * PICKED_PER_S)
         positions = picked * STATES_PER_S / PICKED_PER_S - first_state
         inside = np.flatnonzero(positions < states.shape[1])
-        within = torch.from_numpy(positions[inside])
-        below = within.long()
-        above = (below + 1).clamp(max=states.shape[1] - 1)
-        found = torch.lerp(states[:, below], states[:, above], (within - below)[:, None].to(states))
-        out[0][..., torch.from_numpy(inside)] = found.mT.float().cpu()
+        out[0][..., torch.from_numpy(inside)] = states_at(states, positions[inside])
         return out
 
 

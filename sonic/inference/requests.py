@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sonic.inference.infer_config import InferConfig, RequestConfig
-from sonic.inference.inputs import BUNDLED_INPUTS, inputs_of
+from sonic.inference.inputs import BUNDLED_INPUTS, input_files
 from sonic.system.paths import check_input, check_name, expanded, file_key, printable
 
 LINE_END = re.compile("\r\n|\r|\n")  # not str.splitlines: U+2028 is allowed inside a JSON string
@@ -67,7 +67,7 @@ def all_requests(lines: Sequence[tuple[int, str]], config: InferConfig, output_o
         except (ValueError, OSError) as error:
             found.append(Request(line, fault=" ".join(str(error).split())))
     good = [request for request in found if request.wanted]
-    read = {file_key(name): (each.line, option, name) for each in reversed(good) for option, name in inputs_of(each.wanted)}
+    read = {file_key(name): (each.line, option, name) for each in reversed(good) for option, name in input_files(each.wanted)}
     written: dict[Any, int] = {}
     return [_without_clash(request, read, written) if request.wanted else request for request in found]
 

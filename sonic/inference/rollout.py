@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sonic.config import SamplerConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.forwards import open_forwards
 from sonic.inference.live_features import LiveConditions
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, BlockInputs, Execution, ForwardRequest
 from sonic.parallel.context import DistributedContext
-from sonic.sampling.guidance import guidance, guided
+from sonic.sampling.guidance import guided, guided_velocity
 from sonic.sampling.path import velocity_from
-from sonic.sampling.samplers import SAMPLERS, Query, SamplerCoroutine, Velocity
+from sonic.sampling.samplers import SAMPLERS, Query, SamplerCoroutine, Velocity, answer_all
 from sonic.sampling.schedules import TIMESTEPS, sigmas_of
-from sonic.types import BlockSpan, Conditions, LatentBlock, pick
+from sonic.types import Conditions, LatentBlock, pick
 
 
 class NoiseSource(NamedTuple):
@@ -36,6 +36,11 @@ class NoiseSource(NamedTuple):
     generator: torch.Generator
     noise: Callable[[BlockSpan], Tensor] | None = None
     ref_positions: Callable[[BlockSpan, int], list[int]] | None = None
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A new generator with this seed, on the CPU, so that it draws the same everywhere."""
+    return torch.Generator().manual_seed(seed)
 
 
 OnStep = Callable[[int, int, float], None]  # called after a step with (block or 0, sampling step, timestep 0..1000)
@@ -54,19 +59,19 @@ class Sampling(NamedTuple):
     on_step: OnStep | None = None
 
 
-def reporting(sampling: SamplerCoroutine, queried: Sequence[int], report: Callable[[int, float], None]) -> SamplerCoroutine:
-    """The same sampler, which reports each finished sampling step, with the timestep at which it began.
+def reporting(coroutine: SamplerCoroutine, steps: Sequence[int], report: Callable[[int, float], None]) -> SamplerCoroutine:
+    """A sampler that answers like `coroutine` and reports each finished sampling step, with the timestep at which it began.
 
-    `queried` holds the sampling step of each query, in order. A step begins with the last query that belongs to it.
+    `steps` holds the sampling step of each query, in order. A step begins with the last query that belongs to it.
     """
     begun, velocity = None, None
     for index in count():
         try:
-            query = sampling.send(velocity)
+            query = coroutine.send(velocity)
         except StopIteration as end:
             report(*begun)
             return end.value
-        if query.step not in queried[index + 1 :]:
+        if query.step not in steps[index + 1 :]:
             if begun:
                 report(*begun)
             begun = query.step, TIMESTEPS * query.sigma.flatten()[0].item()
@@ -124,12 +129,12 @@ def sample_clip(
     config, source, unconditional, on_step = sampling
     sigmas = sigmas_of(config.schedule, config.sample_steps, config.sample_shift)
     sampler = pick(SAMPLERS, config.name, "sampler.name")
+    coroutine = sampler.coroutine(_noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
     if on_step:
-        steps = sampler.steps_queried(len(sigmas) - 1)
-        sampler = replace(sampler, coroutine=lambda *given, run=sampler.coroutine: reporting(run(*given), steps, partial(on_step, 0)))
-    unguided_velocity = _clip_velocity(model, unconditional or conditions.drop("audio"), execution)
-    velocity = guidance(unguided_velocity, config.sample_guide_scale)(_clip_velocity(model, conditions, execution))
-    return sampler(velocity, _noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
+        coroutine = reporting(coroutine, sampler.steps_queried(len(sigmas) - 1), partial(on_step, 0))
+    unguided = _clip_velocity(model, unconditional or conditions.drop("audio"), execution)
+    velocity = guided_velocity(unguided, _clip_velocity(model, conditions, execution), config.sample_guide_scale)
+    return answer_all(coroutine, velocity)
 
 
 class _RolloutPlan:
@@ -148,8 +153,8 @@ class _RolloutPlan:
 
     def next_block(self, blocks: list[_BlockState], remaining: Iterator[BlockSpan]) -> _BlockState | None:
         """The oldest block with requests that may be submitted now, or a new block from `remaining`; None if there is neither."""
-        for previous, block in zip([None, *blocks], blocks, strict=False):
-            if block.requests and self._previous_is_past(previous, block.queries):
+        for previous, block in pairwise([None, *blocks]):
+            if block.requests and self._previous_is_past(previous, block.submitted):
                 return block
         span = next(remaining, None) if self._previous_is_past(blocks[-1] if blocks else None, 0) else None
         if span is None:
@@ -158,31 +163,34 @@ class _RolloutPlan:
         return blocks[-1]
 
     def _previous_is_past(self, previous: _BlockState | None, query: int) -> bool:
-        """Whether the previous block has submitted its last query at the sampling step of this one."""
-        return previous is None or self.steps[query] not in self.steps[previous.queries :]
+        """Whether the previous block has submitted its last query at the sampling step of the query with this index."""
+        return previous is None or self.steps[query] not in self.steps[previous.submitted :]
 
 
 class _BlockState:
-    """A block that is being sampled: its sampler coroutine, the current query, and the forwards that the query needs."""
+    """A block that is being sampled: its sampler coroutine, the current query, and the forwards that the query needs.
+
+    `submitted` is the number of queries whose forwards were submitted.
+    """
 
     def __init__(self, plan: _RolloutPlan, span: BlockSpan) -> None:
-        self.plan, self.span, self.queries = plan, span, 0
-        source, ref, count = plan.source, plan.conditions[0].ref, len(plan.steps) * len(plan.conditions)
+        self.plan, self.span, self.submitted = plan, span, 0
+        source, ref, forwards = plan.source, plan.conditions[0].ref, len(plan.steps) * len(plan.conditions)
         noise = source.noise(span) if source.noise else _noise(ref, span.latent_frames, source.generator)
-        positions = source.ref_positions or (lambda span, count: [plan.model.ref_position(span.start)] * count)
-        self.ref_positions = positions(span, count)
+        given = source.ref_positions
+        self.ref_positions = given(span, forwards) if given else [plan.model.ref_position(span.start)] * forwards
         self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
-        self.sampling = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
+        self.coroutine = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
         if plan.on_step:
-            self.sampling = reporting(self.sampling, plan.steps, partial(plan.on_step, span.index))
-        self.query: Query = next(self.sampling)
+            self.coroutine = reporting(self.coroutine, plan.steps, partial(plan.on_step, span.index))
+        self.query: Query = next(self.coroutine)
         self.requests = self._requests()
         self.velocities: list[Tensor] = []
 
     def take_requests(self) -> list[ForwardRequest]:
         """The forwards of the current query, the unguided one first. A second call before `advance` gives none."""
         requests, self.requests = self.requests, []
-        self.queries += 1
+        self.submitted += 1
         return requests
 
     def advance(self, prediction: Tensor, scale: float) -> Tensor | None:
@@ -197,7 +205,7 @@ class _BlockState:
         velocity = guided(*self.velocities, scale) if len(self.velocities) == 2 else self.velocities[0]
         self.velocities = []
         try:
-            self.query = self.sampling.send(velocity)
+            self.query = self.coroutine.send(velocity)
         except StopIteration as end:
             return end.value
         self.requests = self._requests()
@@ -205,7 +213,7 @@ class _BlockState:
 
     def _requests(self) -> list[ForwardRequest]:
         x, sigma, step = self.query
-        positions = self.ref_positions[self.queries * len(self.inputs) :]
+        positions = self.ref_positions[self.submitted * len(self.inputs) :]
         inputs = [each._replace(ref_position=positions[index]) for index, each in enumerate(self.inputs)]
         return [ForwardRequest(x, TIMESTEPS * sigma, each, index, step) for index, each in enumerate(inputs)]
 

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.config import DecodeConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.report import StageTimer
 from sonic.system.heartbeat import waiting_for_others
@@ -62,7 +63,9 @@ def buffer_all(items: Iterable[T]) -> Iterator[T]:
     yield from list(items)
 
 
-HANDOVERS = {True: prefetch, False: lambda items, *queue, **thread: buffer_all(items)}  # by decode.online; all need no queue, no thread
+def hand_over(items: Iterable[T], decode: DecodeConfig, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
+    """The items from a background thread (see `prefetch`), or without decode.online after all of them have been produced."""
+    return prefetch(items, decode.queue, name=name, prepare=prepare) if decode.online else buffer_all(items)
 
 
 def half_the_threads() -> Callable[[], None]:
@@ -82,7 +85,7 @@ def decode_blocks(
     for block in blocks:
         with timer.stage("decode"):
             found, cache = autoencoder.decode(block.latents, reference, cache)
-            layers = MotionLayers(found.flow.cpu(), found.opacity.cpu(), found.interior.cpu())  # the canvas renders in host memory
+            layers = MotionLayers(*(track.cpu() for track in found))  # the canvas renders in host memory
             layers = smooth_seams(layers, last)
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
@@ -104,13 +107,11 @@ def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLay
         seam[::FRAMES_PER_LATENT] = SEAM
         return torch.lerp(track, shifted, rearrange(seam, "f -> f 1 1 1"))
 
-    names = ("flow", "opacity", "interior")
-    return MotionLayers(*(closed(getattr(layers, name), before and getattr(before, name)) for name in names))
+    return MotionLayers(*(closed(track, past) for track, past in zip(layers, before or (None, None, None), strict=True)))
 
 
 def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:
     """Split the first `count` frames of the layers so that the pixels of each part take at most CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // frame_bytes)
     for first in range(0, count, size):
-        last = min(first + size, count)
-        yield MotionLayers(layers.flow[:, first:last], layers.opacity[:, first:last], layers.interior[:, first:last])
+        yield MotionLayers(*(track[:, first : min(first + size, count)] for track in layers))

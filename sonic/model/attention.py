@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sonic.model.cpu import by_products, products_are_faster, slow_here
+from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate
 from sonic.types import pick
 
@@ -29,7 +29,7 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return queries
     slow, learning = slow_here(queries), any(rows.requires_grad for rows in (queries, keys, values))
     if slow and not learning and products_are_faster():
-        return by_products(queries, keys, values)
+        return attention_by_products(queries, keys, values)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if slow and learning:  # backward through torch's CPU kernel takes longer in bfloat16 than through plain products
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.mT
@@ -92,7 +92,7 @@ class TokenExchange:
         """From some tokens with all heads to all tokens with some heads."""
         return tokens
 
-    def tokens(self, attn_out: Tensor) -> Tensor:
+    def to_tokens(self, attn_out: Tensor) -> Tensor:
         """From all tokens with some heads to some tokens with all heads.  [B,N,some heads,d] -> [B,some tokens,heads,d]"""
         return attn_out
 

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
 from sonic.model.cpu import Linear, RmsNorm, linear_gelu
 
-ProvideKV = Callable[[Callable[[Tensor], KeysValues], Tensor | None], KeysValues]
 Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
-
-
-def project(projection: Callable[[Tensor], KeysValues], rows: Tensor) -> KeysValues:
-    """Keys and values of the rows, computed at every call."""
-    return projection(rows)
 
 
 class MultiHead(nn.Module):
@@ -29,7 +23,7 @@ class MultiHead(nn.Module):
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v, self.to_out = (Linear(hidden_dim, hidden_dim) for _ in range(4))
         self.norm_q, self.norm_k = RmsNorm(hidden_dim, eps), RmsNorm(hidden_dim, eps)
-        self.attention: Attention = sdpa  # `attend_by` replaces it
+        self.attention: Attention = sdpa  # `set_attention` replaces it
 
     def queries(self, tokens: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,heads,d]"""
@@ -43,22 +37,27 @@ class MultiHead(nn.Module):
         """[B,N,heads,d] -> [B,N,D]"""
         return self.to_out(attn_out.flatten(2))
 
-    def forward(self, tokens: Tensor, rows: Tensor | None, *, provide_kv: ProvideKV = project) -> Tensor:
-        """Cross-attention without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]
-
-        `provide_kv` gives the keys and values of the rows, by projecting them or from a cache.
-        """
-        return self.merge_heads(self.attention(self.queries(tokens), *provide_kv(self.keys_values, rows)))
+    def forward(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Cross-attention without positions.  tokens [B,N,D], rows [B,L,D] -> [B,N,D]"""
+        return self.merge_heads(self.attention(self.queries(tokens), *self.keys_values(rows)))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b n (heads d) -> b n heads d", heads=self.num_heads)
 
 
-def attend_by(model: nn.Module, attention: Attention) -> None:
+def set_attention(model: nn.Module, attention: Attention) -> None:
     """Make every attention layer of a model use the function `attention`."""
     for module in model.modules():
         if isinstance(module, MultiHead):
             module.attention = attention
+
+
+class TextAttention(MultiHead):
+    """Cross-attention to the prompt, whose keys and values `context` projects or takes from a cache."""
+
+    def forward(self, tokens: Tensor, rows: Tensor | None, *, context: AttentionContext) -> Tensor:
+        """tokens [B,N,D], rows [B,L,D] or None where they are cached -> [B,N,D]"""
+        return self.merge_heads(self.attention(self.queries(tokens), *context.text(self.keys_values, rows)))
 
 
 class SelfAttention(MultiHead):
@@ -67,7 +66,7 @@ class SelfAttention(MultiHead):
     def forward(self, tokens: Tensor, *, context: AttentionContext, exchange: TokenExchange) -> Tensor:
         """[B,N,D] -> [B,N,D]"""
         projected = exchange.to_heads(QKV(self.queries(tokens), *self.keys_values(tokens)))
-        return self.merge_heads(exchange.tokens(context.attend(self.attention, projected)))
+        return self.merge_heads(exchange.to_tokens(context.attend(self.attention, projected)))
 
 
 class Block(nn.Module):
@@ -82,7 +81,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, hidden_dim) / hidden_dim**0.5)
         self.self_attention = SelfAttention(hidden_dim, num_heads, eps)
         self.text_norm = nn.LayerNorm(hidden_dim, eps)
-        self.text_attention = MultiHead(hidden_dim, num_heads, eps)
+        self.text_attention = TextAttention(hidden_dim, num_heads, eps)
         self.mlp_in = Linear(hidden_dim, ffn_dim)
         self.mlp_out = Linear(ffn_dim, hidden_dim)
 
@@ -101,7 +100,7 @@ class Block(nn.Module):
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
         attn_out = self.self_attention(normed, context=context, exchange=exchange)
         tokens = add_gated(tokens, attn_out, [table[2] for table in tables], layout=layout)
-        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens), text, provide_kv=context.text))
+        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens), text, context=context))
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
         changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
         return add_gated(tokens, changed, [table[5] for table in tables], layout=layout)
@@ -120,9 +119,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, hidden_dim) / hidden_dim**0.5)
         self.project = Linear(hidden_dim, patch[0] * patch[1] * patch[2] * channels)
 
-    def forward(self, tokens: Tensor, summary: Tensor, width: int) -> Tensor:
-        """[B,T,S,D] tokens, [B,T,D] summary of the noise level, `width` patches in a row -> [B,C,T,H,W]"""
-        table = self.modulation.float() + rearrange(summary, "b t d -> b t 1 d")
+    def forward(self, tokens: Tensor, time_embedding: Tensor, width: int) -> Tensor:
+        """tokens [B,T,S,D], time embedding [B,T,D], `width` patches in a row -> [B,C,T,H,W]"""
+        table = self.modulation.float() + rearrange(time_embedding, "b t d -> b t 1 d")
         shift, scale = rearrange(table, "b t two d -> two b t 1 d").to(tokens.dtype)
         patches = self.project(modulate(tokens, shift, 1 + scale, eps=self.eps))
         p, q, r = self.patch

@@ -107,7 +107,7 @@ def products_are_faster() -> bool:
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
-def by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attention_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention without gradients; scores are rounded to the dtype of the queries.  [B,N,heads,d] -> [B,N,heads,d]
 
     It computes as many heads at a time as SCORES allows, or else as many queries of one head.

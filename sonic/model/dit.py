@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.config import ModelConfig
-from sonic.geometry import FRAMES_PER_LATENT
+from sonic.geometry import FRAMES_PER_LATENT, BlockSpan
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 from sonic.model.blocks import Block, Head, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
 from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
-from sonic.types import BlockSpan, Conditions
+from sonic.types import Conditions
 
 NOISY, REF, MOTION = 0, 1, 2  # rows of the role embedding
 ENTRY_POINTS = ("forward_blocks", "new_cache", "prefill", "prepare_block", "denoise_block")  # what is called besides forward
@@ -53,8 +54,7 @@ class AvatarDiT(nn.Module):
         positions = self._grid_rotation(0, latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
         context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
-        encode = lambda audio: self.audio_encoder.clip(audio, self.config.motion.motion_frames)  # noqa: E731
-        audio = self._encode_audio(conditions, encode)
+        audio = self._audio_tokens(conditions, partial(self.audio_encoder.clip, motion_frames=self.config.motion.motion_frames))
         return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def forward_blocks(
@@ -78,7 +78,7 @@ class AvatarDiT(nn.Module):
             memory_keys=tuple(rotated[position] for position in positions),
             window=rollout.window_blocks,
         )
-        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, count))
+        audio = self._audio_tokens(conditions, partial(self._encode_blocks, count=count))
         return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
@@ -90,11 +90,10 @@ class AvatarDiT(nn.Module):
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
         return replace(cache, token_device=device)
 
-    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int | None = None) -> KVCache:
-        """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks of this rank and `heads` heads (None = all)."""
+    def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int) -> KVCache:
+        """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks that this model has and `heads` heads."""
         layers = [layer for layer, block in enumerate(self.blocks) if block is not None]
-        shard = CacheShard(layers, self.config.trunk.num_heads if heads is None else heads)
-        return KVCache.allocate(self.config, shape, shard, steps=steps, motion=motion, like=like)
+        return KVCache.allocate(self.config, shape, CacheShard(layers, heads), steps=steps, motion=motion, like=like)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, cache: KVCache, *, execution: Execution = LOCAL) -> KVCache:
@@ -106,8 +105,9 @@ class AvatarDiT(nn.Module):
     def embed_memory(self, conditions: Conditions, sequence: SequenceParallel) -> TrunkInputs:
         """The memory tokens as inputs of the first transformer block."""
         memory = self._memory(conditions)
-        _, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
-        return _trunk_inputs([memory], (modulation,), self.text_embed(conditions.text), sequence=sequence)
+        time_embedding, modulation = self.time_embed(torch.zeros(1, 1, device=memory.device))
+        text = self.text_embed(conditions.text)
+        return _trunk_inputs([memory], (modulation,), text, time_embedding=time_embedding, audio=None, sequence=sequence)
 
     def memory_context(self, cache: KVCache) -> Callable[[int], AttentionContext]:
         """The attention context of each layer for the memory, which attends to itself and is written into the cache."""
@@ -118,7 +118,7 @@ class AvatarDiT(nn.Module):
     def prepare_block(self, conditions: Conditions, span: BlockSpan) -> BlockInputs:
         """The inputs that all sampling steps of a block share; `conditions` are those of the block (`conditions.at(span)`)."""
         shape = (*conditions.ref.shape[:2], span.latent_frames, *conditions.ref.shape[3:])
-        audio = self._encode_audio(conditions, lambda features: self._encode_blocks(features, 1))
+        audio = self._audio_tokens(conditions, partial(self._encode_blocks, count=1))
         return BlockInputs(span, self._pose(conditions, shape), audio)
 
     def denoise_block(
@@ -139,17 +139,15 @@ class AvatarDiT(nn.Module):
         if not latents.shape[2] == span.latent_frames == self.config.rollout.block_frames:
             raise ValueError(f"a block is {self.config.rollout.block_frames} latent frames; got {latents.shape[2]} for {span}")
         context = self.block_context(span, cache, ring, ref_position=inputs.ref_position)
-        trunk_inputs, summary = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
+        trunk_inputs = self.embed_block(latents, timestep, inputs, sequence=execution.sequence)
         (outputs,) = execution.run_blocks(self, [trunk_inputs], [context])
-        return self.unembed(outputs, summary, cache.grid, sequence=execution.sequence).to(latents.dtype)
+        return self.unembed(outputs, cache.grid, sequence=execution.sequence).to(latents.dtype)
 
-    def embed_block(
-        self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel
-    ) -> tuple[TrunkInputs, Tensor]:
-        """A block's tokens as inputs of the first transformer block, and the time embedding [B,T,D] that `unembed` needs."""
-        summary, modulation = self.time_embed(_per_frame(timestep))
+    def embed_block(self, latents: Tensor, timestep: Tensor, inputs: BlockInputs, *, sequence: SequenceParallel) -> TrunkInputs:
+        """A block's tokens as inputs of the first transformer block."""
+        time_embedding, modulation = self.time_embed(_per_frame(timestep))
         tokens = [self.patch_embed(latents) + inputs.pose]
-        return _trunk_inputs(tokens, (modulation,), None, audio=inputs.audio, sequence=sequence), summary
+        return _trunk_inputs(tokens, (modulation,), None, time_embedding=time_embedding, audio=inputs.audio, sequence=sequence)
 
     def block_context(
         self, span: BlockSpan, cache: KVCache, ring: KVRing, *, ref_position: int | None = None
@@ -180,11 +178,11 @@ class AvatarDiT(nn.Module):
             tokens = join_parts([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
         return inputs._replace(tokens=tokens)
 
-    def unembed(self, outputs: TrunkInputs, summary: Tensor, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
+    def unembed(self, outputs: TrunkInputs, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
         """The latents of the last block's outputs: of the first part of their layout, which holds the noisy tokens.  -> [B,C,T,H,W]"""
         rows, columns = grid
         tokens = sequence.gather(split_parts(outputs.tokens, outputs.layout)[0], rows * columns)
-        return self.head(tokens, summary, columns)
+        return self.head(tokens, outputs.time_embedding, columns)
 
     def ref_position(self, start: int) -> int:
         """The time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
@@ -204,13 +202,13 @@ class AvatarDiT(nn.Module):
         """Run latents and memory through the blocks in one sequence, the memory at noise level 0.  [B,C,T,H,W] -> [B,C,T,H,W]"""
         grid = self.patch_embed(latents) + self._pose(conditions, latents.shape)
         timestep = _per_frame(timestep)
-        summary, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
+        time_embedding, modulation = self.time_embed(torch.cat((timestep, torch.zeros_like(timestep[:, :1])), dim=1))
         parts = [grid, self._memory(conditions)]
-        modulations = (modulation[:, :-1], modulation[:, -1:])
-        inputs = _trunk_inputs(parts, modulations, self.text_embed(conditions.text), audio=audio, sequence=execution.sequence)
+        modulations, text = (modulation[:, :-1], modulation[:, -1:]), self.text_embed(conditions.text)
+        sequence, time_embedding = execution.sequence, time_embedding[:, :-1]
+        inputs = _trunk_inputs(parts, modulations, text, time_embedding=time_embedding, audio=audio, sequence=sequence)
         (outputs,) = execution.run_blocks(self, [inputs], [lambda layer: context])
-        velocity = self.unembed(outputs, summary[:, :-1], self._grid_size(conditions.ref.shape), sequence=execution.sequence)
-        return velocity.to(latents.dtype)
+        return self.unembed(outputs, self._grid_size(latents.shape), sequence=sequence).to(latents.dtype)
 
     def _pose(self, conditions: Conditions, shape: tuple[int, ...]) -> Tensor:
         """Pose tokens plus the role embedding of noisy tokens; no pose is a pose of zeros, of which the embedding's bias remains."""
@@ -230,7 +228,8 @@ class AvatarDiT(nn.Module):
         motion = self.frame_pack(conditions.motion, self.config.motion.add_last_motion) + self.roles.weight[MOTION]
         return torch.cat((ref, motion), dim=2)
 
-    def _encode_audio(self, conditions: Conditions, encode: Callable) -> AudioTokens | None:
+    def _audio_tokens(self, conditions: Conditions, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> AudioTokens | None:
+        """The audio tokens of speech features that `encode` turns into tokens and a summary, with the masks of several voices."""
         if conditions.audio is None:
             return None
         masks = conditions.masks
@@ -239,7 +238,7 @@ class AvatarDiT(nn.Module):
         return AudioTokens(*encode(conditions.audio), masks)
 
     def _encode_blocks(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The audio tokens of each block, encoded without the audio of its neighbours."""
+        """Audio tokens and summaries of `count` blocks, each encoded without the audio of its neighbours."""
         frames = FRAMES_PER_LATENT * self.config.rollout.block_frames
         if features.shape[-1] != count * frames:
             raise ValueError(f"{features.shape[-1]} audio columns do not fit {count} blocks of {frames} video frames")
@@ -271,7 +270,8 @@ def _trunk_inputs(
     modulations: tuple[Tensor, ...],
     text: Tensor | None,
     *,
-    audio: AudioTokens | None = None,
+    time_embedding: Tensor,
+    audio: AudioTokens | None,
     sequence: SequenceParallel,
 ) -> TrunkInputs:
     """The inputs of the blocks: this rank's tokens of the parts [B,T,S,D], each with its modulation."""
@@ -279,7 +279,8 @@ def _trunk_inputs(
     local = [sequence.split(part) for part in parts]
     if audio is not None and audio.masks is not None:
         audio = audio._replace(masks=sequence.split(audio.masks))
-    return TrunkInputs(join_parts(local), tuple(tuple(part.shape[1:3]) for part in local), modulations, text, audio, exchange)
+    layout = tuple(tuple(part.shape[1:3]) for part in local)
+    return TrunkInputs(join_parts(local), layout, modulations, text, audio, time_embedding, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:

@@ -76,11 +76,11 @@ class TimeEmbed(nn.Module):
         self.project = Float32Linear(hidden_dim, 6 * hidden_dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [B,T] in 0..1000 -> summary [B,T,D] for the head and modulation [B,T,6,D] for the blocks; 1 is added to its scales."""
+        """Timesteps [B,T] in 0..1000 -> embedding [B,T,D] for the head, modulation [B,T,6,D] for the blocks; 1 is added to its scales."""
         waves = sinusoid(timestep, self.freq_dim).float()
-        summary = self.out(F.silu(self.expand(waves)))
-        modulation = rearrange(self.project(F.silu(summary)), "b t (six d) -> b t six d", six=6)
-        return summary, modulation + modulation.new_tensor([[float(row in SCALES)] for row in range(6)])
+        embedding = self.out(F.silu(self.expand(waves)))
+        modulation = rearrange(self.project(F.silu(embedding)), "b t (six d) -> b t six d", six=6)
+        return embedding, modulation + modulation.new_tensor([[float(row in SCALES)] for row in range(6)])
 
 
 class FramePack(nn.Module):

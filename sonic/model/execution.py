@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sonic.geometry import BlockSpan
 from sonic.model.attention import NO_EXCHANGE, AttentionContext, TokenExchange
 from sonic.model.audio_tokens import AudioTokens
 from sonic.model.blocks import Layout
-from sonic.types import BlockSpan
 
 
 class BlockInputs(NamedTuple):
@@ -26,7 +26,7 @@ class BlockInputs(NamedTuple):
 
 
 class TrunkInputs(NamedTuple):
-    """Inputs to the transformer blocks: tokens, layout, modulation, text, audio.
+    """Inputs to the transformer blocks, and what passes them by: the time embedding [B,T,D] of the noisy tokens, for the head.
 
     tokens [B,N,D], the parts of `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
     """
@@ -36,6 +36,7 @@ class TrunkInputs(NamedTuple):
     modulations: tuple[Tensor, ...]
     text: Tensor | None
     audio: AudioTokens | None
+    time_embedding: Tensor
     exchange: TokenExchange = NO_EXCHANGE
 
 

@@ -41,14 +41,13 @@ class MemoryMessage(NamedTuple):
 
 
 class BlockMessage(NamedTuple):
-    """One forward of a block: the inputs of the next layer, and for the last stage the time embedding and the prediction's dtype."""
+    """One forward of a block: the inputs of the next layer, and for the last stage the prediction's dtype."""
 
     cond_index: int
     step: int
     span: BlockSpan
     ref_position: int | None
     inputs: TrunkInputs
-    summary: Tensor
     latents_dtype: torch.dtype
 
 
@@ -115,10 +114,10 @@ class PipelineForwards:
         """Run this rank's layers and send the outputs to the next stage."""
         cache, span, model = self.caches[request.cond_index], request.inputs.span, self.model
         context = model.block_context(span, cache, cache.rings[request.step], ref_position=request.inputs.ref_position)
-        inputs, summary = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
+        inputs = model.embed_block(request.latents, request.timestep, request.inputs, sequence=self.execution.sequence)
         (outputs,) = self.execution.run_blocks(model, [inputs], [context])
         ref_position, dtype = request.inputs.ref_position, request.latents.dtype
-        self.channel.send_next(BlockMessage(request.cond_index, request.step, span, ref_position, _sendable(outputs), summary, dtype))
+        self.channel.send_next(BlockMessage(request.cond_index, request.step, span, ref_position, _sendable(outputs), dtype))
         self.in_flight += 1
 
     def collect(self) -> Sequence[Tensor]:
@@ -160,7 +159,7 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
         if not last:
             channel.send_next(message._replace(inputs=_sendable(outputs)))
         elif isinstance(message, BlockMessage):
-            prediction = model.unembed(outputs, message.summary, cache.grid, sequence=execution.sequence)
+            prediction = model.unembed(outputs, cache.grid, sequence=execution.sequence)
             channel.send_first(prediction.to(message.latents_dtype))
     if not last:
         channel.send_next(message)

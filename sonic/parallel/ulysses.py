@@ -84,7 +84,7 @@ class Ulysses(TokenExchange):
         received = self._swap(ours.split(self.head_counts, dim=3), shapes)
         return QKV(*torch.cat(received, dim=2).index_select(2, self.whole))
 
-    def tokens(self, attn_out: Tensor) -> Tensor:
+    def to_tokens(self, attn_out: Tensor) -> Tensor:
         """[B,N,some heads,d] -> [B,some,heads,d]"""
         sent = attn_out.index_select(1, self.by_rank).split(self.lengths, dim=1)
         shapes = [(attn_out.shape[0], self.lengths[self.group.rank], count, attn_out.shape[3]) for count in self.head_counts]

@@ -154,7 +154,7 @@ def _blocks(work: Workload, execution: Execution) -> Footprint:
     model, (latents, timestep, conditions) = AvatarDiT(work.model), _inputs(work)
     caches = _caches(model, work, conditions=conditions, execution=execution)
     memory = model.embed_memory(conditions, execution.sequence)
-    block, _ = model.embed_block(latents, timestep, model.prepare_block(conditions, _span(work)), sequence=execution.sequence)
+    block = model.embed_block(latents, timestep, model.prepare_block(conditions, _span(work)), sequence=execution.sequence)
 
     def run() -> None:
         model.run_blocks([memory], [model.memory_context(caches[0])])

@@ -1,14 +1,10 @@
-"""Wrappers of a velocity function that strengthen a condition."""
+"""Guidance: the velocity with a condition, extrapolated away from the velocity without it."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from torch import Tensor
 
 from sonic.sampling.samplers import Velocity
-
-Wrapper = Callable[[Velocity], Velocity]
 
 
 def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -19,12 +15,8 @@ def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def guidance(unconditional: Velocity, scale: float) -> Wrapper:
-    """A wrapper that turns the conditional velocity into the guided one; at scale 1 the unconditional one is not evaluated."""
-
-    def wrap(conditional: Velocity) -> Velocity:
-        if scale == 1:
-            return conditional
-        return lambda x, sigma: guided(unconditional(x, sigma), conditional(x, sigma), scale)
-
-    return wrap
+def guided_velocity(unconditional: Velocity, conditional: Velocity, scale: float) -> Velocity:
+    """The velocity function with guidance; at scale 1 the unconditional one is not evaluated."""
+    if scale == 1:
+        return conditional
+    return lambda x, sigma: guided(unconditional(x, sigma), conditional(x, sigma), scale)

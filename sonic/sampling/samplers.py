@@ -67,19 +67,24 @@ class Sampler:
     timestep: Callable[[float], float] = exact
 
     def __call__(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> Tensor:
-        """Sample with a velocity function that is called at every query."""
-        queries, answer = self.coroutine(noise, sigmas, rng), None
-        while True:
-            try:
-                query = queries.send(answer)
-            except StopIteration as end:
-                return end.value
-            answer = velocity(query.x, query.sigma)
+        """Sample with a velocity function that answers every query."""
+        return answer_all(self.coroutine(noise, sigmas, rng), velocity)
 
     def timesteps(self, sigmas: Tensor) -> list[float]:
         """The timesteps that the model is given, in order.  sigmas [n+1]"""
         levels = sigmas.tolist()
         return [self.timestep(levels[step]) for step in self.steps_queried(len(levels) - 1)]
+
+
+def answer_all(sampling: SamplerCoroutine, velocity: Velocity) -> Tensor:
+    """The clean latents of a sampler whose queries are all answered by a velocity function."""
+    answer = None
+    while True:
+        try:
+            query = sampling.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = velocity(query.x, query.sigma)
 
 
 def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:

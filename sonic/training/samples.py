@@ -26,7 +26,7 @@ from sonic.families import FAMILIES
 from sonic.families.family import family_of
 from sonic.geometry import FPS
 from sonic.inference.components import Components
-from sonic.inference.conditions import whole_picture
+from sonic.inference.fit_picture import whole_picture
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.parallel.context import DistributedContext

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import cpu
-from sonic.model.blocks import attend_by
+from sonic.model.blocks import set_attention
 from sonic.model.execution import Execution
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
@@ -58,7 +58,7 @@ def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:
             objective = OBJECTIVES[tracked.objective.name](tracked, execution=execution)
             batch = _batch(training(config))
         for network in objective.modules.values():
-            attend_by(network, _fused)
+            set_attention(network, _fused)
         engine = ShardedEngine(tracked, world, Path())
         engine.prepare(objective)
         with mode:

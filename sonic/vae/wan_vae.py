@@ -37,37 +37,38 @@ class WanAutoencoder(nn.Module):
         The first frame of a video gives one latent frame, every four after it give another: F = 1 + 4k in the first chunk, 4k in later
         ones. Frames are rounded to the precision of the weights, and latents have it. Raises ValueError for other lengths.
         """
-        first = 1 if cache is None else 0
-        if frames.shape[2] < 1 or (frames.shape[2] - first) % FRAMES_PER_LATENT:
+        first, count = 1 if cache is None else 0, frames.shape[2]
+        if count < 1 or (count - first) % FRAMES_PER_LATENT:
             rule = f"1 + {FRAMES_PER_LATENT}k at the beginning" if first else f"{FRAMES_PER_LATENT}k after the beginning"
-            raise ValueError(f"{frames.shape[2]} frames cannot be encoded: give {rule}")
-        memory, frames = self._memory("encoder", cache), frames.to(self.latents_mean.dtype)
-        head, rest = frames[:, :, :first], frames[:, :, first:]
-        chunks = [*head.split(1, dim=2)] * first + [*rest.split(FRAMES_PER_LATENT, dim=2)] * bool(rest.shape[2])
+            raise ValueError(f"{count} frames cannot be encoded: give {rule}")
+        kept, frames = self._as_list("encoder", cache), frames.to(self.latents_mean.dtype)
+        chunks = [frames[:, :, :1]] if first else []
+        chunks += [frames[:, :, start : start + FRAMES_PER_LATENT] for start in range(first, count, FRAMES_PER_LATENT)]
         # the last convolution also runs on one chunk at a time: its rounding depends on the length, differently on each processor
-        moments = [self.blocks.quant_conv(self.blocks.encoder(chunk, feat_cache=memory, feat_idx=[0])) for chunk in chunks]
+        moments = [self.blocks.quant_conv(self.blocks.encoder(chunk, feat_cache=kept, feat_idx=[0])) for chunk in chunks]
         mean, _ = torch.cat(moments, dim=2).chunk(2, dim=1)
-        return (mean - self._wide("latents_mean")) / self._wide("latents_std"), tuple(memory)
+        return (mean - _per_channel(self.latents_mean)) / _per_channel(self.latents_std), tuple(kept)
 
     def decode(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """latents [B,16,T,h,w] -> frames [B,3,F,8h,8w] in [-1,1] and the cache for the latents that follow.
 
         The first latent frame of a video gives one frame, every other one four.
         """
-        memory = self._memory("decoder", cache)
+        kept = self._as_list("decoder", cache)
         frames = []
         for index, latent in enumerate(latents.split(1, dim=2)):
             first = cache is None and index == 0
-            unnormalised = self.blocks.post_quant_conv(latent * self._wide("latents_std") + self._wide("latents_mean"))
-            frames.append(self.blocks.decoder(unnormalised, feat_cache=memory, feat_idx=[0], first_chunk=first))
-        return torch.cat(frames, dim=2).clamp(-1, 1), tuple(memory)
+            unnormalised = self.blocks.post_quant_conv(latent * _per_channel(self.latents_std) + _per_channel(self.latents_mean))
+            frames.append(self.blocks.decoder(unnormalised, feat_cache=kept, feat_idx=[0], first_chunk=first))
+        return torch.cat(frames, dim=2).clamp(-1, 1), tuple(kept)
 
-    def _memory(self, side: str, cache: Cache | None) -> list:
+    def _as_list(self, side: str, cache: Cache | None) -> list:
         """A copy of the cache as a list, which the blocks overwrite; the cache that was passed does not change."""
         return [None] * self.blocks._cached_conv_counts[side] if cache is None else list(cache)
 
-    def _wide(self, name: str) -> Tensor:
-        return rearrange(getattr(self, name), "c -> 1 c 1 1 1")
+
+def _per_channel(values: Tensor) -> Tensor:
+    return rearrange(values, "c -> 1 c 1 1 1")
 
 
 def to_diffusers(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -16,10 +16,10 @@ from sonic.bench.forward_time import CLIP, MEDIUM, PAST_LATENTS, ClipForward, fa
 from sonic.cli import Entry, run_command
 from sonic.commands import bench_command
 from sonic.config import AudioConfig, TextConfig, TrunkConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.infer_config import BenchConfig
 from sonic.model.attention import sdpa
 from sonic.model.counts import block_multiply_adds, forward_multiply_adds, memory_tokens, weights
-from sonic.types import BlockSpan
 
 GRID, MEDIUM_GRID = (SIZE[0] // 4, SIZE[1] // 4), (12, 16)
 SMALL = replace(

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from sonic.data.audio import MELS, SILENT_COLUMN
-from sonic.encoders.speech import LogMelEncoder, Window, vary_throat
+from sonic.encoders.speech import LogMelEncoder, TimeConv, vary_throat
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def test_features_do_not_depend_on_sound_beyond_the_margin(encoder):
     assert (encoder(other)[:, 40] - encoder(columns)[:, 40]).abs().max() > 1e-4
 
 
-def test_a_window_of_the_encoder_is_a_convolution():
-    window = Window(3, 5, 5, dilation=2)
-    kernel = window.weight.unflatten(1, (5, 3)).permute(0, 2, 1)
+def test_a_convolution_of_the_encoder_is_that_of_torch():
+    conv = TimeConv(3, 5, 5, dilation=2)
+    kernel = conv.weight.unflatten(1, (5, 3)).permute(0, 2, 1)
     x = torch.randn(2, 20, 3)
-    expected = torch.nn.functional.conv1d(x.mT, kernel, window.bias, padding=4, dilation=2).mT
-    assert_close(window(x), expected)
+    expected = torch.nn.functional.conv1d(x.mT, kernel, conv.bias, padding=4, dilation=2).mT
+    assert_close(conv(x), expected)
 
 
 def test_an_unchanged_vocal_tract_changes_nothing():

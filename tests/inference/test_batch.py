@@ -218,14 +218,14 @@ def videos_of(tmp_path, monkeypatch, weights):
 def crashing(threads: int) -> None:
     """Set up the reading process so that recordings named crash kill it."""
     torch.set_num_threads(threads)
-    load = input_reader.READERS["audio"]
+    load, suffix = input_reader.READERS["audio"]
 
     def crash(path):
         if "crash" in str(path):
             signal.raise_signal(signal.SIGSEGV)
         return load(path)
 
-    input_reader.READERS = {**input_reader.READERS, "audio": crash}
+    input_reader.READERS = {**input_reader.READERS, "audio": (crash, suffix)}
     inputs.load_speech = crash
 
 

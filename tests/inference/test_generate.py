@@ -19,14 +19,15 @@ from torch.testing import assert_close
 from sonic.cli import run_command
 from sonic.commands import infer_command
 from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
-from sonic.families.preview import Preview
-from sonic.inference.conditions import fit_portrait, head_pose
+from sonic.families.preview import Preview, head_pose
+from sonic.geometry import BlockSpan
+from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
 from sonic.inference.report import FrameRecorder, StageTimer
 from sonic.inference.stream import buffer_all, decode_blocks, half_the_threads, prefetch, smooth_seams
-from sonic.types import BlockSpan, FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
+from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",

@@ -189,7 +189,7 @@ def test_wav2vec2_reads_a_window_around_a_block_and_gives_its_states_at_its_fram
         stop, start = features.stop(span), max(0, int((span.first_frame / FPS - CONTEXT_S) * 50)) * 320
         wave = (sound[start:stop] - sound[:stop].mean()) / np.sqrt(sound[:stop].var() + 1e-7)
         with torch.no_grad():
-            states = encoder.layers(torch.from_numpy(wave.astype(np.float32)))
+            states = encoder.hidden_states(torch.from_numpy(wave.astype(np.float32)))
         for frame in (0, 11):
             position = round((span.first_frame + frame) / FPS * 30) * 5 / 3 - start / 320
             low, share = int(position), position - int(position)

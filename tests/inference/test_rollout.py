@@ -12,11 +12,11 @@ from tiny import BLOCK, SIZE, conditions, latents_of, spans_of, tiny_model
 from torch.testing import assert_close
 
 from sonic.config import SamplerConfig
+from sonic.geometry import BlockSpan
 from sonic.inference.forwards import Forwards, open_forwards
 from sonic.inference.rollout import NoiseSource, Sampling, rollout, sample_clip
 from sonic.model.execution import ForwardRequest
 from sonic.sampling.samplers import SAMPLERS
-from sonic.types import BlockSpan
 
 
 def seeded(seed: int = 0) -> torch.Generator:

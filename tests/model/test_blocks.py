@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sonic.model import attention
 from sonic.model.attention import ATTENTION, attention_for, sdpa
-from sonic.model.blocks import add_gated, add_residual, attend_by, modulate
+from sonic.model.blocks import add_gated, add_residual, modulate, set_attention
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -46,7 +46,7 @@ def test_every_attention_of_a_model_uses_the_chosen_kernel():
         seen.append(1)
         return sdpa(*rows)
 
-    attend_by(model, counting)
+    set_attention(model, counting)
     cond = conditions(2)
     with torch.no_grad():
         model(torch.randn(1, 4, 2, *SIZE), torch.full((1,), 500.0), cond)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from sonic.model import attention, cpu
-from sonic.model.cpu import by_products
+from sonic.model.cpu import attention_by_products
 
 
 def softmax_attention(*rows: torch.Tensor) -> torch.Tensor:
@@ -24,19 +24,19 @@ def rows(rng):
 def test_it_is_softmax_attention_however_few_scores_are_held(scores, rows, monkeypatch):
     """One row at a time, some rows of a head, a head, some heads, all."""
     monkeypatch.setattr(cpu, "SCORES", scores)
-    assert_close(by_products(*rows), softmax_attention(*rows), atol=1e-5, rtol=1e-5)
+    assert_close(attention_by_products(*rows), softmax_attention(*rows), atol=1e-5, rtol=1e-5)
 
 
 def test_in_bfloat16_it_is_as_near_as_its_scores_are_rounded(rows):
     narrow = [each.bfloat16() for each in rows]
-    found, exact = by_products(*narrow).float(), softmax_attention(*(each.float() for each in narrow))
+    found, exact = attention_by_products(*narrow).float(), softmax_attention(*(each.float() for each in narrow))
     assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize(("able", "chosen"), [({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False), ({}, False)])
 def test_attention_by_products_is_chosen_where_it_is_faster(able, chosen, rows, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    monkeypatch.setattr(attention, "by_products", lambda *given: "by products")
+    monkeypatch.setattr(attention, "attention_by_products", lambda *given: "by products")
     cpu.products_are_faster.cache_clear()
     try:
         narrow = [each.bfloat16() for each in rows]

@@ -10,9 +10,10 @@ from tiny import BLOCK, SIZE, conditions, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT
 from sonic.model.kv_cache import KVCache
-from sonic.types import BlockSpan, Conditions
+from sonic.types import Conditions
 
 
 def block_by_block(model: AvatarDiT, latents: Tensor, timestep: Tensor, whole: Conditions, *, first_block: int = 0) -> Tensor:

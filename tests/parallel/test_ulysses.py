@@ -34,7 +34,7 @@ def broken(heads: int) -> list[str]:
     exchange = share.exchange(LAYOUT)
     given = [ours(whole).requires_grad_() for whole in rows[:3]]
     found = exchange.to_heads(QKV(*given))
-    back = exchange.tokens(found.queries)
+    back = exchange.to_tokens(found.queries)
     (back * ours(rows[3])).sum().backward()
     frames = split_parts(rows[0].flatten(2), LAYOUT)[0]
     part = share.split(frames).clone().requires_grad_()

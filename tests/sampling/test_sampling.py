@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sonic.sampling.guidance import guidance
+from sonic.sampling.guidance import guided_velocity
 from sonic.sampling.path import PREDICTIONS, interpolate, velocity_from
 from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import SCHEDULES, TIMESTEPS, is_table, sigmas_of
@@ -139,6 +139,6 @@ def test_guidance_extrapolates_and_costs_nothing_when_off():
 
     conditional = lambda x, sigma: x * 2  # noqa: E731
     x, sigma = torch.ones(1, 1, 1, 1, 1), torch.ones(1)
-    assert guidance(never, 1.0)(conditional) is conditional
-    assert guidance(lambda x, sigma: x, 4.5)(conditional)(x, sigma).item() == 1 + 4.5
-    assert guidance(lambda x, sigma: x, 0.0)(conditional)(x, sigma).item() == 1
+    assert guided_velocity(never, conditional, 1.0) is conditional
+    assert guided_velocity(lambda x, sigma: x, conditional, 4.5)(x, sigma).item() == 1 + 4.5
+    assert guided_velocity(lambda x, sigma: x, conditional, 0.0)(x, sigma).item() == 1

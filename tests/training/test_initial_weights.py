@@ -203,7 +203,7 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch):
     real = builtins.__import__
     gone = lambda name, *more: real(name, *more) if not name.startswith("deepspeed") else real("no_such_package")  # noqa: E731
     monkeypatch.setattr(builtins, "__import__", gone)
-    with pytest.raises(ValueError, match=r"speed.engine=zero3 needs the packages deepspeed and accelerate: pip install deepspeed accelerate"):
+    with pytest.raises(ValueError, match="zero3 needs the packages deepspeed and accelerate: pip install"):
         _check_installed("zero3", torch.device("cpu"))
 
 

@@ -34,7 +34,7 @@ class Autoencode(Objective):
         layers, _ = model.decode(latents + strength * noise, reference)
         self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            exact = MotionLayers(layers.flow.float(), layers.opacity.float(), layers.interior.float())
+            exact = MotionLayers(*(track.float() for track in layers))
             distances = self._distances(batch, exact, latents.float())
         yield distances
 

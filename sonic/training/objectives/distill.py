@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sonic.sampling.guidance import guidance
+from sonic.sampling.guidance import guided_velocity
 from sonic.sampling.path import expand_like, velocity_from
 from sonic.sampling.samplers import Velocity
 from sonic.sampling.schedules import sigmas_of
@@ -38,7 +38,7 @@ class Distillation(TransformerObjective):
             return self._plain(role, conditions, first_block)
         without_audio = self._plain(TEACHER, conditions.drop("audio"), first_block)
         with_audio = self._plain(TEACHER, conditions, first_block)
-        return torch.no_grad()(guidance(without_audio, self.config.teacher_guide_scale)(with_audio))
+        return torch.no_grad()(guided_velocity(without_audio, with_audio, self.config.teacher_guide_scale))
 
     def head_prediction(self, x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
         """What the model's head predicts where its velocity at x is this one."""
