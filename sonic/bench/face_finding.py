@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.ndimage import gaussian_filter
 from skimage import data
 
 from sonic.data.faces import CONFIDENT, Face, FaceFinder, find_speaker
-from sonic.data.image import ORIENTATION_TAG, image_in_memory, load_image
+from sonic.data.image import image_in_memory, load_image
 from sonic.geometry import MOUTH_UNIT
 from sonic.inference.infer_config import BenchConfig
 from sonic.inference.inputs import PORTRAITS
@@ -159,7 +159,7 @@ def _by_exif(sample: VariedPortrait, tag: int, turn: Image.Transpose) -> VariedP
     """The same portrait, stored turned, with the EXIF orientation that undoes it."""
     picture = sample.picture.transpose(turn)
     exif = Image.Exif()
-    exif[ORIENTATION_TAG] = tag
+    exif[ExifTags.Base.Orientation] = tag
     picture.info["exif"] = exif.tobytes()
     return replace(sample, picture=picture)
 

@@ -21,8 +21,8 @@ from sonic.inference.infer_config import BenchConfig
 from sonic.model.attention import sdpa
 from sonic.model.blocks import attend_by
 from sonic.model.counts import forward_multiply_adds, memory_tokens, weights
+from sonic.model.cpu import linear
 from sonic.model.dit import AvatarDiT
-from sonic.model.linear import linear
 from sonic.types import Conditions
 
 # 8·192 noisy tokens, 192 of the reference, 288 of the past: 2016; 49.5 M weights
