@@ -43,7 +43,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "pipeline": {*GROUND, *BELOW_INFERENCE, "cli", "families.family", "inference", "arguments"},
     "evaluation": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline", "synthetic", "training.train_config"},
     "training": {*GROUND, *BELOW_INFERENCE, "families.family", "inference", "pipeline", "synthetic", "evaluation"},
-    "bench": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline", "synthetic"},
+    "bench": {*GROUND, *BELOW_INFERENCE, "families.wan", "inference", "pipeline", "synthetic"},
     "option_names": set(),
     "cli": {"config", "option_names", "system"},
     "commands": {*GROUND, "cli", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
