@@ -85,6 +85,7 @@ WITHOUT_TORCH = (
     "sonic/system/paths.py",
     "sonic/system/worker.py",
     "sonic/training/train_config.py",
+    "sonic/evaluation/evaluate_config.py",
     "sonic/evaluation/judge_config.py",
     "sonic/checkpoint/convert_config.py",
     "sonic/training/objective_config.py",
