@@ -23,7 +23,7 @@ from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.system.program import interpreter
 
-LOG = logging.getLogger("sonic.training")
+LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
 POLL_S = 0.2  # seconds between two looks at the running jobs

@@ -99,7 +99,7 @@ class Engine:
 
     def load(self) -> dict:
         """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
-        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._take)
+        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._restore)
 
     def _allocate_state(self, role: str, parameters: Mapping[str, Tensor]) -> None:
         """Allocate a role's optimizer moments and the student's averages, so that a checkpoint can be loaded into them."""
@@ -128,7 +128,7 @@ class Engine:
             tensors |= {f"weights.{role}.{name}": buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return tensors
 
-    def _take(self, state: State) -> None:
+    def _restore(self, state: State) -> None:
         """Use a loaded state. Here its tensors are the very ones that train."""
 
     def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:

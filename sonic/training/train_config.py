@@ -113,7 +113,7 @@ class LogConfig:
         require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
         require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
         require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
-        require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
+        one_of(self.wandb, ("off", "offline", "online"), "log.wandb")
         require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
 
 
