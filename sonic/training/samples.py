@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
@@ -63,6 +64,8 @@ class Student:
         transformer (and nothing else) then computes."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
             yield model
+            if isinstance(model, FSDPModule):
+                model.reshard()  # FSDP keeps the root gathered until a backward pass, but the optimizer knows the sharded parameters only
 
     def save_video(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
         """Write the video of a step. Returns its path, or None on other processes or after an error.  frames [F,3,H,W] in [-1,1]"""
