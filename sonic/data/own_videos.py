@@ -48,7 +48,6 @@ REASONS = {  # what the report calls an exception; the first class that matches 
     Crashed: "the decoder crashed",
     Exception: "a fault of the program",
 }
-LASTING = (ValueError,)  # errors that the same file will always raise; after any other error the next run tries the video again
 
 
 def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
@@ -148,7 +147,8 @@ def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Excepti
         message = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
         LOG.error("video=%s: a fault of the program, not of the video", path, exc_info=error)
     line = {"video": _reported_name(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": message}
-    write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=not isinstance(error, LASTING))
+    again = not isinstance(error, ValueError)  # which the same file will always raise
+    write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=again)
 
 
 def _reported_name(path: Path, config: PrecomputeConfig) -> str:

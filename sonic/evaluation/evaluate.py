@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
                     _save_clip(clip.frames, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
         r = rows["model"][-1]["sync_correlation"]
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
-    figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
+    figures = {name: {key: metrics.mean_and_interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     result = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
     result["openings"] = openings  # of the mouth in each frame, for comparison with other runs

@@ -52,7 +52,7 @@ class Cell:
         if not all(self.result_file(seed).is_file() for seed in self.seeds):
             return None
         results = [json.loads(self.result_file(seed).read_text()) for seed in self.seeds]
-        joined = {name: metrics.interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
+        joined = {name: metrics.mean_and_interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
         openings = [track for result in results for track in result["openings"]]
         return {**joined, "openings": openings, "peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
 

@@ -45,7 +45,7 @@ LOG = logging.getLogger(__name__)
 def _drawn(config: DataConfig) -> Dataset:
     from sonic.synthetic.drawn_people import DrawnFaces  # has requirements that the other sources have not
 
-    return DrawnFaces(config.folder, window=config.window, resolution=config.resolution, split=config.split)
+    return DrawnFaces(window=config.window, resolution=config.resolution, split=config.split)
 
 
 def _clips(config: DataConfig) -> Dataset:

@@ -93,10 +93,6 @@ class Engine:
         """Save the state as the checkpoint of `step`, written in the background."""
         self.checkpoints.save(step, self._state(), metadata)
 
-    def settle(self) -> None:
-        """Wait until the checkpoint that is being saved is written."""
-        self.checkpoints.settle()
-
     def load(self) -> dict:
         """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
         return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._restore)

@@ -24,8 +24,9 @@ class ShardedEngine(Engine):
         sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
-                if half:
-                    _halve_frozen(model)
+                for parameter in model.parameters():
+                    if half and not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
+                        parameter.data = parameter.data.to(torch.bfloat16)
                 sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
@@ -51,10 +52,3 @@ class ShardedEngine(Engine):
             if buffer.is_floating_point() and not is_sharded(buffer):
                 self.world.mean(buffer)
         return norm
-
-
-def _halve_frozen(model: nn.Module) -> None:
-    """Hold frozen weights in bfloat16, in which they compute."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)

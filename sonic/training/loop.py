@@ -109,7 +109,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved = time.monotonic()
-    engine.settle()
+    engine.checkpoints.settle()
     return TrainingResult(step, step - first, seconds=time.monotonic() - began, samples=used * config.budget.batch_size, figures=figures)
 
 
@@ -147,7 +147,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     loss = metrics[f"train/{role}_loss"]
     if fault := run.guard.fault(role, loss, norm):
         _save_worst_batch(run, used, [float(values[f"{role}_loss"]) for values in figures])
-        run.engine.settle()
+        run.engine.checkpoints.settle()
         raise Diverged(
             f"step {step}: loss {loss:.4g} with gradient norm {norm:.4g} {fault}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"

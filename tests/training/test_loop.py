@@ -86,7 +86,7 @@ def kill_at(run, step):
     run.engine.step = stop
     with pytest.raises(Killed):
         train(run)
-    run.engine.settle()  # a checkpoint under way would be lost with the process; here it is finished
+    run.engine.checkpoints.settle()  # a checkpoint under way would be lost with the process; here it is finished
 
 
 def curve(folder):
@@ -147,7 +147,7 @@ def test_a_checkpoint_without_the_moments_of_weights_that_no_gradient_reached_is
     state = {name: value for name, value in run.engine._state().items() if not name.startswith("moments.critic.")}
     state["weights.critic.bias"] = torch.full((1,), 3.0)
     run.engine.checkpoints.save(1, state, {})
-    run.engine.settle()
+    run.engine.checkpoints.settle()
     assert run.engine.load()["step"] == 1 and run.objective.roles["critic"].bias.item() == 3.0
     assert not any(value.any() for name, value in run.engine._state().items() if name.startswith("moments.critic."))
 

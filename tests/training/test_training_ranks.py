@@ -111,7 +111,7 @@ def stopped(folder, name, steps, at, speed=None):
     try:
         train(run)
     except Stopped:
-        run.engine.settle()
+        run.engine.checkpoints.settle()
 
 
 def curve(folder):

@@ -13,7 +13,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.sampling.path import expand_like
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DistillConfig, FlowMatchConfig
-from sonic.training.objectives.networks import Networks, build_networks
+from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, pick
@@ -42,7 +42,8 @@ class TransformerObjective(Objective):
         """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
         if self.config.window.reach == "blocks":
             check_whole_blocks(config, dataset)
-        self.networks = build_networks(config.model, self.config.learn, roles, make=self.make)
+        kind = SharedNetworks if self.config.learn.rank else Networks
+        self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.roles, self.metadata = self.networks.roles, self.networks.metadata
         self.pretrained = tuple(self.networks.modules.values())
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
