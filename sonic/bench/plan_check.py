@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from sonic.config import ModelConfig, Ranks
 from sonic.families import FAMILIES
 from sonic.families.wan import Wan, vae_dtype
-from sonic.geometry import GIB, PIXELS_PER_LATENT, latent_frames
+from sonic.geometry import FRAMES_PER_LATENT, GIB, PIXELS_PER_LATENT
 from sonic.inference.batch import open_components
 from sonic.inference.components import Components, find_device
-from sonic.inference.conditions import signed
 from sonic.inference.generate_wan import EncodedInputs
 from sonic.inference.infer_config import BenchConfig, FitConfig, InferConfig, PlanChoiceConfig
 from sonic.inference.inputs import Settings
@@ -103,11 +102,11 @@ class RandomWan(Wan):
         return Components(config, context, make_autoencoder, dtype=dtype)
 
     def condition(self, inputs: Inputs, components: Components, settings: Settings) -> EncodedInputs:
-        """Random features of text and audio, and the portrait."""
+        """Random features of text and audio, and a grey portrait."""
         rng, text, audio = torch.Generator().manual_seed(0), components.config.text, components.config.audio
         words = torch.randn(1, text.text_len, text.text_dim, generator=rng).to(components.device)
         features = torch.randn(1, audio.num_audio_layers, audio.audio_dim, inputs.num_frames, generator=rng).to(components.device)
-        picture = signed(inputs.portrait.pixels).to(components.device)
+        picture = torch.zeros(1, 3, *inputs.portrait.pixels.shape[:2], device=components.device)
         return EncodedInputs(picture, words, torch.zeros_like(words), features, clip_frames=settings.config.video.infer_frames)
 
 
@@ -136,7 +135,7 @@ class Undecoded(nn.Module):
         """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
         batch, _, count, height, width = frames.shape
         rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-        return frames.new_zeros(batch, 16, latent_frames(count), rows, columns), cache
+        return frames.new_zeros(batch, 16, 1 + (count - 1) // FRAMES_PER_LATENT, rows, columns), cache
 
     def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Latents [B,16,T,h,w] -> frames [B,3,0,8h,8w]"""
