@@ -137,7 +137,7 @@ def test_silence_can_be_augmented():
 
 def test_an_unknown_split_names_the_choices():
     with pytest.raises(ValueError, match="split=tset is unknown; choose one of: test, train"):
-        say(np.random.default_rng(0), split="tset")
+        say(np.random.default_rng(0), split="tset", seconds=1.0)
 
 
 def test_an_unknown_voice_is_named():
