@@ -27,6 +27,7 @@ from sonic.config import (
     parse_size,
 )
 from sonic.data.data_config import PrecomputeConfig
+from sonic.evaluation.evaluate_config import EvaluateConfig
 from sonic.evaluation.judge_config import JudgeConfig
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.inference.components import DTYPES
@@ -36,7 +37,7 @@ from sonic.parallel.parallel_config import PlanConfig
 from sonic.system.program import interpreter
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.objectives import OBJECTIVES
-from sonic.training.train_config import EvaluateConfig, TrainConfig
+from sonic.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)

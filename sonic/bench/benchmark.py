@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import tempfile
@@ -27,7 +26,7 @@ from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import ALL_IN_FILES, InMemory
 from sonic.inference.report import StageTimer, versions
 from sonic.pipeline import AvatarPipeline
-from sonic.system.files import written_temporary
+from sonic.system.files import write_json
 from sonic.types import Inputs, Speech
 
 FACE = (0.43, 0.0)  # where the cut of the bundled portrait lies between left and right, top and bottom, so that the face is in it
@@ -50,8 +49,7 @@ def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
             table.add_row(f"{name} {part}".strip(), str(number))
     Console().print(table)
     if config.json:
-        with written_temporary(config.json) as partial_file:
-            partial_file.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(figures, config.json)
     return figures
 
 

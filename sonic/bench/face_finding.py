@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,10 @@ class VariedPortrait:
 def bench_faces(config: BenchConfig, begun: float) -> dict:
     """Figures of the face finder, and the constants of faces.py as drawn people of the training split give them."""
     finder = FaceFinder()
-    sections = {
-        "drawn": lambda: drawn_people(finder),
-        "portraits": lambda: varied_portraits(finder, config.timing.portraits),
-        "without faces": lambda: empty_pictures(finder),
-        "fitted": lambda: fitted_constants(finder),
-    }
-    figures = {}
+    portraits, figures = partial(varied_portraits, folder=config.timing.portraits), {}
+    sections = {"drawn": drawn_people, "portraits": portraits, "without faces": empty_pictures, "fitted": fitted_constants}
     for name, measure in sections.items():
-        figures[name] = measure()
+        figures[name] = measure(finder)
         LOG.info("%s: %s, %.0f s so far", name, figures[name], time.perf_counter() - begun)
     return figures
 

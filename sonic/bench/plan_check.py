@@ -5,28 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sonic.checkpoint.lora import NO_LORA
-from sonic.config import Ranks, precision_of
+from sonic.config import ModelConfig, Ranks
 from sonic.families import FAMILIES
+from sonic.families.wan import Wan, vae_dtype
 from sonic.geometry import FRAMES_PER_LATENT, GIB, PIXELS_PER_LATENT
-from sonic.inference.choose_plan import Estimate, choose_plan
-from sonic.inference.components import DTYPES, find_device
-from sonic.inference.distributed_rollout import shutdown, worker_loop
-from sonic.inference.generate_wan import EncodedInputs, Vae, WanNetworks, generate_blocks, generate_clips
-from sonic.inference.infer_config import BenchConfig, InferConfig, PlanChoiceConfig
-from sonic.inference.stream import prefetch
-from sonic.model.dit import AvatarDiT
-from sonic.parallel.context import DistributedContext, context_of
-from sonic.parallel.mesh import open_world
-from sonic.parallel.parallelize import build_parallel_model
-from sonic.parallel.vae_rank import RemoteAutoencoder, serve_vae
+from sonic.inference.batch import open_components
+from sonic.inference.components import Components, find_device
+from sonic.inference.generate_wan import EncodedInputs
+from sonic.inference.infer_config import BenchConfig, FitConfig, InferConfig, PlanChoiceConfig
+from sonic.inference.inputs import Settings
+from sonic.inference.report import StageTimer
+from sonic.parallel.context import DistributedContext
 from sonic.planner.step_time import TERA
 from sonic.planner.workload import Workload, workload
-from sonic.types import LatentBlock
+from sonic.types import Inputs, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
 
 PRODUCT_S = 0.5  # seconds for which the plain matrix product is repeated
@@ -42,47 +40,31 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
         raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     _cap(config.fit.cap_gib, device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    asked = InferConfig(run=config.run, model=config.model, sampler=config.sampler, video=config.video, decode=config.decode,
-                        parallel=config.parallel, hardware=config.hardware, plan=PlanChoiceConfig(config.fit.force))  # fmt: skip
-    estimated = choose_plan(asked, ranks, device, trained=False)
-    with open_world(estimated.plan.parallel, ranks, device) as world:
-        dtype, context = _dtype(config), context_of(world, estimated.plan.parallel)
-        model = build_parallel_model(config.model, None, context, lora=NO_LORA, dtype=dtype)
+    same = {name: getattr(config, name) for name in ("run", "model", "sampler", "video", "parallel", "hardware")}
+    asked = InferConfig(**same, decode=replace(config.decode, online=True), plan=PlanChoiceConfig(config.fit.force))
+    family = RandomWan(decodes=config.fit.vae)
+    with open_components(asked, ranks, family=family) as opened:
+        opened.components.load()
         loaded = time.perf_counter() - begun
-        if world.leads:
-            vae = RemoteAutoencoder(context.vae_channel) if world.vae_rank else _vae(config, device)
-            figures = _figures(config, model, vae, estimated=estimated, context=context)
-            shutdown(context)
-        elif world.holds_vae:
-            serve_vae(_vae(config, device), context.vae_channel)
-        else:
-            worker_loop(model, context, dtype)
-        estimated.measure(world)
-        if not world.leads:
-            return {}
-    return {**estimated.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
+        opened.serve()
+        work = workload(opened.estimate.config)
+        figures = _figures(family, opened.components, asked, work=work, fit=config.fit) if opened.world.leads else {}
+    if not figures:
+        return {}
+    return {**opened.estimate.as_json(), **figures, "load_s": round(loaded, 2), "ranks": ranks.world, "device": _name(device)}
 
 
-def _vae(config: BenchConfig, device: torch.device) -> WanAutoencoder | Undecoded:
-    """The VAE that decodes on this rank, or the placeholder."""
-    return WanAutoencoder().to(device, _dtype(config)) if config.fit.vae else Undecoded()
-
-
-def _dtype(config: BenchConfig) -> torch.dtype:
-    return DTYPES[precision_of(config.run.dtype, config.model)]
-
-
-def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, estimated: Estimate, context: DistributedContext) -> dict:
+def _figures(family: RandomWan, components: Components, config: InferConfig, *, work: Workload, fit: FitConfig) -> dict:
     """Times of the blocks or clips, as measured on the first rank."""
-    work, device = workload(estimated.config), context.world.device
-    denoised: list[float] = []  # seconds of each block or clip
-    ends = [time.perf_counter() for _ in _hand_overs(config, model, vae, work=work, denoised=denoised, context=context)]
-    seconds = (ends[-1] - ends[config.fit.warm_blocks - 1]) / config.fit.blocks
-    step = sum(denoised[config.fit.warm_blocks :]) / config.fit.blocks / (work.steps * work.passes)
-    rate, product = work.forward_flops / step / TERA, product_tflops(work, device)
-    numbers = f"{config.fit.warm_blocks} + {config.fit.blocks} times {work.frames} frames"
+    timer, settings, warm = HandOverTimer(components.device), Settings(config), fit.warm_blocks
+    portrait = Portrait(np.zeros((work.height, work.width, 3), np.uint8))
+    inputs = Inputs(portrait, Speech(np.zeros(0, np.float32)), work.frames * (warm + fit.blocks))
+    chunks = family.generate(inputs, family.condition(inputs, components, settings), components, settings=settings, timer=timer)
+    ends = [time.perf_counter() for _ in chunks]
+    seconds = (ends[-1] - ends[warm - 1]) / fit.blocks
+    step = sum(timer.denoised[warm : warm + fit.blocks]) / fit.blocks / (work.steps * work.passes)
+    rate, product = work.forward_flops / step / TERA, product_tflops(work, components.device)
+    numbers = f"{warm} + {fit.blocks} times {work.frames} frames"
     return {
         "seconds_per_block": round(seconds, 4),
         "seconds_per_step": round(step, 5),
@@ -94,33 +76,56 @@ def _figures(config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, est
     }
 
 
-def _hand_overs(
-    config: BenchConfig, model: AvatarDiT, vae: Vae | Undecoded, *, work: Workload, denoised: list[float], context: DistributedContext
-) -> Iterator[Tensor]:
-    """Generate all blocks or clips from random inputs as inference does; yields frames and appends the seconds of each to `denoised`."""
-    device, networks = context.world.device, WanNetworks(model, vae, context)
-    encoded = _random_inputs(work, config.fit.blocks + config.fit.warm_blocks, device=device)
+class RandomWan(Wan):
+    """The published models with random weights and random encoded inputs; with `decodes=False` without a VAE."""
+
+    def __init__(self, *, decodes: bool) -> None:
+        self.decodes = decodes
+
+    def settled_model(self, config: ModelConfig) -> ModelConfig:
+        """The config itself."""
+        return config
+
+    def transformer_weights(self, config: ModelConfig) -> None:
+        """None: the weights are random."""
+
+    def weights_in_words(self, config: ModelConfig, steps: int) -> str:
+        """The word that stands for the files."""
+        return "random"
+
+    def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> Components:
+        """The VAE with random weights, or its placeholder."""
+
+        def make_autoencoder() -> WanAutoencoder | Undecoded:
+            return WanAutoencoder().to(context.world.device, vae_dtype(config, dtype)) if self.decodes else Undecoded()
+
+        return Components(config, context, make_autoencoder, dtype=dtype)
+
+    def condition(self, inputs: Inputs, components: Components, settings: Settings) -> EncodedInputs:
+        """Random features of text and audio, and a grey portrait."""
+        rng, text, audio = torch.Generator().manual_seed(0), components.config.text, components.config.audio
+        words = torch.randn(1, text.text_len, text.text_dim, generator=rng).to(components.device)
+        features = torch.randn(1, audio.num_audio_layers, audio.audio_dim, inputs.num_frames, generator=rng).to(components.device)
+        picture = torch.zeros(1, 3, *inputs.portrait.pixels.shape[:2], device=components.device)
+        return EncodedInputs(picture, words, torch.zeros_like(words), features, clip_frames=settings.config.video.infer_frames)
+
+
+class HandOverTimer(StageTimer):
+    """A timer that waits for the device at the end of every stage, and keeps the seconds of each block or clip in `denoised`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.denoised = device, []
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        _settle(device)
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time inside the `with` block, and what the device does after it, to a stage."""
+        before = self.seconds[name]
+        with super().stage(name):
+            yield
+            _settle(self.device)
         if name == "denoise":
-            denoised.append(time.perf_counter() - begun)
-
-    def timed(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
-        begun = time.perf_counter()
-        for block in blocks:
-            _settle(device)
-            denoised.append(time.perf_counter() - begun)
-            yield block
-            begun = time.perf_counter()
-
-    if work.clip_frames:
-        return generate_clips(networks, encoded, sampler=config.sampler, stage=stage)
-    online = lambda blocks: prefetch(timed(blocks), config.decode.queue, name="denoise")  # noqa: E731
-    return generate_blocks(networks, encoded, sampler=config.sampler, hand_over=online)
+            self.denoised.append(self.seconds[name] - before)
 
 
 class Undecoded(nn.Module):
@@ -133,18 +138,9 @@ class Undecoded(nn.Module):
         return frames.new_zeros(batch, 16, 1 + (count - 1) // FRAMES_PER_LATENT, rows, columns), cache
 
     def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
-        """Zero frames."""
-        return latents[:, :, :0], cache
-
-
-def _random_inputs(work: Workload, hand_overs: int, *, device: torch.device) -> EncodedInputs:
-    """Random inputs for a model of this size."""
-    rng, model = torch.Generator().manual_seed(0), work.model
-    drawn = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
-    text = drawn(1, model.text.text_len, model.text.text_dim)
-    audio = drawn(1, model.audio.num_audio_layers, model.audio.audio_dim, work.frames * hand_overs)
-    picture = drawn(1, 3, work.height, work.width).tanh()
-    return EncodedInputs(picture, text, torch.zeros_like(text), audio, clip_frames=work.clip_frames or work.frames)
+        """Latents [B,16,T,h,w] -> frames [B,3,0,8h,8w]"""
+        batch, _, _, rows, columns = latents.shape
+        return latents.new_zeros(batch, 3, 0, PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns), cache
 
 
 def product_tflops(work: Workload, device: torch.device) -> float:

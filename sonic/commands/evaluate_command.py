@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from sonic.cli import Entry, launch
+from sonic.evaluation.evaluate_config import EvaluateConfig
 from sonic.system.run_folder import Run
-from sonic.training.train_config import EvaluateConfig
 
 ENTRY = Entry("evaluate", EvaluateConfig, example="+preset=fast_preview eval.clips=20 eval.seed=1 json=out.json")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 from sonic.cli import Entry, launch
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.search import PlanResult, Tracked, as_json, search_plans
+from sonic.system.files import write_json
 from sonic.system.run_folder import Run
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.plan_training import PlanTrainingConfig, plan_training
@@ -39,7 +38,7 @@ def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
     tracked = _tracked(config, found) if config.verify else None
     show(found, tracked)
     if config.json:
-        Path(config.json).write_text(json.dumps(as_json(found, tracked), indent=2) + "\n")
+        write_json(as_json(found, tracked), config.json)
     return 0 if found.fits else NOTHING_FITS
 
 

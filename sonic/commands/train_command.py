@@ -24,11 +24,11 @@ def train(config: TrainConfig, run: Run) -> None:
     """Train in runs/<name>; a run that was stopped continues from its last checkpoint."""
     from sonic.training.build import run_training
 
-    def opened() -> None:
+    def on_built() -> None:
         run.keep()  # checkpoints survive a failed run
         run.open()
 
-    run_training(config, run.path, commit=run.commit, command=run.command, opened=opened)
+    run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built)
 
 
 main = partial(launch, ENTRY, train)

@@ -63,7 +63,7 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def check_room(folder: Path, **metadata: object) -> None:
+def check_same_settings(folder: Path, **metadata: object) -> None:
     """Raise ValueError when the folder already holds clips with other metadata; keys that its index lacks are not compared."""
     if not (folder / INDEX).is_file():
         return
@@ -177,7 +177,7 @@ def _window(key: str, start: int, length: int) -> tuple[slice, ...]:
     return (*[slice(None)] * axis, slice(start * rate, (start + length) * rate))
 
 
-def statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
+def latent_statistics(folder: Path, most: int = 400) -> dict[str, Tensor]:
     """Root mean square of the latents (zero = no motion) over up to `most` clips: per cell [h,w] and per channel [C]."""
     data = ClipDataset(folder)
     chosen = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import ModelConfig, option, parse_size
+from sonic.config import ModelConfig, one_of, option, parse_size, require
 
 
 @dataclass
@@ -17,8 +17,7 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         for name in ("clean", "silent", "moving"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"mix.{name}={getattr(self, name)}: need a share between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, f"mix.{name}={getattr(self, name)}: need a share between 0 and 1")
 
 
 @dataclass
@@ -33,12 +32,9 @@ class FootageConfig:
 
     def __post_init__(self) -> None:
         width, height = parse_size(self.size, "data.size")
-        if width % 16 or height % 16:
-            raise ValueError(f"data.size={self.size}: both sides must be multiples of 16 pixels")
-        if not 0 <= self.least_sync < 1:
-            raise ValueError(f"data.least_sync={self.least_sync}: need a correlation in [0, 1)")
-        if not 0.04 <= self.most_lag_s <= 0.5:
-            raise ValueError(f"data.most_lag_s={self.most_lag_s}: need 0.04 (a frame) to 0.5 seconds")
+        require(width % 16 == height % 16 == 0, f"data.size={self.size}: both sides must be multiples of 16 pixels")
+        require(0 <= self.least_sync < 1, f"data.least_sync={self.least_sync}: need a correlation in [0, 1)")
+        require(0.04 <= self.most_lag_s <= 0.5, f"data.most_lag_s={self.most_lag_s}: need 0.04 (a frame) to 0.5 seconds")
 
 
 @dataclass
@@ -59,10 +55,9 @@ class PrecomputeConfig:
     model: ModelConfig = option(ModelConfig)
 
     def __post_init__(self) -> None:
+        one_of(self.kind, ("talking", "spoken"), "kind")
         for name in ("utterances", "latent_frames", "clips_per_utterance"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
-        if self.data.source and self.kind != "talking":
-            raise ValueError(f"kind={self.kind} is synthesised, but data.source={self.data.source} names videos; leave one of them out")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers}: need 0 (this process) or more")
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
+        fits = self.kind == "talking" or not self.data.source
+        require(fits, f"kind={self.kind} is synthesised, but data.source={self.data.source} names videos; leave one of them out")
+        require(self.workers >= 0, f"workers={self.workers}: need 0 (this process) or more")

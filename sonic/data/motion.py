@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
-from sonic.synthetic.puppet import warped
+from sonic.synthetic.puppet import smoothstep, warped
 from sonic.types import MotionLayers
 
 STILL = 0.001  # displacements below this share of the picture are camera noise
@@ -84,8 +84,7 @@ def _grey(pictures: Tensor) -> np.ndarray:
 def _inside_border(side: int) -> Tensor:
     """Mask that is 1 inside the crop and falls smoothly to 0 at its border.  -> [h,w]"""
     centres = (torch.arange(side) + 0.5) / side
-    edge = (torch.minimum(centres, 1 - centres) / BORDER).clamp(0, 1)
-    edge = edge * edge * (3 - 2 * edge)
+    edge = smoothstep(torch.minimum(centres, 1 - centres) / BORDER)
     return torch.minimum(edge.unsqueeze(0), edge.unsqueeze(1))
 
 

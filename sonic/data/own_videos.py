@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from rich.console import Console
@@ -23,7 +24,7 @@ from sonic.data.audio import SAMPLE_RATE, NoSound, load_soundtrack
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import FaceFinder
 from sonic.data.segments import Segment, checked_sync, find_videos, read_segments
-from sonic.data.shards import Build, Encoders, built, made_with, make_shards, write_shard
+from sonic.data.shards import Build, Encoders, common_encoders, encoders_here, make_shards, write_shard
 from sonic.families import FAMILIES
 from sonic.system.files import save_tensors, written_temporary
 from sonic.system.paths import printable
@@ -47,7 +48,6 @@ REASONS = {  # what the report calls an exception; the first class that matches 
     Crashed: "the decoder crashed",
     Exception: "a fault of the program",
 }
-LASTING = (ValueError,)  # errors that the same file will always raise; after any other error the next run tries the video again
 
 
 def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[str, str]) -> int:
@@ -59,10 +59,9 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
     """
     source, folder = Path(config.data.source), Path(config.folder)
     FaceFinder()  # raises when the networks are missing, which would look like damage in every video
-    jobs = {(name := _name(path, config)): (path, name) for path in find_videos(source)}
+    jobs = {(name := _shard_name(path, config)): (path, name) for path in find_videos(source)}
     crashed = partial(_write_crashed, config)
-    complete = lambda name, metadata: not metadata.get("again")  # noqa: E731
-    shard_metadata = make_shards(config, jobs, partial(_write_video, config, build), complete=complete, hashes=hashes, crashed=crashed)
+    shard_metadata = make_shards(config, jobs, partial(_write_video, config, build), complete=_complete, hashes=hashes, crashed=crashed)
     lines = [line for metadata in shard_metadata for line in metadata["report"]]
     with written_temporary(folder / REPORT) as file:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -72,10 +71,10 @@ def precompute_videos(config: PrecomputeConfig, build: Build, hashes: Mapping[st
         counts = sorted(Counter(line["reason"] for line in lines).items())
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counts)
         raise ValueError(f"data.source={source} gave no clip: {reasons}; {folder / REPORT} has every video")
-    metadata = {"kind": config.kind, "source": config.data.source, **made_with(shard_metadata, config)}
+    metadata = {"kind": config.kind, "source": config.data.source, **common_encoders(shard_metadata, config)}
     clips.write_index(folder, entries, **metadata)
     if FAMILIES[config.model.family].moves_portrait:
-        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.latent_statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s; %s says what was left out", len(entries), folder, folder / REPORT)
     return len(entries)
 
@@ -109,13 +108,18 @@ def show(lines: list[dict]) -> None:
     Console(width=120).print(table)
 
 
+def _complete(job: tuple[Path, str], metadata: Mapping[str, Any]) -> bool:
+    """Whether a shard stays: not after an error that may not come again."""
+    return not metadata.get("again")
+
+
 def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) -> None:
     """Write the shard of one video: its clips, if any, and the report lines of its segments."""
-    (path, name), tensors, entries, report, encoders = job, {}, [], [], built(config, build)
-    video = _video(path, config)
+    (path, name), tensors, entries, report, encoders = job, {}, [], [], encoders_here(config, build)
+    video = _reported_name(path, config)
     try:
         for segment, clip in clips_of(path, config, encoders):
-            report.append(_line(video, segment, encoders.fps))
+            report.append(_report_line(video, segment, encoders.fps))
             if clip:
                 known = f"{Path(name).stem}_{len(entries):04d}"
                 entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
@@ -142,16 +146,17 @@ def _write_fault(config: PrecomputeConfig, job: tuple[Path, str], error: Excepti
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
         LOG.error("video=%s: a fault of the program, not of the video", path, exc_info=error)
-    line = {"video": _video(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": message}
-    write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=not isinstance(error, LASTING))
+    line = {"video": _reported_name(path, config), "start_s": 0.0, "seconds": 0.0, "kept": False, "reason": reason, "details": message}
+    again = not isinstance(error, ValueError)  # which the same file will always raise
+    write_shard(Path(config.folder) / name, {}, clips=[], report=[line], again=again)
 
 
-def _video(path: Path, config: PrecomputeConfig) -> str:
+def _reported_name(path: Path, config: PrecomputeConfig) -> str:
     """Name of a video in the report: its path inside data.source."""
     return printable(str(path.relative_to(config.data.source)))
 
 
-def _line(video: str, segment: Segment, fps: int) -> dict:
+def _report_line(video: str, segment: Segment, fps: int) -> dict:
     """The report line of a segment."""
     line = {"video": video, "start_s": round(segment.first / fps, 2), "seconds": round(segment.frames / fps, 2)}
     line |= {"kept": not segment.fault, "reason": segment.fault}
@@ -160,7 +165,7 @@ def _line(video: str, segment: Segment, fps: int) -> dict:
     return line
 
 
-def _name(path: Path, config: PrecomputeConfig) -> str:
+def _shard_name(path: Path, config: PrecomputeConfig) -> str:
     """File name of a video's shard: a hash of the file's state and of everything else that its clips depend on."""
     seen, text_file = path.stat(), path.with_suffix(".txt")
     try:

@@ -19,12 +19,12 @@ from sonic.data.audio import log_mel
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.own_videos import precompute_videos
 from sonic.data.pixels import to_signed
-from sonic.data.shards import Build, Encoders, HashesOf, built, made_with, make_shards, write_shard
+from sonic.data.shards import Build, Encoders, HashesOf, common_encoders, encoders_here, make_shards, write_shard
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
 from sonic.system.files import save_tensors
-from sonic.types import MotionLayers, pick
+from sonic.types import MotionLayers
 
 LOG = logging.getLogger(__name__)
 PER_SHARD = 16  # utterances; a killed run loses at most so many per worker
@@ -36,20 +36,19 @@ def precompute(config: PrecomputeConfig, build: Build, hashes_of: HashesOf = lam
     `build` must be a function that worker processes can import. Shard n depends on the seed, the encoders and n alone: any number of
     workers makes the same data, and a run that was stopped continues. Raises ValueError when the folder holds clips of another kind.
     """
-    pick(MAKERS, config.kind, "kind")
     folder = Path(config.folder)
     if config.data.source:
-        clips.check_room(folder, kind=config.kind, source=config.data.source)
+        clips.check_same_settings(folder, kind=config.kind, source=config.data.source)
         return precompute_videos(config, build, hashes_of(config))
     settings = {name: getattr(config, name) for name in ("kind", "seed", "split", "latent_frames", "clips_per_utterance")}
-    clips.check_room(folder, source="", mix=asdict(config.mix), **settings)
-    jobs = {_name(number): number for number in range(-(-config.utterances // PER_SHARD))}
-    complete = lambda name, metadata: _recordings_in(metadata) == len(_recordings(config, jobs[name]))  # noqa: E731
-    shards = make_shards(config, jobs, partial(_write_shard, config, build), complete=complete, hashes=hashes_of(config))
+    clips.check_same_settings(folder, source="", mix=asdict(config.mix), **settings)
+    jobs = {_shard_name(number): number for number in range(-(-config.utterances // PER_SHARD))}
+    make, complete = partial(_write_shard, config, build), partial(_complete, config)
+    shards = make_shards(config, jobs, make, complete=complete, hashes=hashes_of(config))
     entries = [entry for metadata in shards for entry in metadata["clips"]]
-    clips.write_index(folder, entries, mix=asdict(config.mix), **settings, **made_with(shards, config))
+    clips.write_index(folder, entries, mix=asdict(config.mix), **settings, **common_encoders(shards, config))
     if config.kind == "talking":
-        save_tensors(clips.statistics(folder), folder / clips.STATISTICS)
+        save_tensors(clips.latent_statistics(folder), folder / clips.STATISTICS)
     LOG.info("%d clips in %s", len(entries), folder)
     return len(entries)
 
@@ -107,15 +106,15 @@ def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tens
 
 def _write_shard(config: PrecomputeConfig, build: Build, number: int) -> None:
     """Write shard `number` atomically."""
-    encoders, tensors, entries = built(config, build), {}, []
+    encoders, tensors, entries = encoders_here(config, build), {}, []
     for recording_number in _recordings(config, number):
         rng = np.random.default_rng((config.seed, recording_number))
         for clip in MAKERS[config.kind](config, encoders, rng):
             name = f"{recording_number:06d}_{len(entries):04d}"
             frames = clip["visemes"].shape[0] // FRAMES_PER_LATENT
-            entries.append({"name": name, "shard": _name(number), "latent_frames": frames, "tensors": sorted(clip)})
+            entries.append({"name": name, "shard": _shard_name(number), "latent_frames": frames, "tensors": sorted(clip)})
             tensors |= {f"{name}/{key}": value.contiguous() for key, value in clip.items()}
-    write_shard(Path(config.folder) / _name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
+    write_shard(Path(config.folder) / _shard_name(number), tensors, clips=entries, fps=FPS, **encoders.hashes)
 
 
 def _recordings(config: PrecomputeConfig, number: int) -> range:
@@ -123,10 +122,10 @@ def _recordings(config: PrecomputeConfig, number: int) -> range:
     return range(number * PER_SHARD, min((number + 1) * PER_SHARD, config.utterances))
 
 
-def _recordings_in(metadata: Mapping[str, Any]) -> int:
-    """Number of recordings in a shard."""
-    return len({clip["name"].partition("_")[0] for clip in metadata["clips"]})
+def _complete(config: PrecomputeConfig, number: int, metadata: Mapping[str, Any]) -> bool:
+    """Whether shard `number` has all its recordings; a last shard may lack those that `utterances` has been raised by."""
+    return len({clip["name"].partition("_")[0] for clip in metadata["clips"]}) == len(_recordings(config, number))
 
 
-def _name(number: int) -> str:
+def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"

@@ -125,7 +125,7 @@ def _inspect(pictures: list[np.ndarray], samples: np.ndarray, config: Precompute
     mouth = mouth_opening(pictures[1:], face, finder)
     if np.isnan(mouth).any():
         return Segment(first, frames, "no face")
-    return Segment(first, frames, "", pixels, mouth, quick(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps))))
+    return Segment(first, frames, "", pixels, mouth, minus_running_mean(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps))))
 
 
 def mouth_opening(frames: Sequence[np.ndarray], face: Face, finder: FaceFinder) -> np.ndarray:
@@ -138,7 +138,7 @@ def mouth_opening(frames: Sequence[np.ndarray], face: Face, finder: FaceFinder) 
             seen = finder.follow(frames[index], last)
             if seen is not None:
                 opening[index], last = seen.opening, seen
-    return quick(_smooth(opening))
+    return minus_running_mean(_smooth(opening))
 
 
 def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
@@ -146,6 +146,6 @@ def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
     return uniform_filter1d(track.astype(np.float64), frames, axis=0, mode="nearest")
 
 
-def quick(track: np.ndarray) -> np.ndarray:
+def minus_running_mean(track: np.ndarray) -> np.ndarray:
     """The track minus its running mean over a second: removes slow changes of posture."""
     return track - _smooth(track, SLOW)

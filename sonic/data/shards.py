@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoders:
-    """The encoders that turn sound, frames and prompts into training data; built once in every worker.
+    """The encoders that turn sound, frames and prompts into training data; encoders_here once in every worker.
 
     encode_audio(samples float32 16 kHz [n], F) -> features [K,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers)
     or encode(frames), depending on the model; read(prompt) -> text features [L,E], None for a model without prompts; hashes of the
@@ -53,8 +53,8 @@ HashesOf = Callable[[PrecomputeConfig], Mapping[str, str]]  # hashes of the enco
 _BUILT: dict[str, Encoders] = {}
 
 
-def built(config: PrecomputeConfig, build: Build) -> Encoders:
-    """The encoders of this process, built at the first call."""
+def encoders_here(config: PrecomputeConfig, build: Build) -> Encoders:
+    """The encoders of this process, encoders_here at the first call."""
     key = repr((config, build))
     if key not in _BUILT:
         _BUILT.clear()
@@ -90,24 +90,24 @@ def make_shards(
     jobs: Mapping[str, Any],
     make: Callable[[Any], None],
     *,
-    complete: Callable[[str, dict[str, Any]], bool],
+    complete: Callable[[Any, dict[str, Any]], bool],
     hashes: Mapping[str, str],
     crashed: Callable | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the shards that are missing, damaged, not `complete(name, metadata)`, or of encoders of other hashes, each by make(job).
+    """Make the shards that are missing, damaged, not `complete(job, metadata)`, or of encoders of other hashes, each by make(job).
 
-    `jobs` has one job for each shard's file name; `crashed` is for `each_made`. Gives the metadata of all shards, in their order.
+    `jobs` has one job for each shard's file name; `crashed` is for `run_in_workers`. Gives the metadata of all shards, in their order.
     """
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = {name: metadata for name in jobs if (metadata := _intact(folder / name)) is not None}
-    known = {name: metadata for name, metadata in known.items() if complete(name, metadata)}
+    known = {name: metadata for name, metadata in known.items() if complete(jobs[name], metadata)}
     old = [name for name, metadata in known.items() if _outdated(metadata, hashes)]
     if old:
         mark_unfinished(folder)
         LOG.warning("%d shards in %s were made by other encoders than the model has now; they are made again", len(old), folder)
-    missing = [(job,) for name, job in jobs.items() if name in old or name not in known]
-    done = each_made(make, missing, config.workers, crashed=crashed)
+    missing = [job for name, job in jobs.items() if name in old or name not in known]
+    done = run_in_workers(make, missing, config.workers, crashed=crashed)
     for _ in tqdm(done, total=len(jobs), initial=len(jobs) - len(missing), unit="shard", desc=folder.name):
         pass
     return [read_metadata(folder / name) for name in jobs]
@@ -130,7 +130,7 @@ def _outdated(metadata: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
     return bool(metadata["clips"]) and any(metadata.get(name) and value and metadata[name] != value for name, value in hashes.items())
 
 
-def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
+def common_encoders(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig) -> dict[str, Any]:
     """The encoders and frame rate of all these shards, as far as recorded. Raises ValueError when the shards differ in them."""
     common: dict[str, Any] = {"family": config.model.family}
     shards = [metadata for metadata in shard_metadata if metadata["clips"]]
@@ -146,26 +146,26 @@ def made_with(shard_metadata: Sequence[dict[str, Any]], config: PrecomputeConfig
     return common
 
 
-def each_made(make: Callable, jobs: Sequence[tuple], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
-    """Call make(*job) for every job in `workers` processes (0 = in this one); yields None as each job ends, in any order.
+def run_in_workers(make: Callable[[Any], None], jobs: Sequence[Any], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
+    """Call make(job) for every job in `workers` processes (0 = in this one); yields None as each job ends, in any order.
 
-    When a job kills its process, crashed(*job, error=Crashed) is called in this process and the other jobs go on; without `crashed`
+    When a job kills its process, crashed(job, error=Crashed) is called in this process and the other jobs go on; without `crashed`
     the error is raised.
     """
     if not workers or not jobs:
-        yield from (make(*job) for job in jobs)
+        yield from map(make, jobs)
         return
     started = [Worker(partial(torch.set_num_threads, 1)) for _ in range(min(workers, len(jobs)))]
     idle = deque(started)
 
-    def work(job: tuple) -> None:
+    def work(job: Any) -> None:
         worker = idle.pop()
         try:
-            worker.call(make, *job)
+            worker.call(make, job)
         except Crashed as error:
             if crashed is None:
                 raise
-            crashed(*job, error=error)
+            crashed(job, error=error)
         finally:
             idle.append(worker)
 

@@ -6,13 +6,13 @@ as upper and lower baselines.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +29,14 @@ from sonic.data.image import MOUTH_IN_FACE
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
+from sonic.evaluation.evaluate_config import EvalConfig, EvaluateConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT, MOUTH_ANCHOR
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet, voices
-from sonic.system.files import written_temporary
+from sonic.system.files import write_json
 from sonic.system.program import written
-from sonic.training.train_config import EvalConfig, EvaluateConfig
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech
 
 LOG = logging.getLogger(__name__)
@@ -74,31 +74,24 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
     rows: dict[str, list[dict[str, float]]] = {"model": [], "true video": [], "nothing moves": []}
     openings: list[list[float]] = []
     start = time.perf_counter()
-    for number, case in enumerate(cases(config.eval, side)):
-        generators = {
-            "model": lambda case, samples, seed=number: generated_frames(case, samples, pipe, seed=seed),
-            "true video": lambda case, samples: case.truth if samples.any() else case.rest.expand_as(case.truth),
-            "nothing moves": lambda case, samples: case.rest.expand_as(case.truth),
-        }
-        block = FRAMES_PER_LATENT * pipe.config.model.rollout.block_frames
+    for number, case in enumerate(drawn_cases(config.eval, side)):
+        generators = {"model": partial(generate_frames, pipe=pipe, seed=number), "true video": true_frames, "nothing moves": still_frames}
         for name, make in generators.items():
-            clip = scored(case, make, block)
+            clip = score_clip(case, make, pipe.config.model.rollout.block_frames)
             rows[name].append(clip.figures)
             if name == "model":
                 openings.append(clip.opening.round(4).tolist())
                 if config.eval.videos:
-                    _keep(clip.frames, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
+                    _save_clip(clip.frames, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
         r = rows["model"][-1]["sync_correlation"]
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
-    figures = {name: {key: metrics.interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
+    figures = {name: {key: metrics.mean_and_interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
     show(figures)
     result = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
     result["openings"] = openings  # of the mouth in each frame, for comparison with other runs
     result["peak_rss_gib"] = metrics.peak_rss_gib()
     if config.json:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        with written_temporary(config.json) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, config.json)
     return result
 
 
@@ -140,7 +133,7 @@ def _pipeline(config: EvaluateConfig) -> AvatarPipeline:
     return AvatarPipeline(asked)
 
 
-def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
+def drawn_cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
     """People and sentences of the test split; each depends on the seed and its number alone."""
     frames = round(config.seconds * FPS)
     for number in range(config.clips):
@@ -154,7 +147,7 @@ def cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
         yield Case(person, samples, track, control, truth)
 
 
-def generated_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, seed: int) -> Tensor:
+def generate_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, seed: int) -> Tensor:
     """Generate a video of a drawn portrait, whose whole picture is the face crop.  -> [F,3,R,R] in [-1,1]"""
     side = float(case.person.picture.shape[0])
     size = side / pipe.config.face.expand_ratio
@@ -166,7 +159,17 @@ def generated_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, s
     return to_signed(rearrange(pixels, "f h w c -> f c h w"))
 
 
-class Scored(NamedTuple):
+def true_frames(case: Case, samples: np.ndarray) -> Tensor:
+    """The true video of the sound; in silence, the person at rest.  -> [F,3,R,R] in [-1,1]"""
+    return case.truth if samples.any() else still_frames(case, samples)
+
+
+def still_frames(case: Case, samples: np.ndarray) -> Tensor:
+    """The person at rest in every frame.  -> [F,3,R,R] in [-1,1]"""
+    return case.rest.expand_as(case.truth)
+
+
+class ScoredClip(NamedTuple):
     """All metrics of one clip, the opening of its mouth in each frame [F], and the frames."""
 
     figures: dict[str, float]
@@ -174,30 +177,30 @@ class Scored(NamedTuple):
     frames: Tensor
 
 
-def scored(case: Case, make: FrameGenerator, block: int) -> Scored:
-    """Generate a case twice, with its sound and with silence, and compute all metrics."""
+def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredClip:
+    """Generate a case twice, with its sound and with silence, and compute all metrics; a block is `block_frames` latent frames."""
     start = time.perf_counter()
     frames = make(case, case.samples)
     seconds = time.perf_counter() - start
     silent = make(case, np.zeros_like(case.samples))
-    read = lambda pictures: metrics.mouth_opening(pictures, case.rest, case.person.mouth)  # noqa: E731
-    opening, true, in_silence = read(frames), read(case.truth), read(silent)
+    openings = [metrics.mouth_opening(pictures, case.rest, case.person.mouth) for pictures in (frames, case.truth, silent)]
+    opening, true_opening, silent_opening = openings
     _, lag = metrics.best_lag(opening, case.track)
     mask = metrics.mouth_mask(case.person.mouth, *frames.shape[-2:])
-    size = lambda track: float(np.sqrt(np.mean(np.square(track))))  # noqa: E731 - relative to rest, so that a mouth left open counts
+    silent_size, size = (float(np.sqrt(np.mean(np.square(track)))) for track in (silent_opening, opening))  # a mouth left open counts
     figures = {
         "sync_correlation": metrics.correlation(opening, case.track),
         "offset_within_1_frame": float(abs(lag) <= 1.0 and np.std(opening) > 1e-6),
         "control_correlation": metrics.correlation(opening, case.other),
-        "dynamics_ratio": metrics.dynamics_ratio(opening, true),
-        "silent_motion_ratio": size(in_silence) / max(size(opening), 0.01),
+        "dynamics_ratio": metrics.dynamics_ratio(opening, true_opening),
+        "silent_motion_ratio": silent_size / max(size, 0.01),
         "identity_psnr_db": metrics.psnr(frames, case.truth, mask),
-        "block_join_ratio": metrics.join_ratio(frames, block),
+        "block_join_ratio": metrics.join_ratio(frames, FRAMES_PER_LATENT * block_frames),
         "flicker": metrics.flicker(frames),
-        "reader_correlation": metrics.correlation(true, case.track),
+        "reader_correlation": metrics.correlation(true_opening, case.track),
         "seconds_per_frame": seconds / len(frames),
     }
-    return Scored(figures, opening, frames)
+    return ScoredClip(figures, opening, frames)
 
 
 def show(figures: dict[str, dict]) -> None:
@@ -211,7 +214,7 @@ def show(figures: dict[str, dict]) -> None:
     Console(width=120).print(table)
 
 
-def _keep(frames: Tensor, case: Case, path: Path, *, video: bool) -> None:
+def _save_clip(frames: Tensor, case: Case, path: Path, *, video: bool) -> None:
     """Save eight frames of a clip as a contact sheet, the generated ones above the true ones; with `video` the clip as an MP4 too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)

@@ -6,7 +6,6 @@ All metrics are computed from the decoded file, so they include the losses of co
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -26,6 +25,7 @@ from sonic.geometry import FPS
 from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.inference.report import mouth_window
+from sonic.system.files import write_json
 from sonic.system.paths import file_key
 from sonic.types import Portrait, Speech
 
@@ -67,8 +67,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     }
     show(figures)
     if config.json:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps({**figures, "mouth_motion": motion.tolist()}, indent=1) + "\n")
+        write_json({**figures, "mouth_motion": motion.tolist()}, config.json)
     return figures
 
 

@@ -106,7 +106,7 @@ def flicker(frames: Tensor) -> float:
     return float((frames[2:] - 2 * frames[1:-1] + frames[:-2]).abs().mean() / 4)
 
 
-def interval(values: Sequence[float]) -> dict:
+def mean_and_interval(values: Sequence[float]) -> dict:
     """Mean, half width of its 95 % confidence interval (normal approximation) and the values themselves."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     clips = [float(v) for v in values]

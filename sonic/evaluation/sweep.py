@@ -23,7 +23,7 @@ from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.system.program import interpreter
 
-LOG = logging.getLogger("sonic.training")
+LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
 POLL_S = 0.2  # seconds between two looks at the running jobs
@@ -52,7 +52,7 @@ class Cell:
         if not all(self.result_file(seed).is_file() for seed in self.seeds):
             return None
         results = [json.loads(self.result_file(seed).read_text()) for seed in self.seeds]
-        joined = {name: metrics.interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
+        joined = {name: metrics.mean_and_interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
         openings = [track for result in results for track in result["openings"]]
         return {**joined, "openings": openings, "peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
 

@@ -16,7 +16,7 @@ from matplotlib import colormaps, cycler
 from matplotlib.figure import Figure
 
 from sonic.evaluation.sweep import FIGURES, Cell
-from sonic.evaluation.teacher_distance import DISTANCE, with_distances
+from sonic.evaluation.teacher_distance import DISTANCE, Rows, with_distances
 from sonic.system.files import written_temporary
 
 COST = "seconds_per_frame"
@@ -26,7 +26,6 @@ PLOTS = {  # figure -> label of its axis, over the cost
     DISTANCE: "mouth's distance from the teacher's",
     "peak_rss_gib": "peak memory, GiB",
 }
-Rows = Sequence[tuple[Cell, Mapping[str, Any]]]  # finished cells and their metrics
 
 
 def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:

@@ -29,7 +29,7 @@ def with_distances(rows: Rows) -> Rows:
         if teachers:
             _, teacher = max(teachers, key=lambda pair: pair[0])
             pairs = zip(figures["openings"], teacher["openings"], strict=True)
-            figures = {**figures, DISTANCE: metrics.interval([metrics.track_distance(np.array(a), np.array(b)) for a, b in pairs])}
+            figures = {**figures, DISTANCE: metrics.mean_and_interval([metrics.track_distance(np.array(a), np.array(b)) for a, b in pairs])}
         found.append((cell, figures))
     return found
 

@@ -99,17 +99,19 @@ def family_of(config: ModelConfig) -> Family:
     return getattr(import_module(module), name)()
 
 
-def build_components(config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None) -> Components:
+def build_components(
+    config: ModelConfig, run: RunConfig, *, steps: int, context: DistributedContext | None = None, family: Family | None = None
+) -> Components:
     """The components of a configured model, with the weights for `steps` sampling steps.
 
-    `load` builds the transformer under the plan of `context` (default: one device). Raises ValueError when weights are missing, damaged
-    or of another shape, or the machine has no such device.
+    `load` builds the transformer under the plan of `context` (default: one device). `family` replaces that of the config. Raises
+    ValueError when weights are missing, damaged or of another shape, or the machine has no such device.
     """
     if run.threads:
         torch.set_num_threads(run.threads)
     context = context or DistributedContext(World("single", find_device(run.device)))
     dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
-    attention, family = attention_for(run.attention, context.world.device), family_of(config)
+    attention, family = attention_for(run.attention, context.world.device), family or family_of(config)
     config = family.settled_model(config)
 
     def make_model() -> AvatarDiT:

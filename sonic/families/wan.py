@@ -93,15 +93,10 @@ class Wan(Family):
         return _checkpoint(config).weights
 
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> WanComponents:
-        """The checkpoint and a function that loads its VAE; nothing is loaded yet.
-
-        The VAE runs in float32 for whole clips, because the last frames of each clip are encoded again for the next one; for a stream it
-        runs in run.dtype, because the KV rings need the memory.
-        """
+        """The checkpoint and a function that loads its VAE; nothing is loaded yet."""
         checkpoint = _checkpoint(config)
         config = checkpoint.config(config)
-        precision = torch.float32 if config.rollout.clip_frames else dtype
-        make_autoencoder = partial(checkpoint.autoencoder, context.world.device, precision)
+        make_autoencoder = partial(checkpoint.autoencoder, context.world.device, vae_dtype(config, dtype))
         return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint)
 
     def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
@@ -193,6 +188,15 @@ class Wan(Family):
             "autoencoder_hash": checkpoint.source_hash(VAE_FILE)[:16],
             "speech_hash": checkpoint.source_hash(*SPEECH_FILES)[:16],
         }
+
+
+def vae_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """The precision of the VAE beside a transformer in `dtype`.
+
+    It is float32 for whole clips, because the last frames of each clip are encoded again for the next one; for a stream it is `dtype`,
+    because the KV rings need the memory.
+    """
+    return torch.float32 if config.rollout.clip_frames else dtype
 
 
 def _checkpoint(config: ModelConfig) -> Checkpoint:

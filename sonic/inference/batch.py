@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sonic.config import Ranks
 from sonic.data.video import check_output
-from sonic.families.family import build_components, family_of
+from sonic.families.family import Family, build_components, family_of
 from sonic.inference.choose_plan import Estimate, choose_plan
 from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
@@ -69,18 +69,22 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_components(config: InferConfig, ranks: Ranks, *, folder: Path = Path(), size: tuple[int, int] | None = None) -> Iterator[Opened]:
+def open_components(
+    config: InferConfig, ranks: Ranks, *, folder: Path = Path(), size: tuple[int, int] | None = None, family: Family | None = None
+) -> Iterator[Opened]:
     """Build the components of this rank under the plan of the job, and shut the other ranks down at the end of the block.
 
     Ranks that do not lead must call `serve` inside the block. All ranks use the first rank's `folder`, because its default name contains
-    the time, which differs between ranks. `size` is (width, height) of the video where this rank knows it already.
+    the time, which differs between ranks. `size` is (width, height) of the video where this rank knows it already; `family` replaces that
+    of the config.
     """
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
-    found = choose_plan(config, ranks, device, size=size)
+    family = family or family_of(config.model)
+    found = choose_plan(config, ranks, device, size=size, family=family)
     parallel = replace(found.plan.parallel, replicas=config.parallel.replicas)
     with open_world(parallel, ranks, device) as world:
         context, folder = context_of(world, parallel), world.from_first_rank(folder)
-        components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context)
+        components = build_components(config.model, config.run, steps=config.sampler.sample_steps, context=context, family=family)
         if not world.leads:  # the leading rank may load after encoding
             components.load()
         yield Opened(components, found, folder)

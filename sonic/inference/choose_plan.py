@@ -15,7 +15,7 @@ from PIL import Image
 from sonic.config import PHOTO_SIZE, Ranks, parse_size
 from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_image
 from sonic.evaluation.metrics import peak_rss_gib
-from sonic.families.family import family_of
+from sonic.families.family import Family, family_of
 from sonic.geometry import GIB, wan_size
 from sonic.inference.fit_picture import LARGEST_VIDEO
 from sonic.inference.infer_config import InferConfig
@@ -65,16 +65,16 @@ class Estimate:
 
 
 def choose_plan(
-    config: InferConfig, ranks: Ranks, device: torch.device, *, trained: bool = True, size: tuple[int, int] | None = None
+    config: InferConfig, ranks: Ranks, device: torch.device, *, size: tuple[int, int] | None = None, family: Family | None = None
 ) -> Estimate:
     """The plan of a job with its estimates: the planner's choice for parallel=auto, else the plan that the options name.
 
-    `trained` takes the model config from the checkpoint, if the model has one. `size` is (width, height) of the video if it is known;
-    otherwise the photographs are opened to find it. Raises ValueError when the plan does not fit, with changes that would make it fit;
+    `size` is (width, height) of the video if it is known; otherwise the photographs are opened to find it. `family` replaces that of the
+    config. Raises ValueError when the plan does not fit, with changes that would make it fit;
     plan.force=true logs a warning instead.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    model = family_of(config.model).settled_model(config.model) if trained else config.model
+    model = (family or family_of(config.model)).settled_model(config.model)
     video = replace(config.video, size=_video_size(config, size))
     plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
     found = search_plans(plan_config, idle=False)

@@ -71,7 +71,7 @@ def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | Non
 class DrawnFaces(Dataset):
     """Endless drawn people. The key of an item is (index, seed) and the item depends on the seed alone, so that a run resumes exactly."""
 
-    def __init__(self, folder: str = "", *, window: int = 2, resolution: int = 192, split: str = "train") -> None:
+    def __init__(self, *, window: int = 2, resolution: int = 192, split: str = "train") -> None:
         self.frames, self.resolution, self.split = FRAMES_PER_LATENT * (window or 2), resolution, split
 
     def __len__(self) -> int:

@@ -91,7 +91,8 @@ def _column(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1)
 
 
-def _smoothstep(t: Tensor) -> Tensor:
+def smoothstep(t: Tensor) -> Tensor:
+    """0 below 0, 1 above 1, and smooth between."""
     t = t.clamp(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -105,7 +106,7 @@ def _move_head(xs: Tensor, ys: Tensor, *, shape: MouthShape, pose: Tensor) -> tu
     moved_x = pivot_x + dx * roll.cos() + dy * roll.sin()
     moved_y = pivot_y - dx * roll.sin() + dy * roll.cos()
     edge = torch.minimum(torch.minimum(xs, resolution - xs), torch.minimum(ys, resolution - ys))
-    held = _smoothstep(edge / (0.16 * resolution))
+    held = smoothstep(edge / (0.16 * resolution))
     return xs + (moved_x - xs) * held, ys + (moved_y - ys) * held
 
 
@@ -138,8 +139,8 @@ def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tup
     delta = torch.where(delta > 0, delta, 0.65 * delta)
     upper_now, lower_now = upper - lift * arch, lower + delta * arch
 
-    below = _smoothstep((y - lower_now) / max(shape.chin, 0.5))
-    tail = 1 - _smoothstep((y - shape.chin - JAW * delta.clamp(min=0)) / 1.3)
+    below = smoothstep((y - lower_now) / max(shape.chin, 0.5))
+    tail = 1 - smoothstep((y - shape.chin - JAW * delta.clamp(min=0)) / 1.3)
     cheeks = torch.exp(-((x / 2.1) ** 4))
     drop = delta * (arch * (1 - below) + JAW * cheeks * below) * tail
     rise = lift * arch * torch.exp(-(((y - upper_now) / 0.5) ** 2))

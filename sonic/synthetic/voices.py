@@ -69,8 +69,8 @@ class Utterance:
         return len(self.samples) / SAMPLE_RATE
 
 
-def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None = None) -> Utterance:
-    """Synthesise sentences of random words by a random speaker; with `seconds`, exactly that long, the last sentence cut off if need be.
+def say(rng: np.random.Generator, *, seconds: float, split: str = "train") -> Utterance:
+    """Synthesise sentences of random words by a random speaker, `seconds` long; the last sentence is cut off if need be.
 
     Splits share no speakers and no words. The same rng state gives the same samples.
     """
@@ -83,11 +83,10 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
     voice = f"{accent}+{speaker}"
     manner = {"rate": int(rng.integers(125, 215)), "pitch": int(rng.integers(20, 85)), "range": int(rng.integers(25, 85))}
     speed = float(rng.uniform(*SPEED[split]))
-    length = seconds if seconds is not None else float(rng.uniform(2.0, 8.0))
 
     samples, phonemes, texts, end = [], [], [], 0.0
     pause = float(rng.uniform(0.08, 0.40))
-    while end < length:
+    while end < seconds:
         samples.append(np.zeros(round(pause * SAMPLE_RATE), np.float32))
         phonemes.append((end, end + pause, ""))
         end += len(samples[-1]) / SAMPLE_RATE
@@ -98,9 +97,7 @@ def say(rng: np.random.Generator, *, split: str = "train", seconds: float | None
         texts.append(text)
         end += len(sound) / SAMPLE_RATE
         pause = float(rng.uniform(0.05, 0.25) if rng.random() < 0.7 else rng.uniform(0.4, 1.0))
-    sound = np.concatenate(samples)
-    if seconds is not None:
-        sound, phonemes = _cut(sound, phonemes, seconds)
+    sound, phonemes = _cut(np.concatenate(samples), phonemes, seconds)
     level = float(rng.uniform(0.4, 0.9)) / max(1e-4, float(np.abs(sound).max()))
     return Utterance(sound * np.float32(level), tuple(phonemes), " ".join(texts), f"{voice} {manner} speed {speed:.3f}")
 

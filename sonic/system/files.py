@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import typing
@@ -32,6 +33,13 @@ def written_temporary(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(value: object, path: str | Path) -> None:
+    """Write a JSON file for people to read; its folder is made if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_temporary(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -29,7 +29,7 @@ from sonic.system.program import written
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
 from sonic.training.engine import Engine
 from sonic.training.fsdp_engine import ShardedEngine
-from sonic.training.initial_weights import begin_adapters, start_from
+from sonic.training.initial_weights import init_adapters, load_initial_weights
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES
@@ -45,36 +45,39 @@ LOG = logging.getLogger(__name__)
 def _drawn(config: DataConfig) -> Dataset:
     from sonic.synthetic.drawn_people import DrawnFaces  # has requirements that the other sources have not
 
-    return DrawnFaces(config.folder, window=config.window, resolution=config.resolution, split=config.split)
+    return DrawnFaces(window=config.window, resolution=config.resolution, split=config.split)
 
 
-DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
-    "clips": lambda config: ClipDataset(config.folder, config.window),
-    "drawn": _drawn,
-}
+def _clips(config: DataConfig) -> Dataset:
+    return ClipDataset(config.folder, config.window)
 
+
+DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {"clips": _clips, "drawn": _drawn}
 
 ENGINES: dict[str, Callable[..., Engine]] = {"local": Engine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
 
 
 def run_training(
-    config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", opened: Callable[[], object] = lambda: None
+    config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", on_built: Callable[[], object] = lambda: None
 ) -> TrainingResult:
     """Train by `config` in the run folder `folder`, and export the averaged weights and their card if `config.export` is set.
 
-    `opened` is called once all parts are built, just before the folder is used.
+    `on_built` is called once all parts are built, just before the folder is used.
     """
-    config = sized(config)
+    if config.model.weights:  # the checkpoint says how large the model is
+        config = replace(config, model=family_of(config.model).settled_model(config.model))
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
     with watch_ranks(world.rank, world.ranks, patience_s=config.speed.timeout_s):
-        return _trained(config, world, folder, opened=opened, origin=(commit, command))
+        return _build_and_train(config, world, folder, on_built=on_built, origin=(commit, command))
 
 
-def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callable[[], object], origin: tuple[str, str]) -> TrainingResult:
-    """Build the parts and train, in one process of the world."""
-    check_shares(config, world)
+def _build_and_train(
+    config: TrainConfig, world: World, folder: Path, *, on_built: Callable[[], object], origin: tuple[str, str]
+) -> TrainingResult:
+    """Build the parts, train and export, in one process of the world."""
+    check_accumulate(config, world)
     torch.manual_seed(config.seed)
     dataset, family = pick(DATASETS, config.data.source, "data.source")(config.data), family_of(config.model)
     if isinstance(dataset, ClipDataset):
@@ -86,31 +89,29 @@ def _trained(config: TrainConfig, world: World, folder: Path, *, opened: Callabl
     engine.allocate(objective)
     for model in objective.pretrained:
         fill(model, family.transformer_weights(config.model))
-    begin_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
+    init_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
-        start_from(objective, named_weights(config.init_from))
-    look = sample_maker(Student(config, objective, engine, folder))
-    opened()
+        load_initial_weights(objective, named_weights(config.init_from))
+    make_sample = sample_maker(Student(config, objective, engine, folder))
+    on_built()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
-    outcome = train(TrainingRun(config, objective, engine, stream_of(config, dataset, world), log, folder, look))
-    weights = objective.export(engine.weights()) if config.export else {}
-    if config.export and world.main:
-        path, halves = Path(config.export), {name: _half(tensor) for name, tensor in weights.items()}
+    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
+    if not config.export:
+        return outcome
+    weights = halved(objective.export(engine.weights()))  # a collective call
+    if world.main:
+        path = Path(config.export)
         with pause_watchdog():  # files may take any time
-            if not outcome.made and path.with_suffix(".md").is_file() and _holds(path, halves):
+            if not outcome.new_steps and path.with_suffix(".md").is_file() and _holds(path, weights):
                 LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
                 return outcome
-            size = sum(tensor.numel() for tensor in halves.values())
-            save_weights(halves, path, objective.metadata)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(weights, path, objective.metadata)
+            size = sum(tensor.numel() for tensor in weights.values())
             card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
             path.with_suffix(".md").write_text(card)
     return outcome
-
-
-def sized(config: TrainConfig) -> TrainConfig:
-    """The config with the model sizes of its checkpoint. Raises ValueError when the checkpoint is of another model."""
-    return replace(config, model=family_of(config.model).settled_model(config.model)) if config.model.weights else config
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
@@ -126,7 +127,7 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 
-def check_shares(config: TrainConfig, world: World) -> None:
+def check_accumulate(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless every process, or group of processes that share tokens, gets the same number of batches per step."""
     accumulate, ranks, size = config.budget.accumulate, world.size("layers"), config.budget.batch_size
     if accumulate % ranks:
@@ -138,21 +139,16 @@ def check_shares(config: TrainConfig, world: World) -> None:
         )
 
 
-def stream_of(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
+def batch_stream(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """A function that gives this process's batches after the first `start` batches of all processes together."""
     speed, share = config.speed, {"rank": world.coordinate("layers"), "ranks": world.size("layers")}
     order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 
 
-def save_weights(weights: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write weights in half precision, with the file's metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({name: _half(tensor) for name, tensor in weights.items()}, path, metadata or {})
-
-
-def _half(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+def halved(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights in half precision, in host memory."""
+    return {name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous() for name, tensor in weights.items()}
 
 
 def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:

@@ -53,8 +53,8 @@ class Checkpoints:
             LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, reason)
         self.world.wait()
 
-    def load(self, resume: str, state_of: Callable[[], State], take: Callable[[State], None]) -> dict:
-        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto) or the named one, and give them to `take`.
+    def load(self, resume: str, state_of: Callable[[], State], restore: Callable[[State], None]) -> dict:
+        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto) or the named one, and give them to `restore`.
 
         Checkpoints newer than a named one are renamed. Returns the metadata; {} = the training starts from the beginning. Raises
         ValueError when the named checkpoint is damaged, or the checkpoint is of another model.
@@ -66,7 +66,7 @@ class Checkpoints:
         if metadata:
             state = state_of()
             self._fill(state, checkpoint)
-            take(state)
+            restore(state)
         if resume != "auto" and self.world.main:
             self._leave_behind(metadata.get("step", 0))
         self.world.wait()

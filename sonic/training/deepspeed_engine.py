@@ -135,7 +135,7 @@ class ZeroEngine(Engine):
         }
 
     @torch.no_grad()
-    def _take(self, state: State) -> None:
+    def _restore(self, state: State) -> None:
         """Copy a loaded state into DeepSpeed's tensors."""
         for name, role, parameter, key in self._parts():
             if key == "step":

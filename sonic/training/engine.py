@@ -93,13 +93,9 @@ class Engine:
         """Save the state as the checkpoint of `step`, written in the background."""
         self.checkpoints.save(step, self._state(), metadata)
 
-    def settle(self) -> None:
-        """Wait until the checkpoint that is being saved is written."""
-        self.checkpoints.settle()
-
     def load(self) -> dict:
         """Load the checkpoint that checkpoint.resume selects. Returns its metadata; {} = the training starts from the beginning."""
-        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._take)
+        return self.checkpoints.load(self.config.checkpoint.resume, self._state, self._restore)
 
     def _allocate_state(self, role: str, parameters: Mapping[str, Tensor]) -> None:
         """Allocate a role's optimizer moments and the student's averages, so that a checkpoint can be loaded into them."""
@@ -128,7 +124,7 @@ class Engine:
             tensors |= {f"weights.{role}.{name}": buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return tensors
 
-    def _take(self, state: State) -> None:
+    def _restore(self, state: State) -> None:
         """Use a loaded state. Here its tensors are the very ones that train."""
 
     def _slice(self, role: str, parameter: nn.Parameter, key: str) -> Tensor:

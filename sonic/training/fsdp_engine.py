@@ -24,8 +24,8 @@ class ShardedEngine(Engine):
         sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
-                for parameter in model.parameters() if half else ():
-                    if not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
+                for parameter in model.parameters():
+                    if half and not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
                         parameter.data = parameter.data.to(torch.bfloat16)
                 sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):

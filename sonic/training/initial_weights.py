@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
+def init_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
     """Initialise adapters to have no effect, with the same random values on any number of processes."""
     for role in roles:
         for adapter in (module for module in role.modules() if isinstance(module, LowRank)):
@@ -32,7 +32,7 @@ def begin_adapters(roles: Iterable[nn.Module], rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def start_from(objective: Objective, path: Path) -> None:
+def load_initial_weights(objective: Objective, path: Path) -> None:
     """Load every tensor of exported weights whose name and shape match the student's; of sharded parameters, this process's slice.
 
     Raises ValueError when the file cannot be read, no tensor matches, or its adapters have another alpha.

@@ -28,10 +28,10 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Totals of a run; `made` is the number of steps made by this process, `figures` are means over the last steps."""
+    """Totals of a run; `new_steps` are those since it was last resumed, `figures` are means over the last steps."""
 
     steps: int
-    made: int
+    new_steps: int
     seconds: float
     samples: int
     figures: dict[str, float]
@@ -55,7 +55,7 @@ class TrainingRun:
     """The parts of a training run, and its folder.
 
     `batches(start)` opens this process's stream of batches after `start` batches have been used by all processes together;
-    `look(step)` makes a sample video of the student.
+    `make_sample(step)` generates and scores a sample video of the student.
     """
 
     config: TrainConfig
@@ -64,29 +64,30 @@ class TrainingRun:
     batches: Callable[[int], Iterator[Batch]]
     log: RunLog
     folder: Path
-    look: SampleMaker | None = None
+    make_sample: SampleMaker | None = None
     guard: Guard = field(default_factory=Guard)
 
 
 def train(run: TrainingRun) -> TrainingResult:
     """Train until the budget is used, continuing from the newest checkpoint in the run folder if there is one.
 
-    Raises Diverged when a loss or gradient is not finite, or a loss explodes.
+    A step updates each role of `objective.roles_in_step`, usually the student once; an update uses `budget.accumulate` batches. Raises
+    Diverged when a loss or gradient is not finite, or a loss explodes.
     """
     config, objective, engine, log, world = run.config, run.objective, run.engine, run.log, run.engine.world
     engine.prepare(objective)
-    kept = engine.load()  # metadata of the checkpoint; {} at the start
-    first = step = kept.get("step", 0)
-    used = kept.get("batches", 0)
-    figures, sums = kept.get("figures", {}), kept.get("meter", {})  # of the last log line; since then (sum, count) by name
-    start = saved_at = time.monotonic()
-    began = start - kept.get("seconds", 0.0)  # as if the training had never been interrupted
+    checkpoint = engine.load()  # its metadata; {} at the start
+    first = step = checkpoint.get("step", 0)
+    used = checkpoint.get("batches", 0)
+    figures, sums = checkpoint.get("figures", {}), checkpoint.get("meter", {})  # of the last log line; since then (sum, count) by name
+    resumed = saved = time.monotonic()
+    began = resumed - checkpoint.get("seconds", 0.0)  # as if the training had never been interrupted
     stream = run.batches(used)
     progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
     with log.open(step, progress):
         while progress < 1:
             lr = rate(step, progress, config.optim)
-            for number, role in enumerate(objective.turn(step)):
+            for number, role in enumerate(objective.roles_in_step(step)):
                 values = _update(run, role, stream, step=step, number=number, lr=lr * objective.rates.get(role, 1.0))
                 for name, value in values.items():
                     total, count = sums.get(name, (0.0, 0))
@@ -97,18 +98,18 @@ def train(run: TrainingRun) -> TrainingResult:
             last = progress >= 1
             if last or step % config.log.every_steps == 0:
                 figures, sums = {name: total / count for name, (total, count) in sums.items()}, {}
-                pace = (step - first) / (time.monotonic() - start)
+                pace = (step - first) / (time.monotonic() - resumed)
                 samples = pace * config.budget.batch_size * config.budget.accumulate
                 figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
                 figures |= {"perf/peak_gib": peak_gib(world.device), "train/lr": lr}
-                sample = run.look(step) if run.look and (last or step % config.log.samples_every == 0) else None
+                sample = run.make_sample(step) if run.make_sample and (last or step % config.log.samples_every == 0) else None
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
-            if last or world.from_first_rank(_due(config, step, saved_at)):
+            if last or world.from_first_rank(_checkpoint_due(config, step, saved)):
                 totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}
                 engine.save(step, {"batches": used, **totals})
-                saved_at = time.monotonic()
-    engine.settle()
+                saved = time.monotonic()
+    engine.checkpoints.settle()
     return TrainingResult(step, step - first, seconds=time.monotonic() - began, samples=used * config.budget.batch_size, figures=figures)
 
 
@@ -117,9 +118,10 @@ def peak_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_rss_gib()
 
 
-def _due(config: TrainConfig, step: int, kept_at: float) -> bool:
+def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:
+    """Whether `step` is to be saved, after the last checkpoint was at the time `saved`."""
     by_steps = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-    return bool(by_steps) or time.monotonic() - kept_at > 60 * config.checkpoint.every_minutes
+    return bool(by_steps) or time.monotonic() - saved > 60 * config.checkpoint.every_minutes
 
 
 def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, number: int, lr: float) -> dict[str, float]:
@@ -138,14 +140,14 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
         part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
-        figures.append(_descend(run, role, run.objective.losses(role, batch, rng), share=1 / count))
+        figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = float(run.engine.step(role, rate=lr, step=step))
     means = world.mean(torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0))
     metrics = {f"train/{name}": value for name, value in zip(figures[0], means.tolist(), strict=True)}
     loss = metrics[f"train/{role}_loss"]
     if fault := run.guard.fault(role, loss, norm):
-        _keep_worst(run, used, [float(values[f"{role}_loss"]) for values in figures])
-        run.engine.settle()
+        _save_worst_batch(run, used, [float(values[f"{role}_loss"]) for values in figures])
+        run.engine.checkpoints.settle()
         raise Diverged(
             f"step {step}: loss {loss:.4g} with gradient norm {norm:.4g} {fault}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
@@ -153,7 +155,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     return {**metrics, f"train/{role}_grad_norm": norm}
 
 
-def _keep_worst(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+def _save_worst_batch(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
     """Write the batch of this process whose loss is not finite, or else the largest."""
     sizes = [abs(loss) if math.isfinite(loss) else math.inf for loss in losses]
     batch, rank = batches[sizes.index(max(sizes))], run.engine.world.rank
@@ -161,7 +163,7 @@ def _keep_worst(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[flo
     save_tensors(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
 
 
-def _descend(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
+def _backpropagate(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
     """Backpropagate every part of a loss before the next part is computed. Returns the loss and its metrics."""
     total, figures = 0.0, {}
     while True:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
 from sonic.data.faces import FaceFinder, find_speaker
 from sonic.data.image import load_image
 from sonic.data.pixels import to_signed
-from sonic.data.segments import mouth_opening, quick
+from sonic.data.segments import minus_running_mean, mouth_opening
 from sonic.evaluation import metrics
-from sonic.evaluation.evaluate import Case, cases, generated_frames, save_video, scored
+from sonic.evaluation.evaluate import drawn_cases, generate_frames, save_video, score_clip
+from sonic.evaluation.evaluate_config import EvalConfig
 from sonic.families import FAMILIES
 from sonic.families.family import family_of
 from sonic.geometry import FPS
@@ -35,7 +38,7 @@ from sonic.pipeline import AvatarPipeline
 from sonic.training.engine import Engine
 from sonic.training.log import Sample, SampleMaker
 from sonic.training.objectives.networks import STUDENT
-from sonic.training.train_config import EvalConfig, TrainConfig
+from sonic.training.train_config import TrainConfig
 from sonic.types import Inputs, Portrait, Speech
 
 LOG = logging.getLogger(__name__)
@@ -61,8 +64,10 @@ class Student:
         transformer (and nothing else) then computes."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
             yield model
+            if isinstance(model, FSDPModule):
+                model.reshard()  # FSDP keeps the root gathered until a backward pass, but the optimizer knows the sharded parameters only
 
-    def keep(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
+    def save_video(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
         """Write the video of a step. Returns its path, or None on other processes or after an error.  frames [F,3,H,W] in [-1,1]"""
         path = self.folder / "samples" / f"step_{step:08d}.mp4"
         if not self.engine.world.main:
@@ -97,21 +102,15 @@ def drawn_sampler(student: Student, components: Components, sampler: SamplerConf
     """Sample maker of a drawn person of the test split, who speaks a sentence and is scored against the known mouth motion."""
     config = student.config
     eval_config = EvalConfig(clips=1, seed=config.seed, seconds=config.log.sample_seconds)
-    case = next(cases(eval_config, config.model.resolution))
+    case = next(drawn_cases(eval_config, config.model.resolution))
     asked = InferConfig(model=config.model, sampler=sampler, decode=DecodeConfig(online=False))
 
     def make_sample(step: int) -> Sample:
-        made: list[Tensor] = []
         with student.use_role() as model:
             pipe = AvatarPipeline(asked, components.with_model(model))
-
-            def make(case: Case, samples: np.ndarray) -> Tensor:
-                made.append(generated_frames(case, samples, pipe, seed=config.seed).cpu())
-                return made[-1]
-
-            found = scored(case, make, 4 * config.model.rollout.block_frames).figures
-        video = student.keep(step, made[0], Speech(case.samples.astype(np.float32)))
-        return Sample({f"eval/{name}": found[name] for name in FIGURES}, video)
+            clip = score_clip(case, partial(generate_frames, pipe=pipe, seed=config.seed), config.model.rollout.block_frames)
+        video = student.save_video(step, clip.frames, Speech(case.samples.astype(np.float32)))
+        return Sample({f"eval/{name}": clip.figures[name] for name in FIGURES}, video)
 
     return make_sample
 
@@ -136,9 +135,9 @@ def portrait_sampler(student: Student, components: Components, sampler: SamplerC
             with closing(pipe.generate(inputs)) as chunks:
                 frames_out = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
         mouth = np.nan_to_num(mouth_opening(frames_out.numpy(), face, finder))  # a face that is not seen does not move its mouth
-        level = quick(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
+        level = minus_running_mean(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
         figures = {"eval/sync_correlation": metrics.best_lag(mouth, level, MAX_LAG)[0], "eval/mouth_motion": float(np.std(mouth))}
         frames = to_signed(rearrange(frames_out, "f h w c -> f c h w"))
-        return Sample(figures, student.keep(step, frames, speech, fps=fps))
+        return Sample(figures, student.save_video(step, frames, speech, fps=fps))
 
     return make_sample

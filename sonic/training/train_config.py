@@ -1,4 +1,4 @@
-"""Options of training and evaluation runs (stdlib only, so that `--help` needs no torch). Objectives have configs of their own."""
+"""Options of a training (stdlib only, so that `--help` needs no torch). Objectives have configs of their own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from dataclasses import dataclass, field, replace
 from sonic.config import (
     OWN,
     PRECISIONS,
-    DecodeConfig,
     ModelConfig,
-    RunConfig,
-    SamplerConfig,
-    VideoConfig,
     one_of,
     option,
     precision_of,
     require,
 )
-from sonic.parallel.parallel_config import ParallelConfig
 from sonic.training.objective_config import ObjectiveConfig
 
 ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
@@ -118,7 +113,7 @@ class LogConfig:
         require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
         require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
         require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
-        require(self.wandb in ("off", "offline", "online"), f"log.wandb={self.wandb} is unknown; choose one of: off, offline, online")
+        one_of(self.wandb, ("off", "offline", "online"), "log.wandb")
         require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
 
 
@@ -157,33 +152,3 @@ class TrainConfig:
             f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
         )
         self.speed = replace(self.speed, precision=precision_of(self.speed.precision, self.model))
-
-
-@dataclass
-class EvalConfig:
-    """The evaluation set: people, voices and sentences of the test split, without head motion."""
-
-    clips: int = option(20, "drawn people, each with its own recording")
-    seed: int = option(0, "seed of the people and sentences")
-    seconds: float = option(8.0, "length of each recording, at least 2")
-    noisy: bool = option(False, "add noise, echo and band limits of real recordings to the speech")
-    videos: str = option("", "folder for a contact sheet of every clip; empty = none")
-    num_videos: int = option(0, "clips whose videos are saved too, in the same folder")
-
-    def __post_init__(self) -> None:
-        require(self.clips >= 1, f"eval.clips={self.clips}: need at least 1")
-        require(self.seconds >= 2, f"eval.seconds={self.seconds}: a correlation needs at least 2 seconds")
-
-
-@dataclass
-class EvaluateConfig:
-    """Scores a model on drawn people with exactly known mouths, beside the true video and a still one."""
-
-    json: str = option("", "JSON file for the figures")
-    eval: EvalConfig = option(EvalConfig)
-    run: RunConfig = option(RunConfig)
-    model: ModelConfig = option(ModelConfig)
-    sampler: SamplerConfig = option(SamplerConfig)
-    video: VideoConfig = option(VideoConfig)
-    decode: DecodeConfig = option(DecodeConfig)
-    parallel: ParallelConfig = option(ParallelConfig)

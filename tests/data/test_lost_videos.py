@@ -21,7 +21,7 @@ from sonic.data.clips import ClipDataset
 from sonic.data.data_config import FootageConfig, PrecomputeConfig
 from sonic.data.own_videos import REPORT
 from sonic.data.precompute import precompute
-from sonic.data.shards import DamagedShard, each_made, read_metadata, write_shard
+from sonic.data.shards import DamagedShard, read_metadata, run_in_workers, write_shard
 from sonic.system.worker import Crashed
 from sonic.training.clip_encoders import build_encoders
 
@@ -135,7 +135,8 @@ def test_damaged_files_are_named(tmp_path):
             ClipDataset(tmp_path)
 
 
-def end(folder: Path, number: int) -> None:
+def end(job: tuple[Path, int]) -> None:
+    folder, number = job
     if number == 3:
         os._exit(3)
     (folder / str(number)).touch()
@@ -145,8 +146,8 @@ def end(folder: Path, number: int) -> None:
 def test_a_job_that_kills_its_process_is_reported_and_the_others_are_done(workers, tmp_path):
     lost = []
     jobs = [(tmp_path, number) for number in range(6)]
-    assert len(list(each_made(end, jobs, workers, crashed=lambda folder, number, error: lost.append((number, str(error)))))) == 6
+    assert len(list(run_in_workers(end, jobs, workers, crashed=lambda job, error: lost.append((job[1], str(error)))))) == 6
     assert lost == [(3, "exit code 3")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5"]
     with pytest.raises(Crashed, match="exit code 3"):
-        list(each_made(end, jobs, workers))
+        list(run_in_workers(end, jobs, workers))

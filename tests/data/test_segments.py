@@ -175,20 +175,20 @@ def test_the_shard_of_a_video_changes_with_everything_its_clips_depend_on(config
     path = own_videos.Path(config.data.source) / "video.mp4"
     path.write_bytes(b"video")
     os.utime(path, ns=(1, 1))
-    names = [own_videos._name(path, config), own_videos._name(path, replace(config, seed=7, folder="elsewhere"))]
+    names = [own_videos._shard_name(path, config), own_videos._shard_name(path, replace(config, seed=7, folder="elsewhere"))]
     assert names[0] == names[1]
     names = names[:1] + [
-        own_videos._name(path, replace(config, **change))
+        own_videos._shard_name(path, replace(config, **change))
         for change in ({"latent_frames": 6}, {"autoencoder": "other"}, {"model": ModelConfig(resolution=96)},
                        {"data": replace(config.data, least_sync=0.3)})
     ]  # fmt: skip
     path.with_suffix(".txt").write_text("a person speaks")
-    names.append(own_videos._name(path, config))
+    names.append(own_videos._shard_name(path, config))
     path.with_suffix(".txt").write_text("a person sings!")
-    names.append(own_videos._name(path, config))
+    names.append(own_videos._shard_name(path, config))
     os.utime(path, ns=(2, 2))
-    names.append(own_videos._name(path, config))
+    names.append(own_videos._shard_name(path, config))
     path.write_bytes(b"longer video")
     os.utime(path, ns=(2, 2))
-    names.append(own_videos._name(path, config))
+    names.append(own_videos._shard_name(path, config))
     assert len(set(names)) == len(names)

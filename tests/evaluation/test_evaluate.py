@@ -12,12 +12,12 @@ from video_files import read_frames
 
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
-from sonic.evaluation.evaluate import GOALS, Case, cases, evaluate, scored
+from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, score_clip
+from sonic.evaluation.evaluate_config import EvalConfig, EvaluateConfig
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet
-from sonic.training.train_config import EvalConfig, EvaluateConfig
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,14 @@ def test_a_mouth_held_open_in_silence_counts_as_motion():
     spoken, opened = (draw_face.animate(person, visemes)[0] for visemes in (speaking, held))
     track = puppet.lip_displacement(person.mouth, speaking).numpy()
     case = Case(person, np.ones(16_000, np.float32), track, track[::-1], spoken)
-    figures = scored(case, lambda case, samples: spoken if samples.any() else opened, 12).figures
+    figures = score_clip(case, lambda case, samples: spoken if samples.any() else opened, 3).figures
     assert figures["silent_motion_ratio"] == pytest.approx(2**0.5, rel=0.1)  # open all the time, not half of it
 
 
 def test_the_same_seed_gives_the_same_people_and_another_seed_others():
     config = EvalConfig(clips=1, seconds=2.0, seed=5)
-    one, two = (next(cases(config, 96)) for _ in range(2))
-    other = next(cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
+    one, two = (next(drawn_cases(config, 96)) for _ in range(2))
+    other = next(drawn_cases(EvalConfig(clips=1, seconds=2.0, seed=6), 96))
     assert np.array_equal(one.samples, two.samples) and np.array_equal(one.person.picture, two.person.picture)
     assert not np.array_equal(one.person.picture, other.person.picture)
 

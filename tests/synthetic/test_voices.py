@@ -20,7 +20,7 @@ pytest.importorskip("espeakng_loader", reason="speaking needs the extra [voices]
 
 def test_the_same_seed_gives_the_same_speech_whatever_was_spoken_before():
     first = say(np.random.default_rng(7), seconds=2.0)
-    say(np.random.default_rng(8), split="test")
+    say(np.random.default_rng(8), split="test", seconds=2.0)
     again = say(np.random.default_rng(7), seconds=2.0)
     assert np.array_equal(first.samples, again.samples)
     assert first.phonemes == again.phonemes
@@ -137,7 +137,7 @@ def test_silence_can_be_augmented():
 
 def test_an_unknown_split_names_the_choices():
     with pytest.raises(ValueError, match="split=tset is unknown; choose one of: test, train"):
-        say(np.random.default_rng(0), split="tset")
+        say(np.random.default_rng(0), split="tset", seconds=1.0)
 
 
 def test_an_unknown_voice_is_named():

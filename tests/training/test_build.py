@@ -56,7 +56,7 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
 
 def test_a_card_includes_that_of_the_initial_weights(config, tmp_path, monkeypatch):
     run_training(config, tmp_path / "first", commit="abc123", command="the first")
-    monkeypatch.setattr(build, "start_from", lambda *expected: None)
+    monkeypatch.setattr(build, "load_initial_weights", lambda *expected: None)
     config.init_from = config.export
     run_training(config, tmp_path / "second", commit="abc456", command="the second")
     card = (tmp_path / "out" / "speech.md").read_text()

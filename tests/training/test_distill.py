@@ -16,8 +16,9 @@ from sonic.geometry import BlockSpan
 from sonic.inference.rollout import NoiseSource, Sampling, rollout
 from sonic.model.dit import AvatarDiT
 from sonic.sampling.schedules import sigmas_of
-from sonic.training.build import save_weights
-from sonic.training.initial_weights import start_from
+from sonic.system.files import save_tensors
+from sonic.training.build import halved
+from sonic.training.initial_weights import load_initial_weights
 from sonic.training.objective_config import ConsistencyConfig, DmdConfig, WindowConfig
 from sonic.training.objectives.consistency import Consistency, teacher_path
 from sonic.training.objectives.dmd import DistributionMatching, Start, roll
@@ -197,11 +198,11 @@ def test_the_target_after_the_teachers_steps_is_predicted_by_the_student(batch):
 def test_exported_adapters_are_the_student_and_state_their_alpha(batch, tmp_path):
     objective = away(made("consistency"))
     path = tmp_path / "student.safetensors"
-    save_weights(objective.export(objective.roles["student"].state_dict()), path, objective.metadata)
+    save_tensors(halved(objective.export(objective.roles["student"].state_dict())), path, objective.metadata)
     assert read_lora(path).alpha == LORA.alpha
     alone = AvatarDiT(objective.model_config)
     alone.load_state_dict({n: w for n, w in objective.modules["base"].state_dict().items() if "adapters" not in n})
-    save_weights(alone.state_dict(), tmp_path / "base.safetensors")
+    save_tensors(halved(alone.state_dict()), tmp_path / "base.safetensors")
     fill(alone, tmp_path / "base.safetensors", lora=read_lora(path))
     given, noise = conditions_of(batch, objective.model_config), batch["latents"]
     with objective.networks.use_role("student") as model, torch.no_grad():
@@ -266,20 +267,20 @@ def test_a_student_continues_from_exported_adapters(tmp_path):
     learnt = first.roles["student"].state_dict()
     for weight in learnt.values():
         weight.copy_(torch.randn(weight.shape).half())
-    save_weights(first.export(learnt), tmp_path / "student.safetensors", first.metadata)
-    start_from(second, tmp_path / "student.safetensors")
+    save_tensors(halved(first.export(learnt)), tmp_path / "student.safetensors", first.metadata)
+    load_initial_weights(second, tmp_path / "student.safetensors")
     for name, weight in second.roles["student"].state_dict().items():
         assert_close(weight, learnt[name])
 
 
 def test_adapters_learnt_at_another_alpha_are_refused(tmp_path):
     first, second = made("consistency"), made("consistency", AdapterConfig(rank=4, alpha=16.0, targets=LORA.targets))
-    save_weights(first.export(first.roles["student"].state_dict()), tmp_path / "student.safetensors", first.metadata)
+    save_tensors(halved(first.export(first.roles["student"].state_dict())), tmp_path / "student.safetensors", first.metadata)
     with pytest.raises(ValueError, match=r"alpha 8\.0, not with objective\.learn\.alpha=16\.0; use objective\.learn\.alpha=8\.0"):
-        start_from(second, tmp_path / "student.safetensors")
+        load_initial_weights(second, tmp_path / "student.safetensors")
 
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     save_file({"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(made("consistency"), tmp_path / "other.safetensors")
+        load_initial_weights(made("consistency"), tmp_path / "other.safetensors")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from sonic.parallel.mesh import World
-from sonic.training.build import stream_of
+from sonic.training.build import batch_stream
 from sonic.training.checkpoint import Checkpoints
 from sonic.training.engine import Engine
 from sonic.training.log import RunLog, read_scalars
@@ -44,7 +44,7 @@ class LineObjective(Objective):
         self.roles = {"student": nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4)), "critic": nn.Linear(4, 1)}
         self.poison_at, self.poison, self.calls = poison_at, poison, 0
 
-    def turn(self, step):
+    def roles_in_step(self, step):
         return ("student", "critic") if step % 2 else ("student",)
 
     def losses(self, role, batch, rng):
@@ -66,7 +66,7 @@ def make(folder, *, steps=12, objective=None, every=4, accumulate=1, resume="aut
         log=LogConfig(every_steps=log_every, bar=False),
     )
     world = World()
-    stream, log = stream_of(config, Numbers(), world), RunLog(folder, config.log, name="line")
+    stream, log = batch_stream(config, Numbers(), world), RunLog(folder, config.log, name="line")
     return TrainingRun(config, objective or LineObjective(), Engine(config, world, folder), stream, log, folder)
 
 
@@ -86,7 +86,7 @@ def kill_at(run, step):
     run.engine.step = stop
     with pytest.raises(Killed):
         train(run)
-    run.engine.settle()  # a checkpoint under way would be lost with the process; here it is finished
+    run.engine.checkpoints.settle()  # a checkpoint under way would be lost with the process; here it is finished
 
 
 def curve(folder):
@@ -118,7 +118,7 @@ def test_lines_after_a_restart_are_means_over_the_same_steps(tmp_path):
 
 def test_a_finished_training_returns_its_figures_again(tmp_path):
     first, second = train(make(tmp_path)), train(make(tmp_path))
-    assert (first.made, second.made) == (12, 0) and second.figures == first.figures != {}
+    assert (first.new_steps, second.new_steps) == (12, 0) and second.figures == first.figures != {}
     assert len(read_scalars(tmp_path)) == 12
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_without_the_moments_of_weights_that_no_gradient_reached_is
     state = {name: value for name, value in run.engine._state().items() if not name.startswith("moments.critic.")}
     state["weights.critic.bias"] = torch.full((1,), 3.0)
     run.engine.checkpoints.save(1, state, {})
-    run.engine.settle()
+    run.engine.checkpoints.settle()
     assert run.engine.load()["step"] == 1 and run.objective.roles["critic"].bias.item() == 3.0
     assert not any(value.any() for name, value in run.engine._state().items() if name.startswith("moments.critic."))
 

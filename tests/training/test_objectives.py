@@ -96,17 +96,18 @@ def test_the_export_has_the_dit_without_the_viseme_head(batch):
 
 
 def test_training_can_start_from_weights(tmp_path):
-    from sonic.training.build import save_weights
-    from sonic.training.initial_weights import start_from
+    from sonic.system.files import save_tensors
+    from sonic.training.build import halved
+    from sonic.training.initial_weights import load_initial_weights
 
     trained, objective = CASES["flow_match clean"](), CASES["flow_match velocity"]()
-    save_weights(trained.export(trained.student.state_dict()), tmp_path / "dit.safetensors")
-    start_from(objective, tmp_path / "dit.safetensors")
+    save_tensors(halved(trained.export(trained.student.state_dict())), tmp_path / "dit.safetensors")
+    load_initial_weights(objective, tmp_path / "dit.safetensors")
     found = objective.student["model"].state_dict()
     for name, value in trained.student["model"].state_dict().items():
         assert_close(found[name], value.half().float())
     with pytest.raises(ValueError, match="no tensor that fits"):
-        start_from(CASES["viseme"](), tmp_path / "dit.safetensors")
+        load_initial_weights(CASES["viseme"](), tmp_path / "dit.safetensors")
 
 
 def test_augmentation_keeps_the_shape_and_changes_the_columns():

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from sonic.config import AdapterConfig, SamplerConfig
-from sonic.training.build import engine_of, stream_of
+from sonic.training.build import batch_stream, engine_of
 from sonic.training.log import RunLog, read_scalars
 from sonic.training.loop import TrainingRun, train
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
@@ -73,7 +73,7 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
     folder = Path(folder)
     log = RunLog(folder, config.log, name=name, main=world.main)
     return TrainingRun(
-        config, objective, engine_of(config, world, folder), stream_of(config, Windows(8 if name == "clip" else 4), world), log, folder
+        config, objective, engine_of(config, world, folder), batch_stream(config, Windows(8 if name == "clip" else 4), world), log, folder
     )
 
 
@@ -111,7 +111,7 @@ def stopped(folder, name, steps, at, speed=None):
     try:
         train(run)
     except Stopped:
-        run.engine.settle()
+        run.engine.checkpoints.settle()
 
 
 def curve(folder):
@@ -155,9 +155,9 @@ def test_batches_that_cannot_be_shared_are_reported(tmp_path):
 
 
 def shared(accumulate):
-    from sonic.training.build import check_shares
+    from sonic.training.build import check_accumulate
 
-    check_shares(TrainConfig(budget=BudgetConfig(max_steps=1, accumulate=accumulate)), join_world(torch.device("cpu")))
+    check_accumulate(TrainConfig(budget=BudgetConfig(max_steps=1, accumulate=accumulate)), join_world(torch.device("cpu")))
 
 
 def test_a_run_that_is_killed_continues_bit_for_bit(tmp_path):

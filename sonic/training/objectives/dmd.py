@@ -23,7 +23,7 @@ from sonic.training.objective_config import DmdConfig
 from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
 from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
 from sonic.training.objectives.objective import Batch, Losses
-from sonic.training.objectives.transformer import conditions_of, need_blocks
+from sonic.training.objectives.transformer import check_whole_blocks, conditions_of
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions
 
@@ -52,12 +52,12 @@ class DistributionMatching(Distillation):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        need_blocks(config, dataset)  # the student rolls out by blocks, whatever the teacher's attention span
+        check_whole_blocks(config, dataset)  # the student rolls out by blocks, whatever the teacher's attention span
         super().build(config, dataset)
         self.rates = {CRITIC: self.config.critic_rate}
 
-    def turn(self, step: int) -> Sequence[str]:
-        """The critic's updates, then the student's update."""
+    def roles_in_step(self, step: int) -> Sequence[str]:
+        """The critic several times, then the student."""
         return (*(CRITIC,) * self.config.critic_turns, STUDENT)
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
@@ -110,8 +110,7 @@ class DistributionMatching(Distillation):
         critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
         (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        gradient = (fake - real) / size
-        return gradient if self.cells is None else gradient * self.cells.to(gradient)
+        return (fake - real) / size * self.cell_weights.to(fake)
 
 
 class BlockByBlock:

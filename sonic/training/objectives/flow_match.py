@@ -34,13 +34,15 @@ class FlowMatch(TransformerObjective):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        from_weights = bool(self.config.learn.rank or self.config.learn.targets)
-        self.make = self.make if from_weights else AvatarDiT
+        whole_model = not (self.config.learn.rank or self.config.learn.targets)  # which is trained from random weights
+        if whole_model:
+            self.make = AvatarDiT
         self.build_transformers(config, dataset, (STUDENT,))
-        self.pretrained = self.pretrained if from_weights else ()
+        if whole_model:
+            self.pretrained = ()
         self.student = nn.ModuleDict({"model": self.networks.roles[STUDENT]})
         if self.config.viseme_weight:
-            need_visemes(dataset)
+            check_visemes(dataset)
             self.student["viseme_head"] = VisemeHead(config.model)
         self.roles = {STUDENT: self.student}
 
@@ -56,7 +58,7 @@ class FlowMatch(TransformerObjective):
         text [B,L,E] if the clips have them
         """
         config, window = self.config, self.config.window
-        batch, motion = past_of(batch, window, rng)
+        batch, motion = split_past(batch, window, rng)
         clean = batch["latents"]
         sigma = self._sigmas(clean, rng)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
@@ -97,18 +99,18 @@ class FlowMatch(TransformerObjective):
         """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
-        pure = (level >= 0.999).float() * (1.0 if self.cells is None else self.cells.to(prediction))
+        pure = (level >= 0.999).float() * self.cell_weights.to(prediction)
         error = (pure * (prediction.detach() - target).square()).sum()
         return error / (pure * target.square()).sum().clamp(min=1.0)
 
 
-def need_visemes(dataset: object) -> None:
+def check_visemes(dataset: object) -> None:
     """Raise ValueError when the dataset's clips have no visemes."""
     if isinstance(dataset, ClipDataset) and not dataset.has("visemes"):
         raise ValueError(f"data.folder={dataset.folder} holds clips without visemes, as of one's own videos; add objective.viseme_weight=0")
 
 
-def past_of(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[Batch, Tensor | None]:
+def split_past(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[Batch, Tensor | None]:
     """Split off the first `past` latent frames of the window: the rest of the batch, and these frames, noised, as motion memory."""
     if not config.past:
         return batch, None

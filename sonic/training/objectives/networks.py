@@ -61,8 +61,3 @@ class SharedNetworks(Networks):
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapters in peft's format."""
         return {peft_name(name): tensor for name, tensor in weights.items()}
-
-
-def build_networks(config: ModelConfig, learn: AdapterConfig, roles: Sequence[str], *, make: Make = AvatarDiT) -> Networks:
-    """The networks of these roles: adapters on a shared base if `learn.rank` is set, else a transformer each."""
-    return (SharedNetworks if learn.rank else Networks)(config, learn, roles, make=make)

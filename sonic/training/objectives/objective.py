@@ -42,7 +42,7 @@ class Objective:
         """All modules that compute; by default the roles only."""
         return self.roles
 
-    def turn(self, step: int) -> Sequence[str]:
+    def roles_in_step(self, step: int) -> Sequence[str]:
         """The roles to update in a step, in order; by default the student."""
         return (STUDENT,)
 

@@ -16,8 +16,8 @@ from sonic.training.train_config import TrainConfig
 from sonic.types import MotionLayers
 from sonic.vae.motion_vae import Residual, WarpAutoencoder
 
-POSE = 4
-WIDTH = 96
+POSE = 4  # numbers of a head pose: roll, shift x, shift y, blink
+WIDTH = 96  # channels of the motion predictor
 
 
 class MotionPredictor(nn.Module):

@@ -12,8 +12,8 @@ from sonic.data.clips import ClipDataset, pose_latents
 from sonic.model.dit import AvatarDiT
 from sonic.sampling.path import expand_like
 from sonic.sampling.schedules import TIMESTEPS
-from sonic.training.objective_config import DistillConfig, ErrorConfig, FlowMatchConfig
-from sonic.training.objectives.networks import Networks, build_networks
+from sonic.training.objective_config import DistillConfig, FlowMatchConfig
+from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, pick
@@ -41,12 +41,14 @@ class TransformerObjective(Objective):
     def build_transformers(self, config: TrainConfig, dataset: object, roles: Sequence[str]) -> None:
         """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
         if self.config.window.reach == "blocks":
-            need_blocks(config, dataset)
-        self.networks = build_networks(config.model, self.config.learn, roles, make=self.make)
+            check_whole_blocks(config, dataset)
+        kind = SharedNetworks if self.config.learn.rank else Networks
+        self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.roles, self.metadata = self.networks.roles, self.networks.metadata
         self.pretrained = tuple(self.networks.modules.values())
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
-        self.cells = cells_of(dataset, self.config.error)
+        std = dataset.statistics().get("cell_std") if isinstance(dataset, ClipDataset) else None
+        self.cell_weights = torch.ones(()) if std is None else cell_weights(std, self.config.error.cell_gain)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -71,7 +73,7 @@ class TransformerObjective(Objective):
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
         target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
-        weight = weight if self.cells is None else weight * self.cells.to(prediction)
+        weight = weight * self.cell_weights.to(prediction)
         difference = prediction - target
         error = (weight * difference.square()).mean()
         later = weight[:, :, 1:] if weight.shape[2] > 1 else weight
@@ -80,7 +82,7 @@ class TransformerObjective(Objective):
         return error + self.config.error.change_weight * jerk, figures
 
 
-def need_blocks(config: TrainConfig, dataset: object) -> None:
+def check_whole_blocks(config: TrainConfig, dataset: object) -> None:
     """Raise ValueError when a window of the dataset's clips is not a whole number of rollout blocks."""
     if not isinstance(dataset, ClipDataset):
         return
@@ -100,12 +102,6 @@ def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
     rows = batch["text"] if "text" in batch else clean.new_zeros(clean.shape[0], text.text_len, text.text_dim)
     pose = pose_latents(batch["head"], *clean.shape[-2:]) if "head" in batch else None
     return Conditions(ref=batch["ref"], text=rows, audio=batch["audio"], pose=pose)
-
-
-def cells_of(dataset: object, config: ErrorConfig) -> Tensor | None:
-    """Loss weights of the latent cells from the dataset's statistics; None if it has none."""
-    std = getattr(dataset, "statistics", dict)().get("cell_std")
-    return None if std is None else cell_weights(std, config.cell_gain)
 
 
 def cell_weights(std: Tensor, gain: float) -> Tensor:
