@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,7 +19,7 @@ from torch import nn
 from sonic.checkpoint.converted import _store
 from sonic.checkpoint.weights import save_weights as save_model
 from sonic.data.shards import write_shard
-from sonic.system.files import save_tensors, written_temporary
+from sonic.system.files import save_tensors, write_json, written_temporary
 from sonic.training.build import save_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -81,3 +85,17 @@ def test_a_failed_write_leaves_the_file_as_it_was(fault, tmp_path):
 def test_tensors_that_cannot_be_written_name_their_file(tmp_path):
     with pytest.raises(OSError, match="missing/a.safetensors"):
         save_tensors(TENSORS, tmp_path / "missing/a.safetensors")
+
+
+def test_json_goes_to_stdout_without_replacing_it(tmp_path):
+    program = "from sonic.system.files import write_json; write_json([7], '/dev/stdout')"
+    with (tmp_path / "out.txt").open("wb") as file:
+        subprocess.run([sys.executable, "-c", program], stdout=file, check=True)
+    assert json.loads((tmp_path / "out.txt").read_bytes()) == [7] and Path("/dev/stdout").is_symlink()
+
+
+def test_json_goes_through_a_pipe_with_a_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    write_json([7], tmp_path / "pipe")
+    assert json.loads(reader.communicate()[0]) == [7]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+DEVICES = Path("/dev")  # where /dev/stdout is, which must not be replaced
 NAME_CHARACTERS = 40  # of a file's name that its temporary name repeats, so that the longer name stays within the system's limit
 
 if typing.TYPE_CHECKING:
@@ -36,10 +37,14 @@ def written_temporary(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(value: object, path: str | Path) -> None:
-    """Write a JSON file for people to read; its folder is made if it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file for people to read; its folder is made if it is missing. Pipes and devices are written to as they are."""
+    path, text = Path(path), json.dumps(value, indent=1) + "\n"
+    if DEVICES in path.parents or (path.exists() and not path.is_file()):
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_temporary(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.write_text(text)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
