@@ -20,12 +20,10 @@ from sonic.checkpoint.converted import _store
 from sonic.checkpoint.weights import save_weights as save_model
 from sonic.data.shards import write_shard
 from sonic.system.files import save_tensors, write_json, written_temporary
-from sonic.training.build import save_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3)}
 WRITERS = {
     "shard": lambda path: write_shard(path, TENSORS, clips=[]),
-    "export": lambda path: save_weights(TENSORS, path),
     "model": lambda path: save_model(nn.Linear(3, 2), path),
     "prompt": lambda path: _store(path, TENSORS),
     "any": lambda path: save_tensors(TENSORS, path),
