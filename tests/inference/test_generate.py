@@ -31,7 +31,7 @@ from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
-    "stages_s", "versions", "sampling", "plan",
+    "stages_s", "versions", "sampling", "plan", "face",
 }  # fmt: skip
 QUICK = SamplerConfig(sample_steps=1)
 
@@ -101,6 +101,7 @@ def test_a_run_keeps_its_results(command, tmp_path, capsys):
     assert set(result) == KEYS
     assert set(result["stages_s"]) == {"load", "encode", "denoise", "decode", "write"}
     assert (result["frames"], result["fps"], result["output"]) == (20, 25, str(folder / "out.mp4"))
+    assert set(result["face"]) == {"face_box", "face.mouth"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 5
     assert str(folder / "out.mp4") in capsys.readouterr().out
 
