@@ -97,3 +97,8 @@ def test_json_goes_through_a_pipe_with_a_name(tmp_path):
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     write_json([7], tmp_path / "pipe")
     assert json.loads(reader.communicate()[0]) == [7]
+
+
+def test_an_error_in_words_keeps_them(tmp_path):
+    with pytest.raises(OSError, match="^the disk is full$"), written_temporary(tmp_path / "file"):
+        raise OSError("the disk is full")
