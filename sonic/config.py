@@ -22,8 +22,8 @@ PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
 
 # tables of variants, as MODULE.TABLE in sonic
-SAMPLERS, SCHEDULES, PREDICTIONS = "sampling.samplers.SAMPLERS", "sampling.schedules.SCHEDULES", "sampling.path.PREDICTIONS"
-ATTENTION, SPEECH_ENCODERS = "model.attention.ATTENTION", "encoders.speech.SPEECH_ENCODERS"
+SAMPLER_TABLE, SCHEDULE_TABLE, PREDICTION_TABLE = "sampling.samplers.SAMPLERS", "sampling.schedules.SCHEDULES", "sampling.path.PREDICTIONS"
+ATTENTION_TABLE, SPEECH_ENCODER_TABLE = "model.attention.ATTENTION", "encoders.speech.SPEECH_ENCODERS"
 
 
 class Ranks(NamedTuple):
@@ -206,9 +206,9 @@ class ModelConfig:
     text: TextConfig = option(TextConfig)
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
-    prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTIONS)
+    prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTION_TABLE)
     family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
-    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODERS)
+    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODER_TABLE)
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
@@ -216,9 +216,9 @@ class ModelConfig:
     lora: LoraConfig = option(LoraConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.prediction, names_in(PREDICTIONS), "model.prediction")
+        one_of(self.prediction, names_in(PREDICTION_TABLE), "model.prediction")
         one_of(self.family, list(FAMILIES), "model.family")
-        one_of(self.speech_encoder, names_in(SPEECH_ENCODERS), "model.speech_encoder")
+        one_of(self.speech_encoder, names_in(SPEECH_ENCODER_TABLE), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
         require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")
@@ -228,16 +228,16 @@ class ModelConfig:
 class SamplerConfig:
     """How latents are sampled from noise."""
 
-    name: str = option("euler", "solver", table=SAMPLERS)
-    schedule: str = option("linear", "schedule of the noise levels", table=SCHEDULES)
+    name: str = option("euler", "solver", table=SAMPLER_TABLE)
+    schedule: str = option("linear", "schedule of the noise levels", table=SCHEDULE_TABLE)
     sample_steps: int = option(4, "sampling steps per block; more are slower and better")
     sample_guide_scale: float = option(1.0, "guidance towards the audio; 1 = off, twice as fast; so is 0, as in published commands")
     sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the schedule live_avatar contains 3")
     negative_prompt: str = option("", "what guidance leads away from, for models that read text")
 
     def __post_init__(self) -> None:
-        one_of(self.name, names_in(SAMPLERS), "sampler.name")
-        one_of(self.schedule, names_in(SCHEDULES), "sampler.schedule")
+        one_of(self.name, names_in(SAMPLER_TABLE), "sampler.name")
+        one_of(self.schedule, names_in(SCHEDULE_TABLE), "sampler.schedule")
         self.sample_guide_scale = self.sample_guide_scale or 1.0
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
@@ -352,13 +352,15 @@ class RunConfig:
     folder: str = option("runs", "folder in which run folders are made")
     device: str = option("auto", "auto, cpu or cuda; auto = cuda when there is one")
     dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 for the 14B models")
-    attention: str = option("sdpa", "kernel (sdpa = torch's own; xformers needs CUDA and falls back to sdpa without it)", table=ATTENTION)
+    attention: str = option(
+        "sdpa", "kernel (sdpa = torch's own; xformers needs CUDA and falls back to sdpa without it)", table=ATTENTION_TABLE
+    )
     threads: int = option(0, "CPU threads; 0 = torch's default")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
         one_of(self.dtype, (OWN, *PRECISIONS), "run.dtype")
-        one_of(self.attention, names_in(ATTENTION), "run.attention")
+        one_of(self.attention, names_in(ATTENTION_TABLE), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")
         require(0 <= self.threads <= 4096, f"run.threads={self.threads}: need 0 (torch's own choice) to 4096")

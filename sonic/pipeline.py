@@ -25,7 +25,7 @@ from sonic.arguments import (
     with_options,
 )
 from sonic.cli import Entry, compose, ranks_here
-from sonic.config import Ranks, VideoConfig, closest_first
+from sonic.config import PRECISIONS, Ranks, VideoConfig, closest_first
 from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
 from sonic.data.video import VideoWriter
@@ -190,7 +190,7 @@ class AvatarPipeline:
         run = self.config.run
         for target in targets:
             name = str(target).removeprefix("torch.")
-            is_dtype = isinstance(target, torch.dtype) or name in ("float32", "bfloat16")
+            is_dtype = isinstance(target, torch.dtype) or name in PRECISIONS
             run = replace(run, **{"dtype" if is_dtype else "device": name})
         find_device(run.device)
         return self._reopen(replace(self.config, run=run))

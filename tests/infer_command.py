@@ -8,9 +8,9 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
+from run_files import save_weights
 from skimage import data
 
-from sonic.checkpoint.weights import save_weights
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig
 from sonic.encoders.speech import LogMelEncoder

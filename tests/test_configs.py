@@ -19,11 +19,11 @@ from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text, run_command
 from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import (
-    ATTENTION,
-    PREDICTIONS,
-    SAMPLERS,
-    SCHEDULES,
-    SPEECH_ENCODERS,
+    ATTENTION_TABLE,
+    PREDICTION_TABLE,
+    SAMPLER_TABLE,
+    SCHEDULE_TABLE,
+    SPEECH_ENCODER_TABLE,
     parse_size,
 )
 from sonic.data.data_config import PrecomputeConfig
@@ -148,7 +148,7 @@ def test_every_model_builds_on_the_meta_device(name):
 
 
 def test_names_of_variants_are_read_without_importing_their_modules():
-    tables = (SAMPLERS, SCHEDULES, PREDICTIONS, ATTENTION, SPEECH_ENCODERS)
+    tables = (SAMPLER_TABLE, SCHEDULE_TABLE, PREDICTION_TABLE, ATTENTION_TABLE, SPEECH_ENCODER_TABLE)
     script = f"import json, sys\nfrom sonic.config import names_in\nprint(json.dumps([names_in(table) for table in {tables}]))\n"
     script += "assert 'torch' not in sys.modules"
     found = json.loads(subprocess.run([*interpreter(), "-c", script], capture_output=True, text=True, check=True).stdout)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from run_files import save_weights as save_model
 from safetensors.torch import load_file
 from torch import nn
 
 from sonic.checkpoint.converted import _store
-from sonic.checkpoint.weights import save_weights as save_model
 from sonic.data.shards import write_shard
 from sonic.system.files import save_tensors, write_json, written_temporary
 

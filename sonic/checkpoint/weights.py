@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sonic.checkpoint.tensor_files import StoredTensor, check, survey
-from sonic.system.files import save_tensors
 
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
@@ -82,11 +81,6 @@ def translated(name: str, table: Mapping[str, str]) -> str:
 def export(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under the names that files contain: official where there is one, ours elsewhere."""
     return {to_official(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the model's tensors as one safetensors file, in the precision they have."""
-    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in export(model).items()}, path, metadata or {})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

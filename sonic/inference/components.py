@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
-from sonic.config import LoraConfig, ModelConfig
+from sonic.config import PRECISIONS, LoraConfig, ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
@@ -17,7 +17,7 @@ from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
 
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
 @dataclass

@@ -104,11 +104,6 @@ class RunLog:
         self._file = self._bar = self._wandb = None
 
 
-def read_scalars(folder: Path) -> list[dict]:
-    """Every line of a run's log, oldest first."""
-    return [json.loads(line) for line in _lines(folder / SCALARS)]
-
-
 def _lines(path: Path) -> list[str]:
     """Complete lines of the file, without a last line that a crash cut short."""
     if not path.exists():

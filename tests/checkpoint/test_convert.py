@@ -9,11 +9,12 @@ import pytest
 import torch
 from convert_command import convert, infer, tensors_of
 from official_folder import GIVEN, tiny_model
+from run_files import save_weights
 from safetensors.torch import load_file
 
 from sonic.checkpoint import official
 from sonic.checkpoint.lora import PUBLISHED as LORA_FILE
-from sonic.checkpoint.weights import export, save_weights
+from sonic.checkpoint.weights import export
 from sonic.model.dit import AvatarDiT
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from run_files import save_weights
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sonic.checkpoint.load import fill, fill_randomly, without_memory
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
-from sonic.checkpoint.weights import load_weights, save_weights
+from sonic.checkpoint.weights import load_weights
 from sonic.parallel.fsdp import shard
 from sonic.parallel.mesh import make_world
 from sonic.parallel.parallel_config import ParallelConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from run_files import save_weights
 from safetensors.torch import save_file
 from tiny import tiny_model
 from torch.testing import assert_close
@@ -11,7 +12,6 @@ from torch.testing import assert_close
 from sonic.checkpoint.load import fill
 from sonic.checkpoint.lora import ALPHA as STORED_ALPHA
 from sonic.checkpoint.lora import USUAL_ALPHA, read_lora
-from sonic.checkpoint.weights import save_weights
 
 RANK, ALPHA = 2, 6.0
 MODULE = "blocks.0.self_attn.q"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_files import save_weights
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
-from sonic.checkpoint.weights import OFFICIAL, OURS, export, load_weights, save_weights, to_official, to_ours
+from sonic.checkpoint.weights import OFFICIAL, OURS, export, load_weights, to_official, to_ours
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
 from sonic.model.dit import AvatarDiT
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_files import read_scalars
 from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage import data
@@ -27,7 +28,6 @@ from sonic.data.own_videos import REPORT
 from sonic.data.precompute import precompute
 from sonic.training.build import run_training
 from sonic.training.clip_encoders import build_encoders, clip_hashes
-from sonic.training.log import read_scalars
 from sonic.training.objective_config import FlowMatchConfig
 from sonic.training.train_config import BudgetConfig, DataConfig, LogConfig, TrainConfig
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from einops import rearrange
 from official_folder import write_official
+from run_files import read_scalars
 from video_files import read_frames, speech, talking, write
 
 from sonic.checkpoint.convert import DIRECTIONS
@@ -24,7 +25,6 @@ from sonic.data.precompute import precompute
 from sonic.data.video import frames_at
 from sonic.training.build import run_training
 from sonic.training.clip_encoders import build_encoders
-from sonic.training.log import read_scalars
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.train_config import TrainConfig
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from plan_case import SINGLE, blocks_of, case_of, made_under_all, model_under, same_as_single
 from ranks import on_ranks
+from run_files import save_weights
 from tiny import tiny_model
 
-from sonic.checkpoint.weights import save_weights
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.parallel.deepspeed_inference import allocate_slices
 from sonic.parallel.mesh import World, degrees

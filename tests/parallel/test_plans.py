@@ -6,9 +6,9 @@ import pytest
 import torch
 from plan_case import SINGLE, case_of, clip_of, made_under_all, model_under, same_as_single
 from ranks import on_ranks
+from run_files import save_weights
 from tiny import tiny_model
 
-from sonic.checkpoint.weights import save_weights
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.parallel.parallel_config import PLAN_NAMES, ParallelConfig
 

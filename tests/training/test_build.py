@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hanging import every_file_hangs
 from ranks import on_ranks
+from run_files import read_scalars
 from safetensors.torch import load_file, save_file
 from wandb_recorder import record_wandb
 
@@ -20,7 +21,6 @@ from sonic.parallel import watchdog
 from sonic.training import build
 from sonic.training.build import run_training
 from sonic.training.checkpoint import newest_first
-from sonic.training.log import read_scalars
 from sonic.training.objective_config import VisemeConfig
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
 

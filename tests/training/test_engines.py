@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from run_files import read_scalars
 from test_training_ranks import continued, curve, run_of, stopped, trained
 from torch.testing import assert_close
-
-from sonic.training.log import read_scalars
 
 ENGINES = ["fsdp", "zero2", "zero3"]
 

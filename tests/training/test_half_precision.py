@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from ranks import on_ranks
+from run_files import read_scalars
 from test_training_ranks import run_of
 
-from sonic.training.log import read_scalars
 from sonic.training.loop import train
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
+from run_files import read_scalars, save_weights
 from safetensors.torch import load_file, save_file
 from test_engines import launched
 from test_objectives import config_of
@@ -18,14 +19,12 @@ from torch.testing import assert_close
 from sonic.checkpoint import tensor_files
 from sonic.checkpoint.converted import FORMAT
 from sonic.checkpoint.load import without_memory
-from sonic.checkpoint.weights import save_weights
 from sonic.cli import run_command
 from sonic.commands import train_command
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.data.clips import write_index
 from sonic.model.dit import AvatarDiT
 from sonic.training.build import run_training
-from sonic.training.log import read_scalars
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig
 

@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from run_files import read_scalars
 from wandb_recorder import record_wandb
 
 from sonic.data.video import VideoWriter
 from sonic.training.guard import WARM, Guard
-from sonic.training.log import RunLog, read_scalars
+from sonic.training.log import RunLog
 from sonic.training.train_config import LogConfig
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from run_files import read_scalars
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -19,7 +20,7 @@ from sonic.parallel.mesh import World
 from sonic.training.build import batch_stream
 from sonic.training.checkpoint import Checkpoints
 from sonic.training.engine import Engine
-from sonic.training.log import RunLog, read_scalars
+from sonic.training.log import RunLog
 from sonic.training.loop import Diverged, TrainingRun, train
 from sonic.training.objectives import Objective
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, LogConfig, OptimConfig, TrainConfig

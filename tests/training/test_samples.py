@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import on_ranks
+from run_files import read_scalars, save_weights
 from safetensors.torch import save_file
 from video_files import read_frames
 
-from sonic.checkpoint.weights import save_weights
 from sonic.config import AdapterConfig, AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.data.clips import write_index
 from sonic.model.dit import AvatarDiT
 from sonic.training.build import run_training
-from sonic.training.log import read_scalars
 from sonic.training.objective_config import ConsistencyConfig, FlowMatchConfig, VisemeConfig
 from sonic.training.train_config import BudgetConfig, DataConfig, LogConfig, SpeedConfig, TrainConfig
 

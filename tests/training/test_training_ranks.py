@@ -14,12 +14,13 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from ranks import on_ranks
+from run_files import read_scalars
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.training.build import batch_stream, engine_of
-from sonic.training.log import RunLog, read_scalars
+from sonic.training.log import RunLog
 from sonic.training.loop import TrainingRun, train
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
 from sonic.training.objectives.dmd import DistributionMatching
