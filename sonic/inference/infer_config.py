@@ -18,6 +18,7 @@ from sonic.config import (
     require,
     settled_video,
 )
+from sonic.inference.post_config import PostConfig
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 
 
@@ -58,6 +59,7 @@ class InferConfig(RequestConfig):
     decode: DecodeConfig = option(DecodeConfig)
     face: FaceConfig = option(FaceConfig)
     motion: HeadConfig = option(HeadConfig)
+    post: PostConfig = option(PostConfig)
     parallel: ParallelConfig = option(ParallelConfig)
     hardware: HardwareConfig = option(HardwareConfig)
     plan: PlanChoiceConfig = option(PlanChoiceConfig)

@@ -1,0 +1,25 @@
+"""Options of what is done to the frames and the sound of a video after the model made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sonic.config import option, require
+
+MOST_OFFSET_S = 0.2
+
+
+@dataclass
+class PostConfig:
+    """What is done to a video after the model made it."""
+
+    alignment_offset: float = option(0.0, "seconds by which the sound is later than the picture; negative = earlier")
+    lip_align: bool = option(False, "measure the offset of sound and mouth in this very video and take it out")
+    smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
+    interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
+
+    def __post_init__(self) -> None:
+        within = abs(self.alignment_offset) <= MOST_OFFSET_S
+        require(within, f"post.alignment_offset={self.alignment_offset} must lie between -{MOST_OFFSET_S} and {MOST_OFFSET_S} s")
+        require(0 <= self.smooth_motion <= 1, f"post.smooth_motion={self.smooth_motion} must lie between 0 (off) and 1")
+        require(self.interpolate in (1, 2), f"post.interpolate={self.interpolate} must be 1 (off) or 2")
