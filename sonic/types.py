@@ -133,11 +133,16 @@ class Mouth:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture."""
+    """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture.
+
+    lips [4,11,2]: inner edges of the upper and the lower lip, then the outer ones, in photo pixels from the left corner of the mouth to
+    the right one; None where no landmarks were read.
+    """
 
     pixels: np.ndarray
     face: FaceBox | None = None
     mouth: Mouth | None = None
+    lips: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def fitted_constants(finder: FaceFinder) -> dict:
         down = math.dist(eyes.mean(axis=0), truth)
         size.append(WIDTH * person.mouth.unit / math.sqrt(math.dist(*eyes) * down))
         width.append(2 * person.mouth.unit / math.dist(*found.corners))
-        inner.append(((found.upper_lip + found.lower_lip) / 2 - corners, truth - corners))
+        inner.append((found.inner_edges.mean(axis=0) - corners, truth - corners))
     towards, wanted = (np.stack(part)[:, 1] for part in zip(*inner, strict=True))  # the faces are upright
     rows = {"SIZE": np.array(size), "WIDTH": np.array(width)}
     words = {name: f"{np.median(values):.3f} ± {values.std() / values.mean():.1%}" for name, values in rows.items()}

@@ -29,8 +29,13 @@ EYES = np.array([
     [33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246],
     [263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466],
 ])  # fmt: skip
-CORNERS = np.array([61, 291])  # of the mouth
-UPPER_LIP, LOWER_LIP = np.array([82, 13, 312]), np.array([87, 14, 317])  # middle of their inner edges
+LIPS = np.array([  # inner edges of the upper and of the lower lip, then the outer ones, from the left corner of the mouth to the right one
+    [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308],
+    [78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308],
+    [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291],
+    [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291],
+])  # fmt: skip
+MIDDLE = slice(4, 7)  # of a lip's edge
 
 
 class Layout(NamedTuple):
@@ -71,15 +76,23 @@ class Detection:
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Landmarks of a face in px of the picture: eyelid outlines [2,16,2], corners of the mouth [2,2], middle of the inner edges of the
-    upper and the lower lip [2]; `presence` 0..1 that this is a face at all; `view` of the picture that holds it."""
+    """Landmarks of a face in px of the picture: eyelid outlines [2,16,2]; edges of the lips [4,11,2] as in `LIPS`; `presence` 0..1 that
+    this is a face at all; `view` of the picture that holds it."""
 
     eyes: np.ndarray
-    corners: np.ndarray
-    upper_lip: np.ndarray
-    lower_lip: np.ndarray
+    lips: np.ndarray
     presence: float
     view: Crop
+
+    @property
+    def corners(self) -> np.ndarray:
+        """Corners of the mouth.  -> [2,2]"""
+        return self.lips[2, [0, -1]]
+
+    @property
+    def inner_edges(self) -> np.ndarray:
+        """Middles of the inner edges of the upper and the lower lip.  -> [2,2]"""
+        return self.lips[:2, MIDDLE].mean(axis=1)
 
     @property
     def eye_centres(self) -> np.ndarray:
@@ -89,7 +102,7 @@ class Landmarks:
     @property
     def opening(self) -> float:
         """Distance of the inner edges of the lips, in distances of the eyes."""
-        return math.dist(self.upper_lip, self.lower_lip) / math.dist(*self.eye_centres)
+        return math.dist(*self.inner_edges) / math.dist(*self.eye_centres)
 
 
 class Network:
@@ -154,12 +167,9 @@ class FaceMesh:
             if _moved(last, view) < SETTLED:
                 break
         mirrored, _ = self._read(shown[:, ::-1])
-        one, other = (
-            _landmarks(points, view, presence),
-            _landmarks(mirrored * (-1, 1) + (1, 0), view, presence, order=slice(None, None, -1)),
-        )
-        means = {name: (getattr(one, name) + getattr(other, name)) / 2 for name in ("eyes", "corners", "upper_lip", "lower_lip")}
-        return replace(one, **means)
+        one = _landmarks(points, view, presence)
+        other = _landmarks(mirrored * (-1, 1) + (1, 0), view, presence)  # in which left and right are exchanged
+        return replace(one, eyes=(one.eyes + other.eyes[::-1]) / 2, lips=(one.lips + other.lips[:, ::-1]) / 2)
 
     def _read(self, shown: np.ndarray) -> tuple[np.ndarray, float]:
         """Points of the mesh as shares of the view [468,2], and the presence of a face 0..1.  shown [R,R,3]"""
@@ -167,11 +177,10 @@ class FaceMesh:
         return points.reshape(POINTS, 3)[:, :2] / MESH_SIDE, float(_sigmoid(logit.ravel())[0])
 
 
-def _landmarks(points: np.ndarray, view: Crop, presence: float, *, order: slice = slice(None)) -> Landmarks:
-    """The landmarks among the points of a mesh, which are shares of the view [468,2]; `order` exchanges left and right."""
+def _landmarks(points: np.ndarray, view: Crop, presence: float) -> Landmarks:
+    """The landmarks among the points of a mesh, which are shares of the view [468,2]."""
     points = in_picture(points, view)
-    upper, lower = (points[lip].mean(axis=0) for lip in (UPPER_LIP, LOWER_LIP))
-    return Landmarks(points[EYES[order]], points[CORNERS[order]], upper, lower, presence, view)
+    return Landmarks(points[EYES], points[LIPS], presence, view)
 
 
 def sampled(picture: Image.Image, view: Crop) -> np.ndarray:

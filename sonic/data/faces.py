@@ -35,6 +35,7 @@ TILES = (0.5, 0.25)  # sides of the enlarged views, in sides of the photo, for f
 SMALLEST_TILE = 200  # px: faces that need a smaller one have less than 32 px
 MARGINS = (1.0, 1.6)  # sides of the views of the whole photo: a face that fills it is seen better with a margin
 QUARTER_TURNS = (0.0, math.pi / 2, math.pi, -math.pi / 2)
+SAME_MOUTH = 0.5  # a given mouth whose middle is closer to that of the landmarks, in halves of its width, has their lips
 SMALLEST_FACE = 16  # px: least side of a given face box
 OVERRIDE = "face_box=[x,y,w,h] face.mouth=[x,y,half_width] in pixels of the photo"
 
@@ -59,7 +60,7 @@ class Face:
     def mouth(self) -> Mouth:
         """The mouth; of an open one, the middle between the lips."""
         found = self.landmarks
-        x, y = (1 - INNER) * found.corners.mean(axis=0) + INNER * (found.upper_lip + found.lower_lip) / 2
+        x, y = (1 - INNER) * found.corners.mean(axis=0) + INNER * found.inner_edges.mean(axis=0)
         return Mouth(float(x), float(y), WIDTH / 2 * math.dist(*found.corners), self.angle)
 
     @property
@@ -139,19 +140,20 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     """
     box = None if face_box is None else _checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
-    if box is None or given is None or len(mouth) == 3:
-        finder = FaceFinder()
-        face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
-        box = box or face.box
-        if given is not None and len(mouth) == 3:
-            given = replace(given, angle=0.0 if face is None else face.angle)
-        if given is None and (face is None or face.confidence < CONFIDENT):
-            raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
-        given = given or face.mouth
+    finder = FaceFinder()
+    face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
+    box = box or face.box
+    if given is not None and len(mouth) == 3:
+        given = replace(given, angle=0.0 if face is None else face.angle)
+    sure = face is not None and face.confidence >= CONFIDENT
+    if given is None and not sure:
+        raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
+    given = given or face.mouth
     # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
     face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
     x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
-    return Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)))
+    seen = sure and math.dist((x, y), (face.mouth.x, face.mouth.y)) < SAME_MOUTH * half_width
+    return Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)), face.landmarks.lips.round(2) if seen else None)
 
 
 def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:

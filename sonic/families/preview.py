@@ -23,6 +23,7 @@ from sonic.data.clips import pose_latents
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import portrait_of
 from sonic.data.image import cut, face_crop
+from sonic.data.lips import close_mouth
 from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
@@ -41,7 +42,7 @@ from sonic.inference.rollout import NoiseSource, Sampling, seeded
 from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
-from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
+from sonic.types import Conditions, Crop, FrameChunk, Inputs, Portrait, pick
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -132,8 +133,8 @@ class Preview(Family):
         components.load()
         config, device, options = components.config, components.device, settings.config
         crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
-        canvas = Canvas(torch.from_numpy(inputs.portrait.pixels), crop)
-        reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
+        canvas = _canvas(inputs.portrait, crop)
+        reference = components.autoencoder.reference(rearrange(cut(canvas.pixels, crop), "c h w -> 1 c h w").to(device))
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
@@ -190,6 +191,15 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
     load_weights(autoencoder, file)
     load_weights(speech, weight_files(config).speech)
     return autoencoder, speech
+
+
+def _canvas(portrait: Portrait, crop: Crop) -> Canvas:
+    """The photograph to draw over: with its mouth closed when its lips are parted, and then with what they showed as the mouth's inside."""
+    photograph, closed = torch.from_numpy(portrait.pixels), close_mouth(portrait)
+    if closed is None:
+        return Canvas(photograph, crop)
+    between = torch.from_numpy(closed.between_lips)[None]
+    return Canvas(torch.from_numpy(closed.pixels), crop, torch.cat([rearrange(photograph, "h w c -> c h w").float(), between]))
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:

@@ -47,11 +47,12 @@ def settle(layers: MotionLayers) -> MotionLayers:
 class Canvas:
     """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover.
+    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover. `inside` float [4,H,W] is a picture in 0..255 of
+    the mouth's inside that the photograph itself shows, and its opacity in [0,1]; it covers the layers' own.
     """
 
-    def __init__(self, pixels: Tensor, crop: Crop):
-        self.pixels, self.crop = pixels, crop
+    def __init__(self, pixels: Tensor, crop: Crop, inside: Tensor | None = None):
+        self.pixels, self.crop, self.inside = pixels, crop, inside
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
@@ -107,5 +108,9 @@ class Canvas:
         warped = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
         edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # sharpens the lip line to the photograph's resolution
         opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
-        composed = torch.lerp(warped, interior * 255, opacity)
+        interior = interior * 255
+        if self.inside is not None:
+            own = self.inside[:, top:bottom, left:right]
+            interior = torch.lerp(interior, own[:3], own[3:])
+        composed = torch.lerp(warped, interior, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)

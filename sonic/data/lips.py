@@ -1,0 +1,109 @@
+"""Closes the mouth of a photograph whose lips are parted, so that every portrait begins to speak from a closed mouth.
+
+The lips are moved along the mouth's vertical until their inner edges meet; the skin around them and, for a mouth wide open, the jaw
+follow.  What the photograph shows between the lips, its own teeth above all, is kept, to be seen again where the mouth opens there.
+Lengths are in mouth units: 1 is half the mouth's width, the origin is the middle of the mouth, x points right along the mouth, y down.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from scipy.interpolate import PchipInterpolator
+from torch.nn import functional as F
+
+from sonic.geometry import pixels_around
+from sonic.types import Mouth, Portrait
+
+PARTED = 0.06  # largest gap between the inner edges below which lips count as closed
+MARGIN, AT_CORNER = 0.05, 0.35  # the mesh sees a gap so much too small at either edge, and less so this close to the corners
+MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
+THINNEST = 0.15  # a lip moves as a whole over at least this height
+ABOVE, BELOW = 0.6, 1.0  # heights over which the skin above the upper lip and that below the lower lip give way
+JAW, JAW_FROM, JAW_FULL = 0.62, 0.25, 0.65  # share of the lip's way that the chin moves, and gaps at which it begins to and does so fully
+CHIN, THROAT = 2.0, 1.3  # where the chin ends below the lips, and the height below it over which its motion fades
+CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
+WIDE_OPEN = (
+    0.1,
+    0.25,
+)  # gaps at which what the lips show begins to be kept, and is kept wholly: in smaller ones the mesh takes lips for it
+INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the mouth's inside at the lower lip
+REACH = 4.0  # no pixel further from the mouth changes
+
+
+class ClosedMouth(NamedTuple):
+    """A photograph with its mouth closed, uint8 [H,W,3], and the opacity [H,W] in [0,1] with which the open one shows between its lips."""
+
+    pixels: np.ndarray
+    between_lips: np.ndarray
+
+
+def close_mouth(portrait: Portrait) -> ClosedMouth | None:
+    """Close the mouth of a portrait; None when its lips are unknown or already meet."""
+    mouth = portrait.mouth
+    if portrait.lips is None:
+        return None
+    edges = _in_units(portrait.lips, mouth)
+    if (edges[1, :, 1] - edges[0, :, 1]).max() < PARTED:
+        return None
+    height, width = portrait.pixels.shape[:2]
+    radius = REACH * mouth.half_width
+    rows, columns = pixels_around(mouth.y, radius, height), pixels_around(mouth.x, radius, width)
+    px, py = np.meshgrid(np.arange(columns.start, columns.stop) + 0.5, np.arange(rows.start, rows.stop) + 0.5)
+    x, y = np.moveaxis(_in_units(np.stack([px, py], -1), mouth), -1, 0)
+    upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
+    corners = edges[0, [0, -1], 0]
+    open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
+    between = np.minimum((y - upper) * mouth.half_width, (lower - y) / INSIDE_EDGE)  # a sharp upper edge, and a soft lower one
+    opacity = np.zeros((height, width), np.float32)
+    opacity[rows, columns] = np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
+
+    upper, lower = upper - MARGIN * open_here, lower + MARGIN * open_here
+    line = upper + MEET * (lower - upper)
+    rise, drop = ((edge * ((x > corners[0]) & (x < corners[1]))) for edge in (line - upper, lower - line))
+    lip_above, lip_below = np.maximum(upper - upper_outer, THINNEST), np.maximum(lower_outer - lower, THINNEST)
+    above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
+    gap = float((lower - upper).max())
+    jaw = JAW * np.clip((gap - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1) * drop.max() * np.exp(-((x / 2.1) ** 4))
+    skin = _smoothstep((below - lip_below) / BELOW)
+    down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((below - CHIN) / THROAT))
+    up = rise * (1 - _smoothstep((above - lip_above) / ABOVE))
+    side = np.clip((y - line) * mouth.half_width / 1.5 + 0.5, 0, 1)[..., None]  # of the line: 0 above, 1 below, over 1.5 px
+    shown = (1 - side) * _sampled(portrait, x, y - up) + side * _sampled(portrait, x, y + down)
+    crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
+    closed = portrait.pixels.copy()
+    moved = (up != 0) | (down != 0) | (crease > 1e-3)
+    closed[rows, columns][moved] = np.clip(shown * (1 - crease[..., None]), 0, 255).round().astype(np.uint8)[moved]
+    return ClosedMouth(closed, opacity)
+
+
+def _in_units(points: np.ndarray, mouth: Mouth) -> np.ndarray:
+    """Points in px of the photograph, in mouth units.  [...,2] -> [...,2]"""
+    cos, sin = math.cos(mouth.angle), math.sin(mouth.angle)
+    return (points - np.array([mouth.x, mouth.y])) @ np.array([[cos, -sin], [sin, cos]]) / mouth.half_width
+
+
+def _sampled(portrait: Portrait, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The colours of the photograph at points in mouth units.  x, y [h,w] -> [h,w,3]"""
+    mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
+    cos, sin = math.cos(mouth.angle), math.sin(mouth.angle)
+    points = mouth.half_width * np.stack([x * cos - y * sin, x * sin + y * cos], -1) + np.array([mouth.x, mouth.y])
+    grid = torch.from_numpy(2 * points / np.array([width, height]) - 1).float()[None]
+    picture = rearrange(torch.from_numpy(portrait.pixels), "h w c -> 1 c h w").float()
+    return rearrange(F.grid_sample(picture, grid, mode="bicubic", padding_mode="border", align_corners=False), "1 c h w -> h w c").numpy()
+
+
+def _edge(points: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Height of a lip's edge at every x; beyond its ends that of the nearest end.  points [11,2] -> as x"""
+    order = np.argsort(points[:, 0], kind="stable")
+    points = points[order][np.concatenate([[True], np.diff(points[order, 0]) > 1e-6])]
+    return PchipInterpolator(points[:, 0], points[:, 1])(np.clip(x, points[0, 0], points[-1, 0]))
+
+
+def _smoothstep(t: np.ndarray) -> np.ndarray:
+    t = np.clip(t, 0, 1)
+    return t * t * (3 - 2 * t)
