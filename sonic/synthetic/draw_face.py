@@ -6,6 +6,7 @@ are photographs with lips drawn on them.  Animation is in puppet.py.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,25 @@ TEXTURES = (
 )  # fmt: skip
 
 
+class Exposure(NamedTuple):
+    """How a camera shows brightness: value ** gamma * level * balance, with the balance of red, green and blue."""
+
+    gamma: float
+    level: float
+    balance: np.ndarray
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        """A picture [...,3] in [0,1] as the camera shows it, not yet clipped."""
+        return np.clip(picture, 0, 1) ** self.gamma * self.level * self.balance
+
+
 @dataclass(frozen=True)
 class Identity:
-    """A drawn person: `picture` uint8 [R,R,3] at rest, and the shape of the mouth in it."""
+    """A drawn person: `picture` uint8 [R,R,3] at rest, the shape of the mouth in it, and the exposure of the camera."""
 
     picture: np.ndarray
     mouth: puppet.MouthShape
+    exposure: Exposure
 
 
 def draw_identity(
@@ -46,8 +60,8 @@ def draw_identity(
     shape = _position_mouth(rng, resolution, jitter)
     painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution))
     picture = _photograph_background(painter) if rng.random() < photographs else _drawn_person(painter)
-    picture = _camera(rng, picture)
-    return Identity((picture * 255).round().astype(np.uint8), painter.shape)
+    picture, exposure = _camera(rng, picture)
+    return Identity((picture * 255).round().astype(np.uint8), painter.shape, exposure)
 
 
 def animate(identity: Identity, visemes: Tensor, pose: Tensor | None = None) -> tuple[Tensor, MotionLayers]:
@@ -136,12 +150,13 @@ def _photo(rng: np.random.Generator, resolution: int) -> np.ndarray:
     return picture[:, ::-1].copy() if rng.random() < 0.5 else picture
 
 
-def _camera(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    """Apply the exposure, white balance, blur and grain of a random camera."""
+def _camera(rng: np.random.Generator, picture: np.ndarray) -> tuple[np.ndarray, Exposure]:
+    """Apply the exposure, white balance, blur and grain of a random camera; also returns the exposure."""
     from scipy.ndimage import gaussian_filter
 
-    picture = np.clip(picture, 0, 1) ** rng.uniform(0.75, 1.3) * rng.uniform(0.8, 1.1) * rng.normal(1, 0.03, 3)
+    exposure = Exposure(rng.uniform(0.75, 1.3), rng.uniform(0.8, 1.1), rng.normal(1, 0.03, 3))
+    picture = exposure(picture)
     if rng.random() < 0.6:
         blur = rng.uniform(0.3, 1.5) * picture.shape[0] / 192
         picture = gaussian_filter(picture, (blur, blur, 0))
-    return np.clip(picture + rng.normal(0, rng.uniform(0, 0.015), picture.shape), 0, 1)
+    return np.clip(picture + rng.normal(0, rng.uniform(0, 0.015), picture.shape), 0, 1), exposure

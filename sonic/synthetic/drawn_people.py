@@ -41,7 +41,8 @@ def mouth_focus(shape: puppet.MouthShape, resolution: int, scale: int) -> Tensor
 def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, split: str = "train") -> dict[str, Tensor]:
     """A few frames of one drawn person.
 
-    picture [3,R,R] in [-1,1]; visemes [F,5], head [F,4] and the motion they cause at R/2 (see motion_targets); focus [R/2,R/2].
+    picture [3,R,R] in [-1,1]; visemes [F,5], head [F,4] and the motion they cause at R/2 (see motion_targets); shown [F,3,R/2,R/2], the
+    mouth's inside as the camera sees it; focus [R/2,R/2].
     """
     identity = draw_face.draw_identity(rng, resolution, split=split)
     pose = None
@@ -50,15 +51,18 @@ def drawn_clip(rng: np.random.Generator, resolution: int, *, frames: int = 8, sp
         pose = draw_face.head_motion(rng, start + frames, float(rng.uniform(0.5, 1.5)))[start:]
     visemes = random_visemes(rng, frames)
     motion = motion_targets(identity.mouth, visemes, pose, resolution=resolution)
+    inside = puppet.move(identity.mouth.scaled(0.5), visemes, pose, resolution=resolution // 2, paint=puppet.lit).interior
+    shown = torch.from_numpy(identity.exposure(inside.movedim(1, -1).numpy())).movedim(-1, 1).clamp(0, 1).float()
     labels = {"visemes": visemes, "head": torch.zeros(frames, 4) if pose is None else pose}
     picture = to_signed(torch.from_numpy(identity.picture).permute(2, 0, 1))
-    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), **labels, **motion}
+    return {"picture": picture, "focus": mouth_focus(identity.mouth, resolution, 2), "shown": shown, **labels, **motion}
 
 
 def motion_targets(shape: puppet.MouthShape, visemes: Tensor, pose: Tensor | None, *, resolution: int) -> dict[str, Tensor]:
     """Motion targets at half the picture's resolution.  -> flow [F,2,h,w], opacity [F,1,h,w], interior [F,3,h,w]
 
-    Undefined values are zero: flow where the interior of the mouth covers the picture, colour where it does not show.
+    Undefined values are zero: flow where the interior of the mouth covers the picture, colour where it does not show. The interior is the
+    sketch that latents describe, which the decoder learns to show in the light of the portrait.
     """
     motion = puppet.move(shape.scaled(0.5), visemes, pose, resolution=resolution // 2)
     return {

@@ -6,7 +6,9 @@ the width of the mouth, the origin is the middle of the mouth, y points down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +58,20 @@ def lip_displacement(shape: MouthShape, visemes: Tensor) -> Tensor:
     return shape.gain * OPENING * room * opened.clamp(0, 1.2) - 0.9 * shape.gap * press
 
 
-def move(shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, resolution: int) -> MotionLayers:
+def move(
+    shape: MouthShape, visemes: Tensor, pose: Tensor | None = None, *, resolution: int, paint: Callable[..., Tensor] | None = None
+) -> MotionLayers:
     """Motion of a picture of that resolution.  visemes [F,5], pose [F,4] or None
 
     Visemes: opening, width (-1 round .. +1 spread), press, teeth, tongue.  Pose: roll in radians, shift x and y in picture
-    widths, blink 0..1.
+    widths, blink 0..1.  `paint` renders the mouth's inside: `sketched` (the default) or `lit`.
     """
     ys, xs = torch.meshgrid(torch.arange(resolution) + 0.5, torch.arange(resolution) + 0.5, indexing="ij")
     if pose is None:
         head_x, head_y = (axis.expand(visemes.shape[0], -1, -1) for axis in (xs, ys))
     else:
         head_x, head_y = _move_head(xs, ys, shape=shape, pose=pose)
-    source_x, source_y, opacity, interior = _speak(head_x, head_y, shape=shape, visemes=visemes)
+    source_x, source_y, opacity, interior = _speak(head_x, head_y, shape=shape, visemes=visemes, paint=paint or sketched)
     if pose is not None and shape.eyes:
         source_y = _blink(source_x, source_y, shape=shape, blink=pose[:, 3])
     flow = torch.stack([source_x - xs, source_y - ys], 1) / resolution
@@ -121,7 +125,9 @@ def _blink(source_x: Tensor, source_y: Tensor, *, shape: MouthShape, blink: Tens
     return source_y
 
 
-def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _speak(
+    px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor, paint: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Source x and y, opacity and colour of the mouth's interior for output pixels px, py [F,R,R]."""
     cos, sin = torch.tensor(shape.roll).cos(), torch.tensor(shape.roll).sin()
     dx, dy = (px - shape.x) / shape.unit, (py - shape.y) / shape.unit
@@ -153,15 +159,16 @@ def _speak(px: Tensor, py: Tensor, *, shape: MouthShape, visemes: Tensor) -> tup
     room = (lower_now - top).clamp(min=0)
     opacity = (torch.minimum(y - top, lower_now - y) * shape.unit + 0.5).clamp(0, 1) * (room * shape.unit * 0.8).clamp(0, 1)
     opacity = opacity * (arch > 0)
-    interior = _inside(x, y, room=(top, lower_now), shape=shape, visemes=visemes)
+    interior = paint(x, y, room=(top, lower_now), shape=shape, visemes=visemes)
     back_x, back_y = x * cos - seen * sin, x * sin + seen * cos
     return back_x * shape.unit + shape.x, back_y * shape.unit + shape.y, opacity, interior
 
 
-def _inside(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthShape, visemes: Tensor) -> Tensor:
-    """Render throat, tongue and, unless the picture shows its own, upper teeth.  -> [F,3,R,R] in [0,1]"""
+def sketched(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthShape, visemes: Tensor) -> Tensor:
+    """Throat, tongue and, unless the picture shows its own, upper teeth, as the latents describe them: teeth that speech hides are
+    translucent.  x, y and the edges of the lips `room` in mouth units -> [F,3,R,R] in [0,1]"""
     look, (top, bottom) = shape.inside, room
-    colour = lambda name: torch.tensor(look[name], dtype=torch.float32).reshape(1, 3, 1, 1)  # noqa: E731 - a local shorthand
+    colour = partial(_colour, look)
     teeth, tongue = _column(visemes[:, 3].clamp(0, 1)), _column(visemes[:, 4].clamp(0, 1))
     depth = ((y - top) / (bottom - top).clamp(min=0.02)).clamp(0, 1)
     throat = colour("throat") * (1.3 - 0.6 * torch.sin(depth * torch.pi)).unsqueeze(1)
@@ -174,3 +181,26 @@ def _inside(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthSh
     row = ((top + height * (1 - 0.5 * x * x) - y) * shape.unit + 0.5).clamp(0, 1) * ((0.82 - x.abs()) * 6).clamp(0, 1)
     enamel = colour("teeth") * (1 - 0.3 * x * x).unsqueeze(1) * (0.8 + 0.25 * ((y - top) / height).clamp(0, 1)).unsqueeze(1)
     return torch.lerp(painted, enamel, (row * (0.25 + 0.75 * teeth)).unsqueeze(1))
+
+
+def lit(x: Tensor, y: Tensor, *, room: tuple[Tensor, Tensor], shape: MouthShape, visemes: Tensor) -> Tensor:
+    """The mouth's inside as a camera sees it, for the decoder to learn: opaque teeth that hang from the upper lip, in its shade at the
+    top and darker towards the corners, and a tongue that shines in front of a dark throat.  As `sketched`."""
+    look, (top, bottom) = shape.inside, room
+    teeth, tongue = _column(visemes[:, 3].clamp(0, 1)), _column(visemes[:, 4].clamp(0, 1))
+    height, depth = (bottom - top).clamp(min=0.05), ((y - top) / (bottom - top).clamp(min=0.02)).clamp(0, 1)
+    painted = _colour(look, "throat") * (1.2 - 0.7 * torch.sin(depth * torch.pi)).unsqueeze(1)
+    lobe = 1 - (x / 0.7) ** 2 - ((y - bottom) / (0.15 + 0.4 * height * (0.4 + 0.6 * tongue))) ** 2
+    shine = (1 - 0.4 * x * x) * (0.75 + 0.35 * lobe.clamp(0, 1))
+    painted = torch.lerp(painted, _colour(look, "tongue") * shine.unsqueeze(1), (lobe * 4).clamp(0, 1).unsqueeze(1))
+    if shape.gap >= REVEALED:
+        return painted
+    hang = look["teeth_height"][0] * (0.4 + 0.6 * teeth) * (1 - 0.4 * x * x)
+    seams = 1 - 0.1 * torch.exp(-((((x / 0.22) % 1 - 0.5) / 0.12) ** 2))
+    shade = (0.75 + 0.25 * smoothstep((y - top) / 0.1)) * (1 - 0.35 * x * x) * seams
+    row = ((top + hang - y) * shape.unit + 0.5).clamp(0, 1) * ((0.88 - x.abs()) * 6).clamp(0, 1)
+    return torch.lerp(painted, _colour(look, "teeth") * shade.unsqueeze(1), row.unsqueeze(1))
+
+
+def _colour(look: dict[str, tuple[float, ...]], name: str) -> Tensor:
+    return torch.tensor(look[name], dtype=torch.float32).reshape(1, 3, 1, 1)

@@ -132,6 +132,7 @@ class AutoencodeConfig(ObjectiveConfig):
 
     name: str = option("autoencode", "one of the files in conf/objective")
     latent_noise: float = option(0.4, "most noise on a latent, in the latents' own size")
+    decoder_only: bool = option(False, "keep the encoders of init_from, so that a transformer trained on their latents goes on fitting")
     focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 

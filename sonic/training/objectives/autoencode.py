@@ -22,6 +22,9 @@ class Autoencode(Objective):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         self.autoencoder = WarpAutoencoder()
+        if self.config.decoder_only:
+            for part in (self.autoencoder.portrait, self.autoencoder.squeeze, self.autoencoder.merge):
+                part.requires_grad_(False)
         self.roles = {STUDENT: self.autoencoder}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
@@ -32,7 +35,8 @@ class Autoencode(Objective):
         strength = config.latent_noise * torch.rand(latents.shape[0], 1, 1, 1, 1, generator=rng, device=rng.device)
         noise = torch.randn(latents.shape, generator=rng, device=rng.device)
         layers, _ = model.decode(latents + strength * noise, reference)
-        self._track_scale(latents)
+        if not self.config.decoder_only:
+            self._track_scale(latents)
         with torch.autocast(latents.device.type, enabled=False):
             exact = MotionLayers(*(track.float() for track in layers))
             distances = self._distances(batch, exact, latents.float())
@@ -44,7 +48,7 @@ class Autoencode(Objective):
         pixels = batch["picture"].shape[-1]
         flow = (shown * F.smooth_l1_loss(layers.flow * pixels, batch["flow"] * pixels, beta=0.25, reduction="none")).mean()
         opacity = (focus * F.smooth_l1_loss(layers.opacity, batch["opacity"], beta=0.1, reduction="none")).mean()
-        interior = (focus * batch["opacity"] * (layers.interior - batch["interior"]).abs()).mean()
+        interior = (focus * batch["opacity"] * (layers.interior - batch["shown"]).abs()).mean()
         loss = flow + 16 * opacity + 8 * interior + 1e-3 * latents.square().mean()
         figures = {"flow_px": flow, "opacity": opacity, "interior": interior, "latent_rms": latents.square().mean().sqrt()}
         return loss, {name: value.detach() for name, value in figures.items()}
