@@ -55,3 +55,12 @@ def test_motion_fades_to_nothing_at_the_border():
     window = fade(32, 32, torch.zeros(1))
     assert window[0].max() < 0.1 and window[16, 16] == 1
     assert settle(layers(flow=(0.1, 0.0))).flow[..., 0, :].abs().max() < 0.01
+
+
+def test_what_the_photograph_shows_between_the_lips_covers_the_painted_inside():
+    photo = photograph()
+    own = torch.zeros(4, *photo.shape[:2])
+    own[0], own[3, :, :40] = 200.0, 1.0  # red, in the left half
+    frames = Canvas(photo, Crop(40, 30, 40, 0.0, 32), own).render(layers(opacity=1.0))
+    assert frames[0, 30, 35].tolist() == [200, 0, 0]
+    assert frames[0, 30, 45].tolist() == Canvas(photo, Crop(40, 30, 40, 0.0, 32)).render(layers(opacity=1.0))[0, 30, 45].tolist()
