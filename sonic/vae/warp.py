@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sonic.geometry import pixels_around
+from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT, pixels_around
 from sonic.types import Crop, MotionLayers
 
 BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
@@ -47,12 +47,12 @@ def settle(layers: MotionLayers) -> MotionLayers:
 class Canvas:
     """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover. `inside` float [4,H,W] is a picture in 0..255 of
-    the mouth's inside that the photograph itself shows, and its opacity in [0,1]; it covers the layers' own.
+    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover. `inside` float [4,H,W] is the mouth's inside as
+    the photograph itself shows it, in 0..255, with its opacity in [0,1]; it moves with the head and covers that of the layers.
     """
 
     def __init__(self, pixels: Tensor, crop: Crop, inside: Tensor | None = None):
-        self.pixels, self.crop, self.inside = pixels, crop, inside
+        self.pixels, self.crop = pixels, crop
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
@@ -60,6 +60,7 @@ class Canvas:
         rows, columns = pixels_around(crop.center_y, radius, pixels.shape[0]), pixels_around(crop.center_x, radius, pixels.shape[1])
         self.top, self.left = rows.start, columns.start
         self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
+        self.inside = None if inside is None else inside[None, :, rows, columns]
 
     def render(self, layers: MotionLayers) -> Tensor:
         """The frames of the photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
@@ -102,15 +103,24 @@ class Canvas:
         sampled = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
         flow, opacity, interior = sampled.split([2, 1, 3], dim=1)
         moved = rearrange(flow, "f c h w -> f h w c") @ self.turn.T * self.crop.side
-        size = torch.tensor([self.source.shape[3], self.source.shape[2]])
-        grid = (points - torch.tensor([self.left, self.top]) + moved) / size * 2 - 1
-        source = self.source.expand(stacked.shape[0], -1, -1, -1)
-        warped = F.grid_sample(source, grid, mode="bicubic", padding_mode="border", align_corners=False)
+        warped = self._sampled(self.source, points + moved, mode="bicubic")
         edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # sharpens the lip line to the photograph's resolution
         opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
         interior = interior * 255
         if self.inside is not None:
-            own = self.inside[:, top:bottom, left:right]
-            interior = torch.lerp(interior, own[:3], own[3:])
+            own = self._sampled(self.inside, points + self._head(stacked), mode="bilinear")
+            interior = torch.lerp(interior, own[:, :3], own[:, 3:])
         composed = torch.lerp(warped, interior, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
+
+    def _sampled(self, picture: Tensor, points: Tensor, *, mode: str) -> Tensor:
+        """A picture of the photograph's part around the crop [1,C,h,w], at points [F,rows,columns,2] of the photograph."""
+        size = torch.tensor([picture.shape[3], picture.shape[2]])
+        grid = (points - torch.tensor([self.left, self.top])) / size * 2 - 1
+        return F.grid_sample(picture.expand(len(grid), -1, -1, -1), grid, mode=mode, padding_mode="border", align_corners=False)
+
+    def _head(self, stacked: Tensor) -> Tensor:
+        """How the upper jaw moves in each frame, in photo px: the flow between nose and mouth.  stacked [F,6,h,w] -> [F,1,1,2]"""
+        place = torch.tensor([MOUTH_ANCHOR[0], MOUTH_ANCHOR[1] - MOUTH_UNIT]) * 2 - 1
+        flow = F.grid_sample(stacked[:, :2], place.expand(len(stacked), 1, 1, 2), align_corners=False)
+        return rearrange(flow, "f c 1 1 -> f 1 1 c") @ self.turn.T * self.crop.side
