@@ -136,13 +136,15 @@ class Portrait:
     """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture.
 
     lips [4,11,2]: inner edges of the upper and the lower lip, then the outer ones, in photo pixels from the left corner of the mouth to
-    the right one; None where no landmarks were read.
+    the right one; None where no landmarks were read. inside uint8 [H,W,4]: what the photograph showed between the lips before its mouth
+    was closed, with the opacity in 0..255 with which that is seen in an open mouth; None where nothing was closed.
     """
 
     pixels: np.ndarray
     face: FaceBox | None = None
     mouth: Mouth | None = None
     lips: np.ndarray | None = None
+    inside: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

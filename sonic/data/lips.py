@@ -8,7 +8,7 @@ Lengths are in mouth units: 1 is half the mouth's width, the origin is the middl
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,21 +35,14 @@ INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the 
 REACH = 4.0  # no pixel further from the mouth changes
 
 
-class ClosedMouth(NamedTuple):
-    """A photograph with its mouth closed, uint8 [H,W,3], and the opacity [H,W] in [0,1] with which the open one shows between its lips."""
-
-    pixels: np.ndarray
-    between_lips: np.ndarray
-
-
-def close_mouth(portrait: Portrait) -> ClosedMouth | None:
-    """Close the mouth of a portrait; None when its lips are unknown or already meet."""
+def close_mouth(portrait: Portrait) -> Portrait:
+    """The portrait with its mouth closed, and what it showed between the lips as `inside`; itself when its lips are unknown or meet."""
     mouth = portrait.mouth
     if portrait.lips is None:
-        return None
+        return portrait
     edges = _in_units(portrait.lips, mouth)
     if (edges[1, :, 1] - edges[0, :, 1]).max() < PARTED:
-        return None
+        return portrait
     height, width = portrait.pixels.shape[:2]
     radius = REACH * mouth.half_width
     rows, columns = pixels_around(mouth.y, radius, height), pixels_around(mouth.x, radius, width)
@@ -59,8 +52,8 @@ def close_mouth(portrait: Portrait) -> ClosedMouth | None:
     corners = edges[0, [0, -1], 0]
     open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
     between = np.minimum((y - upper) * mouth.half_width, (lower - y) / INSIDE_EDGE)  # a sharp upper edge, and a soft lower one
-    opacity = np.zeros((height, width), np.float32)
-    opacity[rows, columns] = np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
+    inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
+    inside[rows, columns, 3] = 255 * np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
 
     upper, lower = upper - MARGIN * open_here, lower + MARGIN * open_here
     line = upper + MEET * (lower - upper)
@@ -78,7 +71,7 @@ def close_mouth(portrait: Portrait) -> ClosedMouth | None:
     closed = portrait.pixels.copy()
     moved = (up != 0) | (down != 0) | (crease > 1e-3)
     closed[rows, columns][moved] = np.clip(shown * (1 - crease[..., None]), 0, 255).round().astype(np.uint8)[moved]
-    return ClosedMouth(closed, opacity)
+    return replace(portrait, pixels=closed, inside=inside)
 
 
 def _in_units(points: np.ndarray, mouth: Mouth) -> np.ndarray:

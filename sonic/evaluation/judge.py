@@ -32,6 +32,7 @@ from sonic.types import Portrait, Speech
 LOG = logging.getLogger(__name__)
 QUIET_DB = -38.0  # level relative to the loud parts below which there is no speech
 REST_FRAMES = 5  # frames after which the mouth is at rest in a pause
+AT_REST = 5  # per cent of the frames have a mouth at rest, at least
 MAX_LAG = 12  # largest lag that is tried, in frames, in both directions
 SOUND_REACH_S = 2.0  # largest offset of the sound that is tried, in both directions
 LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # limits for a sound track that matches its recording
@@ -137,8 +138,9 @@ def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, n
     """Compare a video with its photograph: motion of the mouth in each frame [F], PSNR in dB outside the lower half of the face over
     all frames, and the time in seconds of each frame [F].
 
-    The motion is by how much further than in the photograph the mouth is open, in distances of the eyes; where the landmarks of the
-    photograph's face cannot be read, as in a cartoon, it is the mean change of the mouth region in grey levels.
+    The motion is by how much further the mouth is open than at rest, in distances of the eyes; at rest it is in the frames in which it is
+    most closed, because an open mouth of the photograph closes in pauses. Where the landmarks of the photograph's face cannot be read,
+    as in a cartoon, the motion is the mean change of the mouth region in grey levels.
     """
     still, mouth, kept = portrait.pixels.astype(np.int16), mouth_window(portrait), outside_lower_face(portrait)
     finder = FaceFinder()
@@ -160,7 +162,7 @@ def measure_video(video: Path, portrait: Portrait) -> tuple[np.ndarray, float, n
         raise ValueError(f"mp4={video} holds no frames")
     if last is None:
         LOG.warning("no face is seen in the photograph: the motion of the mouth is the change of its pixels")
-    motion = np.array(changes) if last is None else np.array(openings) - face.landmarks.opening
+    motion = np.array(changes) if last is None else np.array(openings) - np.percentile(openings, AT_REST)
     return motion, float(10 * np.log10(255**2 / max(error / len(times), 1e-9))), np.array(times)
 
 

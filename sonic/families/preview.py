@@ -42,7 +42,7 @@ from sonic.inference.rollout import NoiseSource, Sampling, seeded
 from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
-from sonic.types import Conditions, Crop, FrameChunk, Inputs, Portrait, pick
+from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -87,7 +87,7 @@ class Preview(Family):
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
         location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
-        fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
+        fitted, frames = close_mouth(fit_portrait(portrait, config.video.size)), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 
     def transformer_weights(self, config: ModelConfig) -> Path:
@@ -133,8 +133,8 @@ class Preview(Family):
         components.load()
         config, device, options = components.config, components.device, settings.config
         crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
-        canvas = _canvas(inputs.portrait, crop)
-        reference = components.autoencoder.reference(rearrange(cut(canvas.pixels, crop), "c h w -> 1 c h w").to(device))
+        canvas = Canvas(inputs.portrait, crop)
+        reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
@@ -191,15 +191,6 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
     load_weights(autoencoder, file)
     load_weights(speech, weight_files(config).speech)
     return autoencoder, speech
-
-
-def _canvas(portrait: Portrait, crop: Crop) -> Canvas:
-    """The photograph to draw over: with its mouth closed when its lips are parted, and then with what they showed as the mouth's inside."""
-    photograph, closed = torch.from_numpy(portrait.pixels), close_mouth(portrait)
-    if closed is None:
-        return Canvas(photograph, crop)
-    between = torch.from_numpy(closed.between_lips)[None]
-    return Canvas(torch.from_numpy(closed.pixels), crop, torch.cat([rearrange(photograph, "h w c -> c h w").float(), between]))
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT, pixels_around
-from sonic.types import Crop, MotionLayers
+from sonic.types import Crop, MotionLayers, Portrait
 
 BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
 NOISE_FLOOR = 0.0006  # displacements below this share of the crop's side are treated as zero
@@ -47,20 +47,23 @@ def settle(layers: MotionLayers) -> MotionLayers:
 class Canvas:
     """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    pixels uint8 [H,W,3]; `crop` is the square of the photograph that the layers cover. `inside` float [4,H,W] is the mouth's inside as
-    the photograph itself shows it, in 0..255, with its opacity in [0,1]; it moves with the head and covers that of the layers.
+    `crop` is the square of the photograph that the layers cover. What the portrait itself shows inside its mouth moves with the head and
+    covers the layers' interior.
     """
 
-    def __init__(self, pixels: Tensor, crop: Crop, inside: Tensor | None = None):
-        self.pixels, self.crop = pixels, crop
+    def __init__(self, portrait: Portrait, crop: Crop):
+        self.pixels, self.crop = torch.from_numpy(portrait.pixels), crop
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
         radius = crop.side * (abs(sin) + abs(cos)) / 2
-        rows, columns = pixels_around(crop.center_y, radius, pixels.shape[0]), pixels_around(crop.center_x, radius, pixels.shape[1])
+        height, width = portrait.pixels.shape[:2]
+        rows, columns = pixels_around(crop.center_y, radius, height), pixels_around(crop.center_x, radius, width)
         self.top, self.left = rows.start, columns.start
-        self.source = rearrange(pixels[rows, columns], "h w c -> 1 c h w").float()
-        self.inside = None if inside is None else inside[None, :, rows, columns]
+        self.source = rearrange(self.pixels[rows, columns], "h w c -> 1 c h w").float()
+        self.inside = None
+        if portrait.inside is not None:
+            self.inside = rearrange(torch.from_numpy(portrait.inside[rows, columns]), "h w c -> 1 c h w").float()
 
     def render(self, layers: MotionLayers) -> Tensor:
         """The frames of the photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
@@ -109,7 +112,7 @@ class Canvas:
         interior = interior * 255
         if self.inside is not None:
             own = self._sampled(self.inside, points + self._head(stacked), mode="bilinear")
-            interior = torch.lerp(interior, own[:, :3], own[:, 3:])
+            interior = torch.lerp(interior, own[:, :3], own[:, 3:] / 255)
         composed = torch.lerp(warped, interior, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
 

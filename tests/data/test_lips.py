@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,19 +73,19 @@ def test_the_chin_follows_only_a_mouth_that_is_wide_open():
 
 def test_the_open_mouth_is_kept_where_the_teeth_are():
     portrait = drawn(gap=0.4)
-    opacity = close_mouth(portrait).between_lips
-    assert (portrait.pixels[opacity > 0.9] == TEETH).all() and (opacity > 0.9).sum() > 100
+    inside = close_mouth(portrait).inside
+    opacity = inside[..., 3]
+    assert (inside[opacity > 230, :3] == TEETH).all() and (opacity > 230).sum() > 100
     assert not opacity[(portrait.pixels == SKIN).all(-1)].any()
 
 
 def test_nothing_is_kept_of_a_mouth_that_is_hardly_open():
-    assert not close_mouth(drawn(gap=0.09)).between_lips.any()
+    assert not close_mouth(drawn(gap=0.09)).inside[..., 3].any()
 
 
 def test_a_closed_mouth_and_one_without_outlines_stay_as_they_are():
-    assert close_mouth(drawn(gap=0.9 * PARTED)) is None
-    open_mouth = drawn()
-    assert close_mouth(Portrait(open_mouth.pixels, None, open_mouth.mouth)) is None
+    closed, unknown = drawn(gap=0.9 * PARTED), replace(drawn(), lips=None)
+    assert close_mouth(closed) is closed and close_mouth(unknown) is unknown
 
 
 def test_a_smile_is_closed_and_given_coordinates_close_the_same_one():

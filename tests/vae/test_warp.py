@@ -1,9 +1,10 @@
 """Rendering of motion over a photograph."""
 
+import numpy as np
 import torch
 from torch.testing import assert_close
 
-from sonic.types import Crop, MotionLayers
+from sonic.types import Crop, MotionLayers, Portrait
 from sonic.vae.warp import Canvas, fade, settle
 
 
@@ -18,13 +19,13 @@ def photograph(height=60, width=80):
 
 def test_without_motion_the_photograph_is_unchanged():
     photo = photograph()
-    frames = Canvas(photo, Crop(40.0, 30.0, 40.0, 0.1, 64)).render(layers())
+    frames = Canvas(Portrait(photo.numpy()), Crop(40.0, 30.0, 40.0, 0.1, 64)).render(layers())
     assert frames.dtype == torch.uint8 and (frames == photo).all()
 
 
 def test_nothing_outside_the_crop_changes():
     photo = photograph()
-    frames = Canvas(photo, Crop(40.0, 30.0, 30.0, 0.0, 64)).render(layers(flow=(0.1, 0.05), opacity=0.5))
+    frames = Canvas(Portrait(photo.numpy()), Crop(40.0, 30.0, 30.0, 0.0, 64)).render(layers(flow=(0.1, 0.05), opacity=0.5))
     outside = torch.ones(60, 80, dtype=torch.bool)
     outside[15:45, 25:55] = False
     assert (frames[:, outside] == photo[outside]).all()
@@ -33,7 +34,7 @@ def test_nothing_outside_the_crop_changes():
 
 def test_a_shift_in_the_crop_is_a_shift_in_the_photograph():
     photo = photograph(120, 120)
-    moved = Canvas(photo, Crop(60.0, 60.0, 100.0, 0.0, 64)).render(layers(flow=(0.05, -0.02)))[0]
+    moved = Canvas(Portrait(photo.numpy()), Crop(60.0, 60.0, 100.0, 0.0, 64)).render(layers(flow=(0.05, -0.02)))[0]
     middle = slice(50, 70)
     assert_close(moved[middle, middle], photo[48:68, 55:75])  # source = output + (5, -2) px
 
@@ -41,13 +42,13 @@ def test_a_shift_in_the_crop_is_a_shift_in_the_photograph():
 def test_the_shift_rotates_with_the_crop():
     photo = photograph(120, 120)
     quarter = Crop(60.0, 60.0, 100.0, torch.pi / 2, 64)  # the crop's x axis points down in the photograph
-    moved = Canvas(photo, quarter).render(layers(flow=(0.05, 0.0)))[0]
+    moved = Canvas(Portrait(photo.numpy()), quarter).render(layers(flow=(0.05, 0.0)))[0]
     difference = (moved[50:70, 50:70].int() - photo[55:75, 50:70].int()).abs()
     assert difference.max() <= 1
 
 
 def test_a_crop_that_leaves_the_photograph_is_rendered():
-    frames = Canvas(photograph(), Crop(5.0, 5.0, 60.0, 0.3, 64)).render(layers(flow=(0.05, 0.0), opacity=0.4))
+    frames = Canvas(Portrait(photograph().numpy()), Crop(5.0, 5.0, 60.0, 0.3, 64)).render(layers(flow=(0.05, 0.0), opacity=0.4))
     assert frames.shape == (2, 60, 80, 3)
 
 
@@ -59,9 +60,9 @@ def test_motion_fades_to_nothing_at_the_border():
 
 def test_the_photographs_own_inside_moves_with_the_head():
     photo = photograph()
-    own = torch.zeros(4, *photo.shape[:2])
-    own[0], own[3, :, :40] = 200.0, 1.0  # red, in the left half
-    canvas = Canvas(photo, Crop(40, 30, 40, 0.0, 32), own)
+    own = np.zeros((*photo.shape[:2], 4), np.uint8)
+    own[..., 0], own[:, :40, 3] = 200, 255  # red, in the left half
+    canvas = Canvas(Portrait(photo.numpy(), inside=own), Crop(40, 30, 40, 0.0, 32))
     still, moved = (canvas.render(layers(flow=(x, 0.0), opacity=1.0))[0, 30] for x in (0.0, -0.1))  # by 4 px to the right
     red = lambda row: int((row == torch.tensor([200, 0, 0], dtype=torch.uint8)).all(-1)[22:58].sum())  # noqa: E731 - a local shorthand
     assert red(moved) == red(still) + 4
@@ -69,8 +70,11 @@ def test_the_photographs_own_inside_moves_with_the_head():
 
 def test_what_the_photograph_shows_between_the_lips_covers_the_painted_inside():
     photo = photograph()
-    own = torch.zeros(4, *photo.shape[:2])
-    own[0], own[3, :, :40] = 200.0, 1.0  # red, in the left half
-    frames = Canvas(photo, Crop(40, 30, 40, 0.0, 32), own).render(layers(opacity=1.0))
+    own = np.zeros((*photo.shape[:2], 4), np.uint8)
+    own[..., 0], own[:, :40, 3] = 200, 255  # red, in the left half
+    frames = Canvas(Portrait(photo.numpy(), inside=own), Crop(40, 30, 40, 0.0, 32)).render(layers(opacity=1.0))
     assert frames[0, 30, 35].tolist() == [200, 0, 0]
-    assert frames[0, 30, 45].tolist() == Canvas(photo, Crop(40, 30, 40, 0.0, 32)).render(layers(opacity=1.0))[0, 30, 45].tolist()
+    assert (
+        frames[0, 30, 45].tolist()
+        == Canvas(Portrait(photo.numpy()), Crop(40, 30, 40, 0.0, 32)).render(layers(opacity=1.0))[0, 30, 45].tolist()
+    )
