@@ -25,6 +25,7 @@ MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its l
 THINNEST = 0.15  # a lip moves as a whole over at least this height
 ABOVE, BELOW = 0.6, 1.0  # heights over which the skin above the upper lip and that below the lower lip give way
 JAW, JAW_FROM, JAW_FULL = 0.62, 0.35, 0.75  # share of the lip's way that the chin moves, and gaps at which it begins to and does so fully
+CHEEKS = (1.0, 2.6)  # distance to the side at which the jaw's motion begins to fade, and where it ends
 CHIN, THROAT = 2.0, 1.3  # where the chin ends below the lips, and the height below it over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
 WIDE_OPEN = (
@@ -32,45 +33,48 @@ WIDE_OPEN = (
     0.25,
 )  # gaps at which what the lips show begins to be kept, and is kept wholly: in smaller ones the mesh takes lips for it
 INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the mouth's inside at the lower lip
-REACH = 4.0  # no pixel further from the mouth changes
+REACH = 3.8  # no pixel further above or below the mouth changes
 
 
 def close_mouth(portrait: Portrait) -> Portrait:
     """The portrait with its mouth closed, and what it showed between the lips as `inside`; itself when its lips are unknown or meet."""
-    mouth = portrait.mouth
     if portrait.lips is None:
         return portrait
-    edges = _in_units(portrait.lips, mouth)
+    mouth, edges = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
     if (edges[1, :, 1] - edges[0, :, 1]).max() < PARTED:
         return portrait
     height, width = portrait.pixels.shape[:2]
-    radius = REACH * mouth.half_width
-    rows, columns = pixels_around(mouth.y, radius, height), pixels_around(mouth.x, radius, width)
-    px, py = np.meshgrid(np.arange(columns.start, columns.stop) + 0.5, np.arange(rows.start, rows.stop) + 0.5)
-    x, y = np.moveaxis(_in_units(np.stack([px, py], -1), mouth), -1, 0)
+    radius = REACH * math.hypot(1, 1) * mouth.half_width
+    region = np.s_[pixels_around(mouth.y, radius, height), pixels_around(mouth.x, radius, width)]
+    rows, columns = np.mgrid[region].reshape(2, -1)
+    x, y = _in_units(np.stack([columns, rows], -1) + 0.5, mouth).astype(np.float32).T
+    near = (np.abs(x) < CHEEKS[1]) & (np.abs(y) < REACH)
+    x, y, rows, columns = x[near], y[near], rows[near], columns[near]
     upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
     corners = edges[0, [0, -1], 0]
-    open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
+
     between = np.minimum((y - upper) * mouth.half_width, (lower - y) / INSIDE_EDGE)  # a sharp upper edge, and a soft lower one
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
     inside[rows, columns, 3] = 255 * np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
 
+    open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
     upper, lower = upper - MARGIN * open_here, lower + MARGIN * open_here
     line = upper + MEET * (lower - upper)
     rise, drop = ((edge * ((x > corners[0]) & (x < corners[1]))) for edge in (line - upper, lower - line))
-    lip_above, lip_below = np.maximum(upper - upper_outer, THINNEST), np.maximum(lower_outer - lower, THINNEST)
     above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
-    gap = float((lower - upper).max())
-    jaw = JAW * np.clip((gap - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1) * drop.max() * np.exp(-((x / 2.1) ** 4))
-    skin = _smoothstep((below - lip_below) / BELOW)
+    up = rise * (1 - _smoothstep((above - np.maximum(upper - upper_outer, THINNEST)) / ABOVE))
+    wide = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
+    jaw = JAW * wide * drop.max() * (1 - _smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
+    skin = _smoothstep((below - np.maximum(lower_outer - lower, THINNEST)) / BELOW)
     down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((below - CHIN) / THROAT))
-    up = rise * (1 - _smoothstep((above - lip_above) / ABOVE))
-    side = np.clip((y - line) * mouth.half_width / 1.5 + 0.5, 0, 1)[..., None]  # of the line: 0 above, 1 below, over 1.5 px
-    shown = (1 - side) * _sampled(portrait, x, y - up) + side * _sampled(portrait, x, y + down)
     crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
-    closed = portrait.pixels.copy()
+
     moved = (up != 0) | (down != 0) | (crease > 1e-3)
-    closed[rows, columns][moved] = np.clip(shown * (1 - crease[..., None]), 0, 255).round().astype(np.uint8)[moved]
+    x, y, up, down, line, crease = (values[moved] for values in (x, y, up, down, line, crease))
+    side = np.clip((y - line) * mouth.half_width / 1.5 + 0.5, 0, 1)[:, None]  # of the line: 0 above, 1 below, over 1.5 px
+    shown = (1 - side) * _sampled(portrait, region, x=x, y=y - up) + side * _sampled(portrait, region, x=x, y=y + down)
+    closed = portrait.pixels.copy()
+    closed[rows[moved], columns[moved]] = np.clip(shown * (1 - crease[:, None]), 0, 255).round().astype(np.uint8)
     return replace(portrait, pixels=closed, inside=inside)
 
 
@@ -80,21 +84,24 @@ def _in_units(points: np.ndarray, mouth: Mouth) -> np.ndarray:
     return (points - np.array([mouth.x, mouth.y])) @ np.array([[cos, -sin], [sin, cos]]) / mouth.half_width
 
 
-def _sampled(portrait: Portrait, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The colours of the photograph at points in mouth units.  x, y [h,w] -> [h,w,3]"""
-    mouth, (height, width) = portrait.mouth, portrait.pixels.shape[:2]
+def _sampled(portrait: Portrait, region: tuple[slice, slice], *, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The colours of a region of the photograph at points in mouth units.  x, y [n] -> [n,3]"""
+    mouth, picture = portrait.mouth, torch.from_numpy(portrait.pixels[region].copy()).float()
     cos, sin = math.cos(mouth.angle), math.sin(mouth.angle)
-    points = mouth.half_width * np.stack([x * cos - y * sin, x * sin + y * cos], -1) + np.array([mouth.x, mouth.y])
-    grid = torch.from_numpy(2 * points / np.array([width, height]) - 1).float()[None]
-    picture = rearrange(torch.from_numpy(portrait.pixels), "h w c -> 1 c h w").float()
-    return rearrange(F.grid_sample(picture, grid, mode="bicubic", padding_mode="border", align_corners=False), "1 c h w -> h w c").numpy()
+    corner = np.array([mouth.x - region[1].start, mouth.y - region[0].start])
+    points = mouth.half_width * np.stack([x * cos - y * sin, x * sin + y * cos], -1) + corner
+    grid = torch.from_numpy(2 * points / picture.shape[1::-1] - 1).float()
+    picture = rearrange(picture, "h w c -> 1 c h w")
+    sampled = F.grid_sample(picture, rearrange(grid, "n xy -> 1 n 1 xy"), mode="bicubic", padding_mode="border", align_corners=False)
+    return rearrange(sampled, "1 c n 1 -> n c").numpy()
 
 
 def _edge(points: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Height of a lip's edge at every x; beyond its ends that of the nearest end.  points [11,2] -> as x"""
     order = np.argsort(points[:, 0], kind="stable")
     points = points[order][np.concatenate([[True], np.diff(points[order, 0]) > 1e-6])]
-    return PchipInterpolator(points[:, 0], points[:, 1])(np.clip(x, points[0, 0], points[-1, 0]))
+    finely = np.linspace(points[0, 0], points[-1, 0], 1024)
+    return np.interp(x, finely, PchipInterpolator(*points.T)(finely)).astype(np.float32)
 
 
 def _smoothstep(t: np.ndarray) -> np.ndarray:
