@@ -60,7 +60,7 @@ class DrawnPortrait:
 
 def draw_portrait(rng: np.random.Generator, resolution: int, kind: str, *, split: str = "train", jitter: float = 1.0) -> DrawnPortrait:
     """Draw a new person of a kind."""
-    traits = pick(KINDS, kind, "eval.portraits")(rng)
+    traits = pick(KINDS, kind, "kind")(rng)
     yaw = float(rng.uniform(*YAW) * rng.choice((-1, 1))) if kind == "profile" else 0.0
     seed, options = int(rng.integers(2**31)), {"split": split, "jitter": jitter, "photographs": 0}
     person, closed = (
