@@ -47,7 +47,7 @@ GOALS = {
     "sync_correlation": "≥ 0.90", "offset_within_1_frame": "≥ 0.95", "control_correlation": "≤ 0.30", "dynamics_ratio": "0.85 to 1.15",
     "silent_motion_ratio": "≤ 0.10", "identity_psnr_db": "≥ 26", "block_join_ratio": "≤ 1.2",
 }  # fmt: skip
-EXTRAS = ("silence_gap", "silence_gap_in_pixels", "found", "flicker", "reader_correlation", "seconds_per_frame")
+EXTRAS = ("silence_gap", "silence_lower_lip", "found", "flicker", "reader_correlation", "seconds_per_frame")
 SILENT_FRAMES = 8  # of a clip in which the gap between the lips is read
 
 
@@ -260,8 +260,8 @@ def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredCli
         "seconds_per_frame": seconds / len(frames),
     }
     if case.drawn:
-        in_pixels = float(np.abs(silent_opening).mean()) * MOUTH_IN_FACE
-        figures |= {"silence_gap": _gap_of_lips(case, silent), "silence_gap_in_pixels": in_pixels, "found": 1.0}
+        off = float(np.abs(silent_opening).mean()) * MOUTH_IN_FACE  # the lower lip from where it lies in the twin, in widths of the face
+        figures |= {"silence_gap": _gap_of_lips(case, silent), "silence_lower_lip": off, "found": 1.0}
     return ScoredClip(figures, opening, frames, silent)
 
 

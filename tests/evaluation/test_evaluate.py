@@ -63,7 +63,7 @@ def test_lips_that_are_apart_in_the_portrait_meet_in_the_true_video(kind, seed):
     case = next(drawn_cases(EvalConfig(clips=1, seconds=2.0, portraits=kind, seed=seed), 192))
     truth, still = (score_clip(case, frames, 3).figures for frames in (true_frames, still_frames))
     assert case.drawn.person.mouth.gap > 0.05 and case.portrait.pixels is not case.person.picture
-    for reader in ("silence_gap", "silence_gap_in_pixels"):
+    for reader in ("silence_gap", "silence_lower_lip"):
         assert truth[reader] < 0.02 < still[reader]
     assert truth["sync_correlation"] >= 0.97 and truth["silent_motion_ratio"] <= 0.1 and truth["found"] == 1
 
