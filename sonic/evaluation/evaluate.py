@@ -25,16 +25,19 @@ from rich.table import Table
 from torch import Tensor
 
 from sonic.config import PHOTO_SIZE, parse_size, settled_video
+from sonic.data.face_detector import FaceMesh
+from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import MOUTH_IN_FACE
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
-from sonic.evaluation.evaluate_config import EvalConfig, EvaluateConfig
+from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT, MOUTH_ANCHOR
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet, voices
+from sonic.synthetic.portrait_kinds import DrawnPortrait, draw_portrait, turned, turned_back
 from sonic.system.files import write_json
 from sonic.system.program import written
 from sonic.types import FaceBox, Inputs, Mouth, Portrait, Speech
@@ -44,24 +47,42 @@ GOALS = {
     "sync_correlation": "≥ 0.90", "offset_within_1_frame": "≥ 0.95", "control_correlation": "≤ 0.30", "dynamics_ratio": "0.85 to 1.15",
     "silent_motion_ratio": "≤ 0.10", "identity_psnr_db": "≥ 26", "block_join_ratio": "≤ 1.2",
 }  # fmt: skip
-EXTRAS = ("flicker", "reader_correlation", "seconds_per_frame")
+EXTRAS = ("silence_gap", "silence_lower_lip", "found", "flicker", "reader_correlation", "seconds_per_frame")
+SILENT_FRAMES = 8  # of a clip in which the gap between the lips is read
 
 
 @dataclass(frozen=True)
 class Case:
     """A drawn person with speech and the true motion of the mouth: `track` [F] is the displacement of the lower lip from rest in
-    mouth units, `other` that of another sentence, as a control."""
+    mouth units, `other` that of another sentence, as a control.
+
+    Of a portrait of a kind, `drawn`, `person` is the closed twin, and `portrait` is what the face finder reads, None without a face."""
 
     person: draw_face.Identity
     samples: np.ndarray
     track: np.ndarray
     other: np.ndarray
     truth: Tensor
+    drawn: DrawnPortrait | None = None
+    portrait: Portrait | None = None
+
+    @property
+    def picture(self) -> np.ndarray:
+        """What the model is given, uint8 [R,R,3]."""
+        return self.drawn.picture if self.drawn else self.person.picture
 
     @property
     def rest(self) -> Tensor:
         """The person at rest, [3,R,R] in [-1,1]."""
-        return to_signed(rearrange(torch.from_numpy(self.person.picture), "h w c -> c h w"))
+        return self.turned(_signed(self.person.picture)[None])[0]
+
+    def turned(self, frames: Tensor) -> Tensor:
+        """Frames of the person seen from the front, as the portrait shows the head.  [F,C,R,R]"""
+        return turned(frames, self.person.mouth, self.drawn.yaw) if self.drawn else frames
+
+    def from_front(self, frames: Tensor) -> Tensor:
+        """Frames of the head as the portrait shows it, seen from the front.  [F,C,R,R]"""
+        return turned_back(frames, self.person.mouth, self.drawn.yaw) if self.drawn else frames
 
 
 FrameGenerator = Callable[[Case, np.ndarray], Tensor]  # (case, samples) -> frames [F,3,R,R] in [-1,1]
@@ -75,6 +96,13 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
     openings: list[list[float]] = []
     start = time.perf_counter()
     for number, case in enumerate(drawn_cases(config.eval, side)):
+        if case.drawn and not case.portrait:
+            LOG.warning(
+                "clip %d of %d: no face is found in the portrait, which counts in the figure found alone", number + 1, config.eval.clips
+            )
+            for clips in rows.values():
+                clips.append({"found": 0.0})
+            continue
         generators = {"model": partial(generate_frames, pipe=pipe, seed=number), "true video": true_frames, "nothing moves": still_frames}
         for name, make in generators.items():
             clip = score_clip(case, make, pipe.config.model.rollout.block_frames)
@@ -82,17 +110,23 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
             if name == "model":
                 openings.append(clip.opening.round(4).tolist())
                 if config.eval.videos:
-                    _save_clip(clip.frames, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
+                    _save_clip(clip, case, Path(config.eval.videos) / f"clip_{number:03d}", video=number < config.eval.num_videos)
         r = rows["model"][-1]["sync_correlation"]
         LOG.info("clip %d of %d: sync %.3f, %.0f s so far", number + 1, config.eval.clips, r, time.perf_counter() - start)
-    figures = {name: {key: metrics.mean_and_interval([clip[key] for clip in clips]) for key in clips[0]} for name, clips in rows.items()}
-    show(figures)
+    figures = {name: _means(clips) for name, clips in rows.items()}
+    show(figures, config.eval.portraits)
     result = {**figures["model"], "baselines": {name: figures[name] for name in ("true video", "nothing moves")}}
     result["openings"] = openings  # of the mouth in each frame, for comparison with other runs
     result["peak_rss_gib"] = metrics.peak_rss_gib()
     if config.json:
         write_json(result, config.json)
     return result
+
+
+def _means(clips: list[dict[str, float]]) -> dict[str, dict]:
+    """Mean and interval of each figure over the clips that have it."""
+    names = dict.fromkeys(name for clip in clips for name in clip)
+    return {name: metrics.mean_and_interval([clip[name] for clip in clips if name in clip]) for name in names}
 
 
 def portrait_side(config: EvaluateConfig) -> int:
@@ -139,42 +173,66 @@ def drawn_cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
     for number in range(config.clips):
         rng = np.random.default_rng((config.seed, number, 2))
         utterance, other = (voices.say(rng, split="test", seconds=frames / FPS) for _ in range(2))
-        person = draw_face.draw_identity(rng, resolution, split="test", photographs=0)
+        if config.portraits == "any":
+            drawn, person = None, draw_face.draw_identity(rng, resolution, split="test", photographs=0)
+        else:
+            drawn = draw_portrait(rng, resolution, config.portraits, split="test")
+            person = drawn.closed
         visemes, others = (torch.from_numpy(voices.viseme_track(speech, frames)) for speech in (utterance, other))
         truth, _ = draw_face.animate(person, visemes)
         samples = voices.augment(utterance.samples, rng) if config.noisy else utterance.samples
         track, control = (puppet.lip_displacement(person.mouth, shapes).numpy() for shapes in (visemes, others))
-        yield Case(person, samples, track, control, truth)
+        case = Case(person, samples, track, control, truth, drawn)
+        yield replace(case, truth=case.turned(truth), portrait=_read_portrait(case.picture)) if drawn else case
+
+
+def _read_portrait(picture: np.ndarray) -> Portrait | None:
+    """The portrait that the command infer makes of a picture; None where it finds no face."""
+    try:
+        return portrait_of(picture)
+    except ValueError:
+        return None
 
 
 def generate_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, seed: int) -> Tensor:
-    """Generate a video of a drawn portrait, whose whole picture is the face crop.  -> [F,3,R,R] in [-1,1]"""
-    side = float(case.person.picture.shape[0])
-    size = side / pipe.config.face.expand_ratio
-    face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
-    mouth = Mouth(MOUTH_ANCHOR[0] * side, MOUTH_ANCHOR[1] * side, MOUTH_IN_FACE * size)
-    inputs = Inputs(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)
+    """Generate a video of a drawn portrait; where its face was not looked for, the whole picture is the face crop.  -> [F,3,R,R]"""
+    portrait = case.portrait or _whole_picture(case.picture, pipe.config.face.expand_ratio)
+    inputs = Inputs(portrait, Speech(samples.astype(np.float32)), len(case.track), seed)
     with closing(pipe.generate(inputs)) as chunks:
         pixels = torch.cat([torch.as_tensor(chunk.pixels) for chunk in chunks])
     return to_signed(rearrange(pixels, "f h w c -> f c h w"))
 
 
+def _whole_picture(picture: np.ndarray, expand_ratio: float) -> Portrait:
+    """A portrait whose face crop is the whole picture."""
+    side = float(picture.shape[0])
+    size = side / expand_ratio
+    face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
+    return Portrait(picture, face, Mouth(MOUTH_ANCHOR[0] * side, MOUTH_ANCHOR[1] * side, MOUTH_IN_FACE * size))
+
+
 def true_frames(case: Case, samples: np.ndarray) -> Tensor:
     """The true video of the sound; in silence, the person at rest.  -> [F,3,R,R] in [-1,1]"""
-    return case.truth if samples.any() else still_frames(case, samples)
+    return case.truth if samples.any() else case.rest.expand_as(case.truth)
 
 
 def still_frames(case: Case, samples: np.ndarray) -> Tensor:
-    """The person at rest in every frame.  -> [F,3,R,R] in [-1,1]"""
-    return case.rest.expand_as(case.truth)
+    """The portrait in every frame.  -> [F,3,R,R] in [-1,1]"""
+    return _signed(case.picture).expand_as(case.truth)
+
+
+def _signed(picture: np.ndarray) -> Tensor:
+    """uint8 [R,R,3] -> [3,R,R] in [-1,1]"""
+    return to_signed(rearrange(torch.from_numpy(picture), "h w c -> c h w"))
 
 
 class ScoredClip(NamedTuple):
-    """All metrics of one clip, the opening of its mouth in each frame [F], and the frames."""
+    """All metrics of one clip, the opening of its mouth in each frame [F], and the frames of speech and of silence."""
 
     figures: dict[str, float]
     opening: np.ndarray
     frames: Tensor
+    silent: Tensor
 
 
 def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredClip:
@@ -183,10 +241,11 @@ def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredCli
     frames = make(case, case.samples)
     seconds = time.perf_counter() - start
     silent = make(case, np.zeros_like(case.samples))
-    openings = [metrics.mouth_opening(pictures, case.rest, case.person.mouth) for pictures in (frames, case.truth, silent)]
+    rest = case.from_front(case.rest[None])[0]
+    openings = [metrics.mouth_opening(case.from_front(clip), rest, case.person.mouth) for clip in (frames, case.truth, silent)]
     opening, true_opening, silent_opening = openings
     _, lag = metrics.best_lag(opening, case.track)
-    mask = metrics.mouth_mask(case.person.mouth, *frames.shape[-2:])
+    mask = case.turned(metrics.mouth_mask(case.person.mouth, *frames.shape[-2:])[None, None])[0, 0]
     silent_size, size = (float(np.sqrt(np.mean(np.square(track)))) for track in (silent_opening, opening))  # a mouth left open counts
     figures = {
         "sync_correlation": metrics.correlation(opening, case.track),
@@ -200,28 +259,44 @@ def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredCli
         "reader_correlation": metrics.correlation(true_opening, case.track),
         "seconds_per_frame": seconds / len(frames),
     }
-    return ScoredClip(figures, opening, frames)
+    if case.drawn:
+        off = float(np.abs(silent_opening).mean()) * MOUTH_IN_FACE  # the lower lip from where it lies in the twin, in widths of the face
+        figures |= {"silence_gap": _gap_of_lips(case, silent), "silence_lower_lip": off, "found": 1.0}
+    return ScoredClip(figures, opening, frames, silent)
 
 
-def show(figures: dict[str, dict]) -> None:
-    """Print the metrics of the model beside those of the two baselines and the goals."""
-    table = Table(title="drawn people never trained on")
+def _gap_of_lips(case: Case, frames: Tensor) -> float:
+    """Mean distance of the inner edges of the lips in frames of a case, in widths of the face, as FaceMesh reads it."""
+    chosen = frames[np.linspace(0, len(frames) - 1, SILENT_FRAMES).astype(int)]
+    mesh, view = FaceMesh(), find_speaker(case.picture, FaceFinder()).landmarks.view
+    read = [mesh(Image.fromarray(frame), view) for frame in rearrange(to_bytes(chosen), "f c h w -> f h w c").numpy()]
+    gaps = [math.dist(landmarks.upper_lip, landmarks.lower_lip) for landmarks in read]
+    return float(np.mean(gaps)) * MOUTH_IN_FACE / case.person.mouth.unit
+
+
+def show(figures: dict[str, dict], portraits: str) -> None:
+    """Print the metrics of the model beside those of the two baselines and the goals for that kind of portraits."""
+    goals = {**GOALS, **PORTRAITS[portraits]}
+    table = Table(title="drawn people never trained on" + ("" if portraits == "any" else f": {portraits}"))
     for name in ("figure", *figures, "asked for"):
         table.add_column(name, justify="left" if name == "figure" else "right")
-    for key in (*GOALS, *EXTRAS):
+    for key in filter(figures["model"].__contains__, (*GOALS, *EXTRAS)):
         values = [f"{rows[key]['mean']:.3f} ± {rows[key]['ci95']:.3f}" for rows in figures.values()]
-        table.add_row(key, *values, GOALS.get(key, ""))
+        table.add_row(key, *values, goals.get(key, ""))
     Console(width=120).print(table)
 
 
-def _save_clip(frames: Tensor, case: Case, path: Path, *, video: bool) -> None:
-    """Save eight frames of a clip as a contact sheet, the generated ones above the true ones; with `video` the clip as an MP4 too."""
+def _save_clip(clip: ScoredClip, case: Case, path: Path, *, video: bool) -> None:
+    """Save a contact sheet: the portrait, a frame in silence and eight of speech, the generated ones above the true ones; with `video`
+    the clip as an MP4 too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
-    rows = [rearrange(clip[chosen], "f c h w -> h (f w) c") for clip in (frames, case.truth)]
+    generated = torch.cat([_signed(case.picture)[None], clip.silent[-1:], clip.frames[chosen]])
+    true = torch.cat([case.rest[None], case.rest[None], case.truth[chosen]])
+    rows = [rearrange(pictures, "f c h w -> h (f w) c") for pictures in (generated, true)]
     Image.fromarray(to_bytes(torch.cat(rows)).numpy()).save(path.with_suffix(".png"))
     if video:
-        save_video(path.with_suffix(".mp4"), frames, Speech(case.samples.astype(np.float32)))
+        save_video(path.with_suffix(".mp4"), clip.frames, Speech(case.samples.astype(np.float32)))
 
 
 def save_video(path: Path, frames: Tensor, speech: Speech, *, fps: int = FPS) -> None:

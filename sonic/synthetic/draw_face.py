@@ -4,7 +4,7 @@ The model must learn to leave a photograph as it is, so skin, hair and backgroun
 are photographs with lips drawn on them.  Animation is in puppet.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT
 from sonic.synthetic import puppet
-from sonic.synthetic.face_parts import Painter, draw_brows_and_eyes, draw_hair, draw_head, draw_mouth, draw_nose
+from sonic.synthetic.face_parts import EVERYBODY, Painter, Traits, draw_brows_and_eyes, draw_hair, draw_head, draw_mouth, draw_nose
 from sonic.types import MotionLayers
 
 SKIN = np.array([(255, 224, 196), (240, 200, 165), (222, 172, 130), (190, 135, 95), (140, 92, 62), (95, 62, 45)]) / 255.0
@@ -46,11 +46,18 @@ class Identity:
 
 
 def draw_identity(
-    rng: np.random.Generator, resolution: int, *, split: str = "train", jitter: float = 1.0, photographs: float = 0.25
+    rng: np.random.Generator,
+    resolution: int,
+    *,
+    split: str = "train",
+    jitter: float = 1.0,
+    photographs: float = 0.25,
+    traits: Traits = EVERYBODY,
 ) -> Identity:
     """Draw a new person at rest.  Splits "train" and "test" share no people; `jitter` scales the error of the crop's alignment.
 
-    A share `photographs` of the "people" is a photograph of anything with lips drawn on it, for training only.
+    A share `photographs` of the "people" is a photograph of anything with lips drawn on it, for training only.  The same random
+    numbers with another gap in `traits` give the same person with another opening of the mouth.
 
     Raises ValueError for another split.
     """
@@ -58,7 +65,8 @@ def draw_identity(
         raise ValueError(f"split={split} is unknown; choose one of: train, test")
     rng = np.random.default_rng([rng.integers(2**31), ("train", "test").index(split)])
     shape = _position_mouth(rng, resolution, jitter)
-    painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution))
+    asked = {name: getattr(traits, name) for name in ("gap", "curve") if getattr(traits, name) is not None}
+    painter = Painter(rng, resolution, shape=replace(shape, **asked), background=_photo(rng, resolution), traits=traits)
     picture = _photograph_background(painter) if rng.random() < photographs else _drawn_person(painter)
     picture, exposure = _camera(rng, picture)
     return Identity((picture * 255).round().astype(np.uint8), painter.shape, exposure)

@@ -1,6 +1,6 @@
 """The parts of a drawn face, drawn as soft masks in mouth units (x right, y down, the middle of the mouth is 0,0)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -8,11 +8,26 @@ from scipy.ndimage import gaussian_filter
 from sonic.synthetic.puppet import REVEALED, MouthShape
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What is asked of a drawn person: chances of beard, moustache and glasses (1: one that shows), and gap and curve of the lips as in
+    `MouthShape`, None = left to chance.  A gap that is asked for shows teeth, tongue and gums as photographs do."""
+
+    beard: float = 0.22
+    moustache: float = 0.15
+    glasses: float = 0.15
+    gap: float | None = None
+    curve: float | None = None
+
+
+EVERYBODY = Traits()
+
+
 class Painter:
     """A canvas float [R,R,3] in [0,1] with the coordinates `x`, `y` of every pixel in mouth units."""
 
-    def __init__(self, rng: np.random.Generator, resolution: int, *, shape: MouthShape, background: np.ndarray):
-        self.rng, self.shape, self.canvas = rng, shape, background.astype(np.float32)
+    def __init__(self, rng: np.random.Generator, resolution: int, *, shape: MouthShape, background: np.ndarray, traits: Traits):
+        self.rng, self.shape, self.canvas, self.traits = rng, shape, background.astype(np.float32), traits
         ys, xs = np.mgrid[0:resolution, 0:resolution].astype(np.float32) + 0.5
         dx, dy = (xs - shape.x) / shape.unit, (ys - shape.y) / shape.unit
         cos, sin = np.cos(shape.roll), np.sin(shape.roll)
@@ -96,11 +111,12 @@ def draw_head(p: Painter, tone: np.ndarray, hair: np.ndarray) -> None:
 
 def _draw_beard(p: Painter, hair: np.ndarray, inside: np.ndarray) -> None:
     rng = p.rng
-    if rng.random() < 0.22:
+    if rng.random() < p.traits.beard:
         stubble = np.clip(0.6 + 0.4 * p.noise(1.0), 0, 1) * inside * np.clip((p.y + 0.9 - 0.15 * p.x**2) / 0.5, 0, 1)
-        p.lay(stubble * (1 - p.spot((0, 0.05), (0.95, 0.32))), hair * 0.8, rng.uniform(0.15, 0.85))
-    if rng.random() < 0.15:
-        p.lay(p.spot((0, -0.5), (1.0, 0.16)) * np.clip(0.7 + 0.3 * p.noise(1.0), 0, 1), hair * 0.8, rng.uniform(0.3, 0.9))
+        p.lay(stubble * (1 - p.spot((0, 0.05), (0.95, 0.32))), hair * 0.8, max(rng.uniform(0.15, 0.85), 0.6 * (p.traits.beard == 1)))
+    if rng.random() < p.traits.moustache:
+        cover = p.spot((0, -0.5), (1.0, 0.16)) * np.clip(0.7 + 0.3 * p.noise(1.0), 0, 1)
+        p.lay(cover, hair * 0.8, max(rng.uniform(0.3, 0.9), 0.7 * (p.traits.moustache == 1)))
 
 
 def draw_nose(p: Painter) -> None:
@@ -136,7 +152,7 @@ def draw_brows_and_eyes(p: Painter, hair: np.ndarray) -> None:
         p.lay(np.exp(-(((p.y - arc) / brow_width) ** 2)) * p.mask(0.8 - np.abs(p.x - x), 4), hair * 0.8, rng.uniform(0.4, 0.95))
         unit = p.shape.unit
         eyes.append((p.shape.x + (x * cos - y * sin) * unit, p.shape.y + (x * sin + y * cos) * unit, rx * unit, ry * unit))
-    if rng.random() < 0.15:
+    if rng.random() < p.traits.glasses:
         frame = rng.uniform(0, 0.5, 3)
         for side in (-1, 1):
             radius = np.sqrt(((p.x - side * apart) / 0.95) ** 2 + ((p.y - y) / rng.uniform(0.6, 0.85)) ** 2)
@@ -163,7 +179,8 @@ def draw_mouth(p: Painter, tone: np.ndarray, strength: float = 1.0) -> None:
     p.lay(lips * (p.y >= line), lip, faint)
     p.lay(p.spot((rng.uniform(-0.2, 0.2), 0.15 + 0.65 * shape.gap + shape.curve), (0.4, 0.09)), np.ones(3), rng.uniform(0, 0.3) * strength)
     if shape.gap >= REVEALED:
-        _draw_smile(p, upper, lower, strength=strength)
+        interior = _draw_smile if p.traits.gap is None else _draw_interior
+        interior(p, upper, lower, strength=strength)
     crease = np.exp(-(((p.y - (upper if shape.gap >= REVEALED else line)) / rng.uniform(0.03, 0.07)) ** 2)) * (np.abs(p.x) < 0.98)
     p.lay(crease, lip * rng.uniform(0.2, 0.45), strength * rng.uniform(0.45, 1.0))
     for side in (-1, 1):
@@ -180,6 +197,45 @@ def _draw_smile(p: Painter, upper: np.ndarray, lower: np.ndarray, *, strength: f
     row = between * p.mask(upper + height - p.y) * p.mask(rng.uniform(0.7, 0.95) - np.abs(p.x), 3)
     enamel = np.array(look["teeth"]) * (1 - 0.35 * p.x**2)[..., None] * seams[..., None]
     p.canvas += (row * strength)[..., None] * (np.clip(enamel, 0, 1) - p.canvas)
+
+
+def _draw_interior(p: Painter, upper: np.ndarray, lower: np.ndarray, *, strength: float) -> None:
+    """Draw what a photograph of an open mouth shows: the dark, the tongue, lower and upper teeth, the gums and the lip's shadow.
+
+    Its random numbers are not those of the rest of the face, which therefore looks the same with closed lips.
+    """
+    rng, look, gap, curve = p.rng.spawn(1)[0], p.shape.inside, p.shape.gap, p.shape.curve
+    between = p.mask(np.minimum(p.y - upper, lower - p.y)) * (np.abs(p.x) < 0.97)
+    before = p.canvas.copy()
+    depth = np.clip((p.y - upper) / np.maximum(lower - upper, 0.02), 0, 1)
+    p.canvas[:] = np.array(look["throat"]) * (1.4 - 0.8 * np.sin(np.pi * depth))[..., None]
+    floor = curve + 0.65 * gap
+    tongue = p.mask(1 - (p.x / rng.uniform(0.55, 0.75)) ** 2 - ((p.y - floor) / (rng.uniform(0.35, 0.65) * gap)) ** 2, 3)
+    p.lay(tongue, np.array(look["tongue"]), rng.uniform(0.7, 1))
+    p.shade(tongue * np.exp(-((p.x / 0.06) ** 2)), rng.uniform(0.75, 0.95))
+    p.shade(tongue * p.spot((rng.uniform(-0.25, 0.25), floor - 0.25 * gap), (0.15, 0.05)), rng.uniform(1.1, 1.5))
+    if gap > 0.3 and rng.random() < 0.5:
+        _draw_teeth(p, rng, (floor + rng.uniform(0.02, 0.08) - 0.3 * gap * p.x**2 - p.y) / rng.uniform(0.16, 0.26), reach=0.7)
+    base = curve * (1 - 0.6 * p.x**2) - 0.35 * gap + rng.uniform(-0.1, 0.05)
+    _draw_teeth(p, rng, (p.y - base) / (rng.uniform(1.1, 1.5) * look["teeth_height"][0]), reach=rng.uniform(0.75, 0.95))
+    p.shade(np.exp(-np.clip(p.y - upper, 0, None) / 0.09), rng.uniform(0.4, 0.8))
+    p.canvas = before + (between * strength)[..., None] * (p.canvas - before)
+
+
+def _draw_teeth(p: Painter, rng: np.random.Generator, along: np.ndarray, *, reach: float) -> None:
+    """Draw a row of teeth from the gums to their edges: `along` [R,R] is 0 where they leave the gums and 1 at the edge of the longest."""
+    ends = np.cumsum((0.25, 0.2, 0.19, 0.15, 0.12, 0.1)) * rng.uniform(0.85, 1.1)
+    number = np.minimum(np.searchsorted(ends, np.abs(p.x)), len(ends) - 1)
+    widths = np.diff(ends, prepend=0)
+    across = 2 * (ends[number] - np.abs(p.x)) / widths[number] - 1  # of each tooth, -1..1
+    length = (np.array((1, 0.88, 0.97, 0.85, 0.78, 0.7)) * rng.uniform(0.94, 1.03, len(ends)))[number]
+    row = np.clip((length * (1 - 0.15 * across**4) - along) * 5 + 0.5, 0, 1) * p.mask(reach - np.abs(p.x), 3)
+    p.lay(row * (along < 0), np.array((0.72, 0.42, 0.42)) * rng.uniform(0.8, 1.1))
+    seams = 1 - rng.uniform(0.15, 0.45) * np.exp(-(((1 - np.abs(across)) / 0.2) ** 2))
+    light = seams * (1 - 0.4 * p.x**2) * (0.85 + 0.15 * np.clip(along, 0, 1))
+    gleam = rng.uniform(0, 0.25) * np.exp(-((across / 0.35) ** 2) - ((along - 0.5) / 0.25) ** 2)
+    enamel = np.array(p.shape.inside["teeth"]) * light[..., None] + gleam[..., None]
+    p.canvas += (row * np.clip(along * 8, 0, 1))[..., None] * (np.clip(enamel, 0, 1) - p.canvas)
 
 
 def draw_hair(p: Painter, hair: np.ndarray) -> None:

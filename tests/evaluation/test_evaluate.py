@@ -12,12 +12,14 @@ from video_files import read_frames
 
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig, SamplerConfig, VideoConfig
-from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, score_clip
-from sonic.evaluation.evaluate_config import EvalConfig, EvaluateConfig
+from sonic.data.faces import portrait_of
+from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, score_clip, show, still_frames, true_frames
+from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet
+from sonic.synthetic.portrait_kinds import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,42 @@ def test_a_still_video_fails_the_goals(found):
     assert abs(still["sync_correlation"]["mean"]) < 0.3
     assert still["offset_within_1_frame"]["mean"] == 0
     assert still["dynamics_ratio"]["mean"] < 0.05
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("open", 8), ("profile", 11)])
+def test_lips_that_are_apart_in_the_portrait_meet_in_the_true_video(kind, seed):
+    """Both readers see that the mouth of the portrait is open, and that the true video is closed in silence; nothing else differs."""
+    pytest.importorskip("espeakng_loader")
+    case = next(drawn_cases(EvalConfig(clips=1, seconds=2.0, portraits=kind, seed=seed), 192))
+    truth, still = (score_clip(case, frames, 3).figures for frames in (true_frames, still_frames))
+    assert case.drawn.person.mouth.gap > 0.05 and case.portrait.pixels is not case.person.picture
+    for reader in ("silence_gap", "silence_lower_lip"):
+        assert truth[reader] < 0.02 < still[reader]
+    assert truth["sync_correlation"] >= 0.97 and truth["silent_motion_ratio"] <= 0.1 and truth["found"] == 1
+
+
+def test_the_table_shows_the_goals_of_the_kind(capsys):
+    figures = {name: {"mean": 0.5, "ci95": 0.1, "clips": [0.5]} for name in ("sync_correlation", "silence_gap", "found")}
+    show({"model": figures}, "smile")
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 2}
+    assert "≥ 0.88" in rows["sync_correlation"] and "≤ 0.03" in rows["silence_gap"] and "found" in rows
+
+
+def test_a_portrait_without_a_face_counts_in_the_figure_found_alone(monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    empty = iter((True, False))
+    read = lambda picture: portrait_of(np.zeros_like(picture) if next(empty) else picture)  # noqa: E731 - a local stand-in
+    monkeypatch.setattr("sonic.evaluation.evaluate.portrait_of", read)
+    model, sampler = ModelConfig(resolution=96), SamplerConfig(sample_steps=1)
+    config = EvaluateConfig(eval=EvalConfig(clips=2, seconds=2.0, portraits="closed"), model=model, sampler=sampler)
+    found = evaluate(config, AvatarPipeline(InferConfig(model=model, sampler=sampler), untrained_components(model)))
+    assert found["found"]["clips"] == [0.0, 1.0] and len(found["sync_correlation"]["clips"]) == len(found["openings"]) == 1
+
+
+def test_every_kind_of_portraits_is_drawn_and_another_is_refused():
+    assert set(PORTRAITS) == {"any", *KINDS}
+    with pytest.raises(ValueError, match="eval.portraits=smiel is unknown.*smile"):
+        EvalConfig(portraits="smiel")
 
 
 def test_a_mouth_held_open_in_silence_counts_as_motion():
