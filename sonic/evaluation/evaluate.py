@@ -28,6 +28,7 @@ from sonic.config import PHOTO_SIZE, parse_size, settled_video
 from sonic.data.face_detector import FaceMesh
 from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import MOUTH_IN_FACE
+from sonic.data.lips import close_mouth
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
@@ -189,7 +190,7 @@ def drawn_cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
 def _read_portrait(picture: np.ndarray) -> Portrait | None:
     """The portrait that the command infer makes of a picture; None where it finds no face."""
     try:
-        return portrait_of(picture)
+        return close_mouth(portrait_of(picture))
     except ValueError:
         return None
 
@@ -270,7 +271,7 @@ def _gap_of_lips(case: Case, frames: Tensor) -> float:
     chosen = frames[np.linspace(0, len(frames) - 1, SILENT_FRAMES).astype(int)]
     mesh, view = FaceMesh(), find_speaker(case.picture, FaceFinder()).landmarks.view
     read = [mesh(Image.fromarray(frame), view) for frame in rearrange(to_bytes(chosen), "f c h w -> f h w c").numpy()]
-    gaps = [math.dist(landmarks.upper_lip, landmarks.lower_lip) for landmarks in read]
+    gaps = [math.dist(*landmarks.inner_edges) for landmarks in read]
     return float(np.mean(gaps)) * MOUTH_IN_FACE / case.person.mouth.unit
 
 
