@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sonic.geometry import pixels_around
 from sonic.types import Mouth, Portrait
 
-PARTED = 0.06  # largest gap between the inner edges below which lips count as closed
+PARTED = 0.1  # largest gap between the inner edges below which lips count as closed
 MARGIN, AT_CORNER = 0.05, 0.35  # the mesh sees a gap so much too small at either edge, and less so this close to the corners
 MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
 THINNEST = 0.15  # a lip moves as a whole over at least this height
