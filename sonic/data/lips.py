@@ -28,10 +28,7 @@ JAW, JAW_FROM, JAW_FULL = 0.62, 0.35, 0.75  # share of the lip's way that the ch
 CHEEKS = (1.0, 2.6)  # distance to the side at which the jaw's motion begins to fade, and where it ends
 CHIN, THROAT = 2.0, 1.3  # where the chin ends below the lips, and the height below it over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
-WIDE_OPEN = (
-    0.1,
-    0.25,
-)  # gaps at which what the lips show begins to be kept, and is kept wholly: in smaller ones the mesh takes lips for it
+WIDE_OPEN = (0.14, 0.26)  # gaps at which what is between the lips begins to be kept, and is kept wholly; the mesh takes lips for less
 INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the mouth's inside at the lower lip
 REACH = 3.8  # no pixel further above or below the mouth changes
 
