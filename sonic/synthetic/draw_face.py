@@ -66,7 +66,8 @@ def draw_identity(
     rng = np.random.default_rng([rng.integers(2**31), ("train", "test").index(split)])
     shape = _position_mouth(rng, resolution, jitter)
     asked = {name: getattr(traits, name) for name in ("gap", "curve") if getattr(traits, name) is not None}
-    painter = Painter(rng, resolution, shape=replace(shape, **asked), background=_photo(rng, resolution), traits=traits)
+    shape = replace(shape, **asked, chin=shape.chin + traits.jaw_drop)
+    painter = Painter(rng, resolution, shape=shape, background=_photo(rng, resolution), traits=traits)
     picture = _photograph_background(painter) if rng.random() < photographs else _drawn_person(painter)
     picture, exposure = _camera(rng, picture)
     return Identity((picture * 255).round().astype(np.uint8), painter.shape, exposure)

@@ -5,19 +5,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from sonic.synthetic.puppet import REVEALED, MouthShape
+from sonic.synthetic.puppet import BELOW_LINE, JAW, REVEALED, MouthShape
 
 
 @dataclass(frozen=True)
 class Traits:
     """What is asked of a drawn person: chances of beard, moustache and glasses (1: one that shows), and gap and curve of the lips as in
-    `MouthShape`, None = left to chance.  A gap that is asked for shows teeth, tongue and gums as photographs do."""
+    `MouthShape`, None = left to chance.  A gap that is asked for shows teeth, tongue and gums as photographs do; with `jaw` the chin is
+    lower by as much as speech lowers it to open the lips so far."""
 
     beard: float = 0.22
     moustache: float = 0.15
     glasses: float = 0.15
     gap: float | None = None
     curve: float | None = None
+    jaw: bool = False
+
+    @property
+    def jaw_drop(self) -> float:
+        """How far the open mouth lowers the chin, in mouth units."""
+        return JAW * BELOW_LINE * self.gap if self.jaw else 0.0
 
 
 EVERYBODY = Traits()
@@ -77,7 +84,7 @@ def draw_head(p: Painter, tone: np.ndarray, hair: np.ndarray) -> None:
     if rng.random() < 0.6:
         p.lay(p.ellipse((0, -2.4), (cheek * rng.uniform(1.15, 1.45), rng.uniform(3.2, 6.5)), 4), hair * 0.75)
     p.lay(p.mask(rng.uniform(1.1, 1.7) - np.abs(p.x)) * p.mask(p.y - 0.5), tone * rng.uniform(0.6, 0.85))
-    shoulder = chin + rng.uniform(0.7, 1.6) + 0.25 * np.abs(p.x) ** 1.3 * rng.uniform(-0.2, 0.6)
+    shoulder = chin - p.traits.jaw_drop + rng.uniform(0.7, 1.6) + 0.25 * np.abs(p.x) ** 1.3 * rng.uniform(-0.2, 0.6)
     p.lay(p.mask(p.y - shoulder), rng.uniform(0.05, 1, 3))
     ear = rng.uniform(-2.6, -1.8)
     for side in (-1, 1):

@@ -32,7 +32,7 @@ def _any_gap(rng: np.random.Generator) -> float:
 KINDS: dict[str, Callable[[np.random.Generator], Traits]] = {
     "closed": lambda rng: Traits(gap=0.0),
     "smile": lambda rng: Traits(gap=float(rng.uniform(0.08, 0.35)), curve=float(rng.uniform(0.08, 0.35))),
-    "open": lambda rng: Traits(gap=float(rng.uniform(0.4, 1.1))),
+    "open": lambda rng: Traits(gap=float(rng.uniform(0.4, 1.1)), jaw=True),
     "beard": lambda rng: Traits(gap=_any_gap(rng), beard=1),
     "moustache": lambda rng: Traits(gap=_any_gap(rng), moustache=1),
     "glasses": lambda rng: Traits(gap=_any_gap(rng), glasses=1),

@@ -19,6 +19,7 @@ from sonic.types import MotionLayers
 
 OPENING = 0.8  # displacement of the lower lip, in mouth units, when the viseme's opening is 1
 JAW = 0.62  # displacement of the chin as a share of the lip's
+BELOW_LINE = 0.65  # share of a gap between the lips that lies below the line where they meet
 REVEALED = 0.05  # lips of the still picture further apart than this show its own teeth
 
 
@@ -139,7 +140,7 @@ def _speak(
 
     arch = (1 - (x / 0.97) ** 2).clamp(min=0) ** 0.7
     line = shape.curve * (1 - x * x).clamp(min=-1)
-    upper, lower = line - 0.35 * shape.gap * arch, line + 0.65 * shape.gap * arch
+    upper, lower = line - (1 - BELOW_LINE) * shape.gap * arch, line + BELOW_LINE * shape.gap * arch
     lift = (0.12 * delta.clamp(min=0) + 0.05 * _column(visemes[:, 3])) * (shape.gap < REVEALED) * (delta > 0.02)
     lift = lift - 0.35 * (-delta).clamp(min=0)  # lips that close over a smile meet in the middle
     delta = torch.where(delta > 0, delta, 0.65 * delta)
