@@ -19,7 +19,6 @@ from sonic.checkpoint.official import TEXT_FILE
 from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
-from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.system.files import save_tensors
 from sonic.system.program import written
 from sonic.vae.wan_vae import WanAutoencoder
@@ -106,12 +105,6 @@ class Checkpoint:
             encoder = TextEncoder(self._config("text_encoder"))
         encoder.load_tensors(self._loaded("text_encoder", device), str(self.folder))
         return encoder.to(device)
-
-    def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
-        """The speech encoder with its weights."""
-        encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
-        encoder.load_tensors(self._loaded("speech_encoder", device), str(self.folder))
-        return encoder.eval()
 
     def _loaded(self, component: str, device: torch.device) -> dict[str, Tensor]:
         """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""

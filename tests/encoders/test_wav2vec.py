@@ -39,7 +39,7 @@ def test_every_frame_has_all_layers_and_frames_after_the_end_are_silent(encoder)
 @pytest.mark.parametrize("in_memory", [1 << 30, 0])
 def test_features_picked_window_by_window_are_those_of_all_states(encoder, seconds, in_memory, monkeypatch):
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
-    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", in_memory)
+    monkeypatch.setattr("sonic.encoders.speech_encoder.IN_MEMORY", in_memory)
     sound = speech(seconds)
     expected = pick_frames(stretch(states_of(encoder, sound)), frame_positions(70, 25))
     assert_close(encoder.encode_audio(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
@@ -51,8 +51,8 @@ def test_several_voices_are_encoded_independently(encoder):
 
 
 def test_features_that_do_not_fit_on_the_disk_are_refused_in_one_sentence(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", 0)
-    monkeypatch.setattr("sonic.encoders.wav2vec.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr("sonic.encoders.speech_encoder.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.encoders.speech_encoder.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=rf"needed in {tmp_path} .* TMPDIR"):
         encoder.encode_audio(speech(1.0), 40)
