@@ -70,6 +70,11 @@ class Checkpoint:
         """The folder of the transformer's weights."""
         return self.folder / "dit"
 
+    @property
+    def speech_encoders(self) -> dict[str, Path]:
+        """The folder of the speech encoder, by its name."""
+        return {"wav2vec2": self.folder / "speech_encoder"}
+
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> WanAutoencoder:
         """The Wan VAE, loaded. Against float32, its frames in bfloat16 have a PSNR of 50 dB (0.8 of 255 levels, root mean square; random
         weights of the published size); latents rounded to bfloat16 once and decoded in float32 have 70 dB."""

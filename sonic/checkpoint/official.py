@@ -17,6 +17,7 @@ from torch import Tensor
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
+from sonic.encoders.hidden_states import NOT_READ
 from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
 from sonic.model.dit import AvatarDiT
@@ -132,7 +133,9 @@ def speech_encoder(folder: Path, name: str) -> Component:
     tensors = survey(pickled) if only_pickled else survey_sharded(folder, "model")
     tensors = {name: tensor for name, tensor in tensors.items() if kind.to_transformers(name)}
     encoder = {kind.to_transformers(name): tensor for name, tensor in tensors.items()}
-    _check_published(encoder, _shapes(lambda: kind(config).weights()), "speech encoder", called=lambda name: f"{kind.PREFIX}{name}")
+    wanted = _shapes(lambda: kind(config).encoder.state_dict())
+    wanted.pop(NOT_READ, None)
+    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"{kind.PREFIX}{name}")
     return Component(tensors, config)
 
 

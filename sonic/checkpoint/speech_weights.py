@@ -27,37 +27,33 @@ def open_speech_encoder(config: ModelConfig, own: Mapping[str, Path]) -> MakeSpe
     Raises ValueError when it has no weights, its files are damaged, or the model reads features of another size or rate.
     """
     name = config.speech_encoder
-    kind, path = SPEECH_ENCODERS[name], _path(config, own)
+    kind, path = SPEECH_ENCODERS[name], Path(config.speech_weights) if config.speech_weights else own.get(name)
     if path is None:
         given = "a folder with config.json and model.safetensors" if issubclass(kind, HiddenStateEncoder) else "a safetensors file"
         raise ValueError(f"model={config.name} has no weights of speech_encoder={name}; name them as model.speech_weights=PATH, {given}")
     if not issubclass(kind, HiddenStateEncoder):
-        encoder = kind()
+        encoder = kind().eval().requires_grad_(False)
+        encoder.check_fits(config)
         load_weights(encoder, path)
-        load = encoder.to
-    else:
-        part = speech_encoder(path, name)
-        with torch.device("meta"):
-            encoder = kind(part.config)
-        load = partial(_loaded, kind, part, path)
-    encoder.check_fits(config)
-    return lambda device: load(device).eval().requires_grad_(False)
+        return encoder.to
+    part = speech_encoder(path, name)
+    with torch.device("meta"):
+        kind(part.config).check_fits(config)
+    return partial(_loaded, kind, part)
 
 
-def speech_hash(config: ModelConfig, own: Mapping[str, Path]) -> str:
-    """A hash of 16 digits of the speech encoder's weights; "" when it has none: of the tensors in a file, of the files in a folder."""
-    path = _path(config, own)
-    if path is None or not path.is_dir():
-        return weights_hash(path) if path else ""
+def _loaded(kind: type[HiddenStateEncoder], part: Component, device: torch.device) -> HiddenStateEncoder:
+    encoder = kind(part.config).to(device).requires_grad_(False)
+    tensors = {kind.to_transformers(stored.name): tensor.to(device) for stored, tensor in read(part.tensors.values())}
+    encoder.encoder.load_state_dict(tensors, strict=False)  # all that are read: official.speech_encoder has checked them
+    return encoder
+
+
+def speech_hash(config: ModelConfig, own: Mapping[str, str]) -> str:
+    """A hash of 16 digits of the weights in model.speech_weights; without, that of the model's own, or "" when it has none."""
+    if not config.speech_weights:
+        return own.get(config.speech_encoder, "")
+    if (path := Path(config.speech_weights)).is_file():
+        return weights_hash(path)
     digests = [sha256(file) for file in sorted({stored.file for stored in speech_encoder(path, config.speech_encoder).tensors.values()})]
     return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
-
-
-def _path(config: ModelConfig, own: Mapping[str, Path]) -> Path | None:
-    return Path(config.speech_weights) if config.speech_weights else own.get(config.speech_encoder)
-
-
-def _loaded(kind: type[HiddenStateEncoder], part: Component, source: Path, device: torch.device) -> HiddenStateEncoder:
-    encoder = kind(part.config).to(device)
-    encoder.load_tensors({stored.name: tensor.to(device) for stored, tensor in read(part.tensors.values())}, str(source))
-    return encoder

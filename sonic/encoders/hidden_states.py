@@ -5,8 +5,7 @@ Shapes: K hidden layers (the input of the first one included), E their width, F 
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +19,8 @@ from sonic.geometry import FPS
 STATES_PER_S = 50
 STATE_SAMPLES = SAMPLE_RATE // STATES_PER_S  # samples from one hidden state to the next
 NOT_READ = "masked_spec_embed"  # a weight that only trainings of wav2vec2 and hubert use
+# name in older files -> name of the two weights of the weight-normalised convolution
+RENAMED = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 class HiddenStateEncoder(SpeechEncoder):
@@ -37,25 +38,12 @@ class HiddenStateEncoder(SpeechEncoder):
         self.encoder = encoder.eval()
         self.num_layers, self.width = encoder.config.num_hidden_layers + 1, encoder.config.hidden_size
 
-    @staticmethod
-    @abstractmethod
-    def to_transformers(name: str) -> str:
-        """transformers' name of a tensor in a published file; empty when it is not of the encoder."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights by transformers' names."""
-        return {name: tensor for name, tensor in self.encoder.state_dict().items() if name != NOT_READ}
-
-    def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Load the weights of a published file by their names, without what is not of the encoder.
-
-        Raises ValueError when one is missing or unknown.
-        """
-        weights = {ours: tensor for name, tensor in tensors.items() if (ours := self.to_transformers(name))}
-        wrong = sorted(set(self.weights()) ^ set(weights))
-        if wrong:
-            raise ValueError(f"{source}: tensor {wrong[0]} is missing or has no place ({len(wrong)}); the file is for another encoder")
-        self.encoder.load_state_dict(weights, strict=False)
+    @classmethod
+    def to_transformers(cls, name: str) -> str:
+        """transformers' name of a tensor in a published file; empty for the output layer and the training mask."""
+        words = name.removeprefix(cls.PREFIX).split(".")
+        ours = ".".join([*words[:-1], RENAMED.get(words[-1], words[-1])])
+        return "" if ours.startswith("lm_head.") or ours == NOT_READ else ours
 
     def encode_into(self, samples: np.ndarray, out: Tensor, fps: int) -> None:
         """Write the features of a recording into `out`; frames after its end stay zero."""
@@ -100,13 +88,15 @@ class HiddenStateEncoder(SpeechEncoder):
 
     def hidden_states(self, wave: Tensor) -> Tensor:
         """All hidden states of scaled samples that are encoded at once.  [samples] -> [K,states,E]"""
-        return self.states_of(wave[None])
+        out = self.encoder(self.inputs(wave).to(next(self.encoder.parameters())), output_hidden_states=True)
+        states = torch.cat(
+            [*out.hidden_states[:-1], out.last_hidden_state]
+        )  # the listed last one of wav2vec2 and hubert is before the norm
+        return states[:, : self.num_states(len(wave))]
 
-    def states_of(self, inputs: Tensor) -> Tensor:
-        """All hidden states of what the network reads, [1,...] -> [K,states,E]; the last ones after the network's last norm, before which
-        transformers 5 takes the last of its list in wav2vec2 and hubert, but not in whisper."""
-        out = self.encoder(inputs.to(next(self.encoder.parameters())), output_hidden_states=True)
-        return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])
+    def inputs(self, wave: Tensor) -> Tensor:
+        """What the network reads of scaled samples: here the samples.  [samples] -> [1,samples]"""
+        return wave[None]
 
     @classmethod
     def num_states(cls, samples: int) -> int:

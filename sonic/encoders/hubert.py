@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sonic.encoders.hidden_states import HiddenStateEncoder
-from sonic.encoders.wav2vec import KEYS, LARGE, without_head
+from sonic.encoders.wav2vec import KEYS, LARGE
 
 
 class HubertEncoder(HiddenStateEncoder):
@@ -18,8 +18,3 @@ class HubertEncoder(HiddenStateEncoder):
         from transformers import HubertConfig, HubertModel
 
         super().__init__(HubertModel(HubertConfig(**(config or LARGE))))
-
-    @staticmethod
-    def to_transformers(name: str) -> str:
-        """transformers' name of a tensor of a published HubertForCTC or HubertModel."""
-        return without_head(name, HubertEncoder.PREFIX)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sonic.encoders.hidden_states import NOT_READ, STATES_PER_S, HiddenStateEncoder
+from sonic.encoders.hidden_states import STATES_PER_S, HiddenStateEncoder
 
 PICKED_PER_S = 30
 # wav2vec2-large-xlsr-53, as published beside Wan2.2-S2V; hubert-large has the same sizes
@@ -19,8 +19,6 @@ KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
     "conv_kernel", "conv_stride", "do_stable_layer_norm", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
 )  # fmt: skip
-# name in older files -> name of the two weights of the weight-normalised convolution
-RENAMED = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 class Wav2VecEncoder(HiddenStateEncoder):
@@ -33,11 +31,6 @@ class Wav2VecEncoder(HiddenStateEncoder):
 
         super().__init__(Wav2Vec2Model(Wav2Vec2Config(**(config or LARGE))))
 
-    @staticmethod
-    def to_transformers(name: str) -> str:
-        """transformers' name of a tensor of a published Wav2Vec2ForCTC or Wav2Vec2Model."""
-        return without_head(name, Wav2VecEncoder.PREFIX)
-
     def positions(self, num_frames: int, fps: int, total: int | None = None) -> np.ndarray:
         """Fractional indices of the hidden states of the first video frames, through 30 features a second.
 
@@ -49,13 +42,6 @@ class Wav2VecEncoder(HiddenStateEncoder):
             return picked * STATES_PER_S / PICKED_PER_S
         kept = num_resampled(total)
         return picked[picked < kept] * ((total - 1) / max(1, kept - 1))
-
-
-def without_head(name: str, prefix: str) -> str:
-    """transformers' name of a published tensor; empty for the output layer and the training mask."""
-    words = name.removeprefix(prefix).split(".")
-    ours = ".".join([*words[:-1], RENAMED.get(words[-1], words[-1])])
-    return "" if ours.startswith("lm_head.") or ours == NOT_READ else ours
 
 
 def frame_positions(num_frames: int, fps: int, rate: int = PICKED_PER_S) -> np.ndarray:

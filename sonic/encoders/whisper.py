@@ -31,11 +31,11 @@ class WhisperEncoder(HiddenStateEncoder):
         super().__init__(modeling_whisper.WhisperEncoder(WhisperConfig(**(config or MEDIUM))))
         self.extract = WhisperFeatureExtractor(feature_size=self.encoder.config.num_mel_bins)
 
-    @staticmethod
-    def to_transformers(name: str) -> str:
+    @classmethod
+    def to_transformers(cls, name: str) -> str:
         """transformers' name of a tensor of a published WhisperForConditionalGeneration or WhisperModel; empty for those of the decoder."""
         name = name.removeprefix("model.")
-        return name.removeprefix(WhisperEncoder.PREFIX) if name.startswith(WhisperEncoder.PREFIX) else ""
+        return name.removeprefix(cls.PREFIX) if name.startswith(cls.PREFIX) else ""
 
     def pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
         """The states of one window after another; a recording that can be read at once is one piece."""
@@ -48,8 +48,7 @@ class WhisperEncoder(HiddenStateEncoder):
         """A copy of the samples as they are: the log-mel columns have their own scale."""
         return samples.astype(np.float32)
 
-    def hidden_states(self, wave: Tensor) -> Tensor:
-        """All hidden states of up to 30 s, without those of the silence after it.  [samples] -> [K,states,E]"""
+    def inputs(self, wave: Tensor) -> Tensor:
+        """Log-mel columns of up to 30 s, and of silence after it.  [samples] -> [1,mels,3000]"""
         assert len(wave) <= READ_S * SAMPLE_RATE, f"{len(wave)} samples are more than whisper reads at once"
-        columns = self.extract(wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        return self.states_of(columns)[:, : self.num_states(len(wave))]
+        return self.extract(wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features

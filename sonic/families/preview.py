@@ -171,8 +171,9 @@ class Preview(Family):
 
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
         """Hashes of the tensors in the weight files."""
-        file = Path(autoencoder) if autoencoder else weight_files(config).autoencoder
-        return {"autoencoder_hash": weights_hash(file), "speech_hash": speech_hash(config, _own_speech(config))}
+        files = weight_files(config)
+        file, own = Path(autoencoder) if autoencoder else files.autoencoder, {"logmel": weights_hash(files.speech)}
+        return {"autoencoder_hash": weights_hash(file), "speech_hash": speech_hash(config, own)}
 
 
 def _students(config: ModelConfig) -> dict[int, Path]:
@@ -181,16 +182,11 @@ def _students(config: ModelConfig) -> dict[int, Path]:
     return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
 
 
-def _own_speech(config: ModelConfig) -> dict[str, Path]:
-    """The speech encoder of the preview, by its name."""
-    return {"logmel": weight_files(config).speech}
-
-
 def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, SpeechEncoder]:
     """The autoencoder with the weights in `file`, and the speech encoder, on a device."""
     autoencoder = WarpAutoencoder().to(device).eval().requires_grad_(False)
     load_weights(autoencoder, file)
-    return autoencoder, open_speech_encoder(config, _own_speech(config))(device)
+    return autoencoder, open_speech_encoder(config, {"logmel": weight_files(config).speech})(device)
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:

@@ -98,7 +98,7 @@ class Wan(Family):
         checkpoint = _checkpoint(config)
         config = checkpoint.config(config)
         make_autoencoder = partial(checkpoint.autoencoder, context.world.device, vae_dtype(config, dtype))
-        speech = open_speech_encoder(config, _own_speech(checkpoint))
+        speech = open_speech_encoder(config, checkpoint.speech_encoders)
         return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint, speech=speech)
 
     def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
@@ -170,7 +170,7 @@ class Wan(Family):
         model, fps = checkpoint.config(config.model), config.model.rollout.fps
         if not config.data.source:
             raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")
-        length, speech = model.text.text_len, open_speech_encoder(model, _own_speech(checkpoint))
+        length, speech = model.text.text_len, open_speech_encoder(model, checkpoint.speech_encoders)
         rows, autoencoder = checkpoint.prompt_encoder(length, device), checkpoint.autoencoder(device, torch.float32)
         return Encoders(
             encode_audio=lambda samples, frames: speech(device).encode_audio(samples, frames, fps),
@@ -184,14 +184,9 @@ class Wan(Family):
 
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
         """The digests of the files that the VAE and the checkpoint's own speech encoder were converted from, or of model.speech_weights."""
-        if not config.weights:
-            return {"autoencoder_hash": "", "speech_hash": speech_hash(config, {})}
-        checkpoint = _checkpoint(config)
-        own = not config.speech_weights and config.speech_encoder in _own_speech(checkpoint)
-        return {
-            "autoencoder_hash": checkpoint.source_hash(VAE_FILE)[:16],
-            "speech_hash": checkpoint.source_hash(*SPEECH_FILES)[:16] if own else speech_hash(config, {}),
-        }
+        hash_of = _checkpoint(config).source_hash if config.weights else lambda *names: ""
+        own = {"wav2vec2": hash_of(*SPEECH_FILES)[:16]}
+        return {"autoencoder_hash": hash_of(VAE_FILE)[:16], "speech_hash": speech_hash(config, own)}
 
 
 def vae_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
@@ -213,11 +208,6 @@ def _checkpoint(config: ModelConfig) -> Checkpoint:
     checkpoint = Checkpoint.open(Path(config.weights))
     checkpoint.config(config)
     return checkpoint
-
-
-def _own_speech(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The speech encoder in a checkpoint, by its name."""
-    return {"wav2vec2": checkpoint.folder / "speech_encoder"}
 
 
 def _refuse_face_options(config: InferConfig) -> None:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sonic.config import ModelConfig, one_of
+from sonic.config import ModelConfig, require
 from sonic.encoders.logmel import LogMelEncoder, vary_throat
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
@@ -59,7 +59,8 @@ class VisemePretraining(Objective):
     exported = "speech_encoder."
 
     def build(self, config: TrainConfig, dataset: object) -> None:
-        one_of(config.model.speech_encoder, ["logmel"], "model.speech_encoder")  # the others are published
+        name = config.model.speech_encoder
+        require(name == "logmel", f"objective=viseme trains logmel from nothing, not model.speech_encoder={name}, which is published")
         self.student = nn.ModuleDict({"speech_encoder": LogMelEncoder(), "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
         self.roles = {STUDENT: self.student}
 
