@@ -89,9 +89,7 @@ class HiddenStateEncoder(SpeechEncoder):
     def hidden_states(self, wave: Tensor) -> Tensor:
         """All hidden states of scaled samples that are encoded at once.  [samples] -> [K,states,E]"""
         out = self.encoder(self.inputs(wave).to(next(self.encoder.parameters())), output_hidden_states=True)
-        states = torch.cat(
-            [*out.hidden_states[:-1], out.last_hidden_state]
-        )  # the listed last one of wav2vec2 and hubert is before the norm
+        states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # in wav2vec2 and hubert the list ends before the last norm
         return states[:, : self.num_states(len(wave))]
 
     def inputs(self, wave: Tensor) -> Tensor:
