@@ -81,7 +81,7 @@ def test_a_preview_of_another_speech_encoder_is_trained_and_generates_videos(fol
     pipe = AvatarPipeline.from_pretrained("preview", **dict(item.split("=", 1) for item in argv[:-2]))
     sound = babble(1.5)
     live = [np.asarray(chunk.pixels) for chunk in pipe.stream(folder / "me.png", ((part, 16_000) for part in np.split(sound, 3)))]
-    assert sum(map(len, live)) == 37 and pipe.look_ahead_s == 1.0
+    assert sum(map(len, live)) == 38 and pipe.look_ahead_s == 1.0
 
 
 def test_a_speech_encoder_that_does_not_fit_ends_the_command_with_one_sentence(folder, tmp_path, capfd):
