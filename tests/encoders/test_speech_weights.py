@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +169,13 @@ def test_the_previews_own_encoder_is_for_25_frames_a_second(tmp_path):
 def test_a_conversion_refuses_weights_of_a_speech_encoder():
     with pytest.raises(ValueError, match="model.speech_weights=me is not read by a conversion; give it to the commands"):
         ConvertConfig(source="a", output="b", model=ModelConfig(name="wan_s2v_14b", family="wan", speech_weights="me"))
+
+
+def test_the_encoder_of_the_page_on_extending_gives_a_live_block_what_it_gives_a_recording():
+    page = (Path(__file__).parents[2] / "docs/extending.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "SpeechEncoder)" in block)
+    names = {}
+    exec(code, names)  # noqa: S102
+    encoder, sound = names["Envelope"](), babble(2.0)
+    whole = encoder.encode_audio(sound, 50)
+    assert whole.shape == (1, 1, 50) and torch.equal(encoder.encode_block(sound[3200:], range(24, 36), start=3200), whole[..., 24:36])
