@@ -197,7 +197,20 @@ class AdapterConfig:
 
 
 @dataclass
-class ModelConfig:
+class SpeechEncoderConfig:
+    """The speech encoder of a model. Its number of hidden layers and their width are those in `AudioConfig`."""
+
+    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODER_TABLE)
+    speech_weights: str = option(
+        "", "folder of the speech encoder as published (config.json, model.safetensors), for logmel a file; empty = the model's own"
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self.speech_encoder, names_in(SPEECH_ENCODER_TABLE), "model.speech_encoder")
+
+
+@dataclass
+class ModelConfig(SpeechEncoderConfig):
     """A model of the S2V family."""
 
     name: str = option("preview", "one of the files in conf/model")
@@ -208,7 +221,6 @@ class ModelConfig:
     rollout: RolloutConfig = option(RolloutConfig)
     prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTION_TABLE)
     family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
-    speech_encoder: str = option("logmel", "encoder of the recording (logmel = a small one of log-mel columns)", table=SPEECH_ENCODER_TABLE)
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
@@ -216,9 +228,9 @@ class ModelConfig:
     lora: LoraConfig = option(LoraConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of(self.prediction, names_in(PREDICTION_TABLE), "model.prediction")
         one_of(self.family, list(FAMILIES), "model.family")
-        one_of(self.speech_encoder, names_in(SPEECH_ENCODER_TABLE), "model.speech_encoder")
         tile = 8 * self.trunk.patch_size[1]
         fits = self.resolution >= 0 and self.resolution % tile == 0
         require(fits, f"model.resolution={self.resolution} must be a multiple of {tile} pixels (8 per latent, whole patches)")

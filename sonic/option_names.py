@@ -32,5 +32,5 @@ SYNONYMS = {  # what other programs of the field call an option -> the last part
 FILES = {  # options that name files or folders, in which ~ is the home folder
     *("image", "audio", "output", "requests", "mp4", "json", "source", "folder", "autoencoder", "export", "init_from"),
     *("run.folder", "face.masks", "motion.pose", "model.weights", "model.lora.path", "lora.path", "data.source", "data.folder"),
-    *("checkpoint.resume", "eval.videos"),
+    *("checkpoint.resume", "eval.videos", "model.speech_weights"),
 }

@@ -29,6 +29,7 @@ from sonic.config import PRECISIONS, Ranks, VideoConfig, closest_first
 from sonic.data.image import image_in_memory
 from sonic.data.live_audio import LiveAudio, speech_in_memory
 from sonic.data.video import VideoWriter
+from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.families.family import build_components, family_of
 from sonic.inference.batch import Opened, Outcome, all_outcomes, make_videos, open_components
 from sonic.inference.choose_plan import refuse_larger
@@ -173,7 +174,7 @@ class AvatarPipeline:
     @property
     def look_ahead_s(self) -> float:
         """Seconds of sound that a block needs after its last frame, when the sound comes from an iterator."""
-        return family_of(self.config.model).look_ahead_s
+        return SPEECH_ENCODERS[self.config.model.speech_encoder].look_ahead_s
 
     def load_lora(self, path: str | os.PathLike, alpha: float | None = None) -> Self:
         """Reload the weights with this adapter merged, in place of any other adapter, including that of a bundled student.

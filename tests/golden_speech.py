@@ -9,11 +9,12 @@ from einops import rearrange
 from golden_case import Case, tensors_of
 from torch import Tensor
 
-from sonic.encoders.wav2vec import PICKED_PER_S, STATES_PER_S, Wav2VecEncoder, frame_positions, normalised, published_clips
+from sonic.encoders.hidden_states import STATES_PER_S, HiddenStateEncoder
+from sonic.encoders.wav2vec import PICKED_PER_S, Wav2VecEncoder, frame_positions, published_clips
 
 
 @torch.no_grad()
-def states_of(encoder: Wav2VecEncoder, samples: np.ndarray) -> Tensor:
+def states_of(encoder: HiddenStateEncoder, samples: np.ndarray) -> Tensor:
     """All hidden states at 50 per second.  [samples] -> [K,states,E]"""
     return torch.cat(list(encoder.pieces(samples)), dim=1)
 
@@ -39,9 +40,10 @@ def pick_frames(states: Tensor, positions: np.ndarray, *, around: int = 0, strid
 
 def wav2vec_features(case: Case) -> None:
     encoder = Wav2VecEncoder(case.manifest["config"])
-    encoder.load_tensors(tensors_of(case.weights(0)), "golden")
+    weights = {Wav2VecEncoder.to_transformers(name): tensor for name, tensor in tensors_of(case.weights(0)).items()}
+    encoder.encoder.load_state_dict(weights, strict=False)
     samples = case.inputs["waveform_16k"].numpy()
-    case.close(torch.from_numpy(normalised(samples))[None], case.outputs["input_values"])
+    case.close(torch.from_numpy(encoder.scaled(samples, samples))[None], case.outputs["input_values"])
     states = states_of(encoder, samples)
     case.close(states, case.outputs["hidden_states_50fps"])
     spread = stretch(states)

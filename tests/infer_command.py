@@ -13,7 +13,7 @@ from skimage import data
 
 from sonic.cli import Entry, compose
 from sonic.config import ModelConfig
-from sonic.encoders.speech import LogMelEncoder
+from sonic.encoders.logmel import LogMelEncoder
 from sonic.families.preview import PreviewComponents
 from sonic.inference.infer_config import InferConfig
 from sonic.model.dit import AvatarDiT

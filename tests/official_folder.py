@@ -108,7 +108,7 @@ def write_sparse(tensors: dict[str, Tensor], folder: Path, *, shards: int) -> No
     (folder / f"{official.DIT_STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in official.SPEECH_KEYS}
+SPEECH_KEYS = {name: value for name, value in SPEECH.items() if name in Wav2VecEncoder.KEYS}
 
 
 def _random(tensor: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
         "dit": dit,
         "text_encoder": official.text_encoder(folder),
         "vae": official.autoencoder(folder),
-        "speech_encoder": official.speech_encoder(folder),
+        "speech_encoder": official.speech_encoder(folder / official.SPEECH, "wav2vec2"),
     }
     official.check_together(folder, model, components)
     lora = _lora(config, dit)

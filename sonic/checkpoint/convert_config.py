@@ -26,5 +26,7 @@ class ConvertConfig:
         unread = ("weights", self.model.weights, "source"), ("lora.path", lora.path, "lora.path"), ("lora.alpha", lora.alpha, "lora.alpha")
         for name, value, instead in unread:
             require(not value, f"model.{name}={value} is not read by a conversion; write {instead}={value}")
+        folder = self.model.speech_weights
+        require(not folder, f"model.speech_weights={folder} is not read by a conversion; give it to the commands that use the checkpoint")
         bare = self.to == "ready" and self.model.name in FAMILIES[self.model.family].adapted and not self.lora.path
         require(not bare, f"model={self.model.name} is Wan2.2-S2V with an adapter; add live_avatar=FOLDER, or choose model=wan_s2v_14b")

@@ -19,7 +19,6 @@ from sonic.checkpoint.official import TEXT_FILE
 from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
-from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.system.files import save_tensors
 from sonic.system.program import written
 from sonic.vae.wan_vae import WanAutoencoder
@@ -71,6 +70,11 @@ class Checkpoint:
         """The folder of the transformer's weights."""
         return self.folder / "dit"
 
+    @property
+    def speech_encoders(self) -> dict[str, Path]:
+        """The folder of the speech encoder, by its name."""
+        return {"wav2vec2": self.folder / "speech_encoder"}
+
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> WanAutoencoder:
         """The Wan VAE, loaded. Against float32, its frames in bfloat16 have a PSNR of 50 dB (0.8 of 255 levels, root mean square; random
         weights of the published size); latents rounded to bfloat16 once and decoded in float32 have 70 dB."""
@@ -106,12 +110,6 @@ class Checkpoint:
             encoder = TextEncoder(self._config("text_encoder"))
         encoder.load_tensors(self._loaded("text_encoder", device), str(self.folder))
         return encoder.to(device)
-
-    def speech_encoder(self, device: torch.device) -> Wav2VecEncoder:
-        """The speech encoder with its weights."""
-        encoder = Wav2VecEncoder(self._config("speech_encoder")).to(device)
-        encoder.load_tensors(self._loaded("speech_encoder", device), str(self.folder))
-        return encoder.eval()
 
     def _loaded(self, component: str, device: torch.device) -> dict[str, Tensor]:
         """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""

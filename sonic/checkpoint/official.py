@@ -17,8 +17,9 @@ from torch import Tensor
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, check, survey, survey_sharded
 from sonic.checkpoint.weights import export, to_official
 from sonic.config import AudioConfig, ModelConfig, TextConfig, TrunkConfig
+from sonic.encoders.hidden_states import NOT_READ
+from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.encoders.text import TIED, TextEncoder, to_published, to_transformers
-from sonic.encoders.wav2vec import Wav2VecEncoder, to_transformers_speech
 from sonic.model.dit import AvatarDiT
 from sonic.vae.wan_vae import WanAutoencoder, to_diffusers
 
@@ -35,10 +36,6 @@ TRUNK = {  # option of our TrunkConfig: its name in the published config.json
     "hidden_dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "num_heads", "num_layers": "num_layers", "latent_channels": "in_dim",
     "freq_dim": "freq_dim", "eps": "eps",
 }  # fmt: skip
-SPEECH_KEYS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_bias", "feat_extract_norm", "conv_dim",
-    "conv_kernel", "conv_stride", "do_stable_layer_norm", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,17 +122,20 @@ def autoencoder(folder: Path) -> Component:
     return Component(tensors, config)
 
 
-def speech_encoder(folder: Path) -> Component:
-    """The wav2vec2 encoder without its output layer."""
-    given = _json(folder / SPEECH / "config.json")
-    config = {name: given[name] for name in SPEECH_KEYS if name in given}
-    file = folder / SPEECH / "model.safetensors"
-    tensors = survey(file if file.is_file() else file.with_name("pytorch_model.bin"))
-    tensors = {name: tensor for name, tensor in tensors.items() if to_transformers_speech(name)}
-    wanted = _shapes(lambda: Wav2VecEncoder(config).encoder.state_dict())
-    wanted.pop("masked_spec_embed", None)
-    encoder = {to_transformers_speech(name): tensor for name, tensor in tensors.items()}
-    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"wav2vec2.{name}")
+def speech_encoder(folder: Path, name: str) -> Component:
+    """The speech encoder `name` of a folder, without the output layer or the decoder. Raises ValueError when it is another network."""
+    kind, given = SPEECH_ENCODERS[name], _json(folder / "config.json")
+    if given.get("model_type", name) != name:
+        raise ValueError(f"{folder} holds {given['model_type']}, not {name}; name the folder of a {name}, or choose another speech encoder")
+    config = {key: given[key] for key in kind.KEYS if key in given}
+    pickled = folder / "pytorch_model.bin"
+    only_pickled = pickled.is_file() and not (folder / "model.safetensors").is_file()
+    tensors = survey(pickled) if only_pickled else survey_sharded(folder, "model")
+    tensors = {name: tensor for name, tensor in tensors.items() if kind.to_transformers(name)}
+    encoder = {kind.to_transformers(name): tensor for name, tensor in tensors.items()}
+    wanted = _shapes(lambda: kind(config).encoder.state_dict())
+    wanted.pop(NOT_READ, None)
+    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"{kind.PREFIX}{name}")
     return Component(tensors, config)
 
 

@@ -28,7 +28,7 @@ class LiveAudio:
         self._source = _at_16_khz(chunks)
         self._pending: list[np.ndarray] = []
         self._held = np.zeros(0, np.float32)
-        self._start = 0  # index of the first sample that is kept
+        self.start = 0  # index of the first sample that is kept
         self.received = 0  # number of samples received so far
 
     def receive(self, stop: int) -> None:
@@ -45,19 +45,19 @@ class LiveAudio:
                 self.received += len(chunk)
         if self.ended:
             check_length(self.received / SAMPLE_RATE, "audio")
-        forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - self._start)
+        forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - self.start)
         self._held = np.concatenate([self._held, *self._pending])[forgotten:]
-        self._start += forgotten
+        self.start += forgotten
         self._pending = []
 
     def window(self, first: int, stop: int) -> np.ndarray:
         """Samples `first` to `stop`, fewer at the end of the sound. They must have been received, and `first` must still be kept."""
-        assert first >= self._start, f"sample {first} is forgotten; held are those from {self._start}"
-        return self._held[first - self._start : max(0, stop - self._start)]
+        assert first >= self.start, f"sample {first} is forgotten; held are those from {self.start}"
+        return self._held[first - self.start : max(0, stop - self.start)]
 
     def before(self, stop: int) -> np.ndarray:
         """All kept samples before sample `stop`."""
-        return self.window(self._start, stop)
+        return self.window(self.start, stop)
 
     @property
     def num_frames(self) -> int | None:

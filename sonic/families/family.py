@@ -38,7 +38,6 @@ class Family(ABC):
     with `family: NAME`. A family has no state: what is loaded is in its `Components`, usually a subclass with the family's encoders.
     """
 
-    look_ahead_s: ClassVar[float]  # seconds of sound that a block needs after its last frame, while the sound is still arriving
     loads_late: ClassVar[bool]  # whether the transformer is loaded after the inputs are encoded, in the memory of the encoders
 
     # a video

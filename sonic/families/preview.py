@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, weights_hash
+from sonic.checkpoint.speech_weights import open_speech_encoder, speech_hash
 from sonic.checkpoint.weights import load_weights
 from sonic.config import HeadConfig, ModelConfig
 from sonic.data.clips import pose_latents
@@ -28,7 +29,7 @@ from sonic.data.motion import encode_motion
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
-from sonic.encoders.speech import SPEECH_ENCODERS
+from sonic.encoders.speech_encoder import SpeechEncoder
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.components import Components
@@ -36,13 +37,13 @@ from sonic.inference.distributed_rollout import distributed_rollout
 from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
-from sonic.inference.live_features import LiveFeatures, LiveLogMel
+from sonic.inference.live_features import LiveFeatures
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, seeded
 from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
-from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
+from sonic.types import Conditions, FrameChunk, Inputs, Portrait
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -53,7 +54,7 @@ log = logging.getLogger("sonic.inference")
 class PreviewComponents(Components):
     """The components of a preview model, whose speech encoder stays in memory."""
 
-    speech: nn.Module = field(kw_only=True)
+    speech: SpeechEncoder = field(kw_only=True)
 
 
 class EncodedPortrait(NamedTuple):
@@ -69,7 +70,6 @@ class EncodedPortrait(NamedTuple):
 class Preview(Family):
     """Models whose latents are the motion of a face in the photograph."""
 
-    look_ahead_s = LiveLogMel.look_ahead_s
     loads_late = False
 
     def open(self, config: InferConfig, memory: InMemory) -> Inputs:
@@ -138,7 +138,7 @@ class Preview(Family):
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
-            live = LiveFeatures(settings.sound, LiveLogMel(components.speech))
+            live = LiveFeatures(settings.sound, components.speech)
             return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas, live)
         step = FRAMES_PER_LATENT * config.rollout.block_frames
         frames = math.ceil(inputs.num_frames / step) * step  # whole blocks
@@ -173,8 +173,8 @@ class Preview(Family):
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
         """Hashes of the tensors in the weight files."""
         files = weight_files(config)
-        file = Path(autoencoder) if autoencoder else files.autoencoder
-        return {"autoencoder_hash": weights_hash(file), "speech_hash": weights_hash(files.speech)}
+        file, own = Path(autoencoder) if autoencoder else files.autoencoder, {"logmel": weights_hash(files.speech)}
+        return {"autoencoder_hash": weights_hash(file), "speech_hash": speech_hash(config, own)}
 
 
 def _students(config: ModelConfig) -> dict[int, Path]:
@@ -183,14 +183,11 @@ def _students(config: ModelConfig) -> dict[int, Path]:
     return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
 
 
-def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, nn.Module]:
+def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, SpeechEncoder]:
     """The autoencoder with the weights in `file`, and the speech encoder, on a device."""
-    autoencoder, speech = WarpAutoencoder(), pick(SPEECH_ENCODERS, config.speech_encoder, "model.speech_encoder")()
-    for module in (autoencoder, speech):
-        module.to(device).eval().requires_grad_(False)
+    autoencoder = WarpAutoencoder().to(device).eval().requires_grad_(False)
     load_weights(autoencoder, file)
-    load_weights(speech, weight_files(config).speech)
-    return autoencoder, speech
+    return autoencoder, open_speech_encoder(config, {"logmel": weight_files(config).speech})(device)
 
 
 def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.official import VAE_FILE
+from sonic.checkpoint.speech_weights import MakeSpeechEncoder, open_speech_encoder, speech_hash
 from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
@@ -25,7 +26,7 @@ from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
-from sonic.encoders.wav2vec import num_resampled, num_states, published_clips
+from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clips
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.inference.components import Components, find_device
@@ -40,7 +41,7 @@ from sonic.inference.generate_wan import (
 )
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
-from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
+from sonic.inference.live_features import LiveFeatures
 from sonic.inference.report import StageTimer
 from sonic.inference.stream import hand_over
 from sonic.parallel.context import DistributedContext
@@ -57,12 +58,12 @@ class WanComponents(Components):
     """The components of a published model, whose checkpoint loads its encoders one at a time."""
 
     checkpoint: Checkpoint = field(kw_only=True)
+    speech: MakeSpeechEncoder = field(kw_only=True)
 
 
 class Wan(Family):
     """Models of converted checkpoints, which generate the whole picture."""
 
-    look_ahead_s = LiveWav2Vec.look_ahead_s
     loads_late = True
 
     def open(self, config: InferConfig, memory: InMemory) -> Inputs:
@@ -93,11 +94,12 @@ class Wan(Family):
         return _checkpoint(config).weights
 
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> WanComponents:
-        """The checkpoint and a function that loads its VAE; nothing is loaded yet."""
+        """The checkpoint and functions that load the VAE and the speech encoder; nothing is loaded yet."""
         checkpoint = _checkpoint(config)
         config = checkpoint.config(config)
         make_autoencoder = partial(checkpoint.autoencoder, context.world.device, vae_dtype(config, dtype))
-        return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint)
+        speech = open_speech_encoder(config, checkpoint.speech_encoders)
+        return WanComponents(config, context, make_autoencoder, dtype=dtype, checkpoint=checkpoint, speech=speech)
 
     def preload_prompts(self, components: WanComponents, prompts: Iterable[str]) -> None:
         """Encode all prompts and cache them, so that the text encoder is not needed after the transformer is loaded.
@@ -121,9 +123,9 @@ class Wan(Family):
         if settings.sound is None:
             frames, live = -(-inputs.num_frames // step) * step, None
             voices = [voice.samples for voice in inputs.voices or (inputs.speech,)]
-            features = checkpoint.speech_encoder(device).encode_audio_batch(voices, frames, inputs.fps)
+            features = components.speech(device).encode_audio_batch(voices, frames, inputs.fps)
         else:  # the speech encoder stays in memory until the sound ends
-            live = LiveFeatures(settings.sound, LiveWav2Vec(checkpoint.speech_encoder(device)))
+            live = LiveFeatures(settings.sound, components.speech(device))
             features = torch.zeros(1, 0, 0, 0)
         read = checkpoint.prompt_encoder(config.text.text_len, device)
         text = read(inputs.prompt)
@@ -163,14 +165,15 @@ class Wan(Family):
             yield from chunks if encoded.live is None else encoded.live.cut(chunks)
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
-        """The encoders of the converted checkpoint, on the machine's accelerator if it has one."""
+        """The encoders of the model, on the machine's accelerator if it has one."""
         checkpoint, device = _checkpoint(config.model), find_device("auto")
+        model, fps = checkpoint.config(config.model), config.model.rollout.fps
         if not config.data.source:
             raise ValueError(f"model={config.model.name} learns from videos: name a folder of them as data.source=FOLDER")
-        length, fps = checkpoint.config(config.model).text.text_len, config.model.rollout.fps
+        length, speech = model.text.text_len, open_speech_encoder(model, checkpoint.speech_encoders)
         rows, autoencoder = checkpoint.prompt_encoder(length, device), checkpoint.autoencoder(device, torch.float32)
         return Encoders(
-            encode_audio=lambda samples, frames: checkpoint.speech_encoder(device).encode_audio(samples, frames, fps),
+            encode_audio=lambda samples, frames: speech(device).encode_audio(samples, frames, fps),
             autoencoder=autoencoder,
             read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
             hashes=self.encoder_hashes(config.model),
@@ -180,14 +183,10 @@ class Wan(Family):
         )
 
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
-        """The digests of the files that the VAE and the wav2vec were converted from."""
-        if not config.weights:
-            return {"autoencoder_hash": "", "speech_hash": ""}
-        checkpoint = _checkpoint(config)
-        return {
-            "autoencoder_hash": checkpoint.source_hash(VAE_FILE)[:16],
-            "speech_hash": checkpoint.source_hash(*SPEECH_FILES)[:16],
-        }
+        """The digests of the files that the VAE and the checkpoint's own speech encoder were converted from, or of model.speech_weights."""
+        hash_of = _checkpoint(config).source_hash if config.weights else lambda *names: ""
+        own = {"wav2vec2": hash_of(*SPEECH_FILES)[:16]}
+        return {"autoencoder_hash": hash_of(VAE_FILE)[:16], "speech_hash": speech_hash(config, own)}
 
 
 def vae_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
@@ -253,7 +252,7 @@ def _published_length(config: InferConfig, speech: Speech) -> int:
 
     These are whole clips, sometimes one more than the sound needs, minus the three frames dropped from the first clip.
     """
-    resampled = num_resampled(num_states(len(speech.samples)))
+    resampled = num_resampled(Wav2VecEncoder.num_states(len(speech.samples)))
     clips = published_clips(resampled, config.video.infer_frames, config.video.fps)
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
 

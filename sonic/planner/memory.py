@@ -19,7 +19,8 @@ Items = Mapping[str, float]  # bytes by item
 Phases = Mapping[str, Items]  # items of a rank in each phase; phases follow each other
 
 TEXT_NUMBERS = {4096: 5_680_910_336}  # parameters of umT5-xxl's encoder, by the width of its outputs; other models have no text encoder
-SPEECH_NUMBERS = {"wav2vec2": 315_438_720, "logmel": 1_317_440}
+# parameters of the published sizes that Wan2.2-S2V reads: wav2vec2-large, hubert-large and whisper-medium
+SPEECH_NUMBERS = {"logmel": 1_317_440, "wav2vec2": 315_438_720, "hubert": 315_438_720, "whisper": 307_216_384}
 PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
 COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
 EXCHANGE_COPIES = 7  # additional copies in attention when ranks exchange tokens for heads

@@ -20,7 +20,7 @@ from sonic.data import precompute as precompute_module
 from sonic.data.clips import ClipDataset
 from sonic.data.data_config import MixConfig, PrecomputeConfig
 from sonic.data.precompute import Encoders, encode_person, precompute, recording, talking
-from sonic.encoders.speech import LogMelEncoder
+from sonic.encoders.logmel import LogMelEncoder
 from sonic.vae.motion_vae import WarpAutoencoder
 
 WARP = WarpAutoencoder().eval()

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from sonic.data.audio import MELS, SILENT_COLUMN
-from sonic.encoders.speech import LogMelEncoder, TimeConv, vary_throat
+from sonic.encoders.logmel import LogMelEncoder, TimeConv, vary_throat
 
 
 @pytest.fixture(scope="module")

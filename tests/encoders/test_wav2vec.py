@@ -39,7 +39,7 @@ def test_every_frame_has_all_layers_and_frames_after_the_end_are_silent(encoder)
 @pytest.mark.parametrize("in_memory", [1 << 30, 0])
 def test_features_picked_window_by_window_are_those_of_all_states(encoder, seconds, in_memory, monkeypatch):
     monkeypatch.setattr(Wav2VecEncoder, "WINDOW_S", 1)
-    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", in_memory)
+    monkeypatch.setattr("sonic.encoders.speech_encoder.IN_MEMORY", in_memory)
     sound = speech(seconds)
     expected = pick_frames(stretch(states_of(encoder, sound)), frame_positions(70, 25))
     assert_close(encoder.encode_audio(sound, 70), expected.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
@@ -51,8 +51,8 @@ def test_several_voices_are_encoded_independently(encoder):
 
 
 def test_features_that_do_not_fit_on_the_disk_are_refused_in_one_sentence(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sonic.encoders.wav2vec.IN_MEMORY", 0)
-    monkeypatch.setattr("sonic.encoders.wav2vec.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr("sonic.encoders.speech_encoder.IN_MEMORY", 0)
+    monkeypatch.setattr("sonic.encoders.speech_encoder.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=rf"needed in {tmp_path} .* TMPDIR"):
         encoder.encode_audio(speech(1.0), 40)
@@ -88,11 +88,3 @@ def test_a_frame_is_driven_by_the_sound_of_its_time():
     states = torch.arange(60.0).reshape(1, 60, 1)
     found = pick_frames(states, frame_positions(25, 25))
     assert_close(found.flatten() / 30, torch.arange(25) / 25, atol=0.5 / 30 + 1e-6, rtol=0)
-
-
-def test_weights_of_another_encoder_are_named(encoder):
-    weights = {f"wav2vec2.{name}": tensor.clone() for name, tensor in encoder.encoder.state_dict().items()}
-    encoder.load_tensors(weights | {"lm_head.weight": torch.zeros(1)}, "a file")
-    lost = next(name for name in weights if "layers.1" in name)
-    with pytest.raises(ValueError, match=lost.removeprefix("wav2vec2.")):
-        encoder.load_tensors({name: tensor for name, tensor in weights.items() if name != lost}, "another file")

@@ -18,7 +18,7 @@ from sonic.geometry import FPS, BlockSpan
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory
-from sonic.inference.live_features import CONTEXT_S, LiveFeatures, LiveWav2Vec
+from sonic.inference.live_features import LiveFeatures
 
 RATE = 16_000
 SECONDS = 1.3
@@ -181,12 +181,12 @@ def test_wav2vec2_reads_a_window_around_a_block_and_gives_its_states_at_its_fram
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     encoder = Wav2VecEncoder({**small, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2})
     sound = babble(8.0)
-    features = LiveFeatures(LiveAudio(pieces(sound, 3000)), LiveWav2Vec(encoder))
+    features = LiveFeatures(LiveAudio(pieces(sound, 3000)), encoder)
     found = [features.of(span) for span in features.spans(3)]
     assert len(found) == 17 and found[0].shape == (1, 3, 16, 12)
     for index in (0, 7, 12):  # at the beginning, and where the window has left it
         span = BlockSpan(index, 3 * index, 3)
-        stop, start = features.stop(span), max(0, int((span.first_frame / FPS - CONTEXT_S) * 50)) * 320
+        stop, start = features.stop(span), max(0, int((span.first_frame / FPS - encoder.context_s) * 50)) * 320
         wave = (sound[start:stop] - sound[:stop].mean()) / np.sqrt(sound[:stop].var() + 1e-7)
         with torch.no_grad():
             states = encoder.hidden_states(torch.from_numpy(wave.astype(np.float32)))

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from tiny import SIZE, conditions, latents_of, tiny_model
 
 from sonic.cli import Entry, compose
-from sonic.encoders.speech import LogMelEncoder
+from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.encoders.text import TextEncoder
-from sonic.encoders.wav2vec import Wav2VecEncoder
 from sonic.families import FAMILIES
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner import extrapolate
@@ -97,7 +96,7 @@ def test_encoders_and_autoencoders_have_the_estimated_size():
     sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
     with torch.device("meta"):
         assert sizes({"wan": WanAutoencoder, "preview": WarpAutoencoder}) == {name: entry.parameters for name, entry in FAMILIES.items()}
-        assert sizes({"wav2vec2": Wav2VecEncoder, "logmel": LogMelEncoder}) == SPEECH_NUMBERS
+        assert sizes(SPEECH_ENCODERS) == SPEECH_NUMBERS
         assert sizes({XXL["d_model"]: lambda: TextEncoder(XXL)}) == TEXT_NUMBERS
 
 

@@ -7,15 +7,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sonic.config import ModelConfig
-from sonic.encoders.speech import SPEECH_ENCODERS, vary_throat
+from sonic.config import ModelConfig, require
+from sonic.encoders.logmel import LogMelEncoder, vary_throat
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
 from sonic.training.objective_config import VisemeConfig
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.train_config import TrainConfig
-from sonic.types import pick
 
 VISEMES = 5
 # weight of the error of each viseme component; the opening is the most visible
@@ -54,14 +53,15 @@ def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, 
 
 
 class VisemePretraining(Objective):
-    """Trains the speech encoder together with a viseme head that is not exported."""
+    """Trains the preview's speech encoder together with a viseme head that is not exported."""
 
     config: VisemeConfig
     exported = "speech_encoder."
 
     def build(self, config: TrainConfig, dataset: object) -> None:
-        encoder = pick(SPEECH_ENCODERS, config.model.speech_encoder, "model.speech_encoder")()
-        self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
+        name = config.model.speech_encoder
+        require(name == "logmel", f"objective=viseme trains logmel from nothing, not model.speech_encoder={name}, which is published")
+        self.student = nn.ModuleDict({"speech_encoder": LogMelEncoder(), "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
         self.roles = {STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
