@@ -20,13 +20,15 @@ from sonic.geometry import pixels_around
 from sonic.types import Mouth, Portrait
 
 PARTED = 0.1  # largest gap between the inner edges below which lips count as closed
-MARGIN, AT_CORNER = 0.05, 0.35  # the mesh sees a gap so much too small at either edge, and less so this close to the corners
+MARGIN, SHORT, AT_CORNER = 0.05, 0.25, 0.35  # the mesh sees a gap so much too small at either edge, and at the lower one by this share
+# of the gap besides; less so this close to the corners
 MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
 THINNEST = 0.15  # a lip moves as a whole over at least this height
 ABOVE, BELOW = 0.6, 1.0  # heights over which the skin above the upper lip and that below the lower lip give way
 JAW, JAW_FROM, JAW_FULL = 0.62, 0.35, 0.75  # share of the lip's way that the chin moves, and gaps at which it begins to and does so fully
 CHEEKS = (1.0, 2.6)  # distance to the side at which the jaw's motion begins to fade, and where it ends
-CHIN, THROAT = 2.0, 1.3  # where the chin ends below the lips, and the height below it over which its motion fades
+CHIN = (1.2, 3.0)  # distances of the chin below the mouth that are believed
+THROAT = 0.9  # height below the chin over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
 WIDE_OPEN = (0.14, 0.26)  # gaps at which what is between the lips begins to be kept, and is kept wholly; the mesh takes lips for less
 INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the mouth's inside at the lower lip
@@ -48,14 +50,14 @@ def close_mouth(portrait: Portrait) -> Portrait:
     near = (np.abs(x) < CHEEKS[1]) & (np.abs(y) < REACH)
     x, y, rows, columns = x[near], y[near], rows[near], columns[near]
     upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
-    corners = edges[0, [0, -1], 0]
+    corners, chin = edges[0, [0, -1], 0], _chin(portrait)
 
     between = np.minimum((y - upper) * mouth.half_width, (lower - y) / INSIDE_EDGE)  # a sharp upper edge, and a soft lower one
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
     inside[rows, columns, 3] = 255 * np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
 
     open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
-    upper, lower = upper - MARGIN * open_here, lower + MARGIN * open_here
+    upper, lower = upper - MARGIN * open_here, lower + (MARGIN + SHORT * (lower - upper)) * open_here
     line = upper + MEET * (lower - upper)
     rise, drop = ((edge * ((x > corners[0]) & (x < corners[1]))) for edge in (line - upper, lower - line))
     above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
@@ -63,7 +65,7 @@ def close_mouth(portrait: Portrait) -> Portrait:
     wide = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
     jaw = JAW * wide * drop.max() * (1 - _smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
     skin = _smoothstep((below - np.maximum(lower_outer - lower, THINNEST)) / BELOW)
-    down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((below - CHIN) / THROAT))
+    down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((y - chin) / THROAT))
     crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
 
     moved = (up != 0) | (down != 0) | (crease > 1e-3)
@@ -73,6 +75,13 @@ def close_mouth(portrait: Portrait) -> Portrait:
     closed = portrait.pixels.copy()
     closed[rows[moved], columns[moved]] = np.clip(shown * (1 - crease[:, None]), 0, 255).round().astype(np.uint8)
     return replace(portrait, pixels=closed, inside=inside)
+
+
+def _chin(portrait: Portrait) -> float:
+    """The chin's distance below the mouth: there the face box ends, which for a rotated face is as large but upright."""
+    face, mouth = portrait.face, portrait.mouth
+    middle = _in_units(np.array([face.x + face.width / 2, face.y + face.height / 2]), mouth)
+    return float(np.clip(middle[1] + (face.width + face.height) / 4 / mouth.half_width, *CHIN))
 
 
 def _in_units(points: np.ndarray, mouth: Mouth) -> np.ndarray:
