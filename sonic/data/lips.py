@@ -31,7 +31,7 @@ CHIN = (1.2, 3.0)  # distances of the chin below the mouth that are believed
 THROAT = 0.9  # height below the chin over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
 WIDE_OPEN = (0.14, 0.26)  # gaps at which what is between the lips begins to be kept, and is kept wholly; the mesh takes lips for less
-INSIDE_EDGE = 0.1  # height over which the photograph's own teeth fade into the mouth's inside at the lower lip
+SHADE = 0.2  # height over which the shade below the photograph's own teeth, which is as dark as what is darkest there, fades
 REACH = 3.8  # no pixel further above or below the mouth changes
 
 
@@ -52,9 +52,13 @@ def close_mouth(portrait: Portrait) -> Portrait:
     upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
     corners, chin = edges[0, [0, -1], 0], _chin(portrait)
 
-    between = np.minimum((y - upper) * mouth.half_width, (lower - y) / INSIDE_EDGE)  # a sharp upper edge, and a soft lower one
+    wide = _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
+    opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide
+    own = portrait.pixels[rows, columns]
+    shade = np.percentile(own[(y > upper) & (y < lower)], 5, axis=0)
+    below = _smoothstep((y - lower + SHADE / 2) / (SHADE / 2))[:, None]
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
-    inside[rows, columns, 3] = 255 * np.clip(between, 0, 1) * _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
+    inside[rows, columns] = np.hstack([own + below * (shade - own), 255 * opacity[:, None]])
 
     open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
     upper, lower = upper - MARGIN * open_here, lower + (MARGIN + SHORT * (lower - upper)) * open_here
@@ -62,8 +66,8 @@ def close_mouth(portrait: Portrait) -> Portrait:
     rise, drop = ((edge * ((x > corners[0]) & (x < corners[1]))) for edge in (line - upper, lower - line))
     above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
     up = rise * (1 - _smoothstep((above - np.maximum(upper - upper_outer, THINNEST)) / ABOVE))
-    wide = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
-    jaw = JAW * wide * drop.max() * (1 - _smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
+    open_jaw = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
+    jaw = JAW * open_jaw * drop.max() * (1 - _smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
     skin = _smoothstep((below - np.maximum(lower_outer - lower, THINNEST)) / BELOW)
     down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((y - chin) / THROAT))
     crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here

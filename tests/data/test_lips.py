@@ -72,12 +72,13 @@ def test_the_chin_follows_only_a_mouth_that_is_wide_open():
     assert chin_moves(1.0) and not chin_moves(0.2)
 
 
-def test_the_open_mouth_is_kept_where_the_teeth_are():
+def test_the_open_mouth_is_kept_where_the_teeth_are_with_a_shade_below_them():
     portrait = drawn(gap=0.4)
     inside = close_mouth(portrait).inside
-    opacity = inside[..., 3]
-    assert (inside[opacity > 230, :3] == TEETH).all() and (opacity > 230).sum() > 100
-    assert not opacity[(portrait.pixels == SKIN).all(-1)].any()
+    column = inside[:, 200].astype(int)
+    assert (column[197:203] == [*TEETH, 255]).all()  # the upper edge of the gap is at 195.2, its lower one at 207.2
+    assert not inside[:195, :, 3].any() and not inside[215:, :, 3].any()
+    assert (np.diff(column[207:215, 3]) < 0).all()
 
 
 def test_nothing_is_kept_of_a_mouth_that_is_hardly_open():
