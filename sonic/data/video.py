@@ -90,7 +90,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         with ExitStack() as files:
             last = callable(self.speech)
-            path = files.enter_context(_sound_added_last(self.path, self.speech)) if last else self.path
+            path = files.enter_context(_sound_added_last(self.path, self.speech, self.fps)) if last else self.path
             self._container = files.enter_context(_written_mp4(path))
             self._video = _video_stream(self._container, self.width, self.height, fps=self.fps)
             self._sound = None if last or self.speech is None else _Sound(self._container, self.speech)
@@ -146,7 +146,7 @@ def _written_mp4(path: Path) -> Iterator[Container]:
 
 
 @contextmanager
-def _sound_added_last(path: Path, speech: Callable[[], Speech]) -> Iterator[Path]:
+def _sound_added_last(path: Path, speech: Callable[[], Speech], fps: int) -> Iterator[Path]:
     """A path for an MP4 without sound, which is copied to `path` and gets its sound when the `with` block succeeds."""
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent) as folder:
         yield (silent := Path(folder) / path.name)
@@ -159,7 +159,7 @@ def _sound_added_last(path: Path, speech: Callable[[], Speech]) -> Iterator[Path
                     packet.stream = copied
                     container.mux(packet)
                     container.mux(sound.until(float(packet.dts * packet.time_base)))
-            container.mux(sound.finish(float(pictures.frames / pictures.average_rate)))
+            container.mux(sound.finish(pictures.frames / fps))
 
 
 def _video_stream(container, width: int, height: int, *, fps: int):

@@ -13,8 +13,12 @@ MOST_OFFSET_S = 0.2
 class PostConfig:
     """What is done to a video after the model made it."""
 
-    alignment_offset: float = option(0.0, "seconds by which the sound is delayed against the picture, as by ffmpeg -itsoffset; negative = earlier")
-    lip_align: bool = option(False, "measure the delay of the mouth behind the sound in this very video, and take it out; alignment_offset is on top")
+    alignment_offset: float = option(
+        0.0, "seconds by which the sound is delayed against the picture, as by ffmpeg -itsoffset; negative = earlier"
+    )
+    lip_align: bool = option(
+        False, "measure the delay of the mouth behind the sound in this very video, and take it out; alignment_offset is on top"
+    )
     smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
     interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
 

@@ -24,6 +24,7 @@ from torch import nn
 from sonic.checkpoint.bundled import BUNDLED
 from sonic.checkpoint.weights import load_weights
 from sonic.data.audio import SAMPLE_RATE
+from sonic.data.face_detector import Landmarks
 from sonic.data.faces import CONFIDENT, FaceFinder
 from sonic.encoders.speech import LogMelEncoder
 from sonic.evaluation import metrics
@@ -141,16 +142,15 @@ class SoundOffset:
             self._openings.append(math.nan if seen is None else seen.opening)
 
     def measure(self, samples: np.ndarray) -> None:
-        """Measure the delay of the mouth over the recorded frames, whose sound at 16 kHz is given, and forget these."""
+        """Measure the delay of the mouth over the recorded frames, whose sound at 16 kHz is given."""
         frames = math.ceil(len(self._openings) / self._inputs.fps * FPS)
         self.delay = mouth_delay(np.array(self._openings), expected_opening(samples, frames), self._inputs.fps)
-        self._openings = []
+        log.info("%s", self.delay)
 
     def speech(self) -> Speech:
         """The recording with the offset of the whole video, all of whose frames have been recorded."""
         if self._finder is not None:
             self.measure(self._inputs.speech.samples)
-            log.info("%s", self.delay)
         return replace(self._inputs.speech, later_s=self.later_s)
 
     def stream(self, chunks: Iterator[FrameChunk], settings: Settings) -> Iterator[FrameChunk]:
@@ -163,13 +163,12 @@ class SoundOffset:
                     self.record(chunk)
                     if len(self._openings) >= WINDOW_S * self._inputs.fps:
                         start = first * SAMPLE_RATE // self._inputs.fps
-                        first += len(self._openings)
                         self.measure(self._inputs.speech.samples[start:] if settings.sound is None else settings.sound.since(start))
-                        log.info("%s", self.delay)
+                        first, self._openings = chunk.start + len(chunk), []
                 yield replace(chunk, sound_later_s=self.later_s)
 
 
-def _landmarks(finder: FaceFinder, portrait: Portrait):
+def _landmarks(finder: FaceFinder, portrait: Portrait) -> Landmarks | None:
     """The landmarks of the face that speaks in a portrait, the largest where it is not known; None when none is seen."""
     found = finder.faces(portrait.pixels) if portrait.face is None else [finder.face_in(portrait.pixels, portrait.face)]
     sure = [face for face in found if face is not None and face.confidence >= CONFIDENT]
