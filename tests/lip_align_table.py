@@ -59,9 +59,7 @@ def main() -> None:
     left = np.array(rows)
     print("shift", " ".join(f"{shift:+5d}" for shift in SHIFTS_MS), "ms")
     print("within 10 ms", " ".join(f"{share:5.0%}" for share in (np.abs(left) <= 10).mean(axis=0)), f"of {CLIPS} clips each")
-    print(
-        f"all: {(np.abs(left) <= 10).mean():.1%}; mean {left.mean():+.1f} ms, standard deviation {left.std():.1f}, largest {abs(left).max():.1f}"
-    )
+    print(f"all: {(np.abs(left) <= 10).mean():.1%}; mean {left.mean():+.1f} ms, deviation {left.std():.1f}, largest {abs(left).max():.1f}")
 
 
 if __name__ == "__main__":

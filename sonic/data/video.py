@@ -27,6 +27,8 @@ from sonic.system.heartbeat import heartbeat
 from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
 
+Soundtrack = Speech | Callable[[], Speech] | None  # a function is called after the last frame, and the sound is added then
+
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_SAMPLES = 1024  # per AAC frame
 _CRF = "16"  # constant rate factor of H.264: 0 is lossless, 51 the smallest file
@@ -72,18 +74,8 @@ class VideoWriter:
     sides: an odd last column or row is dropped; frames are never rescaled.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        width: int,
-        height: int,
-        *,
-        num_frames: int,
-        speech: Speech | Callable[[], Speech] | None = None,
-        fps: int = FPS,
-    ) -> None:
-        """num_frames is the expected length, used only to check the disk space. A function that gives the speech is called after the
-        last frame, and the frames are copied into a file with sound then."""
+    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Soundtrack = None, fps: int = FPS) -> None:
+        """num_frames is the expected length, used only to check the disk space."""
         self.path = check_output(path, width, height, num_frames=num_frames, fps=fps)
         self.width, self.height, self.frames, self.speech, self.fps = width - width % 2, height - height % 2, 0, speech, fps
 

@@ -14,11 +14,9 @@ class PostConfig:
     """What is done to a video after the model made it."""
 
     alignment_offset: float = option(
-        0.0, "seconds by which the sound is delayed against the picture, as by ffmpeg -itsoffset; negative = earlier"
+        0.0, "seconds by which the sound is later than the picture, as by ffmpeg -itsoffset; negative = earlier"
     )
-    lip_align: bool = option(
-        False, "measure the delay of the mouth behind the sound in this very video, and take it out; alignment_offset is on top"
-    )
+    lip_align: bool = option(False, "measure by how much the mouth of this very video is late, and make the sound as late, on top of that")
     smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
     interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
 

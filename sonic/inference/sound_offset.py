@@ -91,13 +91,8 @@ def mouth_delay(opening: np.ndarray, expected: np.ndarray, fps: int) -> MouthDel
 
 def _best(offsets: np.ndarray, tracks: np.ndarray) -> tuple[float, float]:
     """The offset at which the first track correlates best with the others, of which there is one for each offset, and the correlation."""
-    values = [metrics.correlation(tracks[0], shifted) for shifted in tracks[1:]]
-    best = int(np.argmax(values))
-    if best in (0, len(values) - 1):
-        return float(offsets[best]), values[best]
-    before, here, after = values[best - 1 : best + 2]
-    bend = before - 2 * here + after
-    return float(offsets[best] + STEP_S * 0.5 * (before - after) / bend) if bend < 0 else float(offsets[best]), here
+    position, correlation = metrics.peak([metrics.correlation(tracks[0], shifted) for shifted in tracks[1:]])
+    return float(offsets[0] + STEP_S * position), correlation
 
 
 @torch.no_grad()
