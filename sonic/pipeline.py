@@ -39,6 +39,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory, Settings, input_files, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
+from sonic.inference.sound_offset import SoundOffset
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
 from sonic.planner.search import PlanResult, search_plans
@@ -61,8 +62,9 @@ class Video:
 
     @property
     def audio(self) -> tuple[np.ndarray, int]:
-        """The sound as (float32 mono samples [n], sample rate in Hz)."""
-        return self.speech.samples, self.speech.sample_rate
+        """The sound as (float32 mono samples [n], sample rate in Hz), from the first frame on."""
+        late, rate = round(self.speech.later_s * self.speech.sample_rate), self.speech.sample_rate
+        return np.pad(self.speech.samples, (max(0, late), 0))[max(0, -late) :], rate
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the video with its sound to an MP4, which appears only when it is complete, and return its path.
@@ -144,21 +146,26 @@ class AvatarPipeline:
             raise ValueError(f"audio is {type(audio).__name__}; give a path or (samples, sample_rate), or hand an iterator to stream()")
         settings, memory = self._request(image, audio, options)
         inputs = self._inputs(settings.config, memory)
+        offset, frames = SoundOffset(inputs, settings.config.post), []
         with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
-            frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
-        speech = memory.original or inputs.speech
-        return Video(frames, inputs.fps, speech, tuple(input_files(settings.config, memory)))
+            for chunk in chunks:
+                offset.record(chunk)
+                frames.append(np.asarray(chunk.pixels))
+        speech = replace(memory.original or inputs.speech, later_s=offset.speech().later_s)
+        return Video(np.concatenate(frames), inputs.fps, speech, tuple(input_files(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
 
         `audio` may also be an iterator of chunks of any length, each (samples, sample rate) or samples at 16 kHz. A block is generated as
         soon as the sound until `look_ahead_s` seconds after its last frame has arrived. The iterator is read in the thread that denoises.
-        Memory does not grow with the length.
+        Memory does not grow with the length. The sound of a chunk is to be played its `sound_later_s` later: post.alignment_offset, and
+        with post.lip_align, from the first 8 s on whose measure is sure, also what those showed.
         """
         settings, memory = self._request(image, audio, options)
         inputs = self._inputs(settings.config, memory)
-        return generate(inputs, self._components(settings.config), settings)
+        chunks = generate(inputs, self._components(settings.config), settings)
+        return SoundOffset(inputs, settings.config.post).stream(chunks, settings)
 
     @property
     def leads(self) -> bool:

@@ -92,10 +92,14 @@ class LatentBlock:
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Finished video frames, uint8 [F,H,W,3]; `start` is the index of the first one."""
+    """Finished video frames, uint8 [F,H,W,3]; `start` is the index of the first one, which shows the sound at second start / fps.
+
+    A player of the chunk plays the sound `sound_later_s` seconds later than that (negative = earlier).
+    """
 
     pixels: Tensor | np.ndarray
     start: int
+    sound_later_s: float = 0.0
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
@@ -160,11 +164,15 @@ class Crop:
 
 @dataclass(frozen=True)
 class Speech:
-    """A recording as float32 mono samples [samples] in [-1, 1]; `path` is the original file, which the muxer needs."""
+    """A recording as float32 mono samples [samples] in [-1, 1]; `path` is the original file, which the muxer needs.
+
+    The sound track of a video plays it `later_s` seconds later than the pictures (negative = earlier).
+    """
 
     samples: np.ndarray
     sample_rate: int = 16_000
     path: Path | None = None
+    later_s: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -24,7 +24,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
     begun = time.perf_counter()
     # these import torch, so only after the command line is checked
     from sonic.inference.batch import checked_inputs
-    from sonic.inference.report import StageTimer, draw_contact_sheet
+    from sonic.inference.report import StageTimer, draw_contact_sheet, versions
     from sonic.inference.requests import read_requests
     from sonic.pipeline import AvatarPipeline
 
@@ -35,7 +35,7 @@ def infer(config: InferConfig, run: Run) -> int | None:
             run.keep()  # finished videos survive a failed run
             pipe.announce()
             outcomes = pipe.make_videos(requests)
-        return report(outcomes, run, plan=pipe.plan_report())
+        return report(outcomes, run, job={"plan": pipe.plan_report(), "versions": versions()})
     with ExitStack() as stack:
         with timer.stage("load"):
             inputs = checked_inputs(config, *(run.path / name for name in (VIDEO, SHEET))) if run.main else None
@@ -50,21 +50,21 @@ def infer(config: InferConfig, run: Run) -> int | None:
         result, recorder = pipe.write(inputs, output, timer=timer)
         run.keep()
     with run.warn_if_unwritten("result.json", f"the video {printable(str(output))}"):
-        run.write_json("result.json", {**asdict(result), "plan": pipe.plan_report()})
+        run.write_json("result.json", {**asdict(result), "plan": pipe.plan_report(), "versions": versions()})
     with run.warn_if_unwritten("the contact sheet", f"the video {printable(str(output))}"):
         draw_contact_sheet(recorder, run.path / SHEET)
     log.info("%s\nresults in %s", printable(result.summary()), printable(str(run.path)))
     return None
 
 
-def report(outcomes: list, run: Run, *, plan: dict) -> int:
+def report(outcomes: list, run: Run, *, job: dict) -> int:
     """Write the outcomes of all requests to videos.json and log the errors. Returns exit code 1 if any request failed.
 
-    `plan` is the plan of the whole job. Only the first rank returns 1: a launcher ends all ranks as soon as one fails, which could
+    `job` is what holds for all of them. Only the first rank returns 1: a launcher ends all ranks as soon as one fails, which could
     be before the first rank has written its report.
     """
     bad = [outcome for outcome in outcomes if outcome.fault]
-    results = {each.line: {"error": each.fault} if each.fault else {**asdict(each.result), "plan": plan} for each in outcomes}
+    results = {each.line: {"error": each.fault} if each.fault else {**asdict(each.result), **job} for each in outcomes}
     with run.warn_if_unwritten("videos.json", "every video that was made"):
         run.write_json("videos.json", results)
     log.info("%d videos made, %d requests bad; results in %s", len(outcomes) - len(bad), len(bad), printable(str(run.path)))

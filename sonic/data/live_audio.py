@@ -27,8 +27,7 @@ class LiveAudio:
         self.ended = False
         self._source = _at_16_khz(chunks)
         self._pending: list[np.ndarray] = []
-        self._held = np.zeros(0, np.float32)
-        self.start = 0  # index of the first sample that is kept
+        self._kept = (0, np.zeros(0, np.float32))  # index of the first sample that is kept, and those from there on
         self.received = 0  # number of samples received so far
 
     def receive(self, stop: int) -> None:
@@ -45,19 +44,30 @@ class LiveAudio:
                 self.received += len(chunk)
         if self.ended:
             check_length(self.received / SAMPLE_RATE, "audio")
-        forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - self.start)
-        self._held = np.concatenate([self._held, *self._pending])[forgotten:]
-        self.start += forgotten
+        start, held = self._kept
+        forgotten = max(0, min(stop, self.received) - HELD_S * SAMPLE_RATE - start)
+        self._kept = (start + forgotten, np.concatenate([held, *self._pending])[forgotten:])
         self._pending = []
 
     def window(self, first: int, stop: int) -> np.ndarray:
         """Samples `first` to `stop`, fewer at the end of the sound. They must have been received, and `first` must still be kept."""
-        assert first >= self.start, f"sample {first} is forgotten; held are those from {self.start}"
-        return self._held[first - self.start : max(0, stop - self.start)]
+        start, held = self._kept
+        assert first >= start, f"sample {first} is forgotten; held are those from {start}"
+        return held[first - start : max(0, stop - start)]
+
+    @property
+    def start(self) -> int:
+        """Index of the first sample that is kept."""
+        return self._kept[0]
 
     def before(self, stop: int) -> np.ndarray:
         """All kept samples before sample `stop`."""
         return self.window(self.start, stop)
+
+    def since(self, first: int) -> np.ndarray:
+        """The kept samples from `first` on, in any thread; none when `first` is no longer kept."""
+        start, held = self._kept
+        return held[first - start if first >= start else len(held) :]
 
     @property
     def num_frames(self) -> int | None:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, repeat
@@ -26,6 +26,8 @@ from sonic.system.files import written_temporary
 from sonic.system.heartbeat import heartbeat
 from sonic.system.paths import check_name, write_target
 from sonic.types import Speech
+
+Soundtrack = Speech | Callable[[], Speech] | None  # a function is called after the last frame, and the sound is added then
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_SAMPLES = 1024  # per AAC frame
@@ -68,20 +70,22 @@ class VideoWriter:
     """Context manager that writes an MP4 (H.264 yuv420p, AAC, faststart) frame by frame.
 
     The file gets its name only when complete; after an exception or Ctrl-C nothing is left. The sound is the original recording at
-    its own sample rate, read as a stream and cut at the end of the frames. H.264 needs even sides: an odd last column or row is
-    dropped; frames are never rescaled.
+    its own sample rate, read as a stream, shifted by its `later_s` to the sample and cut at the end of the frames. H.264 needs even
+    sides: an odd last column or row is dropped; frames are never rescaled.
     """
 
-    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Speech | None = None, fps: int = FPS) -> None:
+    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Soundtrack = None, fps: int = FPS) -> None:
         """num_frames is the expected length, used only to check the disk space."""
         self.path = check_output(path, width, height, num_frames=num_frames, fps=fps)
         self.width, self.height, self.frames, self.speech, self.fps = width - width % 2, height - height % 2, 0, speech, fps
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as files:
-            self._container = files.enter_context(_written_mp4(self.path))
+            last = callable(self.speech)
+            path = files.enter_context(_sound_added_last(self.path, self.speech, self.fps)) if last else self.path
+            self._container = files.enter_context(_written_mp4(path))
             self._video = _video_stream(self._container, self.width, self.height, fps=self.fps)
-            self._sound = _Sound(self._container, self.speech) if self.speech is not None else None
+            self._sound = None if last or self.speech is None else _Sound(self._container, self.speech)
             self._reformatter = VideoReformatter()
             self._files = files.pop_all()
         return self
@@ -133,6 +137,23 @@ def _written_mp4(path: Path) -> Iterator[Container]:
         raise
 
 
+@contextmanager
+def _sound_added_last(path: Path, speech: Callable[[], Speech], fps: int) -> Iterator[Path]:
+    """A path for an MP4 without sound, which is copied to `path` and gets its sound when the `with` block succeeds."""
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent) as folder:
+        yield (silent := Path(folder) / path.name)
+        with open_media(silent) as source, _written_mp4(path) as container:
+            pictures = source.streams.video[0]
+            copied, sound = container.add_stream_from_template(pictures), _Sound(container, speech())
+            for packet in source.demux(pictures):
+                heartbeat()
+                if packet.dts is not None:  # else the end of the file
+                    packet.stream = copied
+                    container.mux(packet)
+                    container.mux(sound.until(float(packet.dts * packet.time_base)))
+            container.mux(sound.finish(pictures.frames / fps))
+
+
 def _video_stream(container, width: int, height: int, *, fps: int):
     stream = container.add_stream("libx264", rate=fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -145,12 +166,13 @@ def _video_stream(container, width: int, height: int, *, fps: int):
 
 
 class _Sound:
-    """The AAC track: encodes the recording as a stream, as far as the video has come, and silence after the recording's end."""
+    """The AAC track: encodes the recording as a stream, as far as the video has come, and silence before its start and after its end."""
 
     def __init__(self, container: Container, speech: Speech) -> None:
         recording, self.rate, self.layout = _recording(speech)
         channels = AudioLayout(self.layout).nb_channels
-        self.pieces = chain(recording, repeat(np.zeros((channels, _AAC_SAMPLES), np.float32)))
+        silence = np.zeros((channels, _AAC_SAMPLES), np.float32)
+        self.pieces = chain(_shifted(recording, round(speech.later_s * self.rate)), repeat(silence))
         self.waiting = AudioFifo()
         self.stream = container.add_stream("aac", rate=self.rate, layout=self.layout)
         self.stream.bit_rate = min(160_000, 4 * self.rate * channels)
@@ -177,6 +199,17 @@ class _Sound:
         position, frame = self.waiting.samples_read, self.waiting.read(samples)
         frame.pts, frame.time_base = position, Fraction(1, self.rate)
         return self.stream.encode(frame)
+
+
+def _shifted(pieces: Iterator[np.ndarray], later: int) -> Iterator[np.ndarray]:
+    """The pieces of sound [channels, n] after `later` samples of silence, or without their first -`later` samples."""
+    for piece in pieces:
+        if later > 0:
+            yield np.zeros((len(piece), later), np.float32)
+        kept = piece[:, max(0, -later) :]
+        later = min(0, later + piece.shape[1]) if later < 0 else 0
+        if kept.size:
+            yield kept
 
 
 def _recording(speech: Speech) -> tuple[Iterator[np.ndarray], int, str]:

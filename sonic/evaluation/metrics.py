@@ -39,13 +39,18 @@ def best_lag(found: np.ndarray, truth: np.ndarray, max_lag: int = 12) -> tuple[f
     for lag in lags:
         late, early = found[max(0, lag) : len(found) + min(0, lag)], truth[max(0, -lag) : len(truth) - max(0, lag)]
         values.append(correlation(late, early))
-    best = int(np.argmax(values))
-    fraction = 0.0
-    if 0 < best < len(lags) - 1:
+    position, best = peak(values)
+    return best, position - max_lag
+
+
+def peak(values: Sequence[float]) -> tuple[float, float]:
+    """Index of the largest value with a parabolic fraction, which is 0 at the ends, and that value."""
+    best, fraction = int(np.argmax(values)), 0.0
+    if 0 < best < len(values) - 1:
         before, here, after = values[best - 1 : best + 2]
         bend = before - 2 * here + after
         fraction = 0.5 * (before - after) / bend if bend < 0 else 0.0
-    return values[best], float(lags[best] + fraction)
+    return float(best + fraction), values[best]
 
 
 def mouth_opening(frames: Tensor, rest: Tensor, mouth: MouthShape) -> np.ndarray:

@@ -16,7 +16,8 @@ from sonic.geometry import GIB
 from sonic.inference.components import Components
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
-from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, versions
+from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of
+from sonic.inference.sound_offset import SoundOffset
 from sonic.types import FrameChunk, Inputs
 
 
@@ -40,10 +41,11 @@ def make_video(
 
     Returns its result, and the recorder that holds sample frames and the mouth curve.
     """
-    recorder = FrameRecorder(inputs)
+    recorder, offset = FrameRecorder(inputs), SoundOffset(inputs, config.post)
     height, width = inputs.portrait.pixels.shape[:2]
     begun, first_frame = timer.passed(), 0.0
-    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=inputs.speech, fps=inputs.fps)
+    speech = offset.speech if config.post.lip_align else offset.speech()
+    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=speech, fps=inputs.fps)
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=inputs.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
         stack.enter_context(writer)
@@ -52,6 +54,7 @@ def make_video(
                 writer.write(chunk.pixels)
             first_frame = first_frame or timer.passed()
             recorder.record(chunk)
+            offset.record(chunk)
             bar.update(len(chunk))
         with timer.stage("write"):
             stack.close()
@@ -66,8 +69,8 @@ def make_video(
         peak_rss_gib=round(peak_rss_gib(), 3),
         peak_vram_gib=round(peak_vram / GIB, 3),
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
-        versions=versions(),
         sampling=sampling_of(config.sampler, components.weights, components.dtype),
         face=inputs.location,
+        sound=offset.as_json(),
     )
     return result, recorder

@@ -13,8 +13,10 @@ MOST_OFFSET_S = 0.2
 class PostConfig:
     """What is done to a video after the model made it."""
 
-    alignment_offset: float = option(0.0, "seconds by which the sound is later than the picture; negative = earlier")
-    lip_align: bool = option(False, "measure the offset of sound and mouth in this very video and take it out")
+    alignment_offset: float = option(
+        0.0, "seconds by which the sound is later than the picture, as by ffmpeg -itsoffset; negative = earlier"
+    )
+    lip_align: bool = option(False, "measure by how much the mouth of this very video is late, and make the sound as late, on top of that")
     smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
     interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
 

@@ -29,7 +29,7 @@ INK, PAPER, SOUND, MOUTH = (40, 40, 40), (250, 250, 248), (90, 120, 170), (190, 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one video, as written to result.json, where the plan of the job is added to it.
+    """The result of one video, as written to result.json, where the plan of the job and the versions of the software are added to it.
 
     frames_per_second is measured from the loaded inputs to the finished file; first_frame_s from the start of the command, including
     imports.
@@ -44,9 +44,9 @@ class Result:
     peak_rss_gib: float
     peak_vram_gib: float
     stages_s: dict[str, float]
-    versions: dict[str, str]
     sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
     face: dict = field(default_factory=dict)  # face_box and face.mouth in px of the photograph, for a preview
+    sound: dict = field(default_factory=dict)  # by how much it is later than the pictures, and what lip_align measured
 
     def summary(self) -> str:
         """The result in two lines for the log."""

@@ -124,6 +124,7 @@ class VisemeConfig(ObjectiveConfig):
     tilt: float = option(0.2, "spectral tilt, in the same unit at both ends of the mel axis")
     throat: float = option(0.25, "largest change of the vocal tract length, in log")
     bend: float = option(0.4, "the same of the lowest formants alone, as mouths of other shapes have them")
+    head_only: bool = option(False, "train and export the linear viseme head alone, over the encoder that the model has")
 
 
 @dataclass

@@ -19,7 +19,9 @@ from infer_command_ranks import infer_on
 from PIL import Image
 from video_files import read_frames
 
+from sonic.data.audio import load_soundtrack, load_speech
 from sonic.data.video import VideoWriter
+from sonic.evaluation.judge import sound_offset as offset_between
 from sonic.system.program import command_words
 from sonic.vae.wan_vae import WanAutoencoder
 
@@ -114,6 +116,17 @@ def test_layers_on_two_ranks_and_the_vae_on_a_third_make_the_video_of_one(ready,
     assert codes == [0] * 3, output
     assert (tmp_path / "three.mp4").read_bytes() == alone["live"]
     assert re.findall(r"VAE on (\d)", output) == ["2"]  # no other rank loads its weights
+
+
+@pytest.mark.parametrize("model", SHORT)
+def test_the_sound_of_every_family_is_shifted_and_an_unsure_measure_changes_nothing(ready, alone, tmp_path, model):
+    generate(tmp_path, "late", *arguments(ready, model, "post.alignment_offset=0.0321", "post.lip_align=true"))
+    (tmp_path / "alone.mp4").write_bytes(alone[model])
+    assert np.array_equal(frames_of(tmp_path, "late"), frames_of(tmp_path, "alone"))
+    found = json.loads((tmp_path / "runs/late/result.json").read_text())["sound"]
+    assert found["later_s"] == 0.0321 and found["lip_align"]["unsure"]
+    recording = load_speech(ready / "speech.wav").samples
+    assert offset_between(load_soundtrack(tmp_path / "late.mp4"), recording, 16_000)[0] == round(0.0321 * 16_000)
 
 
 def weigh(rank: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import wave
 from collections import namedtuple
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -95,6 +96,36 @@ def test_speech_without_a_file_is_written_from_its_samples(tmp_path):
         writer.write(np.zeros((10, 16, 16, 3), np.uint8))
     samples, rate, _ = sound_of(tmp_path / "a.mp4")
     assert rate == 16_000 and np.abs(samples).max() > 0.3
+
+
+@pytest.mark.parametrize("later_s", [-0.2, -0.01234, 0.01234, 0.2])
+def test_sound_is_shifted_to_the_sample_and_ends_with_the_pictures(tmp_path, recording, later_s):
+    shifted = replace(recording, later_s=later_s)
+    for name, speech in (("plain", recording), ("now", shifted), ("last", lambda: shifted)):
+        with VideoWriter(tmp_path / f"{name}.mp4", 48, 32, num_frames=FRAMES, speech=speech) as writer:
+            writer.write(smooth_frames(FRAMES))
+    (plain, rate, _), (now, _, begin), (last, _, _) = (sound_of(tmp_path / f"{name}.mp4") for name in ("plain", "now", "last"))
+    begin_of, most = round(0.49 * rate), round(0.21 * rate)  # of the second click
+    click, near = plain[0, begin_of : begin_of + 2000], now[0, begin_of - most : begin_of + 2000 + most]
+    assert np.correlate(near, click, "valid").argmax() - most == round(later_s * rate)
+    assert begin == 0 and np.array_equal(now, last)
+    pictures = [np.stack(list(read_frames(tmp_path / f"{name}.mp4"))) for name in ("plain", "now", "last")]
+    assert all(np.array_equal(pictures[0], other) for other in pictures[1:])
+    for name in ("now", "last"):
+        with av.open(str(tmp_path / f"{name}.mp4")) as container:
+            assert {float(stream.duration * stream.time_base) for stream in container.streams} == {FRAMES / 25}
+
+
+def test_sound_that_is_added_last_lies_among_the_pictures_and_not_after_them(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (100, 64, 64, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 64, 64, num_frames=100, speech=lambda: Speech(clicks(4, 16_000, [1, 3]))) as writer:
+        writer.write(frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [(packet.pos, packet.stream.type, float(packet.dts * packet.time_base)) for packet in container.demux() if packet.size]
+    last = {"video": 0.0, "audio": 0.0}
+    for _, kind, time in sorted(packets):
+        last[kind] = time
+        assert abs(last["video"] - last["audio"]) < 1.5
 
 
 def test_odd_sides_lose_one_row_and_one_column_and_are_not_rescaled(tmp_path):

@@ -31,7 +31,7 @@ from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
-    "stages_s", "versions", "sampling", "plan", "face",
+    "stages_s", "versions", "sampling", "plan", "face", "sound",
 }  # fmt: skip
 QUICK = SamplerConfig(sample_steps=1)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from sonic.checkpoint.bundled import BUNDLED
 from sonic.config import AudioConfig, ModelConfig, MotionConfig, RolloutConfig, TextConfig, TrunkConfig
 from sonic.training.objective_config import AutoencodeConfig, FlowMatchConfig, PortraitConfig, VisemeConfig
 from sonic.training.objectives.autoencode import Autoencode
@@ -79,6 +81,17 @@ def test_the_portrait_objective_trains_the_portrait_encoder_only(batch):
     assert moved and all(name.startswith("portrait.") for name in moved)
     exported = objective.export(objective.student.state_dict())
     assert exported.keys() == WarpAutoencoder().state_dict().keys()
+
+
+def test_the_viseme_head_alone_is_trained_and_exported_over_the_bundled_encoder(batch):
+    objective = VisemePretraining(config_of(VisemeConfig(head_only=True)))
+    next(objective.losses("student", batch, torch.Generator().manual_seed(0)))[0].backward()
+    moved = {name for name, p in objective.student.named_parameters() if p.grad is not None}
+    assert moved == {"viseme_head.weight", "viseme_head.bias"}
+    exported = objective.export(objective.student.state_dict())
+    assert {name: tuple(value.shape) for name, value in exported.items()} == {"weight": (5, 160), "bias": (5,)}
+    encoder = load_file(BUNDLED / "preview_speech.safetensors")
+    assert all(torch.equal(value, encoder[name].float()) for name, value in objective.student["speech_encoder"].state_dict().items())
 
 
 def test_an_exported_autoencoder_has_the_measured_size_of_its_latents(batch):

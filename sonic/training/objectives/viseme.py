@@ -7,6 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sonic.checkpoint.bundled import weight_files
+from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig, require
 from sonic.encoders.logmel import LogMelEncoder, vary_throat
 from sonic.geometry import FRAMES_PER_LATENT
@@ -53,15 +55,18 @@ def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, 
 
 
 class VisemePretraining(Objective):
-    """Trains the preview's speech encoder together with a viseme head that is not exported."""
+    """Trains the speech encoder together with a viseme head that is not exported, or with head_only the head over a frozen encoder."""
 
     config: VisemeConfig
-    exported = "speech_encoder."
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         name = config.model.speech_encoder
-        require(name == "logmel", f"objective=viseme trains logmel from nothing, not model.speech_encoder={name}, which is published")
-        self.student = nn.ModuleDict({"speech_encoder": LogMelEncoder(), "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
+        require(name == "logmel", f"objective=viseme trains logmel, not model.speech_encoder={name}, which is published")
+        encoder = LogMelEncoder()
+        self.exported = "viseme_head." if self.config.head_only else "speech_encoder."
+        if self.config.head_only:
+            load_weights(encoder.requires_grad_(False), weight_files(config.model).speech)
+        self.student = nn.ModuleDict({"speech_encoder": encoder, "viseme_head": nn.Linear(config.model.audio.audio_dim, VISEMES)})
         self.roles = {STUDENT: self.student}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
