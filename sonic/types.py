@@ -133,11 +133,17 @@ class Mouth:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture."""
+    """A photograph, uint8 [H,W,3], with its face and mouth, which are None for models that generate the whole picture.
+
+    eyes [2,16,2]: outlines of the lids in photo pixels, from corner to corner below and back above; None where no landmarks are known.
+    head_offset: px from the mouth to the middle of the head along the line of the mouth; a head that is turned aside has some.
+    """
 
     pixels: np.ndarray
     face: FaceBox | None = None
     mouth: Mouth | None = None
+    eyes: np.ndarray | None = None
+    head_offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from PIL import Image
 
-from sonic.data.face_detector import LAYOUTS, Detection, FaceDetector, FaceMesh, Landmarks
+from sonic.data.face_detector import LAYOUTS, Detection, EyeReader, FaceDetector, FaceMesh, Landmarks
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 # Fitted by `sonic bench faces` to 500 drawn people of the training split, whose mouths and crops are known, so that the preview sees
@@ -70,6 +70,12 @@ class Face:
         side = SIZE * math.sqrt(math.dist(*eyes) * down)
         x, y = mouth + BOX_MIDDLE * (eyes.mean(axis=0) - mouth) - side / 2
         return FaceBox(float(x), float(y), side, side)
+
+    @property
+    def head_offset(self) -> float:
+        """Px from the mouth to the middle of the face's outline, along the line of the mouth."""
+        view, mouth = self.landmarks.view, self.mouth
+        return float(math.cos(mouth.angle) * (view.center_x - mouth.x) + math.sin(mouth.angle) * (view.center_y - mouth.y))
 
     @property
     def middle(self) -> tuple[float, float]:
@@ -134,24 +140,28 @@ class FaceFinder:
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
     """A photo with its face and mouth, which can be given: [x, y, w, h], and [x, y, half_width(, angle in radians)].
 
-    Without them the largest, most central face speaks, with a warning when several are equally good.
+    Without them the largest, most central face speaks, with a warning when several are equally good. Eyes are known where a face is
+    seen at the given place too.
     Raises ValueError when no face is certain enough, or what is given is no box or mouth in the photo.
     """
     box = None if face_box is None else _checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
-    if box is None or given is None or len(mouth) == 3:
-        finder = FaceFinder()
-        face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
-        box = box or face.box
-        if given is not None and len(mouth) == 3:
-            given = replace(given, angle=0.0 if face is None else face.angle)
-        if given is None and (face is None or face.confidence < CONFIDENT):
-            raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
-        given = given or face.mouth
+    finder = FaceFinder()
+    face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
+    known = face is not None and face.confidence >= CONFIDENT
+    box = box or face.box
+    if given is not None and len(mouth) == 3:
+        given = replace(given, angle=0.0 if face is None else face.angle)
+    if given is None and not known:
+        raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
+    given = given or face.mouth
     # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
     face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
     x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
-    return Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)))
+    portrait = Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)))
+    if not known:
+        return portrait
+    return replace(portrait, eyes=EyeReader()(Image.fromarray(pixels), face.landmarks), head_offset=face.head_offset)
 
 
 def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,13 +27,15 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     area = min(LARGEST_VIDEO, requested_area(portrait.pixels, size))
     new_width, new_height = fit_area(width, height, area, multiple=EVEN)
     if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
-        return Portrait(np.ascontiguousarray(portrait.pixels[:new_height, :new_width]), portrait.face, portrait.mouth)
+        return replace(portrait, pixels=np.ascontiguousarray(portrait.pixels[:new_height, :new_width]))
     across, down = new_width / width, new_height / height
     face, mouth, scale = portrait.face, portrait.mouth, math.sqrt(across * down)
     return Portrait(
         resized(portrait.pixels, new_height, new_width),
         FaceBox(face.x * across, face.y * down, face.width * across, face.height * down),
         Mouth(mouth.x * across, mouth.y * down, mouth.half_width * scale, mouth.angle),
+        None if portrait.eyes is None else portrait.eyes * (across, down),
+        portrait.head_offset * scale,
     )
 
 
