@@ -86,6 +86,8 @@ class Preview(Family):
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
         location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
+        if config.motion.head != "off" and portrait.eyes is None:
+            log.warning(f"motion.head={config.motion.head}: no eyes are seen in face_box, so the head moves and the eyes do not blink")
         fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CORNERS = (0, 8)  # of the 16 points of an outline: the lower lid lies between them, the upper one behind
-CORNER = 0.1  # the lids meet outside the corners of the outline by this share of its width
+CORNER = 0.12  # the lids meet outside the corners of the outline by this share of its width
 STRETCHED = 0.25  # height of the skin above the eye that the lid pulls down, in widths of the eye
 LASHES = 0.07  # height of the lid's edge that moves without being stretched, in widths of the eye
-OVERLAP = 0.06  # a closed lid covers the lower one by this share of the opening
+OVERLAP = 0.12  # a closed lid covers the lower one by this share of the opening
 
 
 def close_eyes(picture: Tensor, outlines: np.ndarray, closed: float) -> Tensor:

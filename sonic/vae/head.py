@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -14,7 +13,7 @@ from sonic.types import Crop, Portrait
 from sonic.vae.eyelids import close_eyes
 
 # Of the head, in mouth units: an ellipse from below the chin to above the hair moves as one, around it the motion fades to zero
-CENTRE, RADII = torch.tensor([0.0, -3.9]), torch.tensor([3.2, 4.6])  # the centre is given from the neck
+CENTRE, RADII = torch.tensor([0.0, -4.2]), torch.tensor([3.2, 4.2])  # the centre is given from the neck
 FADED = 1.6  # radii at which nothing moves any more
 BORDER = 1.0  # width of the photograph's border in which motion fades, so that nothing comes in from outside
 NECK = 2.2  # the neck, about which the head rotates, lies this far below the mouth
