@@ -14,8 +14,9 @@ from skimage import data
 from sonic.data import face_detector
 from sonic.data.face_detector import INSTALL, MESH_SIDE, FaceMesh
 from sonic.data.faces import CONFIDENT, FaceFinder, find_speaker, portrait_of
-from sonic.data.image import face_crop
+from sonic.data.image import face_crop, load_image
 from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.inference.fit_picture import fit_portrait
 from sonic.synthetic.draw_face import draw_identity
 from sonic.types import Crop, FaceBox, Mouth
 
@@ -75,6 +76,14 @@ def test_the_size_of_the_photo_does_not_matter(factor, astronaut, found):
     larger = portrait_of(resized(astronaut, factor))
     assert larger.face.width / factor == pytest.approx(found.face.width, rel=0.05)
     assert math.dist((larger.mouth.x / factor, larger.mouth.y / factor), MOUTH) < 0.04 * found.face.width
+
+
+def test_a_photo_of_64_px_speaks(astronaut, found, tmp_path):
+    head = Image.fromarray(astronaut).crop((0, 0, 250, 250)).resize((65, 64), Image.Resampling.LANCZOS)
+    head.save(tmp_path / "small.png")
+    small = portrait_of(load_image(tmp_path / "small.png"))
+    assert math.dist((small.mouth.x * 250 / 65, small.mouth.y * 250 / 64), MOUTH) < 0.06 * found.face.width
+    assert fit_portrait(small, "photo").pixels.shape == (64, 64, 3)  # as H.264 needs it
 
 
 @pytest.mark.parametrize("degrees", [-90, -25, 12, 90, 180])
