@@ -147,7 +147,7 @@ def test_shoulders_background_and_border_do_not_move_with_the_head(portrait):
     assert not same[80:150, 100:170].all()
 
 
-def test_the_neck_of_a_head_that_is_turned_aside_lies_behind_the_mouth(portrait):
+def test_the_neck_of_a_head_that_is_turned_lies_behind_the_mouth(portrait):
     turned, crop = replace(portrait, head_offset=20.0), face_crop(portrait)
     before, after = (MovingHead(found, crop, torch.zeros(1, 4)).neck for found in (portrait, turned))
     along = torch.tensor([math.cos(crop.angle), math.sin(crop.angle)])
