@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sonic.geometry import pixels_around
+
 CORNERS = (0, 8)  # of the 16 points of an outline: the lower lid lies between them, the upper one behind
 CORNER = 0.12  # the lids meet outside the corners of the outline by this share of its width
 STRETCHED = 0.25  # height of the skin above the eye that the lid pulls down, in widths of the eye
@@ -40,10 +42,10 @@ def _closed(picture: Tensor, outline: np.ndarray, closed: float) -> Tensor:
         down, v = -down, -v
     edges = [np.linalg.lstsq(_curves(u[lid]), v[lid], rcond=None)[0] for lid in (upper, lower)]
 
-    reach = np.abs(outline - outline.mean(axis=0)).max() + (STRETCHED + LASHES) * width
-    low = np.floor(outline.mean(axis=0) - reach).clip(0).astype(int)
-    high = np.ceil(outline.mean(axis=0) + reach).clip(low + 1, picture.shape[:1:-1]).astype(int)
-    ys, xs = np.mgrid[low[1] : high[1], low[0] : high[0]] + 0.5
+    middle = outline.mean(axis=0)
+    reach = np.abs(outline - middle).max() + (STRETCHED + LASHES) * width
+    columns, rows = (pixels_around(float(part), reach, size) for part, size in zip(middle, picture.shape[:1:-1], strict=True))
+    ys, xs = np.mgrid[rows, columns] + 0.5
     points = np.stack([xs, ys], axis=-1)
     u, v = (points - first) @ across / width**2, (points - first) @ down
     top, bottom = (_curves(u.clip(0, 1)) @ edge for edge in edges)
@@ -58,7 +60,7 @@ def _closed(picture: Tensor, outline: np.ndarray, closed: float) -> Tensor:
     lid = F.grid_sample(picture, grid[None], mode="bicubic", padding_mode="border", align_corners=False)
     cover = torch.from_numpy((above + 0.5).clip(0, 1) * (moved > 0)).to(picture)
     result = picture.clone()
-    part = result[:, :, low[1] : high[1], low[0] : high[0]]
+    part = result[:, :, rows, columns]
     part.copy_(torch.lerp(part, lid, cover))
     return result
 

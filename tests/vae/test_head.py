@@ -114,6 +114,12 @@ def test_only_the_eyes_and_the_skin_above_them_change_whichever_way_up_the_photo
         assert values.min() - margin < points.min() and points.max() < values.max() + margin
 
 
+@pytest.mark.parametrize("move", [(-200, 0), (0, -100), (0, -80), (200, 0), (0, 300)])
+def test_eyes_beyond_the_border_of_the_photo_are_closed_where_they_show(move, portrait):
+    shut = close_eyes(picture(portrait.pixels), portrait.eyes + move, 1.0)
+    assert shut.shape == (1, 3, 260, 260) and shut.isfinite().all()
+
+
 def test_a_head_in_the_pose_of_the_photograph_leaves_every_pixel(portrait):
     assert (rendered(portrait, (0, 0, 0, 0), (0, 0, 0, 0)) == torch.from_numpy(portrait.pixels)).all()
 
