@@ -157,13 +157,13 @@ class FaceMesh:
             points, presence = self._read(shown)
             if _moved(last, view) < SETTLED:
                 break
-        mirrored, _ = self._read(shown[:, ::-1])
+        mirrored, also = self._read(shown[:, ::-1])
         one, other = (
             _landmarks(points, view, presence),
-            _landmarks(mirrored * (-1, 1) + (1, 0), view, presence, order=slice(None, None, -1)),
+            _landmarks(mirrored * (-1, 1) + (1, 0), view, also, order=slice(None, None, -1)),
         )
-        means = {name: (getattr(one, name) + getattr(other, name)) / 2 for name in ("eyes", "corners", "upper_lip", "lower_lip")}
-        return replace(one, **means)
+        names = ("eyes", "corners", "upper_lip", "lower_lip", "presence")  # what is no face is often one on one side only
+        return replace(one, **{name: (getattr(one, name) + getattr(other, name)) / 2 for name in names})
 
     def _read(self, shown: np.ndarray) -> tuple[np.ndarray, float]:
         """Points of the mesh as shares of the view [468,2], and the presence of a face 0..1.  shown [R,R,3]"""

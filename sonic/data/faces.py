@@ -129,8 +129,6 @@ class FaceFinder:
 
     def _confidence(self, picture: Image.Image, landmarks: Landmarks) -> float:
         """The mesh's presence times the detector's score for the face in its own upright view, where it must see the same eyes."""
-        if landmarks.presence < CONFIDENT:
-            return landmarks.presence  # too little, whatever the detector says
         view, eyes = replace(landmarks.view, side=2 * landmarks.view.side), landmarks.eye_centres
         again = self._detectors[FULL_RANGE](picture, view, CANDIDATE)
         same = (found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2)

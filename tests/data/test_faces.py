@@ -213,6 +213,12 @@ def test_the_mesh_refuses_what_is_no_face(astronaut, found):
     assert seen.presence > 0.99 and empty.presence < CONFIDENT
 
 
+@pytest.mark.parametrize("number", [79, 163])
+def test_lips_on_a_picture_of_anything_are_far_from_a_face(number):
+    lips = draw_identity(np.random.default_rng([5, number]), 192, photographs=1).picture
+    assert max((face.confidence for face in FaceFinder().faces(lips)), default=0) < 0.6 * CONFIDENT
+
+
 def test_networks_that_are_not_installed_are_named_with_the_line_that_installs_them(astronaut, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
