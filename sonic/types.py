@@ -142,6 +142,8 @@ class Portrait:
     lips [4,11,2]: inner edges of the upper and the lower lip, then the outer ones, in photo pixels from the left corner of the mouth to
     the right one; None where no landmarks were read. inside uint8 [H,W,4]: what the photograph showed between the lips before its mouth
     was closed, with the opacity in 0..255 with which that is seen in an open mouth; None where nothing was closed.
+    eyes [2,16,2]: outlines of the lids in photo pixels, from corner to corner below and back above; None where no landmarks are known.
+    head_offset: px from the mouth to the middle of the head along the line of the mouth; a head that is turned aside has some.
     """
 
     pixels: np.ndarray
@@ -149,6 +151,8 @@ class Portrait:
     mouth: Mouth | None = None
     lips: np.ndarray | None = None
     inside: np.ndarray | None = None
+    eyes: np.ndarray | None = None
+    head_offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def truncated_picture(folder: Path) -> Path:
 
 
 def tiny_picture(folder: Path) -> Path:
-    Image.fromarray(data.astronaut()[:100, :100]).save(folder / "tiny.png")
+    Image.fromarray(data.astronaut()[:60, :60]).save(folder / "tiny.png")
     return folder / "tiny.png"
 
 
@@ -92,7 +92,7 @@ BAD_PORTRAITS = {
     "empty": (empty_file, "image="),
     "not_an_image": (text_file, "not a picture"),
     "truncated": (truncated_picture, "damaged or cut off"),
-    "too_small": (tiny_picture, "at least 128 px"),
+    "too_small": (tiny_picture, "at least 64 px"),
 }
 BAD_RECORDINGS = {
     "missing": (lambda folder: folder / "nowhere.wav", "does not exist"),

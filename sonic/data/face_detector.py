@@ -1,7 +1,9 @@
-"""MediaPipe's face networks on LiteRT: BlazeFace finds faces in a view of a picture, FaceMesh reads the landmarks of one face.
+"""MediaPipe's face networks on LiteRT: BlazeFace finds faces in a view of a picture, FaceMesh reads the landmarks of one face, and
+a third one the outlines of its eyes.
 
 Choosing the face that speaks is in faces.py.  Sources: Bazarevsky et al., BlazeFace, arXiv 1907.05047; Kartynnik et al., Real-time
-Facial Surface Geometry from Monocular Video on Mobile GPUs, arXiv 1907.06724.
+Facial Surface Geometry from Monocular Video on Mobile GPUs, arXiv 1907.06724; Ablavatski et al., Real-time Pupil Tracking from
+Monocular Video for Digital Puppetry, arXiv 2006.11341.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ LIPS = np.array([  # inner edges of the upper and of the lower lip, then the out
     [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291],
 ])  # fmt: skip
 MIDDLE = slice(4, 7)  # of a lip's edge
+LIDS = np.array([*range(9), *range(15, 8, -1)])  # points of the eye network, in the order of EYES
+EYE_VIEW, EYE_SIDE = 2.5, 64  # side of the view that the eye network reads, in widths of the eye, and in px
 
 
 class Layout(NamedTuple):
@@ -166,15 +170,34 @@ class FaceMesh:
             points, presence = self._read(shown)
             if _moved(last, view) < SETTLED:
                 break
-        mirrored, _ = self._read(shown[:, ::-1])
-        one = _landmarks(points, view, presence)
-        other = _landmarks(mirrored * (-1, 1) + (1, 0), view, presence)  # in which left and right are exchanged
+        mirrored, also = self._read(shown[:, ::-1])
+        one = _landmarks(points, view, (presence + also) / 2)  # what is no face is often one on one side only
+        other = _landmarks(mirrored * (-1, 1) + (1, 0), view, also)  # in which left and right are exchanged
         return replace(one, eyes=(one.eyes + other.eyes[::-1]) / 2, lips=(one.lips + other.lips[:, ::-1]) / 2)
 
     def _read(self, shown: np.ndarray) -> tuple[np.ndarray, float]:
         """Points of the mesh as shares of the view [468,2], and the presence of a face 0..1.  shown [R,R,3]"""
         points, logit = self._network(np.ascontiguousarray(shown))
         return points.reshape(POINTS, 3)[:, :2] / MESH_SIDE, float(_sigmoid(logit.ravel())[0])
+
+
+class EyeReader:
+    """The network of MediaPipe Iris: reads the outlines of the lids more exactly than the mesh does."""
+
+    def __init__(self) -> None:
+        self._network = Network("iris_landmark")
+
+    def __call__(self, picture: Image.Image, landmarks: Landmarks) -> np.ndarray:
+        """Outlines of the lids, as `Landmarks.eyes`.  -> [2,16,2]"""
+        left, right = landmarks.eyes
+        return np.stack([self._read(picture, left[0], left[8], step=-1), self._read(picture, right[8], right[0], step=1)])
+
+    def _read(self, picture: Image.Image, left: np.ndarray, right: np.ndarray, *, step: int) -> np.ndarray:
+        """The outline of the eye with these corners; the network knows the right eye of a picture, others are mirrored by step=-1."""
+        view = Crop(*(left + right) / 2, EYE_VIEW * math.dist(left, right), _roll(left, right), EYE_SIDE)
+        points, _ = self._network(np.ascontiguousarray(sampled(picture, view)[:, ::step]))
+        shares = points.reshape(-1, 3)[LIDS, :2] / EYE_SIDE
+        return in_picture((shares - 0.5) * (step, 1) + 0.5, view)
 
 
 def _landmarks(points: np.ndarray, view: Crop, presence: float) -> Landmarks:

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from PIL import Image
 
-from sonic.data.face_detector import LAYOUTS, Detection, FaceDetector, FaceMesh, Landmarks
+from sonic.data.face_detector import LAYOUTS, Detection, EyeReader, FaceDetector, FaceMesh, Landmarks
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
 # Fitted by `sonic bench faces` to 500 drawn people of the training split, whose mouths and crops are known, so that the preview sees
@@ -73,6 +73,12 @@ class Face:
         return FaceBox(float(x), float(y), side, side)
 
     @property
+    def head_offset(self) -> float:
+        """Px from the mouth to the middle of the face's outline, along the line of the mouth."""
+        view, mouth = self.landmarks.view, self.mouth
+        return float(math.cos(mouth.angle) * (view.center_x - mouth.x) + math.sin(mouth.angle) * (view.center_y - mouth.y))
+
+    @property
     def middle(self) -> tuple[float, float]:
         """The middle of the face box."""
         return _middle(self.box)
@@ -124,8 +130,6 @@ class FaceFinder:
 
     def _confidence(self, picture: Image.Image, landmarks: Landmarks) -> float:
         """The mesh's presence times the detector's score for the face in its own upright view, where it must see the same eyes."""
-        if landmarks.presence < CONFIDENT:
-            return landmarks.presence  # too little, whatever the detector says
         view, eyes = replace(landmarks.view, side=2 * landmarks.view.side), landmarks.eye_centres
         again = self._detectors[FULL_RANGE](picture, view, CANDIDATE)
         same = (found.score for found in again if np.abs(found.eyes - eyes).max() < math.dist(*eyes) / 2)
@@ -135,25 +139,30 @@ class FaceFinder:
 def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mouth: Sequence[float] | None = None) -> Portrait:
     """A photo with its face and mouth, which can be given: [x, y, w, h], and [x, y, half_width(, angle in radians)].
 
-    Without them the largest, most central face speaks, with a warning when several are equally good.
+    Without them the largest, most central face speaks, with a warning when several are equally good. Eyes are known where a face is
+    seen at the given place too.
     Raises ValueError when no face is certain enough, or what is given is no box or mouth in the photo.
     """
     box = None if face_box is None else _checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
     finder = FaceFinder()
     face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
+    known = face is not None and face.confidence >= CONFIDENT
     box = box or face.box
     if given is not None and len(mouth) == 3:
         given = replace(given, angle=0.0 if face is None else face.angle)
-    sure = face is not None and face.confidence >= CONFIDENT
-    if given is None and not sure:
+    if given is None and not known:
         raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
     given = given or face.mouth
     # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
     face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
     x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
-    seen = sure and math.dist((x, y), (face.mouth.x, face.mouth.y)) < SAME_MOUTH * half_width
-    return Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)), face.landmarks.lips.round(2) if seen else None)
+    portrait = Portrait(pixels, face_box, Mouth(x, y, half_width, round(given.angle, 4)))
+    if not known:
+        return portrait
+    same_mouth = math.dist((x, y), (face.mouth.x, face.mouth.y)) < SAME_MOUTH * half_width
+    lips, eyes = face.landmarks.lips.round(2) if same_mouth else None, EyeReader()(Image.fromarray(pixels), face.landmarks)
+    return replace(portrait, lips=lips, eyes=eyes, head_offset=face.head_offset)
 
 
 def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:

@@ -24,7 +24,7 @@ from sonic.data.pixels import to_signed
 from sonic.geometry import MOUTH_ANCHOR, pixels_around
 from sonic.types import Crop, Mouth, Portrait
 
-SMALLEST_SIDE = 128
+SMALLEST_SIDE = 64  # px, as for video.size; in heads of 40 px the first faces are missed
 LARGEST_PICTURE = 50 * 1024 * 1024
 PAPER = (255, 255, 255)  # background of transparent pixels: cut-out portraits are meant for a white page
 MOUTH_IN_FACE = 0.20  # half width of a resting mouth as a share of the face's size
@@ -45,7 +45,7 @@ def load_image(path: str | Path, option: str = "image") -> np.ndarray:
 
     Grey, palette, CMYK and 16-bit pictures and colour profiles are converted to sRGB; the EXIF orientation is applied;
     transparent pixels become white.
-    Raises ValueError when the file is no readable picture, a side is below 128 px, or it has more than 50 megapixels; `option`
+    Raises ValueError when the file is no readable picture, a side is below 64 px, or it has more than 50 megapixels; `option`
     is the option that named the file, for the message.
     """
     path, called = Path(path), f"{option}={path}"

@@ -20,7 +20,6 @@ from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, we
 from sonic.checkpoint.speech_weights import open_speech_encoder, speech_hash
 from sonic.checkpoint.weights import load_weights
 from sonic.config import HeadConfig, ModelConfig
-from sonic.data.clips import pose_latents
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import portrait_of
 from sonic.data.image import cut, face_crop
@@ -44,6 +43,7 @@ from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, p
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
 from sonic.types import Conditions, FrameChunk, Inputs, Portrait
+from sonic.vae.head import MovingHead
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
@@ -87,6 +87,8 @@ class Preview(Family):
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
         location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
+        if config.motion.head != "off" and portrait.eyes is None:
+            log.warning(f"motion.head={config.motion.head}: no eyes are seen in face_box, so the head moves and the eyes do not blink")
         fitted, frames = close_mouth(fit_portrait(portrait, config.video.size)), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 
@@ -133,7 +135,9 @@ class Preview(Family):
         components.load()
         config, device, options = components.config, components.device, settings.config
         crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
-        canvas = Canvas(inputs.portrait, crop)
+        poses = head_poses(options.motion, inputs.num_frames, seed=inputs.seed)
+        head = None if poses is None else MovingHead(inputs.portrait, crop, poses)
+        canvas = Canvas(inputs.portrait, crop, head)
         reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
@@ -143,8 +147,7 @@ class Preview(Family):
         step = FRAMES_PER_LATENT * config.rollout.block_frames
         frames = math.ceil(inputs.num_frames / step) * step  # whole blocks
         features = components.speech.encode_audio(inputs.speech.samples, frames)
-        pose = head_pose(options.motion, frames, grid=tuple(reference.latents.shape[-2:]), seed=inputs.seed)
-        whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f"), pose=pose).to(device=device, dtype=components.dtype)
+        whole = replace(known, audio=rearrange(features, "n a f -> 1 n a f")).to(device=device, dtype=components.dtype)
         return EncodedPortrait(whole, plan_blocks(inputs.num_frames, config.rollout.block_frames), reference, canvas)
 
     def generate(
@@ -190,18 +193,14 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
     return autoencoder, open_speech_encoder(config, {"logmel": weight_files(config).speech})(device)
 
 
-def head_pose(motion: HeadConfig, num_frames: int, *, grid: tuple[int, int], seed: int) -> Tensor | None:
-    """Pose latents [1,16,T,h,w] of a random head motion that starts in the pose of the photograph; None without head motion.
-
-    The values do not depend on the position in the picture, so h and w are expanded axes that take no memory.
-    """
+def head_poses(motion: HeadConfig, num_frames: int, *, seed: int) -> Tensor | None:
+    """Poses [F,4] of a random head motion that starts in the pose of the photograph; None without head motion."""
     if motion.head == "off" or motion.strength == 0:
         return None
     track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
     settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
     track[:, :3] *= rearrange(settle_in, "f -> f 1")
-    constant = pose_latents(rearrange(track, "f j -> 1 f j"), 1, 1)
-    return constant.expand(-1, -1, -1, *grid)
+    return track
 
 
 def _face_crops(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:

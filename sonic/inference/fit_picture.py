@@ -34,7 +34,9 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
         resized(portrait.pixels, new_height, new_width),
         FaceBox(face.x * across, face.y * down, face.width * across, face.height * down),
         Mouth(mouth.x * across, mouth.y * down, mouth.half_width * scale, mouth.angle),
-        None if portrait.lips is None else portrait.lips * (across, down),
+        lips=None if portrait.lips is None else portrait.lips * (across, down),
+        eyes=None if portrait.eyes is None else portrait.eyes * (across, down),
+        head_offset=portrait.head_offset * scale,
     )
 
 

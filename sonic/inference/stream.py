@@ -90,7 +90,7 @@ def decode_blocks(
             last = layers
         for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
             with timer.stage("decode"):
-                pixels = canvas.render(part)
+                pixels = canvas.render(part, start)
             yield FrameChunk(pixels, start)
             start += len(pixels)
 

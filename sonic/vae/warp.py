@@ -12,8 +12,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT, pixels_around
+from sonic.geometry import pixels_around
 from sonic.types import Crop, MotionLayers, Portrait
+from sonic.vae.head import MovingHead
 
 BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
 NOISE_FLOOR = 0.0006  # displacements below this share of the crop's side are treated as zero
@@ -47,26 +48,31 @@ def settle(layers: MotionLayers) -> MotionLayers:
 class Canvas:
     """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    `crop` is the square of the photograph that the layers cover. What the portrait itself shows inside its mouth moves with the head and
-    covers the layers' interior.
+    `crop` is the square of the photograph that the layers cover; `head` moves the whole head besides. What the portrait itself shows
+    inside its mouth keeps its place in the head and covers the layers' interior.
     """
 
-    def __init__(self, portrait: Portrait, crop: Crop):
-        self.pixels, self.crop = torch.from_numpy(portrait.pixels), crop
+    def __init__(self, portrait: Portrait, crop: Crop, head: MovingHead | None = None):
+        self.pixels, self.crop, self.head = torch.from_numpy(portrait.pixels), crop, head
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
         radius = crop.side * (abs(sin) + abs(cos)) / 2
         height, width = portrait.pixels.shape[:2]
         rows, columns = pixels_around(crop.center_y, radius, height), pixels_around(crop.center_x, radius, width)
+        if head is not None:
+            rows, columns = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip((rows, columns), head.area, strict=True))
         self.top, self.left = rows.start, columns.start
         self.source = rearrange(self.pixels[rows, columns], "h w c -> 1 c h w").float()
         self.inside = None
         if portrait.inside is not None:
             self.inside = rearrange(torch.from_numpy(portrait.inside[rows, columns]), "h w c -> 1 c h w").float()
 
-    def render(self, layers: MotionLayers) -> Tensor:
-        """The frames of the photograph in motion.  layers of one person [1,F,...] -> uint8 [F,H,W,3]"""
+    def render(self, layers: MotionLayers, first: int = 0) -> Tensor:
+        """The frames of the photograph in motion, of which `first` is the number of the first one in the video.
+
+        layers of one person [1,F,...] -> uint8 [F,H,W,3]
+        """
         layers = settle(layers)
         stacked = torch.cat([layers.flow, layers.opacity, layers.interior], 2)[0]
         frames = self.pixels.expand(stacked.shape[0], -1, -1, -1).clone()
@@ -76,13 +82,15 @@ class Canvas:
         top, bottom, left, right = box
         share = max(1, PIXELS_AT_ONCE // max(1, (bottom - top) * (right - left)))
         for start in range(0, stacked.shape[0], share):
-            part = slice(start, start + share)
-            frames[part, top:bottom, left:right] = self._compose(stacked[part], box)
+            part = stacked[start : start + share]
+            frames[start : start + share, top:bottom, left:right] = self._compose(part, box, first + start)
         return frames
 
     def _moving_box(self, stacked: Tensor) -> tuple[int, int, int, int] | None:
         """(top, bottom, left, right) in photo pixels of all that moves in any frame; None when nothing does.  stacked [F,6,h,w]"""
         moved = (stacked[:, :3] != 0).any(0).any(0)
+        if self.head is not None:
+            return self.top, self.top + self.source.shape[2], self.left, self.left + self.source.shape[3]
         if not moved.any():
             return None
         height, width = moved.shape
@@ -97,33 +105,32 @@ class Canvas:
         bottom, right = min(bottom, self.top + self.source.shape[2]), min(right, self.left + self.source.shape[3])
         return (top, bottom, left, right) if bottom > top and right > left else None
 
-    def _compose(self, stacked: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-        """The part of some frames inside the box.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
+    def _compose(self, stacked: Tensor, box: tuple[int, int, int, int], first: int) -> Tensor:
+        """The part of the frames from `first` on inside the box.  stacked [F,6,h,w] -> uint8 [F,bottom-top,right-left,3]"""
         top, bottom, left, right = box
         ys, xs = torch.arange(top, bottom) + 0.5, torch.arange(left, right) + 0.5
-        points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+        points, corner = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1), torch.tensor([self.left, self.top])
+        source = self.source
+        if self.head is not None:
+            frames = slice(first, first + stacked.shape[0])
+            points, source = self.head.rest(points, frames), self.head.blinking(self.source, corner, frames)
         inside = (points - self.centre) @ self.turn * (2 / self.crop.side)
         sampled = F.grid_sample(stacked, inside.expand(stacked.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
         flow, opacity, interior = sampled.split([2, 1, 3], dim=1)
         moved = rearrange(flow, "f c h w -> f h w c") @ self.turn.T * self.crop.side
-        warped = self._sampled(self.source, points + moved, mode="bicubic")
+        warped = _at(source, points - corner + moved, mode="bicubic")
         edge = min(max(self.crop.side / stacked.shape[-1] / 2, 1.0), 4.0)  # sharpens the lip line to the photograph's resolution
         opacity = ((opacity - 0.5) * edge + 0.5).clamp(0, 1)
         interior = interior * 255
         if self.inside is not None:
-            own = self._sampled(self.inside, points + self._head(stacked), mode="bilinear")
+            own = _at(self.inside, (points - corner).expand(*moved.shape), mode="bilinear")
             interior = torch.lerp(interior, own[:, :3], own[:, 3:] / 255)
         composed = torch.lerp(warped, interior, opacity)
         return rearrange(composed, "f c h w -> f h w c").round().clamp(0, 255).to(torch.uint8)
 
-    def _sampled(self, picture: Tensor, points: Tensor, *, mode: str) -> Tensor:
-        """A picture of the photograph's part around the crop [1,C,h,w], at points [F,rows,columns,2] of the photograph."""
-        size = torch.tensor([picture.shape[3], picture.shape[2]])
-        grid = (points - torch.tensor([self.left, self.top])) / size * 2 - 1
-        return F.grid_sample(picture.expand(len(grid), -1, -1, -1), grid, mode=mode, padding_mode="border", align_corners=False)
 
-    def _head(self, stacked: Tensor) -> Tensor:
-        """How the upper jaw moves in each frame, in photo px: the flow between nose and mouth.  stacked [F,6,h,w] -> [F,1,1,2]"""
-        place = torch.tensor([MOUTH_ANCHOR[0], MOUTH_ANCHOR[1] - MOUTH_UNIT]) * 2 - 1
-        flow = F.grid_sample(stacked[:, :2], place.expand(len(stacked), 1, 1, 2), align_corners=False)
-        return rearrange(flow, "f c 1 1 -> f 1 1 c") @ self.turn.T * self.crop.side
+def _at(picture: Tensor, points: Tensor, *, mode: str) -> Tensor:
+    """The colours of a picture [1 or F,C,h,w] at points [F,rows,columns,2] in its px.  -> [F,C,rows,columns]"""
+    size = torch.tensor([picture.shape[3], picture.shape[2]])
+    picture = picture.expand(len(points), -1, -1, -1)
+    return F.grid_sample(picture, points / size * 2 - 1, mode=mode, padding_mode="border", align_corners=False)

@@ -14,8 +14,9 @@ from skimage import data
 from sonic.data import face_detector
 from sonic.data.face_detector import INSTALL, MESH_SIDE, FaceMesh
 from sonic.data.faces import CONFIDENT, FaceFinder, find_speaker, portrait_of
-from sonic.data.image import face_crop
+from sonic.data.image import face_crop, load_image
 from sonic.geometry import MOUTH_ANCHOR, MOUTH_UNIT
+from sonic.inference.fit_picture import fit_portrait
 from sonic.synthetic.draw_face import draw_identity
 from sonic.types import Crop, FaceBox, Mouth
 
@@ -75,6 +76,14 @@ def test_the_size_of_the_photo_does_not_matter(factor, astronaut, found):
     larger = portrait_of(resized(astronaut, factor))
     assert larger.face.width / factor == pytest.approx(found.face.width, rel=0.05)
     assert math.dist((larger.mouth.x / factor, larger.mouth.y / factor), MOUTH) < 0.04 * found.face.width
+
+
+def test_a_photo_of_64_px_speaks(astronaut, found, tmp_path):
+    head = Image.fromarray(astronaut).crop((0, 0, 250, 250)).resize((65, 64), Image.Resampling.LANCZOS)
+    head.save(tmp_path / "small.png")
+    small = portrait_of(load_image(tmp_path / "small.png"))
+    assert math.dist((small.mouth.x * 250 / 65, small.mouth.y * 250 / 64), MOUTH) < 0.06 * found.face.width
+    assert fit_portrait(small, "photo").pixels.shape == (64, 64, 3)  # as H.264 needs it
 
 
 @pytest.mark.parametrize("degrees", [-90, -25, 12, 90, 180])
@@ -202,6 +211,12 @@ def test_the_mesh_refuses_what_is_no_face(astronaut, found):
     seen = mesh(picture, Crop(face.x + face.width / 2, face.y + face.height / 2, 1.8 * face.width, 0.0, MESH_SIDE))
     empty = mesh(picture, Crop(40.0, 210.0, 80.0, 0.0, MESH_SIDE))
     assert seen.presence > 0.99 and empty.presence < CONFIDENT
+
+
+@pytest.mark.parametrize("number", [79, 163])
+def test_lips_on_a_picture_of_anything_are_far_from_a_face(number):
+    lips = draw_identity(np.random.default_rng([5, number]), 192, photographs=1).picture
+    assert max((face.confidence for face in FaceFinder().faces(lips)), default=0) < 0.6 * CONFIDENT
 
 
 def test_networks_that_are_not_installed_are_named_with_the_line_that_installs_them(astronaut, monkeypatch):

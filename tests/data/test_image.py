@@ -120,7 +120,7 @@ BAD = {
     "cut_jpg": (lambda folder: cut_off(folder, "jpg"), "damaged or cut off"),
     "cut_png": (lambda folder: cut_off(folder, "png"), "damaged or cut off"),
     "cut_webp": (lambda folder: cut_off(folder, "webp"), "image="),
-    "small": (lambda folder: plain(folder, 127, 400), "127x400 px, too small"),
+    "small": (lambda folder: plain(folder, 63, 400), "63x400 px, too small"),
     "large": (lambda folder: plain(folder, 9000, 6000), "too large"),
 }
 

@@ -18,16 +18,16 @@ from torch.testing import assert_close
 
 from sonic.cli import run_command
 from sonic.commands import infer_command
-from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
-from sonic.families.preview import Preview, head_pose
+from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig
+from sonic.families.preview import Preview, head_poses
 from sonic.geometry import BlockSpan
 from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import Settings
+from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.report import FrameRecorder, StageTimer
 from sonic.inference.stream import buffer_all, decode_blocks, half_the_threads, prefetch, smooth_seams
-from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait
+from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait, Speech
 
 KEYS = {
     "output", "frames", "fps", "audio_seconds", "frames_per_second", "first_frame_s", "peak_rss_gib", "peak_vram_gib",
@@ -195,7 +195,7 @@ def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photo
     def decode(latents, reference, cache):
         return MotionLayers(*(torch.empty(1, 12, channels, 8, 8, device="cuda") for channels in (2, 1, 3))), None
 
-    def render(part):
+    def render(part, first):
         shown.append(part)
         return torch.zeros(part.flow.shape[1], 8, 8, 3, dtype=torch.uint8)
 
@@ -214,8 +214,9 @@ def test_smoothing_across_blocks_equals_smoothing_the_whole():
         first = cache or 0
         return MotionLayers(*(track[:, first : first + 12] for track in layers)), first + 12
 
-    def render(part):
+    def render(part, first):
         shown.append(part)
+        assert first == sum(other.flow.shape[1] for other in shown[:-1])
         return torch.zeros(part.flow.shape[1], 4, 4, 3, dtype=torch.uint8)
 
     canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
@@ -230,15 +231,34 @@ def test_smoothing_across_blocks_equals_smoothing_the_whole():
 
 
 def test_the_head_is_still_by_default():
-    assert head_pose(HeadConfig(), 24, grid=(4, 4), seed=0) is None
+    assert head_poses(HeadConfig(), 24, seed=0) is None
+    assert head_poses(HeadConfig(head="gentle", strength=0), 24, seed=0) is None
 
 
 def test_gentle_motion_begins_at_rest_and_follows_the_seed():
-    one, same, other = (head_pose(HeadConfig(head="gentle"), 240, grid=(2, 3), seed=seed) for seed in (1, 1, 2))
-    assert one.shape == (1, 16, 60, 2, 3)
+    one, same, other = (head_poses(HeadConfig(head="gentle"), 240, seed=seed) for seed in (1, 1, 2))
+    assert one.shape == (240, 4)
     assert (one == same).all() and (one != other).any()
-    assert (one[:, [0, 4, 8], 0] == 0).all()  # roll and shifts of the very first frame
-    assert one[:, 12:].max() == 1  # a blink closes the eyes
+    assert (one[0, :3] == 0).all()  # roll and shifts
+    assert one[:, 3].max() == 1  # a blink closes the eyes
+
+
+def test_the_first_frame_is_the_same_with_head_motion_and_later_ones_are_not(components):
+    still, gentle = (
+        torch.cat([chunk.pixels for chunk in generate(small_inputs(), components, Settings(InferConfig(sampler=QUICK, motion=motion)))])
+        for motion in (HeadConfig(), HeadConfig(head="gentle", strength=3))
+    )
+    assert (gentle[0].int() - still[0].int()).abs().max() <= 1  # rounding
+    assert (gentle[-1] != still[-1]).any(-1).sum() > 2 * (still[-1] != still[0]).any(-1).sum()  # the mouth moves in both
+
+
+def test_head_motion_without_known_eyes_is_mentioned(tmp_path, caplog):
+    options = FaceConfig(box=[40, 24, 80, 80], mouth=[80, 88, 16])
+    noise = InMemory(small_inputs().portrait.pixels, Speech(babble(1.0)))
+    for head in ("off", "gentle"):
+        caplog.clear()
+        opened = Preview().open(InferConfig(face=options, motion=HeadConfig(head=head)), noise)
+        assert opened.portrait.eyes is None and ("do not blink" in caplog.text) == (head == "gentle")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +271,8 @@ def test_gentle_motion_begins_at_rest_and_follows_the_seed():
     ],
 )
 def test_a_portrait_fits_the_video_with_its_face(width, height, size, expected):
-    portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12))
+    eyes = np.full((2, 16, 2), 50.0)
+    portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12), eyes, 5.0)
     found = fit_portrait(portrait, size)
     assert found.pixels.shape == (expected[1], expected[0], 3)
     assert found.pixels.min() == found.pixels.max() == 7
@@ -259,3 +280,4 @@ def test_a_portrait_fits_the_video_with_its_face(width, height, size, expected):
     assert found.mouth.x == pytest.approx(70 * share, rel=0.01)
     assert found.face.width == pytest.approx(60 * share, rel=0.01)
     assert found.mouth.half_width == pytest.approx(12 * share, rel=0.01)
+    assert found.eyes == pytest.approx(50 * share, rel=0.01) and found.head_offset == pytest.approx(5 * share, rel=0.01)

@@ -58,16 +58,6 @@ def test_motion_fades_to_nothing_at_the_border():
     assert settle(layers(flow=(0.1, 0.0))).flow[..., 0, :].abs().max() < 0.01
 
 
-def test_the_photographs_own_inside_moves_with_the_head():
-    photo = photograph()
-    own = np.zeros((*photo.shape[:2], 4), np.uint8)
-    own[..., 0], own[:, :40, 3] = 200, 255  # red, in the left half
-    canvas = Canvas(Portrait(photo.numpy(), inside=own), Crop(40, 30, 40, 0.0, 32))
-    still, moved = (canvas.render(layers(flow=(x, 0.0), opacity=1.0))[0, 30] for x in (0.0, -0.1))  # by 4 px to the right
-    red = lambda row: int((row == torch.tensor([200, 0, 0], dtype=torch.uint8)).all(-1)[22:58].sum())  # noqa: E731 - a local shorthand
-    assert red(moved) == red(still) + 4
-
-
 def test_what_the_photograph_shows_between_the_lips_covers_the_painted_inside():
     photo = photograph()
     own = np.zeros((*photo.shape[:2], 4), np.uint8)
