@@ -29,6 +29,8 @@ FIELDS = {  # keyword of a call -> option of the command line
     "mouth": "face.mouth",
     "masks": "face.masks",
     "pose": "motion.pose",
+    "dynamic_scale": "motion.dynamic_scale",
+    "motion_scale": "motion.motion_scale",
 }
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -56,6 +58,8 @@ class VideoOptions(TypedDict, total=False):
     mouth: Sequence[float] | None
     masks: Sequence[str | os.PathLike] | None
     pose: str | os.PathLike | None
+    dynamic_scale: float | None
+    motion_scale: float | None
     callback_on_step_end: Callback | None
 
 

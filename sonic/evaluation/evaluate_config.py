@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, option, require
+from sonic.config import DecodeConfig, HeadConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, option, require
 from sonic.parallel.parallel_config import ParallelConfig
 
 
@@ -35,4 +35,5 @@ class EvaluateConfig:
     sampler: SamplerConfig = option(SamplerConfig)
     video: VideoConfig = option(VideoConfig)
     decode: DecodeConfig = option(DecodeConfig)
+    motion: HeadConfig = option(HeadConfig)
     parallel: ParallelConfig = option(ParallelConfig)

@@ -214,7 +214,7 @@ def _checkpoint(config: ModelConfig) -> Checkpoint:
 def _refuse_face_options(config: InferConfig) -> None:
     """Raise ValueError for options that only the preview reads, such as face.box, unless they have their default values."""
     defaults = {"face": FaceConfig(), "motion": HeadConfig()}
-    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head"), ("motion", "strength")):
+    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head")):
         value = getattr(getattr(config, group), name)
         if value != getattr(defaults[group], name):
             why = f"model={config.model.name} generates the whole picture and looks for no face in it"
