@@ -31,6 +31,8 @@ FIELDS = {  # keyword of a call -> option of the command line
     "pose": "motion.pose",
     "alignment_offset": "post.alignment_offset",
     "lip_align": "post.lip_align",
+    "dynamic_scale": "motion.dynamic_scale",
+    "motion_scale": "motion.motion_scale",
 }
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -61,6 +63,8 @@ class VideoOptions(TypedDict, total=False):
     pose: str | os.PathLike | None
     alignment_offset: float | None
     lip_align: bool | None
+    dynamic_scale: float | None
+    motion_scale: float | None
     callback_on_step_end: Callback | None
 
 

@@ -348,14 +348,12 @@ class HeadConfig:
     """Motion of the head and eyes."""
 
     head: str = option("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
-    strength: float = option(1.0, "amplitude of the gentle motion; 1 = usual")
     pose: str = option("", "a video of drawn poses, which the published models follow; empty = none")
-    dynamic_scale: float = option(1.0, "how far the mouth moves, 0.5 to 2.0; 1 = as spoken")
-    motion_scale: float = option(1.0, "how far head, brows and lids move, 0.5 to 2.0; 1 = as they would")
+    dynamic_scale: float = option(1.0, "how far the mouth moves, 0.5 to 2.0 (published models: how strongly the sound drives them)")
+    motion_scale: float = option(1.0, "how far the head moves and the eyes close (published models: how far poses move), 0.5 to 2.0")
 
     def __post_init__(self) -> None:
         one_of(self.head, ("off", "gentle"), "motion.head")
-        require(0 <= self.strength <= 3, f"motion.strength={self.strength} must lie between 0 and 3")
         for name in ("dynamic_scale", "motion_scale"):
             value = getattr(self, name)
             require(0.5 <= value <= 2, f"motion.{name}={value} must lie between 0.5 and 2.0")

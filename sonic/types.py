@@ -34,7 +34,7 @@ class Conditions:
 
     ref [B,C,1,H,W] latents of the portrait; text [B,L,text_dim]; audio [B,K,E,F] speech features of K hidden layers, of width E, one
     column per video frame; motion [B,C,Tm,H,W] past latents, None without motion tokens; pose [B,C,T,H,W], None for zeros.
-    With several voices in one picture audio is [B·voices,K,E,F], and masks [B·voices,1,rows,columns] weight the patches of each voice.
+    masks [B·voices,1,rows,columns] weight what the audio adds to each patch; with several voices in one picture audio is [B·voices,K,E,F].
     """
 
     ref: Tensor
@@ -52,7 +52,7 @@ class Conditions:
             raise ValueError(f"ref has {self.ref.shape[2]} latent frames: a portrait is exactly one")
         voices = ("audio", "masks") if self.masks is not None else ()
         batches = {value.shape[0] for name, value in self._tensors() if name not in voices}
-        if voices and (self.audio is None or self.audio.shape[0] != self.masks.shape[0]):
+        if voices and self.audio is not None and self.audio.shape[0] != self.masks.shape[0]:
             raise ValueError(f"{self.masks.shape[0]} masks need as many voices")
         if len(batches) != 1:
             raise ValueError(f"conditions of different batch sizes {sorted(batches)} cannot go together")

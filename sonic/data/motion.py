@@ -18,6 +18,7 @@ STILL = 0.001  # displacements below this share of the picture are camera noise
 HIDDEN = (0.04, 0.12)  # error of the warped picture (black to white = 1): explained by motion below, hidden content above
 BORDER = 0.08  # share of the crop over which motion fades to zero, as when a video is composed
 PIVOT = 2.2  # the neck, about which the head rotates, in mouth units below the mouth
+POSE_SIDE, POSE_BLUR = 160, 2.0  # where the motion of drawn poses is estimated: about the longer side, and the blur of the lines, in px
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
@@ -74,6 +75,22 @@ def head_pose(flow: Tensor) -> Tensor:
     displacements = rearrange(flow[:, :, face], "f c n -> (c n) f")
     pose = torch.linalg.lstsq(rows, displacements).solution.T
     return torch.cat([pose, torch.zeros(len(flow), 1)], 1)
+
+
+def pose_motion(pose: np.ndarray, first: np.ndarray) -> Tensor:
+    """Where what is drawn in a pose is in the first one, by TV-L1 optical flow, in widths and heights of the picture.
+
+    uint8 [H,W,3] of lines on black -> [2,h,w]
+    """
+    from scipy.ndimage import gaussian_filter
+    from skimage.registration import optical_flow_tvl1
+
+    size = max(1, round(max(pose.shape) / POSE_SIDE))
+    small = (F.avg_pool2d(torch.from_numpy(each.max(-1)).float().unsqueeze(0), size)[0] / 255 for each in (pose, first))
+    here, before = (gaussian_filter(each.numpy(), POSE_BLUR) for each in small)
+    brightest = max(before.max(), 1e-3)
+    rows, columns = optical_flow_tvl1(here / brightest, before / brightest)
+    return torch.from_numpy(np.stack([columns / here.shape[1], rows / here.shape[0]])).float()
 
 
 def _grey(pictures: Tensor) -> np.ndarray:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sonic.config import PHOTO_SIZE, parse_size, settled_video
+from sonic.config import PHOTO_SIZE, HeadConfig, parse_size, settled_video
 from sonic.data.face_detector import FaceMesh
 from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import MOUTH_IN_FACE
@@ -146,6 +146,10 @@ def portrait_side(config: EvaluateConfig) -> int:
             raise ValueError(
                 f"video.{name}={getattr(video, name)} has no effect here; eval.clips and eval.seconds set how much is generated"
             )
+    still = HeadConfig(dynamic_scale=config.motion.dynamic_scale)
+    for name, value in vars(config.motion).items():
+        if value != getattr(still, name):
+            raise ValueError(f"motion.{name}={value}: the heads of drawn people are still here; of motion.* only dynamic_scale is scored")
     settled_video(video, model)  # checks the frame rate
     if video.size == PHOTO_SIZE:
         return model.resolution
@@ -162,6 +166,7 @@ def _pipeline(config: EvaluateConfig) -> AvatarPipeline:
         model=config.model,
         sampler=config.sampler,
         decode=config.decode,
+        motion=config.motion,
         parallel=replace(config.parallel, name=plan),
         hardware=HardwareConfig("here"),
     )

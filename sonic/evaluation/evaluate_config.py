@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
+from sonic.config import DecodeConfig, HeadConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
 from sonic.parallel.parallel_config import ParallelConfig
 
 OTHERS = {"sync_correlation": "≥ 0.85", "silence_gap": "≤ 0.03", "identity_psnr_db": "≥ 34"}
@@ -49,4 +49,5 @@ class EvaluateConfig:
     sampler: SamplerConfig = option(SamplerConfig)
     video: VideoConfig = option(VideoConfig)
     decode: DecodeConfig = option(DecodeConfig)
+    motion: HeadConfig = option(HeadConfig)
     parallel: ParallelConfig = option(ParallelConfig)

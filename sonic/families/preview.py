@@ -83,6 +83,8 @@ class Preview(Family):
                 raise ValueError(f"{option}={value}: model={config.model.name} moves one face and follows no video; use a published model")
         if config.prompt:
             log.warning("prompt is not read: the preview was trained without text")
+        if config.motion.motion_scale != 1 and config.motion.head == "off":
+            log.warning("motion.motion_scale=%g has no effect: the head is still; motion.head=gentle moves it", config.motion.motion_scale)
         speech = memory.speech_of(config)
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
         location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
@@ -137,7 +139,7 @@ class Preview(Family):
         crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
         poses = head_poses(options.motion, inputs.num_frames, seed=inputs.seed)
         head = None if poses is None else MovingHead(inputs.portrait, crop, poses)
-        canvas = Canvas(inputs.portrait, crop, head)
+        canvas = Canvas(inputs.portrait, crop, head, dynamic_scale=options.motion.dynamic_scale)
         reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
@@ -195,9 +197,9 @@ def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[Wa
 
 def head_poses(motion: HeadConfig, num_frames: int, *, seed: int) -> Tensor | None:
     """Poses [F,4] of a random head motion that starts in the pose of the photograph; None without head motion."""
-    if motion.head == "off" or motion.strength == 0:
+    if motion.head == "off":
         return None
-    track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.strength)
+    track = head_motion(np.random.default_rng([seed, 1]), num_frames, motion.motion_scale)
     settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
     track[:, :3] *= rearrange(settle_in, "f -> f 1")
     return track

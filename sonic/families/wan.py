@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
+from sonic.data.motion import pose_motion
 from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
@@ -48,6 +50,9 @@ from sonic.parallel.context import DistributedContext
 from sonic.system.program import written
 from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
+from sonic.vae.warp import move_further
+
+log = logging.getLogger("sonic.inference")
 
 WHITE = 127  # pixels of a mask above this level belong to the voice
 SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # file names of a published wav2vec
@@ -72,6 +77,11 @@ class Wan(Family):
         Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.
         """
         _refuse_face_options(config)
+        if config.motion.motion_scale != 1 and not config.motion.pose:
+            log.warning(
+                "motion.motion_scale=%g has no effect: the model moves the head by itself; motion.pose=VIDEO leads it",
+                config.motion.motion_scale,
+            )
         voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
@@ -83,7 +93,7 @@ class Wan(Family):
         masks = None
         if voices:
             masks = np.stack([fit(mask, area)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
-        return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
+        return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion, inputs) if config.motion.pose else None)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:
         """The config with the sizes of its checkpoint. Raises ValueError without a checkpoint, or when it is of another model."""
@@ -129,7 +139,7 @@ class Wan(Family):
             features = torch.zeros(1, 0, 0, 0)
         read = checkpoint.prompt_encoder(config.text.text_len, device)
         text = read(inputs.prompt)
-        patch = PIXELS_PER_LATENT * config.trunk.patch_size[1]
+        weights = _audio_weights(inputs, PIXELS_PER_LATENT * config.trunk.patch_size[1], options.motion.dynamic_scale)
         return EncodedInputs(
             picture=signed(inputs.portrait.pixels).to(device),
             text=text,
@@ -138,7 +148,7 @@ class Wan(Family):
             clip_frames=options.video.infer_frames,
             seed=inputs.seed,
             pose=None if inputs.pose is None else _lengthened(inputs.pose, frames),
-            masks=None if inputs.masks is None else _over_patches(inputs.masks, patch).to(device),
+            masks=None if weights is None else weights.to(device),
             generator=settings.generator,
             live=live,
         )
@@ -213,7 +223,7 @@ def _checkpoint(config: ModelConfig) -> Checkpoint:
 def _refuse_face_options(config: InferConfig) -> None:
     """Raise ValueError for options that only the preview reads, such as face.box, unless they have their default values."""
     defaults = {"face": FaceConfig(), "motion": HeadConfig()}
-    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head"), ("motion", "strength")):
+    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head")):
         value = getattr(getattr(config, group), name)
         if value != getattr(defaults[group], name):
             why = f"model={config.model.name} generates the whole picture and looks for no face in it"
@@ -240,11 +250,22 @@ def _masks(names: list[str], voices: int, shape: tuple[int, ...]) -> list[np.nda
     return masks
 
 
-def _poses(path: str, inputs: Inputs) -> np.ndarray:
+def _poses(motion: HeadConfig, inputs: Inputs) -> np.ndarray:
     """The frames of the pose video, uint8 [F,H,W,3] at the size and frame rate of the output, padded with black after its end."""
     height, width = inputs.portrait.pixels.shape[:2]
-    found = [covering(frame, width, height) for frame in islice(frames_at(path, inputs.fps), inputs.num_frames)]
+    found = [covering(frame, width, height) for frame in islice(frames_at(motion.pose, inputs.fps), inputs.num_frames)]
+    if motion.motion_scale != 1:
+        found = [_moved_further(pose, found[0], motion.motion_scale) for pose in found]
     return _lengthened(np.array(found, np.uint8).reshape(-1, height, width, 3), inputs.num_frames)
+
+
+def _moved_further(pose: np.ndarray, first: np.ndarray, scale: float) -> np.ndarray:
+    """A pose whose every part is `scale` times as far from where it is in the first one.  uint8 [H,W,3] -> uint8 [H,W,3]"""
+    points = move_further(pose_motion(pose, first).unsqueeze(0), scale)
+    points = F.interpolate(rearrange(points, "1 h w c -> 1 c h w"), pose.shape[:2], mode="bilinear", align_corners=False)
+    drawn, grid = rearrange(torch.from_numpy(pose), "h w c -> 1 c h w").float(), rearrange(points, "1 c h w -> 1 h w c")
+    moved = F.grid_sample(drawn, grid, padding_mode="border", align_corners=False)
+    return rearrange(moved, "1 c h w -> h w c").round().to(torch.uint8).numpy()
 
 
 def _published_length(config: InferConfig, speech: Speech) -> int:
@@ -271,6 +292,17 @@ def _chunks(frames: Iterator[Tensor], num_frames: int) -> Iterator[FrameChunk]:
 def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
     """The poses, padded with black frames to `frames`."""
     return np.concatenate([pose, np.zeros((max(0, frames - len(pose)), *pose.shape[1:]), np.uint8)])
+
+
+def _audio_weights(inputs: Inputs, patch: int, scale: float) -> Tensor | None:
+    """Weights of what the audio injectors add to each patch: the mask of the voice, times motion.dynamic_scale.  -> [voices,1,rows,columns]
+
+    None = 1 everywhere.
+    """
+    if inputs.masks is not None:
+        return scale * _over_patches(inputs.masks, patch)
+    height, width = inputs.portrait.pixels.shape[:2]
+    return None if scale == 1 else torch.full((1, 1, height // patch, width // patch), scale)
 
 
 def _over_patches(masks: np.ndarray, patch: int) -> Tensor:

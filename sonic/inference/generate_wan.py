@@ -51,8 +51,8 @@ class EncodedInputs:
 
     picture [1,3,H,W] in [-1,1]; text and negative [1,L,D], the embeddings of the prompt and of the negative prompt; audio
     [voices,K,E,F] speech features, one column per video frame; clip_frames, the video frames of one clip; pose uint8 [F,H,W,3] or None;
-    masks [voices,1,h,w] on the grid of patches, or None with one voice; generator, used in place of one seeded with `seed`; live, the
-    source of speech features in place of `audio` while the sound is still arriving.
+    masks [voices,1,h,w], weights of the audio on the grid of patches, or None for 1 everywhere; generator, used in place of one seeded
+    with `seed`; live, the source of speech features in place of `audio` while the sound is still arriving.
     """
 
     picture: Tensor
@@ -206,7 +206,7 @@ def _conditions(encoded: EncodedInputs, ref: Tensor, motion: Tensor | None, *, f
     pose = None if encoded.pose is None else _pose_latents(encoded.pose[frames], vae, device=ref.device)
     conditions = Conditions(ref=ref, text=encoded.text.to(ref), motion=motion, pose=pose).to(dtype=dtype)
     if encoded.live is not None:
-        return encoded.live.conditions(conditions)
+        return encoded.live.conditions(replace(conditions, masks=encoded.masks))
     return replace(conditions, audio=encoded.audio[..., frames], masks=encoded.masks)
 
 

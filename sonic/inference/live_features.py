@@ -47,7 +47,7 @@ class LiveFeatures:
 
     def conditions(self, whole: Conditions) -> LiveConditions:
         """The conditions of the video: `whole`, which hold for all blocks, with the speech features of each block computed on demand."""
-        return LiveConditions(whole.ref, whole.text, motion=whole.motion, features=self.of)
+        return LiveConditions(whole.ref, whole.text, motion=whole.motion, masks=whole.masks, features=self.of)
 
     def cut(self, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
         """Yield the chunks of frames, cut at the end of the sound."""
@@ -69,7 +69,7 @@ class LiveConditions(Conditions):
 
     def at(self, span: BlockSpan) -> Conditions:
         """The conditions of one block."""
-        block = Conditions(self.ref, self.text, audio=self.features(span).to(self.ref), motion=self.motion)
+        block = Conditions(self.ref, self.text, audio=self.features(span).to(self.ref), motion=self.motion, masks=self.masks)
         return block.drop("audio") if self.silent else block
 
     def drop(self, name: str) -> Conditions:

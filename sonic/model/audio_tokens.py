@@ -16,7 +16,7 @@ from sonic.model.cpu import Linear, linear
 class AudioTokens(NamedTuple):
     """Audio of each latent frame: tokens [B,T,A,D] for cross-attention and a summary [B,T,D] for modulation.
 
-    With several actors the first axis is batch · actors, and `masks` [B·actors,T,S,1] weights the patches of each actor.
+    With several actors the first axis is batch · actors. `masks` [B·actors,T,S,1] weights what is added to the patches of each actor.
     """
 
     tokens: Tensor

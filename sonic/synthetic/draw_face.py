@@ -80,8 +80,11 @@ def animate(identity: Identity, visemes: Tensor, pose: Tensor | None = None) -> 
     return puppet.apply(picture, motion).clamp(0, 1) * 2 - 1, motion
 
 
-def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) -> Tensor:
-    """Random smooth head motion with occasional blinks, at 25 fps.  -> [F,4] roll, shift x, shift y, blink"""
+def head_motion(rng: np.random.Generator, frames: int, scale: float = 1.0) -> Tensor:
+    """Random smooth head motion with occasional blinks, at 25 fps.  -> [F,4] roll, shift x, shift y, blink (1 = closed)
+
+    All go `scale` times as far, but lids no further than closed.
+    """
     seconds = np.arange(frames) / 25
     track = np.zeros((frames, 4), np.float32)
     for column, amplitude in enumerate((0.045, 0.02, 0.014)):
@@ -91,7 +94,8 @@ def head_motion(rng: np.random.Generator, frames: int, strength: float = 1.0) ->
     while start < frames - 5:
         track[start : start + 5, 3] = (0.4, 1.0, 1.0, 0.6, 0.25)
         start += int(rng.integers(50, 130))
-    track[:, :3] *= strength
+    track *= scale
+    track[:, 3] = track[:, 3].clip(max=1)
     return torch.from_numpy(track)
 
 

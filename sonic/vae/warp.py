@@ -19,6 +19,10 @@ from sonic.vae.head import MovingHead
 BORDER = 0.08  # width of the border of the crop in which motion fades to zero, as a share of its side, so that no seam shows
 NOISE_FLOOR = 0.0006  # displacements below this share of the crop's side are treated as zero
 
+LIPS = 0.2  # opacity above which the inside of the mouth is seen, whose own displacement is not read
+SPREADS, SPREAD = 20, 5  # means over SPREAD x SPREAD values that fill it from its surroundings
+SOLVER_STEPS = 8  # of an equation that is solved to a fraction of a pixel
+
 PIXELS_AT_ONCE = 2_000_000  # pixels, frames times area, that are composed at a time, which limits memory
 
 
@@ -45,15 +49,55 @@ def settle(layers: MotionLayers) -> MotionLayers:
     return MotionLayers(flow, ((layers.opacity - 0.04) / 0.92).clamp(0, 1) * window, layers.interior.clamp(0, 1))
 
 
+def scale_mouth(layers: MotionLayers, scale: float) -> MotionLayers:
+    """The layers of a mouth that moves `scale` times as far: each frame as it is spoken, displaced by scale - 1 times its own motion.
+
+    The displacement is smooth across the inside of the mouth, which stretches with the lips; so nothing tears.
+    layers of one person [1,F,...]
+    """
+    points, grid = move_further(_smooth_flow(layers)[0], scale), unit_grid(*layers.flow.shape[-2:], layers.flow)
+    sampled = F.grid_sample(torch.cat(layers, 2)[0], points, padding_mode="border", align_corners=False)
+    flow, opacity, interior = rearrange(sampled, "f c h w -> 1 f c h w").split([2, 1, 3], dim=2)
+    return MotionLayers(flow + rearrange(points - grid, "f h w c -> 1 f c h w") / 2, opacity, interior)
+
+
+def move_further(flow: Tensor, scale: float) -> Tensor:
+    """Where frames are sampled for motion that goes `scale` times as far, in the form of grid_sample.  flow [F,2,h,w] -> [F,h,w,2]
+
+    What is at q came from q + flow(q) and shall go to p = q - (scale - 1) * flow(q), which is solved for q by damped iteration.
+    """
+    grid = unit_grid(*flow.shape[-2:], flow)
+    extra, points = 2 * (scale - 1) * flow, grid.expand(len(flow), -1, -1, -1)
+    for _ in range(SOLVER_STEPS):
+        found = F.grid_sample(extra, points, padding_mode="border", align_corners=False)
+        points = (points + grid + rearrange(found, "f c h w -> f h w c")) / 2
+    return points
+
+
+def _smooth_flow(layers: MotionLayers) -> Tensor:
+    """The displacement of the face, with that of the lips spread over the inside of the mouth.  -> [1,F,2,h,w]"""
+    inside, filled = (layers.opacity / LIPS).clamp(0, 1), layers.flow
+    for _ in range(SPREADS):
+        filled = torch.lerp(layers.flow, _local_mean(filled, SPREAD), inside)
+    return _local_mean(filled, 3)
+
+
+def _local_mean(tracks: Tensor, size: int) -> Tensor:
+    """Means over size x size values.  [1,F,C,h,w] -> [1,F,C,h,w]"""
+    return F.avg_pool2d(tracks[0], size, stride=1, padding=size // 2, count_include_pad=False).unsqueeze(0)
+
+
 class Canvas:
     """A photograph to which motion layers are applied; pixels that do not move stay exactly the same.
 
-    `crop` is the square of the photograph that the layers cover; `head` moves the whole head besides. What the portrait itself shows
-    inside its mouth keeps its place in the head and covers the layers' interior.
+    `crop` is the square of the photograph that the layers cover; `head` moves the whole head besides; the mouth moves `dynamic_scale`
+    times as far as the layers say. What the portrait itself shows inside its mouth keeps its place in the head and covers the layers'
+    interior.
     """
 
-    def __init__(self, portrait: Portrait, crop: Crop, head: MovingHead | None = None):
+    def __init__(self, portrait: Portrait, crop: Crop, head: MovingHead | None = None, *, dynamic_scale: float = 1.0):
         self.pixels, self.crop, self.head = torch.from_numpy(portrait.pixels), crop, head
+        self.dynamic_scale = dynamic_scale
         sin, cos = math.sin(crop.angle), math.cos(crop.angle)
         self.turn = torch.tensor([[cos, -sin], [sin, cos]])  # rotates crop axes to photograph axes
         self.centre = torch.tensor([crop.center_x, crop.center_y])
@@ -73,6 +117,8 @@ class Canvas:
 
         layers of one person [1,F,...] -> uint8 [F,H,W,3]
         """
+        if self.dynamic_scale != 1:
+            layers = scale_mouth(layers, self.dynamic_scale)
         layers = settle(layers)
         stacked = torch.cat([layers.flow, layers.opacity, layers.interior], 2)[0]
         frames = self.pixels.expand(stacked.shape[0], -1, -1, -1).clone()

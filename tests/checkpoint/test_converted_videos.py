@@ -183,6 +183,36 @@ def test_a_video_of_poses_is_followed(ready, tmp_path, model):
     assert abs(free - posed).mean() > 3
 
 
+@pytest.mark.parametrize(("model", "plan"), [("live", "context"), ("wan", "fsdp")])
+def test_dynamic_scale_drives_the_video_harder_alike_on_one_rank_and_two(ready, alone, tmp_path, capfd, model, plan):
+    argv = arguments(ready, model, "motion.dynamic_scale=2.0", "motion.motion_scale=1.3")
+    generate(tmp_path, "scaled", *argv)
+    assert "motion.motion_scale=1.3 has no effect" in capfd.readouterr().err
+    generate(tmp_path, "usual", *arguments(ready, model, "motion.dynamic_scale=1.0"))
+    assert (tmp_path / "usual.mp4").read_bytes() == alone[model]
+    codes, output = infer_on(2, [*argv, f"parallel={plan}", f"output={tmp_path / 'two.mp4'}"], tmp_path)
+    assert codes == [0, 0], output
+    two, one, usual = (frames_of(tmp_path, name).astype(int) for name in ("two", "scaled", "usual"))
+    assert abs(two - one).mean() < 0.5 < 1 < abs(one - usual).mean()  # half as many tokens are rounded otherwise, and compressed so
+
+
+@pytest.mark.parametrize("model", SHORT)
+def test_motion_scale_leads_the_video_by_poses_that_move_further(ready, tmp_path, model):
+    with VideoWriter(tmp_path / "pose.mp4", 64, 64, num_frames=25) as writer:
+        writer.write(np.stack([upright(32 + index % 8) for index in range(25)]))
+    for name, scale in (("usual", 1.0), ("further", 2.0)):
+        generate(tmp_path, name, *arguments(ready, model, f"motion.pose={tmp_path / 'pose.mp4'}", f"motion.motion_scale={scale}"))
+    usual, further = (frames_of(tmp_path, name).astype(int) for name in ("usual", "further"))
+    assert usual.shape == further.shape and abs(usual - further).mean() > 0.1
+
+
+def upright(column: int) -> np.ndarray:
+    """A drawn line."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[16:48, column - 2 : column + 2] = 0, 0, 255
+    return picture
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

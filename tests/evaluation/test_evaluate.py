@@ -11,7 +11,7 @@ from infer_command import untrained_components
 from video_files import read_frames
 
 from sonic.cli import Entry, compose
-from sonic.config import ModelConfig, SamplerConfig, VideoConfig
+from sonic.config import HeadConfig, ModelConfig, SamplerConfig, VideoConfig
 from sonic.data.faces import portrait_of
 from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, score_clip, show, still_frames, true_frames
 from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
@@ -116,6 +116,8 @@ def test_the_same_seed_gives_the_same_people_and_another_seed_others():
     ("options", "expected"),
     [
         ({"model": ModelConfig(name="wan_s2v_14b", family="wan", resolution=0)}, "model=wan_s2v_14b generates whole.*sonic judge"),
+        ({"motion": HeadConfig(head="gentle")}, "motion.head=gentle: the heads of drawn people are still here; .* dynamic_scale is scored"),
+        ({"motion": HeadConfig(motion_scale=2.0)}, "motion.motion_scale=2.0: the heads"),
         ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 has no effect here; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from infer_command import babble, write_wav
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny import conditions, tiny_model
 from torch.testing import assert_close
 
 from sonic.cli import Entry, compose
 from sonic.data.video import VideoWriter, frames_at
-from sonic.families.wan import _over_patches
+from sonic.families.wan import _moved_further, _over_patches
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 
@@ -96,3 +96,30 @@ def test_logged_face_and_mouth_give_the_same_video_as_overrides(caplog):
     box, mouth = caplog.messages[-1].split()
     again, faced = opened(box, mouth), opened(box)
     assert (again.face, again.mouth) == (found.face, found.mouth) == (faced.face, faced.mouth)
+
+
+def drawn_pose(shift: float) -> np.ndarray:
+    """Red shoulders, and a blue line up to a green head that is shifted by so many px."""
+    picture = Image.new("RGB", (352, 192))
+    draw = ImageDraw.Draw(picture)
+    for line, colour in (
+        ((120, 130, 232, 130), "red"),
+        ((176, 130, 176 + shift, 80), "blue"),
+        ((150 + shift, 70, 202 + shift, 70), "lime"),
+    ):
+        draw.line(line, colour, 4)
+    return np.array(picture)
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.3, 2.0])
+def test_the_head_of_a_pose_moves_as_many_times_as_far_and_the_shoulders_stay(scale):
+    first, pose = drawn_pose(0), drawn_pose(14)
+    moved = _moved_further(pose, first, scale)
+
+    def column(picture: np.ndarray, channel: int) -> float:
+        return float(np.argwhere(picture[..., channel] > 100)[:, 1].mean())
+
+    head = [column(each, 1) for each in (first, pose, moved)]
+    assert (head[2] - head[0]) / (head[1] - head[0]) == pytest.approx(scale, abs=0.15)
+    assert abs(column(moved, 0) - column(first, 0)) < 1
+    assert np.array_equal(_moved_further(first, first, scale), first)

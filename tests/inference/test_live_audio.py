@@ -19,6 +19,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory
 from sonic.inference.live_features import LiveFeatures
+from sonic.types import Conditions
 
 RATE = 16_000
 SECONDS = 1.3
@@ -196,3 +197,11 @@ def test_wav2vec2_reads_a_window_around_a_block_and_gives_its_states_at_its_fram
             wanted = (1 - share) * states[:, low] + share * states[:, low + 1]
             assert torch.allclose(found[index][0, ..., frame], wanted, atol=1e-4), (index, frame)
     assert not found[-1][..., 8:].any()  # after the end
+
+
+def test_weights_of_the_audio_hold_for_every_block():
+    live = LiveFeatures(None, None)
+    live.of = lambda span: torch.ones(1, 2, 3, span.frames)
+    whole = Conditions(torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 1, 1), masks=torch.full((1, 1, 2, 2), 1.5))
+    for conditions in (live.conditions(whole), live.conditions(whole).drop("audio")):
+        assert conditions.at(BlockSpan(1, 3, 3)).masks is whole.masks

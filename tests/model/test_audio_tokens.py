@@ -53,3 +53,11 @@ def test_each_actor_moves_only_the_patches_of_its_mask(rng):
     for actor, patches in enumerate((slice(0, 2), slice(2, 4))):
         alone = injector(grid, AudioTokens(tokens[actor : actor + 1], summary[actor : actor + 1]))
         assert_close(both[:, :, patches], alone[:, :, patches], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_weight_scales_what_the_audio_adds(rng, scale):
+    injector = AudioInjector(16, num_heads=2, eps=1e-6)
+    grid, tokens, summary = torch.randn(1, 3, 4, 16), torch.randn(1, 3, 2, 16), torch.randn(1, 3, 16)
+    plain, scaled = (injector(grid, AudioTokens(tokens, summary, masks)) - grid for masks in (None, torch.full((1, 1, 4, 1), scale)))
+    assert_close(scaled, scale * plain)

@@ -1,11 +1,16 @@
 """Rendering of motion over a photograph."""
 
 import numpy as np
+import pytest
 import torch
+from einops import rearrange
 from torch.testing import assert_close
 
+from sonic.data.pixels import to_signed
+from sonic.evaluation.metrics import mouth_opening
+from sonic.synthetic.puppet import MouthShape, move
 from sonic.types import Crop, MotionLayers, Portrait
-from sonic.vae.warp import Canvas, fade, settle
+from sonic.vae.warp import Canvas, _smooth_flow, fade, move_further, scale_mouth, settle
 
 
 def layers(flow=(0.0, 0.0), opacity=0.0, frames=2, size=32):
@@ -68,3 +73,38 @@ def test_what_the_photograph_shows_between_the_lips_covers_the_painted_inside():
         frames[0, 30, 45].tolist()
         == Canvas(Portrait(photo.numpy()), Crop(40, 30, 40, 0.0, 32)).render(layers(opacity=1.0))[0, 30, 45].tolist()
     )
+
+
+@pytest.fixture
+def speaking():
+    """A closed mouth, and its motion while it opens."""
+    inside = {"teeth": (0.9,) * 3, "throat": (0.2,) * 3, "tongue": (0.6,) * 3, "teeth_height": (0.2,)}
+    mouth = MouthShape(x=48.0, y=52.8, unit=12.0, inside=inside)
+    visemes = torch.zeros(12, 5)
+    visemes[:, 0] = torch.linspace(0, 0.8, 12)
+    return mouth, MotionLayers(*(track.unsqueeze(0) for track in move(mouth, visemes, resolution=96)))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
+def test_a_mouth_moves_as_many_times_as_far_as_asked(speaking, scale):
+    mouth, layers = speaking
+    photo = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))
+    rest = to_signed(rearrange(photo, "h w c -> c h w"))
+
+    def openings(scale: float) -> np.ndarray:
+        frames = Canvas(Portrait(photo.numpy()), Crop(48.0, 48.0, 96.0, 0.0, 96), dynamic_scale=scale).render(layers)
+        return mouth_opening(to_signed(rearrange(frames, "f h w c -> f c h w")), rest, mouth)
+
+    assert openings(scale)[-1] / openings(1.0)[-1] == pytest.approx(scale, rel=0.1)
+
+
+def test_a_mouth_that_moves_twice_as_far_is_nowhere_torn(speaking):
+    mouth, layers = speaking
+    points = move_further(_smooth_flow(layers)[0], 2.0)
+    assert (points[:, 1:, :, 1] > points[:, :-1, :, 1]).all() and (points[:, :, 1:, 0] > points[:, :, :-1, 0]).all()
+
+
+def test_what_is_still_stays_still_at_any_scale(speaking):
+    still = MotionLayers(*(track[:, :1] for track in speaking[1]))
+    for found, track in zip(scale_mouth(still, 2.0), still, strict=True):
+        assert_close(found, track, atol=1e-5, rtol=0)
