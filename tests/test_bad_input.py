@@ -189,7 +189,7 @@ def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
 
 @pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
 @pytest.mark.parametrize(
-    "typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=2", "motion.head=gentle", "motion.strength=0.5"]
+    "typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=0.2", "motion.head=gentle", "motion.strength=0.5"]
 )
 def test_a_published_model_refuses_options_of_the_preview(model, typed, sentence):
     output = sentence(f"model={model}", typed)

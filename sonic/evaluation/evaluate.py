@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig, pipe: AvatarPipeline | None = None) -> dict
 
 
 def portrait_side(config: EvaluateConfig) -> int:
-    """Side of the drawn portraits in pixels: that of the face crop, or of a square with the area of video.size.
+    """Side of the drawn portraits in pixels: that of the face crop, video.min_resolution, or of a square with the area of video.size.
 
     Raises ValueError for models that generate whole pictures, and for options of the video that have no effect here.
     """
@@ -106,14 +106,14 @@ def portrait_side(config: EvaluateConfig) -> int:
             f"model={model.name} generates whole pictures, but drawn people have a truth for the face crop only; leave model= out to "
             f"score the preview, or judge a video of any model with {written('judge')}"
         )
-    for name in ("infer_frames", "num_clip", "compat"):
+    for name in ("infer_frames", "num_clip", "compat", "duration"):
         if getattr(video, name):
             raise ValueError(
                 f"video.{name}={getattr(video, name)} has no effect here; eval.clips and eval.seconds set how much is generated"
             )
     settled_video(video, model)  # checks the frame rate
     if video.size == PHOTO_SIZE:
-        return model.resolution
+        return video.min_resolution or model.resolution
     width, height = parse_size(video.size)
     return round(math.sqrt(width * height) / 2) * 2
 
@@ -150,7 +150,7 @@ def drawn_cases(config: EvalConfig, resolution: int) -> Iterator[Case]:
 def generate_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, seed: int) -> Tensor:
     """Generate a video of a drawn portrait, whose whole picture is the face crop.  -> [F,3,R,R] in [-1,1]"""
     side = float(case.person.picture.shape[0])
-    size = side / pipe.config.face.expand_ratio
+    size = side / (1 + 2 * pipe.config.face.expand_ratio)
     face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
     mouth = Mouth(MOUTH_ANCHOR[0] * side, MOUTH_ANCHOR[1] * side, MOUTH_IN_FACE * size)
     inputs = Inputs(Portrait(case.person.picture, face, mouth), Speech(samples.astype(np.float32)), len(case.track), seed)

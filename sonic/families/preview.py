@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +86,8 @@ class Preview(Family):
         portrait = portrait_of(memory.picture_of(config), config.face.box, config.face.mouth)
         location = {"face_box": astuple(portrait.face), "face.mouth": astuple(portrait.mouth)}
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
-        fitted, frames = fit_portrait(portrait, config.video.size), video_length(config, memory, speech)
+        location["crop"] = asdict(face_crop(portrait, config.face.expand_ratio, config.model.resolution))
+        fitted, frames = fit_portrait(portrait, config.video), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 
     def transformer_weights(self, config: ModelConfig) -> Path:

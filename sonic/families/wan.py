@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,9 @@ from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import num_resampled, num_states, published_clips
 from sonic.families.family import Family
-from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE
 from sonic.inference.components import Components, find_device
-from sonic.inference.fit_picture import published_picture, requested_area, signed, whole_picture
+from sonic.inference.fit_picture import published_picture, signed, wan_video_size
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -39,7 +40,7 @@ from sonic.inference.generate_wan import (
     generate_clips,
 )
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import InMemory, Settings, video_length
+from sonic.inference.inputs import InMemory, Settings, at_duration, video_length
 from sonic.inference.live_features import LiveFeatures, LiveWav2Vec
 from sonic.inference.report import StageTimer
 from sonic.inference.stream import hand_over
@@ -48,6 +49,7 @@ from sonic.system.program import written
 from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
 
+log = logging.getLogger("sonic.inference")
 WHITE = 127  # pixels of a mask above this level belong to the voice
 SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # file names of a published wav2vec
 
@@ -71,17 +73,21 @@ class Wan(Family):
         Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.
         """
         _refuse_face_options(config)
-        voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
+        named = config.audio.split("+") if config.face.masks else ()
+        voices = tuple(at_duration(load_speech(name), config.video) for name in named)
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
-        area = requested_area(pixels, config.video.size)
-        fit = published_picture if config.video.compat else whole_picture
-        picture = Portrait(fit(pixels, area))
+        size = wan_video_size(*pixels.shape[1::-1], config.video)
+        if min(size) > config.video.min_resolution > 0:
+            sides = f"its sides are multiples of {WAN_MULTIPLE}, so the video is {size[0]}x{size[1]}"
+            log.info("video.min_resolution=%d, model=%s: %s", config.video.min_resolution, config.model.name, sides)
+        fit = published_picture if config.video.compat else covering
+        picture = Portrait(fit(pixels, *size))
         length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
         inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
         masks = None
         if voices:
-            masks = np.stack([fit(mask, area)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
+            masks = np.stack([fit(mask, *size)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
         return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion.pose, inputs) if config.motion.pose else None)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:

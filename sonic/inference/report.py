@@ -46,7 +46,7 @@ class Result:
     stages_s: dict[str, float]
     versions: dict[str, str]
     sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
-    face: dict = field(default_factory=dict)  # face_box and face.mouth in px of the photograph, for a preview
+    face: dict = field(default_factory=dict)  # face_box, face.mouth and the crop in px of the photograph, for a preview
 
     def summary(self) -> str:
         """The result in two lines for the log."""
