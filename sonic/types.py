@@ -176,8 +176,7 @@ class Inputs:
     prompts for models that read text.
 
     With several speakers `speech` is their mix, `voices` the separate recordings, and `masks` [voices,H,W] the area of each speaker;
-    `pose` uint8 [F,H,W,3] is a video of poses to follow. `location` is where face, mouth and face crop are in the photograph, the
-    first two as options.
+    `pose` uint8 [F,H,W,3] is a video of poses to follow. `location` is where face, mouth and face crop are in the photograph.
     """
 
     portrait: Portrait

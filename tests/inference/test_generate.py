@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from sonic.cli import run_command
 from sonic.commands import infer_command
-from sonic.config import DecodeConfig, HeadConfig, SamplerConfig
+from sonic.config import DecodeConfig, HeadConfig, SamplerConfig, VideoConfig
 from sonic.families.preview import Preview, head_pose
 from sonic.geometry import BlockSpan
 from sonic.inference.fit_picture import fit_portrait
@@ -252,7 +252,7 @@ def test_gentle_motion_begins_at_rest_and_follows_the_seed():
 )
 def test_a_portrait_fits_the_video_with_its_face(width, height, size, expected):
     portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12))
-    found = fit_portrait(portrait, size)
+    found = fit_portrait(portrait, VideoConfig(size))
     assert found.pixels.shape == (expected[1], expected[0], 3)
     assert found.pixels.min() == found.pixels.max() == 7
     share = expected[0] / (width // 2 * 2)
