@@ -25,8 +25,12 @@ FIELDS = {  # keyword of a call -> option of the command line
     "guidance_scale": "sampler.sample_guide_scale",
     "seed": "seed",
     "size": "video.size",
+    "min_resolution": "video.min_resolution",
+    "duration": "video.duration",
+    "duration_policy": "video.duration_policy",
     "face_box": "face.box",
     "mouth": "face.mouth",
+    "expand_ratio": "face.expand_ratio",
     "masks": "face.masks",
     "pose": "motion.pose",
     "alignment_offset": "post.alignment_offset",
@@ -43,11 +47,12 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Any]  # (pipe, sampling s
 class VideoOptions(TypedDict, total=False):
     """Keyword arguments of a call besides image and audio. A missing argument, or None, keeps the value of the pipeline.
 
-    size: "704x384", (width, height) or "photo". face_box [x,y,width,height] and mouth [x,y,half_width(,angle)]: in pixels of the photo.
-    masks and pose: files, as in face.masks and motion.pose. alignment_offset and lip_align: as in post. generator: a CPU generator, used
-    in place of the seed; one that was just seeded gives the same video as that seed. callback_on_step_end(pipe, step, timestep,
-    {"block": index}): called after every sampling step of every block or clip, in the thread that denoises; an exception in it stops the
-    video, its return value is ignored.
+    size: "704x384", (width, height) or "photo"; min_resolution: short side in pixels. duration in seconds, with duration_policy follow,
+    strict, trim or pad. face_box [x,y,width,height] and mouth [x,y,half_width(,angle)]: in pixels of the photo. masks and pose: files,
+    as in face.masks and motion.pose. alignment_offset and lip_align: as in post; dynamic_scale and motion_scale: as in motion. generator:
+    a CPU generator, used in place of the seed; one that was just seeded gives the same video as that seed. callback_on_step_end(pipe,
+    step, timestep, {"block": index}): called after every sampling step of every block or clip, in the thread that denoises; an exception
+    in it stops the video, its return value is ignored.
     """
 
     prompt: str | None
@@ -57,8 +62,12 @@ class VideoOptions(TypedDict, total=False):
     generator: torch.Generator | None
     seed: int | None
     size: str | tuple[int, int] | None
+    min_resolution: int | None
+    duration: float | None
+    duration_policy: str | None
     face_box: Sequence[float] | None
     mouth: Sequence[float] | None
+    expand_ratio: float | None
     masks: Sequence[str | os.PathLike] | None
     pose: str | os.PathLike | None
     alignment_offset: float | None

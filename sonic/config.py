@@ -20,6 +20,7 @@ SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
 PHOTO_SIZE = "photo"
+DURATION_POLICIES = ("follow", "strict", "trim", "pad")
 
 # tables of variants, as MODULE.TABLE in sonic
 SAMPLER_TABLE, SCHEDULE_TABLE, PREDICTION_TABLE = "sampling.samplers.SAMPLERS", "sampling.schedules.SCHEDULES", "sampling.path.PREDICTIONS"
@@ -264,6 +265,14 @@ class VideoConfig:
     """The generated video."""
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
+    min_resolution: int = option(
+        0, "short side of the video in pixels, an even number from 384 to 2160, with the photograph's aspect; 0 = by video.size"
+    )
+    duration: float = option(0.0, "seconds that the recording should last, within a frame; 0 = not compared")
+    duration_policy: str = option(
+        "follow",
+        "another length: follow = warn, as long as the sound; strict = refuse; trim = cut a longer one; pad = silence after a shorter one",
+    )
     infer_frames: int = option(0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for others, only to count clips")
     num_clip: int = option(0, "clips of infer_frames frames to make at most; 0 = until the audio ends")
     fps: int = option(0, "frames per second; only the model's own rate is possible; 0 = that rate")
@@ -272,9 +281,19 @@ class VideoConfig:
     def __post_init__(self) -> None:
         if self.size != PHOTO_SIZE:
             parse_size(self.size)
+        size, short, seconds = self.size, self.min_resolution, self.duration
+        inside = short == 0 or (384 <= short <= 2160 and short % 2 == 0)
+        require(inside, f"video.min_resolution={short} must be 0 (off) or an even number between 384 and 2160")
+        one_size = short == 0 or size == PHOTO_SIZE
+        require(one_size, f"video.min_resolution={short} and video.size={size} both set the size; leave one out, or add video.size=photo")
+        inside = seconds == 0 or 0.2 <= seconds <= 86_400
+        require(inside, f"video.duration={seconds} must be 0 (as long as the recording) or lie between 0.2 and 86400 s")
+        one_of(self.duration_policy, DURATION_POLICIES, "video.duration_policy")
         one_of(self.compat, ("", "upstream"), "video.compat")
         require(self.infer_frames >= 0, f"video.infer_frames={self.infer_frames}: need 0 (the model's own) or more")
         require(self.num_clip >= 0, f"video.num_clip={self.num_clip}: need 0 (until the audio ends) or more")
+        whole = f"video.duration={seconds} cannot be made with video.compat={self.compat}, whose videos are whole clips; leave one out"
+        require(seconds == 0 or self.compat == "", whole)
 
 
 def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, ModelConfig]:
@@ -295,6 +314,9 @@ def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, 
     near = f"use {below} or {below + step}" if frames > step else f"use {step} or more"
     why = "a latent frame is 4 frames" if whole else f"a block of the published rollout is {rollout.block_frames} latent frames of 4 frames"
     require(frames % step == 0, f"video.infer_frames={frames} is not a multiple of {step} ({why}); {near}")
+    limit = video.num_clip * frames / rollout.fps
+    within = limit == 0 or video.duration <= limit + 1 / rollout.fps
+    require(within, f"video.duration={video.duration} is longer than the {limit:g} s of video.num_clip={video.num_clip}; leave one out")
     if video.compat and not whole:
         model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published KV cache holds one clip
     return replace(video, fps=rollout.fps, infer_frames=frames), model
@@ -335,12 +357,15 @@ class FaceLocationConfig:
 class FaceConfig(FaceLocationConfig):
     """The position of the face, the size of the crop around it, and the areas of several speakers."""
 
-    expand_ratio: float = option(1.6, "side of the crop that the model works on, in face sizes")
+    expand_ratio: float = option(0.3, "margin around the face box on every side of the crop that the model works on, in its size")
     masks: list[str] | None = option(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.expand_ratio <= 4, f"face.expand_ratio={self.expand_ratio} must lie between 1 (tight) and 4 (wide)")
+        ratio = self.expand_ratio
+        same = f"; a crop of {ratio:g} sides of the box is face.expand_ratio={(ratio - 1) / 2:g}" if 1 < ratio <= 3 else ""
+        sentence = f"face.expand_ratio={ratio} must lie between 0 and 1: it is the margin around the face box on every side, in its size"
+        require(0 <= ratio <= 1, sentence + same)
 
 
 @dataclass

@@ -11,8 +11,10 @@ FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 FPS = 25
 GIB = 2**30
+LARGEST_VIDEO = 3840 * 2160  # pixels of a frame
+WAN_MULTIPLE = 64  # of the sides of published videos
 MOUTH_ANCHOR = (0.5, 0.55)  # x, y of the middle of the mouth in the canonical face crop, as shares of its side
-MOUTH_UNIT = 0.125  # half the mouth's width in that crop: 0.20 of the face box over an expand_ratio of 1.6
+MOUTH_UNIT = 0.125  # half the mouth's width in that crop: 0.20 of the face box over a side of 1.6 boxes
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,22 @@ def fit_area(width: int, height: int, max_area: int, *, multiple: int = 2) -> tu
     return tuple(fitted)
 
 
-def wan_size(width: int, height: int, max_area: int, *, multiple: int = 64) -> tuple[int, int]:
+def short_side_size(width: int, height: int, short: int, *, multiple: int) -> tuple[int, int]:
+    """The (width, height) of a video with about the aspect of a picture and a short side of `short`, in multiples of `multiple`.
+
+    The short side is rounded up, the long side to the nearest. Raises ValueError when the frames would be larger than LARGEST_VIDEO.
+    """
+    narrow, wide = sorted((width, height))
+    most = math.isqrt(LARGEST_VIDEO * narrow // wide) // 2 * 2
+    if short > most:
+        picture = f"video.min_resolution={short} makes a {width}x{height} photograph larger than a video can be (the area of 3840x2160)"
+        raise ValueError(f"{picture}; use {most} or less")
+    side = math.ceil(short / multiple) * multiple
+    fitted = (round(each * side / narrow / multiple) * multiple for each in (width, height))
+    return tuple(fitted)
+
+
+def wan_size(width: int, height: int, max_area: int, *, multiple: int = WAN_MULTIPLE) -> tuple[int, int]:
     """The (width, height) that the published pipeline generates for a picture: sides rounded up to `multiple` at the largest of a
     hundred scales at which their product stays within `max_area`; small pictures are not enlarged.
 

@@ -7,6 +7,7 @@ SHORT = {  # short name -> option
     "device": "run.device",
     "face_box": "face.box",
     "expand_ratio": "face.expand_ratio",
+    **{option: f"video.{option}" for option in ("duration", "duration_policy", "min_resolution")},
     "weights": "model.weights",
     "checkpoint": "model.weights",
     "schedule": "sampler.schedule",

@@ -37,7 +37,7 @@ from sonic.inference.components import Components, find_device, lora_of
 from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
-from sonic.inference.inputs import InMemory, Settings, input_files, refuse_overwriting
+from sonic.inference.inputs import InMemory, Settings, at_duration, input_files, refuse_overwriting
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.inference.sound_offset import SoundOffset
 from sonic.parallel.parallel_config import PlanConfig
@@ -342,7 +342,7 @@ class AvatarPipeline:
             if len(audio) != 2:
                 raise ValueError(f"audio is a tuple of {len(audio)}; give (samples, sample_rate)")
             speech, original = speech_in_memory(*audio)
-            memory = memory._replace(speech=speech, original=original)
+            memory = memory._replace(speech=speech, original=at_duration(original, config.video))
         elif "audio" not in files:
             memory = memory._replace(sound=self._live_audio(audio, config.video))
         on_step = callback and (lambda block, step, timestep: callback(self, step, timestep, {"block": block}))

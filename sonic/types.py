@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -183,6 +183,11 @@ class Speech:
         """Length of the recording in seconds."""
         return len(self.samples) / self.sample_rate
 
+    def lasting(self, seconds: float) -> Speech:
+        """The recording cut to that length, or with silence at its end."""
+        count = round(seconds * self.sample_rate)
+        return replace(self, samples=np.pad(self.samples[:count], (0, max(0, count - len(self.samples)))))
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -190,7 +195,7 @@ class Inputs:
     prompts for models that read text.
 
     With several speakers `speech` is their mix, `voices` the separate recordings, and `masks` [voices,H,W] the area of each speaker;
-    `pose` uint8 [F,H,W,3] is a video of poses to follow. `location` is where face and mouth are in the photograph, as options.
+    `pose` uint8 [F,H,W,3] is a video of poses to follow. `location` is where face, mouth and face crop are in the photograph.
     """
 
     portrait: Portrait
@@ -203,7 +208,7 @@ class Inputs:
     voices: tuple[Speech, ...] = ()
     masks: np.ndarray | None = None
     pose: np.ndarray | None = None
-    location: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    location: dict[str, Any] = field(default_factory=dict)
 
 
 class MotionLayers(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sonic.config import SamplerConfig
 from sonic.encoders.wav2vec import frame_positions, published_clips
+from sonic.geometry import wan_size
 from sonic.inference.fit_picture import published_picture, signed
 from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks_upstream, generate_clips
 from sonic.vae.wan_vae import WanAutoencoder
@@ -40,8 +41,9 @@ def _encode_inputs(case: Case, fps: int) -> EncodedInputs:
     states = inputs["feat30"]
     frames = call["infer_frames"] * published_clips(states.shape[1], call["infer_frames"], fps)
     audio = pick_frames(states, frame_positions(frames, fps)).permute(1, 2, 0)[None]
+    image = inputs["image"].numpy()
     return EncodedInputs(
-        picture=signed(published_picture(inputs["image"].numpy(), call["max_area"])),
+        picture=signed(published_picture(image, *wan_size(*image.shape[1::-1], call["max_area"]))),
         text=inputs["context"][None],
         negative=inputs.get("context_null", inputs["context"])[None],
         audio=audio,

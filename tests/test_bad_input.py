@@ -188,7 +188,7 @@ def test_a_published_model_says_which_checkpoint_it_needs(model, sentence):
 
 
 @pytest.mark.parametrize("model", ["wan_s2v_14b", "live_avatar_14b"])
-@pytest.mark.parametrize("typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=2", "motion.head=gentle"])
+@pytest.mark.parametrize("typed", ["face.box=[9,9,50,50]", "face.mouth=[9,9,5]", "face.expand_ratio=0.2", "motion.head=gentle"])
 def test_a_published_model_refuses_options_of_the_preview(model, typed, sentence):
     output = sentence(f"model={model}", typed)
     assert output.startswith(typed.partition("=")[0]) and "use model=preview" in output
@@ -229,3 +229,28 @@ def test_every_rank_reports_its_own_error_with_its_number(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert run_command(infer_command.ENTRY, infer_command.infer, ["image=nowhere.jpg"]) == 2
     assert "rank 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["preview", "live_avatar_14b", "wan_s2v_14b"])
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["duration=-1"], "video.duration=-1.0 must be 0 (as long as the recording) or lie between 0.2 and 86400 s"),
+        (["duration=0.1"], "video.duration=0.1 must be 0"),
+        (["duration_policy=cut"], "video.duration_policy=cut is unknown; choose one of: follow, strict, trim, pad"),
+        (["duration=15", "video.num_clip=1", "video.infer_frames=12"], "is longer than the 0."),
+        (["min_resolution=200"], "video.min_resolution=200 must be 0 (off) or an even number between 384 and 2160"),
+        (["min_resolution=2162"], "video.min_resolution=2162 must be"),
+        (["min_resolution=501"], "video.min_resolution=501 must be"),
+        (["min_resolution=512", "video.size=704x384"], "both set the size; leave one out, or add video.size=photo"),
+        (["expand_ratio=-0.1"], "face.expand_ratio=-0.1 must lie between 0 and 1: it is the margin around the face box on every side"),
+        (["expand_ratio=1.6"], "a crop of 1.6 sides of the box is face.expand_ratio=0.3"),
+        (["expand_ratio=4"], "face.expand_ratio=4.0 must lie between 0 and 1"),
+    ],
+)
+def test_values_outside_the_range_of_length_size_and_crop_are_refused(model, typed, words, sentence):
+    assert words in sentence(f"model={model}", *typed)
+
+
+def test_a_duration_does_not_go_with_the_clips_of_the_published_pipelines(sentence):
+    assert "whose videos are whole clips; leave one out" in sentence("model=wan_s2v_14b", "compat=upstream", "duration=3")

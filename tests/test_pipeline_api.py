@@ -110,6 +110,15 @@ def test_a_video_has_the_sound_at_its_own_rate_or_the_nearest_that_can_be_writte
         assert float(container.streams.audio[0].duration * container.streams.audio[0].time_base) == pytest.approx(0.48, abs=0.03)
 
 
+@pytest.mark.parametrize(("policy", "seconds"), [("trim", 0.3), ("pad", 0.7)])
+def test_frames_and_sound_of_a_call_have_the_duration_and_the_size(policy, seconds, pipe, folder):
+    sound = babble(0.5, seed=3)
+    found = pipe(folder / "me.png", (sound, RATE), duration=seconds, duration_policy=policy, min_resolution=384, expand_ratio=0.2)
+    assert found.frames.shape == (round(FPS * seconds), 384, 384, 3)
+    count = round(RATE * seconds)
+    assert np.array_equal(found.audio[0], np.pad(sound[:count], (0, max(0, count - len(sound)))))
+
+
 def test_a_generator_that_was_just_seeded_gives_what_its_seed_gives_and_goes_on_from_there(pipe, video, folder):
     generator = torch.Generator().manual_seed(7)
     first, second = (pipe(folder / "me.png", folder / "me.wav", generator=generator).frames for _ in range(2))
@@ -180,6 +189,10 @@ WRONG_CALLS = [
     ({"seed": True}, "seed=true is not a whole number"),
     ({"guidance_scale": 99}, "sampler.sample_guide_scale=99.0 must lie between 0 and 30"),
     ({"size": (1, 1)}, "video.size=1x1 is impossible"),
+    ({"size": (704, 384), "min_resolution": 512}, "both set the size"),
+    ({"duration": 9, "duration_policy": "strict"}, "me.wav lasts 1.30 s and video.duration=9: video.duration_policy=strict"),
+    ({"audio": (babble(1.0), RATE), "duration": 9, "duration_policy": "strict"}, "audio lasts 1.00 s and video.duration=9"),
+    ({"expand_ratio": 1.6}, "a crop of 1.6 sides of the box is face.expand_ratio=0.3"),
     ({"face_box": [1, 2, 3]}, r"face.box=\[1.0, 2.0, 3.0\] is not a rectangle"),
     ({"generator": 7}, "generator is a int"),
     ({"masks": ["a.png"]}, r"face.masks=\['a.png'\]: model=preview moves one face"),

@@ -89,16 +89,14 @@ def image_in_memory(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def face_crop(portrait: Portrait, expand_ratio: float = 1.6, resolution: int = 192) -> Crop:
+def face_crop(portrait: Portrait, expand_ratio: float = 0.3, resolution: int = 192) -> Crop:
     """The square crop of the face, rotated with it: the mouth is always at MOUTH_ANCHOR and about equally wide.
 
-    Its side is `expand_ratio` times the size of the face. Raises ValueError when the ratio is outside 1..4.
+    `expand_ratio` is the margin around the face on every side, in sizes of the face.
     """
-    if not 1.0 <= expand_ratio <= 4.0:
-        raise ValueError(f"expand_ratio={expand_ratio} does not hold a face; choose from 1.0 (tight) to 4.0 (wide)")
     face, mouth = portrait.face, portrait.mouth
     size = math.sqrt((face.width + face.height) / 2 * mouth.half_width / MOUTH_IN_FACE)
-    return crop_around(mouth, expand_ratio * size, resolution)
+    return crop_around(mouth, (1 + 2 * expand_ratio) * size, resolution)
 
 
 def crop_around(mouth: Mouth, side: float, resolution: int) -> Crop:

@@ -131,7 +131,7 @@ def _means(clips: list[dict[str, float]]) -> dict[str, dict]:
 
 
 def portrait_side(config: EvaluateConfig) -> int:
-    """Side of the drawn portraits in pixels: that of the face crop, or of a square with the area of video.size.
+    """Side of the drawn portraits in pixels: that of the face crop, video.min_resolution, or of a square with the area of video.size.
 
     Raises ValueError for models that generate whole pictures, and for options of the video that have no effect here.
     """
@@ -141,7 +141,7 @@ def portrait_side(config: EvaluateConfig) -> int:
             f"model={model.name} generates whole pictures, but drawn people have a truth for the face crop only; leave model= out to "
             f"score the preview, or judge a video of any model with {written('judge')}"
         )
-    for name in ("infer_frames", "num_clip", "compat"):
+    for name in ("infer_frames", "num_clip", "compat", "duration"):
         if getattr(video, name):
             raise ValueError(
                 f"video.{name}={getattr(video, name)} has no effect here; eval.clips and eval.seconds set how much is generated"
@@ -152,7 +152,7 @@ def portrait_side(config: EvaluateConfig) -> int:
             raise ValueError(f"motion.{name}={value}: the heads of drawn people are still here; of motion.* only dynamic_scale is scored")
     settled_video(video, model)  # checks the frame rate
     if video.size == PHOTO_SIZE:
-        return model.resolution
+        return video.min_resolution or model.resolution
     width, height = parse_size(video.size)
     return round(math.sqrt(width * height) / 2) * 2
 
@@ -212,7 +212,7 @@ def generate_frames(case: Case, samples: np.ndarray, pipe: AvatarPipeline, *, se
 def _whole_picture(picture: np.ndarray, expand_ratio: float) -> Portrait:
     """A portrait whose face crop is the whole picture."""
     side = float(picture.shape[0])
-    size = side / expand_ratio
+    size = side / (1 + 2 * expand_ratio)
     face = FaceBox((side - size) / 2, (side - size) / 2, size, size)
     return Portrait(picture, face, Mouth(MOUTH_ANCHOR[0] * side, MOUTH_ANCHOR[1] * side, MOUTH_IN_FACE * size))
 

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sonic.config import VideoConfig
 from sonic.data.audio import envelope, load_soundtrack, load_speech
 from sonic.data.audio_decode import NoSound, track_seconds
 from sonic.data.faces import CONFIDENT, FaceFinder, portrait_of
@@ -49,7 +50,7 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     """
     _refuse_overwriting(config)
     portrait = portrait_of(load_image(PORTRAITS.get(config.image, config.image)), config.face.box, config.face.mouth)
-    portrait = fit_portrait(portrait, config.size)
+    portrait = fit_portrait(portrait, VideoConfig(config.size, min_resolution=config.min_resolution))
     speech = load_speech(RECORDINGS.get(config.audio, config.audio))
     motion, photo_psnr, times = measure_video(Path(config.mp4), portrait)
     mouth = np.abs(motion)

@@ -15,6 +15,7 @@ class JudgeConfig:
     image: str = option("astronaut", "the photograph it was made from")
     audio: str = option("sample", "the recording it was made from")
     size: str = option(PHOTO_SIZE, "video.size it was made with")
+    min_resolution: int = option(0, "video.min_resolution it was made with; 0 = by size")
     json: str = option("", "JSON file to write the results to")
     face: FaceLocationConfig = option(FaceLocationConfig)
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +91,8 @@ class Preview(Family):
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
         if config.motion.head != "off" and portrait.eyes is None:
             log.warning(f"motion.head={config.motion.head}: no eyes are seen in face_box, so the head moves and the eyes do not blink")
-        fitted, frames = close_mouth(fit_portrait(portrait, config.video.size)), video_length(config, memory, speech)
+        location["crop"] = asdict(face_crop(portrait, config.face.expand_ratio, config.model.resolution))
+        fitted, frames = close_mouth(fit_portrait(portrait, config.video)), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)
 
     def transformer_weights(self, config: ModelConfig) -> Path:

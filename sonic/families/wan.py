@@ -30,9 +30,9 @@ from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clips
 from sonic.families.family import Family
-from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE
 from sonic.inference.components import Components, find_device
-from sonic.inference.fit_picture import published_picture, requested_area, signed, whole_picture
+from sonic.inference.fit_picture import published_picture, signed, wan_video_size
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -42,7 +42,7 @@ from sonic.inference.generate_wan import (
     generate_clips,
 )
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import InMemory, Settings, video_length
+from sonic.inference.inputs import InMemory, Settings, at_duration, video_length
 from sonic.inference.live_features import LiveFeatures
 from sonic.inference.report import StageTimer
 from sonic.inference.stream import hand_over
@@ -53,7 +53,6 @@ from sonic.vae.wan_vae import WanAutoencoder
 from sonic.vae.warp import move_further
 
 log = logging.getLogger("sonic.inference")
-
 WHITE = 127  # pixels of a mask above this level belong to the voice
 SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")  # file names of a published wav2vec
 
@@ -82,17 +81,21 @@ class Wan(Family):
                 "motion.motion_scale=%g has no effect: the model moves the head by itself; motion.pose=VIDEO leads it",
                 config.motion.motion_scale,
             )
-        voices = tuple(load_speech(name) for name in config.audio.split("+")) if config.face.masks else ()
+        named = config.audio.split("+") if config.face.masks else ()
+        voices = tuple(at_duration(load_speech(name), config.video) for name in named)
         speech = _mixed(voices) if voices else memory.speech_of(config)
         pixels = memory.picture_of(config)
-        area = requested_area(pixels, config.video.size)
-        fit = published_picture if config.video.compat else whole_picture
-        picture = Portrait(fit(pixels, area))
+        size = wan_video_size(*pixels.shape[1::-1], config.video)
+        if min(size) > config.video.min_resolution > 0:
+            sides = f"its sides are multiples of {WAN_MULTIPLE}, so the video is {size[0]}x{size[1]}"
+            log.info("video.min_resolution=%d, model=%s: %s", config.video.min_resolution, config.model.name, sides)
+        fit = published_picture if config.video.compat else covering
+        picture = Portrait(fit(pixels, *size))
         length = _published_length(config, speech) if config.video.compat else video_length(config, memory, speech)
         inputs = Inputs(picture, speech, length, config.seed, config.video.fps, config.prompt, config.sampler.negative_prompt)
         masks = None
         if voices:
-            masks = np.stack([fit(mask, area)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
+            masks = np.stack([fit(mask, *size)[..., 0] > WHITE for mask in _masks(config.face.masks, len(voices), pixels.shape)])
         return replace(inputs, voices=voices, masks=masks, pose=_poses(config.motion, inputs) if config.motion.pose else None)
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:

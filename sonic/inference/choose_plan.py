@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from sonic.config import PHOTO_SIZE, Ranks, parse_size
+from sonic.config import PHOTO_SIZE, Ranks, VideoConfig, parse_size
 from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_image
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import Family, family_of
-from sonic.geometry import GIB, wan_size
-from sonic.inference.fit_picture import LARGEST_VIDEO
+from sonic.geometry import GIB
+from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
 from sonic.inference.requests import read_requests, request_of
@@ -75,7 +75,8 @@ def choose_plan(
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
     model = (family or family_of(config.model)).settled_model(config.model)
-    video = replace(config.video, size=_video_size(config, size))
+    video_size = _video_size(config, size)
+    video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
     plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
     found = search_plans(plan_config, idle=False)
     if not found.fits and not config.plan.force:
@@ -135,18 +136,17 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
 
 
 def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
-    """video.size, with "photo" replaced by the size of the photograph, or of the largest photograph in a file of requests."""
+    """video.size, with "photo" replaced by the size for the photograph, or for the largest photograph in a file of requests."""
     if config.model.resolution or config.video.size != PHOTO_SIZE:
         return config.video.size
     if known:
         return "x".join(map(str, known))
     if config.requests:
         wanted = {_portrait_of(line, config) for _, line in read_requests(config.requests)}
-        pictures = [size for name in wanted if (size := _size_of_picture(name))]
+        sizes = [size for name in wanted if (size := _size_for_picture(name, config.video))]
     else:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
-        pictures = [(pixels.shape[1], pixels.shape[0])]
-    sizes = [wan_size(width, height, min(LARGEST_VIDEO, width * height)) for width, height in pictures]
+        sizes = [wan_video_size(pixels.shape[1], pixels.shape[0], config.video)]
     return "x".join(map(str, max(sizes, key=prod))) if sizes else PHOTO_SIZE
 
 
@@ -158,14 +158,15 @@ def _portrait_of(line: str, config: InferConfig) -> str:
         return ""
 
 
-def _size_of_picture(name: str) -> tuple[int, int] | None:
-    """(width, height) from the header of a picture file, or None for a picture that is refused later, when its video is made."""
+def _size_for_picture(name: str, video: VideoConfig) -> tuple[int, int] | None:
+    """(width, height) of the video from the header of a picture file, or None for a picture that is refused when its video is made."""
     try:
         check_input(name, "image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(PORTRAITS.get(name, name)) as image:
-                return image.size if min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_PICTURE else None
+                fine = min(image.size) >= SMALLEST_SIDE and prod(image.size) <= LARGEST_PICTURE
+                return wan_video_size(*image.size, video) if fine else None
     except (*BROKEN_FILE, Image.DecompressionBombError):
         return None
 

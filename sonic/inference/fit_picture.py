@@ -11,21 +11,22 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from sonic.config import PHOTO_SIZE, parse_size
-from sonic.data.image import covering, resized
+from sonic.config import PHOTO_SIZE, VideoConfig, parse_size
+from sonic.data.image import resized
 from sonic.data.pixels import to_signed
-from sonic.geometry import fit_area, wan_size
+from sonic.geometry import LARGEST_VIDEO, WAN_MULTIPLE, fit_area, short_side_size, wan_size
 from sonic.types import FaceBox, Mouth, Portrait
 
-LARGEST_VIDEO = 3840 * 2160  # pixels of a frame
 EVEN = 2  # H.264 with 4:2:0 colour needs even sides
 
 
-def fit_portrait(portrait: Portrait, size: str) -> Portrait:
-    """The portrait at the size of the video: scaled down to the area of `size` if it is larger, with even sides."""
+def fit_portrait(portrait: Portrait, video: VideoConfig) -> Portrait:
+    """The portrait at the size of the video: at its min_resolution, or scaled down to the area of `size` if larger; with even sides."""
     height, width = portrait.pixels.shape[:2]
-    area = min(LARGEST_VIDEO, requested_area(portrait.pixels, size))
-    new_width, new_height = fit_area(width, height, area, multiple=EVEN)
+    if video.min_resolution:
+        new_width, new_height = short_side_size(width, height, video.min_resolution, multiple=EVEN)
+    else:
+        new_width, new_height = fit_area(width, height, min(LARGEST_VIDEO, _requested_area(width, height, video.size)), multiple=EVEN)
     if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
         return replace(portrait, pixels=np.ascontiguousarray(portrait.pixels[:new_height, :new_width]))
     across, down = new_width / width, new_height / height
@@ -40,24 +41,19 @@ def fit_portrait(portrait: Portrait, size: str) -> Portrait:
     )
 
 
-def requested_area(pixels: np.ndarray, size: str) -> int:
-    """The area in pixels that a video of `size` may have at most."""
-    if size == PHOTO_SIZE:
-        return min(LARGEST_VIDEO, pixels.shape[0] * pixels.shape[1])
-    width, height = parse_size(size)
-    return width * height
+def wan_video_size(width: int, height: int, video: VideoConfig) -> tuple[int, int]:
+    """The (width, height) that published models generate for a photograph: at its min_resolution, or within the area of `size`."""
+    if video.min_resolution:
+        return short_side_size(width, height, video.min_resolution, multiple=WAN_MULTIPLE)
+    return wan_size(width, height, _requested_area(width, height, video.size))
 
 
-def whole_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
-    """The picture at the size of a Wan video: scaled to cover that size, then cropped around its centre.
-
-    uint8 [H,W,3] -> uint8 [height,width,3]
-    """
-    high, wide = pixels.shape[:2]
-    return covering(pixels, *wan_size(wide, high, max_area))
+def _requested_area(width: int, height: int, size: str) -> int:
+    """The area in pixels that a video of `size` may have at most, of a photograph of width and height."""
+    return min(LARGEST_VIDEO, width * height) if size == PHOTO_SIZE else math.prod(parse_size(size))
 
 
-def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
+def published_picture(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """The picture at the size of a Wan video, fitted as in the published pipelines.
 
     Its shorter side is scaled to the shorter side of the video; then it is padded with black or cropped around its centre.
@@ -65,7 +61,6 @@ def published_picture(pixels: np.ndarray, max_area: int) -> np.ndarray:
     uint8 [H,W,3] -> uint8 [height,width,3]
     """
     high, wide = pixels.shape[:2]
-    width, height = wan_size(wide, high, max_area)
     short, target = min(high, wide), min(height, width)
     new_high, new_wide = (target if side == short else int(target * side / short) for side in (high, wide))
     small = np.asarray(Image.fromarray(pixels).resize((new_wide, new_high), Image.Resampling.BILINEAR))

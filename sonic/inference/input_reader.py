@@ -16,7 +16,7 @@ from sonic.data.image import load_image
 from sonic.data.video import timed_frames
 from sonic.families.family import family_of
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import ALL_IN_FILES, InMemory, input_files
+from sonic.inference.inputs import ALL_IN_FILES, InMemory, check_duration, input_files
 from sonic.system.paths import check_input
 from sonic.system.worker import Crashed, Worker
 from sonic.types import Inputs
@@ -36,7 +36,10 @@ def open_inputs(config: InferConfig, memory: InMemory = ALL_IN_FILES) -> Inputs:
     _refuse_with_memory(config, memory)
     for option, name in input_files(config, memory):
         check_input(name, option)
-    return family_of(config.model).open(config, memory)
+    inputs = family_of(config.model).open(config, memory)
+    if memory.sound is None:
+        check_duration(config.video, inputs.speech.seconds, f"audio={config.audio}" if memory.speech is None else "audio")
+    return inputs
 
 
 def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
@@ -53,6 +56,7 @@ def _refuse_with_memory(config: InferConfig, memory: InMemory) -> None:
         )
     needed_whole = (
         (config.video.compat, f"video.compat={config.video.compat}", "its clips need their sound whole"),
+        (config.video.duration, f"video.duration={config.video.duration}", "its length is not known before it ends"),
         (config.motion.pose, f"motion.pose={config.motion.pose}", "the poses are read for a length that is known"),
         (config.motion.head != "off", f"motion.head={config.motion.head}", "the motion is drawn for a length that is known"),
         (not config.decode.online, "decode.online=false", "nothing would be decoded before the sound ends"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import skimage
 import torch
 
 from sonic.checkpoint.bundled import BUNDLED
+from sonic.config import VideoConfig
 from sonic.data.audio import load_speech
 from sonic.data.image import load_image
 from sonic.data.live_audio import LiveAudio
@@ -22,6 +24,7 @@ from sonic.inference.rollout import OnStep
 from sonic.system.paths import file_key
 from sonic.types import Speech
 
+log = logging.getLogger("sonic.inference")
 PORTRAITS = {"astronaut": Path(skimage.__file__).parent / "data" / "astronaut.png"}
 RECORDINGS = {"sample": BUNDLED / "sample_speech.flac"}
 BUNDLED_INPUTS = {"image": PORTRAITS, "audio": RECORDINGS}  # option -> the files in the package that it may name
@@ -54,10 +57,11 @@ class InMemory(NamedTuple):
         return load_image(PORTRAITS.get(config.image, config.image)) if self.picture is None else self.picture
 
     def speech_of(self, config: InferConfig) -> Speech:
-        """The recording from memory or from its file; empty while the sound is still arriving."""
+        """The recording from memory or from its file, at its duration; empty while the sound is still arriving."""
         if self.sound is not None:
             return Speech(np.zeros(0, np.float32))
-        return load_speech(RECORDINGS.get(config.audio, config.audio)) if self.speech is None else self.speech
+        speech = load_speech(RECORDINGS.get(config.audio, config.audio)) if self.speech is None else self.speech
+        return at_duration(speech, config.video)
 
 
 ALL_IN_FILES = InMemory()
@@ -79,6 +83,28 @@ def refuse_overwriting(inputs: Sequence[tuple[str, str]], *written: Path) -> Non
     for path in written:
         if (named := read.get(file_key(path))) is not None:
             raise ValueError(f"output={path} is the file {named} that the video is made from; choose another output")
+
+
+def at_duration(speech: Speech, video: VideoConfig) -> Speech:
+    """The recording, cut to video.duration by video.duration_policy=trim, or with silence up to it by pad; else as it is."""
+    lengths = {"trim": min, "pad": max}
+    if not video.duration or video.duration_policy not in lengths:
+        return speech
+    return speech.lasting(lengths[video.duration_policy](speech.seconds, video.duration))
+
+
+def check_duration(video: VideoConfig, seconds: float, called: str) -> None:
+    """Log a warning when the sound and video.duration differ by more than a frame; `called` names the recording.
+
+    Raises ValueError instead with video.duration_policy=strict.
+    """
+    if not video.duration or abs(seconds - video.duration) <= 1 / video.fps:
+        return
+    lengths = f"{called} lasts {seconds:.2f} s and video.duration={video.duration:g}"
+    ways = "trim cuts a longer recording, pad adds silence to a shorter one"
+    if video.duration_policy == "strict":
+        raise ValueError(f"{lengths}: video.duration_policy=strict wants them equal within a frame; {ways}, follow makes {seconds:.2f} s")
+    log.warning("%s: the video follows the sound; video.duration_policy=strict refuses that, %s", lengths, ways)
 
 
 def video_length(config: InferConfig, memory: InMemory, speech: Speech) -> int:

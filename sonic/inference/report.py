@@ -45,7 +45,7 @@ class Result:
     peak_vram_gib: float
     stages_s: dict[str, float]
     sampling: dict = field(default_factory=dict)  # solver, schedule, noise levels, guidance, weights and their precision
-    face: dict = field(default_factory=dict)  # face_box and face.mouth in px of the photograph, for a preview
+    face: dict = field(default_factory=dict)  # face_box, face.mouth and the crop in px of the photograph, for a preview
     sound: dict = field(default_factory=dict)  # by how much it is later than the pictures, and what lip_align measured
 
     def summary(self) -> str:

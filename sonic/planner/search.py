@@ -16,7 +16,7 @@ from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
 from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
-from sonic.planner.workload import ASSUMED_SIZE, Training, Workload, workload
+from sonic.planner.workload import Training, Workload, workload
 
 SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
@@ -201,7 +201,8 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
 def _notes(config: PlanConfig, work: Workload) -> Iterator[str]:
     """Sentences on the assumptions of the plans."""
     if not config.model.resolution and config.video.size == PHOTO_SIZE:
-        yield f"video.size=photo: the photograph is not known here, so {ASSUMED_SIZE} is planned; video.size=WIDTHxHEIGHT plans another"
+        size = f"{work.width}x{work.height}"
+        yield f"video.size=photo: the photograph is not known here, so {size} is planned; video.size=WIDTHxHEIGHT plans another"
     if work.clip_frames:
         yield f"clips of {work.clip_frames} frames with full attention; a 'block' below is a clip"
     yield "text and speech encoders run first and are gone before the transformer comes; a peak is the larger of the two moments"

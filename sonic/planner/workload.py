@@ -8,7 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, parse_size, precision_of
-from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, wan_size
+from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE, short_side_size, wan_size
 from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.training.objective_config import DmdConfig
@@ -189,6 +189,8 @@ def workload(config: PlanConfig) -> Workload:
 def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
     """(width, height) in pixels that the model generates for these options. Raises ValueError for a size that patches do not divide."""
     width, height = parse_size(ASSUMED_SIZE if video.size == PHOTO_SIZE else video.size)
+    if video.min_resolution:
+        width, height = short_side_size(width, height, video.min_resolution, multiple=WAN_MULTIPLE)
     width, height = (model.resolution, model.resolution) if model.resolution else wan_size(width, height, width * height)
     _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
     if width % columns or height % rows:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
 from sonic.data.faces import FaceFinder, find_speaker
-from sonic.data.image import load_image
+from sonic.data.image import covering, load_image
 from sonic.data.pixels import to_signed
 from sonic.data.segments import minus_running_mean, mouth_opening
 from sonic.evaluation import metrics
@@ -27,9 +27,8 @@ from sonic.evaluation.evaluate import drawn_cases, generate_frames, save_video, 
 from sonic.evaluation.evaluate_config import EvalConfig
 from sonic.families import FAMILIES
 from sonic.families.family import family_of
-from sonic.geometry import FPS
+from sonic.geometry import FPS, wan_size
 from sonic.inference.components import Components
-from sonic.inference.fit_picture import whole_picture
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.parallel.context import DistributedContext
@@ -120,7 +119,8 @@ def portrait_sampler(student: Student, components: Components, sampler: SamplerC
 
     There is no reference video, so the metrics are the correlation of mouth opening and loudness, and the amount of mouth motion."""
     config = student.config
-    pixels = whole_picture(load_image(PORTRAITS["astronaut"]), AREA)
+    photo = load_image(PORTRAITS["astronaut"])
+    pixels = covering(photo, *wan_size(*photo.shape[1::-1], AREA))
     finder = FaceFinder()
     face = find_speaker(pixels, finder)
     fps = config.model.rollout.fps

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sonic.data.faces import portrait_of
-from sonic.data.image import crop_around, crop_to_photo, cut, face_crop, load_image
+from sonic.data.image import MOUTH_IN_FACE, crop_around, crop_to_photo, cut, face_crop, load_image
 from sonic.geometry import MOUTH_ANCHOR
 from sonic.types import Crop, FaceBox, Mouth, Portrait
 
@@ -184,17 +184,16 @@ def test_the_mouth_lies_at_its_anchor_whatever_the_roll():
     for angle in (-0.4, 0.0, 0.25):
         mouth = Mouth(60.0, 80.0, 10.0, angle)
         portrait = Portrait(np.zeros((150, 150, 3), np.uint8), FaceBox(30, 30, 60, 60), mouth)
-        crop = face_crop(portrait, 1.6, 96)
+        crop = face_crop(portrait, resolution=96)
         point = back(crop, torch.tensor([60.0, 80.0], dtype=torch.float64))
         assert_close(point, 96 * torch.tensor(MOUTH_ANCHOR).double(), atol=1e-4, rtol=0)
         assert crop.angle == angle and crop == crop_around(mouth, crop.side, 96)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 9.0])
-def test_an_impossible_expand_ratio_is_refused(ratio):
-    portrait = Portrait(np.zeros((150, 150, 3), np.uint8), FaceBox(30, 30, 60, 60), Mouth(60, 80, 10))
-    with pytest.raises(ValueError, match="expand_ratio"):
-        face_crop(portrait, ratio, 96)
+@pytest.mark.parametrize(("margin", "sides"), [(0, 1), (0.15, 1.3), (0.3, 1.6), (1, 3)])
+def test_the_crop_has_a_margin_of_expand_ratio_face_sizes_on_every_side(margin, sides):
+    face, mouth = FaceBox(30, 30, 60, 60), Mouth(60, 80, 60 * MOUTH_IN_FACE)
+    assert face_crop(Portrait(np.zeros((150, 150, 3), np.uint8), face, mouth), margin).side == sides * 60
 
 
 @pytest.mark.parametrize("resolution", [48, 17, 5])

@@ -13,7 +13,7 @@ from video_files import read_frames
 from sonic.cli import Entry, compose
 from sonic.config import HeadConfig, ModelConfig, SamplerConfig, VideoConfig
 from sonic.data.faces import portrait_of
-from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, score_clip, show, still_frames, true_frames
+from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, portrait_side, score_clip, show, still_frames, true_frames
 from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
 from sonic.inference.infer_config import InferConfig
 from sonic.parallel.parallel_config import ParallelConfig
@@ -119,12 +119,17 @@ def test_the_same_seed_gives_the_same_people_and_another_seed_others():
         ({"motion": HeadConfig(head="gentle")}, "motion.head=gentle: the heads of drawn people are still here; .* dynamic_scale is scored"),
         ({"motion": HeadConfig(motion_scale=2.0)}, "motion.motion_scale=2.0: the heads"),
         ({"video": VideoConfig(num_clip=2)}, "video.num_clip=2 has no effect here; eval.clips"),
+        ({"video": VideoConfig(duration=3)}, "video.duration=3 has no effect here; eval.clips"),
         ({"video": VideoConfig(fps=30)}, "video.fps=30 cannot be made"),
     ],
 )
 def test_models_and_options_that_cannot_be_scored_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
         evaluate(EvaluateConfig(**options))
+
+
+def test_drawn_portraits_have_the_min_resolution_of_the_video():
+    assert portrait_side(EvaluateConfig(video=VideoConfig(min_resolution=512))) == 512
 
 
 def test_the_size_of_the_video_is_that_of_the_drawn_portrait(tmp_path):

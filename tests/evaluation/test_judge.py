@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -74,6 +75,16 @@ def test_a_video_of_another_rate_is_compared_with_the_sound_of_its_own_frames(fo
     found = judge(write_and_configure(folder, "slow.mp4", 200 * sound(folder, 48, 16), fps=16))
     assert found["speech_correlation"] > 0.9
     assert abs(found["lag_frames"]) < 0.6
+
+
+def test_a_video_of_another_size_is_compared_with_the_photograph_at_that_size(folder):
+    config = write_and_configure(folder, "large.mp4", np.zeros(FRAMES))
+    large = np.array(Image.open(folder / "face.png").resize((480, 384), Image.Resampling.BICUBIC))
+    with VideoWriter(folder / "large.mp4", 480, 384, num_frames=FRAMES) as writer:
+        writer.write(np.broadcast_to(large, (FRAMES, *large.shape)))
+    with pytest.raises(ValueError, match="480x384"):
+        judge(config)
+    assert judge(replace(config, min_resolution=384))["photo_psnr_db"] > 35
 
 
 def test_a_mouth_that_does_not_follow_the_speech_scores_low(folder):

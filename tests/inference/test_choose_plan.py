@@ -12,13 +12,14 @@ import torch
 from infer_command import FACE, TINY, babble, write_wav, write_weights
 from PIL import Image
 
-from sonic.cli import compose, run_command
+from sonic.cli import Entry, compose, run_command
 from sonic.commands import infer_command
-from sonic.config import Ranks
+from sonic.config import Ranks, VideoConfig
 from sonic.families.wan import Wan
 from sonic.inference.choose_plan import choose_plan
-from sonic.parallel.parallel_config import HardwareConfig
+from sonic.parallel.parallel_config import HardwareConfig, PlanConfig
 from sonic.planner.hardware import hardware_here, host_bytes
+from sonic.planner.search import search_plans
 
 CPU = torch.device("cpu")
 CLIPS, STREAM = ("fsdp", "context"), ("pipeline", "fsdp", "context")  # plans that several ranks work in
@@ -92,6 +93,19 @@ def test_a_file_of_requests_is_planned_for_its_largest_picture(without_weights, 
         choose_plan(config(*asked, "hardware=4x24gb", f"requests={tmp_path / 'requests.jsonl'}"), Ranks(0, 4, 0, 4), CPU)
 
 
+def test_the_size_of_min_resolution_is_planned(without_weights, tmp_path):
+    Image.new("RGB", (600, 400)).save(tmp_path / "me.png")
+    Image.new("RGB", (4000, 200)).save(tmp_path / "strip.png")  # too wide for this, which its line of the requests says later
+    lines = [json.dumps({"image": str(tmp_path / name)}) for name in ("strip.png", "me.png")]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+    asked = ["model=live_avatar_14b", "hardware=8x80gb", "video.size=photo", "min_resolution=700"]
+    for source in (f"image={tmp_path / 'me.png'}", f"requests={tmp_path / 'requests.jsonl'}"):
+        assert choose_plan(config(*asked, source), Ranks(0, 8, 0, 8), CPU).config.video == VideoConfig("1024x704", infer_frames=48, fps=25)
+    found = search_plans(compose(Entry("plan", PlanConfig), asked))
+    assert (found.work.width, found.work.height) == (1280, 704)
+    assert any("not known here, so 1280x704 is planned" in note for note in found.notes)
+
+
 def test_a_size_that_is_known_is_planned_and_no_photograph_is_opened(without_weights):
     asked = config("model=live_avatar_14b", "hardware=8x80gb", "video.size=photo", "image=nobody.png")
     assert choose_plan(asked, Ranks(0, 8, 0, 8), CPU, size=(704, 384)).config.video.size == "704x384"
@@ -158,7 +172,7 @@ def test_the_result_has_estimate_and_measurement_side_by_side_and_the_place_of_t
     result = json.loads((tmp_path / "here" / "result.json").read_text())
     plan = result["plan"]
     assert plan["plan"] == "single"
-    assert result["face"] == {"face_box": [165, 70, 115, 115], "face.mouth": [223, 160, 22, 0]}
+    assert (result["face"]["face_box"], result["face"]["face.mouth"]) == ([165, 70, 115, 115], [223, 160, 22, 0])
     assert len(plan["predicted_gib_per_rank"]) == len(plan["measured_gib_per_rank"]) == 1
     assert 0 <= plan["measured_gib_per_rank"][0] < 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from torch.testing import assert_close
 
 from sonic.cli import run_command
 from sonic.commands import infer_command
-from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig
+from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig, VideoConfig
+from sonic.data.image import MOUTH_IN_FACE, cut
 from sonic.families.preview import Preview, head_poses
 from sonic.geometry import BlockSpan
 from sonic.inference.fit_picture import fit_portrait
@@ -101,9 +103,21 @@ def test_a_run_keeps_its_results(command, tmp_path, capsys):
     assert set(result) == KEYS
     assert set(result["stages_s"]) == {"load", "encode", "denoise", "decode", "write"}
     assert (result["frames"], result["fps"], result["output"]) == (20, 25, str(folder / "out.mp4"))
-    assert set(result["face"]) == {"face_box", "face.mouth"}
+    assert set(result["face"]) == {"face_box", "face.mouth", "crop"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 5
     assert str(folder / "out.mp4") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("typed", "sides"), [([], 1.6), (["expand_ratio=0.15"], 1.3)])
+def test_the_result_has_the_crop_that_the_model_worked_on_in_pixels_of_the_photograph(typed, sides, command, tmp_path, monkeypatch):
+    cropped = []
+    monkeypatch.setattr("sonic.families.preview.cut", lambda pixels, crop: cropped.append(crop) or cut(pixels, crop))
+    recording = write_wav(tmp_path / "speech.wav", babble(0.3))
+    assert command(f"audio={recording}", "min_resolution=1024", "name=video", *typed) == 0
+    crop = json.loads((tmp_path / "runs/video/result.json").read_text())["face"]["crop"]
+    assert crop["side"] == pytest.approx(sides * math.sqrt(115 * 22 / MOUTH_IN_FACE)) and (crop["angle"], crop["resolution"]) == (0, 96)
+    (used,) = cropped  # in pixels of the video, which is twice as large as the photograph
+    assert (used.center_x, used.center_y, used.side) == pytest.approx((2 * crop["center_x"], 2 * crop["center_y"], 2 * crop["side"]))
 
 
 def test_the_same_seed_gives_the_same_frames_and_another_one_others(components):
@@ -271,8 +285,9 @@ def test_head_motion_without_known_eyes_is_mentioned(tmp_path, caplog):
 )
 def test_a_portrait_fits_the_video_with_its_face(width, height, size, expected):
     eyes = np.full((2, 16, 2), 50.0)
-    portrait = Portrait(np.full((height, width, 3), 7, np.uint8), FaceBox(40, 20, 60, 60), Mouth(70, 60, 12), eyes, 5.0)
-    found = fit_portrait(portrait, size)
+    pixels = np.full((height, width, 3), 7, np.uint8)
+    portrait = Portrait(pixels, FaceBox(40, 20, 60, 60), Mouth(70, 60, 12), eyes=eyes, head_offset=5.0)
+    found = fit_portrait(portrait, VideoConfig(size))
     assert found.pixels.shape == (expected[1], expected[0], 3)
     assert found.pixels.min() == found.pixels.max() == 7
     share = expected[0] / (width // 2 * 2)

@@ -19,6 +19,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 
 HALVES = ("left", "right")
+MODELS = ("preview", "live_avatar_14b", "wan_s2v_14b")
 
 
 @pytest.fixture
@@ -123,3 +124,73 @@ def test_the_head_of_a_pose_moves_as_many_times_as_far_and_the_shoulders_stay(sc
     assert (head[2] - head[0]) / (head[1] - head[0]) == pytest.approx(scale, abs=0.15)
     assert abs(column(moved, 0) - column(first, 0)) < 1
     assert np.array_equal(_moved_further(first, first, scale), first)
+
+
+# Length and size
+
+
+def opened_alone(inputs, model, *argv):
+    given = ["face_box=[60,40,80,80]", "face.mouth=[100,100,16]"] if model == "preview" else []
+    named = [f"image={inputs / 'portrait.png'}", f"audio={inputs / 'right.wav'}"]
+    return open_inputs(compose(Entry("infer", InferConfig), [f"model={model}", *named, *given, *argv]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("policy", "duration", "seconds", "warns"),
+    [
+        ("follow", 0.7, 1.0, True),
+        ("follow", 1.03, 1.0, False),
+        ("trim", 0.7, 0.7, False),
+        ("trim", 1.5, 1.0, True),
+        ("pad", 1.5, 1.5, False),
+        ("pad", 0.7, 1.0, True),
+    ],
+)
+def test_the_sound_is_cut_or_lengthened_as_the_policy_says(inputs, model, policy, duration, seconds, warns, caplog):
+    with caplog.at_level("WARNING", "sonic"):
+        found = opened_alone(inputs, model, f"duration={duration}", f"duration_policy={policy}")
+    spoken = babble(1.0, seed=1)[: round(16_000 * seconds)]
+    assert found.num_frames == round(seconds * found.fps) and len(found.speech.samples) == round(16_000 * seconds)
+    assert_close(found.speech.samples, np.pad(spoken, (0, round(16_000 * seconds) - len(spoken))))
+    sentence = f"right.wav lasts {seconds:.2f} s and video.duration={duration:g}: the video follows the sound"
+    assert [sentence in text for text in caplog.messages] == [True] * warns
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("duration", [0.7, 15])
+def test_strict_refuses_another_length_with_both_lengths_and_the_ways_out(inputs, model, duration):
+    sentence = f"right.wav lasts 1.00 s and video.duration={duration:g}: .*strict.*trim cuts.*pad adds silence.*follow makes 1.00 s"
+    with pytest.raises(ValueError, match=sentence):
+        opened_alone(inputs, model, f"duration={duration}", "duration_policy=strict")
+    assert opened_alone(inputs, model, "duration=1.03", "duration_policy=strict").num_frames
+
+
+def test_every_voice_lasts_the_duration(inputs):
+    for policy, duration in (("trim", 0.6), ("pad", 2.0)):
+        found = opened(inputs, f"duration={duration}", f"duration_policy={policy}")
+        assert found.num_frames == round(25 * duration)
+        assert len(found.speech.samples) == 16_000 * duration
+        assert all(len(voice.samples) <= 16_000 * duration for voice in found.voices)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("photo", [(300, 200), (201, 317), (1000, 400)])
+@pytest.mark.parametrize("short", [384, 400, 1080])
+def test_the_short_side_is_min_resolution_on_the_grid_of_the_family_without_squeezing(inputs, model, photo, short):
+    disc = np.hypot(*(np.mgrid[: photo[1], : photo[0]] + 0.5 - np.array(photo[::-1])[:, None, None] / 2)) < 60
+    Image.fromarray(np.uint8(255 * disc)).convert("RGB").save(inputs / "portrait.png")
+    found = opened_alone(inputs, model, f"min_resolution={short}").portrait.pixels
+    multiple = 2 if model == "preview" else 64
+    height, width = found.shape[:2]
+    assert min(width, height) == -(-short // multiple) * multiple and width % multiple == height % multiple == 0
+    assert abs(max(width, height) - min(width, height) * max(photo) / min(photo)) <= multiple / 2
+    down, across = (np.ptp(np.flatnonzero((found[..., 0] > 127).any(axis=axis))) + 1 for axis in (1, 0))
+    assert abs(down / across - 1) < 0.01  # the disc is still round
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_min_resolution_that_makes_the_video_too_large_names_the_largest(inputs, model):
+    Image.new("RGB", (1000, 250)).save(inputs / "portrait.png")
+    with pytest.raises(ValueError, match="video.min_resolution=1920 makes a 1000x250 photograph larger .*; use 1440 or less"):
+        opened_alone(inputs, model, "min_resolution=1920")

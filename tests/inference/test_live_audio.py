@@ -135,6 +135,7 @@ def test_num_clip_ends_a_stream_that_would_never_end(folder):
     [
         (["model=wan_s2v_14b"], "model=wan_s2v_14b makes clips of 80 frames whose sound it needs whole"),
         (["motion.head=gentle"], "motion.head=gentle does not go with audio that is still arriving"),
+        (["duration=3"], "video.duration=3.0 does not go with audio that is still arriving: its length is not known"),
         (["decode.online=false"], "decode.online=false does not go with audio"),
         (["model=live_avatar_14b", "compat=upstream"], "video.compat=upstream does not go with audio"),
     ],
