@@ -29,6 +29,8 @@ FIELDS = {  # keyword of a call -> option of the command line
     "mouth": "face.mouth",
     "masks": "face.masks",
     "pose": "motion.pose",
+    "smooth_motion": "post.smooth_motion",
+    "interpolate": "post.interpolate",
 }
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -56,6 +58,8 @@ class VideoOptions(TypedDict, total=False):
     mouth: Sequence[float] | None
     masks: Sequence[str | os.PathLike] | None
     pose: str | os.PathLike | None
+    smooth_motion: float | None
+    interpolate: int | None
     callback_on_step_end: Callback | None
 
 

@@ -37,6 +37,7 @@ from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory, Settings, input_files, refuse_overwriting
+from sonic.inference.post_process import as_displayed
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.hardware import machine_here
@@ -146,7 +147,7 @@ class AvatarPipeline:
         with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
             frames = np.concatenate([np.asarray(chunk.pixels) for chunk in chunks])
         speech = memory.original or inputs.speech
-        return Video(frames, inputs.fps, speech, tuple(input_files(settings.config, memory)))
+        return Video(frames, as_displayed(inputs, settings.config.post).fps, speech, tuple(input_files(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.

@@ -36,9 +36,10 @@ from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures, LiveLogMel
+from sonic.inference.post_process import process_motion
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, seeded
-from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
+from sonic.inference.stream import decode_motion, half_the_threads, hand_over, prefetch, render_motion
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
 from sonic.types import Conditions, FrameChunk, Inputs, Portrait, pick
@@ -62,7 +63,6 @@ class EncodedPortrait(NamedTuple):
     spans: Iterator[BlockSpan]
     reference: Reference
     canvas: Canvas
-    live: LiveFeatures | None = None  # while the sound is still arriving
 
 
 class Preview(Family):
@@ -138,7 +138,7 @@ class Preview(Family):
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
             live = LiveFeatures(settings.sound, LiveLogMel(components.speech))
-            return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas, live)
+            return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas)
         step = FRAMES_PER_LATENT * config.rollout.block_frames
         frames = math.ceil(inputs.num_frames / step) * step  # whole blocks
         features = components.speech.encode_audio(inputs.speech.samples, frames)
@@ -150,17 +150,18 @@ class Preview(Family):
         self, inputs: Inputs, encoded: EncodedPortrait, components: PreviewComponents, *, settings: Settings, timer: StageTimer
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
-        conditions, spans, reference, canvas, live = encoded
+        conditions, spans, reference, canvas = encoded
         sampling = Sampling(settings.config.sampler, NoiseSource(settings.generator or seeded(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
         decode, prepare = settings.config.decode, half_the_threads()
         latents = hand_over(timer.each("denoise", blocks), decode, name="denoise", prepare=prepare)
-        autoencoder = components.autoencoder
-        chunks = decode_blocks(latents, inputs.num_frames, autoencoder=autoencoder, reference=reference, canvas=canvas, timer=timer)
+        frames_left = (settings.sound or inputs).frames_left
+        motion = decode_motion(latents, frames_left, autoencoder=components.autoencoder, reference=reference, timer=timer)
+        chunks = render_motion(process_motion(motion, settings.config.post, inputs.fps), canvas, timer=timer)
         if decode.online:
             chunks = prefetch(chunks, 1, name="decode", prepare=prepare)
         with closing(latents), closing(chunks):
-            yield from chunks if live is None else live.cut(chunks)
+            yield from chunks
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
         """The speech encoder and the autoencoder; there is no text encoder."""

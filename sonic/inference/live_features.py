@@ -21,7 +21,7 @@ from sonic.data.live_audio import LiveAudio
 from sonic.encoders.speech import LogMelEncoder
 from sonic.encoders.wav2vec import PICKED_PER_S, STATE_RECEPTIVE_FIELD, STATE_SAMPLES, STATES_PER_S, Wav2VecEncoder, states_at
 from sonic.geometry import FPS, BlockSpan, plan_blocks
-from sonic.types import Conditions, FrameChunk
+from sonic.types import Conditions
 
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # audio samples per video frame of the preview
 HALF_WINDOW = 160  # samples that the spectrum window of the last column reaches beyond its hop
@@ -119,13 +119,6 @@ class LiveFeatures:
     def conditions(self, whole: Conditions) -> LiveConditions:
         """The conditions of the video: `whole`, which hold for all blocks, with the speech features of each block computed on demand."""
         return LiveConditions(whole.ref, whole.text, motion=whole.motion, features=self.of)
-
-    def cut(self, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield the chunks of frames, cut at the end of the sound."""
-        for chunk in chunks:
-            count = self.sound.frames_left(chunk.start, len(chunk))
-            if count:
-                yield replace(chunk, pixels=chunk.pixels[:count])
 
 
 @dataclass(frozen=True)

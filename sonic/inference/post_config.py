@@ -15,8 +15,8 @@ class PostConfig:
 
     alignment_offset: float = option(0.0, "seconds by which the sound is later than the picture; negative = earlier")
     lip_align: bool = option(False, "measure the offset of sound and mouth in this very video and take it out")
-    smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
-    interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
+    smooth_motion: float = option(0.0, "0 = off to 1: how much of the motion that is too fast for a face is taken out; frames stay sharp")
+    interpolate: int = option(1, "2 = twice the frame rate: between two frames comes the one halfway, by their motion")
 
     def __post_init__(self) -> None:
         within = abs(self.alignment_offset) <= MOST_OFFSET_S
