@@ -42,9 +42,10 @@ class VideoOptions(TypedDict, total=False):
     """Keyword arguments of a call besides image and audio. A missing argument, or None, keeps the value of the pipeline.
 
     size: "704x384", (width, height) or "photo". face_box [x,y,width,height] and mouth [x,y,half_width(,angle)]: in pixels of the photo.
-    masks and pose: files, as in face.masks and motion.pose. generator: a CPU generator, used in place of the seed; a generator that was
-    just seeded gives the same video as that seed. callback_on_step_end(pipe, step, timestep, {"block": index}): called after every
-    sampling step of every block or clip, in the thread that denoises; an exception in it stops the video, its return value is ignored.
+    masks and pose: files, as in face.masks and motion.pose. smooth_motion and interpolate: as in post. generator: a CPU generator, used in
+    place of the seed; one that was just seeded gives the same video as that seed. callback_on_step_end(pipe, step, timestep,
+    {"block": index}): called after every sampling step of every block or clip, in the thread that denoises; an exception in it stops the
+    video, its return value is ignored.
     """
 
     prompt: str | None

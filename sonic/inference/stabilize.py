@@ -87,24 +87,25 @@ def _motion(before: Tensor, after: Tensor, face: Landmarks) -> Similarity:
     """
     middle, radius = face.eye_centres.mean(axis=0), RIGID * math.dist(*face.eye_centres)
     size = torch.tensor([before.shape[1], before.shape[0]])
+    blur = round(radius / VIEW) * 2 + 1  # px, odd: about two pixels of the view, which is smaller than what it shows of large frames
     circle = unit_grid(VIEW, VIEW, torch.empty(0, dtype=torch.float64))
     x, y = circle.unbind(-1)
+    grey = [rearrange(frame, "h w c -> 1 c h w").double().mean(1, keepdim=True) for frame in (before, after)]
+    first, second = (F.avg_pool2d(frame, blur, 1, blur // 2, count_include_pad=False) for frame in grey)
 
     def view(frame: Tensor, motion: Tensor) -> Tensor:
         scale, turn, right, down = motion
         points = circle + torch.stack([scale * x - turn * y + right, turn * x + scale * y + down], -1)
         grid = (points * radius + torch.from_numpy(middle)) / size * 2 - 1
-        shrunk = max(1, round(2 * radius / VIEW))
-        grey = F.avg_pool2d(rearrange(frame, "h w c -> 1 c h w").double().mean(1, keepdim=True), shrunk, 1, shrunk // 2)
-        return F.grid_sample(grey, grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0, 0]
+        return F.grid_sample(frame, grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0, 0]
 
     motion = torch.zeros(4, dtype=torch.float64)
-    still = view(before, motion)
+    still = view(first, motion)
     down, across = (part * VIEW / 2 for part in torch.gradient(still))
     slopes = torch.stack([across * x + down * y, down * x - across * y, across, down], -1)
     inside = (1 - circle.square().sum(-1)).clamp(min=0)
     for _ in range(ROUNDS):
-        error = view(after, motion) - still
+        error = view(second, motion) - still
         weight = inside / (1 + (error / OUTLIER).square())
         left = torch.einsum("hwi,hwj,hw->ij", slopes, slopes, weight)
         right = torch.einsum("hwi,hw,hw->i", slopes, error, weight)
