@@ -29,30 +29,18 @@ VIEW = 128  # side in px at which the motion is registered
 ROUNDS = 10  # Gauss-Newton steps
 OUTLIER = 8.0  # grey levels: a larger difference, as of a blink, counts little
 MARGIN = 16  # px around a resampled region, against ringing at its border
-LEAST = 0.01  # px: a smaller displacement is not applied
+LEAST, MOST = 0.01, 0.1  # px and distances of the eyes: what moves less is left alone, and what moves more is no jitter
 
 
-class Similarity(NamedTuple):
-    """The map z -> scale * z + shift of points z = x + iy in px of the picture; `scale` turns and enlarges."""
+class TrackedFrame(NamedTuple):
+    """A frame uint8 [H,W,3], the landmarks of its face if one is seen, and how that face has moved since the first frame.
 
-    scale: complex = 1.0
-    shift: complex = 0.0
-
-    def after(self, first: Similarity) -> Similarity:
-        """The map that applies `first`, then this one."""
-        return Similarity(self.scale * first.scale, self.scale * first.shift + self.shift)
-
-    def inverse(self) -> Similarity:
-        """The map back."""
-        return Similarity(1 / self.scale, -self.shift / self.scale)
-
-
-class Tracked(NamedTuple):
-    """A frame uint8 [H,W,3], the landmarks of its face if one is seen, and how that face has moved since the first frame."""
+    `moved` is the similarity z -> scale z + shift of points z = x + iy in px, as the complex matrix [[scale, shift], [0, 1]].
+    """
 
     pixels: Tensor
     face: Landmarks | None
-    moved: Similarity
+    moved: np.ndarray
 
 
 def stabilize(chunks: Iterable[Tensor], strength: float, fps: int) -> Iterator[Tensor]:
@@ -62,32 +50,33 @@ def stabilize(chunks: Iterable[Tensor], strength: float, fps: int) -> Iterator[T
         yield torch.stack([_steadied(window, kernel) for window in group])
 
 
-def _track(chunks: Iterable[Tensor], fps: int) -> Iterator[list[Tracked]]:
+def _track(chunks: Iterable[Tensor], fps: int) -> Iterator[list[TrackedFrame]]:
     """Follow the face through the frames; while there is none, it is looked for once a second."""
-    finder, last, index = FaceFinder(), Tracked(torch.empty(0), None, Similarity()), 0
+    finder, last, index = FaceFinder(), TrackedFrame(torch.empty(0), None, np.eye(2, dtype=complex)), 0
     for chunk in chunks:
         found = []
         for pixels in chunk:
             if last.face is None:
                 seen = finder.faces(pixels.numpy()) if index % fps == 0 else []
                 face = seen[0].landmarks if seen and seen[0].confidence >= CONFIDENT else None
-                last = Tracked(pixels, face, last.moved)
+                last = TrackedFrame(pixels, face, last.moved)
             else:
-                step = _motion(last.pixels, pixels, last.face)
-                last = Tracked(pixels, finder.follow(pixels.numpy(), last.face), step.after(last.moved))
+                moved = _motion(last.pixels, pixels, last.face) @ last.moved
+                last = TrackedFrame(pixels, finder.follow(pixels.numpy(), last.face), moved)
             found.append(last)
             index += 1
         yield found
 
 
-def _motion(before: Tensor, after: Tensor, face: Landmarks) -> Similarity:
-    """How the rigid part of a face moves from one frame to the next, by Gauss-Newton steps over its grey levels.
+def _motion(before: Tensor, after: Tensor, face: Landmarks) -> np.ndarray:
+    """How the rigid part of a face moves from one frame to the next, by Gauss-Newton steps over its grey levels; as
+    `TrackedFrame.moved`.
 
     Source: Hager and Belhumeur, Efficient Region Tracking With Parametric Models, 1998.
     """
     middle, radius = face.eye_centres.mean(axis=0), RIGID * math.dist(*face.eye_centres)
     size = torch.tensor([before.shape[1], before.shape[0]])
-    blur = round(radius / VIEW) * 2 + 1  # px, odd: about two pixels of the view, which is smaller than what it shows of large frames
+    blur = round(radius / VIEW) * 2 + 1  # px, odd: about a pixel of the view, which has fewer than a large frame
     circle = unit_grid(VIEW, VIEW, torch.empty(0, dtype=torch.float64))
     x, y = circle.unbind(-1)
     grey = [rearrange(frame, "h w c -> 1 c h w").double().mean(1, keepdim=True) for frame in (before, after)]
@@ -110,27 +99,28 @@ def _motion(before: Tensor, after: Tensor, face: Landmarks) -> Similarity:
         left = torch.einsum("hwi,hwj,hw->ij", slopes, slopes, weight)
         right = torch.einsum("hwi,hw,hw->i", slopes, error, weight)
         motion = motion - torch.linalg.lstsq(left, right).solution
+    if not motion.abs().max() < 0.5:  # a cut
+        return np.eye(2)
     scale, turn, right, down = motion.tolist()
-    centre = complex(*middle)
-    linear = complex(1 + scale, turn)
-    return Similarity(linear, centre + complex(right, down) * radius - linear * centre)
+    linear, centre = complex(1 + scale, turn), complex(*middle)
+    return np.array([[linear, centre + complex(right, down) * radius - linear * centre], [0, 1]])
 
 
-def _steadied(window: tuple[Tracked, ...], kernel: np.ndarray) -> Tensor:
+def _steadied(window: tuple[TrackedFrame, ...], kernel: np.ndarray) -> Tensor:
     """The middle frame of a window, warped so that its face lies where the smoothed motion puts it."""
     now = window[len(kernel) // 2]
     if now.face is None:
         return now.pixels
-    moved = [frame.moved.after(now.moved.inverse()) for frame in window]
-    target = Similarity(*(complex(kernel @ np.array(part)) for part in zip(*moved, strict=True)))
-    back, pixels = target.inverse(), now.pixels
+    smoothed = np.tensordot(kernel, [frame.moved for frame in window], axes=1)
+    scale, shift = (now.moved @ np.linalg.inv(smoothed))[0]  # from where the face should be to where it is
+    pixels = now.pixels
     middle, eyes = now.face.eye_centres.mean(axis=0), math.dist(*now.face.eye_centres)
     rows, columns = (pixels_around(middle[axis], BEYOND * eyes, pixels.shape[1 - axis]) for axis in (1, 0))
     y, x = np.mgrid[rows, columns] + 0.5
     points = x + 1j * y
     fade = np.clip((BEYOND - np.abs(points - complex(*middle)) / eyes) / (BEYOND - WITHIN), 0, 1)
-    offset = (back.scale * points + back.shift - points) * fade * fade * (3 - 2 * fade)
-    if np.abs(offset).max() < LEAST:
+    offset = (scale * points + shift - points) * fade * fade * (3 - 2 * fade)
+    if not LEAST < np.abs(offset).max() < MOST * eyes:
         return pixels
     result = pixels.clone()
     result[rows, columns] = _resampled(pixels[rows, columns], offset)
