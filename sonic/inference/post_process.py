@@ -11,16 +11,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 from einops import rearrange
+from scipy.signal import firwin
 from skimage.registration import optical_flow_ilk
 from torch import Tensor
 from torch.nn import functional as F
 
 from sonic.inference.post_config import PostConfig
 from sonic.inference.stabilize import stabilize
-from sonic.inference.time_windows import smoothing_weights, windows
+from sonic.inference.stream import windows
 from sonic.types import FrameChunk, Inputs, MotionLayers
 from sonic.vae.warp import unit_grid
 
+JITTER_HZ = 7.0  # motion above this is taken for jitter: most of speech is slower, and lips still close for m, b and p
+TAPS = 7  # frames in the smoothing kernel
 HALFWAY = ((0, 0, 1, 0, 0), (0, -1 / 16, 9 / 16, 9 / 16, -1 / 16))  # weights for a frame itself, and for halfway to the next: cubic
 FLOW_RADIUS, FLOW_SIDE = 7, 512  # px: window of the optical flow, and the longer side of the frames that it is computed from
 DOUBT = 2.0  # grey levels of error that count as none when two warped frames are blended
@@ -34,15 +37,22 @@ def as_displayed(inputs: Inputs, post: PostConfig) -> Inputs:
 def process_motion(motion: Iterator[MotionLayers], post: PostConfig, fps: int) -> Iterator[MotionLayers]:
     """The motion layers of a video at `fps`, smoothed and interpolated as `post` says, in chunks as they come."""
     if post.smooth_motion:
-        motion = _weighted(motion, [smoothing_weights(post.smooth_motion, fps)])
+        motion = _weighted(motion, [smoothing_kernel(post.smooth_motion, fps)])
     return _weighted(motion, HALFWAY) if post.interpolate == 2 else motion
 
 
 def process_pixels(chunks: Iterator[Tensor], post: PostConfig, fps: int) -> Iterator[Tensor]:
     """The frames of a video at `fps`, uint8 [F,H,W,3], smoothed and interpolated as `post` says, in chunks as they come."""
     if post.smooth_motion:
-        chunks = stabilize(chunks, post.smooth_motion, fps)
+        chunks = stabilize(chunks, smoothing_kernel(post.smooth_motion, fps))
     return _doubled(chunks) if post.interpolate == 2 else chunks
+
+
+def smoothing_kernel(strength: float, fps: float) -> np.ndarray:
+    """Weights of TAPS frames that leave slow motion as it is and take out the share `strength` of what is faster than JITTER_HZ."""
+    weights = strength * firwin(TAPS, JITTER_HZ, window=("kaiser", 2.0), fs=fps)
+    weights[TAPS // 2] += 1 - strength
+    return weights
 
 
 def numbered(chunks: Iterable[Tensor]) -> Iterator[FrameChunk]:

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from sonic.data.face_detector import Landmarks
 from sonic.data.faces import CONFIDENT, FaceFinder
 from sonic.geometry import pixels_around
-from sonic.inference.time_windows import smoothing_weights, windows
+from sonic.inference.stream import windows
 from sonic.vae.warp import unit_grid
 
+LOOK_EVERY = 25  # frames, because looking for a face takes longer than following it
 RIGID = 1.3  # radius of what is registered around the eyes, in their distances
 WITHIN, BEYOND = 2.0, 3.2  # the whole motion is applied within so many distances of the eyes, and none beyond
 VIEW = 128  # side in px at which the motion is registered
@@ -43,21 +44,23 @@ class TrackedFrame(NamedTuple):
     moved: np.ndarray
 
 
-def stabilize(chunks: Iterable[Tensor], strength: float, fps: int) -> Iterator[Tensor]:
-    """The chunks of frames, uint8 [F,H,W,3], with the jitter of the face removed; frames in which no face is seen stay as they are."""
-    kernel = smoothing_weights(strength, fps)
-    for group in windows(_track(chunks, fps), len(kernel) // 2):
+def stabilize(chunks: Iterable[Tensor], kernel: np.ndarray) -> Iterator[Tensor]:
+    """The chunks of frames, uint8 [F,H,W,3], in which the motion of the face is smoothed by a kernel of an odd number of frames.
+
+    Frames in which no face is seen stay as they are.
+    """
+    for group in windows(_track(chunks), len(kernel) // 2):
         yield torch.stack([_steadied(window, kernel) for window in group])
 
 
-def _track(chunks: Iterable[Tensor], fps: int) -> Iterator[list[TrackedFrame]]:
-    """Follow the face through the frames; while there is none, it is looked for once a second."""
+def _track(chunks: Iterable[Tensor]) -> Iterator[list[TrackedFrame]]:
+    """Follow the face through the frames; while there is none, it is looked for in every LOOK_EVERY-th frame."""
     finder, last, index = FaceFinder(), TrackedFrame(torch.empty(0), None, np.eye(2, dtype=complex)), 0
     for chunk in chunks:
         found = []
         for pixels in chunk:
             if last.face is None:
-                seen = finder.faces(pixels.numpy()) if index % fps == 0 else []
+                seen = finder.faces(pixels.numpy()) if index % LOOK_EVERY == 0 else []
                 face = seen[0].landmarks if seen and seen[0].confidence >= CONFIDENT else None
                 last = TrackedFrame(pixels, face, last.moved)
             else:

@@ -68,6 +68,26 @@ def hand_over(items: Iterable[T], decode: DecodeConfig, *, name: str, prepare: C
     return prefetch(items, decode.queue, name=name, prepare=prepare) if decode.online else buffer_all(items)
 
 
+def windows(chunks: Iterable[Iterable[T]], radius: int) -> Iterator[list[tuple[T, ...]]]:
+    """For every frame, that frame between the `radius` frames before and those after it; the first and the last one are repeated.
+
+    The windows that a chunk completes come together, and none depends on how the frames are cut into chunks.
+    """
+    held: deque[T] = deque(maxlen=2 * radius + 1)
+
+    def completed(frames: Iterable[T]) -> Iterator[tuple[T, ...]]:
+        for frame in frames:
+            held.extend([frame] * (1 if held else radius + 1))
+            if len(held) == held.maxlen:
+                yield tuple(held)
+
+    for chunk in chunks:
+        if group := list(completed(chunk)):
+            yield group
+    if group := list(completed([held[-1]] * radius if held else ())):
+        yield group
+
+
 def half_the_threads() -> Callable[[], None]:
     """A function that sets torch's number of CPU threads to half, for two stages that run at the same time.
 

@@ -15,9 +15,9 @@ from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
 from sonic.inference.post_config import PostConfig
-from sonic.inference.post_process import as_displayed, halfway, process_motion, process_pixels
+from sonic.inference.post_process import as_displayed, halfway, process_motion, process_pixels, smoothing_kernel
 from sonic.inference.report import StageTimer
-from sonic.inference.time_windows import smoothing_weights, windows
+from sonic.inference.stream import windows
 from sonic.types import MotionLayers
 
 FPS = 25
@@ -65,7 +65,7 @@ def test_motion_in_chunks_is_motion_in_one_go_to_the_bit(post, layers):
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_smoothing_takes_out_fast_motion_and_leaves_slow_motion(strength):
-    weights = smoothing_weights(strength, FPS)
+    weights = smoothing_kernel(strength, FPS)
     gain = {hertz: float(weights @ np.cos(2 * np.pi * hertz / FPS * np.arange(-3, 4))) for hertz in (0, 1, 3, 11)}
     assert gain[0] == pytest.approx(1) and gain[1] == pytest.approx(1, abs=0.02) and gain[3] == pytest.approx(1, abs=0.06)
     assert gain[11] == pytest.approx(1 - strength, abs=0.1)
