@@ -25,8 +25,9 @@ from sonic.vae.warp import unit_grid
 JITTER_HZ = 7.0  # motion above this is taken for jitter: most of speech is slower, and lips still close for m, b and p
 TAPS = 7  # frames in the smoothing kernel
 HALFWAY = ((0, 0, 1, 0, 0), (0, -1 / 16, 9 / 16, 9 / 16, -1 / 16))  # weights for a frame itself, and for halfway to the next: cubic
-FLOW_RADIUS, FLOW_SIDE = 7, 512  # px: window of the optical flow, and the longer side of the frames that it is computed from
-DOUBT = 2.0  # grey levels of error that count as none when two warped frames are blended
+FLOW_RADIUS, FLOW_SIDE = 15, 512  # px: window of the optical flow, and the longer side of the frames that it is computed from
+AVERAGED = 7  # px: side of the square over which the error of a pixel is averaged
+DOUBT = 1.0  # grey levels of error that hardly count when frames are blended
 
 
 def as_displayed(inputs: Inputs, post: PostConfig) -> Inputs:
@@ -82,7 +83,8 @@ def _doubled(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def halfway(before: Tensor, after: Tensor) -> Tensor:
-    """The frame between two frames, uint8 [H,W,3]: both warped by half the optical flow between them, and blended where each is surer.
+    """The frame between two frames, uint8 [H,W,3]: both warped by half the optical flow between them, and neither, blended
+    by how well each explains the other frame.
 
     Source: Le Besnerais and Champagnat, Dense Optical Flow by Iterative Local Window Registration, 2005, as in scikit-image. A learned
     interpolator, such as IFNet of RIFE where its weights are there, would be chosen here.
@@ -97,6 +99,7 @@ def halfway(before: Tensor, after: Tensor) -> Tensor:
     first, second = grey[:, 0].numpy() / 255
     flows = np.stack([optical_flow_ilk(second, first, radius=FLOW_RADIUS), optical_flow_ilk(first, second, radius=FLOW_RADIUS)])
     flow = torch.from_numpy(flows[:, ::-1].copy())  # of each frame: where its content is in it, from where that is in the other
+    flow = (flow - flow.flip(0)) / 2  # there and back are the same way
     relative = flow / rearrange(torch.tensor(flow.shape[:1:-1]), "n -> n 1 1") * 2
     relative = F.interpolate(relative, pair.shape[-2:], mode="bilinear", align_corners=False)
     steps = rearrange(relative, "f n h w -> f h w n")
@@ -105,6 +108,8 @@ def halfway(before: Tensor, after: Tensor) -> Tensor:
     def warped(share: float) -> Tensor:
         return F.grid_sample(pair, grid + share * steps, mode="bicubic", padding_mode="border", align_corners=False)
 
-    error = (warped(1.0) - pair.flip(0)).abs().mean(1, keepdim=True) + DOUBT
-    weight = error.flip(0) / error.sum(0)
-    return rearrange((warped(0.5) * weight).sum(0), "c h w -> h w c").round().clamp(0, 255).to(torch.uint8)
+    choices = torch.cat([warped(0.5), pair.mean(0, keepdim=True)])  # what flow cannot follow, as lips that part, is blended
+    errors = torch.cat([warped(1.0) - pair.flip(0), pair[:1] - pair[1:]]).abs().mean(1, keepdim=True)
+    weights = 1 / (F.avg_pool2d(errors, AVERAGED, 1, AVERAGED // 2, count_include_pad=False) + DOUBT)
+    found = (choices * weights).sum(0) / weights.sum(0)
+    return rearrange(found, "c h w -> h w c").round().clamp(0, 255).to(torch.uint8)
