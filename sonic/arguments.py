@@ -37,6 +37,8 @@ FIELDS = {  # keyword of a call -> option of the command line
     "lip_align": "post.lip_align",
     "dynamic_scale": "motion.dynamic_scale",
     "motion_scale": "motion.motion_scale",
+    "smooth_motion": "post.smooth_motion",
+    "interpolate": "post.interpolate",
 }
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -49,10 +51,10 @@ class VideoOptions(TypedDict, total=False):
 
     size: "704x384", (width, height) or "photo"; min_resolution: short side in pixels. duration in seconds, with duration_policy follow,
     strict, trim or pad. face_box [x,y,width,height] and mouth [x,y,half_width(,angle)]: in pixels of the photo. masks and pose: files,
-    as in face.masks and motion.pose. alignment_offset and lip_align: as in post; dynamic_scale and motion_scale: as in motion. generator:
-    a CPU generator, used in place of the seed; one that was just seeded gives the same video as that seed. callback_on_step_end(pipe,
-    step, timestep, {"block": index}): called after every sampling step of every block or clip, in the thread that denoises; an exception
-    in it stops the video, its return value is ignored.
+    as in face.masks and motion.pose. alignment_offset, lip_align, smooth_motion and interpolate: as in post; dynamic_scale and
+    motion_scale: as in motion. generator: a CPU generator, used in place of the seed; one that was just seeded gives the same video as
+    that seed. callback_on_step_end(pipe, step, timestep, {"block": index}): called after every sampling step of every block or clip, in
+    the thread that denoises; an exception in it stops the video, its return value is ignored.
     """
 
     prompt: str | None
@@ -74,6 +76,8 @@ class VideoOptions(TypedDict, total=False):
     lip_align: bool | None
     dynamic_scale: float | None
     motion_scale: float | None
+    smooth_motion: float | None
+    interpolate: int | None
     callback_on_step_end: Callback | None
 
 

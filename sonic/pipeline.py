@@ -38,6 +38,7 @@ from sonic.inference.generate import generate, make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import InMemory, Settings, at_duration, input_files, refuse_overwriting
+from sonic.inference.post_process import as_displayed
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of, sampling_words
 from sonic.inference.sound_offset import SoundOffset
 from sonic.parallel.parallel_config import PlanConfig
@@ -146,13 +147,14 @@ class AvatarPipeline:
             raise ValueError(f"audio is {type(audio).__name__}; give a path or (samples, sample_rate), or hand an iterator to stream()")
         settings, memory = self._request(image, audio, options)
         inputs = self._inputs(settings.config, memory)
-        offset, frames = SoundOffset(inputs, settings.config.post), []
+        displayed = as_displayed(inputs, settings.config.post)
+        offset, frames = SoundOffset(displayed, settings.config.post), []
         with closing(generate(inputs, self._components(settings.config), settings)) as chunks:
             for chunk in chunks:
                 offset.record(chunk)
                 frames.append(np.asarray(chunk.pixels))
         speech = replace(memory.original or inputs.speech, later_s=offset.speech().later_s)
-        return Video(np.concatenate(frames), inputs.fps, speech, tuple(input_files(settings.config, memory)))
+        return Video(np.concatenate(frames), displayed.fps, speech, tuple(input_files(settings.config, memory)))
 
     def stream(self, image: Picture, audio: Sound | Iterable[Any], **options: Unpack[VideoOptions]) -> Iterator[FrameChunk]:
         """Yield the frames as soon as they are decoded, in chunks uint8 [F,H,W,3]; closing the iterator stops the work.
@@ -165,7 +167,7 @@ class AvatarPipeline:
         settings, memory = self._request(image, audio, options)
         inputs = self._inputs(settings.config, memory)
         chunks = generate(inputs, self._components(settings.config), settings)
-        return SoundOffset(inputs, settings.config.post).stream(chunks, settings)
+        return SoundOffset(as_displayed(inputs, settings.config.post), settings.config.post).stream(chunks, settings)
 
     @property
     def leads(self) -> bool:

@@ -210,6 +210,10 @@ class Inputs:
     pose: np.ndarray | None = None
     location: dict[str, Any] = field(default_factory=dict)
 
+    def frames_left(self, start: int, count: int) -> int:
+        """How many of the `count` frames from `start` belong to the video."""
+        return max(0, min(count, self.num_frames - start))
+
 
 class MotionLayers(NamedTuple):
     """The motion of a picture in each frame.

@@ -32,9 +32,9 @@ from sonic.types import Portrait, Speech
 
 LOG = logging.getLogger(__name__)
 QUIET_DB = -38.0  # level relative to the loud parts below which there is no speech
-REST_FRAMES = 5  # frames after which the mouth is at rest in a pause
+REST_S = 0.2  # time after which the mouth is at rest in a pause
 AT_REST = 5  # per cent of the frames have a mouth at rest, at least
-MAX_LAG = 12  # largest lag that is tried, in frames, in both directions
+MAX_LAG_S = 0.48  # largest lag that is tried, in both directions
 SOUND_REACH_S = 2.0  # largest offset of the sound that is tried, in both directions
 LARGEST_OFFSET_MS, LEAST_CORRELATION = 10.0, 0.8  # limits for a sound track that matches its recording
 ABOVE_MOUTH, BELOW_MOUTH, BESIDE_MOUTH = -1.5, 3.25, 3.0  # what speech may move, from the mouth, in halves of its width
@@ -56,8 +56,8 @@ def judge(config: JudgeConfig) -> dict[str, float]:
     mouth = np.abs(motion)
     fps = frame_rate(times)
     level = envelope(speech.samples, speech.sample_rate, len(motion), fps=fps)
-    best, lag = metrics.best_lag(motion, level, max_lag=MAX_LAG)
-    rests, speaks = pauses(level), level > np.median(level)
+    best, lag = metrics.best_lag(motion, level, max_lag=round(MAX_LAG_S * fps))
+    rests, speaks = pauses(level, fps), level > np.median(level)
     figures = {
         "photo_psnr_db": photo_psnr,
         "speech_correlation": best,
@@ -177,10 +177,10 @@ def outside_lower_face(portrait: Portrait) -> np.ndarray:
     return ~((down > ABOVE_MOUTH) & (down < BELOW_MOUTH) & (np.abs(across) < BESIDE_MOUTH))
 
 
-def pauses(level: np.ndarray) -> np.ndarray:
-    """Mask of the quiet frames that are at least REST_FRAMES away from any sound.  -> bool [F]"""
+def pauses(level: np.ndarray, fps: int) -> np.ndarray:
+    """Mask of the quiet frames that are at least REST_S away from any sound.  -> bool [F]"""
     loud = level > np.percentile(level, 95) * 10 ** (QUIET_DB / 20)
-    near = np.convolve(loud, np.ones(2 * REST_FRAMES + 1), mode="same") > 0
+    near = np.convolve(loud, np.ones(2 * round(REST_S * fps) + 1), mode="same") > 0
     return ~near
 
 

@@ -37,9 +37,10 @@ from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures
+from sonic.inference.post_process import process_motion
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, seeded
-from sonic.inference.stream import decode_blocks, half_the_threads, hand_over, prefetch
+from sonic.inference.stream import decode_motion, half_the_threads, hand_over, prefetch, render_motion
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
 from sonic.types import Conditions, FrameChunk, Inputs, Portrait
@@ -64,7 +65,6 @@ class EncodedPortrait(NamedTuple):
     spans: Iterator[BlockSpan]
     reference: Reference
     canvas: Canvas
-    live: LiveFeatures | None = None  # while the sound is still arriving
 
 
 class Preview(Family):
@@ -139,14 +139,14 @@ class Preview(Family):
         config, device, options = components.config, components.device, settings.config
         crop = face_crop(inputs.portrait, options.face.expand_ratio, config.resolution)
         poses = head_poses(options.motion, inputs.num_frames, seed=inputs.seed)
-        head = None if poses is None else MovingHead(inputs.portrait, crop, poses)
+        head = None if poses is None else MovingHead(inputs.portrait, crop, _displayed(poses, options.post.interpolate))
         canvas = Canvas(inputs.portrait, crop, head, dynamic_scale=options.motion.dynamic_scale)
         reference = components.autoencoder.reference(rearrange(cut(inputs.portrait.pixels, crop), "c h w -> 1 c h w").to(device))
         text = torch.zeros(1, config.text.text_len, config.text.text_dim, device=device)
         known = Conditions(ref=reference.latents, text=text).to(dtype=components.dtype)
         if settings.sound is not None:
             live = LiveFeatures(settings.sound, components.speech)
-            return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas, live)
+            return EncodedPortrait(live.conditions(known), live.spans(config.rollout.block_frames), reference, canvas)
         step = FRAMES_PER_LATENT * config.rollout.block_frames
         frames = math.ceil(inputs.num_frames / step) * step  # whole blocks
         features = components.speech.encode_audio(inputs.speech.samples, frames)
@@ -157,17 +157,18 @@ class Preview(Family):
         self, inputs: Inputs, encoded: EncodedPortrait, components: PreviewComponents, *, settings: Settings, timer: StageTimer
     ) -> Iterator[FrameChunk]:
         """Yield the frames of a video: the photograph at full resolution, changed only where the model moves it."""
-        conditions, spans, reference, canvas, live = encoded
+        conditions, spans, reference, canvas = encoded
         sampling = Sampling(settings.config.sampler, NoiseSource(settings.generator or seeded(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
         decode, prepare = settings.config.decode, half_the_threads()
         latents = hand_over(timer.each("denoise", blocks), decode, name="denoise", prepare=prepare)
-        autoencoder = components.autoencoder
-        chunks = decode_blocks(latents, inputs.num_frames, autoencoder=autoencoder, reference=reference, canvas=canvas, timer=timer)
+        frames_left = (settings.sound or inputs).frames_left
+        motion = decode_motion(latents, frames_left, autoencoder=components.autoencoder, reference=reference, timer=timer)
+        chunks = render_motion(process_motion(motion, settings.config.post, inputs.fps), canvas, timer=timer)
         if decode.online:
             chunks = prefetch(chunks, 1, name="decode", prepare=prepare)
         with closing(latents), closing(chunks):
-            yield from chunks if live is None else live.cut(chunks)
+            yield from chunks
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
         """The speech encoder and the autoencoder; there is no text encoder."""
@@ -204,6 +205,12 @@ def head_poses(motion: HeadConfig, num_frames: int, *, seed: int) -> Tensor | No
     settle_in = 1 - torch.exp(-torch.arange(num_frames) / 12.5)  # from the photograph's pose, time constant 0.5 s
     track[:, :3] *= rearrange(settle_in, "f -> f 1")
     return track
+
+
+def _displayed(poses: Tensor, times: int) -> Tensor:
+    """The poses of all frames that are displayed, `times` as many as the model makes.  [F,4] -> [times·F,4]"""
+    after = torch.cat([poses[1:], poses[-1:]])
+    return torch.cat([torch.lerp(poses, after, step / times).unsqueeze(1) for step in range(times)], 1).flatten(0, 1)
 
 
 def _face_crops(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor:

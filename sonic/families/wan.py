@@ -44,8 +44,9 @@ from sonic.inference.generate_wan import (
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, at_duration, video_length
 from sonic.inference.live_features import LiveFeatures
+from sonic.inference.post_process import numbered, process_pixels
 from sonic.inference.report import StageTimer
-from sonic.inference.stream import hand_over
+from sonic.inference.stream import FramesLeft, hand_over
 from sonic.parallel.context import DistributedContext
 from sonic.system.program import written
 from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
@@ -174,8 +175,8 @@ class Wan(Family):
         else:
             frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=queued, stage=stage, on_step=on_step)
         with closing(frames):
-            chunks = _chunks(frames, inputs.num_frames)
-            yield from chunks if encoded.live is None else encoded.live.cut(chunks)
+            chunks = _chunks(frames, (settings.sound or inputs).frames_left)
+            yield from numbered(process_pixels(chunks, options.post, inputs.fps))
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
         """The encoders of the model, on the machine's accelerator if it has one."""
@@ -281,15 +282,14 @@ def _published_length(config: InferConfig, speech: Speech) -> int:
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
 
 
-def _chunks(frames: Iterator[Tensor], num_frames: int) -> Iterator[FrameChunk]:
-    """Convert frames [1,3,F,H,W] in [-1,1] to chunks of bytes in host memory, and stop after `num_frames` frames."""
+def _chunks(frames: Iterator[Tensor], frames_left: FramesLeft) -> Iterator[Tensor]:
+    """Convert frames [1,3,F,H,W] in [-1,1] to chunks of bytes uint8 [F,H,W,3] in host memory, up to the end of the video."""
     start = 0
     for some in frames:
         pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
-        yield FrameChunk(pixels[: num_frames - start].cpu(), start)
-        start += min(len(pixels), num_frames - start)
-        if start == num_frames:
-            return
+        if count := frames_left(start, len(pixels)):
+            yield pixels[:count].cpu()
+        start += len(pixels)
 
 
 def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:

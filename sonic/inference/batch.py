@@ -23,6 +23,7 @@ from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import InputReader, open_inputs
 from sonic.inference.inputs import input_files, refuse_overwriting
+from sonic.inference.post_process import as_displayed
 from sonic.inference.report import Result, StageTimer
 from sonic.inference.requests import Request, all_requests
 from sonic.parallel.context import context_of
@@ -103,7 +104,8 @@ def checked_inputs(config: InferConfig, *written: Path, read: Callable[[InferCon
     inputs = read(config)
     height, width = inputs.portrait.pixels.shape[:2]
     if config.output:
-        check_output(config.output, width, height, num_frames=inputs.num_frames, fps=inputs.fps)
+        displayed = as_displayed(inputs, config.post)
+        check_output(config.output, width, height, num_frames=displayed.num_frames, fps=displayed.fps)
     return inputs
 
 

@@ -16,13 +16,15 @@ from sonic.geometry import GIB
 from sonic.inference.components import Components
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
+from sonic.inference.post_process import as_displayed
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of
 from sonic.inference.sound_offset import SoundOffset
 from sonic.types import FrameChunk, Inputs
 
 
 def generate(inputs: Inputs, components: Components, settings: Settings, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
-    """Yield the frames of a video in order, as soon as they are decoded. Frame k is driven by the sound at k/fps seconds.
+    """Yield the frames of a video in order, as soon as they are decoded. Frame k is driven by the sound at k/fps seconds, where
+    fps is the model's times post.interpolate.
 
     With decode.online, denoising and decoding run in background threads, which end when the iterator is closed.
     """
@@ -41,13 +43,14 @@ def make_video(
 
     Returns its result, and the recorder that holds sample frames and the mouth curve.
     """
-    recorder, offset = FrameRecorder(inputs), SoundOffset(inputs, config.post)
+    displayed = as_displayed(inputs, config.post)
+    recorder, offset = FrameRecorder(displayed), SoundOffset(displayed, config.post)
     height, width = inputs.portrait.pixels.shape[:2]
     begun, first_frame = timer.passed(), 0.0
     speech = offset.speech if config.post.lip_align else offset.speech()
-    writer = VideoWriter(output, width, height, num_frames=inputs.num_frames, speech=speech, fps=inputs.fps)
+    writer = VideoWriter(output, width, height, num_frames=displayed.num_frames, speech=speech, fps=displayed.fps)
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=inputs.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
+        bar = stack.enter_context(tqdm(total=displayed.num_frames, unit=" frames", desc="video", dynamic_ncols=True, leave=False))
         stack.enter_context(writer)
         for chunk in stack.enter_context(closing(generate(inputs, components, Settings(config), timer=timer))):
             with timer.stage("write"):
@@ -61,10 +64,10 @@ def make_video(
     peak_vram = torch.cuda.max_memory_allocated(components.device) if components.device.type == "cuda" else 0
     result = Result(
         output=str(output.resolve()),
-        frames=inputs.num_frames,
-        fps=inputs.fps,
+        frames=displayed.num_frames,
+        fps=displayed.fps,
         audio_seconds=round(inputs.speech.seconds, 3),
-        frames_per_second=round(inputs.num_frames / (timer.passed() - begun), 2),
+        frames_per_second=round(displayed.num_frames / (timer.passed() - begun), 2),
         first_frame_s=round(first_frame, 3),
         peak_rss_gib=round(peak_rss_gib(), 3),
         peak_vram_gib=round(peak_vram / GIB, 3),

@@ -15,7 +15,7 @@ from sonic.data.audio import SAMPLE_RATE
 from sonic.data.live_audio import LiveAudio
 from sonic.encoders.speech_encoder import SpeechEncoder
 from sonic.geometry import BlockSpan, plan_blocks
-from sonic.types import Conditions, FrameChunk
+from sonic.types import Conditions
 
 
 class LiveFeatures:
@@ -48,13 +48,6 @@ class LiveFeatures:
     def conditions(self, whole: Conditions) -> LiveConditions:
         """The conditions of the video: `whole`, which hold for all blocks, with the speech features of each block computed on demand."""
         return LiveConditions(whole.ref, whole.text, motion=whole.motion, masks=whole.masks, features=self.of)
-
-    def cut(self, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield the chunks of frames, cut at the end of the sound."""
-        for chunk in chunks:
-            count = self.sound.frames_left(chunk.start, len(chunk))
-            if count:
-                yield replace(chunk, pixels=chunk.pixels[:count])
 
 
 @dataclass(frozen=True)

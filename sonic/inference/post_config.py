@@ -17,8 +17,8 @@ class PostConfig:
         0.0, "seconds by which the sound is later than the picture, as by ffmpeg -itsoffset; negative = earlier"
     )
     lip_align: bool = option(False, "measure by how much the mouth of this very video is late, and make the sound as late, on top of that")
-    smooth_motion: float = option(0.0, "0 = off to 1: how much jitter is taken out of the motion")
-    interpolate: int = option(1, "2 = twice the frame rate, by motion-compensated interpolation")
+    smooth_motion: float = option(0.0, "0 = off to 1: how much of the motion that is too fast for a face is taken out; frames stay sharp")
+    interpolate: int = option(1, "2 = twice the frame rate: between two frames comes the one halfway, by their motion")
 
     def __post_init__(self) -> None:
         within = abs(self.alignment_offset) <= MOST_OFFSET_S

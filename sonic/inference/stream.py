@@ -68,6 +68,26 @@ def hand_over(items: Iterable[T], decode: DecodeConfig, *, name: str, prepare: C
     return prefetch(items, decode.queue, name=name, prepare=prepare) if decode.online else buffer_all(items)
 
 
+def windows(chunks: Iterable[Iterable[T]], radius: int) -> Iterator[list[tuple[T, ...]]]:
+    """For every frame, that frame between the `radius` frames before and those after it; the first and the last one are repeated.
+
+    The windows that a chunk completes come together, and none depends on how the frames are cut into chunks.
+    """
+    held: deque[T] = deque(maxlen=2 * radius + 1)
+
+    def completed(frames: Iterable[T]) -> Iterator[tuple[T, ...]]:
+        for frame in frames:
+            held.extend([frame] * (1 if held else radius + 1))
+            if len(held) == held.maxlen:
+                yield tuple(held)
+
+    for chunk in chunks:
+        if group := list(completed(chunk)):
+            yield group
+    if group := list(completed([held[-1]] * radius if held else ())):
+        yield group
+
+
 def half_the_threads() -> Callable[[], None]:
     """A function that sets torch's number of CPU threads to half, for two stages that run at the same time.
 
@@ -76,19 +96,29 @@ def half_the_threads() -> Callable[[], None]:
     return partial(torch.set_num_threads, max(1, torch.get_num_threads() // 2))
 
 
+FramesLeft = Callable[[int, int], int]  # (start, count) -> how many of the `count` frames from `start` belong to the video
+
+
 @torch.no_grad()
-def decode_blocks(
-    blocks: Iterable[LatentBlock], num_frames: int, *, autoencoder: nn.Module, reference: Reference, canvas: Canvas, timer: StageTimer
-) -> Iterator[FrameChunk]:
-    """Yield the finished frames of each latent block in chunks, at most `num_frames` in all."""
-    cache, last, start = None, None, 0
+def decode_motion(
+    blocks: Iterable[LatentBlock], frames_left: FramesLeft, *, autoencoder: nn.Module, reference: Reference, timer: StageTimer
+) -> Iterator[MotionLayers]:
+    """Yield the motion layers of each latent block in host memory, where they are rendered, up to the end of the video."""
+    cache, last = None, None
     for block in blocks:
         with timer.stage("decode"):
             found, cache = autoencoder.decode(block.latents, reference, cache)
-            layers = MotionLayers(*(track.cpu() for track in found))  # the canvas renders in host memory
-            layers = smooth_seams(layers, last)
-            last = layers
-        for part in _portions(layers, canvas.pixels.nbytes, min(block.span.frames, num_frames - start)):
+            last = smooth_seams(MotionLayers(*(track.cpu() for track in found)), last)
+        if count := frames_left(block.span.first_frame, block.span.frames):
+            yield MotionLayers(*(track[:, :count] for track in last))
+
+
+@torch.no_grad()
+def render_motion(motion: Iterable[MotionLayers], canvas: Canvas, *, timer: StageTimer) -> Iterator[FrameChunk]:
+    """Yield the finished frames of the motion layers in chunks."""
+    start = 0
+    for layers in motion:
+        for part in _portions(layers, canvas.pixels.nbytes):
             with timer.stage("decode"):
                 pixels = canvas.render(part, start)
             yield FrameChunk(pixels, start)
@@ -110,8 +140,8 @@ def smooth_seams(layers: MotionLayers, before: MotionLayers | None) -> MotionLay
     return MotionLayers(*(closed(track, past) for track, past in zip(layers, before or (None, None, None), strict=True)))
 
 
-def _portions(layers: MotionLayers, frame_bytes: int, count: int) -> Iterator[MotionLayers]:
-    """Split the first `count` frames of the layers so that the pixels of each part take at most CHUNK_BYTES."""
+def _portions(layers: MotionLayers, frame_bytes: int) -> Iterator[MotionLayers]:
+    """Split the frames of the layers so that the pixels of each part take at most CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // frame_bytes)
-    for first in range(0, count, size):
-        yield MotionLayers(*(track[:, first : min(first + size, count)] for track in layers))
+    for first in range(0, layers.flow.shape[1], size):
+        yield MotionLayers(*(track[:, first : first + size] for track in layers))

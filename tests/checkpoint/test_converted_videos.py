@@ -80,6 +80,17 @@ def test_a_converted_checkpoint_generates_a_video(ready, tmp_path, model, extra,
     assert (tmp_path / "runs/a/contact_sheet.png").exists()
 
 
+@pytest.mark.parametrize("model", SHORT)
+def test_a_video_of_twice_the_frame_rate_has_the_frames_of_the_model_and_its_length(ready, tmp_path, model):
+    """Smoothing leaves them too, because random weights generate no face."""
+    for name, extra in (("plain", []), ("double", ["post.interpolate=2", "post.smooth_motion=1"])):
+        generate(tmp_path, name, *arguments(ready, model, *extra))
+    plain, double = (frames_of(tmp_path, name).astype(int) for name in ("plain", "double"))
+    assert len(double) == 2 * len(plain) and np.abs(double[::2] - plain).mean() < 8  # two H.264 videos of noise
+    before, after = (json.loads((tmp_path / f"runs/{name}/result.json").read_text()) for name in ("plain", "double"))
+    assert (after["frames"], after["fps"]) == (2 * before["frames"], 2 * before["fps"])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("model", SHORT)
 def test_any_number_of_steps_works_in_the_models_own_precision(ready, tmp_path, model, steps):

@@ -140,7 +140,8 @@ def test_the_rest_ratio_is_the_motion_in_long_pauses_against_that_in_loud_frames
 def test_frames_of_a_pause_are_far_from_every_sound():
     level = np.ones(60)
     level[20:40] = 1e-6
-    assert pauses(level).nonzero()[0].tolist() == list(range(25, 35))
+    assert pauses(level, 25).nonzero()[0].tolist() == list(range(25, 35))
+    assert pauses(level.repeat(2), 50).nonzero()[0].tolist() == list(range(50, 70))
 
 
 def test_a_video_of_another_size_is_refused(folder):

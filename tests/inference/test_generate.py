@@ -28,7 +28,7 @@ from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.report import FrameRecorder, StageTimer
-from sonic.inference.stream import buffer_all, decode_blocks, half_the_threads, prefetch, smooth_seams
+from sonic.inference.stream import buffer_all, decode_motion, half_the_threads, prefetch, render_motion, smooth_seams
 from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait, Speech
 
 KEYS = {
@@ -203,6 +203,12 @@ def test_stages_that_work_at_once_share_the_threads_evenly_in_every_video():
         torch.set_num_threads(before)
 
 
+def decoded(blocks, autoencoder, canvas):
+    """The chunks of frames of some blocks, all of which belong to the video."""
+    motion = decode_motion(blocks, lambda _, count: count, autoencoder=autoencoder, reference=None, timer=StageTimer())
+    return render_motion(motion, canvas, timer=StageTimer())
+
+
 def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photograph():
     shown = []
 
@@ -216,7 +222,7 @@ def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photo
     canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
     with FakeTensorMode():  # which simulates devices that do not exist
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
-        list(decode_blocks(blocks, 24, autoencoder=SimpleNamespace(decode=decode), reference=None, canvas=canvas, timer=StageTimer()))
+        list(decoded(blocks, SimpleNamespace(decode=decode), canvas))
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 
@@ -235,10 +241,7 @@ def test_smoothing_across_blocks_equals_smoothing_the_whole():
 
     canvas, vae = SimpleNamespace(pixels=torch.zeros(4, 4, 3), render=render), SimpleNamespace(decode=decode)
     blocks = [LatentBlock(torch.zeros(1, 16, 3, 4, 4), BlockSpan(n, 3 * n, 3)) for n in range(2)]
-    assert [chunk.start for chunk in decode_blocks(blocks, 24, autoencoder=vae, reference=None, canvas=canvas, timer=StageTimer())] == [
-        0,
-        12,
-    ]
+    assert [chunk.start for chunk in decoded(blocks, vae, canvas)] == [0, 12]
     whole = smooth_seams(MotionLayers(*layers), None)
     for name in ("flow", "opacity", "interior"):
         assert_close(torch.cat([getattr(part, name) for part in shown], dim=1), getattr(whole, name))
