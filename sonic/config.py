@@ -369,22 +369,6 @@ class FaceConfig(FaceLocationConfig):
 
 
 @dataclass
-class HeadConfig:
-    """Motion of the head and eyes."""
-
-    head: str = option("off", "off = the head stays still, gentle = it sways a little and the eyes blink")
-    pose: str = option("", "a video of drawn poses, which the published models follow; empty = none")
-    dynamic_scale: float = option(1.0, "how far the mouth moves, 0.5 to 2.0 (published models: how strongly the sound drives them)")
-    motion_scale: float = option(1.0, "how far the head moves and the eyes close (published models: how far poses move), 0.5 to 2.0")
-
-    def __post_init__(self) -> None:
-        one_of(self.head, ("off", "gentle"), "motion.head")
-        for name in ("dynamic_scale", "motion_scale"):
-            value = getattr(self, name)
-            require(0.5 <= value <= 2, f"motion.{name}={value} must lie between 0.5 and 2.0")
-
-
-@dataclass
 class RunConfig:
     """The name and folder of the run, and how it uses the machine."""
 

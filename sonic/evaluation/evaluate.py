@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sonic.config import PHOTO_SIZE, HeadConfig, parse_size, settled_video
+from sonic.config import PHOTO_SIZE, parse_size, settled_video
 from sonic.data.face_detector import FaceMesh
 from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import MOUTH_IN_FACE
@@ -35,6 +35,7 @@ from sonic.evaluation import metrics
 from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
 from sonic.geometry import FPS, FRAMES_PER_LATENT, MOUTH_ANCHOR
 from sonic.inference.infer_config import InferConfig
+from sonic.inference.motion_config import HeadConfig
 from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, HardwareConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet, voices

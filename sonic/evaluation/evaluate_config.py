@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, HeadConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
+from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
+from sonic.inference.motion_config import HeadConfig
 from sonic.parallel.parallel_config import ParallelConfig
 
 OTHERS = {"sync_correlation": "≥ 0.85", "silence_gap": "≤ 0.03", "identity_psnr_db": "≥ 34"}

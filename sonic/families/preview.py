@@ -19,7 +19,7 @@ from torch import Tensor
 from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, weights_hash
 from sonic.checkpoint.speech_weights import open_speech_encoder, speech_hash
 from sonic.checkpoint.weights import load_weights
-from sonic.config import HeadConfig, ModelConfig
+from sonic.config import ModelConfig
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import portrait_of
 from sonic.data.image import cut, face_crop
@@ -37,6 +37,7 @@ from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, video_length
 from sonic.inference.live_features import LiveFeatures
+from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_process import process_motion
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, seeded

@@ -19,7 +19,7 @@ from torch import Tensor
 from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.official import VAE_FILE
 from sonic.checkpoint.speech_weights import MakeSpeechEncoder, open_speech_encoder, speech_hash
-from sonic.config import FaceConfig, HeadConfig, ModelConfig, parse_size
+from sonic.config import FaceConfig, ModelConfig, parse_size
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
@@ -44,6 +44,7 @@ from sonic.inference.generate_wan import (
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings, at_duration, video_length
 from sonic.inference.live_features import LiveFeatures
+from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_process import numbered, process_pixels
 from sonic.inference.report import StageTimer
 from sonic.inference.stream import FramesLeft, hand_over

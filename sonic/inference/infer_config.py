@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from sonic.config import (
     DecodeConfig,
     FaceConfig,
-    HeadConfig,
     ModelConfig,
     RunConfig,
     SamplerConfig,
@@ -18,6 +17,7 @@ from sonic.config import (
     require,
     settled_video,
 )
+from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_config import PostConfig
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 

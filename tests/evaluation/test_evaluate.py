@@ -11,11 +11,12 @@ from infer_command import untrained_components
 from video_files import read_frames
 
 from sonic.cli import Entry, compose
-from sonic.config import HeadConfig, ModelConfig, SamplerConfig, VideoConfig
+from sonic.config import ModelConfig, SamplerConfig, VideoConfig
 from sonic.data.faces import portrait_of
 from sonic.evaluation.evaluate import GOALS, Case, drawn_cases, evaluate, portrait_side, score_clip, show, still_frames, true_frames
 from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
 from sonic.inference.infer_config import InferConfig
+from sonic.inference.motion_config import HeadConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, puppet

@@ -8,7 +8,6 @@ import torch
 from infer_command import FACE, TINY
 
 from sonic.cli import Entry, compose
-from sonic.config import HeadConfig
 from sonic.data.motion import estimate_motion, head_pose
 from sonic.evaluation.evaluate import drawn_cases, generate_frames
 from sonic.evaluation.evaluate_config import EvalConfig
@@ -16,6 +15,7 @@ from sonic.evaluation.metrics import correlation, dynamics_ratio, mouth_opening
 from sonic.families.family import family_of
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory
+from sonic.inference.motion_config import HeadConfig
 from sonic.pipeline import AvatarPipeline
 
 SCALES = (0.7, 1.3)

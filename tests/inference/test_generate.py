@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from sonic.cli import run_command
 from sonic.commands import infer_command
-from sonic.config import DecodeConfig, FaceConfig, HeadConfig, SamplerConfig, VideoConfig
+from sonic.config import DecodeConfig, FaceConfig, SamplerConfig, VideoConfig
 from sonic.data.image import MOUTH_IN_FACE, cut
 from sonic.families.preview import Preview, head_poses
 from sonic.geometry import BlockSpan
@@ -27,6 +27,7 @@ from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.generate import generate
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
+from sonic.inference.motion_config import HeadConfig
 from sonic.inference.report import FrameRecorder, StageTimer
 from sonic.inference.stream import buffer_all, decode_motion, half_the_threads, prefetch, render_motion, smooth_seams
 from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait, Speech
