@@ -129,7 +129,7 @@ class HandOverTimer(StageTimer):
 
 
 class Undecoded(nn.Module):
-    """Placeholder for the VAE when the transformer is timed alone: encodes to zeros and decodes to no frames."""
+    """Placeholder for the VAE when the transformer is timed alone: encodes to zeros and decodes to frames of one pixel."""
 
     def encode(self, frames: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Frames [B,3,1+4k,H,W] -> latents [B,16,1+k,H/8,W/8]"""
@@ -138,9 +138,8 @@ class Undecoded(nn.Module):
         return frames.new_zeros(batch, 16, 1 + (count - 1) // FRAMES_PER_LATENT, rows, columns), cache
 
     def decode(self, latents: Tensor, cache: object = None) -> tuple[Tensor, object]:
-        """Latents [B,16,T,h,w] -> frames [B,3,0,8h,8w]"""
-        batch, _, _, rows, columns = latents.shape
-        return latents.new_zeros(batch, 3, 0, PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns), cache
+        """Latents [B,16,T,h,w] -> frames [B,3,4T,1,1]"""
+        return latents.new_zeros(len(latents), 3, FRAMES_PER_LATENT * latents.shape[2], 1, 1), cache
 
 
 def product_tflops(work: Workload, device: torch.device) -> float:
