@@ -253,7 +253,8 @@ def score_clip(case: Case, make: FrameGenerator, block_frames: int) -> ScoredCli
     opening, true_opening, silent_opening = openings
     _, lag = metrics.best_lag(opening, case.track)
     mask = case.turned(metrics.mouth_mask(case.person.mouth, *frames.shape[-2:])[None, None])[0, 0]
-    silent_size, size = (float(np.sqrt(np.mean(np.square(track)))) for track in (silent_opening, opening))  # a mouth left open counts
+    still = np.median(silent_opening) if case.drawn else 0.0  # of kinds, silence_lower_lip says where the lips rest; else open lips count
+    silent_size, size = (float(np.sqrt(np.mean(np.square(track)))) for track in (silent_opening - still, opening))
     figures = {
         "sync_correlation": metrics.correlation(opening, case.track),
         "offset_within_1_frame": float(abs(lag) <= 1.0 and np.std(opening) > 1e-6),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from sonic.config import VideoConfig
 from sonic.data import face_detector
 from sonic.data.face_detector import INSTALL, MESH_SIDE, FaceMesh
 from sonic.data.faces import CONFIDENT, FaceFinder, find_speaker, portrait_of
@@ -83,7 +84,7 @@ def test_a_photo_of_64_px_speaks(astronaut, found, tmp_path):
     head.save(tmp_path / "small.png")
     small = portrait_of(load_image(tmp_path / "small.png"))
     assert math.dist((small.mouth.x * 250 / 65, small.mouth.y * 250 / 64), MOUTH) < 0.06 * found.face.width
-    assert fit_portrait(small, "photo").pixels.shape == (64, 64, 3)  # as H.264 needs it
+    assert fit_portrait(small, VideoConfig()).pixels.shape == (64, 64, 3)  # as H.264 needs it
 
 
 @pytest.mark.parametrize("degrees", [-90, -25, 12, 90, 180])
