@@ -16,6 +16,7 @@ from sonic.training.objectives.portrait_latents import PortraitLatents
 from sonic.training.objectives.transformer import cell_weights
 from sonic.training.objectives.viseme import VisemePretraining, encoder_input
 from sonic.training.train_config import BudgetConfig, OptimConfig, TrainConfig
+from sonic.types import MotionLayers
 from sonic.vae.motion_vae import WarpAutoencoder
 
 
@@ -38,6 +39,7 @@ def batch():
     latents, ref = draw(2, 16, 6, 4, 4), draw(2, 16, 1, 4, 4)
     sound = {"audio": draw(2, 1, 160, 24), "mel": draw(2, 48, 40), "visemes": draw(2, 24, 5).abs()}
     moved = {"flow": draw(2, 24, 2, 16, 16) / 20, "opacity": draw(2, 24, 1, 16, 16).sigmoid(), "interior": draw(2, 24, 3, 16, 16).sigmoid()}
+    moved["shown"] = moved["interior"].flip(0)
     seen = {"picture": draw(2, 3, 32, 32).clamp(-1, 1), "focus": draw(2, 16, 16).sigmoid(), **moved}
     return {"latents": latents, "ref": ref, "head": torch.zeros(2, 24, 4), **sound, **seen}
 
@@ -100,6 +102,22 @@ def test_an_exported_autoencoder_has_the_measured_size_of_its_latents(batch):
     exported = objective.export(objective.roles["student"].state_dict())
     assert exported.keys() == WarpAutoencoder().state_dict().keys()
     assert not torch.equal(exported["latent_scale"], WarpAutoencoder().latent_scale)
+
+
+def test_with_decoder_only_latents_stay_and_the_decoder_learns_what_is_shown(batch):
+    torch.manual_seed(0)
+    objective = Autoencode(config_of(AutoencodeConfig(decoder_only=True)))
+    model, layers = objective.roles["student"], MotionLayers(batch["flow"], batch["opacity"], batch["interior"])
+    before = model.encode(layers), model.reference(batch["picture"]).latents
+    optimizer, figures = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-3), []
+    for _ in range(30):
+        loss, found = next(objective.losses("student", batch, torch.Generator().manual_seed(1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        figures.append(float(found["interior"]))
+    assert torch.equal(model.encode(layers), before[0]) and torch.equal(model.reference(batch["picture"]).latents, before[1])
+    assert figures[-1] < 0.7 * figures[0]
 
 
 def test_the_export_has_the_dit_without_the_viseme_head(batch):
