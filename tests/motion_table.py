@@ -26,7 +26,7 @@ from sonic.inference.post_process import process_motion, process_pixels
 from sonic.pipeline import AvatarPipeline
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
-from sonic.types import Crop, MotionLayers
+from sonic.types import Crop, MotionLayers, Portrait
 from sonic.vae.warp import Canvas
 
 FPS, JITTER_PX, BORDER = 25, 0.5, 12
@@ -126,7 +126,7 @@ def odd_frames(seed: int, frames: int) -> dict[str, float]:
     """PSNR of the odd frames against the truth at 50 fps: of the preview's way with motion layers, and with pixels of a moving head."""
     resolution, even, odd = 192, slice(0, None, 2), slice(1, -1, 2)
     person, visemes = person_of(seed, resolution), visemes_at(2 * FPS, frames, seed)
-    canvas = Canvas(torch.from_numpy(person.picture), Crop(resolution / 2, resolution / 2, resolution, 0.0, resolution))
+    canvas = Canvas(Portrait(person.picture), Crop(resolution / 2, resolution / 2, resolution, 0.0, resolution))
     targets = motion_targets(person.mouth, visemes, None, resolution=resolution)
     layers = MotionLayers(*(targets[name][None] for name in MotionLayers._fields))
     truth = canvas.render(layers).numpy()
