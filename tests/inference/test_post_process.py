@@ -67,8 +67,8 @@ def test_motion_in_chunks_is_motion_in_one_go_to_the_bit(post, layers):
 def test_smoothing_takes_out_fast_motion_and_leaves_slow_motion(strength):
     weights = smoothing_kernel(strength, FPS)
     gain = {hertz: float(weights @ np.cos(2 * np.pi * hertz / FPS * np.arange(-3, 4))) for hertz in (0, 1, 3, 11)}
-    assert gain[0] == pytest.approx(1) and gain[1] == pytest.approx(1, abs=0.02) and gain[3] == pytest.approx(1, abs=0.06)
-    assert gain[11] == pytest.approx(1 - strength, abs=0.1)
+    assert gain[0] == pytest.approx(1) and gain[1] == pytest.approx(1, abs=0.02) and gain[3] == pytest.approx(1, abs=0.1)
+    assert gain[11] == pytest.approx(1 - strength, abs=0.12)
 
 
 def test_a_preview_of_twice_the_frame_rate_keeps_its_own_frames_and_numbers_all(components):
