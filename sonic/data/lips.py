@@ -20,6 +20,7 @@ from sonic.geometry import pixels_around
 from sonic.types import Mouth, Portrait
 
 PARTED = 0.1  # largest gap between the inner edges below which lips count as closed
+SMALLEST_GAP = 1.5  # px
 MARGIN, SHORT, AT_CORNER = 0.05, 0.25, 0.35  # the mesh sees a gap so much too small at either edge, and at the lower one by this share
 # of the gap besides; less so this close to the corners
 MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
@@ -40,7 +41,7 @@ def close_mouth(portrait: Portrait) -> Portrait:
     if portrait.lips is None:
         return portrait
     mouth, edges = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
-    if (edges[1, :, 1] - edges[0, :, 1]).max() < PARTED:
+    if (edges[1, :, 1] - edges[0, :, 1]).max() < max(PARTED, SMALLEST_GAP / mouth.half_width):
         return portrait
     height, width = portrait.pixels.shape[:2]
     radius = REACH * math.hypot(1, 1) * mouth.half_width
@@ -53,12 +54,12 @@ def close_mouth(portrait: Portrait) -> Portrait:
     corners, chin = edges[0, [0, -1], 0], _chin(portrait)
 
     wide = _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
-    opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide
+    opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
     own = portrait.pixels[rows, columns]
     shade = np.percentile(own[(y > upper) & (y < lower)], 5, axis=0)
-    below = _smoothstep((y - lower + SHADE / 2) / (SHADE / 2))[:, None]
+    shaded = 1 - wide * (1 - _smoothstep((y - lower + SHADE / 2) / (SHADE / 2)))  # below the teeth, and in the corners of the mouth
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
-    inside[rows, columns] = np.hstack([own + below * (shade - own), 255 * opacity[:, None]])
+    inside[rows, columns] = np.hstack([own + shaded[:, None] * (shade - own), 255 * opacity[:, None]])
 
     open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
     upper, lower = upper - MARGIN * open_here, lower + (MARGIN + SHORT * (lower - upper)) * open_here

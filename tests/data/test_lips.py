@@ -85,6 +85,12 @@ def test_nothing_is_kept_of_a_mouth_that_is_hardly_open():
     assert not close_mouth(drawn(gap=0.12)).inside[..., 3].any()
 
 
+def test_a_mouth_of_a_few_pixels_stays_as_it_is():
+    portrait = drawn(unit=3.0)  # whose gap is 1.2 px high
+    assert close_mouth(portrait) is portrait
+    assert close_mouth(drawn(unit=5.0)).inside is not None
+
+
 def test_a_closed_mouth_and_one_without_outlines_stay_as_they_are():
     closed, unknown = drawn(gap=0.9 * PARTED), replace(drawn(), lips=None)
     assert close_mouth(closed) is closed and close_mouth(unknown) is unknown
