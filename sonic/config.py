@@ -296,8 +296,7 @@ class VideoConfig:
 
 
 def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, ModelConfig]:
-    """The video options with the model's own values in place of 0 and one size, and the model with the published window for
-    `compat`.
+    """The video options with the model's own values in place of 0 and one size; and the model, for `compat` with the published window.
 
     A clip with full attention must be a whole number of latent frames, a clip of the published rollout a whole number of blocks;
     otherwise infer_frames only limits the length. Raises ValueError for other lengths, or a frame rate that is not the model's.
