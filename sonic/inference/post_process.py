@@ -22,7 +22,7 @@ from sonic.inference.stream import windows
 from sonic.types import FrameChunk, Inputs, MotionLayers
 from sonic.vae.warp import unit_grid
 
-JITTER_HZ = 7.5  # motion above this is taken for jitter: most of speech is slower, and lips still close for m, b and p
+JITTER_HZ = 7.3  # motion above this is taken for jitter: most of speech is slower, and lips still close for m, b and p
 TAPS = 7  # frames in the smoothing kernel
 HALFWAY = ((0, 0, 1, 0, 0), (0, -1 / 16, 9 / 16, 9 / 16, -1 / 16))  # weights for a frame itself, and for halfway to the next: cubic
 FLOW_RADIUS, FLOW_SIDE = 15, 512  # px: window of the optical flow, and the longer side of the frames that it is computed from
