@@ -36,7 +36,10 @@ REACH = 3.8  # no pixel further above or below the mouth changes
 
 
 def close_mouth(portrait: Portrait) -> Portrait:
-    """The portrait with its mouth closed, and what it showed between the lips as `inside`; itself when its lips are unknown or meet."""
+    """The portrait with its mouth closed, and what it showed between the lips as `inside`.
+
+    It stays as it is when its lips are unknown or meet, or when no pixel shows what is between them.
+    """
     if portrait.lips is None:
         return portrait
     mouth, edges = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
@@ -50,12 +53,14 @@ def close_mouth(portrait: Portrait) -> Portrait:
     near = (np.abs(x) < CHEEKS[1]) & (np.abs(y) < REACH)
     x, y, rows, columns = x[near], y[near], rows[near], columns[near]
     upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
-    corners, chin = edges[0, [0, -1], 0], _chin(portrait)
+    corners, chin, between = edges[0, [0, -1], 0], _chin(portrait), (y > upper) & (y < lower)
+    if not between.any():
+        return portrait
 
     wide = _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
     opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide
     own = portrait.pixels[rows, columns]
-    shade = np.percentile(own[(y > upper) & (y < lower)], 5, axis=0)
+    shade = np.percentile(own[between], 5, axis=0)
     below = _smoothstep((y - lower + SHADE / 2) / (SHADE / 2))[:, None]
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
     inside[rows, columns] = np.hstack([own + below * (shade - own), 255 * opacity[:, None]])
