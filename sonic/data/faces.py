@@ -150,10 +150,10 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     known = face is not None and face.confidence >= CONFIDENT
     box = box or face.box
     if given is not None and len(mouth) == 3:
-        given = replace(given, angle=0.0 if face is None else face.angle)
+        given = replace(given, angle=face.angle if known else 0.0)
     if given is None and not known:
         raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
-    given = given or face.mouth
+    given = given or _shown_mouth(pixels, face)
     # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
     face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
     x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
@@ -177,6 +177,15 @@ def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:
         size = f"{pixels.shape[1]}x{pixels.shape[0]} px"
         raise ValueError(f"no face is seen in the photo ({size}){seen}; use a photo in which a face is clearly visible, or give {OVERRIDE}")
     return _choose(faces, pixels.shape[1], pixels.shape[0])
+
+
+def _shown_mouth(pixels: np.ndarray, face: Face) -> Mouth:
+    """The mouth of a face. Raises ValueError when it lies beyond the border of the photo, where nothing could move."""
+    mouth, (high, wide) = face.mouth, pixels.shape[:2]
+    if not (0 <= mouth.x <= wide and 0 <= mouth.y <= high):
+        cut = f"the face at {_in_words(face.box)} is cut off: its mouth lies outside the photo ({wide}x{high} px)"
+        raise ValueError(f"{cut}; use a photo that shows the mouth, or choose another face with face_box=[x,y,w,h]")
+    return mouth
 
 
 def _seen_there(face: Face | None) -> str:
