@@ -24,7 +24,7 @@ from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
 from sonic.data.motion import pose_motion
-from sonic.data.pixels import to_bytes, to_signed
+from sonic.data.pixels import signed, to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
@@ -32,7 +32,7 @@ from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clip
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE
 from sonic.inference.components import Components, find_device
-from sonic.inference.fit_picture import published_picture, signed, wan_video_size
+from sonic.inference.fit_picture import published_picture, wan_video_size
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
