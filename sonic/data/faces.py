@@ -39,7 +39,6 @@ SAME_MOUTH = 0.5  # a given mouth whose middle is closer to that of the landmark
 SMALLEST_FACE = 16  # px: least side of a given face box
 OVERRIDE = "face_box=[x,y,w,h] face.mouth=[x,y,half_width] in pixels of the photo"
 
-
 Views = tuple[Sequence[str], Sequence[Crop]]  # names of detectors, and what they look at
 
 

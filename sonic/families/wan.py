@@ -299,20 +299,14 @@ def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _audio_weights(inputs: Inputs, patch: int, scale: float) -> Tensor | None:
-    """Weights of what the audio injectors add to each patch: the mask of the voice, times motion.dynamic_scale.  -> [voices,1,rows,columns]
-
-    None = 1 everywhere.
+    """Weights of what the audio injectors add to each patch: motion.dynamic_scale, where a mask of the voice covers more than half of it,
+    else 0; without masks everywhere.  -> [voices,1,rows,columns]; None = 1 everywhere
     """
     if inputs.masks is not None:
-        return scale * _over_patches(inputs.masks, patch)
+        coverage = F.avg_pool2d(torch.from_numpy(inputs.masks).float()[:, None], patch)
+        return scale * (coverage > 0.5).float()
     height, width = inputs.portrait.pixels.shape[:2]
     return None if scale == 1 else torch.full((1, 1, height // patch, width // patch), scale)
-
-
-def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
-    """Masks on the grid of patches: 1 where more than half of a patch is covered, else 0.  [voices,H,W] -> [voices,1,H/patch,W/patch]"""
-    coverage = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], patch)
-    return (coverage > 0.5).float()
 
 
 def _covering_frames(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
