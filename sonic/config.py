@@ -266,7 +266,8 @@ class VideoConfig:
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
     min_resolution: int = option(
-        0, "short side of the video in pixels, an even number from 384 to 2160, with the photograph's aspect; 0 = by video.size"
+        0,
+        "short side of the video in pixels, even, 384 to 2160, with the photograph's aspect, in place of video.size; 0 = by that",
     )
     duration: float = option(0.0, "seconds that the recording should last, within a frame; 0 = not compared")
     duration_policy: str = option(
@@ -281,11 +282,9 @@ class VideoConfig:
     def __post_init__(self) -> None:
         if self.size != PHOTO_SIZE:
             parse_size(self.size)
-        size, short, seconds = self.size, self.min_resolution, self.duration
+        short, seconds = self.min_resolution, self.duration
         inside = short == 0 or (384 <= short <= 2160 and short % 2 == 0)
         require(inside, f"video.min_resolution={short} must be 0 (off) or an even number between 384 and 2160")
-        one_size = short == 0 or size == PHOTO_SIZE
-        require(one_size, f"video.min_resolution={short} and video.size={size} both set the size; leave one out, or add video.size=photo")
         inside = seconds == 0 or 0.2 <= seconds <= 86_400
         require(inside, f"video.duration={seconds} must be 0 (as long as the recording) or lie between 0.2 and 86400 s")
         one_of(self.duration_policy, DURATION_POLICIES, "video.duration_policy")
@@ -297,7 +296,7 @@ class VideoConfig:
 
 
 def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, ModelConfig]:
-    """The video options with the model's own values in place of 0, and the model with the published window when `compat` is set.
+    """The video options with the model's own values in place of 0 and one size; and the model, for `compat` with the published window.
 
     A clip with full attention must be a whole number of latent frames, a clip of the published rollout a whole number of blocks;
     otherwise infer_frames only limits the length. Raises ValueError for other lengths, or a frame rate that is not the model's.
@@ -319,7 +318,8 @@ def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, 
     require(within, f"video.duration={video.duration} is longer than the {limit:g} s of video.num_clip={video.num_clip}; leave one out")
     if video.compat and not whole:
         model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published KV cache holds one clip
-    return replace(video, fps=rollout.fps, infer_frames=frames), model
+    size = PHOTO_SIZE if video.min_resolution else video.size
+    return replace(video, size=size, fps=rollout.fps, infer_frames=frames), model
 
 
 def precision_of(asked: str, model: ModelConfig) -> str:

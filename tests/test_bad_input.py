@@ -242,7 +242,6 @@ def test_every_rank_reports_its_own_error_with_its_number(monkeypatch, capsys):
         (["min_resolution=200"], "video.min_resolution=200 must be 0 (off) or an even number between 384 and 2160"),
         (["min_resolution=2162"], "video.min_resolution=2162 must be"),
         (["min_resolution=501"], "video.min_resolution=501 must be"),
-        (["min_resolution=512", "video.size=704x384"], "both set the size; leave one out, or add video.size=photo"),
         (["expand_ratio=-0.1"], "face.expand_ratio=-0.1 must lie between 0 and 1: it is the margin around the face box on every side"),
         (["expand_ratio=1.6"], "a crop of 1.6 sides of the box is face.expand_ratio=0.3"),
         (["expand_ratio=4"], "face.expand_ratio=4.0 must lie between 0 and 1"),

@@ -189,7 +189,6 @@ WRONG_CALLS = [
     ({"seed": True}, "seed=true is not a whole number"),
     ({"guidance_scale": 99}, "sampler.sample_guide_scale=99.0 must lie between 0 and 30"),
     ({"size": (1, 1)}, "video.size=1x1 is impossible"),
-    ({"size": (704, 384), "min_resolution": 512}, "both set the size"),
     ({"duration": 9, "duration_policy": "strict"}, "me.wav lasts 1.30 s and video.duration=9: video.duration_policy=strict"),
     ({"audio": (babble(1.0), RATE), "duration": 9, "duration_policy": "strict"}, "audio lasts 1.00 s and video.duration=9"),
     ({"expand_ratio": 1.6}, "a crop of 1.6 sides of the box is face.expand_ratio=0.3"),

@@ -20,6 +20,7 @@ from sonic.geometry import pixels_around, smoothstep
 from sonic.types import Mouth, Portrait
 
 PARTED = 0.1  # largest gap between the inner edges below which lips count as closed
+SMALLEST_GAP = 1.5  # px
 MARGIN, SHORT = 0.05, 0.25  # the mesh sees a gap too small: by MARGIN at either edge, and by a share SHORT of it at the lower one
 AT_CORNER = 0.35  # distance from the corners of the mouth over which both grow from nothing
 MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
@@ -43,7 +44,7 @@ def close_mouth(portrait: Portrait) -> Portrait:
     if portrait.lips is None:
         return portrait
     mouth, outlines = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
-    if (outlines[1, :, 1] - outlines[0, :, 1]).max() < PARTED:
+    if (outlines[1, :, 1] - outlines[0, :, 1]).max() < max(PARTED, SMALLEST_GAP / mouth.half_width):
         return portrait
     height, width = portrait.pixels.shape[:2]
     radius = REACH * math.hypot(1, 1) * mouth.half_width
@@ -69,16 +70,17 @@ def close_mouth(portrait: Portrait) -> Portrait:
 
 
 def _seen_inside(colours: np.ndarray, y: np.ndarray, edges: np.ndarray, *, half_width: float) -> np.ndarray:
-    """What is kept of the pixels between the lips: their colours, which fade into a shade at the lower lip, and their opacity in 0..255.
+    """What is kept of the pixels between the lips: their colours, which fade into a shade at the lower lip and in the corners, and their
+    opacity in 0..255.
 
     colours [n,3], y [n], edges of the lips [4,n] -> [n,4]
     """
     upper, lower = edges[:2]
     wide = smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
-    opacity = np.clip(np.minimum((y - upper) * half_width, 1 - (y - lower) / SHADE), 0, 1) * wide
+    opacity = np.clip(np.minimum((y - upper) * half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
     shade = np.percentile(colours[(y > upper) & (y < lower)], 5, axis=0)
-    below = smoothstep((y - lower + SHADE / 2) / (SHADE / 2))[:, None]
-    return np.hstack([colours + below * (shade - colours), 255 * opacity[:, None]])
+    shaded = 1 - wide * (1 - smoothstep((y - lower + SHADE / 2) / (SHADE / 2)))  # below the teeth, and in the corners of the mouth
+    return np.hstack([colours + shaded[:, None] * (shade - colours), 255 * opacity[:, None]])
 
 
 def _motion(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, corners: np.ndarray, chin: float) -> tuple[np.ndarray, ...]:

@@ -152,7 +152,7 @@ def portrait_side(config: EvaluateConfig) -> int:
         if value != getattr(still, name):
             raise ValueError(f"motion.{name}={value}: the heads of drawn people are still here; of motion.* only dynamic_scale is scored")
     settled_video(video, model)  # checks the frame rate
-    if video.size == PHOTO_SIZE:
+    if video.min_resolution or video.size == PHOTO_SIZE:
         return video.min_resolution or model.resolution
     width, height = parse_size(video.size)
     return round(math.sqrt(width * height) / 2) * 2

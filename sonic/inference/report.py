@@ -157,7 +157,7 @@ def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
     floor = below + 2 * STRIP + GAP
     draw.line([(GAP + column, floor - (STRIP - 4) * value) for column, value in enumerate(open_)], MOUTH, 2)
     draw.text((GAP, below), "speech", SOUND, font)
-    draw.text((GAP, below + STRIP + GAP), "mouth (change from the photograph)", MOUTH, font)
+    draw.text((GAP, below + STRIP + GAP), "mouth (change from rest)", MOUTH, font)
     with written_temporary(path) as partial:
         sheet.save(partial, "PNG")
 

@@ -85,15 +85,21 @@ def test_nothing_is_kept_of_a_mouth_that_is_hardly_open():
     assert not close_mouth(drawn(gap=0.12)).inside[..., 3].any()
 
 
+def test_a_mouth_of_a_few_pixels_stays_as_it_is():
+    portrait = drawn(unit=3.0)  # whose gap is 1.2 px high
+    assert close_mouth(portrait) is portrait
+    assert close_mouth(drawn(unit=5.0)).inside is not None
+
+
 def test_a_closed_mouth_and_one_without_outlines_stay_as_they_are():
     closed, unknown = drawn(gap=0.9 * PARTED), replace(drawn(), lips=None)
     assert close_mouth(closed) is closed and close_mouth(unknown) is unknown
 
 
-def test_a_mouth_whose_gap_no_pixel_shows_stays_as_it_is():
-    tiny, large = drawn(gap=0.12, unit=1.5), drawn()
+def test_a_mouth_that_is_cut_off_above_its_gap_stays_as_it_is():
+    large = drawn()
     cut = replace(large, pixels=np.ascontiguousarray(large.pixels[:190]))  # the gap begins at 195
-    assert close_mouth(tiny) is tiny and close_mouth(cut) is cut
+    assert close_mouth(cut) is cut
 
 
 def test_a_smile_is_closed_and_given_coordinates_close_the_same_one():

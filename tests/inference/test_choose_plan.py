@@ -98,7 +98,7 @@ def test_the_size_of_min_resolution_is_planned(without_weights, tmp_path):
     Image.new("RGB", (4000, 200)).save(tmp_path / "strip.png")  # too wide for this, which its line of the requests says later
     lines = [json.dumps({"image": str(tmp_path / name)}) for name in ("strip.png", "me.png")]
     (tmp_path / "requests.jsonl").write_text("\n".join(lines))
-    asked = ["model=live_avatar_14b", "hardware=8x80gb", "video.size=photo", "min_resolution=700"]
+    asked = ["model=live_avatar_14b", "hardware=8x80gb", "video.size=384x256", "min_resolution=700"]
     for source in (f"image={tmp_path / 'me.png'}", f"requests={tmp_path / 'requests.jsonl'}"):
         assert choose_plan(config(*asked, source), Ranks(0, 8, 0, 8), CPU).config.video == VideoConfig("1024x704", infer_frames=48, fps=25)
     found = search_plans(compose(Entry("plan", PlanConfig), asked))
