@@ -1,4 +1,4 @@
-"""Integer arithmetic of time and size: video frames, latent frames, blocks, and the sizes of pictures. No tensors."""
+"""Arithmetic of time and size: video frames, latent frames, blocks, the sizes of pictures, and where mouth and neck lie in a face."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
@@ -15,6 +16,7 @@ LARGEST_VIDEO = 3840 * 2160  # pixels of a frame
 WAN_MULTIPLE = 64  # of the sides of published videos
 MOUTH_ANCHOR = (0.5, 0.55)  # x, y of the middle of the mouth in the canonical face crop, as shares of its side
 MOUTH_UNIT = 0.125  # half the mouth's width in that crop: 0.20 of the face box over a side of 1.6 boxes
+NECK = 2.2  # the neck, about which the head rotates, lies so many halves of the mouth's width below the mouth
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,9 @@ def pixels_around(middle: float, radius: float, size: int) -> slice:
     """The rows or columns of a picture within `radius` of `middle`, at least one."""
     start = min(max(0, math.floor(middle - radius)), size - 1)
     return slice(start, max(start + 1, min(size, math.ceil(middle + radius))))
+
+
+def smoothstep(t: Any) -> Any:
+    """0 below 0, 1 above 1, and smooth between; t is an array or a tensor."""
+    t = t.clip(0, 1)
+    return t * t * (3 - 2 * t)

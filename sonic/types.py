@@ -119,6 +119,11 @@ class FaceBox:
         if not all(math.isfinite(number) for number in numbers) or self.width <= 0 or self.height <= 0:
             raise ValueError(f"face box {list(numbers)} is not a rectangle; give [x, y, width, height] in photo pixels")
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Its middle (x, y)."""
+        return self.x + self.width / 2, self.y + self.height / 2
+
 
 @dataclass(frozen=True)
 class Mouth:

@@ -12,9 +12,10 @@ from golden_vae import vae_of
 from torch import Tensor
 
 from sonic.config import SamplerConfig
+from sonic.data.pixels import signed
 from sonic.encoders.wav2vec import frame_positions, published_clips
 from sonic.geometry import wan_size
-from sonic.inference.fit_picture import published_picture, signed
+from sonic.inference.fit_picture import published_picture
 from sonic.inference.generate_wan import EncodedInputs, WanNetworks, generate_blocks_upstream, generate_clips
 from sonic.vae.wan_vae import WanAutoencoder
 

@@ -39,7 +39,6 @@ SAME_MOUTH = 0.5  # a given mouth whose middle is closer to that of the landmark
 SMALLEST_FACE = 16  # px: least side of a given face box
 OVERRIDE = "face_box=[x,y,w,h] face.mouth=[x,y,half_width] in pixels of the photo"
 
-
 Views = tuple[Sequence[str], Sequence[Crop]]  # names of detectors, and what they look at
 
 
@@ -78,11 +77,6 @@ class Face:
         view, mouth = self.landmarks.view, self.mouth
         return float(math.cos(mouth.angle) * (view.center_x - mouth.x) + math.sin(mouth.angle) * (view.center_y - mouth.y))
 
-    @property
-    def middle(self) -> tuple[float, float]:
-        """The middle of the face box."""
-        return _middle(self.box)
-
 
 class FaceFinder:
     """Finds the faces of photos; holds the networks, so one thread uses it at a time."""
@@ -97,10 +91,10 @@ class FaceFinder:
 
     def face_in(self, pixels: np.ndarray, box: FaceBox) -> Face | None:
         """The surest face whose middle lies in a box; None when there is none."""
-        picture, middle, side = Image.fromarray(pixels), np.array(_middle(box)), max(box.width, box.height)
+        picture, middle, side = Image.fromarray(pixels), np.array(box.middle), max(box.width, box.height)
         order = [next(_search_order(*picture.size))]  # which gives the same numbers as a search without the box
         order += [(BOTH, [Crop(*middle, 2 * side, turn, 1)]) for turn in QUARTER_TURNS]
-        inside = lambda face: (np.abs(face.middle - middle) < np.array([box.width, box.height]) / 2).all()  # noqa: E731 - a predicate
+        inside = lambda face: (np.abs(face.box.middle - middle) < np.array([box.width, box.height]) / 2).all()  # noqa: E731 - a predicate
         return next(iter(self._search(picture, order, inside)), None)
 
     def follow(self, frame: np.ndarray, last: Landmarks) -> Landmarks | None:
@@ -141,7 +135,7 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
 
     Without them the largest, most central face speaks, with a warning when several are equally good. Eyes are known where a face is
     seen at the given place too.
-    Raises ValueError when no face is certain enough, or what is given is no box or mouth in the photo.
+    Raises ValueError when no face is certain enough, its mouth lies outside the photo, or what is given is no box or mouth in it.
     """
     box = None if face_box is None else _checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
@@ -150,10 +144,13 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     known = face is not None and face.confidence >= CONFIDENT
     box = box or face.box
     if given is not None and len(mouth) == 3:
-        given = replace(given, angle=0.0 if face is None else face.angle)
+        given = replace(given, angle=face.angle if known else 0.0)
     if given is None and not known:
         raise ValueError(f"no mouth is seen in face_box={list(face_box)}{_seen_there(face)}; give face.mouth=[x,y,half_width] too")
-    given = given or face.mouth
+    given, (high, wide) = given or face.mouth, pixels.shape[:2]
+    if not (0 <= given.x <= wide and 0 <= given.y <= high):
+        cut = f"the face at {_in_words(face.box)} is cut off: its mouth lies outside the photo ({wide}x{high} px)"
+        raise ValueError(f"{cut}; use a photo that shows the mouth, or choose another face with face_box=[x,y,w,h]")
     # rounded, so that the log's face_box and face.mouth, given as overrides, make the same video
     face_box = FaceBox(*(round(value, 2) for value in astuple(box)))
     x, y, half_width = (round(value, 2) for value in (given.x, given.y, given.half_width))
@@ -193,11 +190,11 @@ def _choose(faces: Sequence[Face], wide: int, high: int) -> Face:
     """Choose the largest, most central, surest face; the leftmost of equally good ones."""
 
     def merit(face: Face) -> float:
-        off = math.hypot((face.middle[0] - wide / 2) / wide, (face.middle[1] - high / 2) / high)
+        off = math.hypot((face.box.middle[0] - wide / 2) / wide, (face.box.middle[1] - high / 2) / high)
         return face.box.width * face.confidence * math.exp(-2 * off**2)
 
     best = max(merit(face) for face in faces)
-    equals = sorted((face for face in faces if merit(face) >= TIE * best), key=lambda face: face.middle[0])
+    equals = sorted((face for face in faces if merit(face) >= TIE * best), key=lambda face: face.box.middle[0])
     if len(equals) > 1:
         warnings.warn(
             f"{len(equals)} faces are equally good: the leftmost, {_in_words(equals[0].box)}, was taken; face_box=[x,y,w,h] chooses",
@@ -206,15 +203,11 @@ def _choose(faces: Sequence[Face], wide: int, high: int) -> Face:
     return equals[0]
 
 
-def _middle(box: FaceBox) -> tuple[float, float]:
-    return box.x + box.width / 2, box.y + box.height / 2
-
-
 def _distinct(faces: Iterable[Face]) -> list[Face]:
     """The faces, the surest first, without those that were found before in another view."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda face: -face.confidence):
-        if all(math.dist(face.middle, other.middle) > max(face.box.width, other.box.width) / 2 for other in kept):
+        if all(math.dist(face.box.middle, other.box.middle) > max(face.box.width, other.box.width) / 2 for other in kept):
             kept.append(face)
     return kept
 

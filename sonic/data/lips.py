@@ -16,13 +16,13 @@ from einops import rearrange
 from scipy.interpolate import PchipInterpolator
 from torch.nn import functional as F
 
-from sonic.geometry import pixels_around
+from sonic.geometry import pixels_around, smoothstep
 from sonic.types import Mouth, Portrait
 
 PARTED = 0.1  # largest gap between the inner edges below which lips count as closed
 SMALLEST_GAP = 1.5  # px
-MARGIN, SHORT, AT_CORNER = 0.05, 0.25, 0.35  # the mesh sees a gap so much too small at either edge, and at the lower one by this share
-# of the gap besides; less so this close to the corners
+MARGIN, SHORT = 0.05, 0.25  # the mesh sees a gap too small: by MARGIN at either edge, and by a share SHORT of it at the lower one
+AT_CORNER = 0.35  # distance from the corners of the mouth over which both grow from nothing
 MEET = 0.3  # where the lips meet: at the upper edge of the gap (0), or at its lower one (1)
 THINNEST = 0.15  # a lip moves as a whole over at least this height
 ABOVE, BELOW = 0.6, 1.0  # heights over which the skin above the upper lip and that below the lower lip give way
@@ -37,11 +37,14 @@ REACH = 3.8  # no pixel further above or below the mouth changes
 
 
 def close_mouth(portrait: Portrait) -> Portrait:
-    """The portrait with its mouth closed, and what it showed between the lips as `inside`; itself when its lips are unknown or meet."""
+    """The portrait with its mouth closed, and what it showed between the lips as `inside`.
+
+    It stays as it is when its lips are unknown or meet, or when no pixel shows what is between them.
+    """
     if portrait.lips is None:
         return portrait
-    mouth, edges = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
-    if (edges[1, :, 1] - edges[0, :, 1]).max() < max(PARTED, SMALLEST_GAP / mouth.half_width):
+    mouth, outlines = portrait.mouth, _in_units(portrait.lips, portrait.mouth)
+    if (outlines[1, :, 1] - outlines[0, :, 1]).max() < max(PARTED, SMALLEST_GAP / mouth.half_width):
         return portrait
     height, width = portrait.pixels.shape[:2]
     radius = REACH * math.hypot(1, 1) * mouth.half_width
@@ -50,42 +53,62 @@ def close_mouth(portrait: Portrait) -> Portrait:
     x, y = _in_units(np.stack([columns, rows], -1) + 0.5, mouth).astype(np.float32).T
     near = (np.abs(x) < CHEEKS[1]) & (np.abs(y) < REACH)
     x, y, rows, columns = x[near], y[near], rows[near], columns[near]
-    upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
-    corners, chin = edges[0, [0, -1], 0], _chin(portrait)
-
-    wide = _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
-    opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
-    own = portrait.pixels[rows, columns]
-    shade = np.percentile(own[(y > upper) & (y < lower)], 5, axis=0)
-    shaded = 1 - wide * (1 - _smoothstep((y - lower + SHADE / 2) / (SHADE / 2)))  # below the teeth, and in the corners of the mouth
+    edges = np.stack([_edge(outline, x) for outline in outlines])
+    if not ((y > edges[0]) & (y < edges[1])).any():
+        return portrait
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
-    inside[rows, columns] = np.hstack([own + shaded[:, None] * (shade - own), 255 * opacity[:, None]])
+    inside[rows, columns] = _seen_inside(portrait.pixels[rows, columns], y, edges, half_width=mouth.half_width)
 
-    open_here = _smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
-    upper, lower = upper - MARGIN * open_here, lower + (MARGIN + SHORT * (lower - upper)) * open_here
-    line = upper + MEET * (lower - upper)
-    rise, drop = ((edge * ((x > corners[0]) & (x < corners[1]))) for edge in (line - upper, lower - line))
-    above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
-    up = rise * (1 - _smoothstep((above - np.maximum(upper - upper_outer, THINNEST)) / ABOVE))
-    open_jaw = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
-    jaw = JAW * open_jaw * drop.max() * (1 - _smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
-    skin = _smoothstep((below - np.maximum(lower_outer - lower, THINNEST)) / BELOW)
-    down = (drop * (1 - skin) + jaw * skin) * (1 - _smoothstep((y - chin) / THROAT))
-    crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
-
-    moved = (up != 0) | (down != 0) | (crease > 1e-3)
-    x, y, up, down, line, crease = (values[moved] for values in (x, y, up, down, line, crease))
+    down, up, line, crease = _motion(x, y, edges, corners=outlines[0, [0, -1], 0], chin=_chin(portrait))
+    moved = (down != 0) | (up != 0) | (crease > 1e-3)
+    x, y, down, up, line, crease = (values[moved] for values in (x, y, down, up, line, crease))
     side = np.clip((y - line) * mouth.half_width / 1.5 + 0.5, 0, 1)[:, None]  # of the line: 0 above, 1 below, over 1.5 px
-    shown = (1 - side) * _sampled(portrait, region, x=x, y=y - up) + side * _sampled(portrait, region, x=x, y=y + down)
+    shown = (1 - side) * _sampled(portrait, region, x=x, y=y - down) + side * _sampled(portrait, region, x=x, y=y + up)
     closed = portrait.pixels.copy()
     closed[rows[moved], columns[moved]] = np.clip(shown * (1 - crease[:, None]), 0, 255).round().astype(np.uint8)
     return replace(portrait, pixels=closed, inside=inside)
 
 
+def _seen_inside(colours: np.ndarray, y: np.ndarray, edges: np.ndarray, *, half_width: float) -> np.ndarray:
+    """What is kept of the pixels between the lips: their colours, which fade into a shade at the lower lip and in the corners, and their
+    opacity in 0..255.
+
+    colours [n,3], y [n], edges of the lips [4,n] -> [n,4]
+    """
+    upper, lower = edges[:2]
+    wide = smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
+    opacity = np.clip(np.minimum((y - upper) * half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
+    shade = np.percentile(colours[(y > upper) & (y < lower)], 5, axis=0)
+    shaded = 1 - wide * (1 - smoothstep((y - lower + SHADE / 2) / (SHADE / 2)))  # below the teeth, and in the corners of the mouth
+    return np.hstack([colours + shaded[:, None] * (shade - colours), 255 * opacity[:, None]])
+
+
+def _motion(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, corners: np.ndarray, chin: float) -> tuple[np.ndarray, ...]:
+    """How the mouth closes at each pixel: how far what is seen there above the line where the lips meet has come down, and below it has
+    come up; the height of that line, and the share by which it darkens the pixel.
+
+    x, y [n], edges of the lips [4,n], corners of the mouth (x of the left and the right one) -> four [n]
+    """
+    upper, lower, upper_outer, lower_outer = edges
+    open_here = smoothstep(np.minimum(x - corners[0], corners[1] - x) / AT_CORNER)
+    upper, lower = upper - MARGIN * open_here, lower + (MARGIN + SHORT * (lower - upper)) * open_here
+    line = upper + MEET * (lower - upper)
+    above, below = np.maximum(line - y, 0), np.maximum(y - line, 0)
+    fall, rise = ((way * ((x > corners[0]) & (x < corners[1]))) for way in (line - upper, lower - line))  # of the edges to the line
+
+    down = fall * (1 - smoothstep((above - np.maximum(upper - upper_outer, THINNEST)) / ABOVE))
+    open_jaw = np.clip((float((lower - upper).max()) - JAW_FROM) / (JAW_FULL - JAW_FROM), 0, 1)
+    jaw = JAW * open_jaw * rise.max() * (1 - smoothstep((np.abs(x) - CHEEKS[0]) / (CHEEKS[1] - CHEEKS[0])))
+    skin = smoothstep((below - np.maximum(lower_outer - lower, THINNEST)) / BELOW)  # 0 in the lower lip, 1 where only the jaw moves
+    up = (rise * (1 - skin) + jaw * skin) * (1 - smoothstep((y - chin) / THROAT))
+    crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
+    return down, up, line, crease
+
+
 def _chin(portrait: Portrait) -> float:
     """The chin's distance below the mouth: there the face box ends, which for a rotated face is as large but upright."""
     face, mouth = portrait.face, portrait.mouth
-    middle = _in_units(np.array([face.x + face.width / 2, face.y + face.height / 2]), mouth)
+    middle = _in_units(np.array(face.middle), mouth)
     return float(np.clip(middle[1] + (face.width + face.height) / 4 / mouth.half_width, *CHIN))
 
 
@@ -113,8 +136,3 @@ def _edge(points: np.ndarray, x: np.ndarray) -> np.ndarray:
     points = points[order][np.concatenate([[True], np.diff(points[order, 0]) > 1e-6])]
     finely = np.linspace(points[0, 0], points[-1, 0], 1024)
     return np.interp(x, finely, PchipInterpolator(*points.T)(finely)).astype(np.float32)
-
-
-def _smoothstep(t: np.ndarray) -> np.ndarray:
-    t = np.clip(t, 0, 1)
-    return t * t * (3 - 2 * t)

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT
-from sonic.synthetic.puppet import smoothstep, warped
+from sonic.geometry import FRAMES_PER_LATENT, MOUTH_ANCHOR, MOUTH_UNIT, NECK, smoothstep
+from sonic.synthetic.puppet import warped
 from sonic.types import MotionLayers
 
 STILL = 0.001  # displacements below this share of the picture are camera noise
 HIDDEN = (0.04, 0.12)  # error of the warped picture (black to white = 1): explained by motion below, hidden content above
 BORDER = 0.08  # share of the crop over which motion fades to zero, as when a video is composed
-PIVOT = 2.2  # the neck, about which the head rotates, in mouth units below the mouth
 POSE_SIDE, POSE_BLUR = 160, 2.0  # where the motion of drawn poses is estimated: about the longer side, and the blur of the lines, in px
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
@@ -68,7 +67,7 @@ def head_pose(flow: Tensor) -> Tensor:
     side = flow.shape[-1]
     centres = (torch.arange(side) + 0.5) / side
     y, x = torch.meshgrid(centres, centres, indexing="ij")
-    dx, dy = x - MOUTH_ANCHOR[0], y - MOUTH_ANCHOR[1] - PIVOT * MOUTH_UNIT
+    dx, dy = x - MOUTH_ANCHOR[0], y - MOUTH_ANCHOR[1] - NECK * MOUTH_UNIT
     face = (dx.abs() < 2 * MOUTH_UNIT) & (y < MOUTH_ANCHOR[1] - MOUTH_UNIT) & (y > 2 * BORDER)
     dx, dy, one, zero = dx[face], dy[face], torch.ones(int(face.sum())), torch.zeros(int(face.sum()))
     rows = torch.cat([torch.stack([dy, -one, zero], 1), torch.stack([-dx, zero, -one], 1)])  # linearised small rotation, as backward flow

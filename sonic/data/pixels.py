@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
+
+
+def signed(picture: np.ndarray) -> Tensor:
+    """A picture as networks read it.  uint8 [H,W,3] -> [1,3,H,W] in [-1,1]"""
+    return to_signed(rearrange(torch.from_numpy(np.ascontiguousarray(picture)), "h w c -> 1 c h w"))
 
 
 def to_signed(pixels: Tensor) -> Tensor:

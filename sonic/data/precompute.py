@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from sonic.data import clips
 from sonic.data.audio import log_mel
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.own_videos import precompute_videos
-from sonic.data.pixels import to_signed
+from sonic.data.pixels import signed
 from sonic.data.shards import Build, Encoders, HashesOf, common_encoders, encoders_here, make_shards, write_shard
 from sonic.geometry import FPS, FRAMES_PER_LATENT
 from sonic.synthetic import draw_face, voices
@@ -94,7 +93,7 @@ MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
 @torch.no_grad()
 def encode_person(autoencoder: Any, person: draw_face.Identity, *, visemes: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Encode a drawn person speaking, latents [C,T,h,w], and at rest, [C,1,h,w]."""
-    picture = to_signed(rearrange(torch.from_numpy(person.picture), "h w c -> 1 c h w"))
+    picture = signed(person.picture)
     reference = autoencoder.reference(picture)
     still = not head.any()
     parts = []

@@ -14,6 +14,7 @@ from sonic.encoders.speech_encoder import SpeechEncoder
 from sonic.geometry import FPS
 from sonic.model.cpu import gelu
 
+VISEMES = 5  # that it learns: opening, width, press, teeth, tongue
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 HALF_WINDOW = 160  # samples that the spectrum window of the last column reaches beyond its hop
 

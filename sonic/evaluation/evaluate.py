@@ -29,7 +29,7 @@ from sonic.data.face_detector import FaceMesh
 from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import MOUTH_IN_FACE
 from sonic.data.lips import close_mouth
-from sonic.data.pixels import to_bytes, to_signed
+from sonic.data.pixels import signed, to_bytes, to_signed
 from sonic.data.video import VideoWriter
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate_config import PORTRAITS, EvalConfig, EvaluateConfig
@@ -76,7 +76,7 @@ class Case:
     @property
     def rest(self) -> Tensor:
         """The person at rest, [3,R,R] in [-1,1]."""
-        return self.turned(_signed(self.person.picture)[None])[0]
+        return self.turned(signed(self.person.picture))[0]
 
     def turned(self, frames: Tensor) -> Tensor:
         """Frames of the person seen from the front, as the portrait shows the head.  [F,C,R,R]"""
@@ -225,12 +225,7 @@ def true_frames(case: Case, samples: np.ndarray) -> Tensor:
 
 def still_frames(case: Case, samples: np.ndarray) -> Tensor:
     """The portrait in every frame.  -> [F,3,R,R] in [-1,1]"""
-    return _signed(case.picture).expand_as(case.truth)
-
-
-def _signed(picture: np.ndarray) -> Tensor:
-    """uint8 [R,R,3] -> [3,R,R] in [-1,1]"""
-    return to_signed(rearrange(torch.from_numpy(picture), "h w c -> c h w"))
+    return signed(case.picture).expand_as(case.truth)
 
 
 class ScoredClip(NamedTuple):
@@ -299,7 +294,7 @@ def _save_clip(clip: ScoredClip, case: Case, path: Path, *, video: bool) -> None
     the clip as an MP4 too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(case.track) - 1, 8).astype(int)
-    generated = torch.cat([_signed(case.picture)[None], clip.silent[-1:], clip.frames[chosen]])
+    generated = torch.cat([signed(case.picture), clip.silent[-1:], clip.frames[chosen]])
     true = torch.cat([case.rest[None], case.rest[None], case.truth[chosen]])
     rows = [rearrange(pictures, "f c h w -> h (f w) c") for pictures in (generated, true)]
     Image.fromarray(to_bytes(torch.cat(rows)).numpy()).save(path.with_suffix(".png"))

@@ -24,7 +24,7 @@ from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
 from sonic.data.motion import pose_motion
-from sonic.data.pixels import to_bytes, to_signed
+from sonic.data.pixels import signed, to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
@@ -32,7 +32,7 @@ from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clip
 from sonic.families.family import Family
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE
 from sonic.inference.components import Components, find_device
-from sonic.inference.fit_picture import published_picture, signed, wan_video_size
+from sonic.inference.fit_picture import published_picture, wan_video_size
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
     EncodedInputs,
@@ -299,20 +299,14 @@ def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:
 
 
 def _audio_weights(inputs: Inputs, patch: int, scale: float) -> Tensor | None:
-    """Weights of what the audio injectors add to each patch: the mask of the voice, times motion.dynamic_scale.  -> [voices,1,rows,columns]
-
-    None = 1 everywhere.
+    """Weights of what the audio injectors add to each patch: motion.dynamic_scale, where a mask of the voice covers more than half of it,
+    else 0; without masks everywhere.  -> [voices,1,rows,columns]; None = 1 everywhere
     """
     if inputs.masks is not None:
-        return scale * _over_patches(inputs.masks, patch)
+        coverage = F.avg_pool2d(torch.from_numpy(inputs.masks).float()[:, None], patch)
+        return scale * (coverage > 0.5).float()
     height, width = inputs.portrait.pixels.shape[:2]
     return None if scale == 1 else torch.full((1, 1, height // patch, width // patch), scale)
-
-
-def _over_patches(masks: np.ndarray, patch: int) -> Tensor:
-    """Masks on the grid of patches: 1 where more than half of a patch is covered, else 0.  [voices,H,W] -> [voices,1,H/patch,W/patch]"""
-    coverage = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], patch)
-    return (coverage > 0.5).float()
 
 
 def _covering_frames(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:

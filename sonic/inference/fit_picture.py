@@ -6,14 +6,10 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image
-from torch import Tensor
 
 from sonic.config import PHOTO_SIZE, VideoConfig, parse_size
 from sonic.data.image import resized
-from sonic.data.pixels import to_signed
 from sonic.geometry import LARGEST_VIDEO, WAN_MULTIPLE, fit_area, short_side_size, wan_size
 from sonic.types import FaceBox, Mouth, Portrait
 
@@ -68,8 +64,3 @@ def published_picture(pixels: np.ndarray, width: int, height: int) -> np.ndarray
     filled = np.pad(small, [*bars, (0, 0)])
     top, left = (round((have - size) / 2) for size, have in ((height, filled.shape[0]), (width, filled.shape[1])))
     return np.ascontiguousarray(filled[top : top + height, left : left + width])
-
-
-def signed(pixels: np.ndarray) -> Tensor:
-    """uint8 [H,W,3] -> [1,3,H,W] in [-1,1]"""
-    return to_signed(rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "h w c -> 1 c h w"))

@@ -26,7 +26,7 @@ from sonic.checkpoint.weights import load_weights
 from sonic.data.audio import SAMPLE_RATE
 from sonic.data.face_detector import Landmarks
 from sonic.data.faces import CONFIDENT, FaceFinder
-from sonic.encoders.speech import LogMelEncoder
+from sonic.encoders.logmel import VISEMES, LogMelEncoder
 from sonic.evaluation import metrics
 from sonic.geometry import FPS
 from sonic.inference.inputs import Settings
@@ -35,7 +35,6 @@ from sonic.types import FrameChunk, Inputs, Portrait, Speech
 
 log = logging.getLogger("sonic.inference")
 
-VISEMES = 5
 STEP_S = 0.01  # between the offsets that are tried, up to MOST_OFFSET_S in both directions; a parabola refines the best
 SLOW_S = 1.0  # changes of posture and of the smile are slower, and are subtracted
 LEAST_S, PARTS = 2.0, 8  # shortest video that is measured, and parts of it that are left out in turn for the standard error
@@ -58,7 +57,8 @@ class MouthDelay:
         if self.unsure:
             return f"lip_align changes nothing: {self.unsure}"
         how_sure = f"standard error {1000 * self.standard_error_s:.0f} ms, correlation {self.correlation:.2f}"
-        return f"lip_align: the mouth is {1000 * self.late_s:+.0f} ms later than the sound ({how_sure}), which is taken out"
+        which = "later" if self.late_s >= 0 else "earlier"
+        return f"lip_align: the mouth is {1000 * abs(self.late_s):.0f} ms {which} than the sound ({how_sure}), which is taken out"
 
 
 def mouth_delay(opening: np.ndarray, expected: np.ndarray, fps: int) -> MouthDelay:
@@ -127,7 +127,7 @@ class SoundOffset:
 
     def as_json(self) -> dict:
         """The offset and what was measured, for result.json."""
-        return {"later_s": self.later_s, "lip_align": None if self.delay is None else asdict(self.delay)}
+        return {"later_s": round(self.later_s, 6), "lip_align": None if self.delay is None else asdict(self.delay)}
 
     def record(self, chunk: FrameChunk) -> None:
         """Read the mouth in the frames of a chunk."""

@@ -137,8 +137,7 @@ def _resampled(region: Tensor, offset: np.ndarray) -> Tensor:
     padded = np.pad(region.float().numpy(), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="symmetric")
     double = resample(resample(padded, 2 * padded.shape[0], axis=0), 2 * padded.shape[1], axis=1)
     at = np.stack([offset.real + np.arange(wide), offset.imag + np.arange(high)[:, None]], -1) + MARGIN
-    size = np.array([double.shape[1], double.shape[0]])
-    grid = torch.from_numpy((2 * at + 0.5) / size * 2 - 1).float()
+    grid = torch.from_numpy((2 * at + 0.5) / double.shape[1::-1] * 2 - 1).float()
     source = rearrange(torch.from_numpy(double), "h w c -> 1 c h w")
     moved = F.grid_sample(source, grid[None], mode="bicubic", padding_mode="border", align_corners=False)
     return rearrange(moved, "1 c h w -> h w c").round().clamp(0, 255).to(torch.uint8)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sonic.data.pixels import to_signed
-from sonic.geometry import FRAMES_PER_LATENT
+from sonic.geometry import FRAMES_PER_LATENT, smoothstep
 from sonic.synthetic import draw_face, puppet
 
 
@@ -26,8 +26,7 @@ def random_visemes(rng: np.random.Generator, frames: int) -> Tensor:
     at = np.linspace(0, keys - 1, frames) + rng.uniform(-0.4, 0.4)
     at = np.clip(at, 0, keys - 1)
     left = np.minimum(at.astype(int), keys - 2)
-    share = (at - left)[:, None]
-    share = share * share * (3 - 2 * share)
+    share = smoothstep((at - left)[:, None])
     return torch.from_numpy((targets[left] * (1 - share) + targets[left + 1] * share).astype(np.float32))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from sonic.geometry import smoothstep
 from sonic.synthetic.puppet import BELOW_LINE, JAW, REVEALED, MouthShape
 
 
@@ -92,8 +93,7 @@ def draw_head(p: Painter, tone: np.ndarray, hair: np.ndarray) -> None:
     # half the width of the face at height y: a round skull down to the cheeks, then the jaw closes towards the chin
     skull = cheek * np.sqrt(np.clip(1 - (np.clip(p.y + 2.2, None, 0) / (top - 2.2)) ** 2, 0, 1))
     lower = jaw * np.clip(1 - (np.clip(p.y, 0, None) / chin) ** rng.uniform(2.0, 3.2), 0, 1) ** 0.5
-    blend = np.clip((p.y + 2.2) / 2.2, 0, 1)
-    blend = blend * blend * (3 - 2 * blend)
+    blend = smoothstep((p.y + 2.2) / 2.2)
     half = np.where(p.y > 0, lower, skull * (1 - blend) + jaw * blend)
     inside = p.mask(np.minimum(half - np.abs(p.x), chin - p.y), 1.5)
     p.lay(inside, tone)

@@ -14,9 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sonic.geometry import smoothstep
 from sonic.synthetic.draw_face import Identity, draw_identity
 from sonic.synthetic.face_parts import Traits
-from sonic.synthetic.puppet import MouthShape, smoothstep, warped
+from sonic.synthetic.puppet import MouthShape, warped
 from sonic.types import pick
 
 YAW = (10, 25)  # degrees that a head of the kind "profile" is turned, to either side

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sonic.geometry import NECK, smoothstep
 from sonic.types import MotionLayers
 
 OPENING = 0.8  # displacement of the lower lip, in mouth units, when the viseme's opening is 1
@@ -96,17 +97,11 @@ def _column(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1)
 
 
-def smoothstep(t: Tensor) -> Tensor:
-    """0 below 0, 1 above 1, and smooth between."""
-    t = t.clamp(0, 1)
-    return t * t * (3 - 2 * t)
-
-
 def _move_head(xs: Tensor, ys: Tensor, *, shape: MouthShape, pose: Tensor) -> tuple[Tensor, Tensor]:
     """Source coordinates of output pixels for a head that rotates about the neck; the picture's border does not move."""
     resolution = xs.shape[-1]
     roll, shift_x, shift_y = (_column(pose[:, k]) for k in range(3))
-    pivot_x, pivot_y = shape.x, shape.y + 2.2 * shape.unit
+    pivot_x, pivot_y = shape.x, shape.y + NECK * shape.unit
     dx, dy = xs - pivot_x - shift_x * resolution, ys - pivot_y - shift_y * resolution
     moved_x = pivot_x + dx * roll.cos() + dy * roll.sin()
     moved_y = pivot_y - dx * roll.sin() + dy * roll.cos()

@@ -55,13 +55,11 @@ def _closed(picture: Tensor, outline: np.ndarray, closed: float) -> Tensor:
     skin = (above - lashes).clip(0, stretched + drop)
     moved = drop * (1 - skin / (stretched + drop))
     source = points - moved[..., None] * down
-    size = np.array(picture.shape[:1:-1])
-    grid = torch.from_numpy(2 * source / size - 1).to(picture)
+    grid = torch.from_numpy(2 * source / picture.shape[:1:-1] - 1).to(picture)
     lid = F.grid_sample(picture, grid[None], mode="bicubic", padding_mode="border", align_corners=False)
     cover = torch.from_numpy((above + 0.5).clip(0, 1) * (moved > 0)).to(picture)
     result = picture.clone()
-    part = result[:, :, rows, columns]
-    part.copy_(torch.lerp(part, lid, cover))
+    result[:, :, rows, columns] = torch.lerp(picture[:, :, rows, columns], lid, cover)
     return result
 
 

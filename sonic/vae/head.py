@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.geometry import MOUTH_UNIT
+from sonic.geometry import MOUTH_UNIT, NECK, smoothstep
 from sonic.types import Crop, Portrait
 from sonic.vae.eyelids import close_eyes
 
@@ -16,7 +16,6 @@ from sonic.vae.eyelids import close_eyes
 CENTRE, RADII = torch.tensor([0.0, -4.2]), torch.tensor([3.2, 4.2])  # the centre is given from the neck
 FADED = 1.6  # radii at which nothing moves any more
 BORDER = 1.0  # width of the photograph's border in which motion fades, so that nothing comes in from outside
-NECK = 2.2  # the neck, about which the head rotates, lies this far below the mouth
 
 
 class MovingHead:
@@ -43,19 +42,18 @@ class MovingHead:
 
     def rest(self, points: Tensor, frames: slice) -> Tensor:
         """Where what is at some points in some frames is in the photograph.  [h,w,2] (x, y) px of the photo -> [F,h,w,2]"""
-        place = (points - self.neck) @ self.turn / self.unit  # in mouth units
+        position = (points - self.neck) @ self.turn / self.unit  # in mouth units
         roll, shift = self.poses[frames, 0], self.poses[frames, 1:3] / MOUTH_UNIT
         back = rearrange(torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()]), "(i j) f -> f i j", i=2)
-        still = torch.einsum("fhwi,fij->fhwj", place - rearrange(shift, "f i -> f 1 1 i"), back)
-        weight = self._weight(points, place).unsqueeze(-1)
-        return points + weight * (still - place) @ self.turn.T * self.unit
+        still = torch.einsum("fhwi,fij->fhwj", position - rearrange(shift, "f i -> f 1 1 i"), back)
+        weight = self._weight(points, position).unsqueeze(-1)
+        return points + weight * (still - position) @ self.turn.T * self.unit
 
-    def _weight(self, points: Tensor, place: Tensor) -> Tensor:
+    def _weight(self, points: Tensor, position: Tensor) -> Tensor:
         """Share of the head's motion that each point takes part in: 1 in the head, 0 away from it and at the photo's border.  -> [h,w]"""
-        radius = torch.linalg.vector_norm((place - CENTRE) / RADII, dim=-1)
+        radius = torch.linalg.vector_norm((position - CENTRE) / RADII, dim=-1)
         inside = torch.minimum(points, self.size - points).amin(-1) / (BORDER * self.unit)
-        weight = torch.minimum((FADED - radius) / (FADED - 1), inside).clamp(0, 1)
-        return weight * weight * (3 - 2 * weight)
+        return smoothstep(torch.minimum((FADED - radius) / (FADED - 1), inside))
 
     def blinking(self, picture: Tensor, corner: Tensor, frames: slice) -> Tensor:
         """A part of the photograph whose upper left corner is given, with the eyes as they are in some frames.  [1,3,h,w] -> [F,3,h,w]"""

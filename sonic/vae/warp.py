@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sonic.geometry import pixels_around
+from sonic.geometry import pixels_around, smoothstep
 from sonic.types import Crop, MotionLayers, Portrait
 from sonic.vae.head import MovingHead
 
@@ -35,9 +35,7 @@ def unit_grid(height: int, width: int, like: Tensor) -> Tensor:
 
 def fade(height: int, width: int, like: Tensor) -> Tensor:
     """A weight of 1 inside the crop that falls smoothly to 0 at its border.  -> [height,width]"""
-    edge = (1 - unit_grid(height, width, like).abs().amax(-1)) / (2 * BORDER)
-    edge = edge.clamp(0, 1)
-    return edge * edge * (3 - 2 * edge)
+    return smoothstep((1 - unit_grid(height, width, like).abs().amax(-1)) / (2 * BORDER))
 
 
 def settle(layers: MotionLayers) -> MotionLayers:

@@ -153,6 +153,17 @@ def test_the_override_is_taken_as_it_is(astronaut, found):
     assert turned_with_the_face.mouth == Mouth(100, 120, 15, found.mouth.angle) and turned_with_the_face.face == found.face
 
 
+def test_a_mouth_given_on_an_animal_is_not_turned_by_what_the_networks_take_for_a_face():
+    cat, box = data.chelsea(), [295, 23, 141, 141]
+    assert abs(FaceFinder().face_in(cat, FaceBox(*box)).angle) > 0.3
+    assert portrait_of(cat, box, [360, 120, 20]).mouth == Mouth(360, 120, 20, 0.0)
+
+
+def test_a_face_whose_mouth_is_cut_off_is_refused(astronaut):
+    with pytest.raises(ValueError, match=r"is cut off: its mouth lies outside the photo \(260x127 px\)"):
+        portrait_of(np.ascontiguousarray(astronaut[:127]))
+
+
 def test_a_box_that_is_a_little_off_finds_the_same_mouth(astronaut, found):
     face = found.face
     shifted = portrait_of(astronaut, [face.x + 8, face.y - 7, 1.3 * face.width, 1.3 * face.height])

@@ -96,6 +96,12 @@ def test_a_closed_mouth_and_one_without_outlines_stay_as_they_are():
     assert close_mouth(closed) is closed and close_mouth(unknown) is unknown
 
 
+def test_a_mouth_that_is_cut_off_above_its_gap_stays_as_it_is():
+    large = drawn()
+    cut = replace(large, pixels=np.ascontiguousarray(large.pixels[:190]))  # the gap begins at 195
+    assert close_mouth(cut) is cut
+
+
 def test_a_smile_is_closed_and_given_coordinates_close_the_same_one():
     astronaut = np.ascontiguousarray(data.astronaut()[:260, 90:350])
     found = portrait_of(astronaut)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from sonic.cli import Entry, compose
 from sonic.data.video import VideoWriter, frames_at
-from sonic.families.wan import _moved_further, _over_patches
+from sonic.families.wan import _audio_weights, _moved_further
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import open_inputs
 
@@ -45,7 +45,7 @@ def test_every_speaker_has_a_recording_and_a_mask(inputs):
     assert [len(voice.samples) for voice in found.voices] == [8_000, 16_000]
     assert found.num_frames == 25 and len(found.speech.samples) == 16_000
     assert_close(found.speech.samples[:8_000], np.clip(sum(voice.samples[:8_000] for voice in found.voices), -1, 1))
-    patches = _over_patches(found.masks, 16)
+    patches = _audio_weights(found, 16, 1.0)
     assert patches.shape == (2, 1, 12, 16)
     assert patches[0, 0, :, :8].all() and not patches[0, 0, :, 8:].any()
     assert_close(patches.sum(0), torch.ones(1, 12, 16))

@@ -25,7 +25,7 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import Settings
 from sonic.inference.post_config import PostConfig
 from sonic.inference.report import StageTimer
-from sonic.inference.sound_offset import SoundOffset, expected_opening, mouth_delay
+from sonic.inference.sound_offset import MouthDelay, SoundOffset, expected_opening, mouth_delay
 from sonic.types import FrameChunk
 
 RATE, ALIGNED = 16_000, InferConfig(post=PostConfig(lip_align=True))
@@ -73,6 +73,11 @@ def test_what_is_not_sure_changes_nothing_and_says_so(kind, drawn):
     word = {"short": "is seen for 1.2 s", "no face": "is seen for 0.0 s"}.get(kind, "")
     assert word in offset.delay.unsure and str(offset.delay).startswith("lip_align changes nothing: ")
     assert offset.as_json()["lip_align"]["unsure"] == offset.delay.unsure
+
+
+@pytest.mark.parametrize("late_s, word", [(0.03, "later"), (-0.03, "earlier")])
+def test_the_sentence_about_a_delay_says_its_direction(late_s, word):
+    assert f"the mouth is 30 ms {word} than the sound" in str(MouthDelay(late_s))
 
 
 def test_the_offset_of_a_file_is_measured_over_all_frames_and_added_to_the_given_one(drawn, tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from sonic.data.face_detector import EyeReader, FaceMesh
 from sonic.data.faces import FaceFinder, find_speaker, portrait_of
 from sonic.data.image import face_crop
+from sonic.geometry import NECK
 from sonic.synthetic.draw_face import draw_identity, head_motion
 from sonic.types import MotionLayers
 from sonic.vae.eyelids import close_eyes
-from sonic.vae.head import NECK, MovingHead
+from sonic.vae.head import MovingHead
 from sonic.vae.warp import Canvas
 
 

@@ -7,11 +7,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sonic.encoders.logmel import VISEMES
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.training.objective_config import PortraitConfig
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses, Objective
-from sonic.training.objectives.viseme import VISEMES
 from sonic.training.train_config import TrainConfig
 from sonic.types import MotionLayers
 from sonic.vae.motion_vae import Residual, WarpAutoencoder

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sonic.checkpoint.bundled import weight_files
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig, require
-from sonic.encoders.logmel import LogMelEncoder, vary_throat
+from sonic.encoders.logmel import VISEMES, LogMelEncoder, vary_throat
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.audio_tokens import AudioEncoder
 from sonic.training.objective_config import VisemeConfig
@@ -18,7 +18,6 @@ from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.train_config import TrainConfig
 
-VISEMES = 5
 # weight of the error of each viseme component; the opening is the most visible
 COST = (2.0, 1.0, 1.0, 0.5, 0.5)
 
