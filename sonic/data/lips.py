@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from scipy.interpolate import PchipInterpolator
+from scipy.ndimage import median_filter
 from torch.nn import functional as F
 
 from sonic.geometry import pixels_around
@@ -32,6 +33,7 @@ THROAT = 0.9  # height below the chin over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
 WIDE_OPEN = (0.14, 0.26)  # gaps at which what is between the lips begins to be kept, and is kept wholly; the mesh takes lips for less
 SHADE = 0.2  # height over which the shade below the photograph's own teeth, which is as dark as what is darkest there, fades
+STRIP = 0.3  # greatest height of a strip of the lower lip that is seen above the lower edge of the gap
 REACH = 3.8  # no pixel further above or below the mouth changes
 
 
@@ -52,11 +54,12 @@ def close_mouth(portrait: Portrait) -> Portrait:
     upper, lower, upper_outer, lower_outer = (_edge(edge, x) for edge in edges)
     corners, chin = edges[0, [0, -1], 0], _chin(portrait)
 
+    teeth_end = _edge(_darkest(portrait, region, edges), x)
     wide = _smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
     opacity = np.clip(np.minimum((y - upper) * mouth.half_width, 1 - (y - lower) / SHADE), 0, 1) * wide
     own = portrait.pixels[rows, columns]
     shade = np.percentile(own[(y > upper) & (y < lower)], 5, axis=0)
-    below = _smoothstep((y - lower + SHADE / 2) / (SHADE / 2))[:, None]
+    below = _smoothstep((y - np.minimum(teeth_end, lower - SHADE / 2)) / (SHADE / 2))[:, None]
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
     inside[rows, columns] = np.hstack([own + below * (shade - own), 255 * opacity[:, None]])
 
@@ -79,6 +82,17 @@ def close_mouth(portrait: Portrait) -> Portrait:
     closed = portrait.pixels.copy()
     closed[rows[moved], columns[moved]] = np.clip(shown * (1 - crease[:, None]), 0, 255).round().astype(np.uint8)
     return replace(portrait, pixels=closed, inside=inside)
+
+
+def _darkest(portrait: Portrait, region: tuple[slice, slice], edges: np.ndarray) -> np.ndarray:
+    """Where it is darkest above the lower lip, of which the mesh sometimes takes a strip for the gap.  -> [11,2] in mouth units"""
+    x = np.linspace(edges[0, :, 0].min(), edges[0, :, 0].max(), 11)
+    upper, lower = _edge(edges[0], x), _edge(edges[1], x)
+    height = np.minimum(STRIP, (lower - upper) / 2)
+    share = np.linspace(0, 1, 25)  # from the lower edge of the gap upwards
+    y = lower - rearrange(share, "n -> n 1") * height
+    tone = _sampled(portrait, region, x=np.broadcast_to(x, y.shape).ravel(), y=y.ravel()).sum(-1).reshape(y.shape)
+    return np.stack([x, lower - median_filter(share[tone.argmin(0)], 5, mode="nearest") * height], -1)
 
 
 def _chin(portrait: Portrait) -> float:
