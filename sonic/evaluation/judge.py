@@ -128,13 +128,9 @@ def sound_fault(figures: dict[str, float]) -> str:
     faults = [f"{name} is {figures[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(figures[name]) > most + 0.5]
     if figures["sound_correlation"] < LEAST_CORRELATION:
         faults.append(f"sound_correlation is {figures['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
-    moved = "; post.alignment_offset or post.lip_align moves the sound like this" if _may_be_meant(figures["sound_offset_ms"]) else ""
-    return f"the video's sound does not match: {', '.join(faults)}{moved}" if faults else ""
-
-
-def _may_be_meant(offset_ms: float) -> bool:
-    """Whether the sound is off by as much as the options of `post` can ask for: a given offset and a measured one."""
-    return LARGEST_OFFSET_MS < abs(offset_ms) <= 2 * 1000 * MOST_OFFSET_S
+    meant = LARGEST_OFFSET_MS < abs(figures["sound_offset_ms"]) <= 2000 * MOST_OFFSET_S  # a given offset and a measured one
+    options = "; post.alignment_offset or post.lip_align moves the sound like this" if meant else ""
+    return f"the video's sound does not match: {', '.join(faults)}{options}" if faults else ""
 
 
 def frame_rate(times: np.ndarray) -> int:
