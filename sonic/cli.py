@@ -298,7 +298,8 @@ def _unknown_key(entry: Entry, key: str) -> str:
     if beside:
         inside = [name.removeprefix(f"{head}.") for name in meant if name.startswith(f"{head}.")]
         return f"{key} is not an option; {head} has: {', '.join(dict.fromkeys([*inside, *closest_first(last, beside)]))}"
-    top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *SHORT]))
+    short = [name for name, full in SHORT.items() if full in known]
+    top = list(dict.fromkeys([*groups(entry), *(name if "." not in name else f"{name.partition('.')[0]}.*" for name in known), *short]))
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     exact = [ends[last]] if last in ends else []
     close = [ends[end] for end in difflib.get_close_matches(last, ends, n=3, cutoff=0.7)]

@@ -13,7 +13,7 @@ from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
 from sonic.families.family import build_components
 from sonic.inference.report import sampling_of, sampling_words
-from sonic.option_names import SYNONYMS
+from sonic.option_names import SHORT, SYNONYMS
 from sonic.planner.search import search_plans
 from sonic.planner.workload import workload
 from sonic.sampling.schedules import sigmas_of
@@ -202,6 +202,15 @@ def test_option_names_of_other_programs_are_answered_with_ours(prefix, typed, me
     first = f"sampler has: {meant}" if prefix else f"choose one of: sampler.{meant}"
     with pytest.raises(ValueError, match=f"{prefix}{typed} is not an option; {first}"):
         compose(INFER, [f"{prefix}{typed}=4"])
+
+
+def test_only_short_names_of_the_command_itself_are_offered():
+    for entry in ENTRIES.values():
+        with pytest.raises(ValueError, match="nonsense is not an option") as caught:
+            compose(entry, ["nonsense=1"])
+        offered = str(caught.value).partition("choose one of: ")[2].split(", ")
+        own = entry_options(entry)
+        assert not [name for name in offered if name in SHORT and name not in own and SHORT[name] not in own]
 
 
 @pytest.mark.parametrize("typed", ["--sample_steps", "--sample_steps=4", "--num_inference_steps"])

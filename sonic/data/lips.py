@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from scipy.interpolate import PchipInterpolator
+from scipy.ndimage import median_filter
 from torch.nn import functional as F
 
 from sonic.geometry import pixels_around, smoothstep
@@ -33,6 +34,7 @@ THROAT = 0.9  # height below the chin over which its motion fades
 CREASE, CREASE_HEIGHT = 0.3, 0.05  # the line where the lips meet is darker by this share, over this height
 WIDE_OPEN = (0.14, 0.26)  # gaps at which what is between the lips begins to be kept, and is kept wholly; the mesh takes lips for less
 SHADE = 0.2  # height over which the shade below the photograph's own teeth, which is as dark as what is darkest there, fades
+STRIP = 0.3  # greatest height of a strip of the lower lip that is seen above the lower edge of the gap
 REACH = 3.8  # no pixel further above or below the mouth changes
 
 
@@ -57,7 +59,8 @@ def close_mouth(portrait: Portrait) -> Portrait:
     if not ((y > edges[0]) & (y < edges[1])).any():
         return portrait
     inside = np.dstack([portrait.pixels, np.zeros((height, width), np.uint8)])
-    inside[rows, columns] = _seen_inside(portrait.pixels[rows, columns], y, edges, half_width=mouth.half_width)
+    teeth_end = _edge(_darkest(portrait, region, outlines), x)
+    inside[rows, columns] = _seen_inside(portrait.pixels[rows, columns], y, edges, teeth_end=teeth_end, half_width=mouth.half_width)
 
     down, up, line, crease = _motion(x, y, edges, corners=outlines[0, [0, -1], 0], chin=_chin(portrait))
     moved = (down != 0) | (up != 0) | (crease > 1e-3)
@@ -69,17 +72,19 @@ def close_mouth(portrait: Portrait) -> Portrait:
     return replace(portrait, pixels=closed, inside=inside)
 
 
-def _seen_inside(colours: np.ndarray, y: np.ndarray, edges: np.ndarray, *, half_width: float) -> np.ndarray:
-    """What is kept of the pixels between the lips: their colours, which fade into a shade at the lower lip and in the corners, and their
+def _seen_inside(colours: np.ndarray, y: np.ndarray, edges: np.ndarray, *, teeth_end: np.ndarray, half_width: float) -> np.ndarray:
+    """What is kept of the pixels between the lips: their colours, which fade into a shade below the teeth and in the corners, and their
     opacity in 0..255.
 
-    colours [n,3], y [n], edges of the lips [4,n] -> [n,4]
+    colours [n,3], y [n], edges of the lips [4,n], lower edge of the teeth [n] -> [n,4]
     """
     upper, lower = edges[:2]
     wide = smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
     opacity = np.clip(np.minimum((y - upper) * half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
     shade = np.percentile(colours[(y > upper) & (y < lower)], 5, axis=0)
-    shaded = 1 - wide * (1 - smoothstep((y - lower + SHADE / 2) / (SHADE / 2)))  # below the teeth, and in the corners of the mouth
+    shaded = 1 - wide * (
+        1 - smoothstep((y - np.minimum(teeth_end, lower - SHADE / 2)) / (SHADE / 2))
+    )  # below the teeth, and in the corners of the mouth
     return np.hstack([colours + shaded[:, None] * (shade - colours), 255 * opacity[:, None]])
 
 
@@ -103,6 +108,17 @@ def _motion(x: np.ndarray, y: np.ndarray, edges: np.ndarray, *, corners: np.ndar
     up = (rise * (1 - skin) + jaw * skin) * (1 - smoothstep((y - chin) / THROAT))
     crease = CREASE * np.exp(-(((y - line) / CREASE_HEIGHT) ** 2)) * open_here
     return down, up, line, crease
+
+
+def _darkest(portrait: Portrait, region: tuple[slice, slice], outlines: np.ndarray) -> np.ndarray:
+    """Where it is darkest above the lower lip, of which the mesh sometimes takes a strip for the gap.  -> [11,2] in mouth units"""
+    x = np.linspace(outlines[0, :, 0].min(), outlines[0, :, 0].max(), 11)
+    upper, lower = _edge(outlines[0], x), _edge(outlines[1], x)
+    height = np.minimum(STRIP, (lower - upper) / 2)
+    share = np.linspace(0, 1, 25)  # from the lower edge of the gap upwards
+    y = lower - rearrange(share, "n -> n 1") * height
+    tone = _sampled(portrait, region, x=np.broadcast_to(x, y.shape).ravel(), y=y.ravel()).sum(-1).reshape(y.shape)
+    return np.stack([x, lower - median_filter(share[tone.argmin(0)], 5, mode="nearest") * height], -1)
 
 
 def _chin(portrait: Portrait) -> float:

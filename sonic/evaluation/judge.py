@@ -25,6 +25,7 @@ from sonic.evaluation.judge_config import JudgeConfig
 from sonic.geometry import FPS
 from sonic.inference.fit_picture import fit_portrait
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
+from sonic.inference.post_config import MOST_OFFSET_S
 from sonic.inference.report import mouth_window
 from sonic.system.files import write_json
 from sonic.system.paths import file_key
@@ -127,7 +128,9 @@ def sound_fault(figures: dict[str, float]) -> str:
     faults = [f"{name} is {figures[name]:.1f}, allowed are ±{most:.0f}" for name, most in limits.items() if abs(figures[name]) > most + 0.5]
     if figures["sound_correlation"] < LEAST_CORRELATION:
         faults.append(f"sound_correlation is {figures['sound_correlation']:.2f}, at least {LEAST_CORRELATION} is expected")
-    return f"the video's sound does not match: {', '.join(faults)}" if faults else ""
+    meant = LARGEST_OFFSET_MS < abs(figures["sound_offset_ms"]) <= 2000 * MOST_OFFSET_S  # a given offset and a measured one
+    options = "; post.alignment_offset or post.lip_align moves the sound like this" if meant else ""
+    return f"the video's sound does not match: {', '.join(faults)}{options}" if faults else ""
 
 
 def frame_rate(times: np.ndarray) -> int:

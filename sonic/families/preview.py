@@ -50,6 +50,7 @@ from sonic.vae.motion_vae import Reference, WarpAutoencoder
 from sonic.vae.warp import Canvas
 
 log = logging.getLogger("sonic.inference")
+WIDEST_CROP = 0.4  # face.expand_ratio above which the mouth is so small in the crop that the model paints one beside it
 
 
 @dataclass
@@ -92,6 +93,9 @@ class Preview(Family):
         log.info(" ".join(f"{option}=[{','.join(f'{value:.10g}' for value in values)}]" for option, values in location.items()))
         if config.motion.head != "off" and portrait.eyes is None:
             log.warning(f"motion.head={config.motion.head}: no eyes are seen in face_box, so the head moves and the eyes do not blink")
+        if config.face.expand_ratio > WIDEST_CROP:
+            fault = "the preview, which was trained at 0.3, paints mouths wider than the lips"
+            log.warning("face.expand_ratio=%g: %s; use %g or less", config.face.expand_ratio, fault, WIDEST_CROP)
         location["crop"] = asdict(face_crop(portrait, config.face.expand_ratio, config.model.resolution))
         fitted, frames = close_mouth(fit_portrait(portrait, config.video)), video_length(config, memory, speech)
         return Inputs(fitted, speech, frames, config.seed, location=location)

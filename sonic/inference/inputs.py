@@ -98,6 +98,8 @@ def check_duration(video: VideoConfig, seconds: float, called: str) -> None:
 
     Raises ValueError instead with video.duration_policy=strict.
     """
+    if not video.duration and video.duration_policy != "follow":
+        log.warning("video.duration_policy=%s has no effect without video.duration=SECONDS", video.duration_policy)
     if not video.duration or abs(seconds - video.duration) <= 1 / video.fps:
         return
     lengths = f"{called} lasts {seconds:.2f} s and video.duration={video.duration:g}"

@@ -161,6 +161,8 @@ class SoundOffset:
                         self.measure(self._inputs.speech.samples[start:] if settings.sound is None else settings.sound.since(start))
                         first, self._openings = chunk.start + len(chunk), []
                 yield replace(chunk, sound_later_s=self.later_s)
+        if self._finder is not None and self.delay is None:
+            log.info("%s", MouthDelay(unsure=f"a stream is measured over {WINDOW_S:g} s, and this one is shorter"))
 
 
 def _landmarks(finder: FaceFinder, portrait: Portrait) -> Landmarks | None:

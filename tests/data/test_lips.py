@@ -81,6 +81,23 @@ def test_the_open_mouth_is_kept_where_the_teeth_are_with_a_shade_below_them():
     assert (np.diff(column[208:213, 3]) < 0).all()
 
 
+@pytest.mark.parametrize("angle", [0.0, 0.4, math.pi])
+def test_a_strip_of_the_lower_lip_is_not_kept_with_the_teeth(angle):
+    portrait = drawn(gap=0.7, angle=angle)
+    cos, sin = math.cos(angle), math.sin(angle)
+    ys, xs = np.mgrid[:400, :400] + 0.5 - 200
+    x, y = (xs * cos + ys * sin) / 30, (ys * cos - xs * sin) / 30
+    lower = 0.6 * 0.7 * (1 - (x / 0.9) ** 2)
+    middle = np.abs(x) < 0.7
+    portrait.pixels[middle & (y > lower - 0.27) & (y < lower - 0.2)] = 20  # the shade below the teeth
+    strip = (np.abs(x) < 0.4) & (y > lower - 0.15) & (y < lower - 0.02)
+    portrait.pixels[middle & (y > lower - 0.2) & (y < lower)] = LIP
+    inside = close_mouth(portrait).inside
+    assert inside[strip, 3].min() > 100 and inside[strip, 0].max() < 60
+    above = (np.abs(x) < 0.4) & (y > -0.1) & (y < lower - 0.3)
+    assert np.median(inside[above, :3], axis=0) == pytest.approx(TEETH)
+
+
 def test_nothing_is_kept_of_a_mouth_that_is_hardly_open():
     assert not close_mouth(drawn(gap=0.12)).inside[..., 3].any()
 

@@ -191,7 +191,7 @@ def cut_short(folder, name, keep):
 FAULTS = {
     "the recording": (lambda samples: samples, ""),
     "quieter and upside down": (lambda samples: -0.2 * samples, ""),
-    "40 ms late": (lambda samples: np.pad(samples, (640, 0)), "sound_offset_ms is 40.0"),
+    "40 ms late": (lambda samples: np.pad(samples, (640, 0)), "is 40.0, allowed are ±10; post.alignment_offset or"),
     "a second early": (lambda samples: samples[16_000:], "sound_offset_ms is -1000.0"),
     "its second half 50 ms late": (lambda samples: np.concatenate([samples[:24_000], np.zeros(800, "f"), samples[24_000:]]), "correlation"),
     "another sound": (lambda samples: samples[::-1].copy(), "sound_correlation is"),
@@ -207,6 +207,7 @@ def test_a_video_fails_unless_its_own_sound_is_the_recording_in_time(tmp_path, f
     found = judge(voiced(tmp_path, "a.mp4", change(spoken(tmp_path))))
     fault = sound_fault(found)
     assert sentence in fault if sentence else fault == ""
+    assert ("post.lip_align" in fault) == (case == "40 ms late")
     if not sentence:
         assert abs(found["sound_offset_ms"]) < 1 and abs(found["sound_length_ms"]) < 1 and found["sound_correlation"] > 0.95
 

@@ -62,6 +62,14 @@ def test_motion_scale_without_motion_is_pointed_out(caplog, tmp_path):
     assert "motion.motion_scale=1.3 has no effect: the head is still; motion.head=gentle moves it" in caplog.text
 
 
+@pytest.mark.parametrize(("ratio", "warns"), [(0.3, False), (0.4, False), (0.45, True), (1.0, True)])
+def test_a_crop_that_is_too_wide_for_the_preview_is_pointed_out(ratio, warns, caplog):
+    config = compose(Entry("infer", InferConfig), [*TINY, *FACE, f"expand_ratio={ratio}"])
+    family_of(config.model).open(config, InMemory())
+    sentence = f"face.expand_ratio={ratio:g}: the preview, which was trained at 0.3, paints mouths wider than the lips; use 0.4 or less"
+    assert (sentence in caplog.text) == warns
+
+
 @pytest.mark.parametrize("name", ["dynamic_scale", "motion_scale"])
 @pytest.mark.parametrize("value", [0.4, 2.1, float("nan")])
 def test_a_scale_out_of_range_is_refused(name, value):

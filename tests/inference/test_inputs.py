@@ -166,6 +166,15 @@ def test_strict_refuses_another_length_with_both_lengths_and_the_ways_out(inputs
     assert opened_alone(inputs, model, "duration=1.03", "duration_policy=strict").num_frames
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("policy", ["follow", "strict", "trim", "pad"])
+def test_a_policy_without_a_duration_is_pointed_out(inputs, model, policy, caplog):
+    with caplog.at_level("WARNING", "sonic"):
+        opened_alone(inputs, model, f"duration_policy={policy}")
+    sentence = f"video.duration_policy={policy} has no effect without video.duration=SECONDS"
+    assert caplog.messages.count(sentence) == (policy != "follow")
+
+
 def test_every_voice_lasts_the_duration(inputs):
     for policy, duration in (("trim", 0.6), ("pad", 2.0)):
         found = opened(inputs, f"duration={duration}", f"duration_policy={policy}")

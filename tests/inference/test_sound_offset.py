@@ -122,6 +122,15 @@ def test_a_stream_goes_on_to_the_next_window_where_one_is_silent(drawn, monkeypa
     assert found[:5] == [0.0] * 5 and found[5:] == pytest.approx([0.06] * 2, abs=0.01)
 
 
+def test_a_stream_that_is_too_short_to_measure_says_so(drawn, caplog):
+    pixels, samples = drawn
+    offset = SoundOffset(inputs_of(pixels, samples), PostConfig(lip_align=True))
+    chunks = (FrameChunk(each, 0) for each in [pixels])
+    with caplog.at_level("INFO", "sonic.inference"):
+        assert [chunk.sound_later_s for chunk in offset.stream(chunks, Settings(ALIGNED))] == [0.0]
+    assert "lip_align changes nothing: a stream is measured over 8 s, and this one is shorter" in caplog.text
+
+
 def test_a_python_caller_gets_the_shifted_sound_in_memory_in_the_file_and_with_every_chunk(folder, tmp_path):
     pipe = AvatarPipeline.from_pretrained("preview", **pipeline_options(folder))
     sound = babble(0.5)
