@@ -82,9 +82,8 @@ def _seen_inside(colours: np.ndarray, y: np.ndarray, edges: np.ndarray, *, teeth
     wide = smoothstep((lower - upper - WIDE_OPEN[0]) / (WIDE_OPEN[1] - WIDE_OPEN[0]))
     opacity = np.clip(np.minimum((y - upper) * half_width, 1 - (y - lower) / SHADE), 0, 1) * wide.max() * (lower > upper)
     shade = np.percentile(colours[(y > upper) & (y < lower)], 5, axis=0)
-    shaded = 1 - wide * (
-        1 - smoothstep((y - np.minimum(teeth_end, lower - SHADE / 2)) / (SHADE / 2))
-    )  # below the teeth, and in the corners of the mouth
+    below = smoothstep((y - np.minimum(teeth_end, lower - SHADE / 2)) / (SHADE / 2))
+    shaded = 1 - wide * (1 - below)  # below the teeth, and in the corners of the mouth
     return np.hstack([colours + shaded[:, None] * (shade - colours), 255 * opacity[:, None]])
 
 

@@ -137,8 +137,8 @@ def _speak(
     line = shape.curve * (1 - x * x).clamp(min=-1)
     upper, lower = line - (1 - BELOW_LINE) * shape.gap * arch, line + BELOW_LINE * shape.gap * arch
     lift = (0.12 * delta.clamp(min=0) + 0.05 * _column(visemes[:, 3])) * (shape.gap < REVEALED) * (delta > 0.02)
-    lift = lift - 0.35 * (-delta).clamp(min=0)  # lips that close over a smile meet in the middle
-    delta = torch.where(delta > 0, delta, 0.65 * delta)
+    lift = lift - (1 - BELOW_LINE) * (-delta).clamp(min=0)  # lips that close over a smile meet in the middle
+    delta = torch.where(delta > 0, delta, BELOW_LINE * delta)
     upper_now, lower_now = upper - lift * arch, lower + delta * arch
 
     below = smoothstep((y - lower_now) / max(shape.chin, 0.5))
