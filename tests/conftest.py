@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from fake_cuda import fake_cuda as fake_cuda  # a fixture
 
 
 @pytest.fixture
