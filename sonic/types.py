@@ -1,4 +1,4 @@
-"""The values that the stages of the program pass to each other, frozen; and `pick`, for choices by name.
+"""The values that the stages of the program pass to each other, frozen; `pick`, for choices by name; `upload`, of tensors to a device.
 
 Shapes: H and W are rows and columns of latents or pixels, rows and columns alone those of patches.
 """
@@ -26,6 +26,14 @@ def pick(table: Mapping[str, T], name: str, option: str) -> T:
     """The entry of `table` called `name`. Raises ValueError with the choices, closest first, when there is none."""
     one_of(name, list(table), option)
     return table[name]
+
+
+def upload(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """The tensor on a device. Copies from host memory to a GPU go through pinned memory, so that the host waits neither for them nor
+    for the work that was queued before them."""
+    if device is None or tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device=device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Conditions:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
         """The conditions on another device or in another dtype."""
-        return replace(self, **{name: value.to(device=device, dtype=dtype) for name, value in self._tensors()})
+        return replace(self, **{name: upload(value, device).to(dtype=dtype) for name, value in self._tensors()})
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -60,12 +60,13 @@ class FakeCuda(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.record = Record()
+        self.pinned: dict[int, Tensor] = {}  # by the address of its memory; kept, so that no address is used again
 
     def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operation of torch: on values where all of it is on the CPU, else on shapes, and count it."""
         given, named = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], kwargs or {}
         if not any(isinstance(tensor, FakeTensor) for tensor in given) and torch.device(named.get("device") or "cpu").type != "cuda":
-            return func(*args, **named)
+            return self._pinned(func, args, named) if named.get("pin_memory") else func(*args, **named)
         if func is torch.ops.aten._local_scalar_dense.default:
             if given[0].is_cuda:
                 self.record.waits["item", line_of_sonic()] += 1
@@ -74,14 +75,27 @@ class FakeCuda(FakeTensorMode):
         self._count(func.__name__.split(".")[0], given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], named)
         return out
 
+    def _pinned(self, func: Any, args: tuple, named: dict) -> Tensor:
+        """A new tensor in memory that counts as pinned."""
+        made = func(*args, **{**named, "pin_memory": False})
+        self.pinned[made.untyped_storage().data_ptr()] = made
+        return made
+
+    def _is_pageable(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in host memory that is not pinned, from which a GPU copies only while the host waits."""
+        fake = isinstance(tensor, FakeTensor)
+        return not tensor.is_cuda and not fake and tensor.untyped_storage().data_ptr() not in self.pinned
+
     def _count(self, name: str, given: list[Tensor], made: list[Tensor], named: dict) -> None:
         if name in ("nonzero", "masked_select") and given[0].is_cuda:
             self.record.waits[name, line_of_sonic()] += 1
+        if name.strip("_") in ("index", "index_put") and given[0].is_cuda and any(not each.is_cuda and each.ndim for each in given[1:]):
+            self.record.waits["index from the host", line_of_sonic()] += 1
         pair = (made[0], given[0]) if name == "_to_copy" and made else (given[0], given[1]) if name == "copy_" and len(given) > 1 else None
         if pair and pair[0].device != pair[1].device:
             way, line = "to the device" if pair[0].is_cuda else "to the host", line_of_sonic()
             self.record.copies[line] += pair[1].nbytes
-            if not (named.get("non_blocking") or True in named.values()):
+            if not (named.get("non_blocking") or True in named.values()) or self._is_pageable(pair[1]):
                 self.record.waits[f"copy {way}", line] += 1
         elif name not in NO_KERNEL and any(tensor.is_cuda for tensor in (*given, *made)):
             self.record.launches[name] += 1

@@ -10,11 +10,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sonic.data.audio import SAMPLE_RATE
 from sonic.encoders.speech_encoder import SpeechEncoder
 from sonic.geometry import FPS
+from sonic.types import upload
 
 STATES_PER_S = 50
 STATE_SAMPLES = SAMPLE_RATE // STATES_PER_S  # samples from one hidden state to the next
@@ -54,7 +56,7 @@ class HiddenStateEncoder(SpeechEncoder):
             states = piece if last is None else torch.cat((last, piece), dim=1)
             stop = start + states.shape[1] - 1
             inside = np.flatnonzero((positions >= start) & ((positions < stop) | (stop == total - 1)))
-            out[..., torch.from_numpy(inside)] = states_at(states, positions[inside] - start)
+            out[..., torch.from_numpy(inside)] = states_at(states, positions[inside] - start).cpu()
             start, last = stop, states[:, -1:]
 
     @torch.no_grad()
@@ -62,14 +64,12 @@ class HiddenStateEncoder(SpeechEncoder):
         """Features of the video frames `frames`, from a window around them; zeros after the end of the sound."""
         first_state = max(0, int((frames.start / fps - self.context_s) * STATES_PER_S))
         window = held[first_state * STATE_SAMPLES - start :]
-        out = torch.zeros(self.num_layers, self.width, len(frames))
         if len(window) < self.STATE_FIELD:
-            return out
+            return torch.zeros(self.num_layers, self.width, len(frames))
         states = self.hidden_states(torch.from_numpy(self.scaled(window, held)))
         positions = self.positions(frames.stop, fps)[frames.start :] - first_state
-        inside = np.flatnonzero(positions < states.shape[1])
-        out[..., torch.from_numpy(inside)] = states_at(states, positions[inside])
-        return out
+        inside = positions[positions < states.shape[1]]
+        return F.pad(states_at(states, inside), (0, len(frames) - len(inside)))
 
     def pieces(self, samples: np.ndarray) -> Iterator[Tensor]:
         """The states of one window after another, each [K,states,E]."""
@@ -88,7 +88,8 @@ class HiddenStateEncoder(SpeechEncoder):
 
     def hidden_states(self, wave: Tensor) -> Tensor:
         """All hidden states of scaled samples that are encoded at once.  [samples] -> [K,states,E]"""
-        out = self.encoder(self.inputs(wave).to(next(self.encoder.parameters())), output_hidden_states=True)
+        weight = next(self.encoder.parameters())
+        out = self.encoder(upload(self.inputs(wave), weight.device).to(weight), output_hidden_states=True)
         states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # in wav2vec2 and hubert the list ends before the last norm
         return states[:, : self.num_states(len(wave))]
 
@@ -109,9 +110,9 @@ class HiddenStateEncoder(SpeechEncoder):
 
 
 def states_at(states: Tensor, positions: np.ndarray) -> Tensor:
-    """Hidden states interpolated at fractional indices, in float32 on the CPU.  [K,states,E] and [n] -> [K,E,n]"""
+    """Hidden states interpolated at fractional indices, in float32.  [K,states,E] and [n] -> [K,E,n]"""
     last = states.shape[1] - 1
-    where = torch.from_numpy(positions).clamp(max=last)
+    where = upload(torch.from_numpy(positions), states.device).clamp(max=last)
     below = where.long()
     share = (where - below)[:, None].to(states)
-    return torch.lerp(states[:, below], states[:, (below + 1).clamp(max=last)], share).mT.float().cpu()
+    return torch.lerp(states[:, below], states[:, (below + 1).clamp(max=last)], share).mT.float()

@@ -13,6 +13,7 @@ from sonic.data.audio import COLUMNS_PER_FRAME, MELS, SAMPLE_RATE, SILENT_COLUMN
 from sonic.encoders.speech_encoder import SpeechEncoder
 from sonic.geometry import FPS
 from sonic.model.cpu import gelu
+from sonic.types import upload
 
 VISEMES = 5  # that it learns: opening, width, press, teeth, tongue
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
@@ -70,7 +71,7 @@ class LogMelEncoder(SpeechEncoder):
         columns = log_mel(samples, last - first + lead, gain=loudness_gain(held))[COLUMNS_PER_FRAME * lead :]
         missing = COLUMNS_PER_FRAME * (self.MARGIN - (frames.start - first))  # columns before the start of the sound
         columns = np.pad(columns, ((missing, 0), (0, 0)), constant_values=SILENT_COLUMN)
-        features = self(torch.from_numpy(columns)[None].to(self.stem.weight))
+        features = self(upload(torch.from_numpy(columns)[None], self.stem.weight.device).to(self.stem.weight))
         return rearrange(features[:, self.MARGIN : self.MARGIN + len(frames)], "1 f e -> 1 e f")
 
     def check_fits(self, model: ModelConfig) -> None:

@@ -47,7 +47,7 @@ class SpeechEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode_block(self, held: np.ndarray, frames: range, *, start: int, fps: int = FPS) -> Tensor:
-        """Features of the video frames `frames` while the sound is still arriving.  -> [K,E,F]
+        """Features of the video frames `frames` while the sound is still arriving, on the encoder's device.  -> [K,E,F]
 
         `held` is the sound from sample `start` to look_ahead_s after the last frame, with at least context_s before the first one.
         Loudness is normalized over all of it.

@@ -24,7 +24,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
-from sonic.types import Conditions, LatentBlock
+from sonic.types import Conditions, LatentBlock, upload
 from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank
@@ -217,7 +217,7 @@ def _pose_latents(pose: np.ndarray, vae: Vae, *, device: torch.device) -> Tensor
     """
 
     def frames(some: np.ndarray) -> Tensor:
-        return to_signed(rearrange(torch.from_numpy(some).to(device), "f h w c -> 1 c f h w"))
+        return to_signed(rearrange(upload(torch.from_numpy(some), device), "f h w c -> 1 c f h w"))
 
     _, cache = vae.encode(frames(pose[:1]))
     found = []
@@ -243,7 +243,7 @@ def _clip_noise(like: Tensor, encoded: EncodedInputs) -> Callable[[BlockSpan], T
         clip, first = divmod(span.start, latent_frames)
         rng = seeded(encoded.seed + clip)
         drawn = torch.randn(like.shape[1], latent_frames, *like.shape[3:], generator=rng)
-        return drawn[None, :, first : first + span.latent_frames].to(like.device)
+        return upload(drawn[None, :, first : first + span.latent_frames], like.device)
 
     return noise
 

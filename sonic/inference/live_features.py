@@ -62,7 +62,7 @@ class LiveConditions(Conditions):
 
     def at(self, span: BlockSpan) -> Conditions:
         """The conditions of one block."""
-        block = Conditions(self.ref, self.text, audio=self.features(span).to(self.ref), motion=self.motion, masks=self.masks)
+        block = Conditions(self.ref, self.text, audio=self.features(span).to(self.ref.dtype), motion=self.motion, masks=self.masks)
         return block.drop("audio") if self.silent else block
 
     def drop(self, name: str) -> Conditions:

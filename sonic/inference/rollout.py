@@ -23,7 +23,7 @@ from sonic.sampling.guidance import guided, guided_velocity
 from sonic.sampling.path import velocity_from
 from sonic.sampling.samplers import SAMPLERS, Query, SamplerCoroutine, Velocity, answer_all
 from sonic.sampling.schedules import TIMESTEPS, sigmas_of
-from sonic.types import Conditions, LatentBlock, pick
+from sonic.types import Conditions, LatentBlock, pick, upload
 
 
 class NoiseSource(NamedTuple):
@@ -74,7 +74,7 @@ def reporting(coroutine: SamplerCoroutine, steps: Sequence[int], report: Callabl
         if query.step not in steps[index + 1 :]:
             if begun:
                 report(*begun)
-            begun = query.step, TIMESTEPS * query.sigma.flatten()[0].item()
+            begun = query.step, TIMESTEPS * query.sigma
         velocity = yield query
 
 
@@ -127,6 +127,7 @@ def sample_clip(
 ) -> Tensor:
     """Sample the clean latents [B,C,latent_frames,H,W] of one clip with full attention, as Wan2.2-S2V does."""
     config, source, unconditional, on_step = sampling
+    conditions, unconditional = (each and each.to(device=conditions.ref.device) for each in (conditions, unconditional))
     sigmas = sigmas_of(config.schedule, config.sample_steps, config.sample_shift)
     sampler = pick(SAMPLERS, config.name, "sampler.name")
     coroutine = sampler.coroutine(_noise(conditions.ref, latent_frames, source.generator), sigmas, source.generator)
@@ -179,7 +180,7 @@ class _BlockState:
         noise = source.noise(span) if source.noise else _noise(ref, span.latent_frames, source.generator)
         given = source.ref_positions
         self.ref_positions = given(span, forwards) if given else [plan.model.ref_position(span.start)] * forwards
-        self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span), span) for each in plan.conditions]
+        self.inputs: list[BlockInputs] = [plan.model.prepare_block(each.at(span).to(device=ref.device), span) for each in plan.conditions]
         self.coroutine = plan.sampler.coroutine(noise, plan.sigmas, source.generator)
         if plan.on_step:
             self.coroutine = reporting(self.coroutine, plan.steps, partial(plan.on_step, span.index))
@@ -198,8 +199,7 @@ class _BlockState:
 
         Returns the clean latents after the last step, else None.
         """
-        x, sigma, _ = self.query
-        self.velocities.append(self.plan.to_velocity(prediction, x, sigma))
+        self.velocities.append(self.plan.to_velocity(prediction, self.query.x, self.query.level))
         if len(self.velocities) < len(self.inputs):
             return None
         velocity = guided(*self.velocities, scale) if len(self.velocities) == 2 else self.velocities[0]
@@ -212,10 +212,10 @@ class _BlockState:
         return None
 
     def _requests(self) -> list[ForwardRequest]:
-        x, sigma, step = self.query
+        x, timestep = self.query.x, TIMESTEPS * self.query.level
         positions = self.ref_positions[self.submitted * len(self.inputs) :]
         inputs = [each._replace(ref_position=positions[index]) for index, each in enumerate(self.inputs)]
-        return [ForwardRequest(x, TIMESTEPS * sigma, each, index, step) for index, each in enumerate(inputs)]
+        return [ForwardRequest(x, timestep, each, index, self.query.step) for index, each in enumerate(inputs)]
 
 
 def _clip_velocity(model: AvatarDiT, conditions: Conditions, execution: Execution) -> Velocity:
@@ -226,4 +226,5 @@ def _clip_velocity(model: AvatarDiT, conditions: Conditions, execution: Executio
 def _noise(like: Tensor, latent_frames: int, generator: torch.Generator) -> Tensor:
     """Float32 noise on the device of `like`, drawn on the device of the generator, so that a seed gives the same noise on any device."""
     batch, channels, _, height, width = like.shape
-    return torch.randn(batch, channels, latent_frames, height, width, generator=generator, device=generator.device).to(like.device)
+    drawn = torch.randn(batch, channels, latent_frames, height, width, generator=generator, device=generator.device)
+    return upload(drawn, like.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -80,7 +79,8 @@ class TimeEmbed(nn.Module):
         waves = sinusoid(timestep, self.freq_dim).float()
         embedding = self.out(F.silu(self.expand(waves)))
         modulation = rearrange(self.project(F.silu(embedding)), "b t (six d) -> b t six d", six=6)
-        return embedding, modulation + modulation.new_tensor([[float(row in SCALES)] for row in range(6)])
+        modulation[:, :, SCALES] += 1
+        return embedding, modulation
 
 
 class FramePack(nn.Module):
@@ -113,7 +113,7 @@ class FramePack(nn.Module):
         return torch.cat([rearrange(tokens, "b t s d -> b 1 (t s) d") for tokens in packed], dim=2)
 
 
-SCALES = (1, 4)  # rows of the modulation that are scales; 0 and 3 are shifts, 2 and 5 are gates
+SCALES = slice(1, None, 3)  # rows 1 and 4 of the modulation are scales; 0 and 3 are shifts, 2 and 5 are gates
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -133,9 +133,9 @@ def motion_positions(buckets: Sequence[int], height: int, width: int, *, device:
     """Position ids of the FramePack tokens: negative times that count back from the clip, larger patches spread evenly over the grid."""
     parts, past = [], 0
     for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
-        times = -np.trunc(np.linspace(past + bucket, past + 1, bucket // scale))
-        rows, columns = (np.trunc(np.linspace(0, size - 1, size // scale)) for size in (height, width))
-        parts.append(_every_pair(*(torch.as_tensor(ids, dtype=torch.float64, device=device) for ids in (times, rows, columns))))
+        times = -_spread(past + bucket, past + 1, bucket // scale, device)
+        rows, columns = (_spread(0, size - 1, size // scale, device) for size in (height, width))
+        parts.append(_every_pair(times, rows, columns))
         past += bucket
     return tuple(torch.cat(ids) for ids in zip(*parts, strict=True))
 
@@ -181,6 +181,12 @@ def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
     wide = heads.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn.transpose(0, 1)
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
+
+
+def _spread(first: int, last: int, count: int, device: torch.device | None) -> Tensor:
+    """`count` numbers at equal distances from `first` to `last`, rounded down.  -> float64 [count]"""
+    steps = max(1, count - 1)
+    return ((first * steps + (last - first) * torch.arange(count, device=device)) // steps).double()
 
 
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:

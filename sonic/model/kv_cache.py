@@ -28,6 +28,7 @@ from torch import Tensor
 from sonic.config import ModelConfig
 from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues
 from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotation
+from sonic.types import upload
 
 
 class Slot(NamedTuple):
@@ -131,7 +132,7 @@ class KVCache:
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
-            raw = self.ref_keys[layer]
+            raw = upload(self.ref_keys[layer], self.token_device)
             ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._reference_rotation(position))
             ring.ref_positions[layer] = position
 
@@ -139,7 +140,7 @@ class KVCache:
         if position not in self.rotations:
             if len(self.rotations) > len(self.rings):  # positions only grow
                 self.rotations.clear()
-            self.rotations[position] = rotation(memory_positions((), self.grid, position, device=self.device), self.head_dim)
+            self.rotations[position] = rotation(memory_positions((), self.grid, position, device=self.token_device), self.head_dim)
         return self.rotations[position]
 
 
@@ -216,7 +217,7 @@ def memory_positions(
     buckets: tuple[int, ...], grid: tuple[int, int], ref_position: float, *, device: torch.device | None = None
 ) -> Positions:
     """Position ids of the reference's tokens, then of the motion tokens (none without buckets)."""
-    ref = grid_positions(torch.tensor([ref_position], dtype=torch.float64, device=device), *grid)
+    ref = grid_positions(torch.full((1,), ref_position, dtype=torch.float64, device=device), *grid)
     if not buckets:
         return ref
     return tuple(torch.cat(ids) for ids in zip(ref, motion_positions(buckets, *grid, device=device), strict=True))

@@ -17,16 +17,25 @@ from torch import Tensor
 
 from sonic.sampling.schedules import HIGHEST_UNIPC_SIGMA, TIMESTEPS
 
+HIGHEST_SOLVED = 1 - 1e-6  # noise level at which UniPC begins where the schedule begins with pure noise, whose signal has no logarithm
+
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B,C,T,H,W], sigma [B] or [B,T] in [0,1]) -> noise - clean
 
 
 class Query(NamedTuple):
-    """A sampler's query for the velocity: latents x [B,C,T,H,W], their noise level sigma [B], and the sampling step (0..n-1) with that
-    noise level."""
+    """A sampler's query for the velocity: latents x [B,C,T,H,W], their noise level, and the sampling step (0..n-1) with that noise level.
+
+    The noise level is a number on the host, so that reading it does not wait for a GPU.
+    """
 
     x: Tensor
-    sigma: Tensor
+    sigma: float
     step: int
+
+    @property
+    def level(self) -> Tensor:
+        """The noise level of every video of the batch, as networks read it.  -> float32 [B]"""
+        return torch.full((self.x.shape[0],), self.sigma, dtype=torch.float32, device=self.x.device)
 
 
 SamplerCoroutine = Generator[Query, Tensor, Tensor]  # yields queries, is sent the velocity of each, returns the clean latents
@@ -84,14 +93,14 @@ def answer_all(sampling: SamplerCoroutine, velocity: Velocity) -> Tensor:
             query = sampling.send(answer)
         except StopIteration as end:
             return end.value
-        answer = velocity(query.x, query.sigma)
+        answer = velocity(query.x, query.level)
 
 
 def euler(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """Euler steps of dx/dsigma = velocity, one evaluation each. Source: rectified flow, arXiv 2209.03003."""
     x = noise
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
-        x = x + (then - now) * (yield Query(x, _level(now, x), step))
+        x = x + (then - now) * (yield Query(x, now, step))
     return x
 
 
@@ -99,26 +108,40 @@ def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutin
     """Heun steps along the mean velocity of both ends, two evaluations each except the last. Source: EDM, arXiv 2206.00364, alg. 1."""
     x = noise
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
-        slope = yield Query(x, _level(now, x), step)
+        slope = yield Query(x, now, step)
         guess = x + (then - now) * slope
-        x = guess if then == 0 else x + (then - now) / 2 * (slope + (yield Query(guess, _level(then, x), step + 1)))
+        x = guess if then == 0 else x + (then - now) / 2 * (slope + (yield Query(guess, then, step + 1)))
     return x
 
 
 def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
-    """UniPC of order 2, the predictor-corrector that Wan is published with; it rounds noise levels down to whole timesteps of 1000.
+    """UniPC of order 2, the predictor-corrector that Wan is published with; the model gets whole timesteps of 1000.
 
-    Source: UniPC, arXiv 2302.04867.
+    Its bits are those of diffusers' UniPCMultistepScheduler (bh2), but its coefficients, in float32, stay on the host: a GPU is not
+    waited for. Source: UniPC, arXiv 2302.04867.
     """
-    from diffusers import UniPCMultistepScheduler
+    level, steps = sigmas.cpu().clamp(max=HIGHEST_SOLVED).float(), len(sigmas) - 1
+    alpha, log_snr = 1 - level, (1 - level).log() - level.log()
+    x, start, older, last = noise, noise, noise, noise  # `start`, `older`, `last`: latents and clean ones of the steps before
 
-    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    solver.set_timesteps(sigmas=sigmas[:-1].cpu().numpy(), device=noise.device)
-    solver.set_begin_index(0)
-    x = noise
-    for step, timestep in enumerate(solver.timesteps):
-        level = _level(int(timestep) / solver.config.num_train_timesteps, x)
-        x = solver.step((yield Query(x, level, step)), timestep, x, return_dict=False)[0]
+    def ahead(origin: Tensor, clean: Tensor, step: int, bend: Tensor | float) -> Tensor:
+        """The latents after a step from `origin`, whose clean latents are predicted as `clean`, with `bend` as their change on the way."""
+        grown = alpha[step + 1] * torch.expm1(log_snr[step] - log_snr[step + 1])
+        return level[step + 1] / level[step] * origin - grown * clean - grown * bend
+
+    def past(step: int) -> Tensor:
+        """The length of the step before `step`, in lengths of this one, negative."""
+        return (log_snr[step - 1] - log_snr[step]) / (log_snr[step + 1] - log_snr[step])
+
+    for step, sigma in enumerate(sigmas[:-1].tolist()):
+        clean = x - level[step] * (yield Query(x, below_noise(sigma) / TIMESTEPS, step))
+        if step == 1:
+            x = ahead(start, last, 0, 0.5 * (clean - last))
+        elif step:
+            before, now = _corrector(past(step - 1), log_snr[step - 1] - log_snr[step])
+            x = ahead(start, last, step - 1, before * ((older - last) / past(step - 1)) + now * (clean - last))
+        start, older, last = x, last, clean
+        x = ahead(start, last, step, 0.5 * ((older - last) / past(step)) if 0 < step < steps - 1 else 0.0)
     return x
 
 
@@ -129,7 +152,7 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
     """
     x, previous, last_stride = noise, None, math.inf
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
-        clean = x - now * (yield Query(x, _level(rounded_down(now) / TIMESTEPS, x), step))
+        clean = x - now * (yield Query(x, rounded_down(now) / TIMESTEPS, step))
         stride = _log_snr(then) - _log_snr(now)
         bend = stride / last_stride if math.isfinite(last_stride) and then > 0 else 0.0
         ahead = clean if previous is None or bend == 0 else clean + bend / 2 * (clean - previous)
@@ -146,13 +169,16 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def _corrector(past: Tensor, stride: Tensor) -> Tensor:
+    """UniPC's weights of the change of the clean latents in the step before, and in this one, which is `stride` < 0 long.  -> [2]"""
+    one, grown = torch.ones(()), torch.expm1(stride)
+    first = grown / stride - 1
+    second = first / stride - 0.5
+    return torch.linalg.solve(torch.stack([torch.stack([one, one]), torch.stack([past, one])]), torch.stack([first, second * 2]) / grown)
+
+
 def _log_snr(sigma: float) -> float:
     """log((1 - sigma) / sigma), from -inf at pure noise to inf at clean latents."""
     if sigma in (0.0, 1.0):
         return math.inf if sigma == 0 else -math.inf
     return math.log((1 - sigma) / sigma)
-
-
-def _level(sigma: float, x: Tensor) -> Tensor:
-    """One noise level for the whole batch.  -> [B]"""
-    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)

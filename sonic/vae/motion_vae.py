@@ -137,7 +137,7 @@ class WarpAutoencoder(nn.Module):
 
 def _throat(like: Tensor) -> Tensor:
     """The colour of the mouth's inside that zero stands for: a dim red.  -> [3,1,1]"""
-    return like.new_tensor([0.30, 0.12, 0.11]).reshape(3, 1, 1)
+    return torch.cat([like.new_full((1, 1, 1), value) for value in (0.30, 0.12, 0.11)])
 
 
 def _as_motion(layers: Tensor) -> MotionLayers:
