@@ -133,8 +133,8 @@ def motion_positions(buckets: Sequence[int], height: int, width: int, *, device:
     """Position ids of the FramePack tokens: negative times that count back from the clip, larger patches spread evenly over the grid."""
     parts, past = [], 0
     for bucket, scale in zip(buckets, PACK_SCALES, strict=True):
-        times = -_spread(past + bucket, past + 1, bucket // scale, device)
-        rows, columns = (_spread(0, size - 1, size // scale, device) for size in (height, width))
+        times = -_spread(past + bucket, past + 1, bucket // scale, device=device)
+        rows, columns = (_spread(0, size - 1, size // scale, device=device) for size in (height, width))
         parts.append(_every_pair(times, rows, columns))
         past += bucket
     return tuple(torch.cat(ids) for ids in zip(*parts, strict=True))
@@ -183,7 +183,7 @@ def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
 
 
-def _spread(first: int, last: int, count: int, device: torch.device | None) -> Tensor:
+def _spread(first: int, last: int, count: int, *, device: torch.device | None) -> Tensor:
     """`count` numbers at equal distances from `first` to `last`, rounded down.  -> float64 [count]"""
     steps = max(1, count - 1)
     return ((first * steps + (last - first) * torch.arange(count, device=device)) // steps).double()

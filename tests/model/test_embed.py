@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -60,6 +61,13 @@ def test_motion_tokens_sit_before_the_clip_at_the_published_positions():
     assert row[time == -3].unique().tolist() == [0, 2, 4, 7]
     assert column[time == -3].unique().tolist() == [0, 3]
     assert row[time == -19].unique().tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("height", range(4, 260, 4))
+def test_motion_tokens_are_spread_as_numpy_spreads_the_published_ones(height):
+    _, row, _ = motion_positions([1, 2, 16], height, 4)
+    spread = [np.trunc(np.linspace(0, height - 1, height // scale)).tolist() for scale in (1, 2, 4)]
+    assert [row[times].unique().tolist() for times in (slice(4 * height), slice(4 * height, 5 * height), slice(5 * height, None))] == spread
 
 
 def test_the_reference_position_is_fixed_and_then_moves_ahead_of_the_block():

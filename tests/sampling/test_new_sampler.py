@@ -21,7 +21,7 @@ def damped(noise: torch.Tensor, sigmas: torch.Tensor, rng: torch.Generator) -> S
     """Euler steps with the velocity scaled by 0.9."""
     x = noise
     for step, (now, then) in enumerate(pairwise(sigmas.tolist())):
-        x = x + 0.9 * (then - now) * (yield Query(x, torch.full((x.shape[0],), now), step))
+        x = x + 0.9 * (then - now) * (yield Query(x, now, step))
     return x
 
 

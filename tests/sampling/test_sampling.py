@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch.testing import assert_close
 
 from sonic.sampling.guidance import guided_velocity
 from sonic.sampling.path import PREDICTIONS, interpolate, velocity_from
-from sonic.sampling.samplers import SAMPLERS
+from sonic.sampling.samplers import SAMPLERS, Query, answer_all, unipc
 from sonic.sampling.schedules import SCHEDULES, TIMESTEPS, is_table, sigmas_of
 
 ORDER = {
@@ -49,7 +50,7 @@ def test_a_sampler_queries_the_steps_and_timesteps_that_its_entry_says(name, sch
     try:
         while True:
             queried.append(query.step)
-            timesteps.append(TIMESTEPS * query.sigma[0].item())
+            timesteps.append(TIMESTEPS * query.sigma)
             query = sampling.send(torch.zeros_like(query.x))
     except StopIteration:
         assert queried == sampler.steps_queried(steps)
@@ -66,6 +67,24 @@ def test_errors_shrink_with_the_order_of_the_sampler(name, rng):
         found = SAMPLERS[name](lambda x, sigma, at=sigmas: curved(x, at[(at - sigma[0]).abs().argmin()][None]), noise, sigmas, rng)
         errors.append((found - SPREAD * noise).norm().item())
     assert errors[0] / errors[1] > 0.8 * 2 ** ORDER[name]
+
+
+def of_diffusers(noise, sigmas, rng):
+    """UniPC by diffusers, as a sampler."""
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.set_timesteps(sigmas=sigmas[:-1].numpy())
+    solver.set_begin_index(0)
+    x = noise
+    for step, timestep in enumerate(solver.timesteps):
+        x = solver.step((yield Query(x, int(timestep) / TIMESTEPS, step)), timestep, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 40])
+def test_unipc_has_the_bits_of_diffusers(schedule, steps, rng):
+    noise, sigmas = torch.randn(1, 4, 3, 8, 8), sigmas_of(schedule, steps, 3.0)
+    assert torch.equal(*(answer_all(solver(noise, sigmas, rng), curved) for solver in (unipc, of_diffusers)))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
