@@ -64,6 +64,12 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which products with this weight are computed: that of autocast where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class Linear(nn.Linear):
     """torch's linear layer, with an optional GELU of its output."""
 
