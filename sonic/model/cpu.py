@@ -90,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, then_gelu: bool = False) 
     Intel; for bfloat16 torch writes the bias to memory before the product.
     """
     use_onednn = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _onednn_dtypes() and torch.backends.mkldnn.enabled
-    if torch.is_grad_enabled() or not use_onednn or not x.numel():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not use_onednn or not x.numel():
         out = F.linear(x, weight, bias)
         return gelu(out) if then_gelu else out
     form = "none" if slow_here(x) else "tanh"
