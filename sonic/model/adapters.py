@@ -44,12 +44,13 @@ class AdaptedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.frozen_forward = type(linear).forward  # of a layer that may compute in float32
         self.adapters = nn.ModuleDict(adapters)
         self.switch = switch
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,in] -> [...,out]"""
-        out = super().forward(x)
+        out = self.frozen_forward(self, x)
         role = self.switch.role
         return out if role is None else out + self.adapters[role](x).to(out.dtype)
 

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.model.blocks import MultiHead, modulate
-from sonic.model.cpu import Linear, linear
+from sonic.model.cpu import Linear, linear, product_dtype
 
 
 class AudioTokens(NamedTuple):
@@ -93,16 +93,16 @@ class AudioInjector(nn.Module):
         self.attention = MultiHead(hidden_dim, num_heads, eps)
 
     def forward(self, grid: Tensor, audio: AudioTokens) -> Tensor:
-        """The grid plus the attention output.  [B,T,S,D] -> [B,T,S,D]"""
+        """The attention output, which is to be added to the grid.  [B,T,S,D] -> [B,T,S,D]"""
         actors = audio.tokens.shape[0] // grid.shape[0]
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
-        shift, scale = rearrange(self.modulation(F.silu(audio.summary)), "b t (two d) -> two b t 1 d", two=2)
-        normed = modulate(tokens, shift, 1 + scale, eps=self.EPS)
+        shift, scale = rearrange(self.modulation(F.silu(audio.summary)).float(), "b t (two d) -> two b t 1 d", two=2)
+        normed = modulate(tokens, shift, 1 + scale, eps=self.EPS).to(product_dtype(self.modulation.weight))
         attn_out = self.attention(rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d"))
         residual = rearrange(attn_out, "(b t) s d -> b t s d", t=grid.shape[1])
         if audio.masks is not None:
-            residual = rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)
-        return grid + residual
+            return rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)
+        return residual
 
 
 def _plain_norm(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The parts of the DiT: attention with its projections, the block, the head. Shapes: N tokens of a packed sequence (see `Layout`)."""
+"""The parts of the DiT: attention with its projections, the block, the head. Shapes: N tokens of a packed sequence (see `Layout`).
+
+Tokens, shifts, scales and gates are float32. What goes into products is rounded to their dtype (`product_dtype`), and what comes out
+is added to the tokens in float32.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
-from sonic.model.cpu import Linear, RmsNorm, linear_gelu
+from sonic.model.cpu import Linear, RmsNorm, linear_gelu, product_dtype
+from sonic.model.embed import Float32Linear
 
 Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
 
@@ -69,6 +74,14 @@ class SelfAttention(MultiHead):
         return self.merge_heads(exchange.to_tokens(context.attend(self.attention, projected)))
 
 
+class Float32LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in float32, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> float32 [...,D]"""
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Self-attention over the keys that `context` allows, text attention, MLP. The first and last are modulated by the noise level.
 
@@ -80,7 +93,7 @@ class Block(nn.Module):
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 6, hidden_dim) / hidden_dim**0.5)
         self.self_attention = SelfAttention(hidden_dim, num_heads, eps)
-        self.text_norm = nn.LayerNorm(hidden_dim, eps)
+        self.text_norm = Float32LayerNorm(hidden_dim, eps)
         self.text_attention = TextAttention(hidden_dim, num_heads, eps)
         self.mlp_in = Linear(hidden_dim, ffn_dim)
         self.mlp_out = Linear(ffn_dim, hidden_dim)
@@ -95,35 +108,38 @@ class Block(nn.Module):
         context: AttentionContext,
         exchange: TokenExchange = NO_EXCHANGE,
     ) -> Tensor:
-        """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens [B,N,D]"""
-        tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
-        normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
+        """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens [B,N,D]
+
+        `tokens` are overwritten where no gradients are needed.
+        """
+        tables = [rearrange(self.modulation.float() + modulation, "b t six d -> six b t 1 d") for modulation in modulations]
+        dtype = product_dtype(self.mlp_in.weight)
+        normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps).to(dtype), layout, tables, tokens)
         attn_out = self.self_attention(normed, context=context, exchange=exchange)
         tokens = add_gated(tokens, attn_out, [table[2] for table in tables], layout=layout)
-        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens), text, context=context))
-        normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
-        changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
-        return add_gated(tokens, changed, [table[5] for table in tables], layout=layout)
-
-    def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
-        """Shift, scale and gate of the attention, then of the MLP, each [B,T,1,D]; added in float32."""
-        return rearrange(self.modulation.float() + modulation, "b t six d -> six b t 1 d").to(dtype)
+        del normed, attn_out  # frees them
+        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens).to(dtype), text, context=context))
+        normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps).to(dtype), layout, tables, tokens)
+        return add_gated(tokens, self.mlp_out(linear_gelu(self.mlp_in, normed)), [table[5] for table in tables], layout=layout)
 
 
 class Head(nn.Module):
-    """The last modulation, and the projection of tokens back to latents."""
+    """The last modulation, and the projection of tokens back to latents, in float32."""
 
     def __init__(self, hidden_dim: int, channels: int, patch: tuple[int, int, int], *, eps: float = 1e-6):
         super().__init__()
         self.patch, self.eps = tuple(patch), eps
         self.modulation = nn.Parameter(torch.randn(1, 2, hidden_dim) / hidden_dim**0.5)
-        self.project = Linear(hidden_dim, patch[0] * patch[1] * patch[2] * channels)
+        self.project = Float32Linear(hidden_dim, patch[0] * patch[1] * patch[2] * channels)
 
-    def forward(self, tokens: Tensor, time_embedding: Tensor, width: int) -> Tensor:
-        """tokens [B,T,S,D], time embedding [B,T,D], `width` patches in a row -> [B,C,T,H,W]"""
+    def forward(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
+        """tokens [B,T,S,D], time embedding [B,T,D] -> the numbers of a patch of latents for each token [B,T,S,n]"""
         table = self.modulation.float() + rearrange(time_embedding, "b t d -> b t 1 d")
-        shift, scale = rearrange(table, "b t two d -> two b t 1 d").to(tokens.dtype)
-        patches = self.project(modulate(tokens, shift, 1 + scale, eps=self.eps))
+        shift, scale = rearrange(table, "b t two d -> two b t 1 d")
+        return self.project(modulate(tokens, shift, 1 + scale, eps=self.eps))
+
+    def to_latents(self, patches: Tensor, width: int) -> Tensor:
+        """Patches of latents [B,T,S,n], `width` of them in a row -> [B,C,T,H,W]"""
         p, q, r = self.patch
         return rearrange(patches, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", w=width, p=p, q=q, r=r)
 
@@ -147,18 +163,23 @@ def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Ten
 
 
 def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
-    """tokens + gate · change, each part with its gate [B,T,1,D]; `change` is overwritten where no gradients are needed.
+    """tokens + gate · change, each part with its gate [B,T,1,D]; `tokens` are overwritten where no gradients are needed.
     [B,N,D] -> [B,N,D]"""
-    if torch.is_grad_enabled() or change.dtype != tokens.dtype:
+    if torch.is_grad_enabled():
         return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
     for x, h, gate in zip(split_parts(tokens, layout), split_parts(change, layout), gates, strict=True):
-        torch.addcmul(x, h, gate, out=h)
-    return change
+        x.addcmul_(h, gate)
+    return tokens
 
 
 def add_residual(tokens: Tensor, change: Tensor) -> Tensor:
-    """tokens + change; `change` is overwritten where no gradients are needed."""
-    return tokens + change if torch.is_grad_enabled() or change.dtype != tokens.dtype else change.add_(tokens)
+    """tokens + change, which may be of the first tokens only; `tokens` are overwritten where no gradients are needed.
+    [B,N,D], [B,some,D] -> [B,N,D]"""
+    count = change.shape[1]
+    if torch.is_grad_enabled():
+        return torch.cat((tokens[:, :count] + change, tokens[:, count:]), dim=1) if count < tokens.shape[1] else tokens + change
+    tokens[:, :count].add_(change)
+    return tokens
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:

@@ -64,6 +64,12 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, product.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype), None
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which products with this weight are computed: that of autocast where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class Linear(nn.Linear):
     """torch's linear layer, with an optional GELU of its output."""
 
@@ -84,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, then_gelu: bool = False) 
     Intel; for bfloat16 torch writes the bias to memory before the product.
     """
     use_onednn = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _onednn_dtypes() and torch.backends.mkldnn.enabled
-    if torch.is_grad_enabled() or not use_onednn or not x.numel():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not use_onednn or not x.numel():
         out = F.linear(x, weight, bias)
         return gelu(out) if then_gelu else out
     form = "none" if slow_here(x) else "tanh"

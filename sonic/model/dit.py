@@ -14,7 +14,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT, BlockSpan
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
-from sonic.model.blocks import Block, Head, join_parts, split_parts
+from sonic.model.blocks import Block, Head, add_residual, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
 from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
@@ -174,15 +174,15 @@ class AvatarDiT(nn.Module):
         tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, context=context, exchange=exchange)
         inject = self.config.audio.inject_layers
         if inputs.audio is not None and layer in inject:
-            grid, *rest = split_parts(tokens, inputs.layout)
-            tokens = join_parts([self.audio_injectors[inject.index(layer)](grid, inputs.audio), *rest])
+            grid = split_parts(tokens, inputs.layout)[0]
+            tokens = add_residual(tokens, self.audio_injectors[inject.index(layer)](grid, inputs.audio).flatten(1, 2))
         return inputs._replace(tokens=tokens)
 
     def unembed(self, outputs: TrunkInputs, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:
         """The latents of the last block's outputs: of the first part of their layout, which holds the noisy tokens.  -> [B,C,T,H,W]"""
         rows, columns = grid
-        tokens = sequence.gather(split_parts(outputs.tokens, outputs.layout)[0], rows * columns)
-        return self.head(tokens, outputs.time_embedding, columns)
+        patches = self.head(split_parts(outputs.tokens, outputs.layout)[0], outputs.time_embedding)
+        return self.head.to_latents(sequence.gather(patches, rows * columns), columns)
 
     def ref_position(self, start: int) -> int:
         """The time id of the reference for a block that starts at latent frame `start`, by the configured rule."""
@@ -274,13 +274,13 @@ def _trunk_inputs(
     audio: AudioTokens | None,
     sequence: SequenceParallel,
 ) -> TrunkInputs:
-    """The inputs of the blocks: this rank's tokens of the parts [B,T,S,D], each with its modulation."""
+    """The inputs of the blocks: this rank's tokens of the parts [B,T,S,D], in float32, each part with its modulation."""
     exchange = sequence.exchange(tuple(tuple(part.shape[1:3]) for part in parts))
     local = [sequence.split(part) for part in parts]
     if audio is not None and audio.masks is not None:
         audio = audio._replace(masks=sequence.split(audio.masks))
     layout = tuple(tuple(part.shape[1:3]) for part in local)
-    return TrunkInputs(join_parts(local), layout, modulations, text, audio, time_embedding, exchange)
+    return TrunkInputs(join_parts(local).float(), layout, modulations, text, audio, time_embedding, exchange)
 
 
 def _per_frame(timestep: Tensor) -> Tensor:

@@ -54,14 +54,15 @@ WIDENED = 1 << 21  # weights that a CPU converts to float32 at a time, 8 MiB: fe
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32; weights stored in less precision are converted piece by piece."""
+    """A linear layer that computes in float32, also under autocast; weights stored in less precision are converted piece by piece."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
         narrow = max(1, WIDENED // self.in_features) if self.weight.device.type == "cpu" else self.out_features
         rows = self.out_features if self.weight.dtype == torch.float32 else narrow
         pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
-        return torch.cat([linear(x, weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([linear(x.float(), weight.float(), bias.float()) for weight, bias in pieces], dim=-1)
 
 
 class TimeEmbed(nn.Module):

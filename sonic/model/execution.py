@@ -28,7 +28,8 @@ class BlockInputs(NamedTuple):
 class TrunkInputs(NamedTuple):
     """Inputs to the transformer blocks, and what passes them by: the time embedding [B,T,D] of the noisy tokens, for the head.
 
-    tokens [B,N,D], the parts of `layout` one after the other; the modulation [B,T,6,D] of each part; text [B,L,D] or None.
+    tokens, float32 [B,N,D], the parts of `layout` one after the other, which blocks overwrite where no gradients are needed; the modulation
+    [B,T,6,D] of each part; text [B,L,D] or None.
     """
 
     tokens: Tensor

@@ -22,9 +22,8 @@ TEXT_NUMBERS = {4096: 5_680_910_336}  # parameters of umT5-xxl's encoder, by the
 # parameters of the published sizes that Wan2.2-S2V reads: wav2vec2-large, hubert-large and whisper-medium
 SPEECH_NUMBERS = {"logmel": 1_317_440, "wav2vec2": 315_438_720, "hubert": 315_438_720, "whisper": 307_216_384}
 PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
-COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
+COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings and the stream are float32
 EXCHANGE_COPIES = 7  # additional copies in attention when ranks exchange tokens for heads
-GATHERED_COPIES = 6  # of the outputs of all ranks that share tokens: each of these ranks projects all of them to latents
 CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and its keys are not in a KV ring
 HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
 
@@ -74,18 +73,17 @@ def memory_bytes(work: Workload) -> float:
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     """Bytes of activations by phase of a forward, without weights and KV caches; `share` ranks divide the tokens.
 
-    Attention applies rotary embeddings in float32, the MLP holds its hidden layer twice, and before the blocks the projection of the
-    time embedding is converted to float32, a sixth at a time.
+    Attention applies rotary embeddings in float32, the MLP holds its hidden layer twice, before the blocks the projection of the
+    time embedding is converted to float32, a sixth at a time, and after them the head normalises the float32 tokens.
     """
     trunk = work.model.trunk
     activations = work.activation_bytes / share
     rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
     widened = 4 * trunk.hidden_dim**2 if work.dtype_bytes == 2 else 0
-    gathered = GATHERED_COPIES * work.query_tokens * work.token_bytes * (share > 1)
     other = (COPIES["other"] + more) * activations + rotations
     return {
-        "ends": activations + max(widened, gathered),
+        "ends": max(activations + widened, 2 * work.stream_bytes / share),
         "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations,
         "text": other,
         "prompt": other,

@@ -123,7 +123,7 @@ def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
         rings_away = sum(memories.values())
         one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
         memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # rings of the current forward and of the next one
-    busy = max(m.activation_bytes(work).values()) + (together - 1) * work.activation_bytes
+    busy = max(m.activation_bytes(work).values()) + (together - 1) * work.stream_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
     rank = _leader(work, hardware, {"weights": m.end_bytes(work) + options.slots * max(layers), "activations": busy, **memories})
     room = (hardware.usable_gib - SPARE_GIB) * GIB - sum(rank["generate"].values())
@@ -205,7 +205,7 @@ def _stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
     ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, split=split)
     ranks = [_stage(work, hardware, found, stage=stage, split=split) for stage, found in enumerate(ranges) for _ in range(split.share)]
     busiest = max(_over(times, found) for found in ranges)
-    hops = s.link_seconds(s.forwards(work) * work.activation_bytes / split.share * (split.stages > 1), hardware)
+    hops = s.link_seconds(s.forwards(work) * work.stream_bytes / split.share * (split.stages > 1), hardware)
     seconds = s.Seconds(
         compute=busiest,
         activations=hops + s.exchange_seconds(work, hardware, split.share) * max(len(found) for found in ranges) / layers,
@@ -266,8 +266,8 @@ def _stage(work: Workload, hardware: HardwareConfig, layers: range, *, stage: in
     first, share = stage == 0, split.share
     busy = m.activation_bytes(work, share=share)
     phases = [busy[name] for name in ("attention", "mlp", *(("ends",) if first else ()))]
-    activations = max(phases) if len(layers) or first else work.activation_bytes / share
-    incoming = MESSAGES * work.activation_bytes / share * (split.stages > 1) + m.frame_bytes(work) * (first and split.vae_apart)
+    activations = max(phases) if len(layers) or first else work.stream_bytes / share
+    incoming = MESSAGES * work.stream_bytes / share * (split.stages > 1) + m.frame_bytes(work) * (first and split.vae_apart)
     generation = {
         "weights": m.layer_bytes(work, layers) + m.end_bytes(work) * first,
         "kv_rings": len(layers) * m.ring_bytes(work) / share,

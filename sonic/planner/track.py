@@ -99,7 +99,7 @@ def stages(work: Workload, plan: Plan) -> list[Footprint]:
     with fake_world(plan.parallel, len(plan.ranks)) as world:
         execution = Execution(sequence_parallel(world, work.model.trunk.num_heads))
         share = world.size("cp")
-        incoming = MESSAGES * work.activation_bytes / share * (len(plan.ranges) > 1)
+        incoming = MESSAGES * work.stream_bytes / share * (len(plan.ranges) > 1)
         first = _of_all_layers(work.with_layers(ranges[0]), lambda part: _transformer(AvatarDiT(part.model), part, execution))
         found = [first.with_more(incoming + frames * vae_apart)]
         known: dict[tuple[int, int], Footprint] = {}  # equal stages run once
@@ -111,7 +111,7 @@ def stages(work: Workload, plan: Plan) -> list[Footprint]:
             return known[kind]
 
         for layers in ranges[1:]:
-            one = _of_all_layers(work.with_layers(layers), blocks) if layers else Footprint(0, work.activation_bytes / share)
+            one = _of_all_layers(work.with_layers(layers), blocks) if layers else Footprint(0, work.stream_bytes / share)
             found.append(one.with_more(incoming))
     last = [Footprint(MESSAGES * frames, MESSAGES * frames)] * vae_apart  # the autoencoder's rank, which sends frames to the first
     return [stage for stage in found for _ in range(share)] + last
@@ -121,7 +121,7 @@ def offloaded(work: Workload, plan: Plan) -> list[Footprint]:
     """Memory of a model of RUNNING layers, with the weights, KV rings and waiting forwards of the plan in place of its own."""
     part, items = work.with_layers(range(RUNNING)), plan.ranks[0]["generate"]
     own = model_bytes(part) + RUNNING * (ring_bytes(work) + memory_bytes(work))
-    waiting = (plan.parallel.offload.inflight - 1) * work.activation_bytes
+    waiting = (plan.parallel.offload.inflight - 1) * work.stream_bytes
     whole = sum(items[name] for name in ("weights", "kv_rings", "memory_tokens")) + waiting
     return [_transformer(AvatarDiT(part.model), part).with_more(whole - own)]
 

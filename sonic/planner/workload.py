@@ -91,8 +91,13 @@ class Workload:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of the activations of all tokens in a forward."""
+        """Bytes of the activations of all tokens in a forward, in the dtype of products."""
         return self.tokens * self.token_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of all tokens of a forward between two layers, where they are float32."""
+        return self.activation_bytes * 4 // self.dtype_bytes
 
     @property
     def forward_flops(self) -> int:

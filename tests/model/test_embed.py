@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sonic.config import AdapterConfig
+from sonic.model.adapters import Adapters
 from sonic.model.embed import FramePack, PatchEmbed, TextEmbed, TimeEmbed, grid_positions, motion_positions, ref_time_id, rotate, rotation
 
 HEAD_DIM = 24  # 12 pairs: 4 of time, 4 of rows, 4 of columns
@@ -120,3 +122,18 @@ def test_the_noise_level_is_embedded_in_float32_whatever_the_weights_are_stored_
     for found, expected in zip(narrow(timestep), wide(timestep), strict=True):
         assert found.dtype == torch.float32
         assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("learns", [True, False])
+def test_under_autocast_the_noise_level_is_embedded_in_float32(learns, adapted, rng):
+    embed, timestep = TimeEmbed(16, 24), torch.tensor([[0.0, 3.7, 999.5]])
+    if adapted:
+        Adapters(embed, ["student"], AdapterConfig(rank=2))
+    with torch.set_grad_enabled(learns):
+        expected = embed(timestep)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = embed(timestep)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one, other, atol=0, rtol=0)
