@@ -110,8 +110,10 @@ def build_components(
         torch.set_num_threads(run.threads)
     context = context or DistributedContext(World("single", find_device(run.device)))
     dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
-    attention, family = attention_for(run.attention, context.world.device), family or family_of(config)
+    family = family or family_of(config)
     config = family.settled_model(config)
+    head_dim = config.trunk.hidden_dim // config.trunk.num_heads
+    attention = attention_for(run.attention, context.world.device, dtype, head_dim=head_dim)
 
     def make_model() -> AvatarDiT:
         lora = lora_of(config.lora, family.student(config, steps))

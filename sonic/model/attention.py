@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from itertools import dropwhile, islice, takewhile
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate
@@ -46,20 +51,117 @@ def xformers(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return memory_efficient_attention(queries, keys, values)
 
 
-ATTENTION: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers}
+def flash3(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by the kernels of FlashAttention 3, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    if not queries.numel():
+        return queries
+    from flash_attn_interface import flash_attn_func
+
+    found = flash_attn_func(queries, keys, values)
+    return found[0] if isinstance(found, tuple) else found  # older builds also give the logarithm of the sum of each row
 
 
-def attention_for(name: str, device: torch.device) -> Attention:
-    """The attention function called `name` (run.attention); torch's, with a warning, where the device cannot run it.
+def sage(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by SageAttention, which rounds queries and keys to 8 bits.  [B,N,heads,d] -> [B,N,heads,d]
 
-    Raises ValueError when the package that it needs is not installed.
+    Raises ValueError where gradients are needed.
     """
-    if name == "xformers" and device.type != "cuda":
-        log.warning("run.attention=xformers has kernels for CUDA only; on %s torch's own attention is used (sdpa)", device.type)
-        return sdpa
-    if name == "xformers" and find_spec("xformers") is None:
-        raise ValueError("run.attention=xformers needs the package xformers: pip install xformers; run.attention=sdpa needs nothing")
-    return pick(ATTENTION, name, "run.attention")
+    if torch.is_grad_enabled() and any(rows.requires_grad for rows in (queries, keys, values)):
+        raise ValueError("run.attention=sage has no gradients; train with run.attention=sdpa")
+    if not queries.numel():
+        return queries
+    from sageattention import sageattn
+
+    return sageattn(queries, keys.clone(), values, tensor_layout="NHD")  # version 1 changes the keys in place
+
+
+def flex(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by torch's flex_attention, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    learning = any(rows.requires_grad for rows in (queries, keys, values))
+    if not queries.numel() or (learning and not queries.is_cuda):  # it has no gradients on a CPU
+        return sdpa(queries, keys, values)
+    return _flex_attention(queries.is_cuda)(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
+
+
+@cache
+def _flex_attention(compiled: bool) -> Attention:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+class Backend(NamedTuple):
+    """An attention function and what it needs: a package, and how it is installed; a CUDA device of a compute capability between `oldest`
+    and `newest`, unless it runs `anywhere`; dtypes; channels of a head (None = any). One that is not `exact` rounds more than sdpa."""
+
+    attend: Attention
+    package: str = ""
+    install: str = ""
+    anywhere: bool = False
+    oldest: tuple[int, int] = (8, 0)
+    newest: tuple[int, int] = (99, 0)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    heads: Container[int] | None = None
+    exact: bool = True
+
+
+HALF = (torch.bfloat16, torch.float16)
+FLASH3 = Backend(flash3, "flash_attn_interface", "install flash-attn-3 from PyTorch's wheel index", dtypes=HALF, heads=range(8, 257, 8))
+ATTENTION: dict[str, Backend] = {
+    "sdpa": Backend(sdpa, anywhere=True),
+    "xformers": Backend(xformers, "xformers", "pip install xformers"),
+    "flash3": FLASH3._replace(oldest=(9, 0), newest=(9, 9)),  # Hopper
+    "sage": Backend(sage, "sageattention", "pip install sageattention", dtypes=HALF, heads=(64, 96, 128), exact=False),
+    "flex": Backend(flex, anywhere=True),
+}
+
+
+def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> Attention:
+    """The attention function called `name` (run.attention) for heads of `head_dim` channels in `dtype`. On a device that it does not run
+    on: sdpa with a warning, if that gives the same.
+
+    Raises ValueError when it cannot do what is asked for, or its package is not installed.
+    """
+    backend, instead = pick(ATTENTION, name, "run.attention"), "use run.attention=sdpa, which needs nothing"
+    fault = "" if backend.anywhere else _fault_of(device, backend)
+    if fault and backend.exact:
+        log.warning("run.attention=%s %s; torch's own attention is used (sdpa)", name, fault)
+        backend, fault = ATTENTION["sdpa"], ""
+    if not fault and backend.package and find_spec(backend.package) is None:
+        fault = f"needs the package {backend.package}: {backend.install}"
+    elif not fault and dtype not in backend.dtypes:
+        fault = f"has no kernels for {dtype}: run.dtype=bfloat16 has them"
+    elif not fault and backend.heads and head_dim not in backend.heads:
+        fault = f"has no kernels for heads of {head_dim} channels"
+    if fault:
+        raise ValueError(f"run.attention={name} {fault}; or {instead}")
+    if backend.attend is sdpa and device.type == "cuda":
+        _log_kernel(device, dtype, head_dim)
+    return backend.attend
+
+
+def _fault_of(device: torch.device, backend: Backend) -> str:
+    """Why a device cannot run a backend; "" when it can."""
+    if device.type != "cuda":
+        return f"has kernels for CUDA only, not for {device.type}"
+    oldest, found, newest = backend.oldest, torch.cuda.get_device_capability(device), backend.newest
+    between = f"{oldest[0]}.{oldest[1]}" + (f" to {newest[0]}.{newest[1]}" if newest < (99, 0) else " or newer")
+    return "" if oldest <= found <= newest else f"needs a GPU of compute capability {between}, and this one has {found[0]}.{found[1]}"
+
+
+@cache
+def _log_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Log which kernel sdpa takes, as torch chooses it here, and for slower kernels than cuDNN's and flash attention torch's reasons."""
+    rows = torch.empty(1, 8, 256, head_dim, dtype=dtype, device=device)
+    kernel, reasons = SDPBackend(torch._fused_sdp_choice(rows, rows, rows)), []
+    if kernel not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with warnings.catch_warnings(record=True) as caught, suppress(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            warnings.simplefilter("always")
+            F.scaled_dot_product_attention(rows, rows, rows)  # warns why it cannot, then raises
+        messages = [str(each.message).partition(" (Triggered")[0] for each in caught]
+        after = dropwhile(lambda message: not message.startswith("Flash attention kernel not used"), messages)
+        reasons = [*takewhile(lambda message: "kernel not used" not in message, islice(after, 1, None))]
+    log.info("attention: sdpa takes torch's kernel %s", " because: ".join([kernel.name, *([" ".join(reasons)] if reasons else [])]))
 
 
 class QKV(NamedTuple):
