@@ -17,6 +17,7 @@ from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_i
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import Family, family_of
 from sonic.geometry import GIB
+from sonic.inference.components import find_device
 from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
@@ -25,7 +26,7 @@ from sonic.parallel.mesh import World, degrees
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner.hardware import hardware_here
 from sonic.planner.plans import Plan
-from sonic.planner.search import PlanResult, search_plans
+from sonic.planner.search import PlanResult, changes_for_less, in_words, search_plans
 from sonic.system.paths import check_input
 
 log = logging.getLogger("sonic.inference")
@@ -74,10 +75,8 @@ def choose_plan(
     plan.force=true logs a warning instead.
     """
     hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    model = (family or family_of(config.model)).settled_model(config.model)
-    video_size = _video_size(config, size)
-    video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
-    plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
+    settled = replace(config, model=(family or family_of(config.model)).settled_model(config.model))
+    plan_config = _plan_config(settled, hardware, ranks, size=_video_size(config, size))
     found = search_plans(plan_config, idle=False)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
@@ -89,6 +88,15 @@ def choose_plan(
     if asked.name not in ("auto", "pipeline"):  # the planner has also chosen the stages of a pipeline
         plan = replace(plan, parallel=_with_residents(asked, plan, device))
     return Estimate(plan, plan_config)
+
+
+def would_help(config: InferConfig, ranks: Ranks, error: BaseException) -> str:
+    """In words, the changes that make a video need less of the memory that ran out than its plan; "" when there are none."""
+    device = find_device(config.run.device)
+    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
+    settled = replace(config, model=family_of(config.model).settled_model(config.model))
+    found = search_plans(_plan_config(settled, hardware, ranks, size=_video_size(config, None)), idle=False)
+    return in_words(changes_for_less(found, host=device.type == "cuda" and "CUDA" not in str(error)))
 
 
 def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> None:
@@ -113,12 +121,13 @@ def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> 
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
-def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
+def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks, *, size: str) -> PlanConfig:
     """The planner's input for a job: one video on the ranks that make it together, with their share of the host memory.
 
     Raises ValueError when parallel=auto cannot divide the ranks into parallel.replicas copies.
     """
     parallel = config.parallel
+    video = config.video if size == PHOTO_SIZE else replace(config.video, size=size, min_resolution=0)
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
         if parallel.replicas == -1 or hardware.devices % sharing:
@@ -132,7 +141,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # every rank has a whole copy of the model, so nothing is sharded
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
-    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
+    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=video)
 
 
 def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
@@ -177,5 +186,5 @@ def _refusal(found: PlanResult) -> str:
     lacks = (
         f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"
     )
-    would = "; ".join(f"{change.sentence} ({' '.join(change.options)})" for change in found.changes)
+    would = in_words(found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"

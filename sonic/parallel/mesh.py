@@ -161,8 +161,7 @@ def degrees(config: ParallelConfig, ranks: int) -> tuple[int, int, int]:
 def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Iterator[World]:
     """Join the process group, where there is one, and leave it at the end of the `with` block.
 
-    Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
-    of memory.
+    Raises OtherRank in place of an error that another rank caused.
     """
     if device.type == "cuda":  # FSDP shards onto the current device; if none is set, DeviceMesh would set one itself
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)

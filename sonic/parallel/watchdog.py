@@ -19,12 +19,12 @@ from threading import Event, Thread, get_ident
 from types import FrameType
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sonic.config import OtherRank
 from sonic.system.heartbeat import ACTIVITY, heartbeat
+from sonic.system.out_of_memory import out_of_memory
 
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
@@ -52,8 +52,7 @@ def watch_ranks(
 ) -> Iterator[None]:
     """Watch the ranks of the process group inside the `with` block; `leave` is called before the watchdog is closed.
 
-    `peers` are the ranks that work together with this one (default: all). Raises OtherRank in place of an error that another rank caused,
-    and MemoryError with one sentence when a device or the host is out of memory.
+    `peers` are the ranks that work together with this one (default: all). Raises OtherRank in place of an error that another rank caused.
     """
     watchdog = None
     if ranks > 1:
@@ -118,15 +117,13 @@ class Watchdog:
         return Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
 
     def explain(self, error: BaseException) -> None:
-        """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it, MemoryError when memory ran out."""
+        """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it."""
         self.failed = True
         gone = self._silent_ranks() if _is_lost_connection(error) and not self.fault() else []
-        what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped"
+        what = out_of_memory(error) or (f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped")
         fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
         if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # all ranks may raise these at the same time
             raise OtherRank(str(fault)) from error
-        if _is_out_of_memory(error):
-            raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
 
     def close(self) -> None:
         """Stop watching; the peers no longer expect signs of this rank."""
@@ -183,11 +180,6 @@ def _lines(frame: FrameType | None) -> str:
         frame = frame.f_back
     named = [f"{os.path.basename(each.f_code.co_filename)}:{each.f_lineno} {each.f_code.co_name}" for each in (*innermost, frame) if each]
     return ", called by ".join(named) if frame else ""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host is out of memory; for the host torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
