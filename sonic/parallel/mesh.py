@@ -89,7 +89,7 @@ class World:
         """Barrier: wait until all ranks have called this."""
         if self.ranks > 1:
             with waiting_for_others():
-                dist.barrier()
+                dist.all_reduce(torch.zeros(1))  # on the CPU by gloo, which raises when a rank is lost; with NCCL a barrier would wait
 
     @property
     def stages(self) -> int:
@@ -175,7 +175,8 @@ def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> It
     first = ranks.rank // size * size  # of the ranks with this copy of the model
     peers = range(first, first + size)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **own)
-    with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, peers=peers, leave=dist.destroy_process_group):
+    watched = {"device": device, "patience_s": config.timeout_s, "peers": peers, "leave": dist.destroy_process_group}
+    with watch_ranks(ranks.rank, ranks.world, **watched):
         world = make_world(config, config.name, device)
         for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):  # to which torch gives 30 minutes
             dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)

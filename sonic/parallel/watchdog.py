@@ -19,6 +19,7 @@ from threading import Event, Thread, get_ident
 from types import FrameType
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -48,7 +49,13 @@ class Fault(NamedTuple):
 
 @contextmanager
 def watch_ranks(
-    rank: int, ranks: int, *, patience_s: float, peers: Sequence[int] = (), leave: Callable[[], None] = lambda: None
+    rank: int,
+    ranks: int,
+    *,
+    device: torch.device,
+    patience_s: float,
+    peers: Sequence[int] = (),
+    leave: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Watch the ranks of the process group inside the `with` block; `leave` is called before the watchdog is closed.
 
@@ -56,7 +63,8 @@ def watch_ranks(
     """
     watchdog = None
     if ranks > 1:
-        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, peers or range(ranks), patience_s=patience_s)
+        store = dist.distributed_c10d._get_default_store()
+        watchdog = Watchdog(store, rank, peers or range(ranks), patience_s=patience_s, device=device)
         watchdog.thread.start()
     try:
         yield
@@ -73,10 +81,13 @@ def watch_ranks(
 class Watchdog:
     """A thread of each rank that counts the progress of all peers in a key-value store, and reports it when there is none.
 
-    The store still works when connections between ranks are lost.
+    The store still works when connections between ranks are lost. With NCCL a rank that waits for others has work pending on its device,
+    while its host stands in a copy or in `item`; where the host hangs, the device has finished what it was given.
     """
 
-    def __init__(self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float, device: torch.device | None = None
+    ) -> None:
         # a separate connection, because a waiting call locks its connection
         self.store = dist.PrefixStore(f"watchdog{next(NUMBERS)}", store.clone())
         self.shared = dist.PrefixStore(f"peers{peers[0]}", self.store)  # the keys of the ranks that work together
@@ -84,6 +95,7 @@ class Watchdog:
         self.looks, self.heartbeats = 0, -1  # of this process; the latter at the last look
         self.progress, self.since = -1, time.monotonic()  # looks of all peers that saw heartbeats; when this number last grew
         self.failed = False  # an exception ends the main thread
+        self.stream = torch.cuda.default_stream(device) if device and device.type == "cuda" else None
         self.ended, self.thread = Event(), Thread(target=self._watch, name="watchdog", daemon=True)
         self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
 
@@ -141,8 +153,9 @@ class Watchdog:
             return None
         if silent:
             return self.report(Fault(silent[0], GONE))
-        lines = {rank: sign.partition(" ")[2] for rank, sign in self._signs().items()}
-        hang = {rank: line for rank, line in lines.items() if line} or dict.fromkeys(self.peers, "a message from another rank")
+        signs = sorted((*sign.split(" ", 3)[1:], rank) for rank, sign in self._signs().items())  # the oldest last heartbeat first
+        hang = {rank: line for _, waits, line, rank in signs if line and waits == "False"}
+        hang = hang or {rank: line or "a message from another rank" for _, _, line, rank in signs}
         first, *others = hang
         also = "".join(f"; rank {rank} at {hang[rank]}" for rank in others)
         return self.report(Fault(first, f"hangs at {hang[first]}{also}: nothing got on for {self.patience_s:g} s (timeout_s)"))
@@ -162,11 +175,14 @@ class Watchdog:
         moved = ACTIVITY.heartbeats != self.heartbeats or bool(ACTIVITY.paused) or idle
         self.looks, self.heartbeats = self.looks + 1, ACTIVITY.heartbeats
         working = [line for thread, line in lines.items() if line and thread not in ACTIVITY.waiting]
-        self.shared.set(f"sign/{self.rank}", f"{self.looks} {' and '.join(working)}")
+        quiet = time.time() - ACTIVITY.last > self.patience_s / 2  # before, the stream may be captured as a graph, which a query would end
+        waits = quiet and self.stream is not None and not self.stream.query()
+        self.shared.set(f"sign/{self.rank}", f"{self.looks} {ACTIVITY.last:017.6f} {waits} {' and '.join(working)}")
         return self.shared.add("progress", int(moved))
 
     def _signs(self) -> dict[int, str]:
-        """The last sign of each peer that watches: the number of its looks, and the lines of code that it executes."""
+        """The last sign of each peer that watches: the number of its looks, the time of its last heartbeat, whether it waits for its
+        device, and the lines of code that it executes."""
         keys = {rank: f"sign/{rank}" for rank in self.peers}
         signs = {rank: self.shared.get(key).decode() for rank, key in keys.items() if self.shared.check([key])}
         return {rank: sign for rank, sign in signs.items() if sign}

@@ -69,7 +69,7 @@ def run_training(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
-    with watch_ranks(world.rank, world.ranks, patience_s=config.speed.timeout_s):
+    with watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s):
         return _build_and_train(config, world, folder, on_built=on_built, origin=(commit, command))
 
 
