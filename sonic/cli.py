@@ -16,8 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial, reduce
-from importlib import import_module
+from functools import reduce
 
 import yaml
 from hydra import compose as hydra_compose
@@ -103,7 +102,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
     ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
-    run = None
+    run = config = None
     try:
         if {"--help", "-h"} & set(argv):
             return _answer(help_text(entry))
@@ -125,19 +124,13 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
     except Exception as error:
-        sentence = out_of_memory(error, partial(_would_help, entry, run and config, ranks))
+        sentence = out_of_memory(error, entry.would_help if run else "", config, ranks)
         fault = sentence or "a fault of the program, not of the input"
         log.critical("rank %d: %s", ranks.rank, printable(fault), exc_info=not sentence or "SONIC_DEBUG" in os.environ)
         return FAULT
     finally:
         if run:
             run.close()
-
-
-def _would_help(entry: Entry, config: typing.Any, ranks: Ranks, error: BaseException) -> str:
-    """What would need less of the memory that ran out; "" where the command does not know, or there was no config yet."""
-    module, _, name = entry.would_help.rpartition(".")
-    return getattr(import_module(module), name)(config, ranks, error) if module and config else ""
 
 
 def _answer(text: str) -> int:

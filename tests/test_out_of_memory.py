@@ -18,7 +18,7 @@ from sonic.config import Ranks
 from sonic.data import own_videos
 from sonic.families.wan import Wan
 from sonic.inference import choose_plan as choose
-from sonic.inference.choose_plan import choose_plan, would_help
+from sonic.inference.choose_plan import WOULD_HELP, choose_plan, would_help
 from sonic.model.dit import AvatarDiT
 from sonic.system.out_of_memory import out_of_memory
 from sonic.system.worker import Worker
@@ -149,7 +149,7 @@ def test_what_would_help_a_video_needs_a_tenth_less_than_its_plan(model, ranks, 
     argv = [f"model={model}", "+preset=standard", "hardware=1xh200", "video.size=704x384"]
     there, config = Ranks(0, ranks, 0, ranks), compose(infer_command.ENTRY, argv)
     before = max(choose_plan(config, there, CPU).plan.peak_gib)
-    sentence = out_of_memory(torch.OutOfMemoryError(OF_DEVICE), lambda error: would_help(config, there, error))
+    sentence = out_of_memory(torch.OutOfMemoryError(OF_DEVICE), WOULD_HELP, config, there)
     assert sentence.startswith(f"{SHORT}less is needed with ")
     changes = [found.split() for found in re.findall(r"\(((?:\S+=\S+ ?)+)\)", sentence)]
     assert any("video.size=" in option for options in changes for option in options)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.families.family import Family, build_components, family_of
-from sonic.inference.choose_plan import Estimate, choose_plan, would_help
+from sonic.inference.choose_plan import WOULD_HELP, Estimate, choose_plan
 from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import make_video
@@ -149,7 +148,7 @@ def _fault(error: Exception, line: int, config: InferConfig) -> str:
     if isinstance(error, ValueError | OSError):
         log.warning("line %d: %s", line, sentence)
         return sentence
-    if lacking := out_of_memory(error, partial(would_help, config, Ranks())):
+    if lacking := out_of_memory(error, WOULD_HELP, config, Ranks()):
         log.warning("line %d: %s", line, lacking)
         return printable(lacking)
     sentence = f"a fault of the program, not of the input ({type(error).__name__}: {sentence})"

@@ -29,6 +29,7 @@ from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, changes_for_less, in_words, search_plans
 from sonic.system.paths import check_input
 
+WOULD_HELP = "sonic.inference.choose_plan.would_help"
 log = logging.getLogger("sonic.inference")
 
 
@@ -74,10 +75,7 @@ def choose_plan(
     config. Raises ValueError when the plan does not fit, with changes that would make it fit;
     plan.force=true logs a warning instead.
     """
-    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    settled = replace(config, model=(family or family_of(config.model)).settled_model(config.model))
-    plan_config = _plan_config(settled, hardware, ranks, size=_video_size(config, size))
-    found = search_plans(plan_config, idle=False)
+    found, plan_config = _search(config, ranks, device, size=size, family=family)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -93,9 +91,7 @@ def choose_plan(
 def would_help(config: InferConfig, ranks: Ranks, error: BaseException) -> str:
     """In words, the changes that make a video need less of the memory that ran out than its plan; "" when there are none."""
     device = find_device(config.run.device)
-    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    settled = replace(config, model=family_of(config.model).settled_model(config.model))
-    found = search_plans(_plan_config(settled, hardware, ranks, size=_video_size(config, None)), idle=False)
+    found, _ = _search(config, ranks, device)
     return in_words(changes_for_less(found, host=device.type == "cuda" and "CUDA" not in str(error)))
 
 
@@ -110,6 +106,17 @@ def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> Non
         raise ValueError(_refusal(answer))
 
 
+def _search(
+    config: InferConfig, ranks: Ranks, device: torch.device, *, size: tuple[int, int] | None = None, family: Family | None = None
+) -> tuple[PlanResult, PlanConfig]:
+    """The planner's answer for a job, and its input."""
+    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
+    model, video_size = (family or family_of(config.model)).settled_model(config.model), _video_size(config, size)
+    video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
+    plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
+    return search_plans(plan_config, idle=False), plan_config
+
+
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
     """The requested options, with the planner's value for offload.resident_gib if the user left it open.
 
@@ -121,13 +128,12 @@ def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> 
     return replace(asked, offload=replace(asked.offload, resident_gib=plan.parallel.offload.resident_gib))
 
 
-def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks, *, size: str) -> PlanConfig:
+def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) -> PlanConfig:
     """The planner's input for a job: one video on the ranks that make it together, with their share of the host memory.
 
     Raises ValueError when parallel=auto cannot divide the ranks into parallel.replicas copies.
     """
     parallel = config.parallel
-    video = config.video if size == PHOTO_SIZE else replace(config.video, size=size, min_resolution=0)
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
         if parallel.replicas == -1 or hardware.devices % sharing:
@@ -141,7 +147,7 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks, *,
     alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.devices == 1  # every rank has a whole copy of the model, so nothing is sharded
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
-    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=video)
+    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
 
 
 def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:

@@ -10,14 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import dropwhile, islice, takewhile
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
+from sonic.config import require
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate
 from sonic.types import pick
@@ -26,13 +27,14 @@ log = logging.getLogger("sonic.model")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
+compiled = cache(torch.compile)
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
     if not queries.numel():  # a rank to which no head of this attention is assigned
         return queries
-    slow, learning = slow_here(queries), any(rows.requires_grad for rows in (queries, keys, values))
+    slow, learning = slow_here(queries), _learning(queries, keys, values)
     if slow and not learning and products_are_faster():
         return attention_by_products(queries, keys, values)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
@@ -66,7 +68,7 @@ def sage(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
     Raises ValueError where gradients are needed.
     """
-    if torch.is_grad_enabled() and any(rows.requires_grad for rows in (queries, keys, values)):
+    if torch.is_grad_enabled() and _learning(queries, keys, values):
         raise ValueError("run.attention=sage has no gradients; train with run.attention=sdpa")
     if not queries.numel():
         return queries
@@ -77,22 +79,19 @@ def sage(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def flex(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch's flex_attention, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
-    learning = any(rows.requires_grad for rows in (queries, keys, values))
-    if not queries.numel() or (learning and not queries.is_cuda):  # it has no gradients on a CPU
+    if not queries.numel() or (not queries.is_cuda and _learning(queries, keys, values)):  # it has no gradients on a CPU
         return sdpa(queries, keys, values)
-    return _flex_attention(queries.is_cuda)(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
+    attend = compiled(flex_attention) if queries.is_cuda else flex_attention
+    return attend(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
 
 
-@cache
-def _flex_attention(compiled: bool) -> Attention:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if compiled else flex_attention
+def _learning(*tokens: Tensor) -> bool:
+    return any(rows.requires_grad for rows in tokens)
 
 
 class Backend(NamedTuple):
-    """An attention function and what it needs: a package, and how it is installed; a CUDA device of a compute capability between `oldest`
-    and `newest`, unless it runs `anywhere`; dtypes; channels of a head (None = any). One that is not `exact` rounds more than sdpa."""
+    """An attention function and what it needs: a package, and how it is installed; a CUDA device of a compute capability from `oldest` to
+    `newest`, unless it runs `anywhere`; dtypes; channels of a head (None = any). One that is not `exact` rounds more than sdpa."""
 
     attend: Attention
     package: str = ""
@@ -104,9 +103,17 @@ class Backend(NamedTuple):
     heads: Container[int] | None = None
     exact: bool = True
 
+    def fault_of(self, device: torch.device) -> str:
+        """Why a device cannot run it; "" when it can."""
+        if self.anywhere or device.type != "cuda":
+            return "" if self.anywhere else f"has kernels for CUDA only, not for {device.type}"
+        found = torch.cuda.get_device_capability(device)
+        needs = f"needs a GPU of compute capability {self.oldest} to {self.newest}, and this one has {found}"
+        return "" if self.oldest <= found <= self.newest else needs.replace(" to (99, 0)", " or newer")
 
-HALF = (torch.bfloat16, torch.float16)
-FLASH3 = Backend(flash3, "flash_attn_interface", "install flash-attn-3 from PyTorch's wheel index", dtypes=HALF, heads=range(8, 257, 8))
+
+HALF, HEADS = (torch.bfloat16, torch.float16), range(8, 257, 8)
+FLASH3 = Backend(flash3, "flash_attn_interface", "install flash-attn-3 from PyTorch's wheel index", dtypes=HALF, heads=HEADS)
 ATTENTION: dict[str, Backend] = {
     "sdpa": Backend(sdpa, anywhere=True),
     "xformers": Backend(xformers, "xformers", "pip install xformers"),
@@ -117,13 +124,13 @@ ATTENTION: dict[str, Backend] = {
 
 
 def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> Attention:
-    """The attention function called `name` (run.attention) for heads of `head_dim` channels in `dtype`. On a device that it does not run
-    on: sdpa with a warning, if that gives the same.
+    """The attention function called `name` (run.attention) for heads of `head_dim` channels in `dtype`; sdpa, with a warning, on a device
+    where `name` does not run and would give the same.
 
     Raises ValueError when it cannot do what is asked for, or its package is not installed.
     """
-    backend, instead = pick(ATTENTION, name, "run.attention"), "use run.attention=sdpa, which needs nothing"
-    fault = "" if backend.anywhere else _fault_of(device, backend)
+    backend = pick(ATTENTION, name, "run.attention")
+    fault = backend.fault_of(device)
     if fault and backend.exact:
         log.warning("run.attention=%s %s; torch's own attention is used (sdpa)", name, fault)
         backend, fault = ATTENTION["sdpa"], ""
@@ -133,20 +140,10 @@ def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_d
         fault = f"has no kernels for {dtype}: run.dtype=bfloat16 has them"
     elif not fault and backend.heads and head_dim not in backend.heads:
         fault = f"has no kernels for heads of {head_dim} channels"
-    if fault:
-        raise ValueError(f"run.attention={name} {fault}; or {instead}")
+    require(not fault, f"run.attention={name} {fault}; or use run.attention=sdpa, which needs nothing")
     if backend.attend is sdpa and device.type == "cuda":
         _log_kernel(device, dtype, head_dim)
     return backend.attend
-
-
-def _fault_of(device: torch.device, backend: Backend) -> str:
-    """Why a device cannot run a backend; "" when it can."""
-    if device.type != "cuda":
-        return f"has kernels for CUDA only, not for {device.type}"
-    oldest, found, newest = backend.oldest, torch.cuda.get_device_capability(device), backend.newest
-    between = f"{oldest[0]}.{oldest[1]}" + (f" to {newest[0]}.{newest[1]}" if newest < (99, 0) else " or newer")
-    return "" if oldest <= found <= newest else f"needs a GPU of compute capability {between}, and this one has {found[0]}.{found[1]}"
 
 
 @cache
@@ -158,10 +155,9 @@ def _log_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None
         with warnings.catch_warnings(record=True) as caught, suppress(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             warnings.simplefilter("always")
             F.scaled_dot_product_attention(rows, rows, rows)  # warns why it cannot, then raises
-        messages = [str(each.message).partition(" (Triggered")[0] for each in caught]
-        after = dropwhile(lambda message: not message.startswith("Flash attention kernel not used"), messages)
-        reasons = [*takewhile(lambda message: "kernel not used" not in message, islice(after, 1, None))]
-    log.info("attention: sdpa takes torch's kernel %s", " because: ".join([kernel.name, *([" ".join(reasons)] if reasons else [])]))
+        messages = (str(each.message).partition(" (Triggered")[0] for each in caught)  # also that the other kernels are not allowed here
+        reasons = [text for text in messages if "kernel not used" not in text and "runtime disabled" not in text]
+    log.info("attention: sdpa takes torch's kernel %s", " ".join([kernel.name, *["because:"][: len(reasons)], *reasons]))
 
 
 class QKV(NamedTuple):

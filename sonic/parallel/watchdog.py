@@ -31,6 +31,7 @@ LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
 HOLD_S = 5.0  # seconds that a rank has to end by itself after a fault
 PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+CPU = torch.device("cpu")
 GONE = "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone"
 
 log = logging.getLogger("sonic")
@@ -49,13 +50,7 @@ class Fault(NamedTuple):
 
 @contextmanager
 def watch_ranks(
-    rank: int,
-    ranks: int,
-    *,
-    device: torch.device,
-    patience_s: float,
-    peers: Sequence[int] = (),
-    leave: Callable[[], None] = lambda: None,
+    rank: int, ranks: int, *, device: torch.device, patience_s: float, peers: Sequence[int] = (), leave: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Watch the ranks of the process group inside the `with` block; `leave` is called before the watchdog is closed.
 
@@ -85,9 +80,7 @@ class Watchdog:
     while its host stands in a copy or in `item`; where the host hangs, the device has finished what it was given.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float, device: torch.device = CPU) -> None:
         # a separate connection, because a waiting call locks its connection
         self.store = dist.PrefixStore(f"watchdog{next(NUMBERS)}", store.clone())
         self.shared = dist.PrefixStore(f"peers{peers[0]}", self.store)  # the keys of the ranks that work together
@@ -95,7 +88,7 @@ class Watchdog:
         self.looks, self.heartbeats = 0, -1  # of this process; the latter at the last look
         self.progress, self.since = -1, time.monotonic()  # looks of all peers that saw heartbeats; when this number last grew
         self.failed = False  # an exception ends the main thread
-        self.stream = torch.cuda.default_stream(device) if device and device.type == "cuda" else None
+        self.stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self.ended, self.thread = Event(), Thread(target=self._watch, name="watchdog", daemon=True)
         self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
 

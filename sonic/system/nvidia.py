@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia/version")
-LONG_S = 30
 
 
 def driver_version() -> str:
@@ -30,6 +29,6 @@ def nvlinks() -> int:
 def _nvidia_smi(*arguments: str) -> str:
     """What the command prints; "" where it is missing or fails."""
     try:
-        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=LONG_S, check=True).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
