@@ -31,6 +31,7 @@ from sonic.config import OtherRank, Ranks, closest_first, help_of, unknown_choic
 from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
+from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import expanded, printable
 from sonic.system.program import data_root, written
 from sonic.system.run_folder import Run, start_logging
@@ -65,7 +66,8 @@ class Entry:
 
     `collections` are groups whose files override the whole config (preset=NAME); `variants` has the schemas of groups whose members
     have different options (objective: {flow_match: FlowMatchConfig}); `rewrite` turns its arguments into options; `location` gives the
-    (folder, name) of a config's run; `example` is an example of the command's arguments.
+    (folder, name) of a config's run; `example` is an example of the command's arguments; `would_help` is the import path of a function
+    that says what would need less memory, by (config, ranks, the error of memory that ran out).
     """
 
     name: str
@@ -77,6 +79,7 @@ class Entry:
     max_ranks: int = 1
     example: str = ""
     command: str = ""  # the command that it is a form of, where that has another name
+    would_help: str = ""
 
 
 def launch(entry: Entry, job: Job, argv: Sequence[str] | None = None) -> typing.NoReturn:
@@ -99,7 +102,7 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     """The exit code of a command: the job's, or 2 for an error of the user, with one sentence on stderr and no files left behind."""
     ranks = ranks_here()
     start_logging(main=ranks.rank == 0)
-    run = None
+    run = config = None
     try:
         if {"--help", "-h"} & set(argv):
             return _answer(help_text(entry))
@@ -118,13 +121,12 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         return _given_up(_sentence(error), USER_ERROR)
     except OtherRank as error:
         return _given_up(str(error), FAULT)
-    except MemoryError as error:
-        log.critical("rank %d: %s", ranks.rank, _sentence(error))
-        return FAULT
     except KeyboardInterrupt:
         return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
-    except Exception:
-        log.critical("rank %d: a fault of the program, not of the input", ranks.rank, exc_info=True)
+    except Exception as error:
+        sentence = out_of_memory(error, entry.would_help if run else "", config, ranks)
+        fault = sentence or "a fault of the program, not of the input"
+        log.critical("rank %d: %s", ranks.rank, printable(fault), exc_info=not sentence or "SONIC_DEBUG" in os.environ)
         return FAULT
     finally:
         if run:

@@ -377,7 +377,10 @@ class RunConfig:
     device: str = option("auto", "auto, cpu or cuda; auto = cuda when there is one")
     dtype: str = option(OWN, "precision of the transformer: float32, bfloat16, or auto = the model's own, bfloat16 for the 14B models")
     attention: str = option(
-        "sdpa", "kernel (sdpa = torch's own; xformers needs CUDA and falls back to sdpa without it)", table=ATTENTION_TABLE
+        "sdpa",
+        "attention kernel: sdpa is torch's own (cuDNN's on Hopper); xformers, since torch 2.10 torch's own flash attention, is as fast on "
+        "Ampere and Ada and slower on Hopper; flash3 is for Hopper; sage rounds to 8 bits; flex is torch's flex_attention",
+        table=ATTENTION_TABLE,
     )
     threads: int = option(0, "CPU threads; 0 = torch's default")
 

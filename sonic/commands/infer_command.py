@@ -14,8 +14,9 @@ from sonic.inference.infer_config import InferConfig
 from sonic.system.paths import printable
 from sonic.system.run_folder import Run
 
-ENTRY = Entry("infer", InferConfig, max_ranks=4096, example="+preset=fast_preview image=me.jpg audio=me.wav output=me.mp4")
 VIDEO, SHEET = "out.mp4", "contact_sheet.png"  # in the run folder
+EXAMPLE = "+preset=fast_preview image=me.jpg audio=me.wav output=me.mp4"
+ENTRY = Entry("infer", InferConfig, max_ranks=4096, example=EXAMPLE, would_help="sonic.inference.choose_plan.would_help")
 log = logging.getLogger("sonic")
 
 

@@ -17,6 +17,7 @@ ENTRY = Entry(
     location=lambda config: ("runs", config.name),
     max_ranks=4096,
     example="+distill=preview_2step",
+    would_help="sonic.training.plan_training.would_help",
 )
 
 

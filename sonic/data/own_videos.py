@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -124,6 +125,8 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
                 known = f"{Path(name).stem}_{len(entries):04d}"
                 entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
+    except torch.OutOfMemoryError:  # of the encoders' device, so that every video would be left out
+        raise
     except Exception as error:  # clips from before the damage are not trusted either
         _write_fault(config, (path, name), error)
         return

@@ -16,7 +16,7 @@ from sonic.config import ModelConfig, RunConfig, precision_of
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.shards import Encoders
 from sonic.families import FAMILIES
-from sonic.inference.components import DTYPES, Components, find_device, lora_of
+from sonic.inference.components import DTYPES, Components, find_device, lora_of, set_tf32
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.report import StageTimer
@@ -110,8 +110,11 @@ def build_components(
         torch.set_num_threads(run.threads)
     context = context or DistributedContext(World("single", find_device(run.device)))
     dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
-    attention, family = attention_for(run.attention, context.world.device), family or family_of(config)
+    set_tf32(dtype)
+    family = family or family_of(config)
     config = family.settled_model(config)
+    head_dim = config.trunk.hidden_dim // config.trunk.num_heads
+    attention = attention_for(run.attention, context.world.device, dtype, head_dim=head_dim)
 
     def make_model() -> AvatarDiT:
         lora = lora_of(config.lora, family.student(config, steps))

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from sonic.config import Ranks
 from sonic.data.video import check_output
 from sonic.families.family import Family, build_components, family_of
-from sonic.inference.choose_plan import Estimate, choose_plan
+from sonic.inference.choose_plan import WOULD_HELP, Estimate, choose_plan
 from sonic.inference.components import Components, find_device
 from sonic.inference.distributed_rollout import shutdown, worker_loop
 from sonic.inference.generate import make_video
@@ -30,6 +29,7 @@ from sonic.parallel.context import context_of
 from sonic.parallel.mesh import World, open_world
 from sonic.parallel.vae_rank import serve_vae
 from sonic.system.heartbeat import pause_watchdog
+from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import printable
 from sonic.types import Inputs
 
@@ -138,19 +138,19 @@ def make_videos(requests: Sequence[tuple[int, str]], opened: Opened, config: Inf
             except Exception as error:
                 if generating and not world.alone and not isinstance(error, ValueError | OSError):
                     raise
-                outcomes.append(Outcome(request.line, fault=_fault(error, request.line)))
+                outcomes.append(Outcome(request.line, fault=_fault(error, request.line, request.wanted or config)))
     return outcomes
 
 
-def _fault(error: Exception, line: int) -> str:
+def _fault(error: Exception, line: int, config: InferConfig) -> str:
     """Log an error of one request and return it as one sentence; an error of the program is logged with its traceback."""
     sentence = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ValueError | OSError):
         log.warning("line %d: %s", line, sentence)
         return sentence
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        log.warning("line %d: out of memory: %s", line, sentence)
-        return f"out of memory: {sentence}"
+    if lacking := out_of_memory(error, WOULD_HELP, config, Ranks()):
+        log.warning("line %d: %s", line, lacking)
+        return printable(lacking)
     sentence = f"a fault of the program, not of the input ({type(error).__name__}: {sentence})"
     log.critical("line %d: %s", line, sentence, exc_info=error)
     return sentence

@@ -17,6 +17,7 @@ from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_i
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import Family, family_of
 from sonic.geometry import GIB
+from sonic.inference.components import find_device
 from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS
@@ -25,9 +26,10 @@ from sonic.parallel.mesh import World, degrees
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner.hardware import hardware_here
 from sonic.planner.plans import Plan
-from sonic.planner.search import PlanResult, search_plans
+from sonic.planner.search import PlanResult, changes_for_less, in_words, search_plans
 from sonic.system.paths import check_input
 
+WOULD_HELP = "sonic.inference.choose_plan.would_help"
 log = logging.getLogger("sonic.inference")
 
 
@@ -73,12 +75,7 @@ def choose_plan(
     config. Raises ValueError when the plan does not fit, with changes that would make it fit;
     plan.force=true logs a warning instead.
     """
-    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
-    model = (family or family_of(config.model)).settled_model(config.model)
-    video_size = _video_size(config, size)
-    video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
-    plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
-    found = search_plans(plan_config, idle=False)
+    found, plan_config = _search(config, ranks, device, size=size, family=family)
     if not found.fits and not config.plan.force:
         raise ValueError(_refusal(found))
     if not found.fits:
@@ -91,6 +88,13 @@ def choose_plan(
     return Estimate(plan, plan_config)
 
 
+def would_help(config: InferConfig, ranks: Ranks, error: BaseException) -> str:
+    """In words, the changes that make a video need less of the memory that ran out than its plan; "" when there are none."""
+    device = find_device(config.run.device)
+    found, _ = _search(config, ranks, device)
+    return in_words(changes_for_less(found, host=device.type == "cuda" and "CUDA" not in str(error)))
+
+
 def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> None:
     """Raise ValueError when a video of `size` (height, width) is larger than the planned one and does not fit; `force` skips this."""
     video, (height, width) = found.config.video, size
@@ -100,6 +104,17 @@ def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> Non
     answer = search_plans(replace(larger, parallel=replace(found.plan.parallel, replicas=1)), idle=False)
     if not answer.fits and not force:
         raise ValueError(_refusal(answer))
+
+
+def _search(
+    config: InferConfig, ranks: Ranks, device: torch.device, *, size: tuple[int, int] | None = None, family: Family | None = None
+) -> tuple[PlanResult, PlanConfig]:
+    """The planner's answer for a job, and its input."""
+    hardware = hardware_here(config.hardware, device, ranks=ranks.world, local_ranks=ranks.local_world)
+    model, video_size = (family or family_of(config.model)).settled_model(config.model), _video_size(config, size)
+    video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
+    plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
+    return search_plans(plan_config, idle=False), plan_config
 
 
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
@@ -177,5 +192,5 @@ def _refusal(found: PlanResult) -> str:
     lacks = (
         f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"
     )
-    would = "; ".join(f"{change.sentence} ({' '.join(change.options)})" for change in found.changes)
+    would = in_words(found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"

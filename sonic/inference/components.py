@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,11 +15,14 @@ from sonic.config import PRECISIONS, LoraConfig, ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
+from sonic.system.nvidia import driver_version
 from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
 
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
+DRIVERS = {"12": "525", "13": "580"}  # the oldest driver for a CUDA version
+log = logging.getLogger("sonic.inference")
 
 
 @dataclass
@@ -67,9 +72,27 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
     Raises ValueError for cuda on a machine without a usable GPU.
     """
     if name == "auto":
+        _warn_of_unused_driver()
         return find_device("cuda" if torch.cuda.is_available() else "cpu", local_rank)
     if name == "cuda" and local_rank is not None and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"run.device={name}: this machine has no CUDA device that torch can use; use run.device=cpu")
     return torch.device(name)
+
+
+@cache
+def _warn_of_unused_driver() -> None:
+    """Warn once where torch is built for CUDA and a driver is installed, but torch finds no device: often the driver is too old for it."""
+    if torch.version.cuda and not torch.cuda.is_available() and (driver := driver_version()):
+        wants = f"CUDA {torch.version.cuda}, which wants driver {DRIVERS.get(torch.version.cuda.split('.')[0], 'of that time')} or newer"
+        ways = "update it, or install torch from PyTorch's wheel index for an older CUDA (pytorch.org/get-started/locally lists them)"
+        log.warning("device=auto: the CPU is used: NVIDIA's driver is %s, and torch is built for %s; %s", driver, wants, ways)
+
+
+def set_tf32(dtype: torch.dtype) -> None:
+    """Compute float32 convolutions in float32 where the networks are asked for in float32.
+
+    Elsewhere cuDNN rounds their inputs to TF32: torch's default, with which the published code runs its float32 VAE.
+    """
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
+from sonic.config import require
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate
 from sonic.types import pick
@@ -21,13 +27,14 @@ log = logging.getLogger("sonic.model")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
+compiled = cache(torch.compile)
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
     if not queries.numel():  # a rank to which no head of this attention is assigned
         return queries
-    slow, learning = slow_here(queries), any(rows.requires_grad for rows in (queries, keys, values))
+    slow, learning = slow_here(queries), _learning(queries, keys, values)
     if slow and not learning and products_are_faster():
         return attention_by_products(queries, keys, values)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
@@ -46,20 +53,111 @@ def xformers(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return memory_efficient_attention(queries, keys, values)
 
 
-ATTENTION: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers}
+def flash3(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by the kernels of FlashAttention 3, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    if not queries.numel():
+        return queries
+    from flash_attn_interface import flash_attn_func
+
+    found = flash_attn_func(queries, keys, values)
+    return found[0] if isinstance(found, tuple) else found  # older builds also give the logarithm of the sum of each row
 
 
-def attention_for(name: str, device: torch.device) -> Attention:
-    """The attention function called `name` (run.attention); torch's, with a warning, where the device cannot run it.
+def sage(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by SageAttention, which rounds queries and keys to 8 bits.  [B,N,heads,d] -> [B,N,heads,d]
 
-    Raises ValueError when the package that it needs is not installed.
+    Raises ValueError where gradients are needed.
     """
-    if name == "xformers" and device.type != "cuda":
-        log.warning("run.attention=xformers has kernels for CUDA only; on %s torch's own attention is used (sdpa)", device.type)
-        return sdpa
-    if name == "xformers" and find_spec("xformers") is None:
-        raise ValueError("run.attention=xformers needs the package xformers: pip install xformers; run.attention=sdpa needs nothing")
-    return pick(ATTENTION, name, "run.attention")
+    if torch.is_grad_enabled() and _learning(queries, keys, values):
+        raise ValueError("run.attention=sage has no gradients; train with run.attention=sdpa")
+    if not queries.numel():
+        return queries
+    from sageattention import sageattn
+
+    return sageattn(queries, keys.clone(), values, tensor_layout="NHD")  # version 1 changes the keys in place
+
+
+def flex(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention by torch's flex_attention, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
+    if not queries.numel() or (not queries.is_cuda and _learning(queries, keys, values)):  # it has no gradients on a CPU
+        return sdpa(queries, keys, values)
+    attend = compiled(flex_attention) if queries.is_cuda else flex_attention
+    return attend(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
+
+
+def _learning(*tokens: Tensor) -> bool:
+    return any(rows.requires_grad for rows in tokens)
+
+
+class Backend(NamedTuple):
+    """An attention function and what it needs: a package, and how it is installed; a CUDA device of a compute capability from `oldest` to
+    `newest`, unless it runs `anywhere`; dtypes; channels of a head (None = any). One that is not `exact` rounds more than sdpa."""
+
+    attend: Attention
+    package: str = ""
+    install: str = ""
+    anywhere: bool = False
+    oldest: tuple[int, int] = (8, 0)
+    newest: tuple[int, int] = (99, 0)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    heads: Container[int] | None = None
+    exact: bool = True
+
+    def fault_of(self, device: torch.device) -> str:
+        """Why a device cannot run it; "" when it can."""
+        if self.anywhere or device.type != "cuda":
+            return "" if self.anywhere else f"has kernels for CUDA only, not for {device.type}"
+        found = torch.cuda.get_device_capability(device)
+        needs = f"needs a GPU of compute capability {self.oldest} to {self.newest}, and this one has {found}"
+        return "" if self.oldest <= found <= self.newest else needs.replace(" to (99, 0)", " or newer")
+
+
+HALF, HEADS = (torch.bfloat16, torch.float16), range(8, 257, 8)
+FLASH3 = Backend(flash3, "flash_attn_interface", "install flash-attn-3 from PyTorch's wheel index", dtypes=HALF, heads=HEADS)
+ATTENTION: dict[str, Backend] = {
+    "sdpa": Backend(sdpa, anywhere=True),
+    "xformers": Backend(xformers, "xformers", "pip install xformers"),
+    "flash3": FLASH3._replace(oldest=(9, 0), newest=(9, 9)),  # Hopper
+    "sage": Backend(sage, "sageattention", "pip install sageattention", dtypes=HALF, heads=(64, 96, 128), exact=False),
+    "flex": Backend(flex, anywhere=True),
+}
+
+
+def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> Attention:
+    """The attention function called `name` (run.attention) for heads of `head_dim` channels in `dtype`; sdpa, with a warning, on a device
+    where `name` does not run and would give the same.
+
+    Raises ValueError when it cannot do what is asked for, or its package is not installed.
+    """
+    backend = pick(ATTENTION, name, "run.attention")
+    fault = backend.fault_of(device)
+    if fault and backend.exact:
+        log.warning("run.attention=%s %s; torch's own attention is used (sdpa)", name, fault)
+        backend, fault = ATTENTION["sdpa"], ""
+    if not fault and backend.package and find_spec(backend.package) is None:
+        fault = f"needs the package {backend.package}: {backend.install}"
+    elif not fault and dtype not in backend.dtypes:
+        fault = f"has no kernels for {dtype}: run.dtype=bfloat16 has them"
+    elif not fault and backend.heads and head_dim not in backend.heads:
+        fault = f"has no kernels for heads of {head_dim} channels"
+    require(not fault, f"run.attention={name} {fault}; or use run.attention=sdpa, which needs nothing")
+    if backend.attend is sdpa and device.type == "cuda":
+        _log_kernel(device, dtype, head_dim)
+    return backend.attend
+
+
+@cache
+def _log_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Log which kernel sdpa takes, as torch chooses it here, and for slower kernels than cuDNN's and flash attention torch's reasons."""
+    rows = torch.empty(1, 8, 256, head_dim, dtype=dtype, device=device)
+    kernel, reasons = SDPBackend(torch._fused_sdp_choice(rows, rows, rows)), []
+    if kernel not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with warnings.catch_warnings(record=True) as caught, suppress(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            warnings.simplefilter("always")
+            F.scaled_dot_product_attention(rows, rows, rows)  # warns why it cannot, then raises
+        messages = (str(each.message).partition(" (Triggered")[0] for each in caught)  # also that the other kernels are not allowed here
+        reasons = [text for text in messages if "kernel not used" not in text and "runtime disabled" not in text]
+    log.info("attention: sdpa takes torch's kernel %s", " ".join([kernel.name, *["because:"][: len(reasons)], *reasons]))
 
 
 class QKV(NamedTuple):

@@ -89,7 +89,7 @@ class World:
         """Barrier: wait until all ranks have called this."""
         if self.ranks > 1:
             with waiting_for_others():
-                dist.barrier()
+                dist.all_reduce(torch.zeros(1))  # on the CPU by gloo, which raises when a rank is lost; with NCCL a barrier would wait
 
     @property
     def stages(self) -> int:
@@ -161,8 +161,7 @@ def degrees(config: ParallelConfig, ranks: int) -> tuple[int, int, int]:
 def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> Iterator[World]:
     """Join the process group, where there is one, and leave it at the end of the `with` block.
 
-    Raises OtherRank in place of an error that another rank caused, and MemoryError with one sentence when a device or the host is out
-    of memory.
+    Raises OtherRank in place of an error that another rank caused.
     """
     if device.type == "cuda":  # FSDP shards onto the current device; if none is set, DeviceMesh would set one itself
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
@@ -176,7 +175,8 @@ def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> It
     first = ranks.rank // size * size  # of the ranks with this copy of the model
     peers = range(first, first + size)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **own)
-    with watch_ranks(ranks.rank, ranks.world, patience_s=config.timeout_s, peers=peers, leave=dist.destroy_process_group):
+    watched = {"device": device, "patience_s": config.timeout_s, "peers": peers, "leave": dist.destroy_process_group}
+    with watch_ranks(ranks.rank, ranks.world, **watched):
         world = make_world(config, config.name, device)
         for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):  # to which torch gives 30 minutes
             dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)

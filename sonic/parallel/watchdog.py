@@ -25,11 +25,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sonic.config import OtherRank
 from sonic.system.heartbeat import ACTIVITY, heartbeat
+from sonic.system.out_of_memory import out_of_memory
 
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
 HOLD_S = 5.0  # seconds that a rank has to end by itself after a fault
 PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+CPU = torch.device("cpu")
 GONE = "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone"
 
 log = logging.getLogger("sonic")
@@ -48,16 +50,16 @@ class Fault(NamedTuple):
 
 @contextmanager
 def watch_ranks(
-    rank: int, ranks: int, *, patience_s: float, peers: Sequence[int] = (), leave: Callable[[], None] = lambda: None
+    rank: int, ranks: int, *, device: torch.device, patience_s: float, peers: Sequence[int] = (), leave: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Watch the ranks of the process group inside the `with` block; `leave` is called before the watchdog is closed.
 
-    `peers` are the ranks that work together with this one (default: all). Raises OtherRank in place of an error that another rank caused,
-    and MemoryError with one sentence when a device or the host is out of memory.
+    `peers` are the ranks that work together with this one (default: all). Raises OtherRank in place of an error that another rank caused.
     """
     watchdog = None
     if ranks > 1:
-        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, peers or range(ranks), patience_s=patience_s)
+        store = dist.distributed_c10d._get_default_store()
+        watchdog = Watchdog(store, rank, peers or range(ranks), patience_s=patience_s, device=device)
         watchdog.thread.start()
     try:
         yield
@@ -74,10 +76,11 @@ def watch_ranks(
 class Watchdog:
     """A thread of each rank that counts the progress of all peers in a key-value store, and reports it when there is none.
 
-    The store still works when connections between ranks are lost.
+    The store still works when connections between ranks are lost. With NCCL a rank that waits for others has work pending on its device,
+    while its host stands in a copy or in `item`; where the host hangs, the device has finished what it was given.
     """
 
-    def __init__(self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float) -> None:
+    def __init__(self, store: dist.Store, rank: int, peers: Sequence[int], *, patience_s: float, device: torch.device = CPU) -> None:
         # a separate connection, because a waiting call locks its connection
         self.store = dist.PrefixStore(f"watchdog{next(NUMBERS)}", store.clone())
         self.shared = dist.PrefixStore(f"peers{peers[0]}", self.store)  # the keys of the ranks that work together
@@ -85,6 +88,7 @@ class Watchdog:
         self.looks, self.heartbeats = 0, -1  # of this process; the latter at the last look
         self.progress, self.since = -1, time.monotonic()  # looks of all peers that saw heartbeats; when this number last grew
         self.failed = False  # an exception ends the main thread
+        self.stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self.ended, self.thread = Event(), Thread(target=self._watch, name="watchdog", daemon=True)
         self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
 
@@ -118,15 +122,13 @@ class Watchdog:
         return Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
 
     def explain(self, error: BaseException) -> None:
-        """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it, MemoryError when memory ran out."""
+        """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it."""
         self.failed = True
         gone = self._silent_ranks() if _is_lost_connection(error) and not self.fault() else []
-        what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped"
+        what = out_of_memory(error) or (f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped")
         fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
         if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # all ranks may raise these at the same time
             raise OtherRank(str(fault)) from error
-        if _is_out_of_memory(error):
-            raise MemoryError(f"out of memory: {' '.join(str(error).split())}") from error
 
     def close(self) -> None:
         """Stop watching; the peers no longer expect signs of this rank."""
@@ -144,8 +146,9 @@ class Watchdog:
             return None
         if silent:
             return self.report(Fault(silent[0], GONE))
-        lines = {rank: sign.partition(" ")[2] for rank, sign in self._signs().items()}
-        hang = {rank: line for rank, line in lines.items() if line} or dict.fromkeys(self.peers, "a message from another rank")
+        signs = sorted((*sign.split(" ", 3)[1:], rank) for rank, sign in self._signs().items())  # the oldest last heartbeat first
+        hang = {rank: line for _, waits, line, rank in signs if line and waits == "False"}
+        hang = hang or {rank: line or "a message from another rank" for _, _, line, rank in signs}
         first, *others = hang
         also = "".join(f"; rank {rank} at {hang[rank]}" for rank in others)
         return self.report(Fault(first, f"hangs at {hang[first]}{also}: nothing got on for {self.patience_s:g} s (timeout_s)"))
@@ -165,11 +168,14 @@ class Watchdog:
         moved = ACTIVITY.heartbeats != self.heartbeats or bool(ACTIVITY.paused) or idle
         self.looks, self.heartbeats = self.looks + 1, ACTIVITY.heartbeats
         working = [line for thread, line in lines.items() if line and thread not in ACTIVITY.waiting]
-        self.shared.set(f"sign/{self.rank}", f"{self.looks} {' and '.join(working)}")
+        quiet = time.time() - ACTIVITY.last > self.patience_s / 2  # before, the stream may be captured as a graph, which a query would end
+        waits = quiet and self.stream is not None and not self.stream.query()
+        self.shared.set(f"sign/{self.rank}", f"{self.looks} {ACTIVITY.last:017.6f} {waits} {' and '.join(working)}")
         return self.shared.add("progress", int(moved))
 
     def _signs(self) -> dict[int, str]:
-        """The last sign of each peer that watches: the number of its looks, and the lines of code that it executes."""
+        """The last sign of each peer that watches: the number of its looks, the time of its last heartbeat, whether it waits for its
+        device, and the lines of code that it executes."""
         keys = {rank: f"sign/{rank}" for rank in self.peers}
         signs = {rank: self.shared.get(key).decode() for rank, key in keys.items() if self.shared.check([key])}
         return {rank: sign for rank, sign in signs.items() if sign}
@@ -183,11 +189,6 @@ def _lines(frame: FrameType | None) -> str:
         frame = frame.f_back
     named = [f"{os.path.basename(each.f_code.co_filename)}:{each.f_lineno} {each.f_code.co_name}" for each in (*innermost, frame) if each]
     return ", called by ".join(named) if frame else ""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host is out of memory; for the host torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

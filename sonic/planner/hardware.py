@@ -10,6 +10,7 @@ import torch
 
 from sonic.geometry import GIB
 from sonic.parallel.parallel_config import HardwareConfig
+from sonic.system.nvidia import nvlinks
 
 HERE = "here"  # value of hardware.name that asks for detection
 USABLE = 0.94  # fraction of a GPU's memory that a process can use
@@ -29,7 +30,7 @@ RATES = {  # (bfloat16 TFLOPS, memory bandwidth in 10^9 bytes/s) by a part of th
     "3090": (71, 936),
 }
 UNKNOWN_RATE = (100, 800)
-NVLINKED = ("B200", "H200", "H100", "A100")
+NVLINK_GBPS = 20.0, 350.0  # that collectives reach over one NVLink of 25 (Ampere, Hopper), and over all of a device
 
 
 def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, local_ranks: int) -> HardwareConfig:
@@ -48,7 +49,7 @@ def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, lo
     name = max((part for part in RATES if part in found.name), key=len, default="")
     tflops, memory_gbps = RATES.get(name, UNKNOWN_RATE)
     sharing = -(-local_ranks // torch.cuda.device_count())
-    link, link_gbps = _link(name) if ranks > 1 else ("none", 10.0)
+    link, link_gbps = _link() if ranks > 1 else ("none", 10.0)
     rates = {"tflops": tflops / sharing, "memory_gbps": memory_gbps / sharing, "link": link, "link_gbps": link_gbps}
     usable = USABLE * found.total_memory / GIB / sharing
     return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
@@ -76,9 +77,9 @@ def host_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def _link(name: str) -> tuple[str, float]:
-    """Kind of the link between two devices, and its bandwidth in 10^9 bytes/s."""
+def _link() -> tuple[str, float]:
+    """Kind of the slowest link between two devices, as far as it can be read, and its bandwidth in 10^9 bytes/s."""
     direct = torch.cuda.device_count() > 1 and torch.cuda.can_device_access_peer(0, 1)
-    if direct and name in NVLINKED:
-        return "nvlink", 350.0
+    if direct and nvlinks():
+        return "nvlink", min(NVLINK_GBPS[0] * nvlinks(), NVLINK_GBPS[1])
     return ("pcie", 20.0) if direct else ("host", 8.0)

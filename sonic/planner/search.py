@@ -20,6 +20,7 @@ from sonic.planner.workload import Training, Workload, workload
 
 SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
+LESS = 0.9  # of the estimated memory of a plan that ran out of memory
 
 Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
@@ -122,6 +123,27 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
             if not best.missing_gib(hardware):
                 yield Change(sentence, options, best)
                 break
+
+
+def changes_for_less(found: PlanResult, *, host: bool = False) -> tuple[Change, ...]:
+    """The smallest change of each kind after which the job needs a tenth less memory of its devices, or of the host, than the best plan."""
+    plan, had = found.chosen, found.hardware
+    device, elsewhere = max(plan.peak_gib), plan.host * len(plan.ranks) / GIB
+    device, elsewhere = (max(had.usable_gib, device), LESS * elsewhere) if host else (LESS * device, max(had.host_gib, elsewhere))
+    lower = replace(found, hardware=replace(had, usable_gib=device, host_gib=elsewhere))
+    return tuple(replace(change, options=_with_residents(change)) for change in _changes(lower, plan.parallel, idle=False))
+
+
+def _with_residents(change: Change) -> tuple[str, ...]:
+    """The options of a change, and for offload how much stays on the device, which would else be all that fits."""
+    parallel = change.plan.parallel
+    stays = parallel.offload.resident_gib if parallel.name == "offload" else -1
+    return (*change.options, f"offload.resident_gib={stays:.1f}") if stays >= 0 else change.options
+
+
+def in_words(changes: Sequence[Change]) -> str:
+    """Changes with the options that make them, as part of a sentence."""
+    return "; ".join(f"{change.sentence} ({' '.join(change.options)})" for change in changes)
 
 
 def _smaller_sizes(work: Workload) -> Changed:

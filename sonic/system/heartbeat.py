@@ -5,16 +5,17 @@ While a watchdog runs, every call of a torch module is a heartbeat; other work t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 
 
 class Activity:
-    """The number of heartbeats of this process, and its threads inside `pause_watchdog` and `waiting_for_others`."""
+    """The heartbeats of this process and the time of the last, and its threads inside `pause_watchdog` and `waiting_for_others`."""
 
     def __init__(self) -> None:
-        self.heartbeats = 0
+        self.heartbeats, self.last = 0, 0.0
         self.paused: list[int] = []
         self.waiting: list[int] = []
 
@@ -25,6 +26,7 @@ ACTIVITY = Activity()
 def heartbeat() -> None:
     """Record that this process makes progress."""
     ACTIVITY.heartbeats += 1
+    ACTIVITY.last = time.time()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sonic.checkpoint.bundled import named_weights
 from sonic.checkpoint.load import fill, without_memory
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.families.family import family_of
-from sonic.inference.components import find_device
+from sonic.inference.components import DTYPES, find_device, set_tf32
 from sonic.model.execution import Execution
 from sonic.parallel.mesh import World
 from sonic.parallel.ulysses import sequence_parallel
@@ -69,7 +69,7 @@ def run_training(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     world = join_world(_device(config.speed.device), context=config.speed.context)
-    with watch_ranks(world.rank, world.ranks, patience_s=config.speed.timeout_s):
+    with watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s):
         return _build_and_train(config, world, folder, on_built=on_built, origin=(commit, command))
 
 
@@ -79,6 +79,7 @@ def _build_and_train(
     """Build the parts, train and export, in one process of the world."""
     check_accumulate(config, world)
     torch.manual_seed(config.seed)
+    set_tf32(DTYPES[config.speed.precision])
     dataset, family = pick(DATASETS, config.data.source, "data.source")(config.data), family_of(config.model)
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, family.encoder_hashes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sonic.config import PHOTO_SIZE, VideoConfig, option, require
+from sonic.config import PHOTO_SIZE, Ranks, VideoConfig, option, require
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
-from sonic.planner.search import PlanResult, search
+from sonic.planner.search import PlanResult, changes_for_less, in_words, search
 from sonic.planner.workload import ASSUMED_SIZE, Training, learnt, size_for, training_of
 from sonic.system.program import written
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig
@@ -44,6 +44,19 @@ def plan_training(config: PlanTrainingConfig) -> PlanResult:
         asked = replace(asked, name=name, context=max(asked.context, speed.context), cpu_offload=asked.cpu_offload or speed.cpu_offload)
     work = training(config)
     return replace(search(work, config.hardware, asked), notes=tuple(_notes(config, work)))
+
+
+def would_help(config: TrainConfig, ranks: Ranks, error: BaseException) -> str:
+    """In words, the changes that make a training need less of the memory that ran out than its plan; "" when there are none.
+
+    Raises ValueError when the planner does not support the recipe."""
+    from sonic.planner.hardware import machine_here  # imports torch, as the training has
+
+    hardware, speed = machine_here(HardwareConfig("here", devices=ranks.world)), config.speed
+    running = ParallelConfig("fsdp", context=speed.context, cpu_offload=speed.cpu_offload)
+    found = plan_training(PlanTrainingConfig(**vars(config), hardware=hardware, parallel=running))
+    possible = [change for change in changes_for_less(found) if not change.options[0].startswith("video.")]  # clips have their size
+    return in_words(possible).replace("parallel=auto ", "")  # which is an option of planning only
 
 
 def training(config: PlanTrainingConfig) -> Training:

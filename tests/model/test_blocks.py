@@ -12,37 +12,9 @@ from torch.testing import assert_close
 from sonic.cli import compose
 from sonic.commands.infer_command import ENTRY as INFER
 from sonic.geometry import BlockSpan
-from sonic.model import attention
-from sonic.model.attention import ATTENTION, attention_for, sdpa
+from sonic.model.attention import sdpa
 from sonic.model.blocks import add_gated, add_residual, modulate, set_attention
 from sonic.model.dit import AvatarDiT
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_every_attention_equals_the_softmax_by_hand_in_values_and_gradients(name, rng):
-    device = "cpu" if name == "sdpa" else "cuda"
-    if device == "cuda":
-        pytest.importorskip(name, reason=f"needs the package {name} (extra gpu)")
-        if not torch.cuda.is_available():
-            pytest.skip(f"the kernels of {name} need CUDA")
-    queries, keys, values = (torch.randn(2, length, 3, 8, requires_grad=True, device=device) for length in (5, 7, 7))
-    scores = torch.einsum("bnhd,bmhd->bhnm", queries, keys) / 8**0.5
-    by_hand = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), values)
-    found = ATTENTION[name](queries, keys, values)
-    assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
-    for one, other in zip(*(torch.autograd.grad(x.square().sum(), (queries, keys, values)) for x in (found, by_hand)), strict=True):
-        assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def test_an_attention_kernel_that_cannot_run_is_reported_and_replaced_by_torchs(caplog):
-    assert attention_for("xformers", torch.device("cpu")) is sdpa
-    assert "run.attention=xformers has kernels for CUDA only" in caplog.text
-
-
-def test_attention_without_its_package_names_what_to_install(monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install xformers"):
-        attention_for("xformers", torch.device("cuda"))
 
 
 def test_every_attention_of_a_model_uses_the_chosen_kernel():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ from sonic.inference.stream import buffer_all
 from sonic.model.dit import AvatarDiT
 from sonic.parallel import watchdog
 from sonic.parallel.watchdog import Fault, Watchdog
-from sonic.system.heartbeat import pause_watchdog, waiting_for_others
+from sonic.system.heartbeat import heartbeat, pause_watchdog, waiting_for_others
 
 RANKS = 3
 PATIENCE_S, SOON_S, START_S = 4.0, 20.0, 120.0
@@ -138,11 +140,12 @@ def test_a_rank_that_fails_ends_the_job_and_is_named_first(plan, way, victim, bu
     assert all(f"rank {victim}" in line for line in others), text  # the others know as well
 
 
-def fault_in(scene: Callable[[int, threading.Thread], Iterator[None]], patience_s: float, long_s: float) -> str:
+def fault_in(scene: Callable[[int, threading.Thread], Iterator[None]], patience_s: float, long_s: float, *, on_cuda: bool = False) -> str:
     """What the watchdog of this rank finds within `long_s` while the library runs a scene on each of two ranks; "None" if it is fine."""
     watchdog.LOOK_S = 0.1
     rank, found = dist.get_rank(), []
-    ours = Watchdog(dist.distributed_c10d._get_default_store(), rank, range(2), patience_s=patience_s)
+    device = torch.device("cuda" if on_cuda else "cpu", 0)
+    ours = Watchdog(dist.distributed_c10d._get_default_store(), rank, range(2), patience_s=patience_s, device=device)
     looks = looking(ours, found, long_s)
     list(buffer_all(scene(rank, looks)))
     looks.join()
@@ -198,6 +201,44 @@ def test_only_the_rank_that_does_not_wait_is_named():
     assert found[0] == found[1]
     assert found[0].startswith("rank 1: hangs at threading.py")
     assert "called by stream.py" in found[0] and "rank 0" not in found[0]
+
+
+def one_waits_for_its_device_and_one_rests(rank: int, looks: threading.Thread) -> Iterator[None]:
+    """The first rank stands in a C call that waits for the device, as with NCCL; the second rests, with a heartbeat after it began to."""
+    if rank:
+        time.sleep(0.5)
+        heartbeat()
+    yield looks.join()
+
+
+def both_wait_for_their_devices(rank: int, looks: threading.Thread) -> Iterator[None]:
+    """Both ranks stand so; the second has stopped first."""
+    if not rank:
+        time.sleep(0.5)
+        heartbeat()
+    yield looks.join()
+
+
+def fault_with_devices(scene: Callable[[int, threading.Thread], Iterator[None]], busy: Sequence[int]) -> str:
+    """What `fault_in` finds where work is pending on the devices of the ranks `busy` and none on the others'."""
+    stream = SimpleNamespace(query=lambda: dist.get_rank() not in busy)
+    torch.cuda.default_stream = lambda device: stream
+    heartbeat()
+    return fault_in(scene, 1.5, 20.0, on_cuda=True)
+
+
+@pytest.mark.parametrize("resting", [0, 1])
+def test_a_rank_that_waits_for_its_device_is_not_blamed_for_the_one_that_rests(resting):
+    waiting = 1 - resting
+    found = on_ranks(2, fault_with_devices, one_waits_for_its_device_and_one_rests, [waiting], timeout_s=60)
+    assert found[0] == found[1]
+    assert found[0].startswith(f"rank {resting}: hangs at threading.py") and f"rank {waiting}" not in found[0]
+
+
+def test_when_all_wait_for_their_devices_the_first_to_stop_is_named_first():
+    found = on_ranks(2, fault_with_devices, both_wait_for_their_devices, [0, 1], timeout_s=60)
+    assert found[0] == found[1]
+    assert re.match(r"rank 1: hangs at threading.py.*; rank 0 at threading.py", found[0])
 
 
 def test_ranks_that_wait_or_pause_or_progress_slowly_are_not_ended():

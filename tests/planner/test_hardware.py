@@ -12,6 +12,7 @@ import torch
 from sonic.cli import Entry, compose, group_choices, run_command
 from sonic.commands import plan_command
 from sonic.parallel.parallel_config import HardwareConfig, PlanConfig
+from sonic.planner import hardware
 from sonic.planner.hardware import RATES, machine_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,7 @@ def machine(monkeypatch):
         found = SimpleNamespace(name=name, total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+        monkeypatch.setattr(hardware, "nvlinks", lambda: 18)
 
     return has
 

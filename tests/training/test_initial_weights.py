@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sonic.data.clips import write_index
 from sonic.model.dit import AvatarDiT
 from sonic.training.build import run_training
 from sonic.training.objective_config import DmdConfig, FlowMatchConfig, WindowConfig
+from sonic.training.objectives.flow_match import FlowMatch
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, SpeedConfig
 
 LORA = AdapterConfig(rank=4, alpha=8.0, targets=["self_attention", "audio_injectors", "mlp_in"])
@@ -149,6 +151,28 @@ def test_batches_that_do_not_divide_end_every_rank_with_code_2_and_leave_nothing
     argv = ["+train=audio_adapter", f"checkpoint={ready}", f"data.folder={clips}", "data.window=6", "budget.accumulate=3"]
     assert on_ranks(2, launched, exit_code, argv, str(tmp_path)) == [2, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_ends_a_training_in_one_sentence_and_keeps_its_checkpoints(ready, clips, tmp_path, monkeypatch, capsys):
+    losses_of, turns = FlowMatch.losses, []
+
+    def losses(*arguments):
+        turns.append(1)
+        if len(turns) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.25 GiB. Process 7 has the rest.")
+        return losses_of(*arguments)
+
+    monkeypatch.setattr(FlowMatch, "losses", losses)
+    monkeypatch.chdir(tmp_path)
+    argv = ["+train=audio_adapter", f"checkpoint={ready}", f"data.folder={clips}", "data.window=6", "objective.window.past=2"]
+    small = ["budget.batch_size=2", "budget.accumulate=1", "budget.max_steps=9", "checkpoint.every_steps=1", "export=a.safetensors"]
+    here = ["speed.engine=auto", "speed.workers=0", "speed.device=cpu", "log.bar=false"]
+    assert exit_code([*argv, *small, *here]) == 1
+    output = capsys.readouterr().err
+    (line,) = (line for line in output.splitlines() if "rank 0:" in line)
+    assert re.search(r"rank 0: CUDA out of memory, Tried to allocate 2.00 GiB, GPU 0 has 79.25 GiB; (less is needed|end what else)", line)
+    assert "Traceback" not in output
+    assert (tmp_path / "runs/audio_adapter").is_dir() and not (tmp_path / "a.safetensors").exists()
 
 
 @pytest.fixture
