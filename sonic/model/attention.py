@@ -126,7 +126,7 @@ class BlockCausalContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One attention per block, without a mask, so that fused kernels can be used.  -> [B,N,heads,d]"""
-        size = self.grid[0].shape[0]
+        size = self.grid.shape[0]
         (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = ((x[:, :size], x[:, size:]) for x in tokens)
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
         length = size // len(self.memory_keys)

@@ -53,7 +53,7 @@ class AvatarDiT(nn.Module):
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         positions = self._grid_rotation(0, latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
-        context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
+        context = ClipContext(torch.cat((positions, memory)))
         audio = self._audio_tokens(conditions, partial(self.audio_encoder.clip, motion_frames=self.config.motion.motion_frames))
         return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sonic.model.counts import PACK_SCALES
 from sonic.model.cpu import Linear, linear, linear_gelu
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2], one for each pair of a head's d channels
+Rotation = Tensor  # cos + i·sin, complex64 [N,1,d/2], one for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
@@ -146,7 +146,7 @@ def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> in
 
 
 def rotation(positions: Positions, head_dim: int) -> Rotation:
-    """Cosines and sines of rotary positions, computed from float64 angles; there is no table, so positions have no upper limit.
+    """cos + i·sin of rotary positions, computed from float64 angles; there is no table, so positions have no upper limit.
 
     A head's pairs of channels are divided among time, rows and columns. Source: RoFormer, arXiv 2104.09864.
     """
@@ -156,30 +156,17 @@ def rotation(positions: Positions, head_dim: int) -> Rotation:
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
-    return angle.cos().float(), angle.sin().float()
+    return torch.complex(angle.cos().float(), angle.sin().float())
 
 
-def rotate(heads: Tensor, turn: Rotation) -> Tensor:
-    """Rotate neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> [B,N,heads,d]
+def rotate(heads: Tensor, turns: Rotation) -> Tensor:
+    """Rotate neighbouring pairs of channels by their angles, in float32: each pair, as a complex number, times cos + i·sin.
 
-    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin). The other channel of a pair is the next or the previous one in
-    memory, so two shifted copies of the tensor supply it without a gather.
+    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin). In the result the tokens of one head are contiguous, which attention
+    multiplies fastest.  [B,N,heads,d] -> [B,N,heads,d]
     """
-    cos, sin = turn
-    if heads.device.type == "cpu" and not torch.is_grad_enabled():
-        return _rotate_at_once(heads, torch.complex(cos, sin))
-    none, wide = torch.zeros_like(sin), heads.float()
-    this, ahead, behind = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((cos, cos), (-sin, none), (none, sin)))
-    flat, turned = wide.flatten(), wide * this
-    turned.addcmul_(flat.roll(-1).view_as(wide), ahead).addcmul_(flat.roll(1).view_as(wide), behind)
-    return turned.to(heads.dtype)
-
-
-def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
-    """`rotate` in one pass, as a complex product: each pair times cos + i·sin. In the result the tokens of one head are contiguous,
-    which attention multiplies fastest."""
     wide = heads.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn.transpose(0, 1)
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns.transpose(0, 1)
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
 
 
