@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
-from sonic.model.embed import Rotation, rotate
+from sonic.model.embed import Rotation, rotate, rotate_both
 from sonic.types import pick
 
 log = logging.getLogger("sonic.model")
@@ -108,7 +108,7 @@ class ClipContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One attention over all tokens.  -> [B,N,heads,d]"""
-        return attention(rotate(tokens.queries, self.positions), rotate(tokens.keys, self.positions), tokens.values)
+        return attention(*rotate_both(tokens.queries, tokens.keys, self.positions), tokens.values)
 
 
 @dataclass(frozen=True)

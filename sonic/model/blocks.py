@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
+from sonic.model.compile import Uncompiled, region
 from sonic.model.cpu import Linear, RmsNorm, linear_gelu
 
 Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
@@ -85,6 +86,7 @@ class Block(nn.Module):
         self.mlp_in = Linear(hidden_dim, ffn_dim)
         self.mlp_out = Linear(ffn_dim, hidden_dim)
 
+    @region
     def forward(
         self,
         tokens: Tensor,
@@ -98,12 +100,15 @@ class Block(nn.Module):
         """Tokens [B,N,D], the modulation [B,T,6,D] of each part (T or B may be 1), text [B,L,D] -> tokens [B,N,D]"""
         tables = [self._table(modulation, tokens.dtype) for modulation in modulations]
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps), layout, tables, tokens)
-        attn_out = self.self_attention(normed, context=context, exchange=exchange)
+        attn_out = Uncompiled.call(self.self_attention, normed, context=context, exchange=exchange)
         tokens = add_gated(tokens, attn_out, [table[2] for table in tables], layout=layout)
-        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens), text, context=context))
+        tokens = add_residual(tokens, Uncompiled.call(self.text_attention, self.text_norm(tokens), text, context=context))
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps), layout, tables, tokens)
-        changed = self.mlp_out(linear_gelu(self.mlp_in, normed))
+        changed = Uncompiled.call(self._mlp, normed)
         return add_gated(tokens, changed, [table[5] for table in tables], layout=layout)
+
+    def _mlp(self, tokens: Tensor) -> Tensor:
+        return self.mlp_out(linear_gelu(self.mlp_in, tokens))
 
     def _table(self, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """Shift, scale and gate of the attention, then of the MLP, each [B,T,1,D]; added in float32."""

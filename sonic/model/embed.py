@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.model.compile import region
 from sonic.model.counts import PACK_SCALES
 from sonic.model.cpu import Linear, linear, linear_gelu
 
-Rotation = Tensor  # cos + i·sin, complex64 [N,1,d/2], one for each pair of a head's d channels
+Rotation = Tensor  # cosines and sines, float32 [N,1,d/2,2], one of each for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
@@ -146,7 +147,7 @@ def ref_time_id(start: int, *, ref_position: int = 30, distance: int = 30) -> in
 
 
 def rotation(positions: Positions, head_dim: int) -> Rotation:
-    """cos + i·sin of rotary positions, computed from float64 angles; there is no table, so positions have no upper limit.
+    """Cosines and sines of rotary positions, computed from float64 angles; there is no table, so positions have no upper limit.
 
     A head's pairs of channels are divided among time, rows and columns. Source: RoFormer, arXiv 2104.09864.
     """
@@ -156,18 +157,27 @@ def rotation(positions: Positions, head_dim: int) -> Rotation:
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
-    return torch.complex(angle.cos().float(), angle.sin().float())
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
 def rotate(heads: Tensor, turns: Rotation) -> Tensor:
-    """Rotate neighbouring pairs of channels by their angles, in float32: each pair, as a complex number, times cos + i·sin.
+    """Rotate neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> [B,N,heads,d]
 
-    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin). In the result the tokens of one head are contiguous, which attention
-    multiplies fastest.  [B,N,heads,d] -> [B,N,heads,d]
+    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin), which is a product of complex numbers. In its result the tokens of one
+    head are contiguous, which attention multiplies fastest.
     """
+    if torch.compiler.is_compiling():  # one kernel anyway, but none of complex numbers
+        (even, odd), (cos, sin) = heads.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(heads.dtype)
     wide = heads.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns.transpose(0, 1)
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.view_as_complex(turns).transpose(0, 1)
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
+
+
+@region
+def rotate_both(queries: Tensor, keys: Tensor, turns: Rotation) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys at the same positions."""
+    return rotate(queries, turns), rotate(keys, turns)
 
 
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:
