@@ -9,32 +9,33 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from sonic.system.heartbeat import pause_watchdog
+
 _COMPILING: ContextVar[bool] = ContextVar("regions run compiled", default=False)
 
 
-@dataclass
 class CompileTime:
-    """How often torch has compiled something in this process, and how many seconds it took."""
+    """How often torch has compiled something in this process, and how many seconds it took. Meanwhile the watchdog waits."""
 
-    number: int = 0
-    seconds: float = 0.0
-    _begun: float = 0.0
+    def __init__(self) -> None:
+        self.number, self.seconds, self._begun, self._pause = 0, 0.0, 0.0, ExitStack()
 
     def begin(self, *given: Any) -> None:
         """A compilation begins."""
         self._begun = time.perf_counter()
+        self._pause.enter_context(pause_watchdog())
 
     def end(self, *given: Any) -> None:
         """A compilation has ended."""
+        self._pause.close()
         self.number += 1
         self.seconds += time.perf_counter() - self._begun
 
