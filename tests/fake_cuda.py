@@ -85,7 +85,8 @@ class FakeCuda(FakeTensorMode):
                 self.record.waits[f"copy {way}", line] += 1
         elif name not in NO_KERNEL and any(tensor.is_cuda for tensor in (*given, *made)):
             self.record.launches[name] += 1
-            self.record.traffic[name] += sum(tensor.nbytes for tensor in (*given, *made) if tensor.is_cuda)
+            read = [tensor for tensor in given if tensor is not named.get("out")][name == "copy_" :]  # which does not read its target
+            self.record.traffic[name] += sum(tensor.nbytes for tensor in (*read, *made) if tensor.is_cuda)
 
 
 def line_of_sonic() -> str:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
-from sonic.model.compile import Uncompiled, region
+from sonic.model.compile import Uncompiled, keeps_inputs, region
 from sonic.model.cpu import Linear, RmsNorm, linear_gelu
 
 Layout = tuple[tuple[int, int], ...]  # (T, S) of each part of a packed sequence [B,N,D], N = the sum of their T·S
@@ -154,7 +154,7 @@ def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Ten
 def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
     """tokens + gate · change, each part with its gate [B,T,1,D]; `change` is overwritten where no gradients are needed.
     [B,N,D] -> [B,N,D]"""
-    if torch.is_grad_enabled() or change.dtype != tokens.dtype:
+    if keeps_inputs() or change.dtype != tokens.dtype:
         return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
     for x, h, gate in zip(split_parts(tokens, layout), split_parts(change, layout), gates, strict=True):
         torch.addcmul(x, h, gate, out=h)
@@ -163,7 +163,7 @@ def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout
 
 def add_residual(tokens: Tensor, change: Tensor) -> Tensor:
     """tokens + change; `change` is overwritten where no gradients are needed."""
-    return tokens + change if torch.is_grad_enabled() or change.dtype != tokens.dtype else change.add_(tokens)
+    return tokens + change if keeps_inputs() or change.dtype != tokens.dtype else change.add_(tokens)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:

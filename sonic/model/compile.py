@@ -73,6 +73,11 @@ def region(function: Callable) -> Callable:
     return run
 
 
+def keeps_inputs() -> bool:
+    """Whether inputs must not be overwritten: gradients need them, and the compiler decides itself where its results go."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 @cache
 def _compiled(function: Callable) -> Callable:
     """The compiled function. Lengths that change between videos become variables of its kernels at the second one."""
