@@ -105,11 +105,13 @@ def compile_folder() -> str:
 def missing_compiler(device: torch.device) -> str:
     """What torch.compile lacks to compile for a device; "" when it can."""
     if device.type == "cuda":
-        return "" if find_spec("triton") else "the package triton"
+        lacking = "the package triton" if find_spec("triton") is None else "a C compiler (gcc)"
+        return "" if find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang"))) else lacking
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        return "" if shutil.which(get_cpp_compiler()) else "a C++ compiler"
+        get_cpp_compiler()
     except InvalidCxxCompiler:
-        return "a C++ compiler"
+        return "a C++ compiler (g++)"
+    return ""
