@@ -19,6 +19,7 @@ from sonic.families import FAMILIES
 SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
 PRECISIONS = ("float32", "bfloat16")
+COMPILE = ("auto", "true", "false")  # values of run.compile
 PHOTO_SIZE = "photo"
 DURATION_POLICIES = ("follow", "strict", "trim", "pad")
 
@@ -382,11 +383,16 @@ class RunConfig:
         "Ampere and Ada and slower on Hopper; flash3 is for Hopper; sage rounds to 8 bits; flex is torch's flex_attention",
         table=ATTENTION_TABLE,
     )
+    compile: str = option(
+        "auto", "fuse operations of the transformer by torch.compile: true, false, or auto = on CUDA, from the second video or for a minute"
+    )
     threads: int = option(0, "CPU threads; 0 = torch's default")
 
     def __post_init__(self) -> None:
         plain = "/" not in self.name and "\\" not in self.name and self.name not in (".", "..")
         require(plain, f"run.name={self.name} must be a plain name; run.folder says where run folders are made")
+        self.compile = str(self.compile).lower()
+        one_of(self.compile, COMPILE, "run.compile")
         one_of(self.dtype, (OWN, *PRECISIONS), "run.dtype")
         one_of(self.attention, names_in(ATTENTION_TABLE), "run.attention")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "run.device")

@@ -99,7 +99,8 @@ class FakeCuda(FakeTensorMode):
                 self.record.waits[f"copy {way}", line] += 1
         elif name not in NO_KERNEL and any(tensor.is_cuda for tensor in (*given, *made)):
             self.record.launches[name] += 1
-            self.record.traffic[name] += sum(tensor.nbytes for tensor in (*given, *made) if tensor.is_cuda)
+            read = [tensor for tensor in given if tensor is not named.get("out")][name == "copy_" :]  # which does not read its target
+            self.record.traffic[name] += sum(tensor.nbytes for tensor in (*read, *made) if tensor.is_cuda)
 
 
 def line_of_sonic() -> str:
@@ -118,7 +119,7 @@ def fake_cuda_mode() -> Iterator[Record]:
     choice of an attention kernel, which a CPU build of torch would make for a CPU.
     """
     tensor, as_tensor, new_tensor = torch.tensor, torch.as_tensor, Tensor.new_tensor
-    attention = torch.nn.functional.scaled_dot_product_attention
+    attention, rms_norm = torch.nn.functional.scaled_dot_product_attention, torch.rms_norm
 
     def on_host_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(data: Any, *args: Any, device: Any = None, **named: Any) -> Tensor:
@@ -144,8 +145,17 @@ def fake_cuda_mode() -> Iterator[Record]:
         learning = any(rows.requires_grad for rows in (queries, keys, values))
         return torch.ops.aten._scaled_dot_product_efficient_attention(queries, keys, values, attn_mask, learning, **named)[0]
 
+    def fused_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        """One kernel, as a CUDA build has; a CPU build would run seven."""
+        if not x.is_cuda or torch.is_grad_enabled():
+            return rms_norm(x, shape, weight, eps)
+        out = torch.empty_like(x)
+        mode._count("_fused_rms_norm", [x, weight], [out], {})
+        return out
+
     with (
         patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
+        patch.multiple(torch, rms_norm=fused_norm),
         patch.multiple(torch, tensor=on_host_first(tensor), as_tensor=on_host_first(as_tensor)),
         patch.multiple(torch, **{name: without_generator(getattr(torch, name)) for name in ("randn", "rand", "randint")}),
         patch.object(Tensor, "new_tensor", new),

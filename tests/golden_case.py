@@ -108,7 +108,7 @@ def conditions_of(case: Case, *, audio: Tensor | None = None, motion: Tensor | N
 @contextmanager
 def half_precision_rotations() -> Iterator[None]:
     """Round the rotary tables as the published rollout stores them; ours are exact."""
-    rounded = lambda positions, head_dim: tuple(table.half().float() for table in rotation(positions, head_dim))  # noqa: E731
+    rounded = lambda positions, head_dim: rotation(positions, head_dim).half().float()  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         for module in (dit, kv_cache):
             patch.setattr(module, "rotation", rounded)

@@ -69,15 +69,16 @@ def model_under(case: Case, parallel: ParallelConfig, dtype: torch.dtype = torch
     return Under(build_parallel_model(case.config, case.weights, context, lora=NO_LORA, dtype=dtype), context)
 
 
-def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False) -> Made:
+def made_under(plan: str, parallel: ParallelConfig, weights: str, *, give_up: bool = False, compiled: bool = False) -> Made:
     """A video and a clip under a plan, or the video alone where clips are refused; with `give_up` after two abandoned videos,
-    one of which is closed at once and the other one later."""
+    one of which is closed at once and the other one later. The first rank says whether the others' blocks are `compiled`, too."""
     case = case_of(plan, weights)
     under = model_under(case, parallel)
     names, world = [name for name, _ in under.model.named_parameters()], under.context.world
     if not world.leads:
         worker_loop(*under, torch.float32)
         return Made(None, None, names)
+    under.model.compiled = compiled
     late = blocks_of(under, case)
     if give_up:
         next(late)

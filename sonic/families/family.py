@@ -16,7 +16,7 @@ from sonic.config import ModelConfig, RunConfig, precision_of
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.shards import Encoders
 from sonic.families import FAMILIES
-from sonic.inference.components import DTYPES, Components, find_device, lora_of, set_tf32
+from sonic.inference.components import DTYPES, Components, compile_fault, find_device, lora_of, set_tf32
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.report import StageTimer
@@ -110,6 +110,8 @@ def build_components(
         torch.set_num_threads(run.threads)
     context = context or DistributedContext(World("single", find_device(run.device)))
     dtype = pick(DTYPES, precision_of(run.dtype, config), "run.dtype")
+    if run.compile == "true" and (fault := compile_fault(context.world)):
+        raise ValueError(f"run.compile=true: {fault}; use run.compile=false")
     set_tf32(dtype)
     family = family or family_of(config)
     config = family.settled_model(config)
@@ -123,7 +125,7 @@ def build_components(
         return model
 
     weights = family.weights_in_words(config, steps)
-    found = replace(family.components(config, context, dtype), make_model=make_model, weights=weights)
+    found = replace(family.components(config, context, dtype), make_model=make_model, weights=weights, compile=run.compile)
     if not family.loads_late:
         found.load()
     return found

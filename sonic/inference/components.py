@@ -12,13 +12,17 @@ import torch
 
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.config import PRECISIONS, LoraConfig, ModelConfig
+from sonic.model.compile import compile_folder, missing_compiler
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World
 from sonic.parallel.vae_rank import RemoteAutoencoder
 from sonic.system.nvidia import driver_version
 from sonic.vae.motion_vae import WarpAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
 
+log = logging.getLogger("sonic.inference")
+COMPILE_FROM_S = 60.0  # seconds of the shortest video that run.compile=auto compiles for when it is the first
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 DRIVERS = {"12": "525", "13": "580"}  # the oldest driver for a CUDA version
@@ -35,6 +39,8 @@ class Components:
     make_model: Callable[[], AvatarDiT] | None = None
     dtype: torch.dtype = torch.float32
     weights: str = ""  # the weight files of the transformer, as text for the log
+    compile: str = "false"  # run.compile
+    videos: int = 0  # begun so far
     model: AvatarDiT | None = None  # after `load`; stays None on the rank that only decodes
     autoencoder: Autoencoder | None = None  # after `load`: here, or a proxy for that of another rank; None on ranks that never decode
 
@@ -55,9 +61,30 @@ class Components:
         elif world.leads or world.holds_vae:
             self.autoencoder = self.make_autoencoder()
 
+    def begin_video(self, seconds: float) -> None:
+        """Load what is not loaded, and decide by run.compile whether the transformer runs compiled in a video of this length."""
+        self.load()
+        self.videos += 1
+        pays = self.device.type == "cuda" and (self.videos > 1 or seconds > COMPILE_FROM_S)
+        wanted = self.compile == "true" or (self.compile == "auto" and pays)
+        if wanted and not self.model.compiled and (fault := compile_fault(self.context.world)):
+            log.warning("run.compile=%s: %s; the transformer runs as it is", self.compile, fault)
+            self.compile = "false"
+        elif wanted and not self.model.compiled:
+            log.info("the transformer is compiled when it first runs; torch keeps what it compiles in %s", compile_folder())
+            self.model.compiled = True
+
     def with_model(self, model: AvatarDiT) -> Components:
         """A copy whose `load` uses this transformer instead of loading one."""
         return replace(self, make_model=lambda: model, model=None, autoencoder=None)
+
+
+def compile_fault(world: World) -> str:
+    """Why the transformer cannot be compiled on this rank, and what can be done; "" when it can."""
+    if world.plan == "zero3":
+        return "parallel=zero3 replaces weights while layers run, which is not compiled; parallel=fsdp shards them too"
+    lack = missing_compiler(world.device)
+    return lack and f"torch.compile needs {lack}, which is not installed here"
 
 
 def lora_of(config: LoraConfig, student: Path | None = None) -> Lora:

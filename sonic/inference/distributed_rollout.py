@@ -31,7 +31,10 @@ class Command(Enum):
 
 
 class RolloutRequest(NamedTuple):
-    """The message that starts the same rollout on the other ranks: blocks over `spans`, or one clip when `latent_frames` is not 0."""
+    """The message that starts the same rollout on the other ranks: blocks over `spans`, or one clip when `latent_frames` is not 0.
+
+    `compiled` says whether the transformer runs compiled.
+    """
 
     conditions: Conditions
     sampler: SamplerConfig
@@ -39,6 +42,7 @@ class RolloutRequest(NamedTuple):
     random_state: Tensor
     spans: Sequence[BlockSpan] = ()
     latent_frames: int = 0
+    compiled: bool = False
 
 
 def distributed_rollout(
@@ -60,7 +64,7 @@ def distributed_rollout(
     if source.noise or source.ref_positions:
         raise ValueError("video.compat=upstream draws what other ranks cannot know; use parallel=single or parallel=pipeline with it")
     spans = list(spans)
-    _start_others(context, conditions, sampling, spans=spans)
+    _start_others(context, conditions, sampling, spans=spans, compiled=model.compiled)
     begun = context.rollouts
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
         while True:
@@ -87,7 +91,7 @@ def distributed_clip(
     if context.world.stages > 1:
         raise ValueError(f"parallel=pipeline: {CLIPS_WAIT}")
     if context.world.rollout_group is not None:
-        _start_others(context, conditions, sampling, latent_frames=latent_frames)
+        _start_others(context, conditions, sampling, latent_frames=latent_frames, compiled=model.compiled)
     return sample_clip(model, conditions, latent_frames, sampling=sampling, execution=context.execution)
 
 
@@ -129,7 +133,7 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
     rng = torch.Generator()
     rng.set_state(request.random_state)
     conditions, unconditional = (each and _to_device(each, context.world.device) for each in (request.conditions, request.unconditional))
-    sampling = Sampling(request.sampler, NoiseSource(rng), unconditional)
+    sampling, model.compiled = Sampling(request.sampler, NoiseSource(rng), unconditional), request.compiled
     if request.latent_frames:
         sample_clip(model, conditions, request.latent_frames, sampling=sampling, execution=context.execution)
         return _receive(context)
@@ -140,12 +144,18 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
 
 
 def _start_others(
-    context: DistributedContext, conditions: Conditions, sampling: Sampling, *, spans: Sequence[BlockSpan] = (), latent_frames: int = 0
+    context: DistributedContext,
+    conditions: Conditions,
+    sampling: Sampling,
+    *,
+    spans: Sequence[BlockSpan] = (),
+    latent_frames: int = 0,
+    compiled: bool = False,
 ) -> None:
     """Start a rollout on the other ranks, with the state of the random generator before it."""
     state = sampling.source.generator.get_state()
     context.rollouts += 1
-    _send(context, RolloutRequest(conditions, sampling.sampler, sampling.unconditional, state, spans, latent_frames))
+    _send(context, RolloutRequest(conditions, sampling.sampler, sampling.unconditional, state, spans, latent_frames, compiled))
 
 
 def _send(context: DistributedContext, message: RolloutRequest | Command) -> None:

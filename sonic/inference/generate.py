@@ -19,6 +19,7 @@ from sonic.inference.inputs import Settings
 from sonic.inference.post_process import as_displayed
 from sonic.inference.report import FrameRecorder, Result, StageTimer, sampling_of
 from sonic.inference.sound_offset import SoundOffset
+from sonic.model.compile import COMPILE_TIME
 from sonic.types import FrameChunk, Inputs
 
 
@@ -32,8 +33,9 @@ def generate(inputs: Inputs, components: Components, settings: Settings, *, time
     with timer.stage("encode"):
         encoded = family.condition(inputs, components, settings)
     with timer.stage("load"):
-        components.load()
-    yield from family.generate(inputs, encoded, components, settings=settings, timer=timer)
+        components.begin_video(inputs.num_frames / inputs.fps)
+    with timer.compiling(COMPILE_TIME):
+        yield from family.generate(inputs, encoded, components, settings=settings, timer=timer)
 
 
 def make_video(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Iterable, Iterator
@@ -16,11 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import sonic
 from sonic.config import SamplerConfig
+from sonic.model.compile import CompileTime
 from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import is_table, sigmas_of
 from sonic.system.files import written_temporary
 from sonic.types import FrameChunk, Inputs, Portrait
 
+log = logging.getLogger("sonic.inference")
 STAGES = ("load", "encode", "denoise", "decode", "write")
 PICTURES, PICTURE_WIDTH, GAP, STRIP = 12, 148, 4, 90
 SHOWN_TIMESTEPS = 8
@@ -82,6 +85,15 @@ class StageTimer:
             if item is None:
                 return
             yield item
+
+    @contextmanager
+    def compiling(self, time: CompileTime) -> Iterator[None]:
+        """Add what is compiled inside the `with` block as the stage "compile", which is part of others, and log it."""
+        number, seconds = time.number, time.seconds
+        yield
+        if time.number > number:
+            self.seconds["compile"] = time.seconds - seconds
+            log.info("%d pieces of the transformer were compiled in %.1f s", time.number - number, self.seconds["compile"])
 
     def passed(self) -> float:
         """Seconds since the start of the job."""

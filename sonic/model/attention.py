@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sonic.config import require
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
-from sonic.model.embed import Rotation, rotate
+from sonic.model.embed import Rotation, rotate, rotate_both
 from sonic.types import pick
 
 log = logging.getLogger("sonic.model")
@@ -206,7 +206,7 @@ class ClipContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One attention over all tokens.  -> [B,N,heads,d]"""
-        return attention(rotate(tokens.queries, self.positions), rotate(tokens.keys, self.positions), tokens.values)
+        return attention(*rotate_both(tokens.queries, tokens.keys, self.positions), tokens.values)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class BlockCausalContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """One attention per block, without a mask, so that fused kernels can be used.  -> [B,N,heads,d]"""
-        size = self.grid[0].shape[0]
+        size = self.grid.shape[0]
         (grid_q, memory_q), (grid_k, memory_k), (grid_v, memory_v) = ((x[:, :size], x[:, size:]) for x in tokens)
         grid_q, grid_k = rotate(grid_q, self.grid), rotate(grid_k, self.grid)
         length = size // len(self.memory_keys)

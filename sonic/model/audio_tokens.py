@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.model.blocks import MultiHead, modulate
+from sonic.model.compile import Uncompiled, region
 from sonic.model.cpu import Linear, linear, product_dtype
 
 
@@ -92,13 +93,15 @@ class AudioInjector(nn.Module):
         self.modulation = Linear(hidden_dim, 2 * hidden_dim)
         self.attention = MultiHead(hidden_dim, num_heads, eps)
 
+    @region
     def forward(self, grid: Tensor, audio: AudioTokens) -> Tensor:
         """The attention output, which is to be added to the grid.  [B,T,S,D] -> [B,T,S,D]"""
         actors = audio.tokens.shape[0] // grid.shape[0]
         tokens = repeat(grid, "b t s d -> (b actors) t s d", actors=actors) if actors > 1 else grid
-        shift, scale = rearrange(self.modulation(F.silu(audio.summary)).float(), "b t (two d) -> two b t 1 d", two=2)
+        shift, scale = rearrange(Uncompiled.call(self.modulation, F.silu(audio.summary)).float(), "b t (two d) -> two b t 1 d", two=2)
         normed = modulate(tokens, shift, 1 + scale, eps=self.EPS).to(product_dtype(self.modulation.weight))
-        attn_out = self.attention(rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d"))
+        queries, rows = rearrange(normed, "b t s d -> (b t) s d"), rearrange(audio.tokens, "b t a d -> (b t) a d")
+        attn_out = Uncompiled.call(self.attention, queries, rows)
         residual = rearrange(attn_out, "(b t) s d -> b t s d", t=grid.shape[1])
         if audio.masks is not None:
             return rearrange(residual * audio.masks, "(b actors) t s d -> b actors t s d", actors=actors).sum(dim=1)

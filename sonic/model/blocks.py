@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.attention import NO_EXCHANGE, QKV, Attention, AttentionContext, KeysValues, TokenExchange, sdpa
+from sonic.model.compile import Uncompiled, keeps_inputs, region
 from sonic.model.cpu import Linear, RmsNorm, linear_gelu, product_dtype
 from sonic.model.embed import Float32Linear
 
@@ -98,6 +99,7 @@ class Block(nn.Module):
         self.mlp_in = Linear(hidden_dim, ffn_dim)
         self.mlp_out = Linear(ffn_dim, hidden_dim)
 
+    @region
     def forward(
         self,
         tokens: Tensor,
@@ -115,12 +117,15 @@ class Block(nn.Module):
         tables = [rearrange(self.modulation.float() + modulation, "b t six d -> six b t 1 d") for modulation in modulations]
         dtype = product_dtype(self.mlp_in.weight)
         normed = per_part(lambda x, table: modulate(x, table[0], table[1], eps=self.eps).to(dtype), layout, tables, tokens)
-        attn_out = self.self_attention(normed, context=context, exchange=exchange)
+        attn_out = Uncompiled.call(self.self_attention, normed, context=context, exchange=exchange)
         tokens = add_gated(tokens, attn_out, [table[2] for table in tables], layout=layout)
         del normed, attn_out  # frees them
-        tokens = add_residual(tokens, self.text_attention(self.text_norm(tokens).to(dtype), text, context=context))
+        tokens = add_residual(tokens, Uncompiled.call(self.text_attention, self.text_norm(tokens).to(dtype), text, context=context))
         normed = per_part(lambda x, table: modulate(x, table[3], table[4], eps=self.eps).to(dtype), layout, tables, tokens)
-        return add_gated(tokens, self.mlp_out(linear_gelu(self.mlp_in, normed)), [table[5] for table in tables], layout=layout)
+        return add_gated(tokens, Uncompiled.call(self._mlp, normed), [table[5] for table in tables], layout=layout)
+
+    def _mlp(self, tokens: Tensor) -> Tensor:
+        return self.mlp_out(linear_gelu(self.mlp_in, tokens))
 
 
 class Head(nn.Module):
@@ -165,7 +170,7 @@ def per_part(change: Callable[..., Tensor], layout: Layout, tables: Sequence[Ten
 def add_gated(tokens: Tensor, change: Tensor, gates: Sequence[Tensor], *, layout: Layout) -> Tensor:
     """tokens + gate · change, each part with its gate [B,T,1,D]; `tokens` are overwritten where no gradients are needed.
     [B,N,D] -> [B,N,D]"""
-    if torch.is_grad_enabled():
+    if keeps_inputs():
         return per_part(lambda x, h, gate: torch.addcmul(x, h, gate), layout, gates, tokens, change)
     for x, h, gate in zip(split_parts(tokens, layout), split_parts(change, layout), gates, strict=True):
         x.addcmul_(h, gate)
@@ -176,7 +181,7 @@ def add_residual(tokens: Tensor, change: Tensor) -> Tensor:
     """tokens + change, which may be of the first tokens only; `tokens` are overwritten where no gradients are needed.
     [B,N,D], [B,some,D] -> [B,N,D]"""
     count = change.shape[1]
-    if torch.is_grad_enabled():
+    if keeps_inputs():
         return torch.cat((tokens[:, :count] + change, tokens[:, count:]), dim=1) if count < tokens.shape[1] else tokens + change
     tokens[:, :count].add_(change)
     return tokens

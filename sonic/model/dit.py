@@ -15,6 +15,7 @@ from sonic.geometry import FRAMES_PER_LATENT, BlockSpan
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
 from sonic.model.blocks import Block, Head, add_residual, join_parts, split_parts
+from sonic.model.compile import compiled_regions
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
 from sonic.model.kv_cache import CachedContext, CacheShard, KVCache, KVRing, PrefillContext, memory_positions
@@ -34,6 +35,7 @@ class AvatarDiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.compiled = False  # whether blocks run with compiled regions
         trunk, audio, text = config.trunk, config.audio, config.text
         dim, channels, patch = trunk.hidden_dim, trunk.latent_channels, trunk.patch_size
         self.patch_embed = PatchEmbed(channels, dim, patch)
@@ -53,7 +55,7 @@ class AvatarDiT(nn.Module):
         """Denoise a whole clip with full attention.  latents [B,C,T,H,W], timestep [B] or [B,T] in 0..1000 -> [B,C,T,H,W]"""
         positions = self._grid_rotation(0, latents.shape)
         memory = self._memory_rotation(conditions, self.config.rollout.ref_position)
-        context = ClipContext(tuple(torch.cat(factors) for factors in zip(positions, memory, strict=True)))
+        context = ClipContext(torch.cat((positions, memory)))
         audio = self._audio_tokens(conditions, partial(self.audio_encoder.clip, motion_frames=self.config.motion.motion_frames))
         return self._denoise(latents, timestep, conditions, context=context, audio=audio, execution=execution)
 
@@ -171,11 +173,12 @@ class AvatarDiT(nn.Module):
     def _run_block(self, layer: int, inputs: TrunkInputs, context: AttentionContext) -> TrunkInputs:
         """Run one transformer block and the audio injector after it, if there is one."""
         modulations, text, exchange = inputs.modulations, inputs.text, inputs.exchange
-        tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, context=context, exchange=exchange)
         inject = self.config.audio.inject_layers
-        if inputs.audio is not None and layer in inject:
-            grid = split_parts(tokens, inputs.layout)[0]
-            tokens = add_residual(tokens, self.audio_injectors[inject.index(layer)](grid, inputs.audio).flatten(1, 2))
+        with compiled_regions(self.compiled and not isinstance(context, PrefillContext)):  # which runs once in a video
+            tokens = self.blocks[layer](inputs.tokens, modulations, text, layout=inputs.layout, context=context, exchange=exchange)
+            if inputs.audio is not None and layer in inject:
+                grid = split_parts(tokens, inputs.layout)[0]
+                tokens = add_residual(tokens, self.audio_injectors[inject.index(layer)](grid, inputs.audio).flatten(1, 2))
         return inputs._replace(tokens=tokens)
 
     def unembed(self, outputs: TrunkInputs, grid: tuple[int, int], *, sequence: SequenceParallel) -> Tensor:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.model.compile import region
 from sonic.model.counts import PACK_SCALES
 from sonic.model.cpu import Linear, linear, linear_gelu
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines [N,1,d/2], one for each pair of a head's d channels
+Rotation = Tensor  # cosines and sines, float32 [N,1,d/2,2], one of each for each pair of a head's d channels
 Positions = tuple[Tensor, Tensor, Tensor]  # time, row, column ids of N tokens, float64 [N]
 ROPE_THETA = 10_000.0
 
@@ -157,30 +158,20 @@ def rotation(positions: Positions, head_dim: int) -> Rotation:
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64, device=ids.device) / pairs)
         angles.append(ids[:, None] * frequencies)
     angle = rearrange(torch.cat(angles, dim=1), "n pairs -> n 1 pairs")
-    return angle.cos().float(), angle.sin().float()
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def rotate(heads: Tensor, turn: Rotation) -> Tensor:
+def rotate(heads: Tensor, turns: Rotation) -> Tensor:
     """Rotate neighbouring pairs of channels by their angles, in float32.  [B,N,heads,d] -> [B,N,heads,d]
 
-    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin). The other channel of a pair is the next or the previous one in
-    memory, so two shifted copies of the tensor supply it without a gather.
+    (even, odd) becomes (even·cos - odd·sin, odd·cos + even·sin), which is a product of complex numbers. In its result the tokens of one
+    head are contiguous, which attention multiplies fastest.
     """
-    cos, sin = turn
-    if heads.device.type == "cpu" and not torch.is_grad_enabled():
-        return _rotate_at_once(heads, torch.complex(cos, sin))
-    none, wide = torch.zeros_like(sin), heads.float()
-    this, ahead, behind = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((cos, cos), (-sin, none), (none, sin)))
-    flat, turned = wide.flatten(), wide * this
-    turned.addcmul_(flat.roll(-1).view_as(wide), ahead).addcmul_(flat.roll(1).view_as(wide), behind)
-    return turned.to(heads.dtype)
-
-
-def _rotate_at_once(heads: Tensor, turn: Tensor) -> Tensor:
-    """`rotate` in one pass, as a complex product: each pair times cos + i·sin. In the result the tokens of one head are contiguous,
-    which attention multiplies fastest."""
+    if torch.compiler.is_compiling():  # one kernel anyway, but none of complex numbers
+        (even, odd), (cos, sin) = heads.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(heads.dtype)
     wide = heads.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn.transpose(0, 1)
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.view_as_complex(turns).transpose(0, 1)
     return torch.view_as_real(turned).flatten(-2).to(heads.dtype).transpose(1, 2)
 
 
@@ -188,6 +179,12 @@ def _spread(first: int, last: int, count: int, *, device: torch.device | None) -
     """`count` numbers at equal distances from `first` to `last`, rounded down.  -> float64 [count]"""
     steps = max(1, count - 1)
     return ((first * steps + (last - first) * torch.arange(count, device=device)) // steps).double()
+
+
+@region
+def rotate_both(queries: Tensor, keys: Tensor, turns: Rotation) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys at the same positions."""
+    return rotate(queries, turns), rotate(keys, turns)
 
 
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:

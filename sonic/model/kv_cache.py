@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sonic.config import ModelConfig
 from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues
-from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotation
+from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotate_both, rotation
 from sonic.types import upload
 
 
@@ -201,12 +201,13 @@ class CachedContext(AttentionContext):
         """Write the block's keys and values into its slot and attend to the filled part of the ring."""
         self.cache.rotate_reference(self.ring, self.layer, self.ref_position)
         (own, filled), keys_values = self.slot, []
-        for buffer, new in ((self.ring.keys, rotate(tokens.keys, self.positions)), (self.ring.values, tokens.values)):
+        queries, keys = rotate_both(tokens.queries, tokens.keys, self.positions)
+        for buffer, new in ((self.ring.keys, keys), (self.ring.values, tokens.values)):
             stored = buffer[self.layer]
             stored[:, own] = new.detach()
             parts = (stored[:, filled.start : own.start], new.to(stored.dtype), stored[:, own.stop : filled.stop])
             keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new, non_blocking=True))
-        return attention(rotate(tokens.queries, self.positions), *keys_values)
+        return attention(queries, *keys_values)
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """The keys and values that prefill stored."""

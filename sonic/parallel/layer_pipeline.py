@@ -31,12 +31,13 @@ SPARE = 1  # forwards in flight beyond one per rank, so that no rank waits for a
 
 
 class MemoryMessage(NamedTuple):
-    """The memory of a new rollout: [batch, rows, columns] of patches, whether it has motion, and the inputs of the next layer."""
+    """The memory of a new rollout: [batch, rows, columns] of patches, whether it has motion and runs compiled, the next layer's inputs."""
 
     cond_index: int
     steps: int
     shape: tuple[int, int, int]
     motion: bool
+    compiled: bool
     inputs: TrunkInputs
 
 
@@ -102,7 +103,7 @@ class PipelineForwards:
             inputs = model.embed_memory(each, self.execution.sequence)
             (outputs,) = self.execution.run_blocks(model, [inputs], [model.memory_context(cache)])
             shape = (each.ref.shape[0], *cache.grid)
-            self.channel.send_next(MemoryMessage(index, steps, shape, each.motion is not None, _sendable(outputs)))
+            self.channel.send_next(MemoryMessage(index, steps, shape, each.motion is not None, model.compiled, _sendable(outputs)))
             self.caches.append(cache)
 
     def accepts(self, request: ForwardRequest) -> bool:
@@ -147,6 +148,7 @@ def stage_loop(model: AvatarDiT, context: DistributedContext, *, dtype: torch.dt
             cache = attention_context = None  # frees the previous rollout's cache before this one's is allocated
             if message.cond_index == 0:
                 caches.clear()
+            model.compiled = message.compiled
             cache = model.cache_of(message.shape, steps=message.steps, motion=message.motion, like=like, heads=heads)
             caches[message.cond_index] = cache
             grid, attention_context = (1, cache.memory_tokens), model.memory_context(cache)

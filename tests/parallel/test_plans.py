@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from plan_case import SINGLE, case_of, clip_of, made_under_all, model_under, same_as_single
+from plan_case import SINGLE, Made, case_of, clip_of, made_under, made_under_all, model_under, same_as_single
 from ranks import on_ranks
 from run_files import save_weights
 from tiny import tiny_model
+from torch.testing import assert_close
 
 from sonic.inference.distributed_rollout import shutdown, worker_loop
+from sonic.model.compile import COMPILE_TIME
 from sonic.parallel.parallel_config import PLAN_NAMES, ParallelConfig
 
 TINY = {  # every part of the 14B model, a few numbers wide
@@ -48,6 +52,24 @@ def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
     plans = TINY | PREVIEW
     assert {plan.name for plan in plans.values()} == set(PLAN_NAMES) - {"single", "zero3"}  # zero3 has a test of its own
     same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=240))
+
+
+def compiled_under(plans: dict[str, ParallelConfig], weights: str) -> dict[str, tuple[Made, int]]:
+    """What a rank makes under each plan with compiled regions, and how often it has compiled until then; without generating code."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    return {plan: (made_under(plan, parallel, weights, compiled=True), COMPILE_TIME.number) for plan, parallel in plans.items()}
+
+
+def test_every_plan_runs_compiled_on_all_its_ranks(weights):
+    """The plans with the most hooks of each kind; a rank compiles at its first video and whenever its share has another shape."""
+    plain = made_under("tiny", SINGLE["tiny"], weights)
+    plans = {name: TINY[name] for name in ("pipeline", "fsdp sublayer", "fsdp block", "offload", "context")}
+    first, second = on_ranks(2, compiled_under, plans, weights)
+    assert all(number for _, number in (*first.values(), *second.values()))
+    for name, (made, _) in first.items():
+        assert_close(made.blocks, plain.blocks, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        if made.clip is not None:
+            assert_close(made.clip, plain.clip, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def refused_clip(weights: str) -> str:
