@@ -6,7 +6,6 @@ so tests hand functions to another process: `fake_cuda(function, argument)` in a
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -20,10 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from cuda_guard import load_guard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -104,7 +105,7 @@ def fake_cuda_mode() -> Iterator[Record]:
     choice of an attention kernel, which a CPU build of torch would make for a CPU.
     """
     tensor, as_tensor, new_tensor = torch.tensor, torch.as_tensor, Tensor.new_tensor
-    attention = torch.nn.functional.scaled_dot_product_attention
+    attention, host_generator = torch.nn.functional.scaled_dot_product_attention, torch.Generator
 
     def on_host_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(data: Any, *args: Any, device: Any = None, **named: Any) -> Tensor:
@@ -121,8 +122,14 @@ def fake_cuda_mode() -> Iterator[Record]:
             return new_tensor(self, data, **named)
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **named})
 
+    class Generator(host_generator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            if torch.device(device).type == "cpu":
+                return host_generator(device)
+            return SimpleNamespace(device=CUDA, manual_seed=lambda seed: SimpleNamespace(device=CUDA, initial_seed=lambda: seed))
+
     def without_generator(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, generator=None, **named: make(*args, **named)
+        return lambda *args, generator=None, **named: make(*args, **named, **({"generator": generator} if isinstance(generator, host_generator) else {}))
 
     def one_kernel(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, **named: Any) -> Tensor:
         if not queries.is_cuda:
@@ -131,6 +138,9 @@ def fake_cuda_mode() -> Iterator[Record]:
         return torch.ops.aten._scaled_dot_product_efficient_attention(queries, keys, values, attn_mask, learning, **named)[0]
 
     with (
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *args: True),
+        patch.object(torch, "Generator", Generator),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
         patch.multiple(torch, tensor=on_host_first(tensor), as_tensor=on_host_first(as_tensor)),
         patch.multiple(torch, **{name: without_generator(getattr(torch, name)) for name in ("randn", "rand", "randint")}),
@@ -168,14 +178,6 @@ def compiled_guard(folder: Path) -> Path:
     subprocess.run([compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *torchs], check=True)
     made.replace(library)
     return library
-
-
-def load_guard(library: Path, path: list[str]) -> None:
-    """Prepare the process that runs fake CUDA."""
-    sys.path[:] = path
-    if not torch.backends.cuda.is_built():
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

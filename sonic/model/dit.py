@@ -84,7 +84,9 @@ class AvatarDiT(nn.Module):
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache for these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
-        dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
+        device = conditions.ref.device
+        autocast = torch.is_autocast_enabled(device.type)  # then products are not in the precision of the weights
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.patch_embed.weight.dtype
         like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
         heads = execution.sequence.local_heads(self.config.trunk.num_heads)
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)

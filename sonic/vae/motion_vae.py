@@ -137,7 +137,7 @@ class WarpAutoencoder(nn.Module):
 
 def _throat(like: Tensor) -> Tensor:
     """The colour of the mouth's inside that zero stands for: a dim red.  -> [3,1,1]"""
-    return like.new_tensor([0.30, 0.12, 0.11]).reshape(3, 1, 1)
+    return torch.tensor([0.30, 0.12, 0.11]).to(like, non_blocking=True).reshape(3, 1, 1)
 
 
 def _as_motion(layers: Tensor) -> MotionLayers:
