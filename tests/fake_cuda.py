@@ -18,8 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -129,7 +129,10 @@ def fake_cuda_mode() -> Iterator[Record]:
             return SimpleNamespace(device=CUDA, manual_seed=lambda seed: SimpleNamespace(device=CUDA, initial_seed=lambda: seed))
 
     def without_generator(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, generator=None, **named: make(*args, **named, **({"generator": generator} if isinstance(generator, host_generator) else {}))
+        def made(*args: Any, generator: Any = None, **named: Any) -> Tensor:
+            return make(*args, **named, **({"generator": generator} if isinstance(generator, host_generator) else {}))
+
+        return made
 
     def one_kernel(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, **named: Any) -> Tensor:
         if not queries.is_cuda:

@@ -14,6 +14,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT, BlockSpan
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
+from sonic.model.block_causal import FlexBlockContext
 from sonic.model.blocks import Block, Head, join_parts, split_parts
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
 from sonic.model.execution import LOCAL, BlockInputs, Execution, SequenceParallel, TrunkInputs
@@ -72,7 +73,7 @@ class AvatarDiT(nn.Module):
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
         rotated = {position: self._memory_rotation(conditions, position) for position in positions}
-        context = BlockCausalContext(
+        context = (FlexBlockContext if execution.flex_blocks else BlockCausalContext)(
             grid=self._grid_rotation(starts[0], latents.shape),
             memory=self._memory_rotation(conditions, rollout.ref_position),
             memory_keys=tuple(rotated[position] for position in positions),

@@ -176,8 +176,9 @@ def _forward(size: Sizes, activations: float) -> dict[str, float]:
 def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     """Items of a backward pass.
 
-    `gathered`: the current unit and the next one, or all that a forward has kept. `reduced`: float32 gradients of the unit before, whole and this rank's shard, and the
-    first gradient of the current unit. `activations`: the graph, and the float32 copy of the time embedding's weights that it keeps."""
+    `gathered`: the current unit and the next one, or all that a forward has kept. `reduced`: float32 gradients of the unit before, whole
+    and this rank's shard, and the first gradient of the current unit. `activations`: the graph, and the float32 copy of the time
+    embedding's weights that it keeps."""
     learning = max(size.learnt.get(unit, 0) for unit in size.units)
     first = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _trained(work) == "weights" else 0
     time_embed = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.learn.rank else 0

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda_mode, on_cuda
-
 from torch.utils.data import default_collate
 
 from sonic.cli import compose
 from sonic.commands.train_command import ENTRY as TRAIN
+from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT
+from sonic.model.kv_cache import CachedContext
 from sonic.parallel.mesh import World
 from sonic.synthetic.drawn_people import DrawnFaces
 from sonic.training import loop
 from sonic.training.engine import Engine
 from sonic.training.objectives import OBJECTIVES
 from sonic.training.train_config import TrainConfig
+from sonic.types import Conditions
 
 RECIPES = {
     "flow_match": "+train=preview_dit",
@@ -102,6 +107,78 @@ def test_fake_cuda_takes_a_step_of_every_training_with_one_wait(fake_cuda, name,
 @pytest.mark.parametrize("name", ["audio_adapter", "dmd", "consistency"])
 def test_fake_cuda_recomputes_layers_over_a_frozen_half_precision_base(fake_cuda, name):
     check(fake_cuda(step_of, small(name, "speed.precision=bfloat16", "speed.recompute=true"), True))
+
+
+def flex_step(config: TrainConfig) -> tuple[SimpleNamespace, list[tuple[int, int]]]:
+    """A step with one attention per layer: what it asks of the device, and the numbers of queries and keys of every compiled attention."""
+    calls = []
+
+    def kernel(attend, **options):
+        assert attend.__name__ == "flex_attention" and options == {"dynamic": False}
+        return lambda queries, keys, values, block_mask: calls.append((block_mask.shape[-2:], queries.dtype)) or queries + values.mean()
+
+    with patch.object(torch, "compile", kernel):
+        return step_of(config), calls
+
+
+def test_fake_cuda_trains_blocks_with_one_compiled_attention_per_layer(fake_cuda):
+    config = small("flow_match", "speed.precision=bfloat16", "objective.window.attention=flex")
+    found, calls = fake_cuda(flex_step, config)
+    check(found)
+    tokens, blocks = (config.model.resolution // 8 // config.model.trunk.patch_size[1]) ** 2, 6 // config.model.rollout.block_frames
+    assert calls == [((7 * tokens, (6 + blocks + 1) * tokens), torch.bfloat16)] * 2
+
+
+def ring_copies() -> tuple[int, set[torch.dtype], int]:
+    """The largest conversion in the third block of a rollout under autocast; the ring's dtypes, and the size of a block's keys in it."""
+    model = small("dmd").model
+    with torch.device("meta"):
+        dit = AvatarDiT(model)
+    with fake_cuda_mode() as record, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        on_cuda(dit)
+        channels, block, audio = model.trunk.latent_channels, model.rollout.block_frames, model.audio
+        some = lambda *shape: torch.empty(1, *shape, device=CUDA)  # noqa: E731
+        whole = Conditions(
+            ref=some(channels, 1, 8, 8),
+            text=some(model.text.text_len, model.text.text_dim),
+            audio=some(audio.num_audio_layers, audio.audio_dim, 12 * block),
+        )
+        cache = dit.prefill(whole, dit.new_cache(whole, steps=1))
+        ring = cache.rings[0]
+        for index in range(3):
+            inputs = dit.prepare_block(whole.at(BlockSpan(index, index * block, block)), BlockSpan(index, index * block, block))
+            record.clear()
+            with watch_attention() as converted:
+                dit.denoise_block(some(channels, block, 8, 8), torch.full((1,), 500.0, device=CUDA), inputs, cache=cache, ring=ring)
+        dtypes = {buffer.dtype for part in (ring.keys, ring.values) for buffer in part.values()}
+        return max(converted), dtypes, ring.block_tokens * model.trunk.hidden_dim
+
+
+@contextmanager
+def watch_attention() -> Iterator[list[int]]:
+    """Context that lists the size of every tensor that `CachedContext.attend` converts to another dtype."""
+    converted, convert, attend, inside = [0], torch.Tensor.to, CachedContext.attend, []
+
+    def to(tensor: torch.Tensor, *args, **named) -> torch.Tensor:
+        found = convert(tensor, *args, **named)
+        converted.append(tensor.numel() if inside and found.dtype != tensor.dtype else 0)
+        return found
+
+    def watched(self, *args) -> torch.Tensor:
+        inside.append(self)
+        try:
+            return attend(self, *args)
+        finally:
+            inside.pop()
+
+    with patch.object(torch.Tensor, "to", to), patch.object(CachedContext, "attend", watched):
+        yield converted
+
+
+def test_fake_cuda_converts_no_ring_of_keys_under_autocast(fake_cuda):
+    converted, dtypes, block = fake_cuda(ring_copies)
+    assert dtypes == {torch.bfloat16}
+    assert converted <= block
 
 
 def check(found: SimpleNamespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class TransformerObjective(Objective):
         """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
         if self.config.window.reach == "blocks":
             check_whole_blocks(config, dataset)
+        self.execution = replace(self.execution, flex_blocks=self.config.window.attention == "flex")
         kind = SharedNetworks if self.config.learn.rank else Networks
         self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.roles, self.metadata = self.networks.roles, self.networks.metadata
