@@ -6,7 +6,6 @@ so tests hand functions to another process: `fake_cuda(function, argument)` in a
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -19,11 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from cuda_guard import load_guard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -120,6 +121,7 @@ def fake_cuda_mode() -> Iterator[Record]:
     """
     tensor, as_tensor, new_tensor = torch.tensor, torch.as_tensor, Tensor.new_tensor
     attention, rms_norm = torch.nn.functional.scaled_dot_product_attention, torch.rms_norm
+    host_generator = torch.Generator
 
     def on_host_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(data: Any, *args: Any, device: Any = None, **named: Any) -> Tensor:
@@ -136,8 +138,17 @@ def fake_cuda_mode() -> Iterator[Record]:
             return new_tensor(self, data, **named)
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **named})
 
+    class Generator(host_generator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            if torch.device(device).type == "cpu":
+                return host_generator(device)
+            return SimpleNamespace(device=CUDA, manual_seed=lambda seed: SimpleNamespace(device=CUDA, initial_seed=lambda: seed))
+
     def without_generator(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, generator=None, **named: make(*args, **named)
+        def made(*args: Any, generator: Any = None, **named: Any) -> Tensor:
+            return make(*args, **named, **({"generator": generator} if isinstance(generator, host_generator) else {}))
+
+        return made
 
     def one_kernel(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, **named: Any) -> Tensor:
         if not queries.is_cuda:
@@ -154,6 +165,9 @@ def fake_cuda_mode() -> Iterator[Record]:
         return out
 
     with (
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *args: True),
+        patch.object(torch, "Generator", Generator),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
         patch.multiple(torch, rms_norm=fused_norm),
         patch.multiple(torch, tensor=on_host_first(tensor), as_tensor=on_host_first(as_tensor)),
@@ -192,14 +206,6 @@ def compiled_guard(folder: Path) -> Path:
     subprocess.run([compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *torchs], check=True)
     made.replace(library)
     return library
-
-
-def load_guard(library: Path, path: list[str]) -> None:
-    """Prepare the process that runs fake CUDA."""
-    sys.path[:] = path
-    if not torch.backends.cuda.is_built():
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

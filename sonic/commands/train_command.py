@@ -29,7 +29,7 @@ def train(config: TrainConfig, run: Run) -> None:
         run.keep()  # checkpoints survive a failed run
         run.open()
 
-    run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built)
+    run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built, ranks=run.ranks)
 
 
 main = partial(launch, ENTRY, train)

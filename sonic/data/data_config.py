@@ -50,7 +50,7 @@ class PrecomputeConfig:
     clips_per_utterance: int = option(4, "clips cut from a recording, each with a different person")
     mix: MixConfig = option(MixConfig)
     data: FootageConfig = option(FootageConfig)
-    workers: int = option(2, "processes; 0 = in this one")
+    workers: int = option(-1, "processes, each on the next GPU; -1 = one per GPU, or 2 on a machine without; 0 = in this one")
     autoencoder: str = option("", "weights of the autoencoder; empty = the bundled ones")
     model: ModelConfig = option(ModelConfig)
 
@@ -60,4 +60,4 @@ class PrecomputeConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
         fits = self.kind == "talking" or not self.data.source
         require(fits, f"kind={self.kind} is synthesised, but data.source={self.data.source} names videos; leave one of them out")
-        require(self.workers >= 0, f"workers={self.workers}: need 0 (this process) or more")
+        require(self.workers >= -1, f"workers={self.workers}: need 1 or more, 0 for this process, or -1 for one per GPU")

@@ -27,6 +27,7 @@ from sonic.system.program import written
 from sonic.system.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
+CPU_WORKERS = 2  # of a machine without GPUs, unless the options name another number
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,15 @@ def common_encoders(shard_metadata: Sequence[dict[str, Any]], config: Precompute
     return common
 
 
+def _begin_worker(gpu: int | None) -> None:
+    """Prepare a worker process: one thread, and its GPU where the machine has any."""
+    torch.set_num_threads(1)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+
+
 def run_in_workers(make: Callable[[Any], None], jobs: Sequence[Any], workers: int, *, crashed: Callable | None = None) -> Iterator[None]:
-    """Call make(job) for every job in `workers` processes (0 = in this one); yields None as each job ends, in any order.
+    """Call make(job) for every job in `workers` processes (see PrecomputeConfig); yields None as each job ends, in any order.
 
     When a job kills its process, crashed(job, error=Crashed) is called in this process and the other jobs go on; without `crashed`
     the error is raised.
@@ -155,7 +163,9 @@ def run_in_workers(make: Callable[[Any], None], jobs: Sequence[Any], workers: in
     if not workers or not jobs:
         yield from map(make, jobs)
         return
-    started = [Worker(partial(torch.set_num_threads, 1)) for _ in range(min(workers, len(jobs)))]
+    gpus = torch.cuda.device_count()
+    count = (gpus or CPU_WORKERS) if workers == -1 else workers
+    started = [Worker(partial(_begin_worker, index % gpus if gpus else None)) for index in range(min(count, len(jobs)))]
     idle = deque(started)
 
     def work(job: Any) -> None:

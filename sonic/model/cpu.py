@@ -26,13 +26,13 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's RMS norm; for bfloat16 on a CPU in half as many passes over memory, with gradients in a third, and with the scale
-    rounded to bfloat16."""
+    """torch's RMS norm in the precision of its input, which autocast would make float32; for bfloat16 on a CPU in half as many passes over
+    memory, with gradients in a third, and with the scale rounded to bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]"""
         if not slow_here(x):
-            return super().forward(x)
+            return super().forward(x).to(x.dtype)
         if torch.is_grad_enabled():
             return _RmsNorm.apply(x, self.weight, self.eps)
         return _normed(x, self.eps)[0].mul_(self.weight)

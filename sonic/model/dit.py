@@ -14,6 +14,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT, BlockSpan
 from sonic.model.attention import AttentionContext, BlockCausalContext, ClipContext
 from sonic.model.audio_tokens import AudioEncoder, AudioInjector, AudioTokens
+from sonic.model.block_causal import FlexBlockContext
 from sonic.model.blocks import Block, Head, add_residual, join_parts, split_parts
 from sonic.model.compile import compiled_regions
 from sonic.model.embed import FramePack, PatchEmbed, Rotation, TextEmbed, TimeEmbed, grid_positions, ref_time_id, rotation
@@ -74,7 +75,7 @@ class AvatarDiT(nn.Module):
         starts = [(first_block + index) * rollout.block_frames for index in range(count)]
         positions = [self.ref_position(start) for start in starts]
         rotated = {position: self._memory_rotation(conditions, position) for position in positions}
-        context = BlockCausalContext(
+        context = (FlexBlockContext if execution.flex_blocks else BlockCausalContext)(
             grid=self._grid_rotation(starts[0], latents.shape),
             memory=self._memory_rotation(conditions, rollout.ref_position),
             memory_keys=tuple(rotated[position] for position in positions),
@@ -86,7 +87,9 @@ class AvatarDiT(nn.Module):
     def new_cache(self, conditions: Conditions, *, steps: int, execution: Execution = LOCAL) -> KVCache:
         """An empty cache for these conditions, with one ring per sampling step."""
         shape = (conditions.ref.shape[0], *self._grid_size(conditions.ref.shape))
-        dtype, device = self.patch_embed.weight.dtype, conditions.ref.device
+        device = conditions.ref.device
+        autocast = torch.is_autocast_enabled(device.type)  # then products are not in the precision of the weights
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.patch_embed.weight.dtype
         like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
         heads = execution.sequence.local_heads(self.config.trunk.num_heads)
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)

@@ -88,11 +88,12 @@ def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], contexts: Sequen
 @dataclass(frozen=True)
 class Execution:
     """How a forward is executed: `sequence` divides tokens among ranks, `run_blocks` runs this rank's blocks, `cache_device` holds the
-    KV caches (None = the device of the inputs)."""
+    KV caches (None = the device of the inputs); with `flex_blocks` all blocks of a training pass share one attention per layer."""
 
     sequence: SequenceParallel = SequenceParallel()
     run_blocks: RunBlocks = run_blocks
     cache_device: torch.device | None = None
+    flex_blocks: bool = False
 
 
 LOCAL = Execution()

@@ -53,6 +53,13 @@ class Sharding:
             register_fsdp_forward_method(model, name)
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Free the gathered weights of a model, if it is sharded; optimizers and checkpoints know the shards alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
     """Shard a model without weights over the ranks that generate a video together; under HSDP other ranks have copies of it.
 

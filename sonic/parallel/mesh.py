@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sonic.parallel.parallel_config import SINGLE_RANK_PLANS, ParallelConfig
 from sonic.parallel.watchdog import watch_ranks
 from sonic.system.heartbeat import waiting_for_others
 
+log = logging.getLogger("sonic.parallel")
 T = TypeVar("T")
 
 AXES = ("dp_replicate", "layers", "cp")  # copies of the model; ranks that share its layers or shards; ranks that share tokens
@@ -169,18 +171,28 @@ def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> It
         yield World(config.name, device)
         return
     own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world == 1 else {}
-    shared = device.type == "cuda" and torch.cuda.device_count() < ranks.local_world  # NCCL does not let ranks share a device
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     size = ranks.world // degrees(config, ranks.world)[0]
     first = ranks.rank // size * size  # of the ranks with this copy of the model
     peers = range(first, first + size)
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **own)
+    dist.init_process_group(backend_for(device, ranks.local_world), timeout=COLLECTIVE_TIMEOUT, **own)
     watched = {"device": device, "patience_s": config.timeout_s, "peers": peers, "leave": dist.destroy_process_group}
     with watch_ranks(ranks.rank, ranks.world, **watched):
         world = make_world(config, config.name, device)
         for group in (*world.mesh.get_all_groups(), world.rollout_mesh.get_group()):  # to which torch gives 30 minutes
             dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
         yield world
+
+
+def backend_for(device: torch.device, local_world: int) -> str:
+    """The backends of a group with `local_world` ranks on this machine: NCCL, and gloo for host memory; gloo alone, with a warning, where
+    several ranks use a device, which NCCL does not allow."""
+    if device.type != "cuda":
+        return "gloo"
+    devices = torch.cuda.device_count()
+    if devices >= local_world:
+        return "cpu:gloo,cuda:nccl"
+    log.warning("%d ranks share %d devices, so their messages pass through host memory (gloo), which is slow", local_world, devices)
+    return "gloo"
 
 
 def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World:

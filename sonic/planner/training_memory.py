@@ -44,7 +44,8 @@ class Sizes:
     """Sizes of the transformer's weights when `ranks` ranks shard them.
 
     `frozen` is the bytes of this rank's frozen shards, `learning` the trainable parameters of a role on this rank, `root` the gathered
-    bytes of the weights in no unit, `units` those of each unit in the order of use, `learnt` the trainable parameters of each unit."""
+    bytes of the weights in no unit, `units` those of each unit in the order of use, `learnt` the trainable parameters of each unit;
+    `kept`: what a forward gathered stays until its backward pass."""
 
     frozen: float
     learning: float
@@ -52,6 +53,7 @@ class Sizes:
     units: Mapping[str, float]
     learnt: Mapping[str, int]
     ranks: int
+    kept: bool = False
 
     @property
     def largest(self) -> float:
@@ -64,7 +66,7 @@ class Sizes:
         return self.root + sum(self.units.values())
 
 
-def sizes(work: Training, ranks: int) -> Sizes:
+def sizes(work: Training, ranks: int, *, kept: bool = False) -> Sizes:
     """The sizes of the transformer's weights when `ranks` ranks shard them."""
     learning, total, adapters = learnt(work), weights(work.model), bool(work.learn.rank)
     units = {unit.modules[0]: unit.numbers for unit in all_units(work.model, ends=TRAINING_ENDS)}
@@ -72,14 +74,14 @@ def sizes(work: Training, ranks: int) -> Sizes:
     gathered = {unit: (size + adapters * work.roles * learning.get(unit, 0)) * work.dtype_bytes for unit, size in (root | units).items()}
     used = {unit: size for unit, size in gathered.items() if unit and (unit != "frame_pack" or work.motion)}
     frozen = total - (0 if adapters else sum(learning.values()))
-    return Sizes(frozen * work.dtype_bytes / ranks, sum(learning.values()) / ranks, gathered[""], used, learning, ranks)
+    return Sizes(frozen * work.dtype_bytes / ranks, sum(learning.values()) / ranks, gathered[""], used, learning, ranks, kept)
 
 
 def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
     """Bytes of a rank by phase and item, in any step after the first.
 
     With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory."""
-    size, share = sizes(work, hardware.devices), max(1, parallel.context)
+    size, share = sizes(work, hardware.devices, kept=not parallel.reshard), max(1, parallel.context)
     kept = {
         "frozen_weights": size.frozen,
         "learning_weights": MASTER * work.roles * size.learning,
@@ -162,6 +164,8 @@ def _forward(size: Sizes, activations: float) -> dict[str, float]:
     """Items of a forward without gradients: the larger of unpacking a unit and running it.
 
     While a unit is unpacked, its gather buffer and that of the unit before exist as well; while it runs, only its own buffer does."""
+    if size.kept:
+        return {"gathered": size.gathered + size.largest, "activations": activations}
     units = list(size.units.values())
     unpacking = max([before + 2 * now for before, now in zip(units, units[1:], strict=False)] + [2 * size.largest])
     if unpacking >= 2 * size.largest + activations:
@@ -172,18 +176,22 @@ def _forward(size: Sizes, activations: float) -> dict[str, float]:
 def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     """Items of a backward pass.
 
-    `gathered`: the current unit and the next one. `reduced`: float32 gradients of the unit before, whole and this rank's shard, and the
-    first gradient of the current unit. `activations`: the graph, and the float32 copy of the time embedding's weights that it keeps."""
+    `gathered`: the current unit and the next one, or all that a forward has kept. `reduced`: float32 gradients of the unit before, whole
+    and this rank's shard, and the first gradient of the current unit. `activations`: the graph, and the float32 copy of the time
+    embedding's weights that it keeps."""
     learning = max(size.learnt.get(unit, 0) for unit in size.units)
     first = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _trained(work) == "weights" else 0
     time_embed = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.learn.rank else 0
     reduced = MASTER * learning * (1 + 1 / size.ranks) + work.dtype_bytes * first
-    return {"gathered": size.root + 2 * size.largest, "reduced": reduced, "activations": graph + work.dtype_bytes * time_embed}
+    *_, last = size.units
+    done = size.units[last] if last.startswith("audio_injectors") else 0.0  # freed before the backward pass of the last block
+    gathered = size.gathered - done if size.kept else size.root + 2 * size.largest
+    return {"gathered": gathered, "reduced": reduced, "activations": graph + work.dtype_bytes * time_embed}
 
 
 def _update(size: Sizes) -> dict[str, float]:
-    """Items of the optimizer step, which takes the square root of all second moments at once."""
-    return {"gradients": MASTER * size.learning, "activations": MASTER * size.learning}
+    """Items of the optimizer step, which changes everything in place."""
+    return {"gradients": MASTER * size.learning}
 
 
 def _sum(items: Mapping[str, float]) -> float:

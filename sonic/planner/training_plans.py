@@ -27,6 +27,7 @@ def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> 
     host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if away else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.devices
     options = ("speed.engine=fsdp", *(f"speed.context={share}",) * (share > 1), *("speed.cpu_offload=true",) * away)
+    options += ("speed.reshard=false",) * (not parallel.reshard)
     seconds, frames = _seconds(work, hardware, parallel), work.frames * work.batch_size * work.recipe.budget.accumulate
     return Plan(full_name(parallel, share), parallel, ranks, host, seconds, frames, unit="step", options=options)
 
@@ -67,7 +68,8 @@ def why_not(work: Training, devices: int, share: int) -> str:
 
 def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
     """The command-line options that select this config."""
-    return ("parallel=auto", f"speed.context={parallel.context}", f"speed.cpu_offload={str(parallel.cpu_offload).lower()}")
+    options = {"context": parallel.context, "cpu_offload": parallel.cpu_offload, "reshard": parallel.reshard}
+    return ("parallel=auto", *(f"speed.{name}={str(value).lower()}" for name, value in options.items()))
 
 
 def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
@@ -76,7 +78,7 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig)
     size, ranks = sizes(work, hardware.devices), hardware.devices
     batches = budget.accumulate // (ranks // share)  # that a rank computes one after the other
     learning = sum(size.learnt.values())
-    moved = count.passes * size.gathered + count.gradients * 4 * learning
+    moved = (count.passes if parallel.reshard else count.kept) * size.gathered + count.gradients * 4 * learning
     weights, stepping = s.link_seconds(moved * (ranks - 1) / ranks, hardware), 0.0
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
         weights += s.host_seconds(moved / ranks, hardware)
@@ -89,17 +91,18 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig)
 
 
 class Passes(NamedTuple):
-    """What a step computes for each batch, in forwards of a clip (a backward pass counts as two); how often the weights are gathered and
-    gradients are reduced; and the updates of a step."""
+    """What a step computes for each batch, in forwards of a clip (a backward pass counts as two); how often the weights are gathered,
+    when they are freed after use and when they are kept until a backward pass; how often gradients are reduced; the updates of a step."""
 
     forwards: float
     passes: float
+    kept: float
     gradients: float
     updates: int
 
 
 def _flow_match_passes(work: Training) -> Passes:
-    return Passes(3 + work.recipe.speed.recompute, 2, 1, 1)
+    return Passes(3 + work.recipe.speed.recompute, 2, 1, 1, 1)
 
 
 def _dmd_passes(work: Training) -> Passes:
@@ -112,7 +115,7 @@ def _dmd_passes(work: Training) -> Passes:
     rollout = steps * blocks * block
     critic, student = rollout + 2 + again, rollout + 1 + guided + blocks * block * (2 + again)
     passes = turns * (steps * blocks + 3) + steps * blocks + 1 + 1 + guided + 1 + 2 * blocks
-    return Passes(turns * critic + student, passes, turns + blocks, turns + 1)
+    return Passes(turns * critic + student, passes, turns + blocks, turns + blocks, turns + 1)
 
 
 def smaller_batches(work: Training) -> Changed:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from sonic.checkpoint.bundled import named_weights
 from sonic.checkpoint.load import fill, without_memory
+from sonic.config import Ranks
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.families.family import family_of
 from sonic.inference.components import DTYPES, find_device, set_tf32
@@ -58,17 +59,24 @@ ENGINES: dict[str, Callable[..., Engine]] = {"local": Engine, "fsdp": ShardedEng
 
 
 def run_training(
-    config: TrainConfig, folder: Path, *, commit: str = "unknown", command: str = "", on_built: Callable[[], object] = lambda: None
+    config: TrainConfig,
+    folder: Path,
+    *,
+    commit: str = "unknown",
+    command: str = "",
+    on_built: Callable[[], object] = lambda: None,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> TrainingResult:
     """Train by `config` in the run folder `folder`, and export the averaged weights and their card if `config.export` is set.
 
-    `on_built` is called once all parts are built, just before the folder is used.
+    `on_built` is called once all parts are built, just before the folder is used; `ranks` are the processes that torchrun started.
     """
     if config.model.weights:  # the checkpoint says how large the model is
         config = replace(config, model=family_of(config.model).settled_model(config.model))
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    world = join_world(_device(config.speed.device), context=config.speed.context)
+    device = _device(config.speed.device, ranks)
+    world = join_world(device, context=config.speed.context, local_world=ranks.local_world)
     with watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s):
         return _build_and_train(config, world, folder, on_built=on_built, origin=(commit, command))
 
@@ -123,6 +131,8 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     if name != "local" and world.mesh is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
+    if not config.speed.reshard and name != "fsdp":
+        raise ValueError(f"speed.reshard=false needs speed.engine=fsdp, and this is {name}; leave one of them out")
     if config.speed.context > 1 and name != "fsdp":
         raise ValueError(f"speed.context={config.speed.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
@@ -201,9 +211,9 @@ def _began_from(weights: str) -> str:
     return f"\nIt began from:\n\n#{card.read_text()}"
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError when this machine does not have it."""
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device of that name, of several the one for this rank. Raises ValueError when this machine does not have it."""
     try:
-        return find_device(name)
+        return find_device(name, ranks.local_rank if ranks.world > 1 else None)
     except ValueError as error:
         raise ValueError(str(error).replace("run.device", "speed.device")) from error

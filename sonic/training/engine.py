@@ -19,7 +19,7 @@ from sonic.system.heartbeat import heartbeat
 from sonic.training.checkpoint import Checkpoints, State
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Objective
-from sonic.training.optim import MOMENTS, Ema, adam_state, adamw
+from sonic.training.optim import MOMENTS, Ema, adam_state, adamw, local_part
 from sonic.training.train_config import TrainConfig
 
 AVERAGE = "average"  # the running average of a parameter in the state of its optimizer
@@ -67,14 +67,14 @@ class Engine:
         loss.backward()
 
     def step(self, role: str, *, rate: float, step: int) -> Tensor:
-        """Take an optimizer step of `role` at learning rate `rate`, unless the gradients are not finite. Returns their norm."""
+        """Take an optimizer step of `role` at learning rate `rate`. Returns the norm of the gradients, which nothing here waits for:
+        the caller must end the training, without saving it, when the norm is not finite."""
         norm = clip([p.grad for p in self.roles[role].parameters() if p.grad is not None], self.config.optim.clip_norm)
-        if torch.isfinite(norm):
-            for group in self.optimizers[role].param_groups:
-                group["lr"] = rate
-            self.optimizers[role].step()
-            if role == STUDENT:
-                self.ema.update(step)
+        for group in self.optimizers[role].param_groups:
+            group["lr"] = rate
+        self.optimizers[role].step()
+        if role == STUDENT:
+            self.ema.update(step)
         for module in self.roles.values():
             module.zero_grad(set_to_none=True)
         return norm
@@ -160,9 +160,9 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
     kinds = [kind for kind in ([g for g in gradients if is_sharded(g) == sharded] for sharded in (True, False)) if kind]
     norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]
     norm = torch.stack([each.to(norms[0].device) for each in norms]).norm()  # shards may be in host memory, unsharded ones are not
-    shrink = float((most / (norm + 1e-6)).clamp(max=1.0))
+    shrink = (most / (norm + 1e-6)).clamp(max=1.0)
     for kind in kinds:
-        torch._foreach_mul_(kind, shrink)
+        torch._foreach_mul_([local_part(gradient) for gradient in kind], shrink.to(kind[0].device))
     return norm
 
 

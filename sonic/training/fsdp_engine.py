@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sonic.model.dit import ENTRY_POINTS
-from sonic.parallel.fsdp import Sharding
+from sonic.parallel.fsdp import Sharding, free_gathered
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
 from sonic.training.engine import Engine, is_sharded, transformers
 from sonic.training.objectives.objective import Objective
@@ -21,7 +21,7 @@ class ShardedEngine(Engine):
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
-        sharding = Sharding(self.world.rollout_mesh, cpu_offload=speed.cpu_offload, precision=precision)
+        sharding = Sharding(self.world.rollout_mesh, reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
                 for parameter in model.parameters():
@@ -34,6 +34,7 @@ class ShardedEngine(Engine):
     def prepare(self, objective: Objective) -> None:
         """Shard transformers that are not sharded yet, then as Engine. Weights loaded before must be equal on all processes."""
         self.allocate(objective)
+        self.transformers = transformers(objective.modules.values())
         super().prepare(objective)
 
     def to_device(self, module: nn.Module) -> None:
@@ -44,6 +45,8 @@ class ShardedEngine(Engine):
 
     def step(self, role: str, *, rate: float, step: int) -> torch.Tensor:
         """As Engine, after averaging the gradients and buffers of replicated modules over all processes."""
+        for model in self.transformers:  # those without a backward pass still have what their forwards gathered
+            free_gathered(model)
         for parameter in self.roles[role].parameters():
             if parameter.grad is not None and not is_sharded(parameter.grad):
                 self.world.mean(parameter.grad)

@@ -141,8 +141,10 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
-    norm = float(run.engine.step(role, rate=lr, step=step))
-    means = world.mean(torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0).cpu())
+    norm = run.engine.step(role, rate=lr, step=step)
+    means = torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0)
+    means = torch.cat((means, norm.view(1).to(means))).cpu()  # the only time that the host waits for the device
+    norm, means = float(means[-1]), world.mean(means[:-1])
     metrics = {f"train/{name}": value for name, value in zip(figures[0], means.tolist(), strict=True)}
     loss = metrics[f"train/{role}_loss"]
     if fault := run.guard.fault(role, loss, norm):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sonic.config import AdapterConfig, SamplerConfig, one_of, option, require
 
-ATTENTION_SPANS, LEVELS = ("blocks", "clip"), ("clip", "block", "frame")
+ATTENTION_SPANS, LEVELS, KERNELS = ("blocks", "clip"), ("clip", "block", "frame"), ("sdpa", "flex")
 
 
 @dataclass
@@ -25,10 +25,16 @@ class WindowConfig:
     max_first_block: int = option(60, "largest position of the window in the video, in blocks")
     past: int = option(0, "latent frames at the start of the window that are given as motion memory")
     past_noise: float = option(0.0, "largest noise level (sigma) of the motion memory")
+    attention: str = option(
+        "sdpa", "under reach=blocks: sdpa = an attention per block; flex = one for all, compiled, with gradients on CUDA"
+    )
 
     def __post_init__(self) -> None:
         one_of(self.reach, ATTENTION_SPANS, "objective.window.reach")
         one_of(self.levels, LEVELS, "objective.window.levels")
+        one_of(self.attention, KERNELS, "objective.window.attention")
+        fits = self.attention == "sdpa" or self.reach == "blocks"
+        require(fits, f"objective.window.attention={self.attention} is for objective.window.reach=blocks; under {self.reach} leave it out")
         require(self.max_first_block >= 0, f"objective.window.max_first_block={self.max_first_block}: need 0 or more")
         require(self.past >= 0, f"objective.window.past={self.past}: need 0 or more latent frames")
         require(0 <= self.past_noise <= 1, f"objective.window.past_noise={self.past_noise}: need a sigma in [0, 1]")

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sonic.training.train_config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters`, with weight decay on matrices but not on vectors and scalars (biases, gains)."""
-    kinds: dict[tuple[bool, type], list[nn.Parameter]] = {}
+def is_cuda(tensor: Tensor) -> bool:
+    """Whether a tensor, or this process's shard of it, is on a CUDA device."""
+    return tensor.device.type == "cuda"
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, in the same memory; the tensor itself when it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig, *, fuse: Callable[[Tensor], bool] = is_cuda) -> torch.optim.AdamW:
+    """AdamW over `parameters`, with weight decay on matrices but not on vectors and scalars (biases, gains).
+
+    Parameters for which `fuse` is true are updated by one kernel, the others by one call for each operation.
+    """
+    kinds: dict[tuple[bool, type, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.requires_grad:
-            kinds.setdefault((parameter.ndim >= 2, type(parameter.data)), []).append(parameter)  # not sharded with unsharded
-    return torch.optim.AdamW(
-        [{"params": group, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), group in kinds.items()],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=False,
-        foreach=True,
-    )
+        if parameter.requires_grad:  # sharded and unsharded ones cannot be in one group
+            kinds.setdefault((parameter.ndim >= 2, type(parameter.data), fuse(parameter)), []).append(parameter)
+    groups = [
+        {"params": group, "weight_decay": config.weight_decay if decays else 0.0, "fused": fused, "foreach": not fused}
+        for (decays, _, fused), group in kinds.items()
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def adam_state(parameter: Tensor) -> dict[str, Tensor]:
-    """What AdamW itself allocates for a parameter in its first step."""
-    return {"step": torch.zeros(()), **{key: torch.zeros_like(parameter).detach() for key in MOMENTS}}
+    """What AdamW itself allocates for a parameter in its first step; where it is fused, it counts the steps on the device."""
+    step = torch.zeros((), device=parameter.device if is_cuda(parameter) else "cpu")
+    return {"step": step, **{key: torch.zeros_like(parameter).detach() for key in MOMENTS}}
 
 
 def rate(step: int, progress: float, config: OptimConfig) -> float:
@@ -52,5 +65,5 @@ class Ema:
     def update(self, step: int) -> None:
         """Update the averages after `step` (from 0). The decay is smaller in the first steps, so that the start does not persist."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.averages.items():
-            average.mul_(decay).add_(self.parameters[name].detach(), alpha=1 - decay)
+        parameters = [local_part(self.parameters[name].detach()).float() for name in self.averages]
+        torch._foreach_lerp_([local_part(average) for average in self.averages.values()], parameters, 1 - decay)

@@ -33,12 +33,13 @@ class PlanTrainingConfig(TrainConfig):
 
 
 def plan_training(config: PlanTrainingConfig) -> PlanResult:
-    """Ranked plans for a training. speed.context and speed.cpu_offload of the recipe also hold under parallel=auto.
+    """Ranked plans for a training. speed.context, speed.cpu_offload and speed.reshard of the recipe also hold under parallel=auto.
 
     Raises ValueError when the named plan is not possible on this hardware, or the planner does not support the recipe.
     """
     asked, speed = config.parallel, config.speed
     require(speed.engine in ENGINES, f"speed.engine={speed.engine} is not planned; the planner knows trainings under fsdp: use fsdp")
+    asked = replace(asked, reshard=asked.reshard and speed.reshard)
     if speed.context > 1 or speed.cpu_offload:
         name = "fsdp" if asked.name == "auto" else asked.name
         asked = replace(asked, name=name, context=max(asked.context, speed.context), cpu_offload=asked.cpu_offload or speed.cpu_offload)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from sonic.config import DecodeConfig, SamplerConfig
 from sonic.data.audio import envelope, load_speech
@@ -32,6 +31,7 @@ from sonic.inference.components import Components
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.parallel.context import DistributedContext
+from sonic.parallel.fsdp import free_gathered
 from sonic.parallel.mesh import World
 from sonic.pipeline import AvatarPipeline
 from sonic.training.engine import Engine
@@ -63,8 +63,7 @@ class Student:
         transformer (and nothing else) then computes."""
         with torch.no_grad(), self.objective.networks.use_role(STUDENT) as model:
             yield model
-            if isinstance(model, FSDPModule):
-                model.reshard()  # FSDP keeps the root gathered until a backward pass, but the optimizer knows the sharded parameters only
+            free_gathered(model)  # FSDP keeps the root, or with speed.reshard=false every unit, until a backward pass
 
     def save_video(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
         """Write the video of a step. Returns its path, or None on other processes or after an error.  frames [F,3,H,W] in [-1,1]"""

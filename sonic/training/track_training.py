@@ -19,6 +19,7 @@ from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from sonic.model import cpu
 from sonic.model.blocks import set_attention
 from sonic.model.execution import Execution
+from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger
@@ -52,7 +53,7 @@ def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:
     the first and the last; the in-place update of the averages.
     """
     with fake_world(plan.parallel, len(plan.ranks)) as world:
-        mode, tracked = FakeTensorMode(allow_non_fake_inputs=True), tracked_config(config)
+        mode, tracked = FakeTensorMode(allow_non_fake_inputs=True), tracked_config(config, plan.parallel)
         execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
         with mode:
             objective = OBJECTIVES[tracked.objective.name](tracked, execution=execution)
@@ -73,14 +74,14 @@ def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:
         return found
 
 
-def tracked_config(config: PlanTrainingConfig) -> TrainConfig:
+def tracked_config(config: PlanTrainingConfig, parallel: ParallelConfig) -> TrainConfig:
     """The config that is run for tracking: FSDP, one sampling step, and no viseme head, which is small."""
     goal = config.objective
     if isinstance(goal, DmdConfig):
         goal = replace(goal, sampler=replace(goal.sampler, schedule="linear", sample_steps=1))
     elif isinstance(goal, FlowMatchConfig):
         goal = replace(goal, viseme_weight=0.0)
-    return replace(config, objective=goal, speed=replace(config.speed, engine="fsdp"))
+    return replace(config, objective=goal, speed=replace(config.speed, engine="fsdp", reshard=parallel.reshard))
 
 
 class Update:
@@ -91,7 +92,7 @@ class Update:
         self.role = role
         self.learning = [parameter for parameter in role.parameters() if parameter.requires_grad]
         self.shards = [nn.Parameter(_shard(parameter).detach()) for parameter in self.learning]
-        self.optimizer = adamw(self.shards, config.optim)
+        self.optimizer = adamw(self.shards, config.optim, fuse=lambda shard: True)
         for shard in self.shards:
             shard.grad = torch.zeros_like(shard)
         self.optimizer.step()
@@ -137,7 +138,7 @@ def _distil(step: TrackedRun) -> Iterator[str]:
     rng, frames = torch.Generator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
     with engine.precision():
-        start = objective._start(batch, rng)
+        start = objective._start(batch, rng, rng)
         with objective.networks.use_role(STUDENT) as model, torch.no_grad():
             rolled = roll(model, start, objective.sigmas, execution=objective.execution)
     yield "rollout"

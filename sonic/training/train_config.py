@@ -68,6 +68,7 @@ class SpeedConfig:
     engine: str = option("auto", "auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)")
     recompute: bool = option(False, "blocks are computed again for the gradient instead of kept")
     cpu_offload: bool = option(False, "shards are kept in host memory")
+    reshard: bool = option(True, "fsdp frees a unit's gathered weights after use; false keeps them from a forward to its backward pass")
     context: int = option(1, "processes that share the tokens of each batch (fsdp)")
     timeout_s: float = option(45.0, "seconds without progress of a process, after which it counts as lost and all end")
 

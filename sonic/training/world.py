@@ -10,19 +10,19 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from sonic.parallel.mesh import World, make_world
+from sonic.parallel.mesh import World, backend_for, make_world
 from sonic.parallel.parallel_config import ParallelConfig
 
 
-def join_world(device: torch.device, *, context: int = 1) -> World:
-    """The group of processes started by torchrun, or a group of this process alone.
+def join_world(device: torch.device, *, context: int = 1, local_world: int = 1) -> World:
+    """The group of processes started by torchrun, `local_world` of them on this machine, or a group of this process alone.
 
     Raises ValueError when the number of processes is not a multiple of `context`.
     """
-    if device.type == "cuda" and dist.is_torchelastic_launched():
-        torch.cuda.set_device(dist.get_node_local_rank())
+    if device.index is not None:
+        torch.cuda.set_device(device)
     if not dist.is_initialized() and dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo for tensors in host memory
+        dist.init_process_group(backend_for(device, local_world))
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks % context:
         fits = [number for number in range(1, ranks + 1) if ranks % number == 0]

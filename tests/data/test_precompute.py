@@ -17,6 +17,7 @@ import torch
 
 from sonic.config import ModelConfig
 from sonic.data import precompute as precompute_module
+from sonic.data import shards
 from sonic.data.clips import ClipDataset
 from sonic.data.data_config import MixConfig, PrecomputeConfig
 from sonic.data.precompute import Encoders, encode_person, precompute, recording, talking
@@ -233,3 +234,28 @@ def test_with_more_utterances_the_last_shard_is_made_again(tmp_path):
 def test_an_unknown_kind_names_the_choices(config):
     with pytest.raises(ValueError, match="talking"):
         precompute(replace(config, kind="singing"), build_untrained)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "devices"),
+    [(4, -1, [0, 1, 2, 3]), (2, 5, [0, 1, 0, 1, 0]), (4, 2, [0, 1]), (0, -1, [None, None]), (0, 3, [None, None, None])],
+)
+def test_every_worker_has_a_gpu_of_its_own_while_there_are_some(gpus, workers, devices, monkeypatch):
+    current = []
+
+    class Here:
+        def __init__(self, prepare):
+            current.append(None)
+            prepare()
+
+        def call(self, make, job):
+            make(job)
+
+        stop = close = lambda self: None
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: current.__setitem__(-1, gpu))
+    monkeypatch.setattr(shards, "Worker", Here)
+    done = []
+    assert len(list(shards.run_in_workers(done.append, range(8), workers))) == 8
+    assert (current, sorted(done)) == (devices, list(range(8)))

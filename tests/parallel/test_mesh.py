@@ -8,11 +8,13 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from sonic.config import Ranks
+from sonic.inference.components import find_device
 from sonic.parallel import mesh
 from sonic.parallel.layer_pipeline import pipeline_channel
 from sonic.parallel.mesh import make_world, open_world
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.vae_rank import make_vae_channel
+from sonic.training.world import join_world
 
 CPU = torch.device("cpu")
 
@@ -31,6 +33,23 @@ def test_a_cpu_has_no_current_device_to_choose(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("there is none"))
     with open_world(ParallelConfig("single"), Ranks(), CPU):
         pass
+
+
+@pytest.mark.parametrize(("devices", "backend"), [(2, "cpu:gloo,cuda:nccl"), (1, "gloo")])
+def test_ranks_that_share_a_device_use_gloo_in_videos_and_trainings(devices, backend, monkeypatch, caplog):
+    begun, current = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **named: begun.append(name))
+    device = find_device("auto", local_rank=1)
+    join_world(device, local_world=2)
+    with pytest.raises(ValueError, match="process group"), open_world(ParallelConfig("fsdp"), Ranks(1, 2, 1, 2), device):
+        pass
+    assert begun == [backend] * 2
+    assert current == [torch.device("cuda", 1 % devices)] * 2
+    assert ("2 ranks share 1 devices" in caplog.text) == (devices == 1)
 
 
 def sent_each_way() -> list[float]:

@@ -72,6 +72,9 @@ def peak(*items):
         (*WHOLE, "hardware=8x80gb", "speed.recompute=false"),
         (*WHOLE, "hardware=2x24gb", "speed.precision=float32", "budget.batch_size=2"),
         (ADAPTER, "hardware=4x80gb"),
+        (*SHORT, DISTILL, "hardware=4x80gb", "speed.reshard=false"),
+        (*WHOLE, "hardware=8x80gb", "parallel.reshard=false"),
+        (ADAPTER, "hardware=4x80gb", "speed.reshard=false"),
     ],
 )
 def test_what_is_predicted_is_what_a_step_takes(items):

@@ -15,6 +15,8 @@ from run_files import read_scalars
 from test_training_ranks import continued, curve, run_of, stopped, trained
 from torch.testing import assert_close
 
+from sonic.training.engine import is_sharded
+
 ENGINES = ["fsdp", "zero2", "zero3"]
 
 
@@ -73,6 +75,31 @@ def test_weights_in_host_memory_and_layers_computed_again_change_nothing(engine,
     needs(engine)
     weights = on_ranks(2, launched, trained, str(tmp_path), "clip", 3, {"engine": engine, "cpu_offload": True, "recompute": True})[0]
     assert_same(tmp_path, weights, "clip", 3)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("clip", 3), ("dmd", 2), ("dmd apart", 2)])
+def test_weights_that_stay_gathered_until_the_backward_pass_change_nothing(name, steps, tmp_path):
+    weights = on_ranks(2, trained, str(tmp_path), name, steps, {"reshard": False, "recompute": True})[0]
+    assert_same(tmp_path, weights, name, steps)
+
+
+def still_gathered(folder, reshard):
+    """The share of the transformers' layers that are gathered after the losses of a step, and after the step."""
+    run = run_of(folder, "dmd apart", steps=1, reshard=reshard)
+    run.engine.prepare(run.objective)
+    batch, layers = next(run.batches(0)), [block.mlp_in for model in run.objective.modules.values() for block in model.blocks]
+    share = lambda: sum(not is_sharded(layer.weight) for layer in layers) / len(layers)  # noqa: E731
+    losses = run.objective.losses("critic", batch, torch.Generator().manual_seed(0))
+    loss, _ = next(losses)
+    before = share()
+    run.engine.backward("critic", loss)
+    run.engine.step("critic", rate=1e-3, step=0)
+    return before, share()
+
+
+@pytest.mark.parametrize(("reshard", "share"), [(True, 0), (False, 2 / 3)])  # of student, critic and teacher, which the critic needs not
+def test_layers_stay_gathered_between_forward_and_backward_where_that_is_asked(reshard, share, tmp_path):
+    assert on_ranks(2, still_gathered, str(tmp_path), reshard) == [(pytest.approx(share), 0)] * 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -22,7 +22,7 @@ from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DmdConfig
 from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
 from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
-from sonic.training.objectives.objective import Batch, Losses
+from sonic.training.objectives.objective import Batch, Losses, host_rng
 from sonic.training.objectives.transformer import check_whole_blocks, conditions_of
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions
@@ -62,18 +62,19 @@ class DistributionMatching(Distillation):
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Loss of the critic on a video of the student, or distribution matching loss of the student.  batch: see FlowMatch.losses"""
-        start = self._start(batch, rng)
-        step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng, device=rng.device))
+        host = host_rng(rng)
+        start = self._start(batch, rng, host)
+        step = int(torch.randint(len(self.sigmas) - 1, (), generator=host))
         with self.networks.use_role(STUDENT) as model, torch.no_grad():
             rolled = roll(model, start, self.sigmas, execution=self.execution)
         learn = self._critic if role == CRITIC else self._student
         yield from learn(start, rolled, step=step, batch=batch, rng=rng)
 
-    def _start(self, batch: Batch, rng: torch.Generator) -> Start:
+    def _start(self, batch: Batch, rng: torch.Generator, host: torch.Generator) -> Start:
         clean = batch["latents"]
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
-        anchored = bool(torch.rand((), generator=rng, device=rng.device) < self.config.anchor_share)
-        return Start(conditions_of(batch, self.model_config), noise, self.first_block(rng), clean if anchored else None)
+        anchored = bool(torch.rand((), generator=host) < self.config.anchor_share)
+        return Start(conditions_of(batch, self.model_config), noise, self.first_block(host), clean if anchored else None)
 
     def _noised(self, clean: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noise each clip to a random level of its own: (noisy, noise, sigma [B])."""
@@ -110,7 +111,7 @@ class DistributionMatching(Distillation):
         critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
         (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        return (fake - real) / size * self.cell_weights.to(fake)
+        return (fake - real) / size * self.cell_weights.to(fake, non_blocking=True)
 
 
 class BlockByBlock:

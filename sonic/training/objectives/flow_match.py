@@ -19,7 +19,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.sampling.path import expand_like, interpolate
 from sonic.training.objective_config import FlowMatchConfig, WindowConfig
 from sonic.training.objectives.networks import STUDENT
-from sonic.training.objectives.objective import Batch, Losses
+from sonic.training.objectives.objective import Batch, Losses, host_rng
 from sonic.training.objectives.transformer import TransformerObjective, conditions_of
 from sonic.training.objectives.viseme import VisemeHead, encode_audio_blocks, viseme_loss
 from sonic.training.train_config import TrainConfig
@@ -62,7 +62,7 @@ class FlowMatch(TransformerObjective):
         clean = batch["latents"]
         sigma = self._sigmas(clean, rng)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
-        first_block = self.first_block(rng)
+        first_block = self.first_block(host_rng(rng))
         conditions = replace(self._dropout_conditions(batch, rng), motion=motion)
         with self.networks.use_role(role) as model:
             noisy = interpolate(clean, noise, sigma)
@@ -81,7 +81,7 @@ class FlowMatch(TransformerObjective):
         batch, frames = clean.shape[0], clean.shape[2]
         block = self.model_config.rollout.block_frames
         columns = {"clip": 1, "block": -(-frames // block), "frame": frames}[self.config.window.levels]
-        steps = torch.tensor(self.config.schedule, device=rng.device)
+        steps = torch.tensor(self.config.schedule).to(rng.device, non_blocking=True)
         scheduled = steps[torch.randint(len(steps), (batch, columns), **draw)]
         uniform = (1 - torch.rand(batch, columns, **draw)).clamp(min=0.02)
         sigmas = torch.where(torch.rand(batch, columns, **draw) < self.config.schedule_share, scheduled, uniform)
@@ -99,7 +99,7 @@ class FlowMatch(TransformerObjective):
         """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
-        pure = (level >= 0.999).float() * self.cell_weights.to(prediction)
+        pure = (level >= 0.999).float() * self.cell_weights.to(prediction, non_blocking=True)
         error = (pure * (prediction.detach() - target).square()).sum()
         return error / (pure * target.square()).sum().clamp(min=1.0)
 

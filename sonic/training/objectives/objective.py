@@ -16,6 +16,14 @@ Batch = Mapping[str, Tensor]
 Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
 
+def host_rng(rng: torch.Generator) -> torch.Generator:
+    """The generator of what the program itself must know, such as a number of steps: drawn on the device, it would have to wait for it.
+
+    On the CPU it is `rng`; else make it once per loss, since it always starts from the seed of `rng`.
+    """
+    return rng if rng.device.type == "cpu" else torch.Generator().manual_seed(rng.initial_seed())
+
+
 class Objective:
     """The modules to train, by role, and their losses.
 

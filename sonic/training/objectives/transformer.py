@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class TransformerObjective(Objective):
         """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
         if self.config.window.reach == "blocks":
             check_whole_blocks(config, dataset)
+        self.execution = replace(self.execution, flex_blocks=self.config.window.attention == "flex")
         kind = SharedNetworks if self.config.learn.rank else Networks
         self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.roles, self.metadata = self.networks.roles, self.networks.metadata
@@ -59,9 +61,9 @@ class TransformerObjective(Objective):
         """The student's adapters in peft's format, or its transformer."""
         return self.networks.export(super().export(weights))
 
-    def first_block(self, rng: torch.Generator) -> int:
+    def first_block(self, host: torch.Generator) -> int:
         """A random position of the window in a video, in blocks."""
-        return int(torch.randint(self.config.window.max_first_block + 1, (), generator=rng, device=rng.device))
+        return int(torch.randint(self.config.window.max_first_block + 1, (), generator=host))
 
     def predict(self, model: AvatarDiT, noisy: Tensor, sigma: Tensor, *, conditions: Conditions, first_block: int) -> Tensor:
         """The model's prediction for a window: as in a rollout from `first_block` on, or with full attention over the clip."""
@@ -73,7 +75,7 @@ class TransformerObjective(Objective):
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
         target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
-        weight = weight * self.cell_weights.to(prediction)
+        weight = weight * self.cell_weights.to(prediction, non_blocking=True)
         difference = prediction - target
         error = (weight * difference.square()).mean()
         later = weight[:, :, 1:] if weight.shape[2] > 1 else weight

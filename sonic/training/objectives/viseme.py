@@ -46,7 +46,7 @@ def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfi
 
 def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error weighted by COST, and the unexplained share of the opening's variance.  both [B,F,5]"""
-    cost = torch.tensor(COST, device=prediction.device)
+    cost = torch.tensor(COST).to(prediction.device, non_blocking=True)
     loss = (cost * (prediction.float() - visemes).square()).mean()
     opening = visemes[..., 0]
     unexplained = F.mse_loss(prediction.detach()[..., 0].float(), opening) / opening.var().clamp(min=1e-6)
