@@ -28,6 +28,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from sonic.system import device_stream
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1] / "sonic"
@@ -130,7 +132,20 @@ def fake_cuda_mode() -> Iterator[Record]:
         learning = any(rows.requires_grad for rows in (queries, keys, values))
         return torch.ops.aten._scaled_dot_product_efficient_attention(queries, keys, values, attn_mask, learning, **named)[0]
 
+    class Waited(device_stream.HostEvent):
+        def synchronize(self) -> None:
+            mode.record.waits["event", line_of_sonic()] += 1
+
+    class Stream(device_stream.DeviceStream):
+        def record(self, *, timed: bool = False) -> device_stream.HostEvent:
+            return Waited()
+
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            target.copy_(source, non_blocking=True)
+
+    device_stream.stream_for.cache_clear()
     with (
+        patch.dict(device_stream.STREAMS, {"cuda": Stream}),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
         patch.multiple(torch, tensor=on_host_first(tensor), as_tensor=on_host_first(as_tensor)),
         patch.multiple(torch, **{name: without_generator(getattr(torch, name)) for name in ("randn", "rand", "randint")}),

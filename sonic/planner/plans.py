@@ -9,14 +9,13 @@ from pkgutil import resolve_name
 from typing import NamedTuple
 
 from sonic.parallel.layer_ranges import best_ranges, ranges_of, resident_layers
-from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig
+from sonic.parallel.parallel_config import MESSAGES, PLANS, HardwareConfig, ParallelConfig
 from sonic.planner import memory as m
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, Phases
 from sonic.planner.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # parameters that DeepSpeed gathers ahead per unit of parallel.prefetch
-MESSAGES = 2  # activations buffered between two stages: one received, one not sent yet
 MARGIN = 0.05  # fraction of device memory that layer ranges leave free if possible: the error of predictions
 FASTER = 1.0001  # least speed-up that justifies a rank for the autoencoder; less is rounding error
 CLIPS_WAIT = (
