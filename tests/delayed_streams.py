@@ -44,6 +44,11 @@ class Accesses(TorchDispatchMode):
                     self.last[each.untyped_storage().data_ptr()] = self.number
         return found
 
+    def new(self, tensor: Tensor) -> Tensor:
+        """The tensor, whose memory a stream has just allocated."""
+        self.last.pop(tensor.untyped_storage().data_ptr(), None)
+        return tensor
+
     def after(self, tensors: Any) -> int:
         """The number of the last operation with the memory of these tensors."""
         pointers = [each.untyped_storage().data_ptr() for each in tensors if isinstance(each, Tensor)]
@@ -120,7 +125,7 @@ class LateStream(DeviceStream):
         with ACCESSES[0].paused():
             found = function(*arguments)
             for tensor in {id(each): each for each in tree_leaves(found) if isinstance(each, Tensor)}.values():
-                right = tensor.clone()
+                right = ACCESSES[0].new(tensor).clone()
                 self._fill(tensor.fill_(SPOILED), tensor if early else right)
         return found
 
@@ -130,7 +135,7 @@ class LateStream(DeviceStream):
 
     def host_memory(self, like: Tensor) -> Tensor:
         with ACCESSES[0].paused():
-            return super().host_memory(like).fill_(SPOILED)
+            return ACCESSES[0].new(super().host_memory(like)).fill_(SPOILED)
 
     def _fill(self, target: Tensor, source: Tensor) -> None:
         for step in (lambda: target.fill_(SPOILED), lambda: time.sleep(DELAY_S), lambda: target.copy_(source)):
