@@ -73,7 +73,9 @@ class FakeCuda(FakeTensorMode):
                 self.record.waits["item", line_of_sonic()] += 1
             return ANSWERS.get(given[0].dtype, 0)
         out = super().dispatch(func, types, args, named)
-        self._count(func.__name__.split(".")[0], given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], named)
+        self._count(
+            func.__name__.split(".")[0], given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], given_flags(args, named)
+        )
         return out
 
     def _count(self, name: str, given: list[Tensor], made: list[Tensor], named: dict) -> None:
@@ -88,6 +90,11 @@ class FakeCuda(FakeTensorMode):
         elif name not in NO_KERNEL and any(tensor.is_cuda for tensor in (*given, *made)):
             self.record.launches[name] += 1
             self.record.traffic[name] += sum(tensor.nbytes for tensor in (*given, *made) if tensor.is_cuda)
+
+
+def given_flags(args: tuple, named: dict) -> dict:
+    """The named arguments of an operation, and those without a name that are true or false."""
+    return {**named, **{index: each for index, each in enumerate(args) if isinstance(each, bool)}}
 
 
 def line_of_sonic() -> str:

@@ -13,7 +13,7 @@ from sonic.model.attention import AttentionContext, KeysValues
 from sonic.model.embed import rotate
 from sonic.model.execution import TrunkInputs
 from sonic.model.kv_cache import CachedContext, KVCache, RingWindows
-from sonic.system.device_stream import Event, current_stream, pin, stream_for
+from sonic.system.device_stream import Event, current_stream, stream_for
 from sonic.system.heartbeat import heartbeat
 
 
@@ -36,11 +36,10 @@ class HostRings(RingWindows):
         """The cache, with its host memory pinned where that matters."""
         cache = super().allocated(cache)
         self.coming.clear()  # an abandoned pass would keep its cache
-        if self.device.type == "cuda":
-            buffers = [each for ring in cache.rings[::2] for part in (ring.keys, ring.values) for each in part.values()]
-            for each in (*buffers, *cache.ref_keys.values()):
-                heartbeat()
-                pin(each, cache)
+        buffers = [each for ring in cache.rings[::2] for part in (ring.keys, ring.values) for each in part.values()]
+        for each in (*buffers, *cache.ref_keys.values()):
+            heartbeat()
+            self.stream.pin(each, cache)
         weakref.finalize(cache, self._release).atexit = False  # runs before the memory is unpinned: the last finalizer is the first to run
         return cache
 

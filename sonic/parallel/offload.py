@@ -14,7 +14,7 @@ from sonic.parallel.host_rings import HostRings
 from sonic.parallel.layer_ranges import resident_layers
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
-from sonic.system.device_stream import Event, current_stream, pin, stream_for
+from sonic.system.device_stream import Event, current_stream, stream_for
 from sonic.system.heartbeat import heartbeat
 
 ROOM_GIB = 2.0  # left free for activations when offload.resident_gib=-1 fills the device with weights
@@ -74,7 +74,7 @@ class LayerPrefetcher:
         for index, layer in enumerate(self.layers):
             heartbeat()
             if index not in self.resident and self.pins:
-                pin(layer.move(torch.device("cpu")), layer)
+                self.stream.pin(layer.move(torch.device("cpu")), layer)
             elif index in self.resident and layer.home[0].device.type != self.device.type:
                 layer.move(self.device)
         if len(self.resident) < len(self.layers):

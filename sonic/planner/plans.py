@@ -117,11 +117,11 @@ def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
     """Plan of one device with most layers' weights in host memory; `inflight` forwards run through each layer while it is loaded."""
     options = parallel.offload
     together = 1 if work.clip_frames else options.inflight or work.steps
-    memories, rings_away = _memories(work), 0.0
-    if options.kv == "host":
-        rings_away = sum(memories.values())
-        one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
-        memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # rings of the current forward and of the next one
+    memories, rings_away, rings_moved = _memories(work), 0.0, 0.0
+    if options.kv == "host":  # on the device are a ring of the layer that runs and one of the next layer, and the prompt
+        ring, prompt = 2 * (work.window + work.memory) * work.token_bytes, work.model.trunk.num_layers * m.prompt_bytes(work)
+        rings_away, rings_moved = sum(memories.values()) - prompt, s.forwards(work) * work.model.trunk.num_layers * ring
+        memories = {"kv_rings": 2 * ring, "memory_tokens": prompt}
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.activation_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
     rank = _leader(work, hardware, {"weights": m.end_bytes(work) + options.slots * max(layers), "activations": busy, **memories})
@@ -133,7 +133,7 @@ def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
     seconds = s.Seconds(
         compute=s.compute_seconds(work, hardware),
         weights=s.forwards(work) / together * waiting / s.GIGA / (hardware.disk_gbps if options.store == "mmap" else hardware.host_gbps),
-        activations=s.host_seconds(rings_away, hardware),
+        activations=s.host_seconds(rings_moved, hardware),
     )
     host = m.HOST_GIB * GIB + rings_away + (waiting if options.store == "pinned" else 0)
     name = f"offload{'+kv_host' if options.kv == 'host' else ''}{'+mmap' if options.store == 'mmap' else ''}"

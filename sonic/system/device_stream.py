@@ -69,6 +69,9 @@ class DeviceStream:
         """Memory of the host for a copy of `like`, pinned where that matters."""
         return torch.empty_like(like, device="cpu")
 
+    def pin(self, memory: Tensor, owner: object) -> None:
+        """Pin host memory where it is, until `owner` is freed, where that matters."""
+
 
 class CudaStream(DeviceStream):
     """A CUDA stream. Before its work `delay_cycles` of the GPU pass, with which a check finds those who do not wait for that work."""
@@ -105,6 +108,11 @@ class CudaStream(DeviceStream):
     def host_memory(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, device="cpu", pin_memory=True)
 
+    def pin(self, memory: Tensor, owner: object) -> None:
+        cuda, storage = torch.cuda.cudart(), memory.untyped_storage()  # torch's pin_memory would round its size up to a power of two
+        torch.cuda.check_error(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+        weakref.finalize(owner, cuda.cudaHostUnregister, storage.data_ptr()).atexit = False
+
 
 HOST = DeviceStream(torch.device("cpu"))
 STREAMS: dict[str, type[DeviceStream]] = {"cuda": CudaStream}  # by type of device
@@ -129,10 +137,3 @@ def to_host(tensors: Sequence[Tensor], after: DeviceStream) -> tuple[list[Tensor
     for target, source in zip(found, tensors, strict=True):
         copies.copy(target, source)
     return found, copies.record()
-
-
-def pin(memory: Tensor, owner: object) -> None:
-    """Pin host memory where it is, until `owner` is freed; torch's `pin_memory` would copy it and round its size up to a power of two."""
-    cuda, storage = torch.cuda.cudart(), memory.untyped_storage()
-    torch.cuda.check_error(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
-    weakref.finalize(owner, cuda.cudaHostUnregister, storage.data_ptr()).atexit = False
