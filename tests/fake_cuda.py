@@ -29,6 +29,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from sonic.system import device_stream
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1] / "sonic"
@@ -73,7 +75,9 @@ class FakeCuda(FakeTensorMode):
                 self.record.waits["item", line_of_sonic()] += 1
             return ANSWERS.get(given[0].dtype, 0)
         out = super().dispatch(func, types, args, named)
-        self._count(func.__name__.split(".")[0], given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], named)
+        self._count(
+            func.__name__.split(".")[0], given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], given_flags(args, named)
+        )
         return out
 
     def _pinned(self, func: Any, args: tuple, named: dict) -> Tensor:
@@ -102,6 +106,11 @@ class FakeCuda(FakeTensorMode):
             self.record.launches[name] += 1
             read = [tensor for tensor in given if tensor is not named.get("out")][name == "copy_" :]  # which does not read its target
             self.record.traffic[name] += sum(tensor.nbytes for tensor in (*read, *made) if tensor.is_cuda)
+
+
+def given_flags(args: tuple, named: dict) -> dict:
+    """The named arguments of an operation, and those without a name that are true or false."""
+    return {**named, **{index: each for index, each in enumerate(args) if isinstance(each, bool)}}
 
 
 def line_of_sonic() -> str:
@@ -164,7 +173,20 @@ def fake_cuda_mode() -> Iterator[Record]:
         mode._count("_fused_rms_norm", [x, weight], [out], {})
         return out
 
+    class Waited(device_stream.HostEvent):
+        def synchronize(self) -> None:
+            mode.record.waits["event", line_of_sonic()] += 1
+
+    class Stream(device_stream.DeviceStream):
+        def record(self, *, timed: bool = False) -> device_stream.HostEvent:
+            return Waited()
+
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            target.copy_(source, non_blocking=True)
+
+    device_stream.stream_for.cache_clear()
     with (
+        patch.dict(device_stream.STREAMS, {"cuda": Stream}),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.cuda, "is_bf16_supported", lambda *args: True),
         patch.object(torch, "Generator", Generator),

@@ -83,7 +83,7 @@ def gemm_fraction(config: ModelConfig, dtype: torch.dtype, clip: tuple[int, int,
     jobs: dict[str, Work] = {"forward": ClipForward(config, dtype, clip)}
     for shape in shapes:
         rows, inner, columns = shape
-        jobs[str(shape)] = partial(torch.matmul, torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype))
+        jobs[str(shape)] = partial(torch.matmul, torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype))
     seconds = fastest(jobs, GEMM_ROUNDS, GEMM_S)
     rate = max(prod(shape) / seconds[str(shape)] for shape in shapes)
     return forward_multiply_adds(config, clip[0], grid) / seconds["forward"] / rate

@@ -24,6 +24,7 @@ from sonic.inference.report import StageTimer
 from sonic.parallel.context import DistributedContext
 from sonic.planner.step_time import TERA
 from sonic.planner.workload import Workload, workload
+from sonic.system.device_stream import HOST, DeviceStream
 from sonic.types import Inputs, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
 
@@ -118,10 +119,10 @@ class HandOverTimer(StageTimer):
         self.device, self.denoised = device, []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, stream: DeviceStream = HOST) -> Iterator[None]:
         """Add the time inside the `with` block, and what the device does after it, to a stage."""
         before = self.seconds[name]
-        with super().stage(name):
+        with super().stage(name, stream):
             yield
             _settle(self.device)
         if name == "denoise":
@@ -145,8 +146,8 @@ class Undecoded(nn.Module):
 def product_tflops(work: Workload, device: torch.device) -> float:
     """TFLOP/s of the MLP's first matrix product on the tokens of a block or clip."""
     trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.dtype_bytes]
-    left = torch.ones(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
-    right = torch.ones(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
+    left = torch.randn(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)  # a GPU multiplies ones faster: they take less power
+    right = torch.randn(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
     best, until = float("inf"), time.perf_counter() + PRODUCT_S
     while time.perf_counter() < until:
         start = time.perf_counter()

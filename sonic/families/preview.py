@@ -41,9 +41,10 @@ from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_process import process_motion
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import NoiseSource, Sampling, seeded
-from sonic.inference.stream import decode_motion, half_the_threads, hand_over, prefetch, render_motion
+from sonic.inference.stream import decode_motion, half_the_threads, hand_over, prefetch, render_motion, with_events
 from sonic.parallel.context import DistributedContext
 from sonic.synthetic.draw_face import head_motion
+from sonic.system.device_stream import current_stream
 from sonic.types import Conditions, FrameChunk, Inputs, Portrait
 from sonic.vae.head import MovingHead
 from sonic.vae.motion_vae import Reference, WarpAutoencoder
@@ -166,7 +167,9 @@ class Preview(Family):
         sampling = Sampling(settings.config.sampler, NoiseSource(settings.generator or seeded(inputs.seed)), on_step=settings.on_step)
         blocks = distributed_rollout(components.model, conditions, spans, sampling=sampling, context=components.context)
         decode, prepare = settings.config.decode, half_the_threads()
-        latents = hand_over(timer.each("denoise", blocks), decode, name="denoise", prepare=prepare)
+        latents = hand_over(
+            timer.each("denoise", with_events(blocks), current_stream(components.device)), decode, name="denoise", prepare=prepare
+        )
         frames_left = (settings.sound or inputs).frames_left
         motion = decode_motion(latents, frames_left, autoencoder=components.autoencoder, reference=reference, timer=timer)
         chunks = render_motion(process_motion(motion, settings.config.post, inputs.fps), canvas, timer=timer)

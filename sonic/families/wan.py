@@ -35,6 +35,7 @@ from sonic.inference.components import Components, find_device
 from sonic.inference.fit_picture import published_picture, wan_video_size
 from sonic.inference.generate_wan import (
     DROPPED_FRAMES,
+    BlocksWithEvents,
     EncodedInputs,
     WanNetworks,
     generate_blocks,
@@ -47,10 +48,11 @@ from sonic.inference.live_features import LiveFeatures
 from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_process import numbered, process_pixels
 from sonic.inference.report import StageTimer
-from sonic.inference.stream import FramesLeft, hand_over
+from sonic.inference.stream import FramesLeft, decoding_stream, hand_over
 from sonic.parallel.context import DistributedContext
+from sonic.system.device_stream import DeviceStream, current_stream, to_host
 from sonic.system.program import written
-from sonic.types import FrameChunk, Inputs, LatentBlock, Portrait, Speech
+from sonic.types import FrameChunk, Inputs, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
 from sonic.vae.warp import move_further
 
@@ -166,17 +168,20 @@ class Wan(Family):
         options, on_step, stage = settings.config, settings.on_step, timer.stage
         sampler, compat = options.sampler, options.video.compat
 
-        def queued(blocks: Iterator[LatentBlock]) -> Iterator[LatentBlock]:
-            return hand_over(timer.each("denoise", blocks), options.decode, name="denoise")
+        denoising = stream = current_stream(components.device)
+
+        def queued(blocks: BlocksWithEvents) -> BlocksWithEvents:
+            return hand_over(timer.each("denoise", blocks, denoising), options.decode, name="denoise")
 
         if components.config.rollout.clip_frames:
             frames = generate_clips(networks, encoded, sampler=sampler, upstream=bool(compat), stage=stage, on_step=on_step)
         elif compat:
             frames = generate_blocks_upstream(networks, encoded, sampler=sampler, stage=stage, on_step=on_step)
         else:
+            stream = decoding_stream(components.device)
             frames = generate_blocks(networks, encoded, sampler=sampler, hand_over=queued, stage=stage, on_step=on_step)
         with closing(frames):
-            chunks = _chunks(frames, (settings.sound or inputs).frames_left)
+            chunks = _chunks(frames, (settings.sound or inputs).frames_left, stream, timer=timer)
             yield from numbered(process_pixels(chunks, options.post, inputs.fps))
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
@@ -283,14 +288,16 @@ def _published_length(config: InferConfig, speech: Speech) -> int:
     return min(clips, config.video.num_clip or clips) * config.video.infer_frames - DROPPED_FRAMES
 
 
-def _chunks(frames: Iterator[Tensor], frames_left: FramesLeft) -> Iterator[Tensor]:
-    """Convert frames [1,3,F,H,W] in [-1,1] to chunks of bytes uint8 [F,H,W,3] in host memory, up to the end of the video."""
-    start = 0
+def _chunks(frames: Iterator[Tensor], frames_left: FramesLeft, stream: DeviceStream, *, timer: StageTimer) -> Iterator[Tensor]:
+    """Convert frames [1,3,F,H,W] in [-1,1] made on a stream to bytes uint8 [F,H,W,3] in host memory, up to the end of the video."""
+    start, to_pixels = 0, lambda some: rearrange(to_bytes(some[0]), "c f h w -> f h w c").contiguous()
     for some in frames:
-        pixels = rearrange(to_bytes(some[0]), "c f h w -> f h w c")
-        if count := frames_left(start, len(pixels)):
-            yield pixels[:count].cpu()
-        start += len(pixels)
+        if count := frames_left(start, some.shape[2]):
+            with timer.stage("decode", stream):
+                (pixels,), arrived = to_host([stream.run(to_pixels, some[:, :, :count])], stream)
+                arrived.synchronize()
+            yield pixels
+        start += some.shape[2]
 
 
 def _lengthened(pose: np.ndarray, frames: int) -> np.ndarray:

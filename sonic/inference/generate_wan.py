@@ -20,21 +20,29 @@ from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.distributed_rollout import distributed_clip, distributed_rollout
 from sonic.inference.live_features import LiveFeatures
 from sonic.inference.rollout import NoiseSource, OnStep, Sampling, seeded
+from sonic.inference.stream import decoding_stream, with_events
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import ref_time_id
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.vae_rank import RemoteAutoencoder
+from sonic.system.device_stream import DeviceStream, Event, current_stream
 from sonic.types import Conditions, LatentBlock, upload
 from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank
-Stage = Callable[[str], AbstractContextManager]  # stage(name) is a context manager that adds the time inside to that stage
+Stage = Callable[[str, DeviceStream], AbstractContextManager]  # stage(name, stream) adds the time inside to that stage
+BlocksWithEvents = Iterator[tuple[LatentBlock, Event]]
 
 DROPPED_FRAMES = 3  # the published pipelines drop these from the first clip, so the video runs ahead of its sound
 PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·18
 POSE_CHUNK = 48  # pose frames that are encoded at once
 WARM_LATENTS = 7  # latent frames of the still picture that fill the cache of the decoder before the first block
 STILL_REPEATS = 5  # the published pipeline repeats its picture five times where one frame is meant
+
+
+def unmeasured(name: str, stream: DeviceStream) -> AbstractContextManager:
+    """A stage whose time is not asked for."""
+    return nullcontext()
 
 
 class WanNetworks(NamedTuple):
@@ -84,7 +92,7 @@ def generate_clips(
     *,
     sampler: SamplerConfig,
     upstream: bool = False,
-    stage: Stage = nullcontext,
+    stage: Stage = unmeasured,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Yield the frames [1,3,F,H,W] in [-1,1] of each clip, sampled with full attention.
@@ -96,18 +104,19 @@ def generate_clips(
     model, vae, context = networks
     ref, _ = vae.encode(encoded.picture.unsqueeze(2))
     past = torch.zeros(1, 3, PAST_FRAMES, *encoded.picture.shape[-2:], device=ref.device)
+    stream = current_stream(ref.device)
     motion, rng = None, encoded.generator or seeded(encoded.seed)
     for index in range(encoded.clips):
         if upstream:
             rng.manual_seed(encoded.seed + index)
-        with stage("denoise"):
+        with stage("denoise", stream):
             span = slice(index * encoded.clip_frames, (index + 1) * encoded.clip_frames)
             conditions = _conditions(encoded, ref, motion, frames=span, vae=vae, dtype=_dtype(model))
             latent_frames = encoded.clip_frames // FRAMES_PER_LATENT
             reported = on_step and (lambda _, step, timestep, clip=index: on_step(clip, step, timestep))
             sampling = Sampling(sampler, NoiseSource(rng), _unconditional(encoded, conditions), reported)
             latents = distributed_clip(model, conditions, latent_frames, sampling=sampling, context=context).to(ref.dtype)
-        with stage("decode"):
+        with stage("decode", stream):
             seen, _ = vae.decode(torch.cat((ref if motion is None else motion, latents), dim=2))
         frames = seen[:, :, -encoded.clip_frames :]
         if upstream and index == 0:
@@ -115,7 +124,7 @@ def generate_clips(
         yield frames
         past = torch.cat((past, frames), dim=2)[:, :, -PAST_FRAMES:]
         if index + 1 < encoded.clips:
-            with stage("decode"):
+            with stage("decode", stream):
                 motion, _ = vae.encode(past)
 
 
@@ -125,14 +134,14 @@ def generate_blocks(
     encoded: EncodedInputs,
     *,
     sampler: SamplerConfig,
-    hand_over: Callable[[Iterator[LatentBlock]], Iterator[LatentBlock]] = iter,
-    stage: Stage = nullcontext,
+    hand_over: Callable[[BlocksWithEvents], BlocksWithEvents] = iter,
+    stage: Stage = unmeasured,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Yield the frames [1,3,F,H,W] in [-1,1] of each block, where F = 4·block_frames (12 as published).
 
     The transformer uses KV rings and the decoder a cache of fixed size, so memory does not grow with the length. `hand_over` wraps the
-    iterator of latent blocks before decoding, for example to sample them in another thread.
+    iterator of latent blocks before decoding, for example to sample them in another thread. Frames are made on the `decoding_stream`.
     """
     model, vae, context = networks
     still = encoded.picture.unsqueeze(2)
@@ -141,12 +150,15 @@ def generate_blocks(
     conditions = _conditions(encoded, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
     block_frames = model.config.rollout.block_frames
     spans = plan_blocks(encoded.num_frames, block_frames) if encoded.live is None else encoded.live.spans(block_frames)
-    _, cache = vae.decode(motion[:, :, :WARM_LATENTS])
+    stream, decode = decoding_stream(ref.device), lambda latents, *known: vae.decode(latents.to(ref.dtype), *known)
+    stream.wait(current_stream(ref.device).record())
+    _, cache = stream.run(decode, motion[:, :, :WARM_LATENTS])
     sampling = Sampling(sampler, NoiseSource(encoded.generator or seeded(encoded.seed)), _unconditional(encoded, conditions), on_step)
-    blocks = hand_over(distributed_rollout(model, conditions, spans, sampling=sampling, context=context))
-    for block in blocks:
-        with stage("decode"):
-            frames, cache = vae.decode(block.latents.to(ref.dtype), cache)
+    blocks = hand_over(with_events(distributed_rollout(model, conditions, spans, sampling=sampling, context=context)))
+    for block, made in blocks:
+        stream.wait(made)
+        with stage("decode", stream):
+            frames, cache = stream.run(decode, block.latents, cache)
         yield frames
 
 
@@ -157,7 +169,7 @@ def generate_blocks_upstream(
     *,
     sampler: SamplerConfig,
     ref_distances: Iterator[int] | None = None,
-    stage: Stage = nullcontext,
+    stage: Stage = unmeasured,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Yield the frames of each clip, sampled block by block as in the published single-GPU pipeline of Live Avatar.
@@ -169,6 +181,7 @@ def generate_blocks_upstream(
     model, vae, context = networks
     still = encoded.picture.unsqueeze(2)
     ref = vae.encode(still.expand(-1, -1, STILL_REPEATS, -1, -1))[0][:, :, 1:]
+    stream = current_stream(ref.device)
     past = still.expand(-1, -1, STILL_REPEATS * PAST_FRAMES, -1, -1)
     motion, _ = vae.encode(past)
     conditions = _conditions(encoded, ref, motion, frames=slice(None), vae=vae, dtype=_dtype(model))
@@ -185,16 +198,16 @@ def generate_blocks_upstream(
     blocks = distributed_rollout(model, conditions, spans, sampling=sampling, context=context)
     per_clip = encoded.clip_frames // (FRAMES_PER_LATENT * model.config.rollout.block_frames)
     for index in range(encoded.clips):
-        with stage("denoise"):
+        with stage("denoise", stream):
             latents = torch.cat([block.latents for block in islice(blocks, per_clip)], dim=2).to(ref.dtype)
-        with stage("decode"):
+        with stage("decode", stream):
             seen, _ = vae.decode(torch.cat((motion, latents), dim=2))
         frames = seen[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
         frames = frames[:, :, DROPPED_FRAMES:] if index == 0 else frames
         yield frames
         past = torch.cat((past, frames[:, :, -PAST_FRAMES:]), dim=2)[:, :, -past.shape[2] :]
         if index + 1 < encoded.clips:
-            with stage("decode"):
+            with stage("decode", stream):
                 motion, _ = vae.encode(past)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from sonic.config import SamplerConfig
 from sonic.model.compile import CompileTime
 from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import is_table, sigmas_of
+from sonic.system.device_stream import HOST, DeviceStream, Event
 from sonic.system.files import written_temporary
 from sonic.types import FrameChunk, Inputs, Portrait
 
@@ -59,28 +62,47 @@ class Result:
 
 
 class StageTimer:
-    """Measures the seconds spent in each stage. Stages in different threads overlap, so their sum may exceed the elapsed time."""
+    """Measures the seconds spent in each stage. Stages in different threads overlap, so their sum may exceed the elapsed time.
+
+    A stage lasts from where its stream is when it begins to where it is when it ends; the host does not wait for either.
+    """
 
     def __init__(self, begun: float | None = None) -> None:
         """`begun` is the time.perf_counter() of the start of the job (default: now); the time since then counts as loading."""
         now = time.perf_counter()
         self.start = now if begun is None else begun
-        self.seconds = dict.fromkeys(STAGES, 0.0) | {"load": now - self.start}
+        self._seconds = dict.fromkeys(STAGES, 0.0) | {"load": now - self.start}
+        self._unread: deque[tuple[str, Event, Event]] = deque()  # stages whose end the device may not have reached
+        self._lock = Lock()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, after waiting for the device."""
+        self._read(lambda end: end.synchronize() is None)
+        return dict(self._seconds)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time inside the `with` block to a stage."""
-        start = time.perf_counter()
+    def stage(self, name: str, stream: DeviceStream = HOST) -> Iterator[None]:
+        """Add the time of what is inside the `with` block, on the host or a stream of the device, to a stage."""
+        begun = stream.record(timed=True)
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self._unread.append((name, begun, stream.record(timed=True)))
+            self._read(lambda end: end.query())
 
-    def each(self, name: str, items: Iterable) -> Iterator:
+    def _read(self, reached: Callable[[Event], bool]) -> None:
+        """Add up the stages, up to the first whose end is not reached."""
+        with self._lock:
+            while self._unread and reached(self._unread[0][2]):
+                name, begun, end = self._unread.popleft()
+                self._seconds[name] += begun.elapsed_time(end) / 1000
+
+    def each(self, name: str, items: Iterable, stream: DeviceStream = HOST) -> Iterator:
         """Yield the items unchanged, and add the time to produce each one to a stage."""
         source = iter(items)
         while True:
-            with self.stage(name):
+            with self.stage(name, stream):
                 item = next(source, None)
             if item is None:
                 return

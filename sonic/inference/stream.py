@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sonic.config import DecodeConfig
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.inference.report import StageTimer
+from sonic.system.device_stream import HIGH, DeviceStream, Event, current_stream, stream_for, to_host
 from sonic.system.heartbeat import waiting_for_others
 from sonic.types import FrameChunk, LatentBlock, MotionLayers
 from sonic.vae.motion_vae import Reference
@@ -25,35 +26,44 @@ T = TypeVar("T")
 SEAM = 0.15  # weight of the previous frame in the first frame of every latent frame
 CHUNK_BYTES = 64 << 20  # upper limit for the pixels of one chunk, which bounds memory
 _END = object()
+IDLE_THREADS: defaultdict[str, list[ThreadPoolExecutor]] = defaultdict(list)  # they run later videos: cuDNN plans attention per thread
 
 
 def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
     """Yield the items in order, produced in a background thread; at most `size` of them wait while the thread produces another one.
 
-    An exception in the thread is raised here. When the caller stops early (an error, Ctrl-C, `close`), the thread ends after the current
+    An exception in the thread is raised here. When the caller stops early (an error, Ctrl-C, `close`), the thread stops after the current
     item. `prepare` runs first in the thread.
     """
-    source = iter(items)
+    source, threads = iter(items), torch.get_num_threads()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # the current device is per thread and starts at GPU 0
 
     def begin() -> None:
         if device is not None:
             torch.cuda.set_device(device)
+        torch.set_num_threads(threads)
         prepare()
 
     def next_item() -> object:
         with waiting_for_others():
             return waiting.popleft().result()
 
-    thread = ThreadPoolExecutor(1, name)
     try:
-        thread.submit(begin).result()
-        waiting = deque(thread.submit(next, source, _END) for _ in range(size + 1))
+        thread = IDLE_THREADS[name].pop()
+    except IndexError:
+        thread = ThreadPoolExecutor(1, name)
+    waiting = deque([thread.submit(begin)])
+    try:
+        next_item()
+        waiting.extend(thread.submit(next, source, _END) for _ in range(size + 1))
         while (item := next_item()) is not _END:
             waiting.append(thread.submit(next, source, _END))
             yield item
     finally:
-        thread.shutdown(cancel_futures=True)
+        for each in waiting:
+            each.cancel()
+        thread.submit(int).result()  # after the current item
+        IDLE_THREADS[name].append(thread)
         if isinstance(source, Generator):
             source.close()
 
@@ -61,6 +71,17 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
 def buffer_all(items: Iterable[T]) -> Iterator[T]:
     """Yield the items after all of them have been produced."""
     yield from list(items)
+
+
+def with_events(blocks: Iterable[LatentBlock]) -> Iterator[tuple[LatentBlock, Event]]:
+    """Yield each block with the point in the work of its device at which the latents are there."""
+    for block in blocks:
+        yield block, current_stream(block.latents.device).record()
+
+
+def decoding_stream(device: torch.device) -> DeviceStream:
+    """The stream that decodes blocks, whose work goes before that of the next blocks."""
+    return stream_for("decoding", device, HIGH)
 
 
 def hand_over(items: Iterable[T], decode: DecodeConfig, *, name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[T]:
@@ -101,14 +122,18 @@ FramesLeft = Callable[[int, int], int]  # (start, count) -> how many of the `cou
 
 @torch.no_grad()
 def decode_motion(
-    blocks: Iterable[LatentBlock], frames_left: FramesLeft, *, autoencoder: nn.Module, reference: Reference, timer: StageTimer
+    blocks: Iterable[tuple[LatentBlock, Event]], frames_left: FramesLeft, *, autoencoder: nn.Module, reference: Reference, timer: StageTimer
 ) -> Iterator[MotionLayers]:
     """Yield the motion layers of each latent block in host memory, where they are rendered, up to the end of the video."""
     cache, last = None, None
-    for block in blocks:
-        with timer.stage("decode"):
-            found, cache = autoencoder.decode(block.latents, reference, cache)
-            last = smooth_seams(MotionLayers(*(track.cpu() for track in found)), last)
+    for block, made in blocks:
+        decoding = decoding_stream(block.latents.device)
+        decoding.wait(made)
+        with timer.stage("decode", decoding):
+            found, cache = decoding.run(autoencoder.decode, block.latents, reference, cache)
+            tracks, arrived = to_host(found, decoding)
+            arrived.synchronize()
+            last = smooth_seams(MotionLayers(*tracks), last)
         if count := frames_left(block.span.first_frame, block.span.frames):
             yield MotionLayers(*(track[:, :count] for track in last))
 

@@ -93,7 +93,7 @@ class AvatarDiT(nn.Module):
         like = torch.empty(0, dtype=dtype, device=execution.cache_device or device)
         heads = execution.sequence.local_heads(self.config.trunk.num_heads)
         cache = self.cache_of(shape, steps=steps, motion=conditions.motion is not None, like=like, heads=heads)
-        return replace(cache, token_device=device)
+        return execution.windows.allocated(replace(cache, token_device=device))
 
     def cache_of(self, shape: tuple[int, int, int], *, steps: int, motion: bool, like: Tensor, heads: int) -> KVCache:
         """An empty cache of `shape` [batch, rows, columns] of patches, for the blocks that this model has and `heads` heads."""

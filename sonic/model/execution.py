@@ -13,6 +13,7 @@ from sonic.geometry import BlockSpan
 from sonic.model.attention import NO_EXCHANGE, AttentionContext, TokenExchange
 from sonic.model.audio_tokens import AudioTokens
 from sonic.model.blocks import Layout
+from sonic.model.kv_cache import RingWindows
 
 
 class BlockInputs(NamedTuple):
@@ -88,11 +89,13 @@ def run_blocks(model: nn.Module, inputs: Sequence[TrunkInputs], contexts: Sequen
 @dataclass(frozen=True)
 class Execution:
     """How a forward is executed: `sequence` divides tokens among ranks, `run_blocks` runs this rank's blocks, `cache_device` holds the
-    KV caches (None = the device of the inputs); with `flex_blocks` all blocks of a training pass share one attention per layer."""
+    KV rings (None = the device of the inputs), and `windows` says where attention reads them; with `flex_blocks` all blocks of a
+    training pass share one attention per layer."""
 
     sequence: SequenceParallel = SequenceParallel()
     run_blocks: RunBlocks = run_blocks
     cache_device: torch.device | None = None
+    windows: RingWindows = RingWindows()
     flex_blocks: bool = False
 
 

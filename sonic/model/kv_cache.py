@@ -19,7 +19,7 @@ Two sampling steps share one copy of the memory; the slots of the second one lie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -87,12 +87,31 @@ class CacheShard(NamedTuple):
     heads: int
 
 
+class RingWindows:
+    """Where the attention of a block reads the keys and values of its ring: here in the ring itself.
+
+    parallel/host_rings.py has another one, for rings in host memory.
+    """
+
+    def allocated(self, cache: KVCache) -> KVCache:
+        """The cache, whose rings are read through this object."""
+        return replace(cache, windows=self)
+
+    def load(self, context: CachedContext) -> KeysValues:
+        """Keys and values of the ring in the layer of `context`, of which the tokens in its slot may be overwritten."""
+        context.cache.rotate_reference(context.ring, context.layer, context.ref_position)
+        return context.ring.keys[context.layer], context.ring.values[context.layer]
+
+    def store(self, context: CachedContext) -> None:
+        """Keep what was written into the slot of `context`; called when the attention is queued."""
+
+
 @dataclass
 class KVCache:
     """The reference's keys before rotation (its position changes), the prompt's keys and values, and a ring per sampling step.
 
     Rings 0 and 1, 2 and 3, and so on share one copy of the memory, which lies between the windows of the two.
-    `device` holds the cache, `token_device` runs the attention.
+    `device` holds the rings, `token_device` runs the attention, and `windows` says where it reads a ring.
     """
 
     rings: list[KVRing]
@@ -103,6 +122,7 @@ class KVCache:
     head_dim: int
     device: torch.device
     token_device: torch.device
+    windows: RingWindows
     rotations: dict[int, Rotation] = field(default_factory=dict)  # of the reference, for its latest positions
 
     @classmethod
@@ -121,7 +141,7 @@ class KVCache:
             rings += _rings_around(
                 memory_tokens, rollout.block_frames * size, rollout.window_blocks, count=min(2, steps - first), empty=empty
             )
-        return cls(rings, tuple(grid), buckets, empty(size), {}, head_dim, like.device, like.device)
+        return cls(rings, tuple(grid), buckets, empty(size), {}, head_dim, like.device, like.device, RingWindows())
 
     @property
     def memory_tokens(self) -> int:
@@ -132,11 +152,12 @@ class KVCache:
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
-            raw = upload(self.ref_keys[layer], self.token_device)
-            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self._reference_rotation(position))
+            raw = self.ref_keys[layer]
+            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self.reference_rotation(position))
             ring.ref_positions[layer] = position
 
-    def _reference_rotation(self, position: int) -> Rotation:
+    def reference_rotation(self, position: int) -> Rotation:
+        """The rotation of the reference's keys for time id `position`, on the device that runs the attention."""
         if position not in self.rotations:
             if len(self.rotations) > len(self.rings):  # positions only grow
                 self.rotations.clear()
@@ -199,15 +220,15 @@ class CachedContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Write the block's keys and values into its slot and attend to the filled part of the ring."""
-        self.cache.rotate_reference(self.ring, self.layer, self.ref_position)
-        (own, filled), keys_values = self.slot, []
+        (own, filled), keys_values, windows = self.slot, [], self.cache.windows
         queries, keys = rotate_both(tokens.queries, tokens.keys, self.positions)
-        for buffer, new in ((self.ring.keys, keys), (self.ring.values, tokens.values)):
-            stored = buffer[self.layer]
+        for stored, new in zip(windows.load(self), (keys, tokens.values), strict=True):
             stored[:, own] = new.detach()
             parts = (stored[:, filled.start : own.start], new.to(stored.dtype), stored[:, own.stop : filled.stop])
-            keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new, non_blocking=True))
-        return attention(queries, *keys_values)
+            keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new))
+        attn_out = attention(queries, *keys_values)
+        windows.store(self)
+        return attn_out
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """The keys and values that prefill stored."""

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sonic.parallel.parallel_config import MESSAGES
 from sonic.system.heartbeat import waiting_for_others
 
 CPU = torch.device("cpu")
 HEADER_BYTES = 8192
 FORWARD, BACKWARD = 0, 1  # the directions of a channel
-KEPT = 8  # messages beyond one per rank whose send buffers are held
 
 
 class Shutdown(NamedTuple):
@@ -39,9 +39,10 @@ class TensorLayout(NamedTuple):
 class P2PChannel:
     """Point-to-point messages from each rank of a group to the next one, and from the last to the first.
 
-    The group is the stages of a pipeline, or two ranks. A message is a header of fixed size and its tensors. Sends return at once; their
-    buffers are held until they are done. The two directions of a channel, and those of other channels of the same rank, must not block
-    each other: gloo separates `directions` by tags, NCCL needs a process group for each, which is `lanes[direction]`.
+    The group is the stages of a pipeline, or two ranks. A message is a header of fixed size and its tensors. A send returns at once, and
+    its buffers are held until it is done; only while MESSAGES others are under way it waits for the oldest of them. The two directions of
+    a channel, and those of other channels of the same rank, must not block each other: gloo separates `directions` by tags, NCCL needs a
+    process group for each, which is `lanes[direction]`.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class P2PChannel:
         header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         header[: len(encoded)] = torch.frombuffer(encoded, dtype=torch.uint8)
         parts = [(header, None), *((tensor.to(self.carrier), self._groups[direction]) for tensor in tensors if tensor.numel())]
-        while len(self._sent) > self.stages + KEPT:  # more than can be in flight, so the oldest has arrived
+        while self._sent and (len(self._sent) >= MESSAGES or all(work.is_completed() for work, _ in self._sent[0])):
             self._wait_for_oldest()
         self._sent.append([(dist.isend(part, self.ranks[stage], group=group, tag=direction), part) for part, group in parts])
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sonic.geometry import GIB
 from sonic.model.dit import AvatarDiT
-from sonic.model.execution import Execution
+from sonic.model.execution import LOCAL, Execution
+from sonic.parallel.host_rings import HostRings
 from sonic.parallel.layer_ranges import resident_layers
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
+from sonic.system.device_stream import Event, current_stream, stream_for
 from sonic.system.heartbeat import heartbeat
 
 ROOM_GIB = 2.0  # left free for activations when offload.resident_gib=-1 fills the device with weights
@@ -27,12 +28,12 @@ class OffloadedLayer:
         self.home = [weight.data for weight in self.weights]
         self.bytes = sum(_aligned_bytes(tensor) for tensor in self.home)
 
-    def load_into(self, slot: Tensor) -> None:
+    def load_into(self, slot: Tensor, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Copy the weights into a slot of memory, one after the other, and use the copy."""
         start = 0
         for weight, home in zip(self.weights, self.home, strict=True):
-            copy = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
-            weight.data = copy.copy_(home, non_blocking=True)
+            weight.data = slot[start : start + home.nbytes].view(home.dtype).view(home.shape)
+            copy(weight.data, home)
             start += _aligned_bytes(home)
 
     def move(self, device: torch.device) -> Tensor:
@@ -51,8 +52,8 @@ class OffloadedLayer:
 class LayerPrefetcher:
     """Copies each layer's weights to the device before the layer runs, and those of the next layers while it runs.
 
-    On a GPU copies run on a separate stream: a slot is overwritten only after all work queued before is done, and a layer waits only
-    for its own copy. On a CPU copies are synchronous.
+    Copies run on a stream of their own: a slot is overwritten only after all work queued before is done, and a layer waits only for its
+    own copy.
     """
 
     def __init__(self, layers: Sequence[OffloadedLayer], device: torch.device, config: OffloadConfig) -> None:
@@ -62,8 +63,8 @@ class LayerPrefetcher:
         self.allocated, self.current = False, -1
         self.slots: list[Tensor] = []
         self.resident: set[int] = set()
-        self.loaded: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> its slot, and when its weights are there
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.loaded: dict[int, tuple[Tensor, Event]] = {}  # layer -> its slot, and when its weights are there
+        self.stream = stream_for("weights", device)
 
     def allocate(self) -> None:
         """Move the resident layers to the device, spread evenly over all (resident_gib=-1: as many as fit now), and pin the others."""
@@ -73,7 +74,7 @@ class LayerPrefetcher:
         for index, layer in enumerate(self.layers):
             heartbeat()
             if index not in self.resident and self.pins:
-                _pin(layer.move(torch.device("cpu")), layer)
+                self.stream.pin(layer.move(torch.device("cpu")), layer)
             elif index in self.resident and layer.home[0].device.type != self.device.type:
                 layer.move(self.device)
         if len(self.resident) < len(self.layers):
@@ -86,20 +87,19 @@ class LayerPrefetcher:
         if index in self.resident or index == self.current:
             return
         self.current = index
-        done = torch.cuda.current_stream(self.device).record_event() if self.stream else None
+        done = current_stream(self.device).record()
         ahead = self._next(index)
         for wanted in ahead:
             if wanted not in self.loaded:
                 self._fetch(wanted, keep=ahead, after=done)
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(self.loaded[index][1])
+        current_stream(self.device).wait(self.loaded[index][1])
 
     def _next(self, index: int) -> list[int]:
         """This layer and the next ones, as many as there are slots, in cyclic order and without resident layers."""
         cycle = [*range(index, len(self.layers)), *range(index)]
         return [layer for layer in cycle if layer not in self.resident][: self.count]
 
-    def _fetch(self, layer: int, *, keep: Sequence[int], after: torch.cuda.Event | None) -> None:
+    def _fetch(self, layer: int, *, keep: Sequence[int], after: Event) -> None:
         """Load a layer into an empty slot, or into that of a layer which is not needed now."""
         if len(self.loaded) < self.count:
             slot = self.slots[len(self.loaded)]
@@ -107,11 +107,9 @@ class LayerPrefetcher:
             old = next(each for each in self.loaded if each not in keep)
             slot, _ = self.loaded.pop(old)
             self.layers[old].release()
-        with torch.cuda.stream(self.stream):
-            if self.stream:
-                self.stream.wait_event(after)
-            self.layers[layer].load_into(slot)
-            self.loaded[layer] = slot, self.stream and self.stream.record_event()
+        self.stream.wait(after)
+        self.layers[layer].load_into(slot, self.stream.copy)
+        self.loaded[layer] = slot, self.stream.record()
 
     def _free(self) -> float:
         """GiB of the device that weights may take; 0 on a CPU, where a copy gains nothing."""
@@ -146,7 +144,10 @@ def load_before_use(model: AvatarDiT, world: World, config: ParallelConfig) -> E
         prefetcher.allocate()
     for layer, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, layer=layer: prefetcher.before_layer(layer))
-    return Execution(cache_device=torch.device("cpu") if settings.kv == "host" else None)
+    if settings.kv == "device":
+        return LOCAL
+    rings = HostRings(world.device)
+    return Execution(run_blocks=rings.run_blocks, cache_device=torch.device("cpu"), windows=rings)
 
 
 def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:
@@ -163,10 +164,3 @@ def resident_of(sizes: Sequence[int], gib: float) -> set[int]:
 def _aligned_bytes(tensor: Tensor) -> int:
     """Size of a tensor in bytes, rounded up to a multiple of 256 so that the next one is aligned."""
     return -(-tensor.nbytes // 256) * 256
-
-
-def _pin(memory: Tensor, layer: OffloadedLayer) -> None:
-    """Pin the host memory of a layer where it is, until the layer is freed; `pin_memory` would round its size up to a power of two."""
-    cuda = torch.cuda.cudart()
-    torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    weakref.finalize(layer, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False

@@ -37,6 +37,7 @@ SINGLE_RANK_PLANS = tuple(name for name, plan in PLANS.items() if plan.one_rank)
 STORES = ("pinned", "mmap")
 KV_DEVICES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
+MESSAGES = 2  # activations buffered between two stages of a pipeline: one received, one not sent yet
 
 
 @dataclass

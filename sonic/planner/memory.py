@@ -67,7 +67,12 @@ def memory_bytes(work: Workload) -> float:
     if work.clip_frames:
         return 0
     copies = -(-work.steps // 2)
-    return work.passes * (2 * copies * work.memory + prod(work.grid) + 2 * work.model.text.text_len) * work.token_bytes
+    return work.passes * (2 * copies * work.memory + prod(work.grid)) * work.token_bytes + prompt_bytes(work)
+
+
+def prompt_bytes(work: Workload) -> float:
+    """Bytes of one layer's keys and values of the prompt."""
+    return work.passes * 2 * work.model.text.text_len * work.token_bytes
 
 
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:

@@ -9,14 +9,13 @@ from pkgutil import resolve_name
 from typing import NamedTuple
 
 from sonic.parallel.layer_ranges import best_ranges, ranges_of, resident_layers
-from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig
+from sonic.parallel.parallel_config import MESSAGES, PLANS, HardwareConfig, ParallelConfig
 from sonic.planner import memory as m
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, Phases
 from sonic.planner.workload import Workload
 
 ZERO_BUCKET = 50_000_000  # parameters that DeepSpeed gathers ahead per unit of parallel.prefetch
-MESSAGES = 2  # activations buffered between two stages: one received, one not sent yet
 MARGIN = 0.05  # fraction of device memory that layer ranges leave free if possible: the error of predictions
 FASTER = 1.0001  # least speed-up that justifies a rank for the autoencoder; less is rounding error
 CLIPS_WAIT = (
@@ -118,11 +117,11 @@ def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
     """Plan of one device with most layers' weights in host memory; `inflight` forwards run through each layer while it is loaded."""
     options = parallel.offload
     together = 1 if work.clip_frames else options.inflight or work.steps
-    memories, rings_away = _memories(work), 0.0
-    if options.kv == "host":
-        rings_away = sum(memories.values())
-        one = (m.ring_bytes(work) + m.memory_bytes(work)) / work.steps
-        memories = {"kv_rings": 2 * one, "memory_tokens": 0.0}  # rings of the current forward and of the next one
+    memories, rings_away, rings_moved = _memories(work), 0.0, 0.0
+    if options.kv == "host":  # on the device are a ring of the layer that runs and one of the next layer, and the prompt
+        ring, prompt = 2 * (work.window + work.memory) * work.token_bytes, work.model.trunk.num_layers * m.prompt_bytes(work)
+        rings_away, rings_moved = sum(memories.values()) - prompt, s.forwards(work) * work.model.trunk.num_layers * ring
+        memories = {"kv_rings": 2 * ring, "memory_tokens": prompt}
     busy = max(m.activation_bytes(work).values()) + (together - 1) * work.stream_bytes
     layers = [m.layer_bytes(work, range(layer, layer + 1)) for layer in range(work.model.trunk.num_layers)]
     rank = _leader(work, hardware, {"weights": m.end_bytes(work) + options.slots * max(layers), "activations": busy, **memories})
@@ -134,7 +133,7 @@ def offloaded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
     seconds = s.Seconds(
         compute=s.compute_seconds(work, hardware),
         weights=s.forwards(work) / together * waiting / s.GIGA / (hardware.disk_gbps if options.store == "mmap" else hardware.host_gbps),
-        activations=s.host_seconds(rings_away, hardware),
+        activations=s.host_seconds(rings_moved, hardware),
     )
     host = m.HOST_GIB * GIB + rings_away + (waiting if options.store == "pinned" else 0)
     name = f"offload{'+kv_host' if options.kv == 'host' else ''}{'+mmap' if options.store == 'mmap' else ''}"

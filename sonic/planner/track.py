@@ -22,13 +22,13 @@ from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.model.kv_cache import KVCache
 from sonic.parallel.mesh import World, make_world
-from sonic.parallel.parallel_config import PLANS, ParallelConfig
+from sonic.parallel.parallel_config import MESSAGES, PLANS, ParallelConfig
 from sonic.parallel.parallelize import parallelizer_of
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB, PAST_LATENTS, encoder_bytes, frame_bytes, memory_bytes, model_bytes, ring_bytes, vae_bytes
-from sonic.planner.plans import MESSAGES, Plan
+from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, Tracked
 from sonic.planner.workload import Workload
 from sonic.types import Conditions

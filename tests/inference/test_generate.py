@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -29,7 +30,17 @@ from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.motion_config import HeadConfig
 from sonic.inference.report import FrameRecorder, StageTimer
-from sonic.inference.stream import buffer_all, decode_motion, half_the_threads, prefetch, render_motion, smooth_seams
+from sonic.inference.stream import (
+    IDLE_THREADS,
+    buffer_all,
+    decode_motion,
+    half_the_threads,
+    prefetch,
+    render_motion,
+    smooth_seams,
+    with_events,
+)
+from sonic.system import device_stream
 from sonic.types import FaceBox, LatentBlock, MotionLayers, Mouth, Portrait, Speech
 
 KEYS = {
@@ -150,7 +161,7 @@ def test_an_audio_column_belongs_to_the_frame_of_its_time(components):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("output", [[], ["output=video.mp4"]])
-def test_a_video_that_is_stopped_leaves_no_video_and_no_thread(stop, output, command, tmp_path, monkeypatch):
+def test_a_video_that_is_stopped_leaves_no_video_and_no_thread_at_work(stop, output, command, tmp_path, monkeypatch):
     seen = itertools.count()
 
     def record(self, chunk):
@@ -162,7 +173,19 @@ def test_a_video_that_is_stopped_leaves_no_video_and_no_thread(stop, output, com
     assert command(f"audio={recording}", *output) == (130 if stop is KeyboardInterrupt else 1)
     assert not list(tmp_path.rglob("*.mp4"))
     assert not (stop is KeyboardInterrupt and (tmp_path / "runs").exists())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("denoise", "decode"))]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(("denoise", "decode"))]
+    assert len(threads) == len(IDLE_THREADS["denoise"]) + len(IDLE_THREADS["decode"])
+
+
+def test_videos_one_after_the_other_are_made_in_one_thread_and_those_at_once_in_two():
+    def of_threads():
+        for _ in range(4):
+            yield threading.get_ident()
+
+    first, stopped = list(prefetch(of_threads(), 1, name="video")), prefetch(of_threads(), 1, name="video")
+    at_once = [next(stopped), *prefetch(of_threads(), 1, name="video")]
+    stopped.close()
+    assert set(first) == {at_once[0]} == set(prefetch(of_threads(), 1, name="video")) and set(at_once[1:]) != set(first)
 
 
 def test_a_prefetching_stage_passes_on_errors():
@@ -206,7 +229,7 @@ def test_stages_that_work_at_once_share_the_threads_evenly_in_every_video():
 
 def decoded(blocks, autoencoder, canvas):
     """The chunks of frames of some blocks, all of which belong to the video."""
-    motion = decode_motion(blocks, lambda _, count: count, autoencoder=autoencoder, reference=None, timer=StageTimer())
+    motion = decode_motion(with_events(blocks), lambda _, count: count, autoencoder=autoencoder, reference=None, timer=StageTimer())
     return render_motion(motion, canvas, timer=StageTimer())
 
 
@@ -221,9 +244,10 @@ def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photo
         return torch.zeros(part.flow.shape[1], 8, 8, 3, dtype=torch.uint8)
 
     canvas = SimpleNamespace(pixels=torch.zeros(8, 8, 3), render=render)
-    with FakeTensorMode():  # which simulates devices that do not exist
+    with patch.dict(device_stream.STREAMS, clear=True), FakeTensorMode():  # which simulates devices that do not exist
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
         list(decoded(blocks, SimpleNamespace(decode=decode), canvas))
+    device_stream.stream_for.cache_clear()
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 

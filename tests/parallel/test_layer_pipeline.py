@@ -12,9 +12,10 @@ from ranks import on_ranks
 from tiny import conditions, latents_of, tiny_model
 
 from sonic.config import AudioConfig, ModelConfig, TrunkConfig
-from sonic.parallel.channel import P2PChannel
+from sonic.parallel.channel import HEADER_BYTES, P2PChannel
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.layer_pipeline import PipelineForwards, keep_range, layer_ranges, stage_loop
+from sonic.parallel.parallel_config import MESSAGES
 
 COUNTS = range(1, 9)
 BLOCKS = 3
@@ -70,6 +71,33 @@ def caches_alive() -> list[int]:
 
 def test_a_rank_frees_the_caches_of_a_video_before_the_next():
     assert on_ranks(2, caches_alive, timeout_s=240) == [[0, 0, 0], [0, 1, 0, 0]]
+
+
+class Sent:
+    """A send that is done, or one that is done only after waiting for it, as those of gloo are."""
+
+    def __init__(self, done: bool) -> None:
+        self.is_completed = lambda: done
+
+    def wait(self) -> None:
+        """Return, because it can be."""
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_no_more_payloads_are_kept_than_the_planner_counts(stages, done):
+    sent: list[weakref.ref] = []
+
+    def isend(payload, *_, **__) -> Sent:
+        sent.append(weakref.ref(payload))
+        return Sent(done)
+
+    with patch.object(dist, "get_rank", lambda: 0), patch.object(dist, "isend", isend):
+        channel = P2PChannel(range(stages), torch.device("cpu"))
+        for _ in range(30):
+            channel.send_next(torch.randn(HEADER_BYTES))
+    alive = [payload() for payload in sent if payload() is not None and payload().is_floating_point()]
+    assert len(sent) == 60 and 0 < len(alive) <= (1 if done else MESSAGES)
 
 
 def half_precision() -> tuple[set[torch.dtype], bool]:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import SIZE, conditions, latents_of, tiny_model
+from tiny import SIZE, conditions, latents_of, spans_of, tiny_model
 
 from sonic.cli import Entry, compose
+from sonic.config import SamplerConfig
 from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.encoders.text import TextEncoder
 from sonic.families import FAMILIES
-from sonic.parallel.parallel_config import PlanConfig
+from sonic.inference.rollout import NoiseSource, Sampling, rollout
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World
+from sonic.parallel.offload import load_before_use
+from sonic.parallel.parallel_config import HardwareConfig, OffloadConfig, ParallelConfig, PlanConfig
 from sonic.planner import extrapolate
 from sonic.planner.memory import SPEECH_NUMBERS, TEXT_NUMBERS, memory_bytes, ring_bytes
+from sonic.planner.plans import offloaded
 from sonic.planner.search import search_plans
 from sonic.planner.track import track
 from sonic.planner.workload import Workload
@@ -124,6 +130,23 @@ def test_the_memory_of_all_layers_is_extrapolated_from_few(items, monkeypatch):
     tracked = tracked_gib(found)
     monkeypatch.setattr(extrapolate, "MORE", 100)
     assert tracked == pytest.approx(tracked_gib(found), rel=0.005)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_slots_for_rings_in_host_memory_are_as_large_as_predicted_to_the_byte(scale):
+    model, caches = tiny_model().requires_grad_(False), []
+    parallel, world = ParallelConfig("offload", offload=OffloadConfig(kv="host", inflight=1)), World("offload", torch.device("cpu"))
+    context = DistributedContext(world, parallel, load_before_use(model, world, parallel))
+    make = model.new_cache
+    model.new_cache = lambda *tracked, **settings: caches.append(make(*tracked, **settings)) or caches[-1]
+    settings = SamplerConfig(name="euler", schedule="linear", sample_steps=2, sample_guide_scale=scale)
+    blocks = rollout(model, conditions(4), spans_of(2), sampling=Sampling(settings, NoiseSource(torch.Generator())), context=context)
+    next(blocks)
+    work = Workload(model.config, 8 * SIZE[1], 8 * SIZE[0], steps=2, guided=scale != 1, dtype_bytes=4)
+    items = offloaded(work, HardwareConfig(), parallel).ranks[0]["generate"]
+    assert sum(slot.nbytes for slot in context.execution.windows.slots) == items["kv_rings"]
+    prompts = [part for cache in caches for pair in cache.text.values() for part in pair]
+    assert sum(part.nbytes for part in prompts) == items["memory_tokens"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])

@@ -1,0 +1,139 @@
+"""Work of a device beside the work that is queued for it already: copies and decoding, with events between the streams.
+
+On CUDA a stream runs what is queued on it in order, and independently of other streams. Devices without streams do all work at once.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+HIGH = -1  # priority of a stream whose work goes before that of others when both wait for the device
+
+
+class HostEvent:
+    """A point in the work of a device that does all work at once, with the methods of torch.cuda.Event."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Return, because the work before this point is done."""
+
+    def query(self) -> bool:
+        """True, because the work before this point is done."""
+        return True
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds between this point and a later one."""
+        return 1000 * (end.time - self.time)
+
+
+Event = HostEvent | torch.cuda.Event
+
+
+class DeviceStream:
+    """A queue of work for a device. This one is of a device without streams, such as a CPU: it does all work at once."""
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        self.device = device
+
+    @classmethod
+    def current(cls, device: torch.device) -> DeviceStream:
+        """The stream to which torch adds the work of this thread."""
+        return cls(device)
+
+    def record(self, *, timed: bool = False) -> Event:
+        """The point after all work queued so far; `timed` when `elapsed_time` will be asked."""
+        return HostEvent()
+
+    def wait(self, event: Event) -> None:
+        """Let the work queued from now on begin after the event."""
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function whose work is queued here; the memory of tensors among its arguments is not reused before that work is done."""
+        return function(*arguments)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy. Between a device and pinned memory it does not make the host wait."""
+        self.run(target.copy_, source)
+
+    def host_memory(self, like: Tensor) -> Tensor:
+        """Memory of the host for a copy of `like`, pinned where that matters."""
+        return torch.empty_like(like, device="cpu")
+
+    def pin(self, memory: Tensor, owner: object) -> None:
+        """Pin host memory where it is, until `owner` is freed, where that matters."""
+
+
+class CudaStream(DeviceStream):
+    """A CUDA stream. Before its work `delay_cycles` of the GPU pass, with which a check finds those who do not wait for that work."""
+
+    delay_cycles = 0
+
+    def __init__(self, device: torch.device, priority: int = 0, *, stream: torch.cuda.Stream | None = None) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device, priority) if stream is None else stream
+
+    @classmethod
+    def current(cls, device: torch.device) -> CudaStream:
+        return cls(device, stream=torch.cuda.current_stream(device))
+
+    def record(self, *, timed: bool = False) -> Event:
+        return self.stream.record_event(torch.cuda.Event(enable_timing=timed))
+
+    def wait(self, event: Event) -> None:
+        self.stream.wait_event(event)
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        with torch.cuda.stream(self.stream):
+            if self.delay_cycles:
+                torch.cuda._sleep(self.delay_cycles)
+            found = function(*arguments)
+        for each in arguments:
+            if isinstance(each, Tensor) and each.is_cuda:
+                each.record_stream(self.stream)
+        return found
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.run(lambda *pair: pair[0].copy_(pair[1], non_blocking=True), target, source)
+
+    def host_memory(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, device="cpu", pin_memory=True)
+
+    def pin(self, memory: Tensor, owner: object) -> None:
+        cuda, storage = torch.cuda.cudart(), memory.untyped_storage()  # torch's pin_memory would round its size up to a power of two
+        torch.cuda.check_error(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+        weakref.finalize(owner, cuda.cudaHostUnregister, storage.data_ptr()).atexit = False
+
+
+HOST = DeviceStream(torch.device("cpu"))
+STREAMS: dict[str, type[DeviceStream]] = {"cuda": CudaStream}  # by type of device
+
+
+def current_stream(device: torch.device) -> DeviceStream:
+    """The stream to which torch adds the work of this thread on a device."""
+    return STREAMS.get(device.type, DeviceStream).current(device)
+
+
+@cache
+def stream_for(purpose: str, device: torch.device, priority: int = 0) -> DeviceStream:
+    """The stream of a device for one purpose. It is always the same, because torch caches freed memory for each stream."""
+    return STREAMS.get(device.type, DeviceStream)(device, priority)
+
+
+def to_host(tensors: Sequence[Tensor], after: DeviceStream) -> tuple[list[Tensor], Event]:
+    """Begin to copy tensors to the host after the work of a stream; the copies may be read once the host has waited for the event."""
+    copies = stream_for("copies to the host", after.device)
+    copies.wait(after.record())
+    found = [copies.host_memory(each) for each in tensors]
+    for target, source in zip(found, tensors, strict=True):
+        copies.copy(target, source)
+    return found, copies.record()
