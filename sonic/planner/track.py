@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -26,6 +26,7 @@ from sonic.parallel.parallel_config import PLANS, ParallelConfig
 from sonic.parallel.parallelize import parallelizer_of
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.fake_gpu import FakeGpuMode, fake_gpu
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB, PAST_LATENTS, encoder_bytes, frame_bytes, memory_bytes, model_bytes, ring_bytes, vae_bytes
 from sonic.planner.plans import MESSAGES, Plan
@@ -55,7 +56,7 @@ def track(found: PlanResult) -> Tracked:
     work, plan = found.work, found.chosen
     if not (tracker := PLANS[plan.parallel.name].tracker):
         return Tracked(reason=f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks")
-    with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
+    with fake_gpu(), FakeGpuMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
         transformer, vae = resolve_name(f"{__name__}:{tracker}")(work, plan), _vae(work)
     encode, reserve = sum(encoder_bytes(work).values()) / GIB, found.hardware.reserve_gib
     ranks = []
@@ -169,8 +170,8 @@ def fake_world(parallel: ParallelConfig, ranks: int) -> Iterator[World]:
     """Context with a fake process group of `ranks` ranks, of which this process is rank 0. Yields its World."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        with unset_fake_temporarily():
-            world = make_world(parallel, parallel.name, torch.device("cpu"))
+        with unset_fake_temporarily(), torch.device("cpu"):  # where a mesh counts its ranks
+            world = make_world(parallel, parallel.name, fake_gpu())
         yield world
     finally:
         dist.destroy_process_group()
