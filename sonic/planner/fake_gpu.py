@@ -27,6 +27,10 @@ class FakeGpuMode(FakeTensorMode):
 
     avoid_device_init = True
 
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The result of one operation on shapes; pinned memory, which fake tensors do not have, is memory of the host."""
+        return args[0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, types, args, kwargs)
+
 
 @cache
 def fake_gpu() -> torch.device:

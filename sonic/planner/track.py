@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
@@ -86,9 +85,7 @@ def equal_ranks(work: Workload, plan: Plan) -> list[Footprint]:
             model = AvatarDiT(part.model)
             parallelizer.cut(model, world, parallel)
             started = parallelizer.start(model, world, parallel)
-            found = _transformer(model, part, replace(started, sequence=sequence_parallel(world, part.model.trunk.num_heads)))
-            shards = (weight.to_local() for weight in model.parameters() if isinstance(weight, DTensor))
-            return found.with_more(-sum(shard.nbytes for shard in shards) if parallel.cpu_offload else 0)
+            return _transformer(model, part, replace(started, sequence=sequence_parallel(world, part.model.trunk.num_heads)))
 
     return [_of_all_layers(work, measure)] * len(plan.ranks)
 
@@ -100,7 +97,7 @@ def stages(work: Workload, plan: Plan) -> list[Footprint]:
     with fake_world(plan.parallel, len(plan.ranks)) as world:
         execution = Execution(sequence_parallel(world, work.model.trunk.num_heads))
         share = world.size("cp")
-        incoming = MESSAGES * work.activation_bytes / share * (len(plan.ranges) > 1)
+        incoming = MESSAGES * work.activation_bytes / share * (len(ranges) > 1)
         first = _of_all_layers(work.with_layers(ranges[0]), lambda part: _transformer(AvatarDiT(part.model), part, execution))
         found = [first.with_more(incoming + frames * vae_apart)]
         known: dict[tuple[int, int], Footprint] = {}  # equal stages run once
