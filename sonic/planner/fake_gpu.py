@@ -32,6 +32,15 @@ class FakeGpuMode(FakeTensorMode):
         return args[0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, types, args, kwargs)
 
 
+class FakeGpuGenerator(torch.Generator):
+    """A generator of random numbers for the device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+        return fake_gpu()
+
+
 @cache
 def fake_gpu() -> torch.device:
     """The device; from now on it is what torch takes for the accelerator of this process, which should only plan.
