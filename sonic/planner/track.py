@@ -55,7 +55,7 @@ def track(found: PlanResult) -> Tracked:
     work, plan = found.work, found.chosen
     if not (tracker := PLANS[plan.parallel.name].tracker):
         return Tracked(reason=f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks")
-    with fake_gpu(), FakeGpuMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
+    with fake_gpu(), FakeGpuMode(), torch.no_grad(), made_in(DTYPES[work.dtype_bytes]):
         transformer, vae = resolve_name(f"{__name__}:{tracker}")(work, plan), _vae(work)
     encode, reserve = sum(encoder_bytes(work).values()) / GIB, found.hardware.reserve_gib
     ranks = []
@@ -66,7 +66,7 @@ def track(found: PlanResult) -> Tracked:
 
 
 @contextmanager
-def _made_in(dtype: torch.dtype) -> Iterator[None]:
+def made_in(dtype: torch.dtype) -> Iterator[None]:
     """Context in which new tensors have this dtype by default; modules of fake tensors cannot be converted later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -131,8 +131,8 @@ def _of_all_layers(work: Workload, measure: Callable[[Workload], Footprint]) -> 
 
 def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL) -> Footprint:
     """Memory of a complete transformer that generates a block after prefill, or a clip. It runs twice: prefetching starts at the second."""
-    latents, timestep, conditions = _inputs(work)
-    caches = _caches(model, work, conditions=conditions, execution=execution)
+    latents, timestep, conditions = inputs_of(work)
+    caches = caches_of(model, work, conditions=conditions, execution=execution)
 
     def run() -> None:
         for cache in caches[:1]:
@@ -149,8 +149,8 @@ def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL)
 
 def _blocks(work: Workload, execution: Execution) -> Footprint:
     """Memory of blocks alone, without embeddings and head, that run on the memory and then on a block."""
-    model, (latents, timestep, conditions) = AvatarDiT(work.model), _inputs(work)
-    caches = _caches(model, work, conditions=conditions, execution=execution)
+    model, (latents, timestep, conditions) = AvatarDiT(work.model), inputs_of(work)
+    caches = caches_of(model, work, conditions=conditions, execution=execution)
     memory = model.embed_memory(conditions, execution.sequence)
     block = model.embed_block(latents, timestep, model.prepare_block(conditions, _span(work)), sequence=execution.sequence)
 
@@ -179,7 +179,7 @@ def _vae(work: Workload) -> Footprint:
     family = FAMILIES[work.model.family]
     if family.moves_portrait:
         return Footprint(family.parameters * work.dtype_bytes, vae_bytes(work))
-    with _made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
+    with made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
         model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
@@ -201,7 +201,7 @@ def _span(work: Workload) -> BlockSpan:
     return BlockSpan(0, 0, work.latent_frames)
 
 
-def _inputs(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
+def inputs_of(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
     """Inputs of a forward: latents, timestep, conditions."""
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     channels, model = work.model.trunk.latent_channels, work.model
@@ -214,7 +214,7 @@ def _inputs(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
     return torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32), torch.zeros(1), conditions
 
 
-def _caches(model: AvatarDiT, work: Workload, *, conditions: Conditions, execution: Execution) -> list[KVCache]:
+def caches_of(model: AvatarDiT, work: Workload, *, conditions: Conditions, execution: Execution) -> list[KVCache]:
     """The KV caches of a stream, one for each guidance pass; none for clips."""
     passes = 0 if work.clip_frames else work.passes
     return [model.new_cache(conditions, steps=work.steps, execution=execution) for _ in range(passes)]

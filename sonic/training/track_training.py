@@ -36,6 +36,7 @@ from sonic.training.train_config import TrainConfig
 
 def track_training(config: PlanTrainingConfig, plan: Plan) -> Tracked:
     """The memory of a plan of a training."""
+    config = replace(config, speed=replace(config.speed, cpu_offload=plan.parallel.cpu_offload))
     found = of_all_layers(config.model, lambda model: _peaks(replace(config, model=model), plan))
     return Tracked([{phase: size / GIB + config.hardware.reserve_gib for phase, size in found.items()}] * len(plan.ranks))
 
