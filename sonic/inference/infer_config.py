@@ -108,7 +108,7 @@ class BenchConfig:
     target: str = option(
         "preview",
         "preview = a video; dit_medium = one forward of 49.5 M weights; fit = a published model under a plan; scaling = two ranks; "
-        "faces = what the face finder sees",
+        "faces = what the face finder sees; roofline = what a published model needs on paper, and how fast known cards can be",
     )
     json: str = option("", "where the figures go as JSON")
     timing: TimingConfig = option(TimingConfig)
@@ -123,6 +123,6 @@ class BenchConfig:
     hardware: HardwareConfig = option(HardwareConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview", "dit_medium", "fit", "scaling", "faces"), "target")
+        one_of(self.target, ("preview", "dit_medium", "fit", "scaling", "faces", "roofline"), "target")
         self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

@@ -9,6 +9,7 @@ from sonic.config import ModelConfig
 from sonic.geometry import FRAMES_PER_LATENT
 
 Grid = tuple[int, int]  # rows and columns of patches
+WIDENED = 1 << 24  # weights that a GPU converts to float32 at a time, 64 MiB: few enough to need no memory that activations do not have
 PACK_SCALES = (1, 2, 4)  # factors by which the patches of each FramePack bucket are larger, newest bucket first
 
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.model.compile import region
-from sonic.model.counts import PACK_SCALES
+from sonic.model.counts import PACK_SCALES, WIDENED
 from sonic.model.cpu import Linear, linear, linear_gelu
 
 Rotation = Tensor  # cosines and sines, float32 [N,1,d/2,2], one of each for each pair of a head's d channels
@@ -51,7 +51,7 @@ class TextEmbed(nn.Module):
         return self.out(linear_gelu(self.expand, padded))
 
 
-WIDENED = 1 << 21  # weights that a CPU converts to float32 at a time, 8 MiB: few enough to be in its cache when they are multiplied
+WIDENED_ON_CPU = 1 << 21  # weights converted to float32 at a time, 8 MiB: few enough to be in the cache when they are multiplied
 
 
 class Float32Linear(nn.Linear):
@@ -59,7 +59,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D']"""
-        narrow = max(1, WIDENED // self.in_features) if self.weight.device.type == "cpu" else self.out_features
+        narrow = max(1, (WIDENED_ON_CPU if self.weight.device.type == "cpu" else WIDENED) // self.in_features)
         rows = self.out_features if self.weight.dtype == torch.float32 else narrow
         pieces = zip(self.weight.split(rows), self.bias.split(rows), strict=True)
         with torch.autocast(x.device.type, enabled=False):

@@ -16,7 +16,9 @@ HERE = "here"  # value of hardware.name that asks for detection
 USABLE = 0.94  # fraction of a GPU's memory that a process can use
 PROCESS_GIB = 0.6  # GiB that Python and torch take in a rank without an accelerator
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-RATES = {  # (bfloat16 TFLOPS, memory bandwidth in 10^9 bytes/s) by a part of the device's name; the longest match wins
+# (bfloat16 TFLOPS without sparsity, accumulated in float32; memory bandwidth in 10^9 bytes/s), both from the vendor's data sheets, by a
+# part of the device's name; the longest match wins
+RATES = {
     "B200": (2250, 8000),
     "H200": (989, 4800),
     "H100": (989, 3350),
@@ -31,6 +33,14 @@ RATES = {  # (bfloat16 TFLOPS, memory bandwidth in 10^9 bytes/s) by a part of th
 }
 UNKNOWN_RATE = (100, 800)
 NVLINK_GBPS = 20.0, 350.0  # that collectives reach over one NVLink of 25 (Ampere, Hopper), and over all of a device
+PCIE, THROUGH_HOST = 20, 8  # 10^9 bytes/s over PCIe 4 x16 between cards that can access each other, and through host memory
+CARDS = {  # (usable GiB, 10^9 bytes/s to another card, from host memory) of cards as they are usually sold
+    "H200": (138.0, NVLINK_GBPS[1], 50),
+    "H100": (78.0, NVLINK_GBPS[1], 50),
+    "A100": (78.0, 12 * NVLINK_GBPS[0], 25),
+    "4090": (22.2, THROUGH_HOST, 25),
+    "L40S": (44.0, PCIE, 25),
+}
 
 
 def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, local_ranks: int) -> HardwareConfig:
@@ -82,4 +92,11 @@ def _link() -> tuple[str, float]:
     direct = torch.cuda.device_count() > 1 and torch.cuda.can_device_access_peer(0, 1)
     if direct and nvlinks():
         return "nvlink", min(NVLINK_GBPS[0] * nvlinks(), NVLINK_GBPS[1])
-    return ("pcie", 20.0) if direct else ("host", 8.0)
+    return ("pcie", float(PCIE)) if direct else ("host", float(THROUGH_HOST))
+
+
+def cards(name: str, devices: int) -> HardwareConfig:
+    """`devices` cards of this name in CARDS, in one machine with enough host memory."""
+    (tflops, memory_gbps), (usable, link, host) = RATES[name], CARDS[name]
+    rates = {"tflops": tflops, "memory_gbps": memory_gbps, "link_gbps": link, "host_gbps": host, "host_gib": 224.0 * devices}
+    return HardwareConfig(f"{devices} x {name}", devices, usable_gib=usable, reserve_gib=1.0, **rates)

@@ -41,5 +41,5 @@ class Ledger(MemTracker):
         return peak
 
     def total(self, when: str) -> int:
-        """Bytes on all devices together; `when` is "current" or "peak"."""
-        return sum(device["Total"] for device in self.get_tracker_snapshot(when).values())
+        """Bytes on devices, without the host's; `when` is "current" or "peak"."""
+        return sum(each["Total"] for device, each in self.get_tracker_snapshot(when).items() if device.type != "cpu")

@@ -7,7 +7,7 @@ from math import prod
 
 from sonic.families import FAMILIES
 from sonic.geometry import FRAMES_PER_LATENT, GIB
-from sonic.model.counts import block_weights, end_weights, injector_weights, weights
+from sonic.model.counts import WIDENED, block_weights, end_weights, injector_weights, weights
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.parallel.shard_units import WHOLE, all_units
 from sonic.planner.workload import Workload
@@ -79,13 +79,13 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     """Bytes of activations by phase of a forward, without weights and KV caches; `share` ranks divide the tokens.
 
     Attention applies rotary embeddings in float32, the MLP holds its hidden layer twice, before the blocks the projection of the
-    time embedding is converted to float32, a sixth at a time, and after them the head normalises the float32 tokens.
+    time embedding is converted to float32 in parts, and after them the head normalises the float32 tokens.
     """
     trunk = work.model.trunk
     activations = work.activation_bytes / share
     rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
-    widened = 4 * trunk.hidden_dim**2 if work.dtype_bytes == 2 else 0
+    widened = 4 * min(WIDENED, 6 * trunk.hidden_dim**2) if work.dtype_bytes == 2 else 0
     other = (COPIES["other"] + more) * activations + rotations
     return {
         "ends": max(activations + widened, 2 * work.stream_bytes / share),

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +25,7 @@ from sonic.parallel.parallel_config import MESSAGES, PLANS, ParallelConfig
 from sonic.parallel.parallelize import parallelizer_of
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.fake_gpu import FakeGpuMode, fake_gpu
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB, PAST_LATENTS, encoder_bytes, frame_bytes, memory_bytes, model_bytes, ring_bytes, vae_bytes
 from sonic.planner.plans import Plan
@@ -55,7 +55,7 @@ def track(found: PlanResult) -> Tracked:
     work, plan = found.work, found.chosen
     if not (tracker := PLANS[plan.parallel.name].tracker):
         return Tracked(reason=f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks")
-    with FakeTensorMode(), torch.no_grad(), _made_in(DTYPES[work.dtype_bytes]):
+    with fake_gpu(), FakeGpuMode(), torch.no_grad(), made_in(DTYPES[work.dtype_bytes]):
         transformer, vae = resolve_name(f"{__name__}:{tracker}")(work, plan), _vae(work)
     encode, reserve = sum(encoder_bytes(work).values()) / GIB, found.hardware.reserve_gib
     ranks = []
@@ -66,7 +66,7 @@ def track(found: PlanResult) -> Tracked:
 
 
 @contextmanager
-def _made_in(dtype: torch.dtype) -> Iterator[None]:
+def made_in(dtype: torch.dtype) -> Iterator[None]:
     """Context in which new tensors have this dtype by default; modules of fake tensors cannot be converted later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -85,9 +85,7 @@ def equal_ranks(work: Workload, plan: Plan) -> list[Footprint]:
             model = AvatarDiT(part.model)
             parallelizer.cut(model, world, parallel)
             started = parallelizer.start(model, world, parallel)
-            found = _transformer(model, part, replace(started, sequence=sequence_parallel(world, part.model.trunk.num_heads)))
-            shards = (weight.to_local() for weight in model.parameters() if isinstance(weight, DTensor))
-            return found.with_more(-sum(shard.nbytes for shard in shards) if parallel.cpu_offload else 0)
+            return _transformer(model, part, replace(started, sequence=sequence_parallel(world, part.model.trunk.num_heads)))
 
     return [_of_all_layers(work, measure)] * len(plan.ranks)
 
@@ -99,7 +97,7 @@ def stages(work: Workload, plan: Plan) -> list[Footprint]:
     with fake_world(plan.parallel, len(plan.ranks)) as world:
         execution = Execution(sequence_parallel(world, work.model.trunk.num_heads))
         share = world.size("cp")
-        incoming = MESSAGES * work.stream_bytes / share * (len(plan.ranges) > 1)
+        incoming = MESSAGES * work.stream_bytes / share * (len(ranges) > 1)
         first = _of_all_layers(work.with_layers(ranges[0]), lambda part: _transformer(AvatarDiT(part.model), part, execution))
         found = [first.with_more(incoming + frames * vae_apart)]
         known: dict[tuple[int, int], Footprint] = {}  # equal stages run once
@@ -133,8 +131,8 @@ def _of_all_layers(work: Workload, measure: Callable[[Workload], Footprint]) -> 
 
 def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL) -> Footprint:
     """Memory of a complete transformer that generates a block after prefill, or a clip. It runs twice: prefetching starts at the second."""
-    latents, timestep, conditions = _inputs(work)
-    caches = _caches(model, work, conditions=conditions, execution=execution)
+    latents, timestep, conditions = inputs_of(work)
+    caches = caches_of(model, work, conditions=conditions, execution=execution)
 
     def run() -> None:
         for cache in caches[:1]:
@@ -151,8 +149,8 @@ def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL)
 
 def _blocks(work: Workload, execution: Execution) -> Footprint:
     """Memory of blocks alone, without embeddings and head, that run on the memory and then on a block."""
-    model, (latents, timestep, conditions) = AvatarDiT(work.model), _inputs(work)
-    caches = _caches(model, work, conditions=conditions, execution=execution)
+    model, (latents, timestep, conditions) = AvatarDiT(work.model), inputs_of(work)
+    caches = caches_of(model, work, conditions=conditions, execution=execution)
     memory = model.embed_memory(conditions, execution.sequence)
     block = model.embed_block(latents, timestep, model.prepare_block(conditions, _span(work)), sequence=execution.sequence)
 
@@ -169,8 +167,8 @@ def fake_world(parallel: ParallelConfig, ranks: int) -> Iterator[World]:
     """Context with a fake process group of `ranks` ranks, of which this process is rank 0. Yields its World."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        with unset_fake_temporarily():
-            world = make_world(parallel, parallel.name, torch.device("cpu"))
+        with unset_fake_temporarily(), torch.device("cpu"):  # where a mesh counts its ranks
+            world = make_world(parallel, parallel.name, fake_gpu())
         yield world
     finally:
         dist.destroy_process_group()
@@ -181,7 +179,7 @@ def _vae(work: Workload) -> Footprint:
     family = FAMILIES[work.model.family]
     if family.moves_portrait:
         return Footprint(family.parameters * work.dtype_bytes, vae_bytes(work))
-    with _made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
+    with made_in(torch.float32 if work.clip_frames else DTYPES[work.dtype_bytes]):
         model = WanAutoencoder()
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
@@ -203,7 +201,7 @@ def _span(work: Workload) -> BlockSpan:
     return BlockSpan(0, 0, work.latent_frames)
 
 
-def _inputs(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
+def inputs_of(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
     """Inputs of a forward: latents, timestep, conditions."""
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     channels, model = work.model.trunk.latent_channels, work.model
@@ -216,7 +214,7 @@ def _inputs(work: Workload) -> tuple[Tensor, Tensor, Conditions]:
     return torch.empty(1, channels, work.latent_frames, rows, columns, dtype=torch.float32), torch.zeros(1), conditions
 
 
-def _caches(model: AvatarDiT, work: Workload, *, conditions: Conditions, execution: Execution) -> list[KVCache]:
+def caches_of(model: AvatarDiT, work: Workload, *, conditions: Conditions, execution: Execution) -> list[KVCache]:
     """The KV caches of a stream, one for each guidance pass; none for clips."""
     passes = 0 if work.clip_frames else work.passes
     return [model.new_cache(conditions, steps=work.steps, execution=execution) for _ in range(passes)]

@@ -32,11 +32,15 @@ class Copies(NamedTuple):
 FORWARD = Copies(4, 1, 0.5, 3)  # without gradients
 GRAPH = {  # while a layer is recomputed and backpropagated, by what is trained in a block
     "adapters": Copies(17, 5, 2, 2),
-    "weights": Copies(15, 7, 2, 3),
+    "weights": Copies(15, 4, 2, 3),
     "elsewhere": Copies(10, 5, 2, 2),
 }
-# What the backward pass keeps of every layer without recompute: the share of a block's graph, and an injector's copies of the tokens.
-KEPT_WITHOUT_RECOMPUTE = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}
+KEPT = {  # by a layer between its forward and its backward pass, without recompute
+    "adapters": Copies(11.5, 4, 2, 2),
+    "weights": Copies(14, 4, 2, 2),
+    "elsewhere": Copies(7, 4, 2, 1),
+}
+KEPT_BY_INJECTOR = 11  # copies of the denoised tokens, without recompute: four in float32, three in the computing precision
 
 
 @dataclass(frozen=True)
@@ -114,21 +118,22 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
     forward = _forward(size, _copied(work, FORWARD, block, query_share=1))
     yield "rollout", ring | forward
     graph = _graph_bytes(work, clip, query_share=query_share)
-    yield "critic", gradients | _backward(work, size, graph) | _kept_by_layers(work, clip, graph)
+    yield "critic", gradients | _widest(work, size, {}, graph=graph) | _kept_by_layers(work, clip, query_share=query_share)
     yield "scores", gradients | _forward(size, _copied(work, FORWARD, clip, query_share=query_share))
     graph = _graph_bytes(work, block, query_share=1) + 2 * (stream.memory + stream.window) / share * work.token_bytes  # old and new keys
-    replay = gradients | ring | _kept_by_layers(work, block, graph)
-    yield "student", max((replay | each for each in (forward, _backward(work, size, graph))), key=_sum)
+    replay = gradients | ring | _kept_by_layers(work, block, query_share=1)
+    yield "student", replay | _widest(work, size, forward, graph=graph)
     yield "update", _update(size)
 
 
 def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Phases of a flow-matching step: forward and backward of a clip, and the update."""
     clip = work.tokens / share
-    graph = _graph_bytes(work, clip, query_share=work.query_tokens / work.tokens)
-    rest = {"gradients": MASTER * size.learning} | _kept_by_layers(work, clip, graph)
+    query_share = work.query_tokens / work.tokens
+    graph = _graph_bytes(work, clip, query_share=query_share)
+    rest = {"gradients": MASTER * size.learning} | _kept_by_layers(work, clip, query_share=query_share)
     forward = _forward(size, _copied(work, FORWARD, clip, query_share=1))
-    yield "gradient", max((rest | each for each in (forward, _backward(work, size, graph))), key=_sum)
+    yield "gradient", rest | _widest(work, size, forward, graph=graph)
     yield "update", _update(size)
 
 
@@ -151,13 +156,16 @@ def _trained(work: Training) -> str:
     return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
 
 
-def _kept_by_layers(work: Training, tokens: float, graph: float) -> dict[str, float]:
-    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors, else most of their graphs."""
-    layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
+def _kept_by_layers(work: Training, tokens: float, *, query_share: float) -> dict[str, float]:
+    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors, else what their backward passes read.
+
+    Blocks that nothing that learns precedes keep nothing."""
+    layers, injectors, trained = work.model.trunk.num_layers, len(work.model.audio.inject_layers), _trained(work)
     if work.recipe.speed.recompute:
         return {"layer_inputs": (layers + injectors) * tokens * work.token_bytes}
-    share, copies = KEPT_WITHOUT_RECOMPUTE[_trained(work)]
-    return {"layer_inputs": (layers - 1) * share * graph + injectors * copies * tokens * work.token_bytes}
+    learning = layers - (1 + min(work.model.audio.inject_layers, default=0) if trained == "elsewhere" else 0)
+    kept = learning * _copied(work, KEPT[trained], tokens, query_share=query_share)
+    return {"layer_inputs": kept + injectors * KEPT_BY_INJECTOR * query_share * tokens * work.token_bytes}
 
 
 def _forward(size: Sizes, activations: float) -> dict[str, float]:
@@ -171,6 +179,15 @@ def _forward(size: Sizes, activations: float) -> dict[str, float]:
     if unpacking >= 2 * size.largest + activations:
         return {"gathered": size.root + unpacking, "activations": 0.0}
     return {"gathered": size.root + 2 * size.largest, "activations": activations}
+
+
+def _widest(work: Training, size: Sizes, forward: Mapping[str, float], *, graph: float) -> Mapping[str, float]:
+    """Items of a pass with gradients: those of its forward or its backward, whichever are larger.
+
+    Without recompute the widest point lies between the two, when every layer keeps its graph and nothing is reduced yet."""
+    if not work.recipe.speed.recompute:
+        return {"gathered": size.root + 2 * size.largest}
+    return max(forward, _backward(work, size, graph), key=_sum)
 
 
 def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:

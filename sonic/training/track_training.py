@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from sonic.model import cpu
-from sonic.model.blocks import set_attention
 from sonic.model.execution import Execution
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.planner.extrapolate import of_all_layers
+from sonic.planner.fake_gpu import FakeGpuGenerator, FakeGpuMode, fake_gpu
 from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB
 from sonic.planner.plans import Plan
@@ -40,35 +37,30 @@ from sonic.training.train_config import TrainConfig
 
 def track_training(config: PlanTrainingConfig, plan: Plan) -> Tracked:
     """The memory of a plan of a training."""
-    if plan.parallel.cpu_offload:
-        return Tracked(reason=f"{plan.name} is predicted only: a fake rank's device and host memory are one")
+    config = replace(config, speed=replace(config.speed, cpu_offload=plan.parallel.cpu_offload))
     found = of_all_layers(config.model, lambda model: _peaks(replace(config, model=model), plan))
     return Tracked([{phase: size / GIB + config.hardware.reserve_gib for phase, size in found.items()}] * len(plan.ranks))
 
 
 def _peaks(config: PlanTrainingConfig, plan: Plan) -> dict[str, int]:
-    """Peak bytes of a rank in each phase of any step after the first, on devices that compute as CUDA does.
+    """Peak bytes of a rank in each phase of any step after the first.
 
     Repeated parts of the step are left out: further sampling steps, which reuse the same ring; the backward pass of blocks between
     the first and the last; the in-place update of the averages.
     """
     with fake_world(plan.parallel, len(plan.ranks)) as world:
-        mode, tracked = FakeTensorMode(allow_non_fake_inputs=True), tracked_config(config, plan.parallel)
+        mode, tracked = FakeGpuMode(allow_non_fake_inputs=True), tracked_config(config, plan.parallel)
         execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
-        with mode:
+        with fake_gpu(), mode:
             objective = OBJECTIVES[tracked.objective.name](tracked, execution=execution)
-            batch = _batch(training(config))
-        for network in objective.modules.values():
-            set_attention(network, _fused)
-        engine = ShardedEngine(tracked, world, Path())
-        engine.prepare(objective)
-        with mode:
+            batch, engine = _batch(training(config)), ShardedEngine(tracked, world, Path())
+            engine.prepare(objective)
             updates = {role: Update(module, tracked) for role, module in engine.roles.items()}
         ledger, found = Ledger(), {}
         states = [update.optimizer for update in updates.values()]
         ledger.track_external(*objective.modules.values(), *engine.ema.averages.values(), *states, *batch.values())
         step = _distil if isinstance(tracked.objective, DmdConfig) else _match_flow
-        with mode, _as_on_devices(), _no_collection(), ledger:
+        with fake_gpu(), mode, _no_collection(), ledger:
             for phase in step(TrackedRun(objective, engine, batch, updates)):
                 found[phase] = max(found.get(phase, 0), ledger.lap())
         return found
@@ -124,7 +116,7 @@ class TrackedRun(NamedTuple):
 def _match_flow(step: TrackedRun) -> Iterator[str]:
     """A flow-matching step: forward and backward of a clip, and the update."""
     step.updates[STUDENT].fill()
-    losses = step.objective.losses(STUDENT, step.batch, torch.Generator())
+    losses = step.objective.losses(STUDENT, step.batch, FakeGpuGenerator())
     _descend(step.engine, STUDENT, losses)
     losses.close()
     yield "gradient"
@@ -135,7 +127,7 @@ def _match_flow(step: TrackedRun) -> Iterator[str]:
 def _distil(step: TrackedRun) -> Iterator[str]:
     """A DMD step: one update of the critic and one of the student, as in DistributionMatching.losses, from one rollout."""
     objective, engine, batch, updates = step
-    rng, frames = torch.Generator(), batch["latents"].shape[2]
+    rng, frames = FakeGpuGenerator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
     with engine.precision():
         start = objective._start(batch, rng, rng)
@@ -181,11 +173,6 @@ def _batch(work: Training) -> dict[str, Tensor]:
     }
 
 
-def _fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Fused attention, as on CUDA devices; the CPU kernel for half-precision gradients would store all attention scores."""
-    return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (queries, keys, values))).transpose(1, 2)
-
-
 def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -198,25 +185,3 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-@contextmanager
-def _as_on_devices() -> Iterator[None]:
-    """Context in which autocast behaves as on CUDA: norms compute in float32, which keeps more memory than the CPU's half precision."""
-
-    def wide(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def widened(*args: Any, **named: Any) -> Tensor:
-            if torch.is_autocast_enabled("cpu"):
-                args = [each.float() if isinstance(each, Tensor) else each for each in args]
-            return norm(*args, **named)
-
-        return widened
-
-    kept, slow_here = (F.layer_norm, F.rms_norm), cpu.slow_here
-    F.layer_norm, F.rms_norm = (wide(norm) for norm in kept)
-    cpu.slow_here = lambda x: slow_here(x) and not torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        F.layer_norm, F.rms_norm = kept
-        cpu.slow_here = slow_here

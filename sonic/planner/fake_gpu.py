@@ -1,0 +1,86 @@
+"""A GPU that is not there: a device for fake tensors, on which the planner runs the program as a GPU would, on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import Library, fallthrough_kernel
+from torch.testing._internal.distributed.fake_pg import _create_fake_pg
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME, KEY = "fakegpu", "PrivateUse1"  # KEY is torch's name of the one type of device that it leaves to others
+ATEN, ALL = Library("aten", "IMPL"), Library("_", "IMPL")
+NARROW = "mm addmm bmm baddbmm matmul linear conv1d conv2d conv3d scaled_dot_product_attention"  # computed by autocast in its dtype
+WIDE = "layer_norm rms_norm softmax.int log_softmax.int mse_loss exp sum pow.Tensor_Scalar norm.Scalar"  # and these in float32
+
+
+class FakeGpuMode(FakeTensorMode):
+    """Mode in which new tensors are fake. Those of Python values are made on the host and copied, since the device has no kernels."""
+
+    avoid_device_init = True
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The result of one operation on shapes; pinned memory, which fake tensors do not have, is memory of the host."""
+        return args[0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, types, args, kwargs)
+
+
+class FakeGpuGenerator(torch.Generator):
+    """A generator of random numbers for the device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+        return fake_gpu()
+
+
+@cache
+def fake_gpu() -> torch.device:
+    """The device; from now on it is what torch takes for the accelerator of this process, which should only plan.
+
+    A device of type `cuda` needs a build of torch for CUDA. This one is neither `cpu` nor `cuda`: the program takes the branches for
+    whatever is no CPU. As on CUDA, attention and the RMS norm are one kernel each, and autocast casts the same operations.
+    """
+    threads = SimpleNamespace(**vars(torch.cpu))  # its streams and events do nothing
+    threads.device_count, threads.current_device, threads.get_amp_supported_dtype = lambda: 1, lambda: 0, lambda: [torch.bfloat16]
+    _setup_privateuseone_for_python_backend(NAME, threads)
+    dist.Backend.register_backend(dist.Backend.FAKE, _create_fake_pg, extended_api=True, devices=["cpu", NAME])
+    ATEN.impl("scaled_dot_product_attention", _attention, f"Autograd{KEY}")
+    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+        ATEN.impl(name, _no_kernel, KEY)  # with a kernel for the device, torch does not take the operation apart
+    ALL.fallback(fallthrough_kernel, f"Autocast{KEY}")
+    for names, dtype in ((NARROW, torch.bfloat16), (WIDE, torch.float32)):
+        for name in names.split():
+            ATEN.impl(name, _casting(name, dtype), f"Autocast{KEY}")
+    return torch.device(NAME, 0)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Softmax attention in one kernel.  [B,heads,N,d] -> [B,heads,N,d]"""
+    return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values)[0]
+
+
+def _no_kernel(*_: Any) -> None:
+    raise NotImplementedError("the fake GPU computes nothing: its tensors are fake")
+
+
+def _casting(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The operation as autocast runs it: on its floating-point tensors in `dtype`."""
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def run(*args: Any, **named: Any) -> Any:
+        with torch.autocast(NAME, enabled=False):
+            return operation(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, named))
+
+    return run
