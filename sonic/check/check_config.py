@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from sonic.config import one_of, option, require
 
 LIMITS = {  # sections in the order in which they run, and the seconds that each may take: nine minutes together
-    "env": 10,
-    "numerics": 45,
-    "kernels": 50,
-    "single": 90,
-    "offload": 80,
-    "vae": 50,
-    "video": 75,
-    "train": 80,
-    "ranks": 40,
-    "memory": 20,
+    **{"env": 10, "numerics": 45, "kernels": 40, "single": 95, "offload": 85, "vae": 50, "video": 75, "train": 80},
+    **{"ranks": 40, "memory": 20},
 }
 
 
@@ -25,7 +17,9 @@ class CheckConfig:
     """The device of this machine is checked: numbers, kernels, speed, memory and errors of the 14B model with random weights."""
 
     sections: list[str] = option([], f"what is checked, such as [single,train]; empty = all: {', '.join(LIMITS)}")
-    limit: float = option(0.0, "seconds after which a section is stopped; 0 = its own limit: nine minutes for all together, four times that on a CPU")
+    limit: float = option(
+        0.0, "seconds after which a section is stopped; 0 = its own limit: nine minutes for all, four times that on a CPU"
+    )
     device: str = option("auto", "auto, cpu or cuda; a CPU runs every section with small shapes, and skips what only a GPU can show")
     folder: str = option("runs", "folder in which the run folder with check.jsonl is made")
 

@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sonic.geometry import GIB
 from sonic.inference.choose_plan import Estimate
 
 ROUNDS = 5
@@ -108,8 +107,3 @@ def peak_over_plan(estimate: Estimate, device: torch.device, *without: str) -> f
     items = estimate.plan.ranks[0]["generate"]
     planned = sum(size for name, size in items.items() if name not in without)
     return torch.cuda.max_memory_reserved(device) / planned
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak memory of a GPU that tensors have taken."""
-    return torch.cuda.max_memory_allocated(device) / GIB

@@ -19,12 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sonic.check.case import Case, case_of
 from sonic.check.check_config import LIMITS, CheckConfig
-from sonic.check.figures import Figures, as_line, meaning_of
-from sonic.check.job_sections import memory, ranks, train
+from sonic.check.figures import Figures, as_line
+from sonic.check.job_sections import memory, offload, ranks, single, train, video
 from sonic.check.kernel_sections import env, kernels, numerics, vae
-from sonic.check.shapes import Case, case_of
-from sonic.check.video_sections import offload, single, video
 from sonic.system.run_folder import Run, start_logging
 
 PRELOADED = ["sonic.check.run_sections", "torch._dynamo", "torch.distributed.fsdp"]
@@ -86,10 +85,11 @@ def _outcome(name: str, case: Case, limit: float) -> Outcome:
             os.killpg(process.pid, signal.SIGKILL)  # its own group, with the processes that it has started
         process.kill()
         process.join()
-    sentences = [meaning_of(record) for record in records if record.get("failed")]
+    sentences = [f"{record['figure']}: {record['failed']}" for record in records if record.get("failed")]
     if code != 0:
-        how = f"was stopped after {limit:g} s" if code is None else f"ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
-        sentences.append(f"it {how} and the figures after that are missing: {_last_lines(case.folder / f'{name}.txt')}")
+        ended = "" if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = f"ended with {ended}" if ended else f"was stopped after {limit:g} s"
+        sentences.append(f"it {how}, and figures after that are missing: {_last_lines(case.folder / f'{name}.txt')}")
     shown = [record for record in records if record["value"] is not None]
     return Outcome(name, FAILED if sentences else PASSED if shown else SKIPPED, round(time.monotonic() - begun, 1), sentences)
 
@@ -112,7 +112,10 @@ def _run_section(name: str, case: Case, pipe: Connection) -> None:
     start_logging(main=True)
     if case.device.index is not None:
         torch.cuda.set_device(case.device)
-    SECTIONS[name](case, Figures(name, pipe.send, torch.cuda.get_device_name(case.device) if case.on_gpu else "cpu"))
+    figures = Figures(name, pipe.send, torch.cuda.get_device_name(case.device) if case.on_gpu else "cpu")
+    SECTIONS[name](case, figures)
+    for figure in figures.missing:
+        figures.skip(figure, "only a GPU can show it")
 
 
 def _last_lines(file: Path) -> str:
