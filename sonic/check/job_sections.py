@@ -171,7 +171,8 @@ def ranks(case: Case, figures: Figures) -> None:
         with case.opened(case.video(ParallelConfig(name), LAYERS)) as (each, _):
             found.append([block.latents.cpu() for block in case.blocks(each.components.model, each.components.context, count=BLOCKS)])
     figures.add("differing_latents", differing(*found))
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")  # its server belongs to the section and ends with it
+    context.set_forkserver_preload([__name__])
     store, runs = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context.Event()
     processes = [context.Process(target=_rank, args=(rank, store.port, case), kwargs={"runs": runs}) for rank in (0, VICTIM)]
     for process in processes:
@@ -191,7 +192,8 @@ def ranks(case: Case, figures: Figures) -> None:
 
 def _rank(rank: int, port: int, case: Case, *, runs: Event) -> None:
     """A rank of a pipeline, with its output in a file; sets `runs` when a video is made."""
-    os.dup2((case.folder / f"rank{rank}.txt").open("wb").fileno(), 2)
+    with (case.folder / f"rank{rank}.txt").open("wb") as file:
+        os.dup2(file.fileno(), 2)
     store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store lives on when a rank is lost
     here = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {**store, **{name: str(value) for name, value in here.items()}}

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +29,8 @@ from sonic.system.run_folder import Run, start_logging
 PRELOADED = ["sonic.check.run_sections", "torch._dynamo", "torch.distributed.fsdp"]
 CPU_PATIENCE = 4  # times as long as a GPU may a CPU take, which others may use too
 LAST_LINES = 3  # of the output of a section that did not end by itself
-SECTIONS = dict(zip(LIMITS, (env, numerics, kernels, single, offload, vae, video, train, ranks, memory), strict=True))
+Section = Callable[[Case, Figures], None]
+SECTIONS: dict[str, Section] = dict(zip(LIMITS, (env, numerics, kernels, single, offload, vae, video, train, ranks, memory), strict=True))
 PASSED, FAILED, SKIPPED = "pass", "fail", "skipped"
 
 log = logging.getLogger("sonic.check")
@@ -56,7 +57,8 @@ def run_sections(config: CheckConfig, run: Run) -> int:
     first.start()
     first.join()  # when the server is ready, so that the first section does not wait for it
     for name in [each for each in LIMITS if each in (config.sections or LIMITS)]:
-        outcomes.append(_outcome(name, case, config.limit or LIMITS[name] * (1 if case.on_gpu else CPU_PATIENCE)))
+        limit = config.limit or LIMITS[name] * (1 if case.on_gpu else CPU_PATIENCE)
+        outcomes.append(_outcome(name, case, section=SECTIONS[name], limit=limit))
         log.info("%s: %s after %.1f s", name, outcomes[-1].result, outcomes[-1].seconds)
         _write(folder, {**outcomes[-1]._asdict(), "figure": None})
     table = Table("section", "result", "s", "what it means", title=f"{case.device}, figures in {folder / 'check.jsonl'}")
@@ -66,15 +68,15 @@ def run_sections(config: CheckConfig, run: Run) -> int:
     return int(any(outcome.result == FAILED for outcome in outcomes))
 
 
-def _outcome(name: str, case: Case, limit: float) -> Outcome:
+def _outcome(name: str, case: Case, *, section: Section, limit: float) -> Outcome:
     """Run a section in its process to its end, or to the end of its time."""
     begun, records, context = time.monotonic(), [], multiprocessing.get_context("forkserver")
-    theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run_section, args=(name, case, theirs[1]))
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run_section, args=(name, case, theirs), kwargs={"section": section})
     process.start()
-    theirs[1].close()
+    theirs.close()
     try:
-        for record in _received(theirs[0], begun + limit):
+        for record in _received(ours, begun + limit):
             records.append(record)
             log.info(as_line(record))
             _write(case.folder, record)
@@ -101,7 +103,7 @@ def _received(pipe: Connection, until: float) -> Iterator[dict]:
             yield pipe.recv()
 
 
-def _run_section(name: str, case: Case, pipe: Connection) -> None:
+def _run_section(name: str, case: Case, pipe: Connection, *, section: Section) -> None:
     """What the process of a section does; its output goes to a file beside the figures."""
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -113,7 +115,7 @@ def _run_section(name: str, case: Case, pipe: Connection) -> None:
     if case.device.index is not None:
         torch.cuda.set_device(case.device)
     figures = Figures(name, pipe.send, torch.cuda.get_device_name(case.device) if case.on_gpu else "cpu")
-    SECTIONS[name](case, figures)
+    section(case, figures)
     for figure in figures.missing:
         figures.skip(figure, "only a GPU can show it")
 
