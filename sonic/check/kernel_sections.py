@@ -111,7 +111,7 @@ def vae(case: Case, figures: Figures) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
         autoencoder = WanAutoencoder(case.vae).requires_grad_(False).to(device, dtype)
         for module in autoencoder.modules():
-            if isinstance(module, nn.Conv3d):
+            if isinstance(module, nn.Conv3d) and layout is torch.channels_last_3d:
                 module.to(memory_format=layout)
         size = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
         shapes = (1, 3, PAST if case.on_gpu else 5, work.height, work.width), (1, 16, work.latent_frames, *size)
