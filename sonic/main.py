@@ -23,6 +23,7 @@ COMMANDS = {  # sonic/commands/NAME_command.py runs it
     "ablate": "score a grid of runs and write a report",
     "precompute": "encode training data once, so that training only reads it",
     "bench": "measure the speed of this machine",
+    "check": "check the device of this machine in nine minutes: numbers, speed, memory, errors",
 }
 
 

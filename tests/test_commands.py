@@ -12,7 +12,7 @@ from infer_command import ROOT
 
 from sonic.checkpoint.bundled import BUNDLED, named_weights
 from sonic.main import COMMANDS
-from sonic.system.program import PACKAGE, interpreter, written
+from sonic.system.program import LAUNCHERS, PACKAGE, interpreter, written
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "av", "librosa", "wandb")
 HELP = f"""
@@ -37,11 +37,11 @@ def test_help_is_fast_has_an_example_and_imports_nothing_heavy(name):
 
 
 def test_every_command_has_a_module_and_a_launch_file_and_there_are_no_others():
-    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {*COMMANDS, "start"}
+    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {*(LAUNCHERS.get(name, name) for name in COMMANDS), "start"}
     assert {path.stem for path in (PACKAGE / "commands").glob("*_command.py")} == {f"{name}_command" for name in COMMANDS}
     for name in COMMANDS:
         assert import_module(f"sonic.commands.{name}_command").ENTRY.name == name
-        assert f'start("{name}")' in (ROOT / f"launch/{name}.py").read_text()
+        assert f'start("{name}")' in (ROOT / f"launch/{LAUNCHERS.get(name, name)}.py").read_text()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 GROUND = {"types", "config", "geometry", "system", "families.FAMILIES"}
 BELOW_INFERENCE = {"assets", "sampling", "model", "encoders", "vae", "checkpoint", "data", "parallel", "planner", "evaluation.metrics"}
-JOBS = {"inference", "training", "evaluation", "bench"}
+JOBS = {"inference", "training", "evaluation", "bench", "check"}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
     "config": {"families.FAMILIES"},
     "geometry": set(),
@@ -44,6 +44,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "evaluation": {*GROUND, *BELOW_INFERENCE, "inference", "pipeline", "synthetic", "training.train_config"},
     "training": {*GROUND, *BELOW_INFERENCE, "families.family", "inference", "pipeline", "synthetic", "evaluation"},
     "bench": {*GROUND, *BELOW_INFERENCE, "families.wan", "inference", "pipeline", "synthetic"},
+    "check": {*GROUND, *BELOW_INFERENCE, "cli", "inference", "bench", "training"},
     "option_names": set(),
     "cli": {"config", "option_names", "system"},
     "commands": {*GROUND, "cli", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
@@ -86,6 +87,7 @@ WITHOUT_TORCH = (
     "sonic/system/caches.py",
     "sonic/system/paths.py",
     "sonic/system/worker.py",
+    "sonic/check/check_config.py",
     "sonic/training/train_config.py",
     "sonic/evaluation/evaluate_config.py",
     "sonic/evaluation/judge_config.py",
@@ -355,7 +357,8 @@ def test_only_the_app_reads_the_environment():
         "sonic/system/caches.py",
         "sonic/parallel/deepspeed_inference.py",
         "sonic/evaluation/sweep.py",
-    )  # the latter three set for packages what they read nowhere else
+        "sonic/check/job_sections.py",
+    )  # the latter four set for packages what they read nowhere else
     assert [where for where in readers if not where.startswith(allowed)] == []
 
 

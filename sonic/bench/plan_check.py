@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sonic.inference.inputs import Settings
 from sonic.inference.report import StageTimer
 from sonic.parallel.context import DistributedContext
 from sonic.planner.step_time import TERA
-from sonic.planner.workload import Workload, workload
+from sonic.planner.workload import Workload, size_for, workload
 from sonic.system.device_stream import HOST, DeviceStream
 from sonic.types import Inputs, Portrait, Speech
 from sonic.vae.wan_vae import WanAutoencoder
@@ -57,11 +58,8 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
 
 def _figures(family: RandomWan, components: Components, config: InferConfig, *, work: Workload, fit: FitConfig) -> dict:
     """Times of the blocks or clips, as measured on the first rank."""
-    timer, settings, warm = HandOverTimer(components.device), Settings(config), fit.warm_blocks
-    portrait = Portrait(np.zeros((work.height, work.width, 3), np.uint8))
-    inputs = Inputs(portrait, Speech(np.zeros(0, np.float32)), work.frames * (warm + fit.blocks))
-    chunks = family.generate(inputs, family.condition(inputs, components, settings), components, settings=settings, timer=timer)
-    ends = [time.perf_counter() for _ in chunks]
+    timer, warm = HandOverTimer(components.device), fit.warm_blocks
+    ends = hand_overs(family, components, config, num_frames=work.frames * (warm + fit.blocks), timer=timer)
     seconds = (ends[-1] - ends[warm - 1]) / fit.blocks
     step = sum(timer.denoised[warm : warm + fit.blocks]) / fit.blocks / (work.steps * work.passes)
     rate, product = work.forward_flops / step / TERA, product_tflops(work, components.device)
@@ -77,11 +75,20 @@ def _figures(family: RandomWan, components: Components, config: InferConfig, *, 
     }
 
 
-class RandomWan(Wan):
-    """The published models with random weights and random encoded inputs; with `decodes=False` without a VAE."""
+def hand_overs(family: RandomWan, components: Components, config: InferConfig, *, num_frames: int, timer: StageTimer) -> list[float]:
+    """The time.perf_counter() at which the frames of each block or clip of a video of random inputs were in host memory."""
+    settings, (width, height) = Settings(config), size_for(config.model, config.video)
+    inputs = Inputs(Portrait(np.zeros((height, width, 3), np.uint8)), Speech(np.zeros(0, np.float32)), num_frames)
+    encoded = family.condition(inputs, components, settings)
+    return [time.perf_counter() for _ in family.generate(inputs, encoded, components, settings=settings, timer=timer)]
 
-    def __init__(self, *, decodes: bool) -> None:
-        self.decodes = decodes
+
+class RandomWan(Wan):
+    """The published models with random weights and random encoded inputs; with `decodes=False` without a VAE, otherwise with one of the
+    shape `vae` (diffusers' names; empty = the published one)."""
+
+    def __init__(self, *, decodes: bool, vae: Mapping[str, Any] | None = None) -> None:
+        self.decodes, self.vae = decodes, vae
 
     def settled_model(self, config: ModelConfig) -> ModelConfig:
         """The config itself."""
@@ -98,7 +105,7 @@ class RandomWan(Wan):
         """The VAE with random weights, or its placeholder."""
 
         def make_autoencoder() -> WanAutoencoder | Undecoded:
-            return WanAutoencoder().to(context.world.device, vae_dtype(config, dtype)) if self.decodes else Undecoded()
+            return WanAutoencoder(self.vae).to(context.world.device, vae_dtype(config, dtype)) if self.decodes else Undecoded()
 
         return Components(config, context, make_autoencoder, dtype=dtype)
 
@@ -144,9 +151,9 @@ class Undecoded(nn.Module):
 
 
 def product_tflops(work: Workload, device: torch.device) -> float:
-    """TFLOP/s of the MLP's first matrix product on the tokens of a block or clip."""
+    """TFLOP/s of the MLP's first matrix product on the tokens of a block or clip; of random numbers, because ones take a GPU less power."""
     trunk, dtype = work.model.trunk, {2: torch.bfloat16, 4: torch.float32}[work.dtype_bytes]
-    left = torch.randn(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)  # a GPU multiplies ones faster: they take less power
+    left = torch.randn(work.tokens, trunk.hidden_dim, device=device, dtype=dtype)
     right = torch.randn(trunk.hidden_dim, trunk.ffn_dim, device=device, dtype=dtype)
     best, until = float("inf"), time.perf_counter() + PRODUCT_S
     while time.perf_counter() < until:

@@ -8,6 +8,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+LAUNCHERS = {"check": "check_device"}  # files in launch/ that are not named as their command
 PACKAGE = Path(str(resources.files("sonic")))
 
 
@@ -20,7 +21,7 @@ def written(command: str, *, starter: str = "") -> str:
     """A command as the user would type it, in the form in which this process was started; `starter` such as torchrun precedes it."""
     started = Path(sys.argv[0])
     if started.parent.name == "launch" and started.suffix == ".py":
-        return f"{starter or 'python'} {shlex.quote(str(started.with_name(f'{command}.py')))}"
+        return f"{starter or 'python'} {shlex.quote(str(started.with_name(f'{LAUNCHERS.get(command, command)}.py')))}"
     by_module = starter or (started.parent.name, started.name) == (PACKAGE.name, "__main__.py")
     return f"{starter or 'python'} -m sonic {command}" if by_module else f"sonic {command}"
 
