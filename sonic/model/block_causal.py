@@ -31,12 +31,11 @@ class FlexBlockContext(BlockCausalContext):
             return tokens.queries
         if any(rows.requires_grad for rows in tokens) and not has_gradients(tokens.queries.device):
             return super().attend(attention, tokens)
-        size, copies = self.grid[0].shape[0], len(self.memory_keys) + 1
-        positions = [torch.cat(factors) for factors in zip(self.grid, *self.memory_keys, self.memory, strict=True)]
-        queries = rotate(tokens.queries, tuple(torch.cat(factors) for factors in zip(self.grid, self.memory, strict=True)))
+        size, copies = self.grid.shape[0], len(self.memory_keys) + 1
+        queries = rotate(tokens.queries, torch.cat((self.grid, self.memory)))
         keys, values = (torch.cat((rows[:, :size], rows[:, size:].repeat(1, copies, 1, 1)), dim=1) for rows in (tokens.keys, tokens.values))
         mask = block_mask(size, tokens.queries.shape[1] - size, copies - 1, window=self.window, device=queries.device)
-        rows = (each.transpose(1, 2) for each in (queries, rotate(keys, tuple(positions)), values))
+        rows = (each.transpose(1, 2) for each in (queries, rotate(keys, torch.cat((self.grid, *self.memory_keys, self.memory))), values))
         return _flex_attention(queries.is_cuda)(*rows, block_mask=mask).transpose(1, 2)
 
 
