@@ -141,9 +141,7 @@ def test_every_device_gets_the_attention_that_was_asked_for_or_the_same_values_o
         assert ask() is ATTENTION[name].attend
         assert not caplog.text
     elif name == "sage":  # 8 bits are not what sdpa gives
-        with pytest.raises(
-            ValueError, match=r"run.attention=sage (has kernels for CUDA only|needs a GPU of .* has \(7, 5\)).*sdpa"
-        ):
+        with pytest.raises(ValueError, match=r"run.attention=sage (has kernels for CUDA only|needs a GPU of .* has \(7, 5\)).*sdpa"):
             ask()
     else:
         assert ask() is sdpa
