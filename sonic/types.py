@@ -29,8 +29,8 @@ def pick(table: Mapping[str, T], name: str, option: str) -> T:
 
 
 def upload(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """The tensor on a device. Copies from host memory to a GPU go through pinned memory, so that the host waits neither for them nor
-    for the work that was queued before them."""
+    """The tensor on a device. A copy from the host to a GPU goes through pinned memory: the host waits for copies from other memory, and
+    for all work queued before them."""
     if device is None or tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device=device)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor).to(device, non_blocking=True)

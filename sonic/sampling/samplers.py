@@ -117,25 +117,25 @@ def heun(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutin
 def unipc(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCoroutine:
     """UniPC of order 2, the predictor-corrector that Wan is published with; the model gets whole timesteps of 1000.
 
-    Its bits are those of diffusers' UniPCMultistepScheduler (bh2), but its coefficients, in float32, stay on the host: a GPU is not
-    waited for. Source: UniPC, arXiv 2302.04867.
+    Its results are bit for bit those of diffusers' UniPCMultistepScheduler (bh2), but its coefficients, in float32, stay on the host, so
+    that no step waits for a GPU. Source: UniPC, arXiv 2302.04867.
     """
     level, steps = sigmas.cpu().clamp(max=HIGHEST_SOLVED).float(), len(sigmas) - 1
     alpha, log_snr = 1 - level, (1 - level).log() - level.log()
-    x, start, older, last = noise, noise, noise, noise  # `start`, `older`, `last`: latents and clean ones of the steps before
+    x = start = older = last = noise  # `start`: latents before the last step; `last`, `older`: the clean ones predicted then, and before
 
     def ahead(origin: Tensor, clean: Tensor, step: int, bend: Tensor | float) -> Tensor:
-        """The latents after a step from `origin`, whose clean latents are predicted as `clean`, with `bend` as their change on the way."""
+        """The latents after a step from `origin` towards `clean`, if the clean latents change by `bend` within the step."""
         grown = alpha[step + 1] * torch.expm1(log_snr[step] - log_snr[step + 1])
         return level[step + 1] / level[step] * origin - grown * clean - grown * bend
 
     def past(step: int) -> Tensor:
-        """The length of the step before `step`, in lengths of this one, negative."""
+        """The length of the step before `step`, as a negative multiple of its own."""
         return (log_snr[step - 1] - log_snr[step]) / (log_snr[step + 1] - log_snr[step])
 
     for step, sigma in enumerate(sigmas[:-1].tolist()):
         clean = x - level[step] * (yield Query(x, below_noise(sigma) / TIMESTEPS, step))
-        if step == 1:
+        if step == 1:  # the last step is repeated with what is predicted at its end
             x = ahead(start, last, 0, 0.5 * (clean - last))
         elif step:
             before, now = _corrector(past(step - 1), log_snr[step - 1] - log_snr[step])
@@ -170,7 +170,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def _corrector(past: Tensor, stride: Tensor) -> Tensor:
-    """UniPC's weights of the change of the clean latents in the step before, and in this one, which is `stride` < 0 long.  -> [2]"""
+    """UniPC's weights of how the clean latents changed before a step, and within it; minus `stride` is its length in log-SNR.  -> [2]"""
     one, grown = torch.ones(()), torch.expm1(stride)
     first = grown / stride - 1
     second = first / stride - 0.5

@@ -93,7 +93,7 @@ def chunks_of(video: Video, number: int = 2) -> list[Chunk]:
     with ExitStack() as stack:
         record = stack.enter_context(fake_cuda_mode())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(patch("sonic.inference.generate_wan.PAST_FRAMES", 9))
+        stack.enter_context(patch("sonic.inference.generate_wan.PAST_FRAMES", 5))
         generate = preview_frames if video.model == PREVIEW else wan_frames
         chunks = generate(video, stack, number)
         record.clear()  # of the weights being loaded
