@@ -143,7 +143,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = run.engine.step(role, rate=lr, step=step)
     means = world.mean(torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0))
-    *means, norm = torch.cat((means, norm.view(1).to(means))).cpu().tolist()  # the only time that the host waits for the device
+    *means, norm = torch.cat((means, norm.view(1).to(means))).tolist()  # the only time that the host waits for the device
     metrics = {f"train/{name}": value for name, value in zip(figures[0], means, strict=True)}
     loss = metrics[f"train/{role}_loss"]
     if fault := run.guard.fault(role, loss, norm):
