@@ -27,7 +27,6 @@ from sonic.system.program import written
 from sonic.system.worker import Crashed, Worker
 
 LOG = logging.getLogger(__name__)
-CPU_WORKERS = 2  # of a machine without GPUs, unless the options name another number
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def run_in_workers(make: Callable[[Any], None], jobs: Sequence[Any], workers: in
         yield from map(make, jobs)
         return
     gpus = torch.cuda.device_count()
-    count = (gpus or CPU_WORKERS) if workers == -1 else workers
+    count = (gpus or 2) if workers == -1 else workers
     started = [Worker(partial(_begin_worker, index % gpus if gpus else None)) for index in range(min(count, len(jobs)))]
     idle = deque(started)
 

@@ -51,10 +51,7 @@ def block_mask(grid: int, memory: int, blocks: int, *, window: int, device: torc
     copy = torch.arange(blocks + 1, device=device).repeat_interleave(memory)
     reader = torch.cat((block, torch.full((memory,), blocks, device=device)))
     first, last = torch.cat((block, copy)), torch.cat(((block + window - 1).clamp(max=blocks - 1), copy))
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (first[key] <= reader[query]) & (reader[query] <= last[key])
-
+    visible = lambda batch, head, query, key: (first[key] <= reader[query]) & (reader[query] <= last[key])  # noqa: E731
     return create_block_mask(visible, None, None, len(reader), len(first), device=device)
 
 

@@ -186,12 +186,11 @@ def open_world(config: ParallelConfig, ranks: Ranks, device: torch.device) -> It
 def backend_for(device: torch.device, local_world: int) -> str:
     """The backends of a group with `local_world` ranks on this machine: NCCL, and gloo for host memory; gloo alone, with a warning, where
     several ranks use a device, which NCCL does not allow."""
-    if device.type != "cuda":
-        return "gloo"
-    devices = torch.cuda.device_count()
+    devices = torch.cuda.device_count() if device.type == "cuda" else 0
     if devices >= local_world:
         return "cpu:gloo,cuda:nccl"
-    log.warning("%d ranks share %d devices, so their messages pass through host memory (gloo), which is slow", local_world, devices)
+    if devices:
+        log.warning("%d ranks share %d devices, so their messages pass through host memory (gloo), which is slow", local_world, devices)
     return "gloo"
 
 

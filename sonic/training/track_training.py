@@ -130,7 +130,7 @@ def _distil(step: TrackedRun) -> Iterator[str]:
     rng, frames = FakeGpuGenerator(), batch["latents"].shape[2]
     last = frames // objective.model_config.rollout.block_frames - 1
     with engine.precision():
-        start = objective._start(batch, rng, rng)
+        start = objective._start(batch, rng, torch.Generator())
         with objective.networks.use_role(STUDENT) as model, torch.no_grad():
             rolled = roll(model, start, objective.sigmas, execution=objective.execution)
     yield "rollout"

@@ -22,6 +22,21 @@ def test_matrices_decay_and_biases_and_gains_do_not():
         assert_close(weight.detach(), torch.full_like(weight, 2.0 * (1 - 0.1 * 0.5) if weight.ndim >= 2 else 2.0), msg=name)
 
 
+def test_one_kernel_for_all_parameters_steps_as_many_do():
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        optimizer = adamw(module.parameters(), OptimConfig(lr=0.1, weight_decay=0.5), fuse=lambda parameter: fused)  # noqa: B023
+        for group in optimizer.param_groups:
+            assert (group["fused"], group["foreach"]) == (fused, not fused)
+        for _ in range(3):
+            module(torch.randn(5, 3)).square().sum().backward()
+            optimizer.step()
+        found.append([weight.detach() for weight in module.parameters()])
+    assert_close(*found)
+
+
 @pytest.mark.parametrize(("step", "share"), [(0, 0.9), (10, 0.45), (100_000, 0.001)])
 def test_an_average_has_a_smaller_decay_in_the_first_steps(step, share):
     module = nn.Linear(2, 2)
