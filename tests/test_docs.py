@@ -15,6 +15,7 @@ import pytest
 
 from sonic.cli import compose, groups
 from sonic.main import COMMANDS
+from sonic.system.program import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -22,7 +23,10 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 200
 STARTERS = re.compile(r"(sonic |torchrun |python launch/|python -m sonic |sbatch |\./launch/)(?!  )")
 LAUNCHED = re.compile(r"(?:\./)?launch/(\w+)\.(?:py|sh)")
-OF_SCRIPTS = {"quickstart": ("infer", ["+preset=fast_preview"]), "slurm": ("infer", [])}  # what these start, and what they add
+OF_SCRIPTS = {  # what these start, and what they add
+    **{"quickstart": ("infer", ["+preset=fast_preview"]), "slurm": ("infer", [])},
+    **{script: (command, []) for command, script in LAUNCHERS.items()},
+}
 NO_OPTIONS = {"test"}  # scripts that take none of ours
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -45,7 +45,7 @@ SMALL_VAE = {"base_dim": 4, "num_res_blocks": 1}  # of diffusers' AutoencoderKLW
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """What every section is given: the device, the folder for files, a video and a distillation, and the shape of the VAE.
 
     `options` are the options of the full-sized video on this device.
@@ -111,12 +111,12 @@ class Case:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def case_of(config: CheckConfig, folder: Path) -> Case:
+def case_of(config: CheckConfig, folder: Path) -> CheckCase:
     """The case of a command line. Raises ValueError when this machine has no such device."""
     device = find_device(config.device)
     small, video = device.type == "cpu", (*VIDEO, f"run.device={device}")
     training = compose(TRAINING, [*DISTILL, *TURNS, *SMALL * small, *SMALL_TURNS * small, f"speed.device={device}"])
-    return Case(device, folder, compose(BENCH, [*video, *SMALL * small]), training, video, SMALL_VAE if small else {})
+    return CheckCase(device, folder, compose(BENCH, [*video, *SMALL * small]), training, video, SMALL_VAE if small else {})
 
 
 def random_conditions(work: Workload, blocks: int) -> Conditions:

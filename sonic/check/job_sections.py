@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sonic.bench.plan_check import hand_overs, product_tflops
-from sonic.check.case import Case, random_conditions
+from sonic.check.case import CheckCase, random_conditions
 from sonic.check.figures import Figures
 from sonic.check.measure import Clock, SlowCopies, best_seconds, count_waits, differing, kernels_of, peak_over_plan
 from sonic.checkpoint.load import fill_randomly, without_memory
@@ -55,7 +55,7 @@ VICTIM, PATIENCE_S, START_S, END_S, LOOK_S = 1, 10.0, 120.0, 40.0, 0.1
 CPU_GIB = 16  # address space of a CPU process in which the 14B does not fit, but Python and torch do
 
 
-def single(case: Case, figures: Figures) -> None:
+def single(case: CheckCase, figures: Figures) -> None:
     """The transformer alone on one device: its speed, what it waits for, its memory, and whether it repeats itself."""
     with case.opened(case.video(SINGLE)) as (found, _):
         work, device, trunk = case.work(), case.device, case.bench.model.trunk
@@ -83,7 +83,7 @@ def single(case: Case, figures: Figures) -> None:
 
 
 @torch.no_grad()
-def offload(case: Case, figures: Figures) -> None:
+def offload(case: CheckCase, figures: Figures) -> None:
     """All layers in host memory: the same video in every way, also when every copy comes late; and the rate of the copies."""
     work, like = case.work(LAYERS), case.model(LAYERS, case.dtype)
     true, _ = _latents(case, like, DistributedContext(World("single", case.device)))
@@ -104,13 +104,13 @@ def offload(case: Case, figures: Figures) -> None:
         case.release()
 
 
-def _latents(case: Case, model: AvatarDiT, context: DistributedContext) -> tuple[list[Tensor], float]:
+def _latents(case: CheckCase, model: AvatarDiT, context: DistributedContext) -> tuple[list[Tensor], float]:
     """The latents of a short video in host memory, and its seconds."""
     clock, found = Clock(case.device), [block.latents for block in case.blocks(model, context, count=BLOCKS)]
     return [latents.cpu() for latents in found], clock.seconds()
 
 
-def _offloaded(like: AvatarDiT, case: Case, config: ParallelConfig) -> tuple[AvatarDiT, DistributedContext]:
+def _offloaded(like: AvatarDiT, case: CheckCase, config: ParallelConfig) -> tuple[AvatarDiT, DistributedContext]:
     """A model with the weights of another one under a plan on one device."""
     world, plan = World(config.name, case.device), parallelizer_of(config.name)
     model = without_memory(like.config).to(case.dtype).eval().requires_grad_(False)
@@ -120,7 +120,7 @@ def _offloaded(like: AvatarDiT, case: Case, config: ParallelConfig) -> tuple[Ava
     return model, DistributedContext(world, config, plan.start(model, world, config))
 
 
-def video(case: Case, figures: Figures) -> None:
+def video(case: CheckCase, figures: Figures) -> None:
     """Transformer and VAE together, from encoded inputs to frames in host memory, in four steps and in three."""
     for steps in (4, 3):
         config, frames, count = case.video(SINGLE, steps=steps), case.work().frames, WARM + TIMED if case.on_gpu else 2
@@ -134,7 +134,7 @@ def video(case: Case, figures: Figures) -> None:
                 figures.add("peak_over_plan", peak_over_plan(found.estimate, case.device))
 
 
-def train(case: Case, figures: Figures) -> None:
+def train(case: CheckCase, figures: Figures) -> None:
     """Turns of critic and student of a distillation with adapters on a frozen base, on one rank under fsdp."""
     config, folder, work = case.training, case.folder / "train", training(case.training)
     dist.init_process_group("cpu:gloo,cuda:nccl" if case.on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -164,7 +164,7 @@ def train(case: Case, figures: Figures) -> None:
     dist.destroy_process_group()
 
 
-def ranks(case: Case, figures: Figures) -> None:
+def ranks(case: CheckCase, figures: Figures) -> None:
     """fsdp on one rank against a single device; and two ranks of a pipeline on this device, of which one is killed."""
     found = []
     for name in ("single", "fsdp"):
@@ -190,7 +190,7 @@ def ranks(case: Case, figures: Figures) -> None:
     figures.add("exit_code_of_the_other", "none: it hangs" if end is None else end)
 
 
-def _rank(rank: int, port: int, case: Case, *, runs: Event) -> None:
+def _rank(rank: int, port: int, case: CheckCase, *, runs: Event) -> None:
     """A rank of a pipeline, with its output in a file; sets `runs` when a video is made."""
     with (case.folder / f"rank{rank}.txt").open("wb") as file:
         os.dup2(file.fileno(), 2)
@@ -209,7 +209,7 @@ def _rank(rank: int, port: int, case: Case, *, runs: Event) -> None:
         raise SystemExit(1) from error
 
 
-def memory(case: Case, figures: Figures) -> None:
+def memory(case: CheckCase, figures: Figures) -> None:
     """A video that needs more memory than there is."""
     fit = [*command_words("bench"), "fit", *case.options, "fit.force=true", f"run.folder={case.folder}"]
     limited = ["sh", "-c", f'ulimit -v {CPU_GIB << 20}; exec "$@"', "sh", *fit]  # a CPU process has no cap of its own

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sonic.check.case import Case, random_conditions
+from sonic.check.case import CheckCase, random_conditions
 from sonic.check.figures import Figures
 from sonic.check.measure import best_seconds, kernels_of
 from sonic.geometry import GIB, PIXELS_PER_LATENT, BlockSpan
@@ -36,7 +36,7 @@ VAE_WAYS = {  # precision, TF32 in convolutions, layout of weights and frames
 }
 
 
-def env(case: Case, figures: Figures) -> None:
+def env(case: CheckCase, figures: Figures) -> None:
     """Versions, the device, and the switches that change numbers or speed."""
     for name, version in {**versions(), "device": figures.device}.items():
         figures.add(name, version)
@@ -50,7 +50,7 @@ def env(case: Case, figures: Figures) -> None:
         figures.add("driver", subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0])
 
 
-def numerics(case: Case, figures: Figures) -> None:
+def numerics(case: CheckCase, figures: Figures) -> None:
     """A forward of a few layers in float32 and bfloat16 on the device, and in float32 on the CPU."""
     work, model = case.work(LAYERS), case.model(LAYERS, torch.float32)
     work = work.resized(min(PORTION[0], work.width), min(PORTION[1], work.height))
@@ -76,7 +76,7 @@ def _error(found: Tensor, true: Tensor) -> float:
 
 
 @torch.no_grad()
-def kernels(case: Case, figures: Figures) -> None:
+def kernels(case: CheckCase, figures: Figures) -> None:
     """Attention on the true shapes, by torch's choice and by each kernel; matrix products; the time embedding."""
     work, device, trunk = case.work(), case.device, case.bench.model.trunk
     tokens, keys, dim = work.query_tokens, work.window + work.memory, trunk.hidden_dim
@@ -104,7 +104,7 @@ def kernels(case: Case, figures: Figures) -> None:
 
 
 @torch.no_grad()
-def vae(case: Case, figures: Figures) -> None:
+def vae(case: CheckCase, figures: Figures) -> None:
     """Encoding the past of a stream, and decoding a block of it, with every precision and layout."""
     work, device = case.work(), case.device
     for name, (dtype, tf32, layout) in list(VAE_WAYS.items())[: None if case.on_gpu else 2]:

@@ -85,9 +85,9 @@ def kernels_of(run: Callable[[], object]) -> Counter[str]:
 class SlowCopies(TorchDispatchMode):
     """While active, every copy between host and GPU begins a millisecond late on its stream, so that what does not wait for it fails."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, *call: Any) -> Any:
         """Run an operation."""
-        named = kwargs or {}
+        args, named = call if len(call) == 2 else (*call, {})
         ends = {tensor.device.type for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
         ends |= {torch.device(named["device"]).type} if named.get("device") is not None else set()
         if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and len(ends) > 1:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sonic.check.case import Case, case_of
+from sonic.check.case import CheckCase, case_of
 from sonic.check.check_config import LIMITS, CheckConfig
 from sonic.check.figures import Figures, as_line
 from sonic.check.job_sections import memory, offload, ranks, single, train, video
@@ -29,14 +29,14 @@ from sonic.system.run_folder import Run, start_logging
 PRELOADED = ["sonic.check.run_sections", "torch._dynamo", "torch.distributed.fsdp"]
 CPU_PATIENCE = 4  # times as long as a GPU may a CPU take, which others may use too
 LAST_LINES = 3  # of the output of a section that did not end by itself
-Section = Callable[[Case, Figures], None]
+Section = Callable[[CheckCase, Figures], None]
 SECTIONS: dict[str, Section] = dict(zip(LIMITS, (env, numerics, kernels, single, offload, vae, video, train, ranks, memory), strict=True))
 PASSED, FAILED, SKIPPED = "pass", "fail", "skipped"
 
 log = logging.getLogger("sonic.check")
 
 
-class Outcome(NamedTuple):
+class SectionResult(NamedTuple):
     """How a section ended: pass, fail or skipped, its seconds, and a sentence for each failure."""
 
     section: str
@@ -68,7 +68,7 @@ def run_sections(config: CheckConfig, run: Run) -> int:
     return int(any(outcome.result == FAILED for outcome in outcomes))
 
 
-def _outcome(name: str, case: Case, *, section: Section, limit: float) -> Outcome:
+def _outcome(name: str, case: CheckCase, *, section: Section, limit: float) -> SectionResult:
     """Run a section in its process to its end, or to the end of its time."""
     begun, records, context = time.monotonic(), [], multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
@@ -93,7 +93,7 @@ def _outcome(name: str, case: Case, *, section: Section, limit: float) -> Outcom
         how = f"ended with {ended}" if ended else f"was stopped after {limit:g} s"
         sentences.append(f"it {how}, and figures after that are missing: {_last_lines(case.folder / f'{name}.txt')}")
     shown = [record for record in records if record["value"] is not None]
-    return Outcome(name, FAILED if sentences else PASSED if shown else SKIPPED, round(time.monotonic() - begun, 1), sentences)
+    return SectionResult(name, FAILED if sentences else PASSED if shown else SKIPPED, round(time.monotonic() - begun, 1), sentences)
 
 
 def _received(pipe: Connection, until: float) -> Iterator[dict]:
@@ -103,7 +103,7 @@ def _received(pipe: Connection, until: float) -> Iterator[dict]:
             yield pipe.recv()
 
 
-def _run_section(name: str, case: Case, pipe: Connection, *, section: Section) -> None:
+def _run_section(name: str, case: CheckCase, pipe: Connection, *, section: Section) -> None:
     """What the process of a section does; its output goes to a file beside the figures."""
     os.setsid()
     parent = multiprocessing.parent_process()

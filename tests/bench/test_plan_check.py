@@ -41,7 +41,7 @@ TINY = [
 def measured(*overrides: str, rank: int = 0, world: int = 1) -> dict:
     """Figures of rank `rank` of `world` ranks."""
     config = compose(Entry("bench", BenchConfig), ["preset=fast_preview", *TINY, *overrides])
-    with patch.object(plan_check, "WanAutoencoder", lambda: WanAutoencoder(VAE)):
+    with patch.object(plan_check, "WanAutoencoder", lambda shape: WanAutoencoder(VAE)):
         return plan_check.bench_fit(config, 0.0, ranks=Ranks(rank, world, rank, world))
 
 

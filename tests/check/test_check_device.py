@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sonic.check import run_sections
-from sonic.check.case import Case
+from sonic.check.case import CheckCase
 from sonic.check.check_config import LIMITS, CheckConfig
 from sonic.check.figures import BOUNDS, Figures, as_line
 from sonic.cli import run_command
@@ -47,22 +47,22 @@ def test_a_cpu_runs_every_section_and_skips_what_only_a_gpu_can_show(tmp_path):
     assert "rank 1: gives no more signs of life" in figures["ranks.blamed"]["unit"]
 
 
-def crashes(case: Case, figures: Figures) -> None:
+def crashes(case: CheckCase, figures: Figures) -> None:
     figures.add("before", 1.0, "s")
     os.write(2, b"the driver fell over\n")
     os.abort()
 
 
-def hangs(case: Case, figures: Figures) -> None:
+def hangs(case: CheckCase, figures: Figures) -> None:
     subprocess.Popen(["sh", "-c", f"sleep 1000; touch {case.folder / 'left'}"])
     time.sleep(1000)
 
 
-def is_wrong(case: Case, figures: Figures) -> None:
+def is_wrong(case: CheckCase, figures: Figures) -> None:
     figures.add("differing_latents", 3)
 
 
-def is_fine(case: Case, figures: Figures) -> None:
+def is_fine(case: CheckCase, figures: Figures) -> None:
     figures.add("torch", torch.__version__)
 
 
