@@ -31,12 +31,12 @@ class Copies(NamedTuple):
 
 FORWARD = Copies(4, 1, 0.5, 3)  # without gradients
 GRAPH = {  # while a layer is recomputed and backpropagated, by what is trained in a block
-    "adapters": Copies(17, 5, 2, 2),
+    "adapters": Copies(13, 5, 2, 2),
     "weights": Copies(15, 7, 2, 3),
-    "elsewhere": Copies(10, 5, 2, 2),
+    "elsewhere": Copies(7, 5, 2, 2),
 }
 # What the backward pass keeps of every layer without recompute: the share of a block's graph, and an injector's copies of the tokens.
-KEPT_WITHOUT_RECOMPUTE = {"adapters": (0.89, 5.7), "weights": (0.94, 8.3), "elsewhere": (0.9, 5.7)}
+KEPT_WITHOUT_RECOMPUTE = {"adapters": (0.95, 5.7), "weights": (0.9, 8.3), "elsewhere": (0.9, 5.7)}
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ def _trained(work: Training) -> str:
 
 
 def _kept_by_layers(work: Training, tokens: float, graph: float) -> dict[str, float]:
-    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors, else most of their graphs."""
+    """What layers keep for the backward pass: with recompute the (float32) inputs of blocks and injectors, else most of their graphs."""
     layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers)
     if work.recipe.speed.recompute:
-        return {"layer_inputs": (layers + injectors) * tokens * work.token_bytes}
+        return {"layer_inputs": (layers + injectors) * tokens / work.tokens * work.stream_bytes}
     share, copies = KEPT_WITHOUT_RECOMPUTE[_trained(work)]
     return {"layer_inputs": (layers - 1) * share * graph + injectors * copies * tokens * work.token_bytes}
 
@@ -178,7 +178,7 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     first = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _trained(work) == "weights" else 0
     time_embed = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.learn.rank else 0
     reduced = MASTER * learning * (1 + 1 / size.ranks) + work.dtype_bytes * first
-    return {"gathered": size.root + 2 * size.largest, "reduced": reduced, "activations": graph + work.dtype_bytes * time_embed}
+    return {"gathered": size.root + 2 * size.largest, "reduced": reduced, "activations": graph + MASTER * time_embed}
 
 
 def _update(size: Sizes) -> dict[str, float]:
