@@ -157,12 +157,12 @@ def _trained(work: Training) -> str:
 
 
 def _kept_by_layers(work: Training, tokens: float, *, query_share: float) -> dict[str, float]:
-    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors, else what their backward passes read.
+    """What layers keep for the backward pass: with recompute the (float32) inputs of blocks and injectors, else what their backward passes read.
 
     Blocks that nothing that learns precedes keep nothing."""
     layers, injectors, trained = work.model.trunk.num_layers, len(work.model.audio.inject_layers), _trained(work)
     if work.recipe.speed.recompute:
-        return {"layer_inputs": (layers + injectors) * tokens * work.token_bytes}
+        return {"layer_inputs": (layers + injectors) * tokens / work.tokens * work.stream_bytes}
     learning = layers - (1 + min(work.model.audio.inject_layers, default=0) if trained == "elsewhere" else 0)
     kept = learning * _copied(work, KEPT[trained], tokens, query_share=query_share)
     return {"layer_inputs": kept + injectors * KEPT_BY_INJECTOR * query_share * tokens * work.token_bytes}
@@ -203,7 +203,7 @@ def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
     *_, last = size.units
     done = size.units[last] if last.startswith("audio_injectors") else 0.0  # freed before the backward pass of the last block
     gathered = size.gathered - done if size.kept else size.root + 2 * size.largest
-    return {"gathered": gathered, "reduced": reduced, "activations": graph + work.dtype_bytes * time_embed}
+    return {"gathered": gathered, "reduced": reduced, "activations": graph + MASTER * time_embed}
 
 
 def _update(size: Sizes) -> dict[str, float]:
