@@ -62,7 +62,7 @@ class Components:
             self.autoencoder = self.make_autoencoder()
 
     def begin_video(self, seconds: float) -> None:
-        """Load what is not loaded, and decide by run.compile whether the transformer runs compiled in a video of this length."""
+        """Load what is not loaded, and decide by run.compile whether the transformer runs compiled in this video (0 = unknown length)."""
         self.load()
         self.videos += 1
         pays = self.device.type == "cuda" and (self.videos > 1 or seconds > COMPILE_FROM_S)

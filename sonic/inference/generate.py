@@ -33,7 +33,8 @@ def generate(inputs: Inputs, components: Components, settings: Settings, *, time
     with timer.stage("encode"):
         encoded = family.condition(inputs, components, settings)
     with timer.stage("load"):
-        components.begin_video(inputs.num_frames / inputs.fps)
+        length = inputs.num_frames / inputs.fps if settings.sound is None else 0  # a live video is not to wait for the compiler
+        components.begin_video(length)
     with timer.compiling(COMPILE_TIME):
         yield from family.generate(inputs, encoded, components, settings=settings, timer=timer)
 

@@ -30,12 +30,25 @@ def turned_by_hand(heads: torch.Tensor, time: int, row: int, column: int) -> tor
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("time", [0, -19, 30, 45_000, 3_000_000])
 def test_rotations_are_exact_however_far_the_block_is(time, learns):
-    """Block 1 000 000 starts at latent frame 3 000 000; different kernels are used with and without gradients."""
+    """Block 1 000 000 starts at latent frame 3 000 000."""
     heads = torch.randn(1, 6, 1, HEAD_DIM)
     with torch.set_grad_enabled(learns):
         found = rotate(heads, rotation(grid_positions(torch.tensor([time]), 2, 3), HEAD_DIM))
     for token in range(6):
         assert_close(found[0, token, 0], turned_by_hand(heads[0, token, 0], time, token // 3, token % 3), atol=1e-6, rtol=1e-6)
+
+
+def test_both_forms_of_a_rotation_are_equal_and_so_are_their_gradients(monkeypatch):
+    """As a product of complex numbers, and in real numbers as the compiler is given it."""
+    turns, upstream = rotation(grid_positions(torch.tensor([7]), 2, 3), HEAD_DIM), torch.randn(1, 6, 2, HEAD_DIM)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        heads = torch.linspace(-1, 1, upstream.numel()).view_as(upstream).requires_grad_()
+        turned = rotate(heads, turns)
+        found.append((turned, *torch.autograd.grad((turned * upstream).sum(), heads)))
+    for complex_form, real_form in zip(*found, strict=True):
+        assert_close(real_form, complex_form, atol=1e-6, rtol=1e-6)
 
 
 def test_a_rotation_in_half_precision_is_rounded_once():

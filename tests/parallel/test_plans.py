@@ -56,14 +56,14 @@ def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
 
 def compiled_under(plans: dict[str, ParallelConfig], weights: str) -> dict[str, tuple[Made, int]]:
     """What a rank makes under each plan with compiled regions, and how often it has compiled until then; without generating code."""
-    torch.compile = partial(torch.compile, backend="aot_eager")
+    torch.compile = partial(torch.compile, backend="eager")
     return {plan: (made_under(plan, parallel, weights, compiled=True), COMPILE_TIME.number) for plan, parallel in plans.items()}
 
 
 def test_every_plan_runs_compiled_on_all_its_ranks(weights):
     """The plans with the most hooks of each kind; a rank compiles at its first video and whenever its share has another shape."""
     plain = made_under("tiny", SINGLE["tiny"], weights)
-    plans = {name: TINY[name] for name in ("pipeline", "fsdp sublayer", "fsdp block", "offload", "context")}
+    plans = {name: TINY[name] for name in ("pipeline", "fsdp sublayer", "offload", "context")}
     first, second = on_ranks(2, compiled_under, plans, weights)
     assert all(number for _, number in (*first.values(), *second.values()))
     for name, (made, _) in first.items():

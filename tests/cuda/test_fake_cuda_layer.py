@@ -1,0 +1,22 @@
+"""How many kernels a layer of the published models launches on a (fake) CUDA device, and what its elementwise kernels read and write."""
+
+from __future__ import annotations
+
+from layer_kernels import FUSED, elementwise, kernels_of_a_layer
+
+TOKENS = 3168 * 5120 * 2  # bytes of the tokens of a block in bfloat16
+
+
+def test_fake_cuda_rotates_in_three_kernels_and_applies_gelu_in_the_product(fake_cuda):
+    launches, _ = fake_cuda(kernels_of_a_layer, False)
+    assert launches["_addmm_activation"] == 1 and not launches["gelu"]
+    assert launches["mul"] == 2 and not launches["roll"]
+    assert elementwise(launches) <= 26
+
+
+def test_fake_cuda_fuses_what_lies_between_products_and_attentions(fake_cuda):
+    """Into six kernels: the modulation, the norm with it, both rotations, and a sum with each of the three norms or gates that follow."""
+    launches, traffic = fake_cuda(kernels_of_a_layer, True)
+    assert launches[FUSED] <= 6
+    assert elementwise(launches) <= 12
+    assert elementwise(traffic) <= 40 * TOKENS
