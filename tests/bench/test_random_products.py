@@ -33,10 +33,18 @@ class Products(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def once(jobs: dict[str, Callable[[], object]], *_: object) -> dict[str, float]:
+    """Every product runs once; the forward, which has products of its own, does not."""
+    for name, job in jobs.items():
+        if name != "forward":
+            job()
+    return dict.fromkeys(jobs, 1.0)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_that_measure_a_rate_multiply_random_numbers(name, monkeypatch):
     monkeypatch.setattr(plan_check, "PRODUCT_S", 0.01)
-    monkeypatch.setattr(forward_time, "fastest", lambda jobs, *_: {job: bool(work() is not None) + 0.0 for job, work in jobs.items()})
+    monkeypatch.setattr(forward_time, "fastest", once)
     with Products() as products:
         PRODUCTS[name]()
     assert products.spread and min(products.spread) > 0.9
