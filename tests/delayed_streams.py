@@ -100,15 +100,11 @@ class InOrder(DeviceStream):
 class LateStream(DeviceStream):
     """A stream whose work is done in a thread, DELAY_S after its turn."""
 
-    def __init__(self, device: torch.device, priority: int = 0) -> None:
+    def __init__(self, device: torch.device, priority: int) -> None:
         super().__init__(device, priority)
         self.queue: Queue[Callable[[], object]] = Queue()
         self.number = 0  # the last operation of the CPU that this stream waited for
         threading.Thread(target=self._work, daemon=True).start()
-
-    @classmethod
-    def current(cls, device: torch.device) -> DeviceStream:
-        return InOrder(device)
 
     def record(self, *, timed: bool = False) -> LateEvent:
         event = LateEvent(self.number)
@@ -151,6 +147,7 @@ class LateStream(DeviceStream):
 def delayed_streams() -> Iterator[None]:
     """Inside the `with` block all streams of the CPU are late."""
     device_stream.stream_for.cache_clear()
-    with patch.dict(device_stream.STREAMS, {"cpu": LateStream}), Accesses() as ACCESSES[0]:
+    stream_of = lambda device, priority=None: InOrder(device) if priority is None else LateStream(device, priority)  # noqa: E731
+    with patch.dict(device_stream.STREAMS, {"cpu": stream_of}), Accesses() as ACCESSES[0]:
         yield
     device_stream.stream_for.cache_clear()

@@ -192,6 +192,9 @@ def fake_cuda_mode() -> Iterator[Record]:
         def copy(self, target: Tensor, source: Tensor) -> None:
             target.copy_(source, non_blocking=True)
 
+        def host_memory(self, like: Tensor) -> Tensor:
+            return torch.empty_like(like, device="cpu")
+
     device_stream.stream_for.cache_clear()
     with (
         patch.dict(device_stream.STREAMS, {"cuda": Stream}),

@@ -294,8 +294,8 @@ def _chunks(frames: Iterator[Tensor], frames_left: FramesLeft, stream: DeviceStr
     for some in frames:
         if count := frames_left(start, some.shape[2]):
             with timer.stage("decode", stream):
-                (pixels,), arrived = to_host([stream.run(to_pixels, some[:, :, :count])], stream)
-                arrived.synchronize()
+                (pixels,), copied = to_host([stream.run(to_pixels, some[:, :, :count])], stream)
+                copied.synchronize()
             yield pixels
         start += some.shape[2]
 

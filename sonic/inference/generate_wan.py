@@ -31,6 +31,7 @@ from sonic.vae.wan_vae import WanAutoencoder
 
 Vae = WanAutoencoder | RemoteAutoencoder  # on this rank, or a proxy for the one on another rank
 Stage = Callable[[str, DeviceStream], AbstractContextManager]  # stage(name, stream) adds the time inside to that stage
+unmeasured: Stage = lambda name, stream: nullcontext()  # noqa: E731
 BlocksWithEvents = Iterator[tuple[LatentBlock, Event]]
 
 DROPPED_FRAMES = 3  # the published pipelines drop these from the first clip, so the video runs ahead of its sound
@@ -38,11 +39,6 @@ PAST_FRAMES = 73  # video frames of the past that become motion latents: 1 + 4·
 POSE_CHUNK = 48  # pose frames that are encoded at once
 WARM_LATENTS = 7  # latent frames of the still picture that fill the cache of the decoder before the first block
 STILL_REPEATS = 5  # the published pipeline repeats its picture five times where one frame is meant
-
-
-def unmeasured(name: str, stream: DeviceStream) -> AbstractContextManager:
-    """A stage whose time is not asked for."""
-    return nullcontext()
 
 
 class WanNetworks(NamedTuple):

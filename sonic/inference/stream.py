@@ -131,8 +131,8 @@ def decode_motion(
         decoding.wait(made)
         with timer.stage("decode", decoding):
             found, cache = decoding.run(autoencoder.decode, block.latents, reference, cache)
-            tracks, arrived = to_host(found, decoding)
-            arrived.synchronize()
+            tracks, copied = to_host(found, decoding)
+            copied.synchronize()
             last = smooth_seams(MotionLayers(*tracks), last)
         if count := frames_left(block.span.first_frame, block.span.frames):
             yield MotionLayers(*(track[:, :count] for track in last))

@@ -18,6 +18,7 @@ Two sampling steps share one copy of the memory; the slots of the second one lie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -88,22 +89,19 @@ class CacheShard(NamedTuple):
 
 
 class RingWindows:
-    """Where the attention of a block reads the keys and values of its ring: here in the ring itself.
-
-    parallel/host_rings.py has another one, for rings in host memory.
-    """
+    """Where the attention of a block reads its ring: here in the ring itself; a subclass in parallel/ is for rings in host memory."""
 
     def allocated(self, cache: KVCache) -> KVCache:
-        """The cache, whose rings are read through this object."""
+        """The cache, with its rings read through this object."""
         return replace(cache, windows=self)
 
     def load(self, context: CachedContext) -> KeysValues:
-        """Keys and values of the ring in the layer of `context`, of which the tokens in its slot may be overwritten."""
+        """Keys and values of a ring in one layer, in which the block's slot is to be written."""
         context.cache.rotate_reference(context.ring, context.layer, context.ref_position)
         return context.ring.keys[context.layer], context.ring.values[context.layer]
 
     def store(self, context: CachedContext) -> None:
-        """Keep what was written into the slot of `context`; called when the attention is queued."""
+        """Keep what was written into the block's slot; called after the attention was queued."""
 
 
 @dataclass
@@ -152,9 +150,12 @@ class KVCache:
     def rotate_reference(self, ring: KVRing, layer: int, position: int) -> None:
         """Rotate the reference's keys in a layer's buffer for time id `position`, unless they already are."""
         if ring.ref_positions.get(layer) != position:
-            raw = self.ref_keys[layer]
-            ring.keys[layer][:, ring.memory.start : ring.memory.start + raw.shape[1]] = rotate(raw, self.reference_rotation(position))
+            ring.keys[layer][:, self.reference_in(ring)] = rotate(self.ref_keys[layer], self.reference_rotation(position))
             ring.ref_positions[layer] = position
+
+    def reference_in(self, ring: KVRing) -> slice:
+        """The range of the reference's tokens in a ring."""
+        return slice(ring.memory.start, ring.memory.start + math.prod(self.grid))
 
     def reference_rotation(self, position: int) -> Rotation:
         """The rotation of the reference's keys for time id `position`, on the device that runs the attention."""

@@ -1,7 +1,4 @@
-"""Work of a device beside the work that is queued for it already: copies and decoding, with events between the streams.
-
-On CUDA a stream runs what is queued on it in order, and independently of other streams. Devices without streams do all work at once.
-"""
+"""Work of a device beside the work that is queued for it already: copies and decoding, with events between the streams."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-HIGH = -1  # priority of a stream whose work goes before that of others when both wait for the device
+NORMAL, HIGH = 0, -1  # priorities: work of a stream with a high one goes first when others wait for the device too
 
 
 class HostEvent:
@@ -28,11 +25,9 @@ class HostEvent:
         """Return, because the work before this point is done."""
 
     def query(self) -> bool:
-        """True, because the work before this point is done."""
         return True
 
     def elapsed_time(self, end: HostEvent) -> float:
-        """Milliseconds between this point and a later one."""
         return 1000 * (end.time - self.time)
 
 
@@ -40,15 +35,13 @@ Event = HostEvent | torch.cuda.Event
 
 
 class DeviceStream:
-    """A queue of work for a device. This one is of a device without streams, such as a CPU: it does all work at once."""
+    """A queue of work for a device, apart from others; without a priority, the one to which torch adds the work of this thread.
 
-    def __init__(self, device: torch.device, priority: int = 0) -> None:
+    This class is for devices without streams, such as a CPU, which do all work at once.
+    """
+
+    def __init__(self, device: torch.device, priority: int | None = None) -> None:
         self.device = device
-
-    @classmethod
-    def current(cls, device: torch.device) -> DeviceStream:
-        """The stream to which torch adds the work of this thread."""
-        return cls(device)
 
     def record(self, *, timed: bool = False) -> Event:
         """The point after all work queued so far; `timed` when `elapsed_time` will be asked."""
@@ -63,14 +56,14 @@ class DeviceStream:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy. Between a device and pinned memory it does not make the host wait."""
-        self.run(target.copy_, source)
+        self.run(lambda *pair: pair[0].copy_(pair[1], non_blocking=True), target, source)
 
     def host_memory(self, like: Tensor) -> Tensor:
-        """Memory of the host for a copy of `like`, pinned where that matters."""
-        return torch.empty_like(like, device="cpu")
+        """Memory of the host for a copy of `like`, pinned where it is on a GPU."""
+        return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
 
     def pin(self, memory: Tensor, owner: object) -> None:
-        """Pin host memory where it is, until `owner` is freed, where that matters."""
+        """Pin host memory where it is until `owner` is freed, for a GPU."""
 
 
 class CudaStream(DeviceStream):
@@ -78,13 +71,9 @@ class CudaStream(DeviceStream):
 
     delay_cycles = 0
 
-    def __init__(self, device: torch.device, priority: int = 0, *, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, device: torch.device, priority: int | None = None) -> None:
         super().__init__(device)
-        self.stream = torch.cuda.Stream(device, priority) if stream is None else stream
-
-    @classmethod
-    def current(cls, device: torch.device) -> CudaStream:
-        return cls(device, stream=torch.cuda.current_stream(device))
+        self.stream = torch.cuda.current_stream(device) if priority is None else torch.cuda.Stream(device, priority)
 
     def record(self, *, timed: bool = False) -> Event:
         return self.stream.record_event(torch.cuda.Event(enable_timing=timed))
@@ -102,29 +91,23 @@ class CudaStream(DeviceStream):
                 each.record_stream(self.stream)
         return found
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        self.run(lambda *pair: pair[0].copy_(pair[1], non_blocking=True), target, source)
-
-    def host_memory(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like, device="cpu", pin_memory=True)
-
     def pin(self, memory: Tensor, owner: object) -> None:
         cuda, storage = torch.cuda.cudart(), memory.untyped_storage()  # torch's pin_memory would round its size up to a power of two
         torch.cuda.check_error(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
         weakref.finalize(owner, cuda.cudaHostUnregister, storage.data_ptr()).atexit = False
 
 
-HOST = DeviceStream(torch.device("cpu"))
 STREAMS: dict[str, type[DeviceStream]] = {"cuda": CudaStream}  # by type of device
+HOST = DeviceStream(torch.device("cpu"))
 
 
 def current_stream(device: torch.device) -> DeviceStream:
     """The stream to which torch adds the work of this thread on a device."""
-    return STREAMS.get(device.type, DeviceStream).current(device)
+    return STREAMS.get(device.type, DeviceStream)(device)
 
 
 @cache
-def stream_for(purpose: str, device: torch.device, priority: int = 0) -> DeviceStream:
+def stream_for(purpose: str, device: torch.device, priority: int = NORMAL) -> DeviceStream:
     """The stream of a device for one purpose. It is always the same, because torch caches freed memory for each stream."""
     return STREAMS.get(device.type, DeviceStream)(device, priority)
 

@@ -106,7 +106,7 @@ def test_frames_of_a_rank_for_the_autoencoder_are_received_beside_the_work_of_th
 
 def test_a_stage_lasts_as_long_as_its_stream_and_the_host_does_not_wait_for_it():
     with delayed_streams():
-        timer, stream, source = StageTimer(), LateStream(CPU), torch.ones(3)
+        timer, stream, source = StageTimer(), LateStream(CPU, 0), torch.ones(3)
         for _ in range(20):
             with timer.stage("decode", stream):
                 stream.copy(torch.empty(3), source)
