@@ -24,7 +24,7 @@ SPEECH_NUMBERS = {"logmel": 1_317_440, "wav2vec2": 315_438_720, "hubert": 315_43
 PAST_LATENTS = 19  # latent frames decoded in front of every clip and discarded
 COPIES = {"attention": 12, "mlp": 5, "other": 8}  # copies of the activations alive at once; rotary embeddings are float32
 EXCHANGE_COPIES = 7  # additional copies in attention when ranks exchange tokens for heads
-GATHERED_COPIES = 6  # of the outputs of all ranks that share tokens: each of these ranks projects all of them to latents
+GATHERED_COPIES = 2  # of the outputs of all ranks that share tokens: each of these ranks projects all of them to latents
 CLIP_COPIES = 2  # additional copies for a clip: its parts are concatenated, and its keys are not in a KV ring
 HOST_GIB = 2.5  # GiB of host memory that Python, torch and drivers take in a process
 
@@ -82,14 +82,16 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
     widened = 4 * min(WIDENED, 6 * trunk.hidden_dim**2) if work.dtype_bytes == 2 else 0
-    gathered = GATHERED_COPIES * work.query_tokens * work.token_bytes * (share > 1)
-    other = (COPIES["other"] + more) * activations + rotations
+    whole = work.query_tokens * work.token_bytes * (share > 1)  # the tokens of all ranks: of a clip each of them embeds and keeps all
+    embedded = whole * (1 - 1 / share) if work.clip_frames else 0
+    gathered = GATHERED_COPIES * whole + embedded
+    other = (COPIES["other"] + more) * activations + rotations + embedded
     return {
         "ends": activations + max(widened, gathered),
-        "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations,
+        "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations + embedded,
         "text": other,
         "prompt": other,
-        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations,
+        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations + embedded,
         "injector": other,
     }
 
