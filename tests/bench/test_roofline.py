@@ -60,9 +60,9 @@ def test_kernels_are_counted_with_what_they_read_and_write():
 
 def test_cards_are_those_of_the_hardware_files():
     for name, file in FILES.items():
-        found, told = cards(name, 1), compose(PLAN, [f"hardware={file}"]).hardware
+        found, filed = cards(name, 1), compose(PLAN, [f"hardware={file}"]).hardware
         for field in ("usable_gib", "reserve_gib", "tflops", "memory_gbps", "link_gbps", "host_gbps", "efficiency"):
-            assert getattr(found, field) == getattr(told, field), (name, field)
+            assert getattr(found, field) == getattr(filed, field), (name, field)
 
 
 @pytest.mark.parametrize("card", CARDS)
