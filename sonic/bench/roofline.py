@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from math import prod
 
 from rich.console import Console
 
@@ -13,8 +12,7 @@ from sonic.families import FAMILIES
 from sonic.inference.infer_config import BenchConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.planner.hardware import CARDS, RATES, cards
-from sonic.planner.memory import GIB, model_bytes
-from sonic.planner.plans import Plan
+from sonic.planner.memory import model_bytes
 from sonic.planner.search import search
 from sonic.planner.step_time import GIGA, TERA, VAE_FLOPS, forwards
 from sonic.planner.traffic import forward_kernels
@@ -23,10 +21,10 @@ from sonic.system.files import write_json
 
 SIZES = ("704x384", "384x256")
 NUMBERS = (1, 2, 4, 8)
-NEEDS = ("size", "TFLOP", "launches, a layer / all", "GB: weights", "keys, values", "rest of products", "other kernels", "operations per byte")
+NEEDS = "size | TFLOP | launches, a layer / all | GB: weights | keys, values | rest of products | other kernels | operations per byte"
 SPEEDS = (
-    "size", "cards", "ms of a forward: products", "other kernels", "bound, frames/s", "planner's plan", "its frames/s", "GiB", "measured",
-)  # fmt: skip
+    "size | cards | ms of a forward: products | other kernels | bound, frames/s | planner's plan | its frames/s | GiB | measured frames/s"
+)
 
 
 def bench_roofline(config: BenchConfig) -> dict:
@@ -36,11 +34,12 @@ def bench_roofline(config: BenchConfig) -> dict:
     if FAMILIES[config.model.family].moves_portrait:
         raise ValueError(f"bench roofline is for published models, not model={config.model.name}; use model=live_avatar_14b")
     asked = workload(config)
-    figures = {size: _needs(replace(asked, width=width, height=height)) for size, (width, height) in zip(SIZES, map(parse_size, SIZES))}
-    needs = [[size, *_cells(each)] for size, each in figures.items()]
-    speeds = [row for size in SIZES for row in _speeds(asked, size, figures[size])]
-    Console(width=400, soft_wrap=True).print(_markdown(NEEDS, needs), "", _markdown(SPEEDS, speeds), sep="\n", markup=False, highlight=False)
-    found = {"forward": figures, "cards": [dict(zip(SPEEDS, row, strict=True)) for row in speeds]}
+    jobs = {size: replace(asked, width=width, height=height) for size in SIZES for width, height in [parse_size(size)]}
+    figures = {size: _needs(work) for size, work in jobs.items()}
+    speeds = [row for size, work in jobs.items() for row in _speeds(work, size, figures[size])]
+    tables = (_markdown(NEEDS, ([size, *_cells(each)] for size, each in figures.items())), _markdown(SPEEDS, speeds))
+    Console(width=400, soft_wrap=True).print("\n\n".join(tables), markup=False, highlight=False)
+    found = {"forward": figures, "cards": [dict(zip(SPEEDS.split(" | "), row, strict=True)) for row in speeds]}
     if config.json:
         write_json(found, config.json)
     return found
@@ -70,10 +69,8 @@ def bound_seconds(needs: dict[str, float], card: str) -> tuple[float, float]:
     return max(needs["operations"] / (tflops * TERA), multiplied / (gbps * GIGA)), needs["others"] / (gbps * GIGA)
 
 
-def _speeds(asked: Workload, size: str, needs: dict[str, float]) -> Iterator[list[str]]:
+def _speeds(work: Workload, size: str, needs: dict[str, float]) -> Iterator[list[str]]:
     """Rows of SPEEDS: the bound of cards that divide the work perfectly, and the fastest plan that fits."""
-    width, height = parse_size(size)
-    work = replace(asked, width=width, height=height)
     for card in CARDS:
         products, others = bound_seconds(needs, card)
         decoding = VAE_FLOPS * work.pixels * work.frames / (RATES[card][0] * TERA)
@@ -86,7 +83,7 @@ def _speeds(asked: Workload, size: str, needs: dict[str, float]) -> Iterator[lis
 def _plan(work: Workload, card: str, number: int) -> list[str]:
     hardware = cards(card, number)
     plans = search(work, hardware, ParallelConfig("auto"), idle=False).plans
-    fitting: list[Plan] = [plan for plan in plans if not plan.missing_gib(hardware)]
+    fitting = [plan for plan in plans if not plan.missing_gib(hardware)]
     if not fitting:
         return ["none fits", "", ""]
     plan = max(fitting, key=lambda plan: plan.frames_per_second)
@@ -100,5 +97,6 @@ def _cells(needs: dict[str, float]) -> list[str]:
     return [f"{needs['operations'] / TERA:.1f}", launches, *(f"{needs[part] / GIGA:.1f}" for part in parts), f"{intensity:.0f}"]
 
 
-def _markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+def _markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
+    lines = (head, " | ".join("---" for _ in head.split(" | ")), *map(" | ".join, rows))
+    return "\n".join(f"| {line} |" for line in lines)

@@ -27,9 +27,9 @@ class FakeGpuMode(FakeTensorMode):
 
     avoid_device_init = True
 
-    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def dispatch(self, func: Any, *given: Any) -> Any:
         """The result of one operation on shapes; pinned memory, which fake tensors do not have, is memory of the host."""
-        return args[0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, types, args, kwargs)
+        return given[1][0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, *given)
 
 
 class FakeGpuGenerator(torch.Generator):
@@ -68,7 +68,7 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any
 
 
 def _no_kernel(*_: Any) -> None:
-    raise NotImplementedError("the fake GPU computes nothing: its tensors are fake")
+    raise AssertionError("the fake GPU computes nothing: its tensors are fake")
 
 
 def _casting(name: str, dtype: torch.dtype) -> Callable[..., Any]:
@@ -76,11 +76,11 @@ def _casting(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     packet, _, overload = name.partition(".")
     operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
 
-    def cast(tensor: Tensor) -> Tensor:
+    def converted(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def run(*args: Any, **named: Any) -> Any:
         with torch.autocast(NAME, enabled=False):
-            return operation(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, named))
+            return operation(*tree_map_only(Tensor, converted, args), **tree_map_only(Tensor, converted, named))
 
     return run

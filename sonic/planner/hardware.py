@@ -34,12 +34,12 @@ RATES = {
 UNKNOWN_RATE = (100, 800)
 NVLINK_GBPS = 20.0, 350.0  # that collectives reach over one NVLink of 25 (Ampere, Hopper), and over all of a device
 PCIE, THROUGH_HOST = 20, 8  # 10^9 bytes/s over PCIe 4 x16 between cards that can access each other, and through host memory
-CARDS = {  # (usable GiB, 10^9 bytes/s to another card, from host memory) of cards as they are usually sold
-    "H200": (138.0, NVLINK_GBPS[1], 50),
-    "H100": (78.0, NVLINK_GBPS[1], 50),
-    "A100": (78.0, 12 * NVLINK_GBPS[0], 25),
-    "4090": (22.2, THROUGH_HOST, 25),
-    "L40S": (44.0, PCIE, 25),
+CARDS = {  # (usable GiB, GiB of these in reserve, 10^9 bytes/s to another card, from host memory) of cards as they are usually sold
+    "H200": (138.0, 1.0, NVLINK_GBPS[1], 50),
+    "H100": (78.0, 1.0, NVLINK_GBPS[1], 50),
+    "A100": (78.0, 1.0, 12 * NVLINK_GBPS[0], 25),
+    "4090": (22.2, 0.4, THROUGH_HOST, 25),
+    "L40S": (44.0, 0.6, PCIE, 25),
 }
 
 
@@ -97,6 +97,6 @@ def _link() -> tuple[str, float]:
 
 def cards(name: str, devices: int) -> HardwareConfig:
     """`devices` cards of this name in CARDS, in one machine with enough host memory."""
-    (tflops, memory_gbps), (usable, link, host) = RATES[name], CARDS[name]
+    (tflops, memory_gbps), (usable, reserve, link, host) = RATES[name], CARDS[name]
     rates = {"tflops": tflops, "memory_gbps": memory_gbps, "link_gbps": link, "host_gbps": host, "host_gib": 224.0 * devices}
-    return HardwareConfig(f"{devices} x {name}", devices, usable_gib=usable, reserve_gib=1.0, **rates)
+    return HardwareConfig(f"{devices} x {name}", devices, usable_gib=usable, reserve_gib=reserve, **rates)

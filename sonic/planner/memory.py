@@ -86,13 +86,14 @@ def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
     widened = 4 * min(WIDENED, 6 * trunk.hidden_dim**2) if work.dtype_bytes == 2 else 0
-    other = (COPIES["other"] + more) * activations + rotations
+    embedded = (1 - 1 / share) * work.query_tokens / work.tokens * work.stream_bytes if work.clip_frames else 0  # each rank embeds all
+    other = (COPIES["other"] + more) * activations + rotations + embedded
     return {
-        "ends": max(activations + widened, 2 * work.stream_bytes / share),
-        "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations,
+        "ends": max(activations + widened, 2 * work.stream_bytes / share) + embedded,
+        "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations + embedded,
         "text": other,
         "prompt": other,
-        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations,
+        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations + embedded,
         "injector": other,
     }
 

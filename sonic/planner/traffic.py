@@ -31,14 +31,15 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter(launches=0, multiply=0, others=0)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, *given: Any) -> Any:
         """Run the operation and count it."""
+        args, named = given
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
-        out, name = func(*args, **(kwargs or {})), func.__name__.split(".")[0]
+        out, name = func(*args, **(named or {})), func.__name__.split(".")[0]
         if not func.is_view and name not in NO_KERNEL:
             self.counts["launches"] += 1
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, named, out)) if isinstance(leaf, Tensor)]
             self.counts["multiply" if name in MULTIPLY else "others"] += sum(tensor.nbytes for tensor in tensors)
         return out
 

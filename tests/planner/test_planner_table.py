@@ -17,7 +17,7 @@ from sonic.training.track_training import track_training
 
 TABLES = (Path(__file__).resolve().parents[2] / "docs/planner.md").read_text()
 LINES = re.findall(r"^\| `(?:python launch/plan\.py|sonic plan) ([^`]+)` \|", TABLES, re.MULTILINE)
-QUICK = ("+preset=fast_preview model=live_avatar_14b hardware=4x24gb", "+preset=standard model=live_avatar_14b hardware=1xh200")
+QUICK = ("+preset=fast_preview model=live_avatar_14b hardware=4x24gb", "+preset=standard model=live_avatar_14b hardware=8x24gb")
 WITHIN = 0.05
 
 
