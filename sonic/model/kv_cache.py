@@ -29,7 +29,6 @@ from torch import Tensor
 from sonic.config import ModelConfig
 from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues
 from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotate_both, rotation
-from sonic.types import upload
 
 
 class Slot(NamedTuple):

@@ -157,7 +157,7 @@ def _trained(work: Training) -> str:
 
 
 def _kept_by_layers(work: Training, tokens: float, *, query_share: float) -> dict[str, float]:
-    """What layers keep for the backward pass: with recompute the (float32) inputs of blocks and injectors, else what their backward passes read.
+    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors (float32), else what theirs read.
 
     Blocks that nothing that learns precedes keep nothing."""
     layers, injectors, trained = work.model.trunk.num_layers, len(work.model.audio.inject_layers), _trained(work)
