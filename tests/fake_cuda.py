@@ -192,6 +192,9 @@ def fake_cuda_mode() -> Iterator[Record]:
         def copy(self, target: Tensor, source: Tensor) -> None:
             target.copy_(source, non_blocking=True)
 
+        def pin(self, memory: Tensor, owner: object) -> None:
+            mode.pinned[memory.untyped_storage().data_ptr()] = memory
+
         def host_memory(self, like: Tensor) -> Tensor:
             return torch.empty_like(like, device="cpu")
 

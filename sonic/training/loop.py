@@ -20,6 +20,7 @@ from sonic.training.log import RunLog, SampleMaker
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.optim import rate
 from sonic.training.train_config import BudgetConfig, TrainConfig
+from sonic.types import upload
 
 
 class Diverged(ValueError):
@@ -137,7 +138,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     used: list[Batch] = []  # in host memory
     for index in range(count):
         used.append(next(stream))
-        batch = {name: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
+        batch = {name: upload(v, world.device) if isinstance(v, Tensor) else v for name, v in used[-1].items()}
         part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))

@@ -22,6 +22,7 @@ from sonic.training.objectives.networks import STUDENT, TEACHER
 from sonic.training.objectives.objective import Batch, Losses, host_rng
 from sonic.training.objectives.transformer import conditions_of
 from sonic.training.train_config import TrainConfig
+from sonic.types import upload
 
 
 class Consistency(Distillation):
@@ -39,7 +40,7 @@ class Consistency(Distillation):
         clean = batch["latents"]
         conditions, first_block = conditions_of(batch, self.model_config), self.first_block(host_rng(rng))
         point = self._path_points(clean.shape[0], rng)
-        path = self.path.to(clean, non_blocking=True)
+        path = upload(self.path, clean.device)
         end = (point // self.stride + 1) * self.stride
         sigma, last = path[point], path[end]
         x = interpolate(clean, torch.randn(clean.shape, generator=rng, device=rng.device), sigma)
@@ -56,7 +57,7 @@ class Consistency(Distillation):
     @torch.no_grad()
     def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
         """The latents at the end of the student's sampling step: `leap` steps of the teacher from x, then one of the student."""
-        path = self.path.to(x, non_blocking=True)
+        path = upload(self.path, x.device)
         for _ in range(min(self.config.leap, self.stride)):
             then = torch.minimum(point + 1, end)
             x = x + expand_like(path[then] - path[point], x) * teacher(x, path[point].clamp(min=1e-3))

@@ -25,7 +25,7 @@ from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
 from sonic.training.objectives.objective import Batch, Losses, host_rng
 from sonic.training.objectives.transformer import check_whole_blocks, conditions_of
 from sonic.training.train_config import TrainConfig
-from sonic.types import Conditions
+from sonic.types import Conditions, upload
 
 
 class Start(NamedTuple):
@@ -111,7 +111,7 @@ class DistributionMatching(Distillation):
         critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
         (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        return (fake - real) / size * self.cell_weights.to(fake, non_blocking=True)
+        return (fake - real) / size * upload(self.cell_weights, fake.device)
 
 
 class BlockByBlock:

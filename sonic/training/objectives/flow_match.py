@@ -23,7 +23,7 @@ from sonic.training.objectives.objective import Batch, Losses, host_rng
 from sonic.training.objectives.transformer import TransformerObjective, conditions_of
 from sonic.training.objectives.viseme import VisemeHead, encode_audio_blocks, viseme_loss
 from sonic.training.train_config import TrainConfig
-from sonic.types import Conditions
+from sonic.types import Conditions, upload
 
 
 class FlowMatch(TransformerObjective):
@@ -81,7 +81,7 @@ class FlowMatch(TransformerObjective):
         batch, frames = clean.shape[0], clean.shape[2]
         block = self.model_config.rollout.block_frames
         columns = {"clip": 1, "block": -(-frames // block), "frame": frames}[self.config.window.levels]
-        steps = torch.tensor(self.config.schedule).to(rng.device, non_blocking=True)
+        steps = upload(torch.tensor(self.config.schedule), rng.device)
         scheduled = steps[torch.randint(len(steps), (batch, columns), **draw)]
         uniform = (1 - torch.rand(batch, columns, **draw)).clamp(min=0.02)
         sigmas = torch.where(torch.rand(batch, columns, **draw) < self.config.schedule_share, scheduled, uniform)
@@ -99,7 +99,7 @@ class FlowMatch(TransformerObjective):
         """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
-        pure = (level >= 0.999).float() * self.cell_weights.to(prediction, non_blocking=True)
+        pure = (level >= 0.999).float() * upload(self.cell_weights, prediction.device)
         error = (pure * (prediction.detach() - target).square()).sum()
         return error / (pure * target.square()).sum().clamp(min=1.0)
 

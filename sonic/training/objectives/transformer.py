@@ -17,7 +17,7 @@ from sonic.training.objective_config import DistillConfig, FlowMatchConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.train_config import TrainConfig
-from sonic.types import Conditions, pick
+from sonic.types import Conditions, pick, upload
 
 
 def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class TransformerObjective(Objective):
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
         target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
-        weight = weight * self.cell_weights.to(prediction, non_blocking=True)
+        weight = weight * upload(self.cell_weights, prediction.device)
         difference = prediction - target
         error = (weight * difference.square()).mean()
         later = weight[:, :, 1:] if weight.shape[2] > 1 else weight

@@ -17,6 +17,7 @@ from sonic.training.objective_config import VisemeConfig
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses, Objective
 from sonic.training.train_config import TrainConfig
+from sonic.types import upload
 
 # weight of the error of each viseme component; the opening is the most visible
 COST = (2.0, 1.0, 1.0, 0.5, 0.5)
@@ -46,7 +47,7 @@ def encode_audio_blocks(encoder: AudioEncoder, audio: Tensor, config: ModelConfi
 
 def viseme_loss(prediction: Tensor, visemes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared error weighted by COST, and the unexplained share of the opening's variance.  both [B,F,5]"""
-    cost = torch.tensor(COST).to(prediction.device, non_blocking=True)
+    cost = upload(torch.tensor(COST), prediction.device)
     loss = (cost * (prediction.float() - visemes).square()).mean()
     opening = visemes[..., 0]
     unexplained = F.mse_loss(prediction.detach()[..., 0].float(), opening) / opening.var().clamp(min=1e-6)
