@@ -384,7 +384,7 @@ class RunConfig:
         table=ATTENTION_TABLE,
     )
     compile: str = option(
-        "auto", "fuse operations of the transformer by torch.compile: true, false, or auto = on CUDA, from the second video or for a minute"
+        "auto", "fuse operations of the transformer (torch.compile): true, false, or auto = on CUDA, from the 2nd video or above 60 s"
     )
     threads: int = option(0, "CPU threads; 0 = torch's default")
 
