@@ -200,7 +200,7 @@ def test_the_placement_that_a_recipe_names_is_the_one_that_is_planned():
     [
         ("distill", "objective.learn.rank=64"),
         ("distill", "video.size=256x256"),
-        ("distill", "model.rollout.window_blocks=3"),
+        ("distill", "data.window=9"),
         ("distill", "parallel.context=2"),
         ("whole", "data.window=30"),
         ("whole", "parallel.cpu_offload=true"),
@@ -210,6 +210,12 @@ def test_the_placement_that_a_recipe_names_is_the_one_that_is_planned():
 def test_less_needs_less(task, smaller):
     recipe = RECIPES[task]
     assert peak(*recipe, smaller) < peak(*recipe) < peak(*recipe, "speed.recompute=false")
+
+
+def test_a_shorter_ring_needs_less_in_rollout_and_replay():
+    asked = (DISTILL, "hardware=8x80gb", "parallel=fsdp")
+    short, long = (plan(*asked, f"model.rollout.window_blocks={blocks}").chosen.ranks[0] for blocks in (3, 4))
+    assert all(sum(short[phase].values()) < sum(long[phase].values()) for phase in ("rollout", "student"))
 
 
 @pytest.mark.parametrize(
