@@ -26,10 +26,35 @@ class FakeGpuMode(FakeTensorMode):
     """Mode in which new tensors are fake. Those of Python values are made on the host and copied, since the device has no kernels."""
 
     avoid_device_init = True
+    depth = 0  # of modes that are entered: outside of all of them there is no device
+
+    def __enter__(self) -> FakeGpuMode:
+        FakeGpuMode.depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        FakeGpuMode.depth -= 1
+        super().__exit__(*raised)
 
     def dispatch(self, func: Any, *given: Any) -> Any:
         """The result of one operation on shapes; pinned memory, which fake tensors do not have, is memory of the host."""
         return given[1][0] if func is torch.ops.aten._pin_memory.default else super().dispatch(func, *given)
+
+
+class Hooks(torch._C._acc.PrivateUse1Hooks):
+    """What torch asks of the device: it is there while a mode is entered, so that the rest of the process does without it."""
+
+    def is_built(self) -> bool:
+        """Always."""
+        return True
+
+    def is_available(self) -> bool:
+        """Inside of a mode."""
+        return FakeGpuMode.depth > 0
+
+    def has_primary_context(self, _: int) -> bool:
+        """Inside of a mode."""
+        return FakeGpuMode.depth > 0
 
 
 class FakeGpuGenerator(torch.Generator):
@@ -43,14 +68,15 @@ class FakeGpuGenerator(torch.Generator):
 
 @cache
 def fake_gpu() -> torch.device:
-    """The device; from now on it is what torch takes for the accelerator of this process, which should only plan.
+    """The device, which torch takes for the accelerator of this process inside of a FakeGpuMode.
 
     A device of type `cuda` needs a build of torch for CUDA. This one is neither `cpu` nor `cuda`: the program takes the branches for
     whatever is no CPU. As on CUDA, attention and the RMS norm are one kernel each, and autocast casts the same operations.
     """
     threads = SimpleNamespace(**vars(torch.cpu))  # its streams and events do nothing
     threads.device_count, threads.current_device, threads.get_amp_supported_dtype = lambda: 1, lambda: 0, lambda: [torch.bfloat16]
-    _setup_privateuseone_for_python_backend(NAME, threads)
+    threads.is_available = lambda: FakeGpuMode.depth > 0
+    _setup_privateuseone_for_python_backend(NAME, threads, Hooks())
     dist.Backend.register_backend(dist.Backend.FAKE, _create_fake_pg, extended_api=True, devices=["cpu", NAME])
     ATEN.impl("scaled_dot_product_attention", _attention, f"Autograd{KEY}")
     for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
