@@ -245,7 +245,7 @@ def compiled_guard(folder: Path) -> Path:
     return library
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # because torch keeps what the planner's fake GPU registers in a process
 def fake_cuda(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Calls a function of a test module, by its name, with these arguments in a process where `fake_cuda_mode` works; gives its result."""
     library = compiled_guard(request.config.cache.mkdir("fake_cuda"))
