@@ -20,7 +20,7 @@ from torch import Tensor
 from sonic.bench.plan_check import hand_overs, product_tflops
 from sonic.check.case import CheckCase, random_conditions
 from sonic.check.figures import Figures
-from sonic.check.measure import Clock, best_seconds, count_waits, differing, kernels_of, late_streams, peak_over_plan
+from sonic.check.measure import Clock, SlowCopies, best_seconds, count_waits, differing, kernels_of, peak_over_plan
 from sonic.checkpoint.load import fill_randomly, without_memory
 from sonic.config import OtherRank, Ranks
 from sonic.geometry import GIB
@@ -95,7 +95,7 @@ def offload(case: CheckCase, figures: Figures) -> None:
         figures.add("video", seconds, f"s {way}")
         figures.add("differing_latents", differing(true, found), way)
         if case.on_gpu:
-            with late_streams():
+            with SlowCopies():
                 figures.add("late_copies", differing(true, _latents(case, model, context)[0]), f"latents that differ {way}")
             if (slots, inflight, kv) == OFFLOADING[0]:  # which waits for copies more than it computes
                 moved = layer_bytes(work, range(work.model.trunk.num_layers)) * BLOCKS * work.steps * work.passes

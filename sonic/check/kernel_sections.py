@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from functools import partial
 
 import torch
@@ -21,7 +23,6 @@ from sonic.model.embed import TimeEmbed
 from sonic.planner.memory import vae_bytes
 from sonic.planner.step_time import TERA
 from sonic.planner.workload import Workload
-from sonic.system.nvidia import driver_version
 from sonic.vae.wan_vae import WanAutoencoder
 
 LAYERS, PORTION = 4, (384, 256)  # of the forward that is computed with several kinds of numbers: layers, width and height
@@ -44,7 +45,9 @@ def env(case: CheckCase, figures: Figures) -> None:
     figures.add("cuda", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     figures.add("memory", torch.cuda.get_device_properties(case.device).total_memory / GIB, "GiB")
     figures.add("tf32", f"products {torch.backends.cuda.matmul.allow_tf32}, convolutions {torch.backends.cudnn.allow_tf32}")
-    figures.add("driver", driver_version())
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        figures.add("driver", subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0])
 
 
 def numerics(case: CheckCase, figures: Figures) -> None:

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sonic.inference.choose_plan import Estimate
-from sonic.system.device_stream import CudaStream
 
 ROUNDS = 5
 DELAY_CYCLES = 2_000_000  # about a millisecond of a GPU
@@ -80,15 +82,17 @@ def kernels_of(run: Callable[[], object]) -> Counter[str]:
     return found
 
 
-@contextmanager
-def late_streams() -> Iterator[None]:
-    """In the `with` block what runs beside the work of a GPU, such as copies of weights, begins a millisecond late, so that what does not
-    wait for it fails."""
-    CudaStream.delay_cycles = DELAY_CYCLES
-    try:
-        yield
-    finally:
-        CudaStream.delay_cycles = 0
+class SlowCopies(TorchDispatchMode):
+    """While active, every copy between host and GPU begins a millisecond late on its stream, so that what does not wait for it fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, *call: Any) -> Any:
+        """Run an operation."""
+        args, named = call if len(call) == 2 else (*call, {})
+        ends = {tensor.device.type for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        ends |= {torch.device(named["device"]).type} if named.get("device") is not None else set()
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and len(ends) > 1:
+            torch.cuda._sleep(DELAY_CYCLES)
+        return func(*args, **named)
 
 
 def differing(left: Sequence[Tensor], right: Sequence[Tensor]) -> int:

@@ -14,10 +14,8 @@ from sonic.check import run_sections
 from sonic.check.case import CheckCase
 from sonic.check.check_config import LIMITS, CheckConfig
 from sonic.check.figures import BOUNDS, Figures, as_line
-from sonic.check.measure import late_streams
 from sonic.cli import run_command
 from sonic.commands.check_command import ENTRY, check
-from sonic.system.device_stream import CudaStream
 from sonic.system.program import command_words
 
 OF_A_GPU = {  # what a CPU cannot show
@@ -44,12 +42,6 @@ def test_a_cpu_runs_every_section_and_skips_what_only_a_gpu_can_show(tmp_path):
     assert {name for name in BOUNDS if name.partition(".")[0] in results} <= set(figures)
     assert all(as_line(record) in done.stdout for record in figures.values())
     assert "rank 1: gives no more signs of life" in figures["ranks.blamed"]["unit"]
-
-
-def test_streams_are_late_inside_of_the_block_alone():
-    with late_streams():
-        assert CudaStream.delay_cycles > 0
-    assert CudaStream.delay_cycles == 0
 
 
 def crashes(case: CheckCase, figures: Figures) -> None:

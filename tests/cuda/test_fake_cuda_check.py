@@ -11,13 +11,14 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
-from fake_cuda import fake_cuda_mode
+from fake_cuda import CUDA, fake_cuda_mode
 
 from sonic.check import case as case_module
 from sonic.check import job_sections, kernel_sections
 from sonic.check.case import case_of
 from sonic.check.check_config import CheckConfig
 from sonic.check.figures import BOUNDS, Figures
+from sonic.check.measure import SlowCopies
 from sonic.parallel import parallelize
 
 SHALLOW = ("model.trunk.num_layers=3", "model.audio.inject_layers=[0,2]", "decode.online=false")  # a fake device has one thread
@@ -72,3 +73,19 @@ def test_fake_cuda_runs_every_figure_of_a_section(fake_cuda, name, tmp_path):
     assert all(record["value"] is not None for record in figures.values())
     if name == "single":  # what `set_sync_debug_mode` above said is counted, by line
         assert figures["syncs"]["value"] == 1 and "test_fake_cuda_check.py:" in figures["syncs"]["unit"]
+
+
+def delayed_copies() -> int:
+    """How many of these copies are delayed: two between host and device, two within the device."""
+    with fake_cuda_mode(), patch.object(torch.cuda, "_sleep", MagicMock()) as sleep:
+        here, there = torch.empty(3), torch.empty(3, device=CUDA)
+        with SlowCopies():
+            there.copy_(here, non_blocking=True)
+            here.to(CUDA, non_blocking=True)
+            there.copy_(torch.ones_like(there))
+            there.to(torch.bfloat16)
+        return sleep.call_count
+
+
+def test_fake_cuda_delays_copies_between_host_and_device_alone(fake_cuda):
+    assert fake_cuda(delayed_copies) == 2
