@@ -114,8 +114,8 @@ class StageTimer:
         number, seconds = time.number, time.seconds
         yield
         if time.number > number:
-            took = self._seconds["compile"] = time.seconds - seconds
-            log.info("%d pieces of the transformer were compiled in %.1f s", time.number - number, took)
+            self._seconds["compile"] = time.seconds - seconds
+            log.info("%d pieces of the transformer were compiled in %.1f s", time.number - number, self._seconds["compile"])
 
     def passed(self) -> float:
         """Seconds since the start of the job."""

@@ -80,9 +80,9 @@ class TimeEmbed(nn.Module):
         """Timesteps [B,T] in 0..1000 -> embedding [B,T,D] for the head, modulation [B,T,6,D] for the blocks; 1 is added to its scales."""
         waves = sinusoid(timestep, self.freq_dim).float()
         embedding = self.out(F.silu(self.expand(waves)))
-        modulation = rearrange(self.project(F.silu(embedding)), "b t (six d) -> b t six d", six=6)
-        modulation[:, :, SCALES] += 1
-        return embedding, modulation
+        projected = self.project(F.silu(embedding))
+        projected.unflatten(-1, (6, -1))[:, :, SCALES] += 1  # of the base: a hook on a view changed in place crashes torch
+        return embedding, rearrange(projected, "b t (six d) -> b t six d", six=6)
 
 
 class FramePack(nn.Module):

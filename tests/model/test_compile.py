@@ -18,10 +18,12 @@ from sonic.commands import infer_command
 from sonic.inference import components as module
 from sonic.inference.components import Components, compile_fault
 from sonic.model import compile as regions
-from sonic.model.compile import COMPILE_TIME, compiled_regions, region
+from sonic.model.compile import COMPILE_TIME, compiled_regions, missing_compiler, region
 from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
+
+pytestmark = pytest.mark.skipif(bool(missing_compiler(torch.device("cpu"))), reason="torch.compile needs a C++ compiler; install g++")
 
 BLOCKS = 4  # two more than the ring of the tiny model holds
 REGIONS = 8  # four of a block, three of an injector, the rotation: for all layers and steps
