@@ -146,8 +146,8 @@ class LateStream(DeviceStream):
 @contextmanager
 def delayed_streams() -> Iterator[None]:
     """Inside the `with` block all streams of the CPU are late."""
-    device_stream.stream_for.cache_clear()
+    device_stream.stream_on.cache_clear()
     stream_of = lambda device, priority=None: InOrder(device) if priority is None else LateStream(device, priority)  # noqa: E731
     with patch.dict(device_stream.STREAMS, {"cpu": stream_of}), Accesses() as ACCESSES[0]:
         yield
-    device_stream.stream_for.cache_clear()
+    device_stream.stream_on.cache_clear()

@@ -198,7 +198,7 @@ def fake_cuda_mode() -> Iterator[Record]:
         def host_memory(self, like: Tensor) -> Tensor:
             return torch.empty_like(like, device="cpu")
 
-    device_stream.stream_for.cache_clear()
+    device_stream.stream_on.cache_clear()
     with (
         patch.dict(device_stream.STREAMS, {"cuda": Stream}),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),

@@ -175,5 +175,6 @@ def test_host_memory_that_runs_out_beside_a_gpu_is_not_saved_by_moving_more_to_t
     argv = ["model=live_avatar_14b", "+preset=standard", "hardware=1x80gb", "video.size=704x384", "parallel=offload"]
     config = compose(infer_command.ENTRY, argv)
     device = would_help(config, Ranks(), torch.OutOfMemoryError(OF_DEVICE))
+    library = would_help(config, Ranks(), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     host = would_help(config, Ranks(), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    assert "kv=host" in device and "kv=host" not in host
+    assert "kv=host" in device and library == device and "kv=host" not in host

@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoders:
-    """The encoders that turn sound, frames and prompts into training data; encoders_here once in every worker.
+    """The encoders that turn sound, frames and prompts into training data; built once in every worker.
 
     encode_audio(samples float32 16 kHz [n], F) -> features [K,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers)
     or encode(frames), depending on the model; read(prompt) -> text features [L,E], None for a model without prompts; hashes of the
@@ -54,7 +54,7 @@ _BUILT: dict[str, Encoders] = {}
 
 
 def encoders_here(config: PrecomputeConfig, build: Build) -> Encoders:
-    """The encoders of this process, encoders_here at the first call."""
+    """The encoders of this process, built at the first call."""
     key = repr((config, build))
     if key not in _BUILT:
         _BUILT.clear()

@@ -92,7 +92,7 @@ def would_help(config: InferConfig, ranks: Ranks, error: BaseException) -> str:
     """In words, the changes that make a video need less of the memory that ran out than its plan; "" when there are none."""
     device = find_device(config.run.device)
     found, _ = _search(config, ranks, device)
-    return in_words(changes_for_less(found, host=device.type == "cuda" and "CUDA" not in str(error)))
+    return in_words(changes_for_less(found, host=device.type == "cuda" and not any(name in str(error) for name in ("CUDA", "CUDNN"))))
 
 
 def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> None:

@@ -26,7 +26,6 @@ COMPILE_FROM_S = 60.0  # seconds of the shortest video that run.compile=auto com
 Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 DRIVERS = {"12": "525", "13": "580"}  # the oldest driver for a CUDA version
-log = logging.getLogger("sonic.inference")
 
 
 @dataclass

@@ -30,16 +30,18 @@ class HostRings(RingWindows):
         self.coming: deque[CachedContext] = deque()  # of this pass, in the order of use, if their rings are not in `loading` yet
         self.loading: deque[tuple[Tensor, Event]] = deque()  # slots that are being loaded, and when they are
         self.in_use = torch.empty(0)
+        self.caches = 0  # allocated so far
 
     def allocated(self, cache: KVCache) -> KVCache:
-        """The cache with its host memory pinned; the slots are freed with it."""
+        """The cache with its host memory pinned; the slots are freed with the newest one."""
         cache = super().allocated(cache)
         self.coming.clear()  # an abandoned pass would keep its cache
         buffers = [each for ring in cache.rings[::2] for part in (ring.keys, ring.values) for each in part.values()]
         for each in (*buffers, *cache.ref_keys.values()):
             heartbeat()
             self.stream.pin(each, cache)
-        weakref.finalize(cache, self._release).atexit = False  # the last finalizer runs first, so nothing is copied when memory is unpinned
+        self.caches += 1
+        weakref.finalize(cache, self._release, self.caches).atexit = False
         return cache
 
     def run_blocks(
@@ -82,8 +84,10 @@ class HostRings(RingWindows):
         self.stream.copy(self.slots[0][0][:, cache.reference_in(ring)], cache.ref_keys[layer])
         return self.slots[0], self.stream.record()
 
-    def _release(self) -> None:
-        """Free the slots when all copies are done."""
+    def _release(self, number: int) -> None:
+        """Free the slots when all copies are done, unless a newer cache uses them: one of a video that failed may be freed late."""
+        if number < self.caches:
+            return
         self.stream.record().synchronize()
         self.slots, self.in_use = [], torch.empty(0)
         self.loading.clear()

@@ -63,7 +63,7 @@ class DeviceStream:
         return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
 
     def pin(self, memory: Tensor, owner: object) -> None:
-        """Pin host memory where it is until `owner` is freed, for a GPU."""
+        """Pin host memory where it is, for a GPU, until `owner` is freed and the copies of this stream are done."""
 
 
 class CudaStream(DeviceStream):
@@ -94,7 +94,8 @@ class CudaStream(DeviceStream):
     def pin(self, memory: Tensor, owner: object) -> None:
         cuda, storage = torch.cuda.cudart(), memory.untyped_storage()  # torch's pin_memory would round its size up to a power of two
         torch.cuda.check_error(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
-        weakref.finalize(owner, cuda.cudaHostUnregister, storage.data_ptr()).atexit = False
+        unpin = lambda address: (self.stream.synchronize(), cuda.cudaHostUnregister(address))  # noqa: E731
+        weakref.finalize(owner, unpin, storage.data_ptr()).atexit = False
 
 
 STREAMS: dict[str, type[DeviceStream]] = {"cuda": CudaStream}  # by type of device
@@ -106,9 +107,14 @@ def current_stream(device: torch.device) -> DeviceStream:
     return STREAMS.get(device.type, DeviceStream)(device)
 
 
-@cache
 def stream_for(purpose: str, device: torch.device, priority: int = NORMAL) -> DeviceStream:
-    """The stream of a device for one purpose. It is always the same, because torch caches freed memory for each stream."""
+    """The stream of a device for one purpose: always the same one, also where the device is called `cuda` here and `cuda:0` there."""
+    return stream_on(purpose, torch.empty(0, device=device).device, priority)
+
+
+@cache
+def stream_on(purpose: str, device: torch.device, priority: int) -> DeviceStream:
+    """The same for a device with its index."""
     return STREAMS.get(device.type, DeviceStream)(device, priority)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import time
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from sonic.cli import run_command
 from sonic.commands.check_command import ENTRY, check
 from sonic.system.program import command_words
 
-ONE_SENTENCE = find_spec("sonic.system.out_of_memory") is not None  # for memory that runs out in one process
 OF_A_GPU = {  # what a CPU cannot show
     *("numerics.float32_error", "kernels.attention_over_best", "single.rotate_share", "single.syncs", "single.busy_share"),
     *("single.peak_over_plan", "offload.late_copies", "offload.weights_rate", "vae.peak_over_plan", "video.peak_over_plan"),
@@ -33,13 +31,12 @@ def records_of(folder):
 
 
 def test_a_cpu_runs_every_section_and_skips_what_only_a_gpu_can_show(tmp_path):
-    asked = [] if ONE_SENTENCE else [f"sections=[{','.join(name for name in LIMITS if name != 'memory')}]"]
-    command = ["env", "OMP_NUM_THREADS=1", *command_words("check"), "device=cpu", f"folder={tmp_path}", *asked]
+    command = ["env", "OMP_NUM_THREADS=1", *command_words("check"), "device=cpu", f"folder={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     records = records_of(tmp_path)
     results = {record["section"]: record["result"] for record in records if record["figure"] is None}
-    assert results == {name: "pass" for name in LIMITS if ONE_SENTENCE or name != "memory"}
+    assert results == dict.fromkeys(LIMITS, "pass")
     figures = {f"{record['section']}.{record['figure']}": record for record in records if record["figure"]}
     assert {name for name, record in figures.items() if record["value"] is None} == OF_A_GPU
     assert {name for name in BOUNDS if name.partition(".")[0] in results} <= set(figures)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from fake_cuda import CUDA, fake_cuda_mode
 from layer_kernels import FUSED, elementwise, kernels_of_a_layer
+
+from sonic.model.cpu import Linear, linear_gelu
 
 TOKENS = 3168 * 5120 * 2  # bytes of the tokens of a block in bfloat16
 
@@ -20,3 +24,18 @@ def test_fake_cuda_fuses_what_lies_between_products_and_attentions(fake_cuda):
     assert launches[FUSED] <= 6
     assert elementwise(launches) <= 12
     assert elementwise(traffic) <= 40 * TOKENS
+
+
+def dtypes_under_autocast() -> list[torch.dtype]:
+    """In which dtype a product with GELU is computed under autocast, with weights and inputs in float32, with gradients and without."""
+    found = []
+    with fake_cuda_mode(), torch.autocast("cuda", torch.bfloat16):
+        layer, x = Linear(8, 8, device=CUDA), torch.empty(1, 4, 8, device=CUDA)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found.append(linear_gelu(layer, x).dtype)
+    return found
+
+
+def test_fake_cuda_computes_in_the_dtype_of_autocast_with_gradients_and_without(fake_cuda):
+    assert fake_cuda(dtypes_under_autocast) == [torch.bfloat16, torch.bfloat16]

@@ -247,7 +247,7 @@ def test_motion_decoded_on_another_device_is_rendered_on_the_device_of_the_photo
     with patch.dict(device_stream.STREAMS, clear=True), FakeTensorMode():  # which simulates devices that do not exist
         blocks = [LatentBlock(torch.empty(1, 16, 3, 8, 8, device="cuda"), BlockSpan(n, 3 * n, 3)) for n in range(2)]
         list(decoded(blocks, SimpleNamespace(decode=decode), canvas))
-    device_stream.stream_for.cache_clear()
+    device_stream.stream_on.cache_clear()
     assert shown and {tensor.device.type for part in shown for tensor in (part.flow, part.opacity, part.interior)} == {"cpu"}
 
 

@@ -33,3 +33,12 @@ def test_offloaded_layers_and_rings_give_the_bits_of_one_device(slots, inflight,
     with delayed_streams():
         found = offloaded_latents(steps, scale, slots=slots, inflight=inflight, kv=kv)
     assert torch.equal(found, alone)
+
+
+def test_the_cache_of_a_video_that_failed_may_be_freed_while_the_next_one_is_made():
+    model, config = tiny_model().requires_grad_(False), ParallelConfig("offload", offload=OffloadConfig(resident_gib=0, kv="host"))
+    alone, world = latents_of(tiny_model(), conditions(4), 2), World("offload", CPU)
+    context = DistributedContext(world, config, load_before_use(model, world, config))
+    left = [model.new_cache(conditions(4), steps=2, execution=context.execution)]
+    model.blocks[0].self_attention.register_forward_hook(lambda *_: (left.clear() if context.execution.windows.loading else None, None)[1])
+    assert torch.equal(latents_of(model, conditions(4), 2, context=context), alone) and not left

@@ -8,8 +8,9 @@ from unittest.mock import MagicMock, call, patch
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sonic.system.device_stream import HIGH, CudaStream
+from sonic.system.device_stream import HIGH, STREAMS, CudaStream, DeviceStream, stream_for, stream_on
 
 CUDA = torch.device("cuda", 0)
 
@@ -41,8 +42,16 @@ def test_pinned_memory_is_unpinned_with_its_owner():
         """An object that holds memory."""
 
     memory, owner, runtime = torch.empty(4, 3), Owner(), MagicMock()
-    with patch.multiple(torch.cuda, Stream=MagicMock(), cudart=lambda: runtime, check_error=MagicMock()):
+    with patch.multiple(torch.cuda, Stream=lambda *_: runtime.stream, cudart=lambda: runtime, check_error=MagicMock()):
         CudaStream(CUDA, HIGH).pin(memory[:, 1:], owner)
-        assert runtime.cudaHostRegister.call_args == call(memory.data_ptr(), 48, 0) and not runtime.cudaHostUnregister.called
+        assert runtime.mock_calls == [call.cudaHostRegister(memory.data_ptr(), 48, 0)]
+        runtime.reset_mock()
         del owner
-    runtime.cudaHostUnregister.assert_called_once_with(memory.data_ptr())
+    assert runtime.mock_calls == [call.stream.synchronize(), call.cudaHostUnregister(memory.data_ptr())]
+
+
+def test_a_device_without_an_index_has_the_streams_of_the_device_that_its_tensors_are_on():
+    with patch.dict(STREAMS, {"cuda": DeviceStream}), FakeTensorMode():
+        streams = {stream_for("decoding", torch.device(name), HIGH) for name in ("cuda", "cuda:0")}
+        assert len(streams) == 1 and stream_for("weights", CUDA) not in streams
+    stream_on.cache_clear()
