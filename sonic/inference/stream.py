@@ -36,11 +36,11 @@ def prefetch(items: Iterable[T], size: int, *, name: str, prepare: Callable[[], 
     item. `prepare` runs first in the thread.
     """
     source, threads = iter(items), torch.get_num_threads()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # the current device is per thread and starts at GPU 0
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # of this thread, and with it the current device
 
     def begin() -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
+        if stream is not None:
+            torch.cuda.set_stream(stream)
         torch.set_num_threads(threads)
         prepare()
 

@@ -27,7 +27,7 @@ log = logging.getLogger("sonic.model")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
 KeysValues = tuple[Tensor, Tensor]
-compiled = cache(torch.compile)
+compile_once = cache(torch.compile)
 
 
 def sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -81,8 +81,12 @@ def flex(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention by torch's flex_attention, without a mask.  [B,N,heads,d] -> [B,N,heads,d]"""
     if not queries.numel() or (not queries.is_cuda and _learning(queries, keys, values)):  # it has no gradients on a CPU
         return sdpa(queries, keys, values)
-    attend = compiled(flex_attention) if queries.is_cuda else flex_attention
-    return attend(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
+    return flex_here(queries)(*(rows.transpose(1, 2) for rows in (queries, keys, values))).transpose(1, 2)
+
+
+def flex_here(like: Tensor, *, dynamic: bool | None = None) -> Callable[..., Tensor]:
+    """torch's flex_attention; on CUDA compiled, because otherwise it would store a score for every pair of a query and a key."""
+    return compile_once(flex_attention, dynamic=dynamic) if like.is_cuda else flex_attention
 
 
 def _learning(*tokens: Tensor) -> bool:

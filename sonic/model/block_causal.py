@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from sonic.model.attention import QKV, Attention, BlockCausalContext
+from sonic.model.attention import QKV, Attention, BlockCausalContext, flex_here
 from sonic.model.embed import rotate
 
 log = logging.getLogger("sonic.model")
@@ -36,17 +35,15 @@ class FlexBlockContext(BlockCausalContext):
         keys, values = (torch.cat((rows[:, :size], rows[:, size:].repeat(1, copies, 1, 1)), dim=1) for rows in (tokens.keys, tokens.values))
         mask = block_mask(size, tokens.queries.shape[1] - size, copies - 1, window=self.window, device=queries.device)
         rows = (each.transpose(1, 2) for each in (queries, rotate(keys, torch.cat((self.grid, *self.memory_keys, self.memory))), values))
-        return _flex_attention(queries.is_cuda)(*rows, block_mask=mask).transpose(1, 2)
+        return flex_here(queries, dynamic=False)(*rows, block_mask=mask).transpose(1, 2)
 
 
 @lru_cache(maxsize=8)
-def block_mask(grid: int, memory: int, blocks: int, *, window: int, device: torch.device) -> Any:
+def block_mask(grid: int, memory: int, blocks: int, *, window: int, device: torch.device) -> BlockMask:
     """The mask for `grid` tokens of `blocks` blocks and `memory` tokens: each key has a first and a last block that attends to it.
 
     The memory counts as one more block. Made once per shape, because making it needs a byte for every pair of a query and a key.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
     block = torch.arange(blocks, device=device).repeat_interleave(grid // blocks)
     copy = torch.arange(blocks + 1, device=device).repeat_interleave(memory)
     reader = torch.cat((block, torch.full((memory,), blocks, device=device)))
@@ -61,11 +58,3 @@ def has_gradients(device: torch.device) -> bool:
     if device.type == "cpu":
         log.warning("flex_attention has no gradients on a CPU, so that every block has an attention of its own")
     return device.type != "cpu"
-
-
-@cache
-def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
-    """torch's flex_attention; on CUDA compiled, because otherwise it would store a score for every pair of a query and a key."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

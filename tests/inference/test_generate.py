@@ -188,6 +188,18 @@ def test_videos_one_after_the_other_are_made_in_one_thread_and_those_at_once_in_
     assert set(first) == {at_once[0]} == set(prefetch(of_threads(), 1, name="video")) and set(at_once[1:]) != set(first)
 
 
+def test_a_prefetching_stage_works_on_the_stream_of_its_caller():
+    chosen = []
+    cuda = {
+        "is_initialized": lambda: True,
+        "current_stream": lambda: "the caller's",
+        "set_stream": lambda s: chosen.append((s, threading.get_ident())),
+    }
+    with patch.multiple(torch.cuda, **cuda):
+        threads = list(prefetch((threading.get_ident() for _ in range(2)), 1, name="stage"))
+    assert chosen == [("the caller's", threads[0])] and threads[0] != threading.get_ident()
+
+
 def test_a_prefetching_stage_passes_on_errors():
     def broken():
         yield 1

@@ -41,8 +41,9 @@ def test_one_attention_is_the_attention_of_every_block(window, first_block, moti
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_pass_is_one_attention_per_layer_and_one_mask_per_shape(monkeypatch):
     model, whole, masks = tiny_model(), conditions(6), []
-    loops, real = [], block_causal._flex_attention
-    monkeypatch.setattr(block_causal, "_flex_attention", lambda compiled: lambda *rows, block_mask: count(real(compiled), rows, block_mask))
+    loops, real = [], block_causal.flex_here
+    counted = lambda like, **how: lambda *rows, block_mask: count(real(like, **how), rows, block_mask)  # noqa: E731
+    monkeypatch.setattr(block_causal, "flex_here", counted)
     set_attention(model, lambda *rows: loops.append(rows[0].shape[1]) or sdpa(*rows))
 
     def count(attend, rows, mask):
