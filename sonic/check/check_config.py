@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from sonic.config import one_of, option, require
 
 LIMITS = {  # sections in the order in which they run, and the seconds that each may take: nine minutes together
-    **{"env": 25, "numerics": 35, "kernels": 30, "single": 125, "offload": 75, "vae": 45, "video": 70, "train": 70},
-    **{"ranks": 45, "memory": 20},
+    **{"env": 10, "numerics": 35, "kernels": 30, "single": 125, "offload": 80, "vae": 45, "video": 70, "train": 70},
+    **{"ranks": 55, "memory": 20},
 }
 
 

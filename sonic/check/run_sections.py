@@ -66,12 +66,13 @@ def run_sections(config: CheckConfig, run: Run) -> int:
 
 def _run_in_time(name: str, case: CheckCase, section: Section, *, limit: float) -> SectionResult:
     """Run a section in its process to its end, or to the end of its time; show and write each figure as it comes."""
-    begun, records, context = time.monotonic(), [], multiprocessing.get_context("forkserver")
-    left = lambda: max(0.0, begun + limit - time.monotonic())  # noqa: E731
+    records, context = [], multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run_section, args=(name, case, section), kwargs={"pipe": theirs})
-    process.start()
+    process.start()  # after which the server has imported what it preloads
     theirs.close()
+    begun = time.monotonic()
+    left = lambda: max(0.0, begun + limit - time.monotonic())  # noqa: E731
     try:
         with suppress(EOFError):  # the section has ended
             while ours.poll(left()):
