@@ -28,6 +28,7 @@ import torch
 from cuda_guard import load_guard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_leaves
 
 from sonic.system import device_stream
@@ -205,7 +206,7 @@ def fake_cuda_mode() -> Iterator[Record]:
         patch.object(torch.cuda, "is_bf16_supported", lambda *args: True),
         patch.object(torch, "Generator", Generator),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
-        patch.multiple(torch, rms_norm=fused_norm),
+        patch.multiple(torch, rms_norm=fused_norm, _fused_sdp_choice=lambda *rows: SDPBackend.EFFICIENT_ATTENTION.value),
         patch.multiple(torch, tensor=on_host_first(tensor), as_tensor=on_host_first(as_tensor)),
         patch.multiple(torch, **{name: without_generator(getattr(torch, name)) for name in ("randn", "rand", "randint")}),
         patch.object(Tensor, "new_tensor", new),
@@ -245,7 +246,7 @@ def compiled_guard(folder: Path) -> Path:
     return library
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # because torch keeps what the planner's fake GPU registers in a process
 def fake_cuda(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Calls a function of a test module, by its name, with these arguments in a process where `fake_cuda_mode` works; gives its result."""
     library = compiled_guard(request.config.cache.mkdir("fake_cuda"))

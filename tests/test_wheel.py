@@ -16,6 +16,7 @@ from video_files import read_frames
 
 import sonic
 from sonic.main import COMMANDS
+from sonic.system.program import LAUNCHERS
 
 BUILT_FROM = ("sonic", "conf", "recipes", "launch", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
@@ -123,5 +124,5 @@ def test_an_installed_clone_is_found_from_a_script_beside_it_and_by_its_launch_f
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_launch_file_says_in_a_sentence_that_the_library_is_not_installed(name, clone):
-    done = run(sys.executable, "-S", f"launch/{name}.py", "--help", cwd=clone, code=2)
+    done = run(sys.executable, "-S", f"launch/{LAUNCHERS.get(name, name)}.py", "--help", cwd=clone, code=2)
     assert done.stderr == "sonic is not installed; run pip install -e . or ./launch/quickstart.sh\n"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,27 +40,27 @@ SMALL = (  # what a CPU runs in seconds
     *("model.audio.inject_layers=[0,2]", "model.text.text_dim=64", "model.text.text_len=16", "video.size=64x64"),
 )
 SMALL_TURNS = ("objective.learn.rank=8", "data.window=6")
-SMALL_VAE = {"base_dim": 4, "num_res_blocks": 1}  # of diffusers' AutoencoderKLWan
+SMALL_VAE = {"base_dim": 4, "num_res_blocks": 1}
 
 
 @dataclass(frozen=True)
 class CheckCase:
-    """What every section is given: the device, the folder for files, a video and a distillation, and the shape of the VAE.
-
-    `options` are the options of the full-sized video on this device.
-    """
+    """What every section is given: the device, the folder for files, a video and a distillation."""
 
     device: torch.device
     folder: Path
     bench: BenchConfig
     training: PlanTrainingConfig
-    options: tuple[str, ...] = ()
-    vae: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
         """Whether the figures of a GPU can be measured."""
         return self.device.type == "cuda"
+
+    @property
+    def vae(self) -> dict[str, int]:
+        """The shape of the VAE in diffusers' names; {} is the published one."""
+        return {} if self.on_gpu else SMALL_VAE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,9 +113,9 @@ class CheckCase:
 def case_of(config: CheckConfig, folder: Path) -> CheckCase:
     """The case of a command line. Raises ValueError when this machine has no such device."""
     device = find_device(config.device)
-    small, video = device.type == "cpu", (*VIDEO, f"run.device={device}")
+    small = device.type == "cpu"
     training = compose(TRAINING, [*DISTILL, *TURNS, *SMALL * small, *SMALL_TURNS * small, f"speed.device={device}"])
-    return CheckCase(device, folder, compose(BENCH, [*video, *SMALL * small]), training, video, SMALL_VAE if small else {})
+    return CheckCase(device, folder, compose(BENCH, [*VIDEO, f"run.device={device}", *SMALL * small]), training)
 
 
 def random_conditions(work: Workload, blocks: int) -> Conditions:

@@ -29,6 +29,8 @@ BOUNDS = {
     "single.differing_latents": Bound("two videos of one seed differ: no result can be repeated", most=0),
     "single.peak_over_plan": PEAK,
     "single.share_of_product": Bound("the transformer is slower than its matrix products allow", least=0.7, only="H200"),
+    "single.compiled_error": Bound("run.compile gives another video: use run.compile=false", most=0.05),
+    "single.recompilations": Bound("long videos stop to compile again: use run.compile=false", most=0),
     "offload.differing_latents": Bound("copies race with the layers that use them: parallel=offload gives wrong videos", most=0),
     "offload.late_copies": Bound("layers do not wait for their copies: parallel=offload gives wrong videos on a busy machine", most=0),
     "offload.weights_rate": Bound("weights come slowly from host memory: parallel=offload waits for them", least=20),

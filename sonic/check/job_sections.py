@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import re
 import subprocess
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
@@ -18,16 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sonic.bench.plan_check import hand_overs, product_tflops
-from sonic.check.case import CheckCase, random_conditions
+from sonic.check.case import VIDEO, CheckCase, random_conditions
 from sonic.check.figures import Figures
-from sonic.check.measure import Clock, SlowCopies, best_seconds, count_waits, differing, kernels_of, peak_over_plan
+from sonic.check.measure import best_seconds, count_waits, differing, error_of, kernel_seconds, late_copies, peak_over_plan, seconds_of
 from sonic.checkpoint.load import fill_randomly, without_memory
 from sonic.config import OtherRank, Ranks
 from sonic.geometry import GIB
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import seeded
+from sonic.model.compile import COMPILE_TIME, compiled_regions, missing_compiler
 from sonic.model.dit import AvatarDiT
-from sonic.model.embed import grid_positions, rotate, rotation
+from sonic.model.embed import grid_positions, rotate_both, rotation
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.parallel_config import OffloadConfig, ParallelConfig
@@ -35,6 +36,7 @@ from sonic.parallel.parallelize import parallelizer_of
 from sonic.planner.hardware import machine_here
 from sonic.planner.memory import layer_bytes
 from sonic.planner.step_time import GIGA, TERA
+from sonic.planner.workload import Workload
 from sonic.system.program import command_words
 from sonic.training.engine import trainable, whole
 from sonic.training.fsdp_engine import ShardedEngine
@@ -45,69 +47,107 @@ from sonic.training.loop import train as run_training
 from sonic.training.objectives import OBJECTIVES
 from sonic.training.plan_training import plan_training, training
 from sonic.training.world import join_world
+from sonic.types import LatentBlock
 
 SINGLE = ParallelConfig("single")
 WARM, TIMED = 5, 3  # blocks until all KV rings are full, and blocks that are timed
 LAYERS, BLOCKS = 6, 3  # of videos that are compared with each other
-OFFLOADING = ((2, 1, "device"), (1, 1, "device"), (3, 4, "device"), (2, 1, "host"))  # slots, forwards in flight, where the KV rings are
+OFFLOADING = (  # GiB of resident weights, slots of the others, forwards in flight, where the KV rings are
+    *(OffloadConfig(resident_gib=0.0, slots=slots, inflight=inflight) for slots, inflight in ((2, 1), (1, 1), (3, 4))),
+    OffloadConfig(resident_gib=100.0, inflight=1, kv="host"),
+)
 VIDEOS = 1000  # that two ranks make until one of them, VICTIM, is killed
-VICTIM, PATIENCE_S, START_S, END_S, LOOK_S = 1, 10.0, 120.0, 40.0, 0.1
+VICTIM, PATIENCE_S, END_S, LOOK_S = 1, 10.0, 40.0, 0.1
 CPU_GIB = 16  # address space of a CPU process in which the 14B does not fit, but Python and torch do
 
 
+@torch.no_grad()
 def single(case: CheckCase, figures: Figures) -> None:
-    """The transformer alone on one device: its speed, what it waits for, its memory, and whether it repeats itself."""
+    """The transformer alone on one device: its speed, what it waits for, its memory, whether it repeats itself, and compiled."""
     with case.opened(case.video(SINGLE)) as (found, _):
-        work, device, trunk = case.work(), case.device, case.bench.model.trunk
-        blocks, again = (case.blocks(found.components.model, found.components.context, count=WARM + TIMED + 2) for _ in range(2))
+        work, device, model = case.work(), case.device, found.components.model
+        start = partial(case.blocks, model, found.components.context, count=WARM + TIMED + 2)
+        blocks = start()
         latents = [block.latents for block in islice(blocks, WARM)]
         if case.on_gpu:
             with count_waits() as waits:
                 latents.append(next(blocks).latents)
             figures.add("syncs", waits.total(), ", ".join(f"{count} at {line}" for line, count in waits.items()))
-        clock, forwards = Clock(device), work.steps * work.passes
-        latents += [block.latents for block in islice(blocks, TIMED)]
-        issued, seconds = (time.perf_counter() - clock.begun) / forwards / TIMED, clock.seconds() / forwards / TIMED
-        figures.add("forward", 1000 * seconds, f"ms, of which the host needs {1000 * issued:.1f} to queue it" if case.on_gpu else "ms")
-        rate, product = work.forward_flops / seconds / TERA, product_tflops(work, device)
-        figures.add("share_of_product", rate / product, f"of {product:.4g} TFLOP/s")
+        seconds, queued = seconds_of(lambda: latents.extend(block.latents for block in islice(blocks, TIMED)), device)
+        forward, product = seconds / TIMED / (work.steps * work.passes), product_tflops(work, device)
+        figures.add("forward", 1000 * forward, f"ms, of which the host needs {100 * queued / seconds:.0f} % to queue it")
+        figures.add("share_of_product", work.forward_flops / forward / TERA / product, f"of {product:.4g} TFLOP/s")
         if case.on_gpu:
-            busy = kernels_of(partial(next, blocks)).total() / forwards
-            figures.add("busy_share", busy / seconds) if busy else figures.skip("busy_share", "the profiler sees no kernels")
+            busy = kernel_seconds(lambda: latents.append(next(blocks).latents))
+            figures.add("busy_share", busy * TIMED / seconds) if busy else figures.skip("busy_share", "the profiler sees no kernels")
             figures.add("peak_over_plan", peak_over_plan(found.estimate, device, "vae"))
-            query = torch.randn(1, work.query_tokens, trunk.num_heads, trunk.hidden_dim // trunk.num_heads, device=device, dtype=case.dtype)
-            times = torch.arange(work.latent_frames, dtype=torch.float64, device=device)
-            turn = partial(rotate, query, rotation(grid_positions(times, *work.grid), query.shape[-1]))
-            figures.add("rotate_share", 2 * trunk.num_layers * best_seconds(turn, device) / seconds)
-        figures.add("differing_latents", differing(latents, [block.latents for block in islice(again, len(latents))]))
+        latents.extend(block.latents for block in blocks)  # to the end, where its KV rings are freed
+        figures.add("differing_latents", differing(latents, [block.latents for block in start()]))
+        if case.on_gpu:
+            figures.add("rotate_share", _rotation_seconds(work, case) / forward)
+            if fault := missing_compiler(device):
+                for name in ("compiled_error", "recompilations"):
+                    figures.skip(name, fault)
+            else:
+                with compiled_regions(True):
+                    figures.add("rotate_compiled", 1000 * _rotation_seconds(work, case), "ms of a forward")
+                model.compiled = True
+                _compiled(start(), latents[0], case, figures=figures)
+
+
+def _compiled(blocks: Iterator[LatentBlock], plain: Tensor, case: CheckCase, *, figures: Figures) -> None:
+    """The same video by the compiled transformer."""
+    figures.add("compiled_error", error_of(next(blocks).latents, plain))
+    next(blocks)
+    pieces = COMPILE_TIME.number
+    figures.add("compile", COMPILE_TIME.seconds, f"s for {pieces} pieces of the transformer")
+    for _ in range(WARM - 2):
+        next(blocks)
+    seconds, _ = seconds_of(lambda: list(islice(blocks, TIMED)), case.device)
+    figures.add("forward_compiled", 1000 * seconds / TIMED / (case.work().steps * case.work().passes), "ms")
+    figures.add("recompilations", COMPILE_TIME.number - pieces, "after the second block")
+
+
+def _rotation_seconds(work: Workload, case: CheckCase) -> float:
+    """Seconds in which queries and keys of a block are rotated in all layers."""
+    trunk, device = work.model.trunk, case.device
+    rows = torch.randn(1, work.query_tokens, trunk.num_heads, trunk.hidden_dim // trunk.num_heads, device=device, dtype=case.dtype)
+    times = torch.arange(work.latent_frames, dtype=torch.float64, device=device)
+    turns = rotation(grid_positions(times, *work.grid), rows.shape[-1])
+    return trunk.num_layers * best_seconds(partial(rotate_both, rows, rows, turns), device)
 
 
 @torch.no_grad()
 def offload(case: CheckCase, figures: Figures) -> None:
-    """All layers in host memory: the same video in every way, also when every copy comes late; and the rate of the copies."""
+    """Layers or KV rings in host memory: the same video in every way, also when every copy comes late; and the rate of the copies."""
     work, like = case.work(LAYERS), case.model(LAYERS, case.dtype)
     true, _ = _latents(case, like, DistributedContext(World("single", case.device)))
-    for slots, inflight, kv in OFFLOADING:
-        config = ParallelConfig("offload", offload=OffloadConfig(resident_gib=0.0, slots=slots, inflight=inflight, kv=kv))
-        way = f"with {slots} slots, {inflight} in flight, keys and values on the {kv}"
-        model, context = _offloaded(like, case, config)
+    forwards = work.steps * work.passes
+    weights = BLOCKS * forwards * layer_bytes(work, range(work.model.trunk.num_layers))
+    tokens = sum(work.memory + min((index + 1) * work.query_tokens, work.window) for index in range(BLOCKS))  # a block's come back
+    rings = tokens * forwards * 2 * work.token_bytes * work.model.trunk.num_layers
+    for options in OFFLOADING:
+        way = f"with {options.slots} slots, {options.inflight} in flight, keys and values on the {options.kv}"
+        model, context = _offloaded(like, case, ParallelConfig("offload", offload=options))
         found, seconds = _latents(case, model, context)
         figures.add("video", seconds, f"s {way}")
         figures.add("differing_latents", differing(true, found), way)
         if case.on_gpu:
-            with SlowCopies():
+            if options is OFFLOADING[0]:  # which waits for copies more than it computes
+                figures.add("weights_rate", weights / seconds / GIGA, "GB/s")
+            if options.kv == "host":
+                figures.add("rings_rate", rings / seconds / GIGA, "GB/s")
+            with late_copies():
                 figures.add("late_copies", differing(true, _latents(case, model, context)[0]), f"latents that differ {way}")
-            if (slots, inflight, kv) == OFFLOADING[0]:  # which waits for copies more than it computes
-                moved = layer_bytes(work, range(work.model.trunk.num_layers)) * BLOCKS * work.steps * work.passes
-                figures.add("weights_rate", moved / seconds / GIGA, "GB/s")
         del model, context
         case.release()
 
 
 def _latents(case: CheckCase, model: AvatarDiT, context: DistributedContext) -> tuple[list[Tensor], float]:
     """The latents of a short video in host memory, and its seconds."""
-    clock, found = Clock(case.device), [block.latents for block in case.blocks(model, context, count=BLOCKS)]
-    return [latents.cpu() for latents in found], clock.seconds()
+    found: list[Tensor] = []
+    seconds, _ = seconds_of(lambda: found.extend(block.latents for block in case.blocks(model, context, count=BLOCKS)), case.device)
+    return [latents.cpu() for latents in found], seconds
 
 
 def _offloaded(like: AvatarDiT, case: CheckCase, config: ParallelConfig) -> tuple[AvatarDiT, DistributedContext]:
@@ -125,11 +165,11 @@ def video(case: CheckCase, figures: Figures) -> None:
     for steps in (4, 3):
         config, frames, count = case.video(SINGLE, steps=steps), case.work().frames, WARM + TIMED if case.on_gpu else 2
         with case.opened(config, decodes=True) as (found, family):
-            begun, timer = time.perf_counter(), StageTimer()
+            timer = StageTimer()
             ends = hand_overs(family, found.components, config, num_frames=frames * count, timer=timer)[-TIMED - 1 :]
             figures.add(f"frames_per_second_{steps}_steps", frames * (len(ends) - 1) / (ends[-1] - ends[0]), "frames/s")
             stages = ", ".join(f"{name} {1000 * timer.seconds[name] / count:.1f}" for name in ("denoise", "decode"))
-            figures.add(f"block_{steps}_steps", 1000 * (ends[-1] - begun) / count, f"ms with encoding and warming up; {stages}")
+            figures.add(f"block_{steps}_steps", 1000 * (ends[-1] - timer.start) / count, f"ms with encoding and warming up; {stages}")
             if case.on_gpu and steps == 4:
                 figures.add("peak_over_plan", peak_over_plan(found.estimate, case.device))
 
@@ -177,9 +217,8 @@ def ranks(case: CheckCase, figures: Figures) -> None:
     processes = [context.Process(target=_rank, args=(rank, store.port, case), kwargs={"runs": runs}) for rank in (0, VICTIM)]
     for process in processes:
         process.start()
-    until = time.monotonic() + START_S
     while not runs.wait(LOOK_S):
-        if time.monotonic() > until or not all(process.is_alive() for process in processes):
+        if not all(process.is_alive() for process in processes):
             raise RuntimeError(f"two ranks on one device made no video; see {case.folder / 'rank0.txt'}")
     processes[VICTIM].kill()
     processes[0].join(END_S)
@@ -211,7 +250,7 @@ def _rank(rank: int, port: int, case: CheckCase, *, runs: Event) -> None:
 
 def memory(case: CheckCase, figures: Figures) -> None:
     """A video that needs more memory than there is."""
-    fit = [*command_words("bench"), "fit", *case.options, "fit.force=true", f"run.folder={case.folder}"]
+    fit = [*command_words("bench"), "fit", *VIDEO, f"run.device={case.device}", "fit.force=true", f"run.folder={case.folder}"]
     limited = ["sh", "-c", f'ulimit -v {CPU_GIB << 20}; exec "$@"', "sh", *fit]  # a CPU process has no cap of its own
     done = subprocess.run([*fit, "fit.cap_gib=2"] if case.on_gpu else limited, capture_output=True, text=True, check=False)
     figures.add("exit_code", done.returncode)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from functools import partial
 
 import torch
@@ -13,16 +11,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sonic.check.case import CheckCase, random_conditions
 from sonic.check.figures import Figures
-from sonic.check.measure import best_seconds, kernels_of
+from sonic.check.measure import best_seconds, error_of
 from sonic.geometry import GIB, PIXELS_PER_LATENT, BlockSpan
+from sonic.inference.components import set_tf32
 from sonic.inference.report import versions
 from sonic.inference.rollout import seeded
-from sonic.model.attention import sdpa
+from sonic.model.attention import kernel_of, sdpa
 from sonic.model.dit import AvatarDiT
 from sonic.model.embed import TimeEmbed
 from sonic.planner.memory import vae_bytes
 from sonic.planner.step_time import TERA
 from sonic.planner.workload import Workload
+from sonic.system.nvidia import driver_version
 from sonic.vae.wan_vae import WanAutoencoder
 
 LAYERS, PORTION = 4, (384, 256)  # of the forward that is computed with several kinds of numbers: layers, width and height
@@ -45,19 +45,18 @@ def env(case: CheckCase, figures: Figures) -> None:
     figures.add("cuda", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     figures.add("memory", torch.cuda.get_device_properties(case.device).total_memory / GIB, "GiB")
     figures.add("tf32", f"products {torch.backends.cuda.matmul.allow_tf32}, convolutions {torch.backends.cudnn.allow_tf32}")
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        figures.add("driver", subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0])
+    figures.add("driver", driver_version())
 
 
 def numerics(case: CheckCase, figures: Figures) -> None:
     """A forward of a few layers in float32 and bfloat16 on the device, and in float32 on the CPU."""
+    set_tf32(torch.float32)
     work, model = case.work(LAYERS), case.model(LAYERS, torch.float32)
     work = work.resized(min(PORTION[0], work.width), min(PORTION[1], work.height))
     here = _prediction(model, work)
-    figures.add("bfloat16_error", _error(_prediction(model.to(torch.bfloat16), work), here))
+    figures.add("bfloat16_error", error_of(_prediction(model.to(torch.bfloat16), work), here))
     if case.on_gpu:
-        figures.add("float32_error", _error(here, _prediction(case.model(LAYERS, torch.float32).cpu(), work)))
+        figures.add("float32_error", error_of(here, _prediction(case.model(LAYERS, torch.float32).cpu(), work)))
 
 
 @torch.no_grad()
@@ -68,11 +67,7 @@ def _prediction(model: AvatarDiT, work: Workload) -> Tensor:
     cache = model.prefill(conditions, model.new_cache(conditions, steps=1))
     latents = torch.randn(1, *conditions.ref.shape[1:2], span.latent_frames, *conditions.ref.shape[3:], generator=seeded(1))
     timestep, inputs = torch.full((1,), 500.0, device=like.device), model.prepare_block(conditions, span)
-    return model.denoise_block(latents.to(like.device), timestep, inputs, cache=cache, ring=cache.rings[0]).float().cpu()
-
-
-def _error(found: Tensor, true: Tensor) -> float:
-    return float((found - true).norm() / true.norm())
+    return model.denoise_block(latents.to(like.device), timestep, inputs, cache=cache, ring=cache.rings[0]).cpu()
 
 
 @torch.no_grad()
@@ -95,12 +90,18 @@ def kernels(case: CheckCase, figures: Figures) -> None:
             figures.add(backend.name.lower(), 1000 * seconds[-1], "ms")
     if case.on_gpu:
         figures.add("attention_over_best", seconds[0] / min(seconds))
-        figures.add("attention_kernel", next((name for name, _ in kernels_of(attend).most_common(1)), "not seen by the profiler"))
+        figures.add("attention_kernel", kernel_of(draw(1, trunk.num_heads, keys, dim // trunk.num_heads)).name)
     for name, outer in (("square", dim), ("mlp_in", trunk.ffn_dim)):
         product = best_seconds(partial(F.linear, draw(tokens, dim), draw(outer, dim)), device)
         figures.add(f"product_{name}", 2 * tokens * dim * outer / product / TERA, "TFLOP/s")
     embed = TimeEmbed(trunk.freq_dim, dim).to(device, case.dtype)
-    figures.add("time_embed", 1000 * best_seconds(partial(embed, torch.full((1, work.latent_frames), 500.0, device=device)), device), "ms")
+    run = partial(embed, torch.full((1, work.latent_frames), 500.0, device=device))
+    figures.add("time_embed", 1000 * best_seconds(run, device), "ms")
+    if case.on_gpu:
+        case.release()
+        held = torch.cuda.memory_allocated(device)
+        run()
+        figures.add("time_embed_peak", (torch.cuda.max_memory_allocated(device) - held) / GIB, "GiB beside its weights")
 
 
 @torch.no_grad()

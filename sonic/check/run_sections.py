@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -31,7 +32,6 @@ CPU_PATIENCE = 4  # times as long as a GPU may a CPU take, which others may use 
 LAST_LINES = 3  # of the output of a section that did not end by itself
 Section = Callable[[CheckCase, Figures], None]
 SECTIONS: dict[str, Section] = dict(zip(LIMITS, (env, numerics, kernels, single, offload, vae, video, train, ranks, memory), strict=True))
-PASSED, FAILED, SKIPPED = "pass", "fail", "skipped"
 
 log = logging.getLogger("sonic.check")
 
@@ -47,40 +47,38 @@ class SectionResult(NamedTuple):
 
 def run_sections(config: CheckConfig, run: Run) -> int:
     """Run the sections in their order. Gives exit code 1 when one has failed, else 0."""
-    case_of(config, run.path)  # raises for a device that is not there before a folder is made
-    folder = run.open()
+    case = case_of(config, run.path)  # raises for a device that is not there before a folder is made
+    case = replace(case, folder=run.open())
     run.keep()
-    case, outcomes = case_of(config, folder), []
-    context = multiprocessing.get_context("forkserver")  # its server imports once what all sections need
-    context.set_forkserver_preload(PRELOADED)
-    first = context.Process()
-    first.start()
-    first.join()  # when the server is ready, so that the first section does not wait for it
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)  # its server imports once what all sections need
+    table = Table("section", "result", "s", "what it means", title=f"{case.device}, figures in {case.folder / 'check.jsonl'}")
+    failed = 0
     for name in [each for each in LIMITS if each in (config.sections or LIMITS)]:
         limit = config.limit or LIMITS[name] * (1 if case.on_gpu else CPU_PATIENCE)
-        outcomes.append(_outcome(name, case, section=SECTIONS[name], limit=limit))
-        log.info("%s: %s after %.1f s", name, outcomes[-1].result, outcomes[-1].seconds)
-        _write(folder, {**outcomes[-1]._asdict(), "figure": None})
-    table = Table("section", "result", "s", "what it means", title=f"{case.device}, figures in {folder / 'check.jsonl'}")
-    for outcome in outcomes:
-        table.add_row(outcome.section, outcome.result, f"{outcome.seconds:.1f}", "\n".join(outcome.sentences))
+        found = _run_in_time(name, case, SECTIONS[name], limit=limit)
+        log.info("%s: %s after %.1f s", *found[:3])
+        _write(case.folder, {**found._asdict(), "figure": None})
+        table.add_row(name, found.result, f"{found.seconds:.1f}", "\n".join(found.sentences))
+        failed |= found.result == "fail"
     Console(width=None if Console().is_terminal else 150).print(table)
-    return int(any(outcome.result == FAILED for outcome in outcomes))
+    return int(failed)
 
 
-def _outcome(name: str, case: CheckCase, *, section: Section, limit: float) -> SectionResult:
-    """Run a section in its process to its end, or to the end of its time."""
+def _run_in_time(name: str, case: CheckCase, section: Section, *, limit: float) -> SectionResult:
+    """Run a section in its process to its end, or to the end of its time; show and write each figure as it comes."""
     begun, records, context = time.monotonic(), [], multiprocessing.get_context("forkserver")
+    left = lambda: max(0.0, begun + limit - time.monotonic())  # noqa: E731
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run_section, args=(name, case, theirs), kwargs={"section": section})
+    process = context.Process(target=_run_section, args=(name, case, section), kwargs={"pipe": theirs})
     process.start()
     theirs.close()
     try:
-        for record in _received(ours, begun + limit):
-            records.append(record)
-            log.info(as_line(record))
-            _write(case.folder, record)
-        process.join(max(0.0, begun + limit - time.monotonic()))
+        with suppress(EOFError):  # the section has ended
+            while ours.poll(left()):
+                records.append(ours.recv())
+                log.info(as_line(records[-1]))
+                _write(case.folder, records[-1])
+        process.join(left())
     finally:
         code = process.exitcode
         with suppress(ProcessLookupError):
@@ -89,21 +87,17 @@ def _outcome(name: str, case: CheckCase, *, section: Section, limit: float) -> S
         process.join()
     sentences = [f"{record['figure']}: {record['failed']}" for record in records if record.get("failed")]
     if code != 0:
-        ended = "" if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        how = f"ended with {ended}" if ended else f"was stopped after {limit:g} s"
+        how = (
+            f"was stopped after {limit:g} s"
+            if code is None
+            else f"ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        )
         sentences.append(f"it {how}, and figures after that are missing: {_last_lines(case.folder / f'{name}.txt')}")
-    shown = [record for record in records if record["value"] is not None]
-    return SectionResult(name, FAILED if sentences else PASSED if shown else SKIPPED, round(time.monotonic() - begun, 1), sentences)
+    measured = any(record["value"] is not None for record in records)
+    return SectionResult(name, "fail" if sentences else "pass" if measured else "skipped", round(time.monotonic() - begun, 1), sentences)
 
 
-def _received(pipe: Connection, until: float) -> Iterator[dict]:
-    """The figures of a section as they come, until it ends or its time is over."""
-    with suppress(EOFError):
-        while pipe.poll(max(0.0, until - time.monotonic())):
-            yield pipe.recv()
-
-
-def _run_section(name: str, case: CheckCase, pipe: Connection, *, section: Section) -> None:
+def _run_section(name: str, case: CheckCase, section: Section, *, pipe: Connection) -> None:
     """What the process of a section does; its output goes to a file beside the figures."""
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -121,8 +115,8 @@ def _run_section(name: str, case: CheckCase, pipe: Connection, *, section: Secti
 
 
 def _last_lines(file: Path) -> str:
-    lines = file.read_text(errors="replace").split("\n") if file.exists() else []
-    return " | ".join([line.strip() for line in lines if line.strip()][-LAST_LINES:]) or "it wrote nothing"
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines()] if file.exists() else []
+    return " | ".join([line for line in lines if line][-LAST_LINES:]) or "it wrote nothing"
 
 
 def _write(folder: Path, record: dict) -> None:

@@ -150,11 +150,16 @@ def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_d
     return backend.attend
 
 
+def kernel_of(rows: Tensor) -> SDPBackend:
+    """The kernel that torch takes for attention among rows like these.  [B,heads,N,d]"""
+    return SDPBackend(torch._fused_sdp_choice(rows, rows, rows))
+
+
 @cache
 def _log_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Log which kernel sdpa takes, as torch chooses it here, and for slower kernels than cuDNN's and flash attention torch's reasons."""
     rows = torch.empty(1, 8, 256, head_dim, dtype=dtype, device=device)
-    kernel, reasons = SDPBackend(torch._fused_sdp_choice(rows, rows, rows)), []
+    kernel, reasons = kernel_of(rows), []
     if kernel not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with warnings.catch_warnings(record=True) as caught, suppress(RuntimeError), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             warnings.simplefilter("always")

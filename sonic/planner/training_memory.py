@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,17 +30,17 @@ class Copies(NamedTuple):
 
 
 FORWARD = Copies(4, 1, 0.5, 3)  # without gradients
-GRAPH = {  # while a layer is recomputed and backpropagated, by what is trained in a block
-    "adapters": Copies(17, 5, 2, 2),
-    "weights": Copies(15, 4, 2, 3),
-    "elsewhere": Copies(10, 5, 2, 2),
+GRAPH = {  # while a layer's MLP is backpropagated, by what is trained in a block; the layer's input is not counted
+    "adapters": Copies(10, 6, 0, 4),
+    "weights": Copies(12, 7, 2, 3),
+    "elsewhere": Copies(6, 6, 1, 3),
 }
-KEPT = {  # by a layer between its forward and its backward pass, without recompute
-    "adapters": Copies(11.5, 4, 2, 2),
-    "weights": Copies(14, 4, 2, 2),
-    "elsewhere": Copies(7, 4, 2, 1),
+KEPT = {  # by a layer between its forward and its backward pass, without recompute, with its output
+    "adapters": Copies(10, 6, 0, 2),
+    "weights": Copies(12, 6, 0, 2),
+    "elsewhere": Copies(6, 6, 0, 1),
 }
-KEPT_BY_INJECTOR = 11  # copies of the denoised tokens, without recompute: four in float32, three in the computing precision
+KEPT_BY_INJECTOR = Copies(3, 0, 3, 0)  # without recompute; those in the computing precision are of the denoised tokens too
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Sizes:
     def largest(self) -> float:
         """Gathered bytes of the largest unit."""
         return max(self.units.values())
+
+    @property
+    def done(self) -> str:
+        """The audio injector behind the last block, which a backward pass has left when it reaches that block; "" if there is none."""
+        *_, last = self.units
+        return last if last.startswith("audio_injectors") else ""
 
     @property
     def gathered(self) -> float:
@@ -97,7 +103,6 @@ def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -
         items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
         if parallel.cpu_offload:
             items |= dict.fromkeys((*PERSISTENT, "gradients"), 0.0)
-            items["gathered"] += 2 * size.largest / size.ranks  # shards of a unit and of the next one, copied from host memory
             items |= dict.fromkeys(TRANSIENT, 0.0) if name == "update" else {}
         found[name] = items
     return found
@@ -118,10 +123,10 @@ def _distil(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, dict
     forward = _forward(size, _copied(work, FORWARD, block, query_share=1))
     yield "rollout", ring | forward
     graph = _graph_bytes(work, clip, query_share=query_share)
-    yield "critic", gradients | _widest(work, size, {}, graph=graph) | _kept_by_layers(work, clip, query_share=query_share)
+    yield "critic", gradients | _widest(work, size, {}, graph=graph) | _kept_by_layers(work, size, clip, query_share=query_share)
     yield "scores", gradients | _forward(size, _copied(work, FORWARD, clip, query_share=query_share))
     graph = _graph_bytes(work, block, query_share=1) + 2 * (stream.memory + stream.window) / share * work.token_bytes  # old and new keys
-    replay = gradients | ring | _kept_by_layers(work, block, query_share=1)
+    replay = gradients | ring | _kept_by_layers(work, size, block, query_share=1)
     yield "student", replay | _widest(work, size, forward, graph=graph)
     yield "update", _update(size)
 
@@ -131,7 +136,7 @@ def _match_flow(work: Training, size: Sizes, share: int) -> Iterator[tuple[str, 
     clip = work.tokens / share
     query_share = work.query_tokens / work.tokens
     graph = _graph_bytes(work, clip, query_share=query_share)
-    rest = {"gradients": MASTER * size.learning} | _kept_by_layers(work, clip, query_share=query_share)
+    rest = {"gradients": MASTER * size.learning} | _kept_by_layers(work, size, clip, query_share=query_share)
     forward = _forward(size, _copied(work, FORWARD, clip, query_share=1))
     yield "gradient", rest | _widest(work, size, forward, graph=graph)
     yield "update", _update(size)
@@ -156,16 +161,15 @@ def _trained(work: Training) -> str:
     return "weights" if any(unit.startswith("blocks.") for unit in learnt(work)) else "elsewhere"
 
 
-def _kept_by_layers(work: Training, tokens: float, *, query_share: float) -> dict[str, float]:
-    """What layers keep for the backward pass: with recompute the inputs of blocks and injectors (float32), else what theirs read.
-
-    Blocks that nothing that learns precedes keep nothing."""
-    layers, injectors, trained = work.model.trunk.num_layers, len(work.model.audio.inject_layers), _trained(work)
+def _kept_by_layers(work: Training, size: Sizes, tokens: float, *, query_share: float) -> dict[str, float]:
+    """What layers keep while the last block is backpropagated: with recompute the float32 inputs of blocks and injectors, else what the
+    backward passes of the others read. Blocks that nothing that learns precedes keep nothing."""
+    layers, injectors = work.model.trunk.num_layers, len(work.model.audio.inject_layers) - bool(size.done)
+    learning = layers - (1 + min(work.model.audio.inject_layers, default=0) if _trained(work) == "elsewhere" else 0)
     if work.recipe.speed.recompute:
-        return {"layer_inputs": (layers + injectors) * tokens / work.tokens * work.stream_bytes}
-    learning = layers - (1 + min(work.model.audio.inject_layers, default=0) if trained == "elsewhere" else 0)
-    kept = learning * _copied(work, KEPT[trained], tokens, query_share=query_share)
-    return {"layer_inputs": kept + injectors * KEPT_BY_INJECTOR * query_share * tokens * work.token_bytes}
+        return {"layer_inputs": (learning + injectors) * tokens / work.tokens * work.stream_bytes}
+    kept = (learning - 1) * _copied(work, KEPT[_trained(work)], tokens, query_share=query_share)
+    return {"layer_inputs": kept + injectors * _copied(work, KEPT_BY_INJECTOR, tokens * query_share, query_share=1)}
 
 
 def _forward(size: Sizes, activations: float) -> dict[str, float]:
@@ -184,25 +188,23 @@ def _forward(size: Sizes, activations: float) -> dict[str, float]:
 def _widest(work: Training, size: Sizes, forward: Mapping[str, float], *, graph: float) -> Mapping[str, float]:
     """Items of a pass with gradients: those of its forward or its backward, whichever are larger.
 
-    Without recompute the widest point lies between the two, when every layer keeps its graph and nothing is reduced yet."""
+    Without recompute the widest point is the last block's backward pass, when all other layers still keep their graphs."""
     if not work.recipe.speed.recompute:
-        return {"gathered": size.root + 2 * size.largest}
-    return max(forward, _backward(work, size, graph), key=_sum)
+        return _backward(work, size, graph, before=[size.done])
+    return max(forward, _backward(work, size, graph, before=size.units), key=_sum)
 
 
-def _backward(work: Training, size: Sizes, graph: float) -> dict[str, float]:
+def _backward(work: Training, size: Sizes, graph: float, *, before: Iterable[str]) -> dict[str, float]:
     """Items of a backward pass.
 
-    `gathered`: the current unit and the next one, or all that a forward has kept. `reduced`: float32 gradients of the unit before, whole
-    and this rank's shard, and the first gradient of the current unit. `activations`: the graph, and the float32 copy of the time
-    embedding's weights that it keeps."""
-    learning = max(size.learnt.get(unit, 0) for unit in size.units)
+    `gathered`: the current unit and the next one, or all that a forward has kept. `reduced`: float32 gradients of the largest of the units
+    that may be the one `before`, whole and this rank's shard, and the first gradient of the current unit. `activations`: the graph, and
+    the float32 copy of the time embedding's weights that it keeps."""
+    learning = max(size.learnt.get(unit, 0) for unit in before)
     first = work.model.trunk.hidden_dim * work.model.trunk.ffn_dim if _trained(work) == "weights" else 0
     time_embed = size.learnt.get("time_embed", 0) if work.dtype_bytes < MASTER and not work.learn.rank else 0
     reduced = MASTER * learning * (1 + 1 / size.ranks) + work.dtype_bytes * first
-    *_, last = size.units
-    done = size.units[last] if last.startswith("audio_injectors") else 0.0  # freed before the backward pass of the last block
-    gathered = size.gathered - done if size.kept else size.root + 2 * size.largest
+    gathered = size.gathered - size.units.get(size.done, 0.0) if size.kept else size.root + 2 * size.largest
     return {"gathered": gathered, "reduced": reduced, "activations": graph + MASTER * time_embed}
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ from sonic.check import run_sections
 from sonic.check.case import CheckCase
 from sonic.check.check_config import LIMITS, CheckConfig
 from sonic.check.figures import BOUNDS, Figures, as_line
+from sonic.check.measure import DELAY_CYCLES, late_copies
 from sonic.cli import run_command
 from sonic.commands.check_command import ENTRY, check
+from sonic.system.device_stream import CudaStream
 from sonic.system.program import command_words
 
 OF_A_GPU = {  # what a CPU cannot show
     *("numerics.float32_error", "kernels.attention_over_best", "single.rotate_share", "single.syncs", "single.busy_share"),
     *("single.peak_over_plan", "offload.late_copies", "offload.weights_rate", "vae.peak_over_plan", "video.peak_over_plan"),
-    "train.peak_over_plan",
+    *("train.peak_over_plan", "single.compiled_error", "single.recompilations"),
 }
 
 
@@ -39,7 +42,7 @@ def test_a_cpu_runs_every_section_and_skips_what_only_a_gpu_can_show(tmp_path):
     assert results == dict.fromkeys(LIMITS, "pass")
     figures = {f"{record['section']}.{record['figure']}": record for record in records if record["figure"]}
     assert {name for name, record in figures.items() if record["value"] is None} == OF_A_GPU
-    assert {name for name in BOUNDS if name.partition(".")[0] in results} <= set(figures)
+    assert {*BOUNDS} <= {*figures}
     assert all(as_line(record) in done.stdout for record in figures.values())
     assert "rank 1: gives no more signs of life" in figures["ranks.blamed"]["unit"]
 
@@ -113,6 +116,17 @@ def test_figures_are_judged_by_their_bounds_and_goals_on_their_device_alone(sect
     found = []
     Figures(section, found.append, device).add(name, value)
     assert found[0].get("verdict") == verdict and bool(found[0].get("failed")) == fails
+
+
+def test_copies_are_late_inside_the_block_alone(monkeypatch):
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    stream, (target, source) = CudaStream(torch.device("cuda"), priority=0), torch.tensor([[0.0], [1.0]])
+    with late_copies():
+        stream.copy(target, source)
+    cuda._sleep.assert_called_once_with(DELAY_CYCLES)
+    stream.copy(target, source)
+    cuda._sleep.assert_called_once()
 
 
 def test_limits_add_up_to_nine_minutes_and_every_bound_belongs_to_a_section():

@@ -40,7 +40,7 @@ class Consistency(Distillation):
         clean = batch["latents"]
         conditions, first_block = conditions_of(batch, self.model_config), self.first_block(host_rng(rng))
         point = self._path_points(clean.shape[0], rng)
-        path = upload(self.path, clean.device)
+        path = upload(self.path.to(clean.dtype), clean.device)
         end = (point // self.stride + 1) * self.stride
         sigma, last = path[point], path[end]
         x = interpolate(clean, torch.randn(clean.shape, generator=rng, device=rng.device), sigma)
@@ -57,7 +57,7 @@ class Consistency(Distillation):
     @torch.no_grad()
     def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
         """The latents at the end of the student's sampling step: `leap` steps of the teacher from x, then one of the student."""
-        path = upload(self.path, x.device)
+        path = upload(self.path.to(x.dtype), x.device)
         for _ in range(min(self.config.leap, self.stride)):
             then = torch.minimum(point + 1, end)
             x = x + expand_like(path[then] - path[point], x) * teacher(x, path[point].clamp(min=1e-3))
