@@ -146,7 +146,10 @@ def hang_while_loading(config, folder):
 
 
 def test_a_process_that_hangs_ends_the_training_of_all(config, tmp_path):
-    config.budget, config.speed = BudgetConfig(max_steps=4, batch_size=2, accumulate=2), SpeedConfig(device="cpu", precision="float32", timeout_s=2.0)
+    config.budget, config.speed = (
+        BudgetConfig(max_steps=4, batch_size=2, accumulate=2),
+        SpeedConfig(device="cpu", precision="float32", timeout_s=2.0),
+    )
     with pytest.raises(AssertionError):  # no rank returns
         on_ranks(2, hang_while_loading, config, tmp_path / "run", timeout_s=50)
     assert "rank 1: hangs at test_build.py" in "".join(path.read_text() for path in tmp_path.glob("run.said*"))
