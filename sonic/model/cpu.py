@@ -87,10 +87,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, then_gelu: bool = False) 
     """x · weightᵀ + bias, then optionally GELU in the form that `gelu` uses for this dtype.  [...,D] -> [...,D']
 
     On a CPU oneDNN is faster than what torch calls: for float32 that is MKL, which uses fewer instructions of processors by other makers
-    than Intel; for bfloat16 torch writes the bias to memory before the product. On CUDA the kernel of the product applies a GELU, in its
+    than Intel; for bfloat16 torch writes the bias to memory before the product. On a GPU the kernel of the product applies a GELU, in its
     tanh form.
     """
-    if then_gelu and x.is_cuda and x.dtype == weight.dtype == bias.dtype == product_dtype(weight) and not torch.is_grad_enabled():
+    fits = x.dtype == weight.dtype == bias.dtype == product_dtype(weight) and not torch.is_grad_enabled()
+    if then_gelu and fits and x.device.type != "cpu":
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
     use_onednn = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _onednn_dtypes() and torch.backends.mkldnn.enabled
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not use_onednn or not x.numel():

@@ -78,22 +78,22 @@ def prompt_bytes(work: Workload) -> float:
 def activation_bytes(work: Workload, *, share: int = 1) -> dict[str, float]:
     """Bytes of activations by phase of a forward, without weights and KV caches; `share` ranks divide the tokens.
 
-    Attention applies rotary embeddings in float32, the MLP holds its hidden layer twice, before the blocks the projection of the
+    Attention applies rotary embeddings in float32, the MLP's hidden layer exists once, before the blocks the projection of the
     time embedding is converted to float32 in parts, and after them the head normalises the float32 tokens.
     """
     trunk = work.model.trunk
     activations = work.activation_bytes / share
-    rotations = work.tokens / share * 3 * 4 * trunk.hidden_dim / trunk.num_heads
+    rotations = work.tokens / share * 4 * trunk.hidden_dim / trunk.num_heads
     more = CLIP_COPIES if work.clip_frames else 0
     widened = 4 * min(WIDENED, 6 * trunk.hidden_dim**2) if work.dtype_bytes == 2 else 0
-    embedded = (1 - 1 / share) * work.query_tokens / work.tokens * work.stream_bytes if work.clip_frames else 0  # each rank embeds all
+    embedded = (1 - 1 / share) * work.query_tokens * work.token_bytes if work.clip_frames else 0.0  # each rank embeds all of a clip
     other = (COPIES["other"] + more) * activations + rotations + embedded
     return {
         "ends": max(activations + widened, 2 * work.stream_bytes / share) + embedded,
         "attention": (COPIES["attention"] + more + EXCHANGE_COPIES * (share > 1)) * activations + rotations + embedded,
         "text": other,
         "prompt": other,
-        "mlp": (COPIES["mlp"] + more + 2 * trunk.ffn_dim / trunk.hidden_dim) * activations + rotations + embedded,
+        "mlp": (COPIES["mlp"] + more + trunk.ffn_dim / trunk.hidden_dim) * activations + rotations + embedded,
         "injector": other,
     }
 

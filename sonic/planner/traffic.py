@@ -20,7 +20,7 @@ from sonic.planner.fake_gpu import FakeGpuMode, fake_gpu
 from sonic.planner.track import DTYPES, caches_of, inputs_of, made_in
 from sonic.planner.workload import Workload
 
-MULTIPLY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention")
+MULTIPLY = ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention")
 NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "_unsafe_view")
 
 
