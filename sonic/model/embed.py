@@ -187,6 +187,15 @@ def rotate_both(queries: Tensor, keys: Tensor, turns: Rotation) -> tuple[Tensor,
     return rotate(queries, turns), rotate(keys, turns)
 
 
+@region
+def rotate_into(slots: Sequence[Tensor], tokens: tuple[Tensor, Tensor, Tensor], turns: Rotation) -> Tensor:
+    """Write the rotated keys and the values of tokens into their slots of a KV ring; gives the rotated queries."""
+    queries, keys, values = tokens
+    for slot, new in zip(slots, (rotate(keys, turns), values), strict=True):
+        slot.copy_(new)
+    return rotate(queries, turns)
+
+
 def _every_pair(times: Tensor, rows: Tensor, columns: Tensor) -> Positions:
     time, row, column = torch.meshgrid(times, rows, columns, indexing="ij")
     return time.flatten(), row.flatten(), column.flatten()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sonic.config import ModelConfig
 from sonic.model.attention import QKV, Attention, AttentionContext, KeysValues
-from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotate_both, rotation
+from sonic.model.embed import Positions, Rotation, grid_positions, motion_positions, rotate, rotate_both, rotate_into, rotation
 
 
 class Slot(NamedTuple):
@@ -221,11 +221,17 @@ class CachedContext(AttentionContext):
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Write the block's keys and values into its slot and attend to the filled part of the ring."""
         (own, filled), keys_values, windows = self.slot, [], self.cache.windows
+        stored = windows.load(self)
+        if not torch.is_grad_enabled():
+            queries = rotate_into([each[:, own] for each in stored], tokens, self.positions)
+            attn_out = attention(queries, *(each[:, filled].to(queries) for each in stored))
+            windows.store(self)
+            return attn_out
         queries, keys = rotate_both(tokens.queries, tokens.keys, self.positions)
-        for stored, new in zip(windows.load(self), (keys, tokens.values), strict=True):
-            stored[:, own] = new.detach()
-            parts = (stored[:, filled.start : own.start], new.to(stored.dtype), stored[:, own.stop : filled.stop])
-            keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else stored[:, filled]).to(new))
+        for ring, new in zip(stored, (keys, tokens.values), strict=True):
+            ring[:, own] = new.detach()
+            parts = (ring[:, filled.start : own.start], new.to(ring.dtype), ring[:, own.stop : filled.stop])
+            keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else ring[:, filled]).to(new))
         attn_out = attention(queries, *keys_values)
         windows.store(self)
         return attn_out
