@@ -115,15 +115,15 @@ class Block(nn.Module):
 
         `tokens` are overwritten where no gradients are needed.
         """
-        levels = [levels_of(self.modulation, modulation) for modulation in modulations]
+        rows = [modulation_rows(self.modulation, modulation) for modulation in modulations]
         dtype = product_dtype(self.mlp_in.weight)
-        normed = per_part(lambda x, level: modulate(x, level(0), level(1), eps=self.eps).to(dtype), layout, levels, tokens)
+        normed = per_part(lambda x, row: modulate(x, row(0), row(1), eps=self.eps).to(dtype), layout, rows, tokens)
         attn_out = Uncompiled.call(self.self_attention, normed, context=context, exchange=exchange)
-        tokens = add_gated(tokens, attn_out, [level(2) for level in levels], layout=layout)
+        tokens = add_gated(tokens, attn_out, [row(2) for row in rows], layout=layout)
         del normed, attn_out  # frees them
         tokens = add_residual(tokens, Uncompiled.call(self.text_attention, self.text_norm(tokens).to(dtype), text, context=context))
-        normed = per_part(lambda x, level: modulate(x, level(3), level(4), eps=self.eps).to(dtype), layout, levels, tokens)
-        return add_gated(tokens, Uncompiled.call(self._mlp, normed), [level(5) for level in levels], layout=layout)
+        normed = per_part(lambda x, row: modulate(x, row(3), row(4), eps=self.eps).to(dtype), layout, rows, tokens)
+        return add_gated(tokens, Uncompiled.call(self._mlp, normed), [row(5) for row in rows], layout=layout)
 
     def _mlp(self, tokens: Tensor) -> Tensor:
         return self.mlp_out(linear_gelu(self.mlp_in, tokens))
@@ -150,15 +150,15 @@ class Head(nn.Module):
         return rearrange(patches, "b t (h w) (p q r c) -> b c (t p) (h q) (w r)", w=width, p=p, q=q, r=r)
 
 
-def levels_of(learnt: Tensor, modulation: Tensor) -> Callable[[int], Tensor]:
+def modulation_rows(learnt: Tensor, modulation: Tensor) -> Callable[[int], Tensor]:
     """Shift, scale and gate of the attention, then of the MLP, each [B,T,1,D] by its number: the learnt ones plus those of the noise
     level, in float32. Compiled, each is added by the kernel that uses it.  learnt [1,6,D], modulation [B,T,6,D]"""
     if torch.compiler.is_compiling():
-        return partial(_level, learnt, modulation)
+        return partial(_modulation_row, learnt, modulation)
     return rearrange(learnt.float() + modulation, "b t six d -> six b t 1 d").__getitem__
 
 
-def _level(learnt: Tensor, modulation: Tensor, number: int) -> Tensor:
+def _modulation_row(learnt: Tensor, modulation: Tensor, number: int) -> Tensor:
     return rearrange(learnt[:, number].float() + modulation[:, :, number], "b t d -> b t 1 d")
 
 

@@ -220,21 +220,26 @@ class CachedContext(AttentionContext):
 
     def attend(self, attention: Attention, tokens: QKV) -> Tensor:
         """Write the block's keys and values into its slot and attend to the filled part of the ring."""
-        (own, filled), keys_values, windows = self.slot, [], self.cache.windows
+        windows = self.cache.windows
         stored = windows.load(self)
-        if not torch.is_grad_enabled():
-            queries = rotate_into([each[:, own] for each in stored], tokens, self.positions)
-            attn_out = attention(queries, *(each[:, filled].to(queries) for each in stored))
-            windows.store(self)
-            return attn_out
+        if torch.is_grad_enabled():
+            queries, keys_values = self._written_with_gradients(stored, tokens)
+        else:
+            queries = rotate_into([each[:, self.slot.own] for each in stored], tokens, self.positions)
+            keys_values = [each[:, self.slot.filled].to(queries) for each in stored]
+        attn_out = attention(queries, *keys_values)
+        windows.store(self)
+        return attn_out
+
+    def _written_with_gradients(self, stored: KeysValues, tokens: QKV) -> tuple[Tensor, list[Tensor]]:
+        """Rotated queries, and the filled part of the ring, where the block's own keys and values keep their gradients."""
+        (own, filled), keys_values = self.slot, []
         queries, keys = rotate_both(tokens.queries, tokens.keys, self.positions)
         for ring, new in zip(stored, (keys, tokens.values), strict=True):
             ring[:, own] = new.detach()
             parts = (ring[:, filled.start : own.start], new.to(ring.dtype), ring[:, own.stop : filled.stop])
             keys_values.append((torch.cat(parts, dim=1) if new.requires_grad else ring[:, filled]).to(new))
-        attn_out = attention(queries, *keys_values)
-        windows.store(self)
-        return attn_out
+        return queries, keys_values
 
     def text(self, project: Callable[[Tensor], KeysValues], rows: Tensor | None) -> KeysValues:
         """The keys and values that prefill stored."""
