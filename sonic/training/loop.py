@@ -105,7 +105,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 figures |= {"perf/peak_gib": peak_gib(world.device), "train/lr": lr}
                 sample = run.make_sample(step) if run.make_sample and (last or step % config.log.samples_every == 0) else None
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
-                log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
+                log.tick(step, progress, f"loss {figures.get('student/loss', math.nan):.4f}, {samples:.1f} samples/s")
             if last or world.from_first_rank(_checkpoint_due(config, step, saved)):
                 totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}
                 engine.save(step, {"batches": used, **totals})
@@ -146,16 +146,21 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     means = torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0)
     means = torch.cat((means, norm.view(1).to(means))).cpu()  # the only time that the host waits for the device
     norm, means = float(means[-1]), world.mean(means[:-1])
-    metrics = {f"train/{name}": value for name, value in zip(figures[0], means.tolist(), strict=True)}
-    loss = metrics[f"train/{role}_loss"]
+    metrics = {_curve(role, name): value for name, value in zip(figures[0], means.tolist(), strict=True)}
+    loss = metrics[f"{role}/loss"]
     if fault := run.guard.fault(role, loss, norm):
-        _save_worst_batch(run, used, [float(values[f"{role}_loss"]) for values in figures])
+        _save_worst_batch(run, used, [float(values["loss"]) for values in figures])
         run.engine.checkpoints.settle()
         raise Diverged(
             f"step {step}: loss {loss:.4g} with gradient norm {norm:.4g} {fault}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
-    return {**metrics, f"train/{role}_grad_norm": norm}
+    return {**metrics, f"{role}/grad_norm": norm}
+
+
+def _curve(role: str, name: str) -> str:
+    """Name in the log of a figure of an update: under the role that learns, unless the objective names another, as in "teacher/score"."""
+    return name if "/" in name else f"{role}/{name}"
 
 
 def _save_worst_batch(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
@@ -173,7 +178,7 @@ def _backpropagate(run: TrainingRun, role: str, losses: Losses, *, share: float)
         with run.engine.precision():
             part = next(losses, None)
         if part is None:
-            return {f"{role}_loss": total, **figures}
+            return {"loss": total, **figures}
         loss, values = part
         run.engine.backward(role, loss * share)
         total, figures = total + loss.detach(), {name: value.detach() for name, value in values.items()}

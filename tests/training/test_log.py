@@ -28,7 +28,7 @@ def logged(folder, wandb, steps=(1, 2)):
     with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="details").open(steps[0] - 1) as log:
         for step in steps:
             video = video_of_step(folder, step) if step == steps[-1] else None
-            log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
+            log.scalars(step, {"student/loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
 
 
 def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_restart(tmp_path, monkeypatch):
@@ -40,7 +40,7 @@ def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_resta
     for run in runs:
         named = {"id": known, "resume": "allow", "dir": str(tmp_path), "name": "details", "project": LogConfig().project}
         assert named.items() <= run.keywords.items() and run.exit_code == 0
-    figures = [{"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step} for step in (1, 2, 3, 4)]
+    figures = [{"student/loss": 1 / step, "eval/sync_correlation": 0.5 * step} for step in (1, 2, 3, 4)]
     for step in (2, 4):
         figures[step - 1]["eval/sample"] = ("video", str(tmp_path / f"samples/step_{step:08d}.mp4"), "mp4")
     assert [each for run in runs for each in run.logged] == [*enumerate(figures, 1)]
