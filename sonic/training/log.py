@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -86,9 +87,10 @@ class RunLog:
             with suppress(OSError):
                 self._file.truncate(end)
 
-    def tick(self, step: int, progress: float, text: str) -> None:
-        """Move the progress bar to a share of the budget, and show `step` and `text` beside it."""
+    def tick(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
+        """Move the progress bar to a share of the budget, and show `step`, loss and speed beside it."""
         if self._bar is not None:
+            text = f"loss {figures.get('student/loss', math.nan):.4f}, {figures.get('perf/samples_per_second', 0.0):.1f} samples/s"
             self._bar.set_postfix_str(f"step {step}, {text}", refresh=False)
             self._bar.update(progress - self._bar.n)
 

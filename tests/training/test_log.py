@@ -63,9 +63,9 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
 def test_the_progress_bar_shows_the_share_of_the_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with RunLog(tmp_path, LogConfig(), name="details").open(2, 0.25) as log:
-        log.tick(5, 0.5, "loss 1.0")
+        log.tick(5, 0.5, {"student/loss": 1.0, "perf/samples_per_second": 2.5})
     shown = capsys.readouterr().err
-    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0" in shown
+    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0000, 2.5 samples/s" in shown
 
 
 class Full:
