@@ -30,7 +30,7 @@ def ablate(config: AblateConfig, run: Run) -> None:
     """Score the cells that are not finished, then write the report."""
     from sonic.evaluation.sweep import sweep
     from sonic.evaluation.sweep_report import write_report
-    from sonic.training.log import log_cells
+    from sonic.training.wandb_log import log_cells
 
     run.keep()  # finished cells survive a failed run
     folder = run.open()

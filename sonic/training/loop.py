@@ -15,6 +15,7 @@ from torch import Tensor
 from sonic.system.files import save_tensors
 from sonic.training.engine import Engine
 from sonic.training.guard import Guard
+from sonic.training.histograms import histograms
 from sonic.training.log import RunLog, SampleMaker
 from sonic.training.meter import Meter
 from sonic.training.objectives.objective import Batch, Losses, Objective, Weighted
@@ -134,6 +135,8 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
+    if world.main and config.log.histograms_every and (step + 1) % config.log.histograms_every == 0:
+        run.log.histograms(step + 1, histograms(role, run.engine.roles[role]))
     norm = run.engine.step(role, rate=lr, step=step)
     means = torch.stack([torch.stack([part.float() for parts in values.values() for part in parts]) for values in figures]).mean(0)
     means = torch.cat((means, norm.view(1).to(means))).cpu()  # the only time that the host waits for the device

@@ -13,6 +13,7 @@ from wandb_recorder import record_wandb
 from sonic.data.video import VideoWriter
 from sonic.training.guard import WARM, Guard
 from sonic.training.log import RunLog
+from sonic.training.log_destination import JsonLines
 from sonic.training.train_config import LogConfig
 
 
@@ -88,9 +89,10 @@ class Full:
 def test_a_full_disk_loses_lines_but_does_not_end_the_run(room, tmp_path, caplog):
     with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0) as log:
         log.scalars(1, {"loss": 1.0})
-        log._file = Full(log._file, room)
+        lines = next(each for each in log._open if isinstance(each, JsonLines))
+        lines.file = Full(lines.file, room)
         log.scalars(2, {"loss": 2.0})
-        log._file = log._file.file
+        lines.file = lines.file.file
         log.scalars(3, {"loss": 3.0})
     assert [line["step"] for line in read_scalars(tmp_path)] == [1, 3]
     assert "scalars.jsonl could not be written" in caplog.text and "training goes on" in caplog.text
@@ -107,7 +109,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     pytest.importorskip("wandb")
     for name, value in {"WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sonic.training.log.PATIENCE_S", 1)
+    monkeypatch.setattr("sonic.training.wandb_log.PATIENCE_S", 1)
     logged(tmp_path, "online")
     assert "logging offline" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
