@@ -37,7 +37,8 @@ class RecordedArtifact:
         return StringIO()
 
     def add_file(self, path: str, name: str) -> None:
-        assert Path(path).is_file()
+        if not Path(path).is_file():
+            raise ValueError(f"Path is not a file: {path!r}")  # in W&B's words
         self.files.append(name)
 
     def add_reference(self, address: str, name: str) -> None:

@@ -70,6 +70,6 @@ def digest(files: Sequence[Path]) -> str:
         found.update(str(size).encode())
         with path.open("rb") as file:
             for number in range(PIECES):
-                file.seek(number * max(PIECE, (size - PIECE) // (PIECES - 1)))
+                file.seek(max(number * PIECE, number * (size - PIECE) // (PIECES - 1)))
                 found.update(file.read(PIECE))
     return found.hexdigest()
