@@ -12,7 +12,8 @@ from typing import NamedTuple
 from sonic.families import FAMILIES
 from sonic.registry import closest_first as closest_first
 from sonic.registry import help_of as help_of
-from sonic.registry import names_in, one_of, option, require
+from sonic.registry import names_in as names_in
+from sonic.registry import one_of, option, require
 from sonic.registry import unknown_choice as unknown_choice
 
 SHIFT = 3.0  # the shift of the published schedules
@@ -51,6 +52,13 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
     fine = min(width, height) >= 64 and max(width, height) <= 8192
     require(fine, f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual")
     return width, height
+
+
+@dataclass
+class CommandConfig:
+    """Options that every command has."""
+
+    plugins: list[str] = option([], "modules that register own samplers, objectives and so on, such as my.package (docs/extending.md)")
 
 
 @dataclass
@@ -174,7 +182,7 @@ class ModelConfig(SpeechEncoderConfig):
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
     prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTION_TABLE)
-    family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
+    family: str = option("preview", lambda: " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"

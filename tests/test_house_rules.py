@@ -23,7 +23,6 @@ GROUND = {"types", "config", "registry", "geometry", "system", "families.FAMILIE
 BELOW_INFERENCE = {"assets", "sampling", "model", "encoders", "vae", "checkpoint", "data", "parallel", "planner", "evaluation.metrics"}
 JOBS = {"inference", "training", "evaluation", "bench", "check"}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
-    "registry": set(),
     "config": {"families.FAMILIES", "registry"},
     "geometry": set(),
     "system": {"config"},
@@ -46,16 +45,18 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "training": {*GROUND, *BELOW_INFERENCE, "families.family", "inference", "pipeline", "synthetic", "evaluation"},
     "bench": {*GROUND, *BELOW_INFERENCE, "families.wan", "inference", "pipeline", "synthetic"},
     "check": {*GROUND, *BELOW_INFERENCE, "cli", "inference", "bench", "training"},
-    "option_names": set(),
-    "cli": {"config", "option_names", "system"},
-    "commands": {*GROUND, "cli", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
+    **dict.fromkeys(("option_names", "registry"), set()),
+    "plugins": {"registry"},
+    "compose": {"option_names", "plugins", "registry", "system"},
+    "cli": {"compose", "config", "registry", "system"},
+    "commands": {*GROUND, "cli", "compose", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
     "main": {"commands", "config", "system"},
     "__main__": {"main"},
     "launch": {"main"},
 }
 DOORS = {  # third party -> the only places that may import it
-    "hydra": {"sonic/cli.py"},
-    "omegaconf": {"sonic/cli.py"},
+    "hydra": {"sonic/compose.py"},
+    "omegaconf": {"sonic/compose.py"},
     "wandb": {"sonic/training/log.py"},
     "deepspeed": {"sonic/parallel/deepspeed_inference.py", "sonic/training/deepspeed_engine.py"},
     "xformers": {"sonic/model/attention.py"},
@@ -81,6 +82,8 @@ WITHOUT_TORCH = (
     "sonic/geometry.py",
     "sonic/system/run_folder.py",
     "sonic/cli.py",
+    "sonic/compose.py",
+    "sonic/plugins.py",
     "sonic/option_names.py",
     "sonic/main.py",
     "sonic/system/program.py",
@@ -236,7 +239,7 @@ def test_third_parties_have_one_door():
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_at_once_imports_nothing_heavy(name):
-    glue = {"hydra", "omegaconf", "yaml"} if name == "sonic/cli.py" else set()
+    glue = {"hydra", "omegaconf", "yaml"} if name in ("sonic/cli.py", "sonic/compose.py") else set()
     light = {*sys.stdlib_module_names, "sonic", *glue}
     heavy = [f"{found}:{line}" for found, line in imports(ROOT / name) if found.partition(".")[0] not in light]
     assert not heavy
@@ -354,7 +357,7 @@ def test_no_path_of_one_machine():
 
 def test_only_the_app_reads_the_environment():
     readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
-    allowed = ("cli", "system/caches", "parallel/deepspeed_inference", "evaluation/sweep", "check/job_sections")
+    allowed = ("__init__", "plugins", "cli", "system/caches", "parallel/deepspeed_inference", "evaluation/sweep", "check/job_sections")
     allowed = tuple(f"sonic/{name}.py" for name in allowed)  # the latter four set for packages what they read nowhere else
     assert [where for where in readers if not where.startswith(allowed)] == []
 
