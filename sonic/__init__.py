@@ -8,9 +8,11 @@
         show(chunk.pixels)
 
 AvatarDiT is the transformer, ModelConfig its sizes, SAMPLERS the solvers by name, and parallelize builds the transformer under a plan on
-this rank. Each is imported when it is first asked for: `import sonic` alone loads nothing.
+this rank; load_plugins imports modules that register variants of one's own. Each is imported when it is first asked for: `import sonic`
+alone loads nothing.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +24,7 @@ _HOMES = {  # name -> (module, name there)
     "AvatarDiT": ("sonic.model.dit", "AvatarDiT"),
     "ModelConfig": ("sonic.config", "ModelConfig"),
     "SAMPLERS": ("sonic.sampling.samplers", "SAMPLERS"),
+    "load_plugins": ("sonic.plugins", "load_plugins"),
     "parallelize": ("sonic.parallel.parallelize", "build_parallel_model"),
 }
 __all__ = [*_HOMES]
@@ -36,3 +39,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+if "SONIC_PLUGINS" in os.environ:  # set by load_plugins for the processes that it starts
+    import_module("sonic.plugins").import_inherited()

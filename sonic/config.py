@@ -5,16 +5,16 @@ The options of a training run are in training/train_config.py, those of running 
 
 from __future__ import annotations
 
-import ast
-import difflib
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sonic.families import FAMILIES
+from sonic.registry import closest_first as closest_first
+from sonic.registry import help_of as help_of
+from sonic.registry import names_in as names_in
+from sonic.registry import one_of, option, require
+from sonic.registry import unknown_choice as unknown_choice
 
 SHIFT = 3.0  # the shift of the published schedules
 OWN = "auto"  # the value of run.dtype for the model's own precision
@@ -41,53 +41,6 @@ class OtherRank(RuntimeError):
     """This rank ended because another one failed; that rank has logged the details."""
 
 
-def option(default, help: str = "", *, table: str = ""):
-    """A dataclass field with a default, which is copied if it is a list, and a line for `--help`, which ends with the names in `table`."""
-    metadata = {"help": help, "table": table}
-    if isinstance(default, type | list):
-        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def help_of(option: Field) -> str:
-    """The line about an option in `--help`."""
-    text, table = option.metadata.get("help", ""), option.metadata.get("table")
-    return f"{text}: {', '.join(names_in(table))}" if table else text
-
-
-def names_in(table: str) -> list[str]:
-    """The names in a table of variants. It is read from its source while its module is not imported, because that imports torch."""
-    module, _, name = table.rpartition(".")
-    if loaded := sys.modules.get(f"sonic.{module}"):
-        return list(getattr(loaded, name))
-    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
-    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign))
-    entries = next(node.value for node in assigned if ast.unparse(node.target) == name)
-    return [ast.literal_eval(key) for key in entries.keys]
-
-
-def closest_first(name: str, choices: Sequence[str]) -> list[str]:
-    """All choices, those that resemble `name` first."""
-    close = difflib.get_close_matches(str(name), choices, n=max(1, len(choices)), cutoff=0.5)
-    return [*close, *(choice for choice in choices if choice not in close)]
-
-
-def unknown_choice(name: str, choices: Sequence[str], option: str) -> str:
-    """The error message for a name that is not among the choices."""
-    return f"{option}={name} is unknown; choose one of: {', '.join(closest_first(name, choices))}"
-
-
-def require(ok: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless `ok`."""
-    if not ok:
-        raise ValueError(sentence)
-
-
-def one_of(name: str, choices: Sequence[str], option: str) -> None:
-    """Raise ValueError with the choices unless `name` is one of them."""
-    require(name in choices, unknown_choice(name, choices, option))
-
-
 def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
     """(width, height) of a size such as "704x384"; `*` is accepted for `x`, as in the published commands.
 
@@ -99,6 +52,13 @@ def parse_size(size: str, option: str = "video.size") -> tuple[int, int]:
     fine = min(width, height) >= 64 and max(width, height) <= 8192
     require(fine, f"{option}={size} is impossible: each side must be between 64 and 8192 pixels; 704x384 is usual")
     return width, height
+
+
+@dataclass
+class CommandConfig:
+    """Options that every command has."""
+
+    plugins: list[str] = option([], "modules that register own samplers, objectives and so on, such as my.package (docs/extending.md)")
 
 
 @dataclass
@@ -222,7 +182,7 @@ class ModelConfig(SpeechEncoderConfig):
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
     prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTION_TABLE)
-    family: str = option("preview", " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
+    family: str = option("preview", lambda: " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
         "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"

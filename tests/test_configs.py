@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-import sonic.cli
+import sonic.compose
 from sonic import option_names
 from sonic.check.check_config import CheckConfig
 from sonic.checkpoint.convert_config import ConvertConfig
@@ -125,7 +125,7 @@ def test_a_model_of_ones_own_needs_no_preset(tmp_path, monkeypatch):
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/model/mine.yaml").write_text("defaults: [preview]\nname: mine\n")
-    monkeypatch.setattr(sonic.cli, "ROOT", tmp_path)
+    monkeypatch.setattr(sonic.compose, "ROOT", tmp_path)
     assert compose(INFER, ["model=mine"]).sampler == compose(INFER, []).sampler
 
 
@@ -258,7 +258,7 @@ def test_a_mistyped_key_in_a_yaml_lists_the_choices(tmp_path, monkeypatch):
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "conf/preset/mine.yaml").write_text("# @package _global_\nsampler: {sample_step: 3}\n")
-    monkeypatch.setattr(sonic.cli, "ROOT", tmp_path)
+    monkeypatch.setattr(sonic.compose, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="sampler.sample_step is not an option; sampler has: sample_steps"):
         compose(INFER, ["preset=mine"])
 

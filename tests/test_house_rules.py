@@ -19,16 +19,16 @@ LAUNCH = sorted((ROOT / "launch").glob("*.py"))
 SOURCES = LIBRARY + LAUNCH
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-GROUND = {"types", "config", "geometry", "system", "families.FAMILIES"}
+GROUND = {"types", "config", "registry", "geometry", "system", "families.FAMILIES"}
 BELOW_INFERENCE = {"assets", "sampling", "model", "encoders", "vae", "checkpoint", "data", "parallel", "planner", "evaluation.metrics"}
 JOBS = {"inference", "training", "evaluation", "bench", "check"}
 MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides itself
-    "config": {"families.FAMILIES"},
+    "config": {"families.FAMILIES", "registry"},
     "geometry": set(),
     "system": {"config"},
     "assets": set(),
     "types": {"config", "geometry"},
-    "sampling": {"types"},
+    "sampling": {"registry", "types"},
     "model": GROUND,
     "encoders": {*GROUND, "model.cpu", "data.audio", "checkpoint.weights"},
     "vae": GROUND,
@@ -45,16 +45,18 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "training": {*GROUND, *BELOW_INFERENCE, "families.family", "inference", "pipeline", "synthetic", "evaluation"},
     "bench": {*GROUND, *BELOW_INFERENCE, "families.wan", "inference", "pipeline", "synthetic"},
     "check": {*GROUND, *BELOW_INFERENCE, "cli", "inference", "bench", "training"},
-    "option_names": set(),
-    "cli": {"config", "option_names", "system"},
-    "commands": {*GROUND, "cli", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
+    **dict.fromkeys(("option_names", "registry"), set()),
+    "plugins": {"registry"},
+    "compose": {"option_names", "plugins", "registry", "system"},
+    "cli": {"compose", "config", "registry", "system"},
+    "commands": {*GROUND, "cli", "compose", "checkpoint", "data", "planner", "parallel", "pipeline", *JOBS},
     "main": {"commands", "config", "system"},
     "__main__": {"main"},
     "launch": {"main"},
 }
 DOORS = {  # third party -> the only places that may import it
-    "hydra": {"sonic/cli.py"},
-    "omegaconf": {"sonic/cli.py"},
+    "hydra": {"sonic/compose.py"},
+    "omegaconf": {"sonic/compose.py"},
     "wandb": {"sonic/training/wandb_log.py"},
     "deepspeed": {"sonic/parallel/deepspeed_inference.py", "sonic/training/deepspeed_engine.py"},
     "xformers": {"sonic/model/attention.py"},
@@ -76,9 +78,12 @@ DOORS = {  # third party -> the only places that may import it
 WITHOUT_TORCH = (
     "sonic/families/__init__.py",
     "sonic/config.py",
+    "sonic/registry.py",
     "sonic/geometry.py",
     "sonic/system/run_folder.py",
     "sonic/cli.py",
+    "sonic/compose.py",
+    "sonic/plugins.py",
     "sonic/option_names.py",
     "sonic/main.py",
     "sonic/system/program.py",
@@ -234,7 +239,7 @@ def test_third_parties_have_one_door():
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_at_once_imports_nothing_heavy(name):
-    glue = {"hydra", "omegaconf", "yaml"} if name == "sonic/cli.py" else set()
+    glue = {"hydra", "omegaconf", "yaml"} if name in ("sonic/cli.py", "sonic/compose.py") else set()
     light = {*sys.stdlib_module_names, "sonic", *glue}
     heavy = [f"{found}:{line}" for found, line in imports(ROOT / name) if found.partition(".")[0] not in light]
     assert not heavy
@@ -352,13 +357,8 @@ def test_no_path_of_one_machine():
 
 def test_only_the_app_reads_the_environment():
     readers = [where for where, node in nodes(ast.Attribute, LIBRARY) if node.attr in ("environ", "getenv")]
-    allowed = (
-        "sonic/cli.py",
-        "sonic/system/caches.py",
-        "sonic/parallel/deepspeed_inference.py",
-        "sonic/evaluation/sweep.py",
-        "sonic/check/job_sections.py",
-    )  # the latter four set for packages what they read nowhere else
+    allowed = ("__init__", "plugins", "cli", "system/caches", "parallel/deepspeed_inference", "evaluation/sweep", "check/job_sections")
+    allowed = tuple(f"sonic/{name}.py" for name in allowed)  # the latter four set for packages what they read nowhere else
     assert [where for where in readers if not where.startswith(allowed)] == []
 
 

@@ -6,6 +6,7 @@ import platform
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from sonic.inference.input_reader import open_inputs
 from sonic.inference.inputs import ALL_IN_FILES, InMemory
 from sonic.inference.report import StageTimer, versions
 from sonic.pipeline import AvatarPipeline
+from sonic.registry import Registry
 from sonic.system.files import write_json
 from sonic.types import Inputs, Speech
 
@@ -42,7 +44,8 @@ def bench(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
         raise ValueError(f"bench {config.target} times one process; {ranks.world} ranks are for bench fit")
     if config.target == "roofline":  # which measures nothing
         return bench_roofline(config)
-    measured = {**BENCHES, "fit": partial(bench_fit, ranks=ranks)}[config.target](config, begun)
+    measure = partial(bench_fit, ranks=ranks) if config.target == "fit" else BENCHES[config.target]
+    measured = measure(config, begun)
     if ranks.rank:
         return {}
     figures = {**measured, "machine": _machine(), "versions": versions()}
@@ -81,7 +84,17 @@ def bench_preview(config: BenchConfig, begun: float) -> dict:
     }
 
 
-BENCHES = {"preview": bench_preview, "dit_medium": bench_dit, "scaling": bench_scaling, "faces": bench_faces}
+BENCHES: Registry[Callable[..., dict]] = Registry(
+    "target",
+    {
+        "preview": bench_preview,
+        "dit_medium": bench_dit,
+        "fit": bench_fit,
+        "scaling": bench_scaling,
+        "faces": bench_faces,
+        "roofline": bench_roofline,
+    },
+)
 
 
 def _inputs(config: BenchConfig, asked: InferConfig) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import one_of, option, require
+from sonic.config import CommandConfig, one_of, option, require
 
 LIMITS = {  # sections in the order in which they run, and the seconds that each may take: nine minutes together
     **{"env": 10, "numerics": 35, "kernels": 30, "single": 125, "offload": 80, "vae": 45, "video": 70, "train": 70},
@@ -13,7 +13,7 @@ LIMITS = {  # sections in the order in which they run, and the seconds that each
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(CommandConfig):
     """The device of this machine is checked: numbers, kernels, speed, memory and errors of the 14B model with random weights."""
 
     sections: list[str] = option([], f"what is checked, such as [single,train]; empty = all: {', '.join(LIMITS)}")

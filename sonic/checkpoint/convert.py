@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from sonic.checkpoint.official import Component
 from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, write
 from sonic.checkpoint.weights import to_ours
 from sonic.config import ModelConfig
+from sonic.registry import Registry
 
 log = logging.getLogger("sonic.checkpoint")
 
@@ -87,7 +88,7 @@ def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
     return output
 
 
-DIRECTIONS = {"ready": to_ready, "official": to_official}
+DIRECTIONS: Registry[Callable[[ConvertConfig, ModelConfig], Path]] = Registry("to", {"ready": to_ready, "official": to_official})
 
 
 def _lora(config: ConvertConfig, dit: Component) -> Lora:

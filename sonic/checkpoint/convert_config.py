@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import LoraConfig, ModelConfig, one_of, option, require
+from sonic.config import CommandConfig, LoraConfig, ModelConfig, names_in, one_of, option, require
 from sonic.families import FAMILIES
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(CommandConfig):
     """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
 
     source: str = option("", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or transformer's .safetensors")
@@ -19,7 +19,7 @@ class ConvertConfig:
     model: ModelConfig = option(ModelConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.to, ("ready", "official"), "to")
+        one_of(self.to, names_in("checkpoint.convert.DIRECTIONS"), "to")
         for name in ("source", "output"):
             require(getattr(self, name) != "", f"{name}= is empty; name a folder")
         lora = self.model.lora

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from sonic.cli import Entry, launch
+from sonic.compose import RECIPE
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.search import PlanResult, Tracked, as_json, search_plans
 from sonic.system.files import write_json
@@ -56,7 +57,7 @@ def _tracked(config: PlanConfig | PlanTrainingConfig, found: PlanResult) -> Trac
 def entry_of(argv: list[str]) -> Entry:
     """The entry for a command line: training if it names a recipe (train or distill), else video."""
     named = {item.lstrip("+").partition("=")[0] for item in argv}
-    return TRAINING_ENTRY if named & set(TRAINING_ENTRY.collections) else ENTRY
+    return TRAINING_ENTRY if named & {RECIPE, *TRAINING_ENTRY.collections} else ENTRY
 
 
 def main(argv: list[str]) -> NoReturn:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import ModelConfig, one_of, option, parse_size, require
+from sonic.config import CommandConfig, ModelConfig, names_in, one_of, option, parse_size, require
+
+CLIP_TABLE = "data.precompute.MAKERS"
 
 
 @dataclass
@@ -38,10 +40,10 @@ class FootageConfig:
 
 
 @dataclass
-class PrecomputeConfig:
+class PrecomputeConfig(CommandConfig):
     """Makes a data set of clips for training: of your own videos (data.source), or of drawn people and synthesised speech."""
 
-    kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone")
+    kind: str = option("talking", "talking = latents of people with their speech; spoken = synthesised speech alone", table=CLIP_TABLE)
     folder: str = option("data/preview_clips", "folder for shards and index; existing shards are kept unless other encoders made them")
     split: str = option("train", "train or test; the two share no people, voices or words")
     seed: int = option(0, "other seeds are other people, voices and sentences")
@@ -55,7 +57,7 @@ class PrecomputeConfig:
     model: ModelConfig = option(ModelConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.kind, ("talking", "spoken"), "kind")
+        one_of(self.kind, names_in(CLIP_TABLE), "kind")
         for name in ("utterances", "latent_frames", "clips_per_utterance"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
         fits = self.kind == "talking" or not self.data.source

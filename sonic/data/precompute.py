@@ -20,6 +20,7 @@ from sonic.data.own_videos import precompute_videos
 from sonic.data.pixels import signed
 from sonic.data.shards import Build, Encoders, HashesOf, common_encoders, encoders_here, make_shards, write_shard
 from sonic.geometry import FPS, FRAMES_PER_LATENT
+from sonic.registry import Registry
 from sonic.synthetic import draw_face, voices
 from sonic.synthetic.drawn_people import motion_targets
 from sonic.system.files import save_tensors
@@ -87,7 +88,7 @@ def recording(config: PrecomputeConfig, rng: np.random.Generator) -> tuple[np.nd
     return samples, visemes
 
 
-MAKERS: dict[str, Callable] = {"talking": talking, "spoken": spoken}
+MAKERS: Registry[Callable] = Registry("kind", {"talking": talking, "spoken": spoken})
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
+from sonic.config import CommandConfig, DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
 from sonic.inference.motion_config import HeadConfig
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.training.train_config import WandbConfig
@@ -41,7 +41,7 @@ class EvalConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(CommandConfig):
     """Scores a model on drawn people with exactly known mouths, beside the true video and a still one."""
 
     json: str = option("", "JSON file for the figures")

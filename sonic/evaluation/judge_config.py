@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sonic.config import PHOTO_SIZE, FaceLocationConfig, option, require
+from sonic.config import PHOTO_SIZE, CommandConfig, FaceLocationConfig, option, require
 from sonic.training.train_config import WandbConfig
 
 
 @dataclass
-class JudgeConfig:
+class JudgeConfig(CommandConfig):
     """Compare a finished video with the photograph and the recording it was made from; exit code 1 when its sound does not match."""
 
     mp4: str = option("", "the MP4 to judge")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sonic.config import RunConfig
 from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
+from sonic.registry import Registry
 from sonic.system.program import interpreter
 
 LOG = logging.getLogger(__name__)
@@ -81,12 +82,13 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
     """
     machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
     scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
+    plugins = [f"plugins=[{','.join(config.plugins)}]"] * bool(config.plugins)
     cells = []
     for values in itertools.product(*config.grid.values()):
         choices = dict(zip(config.grid, values, strict=True))
         if any(choices.items() >= excluded.items() for excluded in config.exclude):
             continue
-        options = [*config.common, *machine, *(f"{option}={_typed(value)}" for option, value in choices.items()), *scored]
+        options = [*plugins, *config.common, *machine, *(f"{option}={_typed(value)}" for option, value in choices.items()), *scored]
         words = [f"{option.rpartition('.')[2]}-{value}" for option, value in choices.items()]
         words.append(hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8])
         cells.append(Cell(choices, options, folder / "cells" / re.sub(r"[^A-Za-z0-9_.-]+", "-", "__".join(words)), config.seeds))
@@ -160,7 +162,9 @@ def _ray(score: Score, config: AblateConfig, folder: Path) -> Submit:
     return lambda command: remote.remote(command).future()
 
 
-ENGINES: dict[str, Callable[[Score, AblateConfig, Path], Submit]] = {"local": _submitit, "submitit": _submitit, "ray": _ray}
+ENGINES: Registry[Callable[[Score, AblateConfig, Path], Submit]] = Registry(
+    "engine", {"local": _submitit, "submitit": _submitit, "ray": _ray}
+)
 
 
 def _typed(value: Any) -> str:

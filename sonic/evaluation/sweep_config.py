@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sonic.config import RunConfig, one_of, option, require
+from sonic.config import CommandConfig, RunConfig, names_in, one_of, option, require
 from sonic.training.train_config import LogConfig
 
 
@@ -19,13 +19,13 @@ class CellsConfig:
     retry: bool = option(False, "try failed evaluations again")
 
     def __post_init__(self) -> None:
-        one_of(self.engine, ("local", "submitit", "ray"), "engine")
+        one_of(self.engine, names_in("evaluation.sweep.ENGINES"), "engine")
         for name in ("jobs", "minutes"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need at least 1")
 
 
 @dataclass
-class AblateConfig(CellsConfig):
+class AblateConfig(CellsConfig, CommandConfig):
     """Scores every combination of a grid of options and writes a report; the grid is a recipe such as +ablate=steps, or given as
     grid.OPTION=[...]."""
 

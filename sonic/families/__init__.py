@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sonic.registry import Registry
+
 
 class FamilyEntry(NamedTuple):
     """What is known of a family before its class is imported: where that is, and the sizes of its autoencoder for the planner.
@@ -24,7 +26,6 @@ class FamilyEntry(NamedTuple):
     adapted: tuple[str, ...] = ()
 
 
-FAMILIES = {
-    "preview": FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True),
-    "wan": FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",)),
-}
+_PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
+_WAN = FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",))
+FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN})

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import (
+    CommandConfig,
     DecodeConfig,
     FaceConfig,
     ModelConfig,
     RunConfig,
     SamplerConfig,
     VideoConfig,
+    names_in,
     one_of,
     option,
     parse_size,
@@ -46,7 +48,7 @@ class PlanChoiceConfig:
 
 
 @dataclass
-class InferConfig(RequestConfig):
+class InferConfig(RequestConfig, CommandConfig):
     """A portrait and a recording become a talking video."""
 
     requests: str = option(
@@ -102,7 +104,7 @@ class TimingConfig:
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(CommandConfig):
     """The main job or one forward, timed; the word behind the command says which."""
 
     target: str = option(
@@ -123,6 +125,6 @@ class BenchConfig:
     hardware: HardwareConfig = option(HardwareConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.target, ("preview", "dit_medium", "fit", "scaling", "faces", "roofline"), "target")
+        one_of(self.target, names_in("bench.benchmark.BENCHES"), "target")
         self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from sonic.config import require
 from sonic.model.cpu import attention_by_products, products_are_faster, slow_here
 from sonic.model.embed import Rotation, rotate, rotate_both
+from sonic.registry import Registry
 from sonic.types import pick
 
 log = logging.getLogger("sonic.model")
@@ -118,13 +119,16 @@ class Backend(NamedTuple):
 
 HALF, HEADS = (torch.bfloat16, torch.float16), range(8, 257, 8)
 FLASH3 = Backend(flash3, "flash_attn_interface", "install flash-attn-3 from PyTorch's wheel index", dtypes=HALF, heads=HEADS)
-ATTENTION: dict[str, Backend] = {
-    "sdpa": Backend(sdpa, anywhere=True),
-    "xformers": Backend(xformers, "xformers", "pip install xformers"),
-    "flash3": FLASH3._replace(oldest=(9, 0), newest=(9, 9)),  # Hopper
-    "sage": Backend(sage, "sageattention", "pip install sageattention", dtypes=HALF, heads=(64, 96, 128), exact=False),
-    "flex": Backend(flex, anywhere=True),
-}
+ATTENTION: Registry[Backend] = Registry(
+    "run.attention",
+    {
+        "sdpa": Backend(sdpa, anywhere=True),
+        "xformers": Backend(xformers, "xformers", "pip install xformers"),
+        "flash3": FLASH3._replace(oldest=(9, 0), newest=(9, 9)),  # Hopper
+        "sage": Backend(sage, "sageattention", "pip install sageattention", dtypes=HALF, heads=(64, 96, 128), exact=False),
+        "flex": Backend(flex, anywhere=True),
+    },
+)
 
 
 def attention_for(name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> Attention:

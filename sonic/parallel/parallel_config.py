@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require, settled_video
+from sonic.config import (
+    CommandConfig,
+    DecodeConfig,
+    ModelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+    one_of,
+    option,
+    require,
+    settled_video,
+)
 from sonic.parallel.shard_units import UNITS
 
 
@@ -68,7 +79,7 @@ class ParallelConfig:
     replicas: int = option(1, "groups of ranks that hold the model each: HSDP over nodes, or requests side by side")
     vae_rank: bool | None = option(None, "the last rank of a pipeline has the VAE and no layers; empty = where that is faster")
     layers: list[int] | None = option(None, "blocks of each stage of a pipeline; empty = divided as equally as possible")
-    unshard_unit: str = option("sublayer", "what fsdp gathers at a time: block, sublayer or linear")
+    unshard_unit: str = option("sublayer", f"what fsdp gathers at a time: {', '.join(UNITS)}")
     prefetch: int = option(1, "units that fsdp gathers ahead of the one in use")
     reshard: bool = option(True, "fsdp frees a unit's gathered weights after use")
     cpu_offload: bool = option(False, "fsdp and zero3 store their shards in host memory")
@@ -123,7 +134,7 @@ class HardwareConfig:
 
 
 @dataclass
-class PlanConfig:
+class PlanConfig(CommandConfig):
     """What fits on which hardware, how fast it can be, and why: of a video, or with +train=NAME or +distill=NAME of a recipe's training."""
 
     verify: bool = option(False, "run the chosen plan on fake tensors and ranks, and compare its memory with the estimate")

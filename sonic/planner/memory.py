@@ -132,7 +132,7 @@ def encoder_bytes(work: Workload) -> dict[str, float]:
 
     For any run.dtype the text encoder runs in bfloat16, its precision in a converted checkpoint, and the speech encoder in float32."""
     text = TEXT_NUMBERS.get(work.model.text.text_dim, 0) * 2
-    return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS[work.model.speech_encoder] * 4}
+    return {"text_encoder": text, "speech_encoder": SPEECH_NUMBERS.get(work.model.speech_encoder, 0) * 4}
 
 
 def video_phases(hardware: HardwareConfig, *, first: Items | None = None, **generation: float) -> Phases:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from einops import rearrange
 from torch import Tensor
 
+from sonic.registry import Registry
 from sonic.types import pick
 
 ToVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (prediction, x, sigma) -> noise - clean
@@ -34,7 +35,7 @@ def from_clean(prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     return (x - prediction) / expand_like(sigma, x)
 
 
-PREDICTIONS: dict[str, ToVelocity] = {"velocity": from_velocity, "clean": from_clean}
+PREDICTIONS: Registry[ToVelocity] = Registry("model.prediction", {"velocity": from_velocity, "clean": from_clean})
 
 
 def velocity_from(kind: str) -> ToVelocity:

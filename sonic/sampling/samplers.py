@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sonic.registry import Registry
 from sonic.sampling.schedules import HIGHEST_UNIPC_SIGMA, TIMESTEPS
 
 HIGHEST_SOLVED = 1 - 1e-6  # noise level at which UniPC begins where the schedule begins with pure noise, whose signal has no logarithm
@@ -161,12 +162,15 @@ def dpmpp(noise: Tensor, sigmas: Tensor, rng: torch.Generator) -> SamplerCorouti
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler),
-    "heun": Sampler(heun, both_ends),
-    "unipc": Sampler(unipc, timestep=below_noise),
-    "dpmpp": Sampler(dpmpp, timestep=rounded_down),
-}
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampler.name",
+    {
+        "euler": Sampler(euler),
+        "heun": Sampler(heun, both_ends),
+        "unipc": Sampler(unipc, timestep=below_noise),
+        "dpmpp": Sampler(dpmpp, timestep=rounded_down),
+    },
+)
 
 
 def _corrector(past: Tensor, stride: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sonic.registry import Registry
 from sonic.types import pick
 
 Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 sigmas, falling, the last one 0
@@ -56,7 +57,9 @@ def is_table(name: str, steps: int) -> bool:
     return name == "live_avatar" and steps in LIVE_AVATAR_TABLES
 
 
-SCHEDULES: dict[str, Schedule] = {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted, "live_avatar": live_avatar}
+SCHEDULES: Registry[Schedule] = Registry(
+    "sampler.schedule", {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted, "live_avatar": live_avatar}
+)
 
 
 def sigmas_of(name: str, steps: int, shift: float) -> Tensor:

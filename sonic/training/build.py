@@ -24,6 +24,7 @@ from sonic.model.execution import Execution
 from sonic.parallel.mesh import World
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.parallel.watchdog import watch_ranks
+from sonic.registry import Registry
 from sonic.system.files import save_tensors
 from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
@@ -55,9 +56,11 @@ def _clips(config: DataConfig) -> Dataset:
     return ClipDataset(config.folder, config.window)
 
 
-DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {"clips": _clips, "drawn": _drawn}
+DATASETS: Registry[Callable[[DataConfig], Dataset]] = Registry("data.source", {"clips": _clips, "drawn": _drawn})
 
-ENGINES: dict[str, Callable[..., Engine]] = {"local": Engine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
+ENGINES: Registry[Callable[..., Engine]] = Registry(
+    "speed.engine", {"local": Engine, "fsdp": ShardedEngine, "zero2": ZeroEngine, "zero3": Zero3Engine}
+)
 
 
 def run_training(

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import AdapterConfig, SamplerConfig, one_of, option, require
+from sonic.registry import Registry
 
+OBJECTIVE_TABLE = "training.objective_config.OBJECTIVE_CONFIGS"
 ATTENTION_SPANS, LEVELS, KERNELS = ("blocks", "clip"), ("clip", "block", "frame"), ("sdpa", "flex")
 
 
 @dataclass
 class ObjectiveConfig:
-    """Base of all objectives' options; `name` is the row in OBJECTIVES."""
+    """Base of all objectives' options; the default of `name` is the objective's name."""
 
-    name: str = option("", "one of the files in conf/objective")
+    name: str = option("", "what is trained, and how", table=OBJECTIVE_TABLE)
 
 
 @dataclass
@@ -53,7 +55,7 @@ class ErrorConfig:
 class FlowMatchConfig(ObjectiveConfig):
     """Trains the DiT by diffusion forcing on latents."""
 
-    name: str = option("flow_match", "one of the files in conf/objective")
+    name: str = option("flow_match", "what is trained, and how", table=OBJECTIVE_TABLE)
     schedule_share: float = option(0.5, "share of clips whose sigma is one of `schedule`; others are uniform in (0, 1]")
     schedule: list[float] = option([1.0, 0.9, 0.75, 0.5], "sigmas that are drawn more often")
     audio_dropout: float = option(0.1, "share of clips trained without audio, for classifier-free guidance")
@@ -88,7 +90,7 @@ class DistillConfig(ObjectiveConfig):
 class ConsistencyConfig(DistillConfig):
     """Trains the student to go, in one step, from any point of the teacher's path to the end of its sampling step."""
 
-    name: str = option("consistency", "one of the files in conf/objective")
+    name: str = option("consistency", "what is trained, and how", table=OBJECTIVE_TABLE)
     teacher_steps: int = option(40, "sampling steps of the teacher from noise to clean latents")
     leap: int = option(1, "teacher steps to the target, the student does the rest; teacher_steps = teacher only")
     start_share: float = option(0.5, "share of clips that start at the beginning of a student's step")
@@ -105,7 +107,7 @@ class ConsistencyConfig(DistillConfig):
 class DmdConfig(DistillConfig):
     """Trains the student so that its videos, as a critic models them, match the distribution of the teacher's."""
 
-    name: str = option("dmd", "one of the files in conf/objective")
+    name: str = option("dmd", "what is trained, and how", table=OBJECTIVE_TABLE)
     critic_turns: int = option(5, "updates of the critic before each update of the student")
     critic_rate: float = option(0.2, "learning rate of the critic as a share of optim.lr")
     anchor_share: float = option(0.3, "share of rollouts that start with a true block, which keeps videos from freezing")
@@ -125,7 +127,7 @@ class DmdConfig(DistillConfig):
 class VisemeConfig(ObjectiveConfig):
     """Trains the speech encoder to predict visemes from log-mel columns."""
 
-    name: str = option("viseme", "one of the files in conf/objective")
+    name: str = option("viseme", "what is trained, and how", table=OBJECTIVE_TABLE)
     audio_noise: float = option(0.1, "noise on the log-mel columns, in their standard deviations")
     tilt: float = option(0.2, "spectral tilt, in the same unit at both ends of the mel axis")
     throat: float = option(0.25, "largest change of the vocal tract length, in log")
@@ -137,7 +139,7 @@ class VisemeConfig(ObjectiveConfig):
 class AutoencodeConfig(ObjectiveConfig):
     """Trains the preview's motion autoencoder on drawn people."""
 
-    name: str = option("autoencode", "one of the files in conf/objective")
+    name: str = option("autoencode", "what is trained, and how", table=OBJECTIVE_TABLE)
     latent_noise: float = option(0.4, "most noise on a latent, in the latents' own size")
     decoder_only: bool = option(False, "keep the encoders of init_from, so that a transformer trained on their latents goes on fitting")
     focus: float = option(6.0, "how much more the mouth counts than the rest")
@@ -147,15 +149,9 @@ class AutoencodeConfig(ObjectiveConfig):
 class PortraitConfig(ObjectiveConfig):
     """Trains the portrait encoder: latents from which the motion latents of given visemes can be predicted."""
 
-    name: str = option("portrait", "one of the files in conf/objective")
+    name: str = option("portrait", "what is trained, and how", table=OBJECTIVE_TABLE)
     focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
-OBJECTIVE_CONFIGS = {
-    "flow_match": FlowMatchConfig,
-    "consistency": ConsistencyConfig,
-    "dmd": DmdConfig,
-    "viseme": VisemeConfig,
-    "autoencode": AutoencodeConfig,
-    "portrait": PortraitConfig,
-}
+_ALL = (FlowMatchConfig, ConsistencyConfig, DmdConfig, VisemeConfig, AutoencodeConfig, PortraitConfig)
+OBJECTIVE_CONFIGS: Registry[type[ObjectiveConfig]] = Registry("objective", {config.name: config for config in _ALL})

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from sonic.config import (
     OWN,
     PRECISIONS,
+    CommandConfig,
     ModelConfig,
+    names_in,
     one_of,
     option,
     precision_of,
@@ -15,7 +17,7 @@ from sonic.config import (
 )
 from sonic.training.objective_config import ObjectiveConfig
 
-ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
+ENGINE_TABLE, DATASET_TABLE = "training.build.ENGINES", "training.build.DATASETS"
 
 
 @dataclass
@@ -65,7 +67,7 @@ class SpeedConfig:
     channels_last: bool = option(False, "convolutions in channels-last memory format")
     workers: int = option(0, "processes that read or draw batches; 0 = the training's own")
     prefetch: int = option(4, "batches that each of them keeps ready")
-    engine: str = option("auto", "auto (local alone, fsdp among several), local, fsdp (torch FSDP2), zero2 or zero3 (DeepSpeed)")
+    engine: str = option("auto", "auto = local alone, fsdp (FSDP2) among several; zero2 and zero3 are DeepSpeed's", table=ENGINE_TABLE)
     recompute: bool = option(False, "blocks are computed again for the gradient instead of kept")
     cpu_offload: bool = option(False, "shards are kept in host memory")
     reshard: bool = option(True, "fsdp frees a unit's gathered weights after use; false keeps them from a forward to its backward pass")
@@ -73,7 +75,7 @@ class SpeedConfig:
     timeout_s: float = option(45.0, "seconds without progress of a process, after which it counts as lost and all end")
 
     def __post_init__(self) -> None:
-        one_of(self.engine, ("auto", *ENGINE_NAMES), "speed.engine")
+        one_of(self.engine, ("auto", *names_in(ENGINE_TABLE)), "speed.engine")
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "speed.device")
         require(0 <= self.threads <= 4096, f"speed.threads={self.threads}: need 0 (torch's own choice) to 4096")
         require(self.workers >= 0, f"speed.workers={self.workers}: need 0 (the training's own process) or more")
@@ -145,15 +147,18 @@ class LogConfig(WandbConfig):
 class DataConfig:
     """The training data. `source` names a row of DATASETS; `window` is in latent frames (0 = whole clips)."""
 
-    source: str = option("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
+    source: str = option("clips", "clips = made by precompute; drawn = people drawn as they are needed", table=DATASET_TABLE)
     folder: str = option("", "folder of the clips")
     window: int = option(9, "latent frames of a sample; 0 = whole clips")
     split: str = option("train", "train or test: other people, for drawn ones")
     resolution: int = option(192, "side of the face crop of drawn people in pixels")
 
+    def __post_init__(self) -> None:
+        one_of(self.source, names_in(DATASET_TABLE), "data.source")
+
 
 @dataclass
-class TrainConfig:
+class TrainConfig(CommandConfig):
     """All options of one training run, whose folder is runs/`name`."""
 
     name: str = option("train", "name of the folder runs/<name>")

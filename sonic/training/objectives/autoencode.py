@@ -19,6 +19,7 @@ class Autoencode(Objective):
     """Trains the autoencoder with noise on the latents, so that small errors of the DiT stay small in the picture."""
 
     config: AutoencodeConfig
+    options = AutoencodeConfig
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         self.autoencoder = WarpAutoencoder()

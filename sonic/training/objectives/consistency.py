@@ -29,6 +29,7 @@ class Consistency(Distillation):
     """Trains the student against the frozen teacher."""
 
     config: ConsistencyConfig
+    options = ConsistencyConfig
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""

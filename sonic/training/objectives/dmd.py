@@ -49,6 +49,7 @@ class DistributionMatching(Distillation):
     """Trains the student and the critic, the critic more often."""
 
     config: DmdConfig
+    options = DmdConfig
     learners = (STUDENT, CRITIC)
 
     def build(self, config: TrainConfig, dataset: object) -> None:

@@ -30,6 +30,7 @@ class FlowMatch(TransformerObjective):
     """Trains the DiT, together with a viseme head that is not exported."""
 
     config: FlowMatchConfig
+    options = FlowMatchConfig
     exported = "model."
 
     def build(self, config: TrainConfig, dataset: object) -> None:

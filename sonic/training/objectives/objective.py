@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
+from sonic.training.objective_config import ObjectiveConfig
 from sonic.training.objectives.networks import STUDENT, Make
 from sonic.training.train_config import TrainConfig
 
@@ -38,10 +39,11 @@ def host_rng(rng: torch.Generator) -> torch.Generator:
 class Objective:
     """The modules to train, by role, and their losses.
 
-    `roles` are the modules that have an optimizer (the student is averaged and exported), `pretrained` the transformers that start
-    from the model's weights, `metadata` goes into the exported file.
+    `options` is the class of its options. `roles` are the modules that have an optimizer (the student is averaged and exported),
+    `pretrained` the transformers that start from the model's weights, `metadata` goes into the exported file.
     """
 
+    options: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     roles: Mapping[str, nn.Module]
     pretrained: Sequence[nn.Module] = ()
     metadata: Mapping[str, str] = {}

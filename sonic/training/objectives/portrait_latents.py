@@ -39,6 +39,7 @@ class PortraitLatents(Objective):
     """Trains the autoencoder's portrait encoder together with a motion predictor; the rest of the autoencoder is frozen."""
 
     config: PortraitConfig
+    options = PortraitConfig
     exported = "autoencoder."
 
     def build(self, config: TrainConfig, dataset: object) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sonic.config import ModelConfig
 from sonic.data.clips import ClipDataset, pose_latents
 from sonic.model.dit import AvatarDiT
+from sonic.registry import Registry
 from sonic.sampling.path import expand_like
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DistillConfig, FlowMatchConfig
@@ -33,7 +34,7 @@ def velocity_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) 
     return noise - clean, torch.ones_like(sigma)
 
 
-TARGETS = {"clean": clean_target, "velocity": velocity_target}
+TARGETS = Registry("model.prediction", {"clean": clean_target, "velocity": velocity_target})  # of the predictions that can be trained
 
 
 class TransformerObjective(Objective):

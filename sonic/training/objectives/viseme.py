@@ -58,6 +58,7 @@ class VisemePretraining(Objective):
     """Trains the speech encoder together with a viseme head that is not exported, or with head_only the head over a frozen encoder."""
 
     config: VisemeConfig
+    options = VisemeConfig
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         name = config.model.speech_encoder
