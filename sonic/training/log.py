@@ -134,15 +134,15 @@ def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None
         return wandb.init(mode="offline", **keywords)
 
 
-def log_cells(cells: Sequence[Cell], folder: Path, config: LogConfig, *, group: str) -> None:
-    """Log the metrics of a sweep's finished cells as runs of one W&B group; does nothing with log.wandb=off."""
+def log_cells(cells: Sequence[Cell], config: LogConfig, *, group: str) -> None:
+    """Log the figures of every finished seed of a sweep's cells as runs of one W&B group, with the whole configs; those of a training go
+    to its own run. Does nothing with log.wandb=off."""
     if config.wandb == "off":
         return
     for cell in cells:
-        if cell.figures is None:
-            continue
-        run = _open_wandb(cell.folder, config, cell.name, group=group)
-        run.config.update(cell.choices, allow_val_change=True)
-        flat = {f"eval/{name}": value["mean"] if isinstance(value, dict) else value for name, value in cell.figures.items()}
-        run.log(flat)
-        run.finish()
+        for seed, figures in cell.seed_figures.items():
+            folder = cell.run_folder(seed)
+            run = _open_wandb(folder, config, f"{cell.name}, seed {seed}", group=group)
+            run.config.update({**cell.config, **cell.choices, "seed": seed}, allow_val_change=True)
+            run.summary.update({f"eval/{name}": value["mean"] if isinstance(value, dict) else value for name, value in figures.items()})
+            run.finish()
