@@ -10,7 +10,7 @@ from torch import nn
 
 from sonic.checkpoint.weights import export
 from sonic.system.files import save_tensors
-from sonic.training.log import SCALARS, _lines
+from sonic.training.log_destination import SCALARS, _lines
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -81,9 +81,10 @@ JOBS: Mapping[str, SweptJob] = {
 def ablate(config: AblateConfig, run: Run) -> int:
     """Check all cells, run those that are not finished, then write the report. Exit code 1 when a cell failed."""
     from sonic.evaluation.sweep import cells_of, check_packages, sweep
-    from sonic.training.log import log_cells
+    from sonic.training.wandb_log import log_cells, wants_wandb
 
     check_packages(config)
+    wants_wandb(config.log)  # a missing package is found before anything is started
     cells = checked(cells_of(config, run.path), config.score)
     run.keep()  # finished cells survive a failed run
     folder = run.open().absolute()
@@ -92,7 +93,7 @@ def ablate(config: AblateConfig, run: Run) -> int:
     from sonic.evaluation.sweep_report import write_report  # imports matplotlib
 
     report = write_report(cells, folder, title=f"{folder.name}: {', '.join(config.grid)}")
-    log_cells(cells, config.log, group=folder.name)
+    log_cells(cells, config.log, group=config.log.group or folder.name)
     log.info("%s", report.resolve())
     failed = sum(bool(cell.failure) for cell in cells)
     if failed:

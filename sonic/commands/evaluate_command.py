@@ -12,10 +12,16 @@ ENTRY = Entry("evaluate", EvaluateConfig, example="+preset=fast_preview eval.cli
 
 
 def score(config: EvaluateConfig, run: Run) -> None:
-    """Score, print the table, write the JSON."""
+    """Score, print the table, write the JSON; with log.wandb on, log all of it as a run that uses the model's weights."""
     from sonic.evaluation.evaluate import evaluate
+    from sonic.training.evaluation_log import log_evaluated
+    from sonic.training.wandb_log import wants_wandb
 
-    evaluate(config)
+    logged = wants_wandb(config.log)  # a missing package is found before anything is scored
+    figures = evaluate(config)
+    if logged:
+        run.keep()
+        log_evaluated(config, figures, run.open(), origin=(run.commit, run.command))
 
 
 main = partial(launch, ENTRY, score)

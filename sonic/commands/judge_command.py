@@ -21,13 +21,19 @@ log = logging.getLogger("sonic.judge")
 
 
 def score(config: JudgeConfig, run: Run) -> int:
-    """Measure, print the table, write the JSON; exit code 1 for a video whose sound track is not the recording."""
+    """Measure, print the table, write the JSON, log to W&B if asked; exit code 1 for a video whose sound track is not the recording."""
     from sonic.evaluation.judge import judge, sound_fault  # slow imports, so only after the command line is checked
+    from sonic.training.evaluation_log import log_judged
+    from sonic.training.wandb_log import wants_wandb
 
-    fault = sound_fault(judge(config))
-    if fault:
+    logged = wants_wandb(config.log)
+    figures = judge(config)
+    if logged:
+        run.keep()
+        log_judged(config, figures, run.open(), origin=(run.commit, run.command))
+    if fault := sound_fault(figures):
         log.error("mp4=%s: %s", config.mp4, fault)
-    return 1 if fault else 0
+    return int(bool(fault))
 
 
 main = partial(launch, ENTRY, score)

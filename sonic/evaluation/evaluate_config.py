@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sonic.config import DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, one_of, option, require
 from sonic.inference.motion_config import HeadConfig
 from sonic.parallel.parallel_config import ParallelConfig
+from sonic.training.train_config import WandbConfig
 
 OTHERS = {"sync_correlation": "≥ 0.85", "silence_gap": "≤ 0.03", "identity_psnr_db": "≥ 34"}
 PORTRAITS = {  # kinds of drawn portraits, and what is asked of their figures beside what is asked of all
@@ -52,3 +53,4 @@ class EvaluateConfig:
     decode: DecodeConfig = option(DecodeConfig)
     motion: HeadConfig = option(HeadConfig)
     parallel: ParallelConfig = option(ParallelConfig)
+    log: WandbConfig = option(WandbConfig)

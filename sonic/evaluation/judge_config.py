@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import PHOTO_SIZE, FaceLocationConfig, option, require
+from sonic.training.train_config import WandbConfig
 
 
 @dataclass
@@ -18,6 +19,7 @@ class JudgeConfig:
     min_resolution: int = option(0, "video.min_resolution it was made with; 0 = by size")
     json: str = option("", "JSON file to write the results to")
     face: FaceLocationConfig = option(FaceLocationConfig)
+    log: WandbConfig = option(WandbConfig)
 
     def __post_init__(self) -> None:
         require(self.mp4 != "", "mp4= is empty; name the MP4 to judge")

@@ -25,7 +25,7 @@ from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.system.program import interpreter
 from sonic.system.stdio import interrupt_on_signals
-from sonic.training.train_config import LogConfig
+from sonic.training.train_config import LogConfig, WandbConfig
 
 LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
@@ -113,8 +113,8 @@ class Cell:
         return self.folder / f"seed_{seed}_failed.txt"
 
     def run_folder(self, seed: int) -> Path:
-        """The folder of one training's run."""
-        return self.folder / f"train_{seed}"
+        """The folder of the run of one seed."""
+        return self.folder / f"run_{seed}"
 
     def curve(self, seed: int) -> list[dict[str, float]]:
         """The lines of a training's log so far, with the seconds of training until each."""
@@ -130,7 +130,7 @@ class Cell:
         result, run = self.result_file(seed), self.run_folder(seed)
         written = [f"json={result}", f"eval.videos={self.folder / f'videos_{seed}'}"]
         own = {
-            "evaluate": [f"eval.seed={seed}", *written],
+            "evaluate": [f"eval.seed={seed}", *written, *self.logged],
             "train": [f"seed={seed}", f"name={self.name}, seed {seed}", f"export={run / 'weights.safetensors'}", *self.logged],
             "plan": written[:1],
         }
@@ -144,7 +144,9 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
     The name of a cell's folder contains a hash of its options, so that results are found again only for the same options.
     """
     machine = _changed("run", config.run, RunConfig, MACHINE)
-    logged = _changed("log", config.log, LogConfig, [each.name for each in fields(LogConfig)])
+    schema = {"evaluate": WandbConfig, "train": LogConfig}.get(config.job)
+    logged = _changed("log", config.log, schema, [each.name for each in fields(schema)]) if schema else []
+    logged += [f"log.group={folder.name}"] if logged and config.log.wandb != "off" and not config.log.group else []
     scored = [f"eval.{name}={getattr(config, name)}" for name in CLIPS]
     cells = []
     for values in itertools.product(*config.grid.values()):

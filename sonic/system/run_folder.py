@@ -44,10 +44,10 @@ class Run:
     @property
     def commit(self) -> str:
         """The git commit of the program, with "+changes" when files differ from it; the version when the program is not a clone."""
-        prefix, _, commit = _git(self._root, "rev-parse", "--show-prefix", "HEAD").partition("\n")
+        prefix, _, commit = git(self._root, "rev-parse", "--show-prefix", "HEAD").partition("\n")
         if prefix or not commit:  # an installed package, perhaps inside another repository
             return f"version {__version__}"
-        return f"{commit}+changes" if _git(self._root, "status", "--porcelain", "-uno") else commit
+        return f"{commit}+changes" if git(self._root, "status", "--porcelain", "-uno") else commit
 
     def open(self) -> Path:
         """Make the folder and start the log. Gives its path.
@@ -183,7 +183,8 @@ class _OneLine(_Printable):
         return f"sonic: {record.levelname.lower()}: {super().format(record)}"
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What git prints for the clone at `root`; "" where it is missing or fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

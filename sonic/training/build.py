@@ -31,11 +31,13 @@ from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
 from sonic.training.engine import Engine
 from sonic.training.fsdp_engine import ShardedEngine
 from sonic.training.initial_weights import init_adapters, load_initial_weights
+from sonic.training.lineage import Artifact, dataset_artifact, exported_artifacts, weights_artifact
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES
-from sonic.training.objectives.objective import Batch
-from sonic.training.samples import Student, sample_maker
+from sonic.training.objectives.objective import Batch, Objective
+from sonic.training.provenance import keep_provenance, provenance
+from sonic.training.samples import SAMPLES, Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
 from sonic.training.world import join_world
 from sonic.types import pick
@@ -77,14 +79,18 @@ def run_training(
         torch.set_num_threads(config.speed.threads)
     device = _device(config.speed.device, ranks)
     world = join_world(device, context=config.speed.context, local_world=ranks.local_world)
-    with watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s):
-        return _build_and_train(config, world, folder, on_built=on_built, origin=(commit, command))
+    with (
+        watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s),
+        RunLog(folder, config.log, name=config.name, main=world.main) as log,
+    ):
+        return _build_and_train(config, world, log, on_built=on_built, origin=(commit, command))
 
 
 def _build_and_train(
-    config: TrainConfig, world: World, folder: Path, *, on_built: Callable[[], object], origin: tuple[str, str]
+    config: TrainConfig, world: World, log: RunLog, *, on_built: Callable[[], object], origin: tuple[str, str]
 ) -> TrainingResult:
     """Build the parts, train and export, in one process of the world."""
+    folder = log.folder
     check_accumulate(config, world)
     torch.manual_seed(config.seed)
     set_tf32(DTYPES[config.speed.precision])
@@ -104,8 +110,13 @@ def _build_and_train(
     make_sample = sample_maker(Student(config, objective, engine, folder))
     on_built()
     folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder, config.log, name=config.name, main=world.main)
+    if world.main:
+        with pause_watchdog():  # files may take any time
+            log.facts = provenance(config, command=origin[1], commit=origin[0])
+            log.inputs = [keep_provenance(log.facts, folder), *inputs_of(config, objective, dataset)]
     outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
+    if samples := sorted((folder / SAMPLES).glob("*")):
+        log.artifact(Artifact(f"{config.name}-samples", "samples", {"steps": outcome.steps}, files=samples))
     if not config.export:
         return outcome
     weights = halved(objective.export(engine.weights()))  # a collective call
@@ -120,7 +131,17 @@ def _build_and_train(
             size = sum(tensor.numel() for tensor in weights.values())
             card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
             path.with_suffix(".md").write_text(card)
+            for artifact in exported_artifacts(path, figures=outcome.figures, whole=config.log.artifacts == "weights"):
+                log.artifact(artifact)
     return outcome
+
+
+def inputs_of(config: TrainConfig, objective: Objective, dataset: Dataset) -> list[Artifact]:
+    """The data and the weights that a training uses."""
+    weights = [named_weights(config.init_from)] if config.init_from else []
+    if objective.pretrained:
+        weights.append(family_of(config.model).transformer_weights(config.model))
+    return [dataset_artifact(config.data, dataset), *map(weights_artifact, weights)]
 
 
 def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
@@ -131,6 +152,10 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
     if name != "local" and world.mesh is None:
         program = written("train", starter="torchrun --nproc-per-node=N")
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
+    if name in ("zero2", "zero3") and config.log.histograms_every:
+        raise ValueError(
+            f"log.histograms_every={config.log.histograms_every}: speed.engine={name} keeps gradients to itself; use 0 or fsdp"
+        )
     if not config.speed.reshard and name != "fsdp":
         raise ValueError(f"speed.reshard=false needs speed.engine=fsdp, and this is {name}; leave one of them out")
     if config.speed.context > 1 and name != "fsdp":

@@ -1,30 +1,27 @@
-"""Log of a training run: JSONL in the run folder, a progress bar, and optionally W&B (the only module that imports it)."""
+"""The log of a training run, written to every destination that the options ask for."""
 
 from __future__ import annotations
 
-import errno
-import json
-import logging
-import os
-import sys
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from tqdm import tqdm
-
-from sonic.evaluation.sweep import Cell
-from sonic.system.files import written_temporary
+from sonic.training.histograms import Histogram
+from sonic.training.lineage import Artifact
+from sonic.training.log_destination import ConsoleLines, JsonLines, LogDestination, LoggedRun, ProgressBar
+from sonic.training.tensorboard_log import TensorBoardLog
 from sonic.training.train_config import LogConfig
+from sonic.training.wandb_log import WandbLog
 
-PATIENCE_S = 30  # how long to wait for W&B before the run continues offline
-LOG = logging.getLogger(__name__)
-SCALARS, SAMPLE = "scalars.jsonl", "eval/sample"
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+DESTINATIONS: dict[str, type[LogDestination]] = {  # opened in this order by those options that want them
+    "jsonl": JsonLines,
+    "console": ConsoleLines,
+    "bar": ProgressBar,
+    "wandb": WandbLog,
+    "tensorboard": TensorBoardLog,
+}
 
 
 @dataclass(frozen=True)
@@ -39,110 +36,56 @@ SampleMaker = Callable[[int], Sample]  # (step) -> sample of the student at that
 
 
 class RunLog:
-    """Writes the metrics of a run. With `main=False`, as on all ranks but the main one, it does nothing."""
+    """The log of a run; its `facts` and `inputs` are logged when it opens. With `main=False`, as on all ranks but the main one, it does
+    nothing. Contexts may be nested: the outermost closes it.
+
+    Raises ValueError when a package that a destination needs is missing.
+    """
 
     def __init__(self, folder: Path, config: LogConfig, *, name: str, main: bool = True) -> None:
-        self.folder, self.config, self.name, self.main = folder, config, name, main
-        self._file = self._bar = self._wandb = None
+        self.folder, self.config, self.name = folder, config, name
+        self.facts: Mapping[str, Any] = {}
+        self.inputs: Sequence[Artifact] = ()
+        self._kinds = [kind for kind in DESTINATIONS.values() if main and kind.wanted(config)]
+        self._open: list[LogDestination] = []
+        self._depth = 0
 
     def open(self, step: int, progress: float = 0.0) -> RunLog:
         """Open the log at `step`, at this share of the budget. Lines of later steps, from a run that crashed, are dropped."""
-        if not self.main:
-            return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / SCALARS
-        kept = "".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
-        with written_temporary(path) as partial:  # a full disk must not lose the existing lines
-            partial.write_text(kept)
-        self._file = path.open("ab", buffering=0)
-        if self.config.bar and sys.stderr.isatty():
-            self._bar = tqdm(total=1.0, initial=progress, desc=self.name, dynamic_ncols=True, bar_format=BAR)
-        if self.config.wandb != "off":
-            self._wandb = _open_wandb(self.folder, self.config, self.name)
+        if self._kinds:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        run = LoggedRun(self.folder, self.config, self.name, step, progress, self.facts)
+        for kind in self._kinds:
+            self._open.append(kind(run))
+        for artifact in self.inputs:
+            self.artifact(artifact, made=False)
         return self
 
     def scalars(self, step: int, values: Mapping[str, float], video: Path | None = None) -> None:
         """Log `values` of `step`, and the sample video (a file in the run folder) if there is one."""
-        if self._file is None:
-            return
-        shown = {} if video is None else {"video": str(video.relative_to(self.folder))}
-        self._append(json.dumps({"step": step, "time": round(time.time(), 2), **values, **shown}) + "\n")
-        if self._wandb is not None:
-            import wandb
+        for destination in self._open:
+            destination.scalars(step, values, video)
 
-            media = {} if video is None else {SAMPLE: wandb.Video(str(video), format="mp4")}
-            self._wandb.log({**values, **media}, step=step)
-        if self._bar is None:
-            LOG.info("step %d %s", step, " ".join(f"{k.rsplit('/', 1)[-1]}={v:.4g}" for k, v in values.items()))
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        """Log the distributions of gradients and weights before `step`."""
+        for destination in self._open:
+            destination.histograms(step, values)
 
-    def _append(self, line: str) -> None:
-        """Append a line completely or not at all: a full disk loses lines but does not end the run."""
-        end, data = self._file.tell(), line.encode()
-        try:
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            LOG.warning("a line of %s could not be written (%s); training goes on", self.folder / SCALARS, error)
-            with suppress(OSError):
-                self._file.truncate(end)
+    def tick(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
+        """Show how far the run is: the share of its budget, and the figures of its last line."""
+        for destination in self._open:
+            destination.tick(step, progress, figures)
 
-    def tick(self, step: int, progress: float, text: str) -> None:
-        """Move the progress bar to a share of the budget, and show `step` and `text` beside it."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"step {step}, {text}", refresh=False)
-            self._bar.update(progress - self._bar.n)
+    def artifact(self, artifact: Artifact, *, made: bool = True) -> None:
+        """Log something that the run made, or that it uses."""
+        for destination in self._open:
+            destination.artifact(artifact, made=made)
 
     def __enter__(self) -> RunLog:
+        self._depth += 1
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for part in (self._bar, self._file):
-            if part is not None:
-                part.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(error is not None))
-        self._file = self._bar = self._wandb = None
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of the file, without a last line that a crash cut short."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-
-
-def _open_wandb(folder: Path, config: LogConfig, name: str, *, group: str | None = None):
-    """Start a W&B run, or continue the one whose id is in the folder. Falls back to offline mode when W&B cannot be reached.
-
-    Raises ValueError when W&B is not installed.
-    """
-    try:
-        import wandb
-    except ImportError as error:
-        way_out = "run: pip install wandb, or use log.wandb=off"
-        raise ValueError(f"log.wandb={config.wandb} needs W&B, which is not installed; {way_out}") from error
-    id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-    id_file.write_text(run_id)
-    keywords = {"project": config.project, "name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
-    keywords["settings"] = wandb.Settings(init_timeout=PATIENCE_S)
-    try:
-        return wandb.init(mode=config.wandb, **keywords)
-    except wandb.errors.Error as error:
-        LOG.warning("W&B cannot be used (%s); logging offline under %s", str(error).splitlines()[0], folder)
-        wandb.teardown()  # its service still holds the failed run
-        return wandb.init(mode="offline", **keywords)
-
-
-def log_cells(cells: Sequence[Cell], config: LogConfig, *, group: str) -> None:
-    """Log the figures of every finished seed of a sweep's cells as runs of one W&B group, with the whole configs; those of a training go
-    to its own run. Does nothing with log.wandb=off."""
-    if config.wandb == "off":
-        return
-    for cell in cells:
-        for seed, figures in cell.seed_figures.items():
-            folder = cell.run_folder(seed)
-            run = _open_wandb(folder, config, f"{cell.name}, seed {seed}", group=group)
-            run.config.update({**cell.config, **cell.choices, "seed": seed}, allow_val_change=True)
-            run.summary.update({f"eval/{name}": value["mean"] if isinstance(value, dict) else value for name, value in figures.items()})
-            run.finish()
+        self._depth -= 1
+        while self._open and not self._depth:
+            self._open.pop().close(failed=error is not None)

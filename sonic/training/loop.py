@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonic.evaluation.metrics import peak_rss_gib
 from sonic.system.files import save_tensors
 from sonic.training.engine import Engine
 from sonic.training.guard import Guard
+from sonic.training.histograms import histograms
 from sonic.training.log import RunLog, SampleMaker
-from sonic.training.objectives.objective import Batch, Losses, Objective
+from sonic.training.meter import Meter
+from sonic.training.objectives.objective import Batch, Losses, Objective, Weighted
 from sonic.training.optim import rate
 from sonic.training.train_config import BudgetConfig, TrainConfig
 from sonic.types import upload
@@ -80,43 +81,34 @@ def train(run: TrainingRun) -> TrainingResult:
     checkpoint = engine.load()  # its metadata; {} at the start
     first = step = checkpoint.get("step", 0)
     used = checkpoint.get("batches", 0)
-    figures, sums = checkpoint.get("figures", {}), checkpoint.get("meter", {})  # of the last log line; since then (sum, count) by name
-    resumed = saved = time.monotonic()
-    began = resumed - checkpoint.get("seconds", 0.0)  # as if the training had never been interrupted
-    stream = run.batches(used)
+    figures = checkpoint.get("figures", {})  # of the last log line
+    meter = Meter(checkpoint.get("meter", {}), samples=config.budget.batch_size * config.budget.accumulate, device=world.device)
+    saved = time.monotonic()
+    began = saved - checkpoint.get("seconds", 0.0)  # as if the training had never been interrupted
+    stream = meter.batches(run.batches(used))
     progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
     with log.open(step, progress):
         while progress < 1:
             lr = rate(step, progress, config.optim)
             for number, role in enumerate(objective.roles_in_step(step)):
-                values = _update(run, role, stream, step=step, number=number, lr=lr * objective.rates.get(role, 1.0))
-                for name, value in values.items():
-                    total, count = sums.get(name, (0.0, 0))
-                    sums[name] = total + value, count + 1
+                with meter.update(role):
+                    meter.add(_update(run, role, stream, step=step, number=number, lr=lr * objective.rates.get(role, 1.0)))
                 used += config.budget.accumulate
-            step += 1
+            step, meter.steps = step + 1, meter.steps + 1
             progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
             last = progress >= 1
             if last or step % config.log.every_steps == 0:
-                figures, sums = {name: total / count for name, (total, count) in sums.items()}, {}
-                pace = (step - first) / (time.monotonic() - resumed)
-                samples = pace * config.budget.batch_size * config.budget.accumulate
-                figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
-                figures |= {"perf/peak_gib": peak_gib(world.device), "train/lr": lr}
+                figures = {**meter.line(), "train/lr": lr}
                 sample = run.make_sample(step) if run.make_sample and (last or step % config.log.samples_every == 0) else None
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
-                log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
+                log.tick(step, progress, figures)
+                meter.restart()
             if last or world.from_first_rank(_checkpoint_due(config, step, saved)):
-                totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}
+                totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(meter.sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved = time.monotonic()
     engine.checkpoints.settle()
     return TrainingResult(step, step - first, seconds=time.monotonic() - began, samples=used * config.budget.batch_size, figures=figures)
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU, or of this process when training on the CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_rss_gib()
 
 
 def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:
@@ -125,8 +117,9 @@ def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:
     return bool(by_steps) or time.monotonic() - saved > 60 * config.checkpoint.every_minutes
 
 
-def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, number: int, lr: float) -> dict[str, float]:
-    """Losses, gradients and the optimizer step of update `number` of a step. Returns its metrics, averaged over all processes.
+def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, number: int, lr: float) -> dict[str, tuple[float, float]]:
+    """Losses, gradients and the optimizer step of update `number` of a step. Returns total and weight of its metrics, averaged over all
+    processes; a weight is 1 where all samples count.
 
     The batches of an update are numbered over all processes together and a batch's random generator depends on its number, so that
     the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
@@ -134,7 +127,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     config, world = run.config, run.engine.world
     ranks, rank = world.size("layers"), world.coordinate("layers")  # of those that have batches of their own
     count = config.budget.accumulate // ranks
-    figures: list[dict[str, Tensor]] = []
+    figures: list[dict[str, tuple[Tensor, ...]]] = []
     used: list[Batch] = []  # in host memory
     for index in range(count):
         used.append(next(stream))
@@ -142,20 +135,27 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         part = number * config.budget.accumulate + index * ranks + rank
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
+    if world.main and config.log.histograms_every and (step + 1) % config.log.histograms_every == 0:
+        run.log.histograms(step + 1, histograms(role, run.engine.roles[role]))
     norm = run.engine.step(role, rate=lr, step=step)
-    means = torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0)
+    means = torch.stack([torch.stack([part.float() for parts in values.values() for part in parts]) for values in figures]).mean(0)
     means = torch.cat((means, norm.view(1).to(means))).cpu()  # the only time that the host waits for the device
-    norm, means = float(means[-1]), world.mean(means[:-1])
-    metrics = {f"train/{name}": value for name, value in zip(figures[0], means.tolist(), strict=True)}
-    loss = metrics[f"train/{role}_loss"]
+    norm, found = float(means[-1]), iter(world.mean(means[:-1]).tolist())
+    metrics = {_curve(role, name): (next(found), next(found) if len(parts) == 2 else 1.0) for name, parts in figures[0].items()}
+    loss, _ = metrics[f"{role}/loss"]
     if fault := run.guard.fault(role, loss, norm):
-        _save_worst_batch(run, used, [float(values[f"{role}_loss"]) for values in figures])
+        _save_worst_batch(run, used, [float(values["loss"][0]) for values in figures])
         run.engine.checkpoints.settle()
         raise Diverged(
             f"step {step}: loss {loss:.4g} with gradient norm {norm:.4g} {fault}; the last good checkpoint "
             f"and the batch are kept in {run.folder}; try a smaller optim.lr={config.optim.lr}"
         )
-    return {**metrics, f"train/{role}_grad_norm": norm}
+    return {**metrics, f"{role}/grad_norm": (norm, 1.0)}
+
+
+def _curve(role: str, name: str) -> str:
+    """Name in the log of a figure of an update: under the role that learns, unless the objective names another, as in "teacher/score"."""
+    return name if "/" in name else f"{role}/{name}"
 
 
 def _save_worst_batch(run: TrainingRun, batches: Sequence[Batch], losses: Sequence[float]) -> None:
@@ -166,14 +166,15 @@ def _save_worst_batch(run: TrainingRun, batches: Sequence[Batch], losses: Sequen
     save_tensors(tensors, run.folder / f"diverged_batch{f'_{rank}' if rank else ''}.safetensors")
 
 
-def _backpropagate(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, Tensor]:
-    """Backpropagate every part of a loss before the next part is computed. Returns the loss and its metrics."""
+def _backpropagate(run: TrainingRun, role: str, losses: Losses, *, share: float) -> dict[str, tuple[Tensor, ...]]:
+    """Backpropagate every part of a loss before the next part is computed. Returns the loss and its metrics, with the weights some have."""
     total, figures = 0.0, {}
     while True:
         with run.engine.precision():
             part = next(losses, None)
         if part is None:
-            return {f"{role}_loss": total, **figures}
+            return {"loss": (total,), **figures}
         loss, values = part
         run.engine.backward(role, loss * share)
-        total, figures = total + loss.detach(), {name: value.detach() for name, value in values.items()}
+        parts = {name: value if isinstance(value, Weighted) else (value,) for name, value in values.items()}
+        total, figures = total + loss.detach(), {name: tuple(part.detach() for part in both) for name, both in parts.items()}

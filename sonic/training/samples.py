@@ -42,6 +42,7 @@ from sonic.types import Inputs, Portrait, Speech
 
 LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "silent_motion_ratio", "identity_psnr_db")
+SAMPLES = "samples"  # folder of the videos in the run folder
 AREA = 384 * 256  # pixels per frame of a published model's sample videos
 MAX_LAG = 5  # largest lag in frames, in both directions
 
@@ -67,7 +68,7 @@ class Student:
 
     def save_video(self, step: int, frames: Tensor, speech: Speech, *, fps: int = FPS) -> Path | None:
         """Write the video of a step. Returns its path, or None on other processes or after an error.  frames [F,3,H,W] in [-1,1]"""
-        path = self.folder / "samples" / f"step_{step:08d}.mp4"
+        path = self.folder / SAMPLES / f"step_{step:08d}.mp4"
         if not self.engine.world.main:
             return None
         try:

@@ -97,25 +97,48 @@ class CheckpointConfig:
 
 
 @dataclass
-class LogConfig:
-    """Where metrics are logged: always JSONL in the run folder, optionally W&B (key from the environment)."""
+class WandbConfig:
+    """What W&B gets of a run (its key comes from the environment)."""
 
-    every_steps: int = option(20, "steps between lines of figures")
     wandb: str = option("off", "off, offline or online; the key comes from the environment")
     project: str = option("sonic", "W&B project")
+    entity: str = option("", "W&B user or team; empty = the account's own")
+    group: str = option("", "W&B group of runs that belong together")
+    job_type: str = option("", "W&B job type; empty = the command: train, evaluate or judge")
+    tags: list[str] = option([], "W&B tags, [a,b]")
+    notes: str = option("", "a sentence about the run, for W&B")
+    artifacts: str = option("small", "small (figures, card, sheets, videos) or weights (exported weights are uploaded too)")
+
+    def __post_init__(self) -> None:
+        one_of(self.wandb, ("off", "offline", "online"), "log.wandb")
+        one_of(self.artifacts, ("small", "weights"), "log.artifacts")
+        require(self.artifacts == "small" or self.wandb != "off", "log.artifacts=weights uploads nothing with log.wandb=off; use online")
+
+
+@dataclass
+class LogConfig(WandbConfig):
+    """Where metrics are logged: always JSONL in the run folder, optionally W&B and TensorBoard."""
+
+    every_steps: int = option(20, "steps between lines of figures")
+    tensorboard: bool = option(False, "write TensorBoard's files into the run folder too")
+    histograms_every: int = option(0, "steps between histograms of gradients and weights, for W&B and TensorBoard; 0 = none")
     bar: bool = option(True, "show a progress bar")
     samples_every: int = option(0, "steps between sample videos, the last step besides; 0 = none")
     sample_seconds: float = option(3.0, "length of a sample video")
     sample_steps: int = option(8, "sampling steps of a student that was not trained for a number of them")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         every = self.every_steps
-        fits = self.samples_every >= 0 and self.samples_every % max(1, every) == 0
-        require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
+        require(every >= 1, f"log.every_steps={every}: need at least 1")
+        for name in ("samples_every", "histograms_every"):
+            value = getattr(self, name)
+            fits = value >= 0 and value % every == 0
+            require(fits, f"log.{name}={value} must be a multiple of log.every_steps={every}, or 0 for none")
+        shown = self.tensorboard or self.wandb != "off" or not self.histograms_every
+        require(shown, f"log.histograms_every={self.histograms_every} needs log.tensorboard=true or log.wandb=offline or online")
         require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
         require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
-        one_of(self.wandb, ("off", "offline", "online"), "log.wandb")
-        require(self.every_steps >= 1, f"log.every_steps={self.every_steps}: need at least 1")
 
 
 @dataclass

@@ -89,7 +89,7 @@ def step_of(config: TrainConfig, half_base: bool = False) -> SimpleNamespace:
         for number, role in enumerate(dict.fromkeys(objective.roles_in_step(0))):
             record.clear()
             figures = loop._update(run, role, iter([batch]), step=0, number=number, lr=1e-3)
-            assert all(isinstance(value, float) for value in figures.values())
+            assert all(isinstance(value, float) for pair in figures.values() for value in pair)
             found.waits[role], found.launches[role] = dict(record.waits), dict(record.launches)
         moments = [value for states in engine.optimizers.values() for kept in states.state.values() for value in kept.values()]
         weights = [p for module in engine.roles.values() for p in module.parameters()]

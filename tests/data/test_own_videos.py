@@ -119,7 +119,7 @@ def training(config, **objective):
 
 def test_a_training_runs_on_clips_of_own_videos(config, tmp_path):
     assert run_training(training(config, viseme_weight=0.0), tmp_path / "run").steps == 2
-    assert all(np.isfinite(line["train/student_loss"]) for line in read_scalars(tmp_path / "run"))
+    assert all(np.isfinite(line["student/loss"]) for line in read_scalars(tmp_path / "run"))
 
 
 def test_training_on_clips_without_visemes_asks_for_viseme_weight_0(config, tmp_path):

@@ -25,8 +25,8 @@ from sonic.data.video import VideoWriter
 from sonic.evaluation import sweep as sweeps
 from sonic.evaluation.sweep import cells_of, run_jobs
 from sonic.evaluation.sweep_config import AblateConfig
-from sonic.training.log import log_cells
 from sonic.training.train_config import LogConfig
+from sonic.training.wandb_log import log_cells
 
 ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
 GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"

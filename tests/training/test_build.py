@@ -49,7 +49,14 @@ def test_a_run_leaves_weights_a_card_and_a_log(config, tmp_path):
     weights = load_file(config.export)
     assert all(t.dtype == torch.float16 for t in weights.values())
     card = (tmp_path / "out" / "speech.md").read_text()
-    for word in ("python launch/train.py +train=tiny", "abc123", "clips, seed 7 |", "training seed | 0", "steps | 4", "train/viseme_error"):
+    for word in (
+        "python launch/train.py +train=tiny",
+        "abc123",
+        "clips, seed 7 |",
+        "training seed | 0",
+        "steps | 4",
+        "student/viseme_error",
+    ):
         assert word in card
     assert [line["step"] for line in read_scalars(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -74,7 +81,7 @@ def test_a_finished_training_leaves_its_weights_and_card_alone(config, tmp_path,
     assert "made no step" in caplog.text
     save_file({"other": torch.zeros(2)}, files[0])  # not what was trained
     run_training(config, tmp_path / "run", commit="other", command="again")
-    assert files[0].read_bytes() == before[0][0] and "train/viseme_error" in files[1].read_text()
+    assert files[0].read_bytes() == before[0][0] and "student/viseme_error" in files[1].read_text()
 
 
 def test_a_longer_budget_continues_where_the_run_ended(config, tmp_path):

@@ -22,7 +22,7 @@ ENGINES = ["fsdp", "zero2", "zero3"]
 
 def figures(folder):
     """The losses of the student and the norms of its gradient, step by step."""
-    return torch.tensor([[line["train/student_loss"], line["train/student_grad_norm"]] for line in read_scalars(folder)]).T
+    return torch.tensor([[line["student/loss"], line["student/grad_norm"]] for line in read_scalars(folder)]).T
 
 
 @cache

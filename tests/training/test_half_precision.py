@@ -28,5 +28,5 @@ def test_frozen_weights_are_held_in_half_precision_on_all_ranks(tmp_path):
     for kinds, moved in on_ranks(2, halved, str(tmp_path / "run"), "dmd"):
         assert kinds == [{torch.bfloat16}, {torch.float32}]
         assert moved and all(moved.values())
-    losses = [row["train/student_loss"] for row in read_scalars(tmp_path / "run") if "train/student_loss" in row]
+    losses = [row["student/loss"] for row in read_scalars(tmp_path / "run") if "student/loss" in row]
     assert len(losses) == 2 and all(0 < loss < float("inf") for loss in losses)

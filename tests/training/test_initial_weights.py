@@ -93,7 +93,7 @@ def train_here(folder, settings, export=""):
 
 
 def losses(folder):
-    return torch.tensor([line["train/student_loss"] for line in read_scalars(folder)])
+    return torch.tensor([line["student/loss"] for line in read_scalars(folder)])
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -13,6 +13,7 @@ from wandb_recorder import record_wandb
 from sonic.data.video import VideoWriter
 from sonic.training.guard import WARM, Guard
 from sonic.training.log import RunLog
+from sonic.training.log_destination import JsonLines
 from sonic.training.train_config import LogConfig
 
 
@@ -28,7 +29,7 @@ def logged(folder, wandb, steps=(1, 2)):
     with RunLog(folder, LogConfig(wandb=wandb, bar=False), name="details").open(steps[0] - 1) as log:
         for step in steps:
             video = video_of_step(folder, step) if step == steps[-1] else None
-            log.scalars(step, {"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
+            log.scalars(step, {"student/loss": 1 / step, "eval/sync_correlation": 0.5 * step}, video)
 
 
 def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_restart(tmp_path, monkeypatch):
@@ -40,7 +41,7 @@ def test_wandb_is_given_every_step_and_the_video_under_the_same_id_after_a_resta
     for run in runs:
         named = {"id": known, "resume": "allow", "dir": str(tmp_path), "name": "details", "project": LogConfig().project}
         assert named.items() <= run.keywords.items() and run.exit_code == 0
-    figures = [{"train/student_loss": 1 / step, "eval/sync_correlation": 0.5 * step} for step in (1, 2, 3, 4)]
+    figures = [{"student/loss": 1 / step, "eval/sync_correlation": 0.5 * step} for step in (1, 2, 3, 4)]
     for step in (2, 4):
         figures[step - 1]["eval/sample"] = ("video", str(tmp_path / f"samples/step_{step:08d}.mp4"), "mp4")
     assert [each for run in runs for each in run.logged] == [*enumerate(figures, 1)]
@@ -63,9 +64,9 @@ def test_without_wandb_everything_is_in_the_run_folder(tmp_path):
 def test_the_progress_bar_shows_the_share_of_the_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with RunLog(tmp_path, LogConfig(), name="details").open(2, 0.25) as log:
-        log.tick(5, 0.5, "loss 1.0")
+        log.tick(5, 0.5, {"student/loss": 1.0, "perf/samples_per_second": 2.5})
     shown = capsys.readouterr().err
-    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0" in shown
+    assert "details:  25%" in shown and "details:  50%" in shown and "step 5, loss 1.0000, 2.5 samples/s" in shown
 
 
 class Full:
@@ -88,9 +89,10 @@ class Full:
 def test_a_full_disk_loses_lines_but_does_not_end_the_run(room, tmp_path, caplog):
     with RunLog(tmp_path, LogConfig(bar=False), name="details").open(0) as log:
         log.scalars(1, {"loss": 1.0})
-        log._file = Full(log._file, room)
+        lines = next(each for each in log._open if isinstance(each, JsonLines))
+        lines.file = Full(lines.file, room)
         log.scalars(2, {"loss": 2.0})
-        log._file = log._file.file
+        lines.file = lines.file.file
         log.scalars(3, {"loss": 3.0})
     assert [line["step"] for line in read_scalars(tmp_path)] == [1, 3]
     assert "scalars.jsonl could not be written" in caplog.text and "training goes on" in caplog.text
@@ -107,7 +109,7 @@ def test_a_wandb_that_cannot_be_reached_does_not_stop_a_run(tmp_path, monkeypatc
     pytest.importorskip("wandb")
     for name, value in {"WANDB_SILENT": "true", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sonic.training.log.PATIENCE_S", 1)
+    monkeypatch.setattr("sonic.training.wandb_log.PATIENCE_S", 1)
     logged(tmp_path, "online")
     assert "logging offline" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

@@ -91,7 +91,7 @@ def kill_at(run, step):
 
 
 def curve(folder):
-    return [(line["step"], line["train/student_loss"]) for line in read_scalars(folder)]
+    return [(line["step"], line["student/loss"]) for line in read_scalars(folder)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -111,7 +111,10 @@ def test_lines_after_a_restart_are_means_over_the_same_steps(tmp_path):
     kill_at(make(tmp_path / "killed", log_every=3), 7)
     train(make(tmp_path / "killed", log_every=3))
     whole, killed = (
-        [{name: value for name, value in line.items() if name == "step" or name.startswith("train/")} for line in read_scalars(folder)]
+        [
+            {name: value for name, value in line.items() if name == "step" or name.startswith(("student/", "critic/", "train/"))}
+            for line in read_scalars(folder)
+        ]
         for folder in (tmp_path / "whole", tmp_path / "killed")
     )
     assert [line["step"] for line in killed] == [3, 6, 9, 12] and killed == whole

@@ -49,7 +49,7 @@ def test_sample_videos_do_not_change_the_training(clips, tmp_path):
         made.budget = BudgetConfig(max_steps=3, batch_size=2)
         run_training(made, tmp_path / name)
     seen, unseen = read_scalars(tmp_path / "seen"), read_scalars(tmp_path / "unseen")
-    assert [line["train/student_loss"] for line in seen] == [line["train/student_loss"] for line in unseen]
+    assert [line["student/loss"] for line in seen] == [line["student/loss"] for line in unseen]
     for line in seen:
         has_video = line["step"] in (2, 3)  # 3 is the last
         assert has_video == ("video" in line) == ("eval/sync_correlation" in line) == ("eval/dynamics_ratio" in line)

@@ -63,7 +63,7 @@ def test_a_preview_of_another_speech_encoder_is_trained_and_generates_videos(fol
     settings = ["objective=flow_match", f"data.folder={config.folder}", "data.source=clips", "data.window=3", "budget.max_steps=2"]
     settings += ["budget.batch_size=2", "log.bar=false", "speed.workers=0", *MODEL, f"export={tmp_path}/dit.safetensors"]
     assert run_training(compose(TRAIN, [*settings, *chosen(folder, name)]), tmp_path / "run").steps == 2
-    assert read_scalars(tmp_path / "run")[-1]["train/student_loss"] > 0
+    assert read_scalars(tmp_path / "run")[-1]["student/loss"] > 0
     with pytest.raises(ValueError, match="clips of another speech encoder"):
         run_training(compose(TRAIN, [*settings, *chosen(folder, {"hubert": "whisper", "whisper": "hubert"}[name])]), tmp_path / "other")
 

@@ -117,7 +117,7 @@ def stopped(folder, name, steps, at, speed=None):
 
 
 def curve(folder):
-    return torch.tensor([line["train/student_loss"] for line in read_scalars(Path(folder))])
+    return torch.tensor([line["student/loss"] for line in read_scalars(Path(folder))])
 
 
 @cache

@@ -50,9 +50,11 @@ class Consistency(Distillation):
         with self.networks.use_role(STUDENT):
             v = student(x, sigma)
             prediction = self.head_prediction(x, v, sigma)
-            loss, figures = self.error(prediction, *path_ends(x, aim_velocity, sigma), sigma=sigma)
+            aimed = path_ends(x, aim_velocity, sigma)
+            loss, figures = self.error(prediction, *aimed, sigma=sigma)
             student_clean, _ = path_ends(x, v, sigma)
-            yield loss, {**figures, "motion_ratio": motion_ratio(student_clean, clean)}
+            motion = {"motion_ratio": motion_ratio(student_clean, clean), "teacher/motion_ratio": motion_ratio(aimed[0], clean)}
+            yield loss, {**figures, **motion}
 
     @torch.no_grad()
     def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sonic.geometry import BlockSpan
 from sonic.model.dit import AvatarDiT
@@ -22,8 +23,8 @@ from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DmdConfig
 from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
 from sonic.training.objectives.networks import CRITIC, STUDENT, TEACHER
-from sonic.training.objectives.objective import Batch, Losses, host_rng
-from sonic.training.objectives.transformer import check_whole_blocks, conditions_of
+from sonic.training.objectives.objective import Batch, Figure, Losses, host_rng
+from sonic.training.objectives.transformer import by_noise_level, check_whole_blocks, conditions_of
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, upload
 
@@ -92,11 +93,8 @@ class DistributionMatching(Distillation):
 
     def _student(self, start: Start, rolled: Rolled, *, step: int, batch: Batch, rng: torch.Generator) -> Losses:
         generated = rolled.clean[step]
-        gradient = self._gradient(start, generated, rng)
-        figures = {"dmd_gradient": gradient.abs().mean(), "motion_ratio": motion_ratio(rolled.clean[-1], batch["latents"])}
-        block = self.model_config.rollout.block_frames
-        if start.anchor is not None:
-            gradient[:, :, :block] = 0  # the true block gets no gradient, but later blocks read its keys
+        gradient, figures = self._gradient(start, generated, rng)
+        figures["motion_ratio"] = motion_ratio(rolled.clean[-1], batch["latents"])
         with self.networks.use_role(STUDENT) as model:
             blocks = BlockByBlock(model, start, self.execution)
             for index, part in enumerate(blocks.parts):
@@ -105,13 +103,31 @@ class DistributionMatching(Distillation):
                 yield 0.5 * (clean - aim).square().sum() / generated.numel(), figures
 
     @torch.no_grad()
-    def _gradient(self, start: Start, generated: Tensor, rng: torch.Generator) -> Tensor:
-        """The DMD gradient: the critic's minus the teacher's clean prediction, normalised by the teacher's mean error.  [B,C,T,h,w]"""
+    def _gradient(self, start: Start, generated: Tensor, rng: torch.Generator) -> tuple[Tensor, dict[str, Figure]]:
+        """The DMD gradient: the critic's minus the teacher's clean prediction, normalised by the teacher's mean error; and what is logged
+        of it.  [B,C,T,h,w]"""
         noisy, _, sigma = self._noised(generated, rng)
         critic, teacher = (self.velocity(role, start.conditions, start.first_block)(noisy, sigma) for role in (CRITIC, TEACHER))
-        (fake, _), (real, _) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
+        (fake, fake_noise), (real, real_noise) = path_ends(noisy, critic, sigma), path_ends(noisy, teacher, sigma)
         size = (generated - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
-        return (fake - real) / size * upload(self.cell_weights, fake.device)
+        gradient = (fake - real) / size * upload(self.cell_weights, fake.device)
+        if start.anchor is not None:
+            gradient[:, :, : self.model_config.rollout.block_frames] = 0  # the true block gets none, but later blocks read its keys
+        losses = 0.5 * gradient.square().mean(dim=(1, 2, 3, 4))
+        figures = {"dmd_gradient_rms": rms(gradient), "dmd_normaliser": size.mean(), **by_noise_level(losses, sigma)}
+        return gradient, figures | compare_scores(fake_noise, real_noise)
+
+
+def compare_scores(fake: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Sizes, distance and mean cosine of the scores of critic and teacher, in terms of the noise that they see, which is -sigma · score."""
+    cosine = F.cosine_similarity(fake.flatten(1), real.flatten(1)).mean()
+    sizes = {"critic/score_rms": rms(fake), "teacher/score_rms": rms(real)}
+    return {**sizes, "score_difference_rms": rms(fake - real), "score_cosine": cosine}
+
+
+def rms(values: Tensor) -> Tensor:
+    """Root mean square: a norm that does not grow with the number of values."""
+    return values.float().square().mean().sqrt()
 
 
 class BlockByBlock:

@@ -19,7 +19,7 @@ from sonic.model.dit import AvatarDiT
 from sonic.sampling.path import expand_like, interpolate
 from sonic.training.objective_config import FlowMatchConfig, WindowConfig
 from sonic.training.objectives.networks import STUDENT
-from sonic.training.objectives.objective import Batch, Losses, host_rng
+from sonic.training.objectives.objective import Batch, Losses, Weighted, host_rng
 from sonic.training.objectives.transformer import TransformerObjective, conditions_of
 from sonic.training.objectives.viseme import VisemeHead, encode_audio_blocks, viseme_loss
 from sonic.training.train_config import TrainConfig
@@ -95,13 +95,12 @@ class FlowMatch(TransformerObjective):
         kept = torch.rand(conditions.audio.shape[0], 1, 1, 1, generator=rng, device=rng.device) >= self.config.audio_dropout
         return replace(conditions, audio=conditions.audio * kept)
 
-    def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
-        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
+    def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Weighted:
+        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
         pure = (level >= 0.999).float() * upload(self.cell_weights, prediction.device)
-        error = (pure * (prediction.detach() - target).square()).sum()
-        return error / (pure * target.square()).sum().clamp(min=1.0)
+        return Weighted((pure * (prediction.detach() - target).square()).sum(), (pure * target.square()).sum())
 
 
 def check_visemes(dataset: object) -> None:

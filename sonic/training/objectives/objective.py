@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,17 @@ from sonic.training.objectives.networks import STUDENT, Make
 from sonic.training.train_config import TrainConfig
 
 Batch = Mapping[str, Tensor]
-Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
+
+
+class Weighted(NamedTuple):
+    """A figure of some of the samples, such as those of a noise level: its sum over them and their number. Without any it is not logged."""
+
+    total: Tensor
+    weight: Tensor
+
+
+Figure = Tensor | Weighted
+Losses = Iterator[tuple[Tensor, Mapping[str, Figure]]]
 
 
 def host_rng(rng: torch.Generator) -> torch.Generator:
@@ -57,6 +68,7 @@ class Objective:
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """The loss in one or several parts, each with metrics to log, with all randomness from `rng`.
 
+        A metric is logged under the role, unless its name has one, as in "teacher/score_rms"; the last part's are logged.
         Each part is backpropagated before the next is computed, so that one graph is held at a time.
         """
 

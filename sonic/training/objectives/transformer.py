@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from sonic.config import ModelConfig
@@ -15,9 +16,11 @@ from sonic.sampling.path import expand_like
 from sonic.sampling.schedules import TIMESTEPS
 from sonic.training.objective_config import DistillConfig, FlowMatchConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
-from sonic.training.objectives.objective import Batch, Objective
+from sonic.training.objectives.objective import Batch, Figure, Objective, Weighted
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, pick, upload
+
+QUARTERS = 4  # parts of the noise levels (0, 1] whose losses are logged apart
 
 
 def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
@@ -72,7 +75,7 @@ class TransformerObjective(Objective):
             return model.forward_blocks(noisy, timestep, conditions, first_block=first_block, execution=self.execution).float()
         return model(noisy, timestep, conditions, execution=self.execution).float()
 
-    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> tuple[Tensor, dict[str, Figure]]:
         """Weighted squared error of a prediction and of its change between frames, which would be visible as jitter.  sigma [B] or [B,T]"""
         target, weight = self.target(clean, noise, expand_like(sigma, clean), cap=self.config.error.weight_cap)
         weight = weight * upload(self.cell_weights, prediction.device)
@@ -80,7 +83,8 @@ class TransformerObjective(Objective):
         error = (weight * difference.square()).mean()
         later = weight[:, :, 1:] if weight.shape[2] > 1 else weight
         jerk = (later * difference.diff(dim=2).square()).mean()
-        figures = {"flow_error": error.detach(), "change_error": jerk.detach()}
+        levels = by_noise_level(reduce(weight * difference.detach().square(), "b c t h w -> b t", "mean"), sigma)
+        figures = {"flow_error": error.detach(), "change_error": jerk.detach(), **levels}
         return error + self.config.error.change_weight * jerk, figures
 
 
@@ -104,6 +108,16 @@ def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
     rows = batch["text"] if "text" in batch else clean.new_zeros(clean.shape[0], text.text_len, text.text_dim)
     pose = pose_latents(batch["head"], *clean.shape[-2:]) if "head" in batch else None
     return Conditions(ref=batch["ref"], text=rows, audio=batch["audio"], pose=pose)
+
+
+def by_noise_level(losses: Tensor, sigma: Tensor) -> dict[str, Weighted]:
+    """The loss of the samples in each quarter of the noise levels, by its name in the log.  losses [B] or [B,T], sigma the same or [B]"""
+    levels = sigma if sigma.ndim == losses.ndim else repeat(sigma, "b -> b t", t=losses.shape[1])
+    quarter = rearrange((QUARTERS * levels).ceil().clamp(min=1), "... -> (...) 1")
+    inside = quarter == torch.arange(1, QUARTERS + 1, device=sigma.device)  # [samples, quarters]
+    totals = torch.where(inside, rearrange(losses, "... -> (...) 1"), 0.0).sum(0)
+    names = [f"loss_sigma_{number / QUARTERS:.2f}_{(number + 1) / QUARTERS:.2f}" for number in range(QUARTERS)]
+    return {name: Weighted(*pair) for name, *pair in zip(names, totals, inside.sum(0), strict=True)}
 
 
 def cell_weights(std: Tensor, gain: float) -> Tensor:
