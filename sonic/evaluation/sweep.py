@@ -1,4 +1,5 @@
-"""Sweeps: every combination (cell) of a grid of options is evaluated once per seed, in a process that submitit or Ray starts."""
+"""Sweeps: every combination (cell) of a grid of options is trained, evaluated or planned once per seed, in a process that submitit or
+Ray starts."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,39 +25,80 @@ from sonic.evaluation import metrics
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.registry import Registry
 from sonic.system.program import interpreter
+from sonic.system.stdio import interrupt_on_signals
+from sonic.training.train_config import LogConfig, WandbConfig
 
 LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
+LEARNT = ("loss", "grad_norm")  # last words of the names of a training's figures that a report shows
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
-POLL_S = 0.2  # seconds between two looks at the running jobs
+CLIPS = ("clips", "seconds", "num_videos")  # options eval.* that cells get
+SCORED_SEED = 1  # of the clips that trainings are scored on, the same for all
+NAME_CHARACTERS = 120  # of a cell's choices in the name of its folder
+POLL_S, PATIENCE_S = 0.2, 120  # seconds between two looks at the running jobs, and for which cancelled ones may save what they have
 
-Score = Callable[[list[str]], None]  # evaluates with the options of a command line
-Submit = Callable[[list[str]], Any]  # starts `score`; gives a job with done(), exception() and cancel(), as submitit and futures have
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One seed of a cell, for which a process is started: the options of its job, those of an evaluation that follows a training, the
+    folder of the training's run, and the JSON file that is there when all is done."""
+
+    job: str
+    options: list[str]
+    scoring: list[str]
+    folder: Path
+    result: Path
+
+
+Execute = Callable[[SeedRun], None]
+Submit = Callable[[SeedRun], Any]  # starts it; gives a job with done(), exception() and cancel(), as submitit and futures have
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the grid, the options that it is evaluated with, and the folder and seeds of its results."""
+    """One combination of the grid: the options of its job, `scoring` of the evaluation after a training (empty = none), `logged` of its
+    log, and where the results of its seeds are. `config` is the whole config, once it has been checked."""
 
+    job: str
     choices: dict[str, Any]
     options: list[str]
+    scoring: list[str]
+    logged: list[str]
     folder: Path
     seeds: list[int]
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Short name for reports and logs, as "option=value, ..."."""
-        return ", ".join(f"{option.rpartition('.')[2]}={value}" for option, value in self.choices.items())
+        return ", ".join(f"{_short(option)}={value}" for option, value in self.choices.items())
 
     @property
     def figures(self) -> dict[str, Any] | None:
-        """The metrics over the clips of all seeds; None until all seeds are evaluated."""
-        if not all(self.result_file(seed).is_file() for seed in self.seeds):
+        """The figures over all seeds: {mean, ci95, clips}, numbers or words. None until all seeds are finished."""
+        found = list(self.seed_figures.values())
+        if len(found) < len(self.seeds):
             return None
-        results = [json.loads(self.result_file(seed).read_text()) for seed in self.seeds]
-        joined = {name: metrics.mean_and_interval([clip for result in results for clip in result[name]["clips"]]) for name in FIGURES}
-        openings = [track for result in results for track in result["openings"]]
-        return {**joined, "openings": openings, "peak_rss_gib": max(result["peak_rss_gib"] for result in results)}
+        joined = dict(found[0])  # numbers and words
+        for name, figure in found[0].items():
+            if isinstance(figure, dict):
+                joined[name] = metrics.X
+            elif isinstance(figure, list):
+                joined[name] = [track for each in found for track in each[name]]
+        return joined
+
+    @property
+    def seed_figures(self) -> dict[int, dict[str, Any]]:
+        """The same of every finished seed, besides `of`, what a figure has several values of: clip or seed."""
+        found = {}
+        for seed in filter(lambda each: self.result_file(each).is_file(), self.seeds):
+            result = json.loads(self.result_file(seed).read_text())
+            figures = {name: _of("seed", [value]) for name, value in _trained(self.curve(seed)).items()} if self.job == "train" else {}
+            if FIGURES[0] in result:  # it was evaluated
+                figures |= {name: _of("clip", result[name]["clips"]) for name in FIGURES}
+                figures |= {"peak_gib": result["peak_rss_gib"], "openings": result["openings"]}
+            found[seed] = _planned(result) if self.job == "plan" else figures
+        return found
 
     @property
     def failure(self) -> str:
@@ -63,16 +106,37 @@ class Cell:
         return "\n".join(file.read_text() for seed in self.seeds if (file := self.failure_file(seed)).is_file())
 
     def result_file(self, seed: int) -> Path:
-        """The JSON of one evaluation, which appears when it is finished."""
-        return self.folder / f"seed_{seed}.json"
+        """The JSON of one seed, which appears when it is finished; other evaluations of the same training have other names."""
+        return self.folder / f"{f'scored_{_hash(self.scoring)}_' if self.scoring else ''}seed_{seed}.json"
 
     def failure_file(self, seed: int) -> Path:
-        """The error of one evaluation, which appears when it has failed."""
+        """The error of one seed, which appears when it has failed."""
         return self.folder / f"seed_{seed}_failed.txt"
 
-    def command(self, seed: int) -> list[str]:
-        """The options of one evaluation."""
-        return [*self.options, f"eval.seed={seed}", f"json={self.result_file(seed)}", f"eval.videos={self.folder / f'videos_{seed}'}"]
+    def run_folder(self, seed: int) -> Path:
+        """The folder of the run of one seed."""
+        return self.folder / f"run_{seed}"
+
+    def curve(self, seed: int) -> list[dict[str, float]]:
+        """The lines of a training's log so far, with the seconds of training until each."""
+        path, lines, step, seconds = self.run_folder(seed) / "scalars.jsonl", [], 0, 0.0
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            values = json.loads(line)
+            seconds, step = seconds + (values["step"] - step) * values.get("perf/seconds_per_step", 0.0), values["step"]
+            lines.append({**values, "train_seconds": seconds})
+        return lines
+
+    def run_of(self, seed: int) -> SeedRun:
+        """What is to be done for one seed."""
+        result, run = self.result_file(seed), self.run_folder(seed)
+        written = [f"json={result}", f"eval.videos={self.folder / f'videos_{seed}'}"]
+        own = {
+            "evaluate": [f"eval.seed={seed}", *written, *self.logged],
+            "train": [f"seed={seed}", f"name={self.name}, seed {seed}", f"export={run / 'weights.safetensors'}", *self.logged],
+            "plan": written[:1],
+        }
+        scoring = self.scoring and [*self.scoring, f"eval.seed={SCORED_SEED}", *written]
+        return SeedRun(self.job, [*self.options, *own[self.job]], scoring, run, result)
 
 
 def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
@@ -80,63 +144,104 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
 
     The name of a cell's folder contains a hash of its options, so that results are found again only for the same options.
     """
-    machine = [f"run.{name}={value}" for name in MACHINE if (value := getattr(config.run, name)) != getattr(RunConfig, name)]
-    scored = [f"eval.clips={config.clips}", f"eval.seconds={config.seconds}", f"eval.num_videos={config.num_videos}"]
+    machine = _changed("run", config.run, RunConfig, MACHINE)
+    schema = {"evaluate": WandbConfig, "train": LogConfig}.get(config.job)
+    logged = _changed("log", config.log, schema, [each.name for each in fields(schema)]) if schema else []
+    logged += [f"log.group={folder.name}"] if logged and config.log.wandb != "off" and not config.log.group else []
     plugins = [f"plugins=[{','.join(config.plugins)}]"] * bool(config.plugins)
+    scored = [f"eval.{name}={getattr(config, name)}" for name in CLIPS]
     cells = []
     for values in itertools.product(*config.grid.values()):
         choices = dict(zip(config.grid, values, strict=True))
         if any(choices.items() >= excluded.items() for excluded in config.exclude):
             continue
-        options = [*plugins, *config.common, *machine, *(f"{option}={_typed(value)}" for option, value in choices.items()), *scored]
-        words = [f"{option.rpartition('.')[2]}-{value}" for option, value in choices.items()]
-        words.append(hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8])
-        cells.append(Cell(choices, options, folder / "cells" / re.sub(r"[^A-Za-z0-9_.-]+", "-", "__".join(words)), config.seeds))
+        chosen = [f"{option}={_typed(value)}" for option, value in choices.items()]
+        before, after = {"evaluate": (machine, scored), "train": ([], []), "plan": (machine, [])}[config.job]
+        options = [*plugins, *config.common, *before, *chosen, *after]
+        words = "__".join(f"{_short(option)}-{_typed(value)}" for option, value in choices.items())
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', words)[:NAME_CHARACTERS]}__{_hash(options)}"
+        scoring = [*plugins, *machine, *scored] if config.job == "train" and config.score is not False else []
+        cells.append(Cell(config.job, choices, options, scoring, logged, folder / "cells" / name, config.seeds))
     return cells
 
 
-def sweep(config: AblateConfig, folder: Path, score: Score) -> list[Cell]:
-    """Evaluate every seed of every cell that is not finished, `config.jobs` at once; failed ones only with retry=true.
-
-    Raises ValueError when a package is missing.
-    """
-    needed = ("submitit", "matplotlib", *["ray"] * (config.engine == "ray"))
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise ValueError(f"a sweep needs packages that are not installed here; run: pip install {' '.join(missing)}")
-    cells = cells_of(config, folder.absolute())
+def sweep(config: AblateConfig, cells: Sequence[Cell], folder: Path, execute: Execute) -> None:
+    """Run every seed of every cell that is not finished, `config.jobs` at once; failed ones only with retry=true."""
     waiting = [(cell, seed) for cell in cells for seed in cell.seeds if not cell.result_file(seed).is_file()]
     waiting = [(cell, seed) for cell, seed in waiting if config.retry or not cell.failure_file(seed).is_file()]
     LOG.info("%d of %d cells are finished", sum(cell.figures is not None for cell in cells), len(cells))
-    submit = ENGINES[config.engine](score, config, folder.absolute() / "jobs")
-    for cell, seed, error in tqdm(run_jobs(waiting, submit, config.jobs), total=len(waiting), desc="evaluations", disable=not waiting):
+    submit = ENGINES[config.engine](execute, config, folder.absolute() / "jobs")
+    for cell, seed, error in tqdm(run_jobs(waiting, submit, config.jobs), total=len(waiting), desc="runs", disable=not waiting):
         cell.failure_file(seed).unlink(missing_ok=True)
         if error is not None:
             cell.folder.mkdir(parents=True, exist_ok=True)
             cell.failure_file(seed).write_text(f"seed {seed}: {error}\n")
             LOG.warning("%s failed, see %s (retry=true tries it again)", cell.name, cell.failure_file(seed))
-    return cells
+
+
+def check_packages(config: AblateConfig) -> None:
+    """Raise ValueError when a package that a sweep needs is missing."""
+    needed = ("submitit", "matplotlib", *["ray"] * (config.engine == "ray"))
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ValueError(f"a sweep needs packages that are not installed here; run: pip install {' '.join(missing)}")
 
 
 def run_jobs(waiting: Sequence[tuple[Cell, int]], submit: Submit, at_once: int) -> Iterator[tuple[Cell, int, BaseException | None]]:
-    """Evaluate seeds of cells in order, `at_once` at a time; yields each with its error when it has ended.
+    """Run seeds of cells in order, `at_once` at a time; yields each with its error when it has ended.
 
-    When the caller is interrupted, the running ones are cancelled.
+    When the caller is interrupted, the running ones are cancelled, and have time to save what they have.
     """
     queue, running = list(waiting), {}
     try:
         while queue or running:
             while queue and len(running) < at_once:
                 cell, seed = queue.pop(0)
-                running[submit(cell.command(seed))] = cell, seed
+                running[submit(cell.run_of(seed))] = cell, seed
             for job in [job for job in running if job.done()]:
                 yield *running.pop(job), job.exception()
             time.sleep(POLL_S)
     finally:
+        if running:
+            LOG.warning("%d runs are asked to stop; the same command continues the sweep", len(running))
         for job in running:
             job.cancel()
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and not all(job.done() for job in running):
+            time.sleep(POLL_S)
 
 
-def _submitit(score: Score, config: AblateConfig, folder: Path) -> Submit:
+def run_until_signal(execute: Execute, run: SeedRun) -> None:
+    """Do a run in this process, which ends at SIGTERM, and at the signal that submitit sends before the time is over.
+
+    Raises RuntimeError when it is stopped."""
+    interrupt_on_signals()
+    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        execute(run)
+    except KeyboardInterrupt as error:
+        raise RuntimeError("it was stopped by a signal, as at the end of its time (minutes=)") from error
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """A job of submitit on this machine, which is cancelled by SIGTERM: submitit itself would kill it after a second."""
+
+    job: Any
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.job.done()
+
+    def exception(self) -> BaseException | None:
+        """The error that it ended with, if any."""
+        return self.job.exception()
+
+    def cancel(self) -> None:
+        """Ask it to end."""
+        os.kill(int(self.job.job_id), signal.SIGTERM)
+
+
+def _submitit(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
     """Jobs of submitit: processes on this machine with engine=local, otherwise jobs of Slurm where there is one."""
     import submitit
 
@@ -149,24 +254,70 @@ def _submitit(score: Score, config: AblateConfig, folder: Path) -> Submit:
         slurm_python=shlex.join(interpreter()),
     )
     executor.update_parameters(timeout_min=config.minutes)
-    return lambda command: executor.submit(score, command)
+
+    def submit(run: SeedRun) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit this: Ctrl-C is for the sweep alone
+        try:
+            job = executor.submit(run_until_signal, execute, run)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return LocalJob(job) if config.engine == "local" else job
+
+    return submit
 
 
-def _ray(score: Score, config: AblateConfig, folder: Path) -> Submit:
+def _ray(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
     """Tasks of Ray, each in a process of its own."""
     import ray
 
     _, *variables, _ = interpreter()
     ray.init(ignore_reinit_error=True, runtime_env={"env_vars": dict(variable.split("=", 1) for variable in variables)})
-    remote = ray.remote(max_calls=1, max_retries=0)(score)
-    return lambda command: remote.remote(command).future()
+    remote = ray.remote(max_calls=1, max_retries=0)(execute)
+    return lambda run: remote.remote(run).future()
 
 
-ENGINES: Registry[Callable[[Score, AblateConfig, Path], Submit]] = Registry(
+ENGINES: Registry[Callable[[Execute, AblateConfig, Path], Submit]] = Registry(
     "engine", {"local": _submitit, "submitit": _submitit, "ray": _ray}
 )
 
 
+def _of(kind: str, values: Sequence[float]) -> dict[str, Any]:
+    """A figure that has a value for each clip or seed."""
+    return metrics.mean_and_interval(values) | {"of": kind}
+
+
+def _trained(curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of a training at its end."""
+    if not curve:
+        return {}
+    last = curve[-1]
+    return {name: last[name] for name in (*filter(lambda each: each.endswith(LEARNT), last), "step", "train_seconds")}
+
+
+def _planned(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the best plan, by the JSON of the command plan."""
+    best = result["chosen"]
+    pace = "seconds_per_step" if "seconds_per_step" in best else "seconds_per_frame"  # of a training, of a video
+    fits = {"plan": best["plan"], "fits": "yes" if result["fits"] else "no", pace: best[pace]}
+    return {**fits, "peak_gib": max(best["peak_gib_per_rank"]), "why": best["reason"]}
+
+
+def _changed(group: str, given: Any, schema: type, names: Sequence[str]) -> list[str]:
+    """The options of a group that are not the default."""
+    return [f"{group}.{name}={_typed(value)}" for name in names if (value := getattr(given, name)) != getattr(schema(), name)]
+
+
+def _hash(options: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]
+
+
+def _short(option: str) -> str:
+    """The last part of the name of an option."""
+    return option.rpartition(".")[2].lstrip("+")
+
+
 def _typed(value: Any) -> str:
     """A value as written on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

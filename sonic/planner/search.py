@@ -192,6 +192,7 @@ def plan_json(plan: Plan, hardware: HardwareConfig) -> dict:
         "host_gib_per_rank": round(plan.host / GIB, 2),
         "seconds_per_block": total,
         f"seconds_per_{plan.unit}": total,
+        "seconds_per_frame": plan.seconds.total / plan.frames,
         "frames_per_second": round(plan.frames_per_second, 3),
         "first_frame_s": round(plan.seconds.first, 3),
         "reason": reason(plan, hardware),

@@ -132,14 +132,16 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in means.items() if isinstance(value, int | float)}
 
 
-def log_cells(cells: Sequence[Cell], folder: Path, config: LogConfig, *, group: str) -> None:
-    """Log the metrics of a sweep's finished cells as runs of one W&B group; does nothing with log.wandb=off."""
+def log_cells(cells: Sequence[Cell], config: LogConfig, *, group: str) -> None:
+    """Log the figures of every finished seed of a sweep's cells as runs of one W&B group, with the whole configs and the swept options
+    by their names; a job that logs itself has its run continued. Does nothing with log.wandb=off."""
     if not wants_wandb(config):
         return
     for cell in cells:
-        if cell.figures is None:
-            continue
-        run = open_wandb(cell.folder, config, cell.name, group=group, job_type="evaluate")
-        run.config.update(cell.choices, allow_val_change=True)
-        run.log(flat(cell.figures))
-        run.finish()
+        for seed, figures in cell.seed_figures.items():
+            folder = cell.run_folder(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            run = open_wandb(folder, config, f"{cell.name}, seed {seed}", group=group, job_type=cell.job, facts=cell.config)
+            run.config.update({**cell.choices, "seed": seed}, allow_val_change=True)
+            run.summary.update(flat(figures))
+            run.finish()
