@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from sonic.checkpoint.header import carried_options, read_header
 from sonic.config import OtherRank, Ranks, closest_first, help_of, unknown_choice
 from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
@@ -161,6 +162,9 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
             raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
         for key, text in values.items():
             _assign(raw, key, text, kind=entry_options(entry)[key][0])
+        given = {*values, *(item.lstrip("+").partition("=")[0] for item in argv)}
+        for key, text in carried_options(OmegaConf.to_container(raw), given).items():
+            _assign(raw, key, text, kind=entry_options(entry)[key][0])
         return OmegaConf.to_object(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
@@ -256,6 +260,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]
             values[key] = text
         else:
             raise ValueError(_unknown_key(entry, key))
+    carried = read_header(expanded(values.get("model.weights", "")))
+    if carried and "model" not in selections and (name := carried.model.get("name")) in chooseable.get("model", ()):
+        selections["model"] = f"model={name}"  # with the sampler and the presets of that model
     if "sampler" in chooseable and not {"preset", "sampler"} & set(selections):
         selections |= _own_sampler(selections.get("model", ""))
     for key in entry.collections:
@@ -349,6 +356,10 @@ def _reworded(entry: Entry, error: Exception) -> str:
     found = re.search(r"full_key: (\S+)", str(error))
     if found and found[1] not in entry_options(entry):
         return _unknown_key(entry, found[1])
+    group = found[1].partition(".")[0] if found else ""
+    if having := [name for name, schema in entry.variants.get(group, {}).items() if found[1] in config_options(schema, f"{group}.")]:
+        way_out = f"choose a recipe for that {group}, or {group}={having[0]}"
+        return f"the recipe sets {found[1]}, which the chosen {group} does not have ({', '.join(having)} does); {way_out}"
     first = str(error).split("full_key:")[0]
     return " ".join(f"{found[1]}: {first}".split() if found else str(error).split())
 
