@@ -30,8 +30,8 @@ log = logging.getLogger("sonic")
 class Header:
     """What a weights file says of itself.
 
-    `model` are the fields of its ModelConfig, `sampler` those that a student was distilled for ({} for others), and `encoders` the hashes of
-    the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in the
+    `model` are the fields of its ModelConfig, `sampler` those that a student was distilled for ({} for others), and `encoders` the
+    hashes of the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in the
     package, or a path from the file's folder.
     """
 

@@ -37,7 +37,7 @@ from sonic.training.initial_weights import init_adapters, load_initial_weights
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES
-from sonic.training.objectives.objective import Batch
+from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
 from sonic.training.world import join_world
