@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sonic.checkpoint.converted import MANIFEST, Checkpoint
+from sonic.checkpoint.header import read_header
 from sonic.cli import group_choices, typed_values
 from sonic.inference.infer_config import InferConfig
 from sonic.system.paths import expanded
@@ -95,8 +96,10 @@ def with_options(config: InferConfig, values: Mapping[str, Any]) -> InferConfig:
 
 
 def model_choice(model: str) -> dict[str, str]:
-    """The options that select a model: by its name, or by a folder with a converted checkpoint or trained weights."""
+    """The options that select a model: by its name, by a file of trained weights, or by a folder with them or a converted checkpoint."""
     folder = Path(expanded(model))
+    if folder.is_file() and read_header(folder):
+        return {"model.weights": str(folder)}
     if model in group_choices("model") or not folder.is_dir():
         return {"model": model}
     if not (folder / MANIFEST).is_file() and any(folder.glob("*_dit.safetensors")):

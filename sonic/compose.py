@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from sonic.checkpoint.header import carried_options, read_header
 from sonic.option_names import FILES, SHORT, SYNONYMS
 from sonic.plugins import load_plugins
 from sonic.registry import closest_first, unknown_choice
@@ -91,6 +92,9 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             raw = hydra_compose(entry.name, overrides=[_recipes(), *chosen.overrides])
         for key, text in chosen.values.items():
+            _assign(raw, key, text, kind=entry_options(entry)[key][0])
+        given = {*chosen.values, *(item.lstrip("+").partition("=")[0] for item in argv)}
+        for key, text in carried_options(OmegaConf.to_container(raw), given).items():
             _assign(raw, key, text, kind=entry_options(entry)[key][0])
         load_plugins(raw.plugins)  # those of a recipe that the chosen one is based on
         return OmegaConf.to_object(raw)
@@ -205,6 +209,9 @@ def _split(entry: Entry, argv: Sequence[str]) -> Chosen:
             values[key] = _as_list(text) if key == "plugins" else text
         else:
             raise ValueError(_unknown_key(entry, key))
+    carried = read_header(expanded(values.get("model.weights", "")))
+    if carried and "model" not in choices and (name := carried.model.get("name")) in chooseable.get("model", ()):
+        choices["model"] = name  # with the sampler and the presets of that model
     model = _published(choices.get("model", DEFAULT_MODEL))
     if "sampler" in chooseable and not {"preset", "sampler"} & set(choices):
         choices |= _own_sampler(model)
@@ -336,6 +343,10 @@ def _reworded(entry: Entry, error: Exception) -> str:
     found = re.search(r"full_key: (\S+)", str(error))
     if found and found[1] not in entry_options(entry):
         return _unknown_key(entry, found[1])
+    group = found[1].partition(".")[0] if found else ""
+    if having := [name for name, schema in entry.variants.get(group, {}).items() if found[1] in config_options(schema, f"{group}.")]:
+        way_out = f"choose a recipe for that {group}, or {group}={having[0]}"
+        return f"the recipe sets {found[1]}, which the chosen {group} does not have ({', '.join(having)} does); {way_out}"
     if missing := re.match(r"(In '[^']*': )?Could not \w+ '(\w+)/([^']+)'", str(error)):
         return f"{missing[1] or ''}{unknown_choice(missing[3], group_choices(missing[2]), missing[2])}"
     first = str(error).split("full_key:")[0]

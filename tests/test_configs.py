@@ -109,7 +109,12 @@ def test_each_model_has_a_default_sampler(command, model):
     entry = ENTRIES[command]
     own, published = compose(entry, [f"model={model}"]).sampler, compose(entry, [f"model={model}", "+preset=standard"]).sampler
     assert own == published
-    steps = {"preview": ("linear", 4, 1.0), "wan_s2v_14b": ("unipc", 40, 4.5), "live_avatar_14b": ("live_avatar", 4, 1.0)}[model]
+    steps = {
+        "preview": ("linear", 4, 1.0),
+        "preview_velocity": ("linear", 40, 1.0),
+        "wan_s2v_14b": ("unipc", 40, 4.5),
+        "live_avatar_14b": ("live_avatar", 4, 1.0),
+    }[model]
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from sonic import assets
-from sonic.checkpoint.tensor_files import survey
 from sonic.config import ModelConfig, one_of
 
 BUNDLED = Path(assets.__file__).parent
@@ -33,18 +29,20 @@ def weight_files(config: ModelConfig) -> WeightFiles:
     """
     given = Path(config.weights)
     if config.weights in ("", STUDENT, TEACHER):
-        return _files_in(BUNDLED, config.name)
+        return _files_in(BUNDLED, config)
     if given.is_file():
-        return _files_in(BUNDLED, config.name)._replace(dit=given)
-    named = _files_in(given, config.name)
+        return _files_in(BUNDLED, config)._replace(dit=given)
+    named = _files_in(given, config)
     if not given.is_dir():
         names = ", ".join(file.name for file in named)
         raise ValueError(f"model.weights={config.weights} does not exist; name a folder with {names}, or leave it out")
     return named
 
 
-def _files_in(folder: Path, model: str) -> WeightFiles:
-    return WeightFiles(*(folder / f"{model}_{part}.safetensors" for part in WeightFiles._fields))
+def _files_in(folder: Path, config: ModelConfig) -> WeightFiles:
+    """The transformer's file is called after the model; the autoencoder and the speech encoder belong to its family."""
+    owners = {"dit": config.name, "autoencoder": config.family, "speech": config.family}
+    return WeightFiles(*(folder / f"{owner}_{part}.safetensors" for part, owner in owners.items()))
 
 
 def named_weights(name: str) -> Path:
@@ -54,15 +52,3 @@ def named_weights(name: str) -> Path:
     there = {f"{IN_PACKAGE}{path.stem}": path for path in sorted(BUNDLED.glob("*.safetensors"))}
     one_of(name, list(there), "init_from")
     return there[name]
-
-
-def weights_hash(path: Path) -> str:
-    """A hash of 16 digits of the tensors in a file; "" when it does not exist."""
-    if not path.is_file():
-        return ""
-    digest = hashlib.sha256()
-    for name, stored in sorted(survey(path).items()):
-        tensor = stored.whole()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -43,6 +43,7 @@ def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lo
     """
     shapes = shapes or shapes_of(model)
     lora.check(shapes)
+    lora.check_base(Path(path))
     stored = stored_weights(path, shapes)
     for name, weight in model.named_parameters():
         if name not in shapes:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from sonic.checkpoint.tensor_files import StoredTensor, survey
+from sonic.checkpoint.header import Header, read_header
+from sonic.checkpoint.tensor_files import StoredTensor, sha256, survey, weights_hash
 from sonic.checkpoint.weights import to_official, to_ours
 from sonic.model.adapters import DOWN, SLASH, UP
 
@@ -33,11 +34,21 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters by our names of the weights that they change, the alpha that they were trained with, and their file."""
+    """Adapters by our names of the weights that they change, the alpha that they were trained with, their file and what its header says."""
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     alpha: float = 0.0
     file: Path | None = None
+    header: Header | None = None
+
+    def check_base(self, weights: Path) -> None:
+        """Raise ValueError when the adapters were trained on other weights than these; older files do not say on which."""
+        known = self.header.base_hash if self.header else ""
+        if known and known != (found := base_hash(weights)):
+            raise ValueError(
+                f"lora {self.file} was trained on {self.header.base} (hash {known}), not on {weights} (hash {found}); "
+                "use the weights that it was trained on, or train it on these"
+            )
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise ValueError unless the model has a weight of the right shape for every adapter."""
@@ -83,7 +94,13 @@ def read_lora(path: str | Path, alpha: float = 0.0) -> Lora:
         )
     adapters = {weight: Adapter(pair[DOWN], pair[UP]) for weight, pair in halves.items()}
     with safe_open(str(path), framework="pt") as file:
-        return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path)
+        return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path, read_header(path))
+
+
+def base_hash(weights: Path) -> str:
+    """A hash of 16 digits of whole weights: of the tensors in a file, or of the manifest beside the folder of a converted checkpoint."""
+    manifest = weights.parent / "manifest.json"
+    return weights_hash(weights) if not weights.is_dir() else sha256(manifest)[:16] if manifest.is_file() else ""
 
 
 def peft_name(name: str) -> str:

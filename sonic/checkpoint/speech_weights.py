@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sonic.checkpoint.bundled import weights_hash
 from sonic.checkpoint.official import Component, speech_encoder
-from sonic.checkpoint.tensor_files import read, sha256
+from sonic.checkpoint.tensor_files import read, sha256, weights_hash
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.encoders.hidden_states import HiddenStateEncoder

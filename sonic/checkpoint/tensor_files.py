@@ -164,6 +164,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(path: Path) -> str:
+    """A hash of 16 digits of the tensors in a file; "" when it does not exist."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    for name, stored in sorted(survey(path).items()):
+        tensor = stored.whole()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """An open safetensors file. Raises ValueError when it is damaged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -16,10 +17,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files, weights_hash
+from sonic.checkpoint.bundled import BUNDLED, STUDENT, TEACHER, weight_files
 from sonic.checkpoint.speech_weights import open_speech_encoder, speech_hash
+from sonic.checkpoint.tensor_files import weights_hash
 from sonic.checkpoint.weights import load_weights
-from sonic.config import ModelConfig
+from sonic.config import ModelConfig, require
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import portrait_of
 from sonic.data.image import cut, face_crop
@@ -103,7 +105,10 @@ class Preview(Family):
 
     def transformer_weights(self, config: ModelConfig) -> Path:
         """The file that model.weights names, or the bundled one. Raises ValueError when it does not exist."""
-        return weight_files(config).dit
+        file = weight_files(config).dit
+        way_out = "name those of a training as weights=FILE, or use model=preview"
+        require(file.parent != BUNDLED or file.is_file(), f"model={config.name} has no weights in the package; {way_out}")
+        return file
 
     def student(self, config: ModelConfig, steps: int) -> Path | None:
         """The bundled adapters distilled for `steps` sampling steps; None when there are none or the user chose other weights.
@@ -194,8 +199,8 @@ class Preview(Family):
 
 def _students(config: ModelConfig) -> dict[int, Path]:
     """The bundled adapter files of a model, keyed by the number of sampling steps they were distilled for."""
-    start, end = f"{config.name}_", "step"
-    return {int(path.stem.removeprefix(start).removesuffix(end)): path for path in BUNDLED.glob(f"{start}*{end}.safetensors")}
+    names = ((re.fullmatch(rf"{re.escape(config.name)}_(\d+)step", path.stem), path) for path in BUNDLED.glob("*.safetensors"))
+    return {int(found[1]): path for found, path in names if found}
 
 
 def _encoders(config: ModelConfig, file: Path, device: torch.device) -> tuple[WarpAutoencoder, SpeechEncoder]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -14,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from sonic.checkpoint.bundled import named_weights
+from sonic.checkpoint.bundled import BUNDLED, IN_PACKAGE, named_weights
+from sonic.checkpoint.header import Header, model_fields, read_header
 from sonic.checkpoint.load import fill, without_memory
-from sonic.config import Ranks
+from sonic.checkpoint.lora import base_hash
+from sonic.config import AdapterConfig, Ranks
 from sonic.data.clips import ClipDataset, batches, sample_order
 from sonic.families.family import family_of
-from sonic.inference.components import DTYPES, find_device, set_tf32
+from sonic.inference.components import DTYPES, find_device, lora_of, set_tf32
 from sonic.model.execution import Execution
 from sonic.parallel.mesh import World
 from sonic.parallel.ulysses import sequence_parallel
@@ -105,8 +108,11 @@ def _build_and_train(
     kind = pick(OBJECTIVES, config.objective.name, "objective.name")
     objective = kind(config, dataset, make=without_memory, execution=execution)
     engine.allocate(objective)
+    if config.model.lora.path and getattr(config.objective, "learn", AdapterConfig()).rank:
+        way_out = "use objective.learn.rank=0, which trains and exports whole weights, or init_from=FILE to go on with those adapters"
+        raise ValueError(f"model.lora.path={config.model.lora.path}: adapters cannot be trained on top of adapters; {way_out}")
     for model in objective.pretrained:
-        fill(model, family.transformer_weights(config.model))
+        fill(model, family.transformer_weights(config.model), lora=lora_of(config.model.lora))
     init_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         load_initial_weights(objective, named_weights(config.init_from))
@@ -126,11 +132,12 @@ def _build_and_train(
     if world.main:
         path = Path(config.export)
         with pause_watchdog():  # files may take any time
-            if not outcome.new_steps and path.with_suffix(".md").is_file() and _holds(path, weights):
+            header = _header(config, objective, path, outcome)
+            if not outcome.new_steps and path.with_suffix(".md").is_file() and _holds(path, weights, header):
                 LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
                 return outcome
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(weights, path, objective.metadata)
+            save_tensors(weights, path, {**objective.metadata, **header})
             size = sum(tensor.numel() for tensor in weights.values())
             card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
             path.with_suffix(".md").write_text(card)
@@ -190,10 +197,27 @@ def halved(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous() for name, tensor in weights.items()}
 
 
-def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a file contains exactly these weights; a damaged one does not."""
+def _header(config: TrainConfig, objective: Objective, path: Path, outcome: TrainingResult) -> dict[str, str]:
+    """The metadata of an exported transformer: its model's config, and the weights that its adapters are for; {} for other networks."""
+    if not hasattr(objective, "networks"):
+        return {}
+    family, model, base = family_of(config.model), config.model, ()
+    if config.objective.learn.rank:
+        file = family.transformer_weights(model)
+        name = f"{IN_PACKAGE}{file.stem}" if file.parent == BUNDLED else os.path.relpath(model.weights, path.parent)
+        base = (name, base_hash(file))
+    sampler = asdict(config.objective.sampler) if hasattr(config.objective, "sampler") else {}
+    sampler.pop("negative_prompt", None)
+    hashes = family.encoder_hashes(model)
+    return Header(model_fields(model), config.objective.name, outcome.seconds / 60, sampler, hashes, *base).metadata()
+
+
+def _holds(path: Path, weights: dict[str, torch.Tensor], header: Mapping[str, str]) -> bool:
+    """Whether a file contains exactly these weights, and says of what model if there is a `header`; a damaged one does not."""
     try:
         found = load_file(path)
+        if header and not read_header(path):
+            return False
     except (FileNotFoundError, SafetensorError):
         return False
     return found.keys() == weights.keys() and all(torch.equal(found[name], tensor) for name, tensor in weights.items())

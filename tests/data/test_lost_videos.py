@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from video_files import FPS, speech, talking, write
 
-from sonic.checkpoint.bundled import weights_hash
-from sonic.checkpoint.tensor_files import survey
+from sonic.checkpoint.tensor_files import survey, weights_hash
 from sonic.config import ModelConfig
 from sonic.data import clips, own_videos
 from sonic.data.clips import ClipDataset
