@@ -136,16 +136,16 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     parallel = config.parallel
     if parallel.name == "auto":
         sharing = max(1, parallel.replicas)
-        if parallel.replicas == -1 or hardware.devices % sharing:
+        if parallel.replicas == -1 or hardware.ranks % sharing:
             raise ValueError(
-                f"parallel.replicas={parallel.replicas} needs a plan by name on {hardware.devices} ranks, such as parallel=single"
+                f"parallel.replicas={parallel.replicas} needs a plan by name on {hardware.ranks} ranks, such as parallel=single"
             )
     else:
-        sharing, _, context = degrees(parallel, hardware.devices)
+        sharing, _, context = degrees(parallel, hardware.ranks)
         parallel = replace(parallel, context=context)
     copies_here = max(1, sharing * ranks.local_world // ranks.world)
-    alone = replace(hardware, devices=hardware.devices // sharing, host_gib=hardware.host_gib / copies_here)
-    one_each = parallel.name == "fsdp" and alone.devices == 1  # every rank has a whole copy of the model, so nothing is sharded
+    alone = replace(hardware.part(hardware.ranks // sharing), host_gib=hardware.host_gib / copies_here)
+    one_each = parallel.name == "fsdp" and alone.ranks == 1  # every rank has a whole copy of the model, so nothing is sharded
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
     return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
 
@@ -190,7 +190,7 @@ def _refusal(found: PlanResult) -> str:
     """The error message: how much memory is missing, and which changes would make the video fit."""
     best, hardware = found.chosen, found.hardware
     lacks = (
-        f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.devices} x {hardware.usable_gib:.1f} GiB"
+        f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.ranks} x {hardware.usable_gib:.1f} GiB"
     )
     would = in_words(found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import NamedTuple
 
 from sonic.config import (
@@ -48,6 +49,7 @@ SINGLE_RANK_PLANS = tuple(name for name, plan in PLANS.items() if plan.one_rank)
 STORES = ("pinned", "mmap")
 KV_DEVICES = ("device", "host")
 LINKS = ("nvlink", "pcie", "host", "none")
+NVLINKED = 8  # devices that NVLink joins in a machine
 MESSAGES = 2  # activations buffered between two stages of a pipeline: one received, one not sent yet
 
 
@@ -105,32 +107,58 @@ class ParallelConfig:
         require(1 <= self.timeout_s <= 3600, f"parallel.timeout_s={self.timeout_s} must lie between 1 and 3600")
 
 
-@dataclass
-class HardwareConfig:
-    """Equal devices in one machine. Rates (gbps) are for one direction, in 10^9 bytes per second."""
+@dataclass(kw_only=True)
+class DeviceConfig:
+    """A device. Rates (gbps) are for one direction, in 10^9 bytes per second."""
 
-    name: str = option("cpu", "one of the files in conf/hardware")
-    devices: int = option(1, "number of devices; 0 = all that hardware=here finds")
+    memory_gib: float = option(0.0, "GiB of memory on a device; 0 = unknown")
     usable_gib: float = option(12.0, "GiB of a device's memory that a process can use")
     reserve_gib: float = option(0.5, "GiB of usable_gib for workspaces, communication and fragmentation")
     tflops: float = option(1.0, "nominal 10^12 operations per second of a device, bfloat16 without sparsity")
     efficiency: float = option(0.6, "share of tflops that a transformer reaches")
     memory_gbps: float = option(50.0, "rate of device memory")
-    link: str = option("none", "connection between devices: nvlink, pcie (direct), host (through host memory) or none")
-    link_gbps: float = option(10.0, "rate between two devices")
     host_gbps: float = option(20.0, "rate from host memory to a device")
-    host_gib: float = option(14.0, "GiB of host memory that the job may use")
     disk_gbps: float = option(3.0, "rate from the disk to a device")
+
+
+@dataclass
+class HardwareConfig(DeviceConfig):
+    """One machine, or several equal ones, with equal devices: a rank for each device."""
+
+    name: str = option("cpu", "one of the files in conf/hardware")
+    devices: int = option(1, "number of devices in a machine; 0 = all that hardware=here finds")
+    nodes: int = option(1, "number of machines")
+    link: str = option("none", "connection between the devices of a machine: nvlink, pcie (direct), host (through host memory) or none")
+    link_gbps: float = option(10.0, "rate between two devices of a machine")
+    node_link_gbps: float = option(10.0, "rate from a machine to another one, over all its network adapters together")
+    host_gib: float = option(14.0, "GiB of host memory of a machine that the job may use")
 
     def __post_init__(self) -> None:
         one_of(self.link, LINKS, "hardware.link")
-        fewest = 0 if self.name == "here" else 1
-        require(fewest <= self.devices <= 4096, f"hardware.devices={self.devices}: need 1 to 4096")
-        for name in ("usable_gib", "tflops", "memory_gbps", "link_gbps", "host_gbps", "host_gib", "disk_gbps"):
-            require(getattr(self, name) > 0, f"hardware.{name}={getattr(self, name)}: need more than 0")
-        fine = 0 <= self.reserve_gib < self.usable_gib
-        require(fine, f"hardware.reserve_gib={self.reserve_gib} must lie between 0 and usable_gib={self.usable_gib}")
+        devices, name, memory, usable = self.devices, self.name, self.memory_gib, self.usable_gib
+        require((0 if name == "here" else 1) <= devices <= 4096, f"hardware.devices={devices}: need 1 to 4096")
+        require(1 <= self.nodes <= 4096, f"hardware.nodes={self.nodes}: need 1 to 4096")
+        for rate in ("usable_gib", "tflops", "memory_gbps", "link_gbps", "node_link_gbps", "host_gbps", "host_gib", "disk_gbps"):
+            require(getattr(self, rate) > 0, f"hardware.{rate}={getattr(self, rate)}: need more than 0")
+        require(0 <= self.reserve_gib < usable, f"hardware.reserve_gib={self.reserve_gib} must lie between 0 and usable_gib={usable}")
         require(0 < self.efficiency <= 1, f"hardware.efficiency={self.efficiency} must lie between 0 and 1")
+        larger = "choose the file of a larger card, whose speeds are others, or give hardware.memory_gib too"
+        require(not memory or usable <= memory, f"hardware.usable_gib={usable} is more than the {memory:g} GiB of {name}; {larger}")
+        linked, ways = devices <= 1 or self.link != "none" or name == "here", "hardware.link=pcie, host or nvlink and hardware.link_gbps"
+        require(linked, f"hardware.devices={devices} and hardware.link=none: {name} says of no link between devices; give {ways}")
+        several = f"use hardware.devices={NVLINKED} hardware.nodes={-(-devices // NVLINKED)}"
+        joined = self.link != "nvlink" or devices <= NVLINKED or name == "here"
+        require(joined, f"hardware.devices={devices}: NVLink joins {NVLINKED} devices in a machine; {several}")
+
+    @property
+    def ranks(self) -> int:
+        """Number of devices in all machines together."""
+        return self.devices * self.nodes
+
+    def part(self, ranks: int) -> HardwareConfig:
+        """The hardware of `ranks` neighbouring devices; those that are not whole machines, nor inside one, count as spread over more."""
+        devices = gcd(ranks, self.devices)
+        return replace(self, devices=devices, nodes=ranks // devices)
 
 
 @dataclass

@@ -22,7 +22,11 @@ RATES = {
     "B200": (2250, 8000),
     "H200": (989, 4800),
     "H100": (989, 3350),
-    "A100": (312, 2000),
+    "H100 PCIe": (756, 2000),
+    "A100": (312, 2039),
+    "A100 80GB PCIe": (312, 1935),
+    "A100-PCIE-40GB": (312, 1555),
+    "A100-SXM4-40GB": (312, 1555),
     "L40S": (362, 864),
     "L40": (181, 864),
     "6000 Ada": (362, 960),
@@ -44,25 +48,27 @@ CARDS = {  # (usable GiB, GiB of these in reserve, 10^9 bytes/s to another card,
 
 
 def hardware_here(asked: HardwareConfig, device: torch.device, *, ranks: int, local_ranks: int) -> HardwareConfig:
-    """The detected hardware of `ranks` processes, `local_ranks` of them on this machine; a named hardware only gets `ranks` devices.
+    """The detected hardware of `ranks` processes, `local_ranks` of them on this machine; a named hardware only gets these.
 
     Only total sizes are read, never free memory, so that all ranks get the same result.
     """
     if asked.name != HERE:
-        return replace(asked, devices=ranks)
+        return replace(asked, devices=local_ranks).part(ranks)
     host = host_bytes() / GIB
     if device.type != "cuda":
         usable = max(0.2, host / local_ranks - PROCESS_GIB)
-        link = "host" if ranks > 1 else "none"
-        return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.1, link=link, host_gib=host + 3 * local_ranks)
+        link = "host" if local_ranks > 1 else "none"
+        found = {"usable_gib": usable, "reserve_gib": 0.1, "link": link, "host_gib": host + 3 * local_ranks}
+        return _filled(asked, local_ranks, **found).part(ranks)
     found = torch.cuda.get_device_properties(device)
     name = max((part for part in RATES if part in found.name), key=len, default="")
     tflops, memory_gbps = RATES.get(name, UNKNOWN_RATE)
     sharing = -(-local_ranks // torch.cuda.device_count())
-    link, link_gbps = _link() if ranks > 1 else ("none", 10.0)
+    link, link_gbps = _link() if local_ranks > 1 else ("none", 10.0)
     rates = {"tflops": tflops / sharing, "memory_gbps": memory_gbps / sharing, "link": link, "link_gbps": link_gbps}
     usable = USABLE * found.total_memory / GIB / sharing
-    return _filled(asked, ranks, usable_gib=usable, reserve_gib=0.4, host_gib=0.9 * host, **rates)
+    memory = {"memory_gib": found.total_memory / GIB, "usable_gib": usable, "reserve_gib": 0.4, "host_gib": 0.9 * host}
+    return _filled(asked, local_ranks, **memory, **rates).part(ranks)
 
 
 def _filled(asked: HardwareConfig, devices: int, **found: float | str) -> HardwareConfig:
@@ -72,12 +78,13 @@ def _filled(asked: HardwareConfig, devices: int, **found: float | str) -> Hardwa
 
 
 def machine_here(asked: HardwareConfig) -> HardwareConfig:
-    """The detected hardware of this machine, with `asked.devices` devices (0 = all); a named hardware is returned unchanged."""
+    """The detected hardware of this machine, with `asked.devices` devices (0 = all), and of `asked.nodes` - 1 others like it; a named
+    hardware is returned unchanged."""
     if asked.name != HERE:
         return asked
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     devices = asked.devices or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    return hardware_here(asked, device, ranks=devices, local_ranks=devices)
+    return hardware_here(asked, device, ranks=devices * asked.nodes, local_ranks=devices)
 
 
 def host_bytes() -> int:
@@ -99,4 +106,5 @@ def cards(name: str, devices: int) -> HardwareConfig:
     """`devices` cards of this name in CARDS, in one machine with enough host memory."""
     (tflops, memory_gbps), (usable, reserve, link, host) = RATES[name], CARDS[name]
     rates = {"tflops": tflops, "memory_gbps": memory_gbps, "link_gbps": link, "host_gbps": host, "host_gib": 224.0 * devices}
+    rates["link"] = "nvlink" if link > PCIE else "pcie"
     return HardwareConfig(f"{devices} x {name}", devices, usable_gib=usable, reserve_gib=reserve, **rates)

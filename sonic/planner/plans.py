@@ -72,8 +72,11 @@ class Plan:
     def missing_gib(self, hardware: HardwareConfig) -> float:
         """GiB that the rank with the highest peak, or host memory, lacks; 0 when the plan fits."""
         device = max(self.peak_gib) - hardware.usable_gib
-        host = self.host * len(self.ranks) / GIB - hardware.host_gib
-        return max(0.0, device, host)
+        return max(0.0, device, self.host_gib(hardware) - hardware.host_gib)
+
+    def host_gib(self, hardware: HardwareConfig) -> float:
+        """GiB of host memory of the ranks of a machine."""
+        return self.host * min(len(self.ranks), hardware.devices) / GIB
 
 
 def estimated(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
@@ -83,7 +86,7 @@ def estimated(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig
 
 def whole_model(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan in which a rank holds all weights: one rank alone, or all ranks, each of which computes a share of each frame's tokens."""
-    share = 1 if PLANS[parallel.name].one_rank else hardware.devices
+    share = 1 if PLANS[parallel.name].one_rank else hardware.ranks
     items = {"weights": m.model_bytes(work), "activations": max(m.activation_bytes(work, share=share).values())}
     ranks = _ranks(work, hardware, items, count=share, share=share)
     return Plan(parallel.name, parallel, ranks, m.HOST_GIB * GIB, _shared_seconds(work, hardware, share), work.frames)
@@ -92,17 +95,17 @@ def whole_model(work: Workload, hardware: HardwareConfig, parallel: ParallelConf
 def sharded(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan with weights sharded over all ranks; groups of `parallel.context` ranks divide the tokens of one video."""
     share, away = token_ranks(parallel, hardware), parallel.cpu_offload
-    shards = hardware.devices // max(1, parallel.replicas)
+    shards = hardware.ranks // max(1, parallel.replicas)
     busy = m.activation_bytes(work, share=share)
     gathered = m.gathered_bytes(work, parallel, shards)
     phase = max(gathered, key=lambda name: gathered[name] + busy[name])
     piece = m.slice_bytes(work, shards)
     weights = m.whole_bytes(work) + (0 if away else piece)
     items = {"weights": weights, "unshard_prefetch": gathered[phase], "activations": busy[phase]}
-    moved = s.link_seconds(m.model_bytes(work) * (shards - 1) / shards, hardware)
+    moved = s.ring_seconds(m.model_bytes(work), hardware, shards)
     seconds = _shared_seconds(work, hardware, share, copying=max(moved, s.host_seconds(piece, hardware) if away else 0.0))
     host = m.HOST_GIB * GIB + (piece if away else 0.05 * piece)
-    ranks = _ranks(work, hardware, items, count=hardware.devices, share=share)
+    ranks = _ranks(work, hardware, items, count=hardware.ranks, share=share)
     return Plan(full_name(parallel, share), parallel, ranks, host, seconds, work.frames)
 
 
@@ -181,7 +184,7 @@ class Split(NamedTuple):
 
 def _split(parallel: ParallelConfig, hardware: HardwareConfig) -> Split:
     share, vae_apart = token_ranks(parallel, hardware), bool(parallel.vae_rank)
-    return Split(hardware.devices // share - vae_apart, share, vae_apart)
+    return Split(hardware.ranks // share - vae_apart, share, vae_apart)
 
 
 def _stages_fault(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
@@ -200,11 +203,12 @@ def _stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
     """Plan of a pipeline; a rank for the autoencoder is a last rank with an empty range of layers."""
     split, layers = _split(parallel, hardware), work.model.trunk.num_layers
     times = [each / split.share for each in s.layer_seconds(work, hardware)]
-    vae = s.vae_seconds(work, hardware) + s.link_seconds(m.frame_bytes(work) * split.vae_apart, hardware)
+    vae = s.vae_seconds(work, hardware) + s.hop_seconds(m.frame_bytes(work) * split.vae_apart, hardware)
     ranges = ranges_of(parallel.layers or []) or _stage_ranges(work, hardware, times, split=split)
     ranks = [_stage(work, hardware, found, stage=stage, split=split) for stage, found in enumerate(ranges) for _ in range(split.share)]
     busiest = max(_over(times, found) for found in ranges)
-    hops = s.link_seconds(s.forwards(work) * work.stream_bytes / split.share * (split.stages > 1), hardware)
+    sent = s.forwards(work) * work.stream_bytes / split.share * (split.stages > 1)
+    hops = s.hop_seconds(sent, hardware, senders=split.share)
     seconds = s.Seconds(
         compute=busiest,
         activations=hops + s.exchange_seconds(work, hardware, split.share) * max(len(found) for found in ranges) / layers,
@@ -213,7 +217,7 @@ def _stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
     )
     if work.clip_frames:  # there is one stage, and a clip is decoded only after its denoising
         seconds = replace(seconds, vae=vae)
-    name = f"pipeline{'+context' if split.share > 1 else ''}{'+vae_rank' if split.vae_apart else ''}"
+    name = f"pipeline{f'+context{split.share}' if split.share > 1 else ''}{'+vae_rank' if split.vae_apart else ''}"
     fixed = replace(parallel, layers=[len(found) for found in ranges])
     if split.vae_apart:
         frames = {"vae": m.vae_bytes(work), "activations": MESSAGES * m.frame_bytes(work)}
@@ -223,12 +227,17 @@ def _stages(work: Workload, hardware: HardwareConfig, parallel: ParallelConfig) 
 
 def token_ranks(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
     """Number of ranks that divide the tokens of one video."""
-    return hardware.devices // max(1, parallel.replicas) if parallel.context == -1 else parallel.context
+    return hardware.ranks // max(1, parallel.replicas) if parallel.context == -1 else parallel.context
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide `number`, the smallest first."""
+    return [each for each in range(1, number + 1) if not number % each]
 
 
 def full_name(parallel: ParallelConfig, share: int) -> str:
-    """The name of a plan with sharded weights: also whether ranks divide tokens, and whether shards are in host memory."""
-    return f"{parallel.name}{'+context' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
+    """The name of a plan with sharded weights: also how many ranks divide tokens, and whether shards are in host memory."""
+    return f"{parallel.name}{f'+context{share}' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
 
 
 def _memories(work: Workload, share: int = 1) -> dict[str, float]:

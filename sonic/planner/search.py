@@ -88,7 +88,7 @@ def _plans(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, i
 def by_name(parallel: ParallelConfig, hardware: HardwareConfig) -> bool:
     """Whether a plan is used only when named: devices would be idle, or it needs an optional package."""
     plan = PLANS[parallel.name]
-    return plan.optional or (plan.one_rank and hardware.devices > 1)
+    return plan.optional or (plan.one_rank and hardware.ranks > 1)
 
 
 def ranked(plans: Sequence[Plan], hardware: HardwareConfig, display_s: float = 0.0) -> tuple[Plan, ...]:
@@ -128,9 +128,9 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
 def changes_for_less(found: PlanResult, *, host: bool = False) -> tuple[Change, ...]:
     """The smallest change of each kind after which the job needs a tenth less memory of its devices, or of the host, than the best plan."""
     plan, had = found.chosen, found.hardware
-    device, elsewhere = max(plan.peak_gib), plan.host * len(plan.ranks) / GIB
+    device, elsewhere = max(plan.peak_gib), plan.host_gib(had)
     device, elsewhere = (max(had.usable_gib, device), LESS * elsewhere) if host else (LESS * device, max(had.host_gib, elsewhere))
-    lower = replace(found, hardware=replace(had, usable_gib=device, host_gib=elsewhere))
+    lower = replace(found, hardware=replace(had, usable_gib=device, host_gib=elsewhere, memory_gib=0.0))
     return tuple(replace(change, options=_with_residents(change)) for change in _changes(lower, plan.parallel, idle=False))
 
 
@@ -205,7 +205,7 @@ def plan_json(plan: Plan, hardware: HardwareConfig) -> dict:
 
 def reason(plan: Plan, hardware: HardwareConfig) -> str:
     """A sentence that says why a plan fits or not, and whether arithmetic or copying limits its speed."""
-    device, host = max(plan.peak_gib), plan.host * len(plan.ranks) / GIB
+    device, host = max(plan.peak_gib), plan.host_gib(hardware)
     if device > hardware.usable_gib:
         items = {name: size for name, size in plan.fullest[plan.phase].items() if name != "reserve"}
         largest = max(items, key=items.__getitem__)

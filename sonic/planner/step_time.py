@@ -7,6 +7,7 @@ with computing completely, so the larger of the two sums counts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from sonic.families import FAMILIES
 from sonic.model.counts import injector_multiply_adds, layer_multiply_adds
@@ -73,8 +74,25 @@ def memory_seconds(size: float, hardware: HardwareConfig) -> float:
 
 
 def link_seconds(size: float, hardware: HardwareConfig) -> float:
-    """Seconds to send `size` bytes to another device."""
+    """Seconds to send `size` bytes to another device of the same machine."""
     return size / (hardware.link_gbps * GIGA)
+
+
+def node_seconds(size: float, hardware: HardwareConfig) -> float:
+    """Seconds in which a machine sends `size` bytes to another machine."""
+    return size / (hardware.node_link_gbps * GIGA)
+
+
+def hop_seconds(size: float, hardware: HardwareConfig, *, senders: int = 1) -> float:
+    """Seconds in which each of `senders` ranks sends `size` bytes to the next stage, which with several machines may be on another one."""
+    between = node_seconds(senders * size, hardware) if hardware.nodes > 1 else 0.0
+    return max(link_seconds(size, hardware), between)
+
+
+def ring_seconds(size: float, hardware: HardwareConfig, ranks: int) -> float:
+    """Seconds in which `ranks` neighbours gather, or reduce and scatter, `size` bytes in a ring; all of it passes from machine to machine."""
+    moved = size * (ranks - 1) / ranks
+    return max(link_seconds(moved, hardware), node_seconds(moved, hardware) if hardware.devices % ranks else 0.0)
 
 
 def host_seconds(size: float, hardware: HardwareConfig) -> float:
@@ -84,10 +102,14 @@ def host_seconds(size: float, hardware: HardwareConfig) -> float:
 
 def exchange_seconds(work: Workload, hardware: HardwareConfig, ranks: int) -> float:
     """Seconds of the Ulysses all-to-all exchanges: queries, keys, values and attention outputs in every layer."""
-    if ranks == 1:
-        return 0.0
-    each = 4 * work.activation_bytes / ranks * (ranks - 1) / ranks
-    return link_seconds(forwards(work) * work.model.trunk.num_layers * each, hardware)
+    return all_to_all_seconds(4 * forwards(work) * work.model.trunk.num_layers * work.activation_bytes / ranks, hardware, ranks)
+
+
+def all_to_all_seconds(size: float, hardware: HardwareConfig, ranks: int) -> float:
+    """Seconds in which each of `ranks` neighbours divides `size` bytes among all of them."""
+    near = gcd(ranks, hardware.devices)  # that surely are in the same machine
+    leaving = hardware.devices * size * (ranks - near) / ranks
+    return max(link_seconds(size * (ranks - 1) / ranks, hardware), node_seconds(leaving, hardware))
 
 
 def before_seconds(work: Workload, hardware: HardwareConfig) -> float:

@@ -30,7 +30,8 @@ class Column(NamedTuple):
 def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console | None = None) -> None:
     """Print the result, with the tracked memory of the chosen plan if that was asked for."""
     console, hardware, plan = console or Console(width=None if Console().is_terminal else 150), found.hardware, found.chosen
-    console.print(f"{_job(found.work)} on {hardware.name}: {hardware.devices} x {hardware.usable_gib:g} GiB usable")
+    machines = f", on {hardware.nodes} machines" if hardware.nodes > 1 else ""
+    console.print(f"{_job(found.work)} on {hardware.name}: {hardware.ranks} x {hardware.usable_gib:g} GiB usable{machines}")
     for note in found.notes:
         console.print(f"[dim]{note}[/dim]")
     console.print(_plans(found))

@@ -91,7 +91,7 @@ def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -
     """Bytes of a rank by phase and item, in any step after the first.
 
     With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory."""
-    size, share = sizes(work, hardware.devices, kept=not parallel.reshard), max(1, parallel.context)
+    size, share = sizes(work, hardware.ranks, kept=not parallel.reshard), max(1, parallel.context)
     kept = {
         "frozen_weights": size.frozen,
         "learning_weights": MASTER * work.roles * size.learning,

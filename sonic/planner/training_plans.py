@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
 from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
-from sonic.planner.plans import Plan, full_name
+from sonic.planner.plans import Plan, divisors, full_name
 from sonic.planner.training_memory import host_bytes, phases, sizes
 from sonic.planner.workload import Training
 
@@ -24,8 +24,8 @@ Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the opt
 def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """Plan with FSDP2 over all ranks; groups of `parallel.context` ranks divide the tokens of a batch."""
     share, away = parallel.context, parallel.cpu_offload
-    host = HOST_GIB * GIB + (host_bytes(work, hardware.devices) if away else 0)
-    ranks = (phases(work, hardware, parallel),) * hardware.devices
+    host = HOST_GIB * GIB + (host_bytes(work, hardware.ranks) if away else 0)
+    ranks = (phases(work, hardware, parallel),) * hardware.ranks
     options = ("speed.engine=fsdp", *(f"speed.context={share}",) * (share > 1), *("speed.cpu_offload=true",) * away)
     options += ("speed.reshard=false",) * (not parallel.reshard)
     seconds, frames = _seconds(work, hardware, parallel), work.frames * work.batch_size * work.recipe.budget.accumulate
@@ -36,7 +36,7 @@ def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig) 
     """The configs to try: the named one, or for auto every possible combination of token sharing and cpu_offload.
 
     Raises ValueError when no config is possible, or another plan is named."""
-    devices = hardware.devices
+    devices = hardware.ranks
     if asked.name not in ("auto", "fsdp"):
         raise ValueError(f"parallel={asked.name}: trainings are planned for fsdp alone; leave it out, or use parallel=fsdp")
     if asked.name == "fsdp":
@@ -46,7 +46,7 @@ def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig) 
             raise ValueError(sentence)
         yield replace(asked, context=share)
         return
-    shares = [share for share in (1, 2, 4, 8) if not why_not(work, devices, share)]
+    shares = [share for share in divisors(devices) if not why_not(work, devices, share)]
     if not shares:
         raise ValueError(why_not(work, devices, 1))
     for share, offload in product(shares, (False, True)):
@@ -75,17 +75,17 @@ def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
 def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
     """Seconds of a step: forwards, recomputed layers and gradients; and the communication of each pass over the weights."""
     count, share, budget = (_dmd_passes if work.distils else _flow_match_passes)(work), parallel.context, work.recipe.budget
-    size, ranks = sizes(work, hardware.devices), hardware.devices
+    size, ranks = sizes(work, hardware.ranks), hardware.ranks
     batches = budget.accumulate // (ranks // share)  # that a rank computes one after the other
     learning = sum(size.learnt.values())
     moved = (count.passes if parallel.reshard else count.kept) * size.gathered + count.gradients * 4 * learning
-    weights, stepping = s.link_seconds(moved * (ranks - 1) / ranks, hardware), 0.0
+    weights, stepping = s.ring_seconds(moved, hardware, ranks), 0.0
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
         weights += s.host_seconds(moved / ranks, hardware)
         stepping = count.updates * UPDATE_BYTES * learning / (HOST_MEMORY_GBPS * s.GIGA)
-    exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share * (share - 1) / share
+    exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share
     operations = count.forwards * work.forward_flops * work.batch_size / share
-    compute, activations = operations / s.rate(hardware), s.link_seconds(exchanged, hardware)
+    compute, activations = operations / s.rate(hardware), s.all_to_all_seconds(exchanged, hardware, share)
     found = s.Seconds(compute=batches * compute, weights=batches * weights + stepping, activations=batches * activations)
     return replace(found, first=found.total)
 

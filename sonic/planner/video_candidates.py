@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sonic.parallel.parallel_config import PLANS, HardwareConfig, OffloadConfig, ParallelConfig
-from sonic.planner.plans import Plan, estimated, pipeline_fault, token_ranks
+from sonic.planner.plans import Plan, divisors, estimated, pipeline_fault, token_ranks
 from sonic.planner.workload import Workload
 
 FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
@@ -33,7 +33,7 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) 
         yield asked
         return
     every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS]
-    every += [replace(asked, name=name, context=ranks) for name in ("fsdp", "pipeline") for ranks in (2, 4, 8)]
+    every += [replace(asked, name=name, context=ranks) for name in ("fsdp", "pipeline") for ranks in divisors(hardware.ranks)[1:]]
     every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
     away = {"kv": "host"}
     every += [replace(asked, name="offload", offload=replace(asked.offload, **more)) for more in (away, {**away, "store": "mmap"})]
@@ -47,7 +47,7 @@ def _even(share: int, work: Workload) -> bool:
 
 def why_not(parallel: ParallelConfig, work: Workload, hardware: HardwareConfig) -> str:
     """The reason why a plan is not possible here; "" when it is."""
-    name, devices, share = parallel.name, hardware.devices, token_ranks(parallel, hardware)
+    name, devices, share = parallel.name, hardware.ranks, token_ranks(parallel, hardware)
     heads, rows = work.model.trunk.num_heads, work.query_tokens // work.latent_frames
     if name in ("pipeline", "context") and devices == 1:
         return "it spreads the model over devices, and there is one; use single or offload"

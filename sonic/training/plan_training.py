@@ -53,7 +53,8 @@ def would_help(config: TrainConfig, ranks: Ranks, error: BaseException) -> str:
     Raises ValueError when the planner does not support the recipe."""
     from sonic.planner.hardware import machine_here  # imports torch, as the training has
 
-    hardware, speed = machine_here(HardwareConfig("here", devices=ranks.world)), config.speed
+    machines = HardwareConfig("here", devices=ranks.local_world, nodes=max(1, ranks.world // ranks.local_world))
+    hardware, speed = machine_here(machines), config.speed
     running = ParallelConfig("fsdp", context=speed.context, cpu_offload=speed.cpu_offload)
     found = plan_training(PlanTrainingConfig(**vars(config), hardware=hardware, parallel=running))
     possible = [change for change in changes_for_less(found) if not change.options[0].startswith("video.")]  # clips have their size

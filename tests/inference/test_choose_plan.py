@@ -183,7 +183,7 @@ def test_hardware_auto_is_detected_and_named_hardware_is_kept():
     assert two.devices == 2
     assert 2 * two.usable_gib < host_bytes() / 2**30
     assert alone.usable_gib > two.usable_gib
-    named = HardwareConfig(name="4x24gb", usable_gib=22.2, devices=4)
+    named = HardwareConfig(name="4x24gb", usable_gib=22.2, devices=4, link="host")
     given = hardware_here(replace(here, usable_gib=3.5), CPU, ranks=1, local_ranks=1)
     assert given == replace(alone, usable_gib=3.5)
     assert hardware_here(named, CPU, ranks=2, local_ranks=2) == replace(named, devices=2)
