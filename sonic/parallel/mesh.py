@@ -67,6 +67,16 @@ class World:
         """Index of this rank along an axis."""
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
 
+    @property
+    def data_ranks(self) -> int:
+        """Number of ranks, or of groups of ranks that share tokens, that have batches of their own in a training."""
+        return self.size("dp_replicate") * self.size("layers")
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this rank, or of its group, among them."""
+        return self.coordinate("dp_replicate") * self.size("layers") + self.coordinate("layers")
+
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group of this rank along an axis."""
         return self.mesh[axis].get_group()

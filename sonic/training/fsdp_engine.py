@@ -7,21 +7,24 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sonic.model.dit import ENTRY_POINTS
-from sonic.parallel.fsdp import Sharding, free_gathered
+from sonic.parallel.fsdp import Sharding, free_gathered, sharding_mesh
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
 from sonic.training.engine import Engine, is_sharded, transformers
 from sonic.training.objectives.objective import Objective
 
 
 class ShardedEngine(Engine):
-    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
+    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use.
+
+    With speed.replicas (HSDP) only the processes of a group divide the units among themselves, and every group has all slices; gradients
+    are reduced inside the groups and then averaged between them."""
 
     def allocate(self, objective: Objective) -> None:
         """Shard every transformer; for one on the meta device, allocate this process's slices only."""
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
-        sharding = Sharding(self.world.rollout_mesh, reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
+        sharding = Sharding(sharding_mesh(self.world), reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
                 for parameter in model.parameters():
