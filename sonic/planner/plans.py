@@ -227,8 +227,10 @@ def token_ranks(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
 
 
 def full_name(parallel: ParallelConfig, share: int) -> str:
-    """The name of a plan with sharded weights: also whether ranks divide tokens, and whether shards are in host memory."""
-    return f"{parallel.name}{'+context' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
+    """The name of a plan with sharded weights: also whether groups of ranks have copies, whether ranks divide tokens, and whether shards are
+    in host memory."""
+    also = {"replicas": parallel.replicas > 1, "context": share > 1, "cpu_offload": parallel.cpu_offload}
+    return "+".join((parallel.name, *(name for name, used in also.items() if used)))
 
 
 def _memories(work: Workload, share: int = 1) -> dict[str, float]:

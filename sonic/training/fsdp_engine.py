@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sonic.model.dit import ENTRY_POINTS
-from sonic.parallel.fsdp import Sharding, free_gathered, sharding_mesh
+from sonic.parallel.fsdp import Sharding, free_gathered
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
 from sonic.training.engine import Engine, is_sharded, transformers
 from sonic.training.objectives.objective import Objective
@@ -24,7 +24,7 @@ class ShardedEngine(Engine):
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
-        sharding = Sharding(sharding_mesh(self.world), reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
+        sharding = Sharding(self.world.sharding_mesh, reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
                 for parameter in model.parameters():
