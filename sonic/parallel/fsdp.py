@@ -65,15 +65,8 @@ def shard(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
 
     Every projection is part of a unit; the root keeps the patch embeddings and the head.
     """
-    sharding = Sharding(_mesh(world), reshard=config.reshard, cpu_offload=config.cpu_offload)
+    sharding = Sharding(world.sharding_mesh, reshard=config.reshard, cpu_offload=config.cpu_offload)
     sharding.apply(model, all_units(model.config, config.unshard_unit), (*ENTRY_POINTS, *STAGES), whole=WHOLE)
-
-
-def _mesh(world: World) -> DeviceMesh:
-    """The mesh of FSDP: shards along layers and cp, copies along dp_replicate; one axis, or two for HSDP."""
-    if world.size("dp_replicate") == 1:
-        return world.rollout_mesh
-    return DeviceMesh._concatenate([world.mesh["dp_replicate"], world.rollout_mesh])
 
 
 def prefetch_in_order(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:

@@ -33,13 +33,15 @@ class World:
     """The process group as seen by this rank: plan, device, and meshes.
 
     `mesh` has the axes AXES, or is None for one process without a group; `rollout_mesh` is the axes layers and cp as one: all ranks
-    that generate a video, or train, together. With `vae_rank` the last rank along layers has the autoencoder and no layers. `lanes` are
+    that have a copy of the model together; `sharding_mesh` is that of FSDP: the ranks of `rollout_mesh` have the shards, and for HSDP those
+    along a first axis, dp_replicate, have copies of them. With `vae_rank` the last rank along layers has the autoencoder and no layers. `lanes` are
     process groups for each direction of messages under NCCL, `writers` is a gloo group for checkpoints saved in the background."""
 
     plan: str = "single"
     device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
     rollout_mesh: DeviceMesh | None = None
+    sharding_mesh: DeviceMesh | None = None
     vae_rank: bool = False
     lanes: tuple[dist.ProcessGroup, ...] = ()
     writers: dist.ProcessGroup | None = None
@@ -66,6 +68,16 @@ class World:
     def coordinate(self, axis: str) -> int:
         """Index of this rank along an axis."""
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of ranks, or of groups of ranks that share tokens, that have batches of their own in a training."""
+        return self.size("dp_replicate") * self.size("layers")
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this rank, or of its group, among them."""
+        return self.coordinate("dp_replicate") * self.size("layers") + self.coordinate("layers")
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group of this rank along an axis."""
@@ -198,8 +210,10 @@ def make_world(config: ParallelConfig, plan: str, device: torch.device) -> World
     """The world of the current process group."""
     mesh = init_device_mesh(device.type, degrees(config, dist.get_world_size()), mesh_dim_names=AXES)
     rollout_mesh = mesh["layers", "cp"]._flatten("rollout")
+    copies = mesh["dp_replicate"]
+    sharding_mesh = rollout_mesh if copies.size() == 1 else DeviceMesh._concatenate([copies, rollout_mesh])
     lanes = _lanes() if plan == "pipeline" and direct(device) else ()
-    return World(plan, device, mesh, rollout_mesh, vae_rank=bool(config.vae_rank), lanes=lanes)
+    return World(plan, device, mesh, rollout_mesh, sharding_mesh, vae_rank=bool(config.vae_rank), lanes=lanes)
 
 
 def direct(device: torch.device) -> bool:

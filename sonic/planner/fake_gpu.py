@@ -57,6 +57,18 @@ class Hooks(torch._C._acc.PrivateUse1Hooks):
         return FakeGpuMode.depth > 0
 
 
+class Stream(torch.cpu.Stream):
+    """A stream that does nothing. One of the usual priority, on which FSDP averages gradients between copies of shards, gives events,
+    which FSDP asserts; the others give none, since to wait for theirs FSDP asks the accelerator for its stream, and this one has none."""
+
+    def __init__(self, priority: int = 0) -> None:
+        self.usual = priority == 0
+
+    def record_event(self) -> torch.cpu.Event | None:
+        """An event that has happened."""
+        return torch.cpu.Event() if self.usual else None
+
+
 class FakeGpuGenerator(torch.Generator):
     """A generator of random numbers for the device."""
 
@@ -75,7 +87,7 @@ def fake_gpu() -> torch.device:
     """
     threads = SimpleNamespace(**vars(torch.cpu))  # its streams and events do nothing
     threads.device_count, threads.current_device, threads.get_amp_supported_dtype = lambda: 1, lambda: 0, lambda: [torch.bfloat16]
-    threads.is_available = lambda: FakeGpuMode.depth > 0
+    threads.is_available, threads.Stream = lambda: FakeGpuMode.depth > 0, Stream
     _setup_privateuseone_for_python_backend(NAME, threads, Hooks())
     dist.Backend.register_backend(dist.Backend.FAKE, _create_fake_pg, extended_api=True, devices=["cpu", NAME])
     ATEN.impl("scaled_dot_product_attention", _attention, f"Autograd{KEY}")

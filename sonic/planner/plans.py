@@ -236,8 +236,11 @@ def divisors(number: int) -> list[int]:
 
 
 def full_name(parallel: ParallelConfig, share: int) -> str:
-    """The name of a plan with sharded weights: also how many ranks divide tokens, and whether shards are in host memory."""
-    return f"{parallel.name}{f'+context{share}' if share > 1 else ''}{'+cpu_offload' if parallel.cpu_offload else ''}"
+    """The name of a plan with sharded weights: also the groups of ranks that have copies, how many ranks divide tokens, and whether shards
+    are in host memory."""
+    degrees = {"replicas": parallel.replicas, "context": share}
+    parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1] + ["cpu_offload"] * parallel.cpu_offload
+    return "+".join((parallel.name, *parts))
 
 
 def _memories(work: Workload, share: int = 1) -> dict[str, float]:

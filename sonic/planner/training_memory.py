@@ -71,6 +71,11 @@ class Sizes:
         return last if last.startswith("audio_injectors") else ""
 
     @property
+    def layers(self) -> int:
+        """Trainable parameters of all blocks and injectors."""
+        return sum(size for unit, size in self.learnt.items() if unit.startswith(("blocks.", "audio_injectors.")))
+
+    @property
     def gathered(self) -> float:
         """Bytes of all weights that a pass gathers."""
         return self.root + sum(self.units.values())
@@ -90,17 +95,21 @@ def sizes(work: Training, ranks: int, *, kept: bool = False) -> Sizes:
 def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
     """Bytes of a rank by phase and item, in any step after the first.
 
-    With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory."""
-    size, share = sizes(work, hardware.ranks, kept=not parallel.reshard), max(1, parallel.context)
+    With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory. Gradients that groups of ranks average
+    are kept by FSDP until the end of a backward pass, beside those of earlier batches."""
+    copies, share = parallel.replicas, max(1, parallel.context)
+    size = sizes(work, hardware.ranks // copies, kept=not parallel.reshard)
     kept = {
         "frozen_weights": size.frozen,
         "learning_weights": MASTER * work.roles * size.learning,
         "optimizer_states": ADAM_MOMENTS * work.roles * size.learning,
         "average": MASTER * size.learning,
     }
-    found = {}
+    averaged, found = MASTER * (size.layers - size.learnt.get("blocks.0", 0)) / size.ranks, {}
     for name, passing in (_distil if work.distils else _match_flow)(work, size, share):
         items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
+        if copies > 1 and items["reduced"]:  # at the first block, whose input alone is still kept
+            items["reduced"] += max(0.0, averaged - items["layer_inputs"])
         if parallel.cpu_offload:
             items |= dict.fromkeys((*PERSISTENT, "gradients"), 0.0)
             items |= dict.fromkeys(TRANSIENT, 0.0) if name == "update" else {}

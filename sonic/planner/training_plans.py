@@ -12,7 +12,7 @@ from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
 from sonic.planner.plans import Plan, divisors, full_name
 from sonic.planner.training_memory import host_bytes, phases, sizes
-from sonic.planner.workload import Training
+from sonic.planner.workload import Training, learnt
 
 SMALLEST_RANK = 8
 UPDATE_BYTES = 28  # that AdamW reads and writes per parameter
@@ -22,40 +22,47 @@ Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the opt
 
 
 def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan with FSDP2 over all ranks; groups of `parallel.context` ranks divide the tokens of a batch."""
-    share, away = parallel.context, parallel.cpu_offload
-    host = HOST_GIB * GIB + (host_bytes(work, hardware.ranks) if away else 0)
+    """Plan with FSDP2 over all ranks, or over each of `parallel.replicas` groups of them; `parallel.context` ranks divide a batch's tokens."""
+    share, away, copies = parallel.context, parallel.cpu_offload, parallel.replicas
+    host = HOST_GIB * GIB + (host_bytes(work, hardware.ranks // copies) if away else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.ranks
-    options = ("speed.engine=fsdp", *(f"speed.context={share}",) * (share > 1), *("speed.cpu_offload=true",) * away)
-    options += ("speed.reshard=false",) * (not parallel.reshard)
+    degrees = {"context": share, "replicas": copies}
+    options = ("speed.engine=fsdp", *(f"speed.{name}={degree}" for name, degree in degrees.items() if degree > 1))
+    options += ("speed.cpu_offload=true",) * away + ("speed.reshard=false",) * (not parallel.reshard)
     seconds, frames = _seconds(work, hardware, parallel), work.frames * work.batch_size * work.recipe.budget.accumulate
     return Plan(full_name(parallel, share), parallel, ranks, host, seconds, frames, unit="step", options=options)
 
 
 def candidates(asked: ParallelConfig, work: Training, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
-    """The configs to try: the named one, or for auto every possible combination of token sharing and cpu_offload.
+    """The configs to try: the named one, or for auto every possible combination of token sharing, copies and cpu_offload.
 
     Raises ValueError when no config is possible, or another plan is named."""
     devices = hardware.ranks
     if asked.name not in ("auto", "fsdp"):
         raise ValueError(f"parallel={asked.name}: trainings are planned for fsdp alone; leave it out, or use parallel=fsdp")
     if asked.name == "fsdp":
-        share = devices if asked.context == -1 else asked.context
-        sentence = why_not(work, devices, share)
+        left = devices // (max(1, asked.context) * max(1, asked.replicas))
+        share, copies = (left if degree == -1 else degree for degree in (asked.context, asked.replicas))
+        sentence = why_not(work, devices, share, copies=copies)
         if sentence:
             raise ValueError(sentence)
-        yield replace(asked, context=share)
+        yield replace(asked, context=share, replicas=copies)
         return
-    shares = [share for share in divisors(devices) if not why_not(work, devices, share)]
-    if not shares:
-        raise ValueError(why_not(work, devices, 1))
-    for share, offload in product(shares, (False, True)):
-        yield replace(asked, name="fsdp", context=share, cpu_offload=offload)
+    copies = (asked.replicas,) if asked.replicas > 1 else dict.fromkeys((1, hardware.nodes))
+    possible = [each for each in product(divisors(devices), copies) if not why_not(work, devices, each[0], copies=each[1])]
+    if not possible:
+        raise ValueError(why_not(work, devices, 1, copies=max(1, asked.replicas)))
+    for (share, replicas), offload in product(possible, (False, True)):
+        yield replace(asked, name="fsdp", context=share, replicas=replicas, cpu_offload=offload)
 
 
-def why_not(work: Training, devices: int, share: int) -> str:
-    """The reason why tokens and batches cannot be divided so among the devices; "" when they can."""
+def why_not(work: Training, devices: int, share: int, *, copies: int = 1) -> str:
+    """The reason why weights, tokens and batches cannot be divided so among the devices; "" when they can."""
     heads, (rows, columns) = work.model.trunk.num_heads, work.grid
+    if devices % copies or devices // copies % share:
+        fits = [number for number in range(1, devices + 1) if devices % number == 0]
+        asked = f"parallel.replicas={copies} and parallel.context={share}"
+        return f"{asked} do not divide {devices} devices; choose degrees whose product is one of {fits}"
     if devices % share or heads % share or rows * columns % share:
         whole = f"{heads} heads and {rows * columns} tokens of a frame evenly on {devices} devices"
         return f"parallel.context={share}: {share} ranks cannot share {whole}; use 1"
@@ -68,21 +75,25 @@ def why_not(work: Training, devices: int, share: int) -> str:
 
 def instead(parallel: ParallelConfig, asked: ParallelConfig) -> tuple[str, ...]:
     """The command-line options that select this config."""
-    options = {"context": parallel.context, "cpu_offload": parallel.cpu_offload, "reshard": parallel.reshard}
+    options = {name: getattr(parallel, name) for name in ("context", "replicas", "cpu_offload", "reshard")}
     return ("parallel=auto", *(f"speed.{name}={str(value).lower()}" for name, value in options.items()))
 
 
 def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> s.Seconds:
-    """Seconds of a step: forwards, recomputed layers and gradients; and the communication of each pass over the weights."""
+    """Seconds of a step: forwards, recomputed layers and gradients; and the communication of each pass over the weights.
+
+    The ranks of a group gather weights and reduce gradients; between the groups the sums of each shard are averaged."""
     count, share, budget = (_dmd_passes if work.distils else _flow_match_passes)(work), parallel.context, work.recipe.budget
-    size, ranks = sizes(work, hardware.ranks), hardware.ranks
-    batches = budget.accumulate // (ranks // share)  # that a rank computes one after the other
-    learning = sum(size.learnt.values())
+    copies, shards = parallel.replicas, hardware.ranks // parallel.replicas
+    size, learning = sizes(work, shards), sum(learnt(work).values())
+    batches = budget.accumulate // (hardware.ranks // share)  # that a rank computes one after the other
     moved = (count.passes if parallel.reshard else count.kept) * size.gathered + count.gradients * 4 * learning
-    weights, stepping = s.ring_seconds(moved, hardware, ranks), 0.0
+    averaged = count.gradients * 4 * learning / shards
+    weights, stepping = s.ring_seconds(moved, hardware, shards), 0.0
+    weights += s.hop_seconds(2 * averaged * (copies - 1) / copies, hardware, senders=hardware.devices)  # between the groups
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
-        weights += s.host_seconds(moved / ranks, hardware)
-        stepping = count.updates * UPDATE_BYTES * learning / (HOST_MEMORY_GBPS * s.GIGA)
+        weights += s.host_seconds(moved / shards, hardware)
+        stepping = count.updates * UPDATE_BYTES * copies * learning / (HOST_MEMORY_GBPS * s.GIGA)
     exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share
     operations = count.forwards * work.forward_flops * work.batch_size / share
     compute, activations = operations / s.rate(hardware), s.all_to_all_seconds(exchanged, hardware, share)

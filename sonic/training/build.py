@@ -42,7 +42,7 @@ from sonic.training.objectives import OBJECTIVES
 from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.provenance import keep_provenance, provenance
 from sonic.training.samples import SAMPLES, Student, sample_maker
-from sonic.training.train_config import DataConfig, TrainConfig
+from sonic.training.train_config import DataConfig, SpeedConfig, TrainConfig
 from sonic.training.world import join_world
 from sonic.types import pick
 
@@ -84,7 +84,7 @@ def run_training(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     device = _device(config.speed.device, ranks)
-    world = join_world(device, context=config.speed.context, local_world=ranks.local_world)
+    world = join_world(device, context=config.speed.context, replicas=config.speed.replicas, local_world=ranks.local_world)
     with (
         watch_ranks(world.rank, world.ranks, device=world.device, patience_s=config.speed.timeout_s),
         RunLog(folder, config.log, name=config.name, main=world.main) as log,
@@ -166,16 +166,16 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
         raise ValueError(
             f"log.histograms_every={config.log.histograms_every}: speed.engine={name} keeps gradients to itself; use 0 or fsdp"
         )
-    if not config.speed.reshard and name != "fsdp":
-        raise ValueError(f"speed.reshard=false needs speed.engine=fsdp, and this is {name}; leave one of them out")
-    if config.speed.context > 1 and name != "fsdp":
-        raise ValueError(f"speed.context={config.speed.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
+    for option in ("context", "replicas", "reshard"):
+        value, usual = getattr(config.speed, option), getattr(SpeedConfig(), option)
+        if value != usual and name != "fsdp":
+            raise ValueError(f"speed.{option}={str(value).lower()} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 
 def check_accumulate(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless every process, or group of processes that share tokens, gets the same number of batches per step."""
-    accumulate, ranks, size = config.budget.accumulate, world.size("layers"), config.budget.batch_size
+    accumulate, ranks, size = config.budget.accumulate, world.data_ranks, config.budget.batch_size
     if accumulate % ranks:
         processes = "processes" if config.speed.context == 1 else f"rows of {config.speed.context} processes"
         below, above = accumulate // ranks * ranks, (accumulate // ranks + 1) * ranks
@@ -187,7 +187,7 @@ def check_accumulate(config: TrainConfig, world: World) -> None:
 
 def batch_stream(config: TrainConfig, dataset: Dataset, world: World) -> Callable[[int], Iterator[Batch]]:
     """A function that gives this process's batches after the first `start` batches of all processes together."""
-    speed, share = config.speed, {"rank": world.coordinate("layers"), "ranks": world.size("layers")}
+    speed, share = config.speed, {"rank": world.data_rank, "ranks": world.data_ranks}
     order = partial(sample_order, len(dataset), config.budget.batch_size, seed=config.seed, **share)
     return lambda start: batches(dataset, partial(order, start=start), workers=speed.workers, prefetch=speed.prefetch)
 

@@ -14,14 +14,17 @@ from sonic.training.objectives.objective import Objective
 
 
 class ShardedEngine(Engine):
-    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use."""
+    """Shards every transformer: each process keeps a slice of every unit (block, audio injector, end) and gathers it while in use.
+
+    With speed.replicas (HSDP) only the processes of a group divide the units among themselves, and every group has all slices; gradients
+    are reduced inside the groups and then averaged between them."""
 
     def allocate(self, objective: Objective) -> None:
         """Shard every transformer; for one on the meta device, allocate this process's slices only."""
         speed = self.config.speed
         half = speed.precision == "bfloat16"
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
-        sharding = Sharding(self.world.rollout_mesh, reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
+        sharding = Sharding(self.world.sharding_mesh, reshard=speed.reshard, cpu_offload=speed.cpu_offload, precision=precision)
         for model in transformers(objective.modules.values()):
             if not is_sharded(next(model.parameters())):
                 for parameter in model.parameters():

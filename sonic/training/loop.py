@@ -125,7 +125,7 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
     the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
     """
     config, world = run.config, run.engine.world
-    ranks, rank = world.size("layers"), world.coordinate("layers")  # of those that have batches of their own
+    ranks, rank = world.data_ranks, world.data_rank
     count = config.budget.accumulate // ranks
     figures: list[dict[str, tuple[Tensor, ...]]] = []
     used: list[Batch] = []  # in host memory

@@ -33,16 +33,17 @@ class PlanTrainingConfig(TrainConfig):
 
 
 def plan_training(config: PlanTrainingConfig) -> PlanResult:
-    """Ranked plans for a training. speed.context, speed.cpu_offload and speed.reshard of the recipe also hold under parallel=auto.
+    """Ranked plans for a training. What the recipe says of speed.context, replicas, cpu_offload and reshard also holds under parallel=auto.
 
     Raises ValueError when the named plan is not possible on this hardware, or the planner does not support the recipe.
     """
     asked, speed = config.parallel, config.speed
     require(speed.engine in ENGINES, f"speed.engine={speed.engine} is not planned; the planner knows trainings under fsdp: use fsdp")
     asked = replace(asked, reshard=asked.reshard and speed.reshard)
-    if speed.context > 1 or speed.cpu_offload:
+    if speed.context > 1 or speed.replicas > 1 or speed.cpu_offload:
+        degrees = {name: getattr(speed, name) for name in ("context", "replicas") if getattr(speed, name) > 1}
         name = "fsdp" if asked.name == "auto" else asked.name
-        asked = replace(asked, name=name, context=max(asked.context, speed.context), cpu_offload=asked.cpu_offload or speed.cpu_offload)
+        asked = replace(asked, name=name, cpu_offload=asked.cpu_offload or speed.cpu_offload, **degrees)
     work = training(config)
     return replace(search(work, config.hardware, asked), notes=tuple(_notes(config, work)))
 
@@ -55,7 +56,7 @@ def would_help(config: TrainConfig, ranks: Ranks, error: BaseException) -> str:
 
     machines = HardwareConfig("here", devices=ranks.local_world, nodes=max(1, ranks.world // ranks.local_world))
     hardware, speed = machine_here(machines), config.speed
-    running = ParallelConfig("fsdp", context=speed.context, cpu_offload=speed.cpu_offload)
+    running = ParallelConfig("fsdp", context=speed.context, replicas=speed.replicas, cpu_offload=speed.cpu_offload)
     found = plan_training(PlanTrainingConfig(**vars(config), hardware=hardware, parallel=running))
     possible = [change for change in changes_for_less(found) if not change.options[0].startswith("video.")]  # clips have their size
     return in_words(possible).replace("parallel=auto ", "")  # which is an option of planning only

@@ -58,7 +58,23 @@ class OptimConfig:
 
 
 @dataclass
-class SpeedConfig:
+class DivisionConfig:
+    """How several processes divide the weights, their copies and the tokens of a training."""
+
+    engine: str = option("auto", "auto = local alone, fsdp (FSDP2) among several; zero2 and zero3 are DeepSpeed's", table=ENGINE_TABLE)
+    context: int = option(1, "processes that share the tokens of each batch (fsdp)")
+    replicas: int = option(1, "groups of processes that hold all weights each (fsdp): HSDP; the number of nodes gathers inside nodes only")
+    reshard: bool = option(True, "fsdp frees a unit's gathered weights after use; false keeps them from a forward to its backward pass")
+    cpu_offload: bool = option(False, "shards are kept in host memory")
+
+    def __post_init__(self) -> None:
+        one_of(self.engine, ("auto", *names_in(ENGINE_TABLE)), "speed.engine")
+        for degree in ("context", "replicas"):
+            require(getattr(self, degree) >= 1, f"speed.{degree}={getattr(self, degree)}: need at least 1")
+
+
+@dataclass
+class SpeedConfig(DivisionConfig):
     """Device, precision, data loading and parallelism. `threads=0` leaves the number to torch."""
 
     device: str = option("auto", "auto, cpu or cuda; auto takes cuda when there is one")
@@ -67,21 +83,16 @@ class SpeedConfig:
     channels_last: bool = option(False, "convolutions in channels-last memory format")
     workers: int = option(0, "processes that read or draw batches; 0 = the training's own")
     prefetch: int = option(4, "batches that each of them keeps ready")
-    engine: str = option("auto", "auto = local alone, fsdp (FSDP2) among several; zero2 and zero3 are DeepSpeed's", table=ENGINE_TABLE)
     recompute: bool = option(False, "blocks are computed again for the gradient instead of kept")
-    cpu_offload: bool = option(False, "shards are kept in host memory")
-    reshard: bool = option(True, "fsdp frees a unit's gathered weights after use; false keeps them from a forward to its backward pass")
-    context: int = option(1, "processes that share the tokens of each batch (fsdp)")
     timeout_s: float = option(45.0, "seconds without progress of a process, after which it counts as lost and all end")
 
     def __post_init__(self) -> None:
-        one_of(self.engine, ("auto", *names_in(ENGINE_TABLE)), "speed.engine")
+        super().__post_init__()
         one_of(self.device.split(":")[0], ("auto", "cpu", "cuda"), "speed.device")
         require(0 <= self.threads <= 4096, f"speed.threads={self.threads}: need 0 (torch's own choice) to 4096")
         require(self.workers >= 0, f"speed.workers={self.workers}: need 0 (the training's own process) or more")
         require(self.prefetch >= 1, f"speed.prefetch={self.prefetch}: need at least 1")
         require(1 <= self.timeout_s <= 3600, f"speed.timeout_s={self.timeout_s} must lie between 1 and 3600")
-        require(self.context >= 1, f"speed.context={self.context}: need at least 1")
         one_of(self.precision, (OWN, *PRECISIONS), "speed.precision")
 
 

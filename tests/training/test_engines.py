@@ -56,6 +56,24 @@ def test_rollouts_with_shared_tokens_train_as_one_process(tmp_path):
     assert_same(tmp_path, weights, "dmd", 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "speed"),
+    [
+        ("clip", 4, {"replicas": 2}),
+        ("dmd", 4, {"replicas": 2}),
+        ("dmd apart", 4, {"replicas": 2, "reshard": False, "recompute": True}),
+        ("clip", 4, {"replicas": 2, "context": 2, "accumulate": 2}),
+        ("dmd", 4, {"replicas": 2, "context": 2, "accumulate": 2, "cpu_offload": True, "recompute": True}),
+        ("clip", 2, {"replicas": 2}),  # every process has all weights
+        ("clip", 6, {"replicas": 3, "accumulate": 6}),
+    ],
+)
+def test_copies_of_the_shards_train_as_one_process(name, ranks, speed, tmp_path):
+    accumulate = speed.get("accumulate", 4)
+    weights = on_ranks(ranks, trained, str(tmp_path), name, 3, speed)[0]
+    assert_same(tmp_path, weights, name, 3, accumulate=accumulate)
+
+
 @pytest.mark.parametrize(("engine", "ranks"), [("zero2", 2), ("zero3", 2), ("zero3", 4)])
 def test_deepspeed_trains_as_one_process(engine, ranks, tmp_path):
     needs(engine)

@@ -71,7 +71,7 @@ def run_of(folder, name, *, steps, accumulate=4, every=0, **speed):
         for network in objective.modules.values():
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    world = join_world(torch.device("cpu"), context=config.speed.context)
+    world = join_world(torch.device("cpu"), context=config.speed.context, replicas=config.speed.replicas)
     folder = Path(folder)
     log = RunLog(folder, config.log, name=name, main=world.main)
     return TrainingRun(
