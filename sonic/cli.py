@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import expanded, printable
 from sonic.system.program import data_root, written
 from sonic.system.run_folder import Run, start_logging
-from sonic.system.stdio import failure_of_stdout, interrupt_on_signals, keep_streams_usable
+from sonic.system.stdio import StopSignal, exit_code_of, failure_of_stdout, interrupt_on_signals, keep_streams_usable
 
 ROOT = data_root()
 KINDS = {  # types of options in words; those of others are "of the right kind"
@@ -47,7 +48,7 @@ KINDS = {  # types of options in words; those of others are "of the right kind"
     list[str]: "a list of words such as [a,b]",
 }
 DEFAULT_MODEL, PUBLISHED_PRESET = "preview", "standard"
-USER_ERROR, STOPPED, FAULT = 2, 130, 1
+USER_ERROR, FAULT = 2, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
 
@@ -121,8 +122,9 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         return _given_up(_sentence(error), USER_ERROR)
     except OtherRank as error:
         return _given_up(str(error), FAULT)
-    except KeyboardInterrupt:
-        return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
+    except KeyboardInterrupt as stop:
+        code = stop.code if isinstance(stop, StopSignal) else exit_code_of(signal.SIGINT)
+        return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", code)
     except Exception as error:
         sentence = out_of_memory(error, entry.would_help if run else "", config, ranks)
         fault = sentence or "a fault of the program, not of the input"
