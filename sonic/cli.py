@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -28,10 +29,10 @@ from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import printable
 from sonic.system.program import data_root, written
 from sonic.system.run_folder import Run, start_logging
-from sonic.system.stdio import failure_of_stdout, interrupt_on_signals, keep_streams_usable
+from sonic.system.stdio import StopSignal, exit_code_of, failure_of_stdout, interrupt_on_signals, keep_streams_usable
 
 ROOT = data_root()
-USER_ERROR, STOPPED, FAULT = 2, 130, 1
+USER_ERROR, FAULT = 2, 1
 
 Job = Callable[[typing.Any, Run], int | None]  # (config, run) -> exit code, None = 0
 
@@ -78,8 +79,9 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
         return _given_up(_sentence(error), USER_ERROR)
     except OtherRank as error:
         return _given_up(str(error), FAULT)
-    except KeyboardInterrupt:
-        return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", STOPPED)
+    except KeyboardInterrupt as stop:
+        code = stop.code if isinstance(stop, StopSignal) else exit_code_of(signal.SIGINT)
+        return _given_up(f"stopped; {'what was finished stays' if run and run.kept else 'nothing was kept'}", code)
     except Exception as error:
         sentence = out_of_memory(error, entry.would_help if run else "", config, ranks)
         fault = sentence or "a fault of the program, not of the input"

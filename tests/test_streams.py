@@ -74,14 +74,14 @@ def started(folder, **named) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("signals", [["SIGHUP"], ["SIGTERM"], ["SIGINT"], ["SIGHUP", "SIGHUP", "SIGTERM"]])
+@pytest.mark.parametrize("signals", [["SIGHUP"], ["SIGTERM"], ["SIGINT"], ["SIGUSR1"], ["SIGHUP", "SIGHUP", "SIGTERM"]])
 def test_a_signal_that_ends_a_program_leaves_no_files(signals, tmp_path):
     process = started(tmp_path)
     for name in signals:
         process.send_signal(getattr(signal, name))
         time.sleep(0.1)
     message = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "nothing was kept" in message and "Traceback" not in message
+    assert process.returncode == 128 + getattr(signal, signals[0]) and "nothing was kept" in message and "Traceback" not in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,4 +91,4 @@ def test_a_program_under_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
     time.sleep(0.5)
     assert process.poll() is None and (tmp_path / "partial").exists()
     process.terminate()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM

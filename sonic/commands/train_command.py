@@ -6,6 +6,7 @@ from functools import partial
 
 from sonic.cli import Entry, launch
 from sonic.system.run_folder import Run
+from sonic.system.stdio import exit_code_of
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.train_config import TrainConfig
 
@@ -21,15 +22,16 @@ ENTRY = Entry(
 )
 
 
-def train(config: TrainConfig, run: Run) -> None:
-    """Train in runs/<name>; a run that was stopped continues from its last checkpoint."""
+def train(config: TrainConfig, run: Run) -> int:
+    """Train in runs/<name>; a run that was stopped continues from its last checkpoint. Gives the exit code."""
     from sonic.training.build import run_training
 
     def on_built() -> None:
         run.keep()  # checkpoints survive a failed run
         run.open()
 
-    run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built, ranks=run.ranks)
+    outcome = run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built, ranks=run.ranks)
+    return exit_code_of(outcome.signal)
 
 
 main = partial(launch, ENTRY, train)

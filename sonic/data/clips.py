@@ -21,6 +21,7 @@ from sonic.data.audio import COLUMNS_PER_FRAME
 from sonic.geometry import FRAMES_PER_LATENT
 from sonic.system.files import written_temporary
 from sonic.system.program import written
+from sonic.system.stdio import ignore_signals
 
 LOG = logging.getLogger(__name__)
 ENCODERS = {"autoencoder_hash": "autoencoder", "speech_hash": "speech encoder"}  # key of the metadata: what it is a hash of
@@ -217,8 +218,9 @@ def batches(dataset: Dataset, order: Callable[[], Iterator[list]], *, workers: i
     """
     extra = {"num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": "spawn"} if workers else {}
     collate = getattr(dataset, "collate", None)
-    return iter(DataLoader(dataset, batch_sampler=order(), collate_fn=collate, worker_init_fn=_one_thread, **extra))
+    return iter(DataLoader(dataset, batch_sampler=order(), collate_fn=collate, worker_init_fn=_start_worker, **extra))
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_signals()  # a training that ends its step on a signal needs its batches

@@ -99,6 +99,14 @@ class World:
             values /= self.ranks
         return values
 
+    def largest(self, number: int) -> int:
+        """The largest number that any rank gives. Collective."""
+        box = torch.tensor(int(number))
+        if self.ranks > 1:
+            with waiting_for_others():
+                dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
     def wait(self) -> None:
         """Barrier: wait until all ranks have called this."""
         if self.ranks > 1:

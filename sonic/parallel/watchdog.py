@@ -1,7 +1,7 @@
 """The watchdog: when a rank fails, is gone, or hangs, all ranks learn which one it was and end within seconds.
 
-torchrun ends the other ranks when one has died. The watchdog says why in one sentence, and ends ranks that hang where no exception
-reaches them. The ranks that work together hang when none of them makes progress, so any of them may wait for the others, for hours.
+torchrun sends SIGTERM to the other ranks when one has died. The watchdog says why in one sentence, and ends ranks that hang where no
+exception reaches them. The ranks that work together hang when none of them makes progress, so any of them may wait for the others, for hours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from socket import gethostname
 from threading import Event, Thread, get_ident
 from types import FrameType
 from typing import NamedTuple
@@ -26,12 +27,16 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from sonic.config import OtherRank
 from sonic.system.heartbeat import ACTIVITY, heartbeat
 from sonic.system.out_of_memory import out_of_memory
+from sonic.system.stdio import noted_signal
 
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
+LOST_LOOKS = 12  # the same where nothing else speaks for a loss: one call of a library may keep a rank from giving signs
+DOUBT_S = 10.0  # seconds without progress after which silent ranks are looked for: torchrun kills all 30 s after the first death
 HOLD_S = 5.0  # seconds that a rank has to end by itself after a fault
 PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 CPU = torch.device("cpu")
+STOPPED = "was stopped"
 GONE = "gives no more signs of life: it was killed (by the system when memory ran out?), or its machine is gone"
 
 log = logging.getLogger("sonic")
@@ -43,9 +48,10 @@ class Fault(NamedTuple):
 
     rank: int
     sentence: str
+    host: str = ""  # where it is not this process's
 
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.sentence}"
+        return f"rank {self.rank}{self.host and f' on {self.host}'}: {self.sentence}"
 
 
 @contextmanager
@@ -89,6 +95,7 @@ class Watchdog:
         self.progress, self.since = -1, time.monotonic()  # looks of all peers that saw heartbeats; when this number last grew
         self.failed = False  # an exception ends the main thread
         self.stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
+        self.store.set(f"host/{rank}", gethostname())
         self.ended, self.thread = Event(), Thread(target=self._watch, name="watchdog", daemon=True)
         self.hook = register_module_forward_pre_hook(lambda module, args: heartbeat())
 
@@ -101,7 +108,7 @@ class Watchdog:
                 return  # the store ends with the launcher, which then ends this process
             hangs = fault and fault.rank == self.rank and not self.failed
             if fault and not self.ended.wait(0 if hangs else HOLD_S):
-                if self.rank in (fault.rank, int(fault.rank == 0)):  # that rank, and the first of the others
+                if self.rank == fault.rank or self._speaks(fault):
                     log.critical("%s", fault)
                 os._exit(1)  # the main thread hangs where no exception can reach it
 
@@ -110,25 +117,39 @@ class Watchdog:
         progress = self._give_sign()
         if progress != self.progress:
             self.progress, self.since = progress, time.monotonic()
-        hangs = time.monotonic() - self.since > self.patience_s
-        return self.fault() or (self._hanging_rank() if hangs else None)
+        still = time.monotonic() - self.since
+        doubt = noted_signal() or still > DOUBT_S
+        return self.fault() or (self._lost_rank() if doubt else None) or (self._hanging_rank() if still > self.patience_s else None)
 
     def fault(self) -> Fault | None:
         """The first fault that any rank reported."""
-        return Fault(*json.loads(self.store.get("fault"))) if self.store.check(["fault"]) else None
+        return self._read(self.store.get("fault")) if self.store.check(["fault"]) else None
 
     def report(self, fault: Fault) -> Fault:
         """Report a fault to all ranks. Gives the first fault that any rank reported."""
-        return Fault(*json.loads(self.store.compare_set("fault", "", json.dumps(fault))))
+        return self._read(self.store.compare_set("fault", "", json.dumps(fault[:2])))
+
+    def _read(self, text: bytes) -> Fault:
+        rank, sentence = json.loads(text)
+        key = f"host/{rank}"
+        host = self.store.get(key).decode() if self.store.check([key]) else ""
+        return Fault(rank, sentence, "" if host == gethostname() else host)
 
     def explain(self, error: BaseException) -> None:
         """Report an error of this rank to all ranks. Raises OtherRank when another rank caused it."""
-        self.failed = True
-        gone = self._silent_ranks() if _is_lost_connection(error) and not self.fault() else []
-        what = out_of_memory(error) or (f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "was stopped")
+        self.failed, stopped = True, not isinstance(error, Exception)
+        gone = self._silent_ranks() if (stopped or _is_lost_connection(error)) and not self.fault() else []
+        what = out_of_memory(error) or (STOPPED if stopped else f"{type(error).__name__}: {error}")
         fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
-        if fault.rank != self.rank and not isinstance(error, ValueError | OSError):  # all ranks may raise these at the same time
+        same = isinstance(error, ValueError | OSError) or (stopped and fault.sentence == STOPPED)  # which all ranks may meet at the same time
+        if fault.rank != self.rank and not same:
+            if self.rank and self._speaks(fault) and fault.sentence == GONE:  # the first rank, which would say it, is gone
+                log.critical("%s", fault)
             raise OtherRank(str(fault)) from error
+
+    def _speaks(self, fault: Fault) -> bool:
+        """Whether this rank is the first of those that a fault leaves."""
+        return self.rank == int(fault.rank == 0)
 
     def close(self) -> None:
         """Stop watching; the peers no longer expect signs of this rank."""
@@ -138,6 +159,11 @@ class Watchdog:
         self.hook.remove()
         with suppress(dist.DistNetworkError):  # the store ends with the launcher
             self.shared.set(f"sign/{self.rank}", "")
+
+    def _lost_rank(self) -> Fault | None:
+        """Report a peer that gives no more signs, before torchrun kills this process."""
+        silent = self._silent_ranks(LOST_LOOKS)
+        return self.report(Fault(silent[0], GONE)) if silent else None
 
     def _hanging_rank(self) -> Fault | None:
         """Report the peers that do not wait for others, and the lines where they hang; None when one makes progress after all."""
@@ -153,11 +179,12 @@ class Watchdog:
         also = "".join(f"; rank {rank} at {hang[rank]}" for rank in others)
         return self.report(Fault(first, f"hangs at {hang[first]}{also}: nothing got on for {self.patience_s:g} s (timeout_s)"))
 
-    def _silent_ranks(self) -> list[int]:
-        """The other peers that give no signs during some looks."""
+    def _silent_ranks(self, looks: int = SILENT_LOOKS) -> list[int]:
+        """The other peers that give no signs during so many looks."""
         before = self._signs()
-        for _ in range(SILENT_LOOKS):
-            time.sleep(LOOK_S)
+        for _ in range(looks):
+            if self.ended.wait(LOOK_S):
+                return []
             self._give_sign()
         return [rank for rank, sign in self._signs().items() if rank != self.rank and sign == before.get(rank)]
 

@@ -7,9 +7,24 @@ import io
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
-END_SIGNALS = signal.SIGTERM, signal.SIGHUP  # a request to end; a closed terminal
+END_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # Ctrl-C; a request; a closed terminal; Slurm before its limit
+SAME_S = 3.0  # seconds in which more signals count as one: Slurm sends it to all processes, and torchrun repeats it to its children
+
+_noted: list[tuple[int, float]] = []  # the first signal inside `signals_noted`, and when it came
+
+
+class StopSignal(KeyboardInterrupt):
+    """A signal asked the program to end; `code` is its exit code for that."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = exit_code_of(number)
 
 
 class DiscardingFile(io.FileIO):
@@ -62,10 +77,15 @@ def failure_of_stdout() -> OSError | None:
     return raw.failure if isinstance(raw, DiscardingFile) else None
 
 
+def exit_code_of(number: int) -> int:
+    """The exit code of a program that a signal asked to end, as in a shell: 130 for SIGINT, 143 for SIGTERM; 0 without a signal."""
+    return 128 + number if number else 0
+
+
 def interrupt_on_signals() -> None:
     """Make the signals that end a program raise KeyboardInterrupt, so that incomplete files are removed.
 
-    Signals that are ignored, such as SIGHUP under nohup, stay ignored. After the first signal all of them are ignored, so that they do
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored. After the first signal all are ignored but Ctrl-C, so that they do
     not interrupt the cleanup.
     """
     for number in END_SIGNALS:
@@ -73,7 +93,44 @@ def interrupt_on_signals() -> None:
             signal.signal(number, _interrupt)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    for each in END_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+@contextmanager
+def signals_noted(notice: str) -> Iterator[None]:
+    """Inside the `with` block the first signal only writes `notice` to stderr, and `noted_signal` gives it; the second interrupts.
+
+    It does nothing where `interrupt_on_signals` has not been called.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not _noted:
+            _noted.append((number, time.monotonic()))
+            with suppress(OSError):  # the terminal may be gone
+                os.write(STREAMS["stderr"], notice.encode())  # without its stream, which may be in the middle of a line
+        elif time.monotonic() - _noted[0][1] > SAME_S:
+            _interrupt(number, frame)
+
+    handled = [number for number in END_SIGNALS if signal.getsignal(number) is _interrupt]
+    for number in handled:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number in handled:
+            if signal.getsignal(number) is note:
+                signal.signal(number, _interrupt)
+
+
+def noted_signal() -> int:
+    """The number of the first signal inside `signals_noted`; 0 = none came."""
+    return _noted[0][0] if _noted else 0
+
+
+def ignore_signals() -> None:
+    """Leave the signals that end a program to the parent process, which they reach as well."""
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    ignore_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise StopSignal(number)

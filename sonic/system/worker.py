@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 5.0  # seconds that a stopped process has to remove its incomplete files
 _INTERRUPTED = 130
-_STOPPED = (_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # exit codes of a process that was stopped by a signal
+_STOPPED = (_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGUSR1)  # exit codes after a signal to stop
 
 
 class Crashed(RuntimeError):

@@ -28,7 +28,7 @@ from sonic.parallel.mesh import World
 from sonic.parallel.ulysses import sequence_parallel
 from sonic.parallel.watchdog import watch_ranks
 from sonic.registry import Registry
-from sonic.system.files import save_tensors
+from sonic.system.files import save_tensors, written_temporary
 from sonic.system.heartbeat import pause_watchdog
 from sonic.system.program import written
 from sonic.training.deepspeed_engine import Zero3Engine, ZeroEngine
@@ -126,7 +126,7 @@ def _build_and_train(
     outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
     if samples := sorted((folder / SAMPLES).glob("*")):
         log.artifact(Artifact(f"{config.name}-samples", "samples", {"steps": outcome.steps}, files=samples))
-    if not config.export:
+    if outcome.signal or not config.export:
         return outcome
     weights = halved(objective.export(engine.weights()))  # a collective call
     if world.main:
@@ -137,10 +137,11 @@ def _build_and_train(
                 LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
                 return outcome
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(weights, path, {**objective.metadata, **header})
             size = sum(tensor.numel() for tensor in weights.values())
             card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
-            path.with_suffix(".md").write_text(card)
+            with written_temporary(path.with_suffix(".md")) as partial:  # before the weights, so that new ones never have an old card
+                partial.write_text(card)
+            save_tensors(weights, path, {**objective.metadata, **header})
             for artifact in exported_artifacts(path, figures=outcome.figures, whole=config.log.artifacts == "weights"):
                 log.artifact(artifact)
     return outcome

@@ -31,6 +31,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
+        self.newest = 0  # step of the last that was written or loaded
         self._under_way: tuple[int, Future] | None = None
 
     def save(self, step: int, state: State, metadata: Mapping[str, object]) -> None:
@@ -48,7 +49,9 @@ class Checkpoints:
         (step, done), self._under_way = self._under_way, None
         with pause_watchdog():  # the disk may take long
             error = done.exception()
-        if error is not None:
+        if error is None:
+            self.newest = step
+        else:
             reason = _last_line(error)
             LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, reason)
         self.world.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sonic.system.files import save_tensors
+from sonic.system.stdio import noted_signal, signals_noted
 from sonic.training.engine import Engine
 from sonic.training.guard import Guard
 from sonic.training.histograms import histograms
@@ -23,6 +25,9 @@ from sonic.training.optim import rate
 from sonic.training.train_config import BudgetConfig, TrainConfig
 from sonic.types import upload
 
+NOTICE = "\nsonic: stopping when this step is done and saved; a second signal stops at once\n"
+LOG = logging.getLogger(__name__)
+
 
 class Diverged(ValueError):
     """Raised when the loss or its gradient is not finite or has exploded. The last good checkpoint and the batch are kept."""
@@ -30,13 +35,17 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Totals of a run; `new_steps` are those since it was last resumed, `figures` are means over the last steps."""
+    """Totals of a run; `new_steps` are those since it was last resumed, `figures` are means over the last steps.
+
+    `signal` is the number of the signal that stopped it, 0 when its budget was used.
+    """
 
     steps: int
     new_steps: int
     seconds: float
     samples: int
     figures: dict[str, float]
+    signal: int = 0
 
 
 def used_share(budget: BudgetConfig, step: int, seconds: float) -> float:
@@ -71,9 +80,9 @@ class TrainingRun:
 
 
 def train(run: TrainingRun) -> TrainingResult:
-    """Train until the budget is used, continuing from the newest checkpoint in the run folder if there is one.
+    """Train until the budget is used or any process gets a signal, continuing from a checkpoint in the run folder if there is one.
 
-    A step updates each role of `objective.roles_in_step`, usually the student once; an update uses `budget.accumulate` batches. Raises
+    A signal ends the training after the step under way, which is saved; a second one raises KeyboardInterrupt. A step updates each role of `objective.roles_in_step`, usually the student once; an update uses `budget.accumulate` batches. Raises
     Diverged when a loss or gradient is not finite, or a loss explodes.
     """
     config, objective, engine, log, world = run.config, run.objective, run.engine, run.log, run.engine.world
@@ -87,8 +96,9 @@ def train(run: TrainingRun) -> TrainingResult:
     began = saved - checkpoint.get("seconds", 0.0)  # as if the training had never been interrupted
     stream = meter.batches(run.batches(used))
     progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
-    with log.open(step, progress):
-        while progress < 1:
+    stop = 0
+    with signals_noted(NOTICE if world.main else ""), log.open(step, progress):
+        while progress < 1 and not stop:
             lr = rate(step, progress, config.optim)
             for number, role in enumerate(objective.roles_in_step(step)):
                 with meter.update(role):
@@ -103,12 +113,17 @@ def train(run: TrainingRun) -> TrainingResult:
                 log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, figures)
                 meter.restart()
-            if last or world.from_first_rank(_checkpoint_due(config, step, saved)):
+            stop = world.largest(noted_signal())
+            if last or stop or world.largest(_checkpoint_due(config, step, saved)):
                 totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(meter.sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved = time.monotonic()
-    engine.checkpoints.settle()
-    return TrainingResult(step, step - first, seconds=time.monotonic() - began, samples=used * config.budget.batch_size, figures=figures)
+        engine.checkpoints.settle()
+        stop = world.largest(noted_signal())
+    if stop:
+        LOG.info("saved step %d; the same command continues", engine.checkpoints.newest)
+    seconds, samples = time.monotonic() - began, used * config.budget.batch_size
+    return TrainingResult(step, step - first, seconds=seconds, samples=samples, figures=figures, signal=stop)
 
 
 def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:
