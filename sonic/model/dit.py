@@ -295,8 +295,15 @@ def _per_frame(timestep: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
+    """Initialise one module, after its parts. What dropped audio and missing prompts become must not be zero: the norms behind it multiply
+    gradients by a thousand there."""
     if isinstance(module, nn.Linear | nn.Conv3d | nn.Conv1d):
         nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, AudioEncoder):
+        for bias, std in ((module.local.bias, 0.5), (module.pooled.bias, 0.5), (module.padding, 0.02)):
+            nn.init.normal_(bias, std=std)
+    if isinstance(module, TextEmbed):
+        nn.init.normal_(module.out.bias, std=0.02)
