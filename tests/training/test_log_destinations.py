@@ -66,7 +66,7 @@ def test_histograms_are_of_what_learns():
     assert histograms("student", module).keys() == {"student/weights/weight", "student/gradients/weight"}
 
 
-class Kept(LogDestination):
+class OwnDestination(LogDestination):
     """A destination of one's own."""
 
     lines: list = []
@@ -82,11 +82,11 @@ class Kept(LogDestination):
 
 
 def test_a_destination_can_be_added(tmp_path, monkeypatch):
-    monkeypatch.setitem(logs.DESTINATIONS, "mine", Kept)
+    monkeypatch.setitem(logs.DESTINATIONS, "mine", OwnDestination)
     with pytest.raises(KeyError), RunLog(tmp_path, LogConfig(bar=False), name="two") as log, log.open(3):
         log.scalars(4, {"loss": 0.5})
         raise KeyError
-    assert Kept.lines == [("two", 3), (4, 0.5), True]
+    assert OwnDestination.lines == [("two", 3), (4, 0.5), True]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_of_files_that_git_does_not_know_only_names_are_kept(clone, tmp_path):
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.glob("*.*"))
 
 
-def test_changes_that_are_too_large_are_left_out_and_that_is_said(clone, tmp_path, monkeypatch, caplog):
+def test_changes_that_are_too_large_are_left_out_with_a_warning(clone, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "MOST_DIFF", 10)
     assert len(keep_provenance(provenance(CONFIG, command="", commit="abc+changes"), tmp_path).files) == 1
     assert not (tmp_path / "git_diff.patch").exists() and "are not kept" in caplog.text
