@@ -166,6 +166,17 @@ def test_each_block_is_backpropagated_separately(batch):
     assert_close(first.detach(), parts[0])
 
 
+def test_the_students_losses_by_noise_level_add_up_to_its_loss_and_the_scores_are_logged(batch):
+    objective = away(away(made("dmd", steps=1, anchor_share=1.0)), "critic", seed=6)
+    parts = [(part.item(), figures) for part, figures in objective.losses("student", batch, seeded(1))]
+    figures = parts[-1][1]
+    levels = [value for name, value in figures.items() if name.startswith("loss_sigma_")]
+    mean = sum(float(value.total) for value in levels) / sum(float(value.weight) for value in levels)
+    assert len(levels) == 4 and mean == pytest.approx(sum(part for part, _ in parts), rel=1e-4)
+    assert figures["critic/score_rms"] > 0 and figures["teacher/score_rms"] > 0 and 0 < figures["score_cosine"] < 1
+    assert figures["score_difference_rms"] > 0 and figures["dmd_gradient_rms"] > 0 and figures["dmd_normaliser"] > 0
+
+
 def _backward_each(objective, batch):
     for part, figures in objective.losses("student", batch, seeded(1)):
         part.backward()
