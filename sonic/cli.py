@@ -117,7 +117,7 @@ def help_text(entry: Entry) -> str:
         "",
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
-        "  a choice may also be a file: model=FILE.yaml" + ("; recipe=FILE.yaml for the whole config" if entry.collections else ""),
+        *(["  a choice may also be a file: model=FILE.yaml; recipe=FILE.yaml is one of the whole config"] if entry.collections else []),
         "",
         "options (with their plain defaults; choices may set others):",
     ]

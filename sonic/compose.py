@@ -115,15 +115,15 @@ def load_chosen_plugins(entry: Entry, argv: Sequence[str]) -> None:
         return
     recipes = [_collection(entry, key, chosen[key]) for key in (RECIPE, *entry.collections) if entry.collections and key in chosen]
     for group, text in recipes:
-        named = [own_file(text)] if is_file(text) else [ROOT / place / group / f"{text}.yaml" for place in ("conf", "recipes")]
-        for file in named if is_file(text) else filter(Path.is_file, named):
+        ours = (ROOT / place / group / f"{text}.yaml" for place in ("conf", "recipes"))
+        for file in [own] if (own := own_file(text)) else filter(Path.is_file, ours):
             given = read_config(file).get("plugins") or []
             load_plugins([given] if isinstance(given, str) else [str(name) for name in given])
 
 
-def is_file(choice: str) -> bool:
-    """Whether the choice of a config group is a file of one's own, not a name."""
-    return choice.endswith((".yaml", ".yml"))
+def own_file(choice: str) -> Path | None:
+    """The file that the choice of a config group names; None for a name in conf/ or recipes/."""
+    return Path(expanded(choice)) if choice.endswith((".yaml", ".yml")) else None
 
 
 def read_config(file: Path) -> DictConfig:
@@ -202,7 +202,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> Chosen:
         if key == RECIPE and entry.collections:
             key, text = _collection(entry, key, text)
         if key in chooseable:
-            if not is_file(text) and text not in chooseable[key]:
+            if text not in chooseable[key] and not own_file(text):
                 raise ValueError(f"{unknown_choice(text, chooseable[key], key)}; or name a file, {key}=FILE.yaml")
             choices[key] = text
         elif key in known:
@@ -218,7 +218,7 @@ def _split(entry: Entry, argv: Sequence[str]) -> Chosen:
     for key in entry.collections:
         if key in choices and (ROOT / "conf" / key / choices[key]).is_dir():
             choices[key] += "/" + _for_model(key, choices[key], model)
-    files = {group: own_file(text) for group, text in choices.items() if is_file(text)}
+    files = {group: file for group, text in choices.items() if (file := own_file(text))}
     names = {group: OWN_FILE if group in files else text for group, text in choices.items()}
     return Chosen([f"{'+' if group in entry.collections else ''}{group}={name}" for group, name in names.items()], files, values)
 
@@ -230,11 +230,6 @@ def _collection(entry: Entry, key: str, text: str) -> tuple[str, str]:
     return key, text
 
 
-def own_file(text: str) -> Path:
-    """The path of a file of one's own."""
-    return Path(expanded(text))
-
-
 def _as_list(text: str) -> str:
     """One word or several as a list on the command line: plugins=a,b is plugins=[a,b]."""
     return text if text.startswith("[") else f"[{text}]"
@@ -242,7 +237,7 @@ def _as_list(text: str) -> str:
 
 def _published(model: str) -> str:
     """The model in conf/model whose presets a choice of a model uses: for a file, that on which it is based; "" without one."""
-    based_on = read_config(own_file(model)).get("defaults", []) if is_file(model) else [model]
+    based_on = read_config(file).get("defaults", []) if (file := own_file(model)) else [model]
     return next((name for name in based_on if name in group_choices("model")), "")
 
 

@@ -27,7 +27,7 @@ from sonic.config import (
     SPEECH_ENCODER_TABLE,
     parse_size,
 )
-from sonic.data.data_config import PrecomputeConfig
+from sonic.data.data_config import CLIP_TABLE, PrecomputeConfig
 from sonic.evaluation.evaluate_config import EvaluateConfig
 from sonic.evaluation.judge_config import JudgeConfig
 from sonic.evaluation.sweep_config import AblateConfig
@@ -38,7 +38,7 @@ from sonic.parallel.parallel_config import PlanConfig
 from sonic.system.program import interpreter
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.objectives import OBJECTIVES
-from sonic.training.train_config import TrainConfig
+from sonic.training.train_config import DATASET_TABLE, ENGINE_TABLE, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INFER = Entry("infer", InferConfig)
@@ -61,7 +61,7 @@ NEEDED = {
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
 }  # options without which a command has no meaning
-CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group in groups(entry) for option in group_choices(group)]
+CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group, found in groups(entry).items() for option in found]
 PRESETS = {
     (group, option) for _, group, option in CHOICES if (ROOT / "conf" / group / option).is_dir()
 }  # a folder with a file for each model
@@ -155,7 +155,17 @@ def test_every_model_builds_on_the_meta_device(name):
 
 
 def test_names_of_variants_are_read_without_importing_their_modules():
-    tables = (SAMPLER_TABLE, SCHEDULE_TABLE, PREDICTION_TABLE, ATTENTION_TABLE, SPEECH_ENCODER_TABLE)
+    tables = (
+        SAMPLER_TABLE,
+        SCHEDULE_TABLE,
+        PREDICTION_TABLE,
+        ATTENTION_TABLE,
+        SPEECH_ENCODER_TABLE,
+        ENGINE_TABLE,
+        DATASET_TABLE,
+        CLIP_TABLE,
+    )
+    tables += ("bench.benchmark.BENCHES", "checkpoint.convert.DIRECTIONS", "evaluation.sweep.ENGINES")
     script = f"import json, sys\nfrom sonic.config import names_in\nprint(json.dumps([names_in(table) for table in {tables}]))\n"
     script += "assert 'torch' not in sys.modules"
     found = json.loads(subprocess.run([*interpreter(), "-c", script], capture_output=True, text=True, check=True).stdout)

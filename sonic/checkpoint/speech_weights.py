@@ -27,13 +27,14 @@ def open_speech_encoder(config: ModelConfig, own: Mapping[str, Path]) -> MakeSpe
     """
     name = config.speech_encoder
     kind, path = SPEECH_ENCODERS[name], Path(config.speech_weights) if config.speech_weights else own.get(name)
-    if path is None:
+    if path is None and (issubclass(kind, HiddenStateEncoder) or kind().state_dict()):
         given = "a folder with config.json and model.safetensors" if issubclass(kind, HiddenStateEncoder) else "a safetensors file"
         raise ValueError(f"model={config.name} has no weights of speech_encoder={name}; name them as model.speech_weights=PATH, {given}")
     if not issubclass(kind, HiddenStateEncoder):
         encoder = kind().eval().requires_grad_(False)
         encoder.check_fits(config)
-        load_weights(encoder, path)
+        if path is not None:
+            load_weights(encoder, path)
         return encoder.to
     part = speech_encoder(path, name)
     with torch.device("meta"):

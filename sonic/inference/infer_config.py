@@ -12,16 +12,13 @@ from sonic.config import (
     RunConfig,
     SamplerConfig,
     VideoConfig,
-    names_in,
-    one_of,
-    option,
     parse_size,
-    require,
     settled_video,
 )
 from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_config import PostConfig
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.registry import names_in, one_of, option, require
 
 
 @dataclass

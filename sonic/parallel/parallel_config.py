@@ -7,19 +7,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
-from sonic.config import (
-    CommandConfig,
-    DecodeConfig,
-    ModelConfig,
-    RunConfig,
-    SamplerConfig,
-    VideoConfig,
-    one_of,
-    option,
-    require,
-    settled_video,
-)
+from sonic.config import CommandConfig, DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, settled_video
 from sonic.parallel.shard_units import UNITS
+from sonic.registry import one_of, option, require
 
 
 class PlanCode(NamedTuple):

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sonic.config import (
-    OWN,
-    PRECISIONS,
-    CommandConfig,
-    ModelConfig,
-    names_in,
-    one_of,
-    option,
-    precision_of,
-    require,
-)
+from sonic.config import OWN, PRECISIONS, CommandConfig, ModelConfig, precision_of
+from sonic.registry import names_in, one_of, option, require
 from sonic.training.objective_config import ObjectiveConfig
 
 ENGINE_TABLE, DATASET_TABLE = "training.build.ENGINES", "training.build.DATASETS"
