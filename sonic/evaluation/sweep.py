@@ -14,15 +14,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from sonic.config import RunConfig
 from sonic.evaluation import metrics
-from sonic.evaluation.sweep_config import AblateConfig
+from sonic.evaluation.sweep_config import CLIPS, AblateConfig
 from sonic.system.program import interpreter
 from sonic.system.stdio import interrupt_on_signals
 from sonic.training.train_config import LogConfig, WandbConfig
@@ -31,7 +32,6 @@ LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 LEARNT = ("loss", "grad_norm")  # last words of the names of a training's figures that a report shows
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
-CLIPS = ("clips", "seconds", "num_videos")  # options eval.* that cells get
 SCORED_SEED = 1  # of the clips that trainings are scored on, the same for all
 NAME_CHARACTERS = 120  # of a cell's choices in the name of its folder
 POLL_S, PATIENCE_S = 0.2, 120  # seconds between two looks at the running jobs, and for which cancelled ones may save what they have
@@ -75,13 +75,12 @@ class Cell:
     @property
     def figures(self) -> dict[str, Any] | None:
         """The figures over all seeds: {mean, ci95, clips}, numbers or words. None until all seeds are finished."""
-        found = list(self.seed_figures.values())
-        if len(found) < len(self.seeds):
+        if len(found := list(self.seed_figures.values())) < len(self.seeds):
             return None
         joined = dict(found[0])  # numbers and words
         for name, figure in found[0].items():
             if isinstance(figure, dict):
-                joined[name] = metrics.X
+                joined[name] = _of(figure["of"], [clip for each in found for clip in each[name]["clips"]])
             elif isinstance(figure, list):
                 joined[name] = [track for each in found for track in each[name]]
         return joined
@@ -220,23 +219,12 @@ def run_until_signal(execute: Execute, run: SeedRun) -> None:
         raise RuntimeError("it was stopped by a signal, as at the end of its time (minutes=)") from error
 
 
-@dataclass(frozen=True)
-class LocalJob:
+class LocalJob(NamedTuple):
     """A job of submitit on this machine, which is cancelled by SIGTERM: submitit itself would kill it after a second."""
 
-    job: Any
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self.job.done()
-
-    def exception(self) -> BaseException | None:
-        """The error that it ended with, if any."""
-        return self.job.exception()
-
-    def cancel(self) -> None:
-        """Ask it to end."""
-        os.kill(int(self.job.job_id), signal.SIGTERM)
+    done: Callable[[], bool]
+    exception: Callable[[], BaseException | None]
+    cancel: Callable[[], None]
 
 
 def _submitit(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
@@ -259,7 +247,9 @@ def _submitit(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
             job = executor.submit(run_until_signal, execute, run)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return LocalJob(job) if config.engine == "local" else job
+        if executor.cluster != "local":
+            return job
+        return LocalJob(job.done, job.exception, partial(os.kill, int(job.job_id), signal.SIGTERM))
 
     return submit
 
@@ -284,10 +274,8 @@ def _of(kind: str, values: Sequence[float]) -> dict[str, Any]:
 
 def _trained(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures of a training at its end."""
-    if not curve:
-        return {}
-    last = curve[-1]
-    return {name: last[name] for name in (*filter(lambda each: each.endswith(LEARNT), last), "step", "train_seconds")}
+    last = curve[-1] if curve else {}
+    return {name: last[name] for name in last if name.endswith(LEARNT) or name in ("step", "train_seconds")}
 
 
 def _planned(result: dict[str, Any]) -> dict[str, Any]:
