@@ -40,7 +40,7 @@ POLL_S, PATIENCE_S = 0.2, 120  # seconds between two looks at the running jobs, 
 @dataclass(frozen=True)
 class SeedRun:
     """One seed of a cell, for which a process is started: the options of its job, those of an evaluation that follows a training, the
-    folder of the training's run, and the JSON file that is there when all is done."""
+    folder of the run, and the JSON file that is there when all is done."""
 
     job: str
     options: list[str]
@@ -56,8 +56,9 @@ Submit = Callable[[SeedRun], Any]  # starts it; gives a job with done(), excepti
 @dataclass(frozen=True)
 class Cell:
     """One combination of the grid: the options of its job, `scoring` of the evaluation after a training (empty = none), `logged` of its
-    log, and where the results of its seeds are. `config` is the whole config, once it has been checked."""
+    log, and where the results of its seeds are. `config` is the whole config, once it has been checked; `number` stands in the report."""
 
+    number: int
     job: str
     choices: dict[str, Any]
     options: list[str]
@@ -80,7 +81,7 @@ class Cell:
         joined = dict(found[0])  # numbers and words
         for name, figure in found[0].items():
             if isinstance(figure, dict):
-                joined[name] = _of(figure["of"], [clip for each in found for clip in each[name]["clips"]])
+                joined[name] = _of(figure["of"], [clip for each in found if name in each for clip in each[name]["clips"]])
             elif isinstance(figure, list):
                 joined[name] = [track for each in found for track in each[name]]
         return joined
@@ -94,7 +95,9 @@ class Cell:
             figures = {name: _of("seed", [value]) for name, value in _trained(self.curve(seed)).items()} if self.job == "train" else {}
             if FIGURES[0] in result:  # it was evaluated
                 figures |= {name: _of("clip", result[name]["clips"]) for name in FIGURES}
-                figures |= {"peak_gib": result["peak_rss_gib"], "openings": result["openings"]}
+                figures["openings"] = result["openings"]
+            if self.job == "evaluate":
+                figures["peak_gib"] = result["peak_rss_gib"]
             found[seed] = _planned(result) if self.job == "plan" else figures
         return found
 
@@ -158,7 +161,7 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
         words = "__".join(f"{_short(option)}-{_typed(value)}" for option, value in choices.items())
         name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', words)[:NAME_CHARACTERS]}__{_hash(options)}"
         scoring = [*machine, *scored] if config.job == "train" and config.score is not False else []
-        cells.append(Cell(config.job, choices, options, scoring, logged, folder / "cells" / name, config.seeds))
+        cells.append(Cell(len(cells) + 1, config.job, choices, options, scoring, logged, folder / "cells" / name, config.seeds))
     return cells
 
 
