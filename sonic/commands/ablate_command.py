@@ -84,7 +84,7 @@ def ablate(config: AblateConfig, run: Run) -> int:
     run.keep()  # finished cells survive a failed run
     folder = run.open().absolute()
     cells = [replace(cell, folder=folder / "cells" / cell.folder.name) for cell in cells]
-    sweep(config, cells, folder, execute)
+    sweep(config, cells, execute, folder=folder)
     from sonic.evaluation.sweep_report import write_report  # imports matplotlib
 
     report = write_report(cells, folder, title=f"{folder.name}: {', '.join(config.grid)}")

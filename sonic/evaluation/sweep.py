@@ -145,9 +145,9 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
 
     The name of a cell's folder contains a hash of its options, so that results are found again only for the same options.
     """
-    machine = _changed("run", config.run, RunConfig, MACHINE)
+    machine = _changed("run", config.run, RunConfig, names=MACHINE)
     schema = {"evaluate": WandbConfig, "train": LogConfig}.get(config.job)
-    logged = _changed("log", config.log, schema, [each.name for each in fields(schema)]) if schema else []
+    logged = _changed("log", config.log, schema, names=[each.name for each in fields(schema)]) if schema else []
     logged += [f"log.group={folder.name}"] if logged and config.log.wandb != "off" and not config.log.group else []
     scored = [f"eval.{name}={getattr(config, name)}" for name in CLIPS]
     cells = []
@@ -165,7 +165,7 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
     return cells
 
 
-def sweep(config: AblateConfig, cells: Sequence[Cell], folder: Path, execute: Execute) -> None:
+def sweep(config: AblateConfig, cells: Sequence[Cell], execute: Execute, *, folder: Path) -> None:
     """Run every seed of every cell that is not finished, `config.jobs` at once; failed ones only with retry=true."""
     waiting = [(cell, seed) for cell in cells for seed in cell.seeds if not cell.result_file(seed).is_file()]
     waiting = [(cell, seed) for cell, seed in waiting if config.retry or not cell.failure_file(seed).is_file()]
@@ -289,7 +289,7 @@ def _planned(result: dict[str, Any]) -> dict[str, Any]:
     return {**fits, "peak_gib": max(best["peak_gib_per_rank"]), "why": best["reason"]}
 
 
-def _changed(group: str, given: Any, schema: type, names: Sequence[str]) -> list[str]:
+def _changed(group: str, given: Any, schema: type, *, names: Sequence[str]) -> list[str]:
     """The options of a group that are not the default."""
     return [f"{group}.{name}={_typed(value)}" for name in names if (value := getattr(given, name)) != getattr(schema(), name)]
 

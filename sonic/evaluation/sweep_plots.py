@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib import colormaps
@@ -103,7 +104,7 @@ def parallel_coordinates(rows: Rows) -> str:
     for (cell, _), line in zip(rows, zip(*(heights for heights, _ in columns), strict=True), strict=True):
         axes.plot(range(len(line)), line, color=colormaps["viridis"](line[len(options)]), lw=1.5, alpha=0.8)
         axes.annotate(str(cell.number), (len(options), line[len(options)]), xytext=(-14, -3), textcoords="offset points", fontsize=9)
-    axes.set_xticks(range(len(columns)), [label(name).replace(" ", "\n").replace(".", ".\n") for name in (*options, *figures)])
+    axes.set_xticks(range(len(columns)), [fill(label(name).replace(".", ". "), 12) for name in (*options, *figures)])
     axes.set(yticks=[], xlim=(-0.2, len(columns) - 0.5))
     axes.spines[:].set_visible(False)
     return _svg(picture)
