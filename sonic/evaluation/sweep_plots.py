@@ -15,13 +15,8 @@ from sonic.evaluation.sweep import Cell
 from sonic.evaluation.teacher_distance import DISTANCE, Rows
 
 COSTS = ("train_seconds", "seconds_per_step", "seconds_per_frame")  # the first that a cell has
-BETTER = {
-    "sync_correlation": 1,
-    "dynamics_ratio": 0,
-    "student/loss": -1,
-    DISTANCE: -1,
-    "peak_gib": -1,
-}  # end of a name -> 1 = higher is better
+# end of a figure's name -> 1 = higher is better
+BETTER = {"sync_correlation": 1, "dynamics_ratio": 0, "student/loss": -1, DISTANCE: -1, "peak_gib": -1}
 LABELS = {DISTANCE: "mouth's distance from the teacher's", "dynamics_ratio": "mouth dynamics, 1 = true", "peak_gib": "peak GiB"}
 WIDTH, ROW, LEGEND = 11, 3.2, 0.22  # inches: of a picture, a row of plots, a line of the legend
 SPAN = 20  # the largest value over the least, from which an axis is logarithmic
@@ -104,7 +99,9 @@ def parallel_coordinates(rows: Rows) -> str:
     for (cell, _), line in zip(rows, zip(*(heights for heights, _ in columns), strict=True), strict=True):
         axes.plot(range(len(line)), line, color=colormaps["viridis"](line[len(options)]), lw=1.5, alpha=0.8)
         axes.annotate(str(cell.number), (len(options), line[len(options)]), xytext=(-14, -3), textcoords="offset points", fontsize=9)
-    axes.set_xticks(range(len(columns)), [fill(label(name).replace(".", ". "), 12) for name in (*options, *figures)])
+    axes.set_xticks(
+        range(len(columns)), [fill(label(name), 12, break_long_words=False).replace(".", ".\n") for name in (*options, *figures)]
+    )
     axes.set(yticks=[], xlim=(-0.2, len(columns) - 0.5))
     axes.spines[:].set_visible(False)
     return _svg(picture)
