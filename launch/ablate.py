@@ -1,4 +1,4 @@
-"""A grid of runs scored and drawn: python launch/ablate.py +ablate=steps, or grid.sampler.sample_steps=[2,3,4]"""
+"""A grid of options trained, evaluated or planned: python launch/ablate.py +ablate=steps, or grid.sampler.sample_steps=2,3,4"""
 
 from start import start
 

@@ -20,7 +20,7 @@ COMMANDS = {  # sonic/commands/NAME_command.py runs it
     "train": "train or distill a model from a recipe",
     "evaluate": "score a model on drawn faces whose mouth shapes are known exactly",
     "judge": "judge a finished video against its portrait and its recording",
-    "ablate": "score a grid of runs and write a report",
+    "ablate": "train, evaluate or plan a grid of options and write a report",
     "precompute": "encode training data once, so that training only reads it",
     "bench": "measure the speed of this machine",
     "check": "check the device of this machine in nine minutes: numbers, speed, memory, errors",

@@ -14,7 +14,7 @@ class RecordedRun:
 
     def __init__(self, keywords: dict) -> None:
         self.keywords, self.logged, self.choices, self.exit_code = keywords, [], {}, None
-        self.used, self.made, self.offline = [], [], False
+        self.used, self.made, self.offline, self.summary = [], [], False, {}
         self.use_artifact, self.log_artifact = self.used.append, self.made.append
         self.config = SimpleNamespace(update=lambda choices, allow_val_change: self.choices.update(choices))
 

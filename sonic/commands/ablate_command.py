@@ -55,11 +55,6 @@ def check_training(config: TrainConfig) -> bool:
     return bool(config.model.resolution) and issubclass(OBJECTIVES[config.objective.name], TransformerObjective)
 
 
-def check_plan(config: Any) -> bool:
-    """A plan's typed config says all there is to check."""
-    return False
-
-
 @dataclass(frozen=True)
 class SweptJob:
     """A job whose options can be swept: the entry of a command line, the job, its exit codes that are no failure, and what is checked of
@@ -74,7 +69,7 @@ class SweptJob:
 JOBS: Mapping[str, SweptJob] = {
     "evaluate": SweptJob(lambda argv: evaluate_command.ENTRY, evaluate_command.score, check_evaluation),
     "train": SweptJob(lambda argv: train_command.ENTRY, train_command.train, check_training),
-    "plan": SweptJob(plan_command.entry_of, plan_command.plan, check_plan, fine=(0, plan_command.NOTHING_FITS)),
+    "plan": SweptJob(plan_command.entry_of, plan_command.plan, lambda config: False, fine=(0, plan_command.NOTHING_FITS)),
 }
 
 
@@ -89,7 +84,7 @@ def ablate(config: AblateConfig, run: Run) -> int:
     run.keep()  # finished cells survive a failed run
     folder = run.open().absolute()
     cells = [replace(cell, folder=folder / "cells" / cell.folder.name) for cell in cells]
-    sweep(config, cells, folder, execute)
+    sweep(config, cells, execute, folder=folder)
     from sonic.evaluation.sweep_report import write_report  # imports matplotlib
 
     report = write_report(cells, folder, title=f"{folder.name}: {', '.join(config.grid)}")
@@ -125,16 +120,10 @@ def checked(cells: Sequence[Cell], score: bool | None) -> list[Cell]:
 
 def _composed(cell: Cell, score: bool | None) -> tuple[Any, bool]:
     """The typed config of a cell, and whether an evaluation follows. Raises ValueError or OSError when it cannot run."""
-    swept, own = JOBS[cell.job], cell.run_of(cell.seeds[0]).options[len(cell.options) :]
-    given = [item.lstrip("+").partition("=")[0] for item in cell.options]
-    for option in dict.fromkeys(item.partition("=")[0] for item in own):
-        require(
-            option not in given, f"{option} is set by the sweep itself, from its own options seeds, clips and log, and the cell's folder"
-        )
+    swept = JOBS[cell.job]
     made = compose(swept.entry(cell.options), cell.options)
     possible = swept.check(made)
-    if score and not possible:
-        raise ValueError("score=true: only transformers of the preview's kind can be evaluated on drawn people; leave score out")
+    require(possible or not score, "score=true: only transformers of the preview's kind can be evaluated on drawn people; leave score out")
     return made, possible and score is not False
 
 
@@ -168,10 +157,8 @@ def evaluate_trained(config: TrainConfig, options: Sequence[str]) -> None:
     from sonic.evaluation.evaluate import evaluate
 
     model, made = config.model, compose(evaluate_command.ENTRY, options)
-    if config.objective.learn.rank:
-        model = replace(model, lora=LoraConfig(config.export))
-    else:
-        model = replace(model, weights=config.export, lora=LoraConfig())
+    adapters, weights = {"lora": LoraConfig(config.export)}, {"weights": config.export, "lora": LoraConfig()}
+    model = replace(model, **(adapters if config.objective.learn.rank else weights))
     sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
     evaluate(replace(made, model=model, sampler=sampler))
 

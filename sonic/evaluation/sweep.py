@@ -14,15 +14,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from sonic.config import RunConfig
 from sonic.evaluation import metrics
-from sonic.evaluation.sweep_config import AblateConfig
+from sonic.evaluation.sweep_config import CLIPS, AblateConfig
 from sonic.registry import Registry
 from sonic.system.program import interpreter
 from sonic.system.stdio import interrupt_on_signals
@@ -32,7 +33,6 @@ LOG = logging.getLogger(__name__)
 FIGURES = ("sync_correlation", "dynamics_ratio", "identity_psnr_db", "block_join_ratio", "silent_motion_ratio", "seconds_per_frame")
 LEARNT = ("loss", "grad_norm")  # last words of the names of a training's figures that a report shows
 MACHINE = ("attention", "device", "dtype", "threads")  # options run.* that cells get when they are not the default
-CLIPS = ("clips", "seconds", "num_videos")  # options eval.* that cells get
 SCORED_SEED = 1  # of the clips that trainings are scored on, the same for all
 NAME_CHARACTERS = 120  # of a cell's choices in the name of its folder
 POLL_S, PATIENCE_S = 0.2, 120  # seconds between two looks at the running jobs, and for which cancelled ones may save what they have
@@ -41,7 +41,7 @@ POLL_S, PATIENCE_S = 0.2, 120  # seconds between two looks at the running jobs, 
 @dataclass(frozen=True)
 class SeedRun:
     """One seed of a cell, for which a process is started: the options of its job, those of an evaluation that follows a training, the
-    folder of the training's run, and the JSON file that is there when all is done."""
+    folder of the run, and the JSON file that is there when all is done."""
 
     job: str
     options: list[str]
@@ -57,8 +57,9 @@ Submit = Callable[[SeedRun], Any]  # starts it; gives a job with done(), excepti
 @dataclass(frozen=True)
 class Cell:
     """One combination of the grid: the options of its job, `scoring` of the evaluation after a training (empty = none), `logged` of its
-    log, and where the results of its seeds are. `config` is the whole config, once it has been checked."""
+    log, and where the results of its seeds are. `config` is the whole config, once it has been checked; `number` stands in the report."""
 
+    number: int
     job: str
     choices: dict[str, Any]
     options: list[str]
@@ -76,13 +77,12 @@ class Cell:
     @property
     def figures(self) -> dict[str, Any] | None:
         """The figures over all seeds: {mean, ci95, clips}, numbers or words. None until all seeds are finished."""
-        found = list(self.seed_figures.values())
-        if len(found) < len(self.seeds):
+        if len(found := list(self.seed_figures.values())) < len(self.seeds):
             return None
         joined = dict(found[0])  # numbers and words
         for name, figure in found[0].items():
             if isinstance(figure, dict):
-                joined[name] = metrics.X
+                joined[name] = _of(figure["of"], [clip for each in found if name in each for clip in each[name]["clips"]])
             elif isinstance(figure, list):
                 joined[name] = [track for each in found for track in each[name]]
         return joined
@@ -96,7 +96,9 @@ class Cell:
             figures = {name: _of("seed", [value]) for name, value in _trained(self.curve(seed)).items()} if self.job == "train" else {}
             if FIGURES[0] in result:  # it was evaluated
                 figures |= {name: _of("clip", result[name]["clips"]) for name in FIGURES}
-                figures |= {"peak_gib": result["peak_rss_gib"], "openings": result["openings"]}
+                figures["openings"] = result["openings"]
+            if self.job == "evaluate":
+                figures["peak_gib"] = result["peak_rss_gib"]
             found[seed] = _planned(result) if self.job == "plan" else figures
         return found
 
@@ -144,9 +146,9 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
 
     The name of a cell's folder contains a hash of its options, so that results are found again only for the same options.
     """
-    machine = _changed("run", config.run, RunConfig, MACHINE)
+    machine = _changed("run", config.run, RunConfig, names=MACHINE)
     schema = {"evaluate": WandbConfig, "train": LogConfig}.get(config.job)
-    logged = _changed("log", config.log, schema, [each.name for each in fields(schema)]) if schema else []
+    logged = _changed("log", config.log, schema, names=[each.name for each in fields(schema)]) if schema else []
     logged += [f"log.group={folder.name}"] if logged and config.log.wandb != "off" and not config.log.group else []
     plugins = [f"plugins=[{','.join(config.plugins)}]"] * bool(config.plugins)
     scored = [f"eval.{name}={getattr(config, name)}" for name in CLIPS]
@@ -161,11 +163,11 @@ def cells_of(config: AblateConfig, folder: Path) -> list[Cell]:
         words = "__".join(f"{_short(option)}-{_typed(value)}" for option, value in choices.items())
         name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', words)[:NAME_CHARACTERS]}__{_hash(options)}"
         scoring = [*plugins, *machine, *scored] if config.job == "train" and config.score is not False else []
-        cells.append(Cell(config.job, choices, options, scoring, logged, folder / "cells" / name, config.seeds))
+        cells.append(Cell(len(cells) + 1, config.job, choices, options, scoring, logged, folder / "cells" / name, config.seeds))
     return cells
 
 
-def sweep(config: AblateConfig, cells: Sequence[Cell], folder: Path, execute: Execute) -> None:
+def sweep(config: AblateConfig, cells: Sequence[Cell], execute: Execute, *, folder: Path) -> None:
     """Run every seed of every cell that is not finished, `config.jobs` at once; failed ones only with retry=true."""
     waiting = [(cell, seed) for cell in cells for seed in cell.seeds if not cell.result_file(seed).is_file()]
     waiting = [(cell, seed) for cell, seed in waiting if config.retry or not cell.failure_file(seed).is_file()]
@@ -222,23 +224,12 @@ def run_until_signal(execute: Execute, run: SeedRun) -> None:
         raise RuntimeError("it was stopped by a signal, as at the end of its time (minutes=)") from error
 
 
-@dataclass(frozen=True)
-class LocalJob:
+class LocalJob(NamedTuple):
     """A job of submitit on this machine, which is cancelled by SIGTERM: submitit itself would kill it after a second."""
 
-    job: Any
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self.job.done()
-
-    def exception(self) -> BaseException | None:
-        """The error that it ended with, if any."""
-        return self.job.exception()
-
-    def cancel(self) -> None:
-        """Ask it to end."""
-        os.kill(int(self.job.job_id), signal.SIGTERM)
+    done: Callable[[], bool]
+    exception: Callable[[], BaseException | None]
+    cancel: Callable[[], None]
 
 
 def _submitit(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
@@ -261,7 +252,9 @@ def _submitit(execute: Execute, config: AblateConfig, folder: Path) -> Submit:
             job = executor.submit(run_until_signal, execute, run)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return LocalJob(job) if config.engine == "local" else job
+        if executor.cluster != "local":
+            return job
+        return LocalJob(job.done, job.exception, partial(os.kill, int(job.job_id), signal.SIGTERM))
 
     return submit
 
@@ -288,10 +281,8 @@ def _of(kind: str, values: Sequence[float]) -> dict[str, Any]:
 
 def _trained(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures of a training at its end."""
-    if not curve:
-        return {}
-    last = curve[-1]
-    return {name: last[name] for name in (*filter(lambda each: each.endswith(LEARNT), last), "step", "train_seconds")}
+    last = curve[-1] if curve else {}
+    return {name: last[name] for name in last if name.endswith(LEARNT) or name in ("step", "train_seconds")}
 
 
 def _planned(result: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +293,7 @@ def _planned(result: dict[str, Any]) -> dict[str, Any]:
     return {**fits, "peak_gib": max(best["peak_gib_per_rank"]), "why": best["reason"]}
 
 
-def _changed(group: str, given: Any, schema: type, names: Sequence[str]) -> list[str]:
+def _changed(group: str, given: Any, schema: type, *, names: Sequence[str]) -> list[str]:
     """The options of a group that are not the default."""
     return [f"{group}.{name}={_typed(value)}" for name in names if (value := getattr(given, name)) != getattr(schema(), name)]
 

@@ -9,6 +9,12 @@ from sonic.config import CommandConfig, RunConfig, names_in, one_of, option, req
 from sonic.training.train_config import LogConfig
 
 COMMON = {"evaluate": ["+preset=fast_preview"], "train": [], "plan": []}  # job -> `common` where it is not given
+CLIPS = ("clips", "seconds", "num_videos")  # options eval.* that a sweep sets for its cells
+OWN = {
+    "evaluate": ["json", "eval.seed", "eval.videos", *(f"eval.{name}" for name in CLIPS)],
+    "train": ["seed", "name", "export"],
+    "plan": ["json"],
+}
 
 
 @dataclass
@@ -49,6 +55,9 @@ class AblateConfig(CellsConfig, CommandConfig):
         require(bool(self.grid), "grid is empty; choose +ablate=steps, or give grid.OPTION=value,value")
         self.grid = {name: _values(name, given) for name, given in self.grid.items()}
         self.common = COMMON[self.job] if self.common is None else self.common
+        given = {item.lstrip("+").partition("=")[0] for item in (*self.grid, *self.common)}
+        taken = sorted(given.intersection(OWN[self.job]))
+        require(not taken, f"{', '.join(taken)}: a sweep sets this itself, by its own options seeds, {', '.join(CLIPS)} and name")
         for combination in self.exclude:
             known = bool(combination) and all(name in self.grid for name in combination)
             require(known, f"exclude has {combination}, which does not name options of the grid ({', '.join(self.grid)})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib import colormaps
@@ -14,9 +15,10 @@ from sonic.evaluation.sweep import Cell
 from sonic.evaluation.teacher_distance import DISTANCE, Rows
 
 COSTS = ("train_seconds", "seconds_per_step", "seconds_per_frame")  # the first that a cell has
-BETTER = {"sync_correlation": 1, "dynamics_ratio": 0, "loss": -1, DISTANCE: -1, "peak_gib": -1}  # end of a name -> 1 = higher is better
+# end of a figure's name -> 1 = higher is better
+BETTER = {"sync_correlation": 1, "dynamics_ratio": 0, "student/loss": -1, DISTANCE: -1, "peak_gib": -1}
 LABELS = {DISTANCE: "mouth's distance from the teacher's", "dynamics_ratio": "mouth dynamics, 1 = true", "peak_gib": "peak GiB"}
-WIDTH, ROW, LEGEND = 11, 3.6, 0.22  # inches: of a picture, a row of plots, a line of the legend
+WIDTH, ROW, LEGEND = 11, 3.2, 0.22  # inches: of a picture, a row of plots, a line of the legend
 SPAN = 20  # the largest value over the least, from which an axis is logarithmic
 
 
@@ -40,17 +42,18 @@ def quality_over_cost(rows: Rows) -> str:
     cost, names = _cost_and_figures(rows)
     if not cost or not names:
         return ""
-    picture = _picture(len(names), len(rows))
-    for axes, name in zip(picture.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+    picture = _picture((len(names) + 1) // 2, len(rows))
+    for place, name in enumerate(names, 1):
+        axes = picture.add_subplot((len(names) + 1) // 2, min(2, len(names)), place)
         axes.set(xlabel=label(cost), ylabel=label(name), xscale=_scale(mean(its[cost]) for _, its in rows if cost in its))
         axes.margins(0.06, 0.15)
         sign, points = _better(name), []
-        for number, (cell, its) in enumerate(rows, 1):
+        for cell, its in rows:
             if {name, cost} <= its.keys():
                 x, y, fits = mean(its[cost]), mean(its[name]), its.get("fits") != "no"
-                style = {"fmt": "o" if fits else "x", "color": _color(number), "capsize": 3}
-                axes.errorbar(x, y, interval(its[name]), label=f"{number}  {cell.name}", **style)
-                axes.annotate(str(number), (x, y), xytext=(5, 5), textcoords="offset points")
+                style = {"fmt": "o" if fits else "x", "color": _color(cell), "capsize": 3}
+                axes.errorbar(x, y, interval(its[name]), label=_entry(cell), **style)
+                axes.annotate(str(cell.number), (x, y), xytext=(5, 5), textcoords="offset points")
                 points += [(x, -sign * y)] * (fits and bool(sign))
         best = [(x, -sign * y) for index, (x, y) in enumerate(sorted(points)) if all(y < other for _, other in sorted(points)[:index])]
         axes.plot([x for x, _ in best], [y for _, y in best], "--", color="grey", zorder=0)
@@ -59,19 +62,19 @@ def quality_over_cost(rows: Rows) -> str:
 
 def training_curves(cells: Sequence[Cell]) -> str:
     """Every loss of all trainings, finished or not, over steps and over seconds; "" without any."""
-    curves = [(number, cell, curve) for number, cell in enumerate(cells, 1) for seed in cell.seeds if (curve := cell.curve(seed))]
-    names = list(dict.fromkeys(name for _, _, curve in curves for line in curve for name in line if name.endswith("loss")))
+    curves = [(cell, curve) for cell in cells for seed in cell.seeds if (curve := cell.curve(seed))]
+    names = list(dict.fromkeys(name for _, curve in curves for line in curve for name in line if name.endswith("loss")))
     if not names:
         return ""
     picture = _picture(len(names), len(cells))
     for pair, name in zip(picture.subplots(len(names), 2, squeeze=False, sharey="row"), names, strict=True):
         pair[0].set_ylabel(label(name))
-        scale = _scale(line[name] for _, _, curve in curves for line in curve if name in line)
+        scale = _scale(line[name] for _, curve in curves for line in curve if name in line)
         for axes, over in zip(pair, ("step", "train_seconds"), strict=True):
             axes.set(xlabel=label(over), yscale=scale)
-            for number, cell, curve in curves:
+            for cell, curve in curves:
                 lines = [line for line in curve if name in line]
-                style = {"color": _color(number), "lw": 1, "label": f"{number}  {cell.name}"}
+                style = {"color": _color(cell), "lw": 1, "label": _entry(cell)}
                 axes.plot([line[over] for line in lines], [line[name] for line in lines], ".-", **style)
     return _svg(picture, legend=True)
 
@@ -80,7 +83,6 @@ def parallel_coordinates(rows: Rows) -> str:
     """A line for every cell through its options and figures, in the colour of its first figure; "" when there is nothing to compare."""
     options = dict.fromkeys(name for cell, _ in rows for name in cell.choices)
     options = [name for name in options if len({str(cell.choices.get(name)) for cell, _ in rows}) > 1]
-    numbers = {cell.name: number for number, (cell, _) in enumerate(rows, 1)}
     cost, names = _cost_and_figures(rows)
     figures = [*names, *([cost] if cost else [])]
     rows = [(cell, its) for cell, its in rows if all(name in its for name in figures)]
@@ -96,8 +98,10 @@ def parallel_coordinates(rows: Rows) -> str:
             axes.annotate(text, (x, height), xytext=(4, 3), textcoords="offset points", fontsize=9)
     for (cell, _), line in zip(rows, zip(*(heights for heights, _ in columns), strict=True), strict=True):
         axes.plot(range(len(line)), line, color=colormaps["viridis"](line[len(options)]), lw=1.5, alpha=0.8)
-        axes.annotate(str(numbers[cell.name]), (len(options), line[len(options)]), xytext=(-14, -3), textcoords="offset points", fontsize=9)
-    axes.set_xticks(range(len(columns)), [label(name).replace(" ", "\n").replace(".", ".\n") for name in (*options, *figures)])
+        axes.annotate(str(cell.number), (len(options), line[len(options)]), xytext=(-14, -3), textcoords="offset points", fontsize=9)
+    axes.set_xticks(
+        range(len(columns)), [fill(label(name), 12, break_long_words=False).replace(".", ".\n") for name in (*options, *figures)]
+    )
     axes.set(yticks=[], xlim=(-0.2, len(columns) - 0.5))
     axes.spines[:].set_visible(False)
     return _svg(picture)
@@ -133,8 +137,13 @@ def _better(name: str) -> int:
     return next(sign for end, sign in BETTER.items() if name.endswith(end))
 
 
-def _color(number: int) -> Iterable[float]:
-    return colormaps["tab20"].colors[(number - 1) % 20]
+def _entry(cell: Cell) -> str:
+    """A cell in a legend."""
+    return f"{cell.number}  {cell.name}"
+
+
+def _color(cell: Cell) -> Iterable[float]:
+    return colormaps["tab20"].colors[(cell.number - 1) % 20]
 
 
 def _picture(plots: int, cells: int) -> Figure:

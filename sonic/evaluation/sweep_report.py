@@ -25,17 +25,16 @@ def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
     rows = [(cell, figures) for cell in cells if (figures := cell.figures)]
     if all(OPENINGS in figures for _, figures in rows):
         rows = with_distances(rows)
-    numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
     options = list(dict.fromkeys(option for cell in cells for option in cell.choices))
     names = [name for name in dict.fromkeys(name for _, figures in rows for name in figures) if name != OPENINGS]
     pictures = {
-        "Cost and quality": sweep_plots.quality_over_cost(rows),
+        "Figures over cost": sweep_plots.quality_over_cost(rows),
         "Training curves": sweep_plots.training_curves(cells),
         "Options and figures": sweep_plots.parallel_coordinates(rows),
     }
     plots = {heading: _url("image/svg+xml", svg.encode()) for heading, svg in pictures.items() if svg}
     template = jinja2.Environment(autoescape=True).from_string((resources.files("sonic.assets") / "sweep_report.html").read_text())
-    shown = {"cells": cells, "rows": rows, "names": names, "options": options, "numbers": numbers}
+    shown = {"cells": cells, "rows": rows, "names": names, "options": options}
     page = template.render(title=title, plots=plots, videos=_videos(rows), in_words=_in_words, label=sweep_plots.label, **shown)
     with written_temporary(folder / "report.html") as partial:
         partial.write_text(page)

@@ -1,63 +1,29 @@
-"""Sweeps: every cell is scored once per seed, failures are reported and retried on request, and the report needs no other files."""
+"""Sweeps: every cell is run once per seed in a process of its own, and failures are reported and retried on request."""
 
 from __future__ import annotations
 
 import _thread
-import base64
-import csv
 import json
 import os
-import re
-import shutil
-import subprocess
 import threading
 import time
-from html.parser import HTMLParser
 
 import fake_score
-import numpy as np
 import pytest
+from sweeping import ENTRY, GRID, ablate, config, sweep, written
 from wandb_recorder import record_wandb
 
-from sonic.cli import Entry, compose
+from sonic.cli import compose
 from sonic.commands import ablate_command
-from sonic.data.video import VideoWriter
 from sonic.evaluation import sweep as sweeps
 from sonic.evaluation.sweep import cells_of, run_jobs
-from sonic.evaluation.sweep_config import AblateConfig
 from sonic.training.train_config import LogConfig
 from sonic.training.wandb_log import log_cells
-
-ENTRY = Entry("ablate", AblateConfig, collections=("ablate",))
-GRID = "grid={sampler.sample_steps: [2, 4], weights: [teacher]}"
-
-
-def sweep(made, folder, score=fake_score.score):
-    """The cells of a sweep that evaluates with a stand-in."""
-    pytest.importorskip("submitit")
-    pytest.importorskip("matplotlib")
-    return sweeps.sweep(made, folder, score)
-
-
-def write_report(cells, folder):
-    pytest.importorskip("matplotlib")
-    from sonic.evaluation.sweep_report import write_report
-
-    return write_report(cells, folder, title="steps")
-
-
-def config(*argv):
-    return compose(ENTRY, ["clips=3", "num_videos=0", "seeds=[1,2]", "jobs=2", *argv])
-
-
-def written(cells):
-    """When each evaluation was made."""
-    return {file: file.stat().st_mtime_ns for cell in cells for file in cell.folder.glob("seed_*")}
 
 
 def test_a_cell_runs_with_its_choices_once_for_every_seed(tmp_path):
     cell = cells_of(config(GRID), tmp_path)[1]
-    first, second = (cell.command(seed) for seed in cell.seeds)
+    first, second = (cell.run_of(seed).options for seed in cell.seeds)
     assert {"sampler.sample_steps=4", "weights=teacher", "eval.clips=3", "eval.seed=1", "+preset=fast_preview"} <= set(first)
     assert "eval.seed=2" in second
     assert cell.name == "sample_steps=4, weights=teacher"
@@ -71,7 +37,7 @@ def test_a_cell_gets_only_the_machine_options_that_were_set(tmp_path):
 
 def test_the_options_of_a_cell_are_those_of_the_command_evaluate(tmp_path):
     cell = cells_of(config(GRID, "run.threads=1"), tmp_path)[0]
-    made = compose(ablate_command.EVALUATE, cell.command(2))
+    made = compose(ablate_command.JOBS["evaluate"].entry([]), cell.run_of(2).options)
     assert (made.sampler.sample_steps, made.eval.seed, made.eval.clips, made.run.threads) == (2, 2, 3, 1)
     assert made.json == str(cell.result_file(2))
 
@@ -104,12 +70,12 @@ def test_failed_cells_are_reported_and_retried_with_retry_true(tmp_path, monkeyp
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 0.1)  # for which it looks for the result of a lost process
     grid = "grid={sampler.sample_steps: [2, 3, 13]}"
-    good, bad, killed = cells = sweep(config(grid, "seeds=[1]"), tmp_path)
+    good, bad, killed = cells = sweep(config(grid, "seeds=[1]"), tmp_path, processes=True)
     assert good.figures and not bad.figures and not killed.figures
     assert "three steps are not to be had" in bad.failure and "has not produced any output" in killed.failure
     before = written(cells)
     assert written(sweep(config(grid, "seeds=[1]"), tmp_path)) == before
-    after = written(sweep(config(grid, "seeds=[1]", "retry=true"), tmp_path))
+    after = written(sweep(config(grid, "seeds=[1]", "retry=true"), tmp_path, processes=True))
     assert [after[file] == when for file, when in before.items()] == ["failed" not in file.name for file in before]
 
 
@@ -124,8 +90,9 @@ def test_an_interruption_stops_what_runs_and_the_same_command_scores_the_rest(tm
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        sweep(made, tmp_path, fake_score.score_until_stopped)
+        sweep(made, tmp_path, fake_score.score_until_stopped, processes=True)
     assert cell.figures is None and not cell.failure
+    assert (cell.folder / "saved").read_text() == "True"  # it had time, and the signal came from the sweep alone
     before, process = written([cell]), int((cell.folder / "waits").read_text())
     assert [file.name for file in before] == ["seed_1.json"]
     deadline = time.monotonic() + 20
@@ -158,9 +125,9 @@ def test_no_more_than_the_asked_number_run_at_once_and_those_that_run_are_cancel
     monkeypatch.setattr(sweeps, "POLL_S", 0)
     cells, started = cells_of(config("grid={sampler.sample_steps: [1, 2, 3]}", "seeds=[1]"), tmp_path), []
 
-    def submit(command):
+    def submit(run):
         assert sum(job.looks < 2 for job in started) < 2
-        started.append(Ends(ValueError("no") if "sampler.sample_steps=2" in command else None))
+        started.append(Ends(ValueError("no") if "sampler.sample_steps=2" in run.options else None))
         return started[-1]
 
     found = list(run_jobs([(cell, 1) for cell in cells], submit, 2))
@@ -171,108 +138,40 @@ def test_no_more_than_the_asked_number_run_at_once_and_those_that_run_are_cancel
     assert [job.cancelled for job in started[3:]] == [False, True]
 
 
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.sources = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-
-
-@pytest.fixture
-def report(tmp_path):
-    made = config("grid={sampler.sample_steps: [2, 3, 4]}", "seeds=[1]")
-    cells = sweep(made, tmp_path)
-    for cell in cells:
-        if cell.figures:
-            (cell.folder / "videos_1").mkdir()
-            with VideoWriter(cell.folder / "videos_1/clip_000.mp4", 64, 64, num_frames=100) as writer:
-                writer.write(np.full((100, 64, 64, 3), 90, np.uint8))
-    return write_report(cells, tmp_path)
-
-
-def test_the_report_page_needs_no_other_files(report):
-    page = Page(report.read_text())
-    assert page.tags.count("img") == 1
-    assert page.tags.count("video") == 2
-    assert page.tags.count("tr") == 3
-    assert all(source.startswith("data:") for source in page.sources)
-    embedded = [base64.b64decode(source.partition("base64,")[2]) for source in page.sources if source.startswith("data:video/mp4")]
-    assert embedded == [path.read_bytes() for path in sorted(report.parent.rglob("*/clip_000.mp4"))]
-    assert "three steps are not to be had" in report.read_text()
-    assert "viewport" in report.read_text()
-
-
-def test_the_table_is_written_as_csv(report):
-    rows = list(csv.DictReader((report.parent / "report.csv").open()))
-    assert [row["sampler.sample_steps"] for row in rows] == ["2", "4"]
-    assert float(rows[0]["sync_correlation_mean"]) == pytest.approx(0.85 + 0.01)
-    assert "teacher_distance_mean" not in rows[0]  # no cell is a teacher
-
-
-def plots(page):
-    """The plots of a report, as SVG."""
-    (source,) = (source for source in Page(page.read_text()).sources if source.startswith("data:image/svg+xml"))
-    return base64.b64decode(source.partition("base64,")[2]).decode()
-
-
-def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(tmp_path):
-    cells = sweep(config("grid={weights: [student, teacher], sampler.sample_steps: [1, 2, 4]}", "seeds=[1]"), tmp_path)
-    page = write_report(cells, tmp_path)
-    rows = {(row["weights"], row["sampler.sample_steps"]): row for row in csv.DictReader((tmp_path / "report.csv").open())}
-    given = {key: float(row["teacher_distance_mean"]) for key, row in rows.items()}
-    reference = np.array([0.0, 0.25, 0.0, -1.0])
-    assert given["teacher", "4"] == given["student", "4"] == 0.0
-    assert given["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and given["student", "2"] < given["student", "1"]
-    assert "distance from the teacher's" in plots(page)
-
-
-def test_every_plot_names_its_axis_and_the_legend_every_cell(report):
-    drawn = plots(report)
-    assert all(words in drawn for words in ("sync correlation", "mouth dynamics", "peak memory", "sample_steps=2", "sample_steps=4"))
-    assert "distance from the teacher's" not in drawn and "sample_steps=3" not in drawn
-
-
-# click the button, read the state, click again and read it again
-PROBE = """
-const look=()=>({fits:document.body.scrollWidth<=innerWidth,paused:[...document.querySelectorAll('video')].map(v=>v.paused)});
-addEventListener('load',()=>{const button=document.querySelector('.row button');button.click();
-const playing=look();button.click();document.title=JSON.stringify([playing,look()]);});
-"""
-
-
-def test_a_button_starts_and_stops_all_videos_of_a_row_and_the_page_fits_a_phone(report, tmp_path):
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("no chromium on this machine; .ci/run installs it where it may")
-    page = tmp_path / "probe.html"
-    page.write_text(report.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--virtual-time-budget=5000", "--dump-dom"]
-    options.append("--autoplay-policy=no-user-gesture-required")  # a script's click is no person's
-    done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    playing, stopped = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
-    assert playing == {"fits": True, "paused": [False, False]}
-    assert stopped == {"fits": True, "paused": [True, True]}
-
-
-def test_the_cells_are_one_group_in_wandb(tmp_path, monkeypatch):
+def test_every_seed_of_a_cell_is_a_run_of_one_group_in_wandb_with_its_whole_config(tmp_path, monkeypatch):
     runs, cells = record_wandb(monkeypatch), sweep(config(GRID), tmp_path)
-    log_cells(cells, tmp_path, LogConfig(wandb="offline"), group="mine")
-    assert [run.keywords["name"] for run in runs] == [cell.name for cell in cells]
-    for run, cell in zip(runs, cells, strict=True):
-        assert run.keywords["group"] == "mine" and run.choices == cell.choices and run.exit_code == 0
-        ((_, figures),) = run.logged
-        assert figures["eval/sync_correlation"] == cell.figures["sync_correlation"]["mean"]
+    cells = ablate_command.checked(cells, None)
+    log_cells(cells, LogConfig(wandb="offline"), group="mine")
+    assert [run.keywords["name"] for run in runs] == [f"{cell.name}, seed {seed}" for cell in cells for seed in (1, 2)]
+    for run, (cell, seed) in zip(runs, [(cell, seed) for cell in cells for seed in (1, 2)], strict=True):
+        assert run.keywords["group"] == "mine" and run.keywords["job_type"] == "evaluate" and run.exit_code == 0
+        assert cell.choices.items() <= run.choices.items() and run.choices["seed"] == seed
+        assert run.choices["sampler"]["sample_steps"] == cell.choices["sampler.sample_steps"]
+        assert run.summary["eval/sync_correlation"] == cell.seed_figures[seed]["sync_correlation"]["mean"]
+    log_cells(cells, LogConfig(wandb="offline"), group="mine")  # a repeated command continues the runs
+    assert [run.keywords["id"] for run in runs[4:]] == [run.keywords["id"] for run in runs[:4]]
+
+
+def test_the_jobs_of_a_sweep_log_into_its_group(tmp_path):
+    given = ["log.wandb=offline", "log.project=mine"]
+    options = cells_of(config(GRID, *given), tmp_path / "sweep")[0].run_of(1).options
+    assert {"log.wandb=offline", "log.project=mine", "log.group=sweep"} <= set(options)
+    training = cells_of(config("grid={optim.lr: [1]}", "job=train", "log.every_steps=5", *given, "log.group=own"), tmp_path)[0]
+    assert {"log.every_steps=5", "log.group=own"} <= set(training.run_of(1).options)
+    assert not any("log." in option for option in training.options)  # where results are logged does not make them others
 
 
 @pytest.mark.parametrize(
     ("typed", "given"),
     [
         ("grid={}", "grid is empty"),
-        ("grid={seed: 3}", "not a list"),
+        ("grid={seed: {a: 3}}", "no values to try"),
+        ("grid={seed: []}", "no values to try"),
+        ("grid={seed: '1,,2'}", "grid.seed: extraneous input"),
+        ("grid={seed: 'interval(0,1)'}", "INTERVAL"),
+        ("job=judge", "choose one of"),
+        ("job=plan  seeds=[1,2]", "has nothing random"),
+        ("score=true", "is for job=train"),
         ("jobs=0", "at least 1"),
         ("minutes=0", "at least 1"),
         ("engine=slrm", "choose one of"),
@@ -281,21 +180,22 @@ def test_the_cells_are_one_group_in_wandb(tmp_path, monkeypatch):
 )
 def test_an_impossible_sweep_is_refused(typed, given):
     with pytest.raises(ValueError, match=given):
-        compose(ENTRY, [GRID, typed])
+        compose(ENTRY, [GRID, *typed.split("  ")])
 
 
 @pytest.mark.parametrize(("engine", "packages"), [("local", "submitit matplotlib"), ("ray", "submitit matplotlib ray")])
-def test_missing_packages_are_named_before_anything_is_scored(engine, packages, tmp_path, monkeypatch):
+def test_missing_packages_are_named_before_anything_is_scored(engine, packages, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"run: pip install {packages}$"):
-        sweeps.sweep(config(GRID, f"engine={engine}"), tmp_path, fake_score.score)
+    assert ablate(GRID, f"engine={engine}") == 2
+    assert f"run: pip install {packages}\n" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_lost_ray_worker_fails_its_cell_and_not_the_sweep(tmp_path):
     ray = pytest.importorskip("ray")
     try:
-        good, bad = sweep(config("grid={sampler.sample_steps: [2, 13]}", "engine=ray", "seeds=[1]"), tmp_path)
+        good, bad = sweep(config("grid={sampler.sample_steps: [2, 13]}", "engine=ray", "seeds=[1]"), tmp_path, processes=True)
     finally:
         ray.shutdown()
     assert good.figures and not bad.figures
