@@ -189,8 +189,6 @@ def _size_for_picture(name: str, video: VideoConfig) -> tuple[int, int] | None:
 def _refusal(found: PlanResult) -> str:
     """The error message: how much memory is missing, and which changes would make the video fit."""
     best, hardware = found.chosen, found.hardware
-    lacks = (
-        f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.ranks} x {hardware.usable_gib:.1f} GiB"
-    )
+    lacks = f"{best.missing_gib(hardware):.1f} GiB are missing for parallel={best.name} on {hardware.ranks} x {hardware.usable_gib:.1f} GiB"
     would = in_words(found.changes)
     return f"{lacks}; {f'would fit: {would}' if would else 'nothing smaller fits either'}; plan.force=true starts it all the same"
