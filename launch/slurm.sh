@@ -23,18 +23,14 @@ refuse() {
 }
 
 # shellcheck disable=SC2329 # srun runs it, by its text
-# Run a command and pass signals on: TERM to it, and USR1 to it or, when $1 is "ranks", to the processes that it has started.
+# Run a command and pass signals on: TERM to it, and USR1, when $1 is "ranks", to the processes that it has started, else as TERM.
 on_node() {
-    local whom=$1 pid code=0
+    local whom=$1 pid='' code=0
     shift
+    trap '[ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true' TERM
+    trap '[ "$whom" = ranks ] && pkill -USR1 -P "$pid" || kill -TERM "${pid:-$$}" 2>/dev/null || true' USR1
     "$@" &
     pid=$!
-    trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
-    if [ "$whom" = ranks ]; then
-        trap 'pkill -USR1 -P "$pid" || true' USR1
-    else
-        trap 'kill -TERM "$pid" 2>/dev/null || true' USR1
-    fi
     wait_for "$pid" || code=$?
     return "$code"
 }
@@ -70,12 +66,12 @@ elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     echo "slurm.sh: $job is one process: $((SLURM_JOB_NUM_NODES - 1)) of $SLURM_JOB_NUM_NODES nodes have nothing to do; use --nodes=1" >&2
 fi
 
-ending=0 code=0
+ending=0 code=0 step=''
+trap 'ending=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 # srun passes it on to every node
+trap '[ -z "$step" ] || kill -TERM "$step" 2>/dev/null || true' TERM
 srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 ${SLURM_CPUS_ON_NODE:+"--cpus-per-task=$SLURM_CPUS_ON_NODE"} \
     bash -c "$(declare -f on_node wait_for); on_node \"\$@\"" on_node "$whom" "${run[@]}" &
 step=$!
-trap 'ending=1; kill -USR1 "$step" 2>/dev/null || true' USR1 # srun passes it on to every node
-trap 'kill -TERM "$step" 2>/dev/null || true' TERM
 wait_for "$step" || code=$?
 
 if [ "$ending" = 1 ] && [ "$code" != 0 ]; then

@@ -19,14 +19,14 @@ from sonic.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch/slurm.sh"
-PATIENCE_S = 200
+PATIENCE_S = 400
 PRINTS = """printf '%s\\n' "$@" """
 SRUN = """
 for word; do case $word in --ntasks=*) count=${word#*=} ;; esac; done
 while [[ $1 == --* ]]; do shift; done
 nodes=()
-for _ in $(seq "$count"); do "$@" & nodes+=($!); done
 trap 'kill -USR1 "${nodes[@]}"' USR1
+for _ in $(seq "$count"); do "$@" & nodes+=($!); done
 code=0
 for node in "${nodes[@]}"; do
     while true; do
@@ -132,6 +132,7 @@ def test_what_cannot_run_is_refused_in_a_sentence(arguments, job, sentence, clus
 WAITS = """
 trap 'echo got USR1 >>"$(dirname "$0")/got"; exit 138' USR1
 trap 'echo got TERM >>"$(dirname "$0")/got"; exit 143' TERM
+: | sleep 1 # until those that started this have noted its number
 : >"$(dirname "$0")/started"
 while true; do read -r -t 0.1 <> <(:) || true; done
 """
@@ -177,7 +178,7 @@ def test_a_training_that_goes_back_into_the_queue_ends_with_the_weights_of_one_t
     )
     write_index(clips, [{"name": name, "shard": "a.safetensors", "latent_frames": 6, "tensors": list(sizes)} for name in names], seed=7)
     options = ["objective=viseme", "data.folder=clips", "data.window=6", "checkpoint.every_steps=2", "log.bar=false"]
-    options += ["budget.max_steps=30", "budget.batch_size=2", "budget.accumulate=2"]
+    options += ["budget.max_steps=20", "budget.batch_size=2", "budget.accumulate=2"]
     job = lambda name: cluster("train", *options, f"name={name}", f"export={name}.safetensors")  # noqa: E731
     first = job("stopped")
     until(lambda: any((tmp_path / "here/runs/stopped").rglob("*step*/*")), first)
