@@ -21,7 +21,7 @@ SETTLED = (
 )
 
 
-def command_line(asked: Sequence[str], plan: Plan, hardware: HardwareConfig, changes: Sequence[str] = ()) -> str:
+def command_line(asked: Sequence[str], plan: Plan, hardware: HardwareConfig, *, changes: Sequence[str] = ()) -> str:
     """The command line that runs a plan: the options that were given to the planner, `changes` to them, and those that select the plan."""
     training = plan.unit == "step"
     chosen = [*changes, *plan.options]

@@ -68,7 +68,7 @@ class PlanResult:
 
     def command(self, plan: Plan, changes: Sequence[str] = ()) -> str:
         """The command line that runs one of the plans, or after `changes` to the options another one; "" when there was none before."""
-        return "" if self.asked is None else command_line(self.asked, plan, self.hardware, changes)
+        return "" if self.asked is None else command_line(self.asked, plan, self.hardware, changes=changes)
 
 
 def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
