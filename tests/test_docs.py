@@ -24,7 +24,7 @@ README_LINES = 200
 STARTERS = re.compile(r"(sonic |torchrun |python launch/|python -m sonic |sbatch |\./launch/)(?!  )")
 LAUNCHED = re.compile(r"(?:\./)?launch/(\w+)\.(?:py|sh)")
 OF_SCRIPTS = {  # what these start, and what they add
-    **{"quickstart": ("infer", ["+preset=fast_preview"]), "slurm": ("infer", [])},
+    "quickstart": ("infer", ["+preset=fast_preview"]),
     **{script: (command, []) for command, script in LAUNCHERS.items()},
 }
 NO_OPTIONS = {"test"}  # scripts that take none of ours
@@ -71,6 +71,8 @@ def command_of(line: str) -> tuple[str, list[str]] | None:
             if script[1] in NO_OPTIONS:
                 return None
             name, added = OF_SCRIPTS.get(script[1], (script[1], []))
+            if name == "slurm":  # takes any command
+                name, index = words[index + 1], index + 1
         elif word != "sonic":
             continue
         else:

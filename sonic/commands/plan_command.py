@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from sonic.compose import RECIPE
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.search import PlanResult, Tracked, as_json, search_plans
 from sonic.system.files import write_json
+from sonic.system.program import written
 from sonic.system.run_folder import Run
 from sonic.training.objective_config import OBJECTIVE_CONFIGS
 from sonic.training.plan_training import PlanTrainingConfig, plan_training
@@ -36,6 +38,7 @@ def plan(config: PlanConfig | PlanTrainingConfig, run: Run) -> int:
 
         config = replace(config, hardware=machine_here(config.hardware))
     found = search_plans(config) if isinstance(config, PlanConfig) else plan_training(config)
+    found = replace(found, asked=tuple(shlex.split(run.command)[len(shlex.split(written("plan"))) :]))
     tracked = _tracked(config, found) if config.verify else None
     show(found, tracked)
     if config.json:

@@ -236,11 +236,10 @@ def divisors(number: int) -> list[int]:
 
 
 def full_name(parallel: ParallelConfig, share: int) -> str:
-    """The name of a plan with sharded weights: also the groups of ranks that have copies, how many ranks divide tokens, and whether shards
-    are in host memory."""
-    degrees = {"replicas": parallel.replicas, "context": share}
-    parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1] + ["cpu_offload"] * parallel.cpu_offload
-    return "+".join((parallel.name, *parts))
+    """The name of a plan with sharded weights: also how many copies there are, how many ranks divide tokens, whether shards are in host
+    memory."""
+    degrees = [f"+{name}{count}" for name, count in (("replicas", parallel.replicas), ("context", share)) if count > 1]
+    return "".join((parallel.name, *degrees, "+cpu_offload" * parallel.cpu_offload))
 
 
 def _memories(work: Workload, share: int = 1) -> dict[str, float]:

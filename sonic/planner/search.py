@@ -14,6 +14,7 @@ from sonic.config import PHOTO_SIZE
 from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
+from sonic.planner.command_line import command_line
 from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
 from sonic.planner.workload import Training, Workload, workload
@@ -44,13 +45,16 @@ class Change:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Result of a search: all plans, the best one first, and, when none fits, the changes that make the job fit."""
+    """Result of a search: all plans, the best one first, and, when none fits, the changes that make the job fit.
+
+    `asked` has the options that the planner was given on a command line; None elsewhere."""
 
     work: Workload
     hardware: HardwareConfig
     plans: tuple[Plan, ...]
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
+    asked: tuple[str, ...] | None = None
 
     @property
     def chosen(self) -> Plan:
@@ -61,6 +65,10 @@ class PlanResult:
     def fits(self) -> bool:
         """Whether the best plan fits."""
         return self.chosen.missing_gib(self.hardware) == 0
+
+    def command(self, plan: Plan, changes: Sequence[str] = ()) -> str:
+        """The command line that runs one of the plans, or after `changes` to the options another one; "" when there was none before."""
+        return "" if self.asked is None else command_line(self.asked, plan, self.hardware, changes=changes)
 
 
 def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
@@ -160,7 +168,7 @@ def _smaller_sizes(work: Workload) -> Changed:
 
 def as_json(found: PlanResult, tracked: Tracked | None = None) -> dict:
     """The result as JSON values, with the tracked memory of the chosen plan if that was asked for."""
-    plans = [plan_json(plan, found.hardware) for plan in found.plans]
+    plans = [{**plan_json(plan, found.hardware), "command": found.command(plan)} for plan in found.plans]
     if tracked and tracked.reason:
         plans[0].update(tracked=None, tracked_reason=tracked.reason)
     elif tracked:
@@ -173,7 +181,12 @@ def as_json(found: PlanResult, tracked: Tracked | None = None) -> dict:
         "fits": found.fits,
         "missing_gib": round(found.chosen.missing_gib(found.hardware), 3),
         "changes": [
-            {**plan_json(change.plan, found.hardware), "change": change.sentence, "options": list(change.options)}
+            {
+                **plan_json(change.plan, found.hardware),
+                "change": change.sentence,
+                "options": list(change.options),
+                "command": found.command(change.plan, change.options),
+            }
             for change in found.changes
         ],
         "notes": list(found.notes),

@@ -90,7 +90,7 @@ def hop_seconds(size: float, hardware: HardwareConfig, *, senders: int = 1) -> f
 
 
 def ring_seconds(size: float, hardware: HardwareConfig, ranks: int) -> float:
-    """Seconds in which `ranks` neighbours gather, or reduce and scatter, `size` bytes in a ring; all of it passes from machine to machine."""
+    """Seconds in which `ranks` neighbours gather, or reduce and scatter, `size` bytes in a ring, also from machine to machine."""
     moved = size * (ranks - 1) / ranks
     return max(link_seconds(moved, hardware), node_seconds(moved, hardware) if hardware.devices % ranks else 0.0)
 

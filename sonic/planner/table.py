@@ -13,7 +13,6 @@ from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, Tracked, reason
 from sonic.planner.workload import Training, Workload
-from sonic.system.program import written
 
 Ranks = Sequence[Mapping[str, float]]  # GiB of every rank by phase; empty when it was not tracked
 
@@ -39,7 +38,9 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console 
     if tracked and tracked.reason:
         console.print(f"not tracked: {tracked.reason}")
     if found.fits:
-        console.print(f"{written('train' if isinstance(found.work, Training) else 'infer')} with: {' '.join(plan.options)}")
+        for each in (each for each in found.plans if not each.missing_gib(hardware)):  # not broken into lines, so that it can be copied
+            line = f"run {each.name}: {found.command(each)}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False, style="bold" if each is plan else "dim")
         return
     console.print(f"[bold]nothing fits[/bold]: the least demanding plan, {plan.name}, lacks {plan.missing_gib(hardware):.2f} GiB")
     for change in found.changes:

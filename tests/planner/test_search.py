@@ -154,14 +154,8 @@ def test_proposed_changes_help(asked):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_less_needs_less_and_more_devices_need_no_more_of_each(name):
-    asked = (
-        f"parallel={name}",
-        "sampler=euler",
-        "sampler.sample_steps=8",
-        "hardware.usable_gib=100",
-        "hardware.memory_gib=0",
-        "hardware.host_gib=1000",
-    )
+    asked = (f"parallel={name}", "sampler=euler", "sampler.sample_steps=8")
+    asked += ("hardware.usable_gib=100", "hardware.memory_gib=0", "hardware.host_gib=1000")
     asked += ("hardware=1x80gb",) if PLANS[name].one_rank else ("hardware=4x24gb",)
     asked += ("offload.resident_gib=4",) if name == "offload" else ()
     peak = lambda *items: max(chosen(*asked, *items)["peak_gib_per_rank"])  # noqa: E731
