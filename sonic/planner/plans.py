@@ -227,8 +227,7 @@ def token_ranks(parallel: ParallelConfig, hardware: HardwareConfig) -> int:
 
 
 def full_name(parallel: ParallelConfig, share: int) -> str:
-    """The name of a plan with sharded weights: also whether groups of ranks have copies, whether ranks divide tokens, and whether shards are
-    in host memory."""
+    """The name of a plan with sharded weights: also whether there are copies, ranks divide tokens, and shards are in host memory."""
     also = {"replicas": parallel.replicas > 1, "context": share > 1, "cpu_offload": parallel.cpu_offload}
     return "+".join((parallel.name, *(name for name, used in also.items() if used)))
 
