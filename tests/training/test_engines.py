@@ -167,7 +167,7 @@ def test_a_checkpoint_has_every_shard_once_however_many_copies_there_are(tmp_pat
         on_ranks(2, stopped, str(tmp_path / str(replicas)), "clip", 3, 2, {"engine": "fsdp", "replicas": replicas})
         files = list((tmp_path / str(replicas)).glob("checkpoints/step_*/*.distcp"))
         sizes.append(sum(file.stat().st_size for file in files))
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def shards(folder):
