@@ -32,10 +32,11 @@ COLLECTIVE_TIMEOUT = timedelta(hours=24)  # the first rank may take long to enco
 class World:
     """The process group as seen by this rank: plan, device, and meshes.
 
-    `mesh` has the axes AXES, or is None for one process without a group; `rollout_mesh` is the axes layers and cp as one: all ranks
-    that have a copy of the model together; `sharding_mesh` is that of FSDP: the ranks of `rollout_mesh` have the shards, and for HSDP those
-    along a first axis, dp_replicate, have copies of them. With `vae_rank` the last rank along layers has the autoencoder and no layers. `lanes` are
-    process groups for each direction of messages under NCCL, `writers` is a gloo group for checkpoints saved in the background."""
+    `mesh` has the axes AXES, or is None for one process without a group; `rollout_mesh` is the axes layers and cp as one: all ranks that
+    have a copy of the model together. `sharding_mesh` is FSDP's: the same ranks, which have the shards, and for HSDP before it the axis
+    dp_replicate, along which ranks have copies of them. With `vae_rank` the last rank along layers has the autoencoder and no layers.
+    `lanes` are process groups for each direction of messages under NCCL, `writers` is a gloo group for checkpoints saved in the background.
+    """
 
     plan: str = "single"
     device: torch.device = torch.device("cpu")

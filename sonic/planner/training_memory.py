@@ -71,9 +71,12 @@ class Sizes:
         return last if last.startswith("audio_injectors") else ""
 
     @property
-    def layers(self) -> int:
-        """Trainable parameters of all blocks and injectors."""
-        return sum(size for unit, size in self.learnt.items() if unit.startswith(("blocks.", "audio_injectors.")))
+    def averaged(self) -> float:
+        """Bytes of the gradients that groups of ranks have averaged when a backward pass reaches its peak, in the second block: FSDP keeps
+        them until the end of the pass. Without those of the unit before, which count as reduced."""
+        layers = [size for unit, size in self.learnt.items() if unit.startswith(("blocks.", "audio_injectors."))]
+        now = self.learnt.get("blocks.0", 0) + self.learnt.get("blocks.1", 0)
+        return MASTER * max(0, sum(layers) - now - max(layers, default=0)) / self.ranks
 
     @property
     def gathered(self) -> float:
@@ -95,8 +98,7 @@ def sizes(work: Training, ranks: int, *, kept: bool = False) -> Sizes:
 def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> dict[str, dict[str, float]]:
     """Bytes of a rank by phase and item, in any step after the first.
 
-    With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory. Gradients that groups of ranks average
-    are kept by FSDP until the end of a backward pass, beside those of earlier batches."""
+    With cpu_offload trainable and frozen weights, gradients, moments and averages are in host memory."""
     copies, share = parallel.replicas, max(1, parallel.context)
     size = sizes(work, hardware.ranks // copies, kept=not parallel.reshard)
     kept = {
@@ -105,11 +107,11 @@ def phases(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -
         "optimizer_states": ADAM_MOMENTS * work.roles * size.learning,
         "average": MASTER * size.learning,
     }
-    averaged, found = MASTER * (size.layers - size.learnt.get("blocks.0", 0)) / size.ranks, {}
+    found = {}
     for name, passing in (_distil if work.distils else _match_flow)(work, size, share):
         items = dict.fromkeys(ITEMS, 0.0) | kept | passing | {"reserve": hardware.reserve_gib * GIB}
-        if copies > 1 and items["reduced"]:  # at the first block, whose input alone is still kept
-            items["reduced"] += max(0.0, averaged - items["layer_inputs"])
+        if copies > 1 and items["reduced"]:
+            items["reduced"] += size.averaged
         if parallel.cpu_offload:
             items |= dict.fromkeys((*PERSISTENT, "gradients"), 0.0)
             items |= dict.fromkeys(TRANSIENT, 0.0) if name == "update" else {}

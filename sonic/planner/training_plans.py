@@ -22,7 +22,7 @@ Changed = Iterator[tuple[str, tuple[str, ...], Training]]  # a sentence, the opt
 
 
 def plan(work: Training, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan with FSDP2 over all ranks, or over each of `parallel.replicas` groups of them; `parallel.context` ranks divide a batch's tokens."""
+    """Plan with FSDP2 over the ranks of each of `parallel.replicas` groups; `parallel.context` ranks divide the tokens of a batch."""
     share, away, copies = parallel.context, parallel.cpu_offload, parallel.replicas
     host = HOST_GIB * GIB + (host_bytes(work, hardware.ranks // copies) if away else 0)
     ranks = (phases(work, hardware, parallel),) * hardware.ranks

@@ -15,7 +15,10 @@ from run_files import read_scalars
 from test_training_ranks import continued, curve, run_of, stopped, trained
 from torch.testing import assert_close
 
+from sonic.training.build import check_accumulate, engine_of
 from sonic.training.engine import is_sharded
+from sonic.training.train_config import BudgetConfig, SpeedConfig, TrainConfig
+from sonic.training.world import join_world
 
 ENGINES = ["fsdp", "zero2", "zero3"]
 
@@ -142,13 +145,72 @@ def assert_same(folder, weights, *run, **speed):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(("zero2", 2), ("zero2", 1)), (("zero3", 2), ("zero3", 4)), (("fsdp", 2), ("zero3", 2))],
+    [
+        ((2, {"engine": "zero2"}), (1, {"engine": "zero2"})),
+        ((2, {"engine": "zero3"}), (4, {"engine": "zero3"})),
+        ((2, {"engine": "fsdp"}), (2, {"engine": "zero3"})),
+        ((4, {"engine": "fsdp", "replicas": 2}), (2, {"engine": "zero3"})),
+        ((4, {"engine": "fsdp", "replicas": 2}), (4, {"engine": "fsdp"})),
+        ((2, {"engine": "fsdp"}), (4, {"engine": "fsdp", "replicas": 2, "context": 2})),
+    ],
 )
-def test_another_engine_or_number_of_ranks_continues_a_run(before, after, tmp_path):
-    pytest.importorskip("deepspeed")
-    for (engine, ranks), work, more in ((before, stopped, (2,)), (after, continued, ())):
-        on_ranks(ranks, launched, work, str(tmp_path), "clip", 3, *more, {"engine": engine})
+def test_another_engine_or_number_of_ranks_or_copies_continues_a_run(before, after, tmp_path):
+    for (ranks, speed), work, more in ((before, stopped, (2,)), (after, continued, ())):
+        needs(speed["engine"])
+        on_ranks(ranks, launched, work, str(tmp_path), "clip", 3, *more, speed)
     assert_close(curve(tmp_path), alone("clip", 3)[0][0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_has_every_shard_once_however_many_copies_there_are(tmp_path):
+    sizes = []
+    for replicas in (1, 2):
+        on_ranks(2, stopped, str(tmp_path / str(replicas)), "clip", 3, 2, {"engine": "fsdp", "replicas": replicas})
+        files = list((tmp_path / str(replicas)).glob("checkpoints/step_*/*.distcp"))
+        sizes.append(sum(file.stat().st_size for file in files))
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def shards(folder):
+    """The ranks with which this one shares the weights, and its part of the transformer's numbers."""
+    run = run_of(folder, "clip", steps=1, replicas=2)
+    run.engine.prepare(run.objective)
+    weights = [p for model in run.objective.modules.values() for p in model.parameters() if is_sharded(p)]
+    own, total = (sum(each) for each in zip(*((p.to_local().numel(), p.numel()) for p in weights), strict=True))
+    return dist.get_process_group_ranks(weights[0].device_mesh.get_group(1)), own / total, run.engine.world.data_rank
+
+
+def test_consecutive_ranks_share_the_weights_of_a_copy(tmp_path):
+    found = on_ranks(4, shards, str(tmp_path))
+    assert [ranks for ranks, _, _ in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [share for _, share, _ in found] == [pytest.approx(0.5, abs=0.02)] * 4
+    assert [index for _, _, index in found] == [0, 1, 2, 3]
+
+
+def divided(folder, speed, accumulate):
+    """Divide a training among the ranks, without running it."""
+    config = TrainConfig(budget=BudgetConfig(max_steps=1, accumulate=accumulate), speed=SpeedConfig(device="cpu", **speed))
+    world = join_world(torch.device("cpu"), context=config.speed.context, replicas=config.speed.replicas)
+    engine_of(config, world, Path(folder))
+    check_accumulate(config, world)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "speed", "accumulate", "sentence"),
+    [
+        (2, {"replicas": 2, "engine": "local"}, 2, "speed.engine=local trains in one process, but 2 were started"),
+        (2, {"replicas": 2, "engine": "zero2"}, 2, "speed.replicas=2 needs speed.engine=fsdp, and this is zero2; leave one of them out"),
+        (2, {"replicas": 2, "engine": "zero3"}, 2, "speed.replicas=2 needs speed.engine=fsdp, and this is zero3; leave one of them out"),
+        (3, {"replicas": 2}, 3, r"do not divide the 3 that were started; use a product that is one of \[1, 3\]"),
+        (2, {"replicas": 2, "context": 2}, 2, r"do not divide the 2 that were started; use a product that is one of \[1, 2\]"),
+        (3, {"replicas": 3}, 4, "budget.accumulate=4 batches of budget.batch_size=8 cannot be shared by 3 processes; use .*3 or 6"),
+        (3, {}, 4, "budget.accumulate=4 batches of budget.batch_size=8 cannot be shared by 3 processes; use .*3 or 6"),
+        (3, {"engine": "zero3"}, 4, "budget.accumulate=4 batches of budget.batch_size=8 cannot be shared by 3 processes; use .*3 or 6"),
+    ],
+)
+def test_processes_that_cannot_divide_a_training_get_a_sentence(ranks, speed, accumulate, sentence, tmp_path):
+    needs(speed.get("engine", ""))
+    with pytest.raises(AssertionError, match=f"ValueError: .*{sentence}"):
+        on_ranks(ranks, launched, divided, str(tmp_path), speed, accumulate)
 
 
 def held(folder, engine):

@@ -236,6 +236,7 @@ def test_an_engine_without_its_package_names_the_extra(monkeypatch):
         ({"engine": "fsdp"}, "torchrun --nproc-per-node"),
         ({"engine": "zero2"}, "torchrun --nproc-per-node|pip install"),
         ({"context": 2}, "speed.context=2 processes to a batch do not divide the 1"),
+        ({"replicas": 2}, "speed.replicas=2 copies of the weights, each on speed.context=1 processes to a batch do not divide the 1"),
     ],
 )
 def test_engines_that_need_several_processes_name_the_launch_command(settings, sentence_of, ready, clips, tmp_path):
