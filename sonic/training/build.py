@@ -35,6 +35,7 @@ from sonic.training.log import RunLog
 from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES
 from sonic.training.objectives.objective import Batch
+from sonic.training.resume import refuse_changes, start_of
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
 from sonic.training.world import join_world
@@ -86,12 +87,13 @@ def _build_and_train(
 ) -> TrainingResult:
     """Build the parts, train and export, in one process of the world."""
     check_accumulate(config, world)
+    engine = engine_of(config, world, folder)
+    refuse_changes(engine.checkpoints.find(config.checkpoint.resume), start_of(config, commit=origin[0], ranks=world.ranks))
     torch.manual_seed(config.seed)
     set_tf32(DTYPES[config.speed.precision])
     dataset, family = pick(DATASETS, config.data.source, "data.source")(config.data), family_of(config.model)
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, family.encoder_hashes)
-    engine = engine_of(config, world, folder)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
     kind = pick(OBJECTIVES, config.objective.name, "objective.name")
     objective = kind(config, dataset, make=without_memory, execution=execution)
@@ -105,7 +107,7 @@ def _build_and_train(
     on_built()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
-    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
+    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample, origin[0]))
     if outcome.signal or not config.export:
         return outcome
     weights = halved(objective.export(engine.weights()))  # a collective call
