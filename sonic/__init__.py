@@ -8,7 +8,8 @@
         show(chunk.pixels)
 
 AvatarDiT is the transformer, ModelConfig its sizes, SAMPLERS the solvers by name, and parallelize builds the transformer under a plan on
-this rank. Each is imported when it is first asked for: `import sonic` alone loads nothing.
+this rank. `AvatarPipeline.from_pretrained(NAME).config` is the whole config of a model with weights; `ModelConfig()` and `InferConfig()`
+alone have plain defaults, for which there are none. Each is imported when it is first asked for: `import sonic` alone loads nothing.
 """
 
 from importlib import import_module

@@ -29,9 +29,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sonic.config import OtherRank, Ranks, closest_first, help_of, unknown_choice
-from sonic.option_names import FILES, SHORT, SYNONYMS
+from sonic.option_names import FILES, OUTPUTS, SHORT, SYNONYMS
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
+from sonic.system.files import check_writable
 from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import expanded, printable
 from sonic.system.program import data_root, written
@@ -106,11 +107,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     run = config = None
     try:
         if {"--help", "-h"} & set(argv):
-            return _answer(help_text(entry))
+            return _answer(help_text(entry, [item for item in argv if item not in ("--help", "-h", "--cfg")]))
         config = compose(entry, [item for item in argv if item != "--cfg"])
         resolved = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
         if "--cfg" in argv:
             return _answer(resolved)
+        for option in OUTPUTS:
+            if path := getattr(config, option, ""):
+                check_writable(path, option)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
         command = [printable(word) for word in (*shlex.split(written(entry.command or entry.name)), *argv)]
@@ -149,8 +153,8 @@ def ranks_here() -> Ranks:
     return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
 
 
-def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
-    """The typed config of a command line. Raises ValueError with one sentence and the choices for every error in it."""
+def compose(entry: Entry, argv: Sequence[str], form: Callable[[DictConfig], typing.Any] = OmegaConf.to_object) -> typing.Any:
+    """The typed config of a command line, or another form of it. Raises ValueError with one sentence and the choices for every error."""
     selections, values = _split(entry, argv)
     store = ConfigStore.instance()
     store.store(name=f"{entry.name}_schema", node=entry.schema)
@@ -163,7 +167,7 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
             raw = hydra_compose(entry.name, overrides=[_recipes(), *selections])
         for key, text in values.items():
             _assign(raw, key, text, kind=entry_options(entry)[key][0])
-        return OmegaConf.to_object(raw)
+        return form(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_reworded(entry, error)) from error
 
@@ -215,8 +219,9 @@ def groups(entry: Entry) -> dict[str, list[str]]:
     return {name: found for name in names if (found := group_choices(name))}
 
 
-def help_text(entry: Entry) -> str:
-    """The text of `--help`: usage, choices, and every option with its default."""
+def help_text(entry: Entry, argv: Sequence[str] = ()) -> str:
+    """The text of `--help`: usage, choices, and every option of what `argv` chooses, with the value that it has there."""
+    values = compose(entry, argv, form=OmegaConf.to_container)
     command = written(entry.command or entry.name)
     lines = [
         (entry.schema.__doc__ or "").strip(),
@@ -227,14 +232,22 @@ def help_text(entry: Entry) -> str:
         "choices:",
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
         "",
-        "options (with their plain defaults; choices may set others):",
+        f"options of {' '.join(argv) or 'the plain command'} and their values:",
     ]
     for name, (_, field) in entry_options(entry).items():
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        assignment = f"{name}={'' if default is None else default}"
-        lines.append(f"  {assignment:<44} {help_of(field)}".rstrip())
+        *inside, last = name.split(".")
+        group = reduce(lambda found, part: found.get(part, {}), inside, values)
+        if last in group:
+            assignment = f"{name}={_typed(group[last])}"
+            lines.append(f"  {assignment:<44} {help_of(field)}".rstrip())
+    lines += [f"  {group}=NAME --help lists those of another {group}" for group in entry.variants]
     short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_options(entry)]
     return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
+
+
+def _typed(value: typing.Any) -> str:
+    """A value as it is typed on the command line."""
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def _split(entry: Entry, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
