@@ -8,8 +8,9 @@
         show(chunk.pixels)
 
 AvatarDiT is the transformer, ModelConfig its sizes, SAMPLERS the solvers by name, and parallelize builds the transformer under a plan on
-this rank; load_plugins imports modules that register variants of one's own. Each is imported when it is first asked for: `import sonic`
-alone loads nothing.
+this rank; load_plugins imports modules that register variants of one's own. `AvatarPipeline.from_pretrained(NAME).config` is the whole
+config of a model with weights; `ModelConfig()` and `InferConfig()` alone have plain defaults, for which there are none. Each is imported when
+it is first asked for: `import sonic` alone loads nothing.
 """
 
 import os

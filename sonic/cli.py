@@ -14,17 +14,20 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import yaml
 
-from sonic.compose import SHORT, Entry, compose, entry_options, groups, load_chosen_plugins
+from sonic.compose import SHORT, Entry, compose, entry_options, groups, load_chosen_plugins, plain_values
 from sonic.compose import config_options as config_options
 from sonic.compose import group_choices as group_choices
 from sonic.compose import typed_values as typed_values
 from sonic.config import OtherRank, Ranks
+from sonic.option_names import OUTPUTS
 from sonic.registry import help_of
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
+from sonic.system.files import check_writable
 from sonic.system.out_of_memory import out_of_memory
 from sonic.system.paths import printable
 from sonic.system.program import data_root, written
@@ -63,11 +66,14 @@ def run_command(entry: Entry, job: Job, argv: Sequence[str]) -> int:
     try:
         load_chosen_plugins(entry, argv)
         if {"--help", "-h"} & set(argv):
-            return _answer(help_text(entry))
+            return _answer(help_text(entry, [item for item in argv if item not in ("--help", "-h", "--cfg")]))
         config = compose(entry, [item for item in argv if item != "--cfg"])
         resolved = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
         if "--cfg" in argv:
             return _answer(resolved)
+        for option in OUTPUTS:
+            if path := getattr(config, option, ""):
+                check_writable(path, option)
         if ranks.world > entry.max_ranks:
             raise ValueError(f"{ranks.world} ranks were started but this job runs on {entry.max_ranks}; leave --nproc-per-node out")
         command = [printable(word) for word in (*shlex.split(written(entry.command or entry.name)), *argv)]
@@ -106,8 +112,9 @@ def ranks_here() -> Ranks:
     return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
 
 
-def help_text(entry: Entry) -> str:
-    """The text of `--help`: usage, choices, and every option with its default."""
+def help_text(entry: Entry, argv: Sequence[str] = ()) -> str:
+    """The text of `--help`: usage, choices, and every option of what `argv` chooses, with the value that it has there."""
+    values = plain_values(entry, argv)
     command = written(entry.command or entry.name)
     lines = [
         (entry.schema.__doc__ or "").strip(),
@@ -119,14 +126,22 @@ def help_text(entry: Entry) -> str:
         *(f"  {name + '=' + '|'.join(found)}" for name, found in groups(entry).items()),
         *(["  a choice may also be a file: model=FILE.yaml; recipe=FILE.yaml is one of the whole config"] if entry.collections else []),
         "",
-        "options (with their plain defaults; choices may set others):",
+        f"options of {' '.join(argv) or 'the plain command'} and their values:",
     ]
     for name, (_, field) in entry_options(entry).items():
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        assignment = f"{name}={'' if default is None else default}"
-        lines.append(f"  {assignment:<44} {help_of(field)}".rstrip())
+        *inside, last = name.split(".")
+        group = reduce(lambda found, part: found.get(part, {}), inside, values)
+        if last in group:
+            assignment = f"{name}={_typed(group[last])}"
+            lines.append(f"  {assignment:<44} {help_of(field)}".rstrip())
+    lines += [f"  {group}=NAME --help lists those of another {group}" for group in entry.variants]
     short = [f"{short} for {full}" for short, full in SHORT.items() if full in entry_options(entry)]
     return "\n".join([*lines, "", *([f"short: {', '.join(short)}", ""] if short else [])])
+
+
+def _typed(value: typing.Any) -> str:
+    """A value as it is typed on the command line."""
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def _sentence(error: Exception) -> str:

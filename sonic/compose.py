@@ -78,6 +78,16 @@ class Chosen(typing.NamedTuple):
 
 def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
     """The typed config of a command line. Raises ValueError with one sentence and the choices for every error in it."""
+    return _composed(entry, argv, OmegaConf.to_object)
+
+
+def plain_values(entry: Entry, argv: Sequence[str]) -> dict[str, typing.Any]:
+    """The values of all options of a command line in nested dictionaries, before their checks. Raises ValueError as `compose` does."""
+    return _composed(entry, argv, OmegaConf.to_container)
+
+
+def _composed(entry: Entry, argv: Sequence[str], form: Callable[[DictConfig], typing.Any]) -> typing.Any:
+    """A form of the config of a command line."""
     load_chosen_plugins(entry, argv)
     chosen = _split(entry, argv)
     store = ConfigStore.instance()
@@ -97,7 +107,7 @@ def compose(entry: Entry, argv: Sequence[str]) -> typing.Any:
         for key, text in carried_options(OmegaConf.to_container(raw), given).items():
             _assign(raw, key, text, kind=entry_options(entry)[key][0])
         load_plugins(raw.plugins)  # those of a recipe that the chosen one is based on
-        return OmegaConf.to_object(raw)
+        return form(raw)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_in_file(_reworded(entry, error), entry, chosen)) from error
     except ValueError as error:

@@ -173,7 +173,8 @@ class SpeechEncoderConfig:
 
 @dataclass
 class ModelConfig(SpeechEncoderConfig):
-    """A model of the S2V family."""
+    """A model of the S2V family. `ModelConfig()` alone has plain defaults, for which there are no weights; conf/model has the sizes of
+    models, and `AvatarPipeline.from_pretrained(NAME).config.model` has those of one."""
 
     name: str = option("preview", "one of the files in conf/model")
     trunk: TrunkConfig = option(TrunkConfig)

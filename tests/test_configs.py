@@ -290,19 +290,48 @@ def test_sizes_are_read_with_a_cross_or_a_star():
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_help_names_every_option_and_choice(name):
-    text = help_text(ENTRIES[name])
-    assert all(f"  {option}=" in text for option in entry_options(ENTRIES[name]))
+    entry = ENTRIES[name]
+    text = help_text(entry)
+    lines = text.splitlines() + [
+        line
+        for group, members in entry.variants.items()
+        for member in members
+        for line in help_text(entry, [f"{group}={member}"]).splitlines()
+    ]
+    shown = {line.split("=")[0].strip(): line for line in lines if "=" in line[:44]}
+    assert {*entry_options(entry)} <= {*shown}
+    assert [option for option in entry_options(entry) if not shown[option][46:].strip()] == []  # every one says what it is
     assert all(choice in text for choices in groups(ENTRIES[name]).values() for choice in choices)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["sampler.nmae=x"]])
+def test_help_shows_the_options_and_values_of_what_was_chosen(capsys):
+    for argv, there, absent in (
+        (["+train=preview_dit"], ["budget.max_minutes=90", "optim.lr=0.0015", "objective.schedule_share=0.85"], "objective.critic_turns"),
+        (["objective=dmd", "optim.lr=3e-3"], ["objective.critic_turns=5", "optim.lr=0.003"], "objective.schedule_share"),
+        (["+distill=preview_2step"], ["objective.teacher_steps="], "objective.critic_turns"),
+    ):
+        assert run_command(ENTRIES["train"], lambda config, run: None, [*argv, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {word}" in text for word in there) and absent not in text and f"options of {' '.join(argv)}" in text
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "plan", "judge", "bench"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    option = f"{'export' if name == 'train' else 'json'}={tmp_path / 'file/deep/out'}"
+    needed = ["budget.max_steps=1"] if name == "train" else NEEDED.get(name, [])
+    assert run_command(ENTRIES[name], lambda config, run: pytest.fail("the work began"), [*needed, option]) == 2
+    assert f"{tmp_path / 'file'} is not a folder; choose a file elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["+preset=quality", "--help"], ["sampler.nmae=x"]])
 def test_the_command_line_answers_fast_and_without_torch(arguments):
     script = "import sys\nfrom sonic.main import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*interpreter(), "-c", script, "infer", *arguments], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # CPU time of the process itself
-    assert done.returncode == (0 if arguments == ["--help"] else 2), done.stderr
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
     assert "Traceback" not in done.stderr
 
 

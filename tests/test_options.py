@@ -225,3 +225,29 @@ def test_every_synonym_means_an_option_and_is_none_itself():
     for word, ends in SYNONYMS.items():
         assert word not in inferred
         assert all(any(f".{name}".endswith(f".{end}") for name in known) for end in ends), word
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "option"),
+    [
+        ("infer", "cfg_scale", "sampler.sample_guide_scale"),
+        ("infer", "num_inference_steps", "sampler.sample_steps"),
+        ("infer", "fp16", "run.dtype"),
+        ("infer", "output_dir", "output"),
+        *(("train", word, "optim.lr") for word in ("learning_rate", "lr")),
+        *(("train", word, "budget.max_steps") for word in ("epochs", "max_train_steps", "num_train_epochs")),
+        *(("train", word, "budget.batch_size") for word in ("batch_size", "train_batch_size")),
+        *(("train", word, "speed.precision") for word in ("fp16", "bf16", "mixed_precision")),
+        ("train", "gradient_accumulation_steps", "budget.accumulate"),
+        ("train", "gradient_checkpointing", "speed.recompute"),
+        ("train", "resume_from_checkpoint", "checkpoint.resume"),
+        ("train", "output_dir", "export"),
+        ("train", "lora_rank", "objective.learn.rank"),
+        ("train", "lora_alpha", "objective.learn.alpha"),
+        ("train", "num_workers", "speed.workers"),
+        ("train", "max_grad_norm", "optim.clip_norm"),
+    ],
+)
+def test_the_fields_words_for_an_option_are_answered_with_it_first(command, word, option, capsys):
+    assert run_command(ENTRIES[command], lambda config, run: None, [f"{word}=1"]) == 2
+    assert f"{word} is not an option; choose one of: {option}" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def train(config: TrainConfig, run: Run) -> int:
     from sonic.training.build import run_training
 
     def on_built() -> None:
-        run.keep()  # checkpoints survive a failed run
+        run.keep(continues=True)  # checkpoints survive a failed run
         run.open()
 
     outcome = run_training(config, run.path, commit=run.commit, command=run.command, on_built=on_built, ranks=run.ranks)

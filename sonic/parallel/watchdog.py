@@ -1,7 +1,8 @@
 """The watchdog: when a rank fails, is gone, or hangs, all ranks learn which one it was and end within seconds.
 
 torchrun sends SIGTERM to the other ranks when one has died. The watchdog says why in one sentence, and ends ranks that hang where no
-exception reaches them. The ranks that work together hang when none of them makes progress, so any of them may wait for the others, for hours.
+exception reaches them. The ranks that work together hang when none of them makes progress, so any of them may wait for the others, for
+hours.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from sonic.config import OtherRank
 from sonic.system.heartbeat import ACTIVITY, heartbeat
 from sonic.system.out_of_memory import out_of_memory
-from sonic.system.stdio import noted_signal
+from sonic.system.stdio import noted_signal, signals_noted
 
 LOOK_S = 0.5  # seconds between two looks of a watchdog
 SILENT_LOOKS = 4  # looks during which every rank that runs gives a sign
@@ -71,7 +72,8 @@ def watch_ranks(
         yield
     except BaseException as error:
         if watchdog:
-            watchdog.explain(error)
+            with signals_noted(""):  # torchrun ends this rank because another one has died, which takes a moment to find out
+                watchdog.explain(error)
         raise
     finally:
         leave()
@@ -141,8 +143,8 @@ class Watchdog:
         gone = self._silent_ranks() if (stopped or _is_lost_connection(error)) and not self.fault() else []
         what = out_of_memory(error) or (STOPPED if stopped else f"{type(error).__name__}: {error}")
         fault = self.report(Fault(gone[0], GONE) if gone else Fault(self.rank, " ".join(what.split())))
-        same = isinstance(error, ValueError | OSError) or (stopped and fault.sentence == STOPPED)  # which all ranks may meet at the same time
-        if fault.rank != self.rank and not same:
+        met_by_all = isinstance(error, ValueError | OSError) or (stopped and fault.sentence == STOPPED)
+        if fault.rank != self.rank and not met_by_all:
             if self.rank and self._speaks(fault) and fault.sentence == GONE:  # the first rank, which would say it, is gone
                 log.critical("%s", fault)
             raise OtherRank(str(fault)) from error

@@ -37,6 +37,17 @@ def written_temporary(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path, option: str) -> None:
+    """Raise ValueError, before the work, when a file of this path could not be written after it; missing folders are made then."""
+    path = Path(path).absolute()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
+    folder = next(each for each in path.parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{option}={path} cannot be written: {folder} {reason}; choose a file elsewhere")
+
+
 def write_json(value: object, path: str | Path) -> None:
     """Write a JSON file for people to read; its folder is made if it is missing. Pipes and devices are written to as they are."""
     path, text = Path(path), json.dumps(value, indent=1) + "\n"

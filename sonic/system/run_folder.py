@@ -24,6 +24,7 @@ from sonic.system.paths import printable
 ATTEMPTS = 10_000  # to make a folder that no other run has
 ROOM = 12 << 10  # bytes that a folder must take: config, command and log
 NEVER = sys.maxsize
+START_FILES = ("config.yaml", "command.txt", "git_commit.txt")
 
 log = logging.getLogger("sonic")
 
@@ -38,6 +39,7 @@ class Run:
         self.command = shlex.join(command)
         self.ranks, self.main, self.kept = ranks, ranks.rank == 0, False
         self._root, self._config_yaml = root, config_yaml
+        self._continues = False
         self._made: list[Path] = []  # folders, the innermost first
         self._log: MemoryHandler | None = None
 
@@ -70,8 +72,12 @@ class Run:
             self._write()
         return self.path
 
-    def keep(self) -> None:
-        """Write what belongs into the folder, now or as soon as it is open. It stays even if the run fails later."""
+    def keep(self, *, continues: bool = False) -> None:
+        """Write what belongs into the folder, now or as soon as it is open. It stays even if the run fails later.
+
+        In a folder that `continues`, config, command and commit of the starts before go to starts/0001, 0002 and so on.
+        """
+        self._continues = continues
         if self._log and not self.kept:
             self._write()
         self.kept = True
@@ -117,13 +123,25 @@ class Run:
     def _write(self) -> None:
         """Write config, command, commit and the log so far, and log to a file from now on."""
         with self.warn_if_unwritten(f"config and log of {self.path.name}", "the result"):
-            for name, text in (("config.yaml", self._config_yaml.rstrip()), ("command.txt", self.command), ("git_commit.txt", self.commit)):
+            if self._continues:
+                self._number_last_start()
+            for name, text in zip(START_FILES, (self._config_yaml.rstrip(), self.command, self.commit), strict=True):
                 self._write_text(name, text)
             file = _LogFile(self.path / "log.txt")
             file.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             self._log.setTarget(file)
             self._log.capacity = 1
             self._log.flush()
+
+    def _number_last_start(self) -> None:
+        """Move the files of the last start, if there was one, to starts/ under the next number."""
+        files = [file for name in START_FILES if (file := self.path / name).is_file()]
+        if files:
+            starts = self.path / "starts"
+            folder = starts / f"{len(list(starts.glob('*'))) + 1:04d}"
+            folder.mkdir(parents=True)
+            for file in files:
+                file.rename(folder / file.name)
 
     def _write_text(self, name: str, text: str) -> None:
         with written_temporary(self.path / name) as partial:

@@ -97,7 +97,8 @@ def interrupt_on_signals() -> None:
 def signals_noted(notice: str) -> Iterator[None]:
     """Inside the `with` block the first signal only writes `notice` to stderr, and `noted_signal` gives it; the second interrupts.
 
-    It does nothing where `interrupt_on_signals` has not been called.
+    After an exception, which ends the program by itself, signals are still noted. It does nothing where `interrupt_on_signals` has not been
+    called.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -113,10 +114,11 @@ def signals_noted(notice: str) -> Iterator[None]:
         signal.signal(number, note)
     try:
         yield
-    finally:
-        for number in handled:
-            if signal.getsignal(number) is note:
-                signal.signal(number, _interrupt)
+    except BaseException:
+        notice = ""
+        raise
+    for number in handled:
+        signal.signal(number, _interrupt)
 
 
 def noted_signal() -> int:

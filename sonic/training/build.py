@@ -41,6 +41,7 @@ from sonic.training.loop import TrainingResult, TrainingRun, train
 from sonic.training.objectives import OBJECTIVES
 from sonic.training.objectives.objective import Batch, Objective
 from sonic.training.provenance import keep_provenance, provenance
+from sonic.training.resume import refuse_changes, start_of
 from sonic.training.samples import SAMPLES, Student, sample_maker
 from sonic.training.train_config import DataConfig, SpeedConfig, TrainConfig
 from sonic.training.world import join_world
@@ -98,12 +99,13 @@ def _build_and_train(
     """Build the parts, train and export, in one process of the world."""
     folder = log.folder
     check_accumulate(config, world)
+    engine = engine_of(config, world, folder)
+    refuse_changes(engine.checkpoints.find(config.checkpoint.resume), start_of(config, commit=origin[0], ranks=world.ranks))
     torch.manual_seed(config.seed)
     set_tf32(DTYPES[config.speed.precision])
     dataset, family = pick(DATASETS, config.data.source, "data.source")(config.data), family_of(config.model)
     if isinstance(dataset, ClipDataset):
         dataset.check(config.model, family.encoder_hashes)
-    engine = engine_of(config, world, folder)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
     kind = pick(OBJECTIVES, config.objective.name, "objective.name")
     objective = kind(config, dataset, make=without_memory, execution=execution)
@@ -123,7 +125,7 @@ def _build_and_train(
         with pause_watchdog():  # files may take any time
             log.facts = provenance(config, command=origin[1], commit=origin[0])
             log.inputs = [keep_provenance(log.facts, folder), *inputs_of(config, objective, dataset)]
-    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
+    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample, origin[0]))
     if samples := sorted((folder / SAMPLES).glob("*")):
         log.artifact(Artifact(f"{config.name}-samples", "samples", {"steps": outcome.steps}, files=samples))
     if outcome.signal or not config.export:

@@ -33,6 +33,7 @@ class Checkpoints:
         self.folder, self.keep, self.world = folder, keep, world
         self.newest = 0  # step of the last that was written or loaded
         self._under_way: tuple[int, Future] | None = None
+        self._found: tuple[Path, dict] | None = None
 
     def save(self, step: int, state: State, metadata: Mapping[str, object]) -> None:
         """Copy `state` and write it in the background. A failure to write is logged as a warning; earlier checkpoints stay."""
@@ -56,16 +57,26 @@ class Checkpoints:
             LOG.warning("the checkpoint of step %d could not be written (%s); training goes on, those before it stay", step, reason)
         self.world.wait()
 
-    def load(self, resume: str, state_of: Callable[[], State], restore: Callable[[State], None]) -> dict:
-        """Fill the tensors of `state_of()` from the newest valid checkpoint (resume=auto) or the named one, and give them to `restore`.
+    def find(self, resume: str) -> dict:
+        """Choose the checkpoint that `load` takes: the newest valid one (resume=auto), the named one, or none (never). Collective.
 
-        Checkpoints newer than a named one are renamed. Returns the metadata; {} = the training starts from the beginning. Raises
-        ValueError when the named checkpoint is damaged, or the checkpoint is of another model.
+        Returns its metadata; {} = the training starts from the beginning. Raises ValueError when the named one is damaged.
         """
-        found = self.world.from_first_rank(self._chosen(resume) if self.world.main else None)
-        if isinstance(found, str):
-            raise ValueError(found)
-        checkpoint, metadata = found
+        if self._found is None:
+            found = self.world.from_first_rank(self._chosen(resume) if self.world.main else None)
+            if isinstance(found, str):
+                raise ValueError(found)
+            self._found = found
+        return self._found[1]
+
+    def load(self, resume: str, state_of: Callable[[], State], restore: Callable[[State], None]) -> dict:
+        """Fill the tensors of `state_of()` from the checkpoint that `find` chooses, and give them to `restore`. Returns its metadata.
+
+        Checkpoints newer than a named one are renamed. Raises ValueError when the checkpoint is damaged, or of another model.
+        """
+        metadata = self.find(resume)
+        (checkpoint, _), self._found = self._found, None
+        self.newest = metadata.get("step", 0)
         if metadata:
             state = state_of()
             self._fill(state, checkpoint)

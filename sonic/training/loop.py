@@ -22,6 +22,7 @@ from sonic.training.log import RunLog, SampleMaker
 from sonic.training.meter import Meter
 from sonic.training.objectives.objective import Batch, Losses, Objective, Weighted
 from sonic.training.optim import rate
+from sonic.training.resume import announce, start_of
 from sonic.training.train_config import BudgetConfig, TrainConfig
 from sonic.types import upload
 
@@ -76,18 +77,22 @@ class TrainingRun:
     log: RunLog
     folder: Path
     make_sample: SampleMaker | None = None
+    commit: str = "unknown"
     guard: Guard = field(default_factory=Guard)
 
 
 def train(run: TrainingRun) -> TrainingResult:
     """Train until the budget is used or any process gets a signal, continuing from a checkpoint in the run folder if there is one.
 
-    A signal ends the training after the step under way, which is saved; a second one raises KeyboardInterrupt. A step updates each role of `objective.roles_in_step`, usually the student once; an update uses `budget.accumulate` batches. Raises
-    Diverged when a loss or gradient is not finite, or a loss explodes.
+    A signal ends the training after the step under way, which is saved; a second one raises KeyboardInterrupt. A step updates each role
+    of `objective.roles_in_step`, usually the student once; an update uses `budget.accumulate` batches. Raises Diverged when a loss or
+    gradient is not finite, or a loss explodes.
     """
     config, objective, engine, log, world = run.config, run.objective, run.engine, run.log, run.engine.world
     engine.prepare(objective)
     checkpoint = engine.load()  # its metadata; {} at the start
+    start = start_of(config, commit=run.commit, ranks=world.ranks)
+    announce(checkpoint, start, run.folder, budget=_amount(config.budget))
     first = step = checkpoint.get("step", 0)
     used = checkpoint.get("batches", 0)
     figures = checkpoint.get("figures", {})  # of the last log line
@@ -115,7 +120,7 @@ def train(run: TrainingRun) -> TrainingResult:
                 meter.restart()
             stop = world.largest(noted_signal())
             if last or stop or world.largest(_checkpoint_due(config, step, saved)):
-                totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(meter.sums)}
+                totals = {**start, "seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(meter.sums)}
                 engine.save(step, {"batches": used, **totals})
                 saved = time.monotonic()
         engine.checkpoints.settle()
@@ -124,6 +129,11 @@ def train(run: TrainingRun) -> TrainingResult:
         LOG.info("saved step %d; the same command continues", engine.checkpoints.newest)
     seconds, samples = time.monotonic() - began, used * config.budget.batch_size
     return TrainingResult(step, step - first, seconds=seconds, samples=samples, figures=figures, signal=stop)
+
+
+def _amount(budget: BudgetConfig) -> str:
+    """A budget in words."""
+    return f"{budget.max_steps} steps" if budget.max_steps else f"{budget.max_minutes:g} minutes"
 
 
 def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:

@@ -138,7 +138,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(tmp_path):
     argv = training(tmp_path, ranks=2)
     job = Job(tmp_path, [*argv, "name=broken"], ranks=2).reach(2, rank=1).signal(signal.SIGUSR1, rank=1)
     assert job.end() == [128 + signal.SIGUSR1] * 2, job.text()
-    assert job.text().count("saved step 3; the same command continues") == 1 and "error" not in job.text()
+    assert job.text().count("saved step 3; the same command continues") == 1 and "sonic: error" not in job.text()
     for run in ("broken", "whole"):
         assert Job(tmp_path, [*argv, f"name={run}"], ranks=2, slow_s=0.0).end() == [0, 0]
     assert curve(tmp_path / "runs/broken") == curve(tmp_path / "runs/whole")
