@@ -31,8 +31,8 @@ class Header:
     """What a weights file says of itself.
 
     `model` are the fields of its ModelConfig, `sampler` those that a student was distilled for ({} for others), and `encoders` the
-    hashes of the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in the
-    package, or a path from the file's folder.
+    hashes of the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in
+    the package, or a path from the file's folder.
     """
 
     model: dict
@@ -98,9 +98,9 @@ def carried_options(config: Mapping[str, Any], given: Collection[str]) -> dict[s
         options = {"model.weights": _base(lora, adapter)}
     path, described = (weights, header) if header else (lora, adapter)
     if described:
-        options |= _of_model(path, described, config, given)
+        options |= _of_model(path, described, config, given=given)
     elif "init_from" in given and (started := read_header(config["init_from"])):
-        options |= {key: text for key, text in _of_model("", started, config, ()).items() if not {key, "model"} & {*given}}
+        options |= {key: text for key, text in _of_model("", started, config, given=()).items() if not {key, "model"} & {*given}}
     if "sampler" in config and "sampler" not in given and (distilled := adapter or header):
         steps = {f"sampler.{name}": _text(value) for name, value in distilled.sampler.items() if f"sampler.{name}" not in given}
         if steps:
@@ -109,7 +109,7 @@ def carried_options(config: Mapping[str, Any], given: Collection[str]) -> dict[s
     return options
 
 
-def _of_model(path: str, header: Header, config: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:
+def _of_model(path: str, header: Header, config: Mapping[str, Any], *, given: Collection[str]) -> dict[str, str]:
     """The options of the model in a file that differ from the config's. Raises ValueError when one of those was given."""
     found = {}
     for key, value in _flat(header.model, "model."):
