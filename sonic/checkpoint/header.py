@@ -119,7 +119,8 @@ def _of_model(path: str, header: Header, config: Mapping[str, Any], *, given: Co
         except (KeyError, TypeError):
             known = False
         require(known, f"{path}: its header sets {key}, which is no option of a model here; export the weights again")
-        if ours == value or (key in given and key.startswith(RUN_OPTIONS)):
+        named = key == "model.name" and "model" in given  # a name alone changes nothing
+        if ours == value or named or (key in given and key.startswith(RUN_OPTIONS)):
             continue
         asked = key if key in given else "model" if "model" in given else ""
         require(not asked, f"{key}={ours} contradicts {path}, which holds a model with {key}={value}; leave {asked}= out")

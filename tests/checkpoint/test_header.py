@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,8 +18,11 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from video_files import read_frames
 
+from sonic.checkpoint import bundled
+from sonic.checkpoint.bundled import BUNDLED
 from sonic.checkpoint.header import KEY, read_header
 from sonic.cli import compose, run_command
+from sonic.commands import bundle_command
 from sonic.commands.evaluate_command import ENTRY as EVALUATE
 from sonic.commands.infer_command import ENTRY as INFER
 from sonic.commands.infer_command import infer
@@ -96,14 +100,14 @@ def test_a_model_to_start_from_says_its_size_unless_the_user_does(whole):
 
 @pytest.mark.parametrize("command", ["infer", "two ranks"])
 @pytest.mark.parametrize("named", ["whole", "student"])
-def test_weights_of_ones_own_size_make_a_video_without_another_word(command, named, folder, whole, student, monkeypatch, caplog):
+def test_weights_of_ones_own_size_make_a_video_without_another_word(command, named, folder, whole, student, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     file, output = {"whole": whole, "student": student}[named], folder / f"{named}.mp4"
     argv = [f"weights={file}", "image=astronaut", "audio=me.wav", *FACE, f"output={output}", "device=cpu", "sampler.name=euler"]
     if command == "infer":
         assert run_command(INFER, infer, argv) == 0
         assert sum(1 for _ in read_frames(output)) == 12
-        assert ("holds adapters: they are added to" in caplog.text) == (named == "student")
+        assert ("holds adapters: they are added to" in capsys.readouterr().err) == (named == "student")
     else:
         one, other = on_ranks(2, weights_on_a_rank, argv)
         assert one == other == weights_on_a_rank(argv)
@@ -134,11 +138,26 @@ def test_a_student_is_sampled_as_it_was_trained_unless_the_user_asks_otherwise(s
     assert compose(INFER, [f"weights={student}", "sampler=euler"]).sampler.sample_steps == 4
 
 
-@pytest.mark.parametrize("option", ["model.trunk.hidden_dim=32", "model.prediction=clean", "model=preview_velocity"])
-def test_an_option_that_contradicts_the_file_is_refused_with_both_values(option, whole):
-    key, _, value = option.partition("=")
-    with pytest.raises(ValueError, match=f"={value} contradicts .*weights.safetensors, which holds a model with {key}.*leave {key}= out"):
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("model.trunk.hidden_dim=32", "model.trunk.hidden_dim=32 contradicts .* a model with model.trunk.hidden_dim=64; leave model.trunk"),
+        ("model.prediction=clean", "model.prediction=clean contradicts .* a model with model.prediction=velocity; leave model.prediction="),
+        ("model=preview_velocity", "model.trunk.hidden_dim=192 contradicts .* a model with model.trunk.hidden_dim=64; leave model= out"),
+    ],
+)
+def test_an_option_that_contradicts_the_file_is_refused_with_both_values(option, sentence, whole):
+    with pytest.raises(ValueError, match=sentence):
         compose(INFER, [f"weights={whole}", option])
+
+
+def test_a_name_alone_contradicts_nothing(whole, tmp_path):
+    file = rewritten(whole, tmp_path / "renamed.safetensors", lambda header: header["model"].update(asdict(compose(INFER, []).model)))
+    rewritten(file, file, lambda header: [header["model"].pop(name) for name in ("weights", "lora")])
+    with pytest.raises(ValueError, match=r"model.prediction=velocity contradicts .*; leave model= out"):
+        compose(INFER, [f"weights={file}", "model=preview_velocity"])
+    rewritten(file, file, lambda header: header["model"].update(prediction="velocity"))
+    assert compose(INFER, [f"weights={file}", "model=preview_velocity"]).model.name == "preview_velocity"
 
 
 def test_how_a_model_is_run_may_be_chosen(whole):
@@ -202,9 +221,46 @@ def test_a_student_is_a_teacher_of_whole_weights_only(folder, student):
     assert weights_on_a_rank([f"weights={file}"]) == pytest.approx(weights_on_a_rank([f"weights={student}"]), rel=1e-3)
 
 
-def test_adapters_of_the_bundled_teacher_name_it(folder):
-    header = read_header(train(folder, "bundled", "objective=consistency", "objective.learn.rank=2", "model.resolution=96"))
+@pytest.fixture(scope="module")
+def of_bundled(folder) -> Path:
+    """Adapters for the bundled teacher."""
+    return train(folder, "bundled", "objective=consistency", "objective.learn.rank=2", "model.resolution=96")
+
+
+def test_adapters_of_the_bundled_teacher_name_it(of_bundled):
+    header = read_header(of_bundled)
     assert header.base == "bundled:preview_dit" and header.minutes > 0
+    assert compose(INFER, [f"weights={of_bundled}"]).model.weights == str(BUNDLED / "preview_dit.safetensors")
+
+
+def test_bundling_copies_what_fits_the_package_under_its_name(of_bundled, whole, tmp_path, monkeypatch):
+    package, plain = tmp_path / "package", tmp_path / "plain.safetensors"
+    package.mkdir()
+    shutil.copyfile(BUNDLED / "preview_dit.safetensors", package / "preview_dit.safetensors")
+    for module in (bundle_command, bundled):
+        monkeypatch.setattr(module, "BUNDLED", package)
+    put = lambda file, **options: bundle_command.bundle(bundle_command.BundleConfig(str(file), **options), None)  # noqa: E731
+    put(of_bundled)
+    for suffix in (".safetensors", ".md"):
+        assert (package / f"preview_4step{suffix}").read_bytes() == of_bundled.with_suffix(suffix).read_bytes()
+    with pytest.raises(ValueError, match=r"has preview_4step.safetensors already; add overwrite=true"):
+        put(of_bundled)
+    put(of_bundled, overwrite=True)
+    other = rewritten(of_bundled, tmp_path / "other.safetensors", lambda header: header["encoders"].update(speech_hash="ab"))
+    with pytest.raises(ValueError, match="with a preview_speech of hash ab, the package's has "):
+        put(other)
+    save_file(load_file(of_bundled), plain)
+    with pytest.raises(ValueError, match="says nothing of its model and the package has no plain.safetensors"):
+        put(plain)
+    save_file(
+        {name: 2 * tensor for name, tensor in load_file(package / "preview_dit.safetensors").items()}, package / "preview_dit.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=rf"with a preview_dit of hash {read_header(of_bundled).base_hash}, the package's has [0-9a-f]{{16}}"
+    ):
+        put(of_bundled, overwrite=True)
+    put(whole, overwrite=True)
+    assert (package / "preview_dit.safetensors").read_bytes() == whole.read_bytes()
 
 
 def test_reading_a_header_imports_no_torch(whole):

@@ -17,14 +17,18 @@ from html.parser import HTMLParser
 import fake_score
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from wandb_recorder import record_wandb
 
+from sonic.checkpoint.header import Header
 from sonic.cli import Entry, compose
 from sonic.commands import ablate_command
 from sonic.data.video import VideoWriter
 from sonic.evaluation import sweep as sweeps
-from sonic.evaluation.sweep import cells_of, run_jobs
+from sonic.evaluation.sweep import Cell, cells_of, run_jobs
 from sonic.evaluation.sweep_config import AblateConfig
+from sonic.evaluation.teacher_distance import DISTANCE, with_distances
 from sonic.training.log import log_cells
 from sonic.training.train_config import LogConfig
 
@@ -228,6 +232,22 @@ def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(tmp_path)
     assert given["teacher", "4"] == given["student", "4"] == 0.0
     assert given["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and given["student", "2"] < given["student", "1"]
     assert "distance from the teacher's" in plots(page)
+
+
+def test_a_student_in_a_file_is_held_against_the_teacher_that_its_file_names(tmp_path):
+    for name, base in (("one", ""), ("two", ""), ("student", "one.safetensors")):
+        sampler = {"sample_steps": 1} if base else {}
+        header = Header({}, "dmd" if base else "flow_match", 60.0, sampler, {}, base, "")
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", header.metadata())
+    save_file({"a": torch.zeros(1)}, tmp_path / "old.safetensors")  # says nothing: whole weights
+    one, two, student, old = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two", "student", "old"))
+    openings = {(one, 1): [0.0, 2.0], (one, 40): [0.0, 1.0], (two, 40): [0.0, 4.0], (student, 1): [0.0, 1.5], (old, 50): [0.0, 9.0]}
+    cells = [Cell({"weights": file, "sampler.sample_steps": steps}, [], tmp_path, [1]) for file, steps in openings]
+    found = with_distances([(cell, {"openings": [track]}) for cell, track in zip(cells, openings.values(), strict=True)])
+    distances = [figures[DISTANCE]["mean"] for _, figures in found]
+    assert distances == pytest.approx([np.sqrt(0.5) / 0.5, 0, 0, np.sqrt(0.125) / 0.5, 0])
+    assert [figures.get("objective") for _, figures in found] == ["flow_match"] * 3 + ["dmd", None]
+    assert found[3][1]["training_minutes"] == 60
 
 
 def test_every_plot_names_its_axis_and_the_legend_every_cell(report):
