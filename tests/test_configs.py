@@ -60,7 +60,6 @@ ENTRIES = {
 NEEDED = {
     **dict.fromkeys(("train", "plan_training"), ["budget.max_steps=1"]),
     "judge": ["mp4=out.mp4"],
-    "bundle": [f"source={ROOT / 'README.md'}"],
     "convert": ["source=a", "output=b", "live_avatar=c"],
     "ablate": ["grid={seed: [1]}"],
 }  # options without which a command has no meaning

@@ -25,9 +25,6 @@ class BundleConfig:
     source: str = option("", "the .safetensors file that a training exported, with its card beside it")
     overwrite: bool = option(False, "replace what the package has under that name")
 
-    def __post_init__(self) -> None:
-        require(Path(self.source).is_file(), f"source={self.source} does not exist; name a file that a training exported")
-
 
 ENTRY = Entry(
     "bundle", BundleConfig, collections=(), location=lambda config: ("runs", "bundle"), example="source=runs/NAME/FILE.safetensors"
@@ -39,20 +36,20 @@ def bundle(config: BundleConfig, run: Run) -> None:
     from sonic.checkpoint.tensor_files import weights_hash  # imports torch, so only after the command line is checked
 
     source, header, made_with = Path(config.source), read_header(config.source), {}
-    target = BUNDLED / source.name
+    target, card = BUNDLED / source.name, source.parent / f"{source.stem}.md"
+    require(source.is_file() and card.is_file(), f"source={source}: name a file that a training exported, with its card beside it")
     if header:
+        fault = "the package has whole weights that are not distilled, and students that are adapters"
+        require(bool(header.base) == bool(header.sampler), f"source={source} cannot be bundled: {fault}")
         files = weight_files(ModelConfig(name=header.model["name"], family=header.model["family"]))
         target = BUNDLED / f"{header.model['name']}_{header.sampler['sample_steps']}step.safetensors" if header.base else files.dit
         known = header.encoders.get("autoencoder_hash"), header.encoders.get("speech_hash"), header.base_hash
         made_with = dict(zip((files.autoencoder, files.speech, files.dit), known, strict=True))
-    else:
-        require(target.exists(), f"source={source} says nothing of its model and the package has no {target.name}; export it again")
+    require(bool(header) or target.exists(), f"source={source} does not say what it is, and the package has no {target.name}")
     for file, wanted in made_with.items():
         found = weights_hash(file) if wanted else wanted
-        require(
-            found == wanted, f"source={source} was trained with a {file.stem} of hash {wanted}, the package's has {found}; train it on that"
-        )
-    require(source.with_suffix(".md").is_file(), f"{source.with_suffix('.md')} does not exist; every file in the package has its card")
+        fault = f"source={source} was trained with a {file.stem} of hash {wanted}, the package's has {found}; train it on that"
+        require(found == wanted, fault)
     require(config.overwrite or not target.exists(), f"the package has {target.name} already; add overwrite=true to replace it")
     for suffix in (".safetensors", ".md"):
         with written_temporary(target.with_suffix(suffix)) as partial_copy:

@@ -158,6 +158,8 @@ def test_a_name_alone_contradicts_nothing(whole, tmp_path):
         compose(INFER, [f"weights={file}", "model=preview_velocity"])
     rewritten(file, file, lambda header: header["model"].update(prediction="velocity"))
     assert compose(INFER, [f"weights={file}", "model=preview_velocity"]).model.name == "preview_velocity"
+    rewritten(file, file, lambda header: header["model"].update(name="preview_velocity"))
+    assert compose(INFER, [f"weights={file}"]).sampler.sample_steps == 40  # as with model=preview_velocity
 
 
 def test_how_a_model_is_run_may_be_chosen(whole):
@@ -199,6 +201,12 @@ def test_adapters_of_other_weights_are_refused_with_both_hashes(whole, student, 
     known = read_header(student).base_hash
     with pytest.raises(ValueError, match=rf"was trained on \S+ \(hash {known}\), not on \S+other.safetensors \(hash [0-9a-f]{{16}}\)"):
         weights_on_a_rank([f"weights={tmp_path / 'other.safetensors'}", f"model.lora.path={student}"])
+
+
+def test_adapters_that_say_nothing_of_their_weights_are_recognised(student, tmp_path):
+    save_file(load_file(student), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=r"plain.safetensors holds adapters .*; name it as model.lora.path=\S+plain.safetensors beside"):
+        weights_on_a_rank([f"weights={tmp_path / 'plain.safetensors'}"])
 
 
 def test_adapters_name_what_is_missing_and_what_they_cannot_be_joined_with(whole, student, tmp_path):
@@ -250,7 +258,10 @@ def test_bundling_copies_what_fits_the_package_under_its_name(of_bundled, whole,
     with pytest.raises(ValueError, match="with a preview_speech of hash ab, the package's has "):
         put(other)
     save_file(load_file(of_bundled), plain)
-    with pytest.raises(ValueError, match="says nothing of its model and the package has no plain.safetensors"):
+    with pytest.raises(ValueError, match="plain.safetensors: name a file that a training exported, with its card"):
+        put(plain)
+    plain.with_suffix(".md").write_text("a card")
+    with pytest.raises(ValueError, match="does not say what it is, and the package has no plain.safetensors"):
         put(plain)
     save_file(
         {name: 2 * tensor for name, tensor in load_file(package / "preview_dit.safetensors").items()}, package / "preview_dit.safetensors"
