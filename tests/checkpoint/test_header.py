@@ -107,7 +107,7 @@ def test_weights_of_ones_own_size_make_a_video_without_another_word(command, nam
     if command == "infer":
         assert run_command(INFER, infer, argv) == 0
         assert sum(1 for _ in read_frames(output)) == 12
-        assert ("holds adapters: they are added to" in capsys.readouterr().err) == (named == "student")
+        assert ("holds adapters: they are added to" in capsys.readouterr().out) == (named == "student")
     else:
         one, other = on_ranks(2, weights_on_a_rank, argv)
         assert one == other == weights_on_a_rank(argv)
