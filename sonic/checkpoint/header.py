@@ -94,9 +94,11 @@ def carried_options(config: Mapping[str, Any], given: Collection[str]) -> dict[s
     if described:
         options |= _of_model(path, described, config, given=given)
     elif "init_from" in given and (started := read_header(config["init_from"])):
-        options |= {key: text for key, text in _of_model("", started, config, given=()).items() if not {key, "model"} & {*given}}
+        found = _of_model(config["init_from"], started, config, given=())
+        options |= {key: text for key, text in found.items() if not {key, "model"} & {*given}}
     if "sampler" in config and "sampler" not in given and (distilled := adapter or header):
-        steps = {f"sampler.{name}": _text(value) for name, value in distilled.sampler.items() if f"sampler.{name}" not in given}
+        steps = {f"sampler.{name}": _text(value) for name, value in distilled.sampler.items() if name in config["sampler"]}
+        steps = {key: text for key, text in steps.items() if key not in given}
         if steps:
             log.info("%s was distilled for these steps: %s", lora or weights, " ".join(f"{name}={value}" for name, value in steps.items()))
         options |= steps
