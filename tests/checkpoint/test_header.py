@@ -255,6 +255,7 @@ def test_bundling_copies_what_fits_the_package_under_its_name(of_bundled, whole,
         put(of_bundled)
     put(of_bundled, overwrite=True)
     other = rewritten(of_bundled, tmp_path / "other.safetensors", lambda header: header["encoders"].update(speech_hash="ab"))
+    other.with_suffix(".md").write_text("a card")
     with pytest.raises(ValueError, match="with a preview_speech of hash ab, the package's has "):
         put(other)
     save_file(load_file(of_bundled), plain)
