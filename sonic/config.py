@@ -186,7 +186,8 @@ class ModelConfig(SpeechEncoderConfig):
     family: str = option("preview", lambda: " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")
     weights: str = option(
-        "", "folder of weights or checkpoint, or a bundled model: student (distilled for few steps) or teacher; empty = student"
+        "",
+        "folder of weights or checkpoint, a trained file, or a bundled model: student (of few steps) or teacher; empty = student",
     )
     lora: LoraConfig = option(LoraConfig)
 

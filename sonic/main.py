@@ -18,6 +18,7 @@ COMMANDS = {  # sonic/commands/NAME_command.py runs it
     "plan": "list the plans that fit on given hardware, with their estimated memory and speed",
     "convert": "convert published checkpoints to the form that this program loads, and back",
     "train": "train or distill a model from a recipe",
+    "bundle": "copy exported weights into the package",
     "evaluate": "score a model on drawn faces whose mouth shapes are known exactly",
     "judge": "judge a finished video against its portrait and its recording",
     "ablate": "train, evaluate or plan a grid of options and write a report",

@@ -18,6 +18,7 @@ from sonic import option_names
 from sonic.check.check_config import CheckConfig
 from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, entry_options, group_choices, groups, help_text, run_command
+from sonic.commands.bundle_command import ENTRY as BUNDLE
 from sonic.commands.plan_command import TRAINING_ENTRY
 from sonic.config import (
     ATTENTION_TABLE,
@@ -48,6 +49,7 @@ ENTRIES = {
     "evaluate": Entry("evaluate", EvaluateConfig),
     "convert": Entry("convert", ConvertConfig, collections=()),
     "judge": Entry("judge", JudgeConfig, collections=()),
+    "bundle": BUNDLE,
     "check": Entry("check", CheckConfig, collections=()),
     "train": Entry("train", TrainConfig, collections=("train", "distill"), variants={"objective": OBJECTIVE_CONFIGS}),
     "ablate": Entry("ablate", AblateConfig, collections=("ablate",)),

@@ -1,7 +1,6 @@
 """What a training writes about its model into the header of a weights file, and the options that commands take from there.
 
-The header of a safetensors file is JSON, so nothing here needs torch. Its values are treated like options of a command line: only known
-ones are taken, and each is checked by its dataclass.
+The header of a safetensors file is JSON, so nothing here needs torch. Its values are taken and checked like options of a command line.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ class Header:
     """What a weights file says of itself.
 
     `model` are the fields of its ModelConfig, `sampler` those that a student was distilled for ({} for others), and `encoders` the
-    hashes of the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in the
-    package, or a path from the file's folder.
+    hashes of the encoders whose latents it learnt. With a `base`, the file holds adapters for the weights of that name: "bundled:NAME" in
+    the package, or a path from the file's folder.
     """
 
     model: dict
@@ -64,14 +62,10 @@ def read_header(path: str | Path) -> Header | None:
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            text = json.loads(file.read(length if length <= LONGEST else 0))["__metadata__"][KEY]
+            found = dict(json.loads(json.loads(file.read(length if length <= LONGEST else 0))["__metadata__"][KEY]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None  # what reads the tensors says what is wrong with a damaged file
-    try:
-        found = json.loads(text)
-        version, kinds = found.pop("format"), typing.get_type_hints(Header)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: the model's config in its header is damaged ({error}); export the weights again") from error
+    version, kinds = found.pop("format", None), typing.get_type_hints(Header)
     require(version == FORMAT, f"{path}: its header has format {version}, this version of the program reads {FORMAT}; export it again")
     wrong = [name for name in {**kinds, **found} if name not in kinds or not isinstance(found.get(name), kinds[name])]
     require(not wrong, f"{path}: {', '.join(wrong)} in its header is damaged; export the weights again")
@@ -98,28 +92,28 @@ def carried_options(config: Mapping[str, Any], given: Collection[str]) -> dict[s
         options = {"model.weights": _base(lora, adapter)}
     path, described = (weights, header) if header else (lora, adapter)
     if described:
-        options |= _of_model(path, described, config, given)
+        options |= _of_model(path, described, config, given=given)
     elif "init_from" in given and (started := read_header(config["init_from"])):
-        options |= {key: text for key, text in _of_model("", started, config, ()).items() if not {key, "model"} & {*given}}
+        found = _of_model(config["init_from"], started, config, given=())
+        options |= {key: text for key, text in found.items() if not {key, "model"} & {*given}}
     if "sampler" in config and "sampler" not in given and (distilled := adapter or header):
-        steps = {f"sampler.{name}": _text(value) for name, value in distilled.sampler.items() if f"sampler.{name}" not in given}
+        steps = {f"sampler.{name}": _text(value) for name, value in distilled.sampler.items() if name in config["sampler"]}
+        steps = {key: text for key, text in steps.items() if key not in given}
         if steps:
             log.info("%s was distilled for these steps: %s", lora or weights, " ".join(f"{name}={value}" for name, value in steps.items()))
         options |= steps
     return options
 
 
-def _of_model(path: str, header: Header, config: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:
+def _of_model(path: str, header: Header, config: Mapping[str, Any], *, given: Collection[str]) -> dict[str, str]:
     """The options of the model in a file that differ from the config's. Raises ValueError when one of those was given."""
-    found = {}
+    found, present = {}, dict(_flat(config["model"], "model."))
     for key, value in _flat(header.model, "model."):
-        known = key not in ("model.weights", "model.lora.path", "model.lora.alpha")
-        try:
-            ours = reduce(lambda level, name: level[name], key.split("."), config) if known else None
-        except (KeyError, TypeError):
-            known = False
+        known = key in present and not key.startswith(("model.weights", "model.lora."))
         require(known, f"{path}: its header sets {key}, which is no option of a model here; export the weights again")
-        if ours == value or (key in given and key.startswith(RUN_OPTIONS)):
+        ours = present[key]
+        named = key == "model.name" and "model" in given  # a name alone changes nothing
+        if ours == value or named or (key in given and key.startswith(RUN_OPTIONS)):
             continue
         asked = key if key in given else "model" if "model" in given else ""
         require(not asked, f"{key}={ours} contradicts {path}, which holds a model with {key}={value}; leave {asked}= out")

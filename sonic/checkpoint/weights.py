@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sonic.checkpoint.tensor_files import StoredTensor, check, survey
+from sonic.model.adapters import DOWN
 
 _MULTI_HEAD = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
@@ -103,6 +104,8 @@ def stored_weights(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> dic
     if not files or not files[0].exists():
         raise ValueError(f"weights {path} do not exist; give the path of a safetensors file")
     tensors = {name: stored for file in files for name, stored in survey(file).items()}
+    if any(f".{DOWN}." in name for name in tensors):
+        raise ValueError(f"{path} holds adapters and does not say for which weights; name it as model.lora.path={path} beside weights=FILE")
     found = {name if name in shapes else to_ours(name): stored for name, stored in tensors.items()}
     check(found, shapes, "model", called=to_official)
     return found

@@ -20,7 +20,7 @@ from sonic.checkpoint.header import Header, model_fields, read_header
 from sonic.checkpoint.load import fill, without_memory
 from sonic.checkpoint.lora import base_hash
 from sonic.config import AdapterConfig, Ranks
-from sonic.data.clips import ClipDataset, batches, sample_order
+from sonic.data.clips import ENCODERS, ClipDataset, batches, sample_order
 from sonic.families.family import family_of
 from sonic.inference.components import DTYPES, find_device, lora_of, set_tf32
 from sonic.model.execution import Execution
@@ -134,7 +134,7 @@ def _build_and_train(
     if world.main:
         path = Path(config.export)
         with pause_watchdog():  # files may take any time
-            header = _header(config, objective, path, outcome)
+            header = _header(config, objective, dataset, path=path, minutes=outcome.seconds / 60)
             if not outcome.new_steps and path.with_suffix(".md").is_file() and _holds(path, weights, header):
                 LOG.info("this training was finished before and made no step; %s and its card stay as they are", path)
                 return outcome
@@ -200,19 +200,19 @@ def halved(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous() for name, tensor in weights.items()}
 
 
-def _header(config: TrainConfig, objective: Objective, path: Path, outcome: TrainingResult) -> dict[str, str]:
+def _header(config: TrainConfig, objective: Objective, dataset: Dataset, *, path: Path, minutes: float) -> dict[str, str]:
     """The metadata of an exported transformer: its model's config, and the weights that its adapters are for; {} for other networks."""
     if not hasattr(objective, "networks"):
         return {}
-    family, model, base = family_of(config.model), config.model, ()
+    model, base = config.model, ()
     if config.objective.learn.rank:
-        file = family.transformer_weights(model)
+        file = family_of(model).transformer_weights(model)
         name = f"{IN_PACKAGE}{file.stem}" if file.parent == BUNDLED else os.path.relpath(model.weights, path.parent)
         base = (name, base_hash(file))
     sampler = asdict(config.objective.sampler) if hasattr(config.objective, "sampler") else {}
     sampler.pop("negative_prompt", None)
-    hashes = family.encoder_hashes(model)
-    return Header(model_fields(model), config.objective.name, outcome.seconds / 60, sampler, hashes, *base).metadata()
+    hashes = {name: dataset.index.get(name, "") for name in ENCODERS} if isinstance(dataset, ClipDataset) else {}
+    return Header(model_fields(model), config.objective.name, minutes, sampler, hashes, *base).metadata()
 
 
 def _holds(path: Path, weights: dict[str, torch.Tensor], header: Mapping[str, str]) -> bool:

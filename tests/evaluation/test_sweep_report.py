@@ -12,10 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sweeping import config, sweep, write_report
 
 from sonic.data.video import VideoWriter
-from sonic.evaluation.sweep import cells_of
+from sonic.checkpoint.header import Header
+from sonic.evaluation.sweep import Cell, cells_of
+from sonic.evaluation.teacher_distance import DISTANCE, with_distances
 
 
 class Page(HTMLParser):
@@ -75,6 +79,22 @@ def test_the_distance_of_a_student_is_from_the_teacher_with_most_steps(tmp_path)
     assert given["teacher", "4"] == given["student", "4"] == 0.0
     assert given["student", "1"] == pytest.approx(0.75 / 2 / reference.std(), abs=1e-6) and given["student", "2"] < given["student", "1"]
     assert "distance from the teacher's" in plots(page)
+
+
+def test_a_student_in_a_file_is_held_against_the_teacher_that_its_file_names(tmp_path):
+    for name, base in (("one", ""), ("two", ""), ("student", "one.safetensors")):
+        sampler = {"sample_steps": 1} if base else {}
+        header = Header({}, "dmd" if base else "flow_match", 60.0, sampler, {}, base, "")
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", header.metadata())
+    save_file({"a": torch.zeros(1)}, tmp_path / "old.safetensors")  # says nothing: whole weights
+    one, two, student, old = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two", "student", "old"))
+    openings = {(one, 1): [0.0, 2.0], (one, 40): [0.0, 1.0], (two, 40): [0.0, 4.0], (student, 1): [0.0, 1.5], (old, 50): [0.0, 9.0]}
+    cells = [Cell(number, "evaluate", {"weights": file, "sampler.sample_steps": steps}, [], [], [], tmp_path, [1]) for number, (file, steps) in enumerate(openings)]
+    found = with_distances([(cell, {"openings": [track]}) for cell, track in zip(cells, openings.values(), strict=True)])
+    distances = [figures[DISTANCE]["mean"] for _, figures in found]
+    assert distances == pytest.approx([np.sqrt(0.5) / 0.5, 0, 0, np.sqrt(0.125) / 0.5, 0])
+    assert [figures.get("objective") for _, figures in found] == ["flow_match"] * 3 + ["dmd", None]
+    assert found[3][1]["training_minutes"] == 60
 
 
 def test_every_plot_names_its_axis_and_the_legend_every_cell(report):
