@@ -15,6 +15,7 @@ import jinja2
 from matplotlib import colormaps, cycler
 from matplotlib.figure import Figure
 
+from sonic.evaluation.metrics import in_words
 from sonic.evaluation.sweep import FIGURES, Cell
 from sonic.evaluation.teacher_distance import DISTANCE, Rows, with_distances
 from sonic.system.files import written_temporary
@@ -33,7 +34,7 @@ def write_report(cells: Sequence[Cell], folder: Path, *, title: str) -> Path:
     rows = with_distances([(cell, figures) for cell in cells if (figures := cell.figures)])
     names = [name for name in (*FIGURES, DISTANCE) if any(name in figures for _, figures in rows)]
     template = jinja2.Environment(autoescape=True).from_string((resources.files("sonic.assets") / "sweep_report.html").read_text())
-    page = template.render(title=title, cells=cells, rows=rows, names=names, plots=_plots(rows), videos=_videos(rows))
+    page = template.render(title=title, cells=cells, rows=rows, names=names, plots=_plots(rows), videos=_videos(rows), in_words=in_words)
     with written_temporary(folder / "report.html") as partial:
         partial.write_text(page)
     with written_temporary(folder / "report.csv") as partial, partial.open("w", newline="") as file:

@@ -101,6 +101,8 @@ def _build_and_train(
     init_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         load_initial_weights(objective, named_weights(config.init_from))
+    start = family.transformer_weights(config.model) if objective.pretrained else f"random weights, seed {config.seed}"
+    LOG.info("the training begins from %s", f"{config.init_from}, and for the rest {start}" if config.init_from else start)
     make_sample = sample_maker(Student(config, objective, engine, folder))
     on_built()
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,8 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
         raise ValueError(f"speed.engine={name} needs processes that torchrun starts: {program} ...")
     if not config.speed.reshard and name != "fsdp":
         raise ValueError(f"speed.reshard=false needs speed.engine=fsdp, and this is {name}; leave one of them out")
+    if config.speed.cpu_offload and name == "local":
+        raise ValueError("speed.cpu_offload=true needs an engine that shards: speed.engine=fsdp, zero2 or zero3; leave it out")
     if config.speed.context > 1 and name != "fsdp":
         raise ValueError(f"speed.context={config.speed.context} needs speed.engine=fsdp, and this is {name}; leave one of them out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)

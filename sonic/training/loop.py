@@ -97,7 +97,7 @@ def train(run: TrainingRun) -> TrainingResult:
             step += 1
             progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
             last = progress >= 1
-            if last or step % config.log.every_steps == 0:
+            if last or step == 1 or step % config.log.every_steps == 0:
                 figures, sums = {name: total / count for name, (total, count) in sums.items()}, {}
                 pace = (step - first) / (time.monotonic() - resumed)
                 samples = pace * config.budget.batch_size * config.budget.accumulate
@@ -126,7 +126,8 @@ def _checkpoint_due(config: TrainConfig, step: int, saved: float) -> bool:
 
 
 def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, number: int, lr: float) -> dict[str, float]:
-    """Losses, gradients and the optimizer step of update `number` of a step. Returns its metrics, averaged over all processes.
+    """Losses, gradients and the optimizer step of update `number` of a step. Returns its metrics, averaged over the batches of all
+    processes that have them; a metric of which there is none, not a number in every batch, is left out.
 
     The batches of an update are numbered over all processes together and a batch's random generator depends on its number, so that
     the number of processes changes only the order of sums. Processes that share a batch's tokens compute the same metrics.
@@ -143,10 +144,13 @@ def _update(run: TrainingRun, role: str, stream: Iterator[Batch], *, step: int, 
         rng = step_rng(config.seed, step, part=part, device=world.device)
         figures.append(_backpropagate(run, role, run.objective.losses(role, batch, rng), share=1 / count))
     norm = run.engine.step(role, rate=lr, step=step)
-    means = torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures]).mean(0)
-    means = torch.cat((means, norm.view(1).to(means))).cpu()  # the only time that the host waits for the device
-    norm, means = float(means[-1]), world.mean(means[:-1])
-    metrics = {f"train/{name}": value for name, value in zip(figures[0], means.tolist(), strict=True)}
+    found = torch.stack([torch.stack([value.float() for value in values.values()]) for values in figures])
+    known = ~found.isnan()
+    known[:, 0] = True  # the loss, of which the guard must see that it is not a number
+    totals = torch.cat((found.where(known, 0).sum(0), known.sum(0), norm.view(1).to(found))).cpu()  # the only time that the host waits
+    norm, (sums, counts) = float(totals[-1]), world.mean(totals[:-1]).view(2, -1)
+    metrics = {f"train/{name}": value for name, value in zip(figures[0], (sums / counts).tolist(), strict=True)}
+    metrics = {name: value for (name, value), count in zip(metrics.items(), counts.tolist(), strict=True) if count}
     loss = metrics[f"train/{role}_loss"]
     if fault := run.guard.fault(role, loss, norm):
         _save_worst_batch(run, used, [float(values[f"{role}_loss"]) for values in figures])

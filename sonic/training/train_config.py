@@ -13,6 +13,7 @@ from sonic.config import (
     precision_of,
     require,
 )
+from sonic.training.idle_options import refuse_idle_options
 from sonic.training.objective_config import ObjectiveConfig
 
 ENGINE_NAMES = ("local", "fsdp", "zero2", "zero3")
@@ -152,4 +153,5 @@ class TrainConfig:
             (steps > 0) != (minutes > 0),
             f"budget.max_steps={steps} and budget.max_minutes={minutes}: set exactly one of them above zero",
         )
+        refuse_idle_options(self)
         self.speed = replace(self.speed, precision=precision_of(self.speed.precision, self.model))

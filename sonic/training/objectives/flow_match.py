@@ -27,18 +27,18 @@ from sonic.types import Conditions, upload
 
 
 class FlowMatch(TransformerObjective):
-    """Trains the DiT, together with a viseme head that is not exported."""
+    """Trains the DiT from model.weights, or as a whole from random weights if that is empty, with a viseme head that is not exported."""
 
     config: FlowMatchConfig
     exported = "model."
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        whole_model = not (self.config.learn.rank or self.config.learn.targets)  # which is trained from random weights
-        if whole_model:
+        from_nothing = not (self.config.learn.rank or self.config.learn.targets or config.model.weights)
+        if from_nothing:
             self.make = AvatarDiT
         self.build_transformers(config, dataset, (STUDENT,))
-        if whole_model:
+        if from_nothing:
             self.pretrained = ()
         self.student = nn.ModuleDict({"model": self.networks.roles[STUDENT]})
         if self.config.viseme_weight:
@@ -68,7 +68,7 @@ class FlowMatch(TransformerObjective):
             noisy = interpolate(clean, noise, sigma)
             prediction = self.predict(model, noisy, sigma, conditions=conditions, first_block=first_block)
             loss, figures = self.error(prediction, clean, noise, sigma=sigma)
-            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma=sigma)
+            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma=sigma)  # nan without such clips
             if config.viseme_weight:
                 encoded = encode_audio_blocks(model.audio_encoder, batch["audio"], self.model_config)
                 viseme_error, viseme_figures = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])
@@ -96,12 +96,12 @@ class FlowMatch(TransformerObjective):
         return replace(conditions, audio=conditions.audio * kept)
 
     def _error_from_noise(self, prediction: Tensor, clean: Tensor, noise: Tensor, *, sigma: Tensor) -> Tensor:
-        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, 0.0 = perfect or no clip."""
+        """Squared error of clips at pure noise, relative to the target's squared size: 1.0 = nothing learnt, nan = no clip."""
         level = expand_like(sigma, clean)
         target, _ = self.target(clean, noise, level, cap=self.config.error.weight_cap)
         pure = (level >= 0.999).float() * upload(self.cell_weights, prediction.device)
         error = (pure * (prediction.detach() - target).square()).sum()
-        return error / (pure * target.square()).sum().clamp(min=1.0)
+        return error / (pure * target.square()).sum()
 
 
 def check_visemes(dataset: object) -> None:
