@@ -37,6 +37,7 @@ from sonic.training.objectives import OBJECTIVES
 from sonic.training.objectives.objective import Batch
 from sonic.training.samples import Student, sample_maker
 from sonic.training.train_config import DataConfig, TrainConfig
+from sonic.training.validation import validator
 from sonic.training.world import join_world
 from sonic.types import pick
 
@@ -50,7 +51,7 @@ def _drawn(config: DataConfig) -> Dataset:
 
 
 def _clips(config: DataConfig) -> Dataset:
-    return ClipDataset(config.folder, config.window)
+    return ClipDataset(config.folder, config.window, share=config.validation_share)
 
 
 DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {"clips": _clips, "drawn": _drawn}
@@ -103,11 +104,12 @@ def _build_and_train(
         load_initial_weights(objective, named_weights(config.init_from))
     start = family.transformer_weights(config.model) if objective.pretrained else f"random weights, seed {config.seed}"
     LOG.info("the training begins from %s", f"{config.init_from}, and for the rest {start}" if config.init_from else start)
-    make_sample = sample_maker(Student(config, objective, engine, folder))
+    student = Student(config, objective, engine, folder)
+    checks = {"make_sample": sample_maker(student), "validate": validator(student)}
     on_built()
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, config.log, name=config.name, main=world.main)
-    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample))
+    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, **checks))
     if not config.export:
         return outcome
     weights = halved(objective.export(engine.weights()))  # a collective call

@@ -28,6 +28,8 @@ def _reads_first_block(config: TrainConfig) -> bool:
 READ_WITH: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
     "data.folder": (lambda c: not _drawn(c), "data.source=clips"),
     "data.split": (_drawn, "data.source=drawn"),
+    "data.validation_share": (lambda c: c.log.validation_every and not _drawn(c), "log.validation_every above 0 and data.source=clips"),
+    "log.validation_every": (lambda c: c.data.validation_share, "data.validation_share above 0"),
     "data.resolution": (_drawn, "data.source=drawn"),
     "log.sample_seconds": (lambda c: c.log.samples_every, "log.samples_every above 0"),
     "log.sample_steps": (

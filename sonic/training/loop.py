@@ -56,7 +56,7 @@ class TrainingRun:
     """The parts of a training run, and its folder.
 
     `batches(start)` opens this process's stream of batches after `start` batches have been used by all processes together;
-    `make_sample(step)` generates and scores a sample video of the student.
+    `make_sample(step)` generates and scores a sample video of the student; `validate()` gives its figures on held-out clips.
     """
 
     config: TrainConfig
@@ -66,6 +66,7 @@ class TrainingRun:
     log: RunLog
     folder: Path
     make_sample: SampleMaker | None = None
+    validate: Callable[[], dict[str, float]] | None = None
     guard: Guard = field(default_factory=Guard)
 
 
@@ -104,7 +105,8 @@ def train(run: TrainingRun) -> TrainingResult:
                 figures |= {"perf/samples_per_second": samples, "perf/seconds_per_step": 1 / pace}
                 figures |= {"perf/peak_gib": peak_gib(world.device), "train/lr": lr}
                 sample = run.make_sample(step) if run.make_sample and (last or step % config.log.samples_every == 0) else None
-                log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
+                checked = run.validate() if run.validate and (last or step % config.log.validation_every == 0) else {}
+                log.scalars(step, {**figures, **checked, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, f"loss {figures.get('train/student_loss', math.nan):.4f}, {samples:.1f} samples/s")
             if last or world.from_first_rank(_checkpoint_due(config, step, saved)):
                 totals = {"seconds": time.monotonic() - began, "seed": config.seed, "figures": figures, "meter": dict(sums)}

@@ -109,8 +109,12 @@ class LogConfig:
     sample_seconds: float = option(3.0, "length of a sample video")
     sample_steps: int = option(8, "sampling steps of a student that was not trained for a number of them")
 
+    validation_every: int = option(0, "steps between validations on the clips of data.validation_share, the last step besides; 0 = none")
+
     def __post_init__(self) -> None:
         every = self.every_steps
+        checks = self.validation_every >= 0 and self.validation_every % max(1, every) == 0
+        require(checks, f"log.validation_every={self.validation_every} must be a multiple of log.every_steps={every}, or 0 for none")
         fits = self.samples_every >= 0 and self.samples_every % max(1, every) == 0
         require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
         require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
@@ -126,8 +130,12 @@ class DataConfig:
     source: str = option("clips", "clips (made by precompute) or drawn (people drawn as they are needed)")
     folder: str = option("", "folder of the clips")
     window: int = option(9, "latent frames of a sample; 0 = whole clips")
+    validation_share: float = option(0.0, "share of the videos whose clips are held out for log.validation_every; 0 = none")
     split: str = option("train", "train or test: other people, for drawn ones")
     resolution: int = option(192, "side of the face crop of drawn people in pixels")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.validation_share < 1, f"data.validation_share={self.validation_share}: need a share in [0, 1)")
 
 
 @dataclass

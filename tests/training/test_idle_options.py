@@ -21,6 +21,8 @@ IDLE = {  # recipe and further options under which the option is refused, and a 
     "data.folder": (DRAWN, "data/clips"),
     "data.split": (DIT, "test"),
     "data.resolution": (DIT, "96"),
+    "data.validation_share": (DIT, "0.1"),
+    "log.validation_every": (DIT, "100"),
     "log.sample_seconds": ([*DIT, "log.samples_every=0"], "4"),
     "log.sample_steps": (STUDENT, "4"),
     "speed.prefetch": (DIT, "8"),
