@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -83,14 +84,18 @@ class ClipDataset(Dataset):
     made again.
     """
 
-    def __init__(self, folder: str | Path, window: int = 0) -> None:
+    def __init__(self, folder: str | Path, window: int = 0, *, share: float = 0.0, held_out: bool = False) -> None:
+        """The clips of videos that are not held out with that share, or those that are."""
         self.folder, self.window = Path(folder), window
         self.index = read_index(self.folder)
         if self.index.get(UNFINISHED):
             raise ValueError(f"data.folder={folder} holds clips of two encoders, half made again; finish {written('precompute')}")
-        self.clips = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
-        if not self.clips:
+        long_enough = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
+        if not long_enough:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
+        self.clips = [clip for clip in long_enough if is_held_out(clip, share) == held_out]
+        if not self.clips and not held_out:
+            raise ValueError(f"data.validation_share={share} holds out every video of {folder}; use a smaller share, or 0")
 
     def has(self, name: str) -> bool:
         """Whether every clip has a tensor of that name."""
@@ -158,6 +163,13 @@ class ClipDataset(Dataset):
             return {}
         with _opened(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def is_held_out(clip: Mapping[str, Any], share: float) -> bool:
+    """Whether a clip belongs to that share of the videos: by a hash of the video's name, so that all clips of a video go together and
+    other videos change nothing. Clips that do not name their video go by their shard, which is of one video."""
+    digest = hashlib.sha256(str(clip.get("video", clip["shard"])).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @contextmanager

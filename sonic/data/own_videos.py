@@ -123,7 +123,9 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
             report.append(_report_line(video, segment, encoders.fps))
             if clip:
                 known = f"{Path(name).stem}_{len(entries):04d}"
-                entries.append({"name": known, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)})
+                entries.append(
+                    {"name": known, "video": video, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)}
+                )
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
     except torch.OutOfMemoryError:  # of the encoders' device, so that every video would be left out
         raise

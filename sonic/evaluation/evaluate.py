@@ -284,7 +284,7 @@ def show(figures: dict[str, dict], portraits: str) -> None:
     for name in ("figure", *figures, "asked for"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for key in filter(figures["model"].__contains__, (*GOALS, *EXTRAS)):
-        values = [f"{rows[key]['mean']:.3f} ± {rows[key]['ci95']:.3f}" for rows in figures.values()]
+        values = [metrics.in_words(rows[key]) for rows in figures.values()]
         table.add_row(key, *values, goals.get(key, ""))
     Console(width=120).print(table)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -112,10 +112,14 @@ def flicker(frames: Tensor) -> float:
 
 
 def mean_and_interval(values: Sequence[float]) -> dict:
-    """Mean, half width of its 95 % confidence interval (normal approximation) and the values themselves."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    clips = [float(v) for v in values]
-    return {"mean": float(np.mean(values)), "ci95": 1.96 * std / max(1, len(values)) ** 0.5, "clips": clips}
+    """Mean, half width of its 95 % confidence interval (normal approximation; None for a single value) and the values themselves."""
+    interval = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "ci95": interval, "clips": [float(v) for v in values]}
+
+
+def in_words(figure: Mapping) -> str:
+    """A result of `mean_and_interval` as text, such as "0.812 ± 0.034", or "0.812" where one clip has no interval."""
+    return f"{figure['mean']:.3f}" + ("" if figure["ci95"] is None else f" ± {figure['ci95']:.3f}")
 
 
 def peak_rss_gib() -> float:

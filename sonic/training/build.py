@@ -44,6 +44,7 @@ from sonic.training.provenance import keep_provenance, provenance
 from sonic.training.resume import refuse_changes, start_of
 from sonic.training.samples import SAMPLES, Student, sample_maker
 from sonic.training.train_config import DataConfig, SpeedConfig, TrainConfig
+from sonic.training.validation import validator
 from sonic.training.world import join_world
 from sonic.types import pick
 
@@ -57,7 +58,7 @@ def _drawn(config: DataConfig) -> Dataset:
 
 
 def _clips(config: DataConfig) -> Dataset:
-    return ClipDataset(config.folder, config.window)
+    return ClipDataset(config.folder, config.window, share=config.validation_share)
 
 
 DATASETS: Registry[Callable[[DataConfig], Dataset]] = Registry("data.source", {"clips": _clips, "drawn": _drawn})
@@ -118,14 +119,17 @@ def _build_and_train(
     init_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         load_initial_weights(objective, named_weights(config.init_from))
-    make_sample = sample_maker(Student(config, objective, engine, folder))
+    start = family.transformer_weights(config.model) if objective.pretrained else f"random weights, seed {config.seed}"
+    LOG.info("the training begins from %s", f"{config.init_from}, and for the rest {start}" if config.init_from else start)
+    student = Student(config, objective, engine, folder)
+    checks = {"make_sample": sample_maker(student), "validate": validator(student)}
     on_built()
     folder.mkdir(parents=True, exist_ok=True)
     if world.main:
         with pause_watchdog():  # files may take any time
             log.facts = provenance(config, command=origin[1], commit=origin[0])
             log.inputs = [keep_provenance(log.facts, folder), *inputs_of(config, objective, dataset)]
-    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, make_sample, origin[0]))
+    outcome = train(TrainingRun(config, objective, engine, batch_stream(config, dataset, world), log, folder, **checks, commit=origin[0]))
     if samples := sorted((folder / SAMPLES).glob("*")):
         log.artifact(Artifact(f"{config.name}-samples", "samples", {"steps": outcome.steps}, files=samples))
     if outcome.signal or not config.export:
@@ -173,6 +177,8 @@ def engine_of(config: TrainConfig, world: World, folder: Path) -> Engine:
         value, usual = getattr(config.speed, option), getattr(SpeedConfig(), option)
         if value != usual and name != "fsdp":
             raise ValueError(f"speed.{option}={str(value).lower()} needs speed.engine=fsdp, and this is {name}; leave one of them out")
+    if config.speed.cpu_offload and name == "local":
+        raise ValueError("speed.cpu_offload=true needs an engine that shards: speed.engine=fsdp, zero2 or zero3; leave it out")
     return pick(ENGINES, name, "speed.engine")(config, world, folder)
 
 

@@ -67,7 +67,7 @@ class TrainingRun:
     """The parts of a training run, and its folder.
 
     `batches(start)` opens this process's stream of batches after `start` batches have been used by all processes together;
-    `make_sample(step)` generates and scores a sample video of the student.
+    `make_sample(step)` generates and scores a sample video of the student; `validate()` gives its figures on held-out clips.
     """
 
     config: TrainConfig
@@ -78,6 +78,7 @@ class TrainingRun:
     folder: Path
     make_sample: SampleMaker | None = None
     commit: str = "unknown"
+    validate: Callable[[], dict[str, float]] | None = None
     guard: Guard = field(default_factory=Guard)
 
 
@@ -112,10 +113,11 @@ def train(run: TrainingRun) -> TrainingResult:
             step, meter.steps = step + 1, meter.steps + 1
             progress = world.from_first_rank(used_share(config.budget, step, time.monotonic() - began))
             last = progress >= 1
-            if last or step % config.log.every_steps == 0:
+            if last or step == 1 or step % config.log.every_steps == 0:
                 figures = {**meter.line(), "train/lr": lr}
                 sample = run.make_sample(step) if run.make_sample and (last or step % config.log.samples_every == 0) else None
-                log.scalars(step, {**figures, **(sample.figures if sample else {})}, sample and sample.video)
+                checked = run.validate() if run.validate and (last or step % config.log.validation_every == 0) else {}
+                log.scalars(step, {**figures, **checked, **(sample.figures if sample else {})}, sample and sample.video)
                 log.tick(step, progress, figures)
                 meter.restart()
             stop = world.largest(noted_signal())

@@ -108,4 +108,9 @@ def test_flicker_is_zero_for_even_motion_and_one_for_black_and_white():
 def test_an_interval_holds_the_mean_and_every_clip():
     found = metrics.mean_and_interval([1.0, 2.0, 3.0])
     assert found["mean"] == 2 and found["clips"] == [1.0, 2.0, 3.0]
-    assert found["ci95"] == pytest.approx(1.96 / 3**0.5)
+    assert found["ci95"] == pytest.approx(1.96 / 3**0.5) and metrics.in_words(found) == "2.000 ± 1.132"
+
+
+def test_one_clip_has_no_interval():
+    found = metrics.mean_and_interval([0.5])
+    assert found == {"mean": 0.5, "ci95": None, "clips": [0.5]} and metrics.in_words(found) == "0.500"

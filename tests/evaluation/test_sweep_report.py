@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from sweeping import config, sweep, write_report
 
-from sonic.data.video import VideoWriter
 from sonic.checkpoint.header import Header
+from sonic.data.video import VideoWriter
 from sonic.evaluation.sweep import Cell, cells_of
 from sonic.evaluation.teacher_distance import DISTANCE, with_distances
 

@@ -18,10 +18,12 @@ from test_objectives import config_of
 from torch.testing import assert_close
 
 from sonic.checkpoint import tensor_files
+from sonic.checkpoint.bundled import BUNDLED
 from sonic.checkpoint.converted import FORMAT
 from sonic.checkpoint.load import without_memory
-from sonic.cli import run_command
+from sonic.cli import compose, run_command
 from sonic.commands import train_command
+from sonic.commands.train_command import ENTRY
 from sonic.config import AdapterConfig, SamplerConfig
 from sonic.data.clips import write_index
 from sonic.model.dit import AvatarDiT
@@ -33,7 +35,8 @@ from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConf
 LORA = AdapterConfig(rank=4, alpha=8.0, targets=["self_attention", "audio_injectors", "mlp_in"])
 EARS = AdapterConfig(targets=["audio_encoder", "audio_injectors"])
 SAMPLER = SamplerConfig(sample_steps=2)
-WHOLE = WindowConfig(reach="clip", max_first_block=0)
+WHOLE = WindowConfig(reach="clip")
+TEACHER_FILE = "preview_dit.safetensors"
 GOALS = {
     "dmd": DmdConfig(sampler=SAMPLER, learn=LORA, critic_turns=1, window=WindowConfig(), teacher_guide_scale=2.0),
     "adapter": FlowMatchConfig(window=WHOLE, viseme_weight=0.0, learn=EARS),
@@ -243,3 +246,31 @@ def test_engines_that_need_several_processes_name_the_launch_command(settings, s
     with pytest.raises(ValueError, match=sentence_of):
         run_training(config("adapter", ready, clips, **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["", "teacher"])
+def test_flow_matching_starts_from_the_weights_that_are_named_and_says_so(weights, tmp_path, caplog):
+    caplog.set_level("INFO")
+    made = {"latents": (16, 3, 24, 24), "ref": (16, 1, 24, 24), "audio": (1, 160, 12), "visemes": (12, 5)}
+    save_file({f"a/{key}": torch.randn(shape) for key, shape in made.items()}, tmp_path / "a.safetensors")
+    write_index(tmp_path, [{"name": "a", "shard": "a.safetensors", "latent_frames": 3, "tensors": list(made)}])
+    budget = [
+        "budget.max_minutes=0",
+        "budget.max_steps=1",
+        "budget.batch_size=1",
+        "optim.lr=1e-9",
+        "log.samples_every=0",
+        "speed.threads=1",
+    ]
+    arguments = [
+        "+train=preview_dit",
+        f"weights={weights}",
+        f"data.folder={tmp_path}",
+        "data.window=3",
+        f"export={tmp_path}/dit.safetensors",
+    ]
+    run_training(compose(ENTRY, [*arguments, *budget]), tmp_path / "run")
+    found, bundled = (load_file(folder / name)["roles.weight"] for folder, name in ((tmp_path, "dit.safetensors"), (BUNDLED, TEACHER_FILE)))
+    assert (float((found - bundled).abs().max()) < 1e-3) == bool(weights)
+    start = str(BUNDLED / TEACHER_FILE) if weights else "random weights, seed 0"
+    assert f"the training begins from {start}" in caplog.text

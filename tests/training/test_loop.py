@@ -117,7 +117,22 @@ def test_lines_after_a_restart_are_means_over_the_same_steps(tmp_path):
         ]
         for folder in (tmp_path / "whole", tmp_path / "killed")
     )
-    assert [line["step"] for line in killed] == [3, 6, 9, 12] and killed == whole
+    assert [line["step"] for line in killed] == [1, 3, 6, 9, 12] and killed == whole
+
+
+class Sometimes(LineObjective):
+    """Has a figure in its second and fourth batch alone."""
+
+    def losses(self, role, batch, rng):
+        for loss, _ in super().losses(role, batch, rng):
+            yield loss, {"rare": torch.tensor(float(self.calls) if self.calls in (2, 4) else torch.nan)}
+
+
+def test_a_figure_is_the_mean_over_the_batches_that_have_it(tmp_path):
+    train(make(tmp_path / "each", objective=Sometimes(), steps=3, accumulate=2))
+    assert [line.get("train/rare") for line in read_scalars(tmp_path / "each")] == [2.0, 4.0, None]
+    train(make(tmp_path / "joint", objective=Sometimes(), steps=6, log_every=6))
+    assert [line.get("train/rare") for line in read_scalars(tmp_path / "joint")] == [None, 3.0]
 
 
 def test_a_finished_training_returns_its_figures_again(tmp_path):

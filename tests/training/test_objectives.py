@@ -155,6 +155,14 @@ def test_audio_is_dropped_for_the_share_of_clips_that_is_asked_for(share, kept, 
     assert torch.equal(given.audio, kept * batch["audio"])
 
 
+@pytest.mark.parametrize("sigma", [1.0, 0.5])
+def test_the_error_from_noise_is_absent_without_clips_of_pure_noise(sigma, batch):
+    torch.manual_seed(0)
+    objective = FlowMatch(config_of(FlowMatchConfig(schedule=[sigma], schedule_share=1.0)))
+    _, figures = next(objective.losses("student", batch, torch.Generator().manual_seed(0)))
+    assert bool(figures["error_from_noise"].isnan()) == (sigma < 1)
+
+
 def test_cells_that_move_count_more_and_the_mean_stays_one():
     weights = cell_weights(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), gain=8.0)
     assert_close(weights.mean(), torch.tensor(1.0))

@@ -32,7 +32,7 @@ def model_of(width, layers, *, tokens, inject, audio_layers=1, buckets=(), text=
 
 
 DROPPED = {"audio_dropout": 0.5, "viseme_weight": 0.0}
-CLIP = FlowMatchConfig(**DROPPED, schedule_share=0.0, window=WindowConfig(reach="clip", past=3, past_noise=0.3, max_first_block=0))
+CLIP = FlowMatchConfig(**DROPPED, schedule_share=0.0, window=WindowConfig(reach="clip", past=3, past_noise=0.3))
 SIZES = {
     "narrow": (model_of(24, 1, tokens=2, inject=[0]), FlowMatchConfig(**DROPPED)),
     "like the preview": (model_of(48, 4, tokens=8, inject=[0, 2]), FlowMatchConfig(**DROPPED)),

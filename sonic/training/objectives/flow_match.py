@@ -27,7 +27,7 @@ from sonic.types import Conditions, upload
 
 
 class FlowMatch(TransformerObjective):
-    """Trains the DiT, together with a viseme head that is not exported."""
+    """Trains the DiT from model.weights, or as a whole from random weights if that is empty, with a viseme head that is not exported."""
 
     config: FlowMatchConfig
     options = FlowMatchConfig
@@ -35,11 +35,11 @@ class FlowMatch(TransformerObjective):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        whole_model = not (self.config.learn.rank or self.config.learn.targets)  # which is trained from random weights
-        if whole_model:
+        from_nothing = not (self.config.learn.rank or self.config.learn.targets or config.model.weights)
+        if from_nothing:
             self.make = AvatarDiT
         self.build_transformers(config, dataset, (STUDENT,))
-        if whole_model:
+        if from_nothing:
             self.pretrained = ()
         self.student = nn.ModuleDict({"model": self.networks.roles[STUDENT]})
         if self.config.viseme_weight:
@@ -69,7 +69,7 @@ class FlowMatch(TransformerObjective):
             noisy = interpolate(clean, noise, sigma)
             prediction = self.predict(model, noisy, sigma, conditions=conditions, first_block=first_block)
             loss, figures = self.error(prediction, clean, noise, sigma=sigma)
-            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma=sigma)
+            figures["error_from_noise"] = self._error_from_noise(prediction, clean, noise, sigma=sigma)  # nan without such clips
             if config.viseme_weight:
                 encoded = encode_audio_blocks(model.audio_encoder, batch["audio"], self.model_config)
                 viseme_error, viseme_figures = viseme_loss(self.student["viseme_head"](*encoded), batch["visemes"])

@@ -10,12 +10,12 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from sonic.config import ModelConfig
-from sonic.data.clips import ClipDataset, pose_latents
+from sonic.data.clips import STATISTICS, ClipDataset, pose_latents
 from sonic.model.dit import AvatarDiT
 from sonic.registry import Registry
 from sonic.sampling.path import expand_like
 from sonic.sampling.schedules import TIMESTEPS
-from sonic.training.objective_config import DistillConfig, FlowMatchConfig
+from sonic.training.objective_config import DistillConfig, ErrorConfig, FlowMatchConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Figure, Objective, Weighted
 from sonic.training.train_config import TrainConfig
@@ -54,7 +54,10 @@ class TransformerObjective(Objective):
         self.pretrained = tuple(self.networks.modules.values())
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         std = dataset.statistics().get("cell_std") if isinstance(dataset, ClipDataset) else None
-        self.cell_weights = torch.ones(()) if std is None else cell_weights(std, self.config.error.cell_gain)
+        gain = self.config.error.cell_gain
+        if std is None and gain != ErrorConfig().cell_gain:
+            raise ValueError(f"objective.error.cell_gain={gain} has no effect on clips without {STATISTICS}; leave it out")
+        self.cell_weights = torch.ones(()) if std is None else cell_weights(std, gain)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
