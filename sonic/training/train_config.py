@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-<<<<<<< HEAD
 from sonic.config import OWN, PRECISIONS, CommandConfig, ModelConfig, precision_of
 from sonic.registry import names_in, one_of, option, require
-=======
-from sonic.config import (
-    OWN,
-    PRECISIONS,
-    ModelConfig,
-    one_of,
-    option,
-    precision_of,
-    require,
-)
 from sonic.training.idle_options import refuse_idle_options
->>>>>>> pA
 from sonic.training.objective_config import ObjectiveConfig
 
 ENGINE_TABLE, DATASET_TABLE = "training.build.ENGINES", "training.build.DATASETS"
@@ -149,20 +137,13 @@ class LogConfig(WandbConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         every = self.every_steps
-<<<<<<< HEAD
         require(every >= 1, f"log.every_steps={every}: need at least 1")
-        for name in ("samples_every", "histograms_every"):
+        for name in ("samples_every", "histograms_every", "validation_every"):
             value = getattr(self, name)
             fits = value >= 0 and value % every == 0
             require(fits, f"log.{name}={value} must be a multiple of log.every_steps={every}, or 0 for none")
         shown = self.tensorboard or self.wandb != "off" or not self.histograms_every
         require(shown, f"log.histograms_every={self.histograms_every} needs log.tensorboard=true or log.wandb=offline or online")
-=======
-        checks = self.validation_every >= 0 and self.validation_every % max(1, every) == 0
-        require(checks, f"log.validation_every={self.validation_every} must be a multiple of log.every_steps={every}, or 0 for none")
-        fits = self.samples_every >= 0 and self.samples_every % max(1, every) == 0
-        require(fits, f"log.samples_every={self.samples_every} must be a multiple of log.every_steps={every}, or 0 for none")
->>>>>>> pA
         require(2 <= self.sample_seconds <= 60, f"log.sample_seconds={self.sample_seconds}: need 2 to 60 seconds")
         require(self.sample_steps >= 1, f"log.sample_steps={self.sample_steps}: need at least 1")
 
@@ -179,11 +160,8 @@ class DataConfig:
     resolution: int = option(192, "side of the face crop of drawn people in pixels")
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
         one_of(self.source, names_in(DATASET_TABLE), "data.source")
-=======
         require(0 <= self.validation_share < 1, f"data.validation_share={self.validation_share}: need a share in [0, 1)")
->>>>>>> pA
 
 
 @dataclass
