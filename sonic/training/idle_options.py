@@ -8,8 +8,7 @@ from functools import reduce
 
 from sonic.config import require
 
-if typing.TYPE_CHECKING:
-    from sonic.training.train_config import TrainConfig
+TrainConfig = typing.Any  # the class of that name, whose module imports this one
 
 
 def _drawn(config: TrainConfig) -> bool:

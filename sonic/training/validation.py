@@ -50,7 +50,7 @@ def validator(student: Student) -> Validate | None:
                 batch = default_collate([clips.read(number * len(clips) // count, number)])
                 batch = {name: upload(tensor, world.device) for name, tensor in batch.items()}
                 with student.engine.precision():
-                    losses = losses_by_sigma(objective, model, batch, torch.Generator(world.device).manual_seed(number))
+                    losses = losses_by_sigma(objective, model, batch, rng=torch.Generator(world.device).manual_seed(number))
                 totals += torch.cat((losses.cpu(), torch.ones(1))) * (first + rank < count)
         *losses, clips_used = world.mean(totals).tolist()
         return {f"eval/validation_loss_sigma_{sigma}": loss / clips_used for sigma, loss in zip(SIGMAS, losses, strict=True)}
@@ -58,7 +58,7 @@ def validator(student: Student) -> Validate | None:
     return validate
 
 
-def losses_by_sigma(objective: TransformerObjective, model: torch.nn.Module, batch: dict[str, Tensor], rng: torch.Generator) -> Tensor:
+def losses_by_sigma(objective: TransformerObjective, model: torch.nn.Module, batch: dict[str, Tensor], *, rng: torch.Generator) -> Tensor:
     """The objective's error of the model's prediction for one noise, at each of SIGMAS, with all conditions.  -> [len(SIGMAS)]"""
     batch, motion = split_past(batch, objective.config.window, rng)
     clean = batch["latents"]
