@@ -9,8 +9,8 @@
 
 AvatarDiT is the transformer, ModelConfig its sizes, SAMPLERS the solvers by name, and parallelize builds the transformer under a plan on
 this rank; load_plugins imports modules that register variants of one's own. `AvatarPipeline.from_pretrained(NAME).config` is the whole
-config of a model with weights; `ModelConfig()` and `InferConfig()` alone have plain defaults, for which there are none. Each is imported when
-it is first asked for: `import sonic` alone loads nothing.
+config of a model with weights; `ModelConfig()` and `InferConfig()` alone have plain defaults, for which there are none. Each is imported
+when it is first asked for: `import sonic` alone loads nothing.
 """
 
 import os

@@ -36,7 +36,7 @@ READ_WITH: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
         "log.samples_every above 0 and an objective without objective.sampler",
     ),
     "speed.prefetch": (lambda c: c.speed.workers, "speed.workers above 0"),
-    "model.lora.path": (lambda c: False, "a command that makes videos; a training continues adapters with init_from"),
+    "model.lora.path": (_reads_weights, "an objective that starts from a model's weights"),
     "model.weights": (_reads_weights, "an objective that starts from a model's weights; this one starts from random ones or init_from"),
     "objective.learn.alpha": (lambda c: c.objective.learn.rank, "objective.learn.rank above 0"),
     "objective.schedule": (lambda c: c.objective.schedule_share, "objective.schedule_share above 0"),

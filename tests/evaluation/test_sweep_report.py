@@ -89,7 +89,10 @@ def test_a_student_in_a_file_is_held_against_the_teacher_that_its_file_names(tmp
     save_file({"a": torch.zeros(1)}, tmp_path / "old.safetensors")  # says nothing: whole weights
     one, two, student, old = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two", "student", "old"))
     openings = {(one, 1): [0.0, 2.0], (one, 40): [0.0, 1.0], (two, 40): [0.0, 4.0], (student, 1): [0.0, 1.5], (old, 50): [0.0, 9.0]}
-    cells = [Cell(number, "evaluate", {"weights": file, "sampler.sample_steps": steps}, [], [], [], tmp_path, [1]) for number, (file, steps) in enumerate(openings)]
+    cells = [
+        Cell(number, "evaluate", {"weights": file, "sampler.sample_steps": steps}, [], [], [], tmp_path, [1])
+        for number, (file, steps) in enumerate(openings)
+    ]
     found = with_distances([(cell, {"openings": [track]}) for cell, track in zip(cells, openings.values(), strict=True)])
     distances = [figures[DISTANCE]["mean"] for _, figures in found]
     assert distances == pytest.approx([np.sqrt(0.5) / 0.5, 0, 0, np.sqrt(0.125) / 0.5, 0])
