@@ -11,7 +11,7 @@ from pathlib import Path
 from sonic.checkpoint.bundled import BUNDLED, weight_files
 from sonic.checkpoint.header import read_header
 from sonic.cli import Entry, launch
-from sonic.config import ModelConfig, option, require
+from sonic.config import CommandConfig, ModelConfig, option, require
 from sonic.system.files import written_temporary
 from sonic.system.run_folder import Run
 
@@ -19,7 +19,7 @@ log = logging.getLogger("sonic")
 
 
 @dataclass
-class BundleConfig:
+class BundleConfig(CommandConfig):
     """Copy exported weights and their card into the package, where commands find them without a path."""
 
     source: str = option("", "the .safetensors file that a training exported, with its card beside it")
