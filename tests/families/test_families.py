@@ -9,7 +9,7 @@ from infer_command import untrained_components
 
 from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, group_choices
-from sonic.config import ModelConfig
+from sonic.config import ModelConfig, help_of
 from sonic.families import FAMILIES
 from sonic.families.family import Family, family_of
 from sonic.inference.infer_config import InferConfig
@@ -44,7 +44,7 @@ def test_an_unknown_family_is_reported_with_the_names_of_the_table():
 
 
 def test_the_help_of_the_option_names_every_family():
-    (text,) = (each.metadata["help"] for each in fields(ModelConfig) if each.name == "family")
+    (text,) = (help_of(each) for each in fields(ModelConfig) if each.name == "family")
     assert all(f"{name} ({entry.about})" in text for name, entry in FAMILIES.items())
 
 
