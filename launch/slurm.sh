@@ -47,9 +47,9 @@ wait_for() {
 job=${1:-}
 case "$job" in
     train | infer | bench) whom=ranks ;;
-    plan | convert | evaluate | judge | ablate | precompute | check) whom=process ;;
+    plan | convert | bundle | evaluate | judge | ablate | precompute | check) whom=process ;;
     "") refuse "name a command: sbatch --nodes=2 launch/slurm.sh train +distill=live_avatar_4step" ;;
-    *) refuse "$job is no command; choose one of: infer, plan, convert, train, evaluate, judge, ablate, precompute, bench, check" ;;
+    *) refuse "$job is no command; choose one of: infer, plan, convert, train, bundle, evaluate, judge, ablate, precompute, bench, check" ;;
 esac
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job; start it with: sbatch --nodes=2 launch/slurm.sh $*"
 

@@ -146,7 +146,7 @@ def test_other_errors_are_not_taken_for_it(error):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_would_help_a_video_needs_a_tenth_less_than_its_plan(model, ranks, monkeypatch):
     monkeypatch.setattr(Wan, "settled_model", lambda family, config: config)
-    argv = [f"model={model}", "+preset=standard", "hardware=1xh200", "video.size=704x384"]
+    argv = [f"model={model}", "+preset=standard", f"hardware={'1xh200' if ranks == 1 else '8x141gb'}", "video.size=704x384"]
     there, config = Ranks(0, ranks, 0, ranks), compose(infer_command.ENTRY, argv)
     before = max(choose_plan(config, there, CPU).plan.peak_gib)
     sentence = out_of_memory(torch.OutOfMemoryError(OF_DEVICE), WOULD_HELP, config, there)

@@ -20,7 +20,7 @@ from video_files import read_frames
 import sonic
 from sonic.checkpoint.speech_weights import open_speech_encoder
 from sonic.cli import compose, help_text, run_command
-from sonic.commands import ablate_command, infer_command, plan_command, precompute_command, train_command
+from sonic.commands import ablate_command, evaluate_command, infer_command, plan_command, precompute_command, train_command
 from sonic.config import SAMPLER_TABLE, AudioConfig, ModelConfig
 from sonic.encoders.speech import SPEECH_ENCODERS
 from sonic.evaluation.sweep import cells_of
@@ -173,7 +173,7 @@ def nothing() -> None:
 
 def test_help_shows_the_names_and_the_options_of_a_plug_in_that_is_named_on_its_command_line(here, capsys):
     write_module(here, "mine", OBJECTIVE)
-    assert run_command(TRAIN, None, ["--help", "plugins=mine"]) == 0
+    assert run_command(TRAIN, None, ["--help", "plugins=mine", "objective=lines"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^  objective=.*\|lines\|", text, re.M) and re.search(r"^  objective.slope=2.0 +steepness$", text, re.M)
 
@@ -190,7 +190,7 @@ def test_a_sweep_hands_its_plug_ins_to_every_cell(here):
     write_module(here, "mine", SAMPLER)
     config = compose(ABLATE, ["plugins=mine", "grid.sampler.name=[damped,euler]"])
     for cell, name in zip(cells_of(config, here), ("damped", "euler"), strict=True):
-        made = compose(ablate_command.EVALUATE, cell.command(1))
+        made = compose(evaluate_command.ENTRY, cell.run_of(1).options)
         assert (made.plugins, made.sampler.name) == (["mine"], name)
 
 

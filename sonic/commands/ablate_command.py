@@ -7,19 +7,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sonic.cli import Entry, Job, compose, launch, run_command
 from sonic.commands import evaluate_command, plan_command, train_command
 from sonic.config import LoraConfig, SamplerConfig, one_of, require
 from sonic.evaluation.evaluate_config import EvaluateConfig
-from sonic.evaluation.sweep import Cell, SeedRun
 from sonic.evaluation.sweep_config import AblateConfig
 from sonic.system.allocator import keep_freed_memory
 from sonic.system.caches import make_room_for_caches
 from sonic.system.files import write_json
 from sonic.system.run_folder import Run
 from sonic.training.train_config import TrainConfig
+
+if TYPE_CHECKING:  # it imports torch
+    from sonic.evaluation.sweep import Cell, SeedRun
 
 GRID = "grid."
 CELLS_FAILED = 1

@@ -247,7 +247,7 @@ def test_bundling_copies_what_fits_the_package_under_its_name(of_bundled, whole,
     shutil.copyfile(BUNDLED / "preview_dit.safetensors", package / "preview_dit.safetensors")
     for module in (bundle_command, bundled):
         monkeypatch.setattr(module, "BUNDLED", package)
-    put = lambda file, **options: bundle_command.bundle(bundle_command.BundleConfig(str(file), **options), None)  # noqa: E731
+    put = lambda file, **options: bundle_command.bundle(bundle_command.BundleConfig(source=str(file), **options), None)  # noqa: E731
     put(of_bundled)
     for suffix in (".safetensors", ".md"):
         assert (package / f"preview_4step{suffix}").read_bytes() == of_bundled.with_suffix(suffix).read_bytes()

@@ -130,7 +130,10 @@ def test_the_14b_is_what_it_is_predicted_to_be(asked, most):
 @pytest.mark.parametrize("hardware", [name for name in group_choices("hardware") if name != "here"])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_training_that_fits_is_chosen_before_one_that_does_not(recipe, hardware, model):
-    config = compose(PLAN, [*recipe, f"hardware={hardware}", f"model={model}", "objective.window.past=0", "objective.window.past_noise=0", "data.window=12"])
+    config = compose(
+        PLAN,
+        [*recipe, f"hardware={hardware}", f"model={model}", "objective.window.past=0", "objective.window.past_noise=0", "data.window=12"],
+    )
     found, hardware = plan_training(config), config.hardware
     fits = [max(each.peak_gib) <= hardware.usable_gib and len(each.ranks) * each.host <= hardware.host_gib * 2**30 for each in found.plans]
     assert found.fits == any(fits)
