@@ -40,6 +40,7 @@ def sweep(made, folder, score=fake_score.score, *, processes=False):
         if processes:
             pytest.importorskip("submitit")
         else:
+            patch.delitem(sweeps.ENGINES, "local")
             patch.setitem(sweeps.ENGINES, "local", lambda execute, config, folder: partial(Ended, execute))
             patch.setattr(sweeps, "POLL_S", 0)
         sweeps.sweep(made, cells, score, folder=folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -104,6 +106,8 @@ def test_a_cell_trains_and_exports_into_its_folder_and_continues_where_it_was_st
     def stopped(*args, **kwargs):
         if kwargs["step"] == 3 and not updates.count(3):
             updates.append(3)
+            while not (cell.run_folder(1) / "checkpoints/step_00000002").exists():  # it is written in the background
+                time.sleep(0.01)
             raise KeyboardInterrupt
         updates.append(kwargs["step"])
         return step(*args, **kwargs)

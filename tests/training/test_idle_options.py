@@ -26,7 +26,7 @@ IDLE = {  # recipe and further options under which the option is refused, and a 
     "log.sample_seconds": ([*DIT, "log.samples_every=0"], "4"),
     "log.sample_steps": (STUDENT, "4"),
     "speed.prefetch": (DIT, "8"),
-    "model.lora.path": (STUDENT, "a.safetensors"),
+    "model.lora.path": (DRAWN, "a.safetensors"),
     "model.weights": (DRAWN, "teacher"),
     "objective.learn.alpha": (DIT, "8"),
     "objective.schedule": (["+train=audio_adapter"], "[1.0]"),
