@@ -93,7 +93,7 @@ def _seconds(work: Training, hardware: HardwareConfig, parallel: ParallelConfig)
     weights += s.hop_seconds(2 * averaged * (copies - 1) / copies, hardware, senders=hardware.devices)  # between the groups
     if parallel.cpu_offload:  # shards and gradients share the bus to the host, where the optimizer runs
         weights += s.host_seconds(moved / shards, hardware)
-        stepping = count.updates * UPDATE_BYTES * copies * learning / (HOST_MEMORY_GBPS * s.GIGA)
+        stepping = count.updates * UPDATE_BYTES * copies * learning / hardware.nodes / (HOST_MEMORY_GBPS * s.GIGA)
     exchanged = 4 * count.forwards * work.activation_bytes * work.model.trunk.num_layers / share
     operations = count.forwards * work.forward_flops * work.batch_size / share
     compute, activations = operations / s.rate(hardware), s.all_to_all_seconds(exchanged, hardware, share)

@@ -28,7 +28,7 @@ def test_tensorboards_own_reader_finds_curves_and_histograms(tmp_path):
     pytest.importorskip("tensorboard")
     trained(tmp_path, tensorboard=True, histograms_every=2)
     found = accumulated(tmp_path)
-    assert [(each.step, each.value) for each in found.Scalars("student/loss")] == [(2, 0.5), (4, 2.5)]
+    assert [(each.step, each.value) for each in found.Scalars("student/loss")] == [(1, 0.0), (2, 1.0), (4, 2.5)]
     tags = found.Tags()
     assert {"critic/loss", "perf/samples_per_second_critic"} < set(tags["scalars"])
     assert {"student/weights/weight", "critic/gradients/bias"} < set(tags["histograms"])

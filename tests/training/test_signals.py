@@ -106,7 +106,7 @@ class Job:
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["train/student_loss"]) for line in read_scalars(folder)]
+    return [(line["step"], line["student/loss"]) for line in read_scalars(folder)]
 
 
 @pytest.mark.parametrize(("name", "step"), [("SIGINT", 0), ("SIGTERM", 3), ("SIGUSR1", STEPS - 1)])
