@@ -219,7 +219,7 @@ def test_less_needs_less(task, smaller):
     assert peak(*recipe, smaller) < peak(*recipe) < peak(*recipe, "speed.recompute=false")
 
 
-def test_copies_of_the_shards_need_more_memory_and_move_fewer_bytes_for_each_pass():
+def test_copies_of_the_shards_need_more_memory_and_save_nothing_inside_one_machine():
     asked = (*WHOLE, "hardware=8x80gb", "parallel=fsdp", "parallel.cpu_offload=true")
     plans = [plan(*asked, f"parallel.replicas={copies}").chosen for copies in (1, 2, -1)]
     assert [each.name for each in plans] == ["fsdp+cpu_offload", "fsdp+replicas+cpu_offload", "fsdp+replicas+cpu_offload"]
@@ -228,7 +228,7 @@ def test_copies_of_the_shards_need_more_memory_and_move_fewer_bytes_for_each_pas
     assert shards[1] - shards[0] == pytest.approx((shards[2] - shards[0]) / 7)
     one, two, all_weights = (plan(*asked[:-1], f"parallel.replicas={copies}").chosen for copies in (1, 2, 8))
     assert max(one.peak_gib) < max(two.peak_gib) < max(all_weights.peak_gib)
-    assert two.seconds.weights < one.seconds.weights
+    assert two.seconds.weights == pytest.approx(one.seconds.weights)  # what copies save gathers they cost in averages
 
 
 def test_a_shorter_ring_needs_less_in_rollout_and_replay():
