@@ -38,7 +38,6 @@ READ_WITH: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
     "speed.prefetch": (lambda c: c.speed.workers, "speed.workers above 0"),
     "model.lora.path": (_reads_weights, "an objective that starts from a model's weights"),
     "model.weights": (_reads_weights, "an objective that starts from a model's weights; this one starts from random ones or init_from"),
-    "objective.learn.alpha": (lambda c: c.objective.learn.rank, "objective.learn.rank above 0"),
     "objective.schedule": (lambda c: c.objective.schedule_share, "objective.schedule_share above 0"),
     "objective.window.past_noise": (lambda c: c.objective.window.past, "objective.window.past above 0"),
     "objective.window.max_first_block": (_reads_first_block, "objective.window.reach=blocks"),

@@ -28,7 +28,6 @@ IDLE = {  # recipe and further options under which the option is refused, and a 
     "speed.prefetch": (DIT, "8"),
     "model.lora.path": (DRAWN, "a.safetensors"),
     "model.weights": (DRAWN, "teacher"),
-    "objective.learn.alpha": (DIT, "8"),
     "objective.schedule": (["+train=audio_adapter"], "[1.0]"),
     "objective.window.past_noise": (DIT, "0.3"),
     "objective.window.max_first_block": ([*DIT, "objective.window.reach=clip"], "3"),
