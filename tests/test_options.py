@@ -155,7 +155,7 @@ def test_a_plan_for_a_size_with_a_star_is_the_plan_for_the_size(tmp_path, monkey
         argv = ["model=live_avatar_14b", "hardware=4x24gb", f"video.size={size}", f"json={name}.json"]
         assert run_command(PLAN, plan_command.plan, argv) == 0
     star, cross = (
-        json.loads((tmp_path / f"{name}.json").read_text().replace(f"video.size={size}", "video.size=SIZE"))
+        json.loads((tmp_path / f"{name}.json").read_text().replace("'", "").replace(size, "SIZE"))  # commands quote a star
         for name, size in (("star", "384*256"), ("cross", "384x256"))
     )
     assert star == cross and star["fits"]
