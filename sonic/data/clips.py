@@ -93,9 +93,9 @@ class ClipDataset(Dataset):
         long_enough = [clip for clip in self.index["clips"] if clip["latent_frames"] >= window]
         if not long_enough:
             raise ValueError(f"data.window={window} latent frames is longer than every clip in {folder}; use a smaller window")
-        self.clips = [clip for clip in long_enough if is_held_out(clip, share) == held_out]
-        if not self.clips and not held_out:
-            raise ValueError(f"data.validation_share={share} holds out every video of {folder}; use a smaller share, or 0")
+        taken = [is_held_out(clip, share) for clip in long_enough]
+        taken = [False] * len(taken) if all(taken) else taken  # training always keeps some
+        self.clips = [clip for clip, out in zip(long_enough, taken, strict=True) if out == held_out]
 
     def has(self, name: str) -> bool:
         """Whether every clip has a tensor of that name."""

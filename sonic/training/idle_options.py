@@ -23,7 +23,7 @@ def _reads_first_block(config: TrainConfig) -> bool:
     return config.objective.window.reach == "blocks" or config.objective.name == "dmd"
 
 
-# option: whether this training reads it, and what it needs to be read
+# option: whether this training reads it, and what it needs to be read; without what past=0 and learn.rank=0 switch off in a recipe
 READ_WITH: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
     "data.folder": (lambda c: not _drawn(c), "data.source=clips"),
     "data.split": (_drawn, "data.source=drawn"),
@@ -39,7 +39,6 @@ READ_WITH: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
     "model.lora.path": (_reads_weights, "an objective that starts from a model's weights"),
     "model.weights": (_reads_weights, "an objective that starts from a model's weights; this one starts from random ones or init_from"),
     "objective.schedule": (lambda c: c.objective.schedule_share, "objective.schedule_share above 0"),
-    "objective.window.past_noise": (lambda c: c.objective.window.past, "objective.window.past above 0"),
     "objective.window.max_first_block": (_reads_first_block, "objective.window.reach=blocks"),
     "objective.error.weight_cap": (lambda c: c.model.prediction == "clean", "model.prediction=clean"),
     "objective.sampler.negative_prompt": (lambda c: False, "a command that makes videos"),

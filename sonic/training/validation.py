@@ -37,7 +37,11 @@ def validator(student: Student) -> Validate | None:
         raise ValueError(f"data.validation_share={data.validation_share} is for objectives that denoise latents; use 0")
     clips = ClipDataset(data.folder, data.window, share=data.validation_share, held_out=True)
     if not clips.clips:
-        LOG.warning("data.validation_share=%g holds out no video of %s; there is no validation", data.validation_share, data.folder)
+        LOG.warning(
+            "data.validation_share=%g can hold out no video of %s, which has too few; there is no validation",
+            data.validation_share,
+            data.folder,
+        )
         return None
     count = min(MOST_CLIPS, len(clips))
     ranks, rank = world.size("layers"), world.coordinate("layers")  # of those that have clips of their own

@@ -29,7 +29,6 @@ IDLE = {  # recipe and further options under which the option is refused, and a 
     "model.lora.path": (DRAWN, "a.safetensors"),
     "model.weights": (DRAWN, "teacher"),
     "objective.schedule": (["+train=audio_adapter"], "[1.0]"),
-    "objective.window.past_noise": (DIT, "0.3"),
     "objective.window.max_first_block": ([*DIT, "objective.window.reach=clip"], "3"),
     "objective.error.weight_cap": ([*DIT, "model.prediction=velocity"], "2"),
     "objective.sampler.negative_prompt": (STUDENT, "blurred"),
