@@ -44,7 +44,7 @@ def validator(student: Student) -> Validate | None:
         )
         return None
     count = min(MOST_CLIPS, len(clips))
-    ranks, rank = world.size("layers"), world.coordinate("layers")  # of those that have clips of their own
+    ranks, rank = world.data_ranks, world.data_rank  # of those that have clips of their own
 
     def validate() -> dict[str, float]:
         totals = torch.zeros(len(SIGMAS) + 1)  # of the losses, and the number of clips
