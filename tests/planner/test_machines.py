@@ -99,7 +99,8 @@ def test_plans_over_two_machines_wait_for_the_link_between_them_where_they_use_i
         crosses = plan.parallel.name in ("fsdp", "pipeline", "context", "zero3")
         parts = ("weights",) if plan.parallel.name in ("fsdp", "zero3") and not plan.parallel.cpu_offload else ("weights", "activations")
         before, now = (sum(getattr(each, part) for part in parts) for each in (seconds[plan.name], plan.seconds))
-        assert (now > 1.5 * before) == crosses or plan.parallel.cpu_offload, plan.name
+        most = 1.2 if plan.parallel.replicas > 1 else 1.5  # copies on each machine exchange gradients alone
+        assert (now > most * before) == crosses or plan.parallel.cpu_offload, plan.name
     inside = {name: found.activations for name, found in seconds.items() if name.startswith("fsdp+context8")}
     assert inside and all(plan.seconds.activations == inside[plan.name] for plan in slow.plans if plan.name in inside)
 
