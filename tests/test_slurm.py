@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -186,10 +187,13 @@ def test_a_training_that_goes_back_into_the_queue_ends_with_the_weights_of_one_t
     text = first.communicate(timeout=PATIENCE_S)[0]
     assert first.returncode == 0 and cluster.asked().count("requeue 42") == 1, text
     assert not (tmp_path / "here/stopped.safetensors").exists()
+    stopped = int(re.search(r"saved step (\d+); the same command continues", text)[1])
+    assert 0 < stopped < 20
     for name in ("stopped", "straight"):
         process = job(name)
         text = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == 0, text
+        assert (f"at step {stopped}, after" in " ".join(text.split())) == (name == "stopped"), text  # else it began anew
     assert cluster.asked().count("requeue 42") == 1
     one, other = (load_file(tmp_path / f"here/{name}.safetensors") for name in ("stopped", "straight"))
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())

@@ -19,7 +19,9 @@ from sonic.planner.command_line import command_line
 from sonic.planner.hardware import RATES, hardware_here
 from sonic.planner.search import as_json, search_plans
 from sonic.planner.step_time import all_to_all_seconds, hop_seconds, ring_seconds
-from sonic.training.plan_training import PlanTrainingConfig, plan_training
+from sonic.planner.training_memory import sizes
+from sonic.planner.workload import learnt
+from sonic.training.plan_training import PlanTrainingConfig, plan_training, training
 
 CPU = torch.device("cpu")
 VIDEO = ("model=live_avatar_14b", "video=704x384", "run.dtype=bfloat16", "sampler.sample_steps=4")
@@ -103,6 +105,36 @@ def test_plans_over_two_machines_wait_for_the_link_between_them_where_they_use_i
         assert (now > most * before) == crosses or plan.parallel.cpu_offload, plan.name
     inside = {name: found.activations for name, found in seconds.items() if name.startswith("fsdp+context8")}
     assert inside and all(plan.seconds.activations == inside[plan.name] for plan in slow.plans if plan.name in inside)
+
+
+def test_a_training_on_two_machines_is_also_planned_as_a_copy_on_each_which_send_each_other_gradients_alone():
+    asked = (*DISTILL, "hardware=8x80gb", "hardware.nodes=2")
+    found = planned(*asked)
+    plans = {plan.name: plan for plan in found.plans}
+    copied = plans["fsdp+replicas2"]
+    command = next(each["command"] for each in as_json(found)["plans"] if each["plan"] == copied.name)
+    assert command.startswith("sbatch --nodes=2 --gpus-per-node=8 ")
+    assert command.endswith(f"slurm.sh train {DISTILL[0]} speed.engine=fsdp speed.replicas=2")
+    slow, slower = (
+        {plan.name: plan.seconds.weights for plan in planned(*asked, f"hardware.node_link_gbps={rate}").plans} for rate in (2, 1)
+    )
+    work = training(compose(TRAINING_ENTRY, asked))
+    gradients = 9 * 4 * sum(learnt(work).values())  # bytes of 5 updates of the critic and of the 4 blocks of the student's replay
+    assert slower[copied.name] - slow[copied.name] == pytest.approx(gradients / 1e9 / 2)  # each of 8 ranks sends its eighth, there and back
+    gathered = 124 * sizes(work, 16).gathered  # of 5 x (4 steps x 4 blocks + 3) passes of the critic, and 29 of the student
+    assert slower["fsdp"] - slow["fsdp"] == pytest.approx((gathered + gradients) * 15 / 16 / 1e9 / 2)
+    assert plans["fsdp"].seconds.weights > copied.seconds.weights  # whose groups are inside a machine
+
+
+def test_the_optimizer_on_the_host_updates_the_weights_of_one_copy_on_each_machine():
+    job = ("+train=audio_adapter", "objective.learn.targets=[]", "video.size=384x256", "parallel=fsdp", "parallel.cpu_offload=true")
+    one, two = (
+        planned(*job, "hardware=8x80gb", f"hardware.nodes={n}", f"parallel.replicas={n}", f"budget.accumulate={8 * n}") for n in (1, 2)
+    )
+    copied, alone = two.chosen.seconds.weights, one.chosen.seconds.weights
+    work = training(compose(TRAINING_ENTRY, [*job, "hardware=8x80gb"]))
+    between = 4 * sum(learnt(work).values()) / (two.hardware.node_link_gbps * 1e9)
+    assert copied - alone == pytest.approx(between, rel=0.01)
 
 
 def test_host_memory_is_that_of_a_machine_not_of_all():
