@@ -23,18 +23,26 @@ WIDE = "layer_norm rms_norm softmax.int log_softmax.int mse_loss exp sum pow.Ten
 
 
 class FakeGpuMode(FakeTensorMode):
-    """Mode in which new tensors are fake. Those of Python values are made on the host and copied, since the device has no kernels."""
+    """Mode in which new tensors are fake. Those of Python values are made on the host and copied, since the device has no kernels.
+
+    Backward passes run in the thread that asks for them: autograd starts a thread for each device that it finds at the first backward
+    pass of a process, and this device may come later.
+    """
 
     avoid_device_init = True
     depth = 0  # of modes that are entered: outside of all of them there is no device
 
     def __enter__(self) -> FakeGpuMode:
+        if FakeGpuMode.depth == 0:
+            self.threads = torch.autograd.set_multithreading_enabled(False)
         FakeGpuMode.depth += 1
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        FakeGpuMode.depth -= 1
         super().__exit__(*raised)
+        FakeGpuMode.depth -= 1
+        if FakeGpuMode.depth == 0:
+            self.threads.__exit__(*raised)
 
     def dispatch(self, func: Any, *given: Any) -> Any:
         """The result of one operation on shapes; pinned memory, which fake tensors do not have, is memory of the host."""

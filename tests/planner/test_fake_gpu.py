@@ -52,7 +52,8 @@ def test_the_dry_run_sees_what_only_devices_do(branch, noticed, monkeypatch):
 
 
 def operations():
-    """Names of the operations of attention and norms, forward and backward, on the dry run's device."""
+    """Names of the operations of attention and norms, forward and backward, on a device that comes after the first backward pass."""
+    torch.ones(1, requires_grad=True).sum().backward()
     with fake_gpu(), FakeGpuMode(), Names() as names:
         rows, weight = (torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((1, 2, 64, 32), (32,)))
         (F.scaled_dot_product_attention(rows, rows, rows) + F.rms_norm(rows, (32,), weight) + F.layer_norm(rows, (32,))).sum().backward()
@@ -60,9 +61,7 @@ def operations():
 
 
 def test_attention_and_norms_are_one_kernel_each_with_gradients_too():
-    with ProcessPoolExecutor(
-        1, get_context("spawn")
-    ) as pool:  # autograd counts the devices in its first backward pass, maybe long ago here
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # autograd counts the devices at the first backward pass of a process
         found = set(pool.submit(operations).result())
     kernels = {"_scaled_dot_product_flash_attention", "_fused_rms_norm", "native_layer_norm"}
     assert kernels | {f"{name}_backward" for name in kernels} <= found
