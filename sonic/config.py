@@ -110,6 +110,28 @@ class MotionConfig:
 
 
 @dataclass
+class UNetConfig:
+    """The UNet of a model that denoises windows of frames (Stable Video Diffusion with audio attention), under diffusers' names."""
+
+    block_out_channels: list[int] = option([320, 640, 1280, 1280], "channels of each level; the last one has no attention")
+    num_attention_heads: list[int] = option([5, 10, 20, 20], "attention heads of each level")
+    layers_per_block: int = option(2, "residual blocks of each level")
+    cross_attention_dim: int = option(1024, "width of the image embedding and of an audio token")
+    addition_time_embed_dim: int = option(256, "width of the embedding of each added id: frame rate and two motion buckets")
+    audio_tokens: int = option(32, "audio tokens of a frame")
+    window_frames: int = option(25, "frames of a window, which are denoised together")
+    window_overlap: int = option(0, "frames that neighbouring windows of a step share")
+    window_shift: int = option(7, "frames by which the windows move from one sampling step to the next")
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        fits = levels >= 2 and levels == len(self.num_attention_heads)
+        require(fits, f"model.unet: {levels} levels of channels need as many numbers of heads, and at least 2")
+        inside = 0 <= self.window_overlap < self.window_frames
+        require(inside, f"model.unet.window_overlap={self.window_overlap} must lie between 0 and window_frames={self.window_frames}")
+
+
+@dataclass
 class RolloutConfig:
     """How a model generates a video, at `fps`: block by block, or in whole clips of `clip_frames` video frames.
 
@@ -182,6 +204,7 @@ class ModelConfig(SpeechEncoderConfig):
     text: TextConfig = option(TextConfig)
     motion: MotionConfig = option(MotionConfig)
     rollout: RolloutConfig = option(RolloutConfig)
+    unet: UNetConfig = option(UNetConfig)
     prediction: str = option("velocity", "quantity that the transformer predicts (clean = the latents)", table=PREDICTION_TABLE)
     family: str = option("preview", lambda: " or ".join(f"{name} ({entry.about})" for name, entry in FAMILIES.items()))
     resolution: int = option(192, "side of the face crop in pixels; 0 = the whole picture")

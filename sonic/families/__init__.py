@@ -28,4 +28,5 @@ class FamilyEntry(NamedTuple):
 
 _PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
 _WAN = FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",))
-FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN})
+_SONIC = FamilyEntry("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0)
+FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN, "sonic_svd": _SONIC})

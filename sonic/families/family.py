@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from sonic.checkpoint.bundled import BUNDLED
 from sonic.config import ModelConfig, RunConfig, precision_of
@@ -17,12 +19,12 @@ from sonic.data.data_config import PrecomputeConfig
 from sonic.data.shards import Encoders
 from sonic.families import FAMILIES
 from sonic.inference.components import DTYPES, Components, compile_fault, find_device, lora_of, set_tf32
+from sonic.inference.distributed_rollout import worker_loop
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.report import StageTimer
 from sonic.model.attention import attention_for
 from sonic.model.blocks import set_attention
-from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.parallelize import build_parallel_model
@@ -62,6 +64,21 @@ class Family(ABC):
     def student(self, config: ModelConfig, steps: int) -> Path | None:
         """The bundled adapters that the transformer loads for `steps` sampling steps; None without."""
         return None
+
+    def build_model(self, config: ModelConfig, run: RunConfig, *, context: DistributedContext, dtype: torch.dtype, steps: int) -> nn.Module:
+        """The transformer with its weights under the plan of `context`, whose execution is set; other families build another network.
+
+        Raises ValueError when weights are missing, damaged or of another shape.
+        """
+        attention = attention_for(run.attention, context.world.device, dtype, head_dim=config.trunk.hidden_dim // config.trunk.num_heads)
+        lora = lora_of(config.lora, self.student(config, steps))
+        model = build_parallel_model(config, self.transformer_weights(config), context, lora=lora, dtype=dtype)
+        set_attention(model, attention)
+        return model
+
+    def serve(self, components: Components) -> None:
+        """On a rank that does not lead: run the forwards of the leading rank until it shuts this rank down."""
+        worker_loop(components.model, components.context, components.dtype)
 
     @abstractmethod
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> Components:
@@ -115,15 +132,7 @@ def build_components(
     set_tf32(dtype)
     family = family or family_of(config)
     config = family.settled_model(config)
-    head_dim = config.trunk.hidden_dim // config.trunk.num_heads
-    attention = attention_for(run.attention, context.world.device, dtype, head_dim=head_dim)
-
-    def make_model() -> AvatarDiT:
-        lora = lora_of(config.lora, family.student(config, steps))
-        model = build_parallel_model(config, family.transformer_weights(config), context, lora=lora, dtype=dtype)
-        set_attention(model, attention)
-        return model
-
+    make_model = partial(family.build_model, config, run, context=context, dtype=dtype, steps=steps)
     weights = family.weights_in_words(config, steps)
     found = replace(family.components(config, context, dtype), make_model=make_model, weights=weights, compile=run.compile)
     if not family.loads_late:

@@ -17,7 +17,7 @@ from sonic.data.video import check_output
 from sonic.families.family import Family, build_components, family_of
 from sonic.inference.choose_plan import WOULD_HELP, Estimate, choose_plan
 from sonic.inference.components import Components, find_device
-from sonic.inference.distributed_rollout import shutdown, worker_loop
+from sonic.inference.distributed_rollout import shutdown
 from sonic.inference.generate import make_video
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.input_reader import InputReader, open_inputs
@@ -66,7 +66,7 @@ class Opened(NamedTuple):
         if self.world.holds_vae:
             serve_vae(components.autoencoder, context.vae_channel)
         elif not self.world.leads:
-            worker_loop(components.model, context, components.dtype)
+            family_of(components.config).serve(components)
 
 
 @contextmanager

@@ -9,21 +9,18 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.config import PRECISIONS, LoraConfig, ModelConfig
 from sonic.model.compile import compile_folder, missing_compiler
-from sonic.model.dit import AvatarDiT
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.vae_rank import RemoteAutoencoder
 from sonic.system.nvidia import driver_version
-from sonic.vae.motion_vae import WarpAutoencoder
-from sonic.vae.wan_vae import WanAutoencoder
 
 log = logging.getLogger("sonic.inference")
 COMPILE_FROM_S = 60.0  # seconds of the shortest video that run.compile=auto compiles for when it is the first
-Autoencoder = WarpAutoencoder | WanAutoencoder | RemoteAutoencoder
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 DRIVERS = {"12": "525", "13": "580"}  # the oldest driver for a CUDA version
 
@@ -34,14 +31,14 @@ class Components:
 
     config: ModelConfig
     context: DistributedContext
-    make_autoencoder: Callable[[], Autoencoder]
-    make_model: Callable[[], AvatarDiT] | None = None
+    make_autoencoder: Callable[[], nn.Module | RemoteAutoencoder]
+    make_model: Callable[[], nn.Module] | None = None
     dtype: torch.dtype = torch.float32
     weights: str = ""  # the weight files of the transformer, as text for the log
     compile: str = "false"  # run.compile
     videos: int = 0  # begun so far
-    model: AvatarDiT | None = None  # after `load`; stays None on the rank that only decodes
-    autoencoder: Autoencoder | None = None  # after `load`: here, or a proxy for that of another rank; None on ranks that never decode
+    model: nn.Module | None = None  # after `load`; stays None on the rank that only decodes
+    autoencoder: nn.Module | RemoteAutoencoder | None = None  # after `load`: its own or another rank's; None where none decodes
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +70,7 @@ class Components:
             log.info("the transformer is compiled when it first runs; torch keeps what it compiles in %s", compile_folder())
             self.model.compiled = True
 
-    def with_model(self, model: AvatarDiT) -> Components:
+    def with_model(self, model: nn.Module) -> Components:
         """A copy whose `load` uses this transformer instead of loading one."""
         return replace(self, make_model=lambda: model, model=None, autoencoder=None)
 
