@@ -331,10 +331,14 @@ class DecodeConfig:
     """When latents are decoded to pixels."""
 
     online: bool = option(True, "decode on another thread while later blocks are denoised")
-    queue: int = option(2, "blocks that may wait between denoising and decoding")
+    queue: int = option(2, "blocks that may wait between denoising and decoding; for sonic_svd, decoded pieces that may wait to be written")
+    chunk_frames: int = option(8, "for sonic_svd, frames that are decoded together; fewer need less memory and more time")
+    overlap_frames: int = option(4, "for sonic_svd, frames decoded with a chunk on each side and thrown away; each halves its seams")
 
     def __post_init__(self) -> None:
         require(1 <= self.queue <= 1024, f"decode.queue={self.queue}: need 1 to 1024 blocks")
+        require(1 <= self.chunk_frames <= 1024, f"decode.chunk_frames={self.chunk_frames}: need 1 to 1024 frames; 8 is usual")
+        require(0 <= self.overlap_frames <= 32, f"decode.overlap_frames={self.overlap_frames}: need 0 to 32 frames; 4 is usual")
 
 
 @dataclass
