@@ -255,10 +255,7 @@ class VideoConfig:
     """The generated video."""
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
-    min_resolution: int = option(
-        0,
-        "short side of the video in pixels, even, 384 to 2160, with the photograph's aspect, in place of video.size; 0 = by that",
-    )
+    min_resolution: int = option(0, "short side in px, even, 384 to 2160, of a video with the photograph's aspect; 0 = by video.size")
     duration: float = option(0.0, "seconds that the recording should last, within a frame; 0 = not compared")
     duration_policy: str = option(
         "follow",

@@ -7,14 +7,14 @@ from itertools import pairwise
 import torch
 from einops import rearrange
 from golden_sonic_case import SonicCase
-from sonic.model.svd_unet import SvdUNet
-from sonic.vae.svd_vae import SvdAutoencoder
 from torch.testing import assert_close
 
 from sonic.config import UNetConfig
 from sonic.inference.denoise_windows import NOTHING, SILENT, SOUND, ClipConditions, WindowSampling, denoise_clip, guidance_batch
+from sonic.model.svd_unet import SvdUNet
 from sonic.sampling.karras import clean_from, euler_step, karras_sigmas, network_input, noisy_start, timestep_of
 from sonic.sampling.windows import windows_of
+from sonic.vae.svd_vae import SvdAutoencoder
 
 SIZES = (
     "block_out_channels",
