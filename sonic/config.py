@@ -329,8 +329,8 @@ class DecodeConfig:
 
     online: bool = option(True, "decode on another thread while later blocks are denoised")
     queue: int = option(2, "blocks that may wait between denoising and decoding; for sonic_svd, decoded pieces that may wait to be written")
-    chunk_frames: int = option(8, "for sonic_svd, frames that are decoded together; fewer need less memory and more time")
-    overlap_frames: int = option(4, "for sonic_svd, frames decoded with a chunk on each side and thrown away; each halves its seams")
+    chunk_frames: int = option(8, "for sonic_svd, frames decoded together (8 with video.compat); fewer need less memory and more time")
+    overlap_frames: int = option(4, "for sonic_svd, frames decoded with a chunk on each side and thrown away (0 with video.compat)")
 
     def __post_init__(self) -> None:
         require(1 <= self.queue <= 1024, f"decode.queue={self.queue}: need 1 to 1024 blocks")
