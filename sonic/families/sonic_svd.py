@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 
 from sonic.checkpoint.sonic_checkpoint import SonicCheckpoint
-from sonic.config import ModelConfig, SamplerConfig
+from sonic.config import ModelConfig, SamplerConfig, VideoConfig
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import FaceFinder, checked_box, find_speaker
 from sonic.data.pixels import to_bytes
@@ -77,12 +77,12 @@ class SonicSvd(Family):
     def open(self, config: InferConfig, memory: InMemory) -> SonicInputs:
         """The inputs of a video, in whose photograph a face is found or given, unless face.missing=whole.
 
-        Raises ValueError for options that this family does not read, sound that is still arriving, or less of it than a frame.
+        Raises ValueError for options that this family does not read, and for sound that is still arriving.
         """
         _refuse_options(config, memory)
         video, upstream = config.video, bool(config.video.compat)
         speech, pixels = memory.speech_of(config), memory.picture_of(config)
-        frames, face = _clip_frames(config, speech), _face_of(pixels, config)
+        frames, face = _clip_frames(video, speech), _face_of(pixels, config)
         wide, high = pixels.shape[1::-1]
         size = published_svd_size(wide, high, video.min_resolution) if upstream else wan_video_size(wide, high, video)
         picture = SvdPicture.of(pixels, face, size, upstream=upstream)
@@ -187,18 +187,13 @@ def _refuse_options(config: InferConfig, memory: InMemory) -> None:
         log.warning("prompts are not read: model=%s was trained without text", name)
 
 
-def _clip_frames(config: InferConfig, speech: Speech) -> int:
-    """The number of frames that the model makes for a recording, each of 80 ms. Raises ValueError when there is not one."""
+def _clip_frames(video: VideoConfig, speech: Speech) -> int:
+    """The number of frames that the model makes for a recording, of 80 ms each: the shortest recording has two."""
     frames = len(speech.samples) * FPS // speech.sample_rate // 2
-    if frames < 1:
-        least = 1 / MODEL_FPS
-        raise ValueError(
-            f"audio={config.audio} lasts {speech.seconds:.3f} s: model={config.model.name} needs {least:g} s for one frame; give more sound"
-        )
-    if config.video.compat and frames > PUBLISHED_FRAMES:
+    if video.compat and frames > PUBLISHED_FRAMES:
         log.warning("video.compat=upstream: the video ends after %g s, as in the published program", PUBLISHED_FRAMES / MODEL_FPS)
         frames = PUBLISHED_FRAMES
-    return min(frames, config.video.num_clip * config.video.infer_frames // 2 or frames)
+    return min(frames, max(1, video.num_clip * video.infer_frames // 2)) if video.num_clip else frames
 
 
 def _face_of(pixels: np.ndarray, config: InferConfig) -> FaceBox | None:
