@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sonic.checkpoint.converted import MANIFEST, Checkpoint
+from sonic.checkpoint.converted import MANIFEST, ConvertedFolder
 from sonic.checkpoint.header import read_header
 from sonic.cli import group_choices, typed_values
 from sonic.inference.infer_config import InferConfig
@@ -24,6 +24,7 @@ FIELDS = {  # keyword of a call -> option of the command line
     "negative_prompt": "sampler.negative_prompt",
     "num_inference_steps": "sampler.sample_steps",
     "guidance_scale": "sampler.sample_guide_scale",
+    "audio_guidance_scale": "sampler.audio_guide_scale",
     "seed": "seed",
     "size": "video.size",
     "min_resolution": "video.min_resolution",
@@ -62,6 +63,7 @@ class VideoOptions(TypedDict, total=False):
     negative_prompt: str | None
     num_inference_steps: int | None
     guidance_scale: float | None
+    audio_guidance_scale: float | None
     generator: torch.Generator | None
     seed: int | None
     size: str | tuple[int, int] | None
@@ -104,7 +106,7 @@ def model_choice(model: str) -> dict[str, str]:
         return {"model": model}
     if not (folder / MANIFEST).is_file() and any(folder.glob("*_dit.safetensors")):
         return {"model": next(folder.glob("*_dit.safetensors")).name.removesuffix("_dit.safetensors"), "model.weights": str(folder)}
-    return {"model": Checkpoint.open(folder).manifest["model"], "model.weights": str(folder)}
+    return {"model": ConvertedFolder.open(folder).manifest["model"], "model.weights": str(folder)}
 
 
 def option_text(value: Any) -> str:
