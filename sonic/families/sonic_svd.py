@@ -195,9 +195,7 @@ def _refuse_options(config: InferConfig, memory: InMemory) -> None:
     name, sampler, video = config.model.name, config.sampler, config.video
     if memory.sound is not None:
         raise ValueError(f"model={name} denoises the whole clip at once and needs its sound whole; give audio as a file, or as samples")
-    refuse_unread(
-        config, UNREAD, f"model={name} is a UNet that moves the portrait by its sound alone and reads no such option"
-    )
+    refuse_unread(config, UNREAD, f"model={name} is a UNet that moves the portrait by its sound alone and reads no such option")
     if config.run.compile == "true":
         raise ValueError(f"run.compile=true: the UNet of model={name} is not compiled; leave it out")
     if (sampler.name, sampler.schedule) != ("euler", "karras"):
