@@ -185,7 +185,7 @@ class SvdConsistencyConfig(ObjectiveConfig):
     """Trains a student of a UNet that denoises windows to go, in one step, from any point of the teacher's path to the end of its step."""
 
     name: str = option("svd_consistency", "what is trained, and how", table=OBJECTIVE_TABLE)
-    sampler: SamplerConfig = option(SamplerConfig)
+    sample_steps: int = option(8, "sampling steps of the student")
     teacher_steps: int = option(24, "sampling steps of the teacher from noise to clean latents")
     teacher_guide_scale: float = option(2.0, "guidance of the teacher towards the picture; the student learns to need none")
     teacher_audio_guide_scale: float = option(7.5, "guidance of the teacher towards the audio; the student learns to need none")
@@ -194,9 +194,12 @@ class SvdConsistencyConfig(ObjectiveConfig):
     learn: AdapterConfig = option(AdapterConfig)
 
     def __post_init__(self) -> None:
-        scales = [self.sampler.sample_guide_scale, self.sampler.audio_guide_scale]
-        require(scales == [1, 1], f"objective.sampler guide scales {scales}: students need no guidance; set objective.teacher_guide_scale")
         _check_steps(self)
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the student samples: at the Karras levels, without guidance."""
+        return SamplerConfig(name="euler", schedule="karras", sample_steps=self.sample_steps)
 
 
 _ALL = (FlowMatchConfig, ConsistencyConfig, DmdConfig, VisemeConfig, AutoencodeConfig, PortraitConfig, SvdAudioConfig, SvdConsistencyConfig)

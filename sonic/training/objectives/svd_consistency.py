@@ -38,7 +38,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
         """Raises ValueError when the clips of the dataset do not fit the options."""
         self.build_networks(config, (STUDENT, TEACHER))
         self.speech.requires_grad_(False)
-        self.roles, steps = self.networks.roles, self.config.sampler.sample_steps
+        self.roles, steps = self.networks.roles, self.config.sample_steps
         self.metadata = {**self.networks.metadata, "sample_steps": str(steps)}
         self.stride = max(1, round(self.config.teacher_steps / steps))
         self.path = divided(karras_sigmas(steps), self.stride, power=RHO)
