@@ -230,8 +230,11 @@ class SamplerConfig:
     name: str = option("euler", "solver", table=SAMPLER_TABLE)
     schedule: str = option("linear", "schedule of the noise levels", table=SCHEDULE_TABLE)
     sample_steps: int = option(4, "sampling steps per block; more are slower and better")
-    sample_guide_scale: float = option(1.0, "guidance towards the audio; 1 = off, twice as fast; so is 0, as in published commands")
-    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the schedule live_avatar contains 3")
+    sample_guide_scale: float = option(
+        1.0, "guidance towards the audio, for sonic_svd towards the picture; 1 = off, faster; so is 0, as in published commands"
+    )
+    audio_guide_scale: float = option(1.0, "for sonic_svd, guidance from silence towards the audio; 1 = off, 0 = without the audio")
+    sample_shift: float = option(SHIFT, "above 1, more of the steps are at high noise; the schedules live_avatar and karras contain theirs")
     negative_prompt: str = option("", "what guidance leads away from, for models that read text")
 
     def __post_init__(self) -> None:
@@ -240,9 +243,10 @@ class SamplerConfig:
         self.sample_guide_scale = self.sample_guide_scale or 1.0
         steps, scale, shift = self.sample_steps, self.sample_guide_scale, self.sample_shift
         require(1 <= steps <= 1000, f"sampler.sample_steps={steps} is impossible: need 1 to 1000; 4 is usual")
-        require(0 <= scale <= 30, f"sampler.sample_guide_scale={scale} must lie between 0 and 30; 1 switches guidance off")
+        for name, value in (("sample_guide_scale", scale), ("audio_guide_scale", self.audio_guide_scale)):
+            require(0 <= value <= 30, f"sampler.{name}={value} must lie between 0 and 30; 1 switches guidance off")
         require(0 < shift <= 100, f"sampler.sample_shift={shift} must be above 0 and at most 100; 1 leaves the schedule as it is")
-        movable = shift == SHIFT or self.schedule != "live_avatar"  # which contains its shift
+        movable = shift == SHIFT or self.schedule not in ("live_avatar", "karras")  # which contain theirs
         require(movable, f"sampler.sample_shift={shift} is not read by schedule={self.schedule}: use {SHIFT}, or schedule=twice_shifted")
 
 
@@ -263,6 +267,9 @@ class VideoConfig:
     infer_frames: int = option(0, "frames in a clip; 0 = the model's own: 80 for wan_s2v_14b; 48 for others, only to count clips")
     num_clip: int = option(0, "clips of infer_frames frames to make at most; 0 = until the audio ends")
     fps: int = option(0, "frames per second; only the model's own rate is possible; 0 = that rate")
+    interpolate: str = option(
+        "", "for sonic_svd, whose model makes 12.5 frames per second: rife = 25, none = 12.5; empty = rife for it, none for others"
+    )
     compat: str = option("", "upstream = reproduce the published pipelines with their faults, to compare with them; empty = off")
 
     def __post_init__(self) -> None:
@@ -274,6 +281,7 @@ class VideoConfig:
         inside = seconds == 0 or 0.2 <= seconds <= 86_400
         require(inside, f"video.duration={seconds} must be 0 (as long as the recording) or lie between 0.2 and 86400 s")
         one_of(self.duration_policy, DURATION_POLICIES, "video.duration_policy")
+        one_of(self.interpolate, ("", "rife", "none"), "video.interpolate")
         one_of(self.compat, ("", "upstream"), "video.compat")
         require(self.infer_frames >= 0, f"video.infer_frames={self.infer_frames}: need 0 (the model's own) or more")
         require(self.num_clip >= 0, f"video.num_clip={self.num_clip}: need 0 (until the audio ends) or more")
@@ -304,8 +312,13 @@ def settled_video(video: VideoConfig, model: ModelConfig) -> tuple[VideoConfig, 
     require(within, f"video.duration={video.duration} is longer than the {limit:g} s of video.num_clip={video.num_clip}; leave one out")
     if video.compat and not whole:
         model = replace(model, rollout=replace(rollout, window_blocks=frames // block))  # the published KV cache holds one clip
-    size = PHOTO_SIZE if video.min_resolution else video.size
-    return replace(video, size=size, fps=rollout.fps, infer_frames=frames), model
+    own = FAMILIES[model.family].short_side
+    require(
+        own or video.interpolate != "rife", f"video.interpolate=rife is not for model={model.name}: post.interpolate=2 doubles its frames"
+    )
+    short = video.min_resolution or (own if video.size == PHOTO_SIZE else 0)
+    found = replace(video, size=PHOTO_SIZE if short else video.size, min_resolution=short, fps=rollout.fps, infer_frames=frames)
+    return replace(found, interpolate=video.interpolate or ("rife" if own else "none")), model
 
 
 def precision_of(asked: str, model: ModelConfig) -> str:
@@ -345,6 +358,7 @@ class FaceConfig(FaceLocationConfig):
 
     expand_ratio: float = option(0.3, "margin around the face box on every side of the crop that the model works on, in its size")
     masks: list[str] | None = option(None, "pictures, white where a speaker is: one for each recording of audio=a.wav+b.wav, in that order")
+    missing: str = option("refuse", "without a face: refuse the picture, or whole = the audio moves all of it (sonic_svd only)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -352,6 +366,7 @@ class FaceConfig(FaceLocationConfig):
         same = f"; a crop of {ratio:g} sides of the box is face.expand_ratio={(ratio - 1) / 2:g}" if 1 < ratio <= 3 else ""
         sentence = f"face.expand_ratio={ratio} must lie between 0 and 1: it is the margin around the face box on every side, in its size"
         require(0 <= ratio <= 1, sentence + same)
+        one_of(self.missing, ("refuse", "whole"), "face.missing")
 
 
 @dataclass

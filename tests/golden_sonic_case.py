@@ -46,9 +46,8 @@ class SonicCase:
     def close(self, found: Tensor, expected: Tensor, *, strict: bool = True) -> None:
         """Assert closeness within the recorded tolerance and, unless told otherwise, the strict one of a faithful port."""
         tolerance = self.config["tolerance"]
-        limits = [tolerance["atol"]] + [tolerance["strict_atol"]] * (strict and "strict_atol" in tolerance)
-        for limit in limits:
-            assert_close(found, expected, atol=limit, rtol=tolerance["rtol"])
+        for name in ("atol", "strict_atol")[: 1 + strict]:
+            assert_close(found, expected, atol=tolerance.get(name, tolerance["atol"]), rtol=tolerance["rtol"])
 
     def close_at_every_step(self, found: Sequence[Tensor], expected: Tensor) -> None:
         """Assert closeness of the latents before each step, each within its own tolerance."""

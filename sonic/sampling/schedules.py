@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sonic.registry import Registry
+from sonic.sampling.karras import flow_sigma, karras_sigmas
 from sonic.types import pick
 
 Schedule = Callable[[int, float], list[float]]  # (steps, shift) -> steps + 1 sigmas, falling, the last one 0
@@ -52,13 +53,19 @@ def live_avatar(steps: int, shift: float = LIVE_AVATAR_SHIFT) -> list[float]:
     return [*twice_shifted(steps + 1, LIVE_AVATAR_SHIFT)[:steps], 0.0]
 
 
+def karras(steps: int, shift: float = 3.0) -> list[float]:
+    """The noise levels that Stable Video Diffusion is sampled with, 700 to 0.002 and 0, as shares of noise in [0,1]: their spacing is not
+    shifted."""
+    return [flow_sigma(sigma) for sigma in karras_sigmas(steps).tolist()]
+
+
 def is_table(name: str, steps: int) -> bool:
     """Whether a schedule with this number of steps is one of the tables published with Live Avatar, not computed."""
     return name == "live_avatar" and steps in LIVE_AVATAR_TABLES
 
 
 SCHEDULES: Registry[Schedule] = Registry(
-    "sampler.schedule", {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted, "live_avatar": live_avatar}
+    "sampler.schedule", {"linear": linear, "unipc": unipc, "twice_shifted": twice_shifted, "live_avatar": live_avatar, "karras": karras}
 )
 
 
