@@ -38,8 +38,9 @@ def shapes_of(model: nn.Module) -> Shapes:
 def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lora: Lora = NO_LORA) -> None:
     """Load this rank's part of every weight from a safetensors file, and add its part of `lora`.
 
-    Tensors of `lora` that replace weights are read instead of them. `shapes` are the shapes of the complete model, needed when other ranks have some of its blocks. A weight that is still on the meta
-    device is mapped from the file, whose pages are read when used. Raises ValueError when the file is of another model.
+    Tensors of `lora` that replace weights are read instead of them. `shapes` are the shapes of the complete model, needed when other ranks
+    have some of its blocks. A weight that is still on the meta device is mapped from the file, whose pages are read when used. Raises
+    ValueError when the file is of another model.
     """
     shapes = shapes or shapes_of(model)
     lora.check(shapes)

@@ -1,4 +1,4 @@
-"""Low-rank adapters, and tensors that replace weights, in files of peft's format: reading them, and the names under which ours are written."""
+"""Low-rank adapters, and tensors that replace weights, in files of peft's format: reading them, and the names of ours."""
 
 from __future__ import annotations
 

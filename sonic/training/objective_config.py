@@ -177,7 +177,7 @@ class SvdAudioConfig(ObjectiveConfig):
         fits = min(shares) >= 0 and sum(shares) <= 1
         require(fits, f"objective.drop_image, drop_audio, drop_both={shares}: need shares of 0 or more, together at most 1")
         require(self.bucket_weight >= 0, f"objective.bucket_weight={self.bucket_weight}: need 0 or more")
-        require(not self.learn.rank, f"objective.learn.rank={self.learn.rank}: svd_audio trains the weights in learn.targets themselves; use 0")
+        require(not self.learn.rank, f"objective.learn.rank={self.learn.rank}: svd_audio trains whole weights of learn.targets; use 0")
 
 
 @dataclass

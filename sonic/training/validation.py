@@ -19,8 +19,8 @@ Validate = Callable[[], dict[str, float]]  # collective: every process must call
 
 
 def validator(student: Student) -> Validate | None:
-    """The function that gives the loss on held-out clips at each of the objective's noise levels; None with data.validation_share=0, or when no video is held
-    out. The windows and the noise are the same at every call and on any number of processes.
+    """The function that gives the loss on held-out clips at each of the objective's noise levels; None with data.validation_share=0, or
+    when no video is held out. The windows and the noise are the same at every call and on any number of processes.
 
     Raises ValueError when the objective denoises no latents."""
     config, objective, world = student.config, student.objective, student.engine.world

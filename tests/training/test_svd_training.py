@@ -11,14 +11,19 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from run_files import read_scalars
+from safetensors.torch import load_file, save_file
 from test_training_ranks import Stopped
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 
+from sonic.checkpoint.load import fill, shapes_of
+from sonic.checkpoint.lora import read_lora
 from sonic.config import AdapterConfig, AudioConfig, ModelConfig, UNetConfig
 from sonic.inference.denoise_windows import ClipConditions, WindowSampling, denoise_clip
+from sonic.model.svd_unet import SvdUNet
 from sonic.sampling.karras import HIGHEST, clean_from, euler_step, karras_sigmas, noisy_start
-from sonic.training.build import batch_stream, engine_of
+from sonic.system.files import save_tensors
+from sonic.training.build import batch_stream, engine_of, halved
 from sonic.training.log import RunLog
 from sonic.training.loop import TrainingRun, train
 from sonic.training.objective_config import SvdAudioConfig, SvdConsistencyConfig
@@ -34,7 +39,7 @@ UNET = UNetConfig(
     audio_tokens=4, window_frames=FRAMES,
 )  # fmt: skip
 MODEL = ModelConfig(name="sonic_svd", family="sonic_svd", unet=UNET, audio=AudioConfig(audio_dim=STATES, num_audio_layers=LAYERS))
-LORA = AdapterConfig(rank=4, alpha=4.0, targets=["attn1", "attn2", "ff"])
+LORA = AdapterConfig(rank=4, alpha=4.0, targets=["attn1", "to_k_ip", "ff"])
 GOALS = {
     "audio": (SvdAudio, SvdAudioConfig(learn=AdapterConfig(targets=["to_k_ip", "to_v_ip"]))),
     "student": (SvdConsistency, SvdConsistencyConfig(sample_steps=4, teacher_steps=8, learn=LORA)),
@@ -306,9 +311,52 @@ def test_what_does_not_fit_a_window_is_refused(changes, sentence):
     [
         ({"noise": "uniform"}, "objective.noise=uniform"),
         ({"drop_both": 0.95}, "together at most 1"),
-        ({"learn": AdapterConfig(rank=4)}, "objective.learn.rank=4: svd_audio trains the weights in learn.targets themselves"),
+        ({"learn": AdapterConfig(rank=4)}, "objective.learn.rank=4: svd_audio trains whole weights"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         SvdAudioConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["audio", "student", "student apart"])
+def test_what_is_exported_loads_over_the_weights_that_it_changes(name, tmp_path):
+    run = run_of(tmp_path, name, steps=2, lr=1e-2)
+    objective, base = run.objective, tmp_path / "unet.safetensors"
+    start = next(iter(objective.networks.modules.values())).state_dict()
+    save_file({key: value.clone() for key, value in start.items() if "adapters" not in key.split(".")}, base)
+    train(run)
+    save_tensors(halved(objective.export(run.engine.weights(objective.exports))), tmp_path / "changes.safetensors", objective.metadata)
+    unet, lora = SvdUNet(UNET).requires_grad_(False), read_lora(tmp_path / "changes.safetensors")
+    fill(unet, base, lora=lora)
+    changed = {key for key, value in unet.state_dict().items() if not torch.equal(value, load_file(base)[key])}
+    assert changed == {*lora.replaced, *lora.adapters} and changed
+    assert bool(lora.beside) == (name == "audio") and bool(lora.adapters) == (name == "student")
+    batch, sigma = batch_of(1), torch.full((1,), 2.0)
+    with torch.no_grad():
+        for key, average in run.engine.ema.averages.items():
+            dict(objective.roles["student"].named_parameters())[key].copy_(average)
+        given = objective.conditions(batch, torch.ones(1), torch.ones(1))
+        with objective.networks.use_role("student") as trained_unet:
+            expected = objective.predict(trained_unet, batch["latents"], sigma, given=given)
+        found = objective.predict(unet, batch["latents"], sigma, given=given)
+    assert_close(found, expected, atol=5e-3, rtol=5e-3)
+
+
+def test_a_student_of_changed_weights_exports_the_changes_too(tmp_path):
+    objective = made("student")
+    kept = {"base_model.model.conv_in.bias": torch.ones(32), "audio2token.proj1.weight": torch.ones(2)}
+    objective.changes = kept
+    assert objective.keeps_changes
+    exported = objective.export(dict(objective.roles["student"].state_dict()))
+    assert all(torch.equal(exported[name], value) for name, value in kept.items())
+    assert all(name in kept or ".lora_" in name for name in exported)
+
+
+def test_a_file_with_a_tensor_of_no_weight_of_the_model_is_refused(tmp_path):
+    save_file({"base_model.model.conv_in.bias": torch.ones(31)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"conv_in.bias is for a weight of shape \[31\], the model's has \[32\]"):
+        read_lora(tmp_path / "a.safetensors").check(shapes_of(SvdUNet(UNET)))
+    save_file({"base_model.model.conv_un.bias": torch.ones(32)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="adapts 1 of 1 weights that the model lacks: conv_un.bias"):
+        read_lora(tmp_path / "b.safetensors").check(shapes_of(SvdUNet(UNET)))

@@ -26,7 +26,7 @@ from sonic.types import upload
 
 
 class StepsOfPath:
-    """Points of the teacher's falling `path` of noise levels, `stride` of its steps to a student's step, and the student's targets there."""
+    """Points of the teacher's falling `path` of noise levels, `stride` steps to one of the student's, and the student's targets there."""
 
     config: ConsistencyConfig | SvdConsistencyConfig
     path: Tensor

@@ -1,7 +1,7 @@
 """Training of the audio conditions of a UNet that denoises windows: its audio adapters, audio tokens and motion buckets.
 
-Sonic's training code was not published. Its paper (arXiv 2411.16331) says that the error of the noise is descended and conditions are dropped;
-which of them are dropped together follows the rows of its guidance, the picture alone, the audio alone or both, as in arXiv 2211.09800.
+Sonic's training code was not published. Its paper (arXiv 2411.16331) says that the plain diffusion loss is descended and conditions are
+dropped. Here the picture, the audio or both are, as in arXiv 2211.09800, whose guidance with two scales is Sonic's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SvdAudio(WindowObjective):
         noise = torch.randn(clean.shape, **draw)
         given = self.conditions(batch, *self._kept(torch.rand(len(clean), **draw)))
         with self.networks.use_role(role) as model:
-            prediction = self.predict(model, noised(clean, noise, sigma), sigma, given)
+            prediction = self.predict(model, noised(clean, noise, sigma), sigma, given=given)
             loss, figures = self.error(prediction, v_target(clean, noise, sigma), sigma)
             found = self.speech["audio2bucket"](batch["bucket_ticks"], batch["image_embed"])
             bucket_error = ((found.float() - batch["buckets"]) / BUCKET_UNIT).square().mean()
@@ -90,7 +90,7 @@ def karras(count: int, rng: torch.Generator) -> Tensor:
 
 
 def lognormal(count: int, rng: torch.Generator) -> Tensor:
-    """Noise levels with ln sigma of mean 1 and deviation 1.6, within those of sampling. Source: arXiv 2311.15127, appendix D.  -> [count]"""
+    """Noise levels, ln sigma of mean 1 and deviation 1.6, within those of sampling. Source: arXiv 2311.15127, appendix D.  -> [count]"""
     return torch.exp(1.0 + 1.6 * torch.randn(count, generator=rng, device=rng.device)).clamp(LOWEST, HIGHEST)
 
 

@@ -1,7 +1,7 @@
 """Consistency distillation of a UNet that denoises windows, along the Karras levels of the teacher, whose guidance the student learns.
 
-The phased form of consistency distillation (arXiv 2405.18407): from any point of the teacher's path the student goes in one step to the next
-of its own few sampling levels, which are part of the path.
+The phased form of consistency distillation (arXiv 2405.18407): from any point of the teacher's path the student goes in one step to the
+next of its own few sampling levels, which are part of the path.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sonic.checkpoint.lora import PREFIX
 from sonic.sampling.karras import RHO, karras_sigmas
 from sonic.sampling.path import expand_like
 from sonic.sampling.samplers import Velocity
@@ -60,11 +61,17 @@ class SvdConsistency(StepsOfPath, WindowObjective):
         target = v_of((aim - x) / expand_like(last - sigma, x), x, sigma)  # whose step leads to `aim`
         every = clean.new_ones(len(clean))
         with self.networks.use_role(STUDENT) as model:
-            v = self.predict(model, x, sigma, self.conditions(batch, every, every))
+            v = self.predict(model, x, sigma, given=self.conditions(batch, every, every))
             loss, figures = self.error(v, target, sigma)
             moved = (self._clean(each, x, sigma) for each in (v, target))
             ratios = [motion_ratio(each, rearrange(clean, "b f c h w -> b c f h w")) for each in moved]
             yield loss, {**figures, "motion_ratio": ratios[0], "teacher/motion_ratio": ratios[1]}
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's adapters, or its whole UNet as tensors that replace others, and the changes that its teacher has."""
+        whole = not self.config.learn.rank
+        found = self.networks.export(super().export(weights))
+        return {**self.changes, **{f"{PREFIX}{name}" if whole else name: tensor for name, tensor in found.items()}}
 
     def guidance_rows(self) -> Sequence[Row]:
         """u + g1·(d - u) + g2·(c - d), by weight, of nothing u, the picture d, and picture and audio c."""
@@ -79,7 +86,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             with self.networks.use_role(role) as model:
-                v = sum(weight * self.predict(model, x, sigma, each) for each, weight in given)
+                v = sum(weight * self.predict(model, x, sigma, given=each) for each, weight in given)
             return velocity_of(v, x, sigma)
 
         return velocity

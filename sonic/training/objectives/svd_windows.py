@@ -6,13 +6,15 @@ is the error of the clean latents weighted by (sigma² + 1) / sigma², as Stable
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
+from sonic.checkpoint.lora import PREFIX, Lora
 from sonic.config import ModelConfig, require
 from sonic.encoders.audio_tokens import AudioBuckets, AudioTokens
 from sonic.sampling.path import expand_like
@@ -41,6 +43,7 @@ class WindowObjective(Objective):
     networks: Networks
     exports_changes = True
     validation_levels = LEVELS
+    changes: Mapping[str, Tensor] = {}  # of the published weights, with which the training began, by their names in a file
 
     @staticmethod
     def network(config: ModelConfig) -> nn.Module:
@@ -58,6 +61,12 @@ class WindowObjective(Objective):
         self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.pretrained = tuple(self.networks.modules.values())
         self.speech = nn.ModuleDict({"audio2token": AudioTokens(config.model), "audio2bucket": AudioBuckets(config.model)})
+
+    def load(self, weights: Path, lora: Lora) -> None:
+        """Fill the UNets and the networks of the sound from the model's checkpoint, changed by `lora`."""
+        super().load(weights, lora)
+        self.changes = {f"{PREFIX}{name}": stored.whole() for name, stored in lora.replaced.items()}
+        self.changes |= {name: stored.whole() for name, stored in lora.beside.items()}
 
     def conditions(self, batch: Batch, image: Tensor, audio: Tensor) -> tuple[UNetConditions, Tensor]:
         """The conditions of the UNet and the latents of the picture, zeros or the tokens of zero states where `image` or `audio` is 0.
@@ -77,7 +86,7 @@ class WindowObjective(Objective):
         )
         return conditions, rearrange(rearrange(image, "b -> b 1 1 1") * batch["image_latents"], "b c h w -> b 1 c h w")
 
-    def predict(self, model: nn.Module, x: Tensor, sigma: Tensor, given: tuple[UNetConditions, Tensor]) -> Tensor:
+    def predict(self, model: nn.Module, x: Tensor, sigma: Tensor, *, given: tuple[UNetConditions, Tensor]) -> Tensor:
         """The prediction v at the noisy latents.  x [B,F,4,h,w], sigma [B] -> like x"""
         conditions, picture = given
         scaled = x * (expand_like(sigma, x).square() + 1).rsqrt()
@@ -99,7 +108,7 @@ class WindowObjective(Objective):
         given, losses = self.conditions(batch, every, every), []
         for level in LEVELS:
             sigma = level * every
-            prediction = self.predict(model, noised(clean, noise, sigma), sigma, given)
+            prediction = self.predict(model, noised(clean, noise, sigma), sigma, given=given)
             losses.append((prediction - v_target(clean, noise, sigma)).square().mean())
         return torch.stack(losses)
 
