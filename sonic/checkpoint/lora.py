@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonic.checkpoint.header import Header, read_header
 from sonic.checkpoint.tensor_files import StoredTensor, sha256, survey, weights_hash
@@ -67,6 +68,17 @@ class Lora:
         for name, ours in changed.items():
             if ours != (wanted := list(shapes[name])):
                 raise ValueError(f"the lora's {name} is for a weight of shape {ours}, the model's has {wanted}; use the lora of this model")
+
+
+    @torch.no_grad()
+    def replace_beside(self, networks: Mapping[str, nn.Module]) -> None:
+        """Replace the tensors of networks beside the transformer, by their names in BESIDE. Raises ValueError when they are not theirs."""
+        weights = {f"{first}.{name}": weight for first, network in networks.items() for name, weight in network.named_parameters()}
+        for name, stored in self.beside.items():
+            ours = tuple(weights[name].shape) if name in weights else "none"
+            if ours != stored.shape:
+                raise ValueError(f"{self.file}: {name} has shape {list(stored.shape)}, the model's {ours}; use the file of a training of this model")
+            weights[name].copy_(stored.whole())
 
 
 NO_LORA = Lora()

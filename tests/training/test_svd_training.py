@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from sonic.checkpoint.load import fill, shapes_of
 from sonic.checkpoint.lora import read_lora
-from sonic.config import AdapterConfig, AudioConfig, ModelConfig, UNetConfig
+from sonic.config import AdapterConfig, ModelConfig, UNetConfig
+from sonic.encoders.clip_sound import FrameBuckets, FrameTokens
 from sonic.inference.denoise_windows import ClipConditions, WindowSampling, denoise_clip
 from sonic.model.svd_unet import SvdUNet
 from sonic.sampling.karras import HIGHEST, clean_from, euler_step, karras_sigmas, noisy_start
@@ -38,12 +39,28 @@ UNET = UNetConfig(
     block_out_channels=[32, 64], num_attention_heads=[2, 4], layers_per_block=1, cross_attention_dim=WIDTH, addition_time_embed_dim=16,
     audio_tokens=4, window_frames=FRAMES,
 )  # fmt: skip
-MODEL = ModelConfig(name="sonic_svd", family="sonic_svd", unet=UNET, audio=AudioConfig(audio_dim=STATES, num_audio_layers=LAYERS))
+MODEL = ModelConfig(name="sonic_svd", family="sonic_svd", unet=UNET)
 LORA = AdapterConfig(rank=4, alpha=4.0, targets=["attn1", "to_k_ip", "ff"])
+
+
+def sound_networks(config):
+    """Small networks of the sound, with random weights."""
+    tokens, width = config.unet.audio_tokens, config.unet.cross_attention_dim
+    return FrameTokens(10 * LAYERS * STATES, 16, tokens, width), FrameBuckets(50 * STATES + width, 16)
+
+
+class Audio(SvdAudio):
+    sound_networks = staticmethod(sound_networks)
+
+
+class Student(SvdConsistency):
+    sound_networks = staticmethod(sound_networks)
+
+
 GOALS = {
-    "audio": (SvdAudio, SvdAudioConfig(learn=AdapterConfig(targets=["to_k_ip", "to_v_ip"]))),
-    "student": (SvdConsistency, SvdConsistencyConfig(sample_steps=4, teacher_steps=8, learn=LORA)),
-    "student apart": (SvdConsistency, SvdConsistencyConfig(sample_steps=4, teacher_steps=8)),
+    "audio": (Audio, SvdAudioConfig(learn=AdapterConfig(targets=["to_k_ip", "to_v_ip"]))),
+    "student": (Student, SvdConsistencyConfig(sample_steps=4, teacher_steps=8, learn=LORA)),
+    "student apart": (Student, SvdConsistencyConfig(sample_steps=4, teacher_steps=8)),
 }
 
 
@@ -129,9 +146,9 @@ def test_the_picture_the_sound_and_both_are_dropped_in_five_percent_each():
 def test_the_teacher_follows_the_guidance_of_inference():
     objective, batch = made("student"), batch_of(1)
     noise, sigma = torch.randn(FRAMES, 4, SIZE, SIZE, generator=seeded()), torch.full((1,), HIGHEST)
-    speech, ticks = objective.speech["audio2token"], batch["token_ticks"]
+    ticks = batch["token_ticks"]
     with torch.no_grad(), objective.networks.use_role("teacher") as unet:
-        tokens, silence = speech(ticks)[0], speech(torch.zeros_like(ticks))[0, 0]
+        tokens, silence = objective.tokens(ticks)[0], objective.tokens(torch.zeros_like(ticks))[0, 0]
         given = (batch["image_latents"][0], tokens, silence, batch["buckets"][0], batch["image_embed"][0], batch["face_mask"][None])
         expected = denoise_clip(unet, ClipConditions(*given), noise, sampling=WindowSampling(steps=1, windows=UNET))
     x = noisy_start(batch["image_latents"], noise, HIGHEST)[None]
@@ -172,7 +189,7 @@ def test_a_perfect_prediction_has_no_error_at_any_level(monkeypatch):
 def test_dropped_conditions_are_the_rows_of_the_guidance():
     objective, batch = made("audio"), batch_of()
     given, picture = objective.conditions(batch, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
-    tokens = objective.speech["audio2token"]
+    tokens = objective.sound["audio2token"]
     assert given.image_embeds[0].abs().max() == picture[0].abs().max() == 0
     assert_close(given.image_embeds[1, 0, 0], batch["image_embed"][1])
     assert_close(picture[1, 0], batch["image_latents"][1])

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.checkpoint.lora import PREFIX, Lora
 from sonic.config import require
+from sonic.encoders.clip_sound import BUCKET_SCALE
 from sonic.registry import Registry
 from sonic.sampling.karras import HIGHEST, LOWEST, RHO
 from sonic.training.objective_config import SvdAudioConfig
@@ -22,8 +24,6 @@ from sonic.training.objectives.objective import Batch, Losses
 from sonic.training.objectives.svd_windows import WindowObjective, noised, v_target
 from sonic.training.train_config import TrainConfig
 from sonic.types import pick
-
-BUCKET_UNIT = 16.0  # of the error of buckets, whose network's output is multiplied by it
 
 
 class SvdAudio(WindowObjective):
@@ -39,7 +39,7 @@ class SvdAudio(WindowObjective):
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
         self.build_networks(config, (STUDENT,))
-        self.student = nn.ModuleDict({"unet": self.networks.roles[STUDENT], **self.speech})
+        self.student = nn.ModuleDict({"unet": self.networks.roles[STUDENT], **self.sound})
         self.roles = {STUDENT: self.student}
         self.learnt = {name for name, weight in self.student.named_parameters() if weight.requires_grad}
 
@@ -63,9 +63,14 @@ class SvdAudio(WindowObjective):
         with self.networks.use_role(role) as model:
             prediction = self.predict(model, noised(clean, noise, sigma), sigma, given=given)
             loss, figures = self.error(prediction, v_target(clean, noise, sigma), sigma)
-            found = self.speech["audio2bucket"](batch["bucket_ticks"], batch["image_embed"])
-            bucket_error = ((found.float() - batch["buckets"]) / BUCKET_UNIT).square().mean()
+            found = self.sound["audio2bucket"](*self.bucket_inputs(batch)).float()
+            bucket_error = ((found - rearrange(batch["buckets"], "b f k -> (b f) k")) / BUCKET_SCALE).square().mean()
             yield loss + self.config.bucket_weight * bucket_error, {**figures, "bucket_error": bucket_error.detach()}
+
+    def bucket_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The states around each frame, and the embedding of its picture.  -> [B·F,50,E], [B·F,D]"""
+        windows = batch["bucket_ticks"]
+        return rearrange(windows, "b f t e -> (b f) t e"), repeat(batch["image_embed"], "b d -> (b f) d", f=windows.shape[1])
 
     def _kept(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """1 for clips that keep their picture, and their audio, 0 for others, by numbers drawn from [0, 1).  [B] -> [B], [B]"""

@@ -38,7 +38,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
         self.build_networks(config, (STUDENT, TEACHER))
-        self.speech.requires_grad_(False)
+        self.sound.requires_grad_(False)
         self.roles, steps = self.networks.roles, self.config.sample_steps
         self.metadata = {**self.networks.metadata, "sample_steps": str(steps)}
         self.stride = max(1, round(self.config.teacher_steps / steps))
@@ -47,7 +47,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """The UNets, and the networks of the sound."""
-        return {**self.networks.modules, "speech": self.speech}
+        return {**self.networks.modules, "sound": self.sound}
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Squared error, as of v, of the student's step.  batch: see WindowObjective"""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sonic.checkpoint.lora import PREFIX, Lora
 from sonic.config import ModelConfig, require
-from sonic.encoders.audio_tokens import AudioBuckets, AudioTokens
+from sonic.encoders.clip_sound import FrameBuckets, FrameTokens
+from sonic.families.family import family_of
 from sonic.sampling.path import expand_like
 from sonic.training.objective_config import SvdAudioConfig, SvdConsistencyConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
@@ -36,7 +37,7 @@ class WindowObjective(Objective):
     """Trains a UNet, and perhaps the networks of its audio conditions, on windows of latents.
 
     A batch: latents [B,F,4,h,w] (scaled), image_latents [B,4,h,w] (not scaled), image_embed [B,D], face_mask [B,8h,8w], buckets [B,F,2],
-    token_ticks [B,F,10,L,C] and bucket_ticks [B,F,50,C], the states of the sound around each frame.
+    token_ticks [B,F,10,K,E] and bucket_ticks [B,F,50,E], the states of the sound around each frame.
     """
 
     config: SvdAudioConfig | SvdConsistencyConfig
@@ -60,11 +61,18 @@ class WindowObjective(Objective):
         kind = SharedNetworks if self.config.learn.rank else Networks
         self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.pretrained = tuple(self.networks.modules.values())
-        self.speech = nn.ModuleDict({"audio2token": AudioTokens(config.model), "audio2bucket": AudioBuckets(config.model)})
+        tokens, buckets = self.sound_networks(config.model)
+        self.sound = nn.ModuleDict({"audio2token": tokens, "audio2bucket": buckets})
+
+    @staticmethod
+    def sound_networks(config: ModelConfig) -> tuple[FrameTokens, FrameBuckets]:
+        """The networks of audio tokens and motion buckets in the model's checkpoint. Raises ValueError without one."""
+        return family_of(config).checkpoint(config).sound_networks()
 
     def load(self, weights: Path, lora: Lora) -> None:
-        """Fill the UNets and the networks of the sound from the model's checkpoint, changed by `lora`."""
+        """Fill the UNets from the model's checkpoint, changed by `lora`, which may also have tensors of the networks of the sound."""
         super().load(weights, lora)
+        lora.replace_beside(self.sound)
         self.changes = {f"{PREFIX}{name}": stored.whole() for name, stored in lora.replaced.items()}
         self.changes |= {name: stored.whole() for name, stored in lora.beside.items()}
 
@@ -80,11 +88,16 @@ class WindowObjective(Objective):
         rate = torch.full_like(buckets[:, :1], FRAMES_PER_SECOND)
         conditions = UNetConditions(
             image_embeds=rearrange(embed, "b d -> b 1 1 d"),
-            audio_tokens=self.speech["audio2token"](expand_like(audio, batch["token_ticks"]) * batch["token_ticks"]),
+            audio_tokens=self.tokens(batch["token_ticks"] * expand_like(audio, batch["token_ticks"])),
             added_ids=torch.cat((rate, buckets), dim=1),
             face_mask=rearrange(batch["face_mask"], "b h w -> b 1 h w"),
         )
         return conditions, rearrange(rearrange(image, "b -> b 1 1 1") * batch["image_latents"], "b c h w -> b 1 c h w")
+
+    def tokens(self, windows: Tensor) -> Tensor:
+        """The audio tokens of frames with these states around them.  [B,F,10,K,E] -> [B,F,T,D]"""
+        found = self.sound["audio2token"](rearrange(windows, "b f t k e -> (b f) t k e"))
+        return rearrange(found, "(b f) t d -> b f t d", b=len(windows))
 
     def predict(self, model: nn.Module, x: Tensor, sigma: Tensor, *, given: tuple[UNetConditions, Tensor]) -> Tensor:
         """The prediction v at the noisy latents.  x [B,F,4,h,w], sigma [B] -> like x"""
