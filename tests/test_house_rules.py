@@ -63,7 +63,7 @@ DOORS = {  # third party -> the only places that may import it
     "flash_attn_interface": {"sonic/model/attention.py"},
     "sageattention": {"sonic/model/attention.py"},
     "diffusers": {"sonic/vae/wan_vae.py", "sonic/vae/svd_vae.py", "sonic/model/svd_unet.py", "sonic/checkpoint/weights.py"},
-    "transformers": {f"sonic/encoders/{name}.py" for name in ("text", "wav2vec", "hubert", "whisper")},
+    "transformers": {f"sonic/encoders/{name}.py" for name in ("text", "wav2vec", "hubert", "whisper", "clip_image")},
     "ai_edge_litert": {"sonic/data/face_detector.py"},
     "ftfy": {"sonic/encoders/text.py"},
     "librosa": {"sonic/data/audio.py"},

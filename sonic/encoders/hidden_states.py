@@ -88,10 +88,13 @@ class HiddenStateEncoder(SpeechEncoder):
 
     def hidden_states(self, wave: Tensor) -> Tensor:
         """All hidden states of scaled samples that are encoded at once.  [samples] -> [K,states,E]"""
+        return self.all_states(wave)[:, : self.num_states(len(wave))]
+
+    def all_states(self, wave: Tensor) -> Tensor:
+        """All hidden states of what the network reads of scaled samples, which may end in silence.  [samples] -> [K,states,E]"""
         weight = next(self.encoder.parameters())
         out = self.encoder(upload(self.inputs(wave), weight.device).to(weight), output_hidden_states=True)
-        states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # in wav2vec2 and hubert the list ends before the last norm
-        return states[:, : self.num_states(len(wave))]
+        return torch.cat([*out.hidden_states[:-1], out.last_hidden_state])  # in wav2vec2 and hubert the list ends before the last norm
 
     def inputs(self, wave: Tensor) -> Tensor:
         """What the network reads of scaled samples: here the samples.  [samples] -> [1,samples]"""

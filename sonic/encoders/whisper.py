@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sonic.data.audio import SAMPLE_RATE
@@ -43,6 +44,12 @@ class WhisperEncoder(HiddenStateEncoder):
             yield from super().pieces(samples)
         else:
             yield self.hidden_states(torch.from_numpy(self.scaled(samples, samples)))
+
+    def chunk_states(self, samples: np.ndarray) -> Tensor:
+        """The states of chunks of 30 s that do not see each other, with those of the silence after the end.  -> [1500·chunks,K,E]"""
+        starts = range(0, len(samples), READ_S * SAMPLE_RATE)
+        chunks = (torch.from_numpy(samples[start : start + READ_S * SAMPLE_RATE]) for start in starts)
+        return torch.cat([rearrange(self.all_states(wave), "k t e -> t k e") for wave in chunks])
 
     def scaled(self, samples: np.ndarray, reference: np.ndarray) -> np.ndarray:
         """A copy of the samples as they are: the log-mel columns have their own scale."""

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.models.upsampling import Upsample2D
 from einops import rearrange
 from torch import Tensor, nn
 
 from sonic.config import UNetConfig
-from sonic.model.attention import sdpa
-
-KeysValues = tuple[Tensor, Tensor]
+from sonic.model.attention import KeysValues, sdpa
 
 
 class UNetConditions(NamedTuple):
@@ -59,6 +59,8 @@ class SvdUNet(UNetSpatioTemporalConditionModel):
             if name.endswith("attn2"):
                 kind = TemporalAudioAttention if "temporal_transformer_blocks" in name else SpatialAudioAttention
                 layer.set_processor(kind(layer.to_q.in_features, config.cross_attention_dim))
+        for block in self.up_blocks[:-1]:
+            block.upsamplers[0] = MergedUpsample(block.upsamplers[0].channels, use_conv=True)
         self.to(self.conv_in.weight.device)  # the blend factors, which the library makes in host memory, when a device is the default
 
     def forward(self, sample: Tensor, timestep: Tensor | float, conditions: UNetConditions) -> Tensor:
@@ -71,6 +73,32 @@ class SvdUNet(UNetSpatioTemporalConditionModel):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
 
+class MergedUpsample(Upsample2D):
+    """Doubles the sides by repeating pixels, then convolves 3x3: each pixel of a new square of 2x2 depends on 2x2 old ones.
+
+    So the weights that meet the same pixel are added, and 4 of 9 multiplications remain.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """[B,C,h,w] -> [B,C,2h,2w], or as diffusers does it another output_size"""
+        height, width = hidden_states.shape[-2:]
+        if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
+            return super().forward(hidden_states, output_size)
+        padded = F.pad(hidden_states, (1, 1, 1, 1))
+        parts = [
+            F.conv2d(padded[..., row : row + height + 1, column : column + width + 1], kernel, self.conv.bias)
+            for row, kernels in enumerate(_halves(self.conv.weight, 2))
+            for column, kernel in enumerate(_halves(kernels, 3))
+        ]
+        return rearrange(parts, "(row column) b c h w -> b c (h row) (w column)", row=2)
+
+
+def _halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The two weights of the first and of the second pixel of a pair, from the three of a convolution of repeated pixels."""
+    first, middle, last = kernel.unbind(dim)
+    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
+
+
 @dataclass(frozen=True)
 class WindowContext:
     """What all cross-attentions of one call read. diffusers' forward carries it in the place of a tensor, `encoder_hidden_states`.
@@ -80,31 +108,34 @@ class WindowContext:
 
     image: Tensor  # [R,F or 1,D]
     tokens: Tensor  # [n,T,D]
-    of_frames: Tensor  # [B,F] indices of the tokens of each frame
+    used: Tensor | slice  # indices [S] of those tokens that the frames of this call attend to
+    of_frames: Tensor  # [B·F] which of the used tokens each frame attends to
     means: Tensor  # [A,T,D] the mean over the frames, of each row that differs from those before it
-    of_rows: Tensor  # [B] indices of the mean of each row
-    masks: dict[int, Tensor]  # pixels of a level -> its face mask [1 or B,1,Q,1]
+    of_rows: Tensor  # [B] which mean each row attends to
+    masks: dict[int, Tensor]  # pixels of a level -> its face mask [1 or B,Q,1]
     audio_scale: float
     cache: dict[nn.Module, KeysValues] | None
 
     @classmethod
     def of(cls, given: UNetConditions, sample: Tensor, levels: int) -> WindowContext:
         """The context of a call, in the precision and on the device of the sample [B,F,8,h,w]."""
-        batch, frames, _, height, width = sample.shape
-        tokens, rows, cache = given.audio_tokens, given.frames, given.cache
+        (batch, frames), tokens, rows = sample.shape[:2], given.audio_tokens.to(sample), given.frames
         if rows is None:
             rows = [range(row * frames, (row + 1) * frames) if tokens.shape[1] > 1 else [row] * frames for row in range(batch)]
-            tokens, cache = rearrange(tokens, "b f t d -> (b f) t d"), None
-        of_frames, distinct = torch.tensor([list(row) for row in rows], device=sample.device), list(dict.fromkeys(map(tuple, rows)))
+            tokens = rearrange(tokens, "b f t d -> (b f) t d")
+        flat, distinct = [index for row in rows for index in row], list(dict.fromkeys(map(tuple, rows)))
+        used = list(dict.fromkeys(flat))
+        place, indices = {index: number for number, index in enumerate(used)}, partial(torch.tensor, device=sample.device)
         return cls(
             image=rearrange(given.image_embeds, "r f 1 d -> r f d").to(sample),
-            tokens=tokens.to(sample),
-            of_frames=of_frames,
-            means=torch.stack([tokens[list(row)].mean(0) if len(set(row)) > 1 else tokens[row[0]] for row in distinct]).to(sample),
-            of_rows=torch.tensor([distinct.index(tuple(row)) for row in rows], device=sample.device),
-            masks={} if given.face_mask is None else level_masks(given.face_mask.to(sample), (height, width), levels),
+            tokens=tokens[indices(used)] if given.cache is None else tokens,
+            used=slice(None) if given.cache is None else indices(used),
+            of_frames=indices([place[index] for index in flat]),
+            means=torch.stack([tokens[indices(row)].mean(0) if len(set(row)) > 1 else tokens[row[0]] for row in distinct]),
+            of_rows=indices([distinct.index(tuple(row)) for row in rows]),
+            masks=level_masks(given.face_mask, sample, levels),
             audio_scale=given.audio_scale,
-            cache=cache,
+            cache=given.cache,
         )
 
     @property
@@ -119,29 +150,23 @@ class WindowContext:
     repeat_interleave = broadcast_to = reshape = __getitem__ = itself
 
 
-def level_masks(face_mask: Tensor, latent_size: tuple[int, int], levels: int) -> dict[int, Tensor]:
-    """The face mask [B,1,H,W] at each level of the UNet, by the level's number of pixels Q; bicubic, so that values may leave 0 to 1.
+def level_masks(face_mask: Tensor | None, sample: Tensor, levels: int) -> dict[int, Tensor]:
+    """The face mask [B,1,H,W] at each level of the UNet, by the level's number of pixels Q: bicubic, so that values may leave 0 to 1.
 
-    -> [B,1,Q,1]
+    -> [B,Q,1] in the precision and on the device of the sample [...,h,w]
     """
-    masks, (height, width) = {}, latent_size
-    for _ in range(levels):
-        resized = F.interpolate(face_mask, size=(height, width), mode="bicubic", align_corners=False)
-        masks[height * width] = rearrange(resized, "b 1 h w -> b 1 (h w) 1")
+    masks, (height, width) = {}, sample.shape[-2:]
+    for _ in range(0 if face_mask is None else levels):
+        resized = F.interpolate(face_mask.float(), size=(height, width), mode="bicubic", align_corners=False)
+        masks[height * width] = rearrange(resized, "b 1 h w -> b (h w) 1").to(sample)
         height, width = -(-height // 2), -(-width // 2)
     return masks
-
-
-def attend(attn: nn.Module, tokens: Tensor, known: KeysValues) -> Tensor:
-    """Attention of tokens to audio keys and values, before the output layer.  [B,N,C], each [B,T,C] -> [B,N,C]"""
-    heads = (rearrange(x, "b n (heads d) -> b n heads d", heads=attn.heads) for x in (attn.to_q(tokens), *known))
-    return rearrange(sdpa(*heads), "b n heads d -> b n (heads d)")
 
 
 class AudioAttention(nn.Module):
     """Cross-attention to the image embedding, and with keys and values of its own to audio tokens: a processor of diffusers' attention.
 
-    Softmax over the one key of the image is 1 whatever the query, so that the image adds its value.
+    out = to_out(image values + weight · audio attention): softmax over the one key of the image is 1, so that the image adds its values.
     """
 
     def __init__(self, channels: int, cross_attention_dim: int) -> None:
@@ -154,31 +179,28 @@ class AudioAttention(nn.Module):
         return self.to_k_ip[0](tokens), self.to_v_ip[0](tokens)
 
 
-def image_values(attn: nn.Module, image: Tensor, rows: int) -> Tensor:
-    """What the image adds to all pixels of a frame: zeros in the rows before the last R, which have no image.  [R,F,D] -> [B,F,C]"""
-    return F.pad(attn.to_v(image), (0, 0, 0, 0, rows - len(image), 0))
-
-
 class SpatialAudioAttention(AudioAttention):
     """The pixels of a frame attend to its image embedding, and as much as the face mask says to its audio tokens."""
 
     def forward(self, attn: nn.Module, tokens: Tensor, *, encoder_hidden_states: WindowContext, attention_mask: None) -> Tensor:
         """[B·F,Q,C] -> [B·F,Q,C]"""
-        context, cache = encoder_hidden_states, encoder_hidden_states.cache
-        rows, frames = context.of_frames.shape
-        image = rearrange(image_values(attn, context.image, rows), "b f c -> b f 1 c")
+        context, rows = encoder_hidden_states, len(encoder_hidden_states.of_rows)
+        frames = len(tokens) // rows
+        image = rearrange(image_values(attn, context.image, rows).expand(-1, frames, -1), "b f c -> (b f) 1 c")
         if not context.audio_scale:
-            return attn.to_out[0](rearrange(image.expand(-1, frames, *tokens.shape[1:]), "b f q c -> (b f) q c"))
-        known = None if cache is None else cache.get(self)
-        if known is None:
-            known = self.keys_values(context.tokens)
-            if cache is not None:
-                cache[self] = known
-        keys, values = (x[context.of_frames.flatten()] for x in known)
-        audio = rearrange(attend(attn, tokens, (keys, values)), "(b f) q c -> b f q c", f=frames) * context.audio_scale
-        mask = context.masks.get(tokens.shape[1])
-        out = image + (audio if mask is None else audio * mask)
-        return attn.to_out[0](rearrange(out, "b f q c -> (b f) q c"))
+            return attn.to_out[0](image).expand_as(tokens)
+        mask = context.masks.get(tokens.shape[1], tokens.new_ones(1, 1, 1))
+        weight = context.audio_scale * (mask.repeat_interleave(frames, 0) if len(mask) > 1 else mask)
+        known = tuple(x[context.used] for x in self.cached(context))
+        return attend(attn, tokens, image, known=known, of=context.of_frames, weight=weight)
+
+    def cached(self, context: WindowContext) -> KeysValues:
+        """Keys and values of the context's tokens, from its cache if it has one."""
+        if context.cache is None:
+            return self.keys_values(context.tokens)
+        if self not in context.cache:
+            context.cache[self] = self.keys_values(context.tokens)
+        return context.cache[self]
 
 
 class TemporalAudioAttention(AudioAttention):
@@ -190,9 +212,42 @@ class TemporalAudioAttention(AudioAttention):
     def forward(self, attn: nn.Module, tokens: Tensor, *, encoder_hidden_states: WindowContext, attention_mask: None) -> Tensor:
         """[B·Q,F,C] -> [B·Q,F,C]"""
         context, rows = encoder_hidden_states, len(encoder_hidden_states.of_rows)
-        out = image_values(attn, context.image.mean(1, keepdim=True), rows)
+        image = image_values(attn, context.image.mean(1, keepdim=True), rows)
         pixels = rearrange(tokens, "(b q) f c -> b (q f) c", b=rows)
-        if context.audio_scale:
-            keys, values = (x[context.of_rows] for x in self.keys_values(context.means))
-            out = out + context.audio_scale * attend(attn, pixels, (keys, values))
-        return attn.to_out[0](out.expand_as(pixels)).view_as(tokens)
+        if not context.audio_scale:
+            return attn.to_out[0](image).expand_as(pixels).reshape_as(tokens)
+        known = self.keys_values(context.means)
+        return attend(attn, pixels, image, known=known, of=context.of_rows, weight=context.audio_scale).view_as(tokens)
+
+
+def image_values(attn: nn.Module, image: Tensor, rows: int) -> Tensor:
+    """What the image adds to all pixels of a frame: zeros in the rows before the last R, which have no image.  [R,F,D] -> [B,F,C]"""
+    return F.pad(attn.to_v(image), (0, 0, 0, 0, rows - len(image), 0))
+
+
+def attend(attn: nn.Module, tokens: Tensor, image: Tensor, *, known: KeysValues, of: Tensor, weight: Tensor | float) -> Tensor:
+    """to_out(image + weight · attention of tokens to audio keys and values, the sets `of` those known).
+
+    tokens [B,N,C], image [B,1,C], known each [S,T,C], of [B], weight [...,N or 1,1] -> [B,N,C]
+    """
+    fewer = known[0].shape[1] < known[0].shape[2] // attn.heads
+    if fewer and not torch.is_grad_enabled() and type(attn.to_q) is type(attn.to_out[0]) is nn.Linear:
+        scores, out = merged_weights(attn, *known)
+        shares = rearrange(torch.bmm(tokens, scores[of]), "b n (heads t) -> b n heads t", heads=attn.heads).softmax(-1)
+        shares = rearrange(shares, "b n heads t -> b n (heads t)") * weight
+        return torch.baddbmm(attn.to_out[0](image), shares, out[of])
+    heads = (rearrange(x, "b n (heads d) -> b n heads d", heads=attn.heads) for x in (attn.to_q(tokens), *(x[of] for x in known)))
+    audio = rearrange(sdpa(*heads), "b n heads d -> b n (heads d)")
+    return attn.to_out[0](image + weight * audio)
+
+
+def merged_weights(attn: nn.Module, keys: Tensor, values: Tensor) -> KeysValues:
+    """Queries times keys, and values times the output layer, as one product each: cheaper where a head has more channels than keys.
+
+    each [S,T,C] -> [S,C,heads·T], [S,heads·T,C]
+    """
+    keys, values = (rearrange(x, "s t (heads d) -> s heads t d", heads=attn.heads) for x in (keys, values))
+    query = rearrange(attn.to_q.weight, "(heads d) c -> heads d c", heads=attn.heads)
+    out = rearrange(attn.to_out[0].weight, "c (heads d) -> heads d c", heads=attn.heads)
+    scores = rearrange(keys @ query * attn.scale, "s heads t c -> s c (heads t)")
+    return scores, rearrange(values @ out, "s heads t c -> s (heads t) c")
