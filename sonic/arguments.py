@@ -24,6 +24,7 @@ FIELDS = {  # keyword of a call -> option of the command line
     "negative_prompt": "sampler.negative_prompt",
     "num_inference_steps": "sampler.sample_steps",
     "guidance_scale": "sampler.sample_guide_scale",
+    "audio_guidance_scale": "sampler.audio_guide_scale",
     "seed": "seed",
     "size": "video.size",
     "min_resolution": "video.min_resolution",
@@ -62,6 +63,7 @@ class VideoOptions(TypedDict, total=False):
     negative_prompt: str | None
     num_inference_steps: int | None
     guidance_scale: float | None
+    audio_guidance_scale: float | None
     generator: torch.Generator | None
     seed: int | None
     size: str | tuple[int, int] | None

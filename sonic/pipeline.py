@@ -57,7 +57,7 @@ class Video:
     """A finished video: frames uint8 [F,H,W,3] at `fps` frames per second, its sound, and the files that it was made from."""
 
     frames: np.ndarray
-    fps: int
+    fps: float
     speech: Speech
     made_from: tuple[tuple[str, str], ...] = ()  # (option, path), never overwritten by `save`
 
@@ -239,8 +239,9 @@ class AvatarPipeline:
 
     def announce(self) -> None:
         """Log the sampler, the timesteps and the weights of the videos."""
-        components = self.opened.components
-        log.info("%s", sampling_words(sampling_of(self.config.sampler, components.weights, components.dtype)))
+        components, sampler = self.opened.components, self.config.sampler
+        timesteps = family_of(components.config).timesteps(sampler)
+        log.info("%s", sampling_words(sampling_of(sampler, components.weights, components.dtype, timesteps=timesteps)))
 
     def generate(self, inputs: Inputs, *, timer: StageTimer | None = None) -> Iterator[FrameChunk]:
         """Yield the frames of a video from inputs that are already open, as soon as they are decoded."""

@@ -215,7 +215,7 @@ class Inputs:
     speech: Speech
     num_frames: int
     seed: int = 0
-    fps: int = FPS
+    fps: float = FPS
     prompt: str = ""
     negative_prompt: str = ""
     voices: tuple[Speech, ...] = ()

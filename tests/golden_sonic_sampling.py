@@ -57,7 +57,7 @@ def _check_trajectory(case: SonicCase) -> None:
         v = torch.tanh(torch.einsum("dc,bfchw->bfdhw", given["A"], scaled) + bias)
         clean = clean_from(x, v, now)
         case.close(clean, recorded["pred_original"][step])
-        x = euler_step(x, clean, now, following)
+        x = euler_step(x, clean, sigma=now, following=following)
         case.close(x, recorded["prev_sample"][step])
 
 

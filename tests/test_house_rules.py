@@ -28,7 +28,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "system": {"config"},
     "assets": set(),
     "types": {"config", "geometry"},
-    "sampling": {"registry", "types"},
+    "sampling": {"config", "registry", "types"},
     "model": GROUND,
     "encoders": {*GROUND, "model.cpu", "data.audio", "checkpoint.weights"},
     "vae": GROUND,

@@ -11,7 +11,7 @@ from test_configs import ENTRIES, INFER, NEEDED
 from sonic.cli import compose, entry_options, group_choices, help_text, run_command
 from sonic.commands import infer_command, plan_command
 from sonic.config import PRECISIONS, ModelConfig, VideoConfig, precision_of, settled_video
-from sonic.families.family import build_components
+from sonic.families.family import build_components, family_of
 from sonic.inference.report import sampling_of, sampling_words
 from sonic.option_names import SHORT, SYNONYMS
 from sonic.planner.search import search_plans
@@ -20,7 +20,7 @@ from sonic.sampling.schedules import sigmas_of
 
 PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")
-OWN = {"preview": "float32", "preview_velocity": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16"}
+OWN = {"preview": "float32", "preview_velocity": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16", "sonic_svd": "bfloat16"}
 
 
 def levels(sampler):
@@ -75,7 +75,8 @@ def test_the_planner_proposes_fewer_steps_that_fit():
 
 
 def message_of(*argv: str) -> dict:
-    return sampling_of(compose(INFER, argv).sampler, "a file", torch.bfloat16)
+    config = compose(INFER, argv)
+    return sampling_of(config.sampler, "a file", torch.bfloat16, timesteps=family_of(config.model).timesteps(config.sampler))
 
 
 def test_a_run_says_which_noise_levels_it_uses():

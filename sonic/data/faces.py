@@ -137,7 +137,7 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     seen at the given place too.
     Raises ValueError when no face is certain enough, its mouth lies outside the photo, or what is given is no box or mouth in it.
     """
-    box = None if face_box is None else _checked_box(pixels, face_box)
+    box = None if face_box is None else checked_box(pixels, face_box)
     given = None if mouth is None else _checked_mouth(pixels, mouth)
     finder = FaceFinder()
     face = find_speaker(pixels, finder) if box is None else finder.face_in(pixels, box)
@@ -162,17 +162,17 @@ def portrait_of(pixels: np.ndarray, face_box: Sequence[float] | None = None, mou
     return replace(portrait, lips=lips, eyes=eyes, head_offset=face.head_offset)
 
 
-def find_speaker(pixels: np.ndarray, finder: FaceFinder) -> Face:
+def find_speaker(pixels: np.ndarray, finder: FaceFinder, *, way_out: str = f"or give {OVERRIDE}") -> Face:
     """The largest, most central face of a photo, uint8 [H,W,3].
 
-    Raises ValueError when none is certain enough; warns when several are equally good, and takes the leftmost.
+    Raises ValueError when none is certain enough, with another `way_out`; warns when several are equally good, and takes the leftmost.
     """
     found = finder.faces(pixels)
     faces = [face for face in found if face.confidence >= CONFIDENT]
     if not faces:
         seen = f", but something like one{_seen_there(found[0])}" if found and found[0].confidence >= HARDLY else ""
         size = f"{pixels.shape[1]}x{pixels.shape[0]} px"
-        raise ValueError(f"no face is seen in the photo ({size}){seen}; use a photo in which a face is clearly visible, or give {OVERRIDE}")
+        raise ValueError(f"no face is seen in the photo ({size}){seen}; use a photo in which a face is clearly visible, {way_out}")
     return _choose(faces, pixels.shape[1], pixels.shape[0])
 
 
@@ -237,7 +237,8 @@ def _middles(length: int, tile: float) -> np.ndarray:
     return np.linspace(tile / 2, length - tile / 2, count) if count > 1 else np.array([length / 2])
 
 
-def _checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
+def checked_box(pixels: np.ndarray, face_box: Sequence[float]) -> FaceBox:
+    """The face that is given as [x, y, w, h]. Raises ValueError unless it lies in the photo and is large enough for one."""
     give = "give it as face_box=[x,y,w,h] in pixels of the photo"
     if len(face_box) != 4:
         raise ValueError(f"face_box={list(face_box)} has {len(face_box)} numbers; {give}")

@@ -36,7 +36,7 @@ _SMPTE170M, _BT709, _SRGB, _TV_RANGE = 6, 1, 13, 1  # H.264 code points
 _BYTES_PER_PIXEL, _BYTES_PER_SECOND, _SPARE_BYTES = 0.05, 24_000, 4 << 20  # ten times what talking heads need
 
 
-def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: int = FPS) -> Path:
+def check_output(path: str | Path, width: int, height: int, *, num_frames: int, fps: float = FPS) -> Path:
     """Check that a video of this size can be written to `path`, and return the file to write: the target of a symbolic link, else `path`.
 
     Raises ValueError when the name does not end in .mp4, the path is something other than a file, its folder is missing or read-only,
@@ -74,7 +74,7 @@ class VideoWriter:
     sides: an odd last column or row is dropped; frames are never rescaled.
     """
 
-    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Soundtrack = None, fps: int = FPS) -> None:
+    def __init__(self, path: str | Path, width: int, height: int, *, num_frames: int, speech: Soundtrack = None, fps: float = FPS) -> None:
         """num_frames is the expected length, used only to check the disk space."""
         self.path = check_output(path, width, height, num_frames=num_frames, fps=fps)
         self.width, self.height, self.frames, self.speech, self.fps = width - width % 2, height - height % 2, 0, speech, fps
@@ -138,7 +138,7 @@ def _written_mp4(path: Path) -> Iterator[Container]:
 
 
 @contextmanager
-def _sound_added_last(path: Path, speech: Callable[[], Speech], fps: int) -> Iterator[Path]:
+def _sound_added_last(path: Path, speech: Callable[[], Speech], fps: float) -> Iterator[Path]:
     """A path for an MP4 without sound, which is copied to `path` and gets its sound when the `with` block succeeds."""
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=path.parent) as folder:
         yield (silent := Path(folder) / path.name)
@@ -154,8 +154,8 @@ def _sound_added_last(path: Path, speech: Callable[[], Speech], fps: int) -> Ite
             container.mux(sound.finish(pictures.frames / fps))
 
 
-def _video_stream(container, width: int, height: int, *, fps: int):
-    stream = container.add_stream("libx264", rate=fps)
+def _video_stream(container, width: int, height: int, *, fps: float):
+    stream = container.add_stream("libx264", rate=Fraction(fps))
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     # x264's mbtree reads uninitialised memory when sides are not multiples of 16: one video in a hundred had other bytes
     stream.options = {"crf": _CRF, "preset": "veryfast", "x264-params": "mbtree=0"}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from sonic.checkpoint.bundled import BUNDLED
-from sonic.config import ModelConfig, RunConfig, precision_of
+from sonic.config import ModelConfig, RunConfig, SamplerConfig, precision_of
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.shards import Encoders
 from sonic.families import FAMILIES
@@ -28,8 +29,11 @@ from sonic.model.blocks import set_attention
 from sonic.parallel.context import DistributedContext
 from sonic.parallel.mesh import World
 from sonic.parallel.parallelize import build_parallel_model
+from sonic.sampling.samplers import SAMPLERS
+from sonic.sampling.schedules import sigmas_of
 from sonic.types import FrameChunk, Inputs, pick
 
+WINDOWS_ONLY = ("sampler.audio_guide_scale", "face.missing")  # options that one family reads
 Encoded = Any  # what `condition` gives to `generate`: a type of the family's own
 
 
@@ -60,6 +64,10 @@ class Family(ABC):
         """The weights that the transformer loads for `steps` sampling steps, as text for the log: bundled files by name."""
         files = [self.transformer_weights(config), config.lora.path or self.student(config, steps)]
         return " + ".join(path.name if path.parent == BUNDLED else str(path) for path in map(Path, filter(None, files)))
+
+    def timesteps(self, sampler: SamplerConfig) -> list[float]:
+        """The timesteps that the network is given, in order: those of the sampler, in other families of its own."""
+        return SAMPLERS[sampler.name].timesteps(sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift))
 
     def student(self, config: ModelConfig, steps: int) -> Path | None:
         """The bundled adapters that the transformer loads for `steps` sampling steps; None without."""
@@ -113,6 +121,14 @@ def family_of(config: ModelConfig) -> Family:
     """The family of a model. Its module is imported at the first call."""
     module, _, name = pick(FAMILIES, config.family, "model.family").path.rpartition(".")
     return getattr(import_module(module), name)()
+
+
+def refuse_unread(config: InferConfig, options: Iterable[str], why: str) -> None:
+    """Raise ValueError when one of the options has not its default value; `why` says why the family does not read it, and the way out."""
+    default = InferConfig()
+    for name in options:
+        if (value := attrgetter(name)(config)) != attrgetter(name)(default):
+            raise ValueError(f"{name}={value}: {why}")
 
 
 def build_components(

@@ -31,7 +31,7 @@ from sonic.data.pixels import to_bytes, to_signed
 from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.encoders.speech_encoder import SpeechEncoder
-from sonic.families.family import Family
+from sonic.families.family import WINDOWS_ONLY, Family, refuse_unread
 from sonic.geometry import FRAMES_PER_LATENT, BlockSpan, plan_blocks
 from sonic.inference.components import Components
 from sonic.inference.distributed_rollout import distributed_rollout
@@ -82,10 +82,9 @@ class Preview(Family):
 
         Raises ValueError for options that only published models read, and without a face.
         """
-        options = (("motion.pose", config.motion.pose), ("face.masks", config.face.masks), ("video.compat", config.video.compat))
-        for option, value in options:
-            if value:
-                raise ValueError(f"{option}={value}: model={config.model.name} moves one face and follows no video; use a published model")
+        why = f"model={config.model.name} moves one face and follows no video; use a published model"
+        refuse_unread(config, ("motion.pose", "face.masks", "video.compat"), why)
+        refuse_unread(config, WINDOWS_ONLY, f"only model=sonic_svd reads it, not {config.model.name}; leave it out")
         if config.prompt:
             log.warning("prompt is not read: the preview was trained without text")
         if config.motion.motion_scale != 1 and config.motion.head == "off":

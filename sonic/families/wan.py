@@ -19,7 +19,7 @@ from torch import Tensor
 from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.official import VAE_FILE
 from sonic.checkpoint.speech_weights import MakeSpeechEncoder, open_speech_encoder, speech_hash
-from sonic.config import FaceConfig, ModelConfig, parse_size
+from sonic.config import ModelConfig, parse_size
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
@@ -29,7 +29,7 @@ from sonic.data.segments import Segment
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clips
-from sonic.families.family import Family
+from sonic.families.family import WINDOWS_ONLY, Family, refuse_unread
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE
 from sonic.inference.components import Components, find_device
 from sonic.inference.fit_picture import published_picture, wan_video_size
@@ -79,7 +79,9 @@ class Wan(Family):
 
         Raises ValueError for options of the preview, and for masks that do not fit the picture or the recordings.
         """
-        _refuse_face_options(config)
+        why = f"model={config.model.name} generates the whole picture and looks for no face in it; leave it out, or use model=preview"
+        refuse_unread(config, ("face.box", "face.mouth", "face.expand_ratio", "motion.head"), why)
+        refuse_unread(config, WINDOWS_ONLY, f"only model=sonic_svd reads it, not {config.model.name}; leave it out")
         if config.motion.motion_scale != 1 and not config.motion.pose:
             log.warning(
                 "motion.motion_scale=%g has no effect: the model moves the head by itself; motion.pose=VIDEO leads it",
@@ -228,16 +230,6 @@ def _checkpoint(config: ModelConfig) -> Checkpoint:
     checkpoint = Checkpoint.open(Path(config.weights))
     checkpoint.config(config)
     return checkpoint
-
-
-def _refuse_face_options(config: InferConfig) -> None:
-    """Raise ValueError for options that only the preview reads, such as face.box, unless they have their default values."""
-    defaults = {"face": FaceConfig(), "motion": HeadConfig()}
-    for group, name in (("face", "box"), ("face", "mouth"), ("face", "expand_ratio"), ("motion", "head")):
-        value = getattr(getattr(config, group), name)
-        if value != getattr(defaults[group], name):
-            why = f"model={config.model.name} generates the whole picture and looks for no face in it"
-            raise ValueError(f"{group}.{name}={value}: {why}; leave it out, or use model=preview")
 
 
 def _mixed(voices: tuple[Speech, ...]) -> Speech:

@@ -17,6 +17,7 @@ from sonic.geometry import PIXELS_PER_LATENT
 from sonic.model.svd_unet import SvdUNet, UNetConditions
 from sonic.sampling.karras import clean_from, euler_step, flow_sigma, karras_sigmas, network_input, noisy_start, timestep_of
 from sonic.sampling.windows import ALONE, Spread, windows_of
+from sonic.system.heartbeat import heartbeat
 
 TIMESTEPS = 1000  # a callback is given 1000 times the share of noise, as those of other models
 CACHED_FRAMES = 250  # longest clip whose audio keys and values are kept: in a longer one they would take more memory than they save time
@@ -57,7 +58,7 @@ class SamplingStep(NamedTuple):
     def after(self, x: Tensor, predictions: Tensor) -> Tensor:
         """The latents [F,4,h,w] after the step, from those before it and the v that each row predicts [B,F,4,h,w]."""
         v = sum(weight * prediction for weight, prediction in zip(self.weights.values(), predictions, strict=True))
-        return euler_step(x, clean_from(x, v, self.sigma), self.sigma, self.following)
+        return euler_step(x, clean_from(x, v, self.sigma), sigma=self.sigma, following=self.following)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def row_weights(picture: float, sound: float) -> dict[str, float]:
     return {row: weight for row, weight in weights.items() if weight}
 
 
-def clip_noise(generator: torch.Generator, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+def clip_noise(generator: torch.Generator, frames: int, *, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Noise for a picture of height and width, and for the latents of `frames` frames, float32 in the published order of draws.
 
     Both are drawn on the CPU, to be the same everywhere.  -> [3,H,W], [n,4,h,w]
@@ -123,6 +124,7 @@ def denoise_clip(
         windows = windows_of(len(latents), number, sampling.windows)
         own = []
         for window in (windows[index] for index in spread.mine(len(windows))):
+            heartbeat()
             x = latents[window]
             batch, given = guidance_batch(conditions, x, window, step=step, sampling=sampling, cache=cache)
             predictions = unet(batch, timestep_of(step.sigma), given).float()

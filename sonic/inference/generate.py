@@ -75,7 +75,9 @@ def make_video(
         peak_rss_gib=round(peak_rss_gib(), 3),
         peak_vram_gib=round(peak_vram / GIB, 3),
         stages_s={name: round(seconds, 3) for name, seconds in timer.seconds.items()},
-        sampling=sampling_of(config.sampler, components.weights, components.dtype),
+        sampling=sampling_of(
+            config.sampler, components.weights, components.dtype, timesteps=family_of(components.config).timesteps(config.sampler)
+        ),
         face=inputs.location,
         sound=offset.as_json(),
     )

@@ -35,14 +35,14 @@ def as_displayed(inputs: Inputs, post: PostConfig) -> Inputs:
     return replace(inputs, num_frames=inputs.num_frames * post.interpolate, fps=inputs.fps * post.interpolate)
 
 
-def process_motion(motion: Iterator[MotionLayers], post: PostConfig, fps: int) -> Iterator[MotionLayers]:
+def process_motion(motion: Iterator[MotionLayers], post: PostConfig, fps: float) -> Iterator[MotionLayers]:
     """The motion layers of a video at `fps`, smoothed and interpolated as `post` says, in chunks as they come."""
     if post.smooth_motion:
         motion = _weighted(motion, [smoothing_kernel(post.smooth_motion, fps)])
     return _weighted(motion, HALFWAY) if post.interpolate == 2 else motion
 
 
-def process_pixels(chunks: Iterator[Tensor], post: PostConfig, fps: int) -> Iterator[Tensor]:
+def process_pixels(chunks: Iterator[Tensor], post: PostConfig, fps: float) -> Iterator[Tensor]:
     """The frames of a video at `fps`, uint8 [F,H,W,3], smoothed and interpolated as `post` says, in chunks as they come."""
     if post.smooth_motion:
         chunks = stabilize(chunks, smoothing_kernel(post.smooth_motion, fps))

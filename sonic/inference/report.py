@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFont
 import sonic
 from sonic.config import SamplerConfig
 from sonic.model.compile import CompileTime
-from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import is_table, sigmas_of
 from sonic.system.device_stream import HOST, DeviceStream, Event
 from sonic.system.files import written_temporary
@@ -43,7 +42,7 @@ class Result:
 
     output: str
     frames: int
-    fps: int
+    fps: float
     audio_seconds: float
     frames_per_second: float
     first_frame_s: float
@@ -196,7 +195,7 @@ def draw_contact_sheet(recorder: FrameRecorder, path: Path) -> None:
         sheet.save(partial, "PNG")
 
 
-def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dict:
+def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype, *, timesteps: list[float]) -> dict:
     """The sampling section of result.json: solver, schedule, noise levels, timesteps passed to the model, guidance, weights and dtype."""
     sigmas = sigmas_of(sampler.schedule, sampler.sample_steps, sampler.sample_shift)
     return {
@@ -205,8 +204,9 @@ def sampling_of(sampler: SamplerConfig, weights: str, dtype: torch.dtype) -> dic
         "table": is_table(sampler.schedule, sampler.sample_steps),
         "steps": sampler.sample_steps,
         "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()],
-        "timesteps": [round(timestep, 3) for timestep in SAMPLERS[sampler.name].timesteps(sigmas)],
+        "timesteps": [round(timestep, 3) for timestep in timesteps],
         "guide_scale": sampler.sample_guide_scale,
+        "audio_guide_scale": sampler.audio_guide_scale,
         "weights": weights,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -217,7 +217,8 @@ def sampling_words(found: dict) -> str:
     asked = [f"{round(timestep, 1):g}" for timestep in found["timesteps"]]
     shown = asked if len(asked) <= SHOWN_TIMESTEPS else [*asked[:3], "...", *asked[-2:]]
     way = "its table" if found["table"] else "computed"
-    guided = "no guidance" if found["guide_scale"] == 1 else f"guidance {found['guide_scale']:g}"
+    scales = [found["guide_scale"], *([found["audio_guide_scale"]] * (found["audio_guide_scale"] != 1))]
+    guided = "no guidance" if scales == [1] else f"guidance {' and '.join(f'{scale:g}' for scale in scales)}"
     levels = f"{found['steps']} steps of schedule {found['schedule']} ({way}): timesteps {', '.join(shown)}"
     return f"{found['solver']}, {levels}; {guided}; weights: {found['weights']} in {found['dtype']}"
 

@@ -61,7 +61,7 @@ class MouthDelay:
         return f"lip_align: the mouth is {1000 * abs(self.late_s):.0f} ms {which} than the sound ({how_sure}), which is taken out"
 
 
-def mouth_delay(opening: np.ndarray, expected: np.ndarray, fps: int) -> MouthDelay:
+def mouth_delay(opening: np.ndarray, expected: np.ndarray, fps: float) -> MouthDelay:
     """Measure the delay of a mouth behind its speech, well below a frame.
 
     opening [F] at `fps`, nan where no mouth is seen; `expected` [K] by the speech, at FPS from the same moment on.
@@ -157,7 +157,7 @@ class SoundOffset:
                 if self._finder is not None and (self.delay is None or self.delay.unsure):
                     self.record(chunk)
                     if len(self._openings) >= WINDOW_S * self._inputs.fps:
-                        start = first * SAMPLE_RATE // self._inputs.fps
+                        start = int(first * SAMPLE_RATE / self._inputs.fps)
                         self.measure(self._inputs.speech.samples[start:] if settings.sound is None else settings.sound.since(start))
                         first, self._openings = chunk.start + len(chunk), []
                 yield replace(chunk, sound_later_s=self.later_s)

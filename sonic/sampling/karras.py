@@ -43,6 +43,6 @@ def clean_from(x: Tensor, v: Tensor, sigma: float) -> Tensor:
     return x / (sigma**2 + 1) - v * (sigma / math.sqrt(sigma**2 + 1))
 
 
-def euler_step(x: Tensor, clean: Tensor, sigma: float, following: float) -> Tensor:
+def euler_step(x: Tensor, clean: Tensor, *, sigma: float, following: float) -> Tensor:
     """Latents at the following noise level, along the line to the predicted clean latents."""
     return x + (x - clean) / sigma * (following - sigma)
