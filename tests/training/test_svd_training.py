@@ -22,7 +22,7 @@ from sonic.config import AdapterConfig, ModelConfig, UNetConfig
 from sonic.encoders.clip_sound import FrameBuckets, FrameTokens
 from sonic.inference.denoise_windows import ClipConditions, WindowSampling, denoise_clip
 from sonic.model.svd_unet import SvdUNet
-from sonic.sampling.karras import HIGHEST, clean_from, euler_step, karras_sigmas, noisy_start
+from sonic.sampling.karras import HIGHEST, clean_from, karras_sigmas, noisy_start
 from sonic.system.files import save_tensors
 from sonic.training.build import batch_stream, engine_of, halved
 from sonic.training.log import RunLog
@@ -115,7 +115,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_v_of_the_true_noise_leads_back_to_the_clean_latents(rng):
+def test_v_of_the_true_noise_leads_back_to_the_clean_latents():
     clean, noise = torch.randn(2, 2, FRAMES, 4, SIZE, SIZE, generator=seeded())
     for level in (0.002, 1.0, 30.0, 700.0):
         sigma = torch.full((2,), level)
@@ -123,7 +123,6 @@ def test_v_of_the_true_noise_leads_back_to_the_clean_latents(rng):
         assert_close(clean_from(x, v, level), clean, atol=1e-3 * max(1, level / 10), rtol=1e-3)
         assert_close(velocity_of(v, x, sigma), noise, atol=1e-4, rtol=1e-4)
         assert_close(v_of(velocity_of(v, x, sigma), x, sigma), v, atol=2e-3, rtol=1e-3)
-        assert_close(euler_step(x, clean_from(x, v, level), level, 0.0), x - level * velocity_of(v, x, sigma), atol=1e-2, rtol=1e-4)
 
 
 def test_noise_levels_are_those_of_sampling():
