@@ -67,7 +67,11 @@ class WindowObjective(Objective):
     @staticmethod
     def sound_networks(config: ModelConfig) -> tuple[FrameTokens, FrameBuckets]:
         """The networks of audio tokens and motion buckets in the model's checkpoint. Raises ValueError without one."""
-        return family_of(config).checkpoint(config).sound_networks()
+        from sonic.checkpoint.sonic_checkpoint import SonicCheckpoint  # which imports the UNet too
+
+        checkpoint = SonicCheckpoint.open(family_of(config).transformer_weights(config).parent)
+        found = checkpoint.speech(torch.device("cpu")).requires_grad_(True)
+        return found.tokens, found.buckets
 
     def load(self, weights: Path, lora: Lora) -> None:
         """Fill the UNets from the model's checkpoint, changed by `lora`, which may also have tensors of the networks of the sound."""
