@@ -255,10 +255,7 @@ class VideoConfig:
     """The generated video."""
 
     size: str = option(PHOTO_SIZE, "photo = size of the photograph (at most the area of 3840x2160), or WIDTHxHEIGHT to fit within")
-    min_resolution: int = option(
-        0,
-        "short side of the video in pixels, even, 384 to 2160, with the photograph's aspect, in place of video.size; 0 = by that",
-    )
+    min_resolution: int = option(0, "short side in px, even, 384 to 2160, of a video with the photograph's aspect; 0 = by video.size")
     duration: float = option(0.0, "seconds that the recording should last, within a frame; 0 = not compared")
     duration_policy: str = option(
         "follow",
@@ -331,10 +328,14 @@ class DecodeConfig:
     """When latents are decoded to pixels."""
 
     online: bool = option(True, "decode on another thread while later blocks are denoised")
-    queue: int = option(2, "blocks that may wait between denoising and decoding")
+    queue: int = option(2, "blocks that may wait between denoising and decoding; for sonic_svd, decoded pieces that may wait to be written")
+    chunk_frames: int = option(8, "for sonic_svd, frames decoded together (8 with video.compat); fewer need less memory and more time")
+    overlap_frames: int = option(4, "for sonic_svd, frames decoded with a chunk on each side and thrown away (0 with video.compat)")
 
     def __post_init__(self) -> None:
         require(1 <= self.queue <= 1024, f"decode.queue={self.queue}: need 1 to 1024 blocks")
+        require(1 <= self.chunk_frames <= 1024, f"decode.chunk_frames={self.chunk_frames}: need 1 to 1024 frames; 8 is usual")
+        require(0 <= self.overlap_frames <= 32, f"decode.overlap_frames={self.overlap_frames}: need 0 to 32 frames; 4 is usual")
 
 
 @dataclass

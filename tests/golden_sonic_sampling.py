@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import golden_sonic_audio
 import torch
 from einops import rearrange
 from golden_sonic_case import SonicCase
-from sonic.model.svd_unet import SvdUNet
-from sonic.vae.svd_vae import SvdAutoencoder
 from torch.testing import assert_close
 
 from sonic.config import UNetConfig
-from sonic.inference.denoise_windows import NOTHING, SILENT, SOUND, ClipConditions, WindowSampling, denoise_clip, guidance_batch
+from sonic.encoders.clip_image import ClipImageEncoder
+from sonic.inference.denoise_windows import NOTHING, SILENT, SOUND, ClipConditions, WindowSampling, clip_noise, denoise_clip, guidance_batch
+from sonic.model.svd_unet import SvdUNet
 from sonic.sampling.karras import clean_from, euler_step, karras_sigmas, network_input, noisy_start, timestep_of
 from sonic.sampling.windows import windows_of
+from sonic.vae.svd_vae import SvdAutoencoder
 
 SIZES = (
     "block_out_channels",
@@ -73,6 +76,10 @@ def _check_pipeline(case: SonicCase) -> None:
     assert len(found) - len(recorded) in (0, 1)  # the last ones are not always recorded
     case.close_at_every_step(found[: len(recorded)], recorded)
     _check_plan(case, conditions, sampling)
+    if "torch_manual_seed" in case.call:
+        height, width = case.inputs["ref_image"].shape[-2:]
+        seeded = torch.Generator().manual_seed(case.call["torch_manual_seed"])
+        assert torch.equal(clip_noise(seeded, len(noise), height=height, width=width)[1], noise)
     if "frames" in case.outputs:
         frames = torch.cat([*autoencoder.decode(last, chunk=case.call["decode_chunk_size"])])
         case.close(rearrange(frames, "f c h w -> 1 c f h w"), case.outputs["frames"])
@@ -119,7 +126,12 @@ def _conditions(case: SonicCase, autoencoder: SvdAutoencoder) -> ClipConditions:
     if "audio_tokens" in given:
         embed, tokens, silence, buckets = (given[name] for name in ("image_embeds", "audio_tokens", "uncond_tokens", "motion_buckets"))
         return ClipConditions(noisy, tokens, silence, buckets, embed[0], mask, start=clean)
-    raise NotImplementedError
+    image_encoder = ClipImageEncoder(case.sizes["models"]["clip"])
+    image_encoder.network.load_state_dict(case.weights("image_encoder"))
+    embed = image_encoder(given["clip_image"].float()[None])[0]
+    encoder = golden_sonic_audio.networks(replace(case, config={**case.config, "config": case.sizes["audio"]}))
+    sound = encoder((given["audio_int16"].float() / 32768).numpy(), case.call["model_frames"], embed)
+    return ClipConditions(noisy, *sound, embed, mask, start=clean)
 
 
 def _sampling(case: SonicCase) -> WindowSampling:

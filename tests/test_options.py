@@ -20,7 +20,13 @@ from sonic.sampling.schedules import sigmas_of
 
 PLAN, BENCH = ENTRIES["plan"], ENTRIES["bench"]
 SIZED = ("infer", "plan", "bench", "evaluate")
-OWN = {"preview": "float32", "preview_velocity": "float32", "wan_s2v_14b": "bfloat16", "live_avatar_14b": "bfloat16", "sonic_svd": "bfloat16"}
+OWN = {
+    "preview": "float32",
+    "preview_velocity": "float32",
+    "wan_s2v_14b": "bfloat16",
+    "live_avatar_14b": "bfloat16",
+    "sonic_svd": "bfloat16",
+}
 
 
 def levels(sampler):

@@ -33,7 +33,7 @@ from sonic.sampling.samplers import SAMPLERS
 from sonic.sampling.schedules import sigmas_of
 from sonic.types import FrameChunk, Inputs, pick
 
-WINDOWS_ONLY = ("sampler.audio_guide_scale", "face.missing")  # options that one family reads
+WINDOWS_ONLY = ("sampler.audio_guide_scale", "face.missing", "decode.chunk_frames", "decode.overlap_frames")  # options of one family
 Encoded = Any  # what `condition` gives to `generate`: a type of the family's own
 
 

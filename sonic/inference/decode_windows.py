@@ -16,8 +16,7 @@ from sonic.system.device_stream import Event, current_stream, to_host
 from sonic.vae.rife import Rife
 from sonic.vae.svd_vae import SvdAutoencoder
 
-CHUNK = 8  # frames that are decoded together
-OVERLAP = 3  # frames on each side of a chunk that are decoded with it and thrown away
+PUBLISHED = {"chunk": 8, "overlap": 0}  # frames that the published code decodes together, and with them on each side
 
 
 def decode_clip(
@@ -25,12 +24,14 @@ def decode_clip(
 ) -> Iterator[Tensor]:
     """Yield the frames of latents [n,4,h,w] in host memory, uint8 [F,8h,8w,3], while later ones are decoded.
 
-    With RIFE there are 2n frames. `upstream` decodes chunks without overlap and leaves out the frame after the last one.
+    With RIFE there are 2n frames. Chunks and their overlap are those of `decode`: each frame of overlap about halves the difference to
+    the clip decoded at once; from four on what is left comes from the norms, whose statistics are those of a chunk. `upstream` decodes
+    as published, without overlap, and leaves out the frame after the last one.
     """
 
     def queued() -> Iterator[tuple[Tensor, Event]]:
-        decoded = autoencoder.decode(latents, chunk=CHUNK, overlap=0 if upstream else OVERLAP)
-        chunks = ((frames.float() * 0.5 + 0.5).clamp(0, 1) for frames in decoded)
+        lengths = PUBLISHED if upstream else {"chunk": decode.chunk_frames, "overlap": decode.overlap_frames}
+        chunks = ((frames.float() * 0.5 + 0.5).clamp(0, 1) for frames in autoencoder.decode(latents, **lengths))
         for frames in chunks if rife is None else doubled(chunks, rife, upstream=upstream):
             rounded = rearrange(frames * 255, "f c h w -> f h w c").round().to(torch.uint8)
             (pixels,), copied = to_host([rounded.contiguous()], stream)

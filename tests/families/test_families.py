@@ -11,8 +11,9 @@ from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, group_choices
 from sonic.config import ModelConfig, help_of
 from sonic.families import FAMILIES
-from sonic.families.family import Family, family_of
+from sonic.families.family import WINDOWS_ONLY, Family, family_of
 from sonic.inference.infer_config import InferConfig
+from sonic.inference.inputs import InMemory
 
 MODELS = {name: compose(Entry("infer", InferConfig), [f"model={name}"]).model for name in group_choices("model")}
 
@@ -60,3 +61,12 @@ def test_components_with_another_transformer_keep_the_rest():
     other.load()
     assert type(other) is type(components)
     assert (other.model, other.autoencoder, other.speech) == (components.model, components.autoencoder, components.speech)
+
+
+@pytest.mark.parametrize("option", WINDOWS_ONLY)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sonic_svd"])
+def test_options_of_the_family_of_windows_are_refused_by_the_others(name, option):
+    other = "whole" if option == "face.missing" else "2"
+    config = compose(Entry("infer", InferConfig), ["model=preview", "image=a.png", "audio=a.wav", f"{option}={other}"])
+    with pytest.raises(ValueError, match=f"{option}={other}.*only model=sonic_svd reads it"):
+        family_of(ModelConfig(family=name)).open(config, InMemory())
