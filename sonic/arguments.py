@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sonic.checkpoint.converted import MANIFEST, Checkpoint
+from sonic.checkpoint.converted import MANIFEST, ConvertedFolder
 from sonic.checkpoint.header import read_header
 from sonic.cli import group_choices, typed_values
 from sonic.inference.infer_config import InferConfig
@@ -106,7 +106,7 @@ def model_choice(model: str) -> dict[str, str]:
         return {"model": model}
     if not (folder / MANIFEST).is_file() and any(folder.glob("*_dit.safetensors")):
         return {"model": next(folder.glob("*_dit.safetensors")).name.removesuffix("_dit.safetensors"), "model.weights": str(folder)}
-    return {"model": Checkpoint.open(folder).manifest["model"], "model.weights": str(folder)}
+    return {"model": ConvertedFolder.open(folder).manifest["model"], "model.weights": str(folder)}
 
 
 def option_text(value: Any) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +18,13 @@ from tqdm import tqdm
 
 from sonic.checkpoint import official
 from sonic.checkpoint.convert_config import ConvertConfig
-from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, Checkpoint
+from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, ConvertedFolder
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.official import Component
-from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, write
+from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, survey, write
 from sonic.checkpoint.weights import to_ours
 from sonic.config import ModelConfig
+from sonic.families import FAMILIES
 from sonic.registry import Registry
 
 log = logging.getLogger("sonic.checkpoint")
@@ -36,34 +39,32 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
     Tensors are read, changed and written one at a time. A process that is killed leaves output.partial, whose shards the same
     conversion reuses. Raises ValueError, before anything is written, when a file is missing, damaged or for another model.
     """
-    folder, output = Path(config.source), _free(config.output)
-    dit, model = official.transformer(folder, base)
-    components = {
-        "dit": dit,
-        "text_encoder": official.text_encoder(folder),
-        "vae": official.autoencoder(folder),
-        "speech_encoder": official.speech_encoder(folder / official.SPEECH, "wav2vec2"),
-    }
-    official.check_together(folder, model, components)
-    lora = _lora(config, dit)
-    tokens = official.tokenizer_files(folder)
-    _check_space(output, components)
-    sources = _files(components.values(), lora)
+    output = _free(config.output)
+    found = _module(base).networks(Path(config.source), base)
+    denoiser = next(iter(found.components))
+    lora = _lora(config, found.components[denoiser])
+    _check_space(output, found.components)
+    sources = _files(found.components.values(), lora)
+    for name, part in found.components.items():
+        log.info("%s: %d tensors of %s", name, len(part.tensors), ", ".join(map(str, _files([part], NO_LORA))))
+    if found.licence:
+        log.warning("%s", found.licence)
     with _partial_folder(output, _plan(config, sources)) as partial:
         report = []
-        for name, part in components.items():
-            report += _write(partial / name, part, lora if name == "dit" else NO_LORA)
-        (partial / TOKENIZER).mkdir(exist_ok=True)
-        for file in tokens:
+        for name, part in found.components.items():
+            report += _write(partial / name, part, lora if name == denoiser else NO_LORA)
+        for file in found.tokenizer:
+            (partial / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(file, partial / TOKENIZER / file.name)
         (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         manifest = {
             "format": FORMAT,
             "model": base.name,
-            "config": {part: asdict(getattr(model, part)) for part in ("trunk", "audio", "text", "motion")},
+            "config": found.config,
+            "licence": found.licence,
             "lora": {"file": lora.file.name, "alpha": lora.alpha, "weights": len(lora.adapters)} if lora.file else None,
-            "sources": {file.name: sha256(file) for file in tqdm([*sources, *tokens], desc="hash", unit=" files")},
-            "tensors": {name: len(part.tensors) for name, part in components.items()},
+            "sources": _hashes([*sources, *found.tokenizer]),
+            "tensors": {name: len(part.tensors) for name, part in found.components.items()},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return output
@@ -77,10 +78,11 @@ def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
     """
     source, output = Path(config.source), _free(config.output)
     if source.is_file():
-        dit = official.bare_transformer(source, base)
+        tensors, model = survey(source), base
     else:
-        checkpoint = Checkpoint.open(source)
-        dit = Component(checkpoint.tensors("dit"), official.official_config(checkpoint.config(base)))
+        checkpoint = ConvertedFolder.open(source)
+        tensors, model = checkpoint.tensors(next(iter(checkpoint.manifest["tensors"]))), checkpoint.config(base)
+    dit = _module(base).exported(tensors, model)
     lora = _lora(config, dit)
     _check_space(output, {"dit": dit})
     with _partial_folder(output, _plan(config, _files([dit], lora))) as partial:
@@ -89,6 +91,11 @@ def to_official(config: ConvertConfig, base: ModelConfig) -> Path:
 
 
 DIRECTIONS: Registry[Callable[[ConvertConfig, ModelConfig], Path]] = Registry("to", {"ready": to_ready, "official": to_official})
+
+
+def _module(model: ModelConfig) -> ModuleType:
+    """The module that reads the downloaded folder of a model."""
+    return import_module(FAMILIES[model.family].download)
 
 
 def _lora(config: ConvertConfig, dit: Component) -> Lora:
@@ -102,6 +109,13 @@ def _files(components: Iterable[Component], lora: Lora) -> list[Path]:
     """The files that a conversion reads, without those of the tokenizer."""
     files = sorted({tensor.file for part in components for tensor in part.tensors.values()})
     return [*files, lora.file] if lora.file else files
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    """The hash of each file by its name, after that of its folder where another file has the same name."""
+    names = Counter(file.name for file in files)
+    named = {file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}": file for file in files}
+    return {name: sha256(file) for name, file in tqdm(named.items(), desc="hash", unit=" files")}
 
 
 def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sonic.checkpoint.official import TEXT_FILE
 from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
-from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig
+from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig, UNetConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
 from sonic.system.files import save_tensors
 from sonic.system.program import written
@@ -28,26 +28,26 @@ log = logging.getLogger("sonic.checkpoint")
 FORMAT = "sonic ready checkpoint 1"
 MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
 CPU = torch.device("cpu")
-PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion": MotionConfig}
+PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion": MotionConfig, "unet": UNetConfig}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An opened converted checkpoint."""
+class ConvertedFolder:
+    """An opened converted checkpoint of any family."""
 
     folder: Path
     manifest: dict[str, Any]
-    unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # text rows whose cache file cannot be written
+    DOWNLOADED: ClassVar[str] = "source=Wan2.2-S2V-14B live_avatar=LiveAvatar"  # the options of the conversion, as an example
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path) -> Self:
         """The converted checkpoint in a folder. Raises ValueError with the command that makes one when the folder is none."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
         except (OSError, ValueError):
             raise ValueError(
                 f"checkpoint={folder} is no converted checkpoint ({MANIFEST} is missing or damaged); make one of the downloaded folders: "
-                f"{written('convert')} source=Wan2.2-S2V-14B live_avatar=LiveAvatar output=FOLDER"
+                f"{written('convert')} {cls.DOWNLOADED} output=FOLDER"
             ) from None
         if manifest.get("format") != FORMAT:
             raise ValueError(f"checkpoint={folder} was written by another version ({manifest.get('format')}); convert it again")
@@ -59,11 +59,30 @@ class Checkpoint:
         if made_for != base.name:
             way_out = f"use model={made_for}, or convert the folders again for {base.name}"
             raise ValueError(f"checkpoint={self.folder} holds {made_for}; {way_out}")
-        return replace(base, **{name: kind(**self.manifest["config"][name]) for name, kind in PARTS.items()})
+        return replace(base, **{name: PARTS[name](**sizes) for name, sizes in self.manifest["config"].items()})
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         """The tensors in a component's shards, by name, not read yet."""
         return survey_sharded(self.folder / component, STEM)
+
+    def loaded(self, component: str, device: torch.device) -> dict[str, Tensor]:
+        """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""
+        return {stored.name: tensor.to(device) for stored, tensor in read(self.tensors(component).values())}
+
+    def sizes(self, component: str) -> dict[str, Any]:
+        """The config of a component."""
+        return json.loads((self.folder / component / "config.json").read_text())
+
+    def source_hash(self, *names: str) -> str:
+        """The hash of the file that a network was converted from, which has one of these names; "" when there is none."""
+        return next((digest for file, digest in self.manifest["sources"].items() if file in names), "")
+
+
+@dataclass(frozen=True)
+class Checkpoint(ConvertedFolder):
+    """A converted checkpoint of the Wan family."""
+
+    unkept: dict[Path, Tensor] = field(default_factory=dict, repr=False, compare=False)  # text rows whose cache file cannot be written
 
     @property
     def weights(self) -> Path:
@@ -78,8 +97,8 @@ class Checkpoint:
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> WanAutoencoder:
         """The Wan VAE, loaded. Against float32, its frames in bfloat16 have a PSNR of 50 dB (0.8 of 255 levels, root mean square; random
         weights of the published size); latents rounded to bfloat16 once and decoded in float32 have 70 dB."""
-        vae = WanAutoencoder(self._config("vae"))
-        vae.load_tensors(self._loaded("vae", CPU))
+        vae = WanAutoencoder(self.sizes("vae"))
+        vae.load_tensors(self.loaded("vae", CPU))
         return vae.to(device, dtype).eval().requires_grad_(False)
 
     def prompt_encoder(self, length: int, device: torch.device) -> Callable[[str], Tensor]:
@@ -107,20 +126,9 @@ class Checkpoint:
 
     def _text_encoder(self, device: torch.device) -> TextEncoder:
         with torch.device("meta"):
-            encoder = TextEncoder(self._config("text_encoder"))
-        encoder.load_tensors(self._loaded("text_encoder", device), str(self.folder))
+            encoder = TextEncoder(self.sizes("text_encoder"))
+        encoder.load_tensors(self.loaded("text_encoder", device), str(self.folder))
         return encoder.to(device)
-
-    def _loaded(self, component: str, device: torch.device) -> dict[str, Tensor]:
-        """A component's tensors by name, read and moved one at a time; each gives a heartbeat, however slow the disk is."""
-        return {stored.name: tensor.to(device) for stored, tensor in read(self.tensors(component).values())}
-
-    def _config(self, component: str) -> dict[str, Any]:
-        return json.loads((self.folder / component / "config.json").read_text())
-
-    def source_hash(self, *names: str) -> str:
-        """The hash of the file that a network was converted from, which has one of these names; "" when there is none."""
-        return next((digest for file, digest in self.manifest["sources"].items() if file in names), "")
 
 
 def _cached(file: Path) -> Tensor | None:

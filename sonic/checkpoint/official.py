@@ -1,11 +1,11 @@
-"""The published folders as they are downloaded: their networks, config files and tensor names, and checks that all is there."""
+"""The folders of the Wan family as they are downloaded: networks, config files and tensor names, and checks that all is there."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -55,29 +55,49 @@ class Component:
         return prod(stored.shape) * FLOATS[self.dtype(stored)].itemsize
 
 
+@dataclass(frozen=True)
+class Download:
+    """The networks of a downloaded folder, of which the first one denoises, the sizes of the model, and files that are copied."""
+
+    components: Mapping[str, Component]
+    config: Mapping[str, Any]  # as in ModelConfig
+    tokenizer: Sequence[Path] = ()
+    licence: str = ""  # what its owners forbid, as a sentence
+
+
+def networks(folder: Path, base: ModelConfig) -> Download:
+    """All that the Wan2.2-S2V-14B folder holds. Raises ValueError when a file is missing, damaged or for another model."""
+    dit, model = transformer(folder, base)
+    speech = speech_encoder(folder / SPEECH, "wav2vec2")
+    components = {"dit": dit, "text_encoder": text_encoder(folder), "vae": autoencoder(folder), "speech_encoder": speech}
+    check_together(folder, model, components)
+    sizes = {part: asdict(getattr(model, part)) for part in ("trunk", "audio", "text", "motion")}
+    return Download(components, sizes, tokenizer_files(folder))
+
+
+def exported(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Component:
+    """A transformer under its published names, from tensors under those or ours. Raises ValueError when it has other sizes."""
+    named = {to_official(name): tensor for name, tensor in tensors.items()}
+    check_published(named, shapes_of(lambda: export(AvatarDiT(config))), "transformer")
+    return Component(named, official_config(config))
+
+
 def transformer(folder: Path, base: ModelConfig) -> tuple[Component, ModelConfig]:
     """The DiT of a folder and its model config: sizes from the folder, everything else from `base`.
 
     Raises ValueError when a tensor is missing or the network is not the published one.
     """
-    given = _json(folder / "config.json")
+    given = read_json(folder / "config.json")
     tensors = survey_sharded(folder, DIT_STEM)
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise ValueError(f"{folder / 'config.json'}: {name}={given[name]} is another network than the published one, which has {value}")
     try:
-        config = _model_config(given, partial(_shape, tensors, folder), base)
+        config = _model_config(given, partial(shape_in, tensors, folder), base)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error}; fetch it again") from error
-    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
+    check_published(tensors, shapes_of(lambda: export(AvatarDiT(config))), "transformer")
     return Component(tensors, halve=True), config
-
-
-def bare_transformer(file: Path, config: ModelConfig) -> Component:
-    """The DiT in a single file, under our names or official ones. Raises ValueError when it has other sizes than the config."""
-    tensors = {to_official(name): tensor for name, tensor in survey(file).items()}
-    _check_published(tensors, _shapes(lambda: export(AvatarDiT(config))), "transformer")
-    return Component(tensors, official_config(config))
 
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
@@ -94,7 +114,7 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
 def text_encoder(folder: Path) -> Component:
     """The umT5 encoder, with its sizes read from the shapes of its tensors."""
     tensors = survey(folder / TEXT_FILE)
-    shape = partial(_shape, tensors, folder / TEXT_FILE)
+    shape = partial(shape_in, tensors, folder / TEXT_FILE)
     vocab_size, width = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
     config = {
@@ -108,9 +128,9 @@ def text_encoder(folder: Path) -> Component:
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",
     }
-    wanted = _shapes(lambda: TextEncoder(config).encoder.state_dict())
+    wanted = shapes_of(lambda: TextEncoder(config).encoder.state_dict())
     wanted.pop(TIED)
-    _check_published({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
+    check_published({to_transformers(name): tensor for name, tensor in tensors.items()}, wanted, "text encoder", called=to_published)
     return Component(tensors, config, halve=True)
 
 
@@ -118,13 +138,13 @@ def autoencoder(folder: Path) -> Component:
     """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
     config = {"base_dim": _shape(tensors, folder / VAE_FILE, "encoder.conv1.weight")[0], "z_dim": VAE_LATENTS}
-    _check_published(to_diffusers(tensors), _shapes(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
+    check_published(to_diffusers(tensors), shapes_of(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
     return Component(tensors, config)
 
 
 def speech_encoder(folder: Path, name: str) -> Component:
     """The speech encoder `name` of a folder, without the output layer or the decoder. Raises ValueError when it is another network."""
-    kind, given = SPEECH_ENCODERS[name], _json(folder / "config.json")
+    kind, given = SPEECH_ENCODERS[name], read_json(folder / "config.json")
     if given.get("model_type", name) != name:
         raise ValueError(f"{folder} holds {given['model_type']}, not {name}; name the folder of a {name}, or choose another speech encoder")
     config = {key: given[key] for key in kind.KEYS if key in given}
@@ -133,9 +153,9 @@ def speech_encoder(folder: Path, name: str) -> Component:
     tensors = survey(pickled) if only_pickled else survey_sharded(folder, "model")
     tensors = {name: tensor for name, tensor in tensors.items() if kind.to_transformers(name)}
     encoder = {kind.to_transformers(name): tensor for name, tensor in tensors.items()}
-    wanted = _shapes(lambda: kind(config).encoder.state_dict())
+    wanted = shapes_of(lambda: kind(config).encoder.state_dict())
     wanted.pop(NOT_READ, None)
-    _check_published(encoder, wanted, "speech encoder", called=lambda name: f"{kind.PREFIX}{name}")
+    check_published(encoder, wanted, "speech encoder", called=lambda name: f"{kind.PREFIX}{name}")
     return Component(tensors, config)
 
 
@@ -160,17 +180,22 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_published(
-    found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], what: str, *, called: Callable[[str], str] = str
+def check_published(
+    found: Mapping[str, StoredTensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    what: str,
+    *,
+    called: Callable[[str], str] = str,
+    mixed: bool = False,
 ) -> None:
-    """Raise ValueError unless a network has exactly the wanted tensors (see `check`), all of the same floating point dtype."""
+    """Raise ValueError unless a network has exactly the wanted tensors (see `check`), all of the same floating point dtype, or `mixed`."""
     check(found, wanted, what, called=called)
     usual = Counter(tensor.dtype for tensor in found.values()).most_common(1)[0][0]
     for tensor in found.values():
         if tensor.dtype not in FLOATS:
             kinds = ", ".join(FLOATS)
             raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not one of {kinds}; fetch the original file")
-        if tensor.dtype != usual:
+        if tensor.dtype != usual and not mixed:
             raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, the others are {usual}; fetch the original file")
 
 
@@ -182,13 +207,14 @@ def _model_config(given: Mapping[str, Any], shape: Callable[[str], tuple[int, ..
     return replace(base, trunk=trunk, audio=audio, text=text)
 
 
-def _shapes(tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, tuple[int, ...]]:
     """The shapes of tensors that are made without memory."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in tensors().items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a config file. Raises ValueError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -197,7 +223,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
-def _shape(tensors: Mapping[str, StoredTensor], path: Path, name: str) -> tuple[int, ...]:
+def shape_in(tensors: Mapping[str, StoredTensor], path: Path, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of the file `path`. Raises ValueError without it."""
     if name not in tensors:
         raise ValueError(f"{path}: tensor {name} is missing; the file is for another model")
     return tensors[name].shape

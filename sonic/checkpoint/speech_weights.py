@@ -39,13 +39,14 @@ def open_speech_encoder(config: ModelConfig, own: Mapping[str, Path]) -> MakeSpe
     part = speech_encoder(path, name)
     with torch.device("meta"):
         kind(part.config).check_fits(config)
-    return partial(_loaded, kind, part)
+    return partial(load_hidden_states, kind, part)
 
 
-def _loaded(kind: type[HiddenStateEncoder], part: Component, device: torch.device) -> HiddenStateEncoder:
+def load_hidden_states(kind: type[HiddenStateEncoder], part: Component, device: torch.device) -> HiddenStateEncoder:
+    """A speech encoder of transformers with the weights that `official.speech_encoder` has checked."""
     encoder = kind(part.config).to(device).requires_grad_(False)
     tensors = {kind.to_transformers(stored.name): tensor.to(device) for stored, tensor in read(part.tensors.values())}
-    encoder.encoder.load_state_dict(tensors, strict=False)  # all that are read: official.speech_encoder has checked them
+    encoder.encoder.load_state_dict(tensors, strict=False)  # all that are read
     return encoder
 
 

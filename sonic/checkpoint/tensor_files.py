@@ -24,7 +24,7 @@ from sonic.system.heartbeat import heartbeat
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 HEADER_STEP = 8  # a header's length is a multiple of this many bytes, and is itself stored in as many
-PICKLES = (".pth", ".bin")  # suffixes of files that torch.save wrote; all others are safetensors
+PICKLES = (".pth", ".bin", ".pkl")  # suffixes of files that torch.save wrote; all others are safetensors
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StoredTensor:
 
 
 def survey(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .safetensors or .pth file, by name. Raises ValueError when it is missing, cut short, or contains code."""
+    """The tensors of a .safetensors file or a pickle, by name. Raises ValueError when it is missing, cut short, or contains code."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; fetch it again")
     if path.suffix in PICKLES:

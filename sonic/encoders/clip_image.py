@@ -23,6 +23,10 @@ class ClipImageEncoder(nn.Module):
 
         given = {**VIT_H14, **(config or {})}
         self.network = CLIPVisionModelWithProjection(CLIPVisionConfig(**{name: given[name] for name in VIT_H14})).eval()
+        embeddings = self.network.vision_model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device="cpu")[
+            None
+        ]  # also of a network without memory: no file has it
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:

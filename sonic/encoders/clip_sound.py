@@ -39,7 +39,7 @@ def tick_windows(states: Tensor, ticks: tuple[int, int]) -> Tensor:
 class FrameTokens(nn.Module):
     """Audio tokens of a frame from the states around it. The names of its tensors are published ones, those of audio2token."""
 
-    def __init__(self, inputs: int = 19200, hidden: int = 1024, tokens: int = 32, width: int = 1024) -> None:
+    def __init__(self, inputs: int = 19200, hidden: int = 1024, *, tokens: int = 32, width: int = 1024) -> None:
         super().__init__()
         self.proj1, self.proj2, self.proj3 = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, tokens * width)
         self.norm = nn.LayerNorm(width)

@@ -14,7 +14,7 @@ class FamilyEntry(NamedTuple):
     its new cache included; `decode_time` is relative to the Wan VAE. `moves_portrait` is true for latents that are the motion of a face:
     zero latents move nothing, and drawn people, whose motion is known, serve as data and as tests. The published weights of the models
     `adapted` are an adapter for another model's. `short_side` is the usual short side in pixels of a model that makes 12.5 frames per
-    second, which are interpolated; 0 = all others.
+    second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder.
     """
 
     path: str
@@ -26,11 +26,14 @@ class FamilyEntry(NamedTuple):
     moves_portrait: bool = False
     adapted: tuple[str, ...] = ()
     short_side: int = 0
+    download: str = "sonic.checkpoint.official"
 
 
 _PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
 _WAN = FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",))
 _SONIC = FamilyEntry(
-    "sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0, short_side=512
+    *("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0),
+    short_side=512,
+    download="sonic.checkpoint.sonic_folder",
 )
 FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN, "sonic_svd": _SONIC})
