@@ -30,7 +30,7 @@ from sonic.training.loop import TrainingRun, train
 from sonic.training.objective_config import SvdAudioConfig, SvdConsistencyConfig
 from sonic.training.objectives.svd_audio import NOISE, SvdAudio
 from sonic.training.objectives.svd_consistency import SvdConsistency
-from sonic.training.objectives.svd_windows import noised, v_of, v_target, velocity_of
+from sonic.training.objectives.svd_windows import frames_of, noised, v_of, v_target, velocity_of
 from sonic.training.train_config import BudgetConfig, CheckpointConfig, DataConfig, LogConfig, OptimConfig, SpeedConfig, TrainConfig
 from sonic.training.world import join_world
 
@@ -79,7 +79,7 @@ class WindowsOfFrames(Dataset):
         mask = torch.zeros(8 * SIZE, 8 * SIZE)
         mask[8:40, 16:48] = 1.0
         return {
-            "latents": some(FRAMES, 4, SIZE, SIZE), "image_latents": some(4, SIZE, SIZE), "image_embed": some(WIDTH), "face_mask": mask,
+            "latents": some(4, FRAMES, SIZE, SIZE), "image_latents": some(4, SIZE, SIZE), "image_embed": some(WIDTH), "face_mask": mask,
             "buckets": 16 + 8 * some(FRAMES, 2), "token_ticks": some(FRAMES, 10, LAYERS, STATES), "bucket_ticks": some(FRAMES, 50, STATES),
         }  # fmt: skip
 
@@ -174,7 +174,7 @@ def test_what_sonic_added_learns_and_nothing_else():
 
 def test_a_perfect_prediction_has_no_error_at_any_level(monkeypatch):
     objective, batch = made("audio"), batch_of()
-    clean = batch["latents"]
+    clean = frames_of(batch)
 
     def perfect(model, x, sigma, given):
         return v_target(clean, (x - clean) / sigma.view(-1, 1, 1, 1, 1), sigma)
@@ -354,8 +354,8 @@ def test_what_is_exported_loads_over_the_weights_that_it_changes(name, tmp_path)
             dict(objective.roles["student"].named_parameters())[key].copy_(average)
         given = objective.conditions(batch, torch.ones(1), torch.ones(1))
         with objective.networks.use_role("student") as trained_unet:
-            expected = objective.predict(trained_unet, batch["latents"], sigma, given=given)
-        found = objective.predict(unet, batch["latents"], sigma, given=given)
+            expected = objective.predict(trained_unet, frames_of(batch), sigma, given=given)
+        found = objective.predict(unet, frames_of(batch), sigma, given=given)
     assert_close(found, expected, atol=5e-3, rtol=5e-3)
 
 

@@ -21,7 +21,7 @@ from sonic.sampling.karras import HIGHEST, LOWEST, RHO
 from sonic.training.objective_config import SvdAudioConfig
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses
-from sonic.training.objectives.svd_windows import WindowObjective, noised, v_target
+from sonic.training.objectives.svd_windows import WindowObjective, frames_of, noised, v_target
 from sonic.training.train_config import TrainConfig
 from sonic.types import pick
 
@@ -38,7 +38,7 @@ class SvdAudio(WindowObjective):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        self.build_networks(config, (STUDENT,))
+        self.build_networks(config, dataset, (STUDENT,))
         self.student = nn.ModuleDict({"unet": self.networks.roles[STUDENT], **self.sound})
         self.roles = {STUDENT: self.student}
         self.learnt = {name for name, weight in self.student.named_parameters() if weight.requires_grad}
@@ -56,7 +56,7 @@ class SvdAudio(WindowObjective):
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Squared error of v, and of the predicted buckets.  batch: see WindowObjective"""
-        clean, draw = batch["latents"], {"generator": rng, "device": rng.device}
+        clean, draw = frames_of(batch), {"generator": rng, "device": rng.device}
         sigma = pick(NOISE, self.config.noise, "objective.noise")(len(clean), rng)
         noise = torch.randn(clean.shape, **draw)
         given = self.conditions(batch, *self._kept(torch.rand(len(clean), **draw)))

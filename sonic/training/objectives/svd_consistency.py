@@ -21,7 +21,7 @@ from sonic.training.objectives.consistency import StepsOfPath, divided
 from sonic.training.objectives.distill import motion_ratio
 from sonic.training.objectives.networks import STUDENT, TEACHER
 from sonic.training.objectives.objective import Batch, Losses
-from sonic.training.objectives.svd_windows import WindowObjective, noised, v_of, velocity_of
+from sonic.training.objectives.svd_windows import WindowObjective, frames_of, noised, v_of, velocity_of
 from sonic.training.train_config import TrainConfig
 from sonic.types import upload
 
@@ -37,7 +37,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Raises ValueError when the clips of the dataset do not fit the options."""
-        self.build_networks(config, (STUDENT, TEACHER))
+        self.build_networks(config, dataset, (STUDENT, TEACHER))
         self.sound.requires_grad_(False)
         self.roles, steps = self.networks.roles, self.config.sample_steps
         self.metadata = {**self.networks.metadata, "sample_steps": str(steps)}
@@ -51,7 +51,7 @@ class SvdConsistency(StepsOfPath, WindowObjective):
 
     def losses(self, role: str, batch: Batch, rng: torch.Generator) -> Losses:
         """Squared error, as of v, of the student's step.  batch: see WindowObjective"""
-        clean = batch["latents"]
+        clean = frames_of(batch)
         point, path = self._path_points(len(clean), rng), upload(self.path.to(clean.dtype), clean.device)
         end = (point // self.stride + 1) * self.stride
         sigma, last = path[point], path[end]

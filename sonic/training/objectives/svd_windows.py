@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from sonic.checkpoint.lora import PREFIX, Lora
 from sonic.config import ModelConfig, require
+from sonic.data.clips import ClipDataset
 from sonic.encoders.clip_sound import FrameBuckets, FrameTokens
 from sonic.families.family import family_of
 from sonic.sampling.path import expand_like
+from sonic.system.program import written
 from sonic.training.objective_config import SvdAudioConfig, SvdConsistencyConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Figure, Objective
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from sonic.model.svd_unet import UNetConditions
 
 FRAMES_PER_SECOND = 12.5
+TENSORS = ("latents", "image_latents", "image_embed", "face_mask", "buckets", "token_ticks", "bucket_ticks")  # of a clip
 BOUNDS = (0.0, 0.7, 16.0, 135.0, 700.0)  # quarters of the Karras levels
 LEVELS = (0.1, 0.7, 4.0, 16.0, 50.0, 200.0)  # of validations
 
@@ -36,7 +39,7 @@ LEVELS = (0.1, 0.7, 4.0, 16.0, 50.0, 200.0)  # of validations
 class WindowObjective(Objective):
     """Trains a UNet, and perhaps the networks of its audio conditions, on windows of latents.
 
-    A batch: latents [B,F,4,h,w] (scaled), image_latents [B,4,h,w] (not scaled), image_embed [B,D], face_mask [B,8h,8w], buckets [B,F,2],
+    A batch: latents [B,4,F,h,w] (scaled), image_latents [B,4,h,w] (not scaled), image_embed [B,D], face_mask [B,8h,8w], buckets [B,F,2],
     token_ticks [B,F,10,K,E] and bucket_ticks [B,F,50,E], the states of the sound around each frame.
     """
 
@@ -53,9 +56,13 @@ class WindowObjective(Objective):
 
         return SvdUNet(config.unet)
 
-    def build_networks(self, config: TrainConfig, roles: Sequence[str]) -> None:
-        """Build the networks of the roles. Raises ValueError when the window is not the model's, or processes would share its tokens."""
+    def build_networks(self, config: TrainConfig, dataset: object, roles: Sequence[str]) -> None:
+        """Build the networks of the roles. Raises ValueError when the dataset's clips are of other models, the window is not this model's,
+        or processes would share its tokens."""
         window, frames, context = config.data.window, config.model.unet.window_frames, config.speed.context
+        if isinstance(dataset, ClipDataset) and (absent := [name for name in TENSORS if not dataset.has(name)]):
+            again = f"make clips with {written('precompute')} model={config.model.name}"
+            raise ValueError(f"data.folder={dataset.folder} holds clips without {', '.join(absent)}; {again}")
         require(window == frames, f"data.window={window}: model={config.model.name} denoises windows of {frames} frames; use {frames}")
         require(context == 1, f"speed.context={context}: objective={self.config.name} does not divide a window among processes; use 1")
         kind = SharedNetworks if self.config.learn.rank else Networks
@@ -119,7 +126,7 @@ class WindowObjective(Objective):
 
     def validation_losses(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
         """The squared error of v for one noise, at each of LEVELS, with all conditions.  -> [levels]"""
-        clean = batch["latents"]
+        clean = frames_of(batch)
         noise = torch.randn(clean.shape, generator=rng, device=rng.device)
         every = clean.new_ones(len(clean))
         given, losses = self.conditions(batch, every, every), []
@@ -128,6 +135,11 @@ class WindowObjective(Objective):
             prediction = self.predict(model, noised(clean, noise, sigma), sigma, given=given)
             losses.append((prediction - v_target(clean, noise, sigma)).square().mean())
         return torch.stack(losses)
+
+
+def frames_of(batch: Batch) -> Tensor:
+    """The clean latents of a batch, frame by frame.  -> [B,F,4,h,w]"""
+    return rearrange(batch["latents"], "b c f h w -> b f c h w")
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
