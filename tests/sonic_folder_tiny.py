@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -71,6 +73,7 @@ def golden_download(folder: Path) -> Path:
 def golden_folder() -> Path:
     """The folder of the converted checkpoint. Tests must not change it."""
     folder = Path(tempfile.mkdtemp(prefix="sonic_svd"))
+    atexit.register(shutil.rmtree, folder)
     assert convert(f"source={golden_download(folder / 'checkpoints')}", "model=sonic_svd", f"output={folder / 'converted'}") == 0
     return folder / "converted"
 

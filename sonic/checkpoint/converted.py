@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sonic.checkpoint.official import TEXT_FILE
 from sonic.checkpoint.tensor_files import StoredTensor, read, survey_sharded
-from sonic.config import AudioConfig, ModelConfig, MotionConfig, TextConfig, TrunkConfig, UNetConfig
+from sonic.config import ModelConfig
 from sonic.encoders.text import TextEncoder, Tokenizer
 from sonic.system.files import save_tensors
 from sonic.system.program import written
@@ -28,7 +28,6 @@ log = logging.getLogger("sonic.checkpoint")
 FORMAT = "sonic ready checkpoint 1"
 MANIFEST, REPORT, STEM, TOKENIZER, PROMPTS = "manifest.json", "report.json", "model", "tokenizer", "prompts"
 CPU = torch.device("cpu")
-PARTS = {"trunk": TrunkConfig, "audio": AudioConfig, "text": TextConfig, "motion": MotionConfig, "unet": UNetConfig}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class ConvertedFolder:
         if made_for != base.name:
             way_out = f"use model={made_for}, or convert the folders again for {base.name}"
             raise ValueError(f"checkpoint={self.folder} holds {made_for}; {way_out}")
-        return replace(base, **{name: PARTS[name](**sizes) for name, sizes in self.manifest["config"].items()})
+        return replace(base, **{name: replace(getattr(base, name), **sizes) for name, sizes in self.manifest["config"].items()})
 
     def tensors(self, component: str) -> dict[str, StoredTensor]:
         """The tensors in a component's shards, by name, not read yet."""

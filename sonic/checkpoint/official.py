@@ -137,7 +137,7 @@ def text_encoder(folder: Path) -> Component:
 def autoencoder(folder: Path) -> Component:
     """The Wan VAE, written in the precision of the published file."""
     tensors = survey(folder / VAE_FILE)
-    config = {"base_dim": _shape(tensors, folder / VAE_FILE, "encoder.conv1.weight")[0], "z_dim": VAE_LATENTS}
+    config = {"base_dim": shape_in(tensors, folder / VAE_FILE, "encoder.conv1.weight")[0], "z_dim": VAE_LATENTS}
     check_published(to_diffusers(tensors), shapes_of(lambda: WanAutoencoder(config).blocks.state_dict()), "VAE")
     return Component(tensors, config)
 

@@ -26,7 +26,7 @@ ABOVE = ("", "checkpoints", "Sonic")  # folders of the given one in which the pa
 STORED = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # ends of the files of a library's network
 HEAD = 64  # channels of an attention head of the published UNet
 UNREAD = "position_ids"  # 0, 1, 2 ..., in older files of CLIP
-LICENCE = "Sonic's weights and code may not be used commercially (CC BY-NC-SA 4.0), and those of Stable Video Diffusion have a licence of their own"
+LICENCE = "Sonic's weights and code may not be used commercially (CC BY-NC-SA 4.0); those of Stable Video Diffusion have their own licence"
 
 
 def networks(folder: Path, base: ModelConfig) -> Download:
@@ -48,7 +48,8 @@ def networks(folder: Path, base: ModelConfig) -> Download:
         "rife": _rife(found[RIFE]),
     }
     _check_together(folder, unet, components)
-    return Download(components, {"unet": asdict(unet)}, licence=LICENCE)
+    sizes = {name: value for name, value in asdict(unet).items() if not name.startswith("window_")}
+    return Download(components, {"unet": sizes}, licence=LICENCE)
 
 
 def exported(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Component:
@@ -58,10 +59,9 @@ def exported(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Compon
 
 def _found(folder: Path, part: str) -> Path:
     """Where a part lies: as it is published, in the folder above, or beside the other parts."""
-    places = [folder / above / name for name in (part, Path(part).name) for above in ABOVE]
-    for place in places:
-        if place.exists():
-            return place
+    candidates = [folder / above / name for name in (part, Path(part).name) for above in ABOVE]
+    if found := next((path for path in candidates if path.exists()), None):
+        return found
     raise ValueError(
         f"{folder / part} does not exist, nor in {folder / ABOVE[1]}; fetch it, or name the folder that holds all parts of Sonic"
     )
