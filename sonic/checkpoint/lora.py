@@ -75,9 +75,9 @@ class Lora:
         """Replace the tensors of networks beside the transformer, by their names in BESIDE. Raises ValueError when they are not theirs."""
         weights = {f"{first}.{name}": weight for first, network in networks.items() for name, weight in network.named_parameters()}
         for name, stored in self.beside.items():
-            ours = tuple(weights[name].shape) if name in weights else "none"
-            if ours != stored.shape:
-                raise ValueError(f"{self.file}: {name} has shape {list(stored.shape)}, the model's {ours}; use the file of a training of this model")
+            ours = list(weights[name].shape) if name in weights else "none"
+            if ours != list(stored.shape):
+                raise ValueError(f"lora {self.file}: {name} has shape {list(stored.shape)}, the model's {ours}; use the lora of this model")
             weights[name].copy_(stored.whole())
 
 

@@ -82,8 +82,8 @@ class ClipDataset(Dataset):
 
     Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [K,E,4T], visemes [4T,5], head [4T,4], those that
     the clips have; of models that denoise windows, image_latents [C,h,w], image_embed [D], face_mask [8h,8w], buckets [T,2], and the states
-    of the sound around each frame, token_ticks [T,10,K,E] and bucket_ticks [T,50,E]. Only the window is read from disk. Raises ValueError when no clip is that long, or the data set is being
-    made again.
+    of the sound around each frame, token_ticks [T,10,K,E] and bucket_ticks [T,50,E]. Only the window is read from disk. Raises ValueError
+    when no clip is that long, or the data set is being made again.
     """
 
     def __init__(self, folder: str | Path, window: int = 0, *, share: float = 0.0, held_out: bool = False) -> None:

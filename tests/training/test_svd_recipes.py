@@ -26,7 +26,8 @@ def clips(tmp_path_factory):
         rng = torch.Generator().manual_seed(number)
         some = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731, B023
         made = {
-            "latents": some(4, LONG, SIZE, SIZE), "image_latents": some(4, SIZE, SIZE), "image_embed": some(24), "buckets": 16 + some(LONG, 2),
+            "latents": some(4, LONG, SIZE, SIZE), "image_latents": some(4, SIZE, SIZE), "image_embed": some(24),
+            "buckets": 16 + some(LONG, 2),
             "face_mask": torch.ones(8 * SIZE, 8 * SIZE), "token_ticks": some(LONG, 10, 5, 16), "bucket_ticks": some(LONG, 50, 16),
         }  # fmt: skip
         tensors |= {f"{number}/{key}": tensor for key, tensor in made.items()}
@@ -64,24 +65,15 @@ def test_trained_conditions_are_distilled_and_load_over_the_checkpoint(clips, tm
     assert read_header(student).sampler["sample_steps"] == 8 and read_header(student).sampler["schedule"] == "karras"
     assert read_header(student).base_hash == header.base_hash
 
-    config = compose(infer_command.ENTRY, [f"weights={student}", "model=sonic_svd"])
+    config = compose(infer_command.ENTRY, [f"weights={student}"])
     assert config.model.lora.path == str(student) and config.model.weights == str(golden_folder())
     assert (config.sampler.sample_steps, config.sampler.sample_guide_scale, config.sampler.audio_guide_scale) == (8, 1, 1)
 
 
 def test_a_training_goes_on_from_what_an_earlier_one_exported(clips, tmp_path):
-    first = trained(
-        "+train=sonic_svd_audio", clips, tmp_path / "first", f"checkpoint={golden_folder()}", "optim.lr=1e-2", "budget.max_steps=1"
-    )
-    again = trained(
-        "+train=sonic_svd_audio",
-        clips,
-        tmp_path / "again",
-        f"checkpoint={golden_folder()}",
-        f"init_from={first}",
-        "optim.lr=1e-12",
-        "budget.max_steps=1",
-    )
+    given = ("+train=sonic_svd_audio", clips), (f"checkpoint={golden_folder()}", "budget.max_steps=1")
+    first = trained(*given[0], tmp_path / "first", *given[1], "optim.lr=1e-2")
+    again = trained(*given[0], tmp_path / "again", *given[1], "optim.lr=1e-12", f"init_from={first}")
     ours = load_file(again)
     for name, tensor in load_file(first).items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
