@@ -55,5 +55,5 @@ def encoded(case: SonicCase) -> None:
 
 def network(case: SonicCase) -> SvdAutoencoder:
     autoencoder = SvdAutoencoder({name: value for name, value in case.sizes.items() if name != "decode_chunk_size"})
-    autoencoder.load_tensors(case.weights())
+    autoencoder.blocks.load_state_dict(case.weights())
     return autoencoder

@@ -67,7 +67,7 @@ def _check_trajectory(case: SonicCase) -> None:
 def _check_pipeline(case: SonicCase) -> None:
     """Latents before every step, the windows and ids of every step, and where they were recorded the decoded frames."""
     autoencoder = SvdAutoencoder(case.sizes["models"]["vae"])
-    autoencoder.load_tensors(case.weights("vae"))
+    autoencoder.blocks.load_state_dict(case.weights("vae"))
     conditions, sampling = _conditions(case, autoencoder), _sampling(case)
     noise = case.inputs["noise"][0]
     found = [noisy_start(conditions.image_latents if conditions.start is None else conditions.start, noise, sampling.plan()[0].sigma)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from sonic.vae.warp import unit_grid
 CHANNELS = 90  # of the published weights
 SCALES = (4, 2, 1)  # by which the stages reduce the frames
 MULTIPLE = 32  # of the sides of the frames that the stages see
-PREFIX, UNUSED = "module.", "block_tea."  # of names in the published file: of all of them, and of a stage that only its training used
+PREFIX, UNUSED = "module.", "block_tea."  # in the published file: before all names, and before those of a stage that only its training used
 
 
 class RifeResult(NamedTuple):
@@ -35,14 +34,6 @@ class Rife(nn.Module):
     def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         self.block0, self.block1, self.block2 = (FlowStage(channels) for _ in SCALES)
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights by their published names, with or without their prefix; those of the stage that is never used are left out.
-
-        Raises RuntimeError when one is missing, unknown, or of another shape.
-        """
-        named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        self.load_state_dict({name: tensor for name, tensor in named.items() if not name.startswith(UNUSED)})
 
     def forward(self, first: Tensor, second: Tensor) -> RifeResult:
         """Two frames [B,3,H,W] in [0,1] of any size -> the frame between them, not clamped, with what it was made from."""

@@ -31,10 +31,6 @@ class SvdAutoencoder(nn.Module):
         """The number by which the encoder's latents are multiplied for the sampler."""
         return self.blocks.config.scaling_factor
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights by their published names. Raises RuntimeError when one is missing, unknown, or of another shape."""
-        self.blocks.load_state_dict(tensors)
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """The mean of the posterior, not scaled.  pixels [B,3,H,W] in [-1,1] -> [B,4,H/8,W/8]"""

@@ -51,7 +51,13 @@ def test_each_two_frames_of_overlap_bring_the_frames_closer_to_one_decode(autoen
 def test_bfloat16_decodes_to_nearly_the_same_frames(autoencoder, latents):
     (whole,) = decoded(autoencoder, latents, FRAMES)
     halved = SvdAutoencoder(TINY)
-    halved.load_tensors(autoencoder.blocks.state_dict())
+    halved.blocks.load_state_dict(autoencoder.blocks.state_dict())
     (found,) = decoded(halved.bfloat16(), latents, FRAMES)
     assert found.dtype is torch.bfloat16
     assert (found.float() - whole).pow(2).mean().sqrt() < 0.03 * whole.std()
+
+
+def test_without_a_config_it_has_the_published_sizes():
+    with torch.device("meta"):
+        tensors = SvdAutoencoder().blocks.state_dict()
+    assert len(tensors) == 374 and sum(tensor.numel() for tensor in tensors.values()) == 97_742_847
