@@ -12,7 +12,11 @@ from sonic.checkpoint.header import read_header
 from sonic.checkpoint.lora import read_lora
 from sonic.cli import compose
 from sonic.commands import infer_command, train_command
+from sonic.config import RunConfig
 from sonic.data.clips import write_index
+from sonic.families.family import family_of
+from sonic.parallel.context import DistributedContext
+from sonic.parallel.mesh import World
 from sonic.training.build import run_training
 
 SIZE, FRAMES, LONG = 8, 6, 9
@@ -64,6 +68,17 @@ def test_trained_conditions_are_distilled_and_load_over_the_checkpoint(clips, tm
         assert torch.equal(found.replaced[name].whole().float(), stored.whole().float())
     assert read_header(student).sampler["sample_steps"] == 8 and read_header(student).sampler["schedule"] == "karras"
     assert read_header(student).base_hash == header.base_hash
+
+    for file in (audio, student):
+        config = compose(infer_command.ENTRY, [f"weights={file}"]).model
+        context, family = DistributedContext(World("single", torch.device("cpu"))), family_of(config)
+        unet = family.build_model(config, RunConfig(), context=context, dtype=torch.float32, steps=8).state_dict()
+        sound = family.components(config, context, torch.float32).speech().state_dict()
+        for name, stored in changes.replaced.items():
+            assert name in found.adapters or torch.equal(unet[name], stored.whole().float())
+        for name, stored in changes.beside.items():
+            own = name.replace("audio2token", "tokens").replace("audio2bucket", "buckets")
+            assert torch.equal(sound[own], stored.whole().float())
 
     config = compose(infer_command.ENTRY, [f"weights={student}"])
     assert config.model.lora.path == str(student) and config.model.weights == str(golden_folder())
