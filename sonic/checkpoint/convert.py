@@ -131,7 +131,7 @@ def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> li
             write(folder / file, parts, _changed(shard, part, lora))
         for name, stored in shard.items():
             line = {"component": folder.name, "tensor": name, "file": stored.file.name, "shape": list(stored.shape)}
-            report.append({**line, "dtype": stored.dtype, "merged": to_ours(name) in lora.adapters, "shard": file})
+            report.append({**line, "dtype": stored.dtype, "merged": to_ours(name) in {**lora.adapters, **lora.replaced}, "shard": file})
             weight_map[name] = file
             size += part.nbytes(stored)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -143,6 +143,8 @@ def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> li
 def _changed(shard: Mapping[str, StoredTensor], part: Component, lora: Lora) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard one at a time, with the adapter merged, in the precision in which they are written."""
     for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
+        if replacing := lora.replaced.get(to_ours(name)):
+            tensor = replacing.whole().to(tensor.dtype)
         if adapter := lora.adapters.get(to_ours(name)):
             tensor = adapter.delta(lora.alpha).add_(tensor).to(tensor.dtype)
         yield name, tensor.to(FLOATS[part.dtype(stored)])
