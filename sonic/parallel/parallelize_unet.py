@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from sonic.checkpoint.load import fill, fill_randomly
+from sonic.checkpoint.lora import NO_LORA, Lora
 from sonic.config import UNetConfig
 from sonic.model.svd_unet import SvdUNet
 from sonic.parallel.context import DistributedContext
@@ -94,8 +95,10 @@ def _sublayers(block: nn.Module) -> list[nn.Module]:
     return [part for part in (*chain.from_iterable(pairs), *sizes) if part is not None]
 
 
-def build_parallel_unet(config: UNetConfig, weights: str | Path | None, context: DistributedContext, *, dtype: torch.dtype) -> SvdUNet:
-    """The UNet under the plan of `context`, with only this rank's weights; no process ever holds more than its own.
+def build_parallel_unet(
+    config: UNetConfig, weights: str | Path | None, context: DistributedContext, *, dtype: torch.dtype, lora: Lora = NO_LORA
+) -> SvdUNet:
+    """The UNet under the plan of `context`, with only this rank's weights and its part of `lora`; no process ever holds more than its own.
 
     Without weights they are random. Raises ValueError when they are of another model.
     """
@@ -108,7 +111,7 @@ def build_parallel_unet(config: UNetConfig, weights: str | Path | None, context:
     if weights is None:
         fill_randomly(unet)
     else:
-        fill(unet, weights)
+        fill(unet, weights, lora=lora)
     parallelizer.start(unet, world, parallel)
     return unet
 
