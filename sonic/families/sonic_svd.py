@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from sonic.checkpoint.load import fill
 from sonic.checkpoint.sonic_checkpoint import SonicCheckpoint
 from sonic.config import ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from sonic.data.data_config import PrecomputeConfig
@@ -27,7 +26,8 @@ from sonic.families.family import Family, refuse_unread
 from sonic.geometry import FPS
 from sonic.inference.components import Components, lora_of
 from sonic.inference.decode_windows import decode_clip, shown_frames
-from sonic.inference.denoise_windows import ClipConditions, WindowSampling, clip_noise, denoise_clip
+from sonic.inference.denoise_windows import ClipConditions, WindowSampling, clip_noise
+from sonic.inference.distributed_windows import ClipRequest, distributed_denoise, serve_clips
 from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
@@ -37,6 +37,7 @@ from sonic.inference.rollout import seeded
 from sonic.inference.svd_picture import SvdPicture, published_svd_size
 from sonic.model.svd_unet import SvdUNet
 from sonic.parallel.context import DistributedContext
+from sonic.parallel.parallelize_unet import build_parallel_unet
 from sonic.sampling.karras import karras_sigmas, timestep_of
 from sonic.system.device_stream import current_stream
 from sonic.system.program import written
@@ -130,12 +131,13 @@ class SonicSvd(Family):
         return [timestep_of(sigma) for sigma in karras_sigmas(sampler.sample_steps)[:-1].tolist()]
 
     def build_model(self, config: ModelConfig, run: RunConfig, *, context: DistributedContext, dtype: torch.dtype, steps: int) -> SvdUNet:
-        """The UNet with its weights."""
-        with torch.device("meta"):
-            unet = SvdUNet(config.unet)
-        nn.Module.to(unet, dtype).to_empty(device=context.world.device)
-        fill(unet, self.transformer_weights(config), lora=lora_of(config.lora))
-        return unet.eval().requires_grad_(False)
+        """The UNet with its weights, under the plan of `context`."""
+        weights, lora = self.transformer_weights(config), lora_of(config.lora)
+        return build_parallel_unet(config.unet, weights, context, dtype=dtype, lora=lora)
+
+    def serve(self, components: SonicComponents) -> None:
+        """On a rank that does not lead: evaluate its windows of the leading rank's clips until it is shut down."""
+        serve_clips(components.model, components.context)
 
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> SonicComponents:
         """The checkpoint and a function that loads the VAE; nothing is loaded yet."""
@@ -167,9 +169,8 @@ class SonicSvd(Family):
         options, on_step = settings.config, settings.on_step
         report = on_step and (lambda step, timestep, latents: on_step(0, step, timestep))
         with timer.stage("denoise", current_stream(components.device)):
-            latents = denoise_clip(
-                components.model, encoded.conditions, encoded.noise, sampling=_sampling(options, components.config), on_step=report
-            )
+            request = ClipRequest(encoded.conditions, encoded.noise, _sampling(options, components.config))
+            latents = distributed_denoise(components.model, request, components.context, on_step=report)
         if options.video.interpolate == "rife" and components.rife is None:
             components.rife = components.checkpoint.rife(components.device)
         rife = components.rife if options.video.interpolate == "rife" else None
