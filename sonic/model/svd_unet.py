@@ -26,7 +26,7 @@ class UNetConditions(NamedTuple):
 
     `audio_tokens` are [B,F,T,D]; or, with `frames`, those of a clip [n,T,D], where `frames[row][i]` is the index of the tokens that frame
     i of a row attends to. Then `cache`, a dict that is empty in the first call, keeps the audio keys and values of all n frames for later
-    calls with the same weights and tokens, without gradients: `unet_counts.cached_bytes` of each frame.
+    calls with the same weights and tokens, without gradients: `unet_counts.cached_numbers` of each frame, 1.6 MB at the published size.
     The last rows have the image embeddings [R,F,1,D]: a row before them, of R < B, has none, which is the same as zeros.
     """
 
@@ -119,23 +119,23 @@ class WindowContext:
     @classmethod
     def of(cls, given: UNetConditions, sample: Tensor, levels: int) -> WindowContext:
         """The context of a call, in the precision and on the device of the sample [B,F,8,h,w]."""
-        (batch, frames), tokens, rows = sample.shape[:2], given.audio_tokens.to(sample), given.frames
+        (batch, frames), tokens, rows, cache = sample.shape[:2], given.audio_tokens.to(sample), given.frames, given.cache
         if rows is None:
             rows = [range(row * frames, (row + 1) * frames) if tokens.shape[1] > 1 else [row] * frames for row in range(batch)]
-            tokens = rearrange(tokens, "b f t d -> (b f) t d")
+            tokens, cache = rearrange(tokens, "b f t d -> (b f) t d"), None
         flat, distinct = [index for row in rows for index in row], list(dict.fromkeys(map(tuple, rows)))
         used = list(dict.fromkeys(flat))
         place, indices = {index: number for number, index in enumerate(used)}, partial(torch.tensor, device=sample.device)
         return cls(
             image=rearrange(given.image_embeds, "r f 1 d -> r f d").to(sample),
-            tokens=tokens[indices(used)] if given.cache is None else tokens,
-            used=slice(None) if given.cache is None else indices(used),
+            tokens=tokens[indices(used)] if cache is None else tokens,
+            used=slice(None) if cache is None else indices(used),
             of_frames=indices([place[index] for index in flat]),
             means=torch.stack([tokens[indices(row)].mean(0) if len(set(row)) > 1 else tokens[row[0]] for row in distinct]),
             of_rows=indices([distinct.index(tuple(row)) for row in rows]),
             masks=level_masks(given.face_mask, sample, levels),
             audio_scale=given.audio_scale,
-            cache=given.cache,
+            cache=cache,
         )
 
     @property
