@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from run_files import read_scalars
 from sonic_folder_tiny import golden_checkpoint, golden_folder
 from video_files import astronaut, read_frames, speech, talking, write
 
 from sonic.cli import Entry, compose
+from sonic.commands import train_command
 from sonic.data import own_videos
 from sonic.data.clips import ClipDataset, read_index
 from sonic.data.data_config import PrecomputeConfig
@@ -23,11 +25,11 @@ from sonic.data.image import covering
 from sonic.data.precompute import precompute
 from sonic.data.segments import Segment, follow_face
 from sonic.data.video import frames_at
-from sonic.inference.svd_clips import states_around
+from sonic.inference.svd_clips import _fitted_face, states_around
 from sonic.inference.svd_picture import SvdPicture
 from sonic.synthetic import draw_face
+from sonic.training.build import run_training
 from sonic.training.clip_encoders import build_encoders, clip_hashes
-from sonic.types import FaceBox
 
 SIDE, FRAMES = 128, 26  # of a clip, at 12.5 a second
 LONG = 2 * FRAMES + 1  # frames of a video at 25 a second: a clip, and the frame before it
@@ -59,12 +61,19 @@ def config(folder, tmp_path_factory):
 def test_a_clip_has_all_that_a_training_reads_and_a_damaged_video_costs_nothing_else(config):
     (entry,) = read_index(Path(config.folder))["clips"]
     assert entry["latent_frames"] == FRAMES and entry["video"] == "good.mp4"
-    with torch.no_grad():
-        found = ClipDataset(config.folder)[0, 0]
+    found = ClipDataset(config.folder)[0, 0]
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         "latents": (4, FRAMES, SIDE // 8, SIDE // 8), "image_latents": (4, SIDE // 8, SIDE // 8), "image_embed": (24,),
         "face_mask": (SIDE, SIDE), "token_ticks": (FRAMES, 10, 5, 16), "bucket_ticks": (FRAMES, 50, 16), "buckets": (FRAMES, 2),
     }  # fmt: skip
+    window = ClipDataset(config.folder, window=FRAMES - 1)
+    starts = [
+        next(start for start in (0, 1) if torch.equal(window[0, seed]["latents"], found["latents"][:, start:][:, : FRAMES - 1]))
+        for seed in range(8)
+    ]
+    assert set(starts) == {0, 1}
+    for name in ("token_ticks", "bucket_ticks", "buckets"):
+        assert all(torch.equal(window[0, seed][name], found[name][start : start + FRAMES - 1]) for seed, start in enumerate(starts)), name
     lines = [json.loads(line) for line in (Path(config.folder) / "report.jsonl").read_text().splitlines()]
     assert [(line["video"], line["kept"]) for line in lines] == [("broken.mp4", False), ("good.mp4", True)]
 
@@ -100,9 +109,9 @@ def test_a_flash_and_a_click_at_the_same_time_meet_in_the_same_frame(tmp_path, m
     corner = clip["latents"][:, :, :2, :2]
     assert int((corner - corner.median(1, keepdim=True).values).square().sum((0, 2, 3)).argmax()) == 10
     other = states_around(golden_checkpoint().speech(CPU).states(later), Segment(1, 2 * FRAMES))
-    heard = (clip["token_ticks"] - other["token_ticks"])[:, :, 0].square().sum(2)  # the first state knows no attention
-    assert int(heard[10].argmax()) in (3, 4) and heard[5].max() < 0.01 * heard[10].max()
-    assert (heard[9].argmax() - heard[10].argmax(), heard[10].argmax() - heard[11].argmax()) == (4, 4)
+    change = (clip["token_ticks"] - other["token_ticks"])[:, :, 0].square().sum(2)  # the first state knows no attention
+    assert int(change[10].argmax()) in (3, 4) and change[5].max() < 0.01 * change[10].max()
+    assert (change[9].argmax() - change[10].argmax(), change[10].argmax() - change[11].argmax()) == (4, 4)
 
 
 def test_states_are_those_around_each_frame_and_zeros_where_there_is_no_sound():
@@ -152,20 +161,25 @@ def test_a_moving_head_raises_the_first_bucket_and_a_talking_mouth_the_second(tm
     assert not buckets_of(tmp_path / "still.mp4", (still + noise).clip(0, 255).astype(np.uint8)).any()
     sway = np.stack([np.roll(astronaut(), round(6 * np.sin(k / 4)), axis=1) for k in range(40)])
     head, expression = buckets_of(tmp_path / "sway.mp4", sway).T  # by 6 px, of the 47 px between the eyes
-    assert 30 < head.min() and head.max() < 150 and expression.max() < 5
+    assert head.min() > 30 and head.max() < 150 and expression.max() < 5
     monkeypatch.setattr(draw_face, "head_motion", lambda rng, length, strength: torch.zeros(length, 4))
     head, expression = buckets_of(tmp_path / "talk.mp4", talking(speech(1, 40)[1])).T
-    assert head.max() < 3 and 5 < expression.min() and expression.max() < 60
+    assert head.max() < 3 and expression.min() > 5 and expression.max() < 60
 
 
-def test_buckets_do_not_depend_on_the_size_of_the_picture_and_the_face_box_follows_the_crop(tmp_path):
-    """A box of a wide video lies where the fitted frames show the face."""
-    from sonic.inference.svd_clips import _fitted_face
-
+def test_the_face_of_a_wide_video_lies_where_the_fitted_frames_show_it():
     wide, finder = np.zeros((260, 400, 3), np.uint8), FaceFinder()
     wide[:, 70:330] = astronaut()
     seen = find_speaker(wide, finder)
     segment = Segment(1, 1, pixels=torch.zeros(2, SIDE, SIDE, 3), landmarks=[seen.landmarks], size=(400, 260))
     fitted, direct = _fitted_face(segment, 0), find_speaker(covering(wide, SIDE, SIDE), finder).box
-    assert isinstance(fitted, FaceBox)
     assert np.allclose([fitted.x, fitted.y, fitted.width], [direct.x, direct.y, direct.width], atol=3)
+
+
+def test_the_audio_recipe_trains_on_the_clips(config, tmp_path):
+    small = ["budget.max_steps=1", "budget.accumulate=1", "speed.device=cpu", "speed.workers=0", "speed.precision=float32"]
+    quiet = ["log.bar=false", "log.every_steps=1", "log.validation_every=0", "data.validation_share=0", "export="]
+    where = [f"data.folder={config.folder}", f"checkpoint={golden_folder()}"]
+    run_training(compose(train_command.ENTRY, ["+train=sonic_svd_audio", *small, *quiet, *where]), tmp_path / "run")
+    (line,) = read_scalars(tmp_path / "run")
+    assert line["student/v_error"] > 0
