@@ -14,7 +14,8 @@ class FamilyEntry(NamedTuple):
     its new cache included; `decode_time` is relative to the Wan VAE. `moves_portrait` is true for latents that are the motion of a face:
     zero latents move nothing, and drawn people, whose motion is known, serve as data and as tests. The published weights of the models
     `adapted` are an adapter for another model's. `short_side` is the usual short side in pixels of a model that makes 12.5 frames per
-    second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder.
+    second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder. `plans` are the names in
+    parallel_config.PLANS of what can divide its network among ranks.
     """
 
     path: str
@@ -27,6 +28,7 @@ class FamilyEntry(NamedTuple):
     adapted: tuple[str, ...] = ()
     short_side: int = 0
     download: str = "sonic.checkpoint.official"
+    plans: tuple[str, ...] = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 
 
 _PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
@@ -35,5 +37,6 @@ _SONIC = FamilyEntry(
     *("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0),
     short_side=512,
     download="sonic.checkpoint.sonic_folder",
+    plans=("single", "windows", "fsdp", "offload"),
 )
 FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN, "sonic_svd": _SONIC})

@@ -13,26 +13,32 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from sonic.checkpoint.sonic_checkpoint import SonicCheckpoint
-from sonic.config import ModelConfig, SamplerConfig
+from sonic.config import ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import FaceFinder, checked_box, find_speaker
 from sonic.data.pixels import to_bytes
 from sonic.data.shards import Encoders
+from sonic.encoders.clip_sound import ClipSoundEncoder
 from sonic.families.family import Family, refuse_unread
 from sonic.geometry import FPS
-from sonic.inference.components import Components
+from sonic.inference.components import Components, lora_of
 from sonic.inference.decode_windows import decode_clip, shown_frames
-from sonic.inference.denoise_windows import ClipConditions, WindowSampling, clip_noise, denoise_clip
+from sonic.inference.denoise_windows import ClipConditions, WindowSampling, clip_noise
+from sonic.inference.distributed_windows import ClipRequest, distributed_denoise, serve_clips
 from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
 from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.post_process import numbered, process_pixels
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import seeded
+from sonic.inference.svd_clips import svd_clip_encoders, svd_encoder_hashes
 from sonic.inference.svd_picture import SvdPicture, published_svd_size
+from sonic.model.svd_unet import SvdUNet
 from sonic.parallel.context import DistributedContext
+from sonic.parallel.parallelize_unet import build_parallel_unet
 from sonic.sampling.karras import karras_sigmas, timestep_of
 from sonic.system.device_stream import current_stream
 from sonic.system.program import written
@@ -43,7 +49,10 @@ log = logging.getLogger("sonic.inference")
 MODEL_FPS = FPS / 2  # the model makes every other frame
 PUBLISHED_FRAMES = 5000  # the longest clip of the published program, which cuts a longer one: 400 s
 LARGEST = 1024  # px: the largest short side that the model is published for
-UNREAD = ("face.mouth", "face.expand_ratio", "face.masks", "motion.pose", "motion.head", "motion.motion_scale", "model.lora.path")
+UNREAD = (
+    *("face.mouth", "face.expand_ratio", "face.masks", "motion.pose", "motion.head", "motion.motion_scale"),
+    "run.attention",
+)
 
 
 @dataclass
@@ -52,6 +61,17 @@ class SonicComponents(Components):
 
     checkpoint: SonicCheckpoint = field(kw_only=True)
     rife: Rife | None = None
+
+    def speech(self) -> ClipSoundEncoder:
+        """Whisper and the networks of audio tokens and motion buckets, of the checkpoint or, with model.lora.path, of a training."""
+        found = self.checkpoint.speech(self.device)
+        lora_of(self.config.lora).replace_beside({"audio2token": found.tokens, "audio2bucket": found.buckets})
+        return found
+
+    def begin_video(self, seconds: float) -> None:
+        """Load what is not loaded; the UNet has no regions to compile."""
+        self.load()
+        self.videos += 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class EncodedClip(NamedTuple):
     """The encoded inputs of a video, and the noise from which it is made, float32 [n,4,h,w]."""
 
     conditions: ClipConditions
-    noise: torch.Tensor
+    noise: Tensor
 
 
 class SonicSvd(Family):
@@ -77,12 +97,12 @@ class SonicSvd(Family):
     def open(self, config: InferConfig, memory: InMemory) -> SonicInputs:
         """The inputs of a video, in whose photograph a face is found or given, unless face.missing=whole.
 
-        Raises ValueError for options that this family does not read, sound that is still arriving, or less of it than a frame.
+        Raises ValueError for options that this family does not read, and for sound that is still arriving.
         """
         _refuse_options(config, memory)
         video, upstream = config.video, bool(config.video.compat)
         speech, pixels = memory.speech_of(config), memory.picture_of(config)
-        frames, face = _clip_frames(config, speech), _face_of(pixels, config)
+        frames, face = _clip_frames(video, speech), _face_of(pixels, config)
         wide, high = pixels.shape[1::-1]
         size = published_svd_size(wide, high, video.min_resolution) if upstream else wan_video_size(wide, high, video)
         picture = SvdPicture.of(pixels, face, size, upstream=upstream)
@@ -111,6 +131,15 @@ class SonicSvd(Family):
         """ln(sigma) / 4 of the noise levels."""
         return [timestep_of(sigma) for sigma in karras_sigmas(sampler.sample_steps)[:-1].tolist()]
 
+    def build_model(self, config: ModelConfig, run: RunConfig, *, context: DistributedContext, dtype: torch.dtype, steps: int) -> SvdUNet:
+        """The UNet with its weights, under the plan of `context`."""
+        weights, lora = self.transformer_weights(config), lora_of(config.lora)
+        return build_parallel_unet(config.unet, weights, context, dtype=dtype, lora=lora)
+
+    def serve(self, components: SonicComponents) -> None:
+        """On a rank that does not lead: evaluate its windows of the leading rank's clips until it is shut down."""
+        serve_clips(components.model, components.context)
+
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> SonicComponents:
         """The checkpoint and a function that loads the VAE; nothing is loaded yet."""
         checkpoint = _checkpoint(config)
@@ -125,7 +154,7 @@ class SonicSvd(Family):
         """Encode picture and recording, whose encoders are freed again, and draw the noise."""
         picture, checkpoint, device, dtype = inputs.picture, components.checkpoint, components.device, components.dtype
         embed = checkpoint.image_encoder(device, dtype)(picture.clip_pixels[None].to(device, dtype))[0].float()
-        sound = checkpoint.speech(device)(inputs.speech.samples, inputs.clip_frames, embed)
+        sound = components.speech()(inputs.speech.samples, inputs.clip_frames, embed)
         components.load()
         latents = components.autoencoder.encode(picture.ref[None].to(device))[0].float()
         generator, (_, height, width) = settings.generator or seeded(inputs.seed), picture.ref.shape
@@ -141,9 +170,8 @@ class SonicSvd(Family):
         options, on_step = settings.config, settings.on_step
         report = on_step and (lambda step, timestep, latents: on_step(0, step, timestep))
         with timer.stage("denoise", current_stream(components.device)):
-            latents = denoise_clip(
-                components.model, encoded.conditions, encoded.noise, sampling=_sampling(options, components.config), on_step=report
-            )
+            request = ClipRequest(encoded.conditions, encoded.noise, _sampling(options, components.config))
+            latents = distributed_denoise(components.model, request, components.context, on_step=report)
         if options.video.interpolate == "rife" and components.rife is None:
             components.rife = components.checkpoint.rife(components.device)
         rife = components.rife if options.video.interpolate == "rife" else None
@@ -153,12 +181,12 @@ class SonicSvd(Family):
             yield from numbered(process_pixels(chunks, options.post, inputs.fps))
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
-        """No clips are made for this family yet."""
-        raise ValueError(f"model={config.model.name}: no clips are made for it")
+        """The encoders of its checkpoint, for clips of one's own videos."""
+        return svd_clip_encoders(_checkpoint(config.model), config)
 
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
-        """None, because no clips are made."""
-        return {}
+        """The hashes of the files that the encoders were converted from."""
+        return svd_encoder_hashes(_checkpoint(config)) if config.weights else {}
 
 
 def _checkpoint(config: ModelConfig) -> SonicCheckpoint:
@@ -176,7 +204,9 @@ def _refuse_options(config: InferConfig, memory: InMemory) -> None:
     name, sampler, video = config.model.name, config.sampler, config.video
     if memory.sound is not None:
         raise ValueError(f"model={name} denoises the whole clip at once and needs its sound whole; give audio as a file, or as samples")
-    refuse_unread(config, UNREAD, f"model={name} moves the whole portrait by its sound alone and does not read it; leave it out")
+    refuse_unread(config, UNREAD, f"model={name} is a UNet that moves the portrait by its sound alone and reads no such option")
+    if config.run.compile == "true":
+        raise ValueError(f"run.compile=true: the UNet of model={name} is not compiled; leave it out")
     if (sampler.name, sampler.schedule) != ("euler", "karras"):
         given = f"sampler.name={sampler.name} sampler.schedule={sampler.schedule}"
         raise ValueError(f"{given}: model={name} is sampled by euler from the noise levels karras; use sampler=sonic")
@@ -187,18 +217,13 @@ def _refuse_options(config: InferConfig, memory: InMemory) -> None:
         log.warning("prompts are not read: model=%s was trained without text", name)
 
 
-def _clip_frames(config: InferConfig, speech: Speech) -> int:
-    """The number of frames that the model makes for a recording, each of 80 ms. Raises ValueError when there is not one."""
+def _clip_frames(video: VideoConfig, speech: Speech) -> int:
+    """The number of frames that the model makes for a recording, of 80 ms each: the shortest recording has two."""
     frames = len(speech.samples) * FPS // speech.sample_rate // 2
-    if frames < 1:
-        least = 1 / MODEL_FPS
-        raise ValueError(
-            f"audio={config.audio} lasts {speech.seconds:.3f} s: model={config.model.name} needs {least:g} s for one frame; give more sound"
-        )
-    if config.video.compat and frames > PUBLISHED_FRAMES:
+    if video.compat and frames > PUBLISHED_FRAMES:
         log.warning("video.compat=upstream: the video ends after %g s, as in the published program", PUBLISHED_FRAMES / MODEL_FPS)
         frames = PUBLISHED_FRAMES
-    return min(frames, config.video.num_clip * config.video.infer_frames // 2 or frames)
+    return min(frames, max(1, video.num_clip * video.infer_frames // 2)) if video.num_clip else frames
 
 
 def _face_of(pixels: np.ndarray, config: InferConfig) -> FaceBox | None:

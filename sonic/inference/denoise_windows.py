@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -41,6 +41,11 @@ class ClipConditions:
     image_embed: Tensor
     face_mask: Tensor | None = None
     start: Tensor | None = None
+
+    def to(self, device: torch.device) -> ClipConditions:
+        """The conditions on another device."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return ClipConditions(**{name: value if value is None else value.to(device) for name, value in given.items()})
 
     @cached_property
     def tokens_and_silence(self) -> Tensor:
@@ -169,7 +174,7 @@ def mean_of_windows(windows: Sequence[list[int]], results: Sequence[Tensor], fra
     Several processes that sum in this order get the same bits.  -> [n,4,h,w]
     """
     total, hits = torch.zeros_like(results[0][:1]).repeat(frames, 1, 1, 1), torch.zeros(frames)
-    for window, result in zip(windows, results, strict=True):
+    for window, result in zip(windows, results, strict=False):  # behind the results of all windows there may be repeated ones
         for first in range(0, len(window), frames):  # within `frames` positions no frame comes twice
             part = window[first : first + frames]
             total[part] += result[first : first + frames]

@@ -68,14 +68,14 @@ def distributed_rollout(
     begun = context.rollouts
     with closing(rollout(model, conditions, spans, sampling=sampling, context=context)) as blocks:
         while True:
-            _send(context, Command.NEXT_BLOCK)
+            send(context, Command.NEXT_BLOCK)
             if (block := next(blocks, None)) is None:
                 return
             try:
                 yield block
             except BaseException:  # the consumer stopped; an error inside `rollout` does not come here
                 if context.rollouts == begun:  # else the other ranks are in a later rollout already
-                    _send(context, Command.STOP_ROLLOUT)
+                    send(context, Command.STOP_ROLLOUT)
                 raise
 
 
@@ -113,7 +113,7 @@ def shutdown(context: DistributedContext) -> None:
         return
     context.closed = True
     if context.world.rollout_group is not None:
-        _send(context, Command.SHUT_DOWN)
+        send(context, Command.SHUT_DOWN)
     for channel in (context.channel, context.vae_channel):
         if channel is not None:
             channel.shut_down()
@@ -121,9 +121,9 @@ def shutdown(context: DistributedContext) -> None:
 
 def _repeat_rollouts(model: AvatarDiT, context: DistributedContext) -> None:
     """Repeat every rollout of the leading rank."""
-    message = _receive(context)
+    message = receive(context)
     while message is not Command.SHUT_DOWN:
-        message = _repeat(model, context, message) if isinstance(message, RolloutRequest) else _receive(context)
+        message = _repeat(model, context, message) if isinstance(message, RolloutRequest) else receive(context)
     if context.channel is not None:
         context.channel.shut_down()
 
@@ -136,9 +136,9 @@ def _repeat(model: AvatarDiT, context: DistributedContext, request: RolloutReque
     sampling, model.compiled = Sampling(request.sampler, NoiseSource(rng), unconditional), request.compiled
     if request.latent_frames:
         sample_clip(model, conditions, request.latent_frames, sampling=sampling, execution=context.execution)
-        return _receive(context)
+        return receive(context)
     with closing(rollout(model, conditions, request.spans, sampling=sampling, context=context)) as blocks:
-        while (message := _receive(context)) is Command.NEXT_BLOCK and next(blocks, None) is not None:
+        while (message := receive(context)) is Command.NEXT_BLOCK and next(blocks, None) is not None:
             pass
     return message
 
@@ -155,15 +155,15 @@ def _start_others(
     """Start a rollout on the other ranks, with the state of the random generator before it."""
     state = sampling.source.generator.get_state()
     context.rollouts += 1
-    _send(context, RolloutRequest(conditions, sampling.sampler, sampling.unconditional, state, spans, latent_frames, compiled))
+    send(context, RolloutRequest(conditions, sampling.sampler, sampling.unconditional, state, spans, latent_frames, compiled))
 
 
-def _send(context: DistributedContext, message: RolloutRequest | Command) -> None:
+def send(context: DistributedContext, message: RolloutRequest | Command) -> None:
     """Send a message from the leading rank to its workers."""
     broadcast(message, context.world.rollout_group)
 
 
-def _receive(context: DistributedContext) -> RolloutRequest | Command:
+def receive(context: DistributedContext) -> RolloutRequest | Command:
     """The next message of the leading rank, which may take any time to come."""
     return broadcast(None, context.world.rollout_group)
 

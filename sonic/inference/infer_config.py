@@ -17,7 +17,7 @@ from sonic.config import (
 )
 from sonic.inference.motion_config import HeadConfig
 from sonic.inference.post_config import PostConfig
-from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig
+from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, check_plan
 from sonic.registry import names_in, one_of, option, require
 
 
@@ -65,6 +65,7 @@ class InferConfig(RequestConfig, CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_plan(self.parallel, self.model)
         self.video, self.model = settled_video(self.video, self.model)
 
 
@@ -123,5 +124,6 @@ class BenchConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         one_of(self.target, names_in("bench.benchmark.BENCHES"), "target")
+        check_plan(self.parallel, self.model)
         self.video, self.model = settled_video(self.video, self.model)
         require(1 <= self.repeats <= 100, f"repeats={self.repeats} must lie between 1 and 100")

@@ -120,15 +120,20 @@ class LayerPrefetcher:
 
 
 def allocate_layers(model: AvatarDiT, world: World, config: ParallelConfig) -> None:
-    """Allocate the weights of a model on the meta device.
+    """Allocate the weights of a transformer on the meta device, as `allocate_offloaded` does."""
+    allocate_offloaded(model, layers_of(model), world, config=config)
+
+
+def allocate_offloaded(model: nn.Module, layers: Sequence[Sequence[nn.Module]], world: World, *, config: ParallelConfig) -> None:
+    """Allocate the weights of a model on the meta device, whose layers are these lists of modules.
 
     Layers that are known to stay resident get memory on the device, so that they never take host memory; others get host memory, or
     none when they are mapped from the file (offload.store=mmap); everything outside the layers is on the device.
     """
-    for name, child in model.named_children():
-        if name not in ("blocks", "audio_injectors"):
-            child.to_empty(device=world.device)
-    layers = layers_of(model)
+    inside = {part for modules in layers for module in modules for part in module.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module.to_empty(device=world.device, recurse=False)
     resident = resident_of([OffloadedLayer(modules).bytes for modules in layers], config.offload.resident_gib)
     for index, modules in enumerate(layers):
         if index in resident or config.offload.store != "mmap":
@@ -138,16 +143,20 @@ def allocate_layers(model: AvatarDiT, world: World, config: ParallelConfig) -> N
 
 def load_before_use(model: AvatarDiT, world: World, config: ParallelConfig) -> Execution:
     """Add hooks that load the weights of every layer before it runs. Gives an execution with the device of the KV caches."""
-    settings = config.offload
-    prefetcher = LayerPrefetcher([OffloadedLayer(modules) for modules in layers_of(model)], world.device, settings)
-    if settings.resident_gib >= 0:  # else it is known only after the first video's KV caches are allocated
-        prefetcher.allocate()
-    for layer, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda module, args, layer=layer: prefetcher.before_layer(layer))
-    if settings.kv == "device":
+    load_layers_before_use(layers_of(model), world, config)
+    if config.offload.kv == "device":
         return LOCAL
     rings = HostRings(world.device)
     return Execution(run_blocks=rings.run_blocks, cache_device=torch.device("cpu"), windows=rings)
+
+
+def load_layers_before_use(layers: Sequence[Sequence[nn.Module]], world: World, config: ParallelConfig) -> None:
+    """Add hooks that load the weights of every layer before its first module runs."""
+    prefetcher = LayerPrefetcher([OffloadedLayer(modules) for modules in layers], world.device, config.offload)
+    if config.offload.resident_gib >= 0:  # else it is known only after the first video's KV caches are allocated
+        prefetcher.allocate()
+    for index, (first, *_) in enumerate(layers):
+        first.register_forward_pre_hook(lambda module, args, index=index: prefetcher.before_layer(index))
 
 
 def layers_of(model: AvatarDiT) -> list[list[nn.Module]]:

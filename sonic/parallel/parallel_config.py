@@ -8,6 +8,7 @@ from math import gcd
 from typing import NamedTuple
 
 from sonic.config import CommandConfig, DecodeConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig, settled_video
+from sonic.families import FAMILIES
 from sonic.parallel.shard_units import UNITS
 from sonic.registry import one_of, option, require
 
@@ -32,6 +33,7 @@ PLANS: Mapping[str, PlanCode] = {  # by parallel.name
     "offload": PlanCode("OFFLOADED", "offloaded", "offloaded", one_rank=True),
     "pipeline": PlanCode("STAGES", "stages", "stages"),
     "context": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks"),
+    "windows": PlanCode("WHOLE_MODEL", "whole_model", "equal_ranks"),
     "zero3": PlanCode("ZERO3", "zero3", optional=True),
 }
 PLAN_NAMES = tuple(PLANS)
@@ -151,6 +153,15 @@ class HardwareConfig(DeviceConfig):
         return replace(self, devices=devices, nodes=ranks // devices)
 
 
+def check_plan(parallel: ParallelConfig, model: ModelConfig) -> None:
+    """Raise ValueError for a plan that cannot divide the network of this model's family, or a share of tokens that it does not have."""
+    own = FAMILIES[model.family].plans
+    sentence = f"parallel={parallel.name} does not divide model={model.name}; use parallel=auto, {', '.join(own[:-1])} or {own[-1]}"
+    require(parallel.name in ("auto", *own), sentence)
+    shared = parallel.context == 1 or "context" in own
+    require(shared, f"parallel.context={parallel.context}: model={model.name} has no tokens that ranks can share; leave it at 1")
+
+
 @dataclass
 class PlanConfig(CommandConfig):
     """What fits on which hardware, how fast it can be, and why: of a video, or with +train=NAME or +distill=NAME of a recipe's training."""
@@ -166,4 +177,5 @@ class PlanConfig(CommandConfig):
     decode: DecodeConfig = option(DecodeConfig)
 
     def __post_init__(self) -> None:
+        check_plan(self.parallel, self.model)
         self.video, self.model = settled_video(self.video, self.model)

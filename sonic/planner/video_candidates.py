@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sonic.parallel.parallel_config import PLANS, HardwareConfig, OffloadConfig, ParallelConfig
+from sonic.families import FAMILIES
+from sonic.parallel.parallel_config import HardwareConfig, OffloadConfig, ParallelConfig
 from sonic.planner.plans import Plan, divisors, estimated, pipeline_fault, token_ranks
 from sonic.planner.workload import Workload
 
@@ -32,7 +33,7 @@ def candidates(asked: ParallelConfig, work: Workload, hardware: HardwareConfig) 
             raise ValueError(f"parallel={asked.name}: {sentence}")
         yield asked
         return
-    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in PLANS]
+    every = [replace(asked, name=name, context=-1 if name == "context" else 1) for name in FAMILIES[work.model.family].plans]
     every += [replace(asked, name=name, context=ranks) for name in ("fsdp", "pipeline") for ranks in divisors(hardware.ranks)[1:]]
     every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "zero3")]
     away = {"kv": "host"}

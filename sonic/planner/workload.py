@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, parse_size, precision_of
+from sonic.families import FAMILIES
 from sonic.geometry import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WAN_MULTIPLE, short_side_size, wan_size
 from sonic.model.counts import PACK_SCALES, Grid, block_multiply_adds, block_weights, end_weights, forward_multiply_adds, memory_tokens
 from sonic.parallel.parallel_config import PlanConfig
@@ -198,7 +199,7 @@ def size_for(model: ModelConfig, video: VideoConfig) -> tuple[int, int]:
         width, height = short_side_size(width, height, video.min_resolution, multiple=WAN_MULTIPLE)
     width, height = (model.resolution, model.resolution) if model.resolution else wan_size(width, height, width * height)
     _, rows, columns = (PIXELS_PER_LATENT * patch for patch in model.trunk.patch_size)
-    if width % columns or height % rows:
+    if not FAMILIES[model.family].short_side and (width % columns or height % rows):  # a UNet has no patches
         raise ValueError(f"{width}x{height} cannot be cut into patches of {columns}x{rows} pixels; use multiples of them")
     return width, height
 
