@@ -69,7 +69,6 @@ class Lora:
             if ours != (wanted := list(shapes[name])):
                 raise ValueError(f"the lora's {name} is for a weight of shape {ours}, the model's has {wanted}; use the lora of this model")
 
-
     @torch.no_grad()
     def replace_beside(self, networks: Mapping[str, nn.Module]) -> None:
         """Replace the tensors of networks beside the transformer, by their names in BESIDE. Raises ValueError when they are not theirs."""
