@@ -123,7 +123,9 @@ class SonicSvd(Family):
         return [timestep_of(sigma) for sigma in karras_sigmas(sampler.sample_steps)[:-1].tolist()]
 
     def build_model(self, config: ModelConfig, run: RunConfig, *, context: DistributedContext, dtype: torch.dtype, steps: int) -> SvdUNet:
-        """The UNet with its weights."""
+        """The UNet with its weights. Raises ValueError under plans that divide or offload it."""
+        if (plan := context.world.plan) != "single":
+            raise ValueError(f"parallel={plan}: model={config.name} runs on one device that holds it whole; use parallel=single")
         with torch.device("meta"):
             unet = SvdUNet(config.unet)
         nn.Module.to(unet, dtype).to_empty(device=context.world.device)
