@@ -21,7 +21,7 @@ from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.checkpoint.converted import FORMAT, MANIFEST, REPORT, STEM, TOKENIZER, ConvertedFolder
 from sonic.checkpoint.lora import NO_LORA, Lora, read_lora
 from sonic.checkpoint.official import Component
-from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, read, sha256, survey, write
+from sonic.checkpoint.tensor_files import FLOATS, StoredTensor, joined_hash, read, sha256, survey, write
 from sonic.checkpoint.weights import to_ours
 from sonic.config import ModelConfig
 from sonic.families import FAMILIES
@@ -57,13 +57,15 @@ def to_ready(config: ConvertConfig, base: ModelConfig) -> Path:
             (partial / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(file, partial / TOKENIZER / file.name)
         (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        digests = {file: sha256(file) for file in tqdm([*sources, *found.tokenizer], desc="hash", unit=" files")}
         manifest = {
             "format": FORMAT,
             "model": base.name,
             "config": found.config,
             "licence": found.licence,
             "lora": {"file": lora.file.name, "alpha": lora.alpha, "weights": len(lora.adapters)} if lora.file else None,
-            "sources": _hashes([*sources, *found.tokenizer]),
+            "sources": _named(digests),
+            "hashes": {name: joined_hash([digests[file] for file in _files([part], NO_LORA)]) for name, part in found.components.items()},
             "tensors": {name: len(part.tensors) for name, part in found.components.items()},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -111,11 +113,10 @@ def _files(components: Iterable[Component], lora: Lora) -> list[Path]:
     return [*files, lora.file] if lora.file else files
 
 
-def _hashes(files: Iterable[Path]) -> dict[str, str]:
-    """The hash of each file by its name, after that of its folder where another file has the same name."""
-    names = Counter(file.name for file in files)
-    named = {file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}": file for file in files}
-    return {name: sha256(file) for name, file in tqdm(named.items(), desc="hash", unit=" files")}
+def _named(digests: Mapping[Path, str]) -> dict[str, str]:
+    """The digest of each file by its name, or by that and its folder's where another file has the same name."""
+    names = Counter(file.name for file in digests)
+    return {file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}": digest for file, digest in digests.items()}
 
 
 def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> li
             write(folder / file, parts, _changed(shard, part, lora))
         for name, stored in shard.items():
             line = {"component": folder.name, "tensor": name, "file": stored.file.name, "shape": list(stored.shape)}
-            report.append({**line, "dtype": stored.dtype, "merged": to_ours(name) in lora.adapters, "shard": file})
+            report.append({**line, "dtype": stored.dtype, "merged": to_ours(name) in {**lora.adapters, **lora.replaced}, "shard": file})
             weight_map[name] = file
             size += part.nbytes(stored)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -142,6 +143,8 @@ def _write(folder: Path, part: Component, lora: Lora, *, stem: str = STEM) -> li
 def _changed(shard: Mapping[str, StoredTensor], part: Component, lora: Lora) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a shard one at a time, with the adapter merged, in the precision in which they are written."""
     for name, (stored, tensor) in zip(shard, read(shard.values()), strict=True):
+        if replacing := lora.replaced.get(to_ours(name)):
+            tensor = replacing.whole().to(tensor.dtype)
         if adapter := lora.adapters.get(to_ours(name)):
             tensor = adapter.delta(lora.alpha).add_(tensor).to(tensor.dtype)
         yield name, tensor.to(FLOATS[part.dtype(stored)])

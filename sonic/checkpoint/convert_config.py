@@ -10,11 +10,13 @@ from sonic.families import FAMILIES
 
 @dataclass
 class ConvertConfig(CommandConfig):
-    """Convert published checkpoints to the form that this program loads, or a transformer back to the published form."""
+    """Convert published checkpoints to the form that this program loads, or the network that denoises back to the published form."""
 
-    source: str = option("", "the downloaded Wan2.2-S2V-14B folder; with to=official a converted checkpoint or transformer's .safetensors")
+    source: str = option(
+        "", "the downloaded folder, of Wan2.2-S2V-14B or Sonic; with to=official a converted checkpoint or a denoiser's .safetensors"
+    )
     output: str = option("", "the folder to make")
-    to: str = option("ready", "ready = the form that this program loads, or official = the transformer under its published names")
+    to: str = option("ready", "ready = the form that this program loads, or official = the transformer or UNet under its published names")
     lora: LoraConfig = option(LoraConfig)
     model: ModelConfig = option(ModelConfig)
 

@@ -72,6 +72,10 @@ class ConvertedFolder:
         """The config of a component."""
         return json.loads((self.folder / component / "config.json").read_text())
 
+    def hash_of(self, component: str) -> str:
+        """A hash of 16 digits of the files that a component was converted from."""
+        return self.manifest["hashes"][component]
+
     def source_hash(self, *names: str) -> str:
         """The hash of the file that a network was converted from, which has one of these names; "" when there is none."""
         return next((digest for file, digest in self.manifest["sources"].items() if file in names), "")

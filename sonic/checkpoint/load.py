@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ from sonic.system.heartbeat import heartbeat
 Shapes = Mapping[str, Sequence[int]]
 
 
-def without_memory(config: ModelConfig) -> AvatarDiT:
-    """A model on the meta device, without memory for its weights."""
+def without_memory(config: ModelConfig, network: Callable[[ModelConfig], nn.Module] = AvatarDiT) -> nn.Module:
+    """A transformer, or another `network`, on the meta device, without memory for its weights."""
     with torch.device("meta"):
-        return AvatarDiT(config)
+        return network(config)
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -38,8 +38,9 @@ def shapes_of(model: nn.Module) -> Shapes:
 def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lora: Lora = NO_LORA) -> None:
     """Load this rank's part of every weight from a safetensors file, and add its part of `lora`.
 
-    `shapes` are the shapes of the complete model, needed when other ranks have some of its blocks. A weight that is still on the meta
-    device is mapped from the file, whose pages are read when used. Raises ValueError when the file is of another model.
+    Tensors of `lora` that replace weights are read instead of them. `shapes` are the shapes of the complete model, needed when other ranks
+    have some of its blocks. A weight that is still on the meta device is mapped from the file, whose pages are read when used. Raises
+    ValueError when the file is of another model.
     """
     shapes = shapes or shapes_of(model)
     lora.check(shapes)
@@ -50,12 +51,12 @@ def fill(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, lo
             continue
         if weight.is_meta:
             module, _, leaf = name.rpartition(".")
-            mapped = _mapped(stored[name], weight, adapted=name in lora.adapters)
+            mapped = _mapped(stored[name], weight, adapted=name in lora.adapters or name in lora.replaced)
             setattr(model.get_submodule(module), leaf, nn.Parameter(mapped, requires_grad=False))
             continue
         here = slice_of(weight)
         if here.local.numel():
-            found = stored[name].part(here.index)
+            found = lora.replaced.get(name, stored[name]).part(here.index)
             if name in lora.adapters:
                 found = found.to(here.local.dtype).float() + lora.adapters[name].delta(lora.alpha)[here.index]
             here.copy_from(found)

@@ -1,4 +1,4 @@
-"""Low-rank adapters in files of peft's format: reading them, and the names under which ours are written."""
+"""Low-rank adapters, and tensors that replace weights, in files of peft's format: reading them, and the names of ours."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonic.checkpoint.header import Header, read_header
 from sonic.checkpoint.tensor_files import StoredTensor, sha256, survey, weights_hash
@@ -17,6 +18,7 @@ from sonic.model.adapters import DOWN, SLASH, UP
 
 PREFIX = "base_model.model."
 PUBLISHED = "liveavatar.safetensors"
+BESIDE = ("audio2token.", "audio2bucket.")  # networks beside the transformer whose tensors may be in the same file
 ALPHA, USUAL_ALPHA = "alpha", 64.0  # the metadata key of alpha in our files; the alpha that published adapters were trained with
 SHOWN = 5  # number of names that an error lists
 
@@ -34,12 +36,17 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters by our names of the weights that they change, the alpha that they were trained with, their file and what its header says."""
+    """Adapters by our names of the weights that they change, the alpha that they were trained with, their file and what its header says.
+
+    `replaced` are tensors that stand in the place of weights (peft's modules_to_save), `beside` those of the networks BESIDE, both by name.
+    """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     alpha: float = 0.0
     file: Path | None = None
     header: Header | None = None
+    replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def check_base(self, weights: Path) -> None:
         """Raise ValueError when the adapters were trained on other weights than these; older files do not say on which."""
@@ -51,15 +58,27 @@ class Lora:
             )
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raise ValueError unless the model has a weight of the right shape for every adapter."""
-        lacking = [name for name in self.adapters if name not in shapes]
+        """Raise ValueError unless the model has a weight of the right shape for every adapter and every tensor that replaces one."""
+        changed = {name: [up.shape[0], down.shape[1]] for name, (down, up) in self.adapters.items()}
+        changed |= {name: list(stored.shape) for name, stored in self.replaced.items()}
+        lacking = [name for name in changed if name not in shapes]
         if lacking:
-            share = f"{len(lacking)} of {len(self.adapters)}"
+            share = f"{len(lacking)} of {len(changed)}"
             raise ValueError(f"the lora adapts {share} weights that the model lacks: {_listed(lacking)}; use the lora of this model")
-        for name, (down, up) in self.adapters.items():
-            ours, wanted = [up.shape[0], down.shape[1]], list(shapes[name])
-            if ours != wanted:
+        for name, ours in changed.items():
+            if ours != (wanted := list(shapes[name])):
                 raise ValueError(f"the lora's {name} is for a weight of shape {ours}, the model's has {wanted}; use the lora of this model")
+
+
+    @torch.no_grad()
+    def replace_beside(self, networks: Mapping[str, nn.Module]) -> None:
+        """Replace the tensors of networks beside the transformer, by their names in BESIDE. Raises ValueError when they are not theirs."""
+        weights = {f"{first}.{name}": weight for first, network in networks.items() for name, weight in network.named_parameters()}
+        for name, stored in self.beside.items():
+            ours = list(weights[name].shape) if name in weights else "none"
+            if ours != list(stored.shape):
+                raise ValueError(f"lora {self.file}: {name} has shape {list(stored.shape)}, the model's {ours}; use the lora of this model")
+            weights[name].copy_(stored.whole())
 
 
 NO_LORA = Lora()
@@ -76,11 +95,16 @@ def read_lora(path: str | Path, alpha: float = 0.0) -> Lora:
     if not path.is_file():
         raise ValueError(f"lora {path} does not exist; give the path of a safetensors file in peft's format")
     halves: dict[str, dict[str, StoredTensor]] = {}
-    unpaired = []
+    unpaired, replaced, beside = [], {}, {}
     for name, stored in survey(path).items():
         module, role = _split(name)
         if not role:
-            unpaired.append(name)
+            if name.startswith(PREFIX):
+                replaced[to_ours(name.removeprefix(PREFIX))] = stored
+            elif name.startswith(BESIDE):
+                beside[name] = stored
+            else:
+                unpaired.append(name)
             continue
         weight = to_ours(f"{module}.weight")
         if (other := halves.setdefault(weight, {}).setdefault(role, stored)) is not stored:
@@ -88,13 +112,13 @@ def read_lora(path: str | Path, alpha: float = 0.0) -> Lora:
     for pair in halves.values():
         if len(pair) < 2 or pair[DOWN].shape[0] != pair[UP].shape[1]:
             unpaired.append(_split(next(iter(pair.values())).name)[0])
-    if unpaired or not halves:
+    if unpaired or not (halves or replaced):
         raise ValueError(
             f"lora {path} holds no whole pair of {DOWN} and {UP} for: {_listed(unpaired or ['anything'])}; give a file in peft's format"
         )
     adapters = {weight: Adapter(pair[DOWN], pair[UP]) for weight, pair in halves.items()}
     with safe_open(str(path), framework="pt") as file:
-        return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path, read_header(path))
+        return Lora(adapters, alpha or float((file.metadata() or {}).get(ALPHA, USUAL_ALPHA)), path, read_header(path), replaced, beside)
 
 
 def base_hash(weights: Path) -> str:

@@ -54,7 +54,7 @@ def networks(folder: Path, base: ModelConfig) -> Download:
 
 def exported(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> Component:
     """The UNet, whose tensors have their published names everywhere. Raises ValueError when it has other sizes than the config."""
-    return _component(tensors, lambda: SvdUNet(config.unet).state_dict(), "UNet", asdict(config.unet))
+    return _component(tensors, lambda: SvdUNet(config.unet).state_dict(), "UNet", sizes=asdict(config.unet))
 
 
 def _found(folder: Path, part: str) -> Path:
@@ -91,27 +91,27 @@ def _tokens(file: Path) -> Component:
     shape = partial(shape_in, tensors, file)
     (hidden, inputs), (width,) = shape("proj1.weight"), shape("norm.weight")
     sizes = {"inputs": inputs, "hidden": hidden, "tokens": shape("proj3.weight")[0] // width, "width": width}
-    return _component(tensors, lambda: FrameTokens(**sizes).state_dict(), "network of audio tokens", sizes)
+    return _component(tensors, lambda: FrameTokens(**sizes).state_dict(), "network of audio tokens", sizes=sizes)
 
 
 def _buckets(file: Path) -> Component:
     tensors = survey(file)
     hidden, inputs = shape_in(tensors, file, "proj1.weight")
     sizes = {"inputs": inputs, "hidden": hidden}
-    return _component(tensors, lambda: FrameBuckets(**sizes).state_dict(), "network of motion buckets", sizes)
+    return _component(tensors, lambda: FrameBuckets(**sizes).state_dict(), "network of motion buckets", sizes=sizes)
 
 
 def _image_encoder(folder: Path) -> Component:
     given = read_json(folder / "config.json")
-    sizes = {name: given[name] for name in VIT_H14 if name in given}
+    sizes = {name: given.get(name, usual) for name, usual in VIT_H14.items()}
     found = {name: tensor for name, tensor in _stored(folder, "model", "pytorch_model").items() if not name.endswith(UNREAD)}
-    return _component(found, lambda: ClipImageEncoder(sizes).network.state_dict(), "image encoder", sizes)
+    return _component(found, lambda: ClipImageEncoder(sizes).network.state_dict(), "image encoder", sizes=sizes)
 
 
 def _autoencoder(folder: Path) -> Component:
     sizes = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
     found = _stored(folder, "diffusion_pytorch_model")
-    return _component(found, lambda: SvdAutoencoder(sizes).blocks.state_dict(), "VAE", sizes)
+    return _component(found, lambda: SvdAutoencoder(sizes).blocks.state_dict(), "VAE", sizes=sizes)
 
 
 def _rife(file: Path) -> Component:
@@ -119,7 +119,7 @@ def _rife(file: Path) -> Component:
     named = {name.removeprefix(PREFIX): tensor for name, tensor in survey(file).items()}
     sizes = {"channels": shape_in(named, file, "block0.conv0.1.0.weight")[0]}
     found = {name: tensor for name, tensor in named.items() if not name.startswith(UNUSED)}
-    return _component(found, lambda: Rife(**sizes).state_dict(), "interpolation of frames", sizes)
+    return _component(found, lambda: Rife(**sizes).state_dict(), "interpolation of frames", sizes=sizes)
 
 
 def _stored(folder: Path, *stems: str) -> dict[str, StoredTensor]:
@@ -129,9 +129,9 @@ def _stored(folder: Path, *stems: str) -> dict[str, StoredTensor]:
 
 
 def _component(
-    tensors: Mapping[str, StoredTensor], wanted: Callable[[], Mapping[str, Tensor]], what: str, sizes: dict[str, Any]
+    tensors: Mapping[str, StoredTensor], wanted: Callable[[], Mapping[str, Tensor]], what: str, *, sizes: dict[str, Any]
 ) -> Component:
-    """A network with exactly the wanted tensors. Raises ValueError when they are others, or its sizes are those of none."""
+    """A network with exactly the wanted tensors. Raises ValueError when they are others."""
     check_published(tensors, shapes_of(wanted), what, mixed=True)
     return Component(tensors, sizes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sonic.checkpoint.official import Component, speech_encoder
-from sonic.checkpoint.tensor_files import read, sha256, weights_hash
+from sonic.checkpoint.tensor_files import joined_hash, read, sha256, weights_hash
 from sonic.checkpoint.weights import load_weights
 from sonic.config import ModelConfig
 from sonic.encoders.hidden_states import HiddenStateEncoder
@@ -56,5 +55,5 @@ def speech_hash(config: ModelConfig, own: Mapping[str, str]) -> str:
         return own.get(config.speech_encoder, "")
     if (path := Path(config.speech_weights)).is_file():
         return weights_hash(path)
-    digests = [sha256(file) for file in sorted({stored.file for stored in speech_encoder(path, config.speech_encoder).tensors.values()})]
-    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+    tensors = speech_encoder(path, config.speech_encoder).tensors
+    return joined_hash([sha256(file) for file in sorted({stored.file for stored in tensors.values()})])

@@ -164,6 +164,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def joined_hash(digests: Sequence[str]) -> str:
+    """A hash of 16 digits of the files with these digests."""
+    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+
+
 def weights_hash(path: Path) -> str:
     """A hash of 16 digits of the tensors in a file; "" when it does not exist."""
     if not path.is_file():

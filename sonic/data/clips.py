@@ -35,6 +35,7 @@ TIME = {
     "mel": (0, COLUMNS_PER_FRAME * FRAMES_PER_LATENT),
     "visemes": (0, FRAMES_PER_LATENT),
     "head": (0, FRAMES_PER_LATENT),
+    **dict.fromkeys(("token_ticks", "bucket_ticks", "buckets"), (0, 1)),  # of a model whose latents are single frames
 }
 
 
@@ -80,8 +81,9 @@ class ClipDataset(Dataset):
     """Windows of clips. The key of an item is (index of the clip, seed of the window's position).
 
     Items are mappings of tensors: latents [C,T,h,w], ref [C,1,h,w], audio [K,E,4T], visemes [4T,5], head [4T,4], those that
-    the clips have. Only the window is read from disk. Raises ValueError when no clip is that long, or the data set is being
-    made again.
+    the clips have; of models that denoise windows, image_latents [C,h,w], image_embed [D], face_mask [8h,8w], buckets [T,2], and the states
+    of the sound around each frame, token_ticks [T,10,K,E] and bucket_ticks [T,50,E]. Only the window is read from disk. Raises ValueError
+    when no clip is that long, or the data set is being made again.
     """
 
     def __init__(self, folder: str | Path, window: int = 0, *, share: float = 0.0, held_out: bool = False) -> None:
@@ -118,6 +120,8 @@ class ClipDataset(Dataset):
                 f"make clips for this model with {written('precompute')} and another folder="
             )
         self._check_encoders(config, hashes_of)
+        if not self.has("audio"):
+            return
         clip = self.read(0, 0, keys=("latents", "audio"))
         sizes = (clip["latents"].shape[0], *clip["audio"].shape[:2])
         needed = (config.trunk.latent_channels, config.audio.num_audio_layers, config.audio.audio_dim)

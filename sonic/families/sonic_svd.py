@@ -22,9 +22,10 @@ from sonic.data.data_config import PrecomputeConfig
 from sonic.data.faces import FaceFinder, checked_box, find_speaker
 from sonic.data.pixels import to_bytes
 from sonic.data.shards import Encoders
+from sonic.encoders.clip_sound import ClipSoundEncoder
 from sonic.families.family import Family, refuse_unread
 from sonic.geometry import FPS
-from sonic.inference.components import Components
+from sonic.inference.components import Components, lora_of
 from sonic.inference.decode_windows import decode_clip, shown_frames
 from sonic.inference.denoise_windows import ClipConditions, WindowSampling, clip_noise, denoise_clip
 from sonic.inference.fit_picture import wan_video_size
@@ -48,7 +49,7 @@ PUBLISHED_FRAMES = 5000  # the longest clip of the published program, which cuts
 LARGEST = 1024  # px: the largest short side that the model is published for
 UNREAD = (
     *("face.mouth", "face.expand_ratio", "face.masks", "motion.pose", "motion.head", "motion.motion_scale"),
-    *("model.lora.path", "run.attention"),
+    "run.attention",
 )
 
 
@@ -58,6 +59,12 @@ class SonicComponents(Components):
 
     checkpoint: SonicCheckpoint = field(kw_only=True)
     rife: Rife | None = None
+
+    def speech(self) -> ClipSoundEncoder:
+        """Whisper and the networks of audio tokens and motion buckets, of the checkpoint or, with model.lora.path, of a training."""
+        found = self.checkpoint.speech(self.device)
+        lora_of(self.config.lora).replace_beside({"audio2token": found.tokens, "audio2bucket": found.buckets})
+        return found
 
     def begin_video(self, seconds: float) -> None:
         """Load what is not loaded; the UNet has no regions to compile."""
@@ -129,7 +136,7 @@ class SonicSvd(Family):
         with torch.device("meta"):
             unet = SvdUNet(config.unet)
         nn.Module.to(unet, dtype).to_empty(device=context.world.device)
-        fill(unet, self.transformer_weights(config))
+        fill(unet, self.transformer_weights(config), lora=lora_of(config.lora))
         return unet.eval().requires_grad_(False)
 
     def components(self, config: ModelConfig, context: DistributedContext, dtype: torch.dtype) -> SonicComponents:
@@ -146,7 +153,7 @@ class SonicSvd(Family):
         """Encode picture and recording, whose encoders are freed again, and draw the noise."""
         picture, checkpoint, device, dtype = inputs.picture, components.checkpoint, components.device, components.dtype
         embed = checkpoint.image_encoder(device, dtype)(picture.clip_pixels[None].to(device, dtype))[0].float()
-        sound = checkpoint.speech(device)(inputs.speech.samples, inputs.clip_frames, embed)
+        sound = components.speech()(inputs.speech.samples, inputs.clip_frames, embed)
         components.load()
         latents = components.autoencoder.encode(picture.ref[None].to(device))[0].float()
         generator, (_, height, width) = settings.generator or seeded(inputs.seed), picture.ref.shape

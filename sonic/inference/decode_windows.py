@@ -24,9 +24,8 @@ def decode_clip(
 ) -> Iterator[Tensor]:
     """Yield the frames of latents [n,4,h,w] in host memory, uint8 [F,8h,8w,3], while later ones are decoded.
 
-    With RIFE there are 2n frames. Chunks and their overlap are those of `decode`: each frame of overlap about halves the difference to
-    the clip decoded at once; from four on what is left comes from the norms, whose statistics are those of a chunk. `upstream` decodes
-    as published, without overlap, and leaves out the frame after the last one.
+    With RIFE there are 2n frames. Chunks and their overlap are those of `decode`: each frame of overlap about halves the step at the
+    seams between chunks. `upstream` decodes as published, without overlap, and leaves out the frame after the last one.
     """
 
     def queued() -> Iterator[tuple[Tensor, Event]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,9 +40,7 @@ class Sharding:
         `whole` names the weights that are not sharded; `entry_points` the methods, besides forward, that callers use. Parameter names do
         not change.
         """
-        pin = self.mesh.device_type != "cpu"
-        policy = CPUOffloadPolicy(pin_memory=pin) if self.cpu_offload else OffloadPolicy()
-        settings = {"mesh": self.mesh, "mp_policy": self.precision, "offload_policy": policy}
+        settings = self._settings()
         for unit in units:
             fully_shard([model.get_submodule(name) for name in unit.modules], reshard_after_forward=self.reshard, **settings)
         for module in [*model.blocks, *model.audio_injectors]:
@@ -51,6 +50,17 @@ class Sharding:
         fully_shard(model, reshard_after_forward=False, ignored_params=kept, **settings)
         for name in entry_points:
             register_fsdp_forward_method(model, name)
+
+    def apply_to_units(self, model: nn.Module, units: Sequence[nn.Module]) -> None:
+        """Shard these parts of a network in place, then the rest with the root. Parameter names do not change."""
+        for unit in units:
+            fully_shard(unit, reshard_after_forward=self.reshard, **self._settings())
+        fully_shard(model, reshard_after_forward=False, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        pin = self.mesh.device_type != "cpu"
+        policy = CPUOffloadPolicy(pin_memory=pin) if self.cpu_offload else OffloadPolicy()
+        return {"mesh": self.mesh, "mp_policy": self.precision, "offload_policy": policy}
 
 
 def free_gathered(model: nn.Module) -> None:

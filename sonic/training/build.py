@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from sonic.checkpoint.bundled import BUNDLED, IN_PACKAGE, named_weights
 from sonic.checkpoint.header import Header, model_fields, read_header
-from sonic.checkpoint.load import fill, without_memory
+from sonic.checkpoint.load import without_memory
 from sonic.checkpoint.lora import base_hash
 from sonic.config import AdapterConfig, Ranks
 from sonic.data.clips import ENCODERS, ClipDataset, batches, sample_order
@@ -109,13 +109,14 @@ def _build_and_train(
         dataset.check(config.model, family.encoder_hashes)
     execution = Execution(sequence_parallel(world, config.model.trunk.num_heads))
     kind = pick(OBJECTIVES, config.objective.name, "objective.name")
-    objective = kind(config, dataset, make=without_memory, execution=execution)
+    objective = kind(config, dataset, make=partial(without_memory, network=kind.network), execution=execution)
     engine.allocate(objective)
-    if config.model.lora.path and getattr(config.objective, "learn", AdapterConfig()).rank:
+    lora = lora_of(config.model.lora)
+    if getattr(config.objective, "learn", AdapterConfig()).rank and (lora.adapters or lora.replaced and not objective.keeps_changes):
         way_out = "use objective.learn.rank=0, which trains and exports whole weights, or init_from=FILE to go on with those adapters"
         raise ValueError(f"model.lora.path={config.model.lora.path}: adapters cannot be trained on top of adapters; {way_out}")
-    for model in objective.pretrained:
-        fill(model, family.transformer_weights(config.model), lora=lora_of(config.model.lora))
+    if objective.pretrained:
+        objective.load(family.transformer_weights(config.model), lora)
     init_adapters(objective.roles.values(), torch.Generator().manual_seed(config.seed))
     if config.init_from:
         load_initial_weights(objective, named_weights(config.init_from))
@@ -134,7 +135,7 @@ def _build_and_train(
         log.artifact(Artifact(f"{config.name}-samples", "samples", {"steps": outcome.steps}, files=samples))
     if outcome.signal or not config.export:
         return outcome
-    weights = halved(objective.export(engine.weights()))  # a collective call
+    weights = halved(objective.export(engine.weights(objective.exports)))  # a collective call
     if world.main:
         path = Path(config.export)
         with pause_watchdog():  # files may take any time
@@ -145,8 +146,8 @@ def _build_and_train(
             path.parent.mkdir(parents=True, exist_ok=True)
             size = sum(tensor.numel() for tensor in weights.values())
             card = describe(config, outcome, dataset, parameters=size, origin=origin, device=world.device)
-            with written_temporary(path.with_suffix(".md")) as partial:  # before the weights, so that new ones never have an old card
-                partial.write_text(card)
+            with written_temporary(path.with_suffix(".md")) as file:  # before the weights, so that new ones never have an old card
+                file.write_text(card)
             save_tensors(weights, path, {**objective.metadata, **header})
             for artifact in exported_artifacts(path, figures=outcome.figures, whole=config.log.artifacts == "weights"):
                 log.artifact(artifact)
@@ -211,7 +212,7 @@ def _header(config: TrainConfig, objective: Objective, dataset: Dataset, *, path
     if not hasattr(objective, "networks"):
         return {}
     model, base = config.model, ()
-    if config.objective.learn.rank:
+    if objective.exports_changes:
         file = family_of(model).transformer_weights(model)
         name = f"{IN_PACKAGE}{file.stem}" if file.parent == BUNDLED else os.path.relpath(model.weights, path.parent)
         base = (name, base_hash(file))

@@ -19,7 +19,7 @@ from sonic.model.adapters import AdaptedLinear
 from sonic.parallel.deepspeed_inference import use_gloo
 from sonic.parallel.mesh import World
 from sonic.training.checkpoint import State
-from sonic.training.engine import Engine, recompute_layers, transformers, whole
+from sonic.training.engine import Engine, InUnits, recompute_layers, transformers, whole
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Objective
 from sonic.training.optim import adamw
@@ -236,7 +236,8 @@ def _begin_pass(engine: Any) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator().reset_step()
-    read = [weight for model in transformers([engine.module]) for weight in (model.roles.weight, model.pose_embed.bias)]
+    models = [model for model in transformers([engine.module]) if not isinstance(model, InUnits)]
+    read = [weight for model in models for weight in (model.roles.weight, model.pose_embed.bias)]
     missing = [weight for weight in read if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if missing:
         missing[0].all_gather(missing)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ from sonic.training.optim import MOMENTS, Ema, adam_state, adamw, local_part
 from sonic.training.train_config import TrainConfig
 
 AVERAGE = "average"  # the running average of a parameter in the state of its optimizer
+
+
+@runtime_checkable
+class InUnits(Protocol):
+    """A network other than the transformer whose weights are sharded, and its activations computed again, in units."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """The modules that a forward calls one after the other."""
 
 
 class Engine:
@@ -79,11 +88,14 @@ class Engine:
             module.zero_grad(set_to_none=True)
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
-        """The student's averaged weights, unsharded, by its parameter names, in host memory of the main process; {} on the others."""
+    def weights(self, exports: Callable[[str], bool] = bool) -> dict[str, Tensor]:
+        """The student's averaged weights that have a name which `exports` accepts, unsharded, by their parameter names, in host memory of
+        the main process; {} on the others."""
         found, module = {}, self.roles[STUDENT]
         parameters, learning = dict(module.named_parameters()), trainable(module)
         for name, value in module.state_dict().items():  # one at a time, because all of them together may not fit
+            if not exports(name):
+                continue
             value = self._whole(STUDENT, learning[name], AVERAGE) if name in learning else self._unsharded(parameters.get(name, value))
             if self.world.main:
                 found[name] = value.detach().to("cpu", copy=True)
@@ -145,9 +157,9 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def transformers(modules: Iterable[nn.Module]) -> list[AvatarDiT]:
-    """Every transformer among these modules and their parts, once."""
-    return list(dict.fromkeys(part for module in modules for part in module.modules() if isinstance(part, AvatarDiT)))
+def transformers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Every transformer, and every other network in units, among these modules and their parts, once."""
+    return list(dict.fromkeys(part for module in modules for part in module.modules() if isinstance(part, AvatarDiT | InUnits)))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -167,9 +179,10 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
 
 
 def recompute_layers(module: nn.Module) -> None:
-    """Checkpoint activations: recompute blocks and audio injectors in the backward pass. Parameter names do not change."""
-    for layer in module.modules():
-        if isinstance(layer, Block | AudioInjector) and checkpoint_activations.state(layer) is None:
+    """Checkpoint activations: recompute blocks, audio injectors and units in the backward pass. Parameter names do not change."""
+    units = [unit for part in module.modules() if isinstance(part, InUnits) for unit in part.units()]
+    for layer in (*units, *(part for part in module.modules() if isinstance(part, Block | AudioInjector))):
+        if checkpoint_activations.state(layer) is None:
             checkpoint_activations(layer)
 
 

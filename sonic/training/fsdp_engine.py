@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from sonic.model.dit import ENTRY_POINTS
 from sonic.parallel.fsdp import Sharding, free_gathered
 from sonic.parallel.shard_units import TRAINING_ENDS, all_units
-from sonic.training.engine import Engine, is_sharded, transformers
+from sonic.training.engine import Engine, InUnits, is_sharded, transformers
 from sonic.training.objectives.objective import Objective
 
 
@@ -30,7 +30,10 @@ class ShardedEngine(Engine):
                 for parameter in model.parameters():
                     if half and not parameter.requires_grad:  # held in the precision it computes in, which halves its memory
                         parameter.data = parameter.data.to(torch.bfloat16)
-                sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
+                if isinstance(model, InUnits):
+                    sharding.apply_to_units(model, model.units())
+                else:
+                    sharding.apply(model, all_units(model.config, ends=TRAINING_ENDS), ENTRY_POINTS)
             if any(parameter.is_meta for parameter in model.parameters()):
                 model.to_empty(device="cpu" if speed.cpu_offload else self.world.device)
 

@@ -9,6 +9,7 @@ from sonic.registry import Registry
 
 OBJECTIVE_TABLE = "training.objective_config.OBJECTIVE_CONFIGS"
 ATTENTION_SPANS, LEVELS, KERNELS = ("blocks", "clip"), ("clip", "block", "frame"), ("sdpa", "flex")
+NOISE_LEVELS = ("karras", "lognormal")
 
 
 @dataclass
@@ -97,10 +98,15 @@ class ConsistencyConfig(DistillConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps, leap = self.teacher_steps, self.leap
-        require(steps >= self.sampler.sample_steps, f"objective.teacher_steps={steps}: the student takes {self.sampler.sample_steps}")
-        require(1 <= leap <= steps, f"objective.leap={leap}: need 1 to teacher_steps={steps}")
-        require(0 <= self.start_share <= 1, f"objective.start_share={self.start_share}: need a share between 0 and 1")
+        _check_steps(self)
+
+
+def _check_steps(config: ConsistencyConfig | SvdConsistencyConfig) -> None:
+    """Raise ValueError unless the steps of a consistency distillation fit each other."""
+    steps, leap, share = config.teacher_steps, config.leap, config.start_share
+    require(steps >= config.sampler.sample_steps, f"objective.teacher_steps={steps}: the student takes {config.sampler.sample_steps}")
+    require(1 <= leap <= steps, f"objective.leap={leap}: need 1 to teacher_steps={steps}")
+    require(0 <= share <= 1, f"objective.start_share={share}: need a share between 0 and 1")
 
 
 @dataclass
@@ -153,5 +159,48 @@ class PortraitConfig(ObjectiveConfig):
     focus: float = option(6.0, "how much more the mouth counts than the rest")
 
 
-_ALL = (FlowMatchConfig, ConsistencyConfig, DmdConfig, VisemeConfig, AutoencodeConfig, PortraitConfig)
+@dataclass
+class SvdAudioConfig(ObjectiveConfig):
+    """Trains the audio adapters of a UNet that denoises windows, and the networks that make its audio tokens and motion buckets."""
+
+    name: str = option("svd_audio", "what is trained, and how", table=OBJECTIVE_TABLE)
+    noise: str = option("karras", "noise levels: karras = evenly along the levels of sampling; lognormal = as SVD was trained")
+    drop_image: float = option(0.05, "share of clips trained without the picture (embedding and latents), for guidance")
+    drop_audio: float = option(0.05, "share of clips trained without audio, for guidance")
+    drop_both: float = option(0.05, "share of clips trained without either, for guidance")
+    bucket_weight: float = option(0.1, "weight of the error of the motion buckets that are predicted from the sound")
+    learn: AdapterConfig = option(AdapterConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self.noise, NOISE_LEVELS, "objective.noise")
+        shares = [self.drop_image, self.drop_audio, self.drop_both]
+        fits = min(shares) >= 0 and sum(shares) <= 1
+        require(fits, f"objective.drop_image, drop_audio, drop_both={shares}: need shares of 0 or more, together at most 1")
+        require(self.bucket_weight >= 0, f"objective.bucket_weight={self.bucket_weight}: need 0 or more")
+        require(not self.learn.rank, f"objective.learn.rank={self.learn.rank}: svd_audio trains whole weights of learn.targets; use 0")
+
+
+@dataclass
+class SvdConsistencyConfig(ObjectiveConfig):
+    """Trains a student of a UNet that denoises windows to go, in one step, from any point of the teacher's path to the end of its step."""
+
+    name: str = option("svd_consistency", "what is trained, and how", table=OBJECTIVE_TABLE)
+    sample_steps: int = option(8, "sampling steps of the student")
+    teacher_steps: int = option(24, "sampling steps of the teacher from noise to clean latents")
+    teacher_guide_scale: float = option(2.0, "guidance of the teacher towards the picture; the student learns to need none")
+    teacher_audio_guide_scale: float = option(7.5, "guidance of the teacher towards the audio; the student learns to need none")
+    leap: int = option(1, "teacher steps to the target, the student does the rest; teacher_steps = teacher only")
+    start_share: float = option(0.5, "share of clips that start at the beginning of a student's step")
+    learn: AdapterConfig = option(AdapterConfig)
+
+    def __post_init__(self) -> None:
+        _check_steps(self)
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the student samples: at the Karras levels, without guidance."""
+        return SamplerConfig(name="euler", schedule="karras", sample_steps=self.sample_steps)
+
+
+_ALL = (FlowMatchConfig, ConsistencyConfig, DmdConfig, VisemeConfig, AutoencodeConfig, PortraitConfig, SvdAudioConfig, SvdConsistencyConfig)
 OBJECTIVE_CONFIGS: Registry[type[ObjectiveConfig]] = Registry("objective", {config.name: config for config in _ALL})

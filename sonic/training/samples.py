@@ -88,7 +88,7 @@ def sample_maker(student: Student) -> SampleMaker | None:
     config = student.config
     if not config.log.samples_every:
         return None
-    if not hasattr(student.objective, "networks"):
+    if not student.objective.makes_videos:
         raise ValueError(f"log.samples_every={config.log.samples_every}: objective={config.objective.name} makes no videos; use 0")
     sampler = getattr(config.objective, "sampler", None) or SamplerConfig(sample_steps=config.log.sample_steps)
     context = DistributedContext(World("single", student.engine.world.device))

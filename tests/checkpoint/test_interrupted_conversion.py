@@ -18,7 +18,7 @@ from sonic.checkpoint import tensor_files
 SHARD = 40_000  # bytes, so that the miniature has several shards
 
 
-def killed_in_shard(number: int, *argv: str) -> None:
+def killed_in_shard(number: int, *argv: str, shard: int = SHARD) -> None:
     """Convert in a new process that is killed in the middle of a shard."""
     written = 0
 
@@ -31,7 +31,7 @@ def killed_in_shard(number: int, *argv: str) -> None:
         yield next(tensors)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    conversion.SHARD_BYTES, conversion.write = SHARD, deadly
+    conversion.SHARD_BYTES, conversion.write = shard, deadly
     convert(*argv)
 
 

@@ -127,7 +127,7 @@ def test_a_missing_encoder_fails_only_the_videos_that_need_it(ready, tmp_path, c
 
 
 @pytest.mark.parametrize("load", [lambda checkpoint: checkpoint._text_encoder(torch.device("cpu")),
-                                  lambda checkpoint: checkpoint._loaded("speech_encoder", torch.device("cpu"))])  # fmt: skip
+                                  lambda checkpoint: checkpoint.loaded("speech_encoder", torch.device("cpu"))])  # fmt: skip
 def test_an_encoder_gives_a_heartbeat_with_every_tensor_that_is_moved(load, ready, monkeypatch):
     moved, heartbeats = [], []
     to = torch.Tensor.to

@@ -64,7 +64,6 @@ def test_less_sound_than_a_frame_is_refused(audio):
         "motion.motion_scale=1.5",
         "face.mouth=[223,160,22]",
         "face.expand_ratio=0.2",
-        "model.lora.path=adapter.safetensors",
         "video.size=704x384",
         "video.min_resolution=1088",
         "sampler.name=heun",

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_other_sizes_than_it_says_is_reported(sentence, ready, c
 
 @pytest.mark.parametrize("window", [5, 1])
 def test_windows_that_are_not_whole_blocks_are_reported_before_anything_is_loaded(window, ready, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("sonic.training.build.fill", lambda *loading: pytest.fail("weights were read"))
+    monkeypatch.setattr("sonic.training.objectives.objective.fill", lambda *loading, **_: pytest.fail("weights were read"))
     settings = config("dmd", ready, clips)
     block = settings.model.rollout.block_frames
     settings.data.window = window

@@ -18,8 +18,8 @@ from sonic.data.clips import ClipDataset, read_index, write_index
 from sonic.parallel.mesh import World
 from sonic.training.build import batch_stream, run_training
 from sonic.training.objective_config import FlowMatchConfig, VisemeConfig
+from sonic.training.objectives.transformer import SIGMAS
 from sonic.training.train_config import BudgetConfig, DataConfig, LogConfig, OptimConfig
-from sonic.training.validation import SIGMAS
 
 VIDEOS, SHARE = 12, 0.3
 

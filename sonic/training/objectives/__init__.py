@@ -12,6 +12,8 @@ from sonic.training.objectives.objective import Batch as Batch
 from sonic.training.objectives.objective import Losses as Losses
 from sonic.training.objectives.objective import Objective
 from sonic.training.objectives.portrait_latents import PortraitLatents
+from sonic.training.objectives.svd_audio import SvdAudio
+from sonic.training.objectives.svd_consistency import SvdConsistency
 from sonic.training.objectives.viseme import VisemePretraining
 
 
@@ -25,5 +27,5 @@ class Objectives(Registry[type[Objective]]):
         super().__setitem__(name, objective)
 
 
-_ALL = (FlowMatch, Consistency, DistributionMatching, VisemePretraining, Autoencode, PortraitLatents)
+_ALL = (FlowMatch, Consistency, DistributionMatching, VisemePretraining, Autoencode, PortraitLatents, SvdAudio, SvdConsistency)
 OBJECTIVES = Objectives("objective", {objective.options.name: objective for objective in _ALL})

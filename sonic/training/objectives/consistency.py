@@ -16,7 +16,7 @@ from sonic.config import SamplerConfig
 from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.samplers import Velocity
 from sonic.sampling.schedules import sigmas_of
-from sonic.training.objective_config import ConsistencyConfig
+from sonic.training.objective_config import ConsistencyConfig, SvdConsistencyConfig
 from sonic.training.objectives.distill import Distillation, motion_ratio, path_ends
 from sonic.training.objectives.networks import STUDENT, TEACHER
 from sonic.training.objectives.objective import Batch, Losses, host_rng
@@ -25,7 +25,34 @@ from sonic.training.train_config import TrainConfig
 from sonic.types import upload
 
 
-class Consistency(Distillation):
+class StepsOfPath:
+    """Points of the teacher's falling `path` of noise levels, `stride` steps to one of the student's, and the student's targets there."""
+
+    config: ConsistencyConfig | SvdConsistencyConfig
+    path: Tensor
+    stride: int
+
+    @torch.no_grad()
+    def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
+        """The latents at the end of the student's sampling step: `leap` steps of the teacher from x, then one of the student."""
+        path = upload(self.path.to(x.dtype), x.device)
+        for _ in range(min(self.config.leap, self.stride)):
+            then = torch.minimum(point + 1, end)
+            x = x + expand_like(path[then] - path[point], x) * teacher(x, path[point].clamp(min=1e-3))
+            point = then
+        if self.config.leap >= self.stride:
+            return x
+        return x + expand_like(path[end] - path[point], x) * student(x, path[point].clamp(min=1e-3))
+
+    def _path_points(self, count: int, rng: torch.Generator) -> Tensor:
+        """A random point of the teacher's path per clip: the start of a student's step, or any point.  -> [B]"""
+        draw = {"generator": rng, "device": rng.device}
+        anywhere = torch.randint(len(self.path) - 1, (count,), **draw)
+        begin = torch.rand(count, **draw) < self.config.start_share
+        return torch.where(begin, anywhere // self.stride * self.stride, anywhere)
+
+
+class Consistency(StepsOfPath, Distillation):
     """Trains the student against the frozen teacher."""
 
     config: ConsistencyConfig
@@ -57,25 +84,6 @@ class Consistency(Distillation):
             motion = {"motion_ratio": motion_ratio(student_clean, clean), "teacher/motion_ratio": motion_ratio(aimed[0], clean)}
             yield loss, {**figures, **motion}
 
-    @torch.no_grad()
-    def _aim(self, x: Tensor, point: Tensor, end: Tensor, *, student: Velocity, teacher: Velocity) -> Tensor:
-        """The latents at the end of the student's sampling step: `leap` steps of the teacher from x, then one of the student."""
-        path = upload(self.path.to(x.dtype), x.device)
-        for _ in range(min(self.config.leap, self.stride)):
-            then = torch.minimum(point + 1, end)
-            x = x + expand_like(path[then] - path[point], x) * teacher(x, path[point].clamp(min=1e-3))
-            point = then
-        if self.config.leap >= self.stride:
-            return x
-        return x + expand_like(path[end] - path[point], x) * student(x, path[point].clamp(min=1e-3))
-
-    def _path_points(self, count: int, rng: torch.Generator) -> Tensor:
-        """A random point of the teacher's path per clip: the start of a student's step, or any point.  -> [B]"""
-        draw = {"generator": rng, "device": rng.device}
-        anywhere = torch.randint(len(self.path) - 1, (count,), **draw)
-        begin = torch.rand(count, **draw) < self.config.start_share
-        return torch.where(begin, anywhere // self.stride * self.stride, anywhere)
-
 
 def teacher_path(sampler: SamplerConfig, teacher_steps: int) -> tuple[Tensor, int]:
     """Falling noise levels of the teacher, which include those of the student, and the number of teacher steps per student step.
@@ -88,5 +96,13 @@ def teacher_path(sampler: SamplerConfig, teacher_steps: int) -> tuple[Tensor, in
     fine = sigmas_of(sampler.schedule, steps * stride, sampler.sample_shift)
     if torch.allclose(fine[::stride], coarse):
         return fine, stride
-    parts = [torch.linspace(float(a), float(b), stride + 1, dtype=coarse.dtype)[:-1] for a, b in pairwise(coarse)]
-    return torch.cat((*parts, coarse[-1:])), stride
+    return divided(coarse, stride), stride
+
+
+def divided(coarse: Tensor, stride: int, *, power: float = 1.0) -> Tensor:
+    """Levels with `stride` steps, equal in level^(1/power), in the place of each step of `coarse`.  [N+1] -> [N·stride+1]"""
+    roots = [float(level) ** (1 / power) for level in coarse]
+    fine = torch.cat([torch.linspace(a, b, stride + 1, dtype=torch.float64)[:-1] for a, b in pairwise(roots)] + [torch.zeros(1)])
+    found = (fine**power).to(coarse.dtype)
+    found[::stride] = coarse
+    return found

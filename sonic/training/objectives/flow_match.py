@@ -14,13 +14,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from sonic.data.clips import ClipDataset
-from sonic.geometry import FRAMES_PER_LATENT
-from sonic.model.dit import AvatarDiT
 from sonic.sampling.path import expand_like, interpolate
-from sonic.training.objective_config import FlowMatchConfig, WindowConfig
+from sonic.training.objective_config import FlowMatchConfig
 from sonic.training.objectives.networks import STUDENT
 from sonic.training.objectives.objective import Batch, Losses, Weighted, host_rng
-from sonic.training.objectives.transformer import TransformerObjective, conditions_of
+from sonic.training.objectives.transformer import TransformerObjective, conditions_of, split_past
 from sonic.training.objectives.viseme import VisemeHead, encode_audio_blocks, viseme_loss
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, upload
@@ -37,7 +35,7 @@ class FlowMatch(TransformerObjective):
         """Raises ValueError when the clips of the dataset do not fit the options."""
         from_nothing = not (self.config.learn.rank or self.config.learn.targets or config.model.weights)
         if from_nothing:
-            self.make = AvatarDiT
+            self.make = self.network
         self.build_transformers(config, dataset, (STUDENT,))
         if from_nothing:
             self.pretrained = ()
@@ -108,15 +106,3 @@ def check_visemes(dataset: object) -> None:
     """Raise ValueError when the dataset's clips have no visemes."""
     if isinstance(dataset, ClipDataset) and not dataset.has("visemes"):
         raise ValueError(f"data.folder={dataset.folder} holds clips without visemes, as of one's own videos; add objective.viseme_weight=0")
-
-
-def split_past(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[Batch, Tensor | None]:
-    """Split off the first `past` latent frames of the window: the rest of the batch, and these frames, noised, as motion memory."""
-    if not config.past:
-        return batch, None
-    past, frames = batch["latents"][:, :, : config.past], FRAMES_PER_LATENT * config.past
-    level = config.past_noise * torch.rand(past.shape[0], generator=rng, device=rng.device)
-    motion = interpolate(past, torch.randn(past.shape, generator=rng, device=rng.device), level)
-    rest = {"latents": batch["latents"][:, :, config.past :], "audio": batch["audio"][..., frames:]}
-    rest |= {name: batch[name][:, frames:] for name in ("visemes", "head") if name in batch}
-    return {**batch, **rest}, motion

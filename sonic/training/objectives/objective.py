@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sonic.checkpoint.load import fill
+from sonic.checkpoint.lora import Lora
+from sonic.config import ModelConfig
 from sonic.model.dit import AvatarDiT
 from sonic.model.execution import LOCAL, Execution
 from sonic.training.objective_config import ObjectiveConfig
@@ -40,7 +44,8 @@ class Objective:
     """The modules to train, by role, and their losses.
 
     `options` is the class of its options. `roles` are the modules that have an optimizer (the student is averaged and exported),
-    `pretrained` the transformers that start from the model's weights, `metadata` goes into the exported file.
+    `pretrained` the transformers that start from the model's weights, `metadata` goes into the exported file, which with
+    `exports_changes` holds changes of the model's weights. Validations measure the loss at each of `validation_levels`.
     """
 
     options: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
@@ -48,15 +53,30 @@ class Objective:
     pretrained: Sequence[nn.Module] = ()
     metadata: Mapping[str, str] = {}
     rates: Mapping[str, float] = {}  # learning rates of roles as shares of optim.lr, where not 1
+    exports_changes = False
+    keeps_changes = False  # whether changes that the model's weights already have (model.lora.path) are exported too
+    makes_videos = False  # whether sample videos of the student can be made
+    validation_levels: Sequence[float] = ()  # noise levels
     exported = ""  # beginning of the names of the student's weights that are exported, and not part of their exported names
 
-    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make = AvatarDiT, execution: Execution = LOCAL) -> None:
-        """Build the modules in host memory. `make` builds a pretrained transformer, maybe without memory; `execution` runs it."""
-        self.config, self.model_config, self.make, self.execution = config.objective, config.model, make, execution
+    def __init__(self, config: TrainConfig, dataset: object = None, *, make: Make | None = None, execution: Execution = LOCAL) -> None:
+        """Build the modules in host memory. `make` builds a pretrained `network`, maybe without memory; `execution` runs it."""
+        self.config, self.model_config, self.execution = config.objective, config.model, execution
+        self.make = make or self.network
         self.build(config, dataset)
 
     def build(self, config: TrainConfig, dataset: object) -> None:
         """Set `roles`, and what else the objective has of its own."""
+
+    @staticmethod
+    def network(config: ModelConfig) -> nn.Module:
+        """The network that is trained, in host memory."""
+        return AvatarDiT(config)
+
+    def load(self, weights: Path, lora: Lora) -> None:
+        """Fill the pretrained networks from the model's weights, changed by `lora`."""
+        for model in self.pretrained:
+            fill(model, weights, lora=lora)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -74,6 +94,13 @@ class Objective:
         Each part is backpropagated before the next is computed, so that one graph is held at a time.
         """
 
+    def validation_losses(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
+        """The loss of the student's prediction for one noise, at each of `validation_levels`.  -> [levels]"""
+
+    def exports(self, name: str) -> bool:
+        """Whether a weight of the student is written."""
+        return name.startswith(self.exported)
+
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the student's weights that are written, by their names in the file."""
-        return {name.removeprefix(self.exported): tensor for name, tensor in weights.items() if name.startswith(self.exported)}
+        return {name.removeprefix(self.exported): tensor for name, tensor in weights.items() if self.exports(name)}

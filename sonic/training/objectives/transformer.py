@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 
 from sonic.config import ModelConfig
 from sonic.data.clips import STATISTICS, ClipDataset, pose_latents
+from sonic.geometry import FRAMES_PER_LATENT
 from sonic.model.dit import AvatarDiT
 from sonic.registry import Registry
-from sonic.sampling.path import expand_like
+from sonic.sampling.path import expand_like, interpolate
 from sonic.sampling.schedules import TIMESTEPS
-from sonic.training.objective_config import DistillConfig, ErrorConfig, FlowMatchConfig
+from sonic.training.objective_config import DistillConfig, ErrorConfig, FlowMatchConfig, WindowConfig
 from sonic.training.objectives.networks import Networks, SharedNetworks
 from sonic.training.objectives.objective import Batch, Figure, Objective, Weighted
 from sonic.training.train_config import TrainConfig
 from sonic.types import Conditions, pick, upload
 
-QUARTERS = 4  # parts of the noise levels (0, 1] whose losses are logged apart
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # bounds of the noise levels whose losses are logged apart
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of validations
 
 
 def clean_target(clean: Tensor, noise: Tensor, sigma: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
@@ -42,6 +45,8 @@ class TransformerObjective(Objective):
 
     config: FlowMatchConfig | DistillConfig
     networks: Networks
+    makes_videos = True
+    validation_levels = SIGMAS
 
     def build_transformers(self, config: TrainConfig, dataset: object, roles: Sequence[str]) -> None:
         """Build a transformer for each role. Raises ValueError when the clips of the dataset do not fit the options."""
@@ -51,6 +56,7 @@ class TransformerObjective(Objective):
         kind = SharedNetworks if self.config.learn.rank else Networks
         self.networks = kind(config.model, self.config.learn, roles, make=self.make)
         self.roles, self.metadata = self.networks.roles, self.networks.metadata
+        self.exports_changes = bool(self.config.learn.rank)
         self.pretrained = tuple(self.networks.modules.values())
         self.target = pick(TARGETS, config.model.prediction, "model.prediction")
         std = dataset.statistics().get("cell_std") if isinstance(dataset, ClipDataset) else None
@@ -67,6 +73,19 @@ class TransformerObjective(Objective):
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The student's adapters in peft's format, or its transformer."""
         return self.networks.export(super().export(weights))
+
+    def validation_losses(self, model: AvatarDiT, batch: Batch, rng: torch.Generator) -> Tensor:
+        """The error of the model's prediction for one noise, at each of SIGMAS, with all conditions.  -> [levels]"""
+        batch, motion = split_past(batch, self.config.window, rng)
+        clean = batch["latents"]
+        conditions = replace(conditions_of(batch, self.model_config), motion=motion)
+        noise = torch.randn(clean.shape, generator=rng, device=rng.device)
+        losses = []
+        for level in SIGMAS:
+            sigma = torch.full(clean.shape[:1], level, device=clean.device)
+            prediction = self.predict(model, interpolate(clean, noise, sigma), sigma, conditions=conditions, first_block=0)
+            losses.append(self.error(prediction, clean, noise, sigma=sigma)[0])
+        return torch.stack(losses).float()
 
     def first_block(self, host: torch.Generator) -> int:
         """A random position of the window in a video, in blocks."""
@@ -114,13 +133,14 @@ def conditions_of(batch: Batch, config: ModelConfig) -> Conditions:
     return Conditions(ref=batch["ref"], text=rows, audio=batch["audio"], pose=pose)
 
 
-def by_noise_level(losses: Tensor, sigma: Tensor) -> dict[str, Weighted]:
-    """The loss of the samples in each quarter of the noise levels, by its name in the log.  losses [B] or [B,T], sigma the same or [B]"""
+def by_noise_level(losses: Tensor, sigma: Tensor, bounds: Sequence[float] = QUARTERS) -> dict[str, Weighted]:
+    """The loss of the samples between neighbouring bounds of the noise level, by its name in the log.  losses [B] or [B,T], sigma the same
+    or [B]"""
     levels = sigma if sigma.ndim == losses.ndim else repeat(sigma, "b -> b t", t=losses.shape[1])
-    quarter = rearrange((QUARTERS * levels).ceil().clamp(min=1), "... -> (...) 1")
-    inside = quarter == torch.arange(1, QUARTERS + 1, device=sigma.device)  # [samples, quarters]
+    part = rearrange(torch.bucketize(levels.contiguous(), upload(torch.tensor(bounds[1:-1]), sigma.device)), "... -> (...) 1")
+    inside = part == torch.arange(len(bounds) - 1, device=sigma.device)  # [samples, parts]
     totals = torch.where(inside, rearrange(losses, "... -> (...) 1"), 0.0).sum(0)
-    names = [f"loss_sigma_{number / QUARTERS:.2f}_{(number + 1) / QUARTERS:.2f}" for number in range(QUARTERS)]
+    names = [f"loss_sigma_{low:.2f}_{high:.2f}" for low, high in pairwise(bounds)]
     return {name: Weighted(*pair) for name, *pair in zip(names, totals, inside.sum(0), strict=True)}
 
 
@@ -128,3 +148,15 @@ def cell_weights(std: Tensor, gain: float) -> Tensor:
     """Loss weight of each latent cell by its standard deviation: 1 + gain · std / max std, scaled to mean 1.  [h,w] -> [h,w]"""
     weights = 1 + gain * std / std.max().clamp(min=1e-6)
     return weights / weights.mean()
+
+
+def split_past(batch: Batch, config: WindowConfig, rng: torch.Generator) -> tuple[Batch, Tensor | None]:
+    """Split off the first `past` latent frames of the window: the rest of the batch, and these frames, noised, as motion memory."""
+    if not config.past:
+        return batch, None
+    past, frames = batch["latents"][:, :, : config.past], FRAMES_PER_LATENT * config.past
+    level = config.past_noise * torch.rand(past.shape[0], generator=rng, device=rng.device)
+    motion = interpolate(past, torch.randn(past.shape, generator=rng, device=rng.device), level)
+    rest = {"latents": batch["latents"][:, :, config.past :], "audio": batch["audio"][..., frames:]}
+    rest |= {name: batch[name][:, frames:] for name in ("visemes", "head") if name in batch}
+    return {**batch, **rest}, motion
