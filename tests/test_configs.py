@@ -121,6 +121,7 @@ def test_each_model_has_a_default_sampler(command, model):
         "preview_velocity": ("linear", 40, 1.0),
         "wan_s2v_14b": ("unipc", 40, 4.5),
         "live_avatar_14b": ("live_avatar", 4, 1.0),
+        "sonic_svd": ("karras", 25, 2.0),
     }[model]
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 
