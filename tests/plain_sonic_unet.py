@@ -29,7 +29,7 @@ class PlainAttention(nn.Module):
         picture = attention(attn.heads, q, attn.to_k(image), attn.to_v(image))
         sound = attention(attn.heads, q, self.to_k_ip[0](audio), self.to_v_ip[0](audio))
         if self.spatial and self.given["mask"] is not None:
-            sound = sound * IPAdapterMaskProcessor.downsample(self.given["mask"][:, 0], len(sound), *sound.shape[1:])
+            sound = sound * IPAdapterMaskProcessor.downsample(self.given["mask"][:, 0].to(sound), len(sound), *sound.shape[1:])
         return attn.to_out[0](picture + self.given["scale"] * sound)
 
 
@@ -51,7 +51,7 @@ class PlainUNet(nn.Module):
                 if name.endswith("attn2"):
                     spatial = "temporal_transformer_blocks" not in name
                     layer.set_processor(PlainAttention(layer.to_q.in_features, config.cross_attention_dim, self.given, spatial=spatial))
-        self.unet.load_state_dict(weights.state_dict())
+        self.unet.load_state_dict(weights.state_dict(), assign=True)
 
     def forward(self, sample: Tensor, timestep: Tensor | float, conditions: UNetConditions) -> Tensor:
         """The prediction from conditions whose embeddings and tokens are [B,F,...] or [B,1,...]."""

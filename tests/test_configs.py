@@ -67,6 +67,7 @@ CHOICES = [(name, group, option) for name, entry in ENTRIES.items() for group, f
 PRESETS = {
     (group, option) for _, group, option in CHOICES if (ROOT / "conf" / group / option).is_dir()
 }  # a folder with a file for each model
+MODEL_OF = {"parallel=windows": ["model=sonic_svd"]}  # choices that go with some models only
 PUBLISHED = {"wan_s2v_14b": 16_295_755_609, "live_avatar_14b": 16_295_755_609}
 
 
@@ -78,6 +79,7 @@ def test_every_command_composes_without_arguments(name):
 @pytest.mark.parametrize(("name", "group", "option"), [each for each in CHOICES if each[1:] not in PRESETS])
 def test_every_choice_composes(name, group, option):
     needed = [] if group in ("train", "distill", "precompute", "ablate") else NEEDED.get(name, [])
+    needed = needed + MODEL_OF.get(f"{group}={option}", [])
     assert isinstance(compose(ENTRIES[name], [f"{group}={option}", *needed]), ENTRIES[name].schema)
 
 
@@ -121,6 +123,7 @@ def test_each_model_has_a_default_sampler(command, model):
         "preview_velocity": ("linear", 40, 1.0),
         "wan_s2v_14b": ("unipc", 40, 4.5),
         "live_avatar_14b": ("live_avatar", 4, 1.0),
+        "sonic_svd": ("karras", 25, 2.0),
     }[model]
     assert (own.schedule, own.sample_steps, own.sample_guide_scale) == steps
 

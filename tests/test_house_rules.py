@@ -35,7 +35,7 @@ MAY_IMPORT = {  # folder or module -> what it may import from sonic, besides its
     "checkpoint": {*GROUND, "assets", "model", "encoders", "vae"},
     "synthetic": {*GROUND, "data.audio", "data.pixels"},
     "data": {*GROUND, "synthetic", "evaluation.metrics"},
-    "parallel": {*GROUND, "model", "vae", "checkpoint.load", "checkpoint.lora"},
+    "parallel": {*GROUND, "model", "vae", "checkpoint.load", "checkpoint.lora", "sampling.windows"},
     "planner": {*GROUND, "model", "vae", "parallel", "training.train_config", "training.objective_config"},
     "families": {*GROUND, *BELOW_INFERENCE, "inference", "synthetic.draw_face"},
     "inference": {*GROUND, *BELOW_INFERENCE, "families.family"},
@@ -114,7 +114,7 @@ WITHOUT_TORCH = (
     "sonic/planner/training_plans.py",
     "sonic/training/plan_training.py",
 )
-LIBRARY_LINES = 28_100  # of sonic/; 17 000 is the aim for what the first edition did, without sound, Python face, controls and CUDA
+LIBRARY_LINES = 31_200  # of sonic/; 17 000 is the aim for what the first edition did, without sound, Python face, controls and CUDA
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 16, 60, 12, 6, 3
 OUT_WORDS = {  # private words of the first edition: docs/architecture.md says what stands for them
     *("told", "heard", "hear", "hears", "hearing", "said", "film", "films", "filmed", "filming", "knob", "knobs", "papers", "places"),

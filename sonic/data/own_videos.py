@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -94,9 +93,7 @@ def clips_of(path: Path, config: PrecomputeConfig, encoders: Encoders) -> Iterat
                 features = encoders.encode_audio(samples, 1 + len(samples) * encoders.fps // SAMPLE_RATE).half()
                 prompt = encoders.read(_prompt(path)) if encoders.read else None
             clip = {name: value if name == "head" else value.half() for name, value in encoders.encode(segment).items()}
-            audio = features[..., segment.first : segment.first + segment.frames]
-            audio = F.pad(audio, (0, segment.frames - audio.shape[-1]))  # zeros after the end of the sound
-            yield segment, {**clip, "audio": audio, **({} if prompt is None else {"text": prompt.half()})}
+            yield segment, {**clip, **encoders.audio_of(features, segment), **({} if prompt is None else {"text": prompt.half()})}
 
 
 def show(lines: list[dict]) -> None:
@@ -123,9 +120,8 @@ def _write_video(config: PrecomputeConfig, build: Build, job: tuple[Path, str]) 
             report.append(_report_line(video, segment, encoders.fps))
             if clip:
                 known = f"{Path(name).stem}_{len(entries):04d}"
-                entries.append(
-                    {"name": known, "video": video, "shard": name, "latent_frames": config.latent_frames, "tensors": sorted(clip)}
-                )
+                frames = clip["latents"].shape[1]
+                entries.append({"name": known, "video": video, "shard": name, "latent_frames": frames, "tensors": sorted(clip)})
                 tensors |= {f"{known}/{key}": value.contiguous() for key, value in clip.items()}
     except torch.OutOfMemoryError:  # of the encoders' device, so that every video would be left out
         raise

@@ -12,10 +12,12 @@ import torch
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
+from sonic.config import parse_size
 from sonic.data.audio import SAMPLE_RATE, envelope, frame_levels
 from sonic.data.data_config import PrecomputeConfig
+from sonic.data.face_detector import Landmarks
 from sonic.data.faces import Face, FaceFinder, find_speaker
-from sonic.data.image import cut, face_crop
+from sonic.data.image import covering, cut, face_crop
 from sonic.data.video import frames_at
 from sonic.evaluation import metrics
 from sonic.geometry import FRAMES_PER_LATENT
@@ -37,7 +39,8 @@ class Segment:
     """Frames first .. first+F-1 of a video at the model's frame rate, and the fault that keeps them from being a clip ("" = none).
 
     pixels uint8 [1+F,h,w,3] as the model needs them, with one past frame in front; `mouth` [F] opening of the mouth and `level` [F]
-    loudness of the sound, both minus their running mean over a second; sync and lag_s as measured by `checked_sync`.
+    loudness of the sound, both minus their running mean over a second; `landmarks` of the face in each frame, in pixels of the video,
+    which is `size` (width, height); sync and lag_s as measured by `checked_sync`.
     """
 
     first: int
@@ -46,6 +49,8 @@ class Segment:
     pixels: Tensor | None = None
     mouth: np.ndarray | None = None
     level: np.ndarray | None = None
+    landmarks: list[Landmarks] | None = None
+    size: tuple[int, int] | None = None
     sync: float | None = None
     lag_s: float | None = None
 
@@ -122,30 +127,46 @@ def _inspect(pictures: list[np.ndarray], samples: np.ndarray, config: Precompute
     pixels = frame(pictures, portrait, config)
     if pixels is None:
         return Segment(first, frames, f"the face does not fit into data.size={config.data.size}")
-    mouth = mouth_opening(pictures[1:], face, finder)
-    if np.isnan(mouth).any():
+    landmarks = follow_face(pictures[1:], face, finder)
+    if None in landmarks:
         return Segment(first, frames, "no face")
-    return Segment(first, frames, "", pixels, mouth, minus_running_mean(_smooth(envelope(sound, SAMPLE_RATE, frames, fps=fps))))
+    level = minus_running_mean(smoothed(envelope(sound, SAMPLE_RATE, frames, fps=fps)))
+    return Segment(first, frames, "", pixels, mouth_opening(landmarks), level, landmarks, middle.shape[1::-1])
 
 
-def mouth_opening(frames: Sequence[np.ndarray], face: Face, finder: FaceFinder) -> np.ndarray:
-    """Opening of the mouth in each frame, in distances of the eyes, minus its running mean over a second; nan around frames in which
-    the face of the middle frame is not seen.  frames uint8 [H,W,3] -> [F]"""
-    middle, opening = len(frames) // 2, np.full(len(frames), np.nan)
+def covering_frames(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
+    """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
+    width, height = parse_size(config.data.size, "data.size")
+    high, wide = pictures[0].shape[:2]
+    scale, face = max(width / wide, height / high), portrait.face
+    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
+    if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
+        return None
+    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in pictures])
+
+
+def follow_face(frames: Sequence[np.ndarray], face: Face, finder: FaceFinder) -> list[Landmarks | None]:
+    """The landmarks in each frame of the face of the middle one; None where it is not seen.  frames uint8 [H,W,3]"""
+    middle, found = len(frames) // 2, [None] * len(frames)
     for order in (range(middle, len(frames)), range(middle - 1, -1, -1)):
         last = face.landmarks
         for index in order:
-            seen = finder.follow(frames[index], last)
-            if seen is not None:
-                opening[index], last = seen.opening, seen
-    return minus_running_mean(_smooth(opening))
+            found[index] = finder.follow(frames[index], last)
+            last = found[index] or last
+    return found
 
 
-def _smooth(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
+def mouth_opening(landmarks: Sequence[Landmarks | None]) -> np.ndarray:
+    """Opening of the mouth in each frame, in distances of the eyes, minus its running mean over a second; nan around frames without
+    landmarks.  -> [F]"""
+    return minus_running_mean(smoothed(np.array([np.nan if seen is None else seen.opening for seen in landmarks])))
+
+
+def smoothed(track: np.ndarray, frames: int = SMOOTH) -> np.ndarray:
     """A running mean over an odd number of frames.  [F,...] -> [F,...]"""
     return uniform_filter1d(track.astype(np.float64), frames, axis=0, mode="nearest")
 
 
 def minus_running_mean(track: np.ndarray) -> np.ndarray:
     """The track minus its running mean over a second: removes slow changes of posture."""
-    return track - _smooth(track, SLOW)
+    return track - smoothed(track, SLOW)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -29,14 +30,20 @@ from sonic.system.worker import Crashed, Worker
 LOG = logging.getLogger(__name__)
 
 
+def features_of(features: Tensor, segment: Segment) -> dict[str, Tensor]:
+    """The features of the sound of a segment, zeros after the end of the sound.  [K,E,F of the video] -> audio [K,E,F]"""
+    audio = features[..., segment.first : segment.first + segment.frames]
+    return {"audio": F.pad(audio, (0, segment.frames - audio.shape[-1]))}
+
+
 @dataclass(frozen=True)
 class Encoders:
     """The encoders that turn sound, frames and prompts into training data; built once in every worker.
 
     encode_audio(samples float32 16 kHz [n], F) -> features [K,E,F] at `fps`; autoencoder: reference(picture) and encode(MotionLayers)
     or encode(frames), depending on the model; read(prompt) -> text features [L,E], None for a model without prompts; hashes of the
-    weights by metadata key; `frame` and `encode` give the frames of a segment of a video and the tensors of its clip. Data of kind
-    "spoken" need none of them.
+    weights by metadata key; `frame`, `encode` and `audio_of` give the frames of a segment of a video, the tensors of its clip, and those
+    of its sound, from the features of the whole recording. Data of kind "spoken" need none of them.
     """
 
     encode_audio: Callable[[np.ndarray, int], Tensor] | None
@@ -46,6 +53,7 @@ class Encoders:
     fps: int = FPS
     frame: Framing | None = None
     encode: Callable[[Segment], dict[str, Tensor]] | None = None
+    audio_of: Callable[[Tensor, Segment], dict[str, Tensor]] = features_of
 
 
 Build = Callable[[PrecomputeConfig], Encoders]

@@ -30,10 +30,10 @@ class ClipSound(NamedTuple):
     buckets: Tensor
 
 
-def tick_windows(states: Tensor, ticks: tuple[int, int]) -> Tensor:
-    """A view of the states around the beginning of each frame, zeros where there are none.  [ticks,...] -> [n,window,...]"""
+def tick_windows(states: Tensor, ticks: tuple[int, int], *, step: int = FRAME_TICKS) -> Tensor:
+    """A view of the states around the beginning of each frame of `step` ticks, or zeros.  [ticks,...] -> [n,window,...]"""
     padded = F.pad(states, (0, 0) * (states.dim() - 1) + ticks)
-    return padded.unfold(0, sum(ticks), FRAME_TICKS)[: len(states) // FRAME_TICKS].movedim(-1, 1)
+    return padded.unfold(0, sum(ticks), step)[: len(states) // step].movedim(-1, 1)
 
 
 class FrameTokens(nn.Module):

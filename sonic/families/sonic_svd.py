@@ -34,6 +34,7 @@ from sonic.inference.inputs import InMemory, Settings
 from sonic.inference.post_process import numbered, process_pixels
 from sonic.inference.report import StageTimer
 from sonic.inference.rollout import seeded
+from sonic.inference.svd_clips import svd_clip_encoders, svd_encoder_hashes
 from sonic.inference.svd_picture import SvdPicture, published_svd_size
 from sonic.model.svd_unet import SvdUNet
 from sonic.parallel.context import DistributedContext
@@ -180,12 +181,12 @@ class SonicSvd(Family):
             yield from numbered(process_pixels(chunks, options.post, inputs.fps))
 
     def clip_encoders(self, config: PrecomputeConfig) -> Encoders:
-        """No clips are made for this family yet."""
-        raise ValueError(f"model={config.model.name}: no clips are made for it")
+        """The encoders of its checkpoint, for clips of one's own videos."""
+        return svd_clip_encoders(_checkpoint(config.model), config)
 
     def encoder_hashes(self, config: ModelConfig, autoencoder: str = "") -> dict[str, str]:
-        """None, because no clips are made."""
-        return {}
+        """The hashes of the files that the encoders were converted from."""
+        return svd_encoder_hashes(_checkpoint(config)) if config.weights else {}
 
 
 def _checkpoint(config: ModelConfig) -> SonicCheckpoint:

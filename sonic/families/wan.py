@@ -19,13 +19,13 @@ from torch import Tensor
 from sonic.checkpoint.converted import Checkpoint
 from sonic.checkpoint.official import VAE_FILE
 from sonic.checkpoint.speech_weights import MakeSpeechEncoder, open_speech_encoder, speech_hash
-from sonic.config import ModelConfig, parse_size
+from sonic.config import ModelConfig
 from sonic.data.audio import load_speech
 from sonic.data.data_config import PrecomputeConfig
 from sonic.data.image import covering, load_image
 from sonic.data.motion import pose_motion
 from sonic.data.pixels import signed, to_bytes, to_signed
-from sonic.data.segments import Segment
+from sonic.data.segments import Segment, covering_frames
 from sonic.data.shards import Encoders
 from sonic.data.video import frames_at
 from sonic.encoders.wav2vec import Wav2VecEncoder, num_resampled, published_clips
@@ -200,7 +200,7 @@ class Wan(Family):
             read=lambda prompt: F.pad(found := rows(prompt)[0].cpu(), (0, 0, 0, length - len(found))),
             hashes=self.encoder_hashes(config.model),
             fps=fps,
-            frame=_covering_frames,
+            frame=covering_frames,
             encode=partial(_encode, autoencoder),
         )
 
@@ -306,17 +306,6 @@ def _audio_weights(inputs: Inputs, patch: int, scale: float) -> Tensor | None:
         return scale * (coverage > 0.5).float()
     height, width = inputs.portrait.pixels.shape[:2]
     return None if scale == 1 else torch.full((1, 1, height // patch, width // patch), scale)
-
-
-def _covering_frames(pictures: list[np.ndarray], portrait: Portrait, config: PrecomputeConfig) -> Tensor | None:
-    """The frames scaled and centrally cropped to data.size; None when that would cut the face."""
-    width, height = parse_size(config.data.size, "data.size")
-    high, wide = pictures[0].shape[:2]
-    scale, face = max(width / wide, height / high), portrait.face
-    across, down = (wide - width / scale) / 2, (high - height / scale) / 2  # px lost at each side
-    if face.x < across or face.y < down or face.x + face.width > wide - across or face.y + face.height > high - down:
-        return None
-    return torch.stack([torch.from_numpy(covering(frame, width, height)) for frame in pictures])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from sonic.data.audio import envelope, load_speech
 from sonic.data.faces import FaceFinder, find_speaker
 from sonic.data.image import covering, load_image
 from sonic.data.pixels import to_signed
-from sonic.data.segments import minus_running_mean, mouth_opening
+from sonic.data.segments import follow_face, minus_running_mean, mouth_opening
 from sonic.evaluation import metrics
 from sonic.evaluation.evaluate import drawn_cases, generate_frames, save_video, score_clip
 from sonic.evaluation.evaluate_config import EvalConfig
@@ -134,7 +134,9 @@ def portrait_sampler(student: Student, components: Components, sampler: SamplerC
             pipe = AvatarPipeline(asked, components.with_model(model))
             with closing(pipe.generate(inputs)) as chunks:
                 frames_out = torch.cat([torch.as_tensor(chunk.pixels).cpu() for chunk in chunks])
-        mouth = np.nan_to_num(mouth_opening(frames_out.numpy(), face, finder))  # a face that is not seen does not move its mouth
+        mouth = np.nan_to_num(
+            mouth_opening(follow_face(frames_out.numpy(), face, finder))
+        )  # a face that is not seen does not move its mouth
         level = minus_running_mean(envelope(speech.samples, speech.sample_rate, len(mouth), fps=fps))
         figures = {"eval/sync_correlation": metrics.best_lag(mouth, level, MAX_LAG)[0], "eval/mouth_motion": float(np.std(mouth))}
         frames = to_signed(rearrange(frames_out, "f h w c -> f c h w"))

@@ -43,7 +43,7 @@ def test_segments_are_consecutive_and_each_has_the_frame_before_it(config, monke
         return Segment(first, len(held) - 1)
 
     monkeypatch.setattr(segments, "_inspect", looked)
-    read = read_segments("video.mp4", np.zeros(0, np.float32), config, fps=FPS, frame=wan._covering_frames)
+    read = read_segments("video.mp4", np.zeros(0, np.float32), config, fps=FPS, frame=segments.covering_frames)
     found = [(segment.first, segment.frames, segment.fault) for segment in read]
     assert found == [(1, LENGTH, ""), (1 + LENGTH, LENGTH, ""), (1 + 2 * LENGTH, 5, "shorter than a clip of 0.5 s")]
     assert seen == [list(range(LENGTH + 1)), list(range(LENGTH, 2 * LENGTH + 1))]
@@ -55,7 +55,7 @@ def test_the_sound_of_a_segment_is_that_of_its_own_frames(config, frame, monkeyp
     monkeypatch.setattr(segments, "frames_at", lambda path, fps: iter(numbered(1 + 3 * LENGTH)))
     samples = np.zeros((1 + 3 * LENGTH) * SAMPLES, np.float32)
     samples[frame * SAMPLES : (frame + 1) * SAMPLES] = 0.5
-    found = [segment.fault for segment in read_segments("video.mp4", samples, config, fps=FPS, frame=wan._covering_frames)]
+    found = [segment.fault for segment in read_segments("video.mp4", samples, config, fps=FPS, frame=segments.covering_frames)]
     assert found == ["silent", "no face", "silent"]  # the pictures are grey, so no face is found where there is sound
 
 
@@ -105,7 +105,7 @@ def test_a_face_fits_when_the_middle_of_the_picture_holds_all_of_it(config, box,
     if upright:
         held, face = [np.zeros((160, 60, 3), np.uint8)] * 2, FaceBox(y, x, height, width)
     sized = replace(config, data=replace(config.data, size="64x64"))
-    found = wan._covering_frames(held, Portrait(held[0], face, Mouth(1, 1, 1)), sized)
+    found = segments.covering_frames(held, Portrait(held[0], face, Mouth(1, 1, 1)), sized)
     assert (found is not None) is fits
     assert found is None or found.shape == (2, 64, 64, 3)
 

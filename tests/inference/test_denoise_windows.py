@@ -81,6 +81,16 @@ def test_a_step_of_one_window_is_the_formula(conditions):
     assert_close(seen[0], euler_step(x, clean_from(x, v, now), sigma=now, following=following), atol=1e-3, rtol=1e-5)
 
 
+def test_both_motion_buckets_are_scaled_and_the_frame_rate_is_not(conditions):
+    network, scaled = Recorded(), Recorded()
+    for found, scale in ((network, 1.0), (scaled, 1.3)):
+        denoise_clip(found, conditions, torch.randn(FRAMES, 4, 8, 8), sampling=sampling(dynamic_scale=scale))
+    ids, other = (torch.stack([given.added_ids for _, _, given in found.calls]) for found in (network, scaled))
+    assert_close(other, ids * torch.tensor([1.0, 1.3, 1.3]))
+    window = windows_of(FRAMES, 0, TINY)[1]
+    assert_close(ids[1, 0], torch.cat([torch.tensor([12.5]), conditions.buckets[window].mean(0)]))
+
+
 def test_latents_stay_in_float32_beside_a_network_in_bfloat16(conditions):
     half = ClipConditions(
         conditions.image_latents, conditions.tokens.bfloat16(), conditions.silence.bfloat16(), conditions.buckets, conditions.image_embed

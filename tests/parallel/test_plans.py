@@ -50,7 +50,8 @@ def weights(tmp_path_factory) -> str:
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_plan_makes_the_video_and_the_clip_of_one_rank(count, weights):
     plans = TINY | PREVIEW
-    assert {plan.name for plan in plans.values()} == set(PLAN_NAMES) - {"single", "zero3"}  # zero3 has a test of its own
+    elsewhere = {"single", "zero3", "windows"}  # the last two have tests of their own
+    assert {plan.name for plan in plans.values()} == set(PLAN_NAMES) - elsewhere
     same_as_single(plans, on_ranks(count, made_under_all, SINGLE | plans, weights, GIVEN_UP, timeout_s=240))
 
 

@@ -12,9 +12,10 @@ from sonic.cli import compose, group_choices
 from sonic.commands import infer_command, train_command
 from sonic.commands.plan_command import ENTRY, TRAINING_ENTRY, entry_of
 from sonic.config import Ranks
+from sonic.families import FAMILIES
 from sonic.families.wan import Wan
 from sonic.inference import choose_plan
-from sonic.parallel.parallel_config import PLANS, HardwareConfig
+from sonic.parallel.parallel_config import HardwareConfig
 from sonic.planner.command_line import command_line
 from sonic.planner.hardware import RATES, hardware_here
 from sonic.planner.search import as_json, search_plans
@@ -155,7 +156,7 @@ def test_ranks_that_run_are_spread_over_machines_as_they_were_started():
 @pytest.mark.parametrize("devices", range(1, 17))
 def test_any_number_of_devices_gives_plans_or_a_sentence(devices):
     jobs = [(f"model={model}", "parallel=auto") for model in group_choices("model")]
-    jobs += [("model=preview", f"parallel={name}") for name in PLANS]
+    jobs += [("model=preview", f"parallel={name}") for name in FAMILIES["preview"].plans]
     jobs += [(*DISTILL, *more) for more in ((), ("parallel=fsdp",), ("parallel.context=2", "parallel=fsdp"), ("budget.accumulate=1",))]
     jobs += [("+train=audio_adapter", f"budget.accumulate={batches}") for batches in (1, 6, 64)]
     jobs += [("+train=preview_dit", "data.window=9"), ("+distill=preview_2step",)]

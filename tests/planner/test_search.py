@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 import pytest
 
 from sonic.cli import Entry, compose, group_choices
+from sonic.families import FAMILIES
 from sonic.parallel.layer_ranges import best_ranges
 from sonic.parallel.parallel_config import PLANS, PlanConfig
 from sonic.parallel.parallelize import Parallelizer, parallelizer_of
@@ -39,7 +40,8 @@ def chosen(*items):
 def test_a_plan_is_one_row_of_a_table_and_a_file_of_options():
     assert {"auto", *PLANS} == set(group_choices("parallel"))
     for name, code in PLANS.items():
-        assert compose(PLAN, [f"parallel={name}"]).parallel.name == name
+        model = next(each for each in group_choices("model") if name in FAMILIES[compose(PLAN, [f"model={each}"]).model.family].plans)
+        assert compose(PLAN, [f"model={model}", f"parallel={name}"]).parallel.name == name
         assert isinstance(parallelizer_of(name), Parallelizer)
         for module, part in (("plans", code.estimate), ("track", code.tracker)):
             assert not part or callable(resolve_name(f"sonic.planner.{module}:{part}"))
@@ -64,7 +66,7 @@ def test_what_fits_is_chosen_before_what_does_not_and_the_fast_before_the_slow(h
 
 def test_every_plan_is_shown_and_one_that_leaves_devices_idle_is_chosen_when_no_other_fits():
     four, two = plan("hardware=4x24gb", "+preset=standard"), plan("hardware=2x24gb", "+preset=standard")
-    assert {each.parallel.name for each in four.plans} == set(PLANS)
+    assert {each.parallel.name for each in four.plans} == set(FAMILIES["wan"].plans)
     assert four.chosen.parallel.name == "pipeline"
     assert two.chosen.parallel.name == "offload" and two.fits
     assert all(each.missing_gib(two.hardware) for each in two.plans if not by_name(each.parallel, two.hardware))
@@ -152,7 +154,7 @@ def test_proposed_changes_help(asked):
         assert plan(*options, *change.options).fits, change.sentence
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", FAMILIES["wan"].plans)
 def test_less_needs_less_and_more_devices_need_no_more_of_each(name):
     asked = (f"parallel={name}", "sampler=euler", "sampler.sample_steps=8")
     asked += ("hardware.usable_gib=100", "hardware.memory_gib=0", "hardware.host_gib=1000")

@@ -46,7 +46,7 @@ LORA = AdapterConfig(rank=4, alpha=4.0, targets=["attn1", "to_k_ip", "ff"])
 def sound_networks(config):
     """Small networks of the sound, with random weights."""
     tokens, width = config.unet.audio_tokens, config.unet.cross_attention_dim
-    return FrameTokens(10 * LAYERS * STATES, 16, tokens, width), FrameBuckets(50 * STATES + width, 16)
+    return FrameTokens(10 * LAYERS * STATES, 16, tokens=tokens, width=width), FrameBuckets(50 * STATES + width, 16)
 
 
 class Audio(SvdAudio):
@@ -302,9 +302,13 @@ def share_held(folder):
     return sum(getattr(w, "to_local", lambda w=w: w)().numel() for w in weights) / sum(w.numel() for w in weights)
 
 
-def test_half_precision_trains_like_float32(tmp_path):
+@pytest.mark.parametrize(("engine", "ranks"), [("local", 1), ("fsdp", 2), ("zero2", 2)])
+def test_half_precision_trains_like_float32(engine, ranks, tmp_path):
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
     trained(tmp_path / "exact", "audio", {"steps": 2})
-    trained(tmp_path / "half", "audio", {"steps": 2, "precision": "bfloat16"})
+    half = {"steps": 2, "precision": "bfloat16", "engine": engine}
+    on_ranks(2, launched, str(tmp_path / "half"), "audio", half) if ranks > 1 else trained(tmp_path / "half", "audio", half)
     exact, half = losses_in(tmp_path / "exact"), losses_in(tmp_path / "half")
     assert not torch.equal(half, exact)
     assert_close(half, exact, rtol=0.05, atol=0)
