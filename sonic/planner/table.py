@@ -11,8 +11,8 @@ from rich.table import Table
 
 from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
-from sonic.planner.search import PlanResult, Tracked, reason
-from sonic.planner.workload import Training, Workload
+from sonic.planner.search import Job, PlanResult, Tracked, reason
+from sonic.planner.workload import Training
 
 Ranks = Sequence[Mapping[str, float]]  # GiB of every rank by phase; empty when it was not tracked
 
@@ -51,12 +51,12 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console 
         console.print("  no single change of plan, length, size or what else can be less makes it fit; it needs more memory")
 
 
-def _job(work: Workload) -> str:
+def _job(work: Job) -> str:
     """The planned job in a few words."""
     of = f"{work.model.name}, {work.width}x{work.height}"
     if isinstance(work, Training):
         return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.tokens} tokens in a clip"
-    return f"{of}, {work.tokens} tokens, {work.steps} steps"
+    return f"{of}, {work.about}"
 
 
 def _plans(found: PlanResult) -> Table:
