@@ -74,8 +74,8 @@ def _items(plan: Plan, tracked: Ranks) -> Table:
     """The table of items by rank for a video, and by phase for a training, whose ranks are equal."""
     columns = _phases(plan, tracked) if plan.unit == "step" else _ranks(plan, tracked)
     table = Table("GiB", *columns, title=f"{plan.name}, {'phase by phase' if plan.unit == 'step' else 'rank by rank'}")
-    for item in next(iter(columns.values())).items:
-        sizes = [column.items[item] / GIB for column in columns.values()]
+    for item in dict.fromkeys(item for column in columns.values() for item in column.items):
+        sizes = [column.items.get(item, 0.0) / GIB for column in columns.values()]
         if any(sizes):
             first = " (first)" if item.endswith("encoder") else ""
             table.add_row(item.replace("_", " ") + first, *(f"{size:.2f}" for size in sizes))

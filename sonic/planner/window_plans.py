@@ -37,10 +37,11 @@ instead = videos.instead
 
 
 def plan(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """The plan of this config, with the command-line options that select it."""
+    """The plan of this config, with the command-line options that select it, and the size, which is made of the short side."""
     makers = {"fsdp": sharded, "offload": offloaded}
     found = makers.get(parallel.name, whole)(work, hardware, parallel)
-    return replace(found, options=instead(found.parallel, ParallelConfig()))
+    short = f"video.min_resolution={min(work.width, work.height)}"
+    return replace(found, options=(*instead(found.parallel, ParallelConfig()), short))
 
 
 def candidates(asked: ParallelConfig, work: WindowWorkload, hardware: HardwareConfig) -> Iterator[ParallelConfig]:
@@ -126,13 +127,13 @@ def _ranks(
     reserve, clip, decoder = hardware.reserve_gib * GIB, clip_bytes(work, count), decoder_bytes(work)
     own = {"weights": weights, **denoise, **clip}
     held = {"latents": 2 * work.frames * work.latent_pixels * LATENT_BYTES, "audio_tokens": clip["audio_tokens"]}
-    names = [*first_bytes(work), *own, *decoder]
-
-    def rank(**phases: Mapping[str, float]) -> Phases:
-        return {phase: {**{name: items.get(name, 0.0) for name in names}, "reserve": reserve} for phase, items in phases.items()}
-
-    leader = rank(encode=first_bytes(work), denoise={**own, "vae": decoder["vae"]}, decode={"weights": weights, **decoder, **held})
-    return (leader, *[rank(encode={}, denoise=own, decode={"weights": weights, **held})] * (count - 1))
+    phases = {
+        "encode": first_bytes(work),
+        "denoise": {**own, "vae": decoder["vae"]},
+        "decode": {"weights": weights, **decoder, **held},
+    }
+    leader = {phase: {**items, "reserve": reserve} for phase, items in phases.items()}
+    return (leader, *[{"denoise": {**own, "reserve": reserve}}] * (count - 1))
 
 
 def _plan(

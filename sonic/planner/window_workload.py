@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sonic.config import ModelConfig, precision_of
 from sonic.families import FAMILIES
@@ -12,9 +12,9 @@ from sonic.model.unet_counts import WindowCall, cached_numbers, unet_end_weights
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.memory import Items
 from sonic.planner.workload import DTYPE_BYTES, size_for
+from sonic.sampling.windows import CACHED_FRAMES
 
 ASSUMED_SECONDS = 10.0  # length of a video whose recording is not known
-CACHED_FRAMES = 250  # longest clip whose audio keys and values are kept
 GATED_MLP = 8 + 4 + 4  # copies of the tokens in the widest moment of an MLP: both halves of its hidden layer, the gate, their product
 AROUND = 7  # copies around it: its input, three sums before it, the input of time, and the input and output of space
 LATENT_BYTES = 16  # of a pixel of the latents: 4 channels in float32
@@ -91,8 +91,6 @@ class WindowWorkload:
 def window_workload(config: PlanConfig, seconds: float = 0.0) -> WindowWorkload:
     """The video of a planner's config for a recording of this length (0 = not known). Raises ValueError for an impossible size."""
     model, sampler, video, published = config.model, config.sampler, config.video, bool(config.video.compat)
-    if not video.min_resolution and not sized(config):
-        video = replace(video, min_resolution=FAMILIES[model.family].short_side)
     picture, sound = sampler.sample_guide_scale, sampler.audio_guide_scale
     frames = int((seconds or video.duration or ASSUMED_SECONDS) * model.rollout.fps) // 2
     return WindowWorkload(
@@ -106,11 +104,6 @@ def window_workload(config: PlanConfig, seconds: float = 0.0) -> WindowWorkload:
         doubled=video.interpolate != "none",
         dtype_bytes=DTYPE_BYTES[precision_of(config.run.dtype, model)],
     )
-
-
-def sized(config: PlanConfig) -> bool:
-    """Whether the size of the video is known in pixels."""
-    return "x" in config.video.size
 
 
 def sublayer_bytes(work: WindowWorkload) -> Iterator[tuple[int, float]]:
