@@ -15,8 +15,9 @@ from torch import Tensor
 from sonic.config import UNetConfig
 from sonic.geometry import PIXELS_PER_LATENT
 from sonic.model.svd_unet import SvdUNet, UNetConditions
+from sonic.model.unet_counts import CACHED_FRAMES
 from sonic.sampling.karras import clean_from, euler_step, flow_sigma, karras_sigmas, network_input, noisy_start, timestep_of
-from sonic.sampling.windows import ALONE, CACHED_FRAMES, Spread, windows_of
+from sonic.sampling.windows import ALONE, Spread, windows_of
 from sonic.system.heartbeat import heartbeat
 
 TIMESTEPS = 1000  # a callback is given 1000 times the share of noise, as those of other models

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sonic.config import UNetConfig
 
+CACHED_FRAMES = 250  # longest clip whose audio keys and values are kept: in a longer one they would take more memory than they save time
 IN_CHANNELS, OUT_CHANNELS, ADDED_IDS = 8, 4, 3
 
 

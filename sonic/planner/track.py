@@ -38,7 +38,7 @@ from sonic.vae.wan_vae import WanAutoencoder
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 WARM_LATENTS = 7  # latent frames decoded before the first block
 RUNNING = 2  # layers of an offloading plan that run
-OTHERS = {WindowWorkload: "sonic.planner.track_windows:track_windows"}  # what measures videos of other types, by type
+OTHERS = {WindowWorkload: "sonic.inference.track_windows:track_windows"}  # what measures videos of other types, by type
 
 
 class Footprint(NamedTuple):

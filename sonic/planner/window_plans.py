@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from sonic.families import FAMILIES
 from sonic.parallel.layer_ranges import resident_layers
@@ -74,7 +75,7 @@ def whole(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConf
     count = 1 if PLANS[parallel.name].one_rank else hardware.ranks
     ranks = _ranks(work, hardware, count, weights=unet_bytes(work), denoise={"activations": call_bytes(work)})
     weights = work.calls(count) * s.memory_seconds(unet_bytes(work), hardware)
-    return _plan(work, hardware, parallel, ranks, seconds=_seconds(work, hardware, count, weights=weights))
+    return _plan(work, parallel, ranks, seconds=_seconds(work, hardware, count, weights=weights))
 
 
 def sharded(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
@@ -87,7 +88,7 @@ def sharded(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelCo
     moved = work.calls(count) * max(moved, s.host_seconds(piece, hardware) if away else 0.0)
     name = f"fsdp{'+cpu_offload' * away}"
     host = HOST_GIB * GIB + (piece if away else 0.05 * piece)
-    return _plan(work, hardware, parallel, ranks, name=name, host=host, seconds=_seconds(work, hardware, count, weights=moved))
+    return _plan(work, parallel, ranks, name=name, host=host, seconds=_seconds(work, hardware, count, weights=moved))
 
 
 def _gathered(work: WindowWorkload, parallel: ParallelConfig, shards: int) -> float:
@@ -114,7 +115,7 @@ def offloaded(work: WindowWorkload, hardware: HardwareConfig, parallel: Parallel
     settled = replace(parallel, offload=replace(options, resident_gib=round(number * largest / GIB + 0.001, 3)))
     where = "their file" if mapped else "host memory"
     return replace(
-        _plan(work, hardware, settled, ranks, name=f"offload{'+mmap' * mapped}", host=HOST_GIB * GIB + waiting * (not mapped),
+        _plan(work, settled, ranks, name=f"offload{'+mmap' * mapped}", host=HOST_GIB * GIB + waiting * (not mapped),
               seconds=_seconds(work, hardware, 1, weights=work.calls() * waiting / s.GIGA / rate)),
         given_up=f"{waiting / GIB:.1f} GiB of weights wait in {where}" if waiting else "",
     )  # fmt: skip
@@ -136,9 +137,7 @@ def _ranks(
     return (leader, *[{"denoise": {**own, "reserve": reserve}}] * (count - 1))
 
 
-def _plan(
-    work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConfig, ranks: tuple[Phases, ...], *, seconds: Seconds, **more: object
-) -> Plan:
+def _plan(work: WindowWorkload, parallel: ParallelConfig, ranks: tuple[Phases, ...], *, seconds: Seconds, **more: Any) -> Plan:
     """A plan with its name, host memory and what else `more` has; its times are of the whole video."""
     given = {"name": parallel.name, "host": HOST_GIB * GIB, **more}
     return Plan(parallel=parallel, ranks=ranks, seconds=seconds, frames=work.shown, unit="video", **given)

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from sonic.config import ModelConfig, precision_of
 from sonic.families import FAMILIES
 from sonic.geometry import PIXELS_PER_LATENT
-from sonic.model.unet_counts import WindowCall, cached_numbers, unet_end_weights, unet_operations, unet_units, unet_weights, unit_weights
+from sonic.model.unet_counts import (
+    CACHED_FRAMES,
+    WindowCall,
+    cached_numbers,
+    unet_end_weights,
+    unet_operations,
+    unet_units,
+    unet_weights,
+    unit_weights,
+)
 from sonic.parallel.parallel_config import PlanConfig
 from sonic.planner.memory import Items
 from sonic.planner.workload import DTYPE_BYTES, size_for
-from sonic.sampling.windows import CACHED_FRAMES
 
 ASSUMED_SECONDS = 10.0  # length of a video whose recording is not known
 GATED_MLP = 8 + 4 + 4  # copies of the tokens in the widest moment of an MLP: both halves of its hidden layer, the gate, their product

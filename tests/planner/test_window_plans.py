@@ -103,7 +103,7 @@ def test_rows_of_guidance_without_weight_are_not_planned(picture, sound, rows):
 
 
 @pytest.mark.parametrize("hardware", ["1x24gb", "4x24gb"])
-def test_what_is_said_to_fit_fits_when_its_options_are_given(hardware):
+def test_proposed_changes_make_a_video_fit(hardware):
     asked = ("video.size=1024x1024", f"hardware={hardware}")
     found = search_plans(compose(ENTRY, ["model=sonic_svd", *asked]))
     assert not found.fits and "decode phase" in as_json(found)["plans"][0]["reason"]
@@ -129,10 +129,10 @@ def test_plans_that_cannot_run_are_refused_with_the_way_out(items, sentence):
 
 def test_all_plans_have_a_command_that_makes_the_planned_size():
     found = replace(planned("hardware=4x24gb", "video.size=512x512"), asked=("model=sonic_svd", "video.size=512x512"))
-    said = json.loads(json.dumps(as_json(found)))
-    assert {plan["plan"] for plan in said["plans"]} >= {"single", "windows", "fsdp", "offload", "fsdp+cpu_offload"}
-    assert all("video.min_resolution=512" in plan["command"] for plan in said["plans"])
-    assert said["chosen"]["seconds_per_video"] > 0 and "nproc-per-node=4" in said["chosen"]["command"]
+    written = json.loads(json.dumps(as_json(found)))
+    assert {plan["plan"] for plan in written["plans"]} >= {"single", "windows", "fsdp", "offload", "fsdp+cpu_offload"}
+    assert all("video.min_resolution=512" in plan["command"] for plan in written["plans"])
+    assert written["chosen"]["seconds_per_video"] > 0 and "nproc-per-node=4" in written["chosen"]["command"]
 
 
 class Unread:
