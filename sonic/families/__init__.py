@@ -14,7 +14,8 @@ class FamilyEntry(NamedTuple):
     its new cache included; `decode_time` is relative to the Wan VAE. `moves_portrait` is true for latents that are the motion of a face:
     zero latents move nothing, and drawn people, whose motion is known, serve as data and as tests. The published weights of the models
     `adapted` are an adapter for another model's. `short_side` is the usual short side in pixels of a model that makes 12.5 frames per
-    second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder. `plans` are the names in
+    second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder. `workload` is the
+    function that describes a video to the planner. `plans` are the names in
     parallel_config.PLANS of what can divide its network among ranks.
     """
 
@@ -28,6 +29,7 @@ class FamilyEntry(NamedTuple):
     adapted: tuple[str, ...] = ()
     short_side: int = 0
     download: str = "sonic.checkpoint.official"
+    workload: str = "sonic.planner.workload:video_workload"
     plans: tuple[str, ...] = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 
     @property
@@ -42,6 +44,7 @@ _SONIC = FamilyEntry(
     *("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0),
     short_side=512,
     download="sonic.checkpoint.sonic_folder",
+    workload="sonic.planner.window_workload:window_workload",
     plans=("single", "windows", "fsdp", "offload"),
 )
 FAMILIES = Registry("model.family", {"preview": _PREVIEW, "wan": _WAN, "sonic_svd": _SONIC})

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from sonic.config import PHOTO_SIZE, Ranks, VideoConfig, parse_size
+from sonic.data.audio_decode import track_seconds
 from sonic.data.image import BROKEN_FILE, LARGEST_PICTURE, SMALLEST_SIDE, load_image
 from sonic.evaluation.metrics import peak_rss_gib
 from sonic.families.family import Family, family_of
@@ -20,7 +21,7 @@ from sonic.geometry import GIB
 from sonic.inference.components import find_device
 from sonic.inference.fit_picture import wan_video_size
 from sonic.inference.infer_config import InferConfig
-from sonic.inference.inputs import PORTRAITS
+from sonic.inference.inputs import PORTRAITS, RECORDINGS
 from sonic.inference.requests import read_requests, request_of
 from sonic.parallel.mesh import World, degrees
 from sonic.parallel.parallel_config import HardwareConfig, ParallelConfig, PlanConfig
@@ -42,6 +43,7 @@ class Estimate:
 
     plan: Plan
     config: PlanConfig
+    seconds: float = 0.0  # of the recording; 0 = not known
     started: float = field(default_factory=lambda: peak_rss_gib() * GIB)
     measured_gib: list[float] = field(default_factory=list)
 
@@ -85,7 +87,7 @@ def choose_plan(
         log.info("parallel=auto: %s, %.1f GiB on the fullest rank", plan.name, max(plan.peak_gib))
     if asked.name not in ("auto", "pipeline"):  # the planner has also chosen the stages of a pipeline
         plan = replace(plan, parallel=_with_residents(asked, plan, device))
-    return Estimate(plan, plan_config)
+    return Estimate(plan, plan_config, _seconds(config))
 
 
 def would_help(config: InferConfig, ranks: Ranks, error: BaseException) -> str:
@@ -101,7 +103,7 @@ def refuse_larger(found: Estimate, size: tuple[int, int], *, force: bool) -> Non
     if video.size == PHOTO_SIZE or height * width <= prod(parse_size(video.size)):
         return
     larger = replace(found.config, video=replace(video, size=f"{width}x{height}"))
-    answer = search_plans(replace(larger, parallel=replace(found.plan.parallel, replicas=1)), idle=False)
+    answer = search_plans(replace(larger, parallel=replace(found.plan.parallel, replicas=1)), idle=False, seconds=found.seconds)
     if not answer.fits and not force:
         raise ValueError(_refusal(answer))
 
@@ -114,7 +116,7 @@ def _search(
     model, video_size = (family or family_of(config.model)).settled_model(config.model), _video_size(config, size)
     video = config.video if video_size == PHOTO_SIZE else replace(config.video, size=video_size, min_resolution=0)
     plan_config = _plan_config(replace(config, model=model, video=video), hardware, ranks)
-    return search_plans(plan_config, idle=False), plan_config
+    return search_plans(plan_config, idle=False, seconds=_seconds(config)), plan_config
 
 
 def _with_residents(asked: ParallelConfig, plan: Plan, device: torch.device) -> ParallelConfig:
@@ -147,7 +149,15 @@ def _plan_config(config: InferConfig, hardware: HardwareConfig, ranks: Ranks) ->
     alone = replace(hardware.part(hardware.ranks // sharing), host_gib=hardware.host_gib / copies_here)
     one_each = parallel.name == "fsdp" and alone.ranks == 1  # every rank has a whole copy of the model, so nothing is sharded
     per_video = replace(parallel, replicas=1, name="single" if one_each else parallel.name)
-    return PlanConfig(run=config.run, model=config.model, hardware=alone, parallel=per_video, sampler=config.sampler, video=config.video)
+    return PlanConfig(
+        run=config.run,
+        model=config.model,
+        hardware=alone,
+        parallel=per_video,
+        sampler=config.sampler,
+        video=config.video,
+        decode=config.decode,
+    )
 
 
 def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
@@ -163,6 +173,15 @@ def _video_size(config: InferConfig, known: tuple[int, int] | None) -> str:
         pixels = load_image(PORTRAITS.get(config.image, config.image))
         sizes = [wan_video_size(pixels.shape[1], pixels.shape[0], config.video)]
     return "x".join(map(str, max(sizes, key=prod))) if sizes else PHOTO_SIZE
+
+
+def _seconds(config: InferConfig) -> float:
+    """Length of the recording by its time stamps; 0 when it is no file, or one that is refused when its video is made."""
+    path = Path(RECORDINGS.get(config.audio, config.audio))
+    try:
+        return track_seconds(path) if path.is_file() and not config.requests else 0.0
+    except (ValueError, OSError):
+        return 0.0
 
 
 def _portrait_of(line: str, config: InferConfig) -> str:

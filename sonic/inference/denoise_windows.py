@@ -16,11 +16,10 @@ from sonic.config import UNetConfig
 from sonic.geometry import PIXELS_PER_LATENT
 from sonic.model.svd_unet import SvdUNet, UNetConditions
 from sonic.sampling.karras import clean_from, euler_step, flow_sigma, karras_sigmas, network_input, noisy_start, timestep_of
-from sonic.sampling.windows import ALONE, Spread, windows_of
+from sonic.sampling.windows import ALONE, CACHED_FRAMES, Spread, windows_of
 from sonic.system.heartbeat import heartbeat
 
 TIMESTEPS = 1000  # a callback is given 1000 times the share of noise, as those of other models
-CACHED_FRAMES = 250  # longest clip whose audio keys and values are kept: in a longer one they would take more memory than they save time
 NOTHING, SILENT, SOUND = "nothing", "silent", "sound"  # rows of guidance by what they are given; all but the first have the picture
 OnClipStep = Callable[[int, float, Tensor], None]  # called after a step with (step, timestep 0..1000, latents of the whole clip)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
+from diffusers.models.resnet import AlphaBlender
 from diffusers.models.upsampling import Upsample2D
 from einops import rearrange
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class SvdUNet(UNetSpatioTemporalConditionModel):
                 layer.ff_in = ChunkedMlp(layer.norm3.normalized_shape[0], activation_fn="geglu")
         for block in self.up_blocks[:-1]:
             block.upsamplers[0] = MergedUpsample(block.upsamplers[0].channels, use_conv=True)
-        self.to(self.conv_in.weight.device)  # the blend factors, which the library makes in host memory, when a device is the default
+        move_blend_factors(self, self.conv_in.weight.device)
 
     def forward(self, sample: Tensor, timestep: Tensor | float, conditions: UNetConditions) -> Tensor:
         """sample [B,F,8,h,w] (noisy and picture latents), timestep ln(sigma)/4 -> v [B,F,4,h,w], in the precision of the weights"""
@@ -78,6 +79,12 @@ class SvdUNet(UNetSpatioTemporalConditionModel):
     def units(self) -> list[nn.Module]:
         """The blocks in the order in which they run; what lies outside them is small."""
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+
+def move_blend_factors(module: nn.Module, device: torch.device) -> None:
+    """Move the weights that blend space and time, which the library makes in host memory, also when another device is the default."""
+    for blend in (part for part in module.modules() if isinstance(part, AlphaBlender)):
+        blend.mix_factor = nn.Parameter(blend.mix_factor.detach().to(device))
 
 
 class ChunkedMlp(FeedForward):

@@ -38,13 +38,17 @@ def _allocate_whole(unet: SvdUNet, world: World, config: ParallelConfig) -> None
 
 
 def _allocate_shards(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
+    shard(unet, world, config)
+    unet.to_empty(device="cpu" if config.cpu_offload else world.device)
+
+
+def shard(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
     """Shard the units over the ranks that make a video together, and what lies outside them with the root."""
     policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     settings = {"mesh": world.sharding_mesh, "offload_policy": policy}
     for unit in units_of(unet, config.unshard_unit):
         fully_shard(unit, reshard_after_forward=config.reshard, **settings)
     fully_shard(unet, reshard_after_forward=False, **settings)
-    unet.to_empty(device="cpu" if config.cpu_offload else world.device)
 
 
 def _prefetch_in_order(unet: SvdUNet, world: World, config: ParallelConfig) -> None:

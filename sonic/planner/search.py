@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import NamedTuple
 
 from sonic.config import PHOTO_SIZE
 from sonic.parallel.parallel_config import PLANS, HardwareConfig, ParallelConfig, PlanConfig
 from sonic.planner import training_plans as trainings
 from sonic.planner import video_candidates as videos
+from sonic.planner import window_plans as windows
 from sonic.planner.command_line import command_line
 from sonic.planner.memory import GIB, union
 from sonic.planner.plans import Plan
+from sonic.planner.window_workload import WindowWorkload
 from sonic.planner.workload import Training, Workload, workload
 
-SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 EQUAL = 1.02
 LESS = 0.9  # of the estimated memory of a plan that ran out of memory
 
-Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
-KINDS = {Workload: videos, Training: trainings}  # by type of job: modules with plan, candidates, instead and CHANGES
+Job = Workload | WindowWorkload
+KINDS = {  # by type of job: modules with plan, candidates, instead and CHANGES, and for a video notes
+    Workload: videos,
+    WindowWorkload: windows,
+    Training: trainings,
+}
 
 
 class Tracked(NamedTuple):
@@ -49,7 +53,7 @@ class PlanResult:
 
     `asked` has the options that the planner was given on a command line; None elsewhere."""
 
-    work: Workload
+    work: Job
     hardware: HardwareConfig
     plans: tuple[Plan, ...]
     changes: tuple[Change, ...] = ()
@@ -71,22 +75,23 @@ class PlanResult:
         return "" if self.asked is None else command_line(self.asked, plan, self.hardware, changes=changes)
 
 
-def search_plans(config: PlanConfig, *, idle: bool = True) -> PlanResult:
-    """Ranked plans for a video. idle=False leaves out plans that are used only when named (`by_name`), for ranks that already run.
+def search_plans(config: PlanConfig, *, idle: bool = True, seconds: float = 0.0) -> PlanResult:
+    """Ranked plans for a video of a recording of so many seconds (0 = not known). idle=False leaves out plans that are used only when
+    named (`by_name`), for ranks that already run.
 
     Raises ValueError when the plan named in the config cannot run on this hardware.
     """
-    work = workload(config)
+    work = workload(config, seconds)
     return replace(search(work, config.hardware, config.parallel, idle=idle), notes=tuple(_notes(config, work)))
 
 
-def search(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
+def search(work: Job, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool = True) -> PlanResult:
     """Ranked plans for a video or a training, without notes; `idle` as in `search_plans`."""
     found = PlanResult(work, hardware, _plans(work, hardware, asked, idle=idle))
     return found if found.fits else replace(found, changes=tuple(_changes(found, asked, idle=idle)))
 
 
-def _plans(work: Workload, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
+def _plans(work: Job, hardware: HardwareConfig, asked: ParallelConfig, *, idle: bool) -> tuple[Plan, ...]:
     """The plans of all candidate configs, the best one first."""
     kind = KINDS[type(work)]
     tried = [each for each in kind.candidates(asked, work, hardware) if idle or asked.name != "auto" or not by_name(each, hardware)]
@@ -125,7 +130,7 @@ def _changes(found: PlanResult, asked: ParallelConfig, *, idle: bool) -> Iterato
         best = _plans(work, hardware, replace(asked, name="auto", context=1, vae_rank=None), idle=idle)[0]
         if not best.missing_gib(hardware):
             yield Change(f"another plan: {best.name}", KINDS[type(work)].instead(best.parallel, asked), best)
-    for kind in (*KINDS[type(work)].CHANGES, _smaller_sizes):
+    for kind in KINDS[type(work)].CHANGES:
         for sentence, options, changed in kind(work):
             best = _plans(changed, hardware, asked, idle=idle)[0]
             if not best.missing_gib(hardware):
@@ -152,18 +157,6 @@ def _with_residents(change: Change) -> tuple[str, ...]:
 def in_words(changes: Sequence[Change]) -> str:
     """Changes with the options that make them, as part of a sentence."""
     return "; ".join(f"{change.sentence} ({' '.join(change.options)})" for change in changes)
-
-
-def _smaller_sizes(work: Workload) -> Changed:
-    """Smaller sizes of about the same shape; none for a model that has one size only."""
-    width, height = work.width, work.height
-    seen = {(width, height)}
-    for percent in () if work.model.resolution else range(95, 10, -5):
-        sides = tuple(max(SIDE, round(side * percent / 100 / SIDE) * SIDE) for side in (width, height))
-        if sides not in seen and min(sides) >= SMALLEST_SIDE and prod(sides) < width * height:
-            seen.add(sides)
-            size = "x".join(map(str, sides))
-            yield f"{size} instead of {width}x{height}", (f"video.size={size}",), work.resized(*sides)
 
 
 def as_json(found: PlanResult, tracked: Tracked | None = None) -> dict:
@@ -234,11 +227,9 @@ def reason(plan: Plan, hardware: HardwareConfig) -> str:
     return f"{spare}; {plan.given_up}" if plan.given_up else spare
 
 
-def _notes(config: PlanConfig, work: Workload) -> Iterator[str]:
+def _notes(config: PlanConfig, work: Job) -> Iterator[str]:
     """Sentences on the assumptions of the plans."""
     if not config.model.resolution and config.video.size == PHOTO_SIZE:
         size = f"{work.width}x{work.height}"
         yield f"video.size=photo: the photograph is not known here, so {size} is planned; video.size=WIDTHxHEIGHT plans another"
-    if work.clip_frames:
-        yield f"clips of {work.clip_frames} frames with full attention; a 'block' below is a clip"
-    yield "text and speech encoders run first and are gone before the transformer comes; a peak is the larger of the two moments"
+    yield from KINDS[type(work)].notes(work)

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from sonic.planner.memory import GIB, peak, union
 from sonic.planner.plans import Plan
-from sonic.planner.search import PlanResult, Tracked, reason
-from sonic.planner.workload import Training, Workload
+from sonic.planner.search import Job, PlanResult, Tracked, reason
+from sonic.planner.workload import Training
 
 Ranks = Sequence[Mapping[str, float]]  # GiB of every rank by phase; empty when it was not tracked
 
@@ -51,12 +51,12 @@ def show(found: PlanResult, tracked: Tracked | None = None, *, console: Console 
         console.print("  no single change of plan, length, size or what else can be less makes it fit; it needs more memory")
 
 
-def _job(work: Workload) -> str:
+def _job(work: Job) -> str:
     """The planned job in a few words."""
     of = f"{work.model.name}, {work.width}x{work.height}"
     if isinstance(work, Training):
         return f"{work.recipe.name} ({work.recipe.objective.name}) of {of}, {work.tokens} tokens in a clip"
-    return f"{of}, {work.tokens} tokens, {work.steps} steps"
+    return f"{of}, {work.about}"
 
 
 def _plans(found: PlanResult) -> Table:
@@ -74,8 +74,8 @@ def _items(plan: Plan, tracked: Ranks) -> Table:
     """The table of items by rank for a video, and by phase for a training, whose ranks are equal."""
     columns = _phases(plan, tracked) if plan.unit == "step" else _ranks(plan, tracked)
     table = Table("GiB", *columns, title=f"{plan.name}, {'phase by phase' if plan.unit == 'step' else 'rank by rank'}")
-    for item in next(iter(columns.values())).items:
-        sizes = [column.items[item] / GIB for column in columns.values()]
+    for item in dict.fromkeys(item for column in columns.values() for item in column.items):
+        sizes = [column.items.get(item, 0.0) / GIB for column in columns.values()]
         if any(sizes):
             first = " (first)" if item.endswith("encoder") else ""
             table.add_row(item.replace("_", " ") + first, *(f"{size:.2f}" for size in sizes))

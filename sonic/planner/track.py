@@ -30,6 +30,7 @@ from sonic.planner.ledger import Ledger
 from sonic.planner.memory import GIB, PAST_LATENTS, encoder_bytes, frame_bytes, memory_bytes, model_bytes, ring_bytes, vae_bytes
 from sonic.planner.plans import Plan
 from sonic.planner.search import PlanResult, Tracked
+from sonic.planner.window_workload import WindowWorkload
 from sonic.planner.workload import Workload
 from sonic.types import Conditions
 from sonic.vae.wan_vae import WanAutoencoder
@@ -37,6 +38,7 @@ from sonic.vae.wan_vae import WanAutoencoder
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 WARM_LATENTS = 7  # latent frames decoded before the first block
 RUNNING = 2  # layers of an offloading plan that run
+OTHERS = {WindowWorkload: "sonic.planner.track_windows:track_windows"}  # what measures videos of other types, by type
 
 
 class Footprint(NamedTuple):
@@ -53,6 +55,8 @@ class Footprint(NamedTuple):
 def track(found: PlanResult) -> Tracked:
     """The memory of the chosen plan of a video."""
     work, plan = found.work, found.chosen
+    if type(work) in OTHERS:
+        return resolve_name(OTHERS[type(work)])(found)
     if not (tracker := PLANS[plan.parallel.name].tracker):
         return Tracked(reason=f"{plan.name} is predicted only, because DeepSpeed does not run on fake ranks")
     with fake_gpu(), FakeGpuMode(), torch.no_grad(), made_in(DTYPES[work.dtype_bytes]):
@@ -144,7 +148,7 @@ def _transformer(model: AvatarDiT, work: Workload, execution: Execution = LOCAL)
                 inputs, cache = model.prepare_block(conditions, _span(work)), caches[0]
                 model.denoise_block(latents, timestep, inputs, cache=cache, ring=cache.rings[0], execution=execution)
 
-    return _tracked(model, [latents, timestep, *_tensors(conditions), *_buffers(caches)], run)
+    return tracked(model, [latents, timestep, *_tensors(conditions), *_buffers(caches)], run)
 
 
 def _blocks(work: Workload, execution: Execution) -> Footprint:
@@ -159,7 +163,7 @@ def _blocks(work: Workload, execution: Execution) -> Footprint:
         model.run_blocks([block], [model.block_context(_span(work), caches[0], caches[0].rings[0])])
 
     inputs = [leaf for leaf in tree_leaves((memory, block)) if isinstance(leaf, Tensor)]
-    return _tracked(nn.ModuleList([model.blocks, model.audio_injectors]), [*inputs, *_buffers(caches)], run)
+    return tracked(nn.ModuleList([model.blocks, model.audio_injectors]), [*inputs, *_buffers(caches)], run)
 
 
 @contextmanager
@@ -184,10 +188,10 @@ def _vae(work: Workload) -> Footprint:
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     latents = lambda frames: torch.empty(1, 16, frames, rows, columns)  # noqa: E731
     if work.clip_frames:
-        return _tracked(model, [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames).float()))
+        return tracked(model, [], lambda: model.decode(latents(PAST_LATENTS + work.latent_frames).float()))
     _, cache = model.decode(latents(WARM_LATENTS))
     held = [each for each in cache if isinstance(each, Tensor)]
-    return _tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))
+    return tracked(model, held, lambda: model.decode(latents(work.latent_frames), cache))
 
 
 def _combined_peak(work: Workload, transformer: Footprint, vae: Footprint) -> float:
@@ -230,7 +234,7 @@ def _tensors(conditions: Conditions) -> list[Tensor]:
     return [value for value in vars(conditions).values() if value is not None]
 
 
-def _tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
+def tracked(module: nn.Module, stays: Sequence[Tensor], run: Callable[[], object]) -> Footprint:
     """Memory of a module, of the tensors `stays`, and of a call of `run`."""
     ledger = Ledger()
     ledger.track_external(module, *stays)

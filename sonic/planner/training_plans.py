@@ -12,6 +12,7 @@ from sonic.planner import step_time as s
 from sonic.planner.memory import GIB, HOST_GIB
 from sonic.planner.plans import Plan, divisors, full_name
 from sonic.planner.training_memory import host_bytes, phases, sizes
+from sonic.planner.video_candidates import smaller_sizes
 from sonic.planner.workload import Training, learnt
 
 SMALLEST_RANK = 8
@@ -160,4 +161,4 @@ def shorter_samples(work: Training) -> Changed:
         yield sentence, (f"data.window={fewer}",), work.changed("data", window=fewer)
 
 
-CHANGES = (smaller_batches, recomputing, smaller_adapters, shorter_samples)
+CHANGES = (smaller_batches, recomputing, smaller_adapters, shorter_samples, smaller_sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 from sonic.families import FAMILIES
 from sonic.parallel.parallel_config import HardwareConfig, OffloadConfig, ParallelConfig
@@ -11,6 +12,7 @@ from sonic.planner.plans import Plan, divisors, estimated, pipeline_fault, token
 from sonic.planner.workload import Workload
 
 FEWEST_STEPS, FEWEST_BLOCKS, FEWEST_FRAMES = 1, 1, 12
+SIDE, SMALLEST_SIDE = 64, 128  # pixels; sizes of the published models are multiples of SIDE
 
 Changed = Iterator[tuple[str, tuple[str, ...], Workload]]  # a sentence, the options that make this change, the changed job
 
@@ -105,4 +107,23 @@ def shorter_clips(work: Workload) -> Changed:
         yield sentence, (f"video.infer_frames={fewer}",), replace(work, clip_frames=fewer)
 
 
-CHANGES = (fewer_steps, shorter_windows, shorter_clips)
+def smaller_sizes(work: Workload) -> Changed:
+    """Changes to smaller sizes of about the same shape; none for a model that has one size only."""
+    width, height = work.width, work.height
+    seen = {(width, height)}
+    for percent in () if work.model.resolution else range(95, 10, -5):
+        sides = tuple(max(SIDE, round(side * percent / 100 / SIDE) * SIDE) for side in (width, height))
+        if sides not in seen and min(sides) >= SMALLEST_SIDE and prod(sides) < width * height:
+            seen.add(sides)
+            size = "x".join(map(str, sides))
+            yield f"{size} instead of {width}x{height}", (f"video.size={size}",), work.resized(*sides)
+
+
+def notes(work: Workload) -> Iterator[str]:
+    """Sentences on the assumptions of the plans."""
+    if work.clip_frames:
+        yield f"clips of {work.clip_frames} frames with full attention; a 'block' below is a clip"
+    yield "text and speech encoders run first and are gone before the transformer comes; a peak is the larger of the two moments"
+
+
+CHANGES = (fewer_steps, shorter_windows, shorter_clips, smaller_sizes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 from sonic.config import PHOTO_SIZE, AdapterConfig, ModelConfig, VideoConfig, parse_size, precision_of
 from sonic.families import FAMILIES
@@ -33,6 +34,11 @@ class Workload:
     schedule: str = ""
     batch_size: int = 1
     motion_memory: bool = True  # whether the past is given, to a model that has a memory of it
+
+    @property
+    def about(self) -> str:
+        """The size of the job in words."""
+        return f"{self.tokens} tokens, {self.steps} steps"
 
     @property
     def grid(self) -> Grid:
@@ -178,8 +184,16 @@ def training_of(recipe: TrainConfig, width: int, height: int) -> Training:
     )
 
 
-def workload(config: PlanConfig) -> Workload:
-    """The video of a planner's config. Raises ValueError for a size that cannot be cut into patches."""
+def workload(config: PlanConfig, seconds: float = 0.0) -> Any:
+    """The video of a planner's config for a recording of this length (0 = not known), of the type that the model's family has.
+
+    Raises ValueError for an impossible size.
+    """
+    return resolve_name(FAMILIES[config.model.family].workload)(config, seconds)
+
+
+def video_workload(config: PlanConfig, seconds: float = 0.0) -> Workload:
+    """The video of a transformer, which takes the same memory for each block or clip of it, whatever its length."""
     model = config.model
     return Workload(
         model,

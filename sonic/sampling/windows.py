@@ -9,6 +9,8 @@ from sonic.config import UNetConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+CACHED_FRAMES = 250  # longest clip whose audio keys and values are kept: in a longer one they would take more memory than they save time
+
 
 def windows_of(frames: int, step: int, unet: UNetConfig) -> list[list[int]]:
     """The frames of each window of a sampling step. The clip is a ring: windows that pass its end go on at its beginning.
