@@ -15,8 +15,8 @@ class FamilyEntry(NamedTuple):
     zero latents move nothing, and drawn people, whose motion is known, serve as data and as tests. The published weights of the models
     `adapted` are an adapter for another model's. `short_side` is the usual short side in pixels of a model that makes 12.5 frames per
     second, which are interpolated; 0 = all others. `download` is the module that reads the downloaded folder. `workload` is the
-    function that describes a video to the planner. `plans` are the names in
-    parallel_config.PLANS of what can divide its network among ranks.
+    function that describes a video to the planner. `plans` are the names in parallel_config.PLANS of what can divide its network among
+    ranks.
     """
 
     path: str
@@ -41,7 +41,7 @@ class FamilyEntry(NamedTuple):
 _PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
 _WAN = FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",))
 _SONIC = FamilyEntry(
-    *("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_747_431, 0, 5085, 1.0),
+    *("sonic.families.sonic_svd.SonicSvd", "denoises windows of frames with a UNet", 97_742_847, 0, 5085, 1.0),
     short_side=512,
     download="sonic.checkpoint.sonic_folder",
     workload="sonic.planner.window_workload:window_workload",
