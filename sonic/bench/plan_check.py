@@ -38,8 +38,10 @@ def bench_fit(config: BenchConfig, begun: float, *, ranks: Ranks) -> dict:
     `seconds_per_step` is one forward pass of a block. TFLOP/s are the sum over all ranks, of denoising alone; the share is relative
     to a plain matrix product of the model's MLP shape on the first rank in the same run.
     """
-    if FAMILIES[config.model.family].moves_portrait:
-        raise ValueError(f"bench fit times published models, not model={config.model.name}; use model=live_avatar_14b, or bench preview")
+    if not FAMILIES[config.model.family].times_transformer:
+        raise ValueError(
+            f"bench fit times published transformers, not model={config.model.name}; use model=live_avatar_14b, or bench preview"
+        )
     device = find_device(config.run.device, ranks.local_rank if ranks.world > 1 else None)
     _cap(config.fit.cap_gib, device)
     same = {name: getattr(config, name) for name in ("run", "model", "sampler", "video", "parallel", "hardware")}

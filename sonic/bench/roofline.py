@@ -31,8 +31,8 @@ def bench_roofline(config: BenchConfig) -> dict:
     """Print both tables as Markdown, write the JSON, and return the figures.
 
     Raises ValueError for a model whose frames are not of these sizes."""
-    if FAMILIES[config.model.family].moves_portrait:
-        raise ValueError(f"bench roofline is for published models, not model={config.model.name}; use model=live_avatar_14b")
+    if not FAMILIES[config.model.family].times_transformer:
+        raise ValueError(f"bench roofline is for published transformers, not model={config.model.name}; use model=live_avatar_14b")
     asked = workload(config)
     jobs = {size: replace(asked, width=width, height=height) for size in SIZES for width, height in [parse_size(size)]}
     figures = {size: _needs(work) for size, work in jobs.items()}

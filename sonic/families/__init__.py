@@ -32,6 +32,11 @@ class FamilyEntry(NamedTuple):
     workload: str = "sonic.planner.workload:video_workload"
     plans: tuple[str, ...] = ("single", "fsdp", "offload", "pipeline", "context", "zero3")
 
+    @property
+    def times_transformer(self) -> bool:
+        """Whether its models are published transformers, which bench fit and bench roofline time."""
+        return "context" in self.plans and not self.moves_portrait
+
 
 _PREVIEW = FamilyEntry("sonic.families.preview.Preview", "moves the photograph", 1_686_264, 8, 400, 0.002, moves_portrait=True)
 _WAN = FamilyEntry("sonic.families.wan.Wan", "generates the whole picture", 126_892_531, 2366, 5085, 1.0, adapted=("live_avatar_14b",))

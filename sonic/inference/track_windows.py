@@ -69,11 +69,12 @@ def _denoising(work: WindowWorkload, plan: Plan) -> Footprint:
     rows, columns = work.height // PIXELS_PER_LATENT, work.width // PIXELS_PER_LATENT
     tokens, width = config.audio_tokens, config.cross_attention_dim
     count = -(-work.windows // len(plan.ranks))
+    waits = parallel.name == "offload" or (parallel.name == "windows" and parallel.cpu_offload)  # weights, on the host
     with fake_world(parallel, len(plan.ranks)) as world:
         unet = SvdUNet(config).eval().requires_grad_(False)
         if parallel.name == "fsdp":
             shard(unet, world, parallel)
-        if parallel.name != "offload":
+        if not waits:
             PARALLELIZERS[parallel.name].start(unet, world, parallel)
         whole = {"dtype": torch.float32}
         conditions = ClipConditions(
@@ -94,7 +95,7 @@ def _denoising(work: WindowWorkload, plan: Plan) -> Footprint:
 
         given = [each for each in vars(conditions).values() if each is not None]
         found = tracked(unet, [*given, noise, others], run)
-    if parallel.name != "offload":
+    if not waits:
         return found
     return found.with_more(plan.ranks[0]["denoise"]["weights"] - unet_bytes(work))
 

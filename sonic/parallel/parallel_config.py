@@ -76,7 +76,7 @@ class ParallelConfig:
     unshard_unit: str = option("sublayer", f"what fsdp gathers at a time: {', '.join(UNITS)}")
     prefetch: int = option(1, "units that fsdp gathers ahead of the one in use")
     reshard: bool = option(True, "fsdp frees a unit's gathered weights after use")
-    cpu_offload: bool = option(False, "fsdp and zero3 store their shards in host memory")
+    cpu_offload: bool = option(False, "fsdp and zero3 store their shards, windows its weights, in host memory")
     timeout_s: float = option(45.0, "seconds without a heartbeat of a rank after which the job is stopped")
     offload: OffloadConfig = option(OffloadConfig)
 

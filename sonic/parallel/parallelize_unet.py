@@ -66,13 +66,23 @@ def _load_before_use(unet: SvdUNet, world: World, config: ParallelConfig) -> Non
     load_layers_before_use(_layers(unet), world, config)
 
 
+def _allocate_copy(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
+    """Allocate all weights for each rank: on its device, or with parallel.cpu_offload in host memory."""
+    (_allocate_offloaded if config.cpu_offload else _allocate_whole)(unet, world, config)
+
+
+def _start_copy(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
+    if config.cpu_offload:
+        _load_before_use(unet, world, config)
+
+
 def _layers(unet: SvdUNet) -> list[list[nn.Module]]:
     return [[unit] for unit in units_of(unet, "sublayer")]
 
 
 PARALLELIZERS: Mapping[str, UNetParallelizer] = {
     "single": UNetParallelizer(_allocate_whole),
-    "windows": UNetParallelizer(_allocate_whole),
+    "windows": UNetParallelizer(_allocate_copy, _start_copy),
     "fsdp": UNetParallelizer(_allocate_shards, _prefetch_in_order),
     "offload": UNetParallelizer(_allocate_offloaded, _load_before_use),
 }

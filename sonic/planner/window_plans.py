@@ -39,7 +39,7 @@ instead = videos.instead
 
 def plan(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
     """The plan of this config, with the command-line options that select it, and the size, which is made of the short side."""
-    makers = {"fsdp": sharded, "offload": offloaded}
+    makers = {"fsdp": sharded, "offload": offloaded, "windows": offloaded if parallel.cpu_offload else whole}
     found = makers.get(parallel.name, whole)(work, hardware, parallel)
     short = f"video.min_resolution={min(work.width, work.height)}"
     return replace(found, options=(*instead(found.parallel, ParallelConfig()), short))
@@ -53,7 +53,8 @@ def candidates(asked: ParallelConfig, work: WindowWorkload, hardware: HardwareCo
         yield asked
         return
     every = [replace(asked, name=name) for name in FAMILIES[work.model.family].plans]
-    every += [replace(asked, name="fsdp", cpu_offload=True), replace(asked, name="offload", offload=replace(asked.offload, store="mmap"))]
+    every += [replace(asked, name=name, cpu_offload=True) for name in ("fsdp", "windows")]
+    every += [replace(asked, name="offload", offload=replace(asked.offload, store="mmap"))]
     yield from (each for each in every if not why_not(each, hardware))
 
 
@@ -101,24 +102,24 @@ def _gathered(work: WindowWorkload, parallel: ParallelConfig, shards: int) -> fl
 
 
 def offloaded(work: WindowWorkload, hardware: HardwareConfig, parallel: ParallelConfig) -> Plan:
-    """Plan of one device on which as many parts of the UNet stay as fit; the others wait in host memory, or in their file."""
+    """Plan in which as many parts of the UNet stay on each device as fit; the others wait in host memory, or in their file."""
+    count = 1 if PLANS[parallel.name].one_rank else hardware.ranks
     options, sizes = parallel.offload, [size for _, size in sublayer_bytes(work)]
     largest, slots, mapped = max(sizes), options.slots * max(sizes), options.store == "mmap"
-    needs = _ranks(work, hardware, 1, weights=end_bytes(work) + slots, denoise={"activations": call_bytes(work)})
+    needs = _ranks(work, hardware, count, weights=end_bytes(work) + slots, denoise={"activations": call_bytes(work)})
     room = (hardware.usable_gib - SPARE_GIB) * GIB - max(sum(items.values()) for items in needs[0].values())
     number = min(len(sizes), int(max(0.0, room if options.resident_gib == -1 else options.resident_gib * GIB) // largest))
     stay = sum(sizes[place] for place in resident_layers(len(sizes), number))
     waiting = sum(sizes) - stay
     weights = end_bytes(work) + stay + (slots if waiting else 0)
-    ranks = _ranks(work, hardware, 1, weights=weights, denoise={"activations": call_bytes(work)})
+    ranks = _ranks(work, hardware, count, weights=weights, denoise={"activations": call_bytes(work)})
     rate = hardware.disk_gbps if mapped else hardware.host_gbps
     settled = replace(parallel, offload=replace(options, resident_gib=round(number * largest / GIB + 0.001, 3)))
     where = "their file" if mapped else "host memory"
-    return replace(
-        _plan(work, settled, ranks, name=f"offload{'+mmap' * mapped}", host=HOST_GIB * GIB + waiting * (not mapped),
-              seconds=_seconds(work, hardware, 1, weights=work.calls() * waiting / s.GIGA / rate)),
-        given_up=f"{waiting / GIB:.1f} GiB of weights wait in {where}" if waiting else "",
-    )  # fmt: skip
+    name = f"{parallel.name}{'+cpu_offload' * parallel.cpu_offload}{'+mmap' * mapped}"
+    seconds = _seconds(work, hardware, count, weights=work.calls(count) * waiting / s.GIGA / rate)
+    found = _plan(work, settled, ranks, name=name, host=HOST_GIB * GIB + waiting * (not mapped), seconds=seconds)
+    return replace(found, given_up=f"{waiting / GIB:.1f} GiB of weights wait in {where}" if waiting else "")
 
 
 def _ranks(

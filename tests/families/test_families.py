@@ -7,12 +7,13 @@ from dataclasses import fields
 import pytest
 from infer_command import untrained_components
 
+from sonic.bench.benchmark import bench
 from sonic.checkpoint.convert_config import ConvertConfig
 from sonic.cli import Entry, compose, group_choices
-from sonic.config import ModelConfig, help_of
+from sonic.config import ModelConfig, Ranks, help_of
 from sonic.families import FAMILIES
 from sonic.families.family import WINDOWS_ONLY, Family, family_of
-from sonic.inference.infer_config import InferConfig
+from sonic.inference.infer_config import BenchConfig, InferConfig
 from sonic.inference.inputs import InMemory
 
 MODELS = {name: compose(Entry("infer", InferConfig), [f"model={name}"]).model for name in group_choices("model")}
@@ -70,3 +71,11 @@ def test_options_of_the_family_of_windows_are_refused_by_the_others(name, option
     config = compose(Entry("infer", InferConfig), ["model=preview", "image=a.png", "audio=a.wav", f"{option}={other}"])
     with pytest.raises(ValueError, match=f"{option}={other}.*only model=sonic_svd reads it"):
         family_of(ModelConfig(family=name)).open(config, InMemory())
+
+
+@pytest.mark.parametrize("target", ["fit", "roofline"])
+@pytest.mark.parametrize("model", ["preview", "sonic_svd"])
+def test_bench_times_transformers_alone(target, model):
+    config = compose(Entry("bench", BenchConfig), [f"target={target}", f"model={model}"])
+    with pytest.raises(ValueError, match=f"bench {target} .* published transformers, not model={model}; use model=live_avatar_14b"):
+        bench(config, 0.0, ranks=Ranks())

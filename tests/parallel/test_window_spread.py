@@ -76,6 +76,7 @@ def clips(parallel: ParallelConfig, weights: Path, lengths: tuple[int, ...]) -> 
     [
         (2, ParallelConfig("windows")),
         (4, ParallelConfig("windows")),
+        (2, ParallelConfig("windows", cpu_offload=True)),
         (2, ParallelConfig("fsdp")),
         (4, ParallelConfig("fsdp", unshard_unit="block", prefetch=2)),
         (2, ParallelConfig("fsdp", cpu_offload=True, reshard=False, prefetch=0)),

@@ -55,6 +55,7 @@ def planned(*items):
         ("hardware=4x24gb", "parallel=fsdp", "video.size=256x256", "parallel.unshard_unit=block"),
         ("hardware=4x24gb", "parallel=fsdp", "video.size=256x256", "parallel.cpu_offload=true"),
         ("hardware=1x24gb", "parallel=offload", "video.size=512x512", "offload.resident_gib=0.2"),
+        ("hardware=4x24gb", "parallel=windows", "parallel.cpu_offload=true", "video.size=512x512", "offload.resident_gib=0.2"),
     ],
 )
 def test_each_phase_of_the_estimate_equals_the_tracked_memory(items):
