@@ -115,7 +115,7 @@ WITHOUT_TORCH = (
     "sonic/planner/training_plans.py",
     "sonic/training/plan_training.py",
 )
-LIBRARY_LINES = 31_200  # of sonic/; 17 000 is the aim for what the first edition did, without sound, Python face, controls and CUDA
+LIBRARY_LINES = 31_350  # of sonic/; 17 000 is the aim for what the first edition did, without sound, Python face, controls and CUDA
 FILE_LINES, LAUNCH_LINES, FUNCTION_LINES, FIELDS, ARGUMENTS, POSITIONAL = 400, 16, 60, 12, 6, 3
 OUT_WORDS = {  # private words of the first edition: docs/architecture.md says what stands for them
     *("told", "heard", "hear", "hears", "hearing", "said", "film", "films", "filmed", "filming", "knob", "knobs", "papers", "places"),

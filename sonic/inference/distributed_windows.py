@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,13 +20,19 @@ class ClipRequest(NamedTuple):
     conditions: ClipConditions
     noise: Tensor
     sampling: WindowSampling
+    reports: bool = False  # whether the leading rank's caller is told of every step, and may stop the clip there
+
+
+class StoppedClip(Exception):
+    """The leading rank's caller has stopped the clip that this rank evaluates windows of."""
 
 
 def distributed_denoise(unet: SvdUNet, request: ClipRequest, context: DistributedContext, *, on_step: OnClipStep | None = None) -> Tensor:
     """`denoise_clip` on all ranks that share the windows. The same bits as on one rank, for clips of a window or more."""
     if context.world.rollout_group is not None:
         context.rollouts += 1
-        send(context, request)
+        send(context, request._replace(reports=on_step is not None))
+        on_step = on_step and _telling_others(on_step, context)
     return _denoise(unet, request, context, on_step=on_step)
 
 
@@ -34,7 +41,9 @@ def serve_clips(unet: SvdUNet, context: DistributedContext) -> None:
     device = context.world.device
     while isinstance(message := receive(context), ClipRequest):
         conditions = message.conditions.to(device)
-        _denoise(unet, message._replace(conditions=conditions, noise=message.noise.to(device)), context)
+        request = message._replace(conditions=conditions, noise=message.noise.to(device))
+        with suppress(StoppedClip):
+            _denoise(unet, request, context, on_step=_as_told(context) if message.reports else None)
     assert message is Command.SHUT_DOWN, message
 
 
@@ -42,3 +51,27 @@ def _denoise(unet: SvdUNet, request: ClipRequest, context: DistributedContext, *
     return denoise_clip(
         unet, request.conditions, request.noise, sampling=request.sampling, spread=spread_of(context.world), on_step=on_step
     )
+
+
+def _telling_others(on_step: OnClipStep, context: DistributedContext) -> OnClipStep:
+    """`on_step`, after which the other ranks are told to go on, or to stop when it raises."""
+
+    def reported(step: int, timestep: float, latents: Tensor) -> None:
+        try:
+            on_step(step, timestep, latents)
+        except BaseException:
+            send(context, Command.STOP_ROLLOUT)
+            raise
+        send(context, Command.NEXT_BLOCK)
+
+    return reported
+
+
+def _as_told(context: DistributedContext) -> OnClipStep:
+    """Go on or stop after a step, as the leading rank tells; raises StoppedClip."""
+
+    def wait(*_: object) -> None:
+        if receive(context) is Command.STOP_ROLLOUT:
+            raise StoppedClip
+
+    return wait

@@ -21,6 +21,7 @@ from sonic.parallel.mesh import World
 from sonic.parallel.offload import allocate_offloaded, load_layers_before_use
 from sonic.parallel.parallel_config import ParallelConfig
 from sonic.sampling.windows import ALONE, Spread
+from sonic.system.heartbeat import waiting_for_others
 from sonic.types import pick
 
 Step = Callable[[SvdUNet, World, ParallelConfig], None]  # changes the UNet in place
@@ -147,7 +148,8 @@ class RankSpread(Spread):
         """The results of all windows in order, behind which repeated ones may follow. Collective: the one exchange of a step."""
         mine = torch.stack(own)
         found = [torch.empty_like(mine) for _ in range(self.ranks)]
-        dist.all_gather(found, mine, group=self.group)
+        with waiting_for_others():
+            dist.all_gather(found, mine, group=self.group)
         return [result for turn in zip(*found, strict=True) for result in turn]
 
 

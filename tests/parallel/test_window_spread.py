@@ -90,6 +90,34 @@ def test_ranks_that_share_the_windows_make_the_clip_of_one_rank(ranks, parallel,
         assert torch.equal(latents, alone(weights, frames)), f"{frames} frames"
 
 
+def stopped(parallel: ParallelConfig, weights: Path) -> list[Tensor]:
+    """The clip that the first rank makes after its caller has stopped one at the first step."""
+    context = context_of(make_world(parallel, parallel.name, CPU), parallel)
+    unet = build_parallel_unet(TINY, weights, context, dtype=torch.float32)
+    if not context.world.leads:
+        serve_clips(unet, context)
+        return []
+    steps = []
+
+    def stop(step: int, timestep: float, latents: Tensor) -> None:
+        steps.append(step)
+        if len(steps) == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        distributed_denoise(unet, request_of(60), context, on_step=stop)
+    made = distributed_denoise(unet, request_of(26), context, on_step=stop)
+    shutdown(context)
+    assert steps == [0, 0, 1]
+    return [made]
+
+
+@pytest.mark.parametrize("name", ["windows", "fsdp"])
+def test_a_clip_that_its_caller_stops_leaves_the_ranks_ready_for_the_next(name, weights):
+    (made,), _ = on_ranks(2, stopped, ParallelConfig(name), weights, timeout_s=60)
+    assert torch.equal(made, alone(weights, 26))
+
+
 @pytest.mark.parametrize("store", ["pinned", "mmap"])
 def test_offloading_makes_the_clip_of_one_device(store, weights):
     parallel = ParallelConfig("offload", offload=OffloadConfig(store=store, resident_gib=0.0))
