@@ -81,7 +81,7 @@ def test_what_several_devices_do_or_would_do_keeps_all_of_them_busy(hardware, mo
     for each in (*found.plans, *(change.plan for change in found.changes)):
         assert not by_name(each.parallel, config.hardware)
         stages = len(each.ranges) - bool(each.parallel.vae_rank)
-        assert not (found.work.clip_frames and stages > 1)
+        assert stages <= 1 or not found.work.clip_frames
 
 
 def test_sharded_weights_of_the_14b_are_gathered_in_small_pieces():
