@@ -20,7 +20,7 @@ class ClipRequest(NamedTuple):
     conditions: ClipConditions
     noise: Tensor
     sampling: WindowSampling
-    reports: bool = False  # whether the leading rank's caller is told of every step, and may stop the clip there
+    reports: bool = False  # whether the leading rank's caller is called after every step, and may stop the clip there
 
 
 class StoppedClip(Exception):
@@ -32,7 +32,7 @@ def distributed_denoise(unet: SvdUNet, request: ClipRequest, context: Distribute
     if context.world.rollout_group is not None:
         context.rollouts += 1
         send(context, request._replace(reports=on_step is not None))
-        on_step = on_step and _telling_others(on_step, context)
+        on_step = on_step and _with_commands(on_step, context)
     return _denoise(unet, request, context, on_step=on_step)
 
 
@@ -43,7 +43,7 @@ def serve_clips(unet: SvdUNet, context: DistributedContext) -> None:
         conditions = message.conditions.to(device)
         request = message._replace(conditions=conditions, noise=message.noise.to(device))
         with suppress(StoppedClip):
-            _denoise(unet, request, context, on_step=_as_told(context) if message.reports else None)
+            _denoise(unet, request, context, on_step=_as_commanded(context) if message.reports else None)
     assert message is Command.SHUT_DOWN, message
 
 
@@ -53,8 +53,8 @@ def _denoise(unet: SvdUNet, request: ClipRequest, context: DistributedContext, *
     )
 
 
-def _telling_others(on_step: OnClipStep, context: DistributedContext) -> OnClipStep:
-    """`on_step`, after which the other ranks are told to go on, or to stop when it raises."""
+def _with_commands(on_step: OnClipStep, context: DistributedContext) -> OnClipStep:
+    """`on_step`, after which the other ranks are sent the command to go on, or to stop when it raises."""
 
     def reported(step: int, timestep: float, latents: Tensor) -> None:
         try:
@@ -67,8 +67,8 @@ def _telling_others(on_step: OnClipStep, context: DistributedContext) -> OnClipS
     return reported
 
 
-def _as_told(context: DistributedContext) -> OnClipStep:
-    """Go on or stop after a step, as the leading rank tells; raises StoppedClip."""
+def _as_commanded(context: DistributedContext) -> OnClipStep:
+    """Go on or stop after a step, as the leading rank commands; raises StoppedClip."""
 
     def wait(*_: object) -> None:
         if receive(context) is Command.STOP_ROLLOUT:
