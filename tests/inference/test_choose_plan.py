@@ -100,7 +100,9 @@ def test_the_size_of_min_resolution_is_planned(without_weights, tmp_path):
     (tmp_path / "requests.jsonl").write_text("\n".join(lines))
     asked = ["model=live_avatar_14b", "hardware=8x80gb", "video.size=384x256", "min_resolution=700"]
     for source in (f"image={tmp_path / 'me.png'}", f"requests={tmp_path / 'requests.jsonl'}"):
-        assert choose_plan(config(*asked, source), Ranks(0, 8, 0, 8), CPU).config.video == VideoConfig("1024x704", infer_frames=48, fps=25, interpolate="none")
+        assert choose_plan(config(*asked, source), Ranks(0, 8, 0, 8), CPU).config.video == VideoConfig(
+            "1024x704", infer_frames=48, fps=25, interpolate="none"
+        )
     found = search_plans(compose(Entry("plan", PlanConfig), asked))
     assert (found.work.width, found.work.height) == (1280, 704)
     assert any("not known here, so 1280x704 is planned" in note for note in found.notes)
