@@ -75,6 +75,6 @@ def test_a_forward_takes_at_least_what_its_operations_and_its_bytes_take(card):
 
 
 def test_models_that_move_a_portrait_are_refused():
-    with pytest.raises(ValueError, match="published models"):
+    with pytest.raises(ValueError, match="published transformers"):
         bench_roofline(compose(BENCH, ["target=roofline"]))
     assert torch.get_default_dtype() == torch.float32
