@@ -102,13 +102,14 @@ class ChunkedMlp(FeedForward):
 class MergedUpsample(Upsample2D):
     """Doubles the sides by repeating pixels, then convolves 3x3: each pixel of a new square of 2x2 depends on 2x2 old ones.
 
-    So the weights that meet the same pixel are added, and 4 of 9 multiplications remain.
+    So the weights that meet the same pixel are added, and 4 of 9 multiplications remain; with gradients it is computed as in diffusers.
     """
 
     def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """[B,C,h,w] -> [B,C,2h,2w], or as diffusers does it another output_size"""
         height, width = hidden_states.shape[-2:]
-        if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
+        doubled = output_size is None or tuple(output_size) == (2 * height, 2 * width)
+        if torch.is_grad_enabled() or not doubled:
             return super().forward(hidden_states, output_size)
         padded = F.pad(hidden_states, (1, 1, 1, 1))
         parts = [
