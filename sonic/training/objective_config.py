@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sonic.config import AdapterConfig, SamplerConfig, one_of, option, require
-from sonic.registry import Registry
+from sonic.registry import Registry, names_in
 
 OBJECTIVE_TABLE = "training.objective_config.OBJECTIVE_CONFIGS"
 ATTENTION_SPANS, LEVELS, KERNELS = ("blocks", "clip"), ("clip", "block", "frame"), ("sdpa", "flex")
-NOISE_LEVELS = ("karras", "lognormal")
+NOISE_TABLE = "training.objectives.svd_audio.NOISE"
 
 
 @dataclass
@@ -164,7 +164,9 @@ class SvdAudioConfig(ObjectiveConfig):
     """Trains the audio adapters of a UNet that denoises windows, and the networks that make its audio tokens and motion buckets."""
 
     name: str = option("svd_audio", "what is trained, and how", table=OBJECTIVE_TABLE)
-    noise: str = option("karras", "noise levels: karras = evenly along the levels of sampling; lognormal = as SVD was trained")
+    noise: str = option(
+        "karras", "noise levels: karras = evenly along the levels of sampling, lognormal = as SVD was trained", table=NOISE_TABLE
+    )
     drop_image: float = option(0.05, "share of clips trained without the picture (embedding and latents), for guidance")
     drop_audio: float = option(0.05, "share of clips trained without audio, for guidance")
     drop_both: float = option(0.05, "share of clips trained without either, for guidance")
@@ -172,7 +174,7 @@ class SvdAudioConfig(ObjectiveConfig):
     learn: AdapterConfig = option(AdapterConfig)
 
     def __post_init__(self) -> None:
-        one_of(self.noise, NOISE_LEVELS, "objective.noise")
+        one_of(self.noise, names_in(NOISE_TABLE), "objective.noise")
         shares = [self.drop_image, self.drop_audio, self.drop_both]
         fits = min(shares) >= 0 and sum(shares) <= 1
         require(fits, f"objective.drop_image, drop_audio, drop_both={shares}: need shares of 0 or more, together at most 1")

@@ -6,7 +6,7 @@ dropped. Here the picture, the audio or both are, as in arXiv 2211.09800, whose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -99,4 +99,4 @@ def lognormal(count: int, rng: torch.Generator) -> Tensor:
     return torch.exp(1.0 + 1.6 * torch.randn(count, generator=rng, device=rng.device)).clamp(LOWEST, HIGHEST)
 
 
-NOISE = Registry("objective.noise", {"karras": karras, "lognormal": lognormal})
+NOISE: Registry[Callable[[int, torch.Generator], Tensor]] = Registry("objective.noise", {"karras": karras, "lognormal": lognormal})
