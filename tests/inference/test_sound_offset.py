@@ -85,7 +85,9 @@ def test_the_offset_of_a_file_is_measured_over_all_frames_and_added_to_the_given
     pixels, samples = drawn
     inputs = inputs_of(pixels, mouth_later(samples, 60))
     monkeypatch.setattr(generation, "generate", lambda *_, **__: (FrameChunk(pixels[k : k + 12], k) for k in range(0, len(pixels), 12)))
-    components = type("Components", (), {"device": type("Cpu", (), {"type": "cpu"}), "weights": "", "dtype": "float32"})
+    components = type(
+        "Components", (), {"config": ALIGNED.model, "device": type("Cpu", (), {"type": "cpu"}), "weights": "", "dtype": "float32"}
+    )
     config = replace(ALIGNED, post=PostConfig(lip_align=True, alignment_offset=-0.02))
     result, _ = generation.make_video(inputs, components, config, output=tmp_path / "a.mp4", timer=StageTimer())
     late, correlation = offset_between(load_soundtrack(tmp_path / "a.mp4"), inputs.speech.samples, RATE)

@@ -24,6 +24,7 @@ from sonic.planner.search import search_plans
 from sonic.planner.track import track
 from sonic.planner.workload import Workload
 from sonic.vae.motion_vae import WarpAutoencoder
+from sonic.vae.svd_vae import SvdAutoencoder
 from sonic.vae.wan_vae import WanAutoencoder
 
 PLAN = Entry("plan", PlanConfig)
@@ -101,7 +102,8 @@ def test_the_estimate_of_the_published_vae_equals_the_tracked_memory(items, erro
 def test_encoders_and_autoencoders_have_the_estimated_size():
     sizes = lambda makers: {name: sum(weight.numel() for weight in make().parameters()) for name, make in makers.items()}  # noqa: E731
     with torch.device("meta"):
-        assert sizes({"wan": WanAutoencoder, "preview": WarpAutoencoder}) == {name: entry.parameters for name, entry in FAMILIES.items()}
+        autoencoders = {"wan": WanAutoencoder, "preview": WarpAutoencoder, "sonic_svd": SvdAutoencoder}
+        assert sizes(autoencoders) == {name: entry.parameters for name, entry in FAMILIES.items()}
         assert sizes(SPEECH_ENCODERS) == SPEECH_NUMBERS
         assert sizes({XXL["d_model"]: lambda: TextEncoder(XXL)}) == TEXT_NUMBERS
 
