@@ -78,9 +78,8 @@ def svd_clip_encoders(checkpoint: SonicCheckpoint, config: PrecomputeConfig) -> 
 
 def svd_encoder_hashes(checkpoint: SonicCheckpoint) -> dict[str, str]:
     """Hashes of the files that the VAE was converted from, and of those of Whisper and CLIP together."""
-    sources = {name: digest[:16] for name, digest in sorted(checkpoint.manifest["sources"].items()) if not name.endswith((".pth", ".pkl"))}
-    vae = [digest for name, digest in sources.items() if "diffusion_pytorch_model" in name]
-    return {"autoencoder_hash": "".join(vae), "speech_hash": "".join(digest for digest in sources.values() if digest not in vae)}
+    seen = checkpoint.hash_of("image_encoder") + checkpoint.hash_of("whisper")
+    return {"autoencoder_hash": checkpoint.hash_of("vae"), "speech_hash": seen}
 
 
 def states_around(states: Tensor, segment: Segment) -> dict[str, Tensor]:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from sonic.checkpoint.load import fill, fill_randomly
 from sonic.checkpoint.lora import NO_LORA, Lora
 from sonic.config import UNetConfig
 from sonic.model.svd_unet import SvdUNet
 from sonic.parallel.context import DistributedContext
+from sonic.parallel.fsdp import Sharding
 from sonic.parallel.mesh import World
 from sonic.parallel.offload import allocate_offloaded, load_layers_before_use
 from sonic.parallel.parallel_config import ParallelConfig
@@ -45,11 +45,8 @@ def _allocate_shards(unet: SvdUNet, world: World, config: ParallelConfig) -> Non
 
 def shard(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
     """Shard the units over the ranks that make a video together, and what lies outside them with the root."""
-    policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
-    settings = {"mesh": world.sharding_mesh, "offload_policy": policy}
-    for unit in units_of(unet, config.unshard_unit):
-        fully_shard(unit, reshard_after_forward=config.reshard, **settings)
-    fully_shard(unet, reshard_after_forward=False, **settings)
+    sharding = Sharding(world.sharding_mesh, reshard=config.reshard, cpu_offload=config.cpu_offload)
+    sharding.apply_to_units(unet, units_of(unet, config.unshard_unit))
 
 
 def _prefetch_in_order(unet: SvdUNet, world: World, config: ParallelConfig) -> None:
